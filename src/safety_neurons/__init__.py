@@ -1,1 +1,52 @@
-"""Find the neurons which make a language model safe, prove it causally, and use them."""
+"""Find the neurons which make a language model safe, prove it causally, and use them.
+
+Every public name is imported on first use, so that `import safety_neurons` and the command line start at once.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Completions": "results",
+    "Found": "detectors",
+    "LanguageModel": "model",
+    "NeuronSet": "neurons",
+    "Prompts": "prompts",
+    "Rate": "results",
+    "Scores": "neurons",
+    "Selection": "neurons",
+    "SiteTable": "neurons",
+    "causal_effect": "results",
+    "compare": "studies",
+    "deactivated": "interventions",
+    "demo": "studies",
+    "doctor": "studies",
+    "find_attribution": "detectors",
+    "find_attribution_patching": "detectors",
+    "find_contrast": "detectors",
+    "find_importance": "detectors",
+    "find_importance_contrast": "detectors",
+    "judge_refusal": "judges",
+    "load": "model",
+    "load_pair": "model",
+    "patched": "interventions",
+    "prompts": "prompts",
+    "verify_deactivate": "studies",
+    "verify_patch": "studies",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'safety_neurons' has no attribute {name!r}")
+    home = importlib.import_module(f"safety_neurons.{_HOME[name]}")
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

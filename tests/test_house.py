@@ -1,0 +1,150 @@
+"""The house rules a machine can check. FLOORS, read from the top down, is the architecture."""
+
+import ast
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import safety_neurons
+
+SOURCE = pathlib.Path(safety_neurons.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"prompts", "neurons", "results"},
+    {"model"},
+    {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},
+    {"studies"},
+    {"analysis", "report"},
+    {"cli", "__main__"},
+]
+READERS, WORKERS = FLOORS[5], FLOORS[2] | FLOORS[3] | FLOORS[4]
+FLOOR = {box: level for level, boxes in enumerate(FLOORS) for box in boxes}
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_backward_hook")
+
+
+def box_of(path: pathlib.Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+MODULES = {path: box_of(path) for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Boxes of the package that a syntax tree imports, inside functions too."""
+    seen = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            seen.add("a relative import")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safety_neurons":
+            parts = (node.module or "").split(".")
+            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            seen |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("safety_neurons.")}
+    return seen
+
+
+def breaks_the_floors(box: str, seen: str) -> bool:
+    if seen == box:
+        return False
+    if seen not in FLOOR:
+        return True
+    return FLOOR[seen] > FLOOR[box] or (FLOOR[seen] == FLOOR[box] and FLOOR[box] != 1) or (box in READERS and seen in WORKERS)
+
+
+def test_imports_only_go_down():
+    bad = [
+        f"{path.relative_to(SOURCE)} imports {seen}"
+        for path, box in MODULES.items()
+        for seen in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if breaks_the_floors(box, seen)
+    ]
+    assert not bad, bad
+
+
+def test_the_floor_rule_can_fail():
+    assert breaks_the_floors("judges", "detectors")
+    assert breaks_the_floors("neurons", "model")
+    assert breaks_the_floors("report", "model")
+    assert breaks_the_floors("model", "a relative import")
+    assert not breaks_the_floors("detectors", "neurons")
+
+
+def test_nouns_do_not_import_one_another_in_a_circle():
+    arrows = {(box, seen) for path, box in MODULES.items() for seen in imports(ast.parse(path.read_text())) if box != seen}
+    assert not [(a, b) for a, b in arrows if (b, a) in arrows]
+
+
+def test_every_box_has_a_floor():
+    assert set(MODULES.values()) <= set(FLOOR)
+
+
+def test_modules_and_functions_stay_small():
+    long = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 450:
+            long.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 70:
+                long.append(f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno} lines")
+    assert not long, long
+
+
+def test_hooks_live_in_one_file():
+    bad = [
+        str(path.relative_to(SOURCE))
+        for path in MODULES
+        if path != SOURCE / "model" / "hooks.py" and any(word in path.read_text(encoding="utf-8") for word in HOOKS)
+    ]
+    assert not bad, bad
+
+
+def test_the_nouns_import_neither_torch_nor_transformers():
+    heavy = {"torch", "transformers", "peft"}
+    for path, box in MODULES.items():
+        if FLOOR.get(box, 9) > 1:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not {name.split(".")[0] for name in names} & heavy, path
+
+
+@pytest.mark.parametrize("module", ["safety_neurons", "safety_neurons.cli"])
+def test_the_command_line_starts_without_the_heavy_libraries(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_sorted_and_real():
+    names = safety_neurons.__all__
+    assert names == sorted(names)
+    for name in names:
+        assert getattr(safety_neurons, name) is not None, name
+
+
+def test_a_wrong_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'find_contrasts'"):
+        safety_neurons.find_contrasts  # noqa: B018
+
+
+def test_every_method_of_a_paper_names_its_source():
+    missing = []
+    for box in ("detectors", "tuning", "guard", "interventions"):
+        if not (SOURCE / box).is_dir():
+            continue
+        module = importlib.import_module(f"safety_neurons.{box}")
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing) and not isinstance(thing, type) and "Source:" not in (thing.__doc__ or ""):
+                missing.append(f"{box}.{name}")
+    assert not missing, missing
+
+
+def test_the_library_never_unpickles_or_evaluates():
+    words = ("import pickle", "torch.load(", "trust_remote_code=True", "weights_only=False")
+    assert not [(str(path), word) for path in MODULES for word in words if word in path.read_text(encoding="utf-8")]
