@@ -1,0 +1,31 @@
+"""Found: what every detector returns."""
+
+from dataclasses import dataclass
+
+from safety_neurons.neurons import NeuronSet, Scores
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """What became of the prompts."""
+
+    used: int
+    """Prompts that are in the scores."""
+    failed: int = 0
+    """Prompts that could not be used; the notes say why."""
+    truncated: int = 0
+    """Prompts that were cut to the context length."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a detector: a score for every neuron searched, and the set chosen from them."""
+
+    scores: Scores
+    """One number per neuron of every searched site: mean over prompts, signed where the method is."""
+    neurons: NeuronSet
+    """The chosen set; may be empty with an agreement, and the notes then say which agreement gives one neuron."""
+    prompts: PromptCounts
+    """Prompts used, failed and truncated."""
+    notes: tuple[str, ...] = ()
+    """Counted warnings, one sentence each."""
