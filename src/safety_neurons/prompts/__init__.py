@@ -1,0 +1,25 @@
+"""Prompts: records, readers of every usual file shape, and built-in lists of the project's own writing.
+
+The package itself can be called like its function: `safety_neurons.prompts("builtin:harmful")` works
+whether the name was bound to the function or, by an import, to this module.
+"""
+
+import sys
+import types
+from typing import Any
+
+from safety_neurons.prompts.builtin import DEFAULT_LANGUAGE, NAMES, Entry, languages, library
+from safety_neurons.prompts.readers import prompts
+from safety_neurons.prompts.records import Message, Prompt, Prompts, normalised
+
+__all__ = ["DEFAULT_LANGUAGE", "NAMES", "Entry", "Message", "Prompt", "Prompts", "languages", "library", "normalised", "prompts"]
+
+
+class _CallableModule(types.ModuleType):
+    """A module that answers a call with `prompts`: importing a submodule rebinds the name in the parent package."""
+
+    def __call__(self, *args: Any, **options: Any) -> Prompts:
+        return prompts(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

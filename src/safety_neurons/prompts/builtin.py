@@ -1,0 +1,70 @@
+"""Built-in prompts: package data of the project's own writing, or an organism's own under the same names."""
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from safety_neurons.errors import InputError
+
+PREFIX = "builtin:"
+NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
+DEFAULT_LANGUAGE = "en"
+
+_FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One built-in list: its name as it is asked for, its language and its number of prompts."""
+
+    name: str
+    language: str
+    count: int
+
+
+def library() -> list[Entry]:
+    """Every built-in list of the package, English first under each name."""
+    entries = []
+    for name in NAMES:
+        for language in languages(name):
+            lines = _data(f"{name}.{language}.jsonl").read_text(encoding="utf-8").count("\n")
+            entries.append(Entry(f"{PREFIX}{name}" + ("" if language == DEFAULT_LANGUAGE else f"/{language}"), language, lines))
+    return entries
+
+
+def languages(name: str) -> list[str]:
+    """Languages that the package has the list in, English first."""
+    found = [match["language"] for entry in _data().iterdir() if (match := _FILE.fullmatch(entry.name)) and match["name"] == name]
+    return sorted(found, key=lambda language: (language != DEFAULT_LANGUAGE, language))
+
+
+def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, bool]:
+    """Text of a built-in list, the language its rows are to be limited to (None: all), and whether it is the folder's own.
+
+    Args:
+        source: `builtin:NAME` or `builtin:NAME/LANG`.
+        folder: A folder that may hold lists of its own: `NAME.jsonl`, `NAME.LANG.jsonl` or `NAME/LANG.jsonl`.
+    """
+    name, _, language = source.removeprefix(PREFIX).partition("/")
+    if name not in NAMES:
+        raise InputError(
+            f"{source}: no built-in prompts of this name; expected one of {', '.join(NAMES)}, each with /LANG after it if wanted"
+        )
+    own = _own(name, language, folder) if folder is not None else None
+    if own is not None:
+        return own.read_text(encoding="utf-8"), (language or None) if own.name == f"{name}.jsonl" else None, True
+    known = languages(name)
+    if (language or DEFAULT_LANGUAGE) not in known:
+        raise InputError(f"{source}: not there in {language!r}; expected {name} in one of {', '.join(known)}; choose one of them")
+    return _data(f"{name}.{language or DEFAULT_LANGUAGE}.jsonl").read_text(encoding="utf-8"), None, False
+
+
+def _own(name: str, language: str, folder: Path) -> Path | None:
+    candidates = [folder / f"{name}.{language}.jsonl", folder / name / f"{language}.jsonl"] if language else []
+    return next((path for path in [*candidates, folder / f"{name}.jsonl"] if path.is_file()), None)
+
+
+def _data(*parts: str) -> Traversable:
+    return resources.files("safety_neurons.prompts").joinpath("data", *parts)
