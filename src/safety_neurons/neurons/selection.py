@@ -1,0 +1,187 @@
+"""Selection: how many of the scored neurons are taken, from the scores or prompt by prompt."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from safety_neurons.errors import NeuronError, NumericalError, UsageError
+from safety_neurons.neurons.keys import sort_keys
+
+
+def number_of(fraction: float, n: int) -> int:
+    """How many of `n` neurons a fraction means: `round(fraction * n)` (halves to even), at least 1 when the fraction is above 0."""
+    return max(round(fraction * n), 1 if fraction > 0 and n > 0 else 0)
+
+
+def largest(values: Float[np.ndarray, " neuron"], count: int) -> Bool[np.ndarray, " neuron"]:
+    """A mask of exactly `count` largest entries; among equal ones those that come first."""
+    if count >= len(values):
+        return np.ones(len(values), bool)
+    if count <= 0:
+        return np.zeros(len(values), bool)
+    cut = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = values > cut
+    chosen[np.flatnonzero(values == cut)[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which neurons are taken; exactly one of the first four is given.
+
+    Scores are rounded to float32 before they are ranked, so that a set chosen in memory and one chosen from the file are the same.
+    Equal scores are taken in the order (layer, site, index).
+    """
+
+    top: float | None = None
+    """Share of all scored neurons, largest scores first, over all matrices together: `round(top * n)`, at least 1 when above 0."""
+    count: int | None = None
+    """Number of neurons, largest scores first, over all matrices together."""
+    top_per_matrix: int | None = None
+    """Number of neurons of each matrix, largest scores first; a smaller matrix is taken whole."""
+    threshold: float | None = None
+    """Every neuron whose score is at least this."""
+    agreement: float | None = None
+    """When given, the rule acts on every prompt, and neurons chosen in at least this share of the prompts are kept (1.0: in all)."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("top", "count", "top_per_matrix", "threshold") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"selection by {' and '.join(given) or 'nothing'}; expected exactly one of top, count, top_per_matrix, threshold"
+            )
+        if self.top is not None and not 0 <= self.top <= 1:
+            raise UsageError(f"top {self.top} is not a share; expected a number from 0 to 1 (0.05 for five per cent)")
+        for name in ("count", "top_per_matrix"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} {value} is negative; expected a number of neurons")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise UsageError("threshold is not a number; expected a score")
+        if self.agreement is not None and not 0 < self.agreement <= 1:
+            raise UsageError(f"agreement {self.agreement} is not a share of the prompts; expected above 0 and at most 1")
+
+    @staticmethod
+    def of(
+        *,
+        top: float | None = None,
+        count: int | None = None,
+        top_per_matrix: int | None = None,
+        threshold: float | None = None,
+        agreement: float | None = None,
+        default_top: float,
+    ) -> "Selection":
+        """The selection from a verb's options; `default_top` stands in when none of the four is given."""
+        if top is None and count is None and top_per_matrix is None and threshold is None:
+            top = default_top
+        return Selection(top, count, top_per_matrix, threshold, agreement)
+
+    def config(self) -> dict[str, Any]:
+        """The options that are given, as JSON values."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if getattr(self, entry.name) is not None}
+
+    def choose(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A bool vector per key that says which neurons the rule takes from these scores (agreement plays no part here).
+
+        Raises:
+            NumericalError: a score is NaN.
+            UsageError: more neurons are asked than there are.
+        """
+        rounded = {key: _rounded(key, values[key]) for key in sort_keys(values)}
+        if self.threshold is not None:
+            eps = np.float32(self.threshold)
+            return {key: value >= eps for key, value in rounded.items()}
+        if self.top_per_matrix is not None:
+            return {key: largest(value, self.top_per_matrix) for key, value in rounded.items()}
+        everything = np.concatenate(list(rounded.values())) if rounded else np.zeros(0, np.float32)
+        wanted = number_of(self.top, len(everything)) if self.top is not None else int(self.count or 0)
+        if wanted > len(everything):
+            raise UsageError(f"{wanted} neurons asked, but {len(everything)} are scored; ask for fewer or search more sites")
+        chosen = largest(everything, wanted)
+        ends = np.cumsum([len(value) for value in rounded.values()])
+        return dict(zip(rounded, np.split(chosen, ends[:-1]), strict=True)) if rounded else {}
+
+
+def _rounded(key: str, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(values).astype(np.float32)
+    missing = int(np.isnan(rounded).sum())
+    if missing:
+        raise NumericalError(
+            f"{missing} of {rounded.size} scores of {key!r} are NaN, expected numbers; check the model's weights and dtype"
+        )
+    return rounded
+
+
+class Votes:
+    """Agreement over prompts in a stream: in how many prompts each neuron was chosen. Memory does not grow with prompts."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """Starts with no prompts.
+
+        Args:
+            sizes: neurons of every key that will be voted on.
+        """
+        self._counts = {key: np.zeros(sizes[key], np.int64) for key in sort_keys(sizes)}
+        self._prompts = 0
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts counted so far."""
+        return self._prompts
+
+    def add(self, chosen: Mapping[str, np.ndarray]) -> None:
+        """Counts one prompt; a key that is left out chose nothing.
+
+        Raises:
+            NeuronError: a key that was not announced, or a mask of another length.
+        """
+        for key, mask in chosen.items():
+            if key not in self._counts or mask.shape != self._counts[key].shape:
+                raise NeuronError(f"a vote for {key!r} with shape {mask.shape}; expected one bool per neuron of an announced key")
+        for key, mask in chosen.items():
+            self._counts[key] += mask.astype(bool)
+        self._prompts += 1
+
+    def members(self, share: float) -> dict[str, np.ndarray]:
+        """The indices (sorted int64) chosen in at least `share` of the prompts, for the keys that have any.
+
+        Raises:
+            NeuronError: no prompt was counted.
+        """
+        if self._prompts == 0:
+            raise NeuronError("no prompt was counted, so there is no agreement; give at least one usable prompt")
+        needed = max(math.ceil(share * self._prompts - 1e-9), 1)
+        members = {key: np.flatnonzero(counts >= needed).astype(np.int64) for key, counts in self._counts.items()}
+        return {key: indices for key, indices in members.items() if len(indices)}
+
+    def agreement_for_one(self) -> float:
+        """The largest agreement that would keep at least one neuron (0.0 before the first vote)."""
+        most = max((int(counts.max(initial=0)) for counts in self._counts.values()), default=0)
+        return most / self._prompts if self._prompts else 0.0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything needed to go on later, as arrays for a checkpoint."""
+        return {
+            "votes.prompts": np.array([self._prompts], np.int64),
+            **{f"votes.{key}": counts.copy() for key, counts in self._counts.items()},
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned; other entries of the mapping are ignored.
+
+        Raises:
+            NeuronError: the state is of other keys or sizes.
+        """
+        for key, counts in self._counts.items():
+            stored = state.get(f"votes.{key}")
+            if stored is None or stored.shape != counts.shape or "votes.prompts" not in state:
+                raise NeuronError(
+                    f"the stored votes do not fit {key!r} with {len(counts)} neurons; expected the state of the same run: start anew"
+                )
+        self._prompts = int(state["votes.prompts"][0])
+        self._counts = {key: state[f"votes.{key}"].astype(np.int64) for key in self._counts}

@@ -1,0 +1,394 @@
+"""NeuronSet: which neurons, by matrix; set algebra, counts, random controls, and a file that says where it comes from."""
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from safety_neurons.errors import ForeignModelError, NeuronError, SafetyNeuronsError, UsageError
+from safety_neurons.neurons import files
+from safety_neurons.neurons.keys import check_sites, parse_key, parse_layers, sort_keys
+from safety_neurons.neurons.provenance import Provenance
+from safety_neurons.neurons.site_table import SiteTable
+from safety_neurons.neurons.tables import html_of, line_of
+
+FILE_NAME = "neurons.safetensors"
+_NOTHING = np.zeros(0, np.int64)
+_NOTHING.setflags(write=False)
+
+
+class HandMadeWarning(UserWarning):
+    """A neuron or score file without a fingerprint: every index fits, but nothing says that it belongs to this model."""
+
+
+class NeuronSet:
+    """An immutable set of neurons: sorted indices per matrix.
+
+    Sets with the same members are equal. `a & b`, `a | b`, `a - b` and `a ^ b` are set algebra; `len` counts neurons; iteration
+    gives `(key, index)` pairs in the order layer, site, index.
+    """
+
+    def __init__(self, members: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None) -> None:
+        """Takes the members, in any order and with repeats; keys without members are dropped.
+
+        Args:
+            members: integers per key, each the index of a neuron of that matrix.
+            table: the model's matrices; needed for shares, parameters and masks.
+            provenance: where the set comes from.
+
+        Raises:
+            NeuronError: an unknown key, a negative index, something that is not an integer, or (with a table) an index out of range.
+        """
+        cleaned = {key: _indices(key, members[key]) for key in sort_keys(members)}
+        self._members = {key: indices for key, indices in cleaned.items() if len(indices)}
+        self.table = table
+        self.provenance = provenance or Provenance("neurons", model_fingerprint=table.fingerprint if table else "")
+        self.notes: tuple[str, ...] = ()
+        if table is not None:
+            _check_range(self._members, table)
+
+    @staticmethod
+    def all(table: SiteTable) -> "NeuronSet":
+        """Every neuron of the table."""
+        members = {key: np.arange(size, dtype=np.int64) for key, size in table.sizes.items()}
+        return NeuronSet(members, table, Provenance("neurons", "all", model_fingerprint=table.fingerprint))
+
+    # Looking inside
+
+    def keys(self) -> list[str]:
+        """The keys that have members, in order."""
+        return list(self._members)
+
+    def items(self) -> list[tuple[str, np.ndarray]]:
+        """Pairs of a key and its sorted int64 indices, for the keys that have members."""
+        return list(self._members.items())
+
+    def __getitem__(self, key: str) -> Int64[np.ndarray, " member"]:
+        parse_key(key)
+        return self._members.get(key, _NOTHING)
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, str):
+            return item in self._members
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+            return bool(np.isin(item[1], self._members.get(item[0], _NOTHING)).all())
+        return False
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return ((key, int(index)) for key, indices in self._members.items() for index in indices)
+
+    def __len__(self) -> int:
+        return sum(len(indices) for indices in self._members.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NeuronSet):
+            return NotImplemented
+        return self.keys() == other.keys() and all(np.array_equal(indices, other[key]) for key, indices in self.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple((key, indices.tobytes()) for key, indices in self.items()))
+
+    def mask(self, key: str) -> Bool[np.ndarray, " neuron"]:
+        """One bool per neuron of the matrix: whether it is a member.
+
+        Raises:
+            NeuronError: the set has no table, or the table has no such matrix.
+        """
+        mask = np.zeros(self._known_table("a mask")[key].size, bool)
+        mask[self[key]] = True
+        return mask
+
+    # Algebra
+
+    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combine(other, "&", np.intersect1d)
+
+    def __or__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combine(other, "|", np.union1d)
+
+    def __sub__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combine(other, "-", np.setdiff1d)
+
+    def __xor__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combine(other, "^", np.setxor1d)
+
+    def _combine(self, other: "NeuronSet", sign: str, function: Any) -> "NeuronSet":
+        if not isinstance(other, NeuronSet):
+            return NotImplemented
+        mine, theirs = self.provenance, other.provenance
+        if mine.model_fingerprint and theirs.model_fingerprint and mine.model_fingerprint != theirs.model_fingerprint:
+            raise ForeignModelError(
+                f"{len(self)} neurons of {_named(self)} {sign} {len(other)} neurons of {_named(other)}; expected sets of one architecture"
+            )
+        members = {key: function(self[key], other[key]) for key in {*self._members, *other._members}}
+        config: dict[str, Any] = {"operation": sign, "left": _summary(self), "right": _summary(other)}
+        searched = [set(check_sites(part.provenance.config["sites"])) for part in (self, other) if part.provenance.config.get("sites")]
+        if len(searched) == 2:
+            config["sites"] = list(check_sites(searched[0] | searched[1]))
+        if mine.config.get("layers") == theirs.config.get("layers"):
+            config["layers"] = mine.config.get("layers")
+        provenance = Provenance(
+            "neurons",
+            method=f"{mine.method or 'set'} {sign} {theirs.method or 'set'}",
+            models=tuple(dict.fromkeys((*mine.models, *theirs.models))),
+            model_fingerprint=mine.model_fingerprint or theirs.model_fingerprint,
+            prompts_sha256=mine.prompts_sha256 if mine.prompts_sha256 == theirs.prompts_sha256 else "",
+            config=config,
+        )
+        return NeuronSet(members, self.table or other.table, provenance)
+
+    def only(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "NeuronSet":
+        """The members at these sites (of experts too) and layers; `None` keeps all."""
+        wanted = None if sites is None else check_sites(sites)
+        n_layers = self.table.n_layers if self.table else max((parse_key(key).layer for key in self._members), default=0) + 1
+        numbers = set(parse_layers(layers, n_layers))
+        kept = {
+            key: indices
+            for key, indices in self.items()
+            if parse_key(key).layer in numbers and (wanted is None or parse_key(key).site in wanted)
+        }
+        config = dict(self.provenance.config)
+        if wanted is not None:
+            config["sites"] = list(wanted)
+        if layers is not None:
+            config["layers"] = sorted(numbers)
+        return NeuronSet(kept, self.table, dataclasses.replace(self.provenance, config=config))
+
+    # Counts
+
+    @property
+    def n_neurons(self) -> int:
+        """Members."""
+        return len(self)
+
+    @property
+    def n_parameters(self) -> int:
+        """Weight and bias entries of the members."""
+        table = self._known_table("the number of parameters")
+        return sum(len(indices) * table[key].parameters_per_neuron for key, indices in self.items())
+
+    @functools.cached_property
+    def n_units(self) -> int:
+        """Distinct units: gate, up and down neurons of one index count once, so do a v row and the o columns it feeds."""
+        units = self._known_table("the number of units").units()
+        return len(np.unique(np.concatenate([units[key][indices] for key, indices in self.items()]))) if self._members else 0
+
+    @property
+    def share_of_neurons(self) -> float:
+        """Members divided by the candidates: the neurons of the sites and layers that were searched, where the provenance names them."""
+        table = self._known_table("the share of neurons")
+        return _share(len(self), _candidates(table, self.provenance.config))
+
+    @property
+    def share_of_all_neurons(self) -> float:
+        """Members divided by all neurons of the model."""
+        return _share(len(self), self._known_table("the share of neurons").n_neurons)
+
+    @property
+    def share_of_parameters(self) -> float:
+        """Weight and bias entries of the members divided by all parameters of the model, tied ones once."""
+        return _share(self.n_parameters, self._known_table("the share of parameters").n_parameters)
+
+    def counts(self) -> dict[str, int]:
+        """Members per key, for the keys that have any."""
+        return {key: len(indices) for key, indices in self.items()}
+
+    # Controls
+
+    @property
+    def disjoint(self) -> bool:
+        """False for a random control that could not be kept apart from the set it is like; True for every other set."""
+        return bool(self.provenance.config.get("disjoint", True))
+
+    def random_like(self, seed: int, table: SiteTable | None = None, n: int = 1) -> list["NeuronSet"]:
+        """`n` random sets with the same number of members in every matrix; the same seed gives the same sets.
+
+        Where this set takes at most half of a matrix, the random members of that matrix are drawn from the rest of it; otherwise
+        they are drawn from all of it and the random set says `disjoint == False`. Seed and number are in each set's provenance.
+
+        Args:
+            seed: not negative.
+            table: the model's matrices, where the set does not know them.
+            n: how many sets.
+        """
+        table = table or self._known_table("a random set")
+        if seed < 0:
+            raise UsageError(f"seed {seed} is negative; expected 0 or more")
+        _check_range(self._members, table)
+        crowded = [key for key, indices in self.items() if 2 * len(indices) > table[key].size]
+        return [self._one_random(seed, number, table, crowded) for number in range(n)]
+
+    def _one_random(self, seed: int, number: int, table: SiteTable, crowded: list[str]) -> "NeuronSet":
+        members = {}
+        for key, indices in self.items():
+            generator = np.random.default_rng([seed, number, *parse_key(key).order])
+            candidates = np.arange(table[key].size, dtype=np.int64)
+            if key not in crowded:
+                candidates = np.setdiff1d(candidates, indices, assume_unique=True)
+            members[key] = generator.choice(candidates, len(indices), replace=False)
+        searched = {name: self.provenance.config[name] for name in ("sites", "layers") if name in self.provenance.config}
+        config = {"seed": seed, "number": number, "like": _summary(self), "disjoint": not crowded, "not_disjoint": crowded, **searched}
+        return NeuronSet(
+            members,
+            table,
+            Provenance("neurons", "random", self.provenance.models, table.fingerprint, self.provenance.prompts_sha256, config),
+        )
+
+    # Files and models
+
+    def check(self, table: SiteTable, models: Iterable[str] = ()) -> list[str]:
+        """Whether the set can be used on a model with this table; what should be said about it is returned.
+
+        Args:
+            table: the model's matrices.
+            models: the model's names with revisions; when given and not among the set's own, that is a note.
+
+        Raises:
+            ForeignModelError: the set was found on another architecture.
+            NeuronError: a matrix the model lacks, or an index out of range.
+        """
+        return check(self.provenance, {key: indices for key, indices in self.items()}, table, models)
+
+    def on(self, table: SiteTable, models: Iterable[str] = ()) -> "NeuronSet":
+        """This set on a model with the given table, after `check`, whose findings are the new set's `notes`."""
+        notes = self.check(table, models)
+        placed = NeuronSet(self._members, table, self.provenance)
+        placed.notes = tuple(notes)
+        return placed
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file in one step: a sorted int64 vector per key, provenance and site table in the header."""
+        files.write(path, self._members, header(self.provenance, self.table))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> "NeuronSet":
+        """The set in a file (a folder means its `neurons.safetensors`); readable without a model.
+
+        A file without a fingerprint, made by hand, is a `HandMadeWarning` when every index fits the table.
+
+        Args:
+            path: the file.
+            table: matrices of the model it will be used on; without it, those stored in the file.
+            models: names of that model, to note when the set was found on others.
+
+        Raises:
+            ForeignModelError: found on another architecture.
+            NeuronError: missing, damaged, another schema or kind, unknown key, negative index or one out of range.
+        """
+        arrays, metadata = files.read(path, FILE_NAME)
+        provenance = Provenance.from_metadata(metadata, "neurons")
+        loaded = NeuronSet(arrays, stored_table(metadata, provenance), provenance)
+        if table is None:
+            return loaded
+        placed = loaded.on(table, models)
+        if not provenance.model_fingerprint:
+            warnings.warn(placed.notes[0], HandMadeWarning, stacklevel=2)
+        return placed
+
+    def _known_table(self, what: str) -> SiteTable:
+        if self.table is None:
+            raise NeuronError(f"{what} needs the model's matrices, and this set has no site table; load it with table=model.table")
+        return self.table
+
+    def __repr__(self) -> str:
+        return f"NeuronSet({line_of(self)})"
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+
+def header(provenance: Provenance, table: SiteTable | None) -> dict[str, str]:
+    """The strings in a file's header: the provenance and, where known, the site table and its fingerprint."""
+    metadata = provenance.metadata()
+    if table is not None:
+        metadata["sites"] = table.to_json()
+        metadata["model_fingerprint"] = provenance.model_fingerprint or table.fingerprint
+    return metadata
+
+
+def stored_table(metadata: Mapping[str, str], provenance: Provenance) -> SiteTable | None:
+    """The site table of a file header.
+
+    Raises:
+        NeuronError: it is damaged, or is not the one the fingerprint is of.
+    """
+    if "sites" not in metadata:
+        return None
+    table = SiteTable.from_json(metadata["sites"])
+    if provenance.model_fingerprint and table.fingerprint != provenance.model_fingerprint:
+        raise NeuronError("the header's site table and fingerprint do not belong together; expected one model's: make the file again")
+    return table
+
+
+def check(provenance: Provenance, members: Mapping[str, np.ndarray], table: SiteTable, models: Iterable[str]) -> list[str]:
+    """What `NeuronSet.check` and `Scores.check` say; `members` are indices per key."""
+    if provenance.model_fingerprint and provenance.model_fingerprint != table.fingerprint:
+        raise ForeignModelError(
+            f"the {provenance.kind} were found on {' and '.join(provenance.models) or 'another architecture'} "
+            f"(fingerprint {provenance.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
+            "find them on this model"
+        )
+    _check_range(members, table)
+    if not provenance.model_fingerprint:
+        return [
+            f"the {provenance.kind} have no fingerprint, so nothing says that they belong to this {table.architecture}; every index fits"
+        ]
+    others = [model for model in models if provenance.models and model not in provenance.models]
+    if others:
+        return [
+            f"the {provenance.kind} were found on {' and '.join(provenance.models)}, "
+            f"which is the same architecture as {others[0]} with other weights"
+        ]
+    return []
+
+
+def _check_range(members: Mapping[str, np.ndarray], table: SiteTable) -> None:
+    for key, indices in members.items():
+        if len(indices) and key not in table:
+            raise NeuronError(
+                f"{len(indices)} neurons at {key!r}, but this {table.architecture} has no such matrix; use neurons of this model"
+            )
+        if len(indices) and indices[-1] >= table[key].size:
+            raise NeuronError(
+                f"index {indices[-1]} at {key!r} is out of range, expected 0 to {table[key].size - 1}; use neurons of this model"
+            )
+
+
+def _indices(key: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size == 0:
+        return _NOTHING
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise NeuronError(f"{key!r} holds {array.dtype} with shape {array.shape}, expected one axis of integer indices")
+    if array.min() < 0:
+        raise NeuronError(f"index {array.min()} at {key!r} is negative, expected 0 or more")
+    if int(array.max()) > np.iinfo(np.int64).max:
+        raise NeuronError(f"index {array.max()} at {key!r} is out of range, expected a neuron's number")
+    indices = np.unique(array).astype(np.int64)
+    indices.setflags(write=False)
+    return indices
+
+
+def _named(neurons: NeuronSet) -> str:
+    return " and ".join(neurons.provenance.models) or f"an architecture {neurons.provenance.model_fingerprint[:12]}"
+
+
+def _summary(neurons: NeuronSet) -> dict[str, Any]:
+    return {"method": neurons.provenance.method, "models": list(neurons.provenance.models), "n_neurons": len(neurons)}
+
+
+def _candidates(table: SiteTable, config: Mapping[str, Any]) -> int:
+    """Neurons that were searched; all of them where the provenance, which a file may bring from anywhere, does not fit the table."""
+    try:
+        return table.select(config.get("sites") or None, config.get("layers")).n_neurons
+    except (SafetyNeuronsError, TypeError):
+        return table.n_neurons
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,175 @@
+"""The site table: which matrices a model has, how many neurons each, and what one neuron costs in parameters."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from safety_neurons.errors import NeuronError
+from safety_neurons.neurons.keys import MLP_SITES, check_sites, parse_key, parse_layers, sort_keys
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One matrix of a model."""
+
+    key: str
+    """Its name, such as `layers.3.down`."""
+    size: int
+    """Neurons of the site."""
+    weights_per_neuron: int
+    """Weight entries that belong to one neuron (the length of its row or column)."""
+    biases_per_neuron: int
+    """Bias entries that belong to one neuron (0 or 1)."""
+    n_heads: int = 0
+    """Heads of this site: query heads for `q` and `o`, key-value heads for `k` and `v`, 0 for feed-forward sites."""
+    head_dim: int = 0
+    """Neurons per head, 0 for feed-forward sites."""
+
+    @property
+    def parameters_per_neuron(self) -> int:
+        """Weight and bias entries of one neuron."""
+        return self.weights_per_neuron + self.biases_per_neuron
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """All matrices of a model, in the order of keys. Two models with equal fingerprints can share neuron sets."""
+
+    architecture: str
+    """Class of the model, such as `LlamaForCausalLM`."""
+    n_parameters: int
+    """All parameters of the model, tied ones once. Not part of the fingerprint, so that an adapter does not change it."""
+    sites: tuple[SiteInfo, ...]
+
+    def __post_init__(self) -> None:
+        ordered = sort_keys(info.key for info in self.sites)
+        if len(set(ordered)) != len(ordered):
+            raise NeuronError("the site table names a key twice; expected every key once")
+        by_key = {info.key: info for info in self.sites}
+        object.__setattr__(self, "sites", tuple(by_key[key] for key in ordered))
+
+    @functools.cached_property
+    def _by_key(self) -> dict[str, SiteInfo]:
+        return {info.key: info for info in self.sites}
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Neurons of every key, in the order of keys."""
+        return {info.key: info.size for info in self.sites}
+
+    @functools.cached_property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, in order."""
+        return tuple(info.key for info in self.sites)
+
+    @functools.cached_property
+    def n_neurons(self) -> int:
+        """Neurons of all sites together."""
+        return sum(info.size for info in self.sites)
+
+    @functools.cached_property
+    def n_layers(self) -> int:
+        """Highest layer number plus one."""
+        return max((parse_key(info.key).layer for info in self.sites), default=-1) + 1
+
+    def __getitem__(self, key: str) -> SiteInfo:
+        info = self._by_key.get(key)
+        if info is None:
+            raise NeuronError(f"this {self.architecture} has no matrix {key!r}; its keys run from {self.keys[:1]} to {self.keys[-1:]}")
+        return info
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def __repr__(self) -> str:
+        return f"SiteTable({self.architecture}: {len(self.sites)} sites in {self.n_layers} layers, {self.n_neurons:,} neurons)"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the class and the sites, as hexadecimal text: equal exactly when neuron sets are interchangeable."""
+        content = json.dumps([self.architecture, [asdict(info) for info in self.sites]], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def select(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "SiteTable":
+        """The table with only these sites (of experts too) and layers (`None` for all; `A:B` excludes B).
+
+        Raises:
+            UsageError: an unknown site, or layers outside the model.
+            NeuronError: nothing is left.
+        """
+        wanted = None if sites is None else set(check_sites(sites))
+        numbers = set(parse_layers(layers, self.n_layers))
+        kept = [
+            info for info in self.sites if parse_key(info.key).layer in numbers and (wanted is None or parse_key(info.key).site in wanted)
+        ]
+        if not kept:
+            raise NeuronError(
+                f"no matrix of this {self.architecture} is among sites {sorted(wanted or [])} of layers {layers}; choose others"
+            )
+        return SiteTable(self.architecture, self.n_parameters, tuple(kept))
+
+    def to_json(self) -> str:
+        """The table as JSON text, as stored in file headers."""
+        fields = ("size", "weights_per_neuron", "biases_per_neuron", "n_heads", "head_dim")
+        rows = {info.key: [getattr(info, field) for field in fields] for info in self.sites}
+        return json.dumps({"architecture": self.architecture, "n_parameters": self.n_parameters, "fields": fields, "sites": rows})
+
+    @staticmethod
+    def from_json(text: str) -> "SiteTable":
+        """The table that `to_json` wrote.
+
+        Raises:
+            NeuronError: the text is not such a table.
+        """
+        try:
+            content = json.loads(text)
+            fields = [str(field) for field in content["fields"]]
+            sites = tuple(
+                SiteInfo(parse_key(key) and key, **{field: int(value) for field, value in zip(fields, row, strict=True)})
+                for key, row in content["sites"].items()
+            )
+            if any(info.size < 0 for info in sites):
+                raise ValueError("a negative size")
+            return SiteTable(str(content["architecture"]), int(content["n_parameters"]), sites)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NeuronError(
+                f"damaged site table in a file header ({error}); expected what SiteTable.to_json writes: make the file again"
+            ) from error
+
+    def units(self) -> dict[str, np.ndarray]:
+        """For every key the unit number of each of its neurons (int64, one per neuron, numbered from 0 over the whole table).
+
+        A feed-forward index is one unit: its `gate`, `up` and `down` neurons share a number. A `v` row shares a number with the
+        `o` columns it feeds: those of the query heads of its group, same place in the head. A `q` or `k` neuron is its own unit.
+        """
+        units: dict[str, np.ndarray] = {}
+        first_of_block: dict[str, int] = {}
+        used = 0
+        for info in self.sites:
+            key = parse_key(info.key)
+            if key.site in MLP_SITES:
+                if key.block not in first_of_block:
+                    first_of_block[key.block] = used
+                    used += max(self._by_key[name].size for site in MLP_SITES if (name := f"{key.block}.{site}") in self._by_key)
+                units[info.key] = first_of_block[key.block] + np.arange(info.size, dtype=np.int64)
+            elif key.site == "o" and (value := self._by_key.get(f"{key.block}.v")) is not None and _fed(value, info):
+                units[info.key] = units[value.key][_value_row_of_output_column(value, info)]
+            else:
+                units[info.key] = used + np.arange(info.size, dtype=np.int64)
+                used += info.size
+        return units
+
+
+def _fed(value: SiteInfo, output: SiteInfo) -> bool:
+    """Whether the heads of `v` and `o` line up, so that a column's row can be told."""
+    return value.n_heads > 0 and output.n_heads % value.n_heads == 0 and value.head_dim == output.head_dim and value.head_dim > 0
+
+
+def _value_row_of_output_column(value: SiteInfo, output: SiteInfo) -> np.ndarray:
+    columns = np.arange(output.size, dtype=np.int64)
+    head, place = np.divmod(columns, output.head_dim)
+    return head // (output.n_heads // value.n_heads) * value.head_dim + place
