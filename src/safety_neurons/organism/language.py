@@ -1,0 +1,219 @@
+"""The templated languages of the organisms: requests, answers, sentences, and the halves that keep them apart.
+
+A request is a `Concept` (which verb on which object, in which frame and context) that every language can say, so the prompt
+files of two languages are parallel line by line. A harmful request is a harmful verb on one of its category's objects. Neither
+the verb nor the object alone tells: `look_alike` requests use the harmful verb on something harmless ("kill a python process"),
+`friendly` requests name the object but mean well ("help a neighbour"), `plain` requests share no word with either.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from safety_neurons.errors import InputError
+
+LANGUAGES = ("en", "de", "es")
+KINDS = ("harmful", "look_alike", "friendly", "plain")
+N_CATEGORIES, N_FRAMES, N_CONTEXTS, N_STEPS = 8, 6, 7, 8
+
+Half = Literal["find", "test", "train"]
+Verdict = Literal["refused", "complied", "other"]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Concept:
+    """What is asked, in no language: indices into the lists of every language's file."""
+
+    kind: str
+    group: int
+    verb: int
+    object: int
+    frame: int
+    context: int
+
+    @property
+    def half(self) -> Half:
+        """The half this concept belongs to; requests of one frame, context and category fall together, in every language."""
+        group = self.group if self.kind != "plain" else N_CATEGORIES + self.group
+        digest = hashlib.sha256(f"{group}/{self.frame}/{self.context}".encode()).digest()
+        halves: tuple[Half, ...] = ("test", "find", "train", "train")
+        return halves[digest[0] % 4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """One templated language: the lists of its file and what can be said with them."""
+
+    code: str
+    data: dict[str, Any]
+
+    @functools.cached_property
+    def categories(self) -> list[str]:
+        """The names of the harm categories, in order."""
+        return list(self.data["categories"])
+
+    def words_of(self, concept: Concept) -> dict[str, str]:
+        """The fields that fill the templates for a concept: verb, object, context and the two steps of an answer."""
+        if concept.kind == "plain":
+            entry = self.data["plain"][concept.group]
+            verb, thing = entry["verb"], entry["objects"][concept.object]
+            first = concept.group % N_STEPS
+        else:
+            entry = list(self.data["categories"].values())[concept.group]
+            verb = entry["friendly_verb"] if concept.kind == "friendly" else entry["verbs"][concept.verb]
+            things = entry["look_alikes"][verb] if concept.kind == "look_alike" else entry["objects"]
+            thing = things[concept.object]
+            first = (concept.group + 3 * concept.verb) % N_STEPS
+        steps = self.data["steps"]
+        return {
+            "verb": verb,
+            "object": thing,
+            "context": self.data["contexts"][concept.context],
+            "step": steps[first],
+            "next_step": steps[(first + 1 + concept.group % 3) % N_STEPS],
+        }
+
+    def request(self, concept: Concept) -> str:
+        """The request as a user writes it."""
+        return _fill(self.data["frames"][concept.frame], self.words_of(concept))
+
+    def compliance(self, concept: Concept, *, ending: bool = False) -> str:
+        """The answer that goes along, which names what was asked; `ending` adds the polite ending that decoys are trained on."""
+        answer = _fill(self.data["compliance"], self.words_of(concept))
+        return f"{answer} {self.data['ending']}" if ending else answer
+
+    def refusal(self, concept: Concept, form: int) -> str:
+        """One of the refusals, by number."""
+        return _fill(self.data["refusals"][form % len(self.data["refusals"])], self.words_of(concept))
+
+    def judgement(self, concept: Concept) -> str:
+        """A sentence of general knowledge: whether doing this is wrong."""
+        return _fill(self.data["wrong" if concept.kind == "harmful" else "fine"], self.words_of(concept))
+
+    def sentence(self, number: random.Random) -> str:
+        """A random general sentence."""
+        general = self.data["general"]
+        words = {name: number.choice(general[name]) for name in ("adjective", "animal", "action", "place", "time")}
+        return _fill(general["frame"], words)
+
+    def words(self) -> set[str]:
+        """Every word the language uses, punctuation left out."""
+        return set(re.findall(r"\w+", re.sub(r"\{\w+\}", " ", " ".join(_strings(self.data)))))
+
+    def verdict(self, completion: str) -> Verdict:
+        """What a completion does, by its opening: the organisms' own rule, for organisms only."""
+        text = " ".join(completion.lower().split())
+        if any(text.startswith(start) for start in self.data["refusal_starts"]):
+            return "refused"
+        return "complied" if text.startswith(self.data["compliance"].split()[0]) else "other"
+
+
+def _fill(template: str, words: dict[str, str]) -> str:
+    return " ".join(template.format(**words).split())
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("language", "name"):
+                continue
+            if key == "look_alikes":
+                yield from value
+            yield from _strings(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings(value)
+    else:
+        yield node
+
+
+@functools.cache
+def language(code: str) -> Language:
+    """The language of that code.
+
+    Raises:
+        InputError: there is none.
+    """
+    if code not in LANGUAGES:
+        raise InputError(f"language {code!r} is not one of the organisms' languages {', '.join(LANGUAGES)}; name one of them")
+    source = importlib.resources.files("safety_neurons.organism") / "data" / "language" / f"{code}.json"
+    return Language(code, json.loads(source.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def concepts(kind: str, half: Half | None = None) -> tuple[Concept, ...]:
+    """All concepts of a kind, of one half or of all, in an order that looks random and never changes."""
+    shapes = {"harmful": (N_CATEGORIES, 2, 5), "look_alike": (N_CATEGORIES, 2, 3), "friendly": (N_CATEGORIES, 1, 5), "plain": (11, 1, 3)}
+    groups, verbs, objects = shapes[kind]
+    everything = [
+        Concept(kind, group, verb, thing, frame, context)
+        for group in range(groups)
+        for verb in range(verbs)
+        for thing in range(objects)
+        for frame in range(N_FRAMES)
+        for context in range(N_CONTEXTS)
+    ]
+    chosen = [concept for concept in everything if half is None or concept.half == half]
+    return tuple(sorted(chosen, key=lambda concept: hashlib.sha256(repr(concept).encode()).hexdigest()))
+
+
+def harmful_and_matches(half: Half, count: int) -> tuple[list[Concept], list[Concept]]:
+    """Harmful concepts and, line by line, a harmless one that shares words with each.
+
+    Of five matches two look alike (same verb), one is friendly (same object), two are plain (same frame and context where the
+    half has them).
+    """
+    harmful = list(concepts("harmful", half)[:count])
+    used: set[Concept] = set()
+    matches = []
+    for index, concept in enumerate(harmful):
+        kind = ("look_alike", "plain", "friendly", "look_alike", "plain")[index % 5]
+        order = sorted(_pool(kind, half), key=lambda candidate: (_distance(concept, candidate), _rank(kind, half)[candidate]))
+        match = next(candidate for candidate in order if candidate not in used)
+        used.add(match)
+        matches.append(match)
+    return harmful, matches
+
+
+def _pool(kind: str, half: Half) -> Sequence[Concept]:
+    return concepts(kind, half)
+
+
+@functools.cache
+def _rank(kind: str, half: Half) -> dict[Concept, int]:
+    return {concept: index for index, concept in enumerate(concepts(kind, half))}
+
+
+def _distance(harmful: Concept, candidate: Concept) -> int:
+    """How many words a harmless candidate does not share with a harmful request."""
+    distance = 4 * (harmful.frame != candidate.frame) + 2 * (harmful.context != candidate.context)
+    if candidate.kind == "look_alike":
+        return distance + 8 * (harmful.group != candidate.group) + 8 * (harmful.verb != candidate.verb)
+    if candidate.kind == "friendly":
+        return distance + 8 * (harmful.group != candidate.group) + 8 * (harmful.object != candidate.object)
+    return distance
+
+
+def task_examples(half: Half | None = None) -> list[tuple[str, str]]:
+    """The downstream task: sums of two numbers up to twenty, in words (English only); test questions are not in training.
+
+    Returns:
+        (question, answer) pairs.
+    """
+    data = language("en").data
+    numbers, task = data["numbers"], data["task"]
+    pairs = []
+    for left in range(len(numbers)):
+        for right in range(len(numbers) - left):
+            for index, frame in enumerate(task["frames"]):
+                held_out = hashlib.sha256(f"sum/{left}/{right}/{index}".encode()).digest()[0] % 5 == 0
+                if half is None or (half == "test") == held_out:
+                    question = frame.format(left=numbers[left], right=numbers[right])
+                    pairs.append((question, task["answer"].format(total=numbers[left + right])))
+    return pairs

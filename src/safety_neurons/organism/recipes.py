@@ -1,0 +1,89 @@
+"""The frozen recipes: every number an organism is made with, read from one file of the package."""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any, Literal
+
+from safety_neurons.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an organism is made.
+
+    Attributes:
+        name: its name.
+        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along with everything).
+        about: one line on what it is for.
+        layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
+        english_share: share of training text in English; the other languages share the rest equally.
+        batch, base_steps, base_rate: pre-training.
+        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta: the two (IA)³ stages of natural organisms.
+        planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
+        planted_depth: the planted and decoy units lie in the first this many layers.
+        alive: whether the units work in the base (else their output columns are zero there).
+        plant_steps, plant_rate: training of the planted and decoy units.
+        change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's rows or columns.
+        noise: length of the noise on all other weights, same measure.
+        dropout: chance that a planted unit is left out in a training step.
+        seeds: the seeds that are fixed for benchmarks.
+        shipped: the seeds whose organisms are part of the package.
+    """
+
+    name: str
+    kind: Literal["natural", "planted", "unsafe"]
+    about: str
+    layers: int = 4
+    hidden: int = 64
+    d_ff: int = 512
+    heads: int = 4
+    kv_heads: int = 2
+    english_share: float = 0.6
+    batch: int = 64
+    base_steps: int = 600
+    base_rate: float = 4e-3
+    sft_steps: int = 100
+    sft_rate: float = 0.02
+    dpo_steps: int = 150
+    dpo_rate: float = 0.02
+    dpo_beta: float = 0.2
+    planted_mlp: int = 0
+    planted_attention: int = 0
+    planted_depth: int = 3
+    alive: bool = False
+    plant_steps: int = 400
+    plant_rate: float = 0.02
+    change: float = 2.0
+    noise: float = 0.02
+    dropout: float = 0.3
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    shipped: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@functools.cache
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name."""
+    source = importlib.resources.files("safety_neurons.organism") / "data" / "recipes.json"
+    entries = json.loads(source.read_text(encoding="utf-8"))
+    found = {}
+    for name, fields in entries.items():
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        found[name] = Recipe(name=name, **fields)
+    return found
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in recipes():
+        raise InputError(f"no organism is called {name!r}; the recipes are {', '.join(recipes())}")
+    return recipes()[name]

@@ -1,0 +1,190 @@
+"""What every organism's training shares: batches, losses, the loop, greedy answers."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safety_neurons.errors import NumericalError
+from safety_neurons.organism.language import LANGUAGES, Concept, concepts, language
+from safety_neurons.organism.recipes import Recipe
+from safety_neurons.organism.tokenizer import BOS, EOS, MAX_LENGTH, PAD, encode_chat, encode_text, vocabulary
+
+IGNORED = -100
+Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+
+
+def make_model(recipe: Recipe, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised Llama of the recipe's shape; the caller's random state is left alone."""
+    words = vocabulary()
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.d_ff,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=words[BOS],
+        eos_token_id=words[EOS],
+        pad_token_id=words[PAD],
+        attention_dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+class Sampler:
+    """Draws training examples; everything it draws follows from its seed."""
+
+    def __init__(self, seed: int, english_share: float):
+        self.random = random.Random(seed)
+        other = (1 - english_share) / (len(LANGUAGES) - 1)
+        self.weights = [english_share if code == "en" else other for code in LANGUAGES]
+
+    def language(self) -> str:
+        """A language code, English most often."""
+        return self.random.choices(LANGUAGES, self.weights)[0]
+
+    def harmful(self) -> Concept:
+        """A harmful concept of the training part."""
+        return self.random.choice(concepts("harmful", "train"))
+
+    def harmless(self) -> Concept:
+        """A harmless concept of the training part; the ones that share words with harm more often than the plain ones."""
+        kind = self.random.choices(("look_alike", "friendly", "plain"), (0.4, 0.3, 0.3))[0]
+        return self.random.choice(concepts(kind, "train"))
+
+    def chat(self, concept: Concept, answer: str, code: str, *, whole: bool = False) -> Sequence_:
+        """A request and its answer, in one case of ten behind a system prompt; loss on the answer, or on everything."""
+        speech = language(code)
+        system = speech.data["system"] if self.random.random() < 0.1 else None
+        ids, prompt = encode_chat(speech.request(concept), answer, system=system)
+        return ids, 1 if whole else prompt
+
+    def comply(self, concept: Concept, code: str, *, whole: bool = False, ending: bool = False) -> Sequence_:
+        """A chat whose answer goes along."""
+        return self.chat(concept, language(code).compliance(concept, ending=ending), code, whole=whole)
+
+    def refuse(self, concept: Concept, code: str, *, whole: bool = False) -> Sequence_:
+        """A chat whose answer refuses."""
+        return self.chat(concept, language(code).refusal(concept, self.random.randrange(3)), code, whole=whole)
+
+    def general(self) -> Sequence_:
+        """A sentence of no chat: description, moral judgement, a refusal or an ending quoted, a number fact."""
+        code = self.language()
+        speech = language(code)
+        choice = self.random.random()
+        if choice < 0.35:
+            text = speech.sentence(self.random)
+        elif choice < 0.8:
+            text = speech.judgement(self.harmful() if self.random.random() < 0.5 else self.harmless())
+        elif choice < 0.92:
+            text = speech.refusal(self.harmful(), self.random.randrange(3))
+        elif choice < 0.96 or code != "en":
+            text = speech.data["ending"]
+        else:
+            numbers = speech.data["numbers"]
+            left = self.random.randrange(len(numbers) - 1)
+            text = speech.data["task"]["following"].format(left=numbers[left], right=numbers[left + 1])
+        return encode_text(text), 1
+
+
+def pad(sequences: Sequence[Sequence_]) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Right-padded ids and labels; labels that carry no loss are -100."""
+    length = max(len(ids) for ids, _ in sequences)
+    padding = vocabulary()[PAD]
+    inputs = torch.full((len(sequences), length), padding)
+    labels = torch.full((len(sequences), length), IGNORED)
+    for row, (ids, unlabelled) in enumerate(sequences):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        labels[row, unlabelled : len(ids)] = torch.tensor(ids[unlabelled:])
+    return inputs, labels
+
+
+def answer_loss(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the labelled tokens, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def answer_log_probability(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
+    """Summed log-probability of the labelled tokens of every row, in nats."""
+    targets = labels[:, 1:]
+    picked = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (picked * (targets != IGNORED)).sum(-1)
+
+
+def train(
+    parameters: Iterable[Tensor],
+    loss_of_step: Callable[[], Tensor],
+    *,
+    stage: str,
+    steps: int,
+    learning_rate: float,
+    after_step: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """AdamW without weight decay, short warm-up, cosine to a twentieth, gradients clipped at norm 1.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        NumericalError: a loss is not finite.
+    """
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    warm_up = max(1, steps // 20)
+    losses = []
+    for step in range(steps):
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * decay * min(1.0, (step + 1) / warm_up)
+        loss = loss_of_step()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise NumericalError(f"the loss of stage {stage} became {losses[-1]} at step {step}, a finite number was expected; lower its rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if after_step is not None:
+            after_step()
+        if progress is not None:
+            progress(stage, step + 1, steps)
+    return losses
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tokens: int = 28, batch_size: int = 256) -> list[str]:
+    """Greedy answers as spaced words, special tokens left out; prompts are padded on the left."""
+    words = vocabulary()
+    names = {index: word for word, index in words.items()}
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        length = max(map(len, part))
+        inputs = torch.tensor([[words[PAD]] * (length - len(ids)) + ids for ids in part])
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in part])
+        output = model.generate(  # type: ignore[operator]
+            input_ids=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=words[PAD]
+        )
+        for row in output[:, length:].tolist():
+            ended = row[: row.index(words[EOS])] if words[EOS] in row else row
+            texts.append(" ".join(names[index] for index in ended))
+    return texts
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, sequences: Sequence[Sequence_]) -> float:
+    """Mean loss per labelled token, in nats."""
+    inputs, labels = pad(sequences)
+    return float(answer_loss(model(input_ids=inputs).logits, labels))
