@@ -1,0 +1,60 @@
+"""Checkpoint: the partial state of a long run, in one file that is always whole."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from safety_neurons.errors import RunError
+from safety_neurons.results.files import PathLike, plain, write_bytes
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    arrays: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+class Checkpoint:
+    """Arrays and a small state under one path; saving replaces both in one step."""
+
+    def __init__(self, path: PathLike) -> None:
+        """Names the file; nothing is written yet."""
+        self.path = pathlib.Path(path)
+
+    def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        """Writes arrays and state (JSON values) in one step.
+
+        Raises:
+            RunError: the place cannot be written; the previous checkpoint is untouched.
+        """
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_bytes(self.path, save(whole, metadata={"state": json.dumps(plain(state))}))
+
+    def load(self) -> Saved | None:
+        """The last state saved, or `None` where there is none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="numpy") as opened:
+                state = json.loads((opened.metadata() or {})["state"])
+                return Saved({name: opened.get_tensor(name) for name in opened.keys()}, state)  # noqa: SIM118  # not a mapping
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"cannot read checkpoint {str(self.path)!r} ({str(error)[:80]}); delete it or pass --overwrite to start anew"
+            ) from error
+
+    def delete(self) -> None:
+        """Removes the file, where there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()

@@ -1,0 +1,215 @@
+"""Completions: what a model answered, one JSON line each, readable also after a kill in the middle of a line."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+from safety_neurons.errors import InputError, RunError
+from safety_neurons.results.files import PathLike, plain, write_bytes
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of one model to one prompt."""
+
+    prompt_id: str
+    prompt: str
+    completion: str
+    """The text, special tokens left out."""
+    token_ids: tuple[int, ...] = ()
+    """The generated ids, as generated, the end token included."""
+    finish_reason: Literal["stop", "length"] = "stop"
+    """`stop`: the model ended its answer; `length`: it was cut at the token limit."""
+    arm: str = "untreated"
+    """Which treatment the model was under."""
+    seed: int = 0
+    verdicts: Mapping[str, Any] = field(default_factory=dict)
+    """By judge, its verdict as JSON values."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of one line; `meta` only where there is any."""
+        record = {entry.name: plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
+        if not record["meta"]:
+            del record["meta"]
+        return record
+
+
+class Completions(Sequence[Completion]):
+    """A sequence of completions. Slices are completions too."""
+
+    def __init__(self, items: Iterable[Completion] = (), dropped: int = 0) -> None:
+        """Takes the completions in order; `dropped` counts cut last lines of the file they come from."""
+        self._items = tuple(items)
+        self.dropped = dropped
+
+    @overload
+    def __getitem__(self, index: int) -> Completion: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Completions": ...
+    def __getitem__(self, index: int | slice) -> "Completion | Completions":
+        return Completions(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Completion]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return self._items == other._items if isinstance(other, Completions) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # verdicts are mappings, so completions are compared but not hashed
+
+    def __add__(self, other: "Completions") -> "Completions":
+        return Completions((*self, *other), self.dropped + other.dropped)
+
+    def __repr__(self) -> str:
+        return f"Completions({len(self)} in {', '.join(self.arms) or 'no arm'})"
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that occur, in order of appearance."""
+        return tuple(dict.fromkeys(item.arm for item in self))
+
+    def arm(self, name: str) -> "Completions":
+        """The completions of one arm.
+
+        Raises:
+            InputError: there is no such arm.
+        """
+        found = Completions(item for item in self if item.arm == name)
+        if not len(found):
+            raise InputError(f"no completion of arm {name!r}; the arms are {', '.join(self.arms) or 'none'}")
+        return found
+
+    def by_id(self, prompt_id: str) -> "Completions":
+        """The completions of one prompt, in every arm and seed; empty where there is none."""
+        return Completions(item for item in self if item.prompt_id == prompt_id)
+
+    def with_verdicts(self, judge: str, verdicts: Sequence[Any]) -> "Completions":
+        """The same completions, each with a judge's verdict beside those it has.
+
+        Raises:
+            InputError: not one verdict per completion.
+        """
+        if len(verdicts) != len(self):
+            raise InputError(f"{len(verdicts)} verdicts for {len(self)} completions; expected one each, in the same order")
+        pairs = zip(self, verdicts, strict=True)
+        return Completions(
+            (dataclasses.replace(item, verdicts={**item.verdicts, judge: plain(verdict)}) for item, verdict in pairs), self.dropped
+        )
+
+    def save(self, path: PathLike) -> None:
+        """Writes the file in one step.
+
+        Raises:
+            RunError: the place cannot be written.
+        """
+        write_bytes(path, _lines(self))
+
+    def append(self, path: PathLike) -> None:
+        """Adds these completions to a file, after cutting off a last line that a kill left unfinished.
+
+        Raises:
+            RunError: the place cannot be written.
+        """
+        target = pathlib.Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("a+b") as stream:
+                stream.truncate(_end_of_last_line(stream))
+                stream.seek(0, os.SEEK_END)
+                stream.write(_lines(self))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with free space") from error
+
+    @staticmethod
+    def load(path: PathLike) -> "Completions":
+        """The completions in a JSON Lines file. A last line that was cut in the middle is left out and counted in `dropped`.
+
+        Files made by hand need `prompt` and `completion` only.
+
+        Raises:
+            InputError: missing, not UTF-8, empty, or a line that is not such a record; the message names the line.
+        """
+        source = pathlib.Path(path)
+        try:
+            lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot read {str(source)!r} ({error.strerror or error}); expected a completions file: check the path"
+            ) from error
+        if lines[0].startswith(b"version https://git-"):
+            raise InputError(f"{str(source)!r} is a Git LFS pointer, expected the file itself: run 'git lfs pull'")
+        items, dropped = [], 0
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                items.append(_completion(line, number))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) and isinstance(error, ValueError):
+                    dropped += 1
+                    continue
+                raise InputError(
+                    f"line {number} of {str(source)!r} is not a completion ({type(error).__name__}: {str(error)[:80]}); "
+                    "expected a JSON object with 'prompt' and 'completion'"
+                ) from error
+        if not items and not dropped:
+            raise InputError(f"{str(source)!r} is empty; expected one JSON object per line with 'prompt' and 'completion'")
+        return Completions(items, dropped)
+
+
+def _lines(completions: Iterable[Completion]) -> bytes:
+    return b"".join(_line(item.to_json()) for item in completions)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # Half of a surrogate pair, as byte-level tokenizers can give: written as an escape.
+        return (json.dumps(record) + "\n").encode()
+
+
+def _end_of_last_line(stream: Any) -> int:
+    """Where the last finished line ends, in bytes; a last line without its line break that is a whole record is kept by finishing it."""
+    end = stream.seek(0, os.SEEK_END)
+    if end == 0:
+        return 0
+    stream.seek(0)
+    content = stream.read()
+    if content.endswith(b"\n"):
+        return int(end)
+    start = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        return start
+    stream.write(b"\n")
+    return int(end) + 1
+
+
+def _completion(line: bytes, number: int) -> Completion:
+    record = json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict) or not isinstance(record["completion"], str) or not isinstance(record["prompt"], str):
+        raise TypeError("'prompt' and 'completion' must be text")
+    if record.get("finish_reason", "stop") not in ("stop", "length"):
+        raise TypeError(f"finish_reason {str(record['finish_reason'])[:20]!r} is neither 'stop' nor 'length'")
+    return Completion(
+        prompt_id=str(record.get("prompt_id", number - 1)),
+        prompt=record["prompt"],
+        completion=record["completion"],
+        token_ids=tuple(int(token) for token in record.get("token_ids") or ()),
+        finish_reason="length" if record.get("finish_reason") == "length" else "stop",
+        arm=str(record.get("arm", "untreated")),
+        seed=int(record.get("seed", 0)),
+        verdicts=dict(record.get("verdicts") or {}),
+        meta=dict(record.get("meta") or {}),
+    )
