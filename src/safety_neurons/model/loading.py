@@ -1,0 +1,388 @@
+"""Models from `ID[@REVISION][+ADAPTER…]`: one, or a pair that shares its base in memory."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
+from safety_neurons.model.adapters import adapter_config, attach, check_one_kind, first_line, kind_of, merge
+from safety_neurons.model.language_model import LanguageModel
+
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+)
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "prompts/*"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed model argument.
+
+    Attributes:
+        base: Path or hub name of the model.
+        revision: Revision on the hub; None for the default one and for paths.
+        adapters: Paths or hub names of the adapters, each with its own revision, in the order they are applied.
+    """
+
+    base: str
+    revision: str | None = None
+    adapters: tuple[tuple[str, str | None], ...] = ()
+
+    def __str__(self) -> str:
+        parts = ((self.base, self.revision), *self.adapters)
+        return "+".join(name if revision is None else f"{name}@{revision}" for name, revision in parts)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The less safe and the safer of two models.
+
+    Attributes:
+        base: The less safe one.
+        aligned: The safer one.
+        shared: Whether both are views of one model in memory that differ in their adapters only.
+    """
+
+    base: LanguageModel
+    aligned: LanguageModel
+    shared: bool
+
+
+@dataclass(frozen=True)
+class _Options:
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    offline: bool
+    trust_remote_code: bool
+    merge_adapters: bool
+    others: Mapping[str, Any]
+
+
+def parse_spec(spec: str | Path) -> ModelSpec:
+    """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each part at `@`.
+
+    Raises:
+        UsageError: An empty part.
+    """
+    text = str(spec)
+    if text and Path(text).expanduser().exists():
+        return ModelSpec(str(Path(text).expanduser()))
+    parts = _parts(text)
+    if not all(parts):
+        raise UsageError(f"model {text!r}: expected ID[@REVISION][+ADAPTER…] without empty parts")
+    named = [_with_revision(part) for part in parts]
+    return ModelSpec(*named[0], tuple(named[1:]))
+
+
+def load(
+    spec: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    template: str | Path = "auto",
+    system: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    merge_adapters: bool = False,
+    **from_pretrained: Any,
+) -> LanguageModel:
+    """Loads a model, with adapters unmerged, from a folder or the hub.
+
+    Args:
+        spec: `ID[@REVISION][+ADAPTER…]`.
+        device: Where to put it; by default a GPU if there is one.
+        dtype: `auto` (the checkpoint's), `float32`, `float64`, `bfloat16` or `float16`.
+        template: `auto`, `none`, `tulu` or the path of a Jinja file.
+        system: System prompt for prompts that bring none.
+        template_args: Variables for a chat template.
+        offline: Use what is on this machine and open no connection.
+        trust_remote_code: Run code that comes with the checkpoint.
+        merge_adapters: Merge adapters into the weights, in order; needed for adapters of several types.
+        **from_pretrained: Further arguments of transformers' `from_pretrained` (`device_map`, `quantization_config`, `load_in_8bit`,
+            `load_in_4bit`, `attn_implementation`, …).
+
+    Raises:
+        ModelError: What cannot be found or loaded, in one line.
+        MismatchError: Weights that do not fit the configuration.
+        NumericalError: NaN or infinity in the weights.
+        UsageError: A malformed spec, an unknown dtype, or adapters of several types.
+    """
+    options = _Options(device, dtype, offline, trust_remote_code, merge_adapters, from_pretrained)
+    view = {"template": template, "system": system, "template_args": template_args}
+    parsed = parse_spec(spec)
+    folders = _folders(parsed, options)
+    configs = [adapter_config(folder) for folder in folders[1:]]
+    if not merge_adapters:
+        check_one_kind(folders[1:], configs)
+    model, tokenizer = _base(folders[0], options)
+    if merge_adapters:
+        model = merge(model, folders[1:], configs)
+        names: list[str] | None = None
+    else:
+        model = attach(model, folders[1:], configs)
+        names = [f"a{number}" for number in range(len(configs))] or None
+    check_finite(model)
+    return _view(model, tokenizer, parsed, folders, names, view)
+
+
+def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -> Pair:
+    """Loads the two models of a comparison; adapters of one type on one base share that base in memory.
+
+    Args:
+        base_spec: The less safe model.
+        aligned_spec: The safer model.
+        **options: As for `load`.
+
+    Raises:
+        MismatchError: Models of different shapes, or tokenizers that disagree.
+        ModelError: As for `load`.
+    """
+    specs = parse_spec(base_spec), parse_spec(aligned_spec)
+    view = {name: options.pop(name) for name in ("template", "system", "template_args") if name in options}
+    settings = _options(options)
+    found = [_folders(spec, settings) for spec in specs]
+    kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
+    if found[0][0] != found[1][0] or len(kinds) > 1 or settings.merge_adapters:
+        base, aligned = load(base_spec, **options, **view), load(aligned_spec, **options, **view)
+        check_pair(base, aligned)
+        return Pair(base, aligned, shared=False)
+    needed = list(dict.fromkeys(folder for folders in found for folder in folders[1:]))
+    names = {folder: f"a{number}" for number, folder in enumerate(needed)}
+    model, tokenizer = _base(found[0][0], settings)
+    model = attach(model, needed, [adapter_config(folder) for folder in needed])
+    check_finite(model)
+    base, aligned = (
+        _view(model, tokenizer, spec, folders, [names[folder] for folder in folders[1:]] if needed else None, view)
+        for spec, folders in zip(specs, found, strict=True)
+    )
+    return Pair(base, aligned, shared=True)
+
+
+def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:
+    """Refuses two models that cannot be fed the same token ids or do not have the same neurons.
+
+    Raises:
+        MismatchError: The first difference, in one line.
+    """
+    shapes = [_shapes(lm) for lm in (base, aligned)]
+    for name in dict.fromkeys((*shapes[0], *shapes[1])):
+        here, there = shapes[0].get(name), shapes[1].get(name)
+        if here != there:
+            what = f"{name} is {here or 'absent'} in {base.name} and {there or 'absent'} in {aligned.name}"
+            raise MismatchError(f"the two models have different shapes: {what}; expected two versions of one architecture")
+    if base.tokenizer is None or aligned.tokenizer is None or base.tokenizer is aligned.tokenizer:
+        return
+    words = [lm.tokenizer.get_vocab() for lm in (base, aligned)]
+    if words[0] != words[1]:
+        different = sorted(word for word in words[0].keys() | words[1].keys() if words[0].get(word) != words[1].get(word))
+        word = different[0]
+        what = f"{len(different)} tokens differ, {word!r} is {words[0].get(word, 'absent')} and {words[1].get(word, 'absent')}"
+        raise MismatchError(f"the two models have different tokenizers ({what}): expected one vocabulary, as token ids are fed to both")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Looks for NaN and infinity in the weights, one sum for each.
+
+    Raises:
+        NumericalError: Names the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta or parameter.element_size() < 2:
+            continue
+        values = parameter.detach()
+        total = values.sum(dtype=torch.float32 if values.element_size() < 4 else values.dtype)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
+            count = int((~torch.isfinite(values)).sum())
+            raise NumericalError(
+                f"parameter {name} holds {count} NaN or infinite values: expected finite weights; check the checkpoint or --dtype"
+            )
+
+
+def _options(options: dict[str, Any]) -> _Options:
+    left = dict(options)
+    known = {name: left.pop(name, default) for name, default in (("device", None), ("dtype", None))}
+    flags = {name: bool(left.pop(name, False)) for name in ("offline", "trust_remote_code", "merge_adapters")}
+    return _Options(**known, **flags, others=left)
+
+
+def _view(
+    model: nn.Module, tokenizer: Any, spec: ModelSpec, folders: Sequence[Path], names: list[str] | None, view: Mapping[str, Any]
+) -> LanguageModel:
+    folder = folders[0]
+    if not (folder / "prompts").is_dir() and (folder.parent / "prompts").is_dir():
+        folder = folder.parent
+    return LanguageModel(model, tokenizer, **view, name=str(spec), adapters=names, folder=folder)
+
+
+def _parts(text: str) -> list[str]:
+    """The parts between `+` signs, where neighbours that together are an existing path stay together."""
+    pieces = text.split("+")
+    parts: list[str] = []
+    while pieces:
+        for length in range(len(pieces), 0, -1):
+            joined = "+".join(pieces[:length])
+            if length == 1 or (joined and Path(joined).expanduser().exists()):
+                parts.append(joined)
+                pieces = pieces[length:]
+                break
+    return parts
+
+
+def _with_revision(part: str) -> tuple[str, str | None]:
+    if Path(part).expanduser().exists() or "@" not in part:
+        return (str(Path(part).expanduser()) if part.startswith("~") else part), None
+    name, revision = part.rsplit("@", 1)
+    if not name or not revision:
+        raise UsageError(f"model {part!r}: expected ID@REVISION")
+    return name, revision
+
+
+def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
+    """Local folders of the base and its adapters, downloaded from the hub where they are not paths."""
+    return [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
+
+
+def _folder(name: str, revision: str | None, options: _Options) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ModelError(f"{name} is a file: expected the folder of a model in Hugging Face layout, or a name on the hub")
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder; expected a model's folder, or a name on the hub such as org/model")
+    import huggingface_hub
+
+    patterns = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=options.offline, **arguments))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        where = "in the local cache (--offline)" if options.offline else "on the hub or in the local cache"
+        at = f" at revision {revision}" if revision else ""
+        problem = f"{name}{at}: no such folder, and not found {where} ({type(error).__name__})"
+        raise ModelError(f"{problem}; check the name, or download the model first") from error
+
+
+def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
+    _check_folder(folder)
+    tokenizer = _tokenizer(folder, options)
+    import transformers
+
+    device = _device(options)
+    arguments = _arguments(options)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=_dtype(options.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **arguments,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")
+    if wrong := list(info.get("mismatched_keys") or ()):
+        raise MismatchError(f"{folder}: {len(wrong)} weights do not fit config.json ({wrong[0]}); expected the shapes it states")
+    if device is not None:
+        try:
+            model = model.to(device)
+        except RuntimeError as error:
+            raise ModelError(f"{folder}: cannot be put on {device} ({first_line(error)})") from error
+    return model.eval(), tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        advice = f"this is an adapter: write BASE+{folder}" if adapter else "expected the folder of a model in Hugging Face layout"
+        raise ModelError(f"{folder}: no config.json; {advice}")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
+        why = "its weights are a pickle, which can run code: convert them to safetensors" if pickled else "expected model.safetensors"
+        raise ModelError(f"{folder}: no safetensors file; {why}")
+
+
+def _tokenizer(folder: Path, options: _Options) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+        raise ModelError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model beside the weights")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = (dtype or "auto").removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _device(options: _Options) -> torch.device | None:
+    """The device to move the model to; None where `device_map` or a quantisation places it."""
+    placed = {"device_map", "quantization_config", "load_in_8bit", "load_in_4bit"} & options.others.keys()
+    if options.device is None or str(options.device) == "auto":
+        return None if placed else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "device_map" in options.others:
+        raise UsageError(f"device {options.device} and a device_map: expected one of them")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise UsageError(f"device {options.device!r}: expected 'cpu', 'cuda', 'cuda:0', 'mps', …") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ModelError(
+                f"device {options.device}: this machine has {count} CUDA devices; use --device cpu, or a build of torch with CUDA"
+            )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"device {options.device}: not available on this machine; use --device cpu")
+    return None if placed else device
+
+
+def _arguments(options: _Options) -> dict[str, Any]:
+    """`load_in_8bit` and `load_in_4bit` as the quantisation configuration that transformers takes."""
+    arguments = dict(options.others)
+    bits = {name: arguments.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in arguments}
+    if not any(bits.values()):
+        return arguments
+    if len(bits) > 1 or "quantization_config" in arguments:
+        raise UsageError("more than one of load_in_8bit, load_in_4bit and quantization_config: expected one of them")
+    import transformers
+
+    arguments["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
+    if "device_map" not in arguments and options.device is not None:
+        arguments["device_map"] = {"": str(options.device)}
+    return arguments
+
+
+def _shapes(lm: LanguageModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of the decoder's own weights, adapters, embeddings and head aside."""
+    inner = lm.inner
+    aside = [module.weight for module in (inner.get_input_embeddings(), inner.get_output_embeddings()) if module is not None]
+    shapes = {}
+    for name, parameter in inner.named_parameters():
+        if not any(parameter is weight for weight in aside) and not re.search(r"\.(ia3_|lora_|modules_to_save)", name):
+            shapes[name.replace(".base_layer.", ".")] = tuple(parameter.shape)
+    return shapes

@@ -1,0 +1,340 @@
+"""Forward passes over many sequences: right-padded batches sorted by length, halved when memory runs out."""
+
+import contextlib
+import gc
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from safety_neurons.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from safety_neurons.model.language_model import LanguageModel
+
+BatchSize = int | Literal["auto"]
+T = TypeVar("T")
+
+CPU_TOKEN_BUDGET = 2048
+GPU_TOKEN_BUDGET = 16384
+
+
+@dataclass
+class Batch:
+    """Sequences of similar length, padded on the right.
+
+    Attributes:
+        input_ids: Token ids; padding holds some valid id that nothing may read.
+        attention_mask: 1 for tokens, 0 for padding.
+        position_ids: 0, 1, 2, … in every row.
+        lengths: Number of tokens of every row.
+        indices: Which of the caller's sequences each row is.
+        number: Place of the (unsplit) batch in its plan.
+        output: What the forward pass gave: final hidden states `[batch, token, hidden]`, or logits `[batch, token, vocab]`; None where
+            the pass stopped early or hooks on the whole model made it run as a whole.
+    """
+
+    input_ids: Int[Tensor, "batch token"]
+    attention_mask: Int[Tensor, "batch token"]
+    position_ids: Int[Tensor, "batch token"]
+    lengths: list[int]
+    indices: list[int]
+    number: int = 0
+    output: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens, padding excluded."""
+        return sum(self.lengths)
+
+    @property
+    def rows(self) -> Int[Tensor, " row"]:
+        """Indices of the real tokens in the flattened `batch × token` axis, sequence by sequence.
+
+        Select with these (`values.flatten(0, 1)[batch.rows]`) and never multiply by the mask: padding may hold NaN.
+        """
+        return self.attention_mask.flatten().nonzero().squeeze(1)
+
+    @property
+    def row_lengths(self) -> Int[Tensor, " batch"]:
+        """Lengths as a tensor on the batch's device, to split what `rows` selected."""
+        return torch.tensor(self.lengths, device=self.input_ids.device)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on another device."""
+        tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device))
+        return Batch(*tensors, self.lengths, self.indices, self.number)
+
+    def split(self) -> tuple["Batch", "Batch"]:
+        """Two halves of the rows, each no wider than its longest row."""
+        middle = (len(self) + 1) // 2
+        return self._part(slice(None, middle)), self._part(slice(middle, None))
+
+    def _part(self, rows: slice) -> "Batch":
+        lengths = self.lengths[rows]
+        width = slice(0, max(lengths))
+        tensors = (self.input_ids[rows, width], self.attention_mask[rows, width], self.position_ids[rows, width])
+        return Batch(*tensors, lengths, self.indices[rows], self.number)
+
+
+def token_budget(device: torch.device, budget: int | None = None) -> int:
+    """Padded tokens that one batch may hold when its size is left to the package."""
+    return budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
+
+
+def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = CPU_TOKEN_BUDGET) -> list[list[int]]:
+    """Indices of every batch: longest sequences first (what does not fit shows at once), ties by index.
+
+    Args:
+        lengths: Tokens of every sequence.
+        batch_size: Rows of a batch, or `auto` for as many as `budget` padded tokens allow.
+        budget: Padded tokens of a batch where the size is `auto`.
+
+    Raises:
+        InputError: A batch size below one.
+    """
+    if batch_size != "auto" and batch_size < 1:
+        raise InputError(f"batch size {batch_size}: expected a number of at least 1, or 'auto'")
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        limit = max(1, budget // max(1, lengths[groups[-1][0]])) if groups and batch_size == "auto" else batch_size
+        if groups and len(groups[-1]) < int(limit):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def collate(sequences: Sequence[Sequence[int]], indices: Sequence[int], *, number: int = 0, pad_id: int = 0) -> Batch:
+    """One right-padded batch of the sequences at `indices`."""
+    lengths = [len(sequences[index]) for index in indices]
+    if not lengths or min(lengths) == 0:
+        raise InputError("a sequence without tokens: expected at least one token in each; drop empty prompts first")
+    shape = (len(lengths), max(lengths))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    for row, index in enumerate(indices):
+        input_ids[row, : lengths[row]] = torch.tensor(list(sequences[index]), dtype=torch.long)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    mask = (positions < torch.tensor(lengths)[:, None]).long()
+    return Batch(input_ids, mask, positions, lengths, list(indices), number)
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", token_budget: int = CPU_TOKEN_BUDGET, pad_id: int = 0
+) -> list[Batch]:
+    """All sequences as right-padded batches, sorted by length; the same input always gives the same batches.
+
+    Raises:
+        InputError: An empty sequence, or a batch size below one.
+    """
+    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget)
+    return [collate(sequences, group, number=number, pad_id=pad_id) for number, group in enumerate(groups)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+class Halving:
+    """Runs work on batches and halves those that do not fit in memory, and all larger ones after them.
+
+    Attributes:
+        notes: One line for each time a batch was halved.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._largest: int | None = None
+
+    def run(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
+        """Results of `work` for the batch, or for its parts in order.
+
+        Args:
+            batch: Anything with `len`, `width` and `split()`.
+            work: Must leave nothing behind when it raises, for it is called again on each half.
+
+        Raises:
+            ModelError: One row alone does not fit.
+        """
+        if self._largest is not None and len(batch) > 1 and len(batch) * batch.width > self._largest:
+            return [result for part in batch.split() for result in self.run(part, work)]
+        try:
+            return [work(batch)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory()
+        rows, width = len(batch), batch.width
+        if rows == 1:
+            raise ModelError(f"out of memory on one sequence of {width} tokens: use a shorter text, --dtype bfloat16 or a larger device")
+        self._largest = rows * width // 2
+        self.notes.append(f"out of memory on a batch of {rows} × {width} tokens: halved, going on with at most {self._largest} tokens")
+        return [result for part in batch.split() for result in self.run(part, work)]
+
+
+def release_memory() -> None:
+    """Gives unused memory back after a failed allocation."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The causal LM's decoder without its head, adapters included; the model itself where it has no head."""
+    inner = transformers_model(model)
+    decoder = getattr(inner, "base_model", inner)
+    return decoder if isinstance(decoder, nn.Module) else inner
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model (adapters stay in its layers), or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None and hasattr(model, "peft_config") else model
+
+
+def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Float[Tensor, "batch token width"] | None:
+    """One forward pass without cache: final hidden states, or logits where they are asked for.
+
+    The head is left out where logits are not needed, unless something is hooked on the whole model: an intervention that drives
+    another model from there must see the pass, and None is returned then. Gradients flow if the caller enabled them.
+    """
+    inner = transformers_model(model)
+    whole = with_logits or any(_hooked(module) for module in (model, inner))
+    module = model if whole else decoder_of(model)
+    accepted = inspect.signature(inner.forward if whole else module.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = batch.position_ids
+    if whole and not with_logits:
+        if "logits_to_keep" in accepted:
+            arguments["logits_to_keep"] = 1
+    output = module(**arguments, return_dict=True)
+    if with_logits:
+        return output.logits
+    return None if whole else output.last_hidden_state
+
+
+def run_batches(
+    lm: "LanguageModel",
+    sequences: Sequence[Sequence[int]],
+    per_batch: Callable[[Batch], T],
+    batch_size: BatchSize = "auto",
+    with_logits: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+    start: int = 0,
+    *,
+    before: Callable[[Batch], None] | None = None,
+    finished: Callable[[int], None] | None = None,
+    last_layer: int | None = None,
+    budget: int | None = None,
+    notes: list[str] | None = None,
+    gradients: bool = False,
+) -> list[T]:
+    """Feeds every sequence once and calls `per_batch` after each forward pass.
+
+    Hooks that read activations are the caller's, put on around this call. A batch that does not fit in memory is fed again in halves;
+    so readers must keep what they read apart until `per_batch` takes it over, and drop it in `before`.
+
+    Args:
+        lm: The model; its adapters are made the active ones meanwhile.
+        sequences: Token ids.
+        per_batch: Gets the batch with its `output`, which is dropped afterwards.
+        batch_size: Rows, or `auto` for a token budget.
+        with_logits: `batch.output` holds logits rather than final hidden states.
+        progress: Called as `progress(batches done, batches in all, tokens done)`.
+        start: Batches of the plan to skip because an earlier run finished them.
+        before: Called right before each forward pass (again for each half of a batch that did not fit).
+        finished: Called with the number of finished batches of the plan: where a partial state may be written.
+        last_layer: Stop each pass after this layer; `batch.output` is None then.
+        budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere.
+        notes: Gets a line for every batch that was halved.
+        gradients: Leave gradients as the caller set them; by default they are off.
+
+    Returns:
+        What `per_batch` returned, in order (a halved batch gives several).
+
+    Raises:
+        InputError: An empty sequence or a batch size below one.
+        ModelError: One sequence alone does not fit in memory.
+    """
+    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget))
+    halving = Halving()
+    results: list[T] = []
+    tokens = sum(len(sequences[index]) for group in groups[:start] for index in group)
+
+    def work(batch: Batch) -> T:
+        if before is not None:
+            before(batch)
+        with _stopping(lm, last_layer) as stopped:
+            try:
+                batch.output = forward(lm.model, batch, with_logits=with_logits)
+            except stopped:
+                batch.output = None
+        try:
+            return per_batch(batch)
+        finally:
+            batch.output = None
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lm.running())
+        if not gradients:
+            stack.enter_context(torch.no_grad())
+        for number, group in enumerate(groups[start:], start=start):
+            batch = collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device)
+            results += halving.run(batch, work)
+            tokens += batch.n_tokens
+            if finished is not None:
+                finished(number + 1)
+            if progress is not None:
+                progress(number + 1, len(groups), tokens)
+    if notes is not None:
+        notes += halving.notes
+    return results
+
+
+@contextlib.contextmanager
+def _stopping(lm: "LanguageModel", last_layer: int | None) -> Iterator[Any]:
+    """Yields the exceptions that mean the pass went as far as it had to; none where all layers are wanted."""
+    yield ()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout) for a block; modules that were training train again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def next_token_rows(batch: Batch) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    """Flat indices of the tokens that predict another one, and the ids they are to predict, sequence by sequence."""
+    width = batch.width
+    predicts: Bool[Tensor, "batch token"] = batch.position_ids + 1 < batch.row_lengths[:, None]
+    rows = predicts.flatten().nonzero().squeeze(1)
+    return rows, batch.input_ids.flatten()[rows + 1] if width > 1 else batch.input_ids.new_empty(0)
+
+
+def _hooked(module: nn.Module) -> bool:
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate replaces every forward, harmlessly
+    return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
