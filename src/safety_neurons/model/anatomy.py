@@ -1,0 +1,290 @@
+"""Anatomy: for each layer and site of a causal language model, the module, the axis and the features that are its neurons.
+
+1. The layers are the one list of modules as long as the configuration says.
+2. The linear maps of a layer are grouped by the module that holds them; a small table says which role a name stands for.
+3. A group with queries, keys and values is the attention; a group with a down projection is the feed-forward part, or a shared expert where
+   it lies inside a block with routed experts.
+4. Shapes must fit one another: heads from widths, fused projections from the widths of what they feed.
+
+Nothing is matched on the name of a model. What cannot be told is refused by site and by reason, and all of it is proved on a probe pass
+(`safety_neurons.model.proof`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model.experts import DOWN, FUSED, ExpertsAnatomy, describe_experts, is_experts
+from safety_neurons.model.layouts import Layout, split_gate_up, split_qkv
+from safety_neurons.model.parts import Anatomy, AttentionAnatomy, Coverage, LayerAnatomy, MlpAnatomy, projections_of, unwrapped
+from safety_neurons.model.places import Projection, SitePlace
+from safety_neurons.model.vocabulary import ACTIVATIONS, ATTENTION_ROLES, FUSED_LAYOUTS, HEAD_SIZES, MLP_ROLES, ROUTERS, role_of
+from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES
+
+__all__ = ["Anatomy", "AttentionAnatomy", "Coverage", "LayerAnatomy", "MlpAnatomy", "resolve"]
+
+
+def resolve(model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts: Mapping[str, str] | None = None) -> Anatomy:
+    """The anatomy of a decoder-only model, from its structure alone; `proof.prove` then proves it.
+
+    Args:
+        model: a transformers causal language model, plain, quantised or wrapped by PEFT.
+        sites: paths inside a layer for what the table of names does not know: role (`q k v qkv o gate up gate_up down`) to path,
+            such as `{"q": "attention.my_queries"}`. They go before the table.
+        layouts: layouts of fused projections, `{"qkv": "grouped"}`, `{"gate_up": "alternating"}`; the proof does not replace these.
+
+    Raises:
+        UnsupportedModelError: no list of layers, a compiled model, or a layer in which nothing is known.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("a compiled model arrived, hooks need the plain one; pass model._orig_mod")
+    config = unwrapped(model).config.get_text_config()
+    chosen = {name: str(Layout(value)) for name, value in (layouts or {}).items()}
+    name, stack = _layer_list(model, int(config.num_hidden_layers))
+    refused: dict[str, str] = {}
+    layers, total = [], 0
+    for number, layer in enumerate(stack):
+        builder = _LayerBuilder(number, f"{name}.{number}", layer, config, dict(sites or {}), chosen, refused)
+        layers.append(builder.build())
+        total += builder.all_parameters
+    return Anatomy(model, tuple(layers), refused, total, chosen)
+
+
+def _layer_list(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers}
+    lists = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    with_maps = {name: module for name, module in lists.items() if projections_of(module[0]) or _experts_of(module[0])}
+    if len(with_maps) > 1 and callable(getattr(unwrapped(model), "get_decoder", None)):
+        decoder = {id(module) for module in unwrapped(model).get_decoder().modules()}
+        with_maps = {name: module for name, module in with_maps.items() if id(module) in decoder} or with_maps
+    if len(with_maps) != 1:
+        raise UnsupportedModelError(
+            f"{len(with_maps)} lists of {n_layers} layers with linear maps were found ({', '.join(with_maps) or 'none'}), one was expected; "
+            "pass the decoder-only language model itself"
+        )
+    return next(iter(with_maps.items()))
+
+
+def _experts_of(layer: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in layer.named_modules() if is_experts(module)}
+
+
+@dataclass
+class _LayerBuilder:
+    """Gathers what is known of one layer; `refused` collects sites that are there but cannot be told."""
+
+    number: int
+    name: str
+    layer: nn.Module
+    config: Any
+    overrides: dict[str, str]
+    layouts: dict[str, str]
+    refused: dict[str, str]
+    all_parameters: int = 0
+
+    def build(self) -> LayerAnatomy:
+        maps = projections_of(self.layer)
+        experts_name, experts = self._experts(maps)
+        block = experts_name.rpartition(".")[0] if experts_name else None
+        routers = [path for path, part in maps.items() if self._is_router(path, part, experts)]
+        maps = {path: part for path, part in maps.items() if path not in routers}
+        self.all_parameters = sum(part.n_parameters for part in maps.values()) + self._three_dimensional()
+        attention_maps, mlp_groups, unknown = self._groups(maps)
+        attention = self._attention(attention_maps)
+        dense = shared = None
+        for parent, group in mlp_groups.items():
+            inside = block is not None and (parent == block or parent.startswith(f"{block}.") or block == "")
+            part = self._mlp(parent, group, "shared_expert." if inside else "")
+            if (shared if inside else dense) is not None:
+                self._refuse(MLP_SITES, f"two feed-forward parts were found ({parent} is the second), one was expected; pass sites={{...}}")
+            elif inside:
+                shared = part
+            else:
+                dense = part
+        self._account(attention, dense, experts, unknown)
+        return LayerAnatomy(self.number, self.name, self.layer, attention, dense, experts, shared)
+
+    def _refuse(self, sites: Any, reason: str, prefix: str = "") -> None:
+        for site in sites:
+            self.refused.setdefault(f"layers.{self.number}.{prefix}{site}", reason)
+
+    def _account(self, attention: object, dense: object, experts: object, unknown: list[str]) -> None:
+        """Refuse what a layer has and the table does not know; complain about a layer of which nothing is known."""
+        if not unknown:
+            return
+        reason = (
+            f"{self.name} has linear maps of unknown role ({', '.join(unknown)}); pass sites={{'q': PATH, …}} to say which site they are"
+        )
+        if attention is None and dense is None and experts is None:
+            raise UnsupportedModelError(f"layers.{self.number}: {reason}")
+        if attention is None:
+            self._refuse(ATTENTION_SITES, reason)
+        if dense is None and experts is None:
+            self._refuse(MLP_SITES, reason)
+
+    def _three_dimensional(self) -> int:
+        """Parameters of experts that are no linear maps of their own."""
+        return sum(parameter.numel() for module in _experts_of(self.layer).values() for parameter in module.parameters(recurse=False))
+
+    def _is_router(self, path: str, part: Projection, experts: ExpertsAnatomy | None) -> bool:
+        last = path.rpartition(".")[2]
+        if part.out_features == 1:
+            return True
+        return experts is not None and last in ROUTERS and part.out_features == experts.n_experts
+
+    def _experts(self, maps: dict[str, Projection]) -> tuple[str, ExpertsAnatomy | None]:
+        self._no_listed_experts(maps)
+        found = _experts_of(self.layer)
+        if not found:
+            return "", None
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"layers.{self.number}: {len(found)} experts modules were found ({', '.join(found)}), one was expected; use another model"
+            )
+        name, module = next(iter(found.items()))
+        block = self.layer.get_submodule(name.rpartition(".")[0])
+        layout = self.layouts.get("experts")
+        return name, describe_experts(self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None)
+
+    def _no_listed_experts(self, maps: dict[str, Projection]) -> None:
+        for name, module in self.layer.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) > 1 and all(role_of(p, MLP_ROLES) for p in projections_of(module)):
+                if not projections_of(module):
+                    continue
+                raise UnsupportedModelError(
+                    f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found ({name}), three-dimensional "
+                    "parameters behind the experts interface were expected; use transformers 5 or later for mixture-of-experts models"
+                )
+        three = [
+            name
+            for name, module in self.layer.named_modules()
+            if getattr(getattr(module, FUSED, None), "ndim", 0) == 3 or getattr(getattr(module, DOWN, None), "ndim", 0) == 3
+        ]
+        if three and not _experts_of(self.layer) and len(maps) >= 0:
+            raise UnsupportedModelError(
+                f"layers.{self.number}.experts: three-dimensional experts without the experts interface were found ({three[0]}); "
+                "use transformers 5 or later for mixture-of-experts models"
+            )
+
+    def _groups(self, maps: dict[str, Projection]) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
+        """Roles to paths for the attention, the same for every feed-forward group, and the paths of no known role."""
+        forced = {path: role for role, path in self.overrides.items() if path in maps}
+        by_parent: dict[str, list[str]] = {}
+        for path in maps:
+            by_parent.setdefault(path.rpartition(".")[0], []).append(path)
+        attention: dict[str, str] = {role: path for path, role in forced.items() if role in ATTENTION_ROLES}
+        mlps: dict[str, dict[str, str]] = {}
+        unknown: list[str] = []
+        for parent, paths in by_parent.items():
+            free = [path for path in paths if path not in forced]
+            roles = [role_of(path, ATTENTION_ROLES) for path in free] + [forced.get(path) for path in paths]
+            is_attention = any(role in ("q", "k", "v", "qkv") for role in roles)
+            table = ATTENTION_ROLES if is_attention else MLP_ROLES
+            group = attention if is_attention else {role: path for path, role in forced.items() if path in paths}
+            for path in free:
+                role = role_of(path, table)
+                if role is None or role in group:
+                    unknown.append(path)
+                else:
+                    group[role] = path
+            if not is_attention and group:
+                mlps[parent] = group
+        return attention, mlps, unknown
+
+    def _place(self, site: str, path: str, side: str, index: Any = None, prefix: str = "") -> SitePlace:
+        part = projections_of(self.layer)[path]
+        return SitePlace(f"layers.{self.number}.{prefix}{site}", f"{self.name}.{path}", part, side, index)
+
+    def _attention(self, paths: dict[str, str]) -> AttentionAnatomy | None:
+        if not paths:
+            return None
+        holder = next(paths[role] for role in ("qkv", "q", "k", "v", "o") if role in paths).rpartition(".")[0]
+        module = self.layer.get_submodule(holder)
+        head = self._head_dim(module)
+        if not ("o" in paths and ("qkv" in paths or {"q", "k", "v"} <= set(paths))):
+            found = ", ".join(f"{role}: {path}" for role, path in paths.items())
+            self._refuse(
+                ATTENTION_SITES,
+                f"{self.name} has an incomplete attention ({found}); q, k, v (or qkv) and o were expected: pass sites={{...}}",
+            )
+            return None
+        output = self._place("o", paths["o"], "input")
+        layout, places, n_heads, n_kv_heads = self._queries_keys_values(paths, output, head)
+        if places is None:
+            return None
+        return AttentionAnatomy(module, f"{self.name}.{holder}", n_heads, n_kv_heads, head, {**places, "o": output}, layout)
+
+    def _queries_keys_values(
+        self, paths: dict[str, str], output: SitePlace, head: int
+    ) -> tuple[Layout | None, dict[str, SitePlace] | None, int, int]:
+        n_heads = output.size // head
+        if "qkv" in paths:
+            fused = projections_of(self.layer)[paths["qkv"]]
+            n_kv_heads = (fused.out_features // head - n_heads) // 2
+            layout = Layout(
+                self.layouts.get("qkv", FUSED_LAYOUTS.get(paths["qkv"].rpartition(".")[2], Layout.CONTIGUOUS)),
+            )
+            if n_kv_heads < 1 or (n_heads + 2 * n_kv_heads) * head != fused.out_features or n_heads % n_kv_heads:
+                self._bad_widths(f"{paths['qkv']} has {fused.out_features} features for {n_heads} heads of {head}")
+                return layout, None, 0, 0
+            indices = split_qkv(layout, n_heads, n_kv_heads, head)
+            return layout, {site: self._place(site, paths["qkv"], "output", indices[site]) for site in "qkv"}, n_heads, n_kv_heads
+        places = {site: self._place(site, paths[site], "output") for site in "qkv"}
+        n_kv_heads = places["k"].size // head
+        widths = {site: place.size for site, place in places.items()}
+        fits = (n_heads * head, n_kv_heads * head, n_kv_heads * head) == tuple(widths.values())
+        if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
+            self._bad_widths(f"q, k, v have {widths} features and o takes {output.size}, with heads of {head}")
+            return None, None, 0, 0
+        return None, places, n_heads, n_kv_heads
+
+    def _bad_widths(self, found: str) -> None:
+        self._refuse(ATTENTION_SITES, f"{self.name}: {found}, which is no grouped-query attention; no option helps for this model")
+
+    def _head_dim(self, module: nn.Module) -> int:
+        for holder in (module, self.config):
+            for name in HEAD_SIZES:
+                value = getattr(holder, name, None)
+                if isinstance(value, int) and value > 0:
+                    return value
+        return int(self.config.hidden_size) // int(self.config.num_attention_heads)
+
+    def _mlp(self, parent: str, paths: dict[str, str], prefix: str) -> MlpAnatomy | None:
+        module = self.layer.get_submodule(parent)
+        activation = self._activation(module)
+        missing = "down" not in paths or not ({"up", "gate_up"} & set(paths)) or activation is None
+        if missing:
+            found = ", ".join(f"{role}: {path}" for role, path in paths.items())
+            self._refuse(
+                MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
+                f"{self.name} has an incomplete feed-forward part ({found}; activation function {'missing' if activation is None else 'found'}), "
+                "down and up (or gate_up) were expected: pass sites={...}",
+                prefix,
+            )
+            return None
+        places, layout = {}, None
+        down = self._place("down", paths["down"], "input", prefix=prefix)
+        if "gate_up" in paths:
+            layout = Layout(self.layouts.get("gate_up", Layout.CONTIGUOUS))
+            for site, index in split_gate_up(layout, down.size).items():
+                places[site] = self._place(site, paths["gate_up"], "output", index, prefix)
+        else:
+            places = {site: self._place(site, paths[site], "output", prefix=prefix) for site in ("gate", "up") if site in paths}
+        features = {place.features // (2 if layout else 1) for place in places.values()}
+        if features != {down.size}:
+            self._refuse(MLP_SITES, f"{self.name}: {sorted(features)} neurons feed a down projection of {down.size}", prefix)
+            return None
+        name = f"{self.name}.{parent}" if parent else self.name
+        assert activation is not None
+        return MlpAnatomy(module, name, "gate" in places, {**places, "down": down}, activation, layout)
+
+    def _activation(self, module: nn.Module) -> Callable[..., Any] | None:
+        for holder in (module, self.layer):
+            for name in ACTIVATIONS:
+                value = getattr(holder, name, None)
+                if callable(value):
+                    return value
+        return None

@@ -1,0 +1,342 @@
+"""The only file with hooks. Every hook goes on through a context manager and comes off with it, whatever happens in between.
+
+`reading` hands the activations of sites to functions, `editing` replaces them by what functions return, `around` does both at the
+boundaries of any modules. Only stock modules of the model are hooked; nothing is replaced, no parameter is touched, and reading leaves every
+number of the model's output as it was.
+
+Cost: one hook per projection, whatever the number of sites in it; views wherever the neurons are evenly spaced.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from safety_neurons.errors import ModelError, UnsupportedModelError
+from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy, Routing
+from safety_neurons.model.layouts import Index, take
+from safety_neurons.model.parts import Anatomy
+from safety_neurons.model.places import SitePlace
+
+Reader = Callable[[Any], None]
+"""Gets a site's activation `[batch, token, neuron]` (never to be written into), or `ExpertRows` for the key of an expert."""
+Editor = Callable[[Any], Tensor]
+"""Gets the same and returns the new activation, of the same shape."""
+
+
+@dataclass
+class Firings:
+    """What came by while hooks were on.
+
+    Attributes:
+        passes: forward passes through the first layer.
+        shape: rows and tokens of the pass in progress.
+        counts: how often each key came by.
+    """
+
+    passes: int = 0
+    shape: tuple[int, int] = (0, 0)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a replaced kernel)."""
+        silent = [key for key, count in self.counts.items() if count == 0]
+        if silent and self.passes:
+            raise UnsupportedModelError(
+                f"{silent[0]} never came by in {self.passes} forward passes ({len(silent)} such sites), each was expected to; "
+                "switch off torch.compile, CUDA graphs and replaced kernels for this model"
+            )
+
+
+@contextmanager
+def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings]:
+    """Hand the activations of sites to functions, at every forward pass inside the context.
+
+    Args:
+        anatomy: of the model that will run.
+        readers: function by key. An activation is `[batch, token, neuron]`: for `q k v gate up` the projection's output, before norm,
+            rotary embedding and activation function; for `o down` the projection's input, an (IA)³ scale included. The key of an expert
+            gets `ExpertRows`; the key `layers.{i}.experts.*.{site}` gets the rows of all experts of the layer in one.
+
+    Yields:
+        Counts of what came by.
+
+    Raises:
+        UnsupportedModelError: a site the anatomy refuses, a compiled model, or, at the end, a site that never came by.
+    """
+    with _hooked(anatomy, readers, edit=False) as firings:
+        yield firings
+    if not firings.passes and readers:
+        raise ModelError(f"{next(iter(readers))} was to be read and no forward pass came by; run the model inside the context")
+    firings.check()
+
+
+@contextmanager
+def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings]:
+    """Replace the activations of sites by what functions return, at every forward pass inside the context.
+
+    Arguments, yields and errors as for `reading`. The model's own tensors are never written into.
+    """
+    with _hooked(anatomy, editors, edit=True) as firings:
+        yield firings
+    firings.check()
+
+
+@contextmanager
+def around(
+    before: Mapping[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]] | None = None,
+    after: Mapping[nn.Module, Callable[[tuple[Any, ...], dict[str, Any], Any], Any]] | None = None,
+    first: bool = False,
+) -> Iterator[None]:
+    """Call functions at the boundaries of modules: for inputs with their keywords, for donors, for adapters stacked in one batch.
+
+    Args:
+        before: by module, called with (args, kwargs) before it runs; may return a new (args, kwargs), or None.
+        after: by module, called with (args, kwargs, output) after it ran; may return a new output, or None.
+        first: whether these come before hooks that are already on.
+    """
+    with ExitStack() as stack:
+        for module, function in (before or {}).items():
+            hook = _before(function)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)
+        for module, function in (after or {}).items():
+            hook = _after(function)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=first).remove)
+        yield
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the context; every module goes back to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _before(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs: function(args, kwargs)
+
+
+def _after(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: function(args, kwargs, output)
+
+
+@contextmanager
+def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edit: bool) -> Iterator[Firings]:
+    _refuse_compiled(anatomy.model)
+    dense, experts = _sorted_out(anatomy, functions)
+    firings = Firings(counts=dict.fromkeys(functions, 0))
+    with ExitStack() as stack:
+        if functions:
+            stack.callback(anatomy.layers[0].module.register_forward_pre_hook(_note_shape(firings), with_kwargs=True).remove)
+        for places in dense.values():
+            pairs = [(place, functions[place.key]) for place in places]
+            stack.callback(_register(pairs, firings, edit))
+        for part, wanted in experts:
+            stack.enter_context(_experts_hooked(part, wanted, firings, edit))
+        yield firings
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise UnsupportedModelError("a compiled model arrived, hooks need the plain one; pass it before .compile() or reload it")
+
+
+def _note_shape(firings: Firings) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        firings.passes += 1
+        firings.shape = (hidden.shape[0], hidden.shape[1])
+
+    return hook
+
+
+def _sorted_out(
+    anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]]
+) -> tuple[dict[tuple[int, str], list[SitePlace]], list[tuple[ExpertsAnatomy, dict[str, Callable[[Any], Any]]]]]:
+    """Dense sites by hooked module and side, and expert sites by layer."""
+    places = anatomy.places
+    dense: dict[tuple[int, str], list[SitePlace]] = {}
+    routed: dict[int, dict[str, Callable[[Any], Any]]] = {}
+    for key, function in functions.items():
+        if key in places:
+            dense.setdefault((id(places[key].hooked), places[key].side), []).append(places[key])
+        elif ".experts." in key:
+            layer = key.split(".")[1]
+            anatomy.check([key.replace("*", "0")])
+            routed.setdefault(int(layer), {})[key] = function
+        else:
+            anatomy.check([key])
+    return dense, [(_experts_of(anatomy, layer), wanted) for layer, wanted in routed.items()]
+
+
+def _experts_of(anatomy: Anatomy, layer: int) -> ExpertsAnatomy:
+    experts = anatomy.layers[layer].experts
+    assert experts is not None
+    return experts
+
+
+_Pairs = list[tuple[SitePlace, Callable[[Any], Any]]]
+
+
+def _register(pairs: _Pairs, firings: Firings, edit: bool) -> Callable[[], None]:
+    module, side = pairs[0][0].hooked, pairs[0][0].side
+    act = (_edit if edit else _read)(pairs, firings)
+    if side == "input":
+        hook: Callable[..., Any] = _input_hook(act) if edit else lambda _, args: act(args[0])
+        return module.register_forward_pre_hook(hook).remove
+    return module.register_forward_hook(lambda _, __, output: act(output)).remove
+
+
+def _input_hook(act: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    return lambda _, args: (act(args[0]), *args[1:])
+
+
+def _shaped(values: Tensor, firings: Firings) -> Tensor:
+    """`[batch, token, neuron]`, also where the model flattened the batch."""
+    return values if values.ndim == 3 else values.view(*firings.shape, values.shape[-1])
+
+
+def _read(pairs: _Pairs, firings: Firings) -> Callable[[Tensor], None]:
+    counts = firings.counts
+    steps = [(place.key, _Taker(place.index), function) for place, function in pairs]
+
+    def act(values: Tensor) -> None:
+        shaped = values if values.ndim == 3 else _shaped(values, firings)
+        for key, taker, function in steps:
+            counts[key] += 1
+            function(taker(shaped))
+
+    return act
+
+
+def _edit(pairs: _Pairs, firings: Firings) -> Callable[[Tensor], Tensor]:
+    counts = firings.counts
+    if len(pairs) == 1 and pairs[0][0].index is None:
+        key, function = pairs[0][0].key, pairs[0][1]
+
+        def whole(values: Tensor) -> Tensor:
+            counts[key] += 1
+            if values.ndim == 3:
+                return function(values)
+            return function(_shaped(values, firings)).reshape(values.shape)
+
+        return whole
+    steps = [(place.key, _Taker(place.index), function) for place, function in pairs]
+
+    def act(values: Tensor) -> Tensor:
+        shaped = _shaped(values, firings)
+        new = shaped.clone()
+        for key, taker, function in steps:
+            counts[key] += 1
+            taker.put(new, function(taker(shaped)))
+        return new.reshape(values.shape)
+
+    return act
+
+
+class _Taker:
+    """Takes a site's features from a fused projection and puts them back; a vector of positions is moved to a device once."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def _here(self, values: Tensor) -> Index:
+        if isinstance(self.index, Tensor) and self.index.device != values.device:
+            self.index = self.index.to(values.device)
+        return self.index
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return take(values, self._here(values))
+
+    def put(self, values: Tensor, new: Tensor) -> None:
+        values[..., slice(None) if (index := self._here(values)) is None else index] = new
+
+
+@contextmanager
+def _experts_hooked(experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any], Any]], firings: Firings, edit: bool) -> Iterator[None]:
+    """Step between the projections of the experts: the argument of the gate step and what it returns."""
+    state = _ExpertCall(experts, wanted, firings, edit)
+    module: Any = experts.module
+    if experts.implementation not in ("eager", "grouped_mm", "batched_mm"):
+        raise experts.unsupported(f"experts implementation {experts.implementation!r} hides the gate step")
+    earlier = module.__dict__.get("_apply_gate")
+    inner = module._apply_gate
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(state.begin, with_kwargs=True).remove)
+        stack.callback(_restore, module, earlier)
+        module._apply_gate = lambda gate_up: state.step(gate_up, inner)
+        yield
+
+
+def _restore(module: Any, earlier: Any) -> None:
+    if earlier is None:
+        del module._apply_gate
+    else:
+        module._apply_gate = earlier
+
+
+class _ExpertCall:
+    """One call of an experts module: remembers the routing, then handles the gate step, in one piece or expert by expert."""
+
+    def __init__(self, experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any], Any]], firings: Firings, edit: bool) -> None:
+        self.experts, self.firings, self.edit = experts, firings, edit
+        self.routing: Routing | None = None
+        self.row = 0
+        self.functions: dict[str, list[tuple[str, int | None, Callable[[Any], Any]]]] = {"gate": [], "up": [], "down": []}
+        for key, function in wanted.items():
+            _, _, _, expert, site = key.split(".")
+            self.functions[site].append((key, None if expert == "*" else int(expert), function))
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the routing that the experts module is given."""
+        values = [*args, *kwargs.values()]
+        _, chosen, weights = values[:3]
+        self.routing, self.row = self.experts.routing(chosen, weights), 0
+        for functions in self.functions.values():
+            for key, _, _ in functions:
+                self.firings.counts[key] += 1
+
+    def step(self, gate_up: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gate step with readers or editors on both sides of it."""
+        assert self.routing is not None
+        rows = slice(self.row, self.row + gate_up.shape[0])
+        self.row = rows.stop
+        routing = Routing(self.routing.token_index[rows], self.routing.weight[rows], self.routing.expert_index[rows])
+        for site in ("gate", "up"):
+            if self.functions[site]:
+                gate_up = self._act(site, gate_up, self.experts.index[site], routing)
+        values = inner(gate_up)
+        return self._act("down", values, None, routing) if self.functions["down"] else values
+
+    def _act(self, site: str, values: Tensor, index: Index, routing: Routing) -> Tensor:
+        part = take(values, index)
+        new = part.clone() if self.edit else part
+        for _, expert, function in self.functions[site]:
+            where = slice(None) if expert is None else (routing.expert_index == expert).nonzero().flatten()
+            rows = ExpertRows(part[where], routing.token_index[where], routing.weight[where], routing.expert_index[where])
+            result = function(rows)
+            if self.edit and len(rows):
+                new[where] = result
+        if not self.edit:
+            return values
+        if index is None:
+            return new
+        whole = values.clone()
+        whole[..., index] = new
+        return whole
+
+
+def no_hooks(model: nn.Module) -> bool:
+    """Whether no module of the model has a forward hook or an overridden gate step."""
+    return not any(module._forward_hooks or module._forward_pre_hooks or "_apply_gate" in module.__dict__ for module in model.modules())
+
+
+__all__ = ["Editor", "Firings", "Reader", "around", "editing", "evaluation", "no_hooks", "reading"]
