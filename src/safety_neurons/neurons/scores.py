@@ -101,6 +101,31 @@ class Scores:
         """Every neuron whose score is at least `eps` (compared as float32)."""
         return self.select(Selection(threshold=eps))
 
+    def top_units(self, k: int) -> NeuronSet:
+        """The neurons of the `k` highest-scored distinct units: ranks are walked from the top until a further unit would be too many.
+
+        A unit counts once, however many of its neurons are passed on the way. Ties break by (layer, site, index).
+
+        Raises:
+            NeuronError: the scores have no table.
+            UsageError: there are fewer units than asked for.
+        """
+        if self.table is None:
+            raise NeuronError("units need the model's matrices, and these scores have no site table; load them with table=model.table")
+        numbers = self.table.units()
+        values = np.concatenate([value for _, value in self.items()])
+        units = np.concatenate([numbers[key] for key in self.keys()])
+        order = np.argsort(-values.astype(np.float64), kind="stable")
+        _, first = np.unique(units[order], return_index=True)
+        if not 0 < k <= len(first):
+            raise UsageError(f"{k} units asked, but {len(first)} are scored; ask for 1 to {len(first)}")
+        ends = np.sort(first)
+        stop = len(order) if k == len(first) else ends[k]
+        chosen = np.zeros(len(values), bool)
+        chosen[order[:stop]] = True
+        parts = np.split(chosen, np.cumsum([len(value) for _, value in self.items()])[:-1])
+        return self.neurons({key: np.flatnonzero(part) for key, part in zip(self.keys(), parts, strict=True)})
+
     def select(self, selection: Selection) -> NeuronSet:
         """The neurons that a selection takes from these scores.
 
