@@ -1,8 +1,8 @@
 """The only file with hooks. Every hook goes on through a context manager and comes off with it, whatever happens in between.
 
 `reading` hands the activations of sites to functions, `editing` replaces them by what functions return, `around` does both at the
-boundaries of any modules. Only stock modules of the model are hooked; nothing is replaced, no parameter is touched, and reading leaves every
-number of the model's output as it was.
+boundaries of any modules, `replacing` runs other functions in place of theirs. Stock modules of the model are hooked,
+no parameter is touched, and reading leaves every number of the model's output as it was.
 
 Cost: one hook per projection, whatever the number of sites in it; views wherever the neurons are evenly spaced.
 """
@@ -105,6 +105,26 @@ def around(
             hook = _after(function)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=first).remove)
         yield
+
+
+@contextmanager
+def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run other functions in place of modules' `forward`, for adapters stacked in one batch; hooks on the modules keep firing.
+
+    Args:
+        forwards: by module, called with what its `forward` would get.
+    """
+    earlier = [(module, vars(module).get("forward")) for module in forwards]
+    try:
+        for module, function in forwards.items():
+            module.forward = function
+        yield
+    finally:
+        for module, before in earlier:
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
 
 
 @contextmanager
@@ -339,4 +359,4 @@ def no_hooks(model: nn.Module) -> bool:
     return not any(module._forward_hooks or module._forward_pre_hooks or "_apply_gate" in module.__dict__ for module in model.modules())
 
 
-__all__ = ["Editor", "Firings", "Reader", "around", "editing", "evaluation", "no_hooks", "reading"]
+__all__ = ["Editor", "Firings", "Reader", "around", "editing", "evaluation", "no_hooks", "reading", "replacing"]
