@@ -1,13 +1,28 @@
 """From summed values to `Found`: provenance, selection or votes, subtraction."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.errors import NumericalError
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
+
+
+class Choice(TypedDict, total=False):
+    """How neurons are selected; at most one of the first four, and each detector has a default."""
+
+    top: float | None
+    count: int | None
+    top_per_matrix: int | None
+    threshold: float | None
+    agreement: float | None
+
+
+def searched(sites: Sequence[str], layers: range | str | None) -> dict[str, Any]:
+    """What was searched, as it is written to the provenance."""
+    return {"sites": list(sites), "layers": None if layers is None else str(layers)}
 
 
 def checked_scores(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

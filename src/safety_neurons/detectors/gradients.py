@@ -1,0 +1,185 @@
+"""Gradients of an explained score with respect to a soft mask on activations.
+
+Every neuron k gets a mask entry m_k: its activation a becomes `donor + m·(a − donor)` towards itself or `a + m·(donor − a)` towards a
+donor, and the derivative of the score with respect to m_k, summed over all tokens, is the first-order effect of that neuron.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, to_numpy
+from safety_neurons.model import LanguageModel, hooks
+from safety_neurons.model.passes import Batch, BatchSize, collate, forward
+from safety_neurons.neurons import Selection, Votes
+
+SCORED_TOKENS = 16
+"""Tokens of a refusal or compliance text that are scored."""
+TOKEN_BUDGET = 1024
+"""Padded tokens of an "auto" batch whose activations are kept for the backward pass."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One teacher-forced sequence and its share of the explained score.
+
+    Attributes:
+        ids: prompt and scored text.
+        start: position of the first scored token.
+        weight: what the mean log-probability of the scored tokens is multiplied by.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    weight: float
+
+
+def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[Scored]:
+    """The sequences whose weighted sum is mean log p(refusal) − mean log p(compliance) of one prompt, first 16 tokens of each text."""
+    sides = ((refusals, 1.0), (compliances, -1.0))
+    return [Scored((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts)) for texts, sign in sides for text in texts]
+
+
+def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[Scored]) -> Float[Tensor, " batch"]:
+    """Each row's weight times the mean log-probability of its scored tokens, in float32 or wider."""
+    scores = []
+    for number, row in enumerate(rows):
+        targets = batch.input_ids[number, row.start : len(row.ids)].to(logits.device)
+        predicting = logits[number, row.start - 1 : len(row.ids) - 1]
+        predicting = predicting if predicting.dtype == torch.float64 else predicting.float()
+        log_probabilities = predicting.log_softmax(-1).gather(1, targets[:, None])
+        scores.append(row.weight * log_probabilities.mean())
+    return torch.stack(scores)
+
+
+def mask_gradients(
+    lm: LanguageModel,
+    batch: Batch,
+    rows: Sequence[Scored],
+    sizes: Mapping[str, int],
+    *,
+    mask: float,
+    donors: Mapping[str, Float[Tensor, "batch token neuron"]] | None = None,
+) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
+    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, all entries at `mask`.
+
+    Without donors an activation is `m·a` (1 leaves the model as it is, 0 deactivates); with donors it is `a + m·(donor − a)`.
+    The activation is the one of the running pass, so what earlier sites' masks change reaches later sites.
+
+    Args:
+        lm: model to differentiate; parameters are frozen meanwhile.
+        batch: the rows, padded.
+        rows: what is scored.
+        sizes: neurons of every site key.
+        mask: value of all mask entries.
+        donors: activations to move towards, on the same tokens.
+
+    Returns:
+        Gradients per row, and the rows' scores.
+    """
+    widest = torch.float64 if lm.dtype == torch.float64 else torch.float32
+    masks = {key: torch.full((len(rows), size), mask, dtype=widest, device=batch.input_ids.device) for key, size in sizes.items()}
+
+    def edit(key: str) -> Callable[[Tensor], Tensor]:
+        def editor(activation: Tensor) -> Tensor:
+            masks[key] = masks[key].to(activation.device).requires_grad_()
+            wide = activation.to(widest)
+            share = masks[key][:, None, :]
+            if donors is None:
+                return (wide * share).to(activation.dtype)
+            donor = donors[key].to(activation.device, widest)
+            return (wide + share * (donor - wide)).to(activation.dtype)
+
+        return editor
+
+    with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}):
+        scores = score_rows(forward(lm.model, batch, with_logits=True), batch, rows)
+        gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes])
+    return dict(zip(sizes, gradients, strict=True)), scores.detach()
+
+
+def attribute(
+    lm: LanguageModel,
+    units: Sequence[Sequence[Scored]],
+    sizes: Mapping[str, int],
+    gradients: Callable[[Batch, Sequence[Scored]], dict[str, Tensor]],
+    *,
+    stream: Stream,
+    selection: Selection,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
+) -> tuple[dict[str, np.ndarray], Votes | None]:
+    """Mean over prompts of the summed gradients of each prompt's rows.
+
+    Args:
+        lm: model to differentiate.
+        units: the scored rows of each prompt.
+        sizes: neurons of every site key.
+        gradients: rows in a batch to one gradient per row and neuron.
+        stream: partial sums.
+        selection: with an agreement, every prompt votes.
+        batch_size: prompts a batch, or "auto".
+        progress: called with (batches done, in all, tokens).
+        notes: gets a line for every batch that was halved.
+
+    Returns:
+        One signed number per neuron, and the votes (None without agreement).
+    """
+
+    def reduce(batch: Batch) -> Part:
+        rows = [row for index in batch.indices for row in units[index]]
+        owner = torch.tensor([number for number, index in enumerate(batch.indices) for _ in units[index]])
+        found = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
+        part = Part(scores=[{} for _ in batch.indices])
+        for key, values in found.items():
+            summed = torch.zeros(len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device)
+            each = to_numpy(summed.index_add_(0, owner.to(values.device), values.double()))
+            part.sums[f"gradient/{key}"] = each.sum(0)
+            for scores, prompt in zip(part.scores, each, strict=True):
+                scores[key] = prompt
+        return part
+
+    longest = [max(unit, key=lambda row: len(row.ids)).ids for unit in units]
+    budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)
+    sums, votes = fold(
+        lm,
+        stream,
+        longest,
+        reduce,
+        sizes=sizes,
+        batch_size=batch_size,
+        budget=budget,
+        selection=selection,
+        progress=progress,
+        notes=notes,
+    )
+    return {name.split("/", 1)[1]: values / len(units) for name, values in sums.items()}, votes
+
+
+def mean_of(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean over steps, per site key."""
+    return {key: torch.stack([step[key] for step in gradients]).mean(0) for key in gradients[0]}
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients for a block; each is as it was afterwards."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def midpoints_of(number: int) -> list[float]:
+    """Midpoints of `number` equal steps from 0 to 1."""
+    return [(step + 0.5) / number for step in range(number)]

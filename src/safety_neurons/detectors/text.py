@@ -1,0 +1,191 @@
+"""Which text a contrast detector feeds, and which of its positions count.
+
+One model writes (greedily), both read: the ids are kept as they were generated, cut before the end-of-sequence token, and fed unchanged
+to both models.
+"""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from safety_neurons.detectors.found import PromptCounts
+from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.passes import BatchSize
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Completions
+
+POSITIONS = ("completion", "completion-predicting", "prompt", "prompt-last")
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence to feed and the half-open range of its positions that count.
+
+    Attributes:
+        prompt_id: of which prompt.
+        ids: tokens to feed: the prompt, and the completion where it is needed.
+        start: first position that counts.
+        stop: one behind the last.
+    """
+
+    prompt_id: str
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def n_tokens(self) -> int:
+        """How many positions count."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What will be fed, and what became of the prompts on the way."""
+
+    spans: tuple[Span, ...]
+    counts: PromptCounts
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """How many positions count, over all prompts."""
+        return sum(span.n_tokens for span in self.spans)
+
+
+def text_config(positions: str, generate_with: str, max_new_tokens: int, completions: Completions | None) -> dict[str, Any]:
+    """The options of the text, as they are written to the provenance; given completions by their hash."""
+    if completions is None:
+        return {"positions": positions, "generate_with": generate_with, "max_new_tokens": max_new_tokens}
+    told = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in completions]).encode()).hexdigest()
+    return {"positions": positions, "completions_sha256": told}
+
+
+def cut_at_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """The ids before the first end-of-sequence token, which itself is excluded."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return [int(kept) for kept in ids[:place]]
+    return [int(kept) for kept in ids]
+
+
+def span(prompt_id: str, prompt: Sequence[int], completion: Sequence[int], positions: str) -> Span:
+    """The sequence and range for one prompt.
+
+    `completion` counts the positions of the completion tokens, `completion-predicting` those one to the left (the last prompt token
+    included, the last completion token excluded), `prompt` every prompt token, `prompt-last` its last.
+
+    Raises:
+        UsageError: unknown `positions`.
+    """
+    if positions not in POSITIONS:
+        raise UsageError(f"positions {positions!r} is unknown: use one of {', '.join(POSITIONS)}")
+    length, new = len(prompt), len(completion)
+    if positions == "completion":
+        return Span(prompt_id, (*prompt, *completion), length, length + new)
+    if positions == "completion-predicting":
+        return Span(prompt_id, (*prompt, *completion), length - 1, length + new - 1)
+    return Span(prompt_id, tuple(prompt), 0 if positions == "prompt" else length - 1, length)
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Prompts,
+    name: str,
+    max_new_tokens: int,
+    stream: Stream,
+    *,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Greedy completions of `prompts` as ids without the end token; finished parts are in the stream and are not generated again."""
+    ends = lm.eos_ids
+    lengths = stream.arrays.get(f"text/{name}/lengths", np.zeros(0, np.int64))
+    flat = stream.arrays.get(f"text/{name}/ids", np.zeros(0, np.int64))
+    size = batch_size if isinstance(batch_size, int) else _CHUNK
+    for start in range(len(lengths), len(prompts), size):
+        written = lm.complete(prompts[start : start + size], max_new_tokens=max_new_tokens, batch_size=batch_size)
+        ids = [cut_at_end(answer.token_ids, ends) for answer in written]
+        lengths = np.concatenate([lengths, np.array([len(row) for row in ids], np.int64)])
+        flat = np.concatenate([flat, np.array([token for row in ids for token in row], np.int64)])
+        stream.put(f"text/{name}", {"lengths": lengths, "ids": flat})
+        stream.save()
+        if progress is not None:
+            progress(len(lengths), len(prompts), int(lengths.sum()))
+    return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(lengths) else []
+
+
+def given(lm: LanguageModel, prompts: Prompts, completions: Completions) -> list[list[int] | None]:
+    """The completions of a file, matched by prompt id; None where a prompt has none.
+
+    Raises:
+        InputError: no prompt of the list has a completion in the file.
+    """
+    ends = lm.eos_ids
+    by_id = {answer.prompt_id: answer for answer in completions}
+    found: list[list[int] | None] = []
+    for prompt in prompts:
+        answer = by_id.get(prompt.id)
+        if answer is None:
+            found.append(None)
+            continue
+        ids = answer.token_ids or tuple(lm.tokenizer(answer.completion, add_special_tokens=False)["input_ids"])
+        found.append(cut_at_end(ids, ends))
+    if all(ids is None for ids in found):
+        raise InputError(f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it was made from")
+    return found
+
+
+def texts(
+    writer: LanguageModel,
+    prompts: Prompts,
+    *,
+    positions: str,
+    max_new_tokens: int,
+    stream: Stream,
+    completions: Completions | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Texts:
+    """The sequences to feed, with the positions that count; empty completions are counted as failed prompts.
+
+    Args:
+        writer: writes the completions, and its tokenizer and template encode the prompts.
+        prompts: what to encode.
+        positions: one of `POSITIONS`.
+        max_new_tokens: length limit of a completion.
+        stream: keeps what was generated.
+        completions: used instead of generating.
+        batch_size: sequences a batch of generation.
+        progress: called with (prompts done, prompts in all, tokens written).
+
+    Raises:
+        UsageError: unknown `positions`.
+        InputError: no prompt is left.
+    """
+    span("", [0], [], positions)
+    wanted = positions.startswith("completion")
+    answers: list[list[int] | None] = [[] for _ in prompts]
+    room = max_new_tokens if wanted else 0
+    if wanted and completions is not None:
+        answers = given(writer, prompts, completions)
+        room = max(len(answer or ()) for answer in answers)
+    elif wanted:
+        answers = list(generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress))
+    encoded = writer.encode(prompts, reserve=room)
+    spans = [span(row.prompt_id, row.ids, answer, positions) for row, answer in zip(encoded, answers, strict=True) if answer or not wanted]
+    spans = [one for one in spans if one.n_tokens > 0]
+    missing = sum(answer is None for answer in answers)
+    empty = len(encoded) - len(spans) - missing
+    if not spans:
+        raise InputError(f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; check the template")
+    notes = [f"{missing} prompts have no completion in the file given"] if missing else []
+    notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []
+    truncated = sum(row.truncated for row in encoded)
+    return Texts(tuple(spans), PromptCounts(len(spans), len(encoded) - len(spans), truncated), tuple(notes))
