@@ -62,8 +62,8 @@ def _layer_list(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
         with_maps = {name: module for name, module in with_maps.items() if id(module) in decoder} or with_maps
     if len(with_maps) != 1:
         raise UnsupportedModelError(
-            f"{len(with_maps)} lists of {n_layers} layers with linear maps were found ({', '.join(with_maps) or 'none'}), one was expected; "
-            "pass the decoder-only language model itself"
+            f"{len(with_maps)} lists of {n_layers} layers with linear maps were found ({', '.join(with_maps) or 'none'}), "
+            "one was expected; pass the decoder-only language model itself"
         )
     return next(iter(with_maps.items()))
 
@@ -260,8 +260,8 @@ class _LayerBuilder:
             found = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
-                f"{self.name} has an incomplete feed-forward part ({found}; activation function {'missing' if activation is None else 'found'}), "
-                "down and up (or gate_up) were expected: pass sites={...}",
+                f"{self.name} has an incomplete feed-forward part ({found}; activation function "
+                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: pass sites={...}",
                 prefix,
             )
             return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safety_neurons.errors import ModelError, UnsupportedModelError
+from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy, Routing
 from safety_neurons.model.layouts import Index, take
 from safety_neurons.model.parts import Anatomy
@@ -68,8 +68,6 @@ def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings
     """
     with _hooked(anatomy, readers, edit=False) as firings:
         yield firings
-    if not firings.passes and readers:
-        raise ModelError(f"{next(iter(readers))} was to be read and no forward pass came by; run the model inside the context")
     firings.check()
 
 
@@ -86,66 +84,47 @@ def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings
 
 @contextmanager
 def around(
-    before: Mapping[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]] | None = None,
-    after: Mapping[nn.Module, Callable[[tuple[Any, ...], dict[str, Any], Any], Any]] | None = None,
+    module: nn.Module,
+    *,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None] | None = None,
+    after: Callable[[Any], Any] | None = None,
     first: bool = False,
 ) -> Iterator[None]:
-    """Call functions at the boundaries of modules: for inputs with their keywords, for donors, for adapters stacked in one batch.
+    """Call functions at the boundary of any module: to see its inputs with their keywords, to run a donor beside it, to cut its rows.
 
     Args:
-        before: by module, called with (args, kwargs) before it runs; may return a new (args, kwargs), or None.
-        after: by module, called with (args, kwargs, output) after it ran; may return a new output, or None.
+        module: the module.
+        before: called with (args, kwargs) before the module runs; may return a new (args, kwargs), or None to leave them.
+        after: called with the output after the module ran; may return a new output, or None to leave it.
         first: whether these come before hooks that are already on.
     """
     with ExitStack() as stack:
-        for module, function in (before or {}).items():
-            hook = _before(function)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first).remove)
-        for module, function in (after or {}).items():
-            hook = _after(function)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=first).remove)
+        if before is not None:
+            enter = before
+            hook = module.register_forward_pre_hook(lambda _, args, kwargs: enter(args, kwargs), with_kwargs=True, prepend=first)
+            stack.callback(hook.remove)
+        if after is not None:
+            leave = after
+            stack.callback(module.register_forward_hook(lambda _, __, output: leave(output), prepend=first).remove)
         yield
 
 
 @contextmanager
-def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Run other functions in place of modules' `forward`, for adapters stacked in one batch; hooks on the modules keep firing.
-
-    Args:
-        forwards: by module, called with what its `forward` would get.
-    """
-    earlier = [(module, vars(module).get("forward")) for module in forwards]
-    try:
+def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run functions in place of the `forward` of modules; each module has its own back afterwards, hooks keep firing meanwhile."""
+    with ExitStack() as stack:
         for module, function in forwards.items():
-            module.forward = function
+            stack.callback(_put_back, module, "forward", module.__dict__.get("forward"))
+            module.forward = function  # type: ignore[method-assign]
         yield
-    finally:
-        for module, before in earlier:
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = before
 
 
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the context; every module goes back to the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _before(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, args, kwargs: function(args, kwargs)
-
-
-def _after(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, args, kwargs, output: function(args, kwargs, output)
+def _put_back(module: nn.Module, name: str, earlier: Any) -> None:
+    """Undo an override on an instance, down to what stood there before."""
+    if earlier is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = earlier
 
 
 @contextmanager
@@ -291,16 +270,9 @@ def _experts_hooked(experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any]
     inner = module._apply_gate
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(state.begin, with_kwargs=True).remove)
-        stack.callback(_restore, module, earlier)
+        stack.callback(_put_back, module, "_apply_gate", earlier)
         module._apply_gate = lambda gate_up: state.step(gate_up, inner)
         yield
-
-
-def _restore(module: Any, earlier: Any) -> None:
-    if earlier is None:
-        del module._apply_gate
-    else:
-        module._apply_gate = earlier
 
 
 class _ExpertCall:
@@ -352,11 +324,3 @@ class _ExpertCall:
         whole = values.clone()
         whole[..., index] = new
         return whole
-
-
-def no_hooks(model: nn.Module) -> bool:
-    """Whether no module of the model has a forward hook or an overridden gate step."""
-    return not any(module._forward_hooks or module._forward_pre_hooks or "_apply_gate" in module.__dict__ for module in model.modules())
-
-
-__all__ = ["Editor", "Firings", "Reader", "around", "editing", "evaluation", "no_hooks", "reading", "replacing"]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,13 +109,11 @@ class Anatomy:
     all_parameters: int = 0
     chosen: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def places(self) -> dict[str, SitePlace]:
         """Every site that is a linear map of its own, by key; experts are in `layers[i].experts`."""
-        return {place.key: place for layer in self.layers for part in layer.parts for place in part.places.values() if place.key in self}
-
-    def __contains__(self, key: object) -> bool:
-        return key not in self.refused
+        places = [place for layer in self.layers for part in layer.parts for place in part.places.values()]
+        return {place.key: place for place in places if place.key not in self.refused}
 
     def place(self, key: str) -> SitePlace:
         """The place of a key.
@@ -141,15 +140,11 @@ class Anatomy:
         """Class of the model inside any adapter wrapper."""
         return type(unwrapped(self.model)).__name__
 
-    @property
+    @cached_property
     def table(self) -> SiteTable:
         """Sizes, heads and costs of all sites, experts included."""
-        cached = self.__dict__.get("_table")
-        if cached is None:
-            infos = [info for layer in self.layers for info in _infos(layer) if info.key not in self.refused]
-            cached = SiteTable(self.architecture, count_parameters(self.model), tuple(infos))
-            object.__setattr__(self, "_table", cached)
-        return cached
+        infos = [info for layer in self.layers for info in _infos(layer) if info.key not in self.refused]
+        return SiteTable(self.architecture, count_parameters(self.model), tuple(infos))
 
     def coverage(self) -> Coverage:
         """Sites found of those expected, and the share of parameters they hold.

@@ -66,7 +66,8 @@ def _base(module: nn.Module) -> Any:
         if hasattr(current, "modules_to_save") and hasattr(current, "original_module"):
             adapter = getattr(current, "active_adapter", None)
             name = adapter[0] if isinstance(adapter, list | tuple) and adapter else adapter
-            current = current.modules_to_save[name] if name in current.modules_to_save else current.original_module
+            saved = current.modules_to_save
+            current = saved[name] if name in saved else current.original_module  # noqa: SIM401 (a ModuleDict has no get)
         elif hasattr(current, "base_layer"):
             current = current.base_layer
         else:
