@@ -9,11 +9,12 @@ import torch
 import transformers
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-WORDS = (
+_TEXT = (
     "how do i make a cake bomb the in of to is kill plant grow tree question answer user assistant system sorry cannot help sure here "
     "tell me about and you yes no red green blue small large one two three open lock door house water fire : . , ? ! <|user|> "
     "<|assistant|> <|system|> Question: Answer: write story code steal key bread please explain why what when where"
-).split()
+)
+WORDS = tuple(_TEXT.split())
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
     "{% if message['role'] == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"

@@ -1,21 +1,39 @@
 """The only floor that knows transformers and torch hooks: loading, anatomy, passes, completions."""
 
 from safety_neurons.model.language_model import Encoded, LanguageModel, as_prompts
+from safety_neurons.model.likelihood import (
+    Losses,
+    kl_divergence,
+    log_probabilities_of_next,
+    token_divergences,
+    token_log_probabilities,
+    token_losses,
+)
 from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, parse_spec
-from safety_neurons.model.passes import Batch, Halving, batches, run_batches
+from safety_neurons.model.memory import Estimate, estimate
+from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
 
 __all__ = [
     "Batch",
     "Encoded",
+    "Estimate",
     "Halving",
     "LanguageModel",
+    "Losses",
     "ModelSpec",
     "Pair",
     "as_prompts",
     "batches",
     "check_pair",
+    "estimate",
+    "forward",
+    "kl_divergence",
     "load",
     "load_pair",
+    "log_probabilities_of_next",
     "parse_spec",
     "run_batches",
+    "token_divergences",
+    "token_log_probabilities",
+    "token_losses",
 ]

@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
 
 from safety_neurons.errors import InputError, MismatchError, ModelError
 from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.completing import Answer, Decoding, Progress, generate
+from safety_neurons.model.likelihood import Losses, Span, token_log_probabilities, token_losses
 from safety_neurons.model.passes import BatchSize, evaluating, transformers_model
 from safety_neurons.model.template import encode_text, require_tokenizer, template_for
 from safety_neurons.neurons import SiteTable
@@ -149,7 +152,8 @@ class LanguageModel:
         Raises:
             UnsupportedModelError: A layer or site that cannot be found or proved.
         """
-        from safety_neurons.model.anatomy import prove, resolve
+        from safety_neurons.model.anatomy import resolve
+        from safety_neurons.model.proof import prove
 
         with self.running():
             anatomy = resolve(self.model)
@@ -309,6 +313,16 @@ class LanguageModel:
         sequences = [item.ids for item in encoded]
         generate(self, sequences, decoding, batch_size=batch_size, skip=sorted(results), progress=progress, answered=keep, notes=notes)
         return Completions([results[index] for index in range(len(asked))])
+
+    def token_losses(self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: BatchSize = "auto") -> Losses:
+        """Negative log likelihood of running text; see `safety_neurons.model.token_losses`."""
+        return token_losses(self, texts, batch_size=batch_size)
+
+    def token_log_probabilities(
+        self, sequences: Sequence[Sequence[int]], spans: Sequence[Span] | None = None, *, batch_size: BatchSize = "auto"
+    ) -> list[Float64[np.ndarray, " token"]]:
+        """Log probability of given tokens; see `safety_neurons.model.token_log_probabilities`."""
+        return token_log_probabilities(self, sequences, spans, batch_size=batch_size)
 
 
 def as_prompts(prompts: Texts) -> Prompts:

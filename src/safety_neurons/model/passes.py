@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, ModelError
+from safety_neurons.model.hooks import around
 
 if TYPE_CHECKING:
     from safety_neurons.model.language_model import LanguageModel
@@ -221,9 +222,8 @@ def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Flo
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if "position_ids" in accepted:
         arguments["position_ids"] = batch.position_ids
-    if whole and not with_logits:
-        if "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = 1
+    if whole and not with_logits and "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
     output = module(**arguments, return_dict=True)
     if with_logits:
         return output.logits
@@ -281,11 +281,8 @@ def run_batches(
     def work(batch: Batch) -> T:
         if before is not None:
             before(batch)
-        with _stopping(lm, last_layer) as stopped:
-            try:
-                batch.output = forward(lm.model, batch, with_logits=with_logits)
-            except stopped:
-                batch.output = None
+        with stopping_after(lm, last_layer):
+            batch.output = forward(lm.model, batch, with_logits=with_logits)
         try:
             return per_batch(batch)
         finally:
@@ -308,10 +305,28 @@ def run_batches(
     return results
 
 
+class _Stopped(Exception):
+    """A pass went as far as it had to."""
+
+
 @contextlib.contextmanager
-def _stopping(lm: "LanguageModel", last_layer: int | None) -> Iterator[Any]:
-    """Yields the exceptions that mean the pass went as far as it had to; none where all layers are wanted."""
-    yield ()
+def stopping_after(lm: "LanguageModel", layer: int | None) -> Iterator[None]:
+    """Ends forward passes behind a layer, for a block that holds exactly one pass; nothing to do for None.
+
+    The pass runs to its end where something is hooked on the whole model, or weights are moved in and out by accelerate.
+    """
+    if layer is None or any(_hooked(module) for module in (lm.model, lm.inner)) or hasattr(lm.inner, "hf_device_map"):
+        yield
+        return
+    layers = lm.anatomy.layers
+    if not 0 <= layer < len(layers):
+        raise InputError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    with contextlib.suppress(_Stopped), around(after={layers[layer].module: stop}):
+        yield
 
 
 @contextlib.contextmanager
