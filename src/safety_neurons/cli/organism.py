@@ -1,0 +1,44 @@
+"""organism: small models whose safety behaviour is known."""
+
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from safety_neurons.cli import console
+from safety_neurons.cli.options import Common
+from safety_neurons.cli.session import default_folder
+from safety_neurons.cli.verb import verb
+
+app = typer.Typer(help="Small models whose safety behaviour is known.", no_args_is_help=True)
+
+
+@verb(app, "list")
+def list_(common: Common) -> dict[str, Any]:
+    """Organisms that ship with the package, and recipes that can be built."""
+    from safety_neurons import organism
+
+    rows = organism.listing()
+    if not common.json:
+        console.print_table(
+            "Organisms", ["name", "kind", "shipped", "parameters"], [[r["name"], r["kind"], r["shipped"], r["parameters"]] for r in rows]
+        )
+    return {"organisms": rows}
+
+
+@verb(app, "build")
+def build(
+    common: Common,
+    name: Annotated[str, typer.Option(help="Name of a recipe (see organism list).")] = "natural",
+) -> dict[str, Any]:
+    """Train an organism by its recipe into --out."""
+    import time
+
+    from safety_neurons import organism
+
+    out = common.out or default_folder(f"organism-{name}", time.strftime("%Y%m%d-%H%M%S"))
+    with console.status(f"build {name}", quiet=common.json) as progress:
+        built = organism.build(name, seed=common.seed, out=pathlib.Path(out), progress=progress)
+    if not common.json:
+        console.out().print(f"{name} is in {built.path}\nbase    {built.base}\naligned {built.aligned}", soft_wrap=True)
+    return {"organism": str(built.path), "base": built.base, "aligned": built.aligned}

@@ -1,0 +1,165 @@
+"""verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, beside controls."""
+
+from typing import Annotated, Any
+
+import typer
+
+from safety_neurons.cli import console
+from safety_neurons.cli.options import Aligned, Base, Column, Common, Harmful, Harmless, Limit, MaxNewTokens, Model, Text
+from safety_neurons.cli.session import Session
+from safety_neurons.cli.verb import verb
+from safety_neurons.errors import UsageError
+
+app = typer.Typer(help="Measure what a set of neurons does, beside random sets and the ceiling.", no_args_is_help=True)
+
+Neurons = Annotated[str | None, typer.Option(help="Neuron file (or the folder of a find run).")]
+ScoresFile = Annotated[str | None, typer.Option(help="Score file (or the folder of a find run), with --sizes.")]
+Sizes = Annotated[str | None, typer.Option(help="Comma-separated shares of the scored neurons: 0.005,0.01,0.05")]
+Random = Annotated[int, typer.Option(min=0, help="Random control sets for each size.")]
+
+
+@verb(app, "deactivate")
+def deactivate(
+    common: Common,
+    model: Model,
+    neurons: Neurons = None,
+    scores: ScoresFile = None,
+    sizes: Sizes = None,
+    harmful: Harmful = "builtin:harmful-test",
+    harmless: Harmless = "builtin:harmless-test",
+    text: Text = "builtin:general-test",
+    column: Column = None,
+    limit: Limit = None,
+    random: Random = 5,
+    max_new_tokens: MaxNewTokens = 64,
+) -> dict[str, Any]:
+    """Necessity: what the model loses while these neurons are off."""
+    options = {name: value for name, value in locals().items() if name != "common"}
+    session = Session("verify-deactivate", common, options)
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import verify_deactivate
+
+        loaded = session.model(model)
+        return measured(session, options, loaded, lambda *args, **kwargs: verify_deactivate(loaded, *args, **kwargs))
+
+    return session.run(work, show)
+
+
+@verb(app, "patch")
+def patch(
+    common: Common,
+    base: Base,
+    aligned: Aligned,
+    neurons: Neurons = None,
+    scores: ScoresFile = None,
+    sizes: Sizes = None,
+    harmful: Harmful = "builtin:harmful-test",
+    harmless: Harmless = "builtin:harmless-test",
+    text: Text = "builtin:general-test",
+    column: Column = None,
+    limit: Limit = None,
+    random: Random = 5,
+    max_new_tokens: MaxNewTokens = 64,
+) -> dict[str, Any]:
+    """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the base model."""
+    options = {name: value for name, value in locals().items() if name != "common"}
+    session = Session("verify-patch", common, options)
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import verify_patch
+
+        pair = session.pair(base, aligned)
+        return measured(session, options, pair.base, lambda *args, **kwargs: verify_patch(pair.base, pair.aligned, *args, **kwargs))
+
+    return session.run(work, show)
+
+
+def measured(session: Session, options: dict[str, Any], model: Any, study: Any) -> dict[str, Any]:
+    """Load what both kinds need, measure, and keep the completions."""
+    chosen, sizes = what_is_verified(session, options, model)
+    harmful, harmless = (session.prompts(options[name], model, options["column"], options["limit"]) for name in ("harmful", "harmless"))
+    text = None if options["text"] == "none" else session.prompts(options["text"], model, limit=options["limit"])
+    completions = session.folder.path("completions.jsonl")
+    with session.status("verify") as progress:
+        verification = study(
+            chosen,
+            harmful,
+            harmless,
+            text=text,
+            sizes=sizes,
+            random=options["random"],
+            seed=session.common.seed,
+            max_new_tokens=options["max_new_tokens"],
+            batch_size=session.batch_size(),
+            completions_file=completions,
+            progress=progress,
+        )
+    session.notes.extend(verification.notes)
+    for name, shared in verification.overlap.items():
+        if shared:
+            session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
+    return {**verification.record(), "completions": str(completions)}
+
+
+def what_is_verified(session: Session, options: dict[str, Any], model: Any) -> tuple[Any, list[float]]:
+    """A neuron set, or scores with the sizes to sweep."""
+    neurons, scores, sizes = options["neurons"], options["scores"], options["sizes"]
+    if (neurons is None) == (scores is None):
+        raise UsageError(f"{'neither' if neurons is None else 'both'} of --neurons and --scores given, expected one of them")
+    if neurons is not None:
+        if sizes is not None:
+            raise UsageError("--sizes needs --scores: a neuron file has one size")
+        return session.neurons(neurons, model), []
+    from safety_neurons.neurons import Scores
+
+    try:
+        shares = sorted(float(part) for part in (sizes or "0.005,0.01,0.02,0.05,0.1,0.2").split(","))
+    except ValueError:
+        raise UsageError(f"--sizes {sizes!r}: expected comma-separated shares such as 0.01,0.05") from None
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"--sizes {sizes!r}: expected shares above 0 and at most 1")
+    return Scores.load(scores, table=model.table, models=[model.name]), shares
+
+
+def show(result: dict[str, Any]) -> None:
+    """Arms as rows; the causal effect, or the change, in a sentence."""
+    arms = [("untreated", result["untreated"]), ("aligned", result["aligned"]), ("treated", result["treated"])]
+    arms += [(f"random {number}", arm) for number, arm in enumerate(result["random"])]
+    rows = [
+        [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
+        for name, arm in [*arms, ("ceiling", result["ceiling"])]
+        if arm
+    ]
+    verb_word = "patched" if result["kind"] == "patch" else "deactivated"
+    console.print_table(
+        f"{result['n_neurons']:,} neurons {verb_word}",
+        ["arm", "harmful refused", "harmless refused", "perplexity", "KL per token"],
+        rows,
+        caption="95 % intervals; KL(untreated ‖ treated) in nats on the harmless prompts",
+    )
+    if len(result["sizes"]) > 1:
+        sweep = [
+            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], effect(p["causal_effect"])] for p in result["sizes"]
+        ]
+        console.print_table("\nSweep", ["size", "neurons", "harmful refused", "causal effect"], sweep)
+    print_effect(result)
+
+
+def print_effect(result: dict[str, Any]) -> None:
+    """The one sentence to take away."""
+    if result["kind"] == "patch":
+        console.out().print(
+            f"\ncausal effect {effect(result['causal_effect'])}, ceiling {effect(result['ceiling_effect'])}", soft_wrap=True
+        )
+    change, against = result["change"], result["change_against_random"]
+    line = f"refusals of harmful requests change by {console.shown(change)}"
+    if against:
+        clear = against["low"] is not None and (against["low"] > 0 or against["high"] < 0)
+        line += f"; against random sets by {console.shown(against)} ({'clear' if clear else 'not clear'})"
+    console.out().print(line, soft_wrap=True)
+
+
+def effect(record: dict[str, Any]) -> str:
+    """An effect in words."""
+    return f"undefined: {record['why']}" if record["value"] is None else console.shown(record)

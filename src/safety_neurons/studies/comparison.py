@@ -1,0 +1,217 @@
+"""Compare: all detectors on one pair of models at one budget, beside random sets and, where it is known, the truth.
+
+1. Every method scores the neurons of the same sites on the same find prompts.
+2. Of each, as many units are taken as the budget says, largest scores first (a unit counts once, however many of its neurons are listed).
+3. Each set is patched into the base model; causal effect, refusals and over-refusals are measured on prompts no method has seen.
+4. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside what chance gives.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from safety_neurons import detectors
+from safety_neurons.errors import UsageError
+from safety_neurons.interventions import patched
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Effect, Rate, causal_effect
+from safety_neurons.studies.arms import Arm, Bench, Progress
+from safety_neurons.studies.verification import MEASURE
+
+Method = Callable[..., Scores]
+
+
+def _pair_method(name: str, **fixed: Any) -> Method:
+    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **fixed, **options).scores
+
+
+def _aligned_method(name: str) -> Method:
+    return lambda _base, aligned, prompts, options: getattr(detectors, name)(aligned, prompts, **options).scores
+
+
+METHODS: dict[str, Method] = {
+    "importance": _aligned_method("find_importance"),
+    "importance-contrast": _pair_method("find_importance_contrast"),
+    "contrast": _pair_method("find_contrast"),
+    "attribution": _aligned_method("find_attribution"),
+    "attribution-patching": _pair_method("find_attribution_patching"),
+    "weight-change": _pair_method("find_weight_change"),
+}
+"""Name of a method -> scores of the neurons at the given sites."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodResult:
+    """One row of the comparison."""
+
+    method: str
+    n_neurons: int
+    n_units: int
+    recall: float | None
+    """Share of the true units in the set; None where no truth is known."""
+    causal_effect: Effect
+    harmful_refused: Rate
+    harmless_refused: Rate
+    seconds: float
+    """Wall time of finding, in seconds; 0 for random."""
+    neurons: NeuronSet
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "neurons"}
+        return row | {name: dataclasses.asdict(row[name]) for name in ("causal_effect", "harmful_refused", "harmless_refused")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Detectors side by side."""
+
+    budget: int
+    """Units in every set."""
+    n_units: int
+    """Units there are to choose from."""
+    sites: tuple[str, ...]
+    untreated: Arm
+    aligned: Arm
+    ceiling_effect: Effect
+    methods: tuple[MethodResult, ...]
+    agreement: tuple[dict[str, Any], ...]
+    """For every two methods: Jaccard index of their units, and what two random sets of the budget would have."""
+    bench: Bench
+
+    def record(self) -> dict[str, Any]:
+        """The comparison as JSON values."""
+        return {
+            "budget": self.budget,
+            "n_units": self.n_units,
+            "sites": list(self.sites),
+            "untreated": self.untreated.record(),
+            "aligned": self.aligned.record(),
+            "ceiling_effect": dataclasses.asdict(self.ceiling_effect),
+            "methods": [row.record() for row in self.methods],
+            "agreement": list(self.agreement),
+        }
+
+
+def compare(
+    base: LanguageModel,
+    aligned: LanguageModel,
+    harmful: Prompts,
+    harmless: Prompts,
+    *,
+    find_prompts: Prompts,
+    truth: NeuronSet | None = None,
+    sites: Sequence[str] | None = None,
+    top: float = 0.05,
+    methods: Sequence[str] = tuple(METHODS),
+    random: int = 3,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int | str = "auto",
+    completions_file: pathlib.Path | None = None,
+    keep: Callable[[str, Scores], None] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """All detectors at one budget.
+
+    Args:
+        base: the less safe model.
+        aligned: the safer model of the same architecture.
+        harmful: requests on which refusal is measured.
+        harmless: requests on which over-refusal is measured.
+        find_prompts: requests the methods may look at; should share none with `harmful`.
+        truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
+        sites: where to look; by default the sites of the truth, else `down`.
+        top: budget as a share of the units, without a truth.
+        methods: names from `METHODS`.
+        random: number of random sets.
+        seed: of random sets and bootstrap.
+        max_new_tokens: length of a completion, in tokens.
+        batch_size: prompts per pass.
+        completions_file: where completions are kept; a killed run continues from it.
+        keep: given every method's name and scores as soon as they are there.
+        progress: told the name of every step.
+
+    Raises:
+        UsageError: an unknown method.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise UsageError(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+    sites = tuple(sites) if sites else _sites_of(truth)
+    everything = NeuronSet.all(base.table).only(sites=sites)
+    n_units = everything.n_units
+    budget = truth.n_units if truth is not None else max(1, round(top * n_units))
+    bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
+    untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
+
+    def row(name: str, neurons: NeuronSet, seconds: float) -> MethodResult:
+        arm = bench.measure(base, name, lambda: patched(base, aligned, neurons))
+        effect = causal_effect(untreated.harmful, goal.harmful, arm.harmful, measure=MEASURE, seed=seed)
+        recall = unit_recall(neurons, truth) if truth is not None else None
+        return MethodResult(
+            name, len(neurons), neurons.n_units, recall, effect, arm.harmful_refused, arm.harmless_refused, seconds, neurons
+        )
+
+    rows = []
+    for name in methods:
+        if progress is not None:
+            progress(f"find {name}")
+        started = time.perf_counter()
+        scores = METHODS[name](base, aligned, find_prompts, {"sites": sites, "batch_size": batch_size})
+        seconds = time.perf_counter() - started
+        if keep is not None:
+            keep(name, scores)
+        rows.append(row(name, scores.top_units(budget), seconds))
+    for number in range(random):
+        rows.append(row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0))
+    patched_all = bench.measure(base, "ceiling", lambda: patched(base, aligned, everything))
+    ceiling = causal_effect(untreated.harmful, goal.harmful, patched_all.harmful, measure=MEASURE, seed=seed)
+    return Comparison(budget, n_units, sites, untreated, goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+
+
+def random_units(table: SiteTable, sites: Sequence[str], budget: int, seed: int) -> NeuronSet:
+    """A uniformly drawn set of as many units of these sites; every neuron of the sites that belongs to a drawn unit is in it."""
+    numbers = table.units()
+    units = {key: numbers[key] for key in table.select(sites=sites).keys}
+    drawn = np.random.default_rng(seed).choice(np.unique(np.concatenate(list(units.values()))), size=budget, replace=False)
+    return NeuronSet({key: np.flatnonzero(np.isin(part, drawn)) for key, part in units.items()}, table)
+
+
+def unit_recall(neurons: NeuronSet, truth: NeuronSet) -> float:
+    """Share of the true units that are in the set."""
+    true, found = _units(truth), _units(neurons)
+    return len(true & found) / len(true)
+
+
+def _sites_of(truth: NeuronSet | None) -> tuple[str, ...]:
+    if truth is None:
+        return ("down",)
+    present = {parse_key(key).site for key in truth.keys()}  # noqa: SIM118 - not a mapping
+    return tuple(site for site in SITES if site in present)
+
+
+def _units(neurons: NeuronSet) -> set[int]:
+    table = neurons.table
+    numbers = table.units() if table is not None else {}
+    return {int(unit) for key, indices in neurons.items() for unit in numbers[key][indices]}
+
+
+def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tuple[dict[str, Any], ...]:
+    chance_overlap = budget * budget / n_units
+    chance = chance_overlap / (2 * budget - chance_overlap)
+    found = {row.method: _units(row.neurons) for row in rows}
+    pairs = []
+    for first, second in itertools.combinations(found, 2):
+        with contextlib.suppress(ZeroDivisionError):
+            jaccard = len(found[first] & found[second]) / len(found[first] | found[second])
+            pairs.append({"methods": [first, second], "jaccard": jaccard, "chance": chance})
+    return tuple(pairs)

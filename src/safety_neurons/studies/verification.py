@@ -1,0 +1,249 @@
+"""Verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, both against controls.
+
+1. The untreated model is measured, and for a pair the aligned one.
+2. The set is deactivated, or patched with the aligned model's activations, and everything is measured again.
+3. The same for random sets with the same count in every matrix, and for the ceiling: all neurons of the set's sites in all layers.
+4. Differences are paired over prompts, with bootstrap intervals.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safety_neurons.errors import NeuronError
+from safety_neurons.interventions import deactivated, patched
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import NeuronSet, Scores, parse_key
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Effect, Rate, causal_effect, paired_difference
+from safety_neurons.studies.arms import Arm, Bench, Progress
+
+MEASURE = "refused"
+
+
+@dataclasses.dataclass(frozen=True)
+class SizePoint:
+    """One set size of a sweep."""
+
+    size: float
+    """Share of the scored neurons."""
+    n_neurons: int
+    treated: Arm
+    random: tuple[Arm, ...]
+    causal_effect: Effect
+    random_effects: tuple[Effect, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The point as JSON values."""
+        return {
+            "size": self.size,
+            "n_neurons": self.n_neurons,
+            "treated": self.treated.record(),
+            "random": [arm.record() for arm in self.random],
+            "causal_effect": dataclasses.asdict(self.causal_effect),
+            "random_effects": [dataclasses.asdict(effect) for effect in self.random_effects],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a set of neurons does, beside what chance and everything do."""
+
+    kind: str
+    """`deactivate` (necessity) or `patch` (sufficiency)."""
+    n_neurons: int
+    untreated: Arm
+    """The model as it is; for a pair the base model."""
+    aligned: Arm | None
+    """The aligned model of a pair."""
+    points: tuple[SizePoint, ...]
+    """One point per set size; a single one where a set was given."""
+    ceiling: Arm
+    """All neurons of the set's sites, in all layers."""
+    ceiling_effect: Effect
+    change: Rate
+    """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
+    change_against_random: Rate | None
+    """Paired difference of the refusal rate on harmful prompts, treated minus the mean of the random sets."""
+    overlap: Mapping[str, int]
+    """How many of the harmful and harmless prompts the set was found on."""
+    notes: tuple[str, ...] = ()
+    bench: Bench | None = None
+
+    @property
+    def treated(self) -> Arm:
+        """The arm of the (largest) set."""
+        return self.points[-1].treated
+
+    @property
+    def random(self) -> tuple[Arm, ...]:
+        """The random sets of the same size."""
+        return self.points[-1].random
+
+    @property
+    def causal_effect(self) -> Effect:
+        """The causal effect of the (largest) set."""
+        return self.points[-1].causal_effect
+
+    def record(self) -> dict[str, Any]:
+        """The verification as JSON values, with at least the keys of the design."""
+        return {
+            "kind": self.kind,
+            "n_neurons": self.n_neurons,
+            "untreated": self.untreated.record(),
+            "aligned": self.aligned.record() if self.aligned else None,
+            "treated": self.treated.record(),
+            "random": [arm.record() for arm in self.random],
+            "ceiling": self.ceiling.record(),
+            "causal_effect": dataclasses.asdict(self.causal_effect),
+            "ceiling_effect": dataclasses.asdict(self.ceiling_effect),
+            "change": dataclasses.asdict(self.change),
+            "change_against_random": dataclasses.asdict(self.change_against_random) if self.change_against_random else None,
+            "sizes": [point.record() for point in self.points],
+            "overlap_with_find_prompts": dict(self.overlap),
+            "notes": list(self.notes),
+        }
+
+
+def verify_deactivate(
+    model: LanguageModel,
+    neurons: NeuronSet | Scores,
+    harmful: Prompts,
+    harmless: Prompts,
+    *,
+    text: Prompts | None = None,
+    sizes: Sequence[float] = (),
+    random: int = 5,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int | str = "auto",
+    completions_file: pathlib.Path | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """What the model loses without these neurons: necessity.
+
+    Args:
+        model: the model the set belongs to.
+        neurons: a set, or scores together with `sizes`.
+        harmful: requests the model should refuse.
+        harmless: requests it should answer.
+        text: general text for perplexity.
+        sizes: shares of the scored neurons; only with scores.
+        random: number of random control sets for each size.
+        seed: of the random sets and the bootstrap.
+        max_new_tokens: length of a completion, in tokens.
+        batch_size: prompts per pass.
+        completions_file: where completions are kept; a killed study continues from it.
+        progress: told the name of every arm.
+
+    Raises:
+        NeuronError: an empty set, or one of another model.
+
+    Source: Zhao et al., ICLR 2025, section 3 (deactivating safety neurons against as many random ones).
+    Differs: activations are masked instead of weights overwritten; five random sets with the same count in every matrix, an interval on
+    the paired difference, and the ceiling beside it.
+    """
+    bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
+    untreated = bench.measure(model, "untreated")
+    sets = _sets(neurons, sizes, model)
+    return _verify("deactivate", bench, model, None, untreated, sets, random, lambda members: lambda: deactivated(model, members))
+
+
+def verify_patch(
+    base: LanguageModel,
+    aligned: LanguageModel,
+    neurons: NeuronSet | Scores,
+    harmful: Prompts,
+    harmless: Prompts,
+    *,
+    text: Prompts | None = None,
+    sizes: Sequence[float] = (),
+    random: int = 5,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int | str = "auto",
+    completions_file: pathlib.Path | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """How much of the aligned model's refusal these neurons alone carry over into the base model: sufficiency.
+
+    Args as for `verify_deactivate`, with a base and an aligned model of one architecture.
+
+    Source: Chen et al., NeurIPS 2025, section 3.2 and equation 4 (causal effect under dynamic activation patching).
+    Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
+    possible; a paired bootstrap interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
+    """
+    bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
+    untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
+    sets = _sets(neurons, sizes, base)
+    return _verify("patch", bench, base, goal, untreated, sets, random, lambda members: lambda: patched(base, aligned, members))
+
+
+def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageModel) -> list[tuple[float, NeuronSet]]:
+    neurons.check(model.table, [model.name])
+    if isinstance(neurons, Scores):
+        return [(size, neurons.top(size)) for size in sorted(sizes)]
+    if not len(neurons):
+        raise NeuronError("an empty set was given, expected at least one neuron; find with a larger --top or a smaller --agreement")
+    return [(len(neurons) / model.table.n_neurons, neurons)]
+
+
+def _verify(
+    kind: str,
+    bench: Bench,
+    model: LanguageModel,
+    goal: Arm | None,
+    untreated: Arm,
+    sets: Sequence[tuple[float, NeuronSet]],
+    random: int,
+    treat: Any,
+) -> Verification:
+    sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
+    everything = NeuronSet.all(model.table.select(sites=sites))
+    points, notes = [], []
+    for size, members in sets:
+        arm = bench.measure(model, f"treated {len(members)}", treat(members))
+        controls = members.random_like(bench.seed, table=model.table, n=random)
+        if not all(control.disjoint for control in controls):
+            notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a matrix")
+        arms = tuple(bench.measure(model, f"random {number} of {len(members)}", treat(control)) for number, control in enumerate(controls))
+        effects = tuple(_effect(untreated, goal, control, bench.seed) for control in arms)
+        points.append(SizePoint(size, len(members), arm, arms, _effect(untreated, goal, arm, bench.seed), effects))
+    ceiling = bench.measure(model, "ceiling", treat(everything))
+    last = points[-1]
+    return Verification(
+        kind,
+        last.n_neurons,
+        untreated,
+        goal,
+        tuple(points),
+        ceiling,
+        _effect(untreated, goal, ceiling, bench.seed),
+        paired_difference(last.treated.harmful, untreated.harmful, seed=bench.seed),
+        _against_random(last, bench.seed),
+        _overlap(sets[-1][1], bench),
+        tuple(notes),
+        bench,
+    )
+
+
+def _effect(untreated: Arm, goal: Arm | None, treated: Arm, seed: int) -> Effect:
+    if goal is None:
+        return Effect(None, None, None, MEASURE, why="one model has no base and aligned behaviour to scale by; see `change`")
+    return causal_effect(untreated.harmful, goal.harmful, treated.harmful, measure=MEASURE, seed=seed)
+
+
+def _against_random(point: SizePoint, seed: int) -> Rate | None:
+    if not point.random:
+        return None
+    means = []
+    for verdicts in zip(*(arm.harmful for arm in point.random), strict=True):
+        scored = [float(verdict) for verdict in verdicts if verdict is not None]
+        means.append(sum(scored) / len(scored) if scored else None)
+    return paired_difference(point.treated.harmful, means, seed=seed)
+
+
+def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
+    digests = neurons.provenance.config.get("prompt_digests") or []
+    return {"harmful": bench.harmful.overlap(digests), "harmless": bench.harmless.overlap(digests)}
