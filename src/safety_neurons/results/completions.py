@@ -77,15 +77,8 @@ class Completions(Sequence[Completion]):
         return tuple(dict.fromkeys(item.arm for item in self))
 
     def arm(self, name: str) -> "Completions":
-        """The completions of one arm.
-
-        Raises:
-            InputError: there is no such arm.
-        """
-        found = Completions(item for item in self if item.arm == name)
-        if not len(found):
-            raise InputError(f"no completion of arm {name!r}; the arms are {', '.join(self.arms) or 'none'}")
-        return found
+        """The completions of one arm, none where there is no such arm (`arms` lists them)."""
+        return Completions(item for item in self if item.arm == name)
 
     def by_id(self, prompt_id: str) -> "Completions":
         """The completions of one prompt, in every arm and seed; empty where there is none."""
