@@ -21,10 +21,11 @@ from safety_neurons.model.experts import DOWN, FUSED, ExpertsAnatomy, describe_e
 from safety_neurons.model.layouts import Layout, split_gate_up, split_qkv
 from safety_neurons.model.parts import Anatomy, AttentionAnatomy, Coverage, LayerAnatomy, MlpAnatomy, projections_of, unwrapped
 from safety_neurons.model.places import Projection, SitePlace
+from safety_neurons.model.proof import prove
 from safety_neurons.model.vocabulary import ACTIVATIONS, ATTENTION_ROLES, FUSED_LAYOUTS, HEAD_SIZES, MLP_ROLES, ROUTERS, role_of
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES
 
-__all__ = ["Anatomy", "AttentionAnatomy", "Coverage", "LayerAnatomy", "MlpAnatomy", "resolve"]
+__all__ = ["Anatomy", "AttentionAnatomy", "Coverage", "LayerAnatomy", "MlpAnatomy", "prove", "resolve"]
 
 
 def resolve(model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts: Mapping[str, str] | None = None) -> Anatomy:

@@ -156,9 +156,7 @@ class LanguageModel:
         from safety_neurons.model.proof import prove
 
         with self.running():
-            anatomy = resolve(self.model)
-            prove(anatomy)
-        return anatomy
+            return prove(resolve(self.model))
 
     @property
     def table(self) -> SiteTable:

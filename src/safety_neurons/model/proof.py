@@ -1,0 +1,263 @@
+"""Proof of an anatomy by algebra, on short probe passes of random tokens through the loaded model, for every layer by itself.
+
+1. Queries, keys and values are where they are said to be (`proof_attention`).
+2. Weights and indices: `weight()` and `bias()` of every site, applied to what the projection was given, are what it put out; the slices of
+   a fused projection, put together, are its output bit for bit; `down` and `o` applied to the captured activation give the sub-layer's
+   output.
+3. Feed-forward part: what `down` is given is act(gate)·up, or act(up).
+4. Experts: each row of the gate step is the pair of token and expert it is said to be, and the rows add up to the module's output.
+5. Effect: with the neurons of a site set to zero the logits change.
+
+Where the guessed layout of a fused projection fails and another one passes, that one is taken, unless the caller chose it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy
+from safety_neurons.model.layouts import GATE_UP_LAYOUTS, covers, split_gate_up
+from safety_neurons.model.parts import Anatomy, AttentionAnatomy, LayerAnatomy, MlpAnatomy
+from safety_neurons.model.passes import evaluating
+from safety_neurons.model.places import SitePlace, full_bias, full_weight
+from safety_neurons.model.probe import TOKENS, Probe, Seen, same
+from safety_neurons.model.proof_attention import settle_attention
+from safety_neurons.neurons import MLP_SITES
+
+ROWS_AT_ONCE = 64
+"""Rows of a pass in which each row has another site set to zero."""
+
+
+def prove(anatomy: Anatomy, *, seed: int = 0, effects: bool = True) -> Anatomy:
+    """The anatomy, proved on the model it was resolved from, with layouts settled and unprovable sites refused.
+
+    Args:
+        anatomy: what `resolve` found.
+        seed: of the random tokens; nothing global is seeded.
+        effects: whether to check that every site changes the logits (one row of a batch per site).
+
+    Raises:
+        UnsupportedModelError: a site that never came by, weights that do not give what the projection puts out, a layout chosen by the
+            caller that fails, experts whose rows cannot be told, a site without effect. The message names layer and site.
+        NumericalError: the model puts out NaN or infinity.
+    """
+    with torch.no_grad(), evaluating(anatomy.model):
+        probe = Probe(anatomy.model, seed)
+        anatomy = settle_attention(anatomy, probe)
+        anatomy = _settle_feed_forward(anatomy, probe)
+        _check_projections(anatomy, probe)
+        _check_experts(anatomy, probe)
+        if effects:
+            _check_effects(anatomy, probe)
+    return anatomy
+
+
+# Feed-forward parts
+
+
+def _parts(layer: LayerAnatomy) -> dict[str, MlpAnatomy]:
+    return {name: part for name, part in (("mlp", layer.mlp), ("shared", layer.shared)) if part is not None}
+
+
+def _usable(anatomy: Anatomy, part: AttentionAnatomy | MlpAnatomy) -> list[SitePlace]:
+    return [place for place in part.places.values() if place.key not in anatomy.refused]
+
+
+def _settle_feed_forward(anatomy: Anatomy, probe: Probe) -> Anatomy:
+    """Take for each part the layout with which down is given act(gate)·up; refuse gate and up where there is none."""
+    keys = [place.key for layer in anatomy.layers for part in _parts(layer).values() for place in _usable(anatomy, part)]
+    seen = probe.see(anatomy, keys)
+    refused = dict(anatomy.refused)
+    layers = []
+    for layer in anatomy.layers:
+        settled = {name: _settled(anatomy, part, seen, refused) for name, part in _parts(layer).items()}
+        layers.append(replace(layer, **settled))
+    return replace(anatomy, layers=tuple(layers), refused=refused)
+
+
+def _settled(anatomy: Anatomy, part: MlpAnatomy, seen: Seen, refused: dict[str, str]) -> MlpAnatomy:
+    places = part.places
+    if any(place.key in anatomy.refused for place in places.values()):
+        return part
+    down, up = seen.values[places["down"].key], seen.values[places["up"].key]
+    gate = seen.values[places["gate"].key] if part.gated else None
+    if same(_gated(part, gate, up), down):
+        return part
+    if part.layout is not None and gate is not None:
+        fused = _fused(part, gate, up)
+        for layout in GATE_UP_LAYOUTS:
+            indices = split_gate_up(layout, down.shape[-1])
+            if same(_gated(part, fused[..., indices["gate"]], fused[..., indices["up"]]), down):
+                if "gate_up" in anatomy.chosen:
+                    raise UnsupportedModelError(
+                        f"{places['gate'].key}: layout {part.layout.value!r} was asked for and fails, {layout.value!r} was found to hold; "
+                        "leave layouts={'gate_up': ...} out"
+                    )
+                moved = {site: place.at(indices[site]) if site in indices else place for site, place in places.items()}
+                return replace(part, layout=layout, places=moved)
+    reason = "what down is given is not act(gate)·up of this layer, so gate and up neurons cannot be proved; use down alone (--sites down)"
+    refused.update({places[site].key: reason for site in ("gate", "up") if site in places})
+    return part
+
+
+def _gated(part: MlpAnatomy, gate: Tensor | None, up: Tensor) -> Tensor:
+    return part.activation(up) if gate is None else part.activation(gate) * up
+
+
+def _fused(part: MlpAnatomy, gate: Tensor, up: Tensor) -> Tensor:
+    whole = gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
+    for site, values in (("gate", gate), ("up", up)):
+        whole[..., part.places[site].index] = values
+    return whole
+
+
+# Projections
+
+
+def _check_projections(anatomy: Anatomy, probe: Probe) -> None:
+    """One pass: every projection's boundary against the activations and the weights of its sites."""
+    places = list(anatomy.places.values())
+    seen = probe.see(anatomy, [place.key for place in places], [place.module for place in places])
+    for place in places:
+        _check_place(place, seen.values[place.key], seen.boundaries[place.module])
+    for layer in anatomy.layers:
+        for part in layer.parts:
+            _check_partition(_usable(anatomy, part), seen)
+
+
+def _check_place(place: SitePlace, values: Tensor, boundary: tuple[tuple[Any, ...], Any]) -> None:
+    part = place.projection
+    (given, *_), output = boundary
+    flat = values.reshape(-1, values.shape[-1])
+    if place.side == "output":
+        if part.readable:
+            weight, bias = place.weight(), place.bias()
+            expected = nn.functional.linear(given.reshape(-1, given.shape[-1]).to(weight.dtype), weight, bias)
+            if not same(flat, expected.to(flat.dtype)):
+                raise _fault(place, "its weight rows do not give its activation")
+        return
+    if part.readable:
+        weight = full_weight(part, place.key)
+        found = nn.functional.linear(flat.to(weight.dtype), weight, full_bias(part))
+    else:
+        found = place.hooked(flat)
+    if not same(found.to(output.dtype), output.reshape(found.shape)):
+        raise _fault(place, "its weight columns applied to its activation do not give the projection's output")
+
+
+def _fault(place: SitePlace, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{place.key} ({place.module_name}) could not be proved: {what}; pass sites={{...}} or layouts={{...}} that say where it is"
+    )
+
+
+def _check_partition(places: list[SitePlace], seen: Seen) -> None:
+    """The slices of a fused projection, put together, are its output."""
+    fused: dict[str, list[SitePlace]] = {}
+    for place in places:
+        if place.index is not None:
+            fused.setdefault(place.module_name, []).append(place)
+    for group in fused.values():
+        if not covers({place.key: place.index for place in group}, group[0].features):
+            raise _fault(group[0], "the sites of its fused projection do not take every feature once")
+        output = seen.boundaries[group[0].module][1]
+        whole = torch.empty_like(output)
+        for place in group:
+            whole[..., place.index] = seen.values[place.key].reshape(*output.shape[:-1], -1)
+        if not torch.equal(whole, output):
+            raise _fault(group[0], "the slices of its fused projection do not give its output back")
+
+
+# Experts
+
+
+def _check_experts(anatomy: Anatomy, probe: Probe) -> None:
+    parts = [layer.experts for layer in anatomy.layers if layer.experts is not None]
+    if not parts:
+        return
+    keys = [f"layers.{part.layer}.experts.*.{site}" for part in parts for site in MLP_SITES]
+    seen = probe.see(anatomy, keys, [part.module for part in parts])
+    for part in parts:
+        rows = {site: _joined(seen.values.get(f"layers.{part.layer}.experts.*.{site}", [])) for site in MLP_SITES}
+        if rows["down"] is None:
+            raise part.unsupported("the gate step never came by, so expert neurons cannot be reached")
+        _check_rows(part, rows, seen.boundaries[part.module])  # type: ignore[arg-type]
+
+
+def _joined(rows: Iterable[ExpertRows]) -> ExpertRows | None:
+    rows = list(rows)
+    if not rows:
+        return None
+    return ExpertRows(
+        torch.cat([part.values for part in rows]),
+        torch.cat([part.token_index for part in rows]),
+        torch.cat([part.weight for part in rows]),
+        torch.cat([part.expert_index for part in rows]),
+    )
+
+
+def _check_rows(part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tuple[tuple[Any, ...], Any]) -> None:
+    """Every row against the weights of its expert and the stream of its token, and their weighted sum against the output."""
+    (hidden, chosen, weights, *_), output = boundary
+    down = rows["down"]
+    if len(down) != chosen.numel():
+        raise part.unsupported(f"{len(down)} rows came by for {chosen.numel()} pairs of token and expert")
+    total = torch.zeros_like(hidden, dtype=torch.float64)
+    expected = {site: torch.empty_like(rows[site].values) for site in ("gate", "up")}
+    for expert in down.expert_index.unique().tolist():
+        mine = (down.expert_index == expert).nonzero().flatten()
+        stream = hidden[down.token_index[mine]]
+        for site in ("gate", "up"):
+            expected[site][mine] = nn.functional.linear(stream, part.weight(expert, site), part.bias(expert, site))
+        out = nn.functional.linear(down.values[mine], part.weight(expert, "down"), part.output_bias(expert))
+        total.index_add_(0, down.token_index[mine], (out * down.weight[mine, None]).double())
+    faults = [site for site in ("gate", "up") if not same(rows[site].values, expected[site])]
+    if faults or not same(part.apply_gate(part.fuse(rows["gate"].values, rows["up"].values)), down.values):
+        raise part.unsupported(f"the rows of {' and '.join(faults) or 'down'} are not what the weights of the chosen experts give")
+    if not same(total.to(output.dtype).reshape(output.shape), output):
+        raise part.unsupported("the rows of down, weighted by the router, do not add up to the output of the experts")
+
+
+# Effect on the logits
+
+
+def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
+    """With a site set to zero in one row of the batch, that row's logits differ from those of an untouched row."""
+    keys = list(anatomy.places)
+    keys += [f"layers.{layer.index}.experts.*.{site}" for layer in anatomy.layers if layer.experts for site in MLP_SITES]
+    for start in range(0, len(keys), ROWS_AT_ONCE):
+        group = keys[start : start + ROWS_AT_ONCE]
+        edits = {key: _silence(row + 2) for row, key in enumerate(group)}
+        logits = probe.see(anatomy, (), edits=edits, ids=probe.rows(len(group) + 2)).logits.double()
+        noise = float((logits[1] - logits[0]).abs().max())
+        effects = (logits[2:] - logits[0]).abs().amax((1, 2)).tolist()
+        for key, effect in zip(group, effects, strict=True):
+            if effect <= 2 * noise and not _idle(anatomy, key):
+                raise UnsupportedModelError(
+                    f"{key}: setting its neurons to zero changes no logit, a change was expected; "
+                    "switch off torch.compile and replaced kernels, or leave the site out with --sites"
+                )
+
+
+def _silence(row: int) -> Callable[[Any], Tensor]:
+    def edit(values: Any) -> Tensor:
+        if isinstance(values, ExpertRows):
+            return values.values.masked_fill((values.token_index // TOKENS == row)[:, None], 0)
+        new = values.clone()
+        new[row] = 0
+        return new
+
+    return edit
+
+
+def _idle(anatomy: Anatomy, key: str) -> bool:
+    """Whether a site has no effect because weights on its way out are all zero, as in a layer that was added empty."""
+    layer = anatomy.layers[int(key.split(".")[1])]
+    if ".experts." in key:
+        return layer.experts is not None and not bool(layer.experts.module.down_proj.any())  # type: ignore[union-attr,operator]
+    part = next(part for part in layer.parts if any(place.key == key for place in part.places.values()))
+    return any(place.projection.readable and not bool(place.weight().any()) for place in part.places.values())
