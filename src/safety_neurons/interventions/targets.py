@@ -1,0 +1,139 @@
+"""What an intervention acts on: the model behind a view, its decoder stack, and the neurons as index tensors."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from safety_neurons.errors import NeuronError, UnsupportedModelError
+from safety_neurons.model.anatomy import Anatomy, resolve
+from safety_neurons.neurons import NeuronSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model that an intervention acts on.
+
+    Attributes:
+        view: What the caller passed: a `LanguageModel` or a bare Hugging Face model.
+        model: The Hugging Face (or PEFT) model.
+        anatomy: Where its sites are.
+        body: The decoder stack: the nearest module around all decoder layers. Every pass goes through it, whether started by
+            ``generate``, by a call of the model or by a pass without the output head.
+    """
+
+    view: Any
+    model: nn.Module
+    anatomy: Anatomy
+    body: nn.Module
+
+    @classmethod
+    def of(cls, view: Any) -> "Subject":
+        """Resolves a `LanguageModel`, or a Hugging Face model as it is."""
+        if isinstance(view, nn.Module):
+            model, anatomy = view, resolve(view)
+        else:
+            model, anatomy = view.model, view.anatomy
+        return cls(view, model, anatomy, _body(model, anatomy))
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which this view's own adapters act; nothing for a bare model."""
+        return self.view.active() if hasattr(self.view, "active") else contextlib.nullcontext()
+
+    @property
+    def adapters(self) -> tuple[str, ...] | None:
+        """The names of the view's adapters in order of application; None means whichever are active."""
+        names = getattr(self.view, "adapters", None)
+        return None if names is None else tuple(names)
+
+
+def _body(model: nn.Module, anatomy: Anatomy) -> nn.Module:
+    """The module that holds the list of decoder layers."""
+    names = anatomy.layers[0].module_name.split(".")[:-2]
+    return model.get_submodule(".".join(names))
+
+
+def indices(anatomy: Anatomy, *neuron_sets: NeuronSet | Mapping[str, Any]) -> dict[str, Int[Tensor, " neuron"]]:
+    """The union of neuron sets as one sorted index tensor per key, checked against the model.
+
+    Raises:
+        ForeignModelError: A set was found on another architecture.
+        NeuronError: A key or an index that the model does not have.
+    """
+    union: NeuronSet | None = None
+    for given in neuron_sets:
+        one = given if isinstance(given, NeuronSet) else NeuronSet(given)
+        one.check(anatomy.table)
+        union = one if union is None else union | one
+    if union is None:
+        return {}
+    members = {key: torch.tensor(union[key], dtype=torch.int64) for key in union.keys()}  # noqa: SIM118
+    return {key: member for key, member in members.items() if len(member)}
+
+
+def dense_only(chosen: Mapping[str, Any], anatomy: Anatomy, what: str) -> None:
+    """Refuses keys of routed experts, which have no activation of their own at every token.
+
+    Raises:
+        UnsupportedModelError: A key names a routed expert.
+    """
+    routed = [key for key in chosen if key not in anatomy.places]
+    if routed:
+        raise UnsupportedModelError(
+            f"{what} acts on neurons that are active at every token, and {routed[0]} is computed only where the router chose its expert; "
+            f"leave out the {len(routed)} expert keys, or deactivate them"
+        )
+
+
+class PerDevice:
+    """One index tensor, copied once to every device it is asked for on."""
+
+    def __init__(self, index: Int[Tensor, " neuron"], size: int) -> None:
+        self.whole = len(index) == size
+        self._copies: dict[torch.device, Tensor] = {index.device: index}
+
+    def on(self, device: torch.device) -> Int[Tensor, " neuron"]:
+        """The index tensor on a device."""
+        copy = self._copies.get(device)
+        if copy is None:
+            copy = self._copies[device] = next(iter(self._copies.values())).to(device)
+        return copy
+
+    def taken(self, source: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows chosen"]:
+        """The chosen columns."""
+        return source if self.whole else source.index_select(-1, self.on(source.device))
+
+    def copied(self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]) -> Float[Tensor, "*rows neuron"]:
+        """`target` with its chosen columns replaced."""
+        return values if self.whole else target.index_copy(-1, self.on(target.device), values)
+
+    def copied_(self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]) -> None:
+        """Replaces the chosen columns in place."""
+        if self.whole:
+            target.copy_(values)
+        else:
+            target.index_copy_(-1, self.on(target.device), values)
+
+
+def per_site(values: Any, key: str, index: Int[Tensor, " neuron"], size: int) -> Tensor:
+    """The value of each chosen neuron of a site, from one number, one per chosen neuron, or one per neuron of the site.
+
+    Raises:
+        NeuronError: No values for the site, or another number of them.
+    """
+    if isinstance(values, Mapping) or hasattr(values, "keys"):
+        if key not in values.keys():  # noqa: SIM118  (scores files are not mappings)
+            raise NeuronError(f"no values for {key}; give one per neuron of every site that is patched")
+        values = values[key]
+    vector = torch.as_tensor(values)
+    if vector.ndim == 0:
+        return vector.expand(len(index))
+    if vector.shape == (size,):
+        return vector[index]
+    if vector.shape == index.shape:
+        return vector
+    raise NeuronError(f"{key}: {tuple(vector.shape)} values arrived, expected {size} (the site's neurons) or {len(index)} (those chosen)")
