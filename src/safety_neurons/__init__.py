@@ -21,7 +21,7 @@ _HOME = {
     "causal_effect": "results",
     "compare": "studies",
     "deactivated": "interventions",
-    "demo": "studies",
+    "demo": "cli.story",
     "doctor": "studies",
     "find_attribution": "detectors",
     "find_attribution_patching": "detectors",

@@ -303,7 +303,8 @@ def show(result: dict[str, Any]) -> None:
 
     neurons = NeuronSet.load(result["neurons"])
     used = result["prompts"]
-    shares = f"{console.share(result['share_of_neurons'])} of the neurons searched, {console.share(result['share_of_parameters'])} of all parameters"
+    searched, all_of_it = console.share(result["share_of_neurons"]), console.share(result["share_of_parameters"])
+    shares = f"{searched} of the neurons searched, {all_of_it} of all parameters"
     counts = f"prompts {used['used']:,} used, {used['failed']:,} failed, {used['truncated']:,} truncated"
     console.out().print(f"[bold]{result['n_neurons']:,} neurons[/bold] by {result['method']}: {shares}; {counts}\n", soft_wrap=True)
     by_layer: dict[int, dict[str, int]] = {}

@@ -1,0 +1,112 @@
+"""The demo: the commands a user would type, run one after another on an organism, ending with a report."""
+
+import io
+import json
+import pathlib
+import sys
+import time
+from contextlib import redirect_stdout
+from typing import Any
+
+from safety_neurons.cli import console
+from safety_neurons.cli.options import Common
+from safety_neurons.errors import RunError
+
+ORGANISM = "natural"
+PLANTED = "planted"
+
+
+def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:
+    """The whole story on the organism that ships with the package. Returns the path of the report."""
+    return pathlib.Path(tell(Common(out=pathlib.Path(out), json=True, seed=seed), pathlib.Path(out), quick=quick)["report"])
+
+
+def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str, list[str]]]:
+    """Every step of the story: what it answers, and the command that answers it."""
+    pair = ["--base", f"organism:{ORGANISM}/sft", "--aligned", f"organism:{ORGANISM}/dpo"]
+    planted = ["--base", f"organism:{PLANTED}/base", "--aligned", f"organism:{PLANTED}/aligned"]
+    limit = ["--limit", "40"] if quick else ["--limit", "100"]
+    controls = ["--random", "2" if quick else "3"]
+    sizes = "0.02,0.1,0.3" if quick else "0.01,0.02,0.05,0.1,0.2,0.4"
+
+    def step(*words: str, to: str) -> list[str]:
+        return [*words, "--seed", str(seed), "--out", str(folder / to)]
+
+    return [
+        ("Is the model understood?", step("doctor", "--model", f"organism:{ORGANISM}/dpo", to="doctor")),
+        (
+            "Paper 1: which rows and columns matter for harmful requests?",
+            step("find", "importance", "--model", f"organism:{ORGANISM}/dpo", "--top", "0.01", *limit, to="importance"),
+        ),
+        (
+            "Paper 2: which activations differ between the unsafe and the safe model?",
+            step("find", "contrast", *pair, "--top", "0.05", *limit, to="contrast"),
+        ),
+        (
+            "Beyond both: which activations would restore the refusal?",
+            step("find", "attribution-patching", *pair, "--top", "0.05", *limit, to="attribution-patching"),
+        ),
+        (
+            "Does the paper's ranking carry the safety, and how many neurons does that take?",
+            step("verify", "patch", *pair, "--scores", str(folder / "contrast"), "--sizes", sizes, *controls, *limit, to="verify-contrast"),
+        ),
+        (
+            "Does attribution patching need fewer?",
+            step(
+                *("verify", "patch", *pair, "--scores", str(folder / "attribution-patching"), "--sizes", sizes, *controls, *limit),
+                to="verify-attribution-patching",
+            ),
+        ),
+        (
+            "Are they necessary? The safe model with them switched off",
+            step(
+                *("verify", "deactivate", "--model", f"organism:{ORGANISM}/dpo", "--neurons", str(folder / "attribution-patching")),
+                *(*controls, *limit),
+                to="verify-deactivate",
+            ),
+        ),
+        ("All methods at one budget", step("compare", *pair, "--top", "0.05", *controls, *limit, to="compare")),
+        (
+            "All methods where the truth is planted",
+            step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *controls, *limit, to="compare-planted"),
+        ),
+    ]
+
+
+def tell(common: Common, out: pathlib.Path, *, quick: bool) -> dict[str, Any]:
+    """Run every step, then the report."""
+    started = time.monotonic()
+    steps = chapters(out, quick=quick, seed=common.seed)
+    for number, (question, words) in enumerate(steps, start=1):
+        if not common.json:
+            console.out().rule(f"[bold]{number}/{len(steps)} {question}", align="left", style=console.ACCENT)
+            console.out().print(f"[dim]$ safety-neurons {' '.join(words)}[/dim]\n", soft_wrap=True)
+        call(words, common)
+    runs = [words[words.index("--out") + 1] for _, words in steps]
+    report = out / "report.html"
+    call(["report", *runs, "--title", "Safety neurons of an organism", "--out", str(report)], common, say=False)
+    result = {"report": str(report.absolute()), "runs": runs, "seconds": time.monotonic() - started}
+    if not common.json:
+        console.out().rule(style=console.ACCENT)
+        console.out().print(f"done in {result['seconds']:.0f} s\n[bold]{result['report']}[/bold]", soft_wrap=True)
+    return result
+
+
+def call(words: list[str], common: Common, *, say: bool = True) -> None:
+    """One command in this process; a failure carries its own one-line error."""
+    from safety_neurons.cli.app import build
+
+    quiet = common.json or not say
+    line = [*words, *(["--json"] if quiet else []), *(["--overwrite"] if common.overwrite else [])]
+    caught = io.StringIO()
+    try:
+        if quiet:
+            with redirect_stdout(caught):
+                build()(line, standalone_mode=False)
+        else:
+            build()(line, standalone_mode=False)
+    except SystemExit as stop:
+        sys.stdout.flush()
+        if stop.code:
+            said = json.loads(caught.getvalue() or "{}").get("error", "see the line above")
+            raise RunError(f"`safety-neurons {' '.join(words[:2])}` failed: {said}; run it alone with --debug") from None
