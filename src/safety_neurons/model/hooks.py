@@ -119,6 +119,19 @@ def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
         yield
 
 
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the context; every module goes back to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _put_back(module: nn.Module, name: str, earlier: Any) -> None:
     """Undo an override on an instance, down to what stood there before."""
     if earlier is None:
