@@ -1,0 +1,210 @@
+"""Exact importance of attention neurons: the closed forms, for any change of an activation.
+
+Every function takes `delta`, what is taken off an activation: the activation itself for importance against zero, its difference to what
+other parameters put out on the same input for importance against other parameters. For `o` (columns) the change is in the column.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.detectors.importance_softmax import Attended, LogitChange, squared_norms
+from safety_neurons.model.attention import AttentionPlan, AttentionStates
+from safety_neurons.model.attention_norm import NormChange, NormFormula
+
+
+class OutputFactors:
+    """What importance needs of an o projection's weight: column norms, and small factors R with Rᵀ R = Wᵀ W. Computed once, on demand."""
+
+    def __init__(
+        self, weight: Float[Tensor, "out mixed"], n_heads: int, n_kv_heads: int, columns: Float[Tensor, "out mixed"] | None = None
+    ) -> None:
+        """Keeps no weight longer than needed.
+
+        Args:
+            weight: of the o projection, adapters included.
+            n_heads: query heads.
+            n_kv_heads: key-value heads.
+            columns: change of each column for the importance of `o`; the column itself when None.
+        """
+        self._weight = weight
+        self._columns = weight if columns is None else columns
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+
+    @cached_property
+    def column_norms(self) -> Float[Tensor, " mixed"]:
+        """Norm of the change of each column."""
+        return torch.linalg.vector_norm(self._columns, dim=0)
+
+    @cached_property
+    def of_groups(self) -> Float[Tensor, "group rank head dim"]:
+        """One factor per key-value head, over the columns of its query heads."""
+        return self._factor(self.n_kv_heads)
+
+    @cached_property
+    def of_all(self) -> Float[Tensor, "one rank head dim"]:
+        """One factor over all columns."""
+        return self._factor(1)
+
+    @cached_property
+    def of_heads(self) -> Float[Tensor, "head rank one dim"]:
+        """One factor per query head."""
+        flat = self.of_groups.transpose(1, 2).flatten(0, 1)
+        return torch.linalg.qr(flat, mode="r").R.unsqueeze(2)
+
+    @cached_property
+    def value_gram(self) -> Float[Tensor, "group dim head head"]:
+        """Inner products of the columns that one value row feeds."""
+        parts = self._weight.unflatten(1, (self.n_kv_heads, self.n_heads // self.n_kv_heads, -1))
+        return torch.einsum("ogrd,ogsd->gdrs", parts, parts)
+
+    def _factor(self, n_parts: int) -> Tensor:
+        parts = self._weight.unflatten(1, (n_parts, -1)).transpose(0, 1)
+        triangle = torch.linalg.qr(parts, mode="r").R
+        return triangle.unflatten(2, (self.n_heads // n_parts, -1))
+
+
+@dataclass(frozen=True)
+class AttentionScorer:
+    """Importance of one prompt's attention neurons in one layer.
+
+    Attributes:
+        plan: the layer's formula.
+        states: the prompt.
+        factors: of the o projection.
+        space: `output` or `probability` (q and k only).
+        budget: bytes that one chunk of neurons may take.
+    """
+
+    plan: AttentionPlan
+    states: AttentionStates
+    factors: OutputFactors
+    space: str = "output"
+    budget: int = 2**28
+
+    def scores(self, site: str, delta: Tensor | None = None) -> Float[Tensor, " neuron"]:
+        """Scores of `q`, `k`, `v` or `o`; `delta` (default: the activation itself) is `[token, head, dim]` and not used for `o`."""
+        if site == "o":
+            return self.output()
+        score = {"q": self.query, "k": self.key, "v": self.value}[site]
+        return score(getattr(self.states, site) if delta is None else delta).flatten()
+
+    def output(self) -> Float[Tensor, " neuron"]:
+        """‖column of what the o projection reads‖ · ‖change of its column‖."""
+        return torch.linalg.vector_norm(self.states.mixed.flatten(1), dim=0) * self.factors.column_norms
+
+    def value(self, delta: Float[Tensor, "token group dim"]) -> Float[Tensor, "group dim"]:
+        """Rows of v: what each of the group's heads passes on, joined through the inner products of the columns it feeds."""
+        probabilities = self.states.probabilities.unflatten(0, (delta.shape[1], -1))
+        passed = torch.einsum("grmn,ngd->gdrm", probabilities, delta)
+        squares = ((passed @ passed.transpose(2, 3)) * self.factors.value_gram).sum((2, 3))
+        return squares.clamp(min=0).sqrt()
+
+    def query(self, delta: Float[Tensor, "token head dim"]) -> Float[Tensor, "head dim"]:
+        """Rows of q: the logits of one head change by two columns of its keys; where a norm spans all heads, those of the others too."""
+        norm = self.plan.q_norm
+        moved = self._change(norm, self.states.q, delta)
+        base, flat = self._query_bases(norm)
+        scores = []
+        for head in range(self.plan.n_heads):
+            across = norm is not None and norm.across_heads
+            heads = slice(0, self.plan.n_heads) if across else slice(head, head + 1)
+            left = self._paired(moved.single[:, head] * self.plan.scale, own=True)[:, :, None]
+            right = self._paired(self.states.key[:, head // self.states.group_size], own=False).movedim(1, 2)
+            change = LogitChange(
+                left.contiguous(),
+                right.contiguous(),
+                slice(head, head + 1) if across else None,
+                along=None if moved.along is None else moved.along[:, head].T[:, :, None, None],
+                base=None if base is None else base[:, heads],
+                uniform=None if moved.uniform is None else moved.uniform[:, head].T[:, :, None, None],
+                flat=None if flat is None else flat[:, heads],
+            )
+            scores.append(self._norms(change, heads, across))
+        return torch.stack(scores)
+
+    def key(self, delta: Float[Tensor, "token group dim"]) -> Float[Tensor, "group dim"]:
+        """Rows of k: the logits of all query heads of the group change together; where a norm spans all heads, those of the others too."""
+        norm, size = self.plan.k_norm, self.states.group_size
+        moved = self._change(norm, self.states.k, delta)
+        base, flat = self._key_bases(norm)
+        scores = []
+        for group in range(self.plan.n_kv_heads):
+            across = norm is not None and norm.across_heads
+            mine = slice(group * size, (group + 1) * size)
+            heads = slice(0, self.plan.n_heads) if across else mine
+            query = self.states.query[:, mine].flatten(0, 1)
+            change = LogitChange(
+                self._paired(query, own=False).unflatten(1, (-1, size)).contiguous(),
+                self._paired(moved.single[:, group], own=True).movedim(1, 2).contiguous(),
+                mine if across else None,
+                along=None if moved.along is None else moved.along[:, group].T[:, None, None],
+                base=None if base is None else base[:, heads],
+                uniform=None if moved.uniform is None else moved.uniform[:, group].T[:, None, None],
+                flat=None if flat is None else flat[:, heads],
+            )
+            scores.append(self._norms(change, heads, across))
+        return torch.stack(scores)
+
+    def _norms(self, change: LogitChange, heads: slice, across: bool) -> Float[Tensor, " dim"]:
+        states = self.states
+        known = states.log_probabilities[heads].transpose(0, 1).contiguous()
+        sink = None if self.plan.sinks is None else (1 - known.exp().sum(-1, keepdim=True)).clamp(min=0)
+        attended = Attended(states.logits[heads].transpose(0, 1), known, self.plan.softcap, sink)
+        passed = None
+        if self.space == "output":
+            passed = self._passed_of_all if across else self._passed(heads)
+        return squared_norms(attended, change, passed, self.budget).clamp(min=0).sqrt()
+
+    def _passed(self, heads: slice) -> Float[Tensor, "head token rank"]:
+        """Value states through the factor of one head's or one group's columns."""
+        states, factors = self.states, self.factors
+        group = heads.start // states.group_size
+        factor = factors.of_heads[heads.start] if heads.stop - heads.start < states.group_size else factors.of_groups[group]
+        return torch.einsum("td,khd->htk", states.v[:, group], factor.to(states.v))
+
+    @cached_property
+    def _passed_of_all(self) -> Float[Tensor, "head token rank"]:
+        """Value states through the factor of all columns."""
+        values = self.states.v.repeat_interleave(self.states.group_size, 1)
+        return torch.einsum("thd,khd->htk", values, self.factors.of_all[0].to(values))
+
+    def _paired(self, states: Float[Tensor, "token dim"], own: bool) -> Float[Tensor, "dim token term"]:
+        """Per entry d the two numbers of the rotated logit: `own`, what of d stays and what crosses; else the entries that they meet."""
+        rotation = self.states.rotation
+        if rotation is None:
+            return states.T[:, :, None]
+        if own:
+            return torch.stack([states * rotation.keep, states * rotation.cross], -1).movedim(1, 0)
+        return torch.stack([states, states[:, rotation.partner]], -1).movedim(1, 0)
+
+    def _change(self, norm: NormFormula | None, raw: Tensor, delta: Tensor) -> NormChange:
+        return NormChange(None, None, -delta) if norm is None else norm.change(raw, delta)
+
+    def _query_bases(self, norm: NormFormula | None) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of the normed queries without the norm's bias, and of its weight alone, `[token, head, token]`."""
+        if norm is None:
+            return None, None
+        states = self.states
+        keys = states.key.repeat_interleave(states.group_size, 1)
+        made = [self._turned(part) * self.plan.scale for part in _norm_parts(norm, states.q)]
+        logits = [torch.einsum("mhd,nhd->mhn", part, keys) for part in made]
+        return logits[0], logits[1] if norm.centred else None
+
+    def _key_bases(self, norm: NormFormula | None) -> tuple[Tensor | None, Tensor | None]:
+        if norm is None:
+            return None, None
+        states = self.states
+        made = [self._turned(part).repeat_interleave(states.group_size, 1) for part in _norm_parts(norm, states.k)]
+        logits = [torch.einsum("mhd,nhd->mhn", states.query, part) for part in made]
+        return logits[0], logits[1] if norm.centred else None
+
+    def _turned(self, part: Tensor) -> Tensor:
+        return part if self.states.rotation is None else self.states.rotation(part)
+
+
+def _norm_parts(norm: NormFormula, raw: Tensor) -> tuple[Tensor, Tensor]:
+    return norm.without_bias(raw), norm.weight.to(raw).expand_as(raw)

@@ -1,0 +1,272 @@
+"""Importance-contrast: importance of the aligned model's neurons against the base model's parameters instead of against zero."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safety_neurons.detectors.finishing import Choice, finish, searched
+from safety_neurons.detectors.found import Found
+from safety_neurons.detectors.importance_attention import OutputFactors
+from safety_neurons.detectors.importance_readers import prove_layers
+from safety_neurons.detectors.pairs import comparing, writer_of
+from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, stream_key, to_numpy
+from safety_neurons.detectors.sublayers import Shown, columns, under, watching
+from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
+from safety_neurons.detectors.text import Span, text_config, texts
+from safety_neurons.errors import UsageError
+from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model.attention import AttentionPlan
+from safety_neurons.model.parts import LayerAnatomy
+from safety_neurons.model.passes import Batch, BatchSize, forward
+from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, SITES, NeuronSet, Selection, parse_key
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Checkpoint, Completions
+
+COMPARISONS = ("swap", "absolute", "relative", "same-input")
+SMALL = 1e-3
+"""Share of the site's mean importance that keeps `relative` from dividing by zero."""
+
+
+def find_importance_contrast(
+    base: LanguageModel,
+    aligned: LanguageModel,
+    prompts: Prompts,
+    *,
+    compare: str = "swap",
+    positions: str = "prompt",
+    generate_with: str = "base",
+    max_new_tokens: int = 128,
+    completions: Completions | None = None,
+    sites: Sequence[str] = SITES,
+    layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+    subtract: NeuronSet | None = None,
+    **choice: Unpack[Choice],
+) -> Found:
+    """How much each neuron's sub-layer changes when the neuron's parameters in the aligned model are set to the base model's.
+
+    L2 norm over the tokens that count and all output dimensions of the sub-layer, mean over prompts, exact. A `gate` row, its `up` row and
+    its `down` column are swapped together and share the score; so do a `v` row and the `o` columns it feeds. `q` and `k` rows are alone.
+
+    Args:
+        base: the less safe model, whose parameters are put in.
+        aligned: the safer one, whose stream is fed.
+        prompts: usually harmful requests.
+        compare: `swap`; or differences of importance against zero: `absolute` (aligned − base, each on its own stream), `relative`
+            (the same over their sum), `same-input` (aligned − base, both fed the aligned stream), which treat every neuron alone.
+        positions: `prompt` (every token fed, as importance), or `completion`, `completion-predicting`, `prompt-last`.
+        generate_with: `base` or `aligned`: which model writes, where completions are read.
+        max_new_tokens: length limit of a completion.
+        completions: used instead of generating.
+        sites: any of `q k v o gate up down`.
+        layers: a range or "A:B"; None for all.
+        batch_size: sequences a batch, or "auto".
+        checkpoint: partial state; a killed run continues behind its last finished batch.
+        progress: called with (done, in all, tokens).
+        subtract: neurons taken away after selection.
+        **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
+
+    Raises:
+        MismatchError: the models have other shapes or tokenizers.
+        NumericalError: NaN or infinity; the message names the site.
+        UnsupportedModelError: routed experts, or an attention formula that cannot be proved.
+        UsageError: unknown `compare`, site or positions.
+
+    Source: importance as in Zhao et al. (ICLR 2025), measured between the two models of Chen et al. (arXiv 2406.14144).
+    Differs: neither paper compares parameters on one stream; this is the project's own combination.
+    """
+    if compare not in COMPARISONS:
+        raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
+    selection = Selection.of(**choice, default_top=0.05)
+    writer = writer_of(base, aligned, generate_with)
+    check_pair(base, aligned)
+    config = {"compare": compare} | text_config(positions, generate_with, max_new_tokens, completions) | searched(sites, layers)
+    stream = Stream(checkpoint, stream_key("importance-contrast", (base, aligned), prompts, config, selection, batch_size))
+    options: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "progress": progress}
+    with comparing(base, aligned):
+        text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
+        comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
+        notes = list(text.notes)
+        values, votes = comparison.run(text.spans, selection=selection, notes=notes, **options)
+    return finish(
+        "importance-contrast",
+        values,
+        table=base.table,
+        models=(base.name, aligned.name),
+        selection=selection,
+        votes=votes,
+        prompts_sha256=prompts.sha256,
+        config={**config, "tokens": text.n_tokens},
+        counts=text.counts,
+        notes=notes,
+        subtract=subtract,
+    )
+
+
+Scored = list[dict[str, np.ndarray]]
+
+
+@dataclass
+class Comparison:
+    """Scores of every prompt, from passes of one or both models.
+
+    Attributes:
+        base: whose parameters are put in.
+        aligned: whose stream is fed.
+        sizes: neurons of every site key that is searched.
+        compare: one of `COMPARISONS`.
+    """
+
+    base: LanguageModel
+    aligned: LanguageModel
+    sizes: Mapping[str, int]
+    compare: str = "swap"
+    _factors: dict[tuple[str, int], OutputFactors] = field(default_factory=dict)
+    _columns: dict[str, Columns] = field(default_factory=dict)
+    _norms: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _plans: dict[str, dict[int, AttentionPlan]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[LayerAnatomy]:
+        """Layers with a searched site, in the aligned model."""
+        wanted = {parse_key(key).layer for key in self.sizes}
+        return [layer for layer in self.aligned.anatomy.layers if layer.index in wanted]
+
+    def wanted(self, layer: LayerAnatomy, among: Sequence[str]) -> tuple[str, ...]:
+        """The searched sites of a sub-layer."""
+        return tuple(site for site in among if f"layers.{layer.index}.{site}" in self.sizes)
+
+    def run(self, spans: Sequence[Span], *, stream: Stream, selection: Selection, **options: Any) -> tuple[dict[str, np.ndarray], Any]:
+        """Mean over prompts of the scores, and the votes; the options are those of `fold`."""
+
+        def reduce(batch: Batch) -> Part:
+            mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
+            part = Part({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
+            if theirs:
+                part.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
+            if selection.agreement is not None:
+                part.scores = [self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)]
+            return part
+
+        with torch.no_grad():
+            self._prove()
+            sums, votes = fold(self.aligned, stream, [span.ids for span in spans], reduce, sizes=self.sizes, selection=selection, **options)
+        mine = {key: sums[f"mine/{key}"] / len(spans) for key in self.sizes}
+        theirs = {key: sums[f"theirs/{key}"] / len(spans) for key in self.sizes} if self.compare != "swap" else None
+        return self.combined(mine, theirs), votes
+
+    def combined(self, mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+        """The score from the aligned model's numbers and, but for `swap`, the base model's."""
+        if theirs is None:
+            return dict(mine)
+        if self.compare == "relative":
+            return {key: (a - theirs[key]) / np.maximum(a + theirs[key] + SMALL * a.mean(), 1e-300) for key, a in mine.items()}
+        return {key: a - theirs[key] for key, a in mine.items()}
+
+    def scores(self, batch: Batch, spans: Sequence[Span]) -> tuple[Scored, Scored]:
+        """Scores of every row: swapped, or importance in the aligned and in the base model."""
+        mine: Scored = [{} for _ in spans]
+        theirs: Scored = [] if self.compare == "swap" else [{} for _ in spans]
+        self._pass(self.aligned, batch, spans, mine, theirs if self.compare == "same-input" else [])
+        if self.compare in ("absolute", "relative"):
+            self._pass(self.base, batch, spans, theirs, [])
+        return mine, theirs
+
+    def _pass(self, lm: LanguageModel, batch: Batch, spans: Sequence[Span], into: Scored, other: Scored) -> None:
+        """One forward pass of one model; `other` gets the base model's importance on the same input."""
+        layers = [layer for layer in lm.anatomy.layers if layer.index in {one.index for one in self.layers}]
+
+        def attention(layer: LayerAnatomy, shown: Shown) -> None:
+            for row, given in enumerate(self._attention(lm, layer, shown, spans, other)):
+                self._give(into[row], layer, given, ATTENTION_SITES)
+
+        def mlp(layer: LayerAnatomy, shown: Shown) -> None:
+            for row, given in enumerate(self._mlp(lm, layer, shown, spans, other)):
+                self._give(into[row], layer, given, MLP_SITES)
+
+        attend = [layer for layer in layers if self.wanted(layer, ATTENTION_SITES)]
+        feed = [layer for layer in layers if self.wanted(layer, MLP_SITES)]
+        with lm.running(), watching(lm, attend, attention, None), watching(lm, feed, None, mlp):
+            forward(lm.model, batch.to(lm.device))
+
+    def _give(self, into: dict[str, np.ndarray], layer: LayerAnatomy, given: Mapping[str, Tensor], among: Sequence[str]) -> None:
+        into.update({f"layers.{layer.index}.{site}": to_numpy(given[site]) for site in self.wanted(layer, among)})
+
+    def _attention(
+        self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Scored
+    ) -> list[dict[str, Tensor]]:
+        anatomy, found = layer.attention, []
+        assert anatomy is not None
+        capture = shown.capture
+        swap = self.compare == "swap"
+        theirs = under(self.base, anatomy, shown) if swap or other else {}
+        for row, span in enumerate(spans):
+            length = len(span.ids)
+            made = self._attention_part(lm, layer, shown, row, span)
+            if swap:
+                columns_ = self._column_pairs(layer, "o")
+                base_rows = {site: theirs[site][row, :length] for site in "qkv"}
+                found.append(made.swapped(**base_rows, columns=columns_, sites=self.wanted(layer, ATTENTION_SITES)))
+                continue
+            found.append(made.importance())
+            if other:
+                fed = Shown(shown.inputs, {**theirs, "o": capture.o}, shown.arguments)
+                self._give(other[row], layer, self._attention_part(self.base, layer, fed, row, span).importance(), ATTENTION_SITES)
+        return found
+
+    def _attention_part(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, row: int, span: Span) -> AttentionPart:
+        anatomy = layer.attention
+        assert anatomy is not None
+        states = self._plans[self._side(lm)][layer.index].states(shown.capture, row, len(span.ids))
+        name = (self._side(lm), layer.index)
+        if name not in self._factors:
+            weight = columns(lm, f"layers.{layer.index}.o").to(states.q)
+            self._factors[name] = OutputFactors(weight, anatomy.n_heads, anatomy.n_kv_heads)
+        counted = torch.zeros(len(span.ids), dtype=torch.bool, device=states.q.device)
+        counted[span.start : span.stop] = True
+        return AttentionPart(self._plans[self._side(lm)][layer.index], states, counted, self._factors[name])
+
+    def _mlp(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Scored) -> list[dict[str, Tensor]]:
+        anatomy, found = layer.mlp, []
+        assert anatomy is not None
+        swap = self.compare == "swap"
+        theirs = under(self.base, anatomy, shown) if swap or other else {}
+        for row, span in enumerate(spans):
+            made = MlpPart.of(anatomy, shown.activations, row, span.start, span.stop)
+            if swap:
+                found.append(made.swapped(MlpPart.of(anatomy, theirs, row, span.start, span.stop), self._column_pairs(layer, "down")))
+                continue
+            found.append(made.importance(self._column_norms(lm, layer)))
+            if other:
+                fed = MlpPart.of(anatomy, theirs, row, span.start, span.stop)
+                self._give(other[row], layer, fed.importance(self._column_norms(self.base, layer)), MLP_SITES)
+        return found
+
+    def _column_pairs(self, layer: LayerAnatomy, site: str) -> Columns:
+        key = f"layers.{layer.index}.{site}"
+        if key not in self._columns:
+            mine, theirs = columns(self.aligned, key), columns(self.base, key)
+            attention = layer.attention if site == "o" else None
+            self._columns[key] = attention_columns(attention, mine, theirs) if attention is not None else Columns.of(mine, theirs)
+        return self._columns[key]
+
+    def _column_norms(self, lm: LanguageModel, layer: LayerAnatomy) -> Tensor:
+        name = (self._side(lm), f"layers.{layer.index}.down")
+        if name not in self._norms:
+            self._norms[name] = torch.linalg.vector_norm(columns(lm, name[1]), dim=0)
+        return self._norms[name]
+
+    def _side(self, lm: LanguageModel) -> str:
+        return "aligned" if lm is self.aligned else "base"
+
+    def _prove(self) -> None:
+        """The attention formulas of the models that run, or whose parameters run, on probe passes."""
+        attending = {layer.index for layer in self.layers if self.wanted(layer, ATTENTION_SITES)}
+        for lm in (self.aligned,) if self.compare == "swap" else (self.aligned, self.base):
+            self._plans[self._side(lm)] = prove_layers(lm, [layer for layer in lm.anatomy.layers if layer.index in attending])

@@ -1,0 +1,397 @@
+"""Importance while the model runs: readers that turn what each layer shows into scores of every prompt, and keep nothing else.
+
+The engine that `find_importance` and importance against another model's parameters share. Scores of a layer are computed inside the
+forward pass, as soon as its o or down projection is reached.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors
+from safety_neurons.detectors.importance_experts import ExpertsReader
+from safety_neurons.detectors.importance_mlp import MlpScorer
+from safety_neurons.detectors.importance_published import published_attention, published_mlp
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.attention import AttentionCapture, AttentionPlan, prove_attention, tolerance
+from safety_neurons.model.hooks import around, reading
+from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
+from safety_neurons.model.passes import Batch, collate, forward
+from safety_neurons.model.places import SitePlace
+
+
+class Reference(Protocol):
+    """Other parameters to measure importance against, instead of zero."""
+
+    def weight(self, key: str) -> Tensor:
+        """Weight of a site: `[neuron, in]` for output sites, `[out, neuron]` for `o` and `down`."""
+        ...
+
+    def bias(self, key: str) -> Tensor | None:
+        """Bias entries of an output site's neurons; None where there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How importance is measured.
+
+    Attributes:
+        space: `output`, or `probability` for q and k as the paper writes them.
+        as_published: what the public code computes instead.
+        budget: bytes that a chunk of neurons may take.
+        reference: other parameters; None for zero.
+    """
+
+    space: str = "output"
+    as_published: bool = False
+    budget: int = 2**28
+    reference: Reference | None = None
+
+
+@dataclass
+class ImportanceReaders:
+    """Readers over some sites of a model.
+
+    Use: `with readers.on():` around forward passes, `readers.start(batch)` before each of them, `readers.take()` after it.
+
+    Attributes:
+        lm: the model.
+        keys: sites to score.
+        options: how.
+        plans: proved attention formulas by layer; made on a probe pass where they are needed and absent.
+    """
+
+    lm: LanguageModel
+    keys: tuple[str, ...]
+    options: Options = field(default_factory=Options)
+    plans: dict[int, AttentionPlan] = field(default_factory=dict)
+    _lengths: list[int] = field(default_factory=list)
+    _scores: list[dict[str, np.ndarray]] = field(default_factory=list)
+    _experts: list[ExpertsReader] = field(default_factory=list)
+
+    def start(self, batch: Batch) -> None:
+        """Forget what an unfinished pass left, and note the lengths of the rows."""
+        self._lengths = list(batch.lengths)
+        self._scores = [{} for _ in self._lengths]
+        for experts in self._experts:
+            experts.start()
+
+    def take(self) -> list[dict[str, np.ndarray]]:
+        """Scores of every row of the pass that just ended, by key."""
+        for experts in self._experts:
+            experts.finish()
+        scores, self._scores = self._scores, []
+        return scores
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Readers on the model; the attention formulas are proved first.
+
+        Raises:
+            UnsupportedModelError: an attention formula that cannot be proved.
+        """
+        anatomy = self.lm.anatomy
+        anatomy.check(self.keys)
+        attention = [layer for layer in anatomy.layers if self._wanted(layer, "qkv")]
+        self.plans.update(prove_layers(self.lm, [layer for layer in attention if layer.index not in self.plans]))
+        self._experts.clear()
+        with ExitStack() as stack:
+            readers: dict[str, Callable[[Any], None]] = {}
+            for layer in anatomy.layers:
+                self._add(layer, readers, stack)
+            stack.enter_context(reading(anatomy, readers))
+            yield
+
+    def _wanted(self, layer: LayerAnatomy, sites: Iterable[str], prefix: str = "") -> tuple[str, ...]:
+        return tuple(site for site in sites if f"layers.{layer.index}.{prefix}{site}" in self.keys)
+
+    def _add(self, layer: LayerAnatomy, readers: dict[str, Callable[[Any], None]], stack: ExitStack) -> None:
+        if layer.attention is not None and (wanted := self._wanted(layer, "qkvo")):
+            part = _AttentionReader(layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self)
+            readers.update(part.readers())
+            stack.enter_context(part.on())
+        for mlp, prefix in ((layer.mlp, ""), (layer.shared, "shared_expert.")):
+            if mlp is not None and (wanted := self._wanted(layer, ("gate", "up", "down"), prefix)):
+                reader = _MlpReader(mlp, f"layers.{layer.index}.{prefix}".rstrip("."), wanted, self, layer)
+                readers.update(reader.readers())
+                stack.enter_context(reader.on())
+        if layer.experts is not None:
+            mine = [key for key in self.keys if key.startswith(f"layers.{layer.index}.experts.")]
+            if mine:
+                experts = ExpertsReader(layer.experts, mine, self.options, self.lengths, self.give)
+                self._experts.append(experts)
+                readers.update(experts.readers())
+
+    def lengths(self) -> list[int]:
+        """Tokens of the rows in the pass that runs."""
+        return self._lengths
+
+    def give(self, row: int, key: str, scores: Tensor) -> None:
+        """Keep the scores of a row."""
+        self._scores[row][key] = scores.detach().to("cpu", torch.float64).numpy()
+
+
+def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy], n_tokens: int = 12) -> dict[int, AttentionPlan]:
+    """Attention formulas of layers, each proved on one probe pass over random tokens.
+
+    Raises:
+        UnsupportedModelError: a formula that no candidate reproduces.
+    """
+    found: dict[int, AttentionPlan] = {}
+    if not layers:
+        return found
+
+    def prove(layer: LayerAnatomy, capture: AttentionCapture) -> None:
+        part = layer.attention
+        assert part is not None
+        found[layer.index] = prove_attention(part.module, part.n_heads, part.n_kv_heads, part.head_dim, capture, f"layers.{layer.index}")
+
+    captures = [_Capture(layer.attention, f"layers.{layer.index}", partial(prove, layer)) for layer in layers if layer.attention]
+    ids = torch.randint(0, lm.n_ids, (n_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(lm.running())
+        readers: dict[str, Callable[[Any], None]] = {}
+        for capture in captures:
+            stack.enter_context(capture.on())
+            readers.update(capture.readers())
+        stack.enter_context(reading(lm.anatomy, readers))
+        forward(lm.model, collate([ids], [0], pad_id=lm.pad_id).to(lm.device))
+    return found
+
+
+class _Capture:
+    """Collects what one layer's attention shows, and hands it on when the o projection is reached."""
+
+    def __init__(self, part: AttentionAnatomy, key: str, then: Callable[[AttentionCapture], None]) -> None:
+        self.part, self.key, self.then = part, key, then
+        self.seen: dict[str, Any] = {}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hook for the arguments of the attention module."""
+        with around(self.part.module, before=self._arguments):
+            yield
+
+    def readers(self) -> dict[str, Callable[[Any], None]]:
+        """Readers of q, k, v and o."""
+        readers: dict[str, Callable[[Any], None]] = {f"{self.key}.{site}": partial(self.seen.__setitem__, site) for site in "qkv"}
+        readers[f"{self.key}.o"] = self._output
+        return readers
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen["arguments"] = {**_named(self.part.module, args), **kwargs}
+
+    def _output(self, values: Tensor) -> None:
+        seen = dict(self.seen)
+        self.seen.clear()
+        self.then(AttentionCapture(seen["q"], seen["k"], seen["v"], values, seen["arguments"]))
+
+
+def _named(module: torch.nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+class _Inputs:
+    """Inputs of projections, for activations under other parameters."""
+
+    def __init__(self, places: Mapping[str, SitePlace], reference: Reference | None) -> None:
+        self.reference = reference
+        self.places = places if reference is not None else {}
+        self.seen: dict[str, Tensor] = {}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks before the projections of output sites."""
+        modules = {id(place.hooked): place.hooked for place in self.places.values() if place.side == "output"}
+        with ExitStack() as stack:
+            for module in modules.values():
+                stack.enter_context(around(module, before=self._note(module)))
+            yield
+
+    def _note(self, module: torch.nn.Module) -> Callable[..., None]:
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.seen[str(id(module))] = args[0] if args else next(iter(kwargs.values()))
+
+        return note
+
+    def delta(self, site: str, actual: Tensor, row: int) -> Tensor:
+        """What zero or the reference takes off an activation `[token, neuron]`."""
+        if self.reference is None:
+            return actual
+        place = self.places[site]
+        fed = self.seen[str(id(place.hooked))]
+        fed = fed[row, : actual.shape[0]] if fed.ndim == 3 else fed[: actual.shape[0]]
+        fed = fed.to(actual)
+        bias = self.reference.bias(place.key)
+        other = fed @ self.reference.weight(place.key).to(actual).T
+        return actual - (other if bias is None else other + bias.to(actual))
+
+    def columns(self, site: str) -> Tensor | None:
+        """Change of the columns; None for the columns themselves."""
+        place = self.places.get(site)
+        if self.reference is None or place is None:
+            return None
+        weight = place.weight()
+        return (weight - self.reference.weight(place.key).to(weight)).detach()
+
+
+class _AttentionReader:
+    """Scores of the attention sites of one layer."""
+
+    def __init__(
+        self, part: AttentionAnatomy, key: str, wanted: tuple[str, ...], plan: AttentionPlan | None, owner: ImportanceReaders
+    ) -> None:
+        self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
+        self.inputs = _Inputs(part.places, owner.options.reference)
+        self.capture = _Capture(part, key, self._score)
+        self._factors: OutputFactors | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks beside the readers."""
+        with self.capture.on() if self.plan is not None else nullcontext(), self.inputs.on():
+            yield
+
+    def readers(self) -> dict[str, Callable[[Any], None]]:
+        """Readers of the sites; o alone needs no formula."""
+        return self.capture.readers() if self.plan is not None else {f"{self.key}.o": self._columns}
+
+    def factors(self, like: Tensor) -> OutputFactors:
+        """Of the o projection, computed at the first prompt."""
+        if self._factors is None:
+            weight = self.part.places["o"].weight().detach().to(like)
+            columns = self.inputs.columns("o")
+            self._factors = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads, None if columns is None else columns.to(like))
+        return self._factors
+
+    def _columns(self, values: Tensor) -> None:
+        for row, length in enumerate(self.owner.lengths()):
+            mixed = _working(values[row, :length])
+            norms = torch.linalg.vector_norm(mixed, dim=0)
+            scores = mixed.abs().sum(0) if self.owner.options.as_published else norms * self.factors(mixed).column_norms
+            self.owner.give(row, f"{self.key}.o", scores)
+
+    def _score(self, capture: AttentionCapture) -> None:
+        assert self.plan is not None
+        for row, length in enumerate(self.owner.lengths()):
+            states = self.plan.states(capture, row, length)
+            error = self.plan.deviation(states, capture, row)
+            if torch.isfinite(states.mixed).all() and error > 4 * tolerance(capture.q.dtype):
+                raise UnsupportedModelError(
+                    f"{self.key}: the attention formula proved on the probe is {error:.1e} off on a prompt of {length} tokens; "
+                    "leave q, k and v out with --sites"
+                )
+            options = self.owner.options
+            if options.as_published:
+                given = published_attention(self.plan, states, options.budget)
+            else:
+                scorer = AttentionScorer(self.plan, states, self.factors(states.q), options.space, options.budget)
+                given = {site: scorer.scores(site, self._delta(site, getattr(states, site, None), row)) for site in self.wanted}
+            for site in self.wanted:
+                self.owner.give(row, f"{self.key}.{site}", given[site])
+
+    def _delta(self, site: str, actual: Tensor | None, row: int) -> Tensor | None:
+        if self.inputs.reference is None or actual is None:
+            return None
+        return self.inputs.delta(site, actual.flatten(1), row).unflatten(1, actual.shape[1:])
+
+
+class _MlpReader:
+    """Scores of the sites of one dense feed-forward part (or of a shared expert)."""
+
+    def __init__(self, part: MlpAnatomy, key: str, wanted: tuple[str, ...], owner: ImportanceReaders, layer: LayerAnatomy) -> None:
+        self.part, self.key, self.wanted, self.owner = part, key, wanted, owner
+        self.inputs = _Inputs(part.places, owner.options.reference)
+        self.seen: dict[str, Tensor] = {}
+        block = layer.experts.block if layer.experts is not None and "shared_expert" in key else None
+        self.share = getattr(block, "shared_expert_gate", None)
+        self._norms: Tensor | None = None
+        self._changed: Tensor | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks beside the readers."""
+        with ExitStack() as stack:
+            stack.enter_context(self.inputs.on())
+            if self.share is not None:
+                # The share comes from the block's own input, so it is computed before the shared expert runs.
+                stack.enter_context(around(self.part.module, before=self._weigh))
+            yield
+
+    def _weigh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.share is not None
+        fed = args[0] if args else next(iter(kwargs.values()))
+        weight = torch.sigmoid(torch.nn.functional.linear(fed, self.share.weight, getattr(self.share, "bias", None)))
+        lengths = self.owner.lengths()
+        self.seen["share"] = weight if weight.ndim == 3 else weight.view(len(lengths), -1, 1)
+
+    def readers(self) -> dict[str, Callable[[Any], None]]:
+        """Readers of the sites that the scores need."""
+        readers: dict[str, Callable[[Any], None]] = {f"{self.key}.down": self._score}
+        for site in ("gate", "up"):
+            if site in self.part.places and any(site in self.wanted for site in ("gate", "up")):
+                readers[f"{self.key}.{site}"] = partial(self.seen.__setitem__, site)
+        return readers
+
+    def _score(self, values: Tensor) -> None:
+        seen = dict(self.seen)
+        self.seen.clear()
+        for row, length in enumerate(self.owner.lengths()):
+            states = {site: _working(part[row, :length]) for site, part in {**seen, "down": values}.items()}
+            given = published_mlp(states) if self.owner.options.as_published else self._scores(states, row)
+            for site in self.wanted:
+                if site in given:
+                    self.owner.give(row, f"{self.key}.{site}", given[site])
+
+    def _scores(self, states: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+        norms, changed = self._column_norms(states["down"])
+        scorer = MlpScorer(self.part.activation, _input_scale(self.part.places["down"]), states.get("share"))
+        up, gate = states.get("up"), states.get("gate")
+        given: dict[str, Tensor] = {}
+        if "down" in self.wanted:
+            given["down"] = scorer.down(states["down"], changed)
+        if "up" in self.wanted and up is not None:
+            given["up"] = scorer.up(up, gate, self.inputs.delta("up", up, row), norms)
+        if "gate" in self.wanted and gate is not None and up is not None:
+            given["gate"] = scorer.gate(up, gate, self.inputs.delta("gate", gate, row), norms)
+        return given
+
+    def _column_norms(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._norms is None or self._changed is None:
+            weight = self.part.places["down"].weight().detach()
+            columns = self.inputs.columns("down")
+            self._norms = torch.linalg.vector_norm(weight, dim=0, dtype=like.dtype)
+            self._changed = self._norms if columns is None else torch.linalg.vector_norm(columns, dim=0, dtype=like.dtype)
+        return self._norms, self._changed
+
+
+def _working(values: Tensor) -> Tensor:
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _input_scale(place: SitePlace) -> Tensor | None:
+    """Scale of the active (IA)³ adapters on what a projection reads; None where there is none."""
+    scale: Tensor | None = None
+    layer: Any = place.module
+    while place.projection.scales_input and hasattr(layer, "base_layer"):
+        if not layer.disable_adapters and not layer.merged:
+            for adapter in layer.active_adapters:
+                if adapter in getattr(layer, "ia3_l", {}):
+                    factor = layer.ia3_l[adapter].detach().flatten()
+                    scale = factor if scale is None else scale * factor
+        layer = layer.base_layer
+    return scale
+
+
+__all__ = ["ImportanceReaders", "Options", "Reference", "prove_layers"]

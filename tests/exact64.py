@@ -1,0 +1,19 @@
+"""Stock transformers code in real float64: its internal casts to float32 (softmax, norms, rotary embeddings) are lifted."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Exact64(TorchFunctionMode):
+    """While active, whatever would bring a float64 tensor down to float32 leaves it in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if any(isinstance(value, torch.Tensor) and value.dtype is torch.float64 for value in args):
+            if func is torch.Tensor.float:
+                return args[0]
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        return func(*args, **kwargs)
