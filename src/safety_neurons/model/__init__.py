@@ -2,7 +2,6 @@
 
 from safety_neurons.model.language_model import Encoded, LanguageModel, as_prompts
 from safety_neurons.model.likelihood import (
-    Losses,
     kl_divergence,
     log_probabilities_of_next,
     token_divergences,
@@ -10,11 +9,13 @@ from safety_neurons.model.likelihood import (
     token_losses,
 )
 from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, parse_spec
+from safety_neurons.model.measures import BatchSize, Losses, Progress
 from safety_neurons.model.memory import Estimate, estimate
 from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
 
 __all__ = [
     "Batch",
+    "BatchSize",
     "Encoded",
     "Estimate",
     "Halving",
@@ -22,6 +23,7 @@ __all__ = [
     "Losses",
     "ModelSpec",
     "Pair",
+    "Progress",
     "as_prompts",
     "batches",
     "check_pair",

@@ -3,20 +3,18 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from safety_neurons.errors import UsageError
-from safety_neurons.model.passes import BatchSize, Halving, plan, token_budget, transformers_model
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.measures import BatchSize, Progress
+from safety_neurons.model.parts import unwrapped
+from safety_neurons.model.passes import Halving, plan, token_budget
 from safety_neurons.model.template import untouched
-
-if TYPE_CHECKING:
-    from safety_neurons.model.language_model import LanguageModel
-
-Progress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Rows:
 
 
 def generate(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
@@ -129,7 +127,7 @@ def generate(
     return answers
 
 
-def _generate_rows(lm: "LanguageModel", rows: Rows, decoding: Decoding, number: int) -> dict[int, Answer]:
+def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: int) -> dict[int, Answer]:
     sequences = [rows.sequences[index] for index in rows.indices]
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
@@ -154,7 +152,7 @@ def _generate_rows(lm: "LanguageModel", rows: Rows, decoding: Decoding, number: 
     return {index: _cut(ids[row, width:], ends, lm.pad_id, stopped_otherwise) for row, index in enumerate(rows.indices)}
 
 
-def _settings(lm: "LanguageModel", decoding: Decoding, others: dict[str, Any]) -> tuple[Any, dict[str, Any], set[int]]:
+def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> tuple[Any, dict[str, Any], set[int]]:
     """A generation configuration that names everything that matters, the arguments it has no field for, and the ids that end an answer."""
     from transformers import GenerationConfig
 
@@ -195,7 +193,7 @@ def neutral_defaults(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    inner = transformers_model(model)
+    inner = unwrapped(model)
     holders = [holder for holder in {id(inner): inner, id(model): model}.values() if "generation_config" in vars(holder)]
     before = [(holder, holder.generation_config) for holder in holders]
     tuner = model.base_model if hasattr(model, "peft_config") else None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +14,13 @@ from torch import nn
 
 from safety_neurons.errors import InputError, MismatchError, ModelError
 from safety_neurons.model.adapters import activated, is_adapted
-from safety_neurons.model.completing import Answer, Decoding, Progress, generate
-from safety_neurons.model.likelihood import Losses, Span, token_log_probabilities, token_losses
-from safety_neurons.model.passes import BatchSize, evaluating, transformers_model
+from safety_neurons.model.measures import BatchSize, Losses, Progress, Span
+from safety_neurons.model.modes import evaluating
+from safety_neurons.model.parts import Anatomy, unwrapped
 from safety_neurons.model.template import encode_text, require_tokenizer, template_for
 from safety_neurons.neurons import SiteTable
 from safety_neurons.prompts import Prompt, Prompts
-
-if TYPE_CHECKING:
-    from safety_neurons.model.anatomy import Anatomy
-    from safety_neurons.results import Completion, Completions
+from safety_neurons.results import Completion, Completions
 
 Texts = str | Prompt | Prompts | Sequence[str] | Sequence[Prompt]
 
@@ -73,7 +70,7 @@ class LanguageModel:
         adapters: Sequence[str] | None = None,
         folder: str | Path | None = None,
     ) -> None:
-        if not hasattr(transformers_model(model), "config") or not hasattr(model, "generate"):
+        if not hasattr(unwrapped(model), "config") or not hasattr(model, "generate"):
             raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers, with a config and generate()")
         if adapters is not None and adapters and not is_adapted(model):
             raise ModelError(f"adapters {list(adapters)} of a {type(model).__name__}: expected a PEFT model that holds them")
@@ -91,7 +88,7 @@ class LanguageModel:
     @property
     def inner(self) -> Any:
         """The transformers model, adapters still in its layers."""
-        return transformers_model(self.model)
+        return unwrapped(self.model)
 
     @property
     def config(self) -> Any:
@@ -146,7 +143,7 @@ class LanguageModel:
         return bos if bos is not None else getattr(self.config, "bos_token_id", None)
 
     @cached_property
-    def anatomy(self) -> "Anatomy":
+    def anatomy(self) -> Anatomy:
         """Where the neurons are, proved on a probe pass the first time it is asked for.
 
         Raises:
@@ -249,11 +246,11 @@ class LanguageModel:
         batch_size: BatchSize = "auto",
         arm: str = "untreated",
         progress: Progress | None = None,
-        done: "Completions | None" = None,
-        answered: "Callable[[Completion], None] | None" = None,
+        done: Completions | None = None,
+        answered: Callable[[Completion], None] | None = None,
         notes: list[str] | None = None,
         **generate_kwargs: Any,
-    ) -> "Completions":
+    ) -> Completions:
         """Answers prompts through `self.model.generate`, so that interventions on the model act.
 
         Greedy unless `sample` is set; a checkpoint's own sampling defaults never count. Batch size and padding do not change greedy
@@ -281,7 +278,7 @@ class LanguageModel:
             UsageError: Decoding arguments that cannot be followed.
             ModelError: No tokenizer, or one prompt alone does not fit in memory.
         """
-        from safety_neurons.results import Completion, Completions
+        from safety_neurons.model.completing import Answer, Decoding, generate
 
         decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
         asked = as_prompts(prompts)
@@ -314,12 +311,16 @@ class LanguageModel:
 
     def token_losses(self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: BatchSize = "auto") -> Losses:
         """Negative log likelihood of running text; see `safety_neurons.model.token_losses`."""
+        from safety_neurons.model.likelihood import token_losses
+
         return token_losses(self, texts, batch_size=batch_size)
 
     def token_log_probabilities(
         self, sequences: Sequence[Sequence[int]], spans: Sequence[Span] | None = None, *, batch_size: BatchSize = "auto"
     ) -> list[Float64[np.ndarray, " token"]]:
         """Log probability of given tokens; see `safety_neurons.model.token_log_probabilities`."""
+        from safety_neurons.model.likelihood import token_log_probabilities
+
         return token_log_probabilities(self, sequences, spans, batch_size=batch_size)
 
 

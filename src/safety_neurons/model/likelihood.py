@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,39 +10,13 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError
-from safety_neurons.model.passes import Batch, BatchSize, forward, next_token_rows, run_batches, token_budget
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.measures import BatchSize, Losses, Progress, Span
+from safety_neurons.model.passes import Batch, forward, next_token_rows, run_batches, token_budget
 
-if TYPE_CHECKING:
-    from safety_neurons.model.language_model import LanguageModel
-
-Span = tuple[int, int]
 Treatment = Callable[[], AbstractContextManager[Any]]
-Progress = Callable[[int, int, int], None]
 LOGIT_BYTES = 2**29
 _CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Negative log likelihoods of texts, in nats.
-
-    Attributes:
-        totals: Summed over the predicted tokens of each text.
-        counts: Predicted tokens of each text; 0 for a text of one token.
-    """
-
-    totals: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def total(self) -> float:
-        """Sum over all texts."""
-        return float(np.sum(self.totals))
-
-    @property
-    def n_tokens(self) -> int:
-        """Predicted tokens of all texts."""
-        return sum(self.counts)
 
 
 def log_probabilities_of_next(
@@ -69,7 +42,7 @@ def log_probabilities_of_next(
 
 
 def token_log_probabilities(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
     spans: Sequence[Span] | None = None,
     *,
@@ -113,7 +86,7 @@ def token_log_probabilities(
 
 
 def token_losses(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     texts: Sequence[str] | Sequence[Sequence[int]],
     *,
     batch_size: BatchSize = "auto",
@@ -140,9 +113,9 @@ def token_losses(
 
 
 def token_divergences(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
-    treated: "Treatment | LanguageModel",
+    treated: Treatment | LanguageModel,
     *,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
@@ -181,9 +154,9 @@ def token_divergences(
 
 
 def kl_divergence(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
-    treated: "Treatment | LanguageModel",
+    treated: Treatment | LanguageModel,
     *,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
@@ -193,7 +166,7 @@ def kl_divergence(
     return float(np.concatenate(rows).mean()) if rows else None
 
 
-def logits_budget(lm: "LanguageModel") -> int:
+def logits_budget(lm: LanguageModel) -> int:
     """Padded tokens of a batch whose logits are kept for a moment: at most 512 MB of them."""
     return max(1, min(token_budget(lm.device), LOGIT_BYTES // (4 * lm.n_ids)))
 
@@ -203,9 +176,7 @@ def widened(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _treated_logits(lm: "LanguageModel", batch: Batch, treated: "Treatment | LanguageModel") -> Tensor:
-    from safety_neurons.model.language_model import LanguageModel
-
+def _treated_logits(lm: LanguageModel, batch: Batch, treated: Treatment | LanguageModel) -> Tensor:
     if isinstance(treated, LanguageModel):
         with treated.running():
             logits = forward(treated.model, batch.to(treated.device), with_logits=True)

@@ -1,7 +1,8 @@
 """Models from `ID[@REVISION][+ADAPTER…]`: one, or a pair that shares its base in memory."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,15 +286,16 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
     device = _device(options)
     arguments = _arguments(options)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=_dtype(options.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        with _quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=_dtype(options.dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
@@ -306,6 +308,22 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
         except RuntimeError as error:
             raise ModelError(f"{folder}: cannot be put on {device} ({first_line(error)})") from error
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The library without progress bars and reports for a block; what it would report is checked and raised here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

@@ -3,15 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from safety_neurons.model.passes import BatchSize, collate, forward, plan, token_budget
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.passes import collate, forward, plan, token_budget
 from safety_neurons.prompts import Prompts
-
-if TYPE_CHECKING:
-    from safety_neurons.model.language_model import LanguageModel
 
 _TRIAL_TOKENS = 256
 
@@ -68,7 +66,7 @@ class Estimate:
         return f"{text}{cut}\n{memory}\ntime about {_duration(self.seconds)}\ndisk about {_size(self.disk_bytes)}"
 
 
-def estimate(models: Sequence["LanguageModel"], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> Estimate:
+def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> Estimate:
     """Estimates a `find` over prompts without running it; only two short passes are fed, to measure the time.
 
     Args:
@@ -103,22 +101,22 @@ def estimate(models: Sequence["LanguageModel"], prompts: Prompts, *, max_new_tok
     )
 
 
-def _weights(models: Sequence["LanguageModel"]) -> int:
+def _weights(models: Sequence[LanguageModel]) -> int:
     tensors = {id(tensor): tensor for lm in models for tensor in (*lm.model.parameters(), *lm.model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _width(lm: "LanguageModel") -> int:
+def _width(lm: LanguageModel) -> int:
     """Numbers a token needs at the widest point of a pass: residual streams, and inputs and outputs of all sites of one layer."""
     sizes = [sum(info.size for info in lm.table.sites if info.key.startswith(f"layers.{number}.")) for number in range(lm.table.n_layers)]
     return 4 * int(lm.config.hidden_size) + 2 * max(sizes, default=0)
 
 
-def _cache_width(lm: "LanguageModel") -> int:
+def _cache_width(lm: LanguageModel) -> int:
     return sum(info.size for info in lm.table.sites if info.key.endswith((".k", ".v")))
 
 
-def _trial(lm: "LanguageModel", sequences: Sequence[Sequence[int]]) -> tuple[float, float]:
+def _trial(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Seconds a token of a long pass, and seconds a pass of one token."""
     if not sequences:
         return 0.0, 0.0

@@ -5,7 +5,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,11 +13,31 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, ModelError
 from safety_neurons.model.hooks import around
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.measures import BatchSize, Progress
+from safety_neurons.model.modes import evaluating
+from safety_neurons.model.parts import unwrapped
 
-if TYPE_CHECKING:
-    from safety_neurons.model.language_model import LanguageModel
+__all__ = [
+    "CPU_TOKEN_BUDGET",
+    "GPU_TOKEN_BUDGET",
+    "Batch",
+    "BatchSize",
+    "Halving",
+    "batches",
+    "collate",
+    "decoder_of",
+    "evaluating",
+    "forward",
+    "is_out_of_memory",
+    "next_token_rows",
+    "plan",
+    "release_memory",
+    "run_batches",
+    "stopping_after",
+    "token_budget",
+]
 
-BatchSize = int | Literal["auto"]
 T = TypeVar("T")
 
 CPU_TOKEN_BUDGET = 2048
@@ -198,15 +218,9 @@ def release_memory() -> None:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The causal LM's decoder without its head, adapters included; the model itself where it has no head."""
-    inner = transformers_model(model)
+    inner = unwrapped(model)
     decoder = getattr(inner, "base_model", inner)
     return decoder if isinstance(decoder, nn.Module) else inner
-
-
-def transformers_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model (adapters stay in its layers), or the model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if get_base_model is not None and hasattr(model, "peft_config") else model
 
 
 def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Float[Tensor, "batch token width"] | None:
@@ -215,7 +229,7 @@ def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Flo
     The head is left out where logits are not needed, unless something is hooked on the whole model: an intervention that drives
     another model from there must see the pass, and None is returned then. Gradients flow if the caller enabled them.
     """
-    inner = transformers_model(model)
+    inner = unwrapped(model)
     whole = with_logits or any(_hooked(module) for module in (model, inner))
     module = model if whole else decoder_of(model)
     accepted = inspect.signature(inner.forward if whole else module.forward).parameters
@@ -231,12 +245,12 @@ def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Flo
 
 
 def run_batches(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
     per_batch: Callable[[Batch], T],
     batch_size: BatchSize = "auto",
     with_logits: bool = False,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Progress | None = None,
     start: int = 0,
     *,
     before: Callable[[Batch], None] | None = None,
@@ -310,7 +324,7 @@ class _Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stopping_after(lm: "LanguageModel", layer: int | None) -> Iterator[None]:
+def stopping_after(lm: LanguageModel, layer: int | None) -> Iterator[None]:
     """Ends forward passes behind a layer, for a block that holds exactly one pass; nothing to do for None.
 
     The pass runs to its end where something is hooked on the whole model, or weights are moved in and out by accelerate.
@@ -327,19 +341,6 @@ def stopping_after(lm: "LanguageModel", layer: int | None) -> Iterator[None]:
 
     with contextlib.suppress(_Stopped), around(after={layers[layer].module: stop}):
         yield
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout) for a block; modules that were training train again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def next_token_rows(batch: Batch) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:

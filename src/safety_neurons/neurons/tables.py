@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from safety_neurons.neurons.provenance import Provenance
 from safety_neurons.neurons.site_table import SiteTable
 
 
+@runtime_checkable
 class Described(Protocol):
     """What a neuron set and scores have in common here."""
 
