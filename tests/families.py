@@ -1,7 +1,7 @@
 """Tiny random models of every family the anatomy promises to support, built from their configurations without any download.
 
 `build("llama")` gives one ready in evaluation mode. All parameters are drawn anew, biases and norm weights included, so that no term of a
-formula is hidden by a zero or a one; windows are five tokens, soft-caps bite, and query heads outnumber key heads where the family allows it.
+formula is hidden by a zero or a one; windows are five tokens, soft-caps bite, and query heads outnumber key heads where a family has that.
 """
 
 from collections.abc import Mapping
@@ -200,7 +200,7 @@ def config_of(family: str, **over: Any) -> transformers.PretrainedConfig:
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> None:
-    """Give every parameter a new random value: one-axis ones (biases, norm weights) around what they were, others with standard deviation 1/√in."""
+    """Draw every parameter anew: one-axis ones (biases, norm weights) around what they were, others with standard deviation 1/√in."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -228,6 +228,8 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over
     finally:
         torch.random.set_rng_state(state)
     model = model.to(dtype).eval()
+    if family in MOE_FAMILIES and dtype == torch.float64:
+        model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
     redraw(model, seed)
     return model
 

@@ -82,31 +82,49 @@ def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings
     firings.check()
 
 
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""Called with (args, kwargs) before a module runs; returns a new (args, kwargs), or None to leave them."""
+After = Callable[[Any], Any]
+"""Called with the output after a module ran; returns a new output, or None to leave it."""
+
+
 @contextmanager
 def around(
-    module: nn.Module,
+    module: nn.Module | None = None,
     *,
-    before: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None] | None = None,
-    after: Callable[[Any], Any] | None = None,
+    before: Before | Mapping[nn.Module, Before] | None = None,
+    after: After | Mapping[nn.Module, After] | None = None,
     first: bool = False,
 ) -> Iterator[None]:
-    """Call functions at the boundary of any module: to see its inputs with their keywords, to run a donor beside it, to cut its rows.
+    """Call functions at the boundaries of modules: to see inputs with their keywords, to run a donor beside a model, to cut its rows.
 
     Args:
-        module: the module.
-        before: called with (args, kwargs) before the module runs; may return a new (args, kwargs), or None to leave them.
-        after: called with the output after the module ran; may return a new output, or None to leave it.
+        module: the module that plain functions are for.
+        before: a function for `module`, or functions by module.
+        after: the same.
         first: whether these come before hooks that are already on.
     """
     with ExitStack() as stack:
-        if before is not None:
-            enter = before
-            hook = module.register_forward_pre_hook(lambda _, args, kwargs: enter(args, kwargs), with_kwargs=True, prepend=first)
-            stack.callback(hook.remove)
-        if after is not None:
-            leave = after
-            stack.callback(module.register_forward_hook(lambda _, __, output: leave(output), prepend=first).remove)
+        for part, enter in _by_module(module, before).items():
+            stack.callback(part.register_forward_pre_hook(_entering(enter), with_kwargs=True, prepend=first).remove)
+        for part, leave in _by_module(module, after).items():
+            stack.callback(part.register_forward_hook(_leaving(leave), prepend=first).remove)
         yield
+
+
+def _by_module(module: nn.Module | None, functions: Any) -> Mapping[nn.Module, Any]:
+    if functions is None or isinstance(functions, Mapping):
+        return functions or {}
+    assert module is not None, "a plain function needs the module it is for"
+    return {module: functions}
+
+
+def _entering(function: Before) -> Callable[..., Any]:
+    return lambda _, args, kwargs: function(args, kwargs)
+
+
+def _leaving(function: After) -> Callable[..., Any]:
+    return lambda _, __, output: function(output)
 
 
 @contextmanager
@@ -117,19 +135,6 @@ def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
             stack.callback(_put_back, module, "forward", module.__dict__.get("forward"))
             module.forward = function  # type: ignore[method-assign]
         yield
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the context; every module goes back to the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _put_back(module: nn.Module, name: str, earlier: Any) -> None:

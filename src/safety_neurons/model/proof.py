@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy
 from safety_neurons.model.layouts import GATE_UP_LAYOUTS, covers, split_gate_up
+from safety_neurons.model.modes import evaluating
 from safety_neurons.model.parts import Anatomy, AttentionAnatomy, LayerAnatomy, MlpAnatomy
-from safety_neurons.model.passes import evaluating
 from safety_neurons.model.places import SitePlace, full_bias, full_weight
 from safety_neurons.model.probe import TOKENS, Probe, Seen, same
 from safety_neurons.model.proof_attention import settle_attention
