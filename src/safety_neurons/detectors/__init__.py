@@ -2,7 +2,21 @@
 
 from safety_neurons.detectors.attribution import find_attribution
 from safety_neurons.detectors.attribution_patching import find_attribution_patching
-from safety_neurons.detectors.contrast import find_contrast
+from safety_neurons.detectors.contrast import ContrastStatistics, find_contrast
 from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.importance_contrast import find_importance_contrast
+from safety_neurons.detectors.random_neurons import find_random
+from safety_neurons.detectors.weight_change import find_weight_change, find_weight_magnitude
 
-__all__ = ["Found", "PromptCounts", "find_attribution", "find_attribution_patching", "find_contrast"]
+__all__ = [
+    "ContrastStatistics",
+    "Found",
+    "PromptCounts",
+    "find_attribution",
+    "find_attribution_patching",
+    "find_contrast",
+    "find_importance_contrast",
+    "find_random",
+    "find_weight_change",
+    "find_weight_magnitude",
+]
