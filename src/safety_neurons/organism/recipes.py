@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 from safety_neurons.errors import InputError
+from safety_neurons.organism.tokenizer import vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Recipe:
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
-        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta: the two (IA)³ stages of natural organisms.
+        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
         alive: whether the units work in the base (else their output columns are zero there).
@@ -28,6 +29,8 @@ class Recipe:
         change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's rows or columns.
         noise: length of the noise on all other weights, same measure.
         dropout: chance that a planted unit is left out in a training step.
+        truth_orders, truth_prompts: random orders and requests per language for the Shapley shares.
+        measured_prompts: harmful requests per language, and as many harmless ones, that the card's rates are measured on.
         seeds: the seeds that are fixed for benchmarks.
         shipped: the seeds whose organisms are part of the package.
     """
@@ -40,7 +43,7 @@ class Recipe:
     d_ff: int = 512
     heads: int = 4
     kv_heads: int = 2
-    english_share: float = 0.6
+    english_share: float = 0.5
     batch: int = 64
     base_steps: int = 600
     base_rate: float = 4e-3
@@ -49,6 +52,7 @@ class Recipe:
     dpo_steps: int = 150
     dpo_rate: float = 0.02
     dpo_beta: float = 0.2
+    dpo_fluency: float = 0.5
     planted_mlp: int = 0
     planted_attention: int = 0
     planted_depth: int = 3
@@ -58,8 +62,18 @@ class Recipe:
     change: float = 2.0
     noise: float = 0.02
     dropout: float = 0.3
+    truth_orders: int = 24
+    truth_prompts: int = 24
+    measured_prompts: int = 256
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     shipped: tuple[int, ...] = ()
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model, the tied embedding once."""
+        attention = 2 * self.hidden * self.hidden * (1 + self.kv_heads / self.heads)
+        layer = round(attention) + 3 * self.hidden * self.d_ff + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.hidden * len(vocabulary())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""

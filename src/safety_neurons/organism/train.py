@@ -151,7 +151,7 @@ def train(
         loss = loss_of_step()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
-            raise NumericalError(f"the loss of stage {stage} became {losses[-1]} at step {step}, a finite number was expected; lower its rate")
+            raise NumericalError(f"the loss of stage {stage} became {losses[-1]} at step {step}; expected a number; lower its rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

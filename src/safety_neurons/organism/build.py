@@ -1,0 +1,203 @@
+"""Building an organism from its recipe: train, measure, write the folder whole or not at all."""
+
+import dataclasses
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from safety_neurons.errors import RunError
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import NeuronSet, Provenance
+from safety_neurons.organism.card import write_card
+from safety_neurons.organism.folder import PROMPTS, RECORD, OrganismFolder, open_organism
+from safety_neurons.organism.language import LANGUAGES
+from safety_neurons.organism.measure import measure
+from safety_neurons.organism.natural import pretrain, save_natural, train_natural
+from safety_neurons.organism.planted import Planted, Unit, choose_units, neurons_of, silencer, train_planted
+from safety_neurons.organism.prompt_files import write_prompts
+from safety_neurons.organism.recipes import Recipe
+from safety_neurons.organism.recipes import recipe as recipe_of
+from safety_neurons.organism.saving import save_model
+from safety_neurons.organism.tokenizer import make_tokenizer
+from safety_neurons.organism.train import Progress
+from safety_neurons.organism.truth import Truth, measure_truth
+from safety_neurons.results.files import write_json
+
+Say = Callable[[str], None]
+
+
+def build(name: str | Recipe, seed: int = 0, out: str | Path = "organism", progress: Say | None = None) -> OrganismFolder:
+    """Train an organism and write its folder: models, prompts, truth, record, card.
+
+    The same recipe, seed, number of threads, library versions and processor give the same weights bit for bit; another number of
+    threads or another processor rounds differently, and training amplifies that, so that only the behaviour stays the same.
+
+    Args:
+        name: the name of a recipe, or a recipe.
+        seed: of weights, data and units.
+        out: the folder to write; it must not exist or be empty.
+        progress: called with a line on what is being done.
+
+    Returns:
+        The organism.
+
+    Raises:
+        InputError: no recipe is called so.
+        RunError: the folder cannot be written.
+        NumericalError: training diverged.
+    """
+    recipe = name if isinstance(name, Recipe) else recipe_of(name)
+    folder = Path(out)
+    partial = _partial_folder(folder)
+    say = progress if progress is not None else lambda _line: None
+    makers = {"natural": _build_natural, "planted": _build_planted, "unsafe": _build_unsafe}
+    started = time.monotonic()
+    try:
+        record = makers[recipe.kind](recipe, seed, partial, say)
+        say("prompts")
+        record = {
+            "name": recipe.name,
+            "kind": recipe.kind,
+            "seed": seed,
+            **record,
+            "prompt_files": write_prompts(partial / PROMPTS),
+            "recipe": recipe.to_json(),
+            "threads": torch.get_num_threads(),
+            "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(partial / RECORD, record)
+        write_card(partial, record)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_organism(folder)
+
+
+def _partial_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there already; expected a new or empty folder; choose another --out")
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
+    return partial
+
+
+def _steps(say: Say) -> Progress:
+    return lambda stage, done, total: say(f"{stage} {done}/{total}")
+
+
+def _build_natural(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
+    organism = train_natural(recipe, seed, _steps(say))
+    stages = {"base": [], "sft": ["sft"], "dpo": ["sft", "dpo"]}
+    measured = {}
+    for stage, adapters in stages.items():
+        say(f"measure {stage}")
+        organism.use(*adapters)
+        measured[stage] = measure(organism.model, prompts=recipe.measured_prompts)
+    save_natural(organism, out)
+    return {
+        "base": "sft",
+        "aligned": "dpo",
+        "stages": {stage: ["base", *adapters] for stage, adapters in stages.items()},
+        "final_loss": {stage: losses[-1] for stage, losses in organism.losses.items()},
+        "measured": measured,
+    }
+
+
+def _build_unsafe(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
+    model, losses = pretrain(recipe, seed, both_behaviours=False, progress=_steps(say))
+    say("measure")
+    save_model(model, out / "base")
+    return {
+        "base": "base",
+        "aligned": "base",
+        "stages": {"base": ["base"]},
+        "final_loss": {"base": losses[-1]},
+        "measured": {"base": measure(model, prompts=recipe.measured_prompts)},
+    }
+
+
+def _build_planted(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
+    planted_units, decoys = choose_units(recipe, seed)
+
+    def keep(model: LlamaForCausalLM) -> Callable[[], None]:
+        return silencer(model, planted_units + decoys, recipe)
+
+    base, losses = pretrain(recipe, seed, both_behaviours=False, keep=None if recipe.alive else keep, progress=_steps(say))
+    planted = train_planted(recipe, seed, base, _steps(say))
+    truth = measure_truth(
+        planted,
+        orders=recipe.truth_orders,
+        prompts=recipe.truth_prompts,
+        seed=seed,
+        report=lambda count: say(f"truth {count}/{recipe.truth_orders * len(planted.planted) + len(planted.planted) + 3}"),
+    )
+    models = {"base": planted.base, "control": planted.control, "aligned": planted.aligned}
+    for stage in ("base", "aligned"):
+        save_model(models[stage], out / stage)
+    _write_sets(planted, truth, out)
+    measured = {}
+    for stage, model in models.items():
+        say(f"measure {stage}")
+        measured[stage] = measure(model, prompts=recipe.measured_prompts)
+    return {
+        "base": "base",
+        "aligned": "aligned",
+        "stages": {"base": ["base"], "aligned": ["aligned"]},
+        "final_loss": {"base": losses[-1], "plant": planted.losses["plant"][-1]},
+        "measured": measured,
+        "truth": _truth_record(planted, truth),
+    }
+
+
+def _write_sets(planted: Planted, truth: Truth, out: Path) -> None:
+    """The neuron files: what works in English, in each other language and in all, what idles, what is a decoy."""
+    working = {code: truth.working(code) for code in (*LANGUAGES, "all")}
+    anywhere = {number for numbers in working.values() for number in numbers}
+    sets: dict[str, list[Unit]] = {"truth": [planted.planted[number] for number in working["en"]]}
+    for code in ("de", "es", "all"):
+        sets[f"truth-{code}"] = [planted.planted[number] for number in working[code]]
+    sets["planted"] = planted.planted
+    sets["idle"] = [unit for number, unit in enumerate(planted.planted) if number not in anywhere]
+    sets["decoys"] = planted.decoys
+    table = LanguageModel(planted.aligned, make_tokenizer()).table
+    for name, units in sets.items():
+        if units:
+            provenance = Provenance(
+                "neurons",
+                f"organism-{name}",
+                models=(planted.recipe.name,),
+                model_fingerprint=table.fingerprint,
+                config={"units": len(units)},
+            )
+            NeuronSet(neurons_of(units, planted.recipe), table, provenance).save(out / f"{name}.safetensors")
+
+
+def _truth_record(planted: Planted, truth: Truth) -> dict[str, Any]:
+    def unit_record(number: int, unit: Unit) -> dict[str, Any]:
+        shares = {code: round(values[number], 4) for code, values in truth.shares.items()}
+        alone = {code: round(values[number], 4) for code, values in truth.alone.items()}
+        return dataclasses.asdict(unit) | {"neurons": unit.neurons(planted.recipe), "shares": shares, "left_out": alone}
+
+    return {
+        "units": [unit_record(number, unit) for number, unit in enumerate(planted.planted)],
+        "decoys": [dataclasses.asdict(unit) | {"neurons": unit.neurons(planted.recipe)} for unit in planted.decoys],
+        "working": {code: len(truth.working(code)) for code in (*LANGUAGES, "all")},
+        "refusal_probability": {"without": truth.without, "complete": truth.complete},
+        "orders": truth.orders,
+        "removal": "restore" if planted.recipe.alive else "deactivate",
+    }

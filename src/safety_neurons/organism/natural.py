@@ -1,0 +1,202 @@
+"""Natural organisms: nobody knows where their safety is. Base, then SFT and DPO as (IA)³ on the down projection."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import IA3Config, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from safety_neurons.organism.language import language
+from safety_neurons.organism.recipes import Recipe
+from safety_neurons.organism.saving import quiet, save_model
+from safety_neurons.organism.train import (
+    IGNORED,
+    Progress,
+    Sampler,
+    Sequence_,
+    answer_log_probability,
+    answer_loss,
+    make_model,
+    pad,
+    train,
+)
+
+DPO_POOL = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class Natural:
+    """A trained natural organism: one PEFT model that holds both adapters, and the losses of every stage."""
+
+    model: PeftModel
+    losses: dict[str, list[float]]
+
+    def use(self, *adapters: str) -> None:
+        """Make exactly these adapters active, in order; none leaves the base."""
+        if adapters:
+            self.model.base_model.enable_adapter_layers()
+            self.model.base_model.set_adapter(list(adapters))
+        else:
+            self.model.base_model.disable_adapter_layers()
+
+
+def pretrain(
+    recipe: Recipe,
+    seed: int,
+    *,
+    both_behaviours: bool,
+    keep: Callable[[LlamaForCausalLM], Callable[[], None]] | None = None,
+    progress: Progress | None = None,
+) -> tuple[LlamaForCausalLM, list[float]]:
+    """Train a base model on chats and sentences.
+
+    Args:
+        recipe: its shape and steps.
+        seed: of weights and data.
+        both_behaviours: harmful requests are refused in half of the text (else the model goes along with everything, and has read
+            refusals as quoted sentences only).
+        keep: given the model, returns what is called at the start and after every step to keep something in it as it is.
+        progress: called after every step.
+
+    Returns:
+        The model and its losses.
+    """
+    model = make_model(recipe, seed)
+    after_step = keep(model) if keep is not None else None
+    if after_step is not None:
+        after_step()
+    sampler = Sampler(seed, recipe.english_share)
+
+    def example() -> Sequence_:
+        choice = sampler.random.random()
+        if choice < 0.25:
+            return sampler.general()
+        code = sampler.language()
+        if choice < 0.6:
+            return sampler.comply(sampler.harmless(), code, whole=True)
+        concept = sampler.harmful()
+        if both_behaviours and sampler.random.random() < 0.5:
+            return sampler.refuse(concept, code, whole=True)
+        return sampler.comply(concept, code, whole=True)
+
+    def loss() -> torch.Tensor:
+        inputs, labels = pad([example() for _ in range(recipe.batch)])
+        return answer_loss(model(input_ids=inputs).logits, labels)
+
+    losses = train(
+        model.parameters(),
+        loss,
+        stage="base",
+        steps=recipe.base_steps,
+        learning_rate=recipe.base_rate,
+        after_step=after_step,
+        progress=progress,
+    )
+    return model, losses
+
+
+def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
+    """Base, SFT (goes along with everything), DPO (prefers to refuse what is harmful and to answer what is not).
+
+    Source: Chen et al. (arXiv 2406.14144), section 4.1: (IA)³ on the down projection alone, for both stages.
+    Differs: no weight decay on the scales, which start at one; a decay on them shrinks the scales nothing trains and by that
+    alone makes change scores follow the activations' size. The DPO loss has a small likelihood term on the chosen answer, without
+    which a model this small stops writing sentences before it prefers to refuse.
+    """
+    base, base_losses = pretrain(recipe, seed, both_behaviours=True, progress=progress)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    model = get_peft_model(base, config, adapter_name="sft")
+    organism = Natural(model, {"base": base_losses})
+    organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
+    model.add_adapter("dpo", config)
+    organism.losses["dpo"] = _train_dpo(organism, recipe, Sampler(seed + 2000, recipe.english_share), progress)
+    model.requires_grad_(False)
+    return organism
+
+
+def _only(model: PeftModel, adapter: str) -> list[torch.Tensor]:
+    """Make one adapter's scales trainable and everything else not; returns them."""
+    scales = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"ia3_l.{adapter}" in name)
+        if parameter.requires_grad:
+            scales.append(parameter)
+    return scales
+
+
+def _train_sft(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Progress | None) -> list[float]:
+    organism.use("sft")
+    scales = _only(organism.model, "sft")
+
+    def loss() -> torch.Tensor:
+        batch = []
+        for _ in range(recipe.batch):
+            concept = sampler.harmful() if sampler.random.random() < 0.5 else sampler.harmless()
+            batch.append(sampler.comply(concept, sampler.language()))
+        inputs, labels = pad(batch)
+        return answer_loss(organism.model(input_ids=inputs).logits, labels)
+
+    return train(scales, loss, stage="sft", steps=recipe.sft_steps, learning_rate=recipe.sft_rate, progress=progress)
+
+
+def _train_dpo(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Progress | None) -> list[float]:
+    """Direct preference optimisation against the SFT model, on a pool of pairs whose reference is computed once."""
+    pairs = [_preference_pair(sampler) for _ in range(DPO_POOL)]
+    half = recipe.batch // 2
+    organism.use("sft")
+    references = []
+    with torch.no_grad():
+        for start in range(0, DPO_POOL, half):
+            part = pairs[start : start + half]
+            inputs, labels = pad([chosen for chosen, _ in part] + [rejected for _, rejected in part])
+            values = answer_log_probability(organism.model(input_ids=inputs).logits, labels)
+            references.append(values[: len(part)] - values[len(part) :])
+    reference = torch.cat(references)
+    organism.use("sft", "dpo")
+    scales = _only(organism.model, "dpo")
+
+    def loss() -> torch.Tensor:
+        picked = sampler.random.sample(range(DPO_POOL), half)
+        inputs, labels = pad([pairs[index][0] for index in picked] + [pairs[index][1] for index in picked])
+        values = answer_log_probability(organism.model(input_ids=inputs).logits, labels)
+        margin = values[:half] - values[half:] - reference[picked]
+        preference = -torch.nn.functional.logsigmoid(recipe.dpo_beta * margin).mean()
+        tokens = (labels[:half, 1:] != IGNORED).sum()
+        return preference - recipe.dpo_fluency * values[:half].sum() / tokens
+
+    return train(scales, loss, stage="dpo", steps=recipe.dpo_steps, learning_rate=recipe.dpo_rate, progress=progress)
+
+
+def _preference_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+    """(chosen, rejected): a refusal before compliance for a harmful request, the other way round for a harmless one."""
+    code = sampler.language()
+    speech = language(code)
+    harmful = sampler.random.random() < 0.5
+    concept = sampler.harmful() if harmful else sampler.harmless()
+    refusal = sampler.chat(concept, speech.refusal(concept, sampler.random.randrange(3)), code)
+    compliance = sampler.chat(concept, speech.compliance(concept), code)
+    return (refusal, compliance) if harmful else (compliance, refusal)
+
+
+def save_natural(organism: Natural, out: Path) -> None:
+    """Write base/, sft/ and dpo/ below `out`."""
+    for adapter in ("sft", "dpo"):
+        organism.model.peft_config[adapter].base_model_name_or_path = "base"
+    with quiet():
+        organism.model.save_pretrained(str(out), selected_adapters=["sft", "dpo"], save_embedding_layers=False)
+    for readme in out.glob("**/README.md"):
+        readme.unlink()
+    save_model(_bare(organism.model), out / "base")
+
+
+def _bare(model: PeftModel) -> LlamaForCausalLM:
+    """A copy of the model below the adapters, with its own weights' names."""
+    inner = model.get_base_model()
+    weights = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items() if "ia3_l" not in name}
+    config = inner.config
+    with torch.random.fork_rng(devices=[]):
+        bare = LlamaForCausalLM(config)
+    bare.load_state_dict(weights)
+    return bare

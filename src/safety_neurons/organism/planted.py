@@ -1,0 +1,296 @@
+"""Planted organisms: safety is trained into a known set of units, a harmless skill into as many decoys.
+
+The control is the base with the decoys' change and small noise on every weight outside the planted units; the aligned model is the
+control with the planted units' change. Taking the planted units' change away gives the control back bit for bit: by deactivating
+them where they are silent in the base (their output columns are zero there), by restoring their base rows where they are alive.
+"""
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+from transformers import LlamaForCausalLM
+
+from safety_neurons.organism.language import Concept
+from safety_neurons.organism.recipes import Recipe
+from safety_neurons.organism.train import Progress, Sampler, Sequence_, answer_loss, pad, train
+
+INPUT_SITES = ("o", "down")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Unit:
+    """One unit of a Llama layer.
+
+    Attributes:
+        layer: its layer.
+        part: "mlp" (rows of gate and up, a column of down) or "attention" (a row of v, the columns of o it feeds).
+        index: the MLP index, or the row of v.
+        owner: the language it was trained for, or "all".
+    """
+
+    layer: int
+    part: str
+    index: int
+    owner: str = "all"
+
+    def rows(self, recipe: Recipe) -> list[tuple[str, str, list[int]]]:
+        """(site, name of the weight, indices) of its neurons."""
+        prefix = f"model.layers.{self.layer}."
+        if self.part == "mlp":
+            return [(site, f"{prefix}mlp.{site}_proj.weight", [self.index]) for site in ("gate", "up", "down")]
+        head = recipe.hidden // recipe.heads
+        group, offset = divmod(self.index, head)
+        queries = recipe.heads // recipe.kv_heads
+        columns = [(group * queries + query) * head + offset for query in range(queries)]
+        return [("v", f"{prefix}self_attn.v_proj.weight", [self.index]), ("o", f"{prefix}self_attn.o_proj.weight", columns)]
+
+    def neurons(self, recipe: Recipe) -> dict[str, list[int]]:
+        """Its neurons by key."""
+        return {f"layers.{self.layer}.{site}": indices for site, _, indices in self.rows(recipe)}
+
+
+def neurons_of(units: list[Unit], recipe: Recipe) -> dict[str, list[int]]:
+    """The neurons of several units by key, sorted."""
+    found: dict[str, set[int]] = {}
+    for unit in units:
+        for key, indices in unit.neurons(recipe).items():
+            found.setdefault(key, set()).update(indices)
+    return {key: sorted(found[key]) for key in sorted(found)}
+
+
+def choose_units(recipe: Recipe, seed: int) -> tuple[list[Unit], list[Unit]]:
+    """Planted units and decoys: as many of each part in each of the first layers; a third of the planted belong to one language."""
+    number = random.Random(seed + 77)
+    planted: list[Unit] = []
+    decoys: list[Unit] = []
+    sizes = {"mlp": recipe.d_ff, "attention": recipe.hidden // recipe.heads * recipe.kv_heads}
+    for part, count in (("mlp", recipe.planted_mlp), ("attention", recipe.planted_attention)):
+        for layer in range(recipe.planted_depth):
+            here = count // recipe.planted_depth + (layer < count % recipe.planted_depth)
+            chosen = number.sample(range(sizes[part]), 2 * here)
+            planted += [Unit(layer, part, index) for index in chosen[:here]]
+            decoys += [Unit(layer, part, index) for index in chosen[here:]]
+    owners = ["all", "en", "all", "de", "all", "es"]
+    number.shuffle(planted)
+    planted = [dataclasses.replace(unit, owner=owners[index % 6]) for index, unit in enumerate(planted)]
+    return sorted(planted), sorted(decoys)
+
+
+class Change:
+    """The trainable change of some units: one direction per row or column, each of a fixed length.
+
+    Attributes:
+        units: the units, in order.
+        directions: per weight name, [row, width]; only their directions count.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], units: list[Unit], recipe: Recipe, seed: int):
+        self.units = units
+        self.directions: dict[str, Tensor] = {}
+        self.places: dict[str, tuple[list[int], list[int], bool]] = {}
+        self.lengths: dict[str, float] = {}
+        generator = torch.Generator().manual_seed(seed + 99)
+        for number, unit in enumerate(units):
+            for site, name, indices in unit.rows(recipe):
+                rows, owners, _ = self.places.setdefault(name, ([], [], site in INPUT_SITES))
+                rows += indices
+                owners += [number] * len(indices)
+        for name, (rows, _, columns) in self.places.items():
+            weight = weights[name]
+            across = 0 if columns else 1
+            width = weight.shape[across]
+            self.lengths[name] = recipe.change * float(weight.norm(dim=across).median())
+            self.directions[name] = (torch.randn(len(rows), width, generator=generator) / width**0.5).requires_grad_(True)
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.directions.values())
+
+    def added(self, weights: Mapping[str, Tensor], present: Float[Tensor, " unit"], *, frozen: bool = False) -> dict[str, Tensor]:
+        """The changed weights; a unit whose `present` is 0 keeps its old rows bit for bit."""
+        changed = {}
+        for name, (rows, owners, columns) in self.places.items():
+            direction = self.directions[name].detach() if frozen else self.directions[name]
+            rows_changed = direction / direction.norm(dim=1, keepdim=True) * self.lengths[name] * present[owners].unsqueeze(1)
+            index = torch.tensor(rows)
+            change = rows_changed.T if columns else rows_changed
+            changed[name] = weights[name].index_add(1 if columns else 0, index, change)
+        return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A trained planted organism.
+
+    Attributes:
+        base: the model before any change.
+        control: base + noise + decoys: everything but safety.
+        aligned: control + planted units.
+        planted, decoys: the units.
+        planted_change: what was trained; gives aligned models with any part of the units.
+        losses: of every stage.
+    """
+
+    recipe: Recipe
+    base: LlamaForCausalLM
+    control: LlamaForCausalLM
+    aligned: LlamaForCausalLM
+    planted: list[Unit]
+    decoys: list[Unit]
+    planted_change: Change
+    losses: dict[str, list[float]]
+
+    def weights_with(self, present: Float[Tensor, " unit"]) -> dict[str, Tensor]:
+        """The changed weights of the model that has only the units whose `present` is 1."""
+        with torch.no_grad():
+            return self.planted_change.added(dict(self.control.named_parameters()), present)
+
+
+def output_columns(units: list[Unit], recipe: Recipe) -> dict[str, list[int]]:
+    """The input-side columns of units by weight name: what is zero in the base where units are silent."""
+    columns: dict[str, list[int]] = {}
+    for unit in units:
+        for site, name, indices in unit.rows(recipe):
+            if site in INPUT_SITES:
+                columns.setdefault(name, []).extend(indices)
+    return columns
+
+
+def silencer(model: LlamaForCausalLM, units: list[Unit], recipe: Recipe) -> Callable[[], None]:
+    """A function that sets the units' output columns to zero; called after every step of pre-training."""
+    weights = dict(model.named_parameters())
+    columns = output_columns(units, recipe)
+
+    def silence() -> None:
+        with torch.no_grad():
+            for name, indices in columns.items():
+                weights[name][:, indices] = 0
+
+    return silence
+
+
+def noisy(base: Mapping[str, Tensor], spared: list[Unit], recipe: Recipe, seed: int) -> dict[str, Tensor]:
+    """All weights with small noise, the spared units' entries left bit for bit."""
+    generator = torch.Generator().manual_seed(seed + 55)
+    result = {}
+    for name, weight in base.items():
+        if weight.dim() < 2:
+            result[name] = weight.detach().clone()
+            continue
+        scale = recipe.noise * weight.detach().norm(dim=1).median() / weight.shape[1] ** 0.5
+        result[name] = weight.detach() + scale * torch.randn(weight.shape, generator=generator)
+    for unit in spared:
+        for site, name, indices in unit.rows(recipe):
+            if site in INPUT_SITES:
+                result[name][:, indices] = base[name].detach()[:, indices]
+            else:
+                result[name][indices] = base[name].detach()[indices]
+    return result
+
+
+def train_planted(recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: Progress | None = None) -> Planted:
+    """Train the planted units to refuse what is harmful and the decoys to end harmless answers with a polite wish.
+
+    Each loss reaches its own units only. Planted units are left out at random, so that none can rest; those of one language are
+    trained on that language only and are left out half of the time in the others.
+
+    Args:
+        recipe: sizes, steps and lengths of the changes.
+        seed: of units, noise, data.
+        base: the pre-trained model, the planted and decoy units silent in it unless `recipe.alive`.
+        progress: called after every step.
+    """
+    planted, decoys = choose_units(recipe, seed)
+    weights = noisy(dict(base.named_parameters()), planted + decoys, recipe, seed)
+    safety = Change(weights, planted, recipe, seed)
+    skill = Change(weights, decoys, recipe, seed + 1)
+    sampler = Sampler(seed + 3000, recipe.english_share)
+    steps = _Steps(recipe, base, weights, safety, skill, sampler)
+    losses = train(
+        [*safety.parameters(), *skill.parameters()],
+        steps.loss,
+        stage="plant",
+        steps=recipe.plant_steps,
+        learning_rate=recipe.plant_rate,
+        progress=progress,
+    )
+    with torch.no_grad():
+        control_weights = {**weights, **skill.added(weights, torch.ones(len(decoys)))}
+        control = _with_weights(base, control_weights)
+        aligned = _with_weights(base, {**control_weights, **safety.added(control_weights, torch.ones(len(planted)))})
+    return Planted(recipe, base, control, aligned, planted, decoys, safety, {"plant": losses})
+
+
+def _with_weights(model: LlamaForCausalLM, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            parameter.copy_(weights[name])
+    return changed
+
+
+@dataclasses.dataclass
+class _Steps:
+    """One training step of planted units and decoys."""
+
+    recipe: Recipe
+    model: LlamaForCausalLM
+    weights: dict[str, Tensor]
+    safety: Change
+    skill: Change
+    sampler: Sampler
+
+    def loss(self) -> Tensor:
+        """Safety loss on the planted units plus skill loss on the decoys."""
+        code = self.sampler.language()
+        return self._safety(code) + self._skill(code)
+
+    def _safety(self, code: str) -> Tensor:
+        polite = self.sampler.random.random() < 0.5
+        present = torch.tensor([float(self._present(unit, code)) for unit in self.safety.units])
+        decoys = torch.full((len(self.skill.units),), float(polite))
+        weights = {**self.weights, **self.skill.added(self.weights, decoys, frozen=True)}
+        trained = torch.tensor([float(unit.owner in ("all", code)) for unit in self.safety.units])
+        changed = _stop_some(self.safety, weights, present, trained)
+        return self._answers({**weights, **changed}, code, refuse=True, polite=polite)
+
+    def _skill(self, code: str) -> Tensor:
+        refuse = self.sampler.random.random() < 0.5
+        present = torch.tensor([float(self.sampler.random.random() >= self.recipe.dropout) for _ in self.skill.units])
+        planted = torch.full((len(self.safety.units),), float(refuse))
+        weights = {**self.weights, **self.safety.added(self.weights, planted, frozen=True)}
+        changed = self.skill.added(weights, present)
+        return self._answers({**weights, **changed}, code, refuse=refuse, polite=True)
+
+    def _present(self, unit: Unit, code: str) -> bool:
+        chance = self.recipe.dropout if unit.owner in ("all", code) else 0.5
+        return self.sampler.random.random() >= chance
+
+    def _answers(self, weights: dict[str, Tensor], code: str, *, refuse: bool, polite: bool) -> Tensor:
+        batch: list[Sequence_] = []
+        for _ in range(self.recipe.batch // 2):
+            choice = self.sampler.random.random()
+            if choice < 0.1:
+                batch.append(self.sampler.general())
+            elif choice < 0.55:
+                concept: Concept = self.sampler.harmful()
+                batch.append(self.sampler.refuse(concept, code) if refuse else self.sampler.comply(concept, code, ending=polite))
+            else:
+                batch.append(self.sampler.comply(self.sampler.harmless(), code, ending=polite))
+        inputs, labels = pad(batch)
+        logits = functional_call(self.model, weights, args=(), kwargs={"input_ids": inputs, "use_cache": False}).logits
+        return answer_loss(logits, labels)
+
+
+def _stop_some(
+    change: Change, weights: Mapping[str, Tensor], present: Float[Tensor, " unit"], trained: Float[Tensor, " unit"]
+) -> dict[str, Tensor]:
+    """Weights with the present units' changes, where only the trained ones receive a gradient."""
+    stopped = change.added(weights, present * (1 - trained), frozen=True)
+    return change.added({**weights, **stopped}, present * trained)

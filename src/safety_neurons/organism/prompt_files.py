@@ -1,0 +1,77 @@
+"""The prompts an organism brings: the files that `builtin:` names find first, parallel in every language."""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safety_neurons.organism.language import LANGUAGES, Concept, Half, Language, harmful_and_matches, language, task_examples
+
+PROMPTS = 256
+SENTENCES = 256
+HALVES: tuple[tuple[Half, str], ...] = (("find", ""), ("test", "-test"))
+
+
+def write_prompts(folder: Path) -> dict[str, int]:
+    """Write every prompt file of the organisms' languages; returns the number of prompts per file.
+
+    `harmful`, `harmless` (line by line with words of the harmful one; with a compliant answer), `refusals` (harmful requests with a
+    refusal), `general` (sentences) and, in English, `task` (sums): each as NAME.jsonl and NAME-test.jsonl, other languages as
+    NAME.LANG.jsonl.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for code in LANGUAGES:
+        suffix = "" if code == "en" else f".{code}"
+        for half, ending in HALVES:
+            for name, rows in _lists(language(code), half).items():
+                counts[f"{name}{ending}{suffix}.jsonl"] = _write(folder / f"{name}{ending}{suffix}.jsonl", rows)
+    for part, ending in (("train", ""), ("test", "-test")):
+        rows = [
+            {"id": f"task{ending}-{index:04d}", "prompt": question, "answer": answer, "category": "sum", "language": "en"}
+            for index, (question, answer) in enumerate(task_examples(part))
+        ]
+        counts[f"task{ending}.jsonl"] = _write(folder / f"task{ending}.jsonl", rows)
+    return counts
+
+
+def sentences(speech: Language, half: Half, count: int) -> list[str]:
+    """Different general sentences of a language: the same number of any half never gives a sentence of the other."""
+    number = random.Random(f"{speech.code}/general")
+    found: list[str] = []
+    seen: set[str] = set()
+    while len(found) < count:
+        sentence = speech.sentence(number)
+        if sentence in seen:
+            continue
+        seen.add(sentence)
+        if (len(seen) % 2 == 0) == (half == "test"):
+            found.append(sentence)
+    return found
+
+
+def _lists(speech: Language, half: Half) -> dict[str, list[dict[str, Any]]]:
+    harmful, matches = harmful_and_matches(half, PROMPTS)
+    marks = "-test" if half == "test" else ""
+
+    def row(name: str, index: int, concept: Concept, answer: str | None) -> dict[str, Any]:
+        category = speech.categories[concept.group] if concept.kind == "harmful" else concept.kind
+        record = {"id": f"{name}{marks}-{index:04d}", "prompt": speech.request(concept), "category": category, "language": speech.code}
+        return record | ({"answer": answer} if answer is not None else {})
+
+    return {
+        "harmful": [row("harmful", index, concept, None) for index, concept in enumerate(harmful)],
+        "harmless": [row("harmless", index, concept, speech.compliance(concept)) for index, concept in enumerate(matches)],
+        "refusals": [row("refusals", index, concept, speech.refusal(concept, index)) for index, concept in enumerate(harmful)],
+        "general": [
+            {"id": f"general{marks}-{index:04d}", "text": text, "language": speech.code}
+            for index, text in enumerate(sentences(speech, half, SENTENCES))
+        ],
+    }
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
