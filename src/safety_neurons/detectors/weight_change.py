@@ -12,15 +12,19 @@ from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.streaming import Progress, to_numpy
 from safety_neurons.detectors.sublayers import columns
 from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model.passes import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Selection, parse_key
+from safety_neurons.prompts import Prompts
 
 
 def find_weight_change(
     base: LanguageModel,
     aligned: LanguageModel,
+    prompts: Prompts | None = None,
     *,
     sites: Sequence[str] = SITES,
     layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
     progress: Progress | None = None,
     subtract: NeuronSet | None = None,
     **choice: Unpack[Choice],
@@ -33,8 +37,10 @@ def find_weight_change(
     Args:
         base: the less safe model.
         aligned: the safer one.
+        prompts: not looked at; here so that all detectors of a pair are called alike.
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
+        batch_size: as for `prompts`.
         progress: called with (sites done, in all, 0).
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`; the largest 5 % by default.
@@ -46,6 +52,7 @@ def find_weight_change(
     Source: the plain weight difference, the baseline that planted decoys are made to fool.
     Differs: the bias entry of a row belongs to its neuron.
     """
+    del prompts, batch_size
     check_pair(base, aligned)
 
     def change(key: str) -> Tensor:
