@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
@@ -296,7 +297,7 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
                 output_loading_info=True,
                 **arguments,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")

@@ -1,0 +1,208 @@
+import json
+import shutil
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
+
+from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.model import LanguageModel, load, load_pair, run_batches
+
+IDS = [[1, 5, 6, 7, 9], [1, 20, 21]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    base = tiny_llama_folder(root / "base")
+    made = {name: tiny_adapter_folder(base, root / name, seed=seed) for seed, name in enumerate(("first", "second"), start=1)}
+    made["lora"] = tiny_adapter_folder(base, root / "lora", seed=3, kind="lora", targets=("q_proj", "down_proj"))
+    made["lora2"] = tiny_adapter_folder(base, root / "lora2", seed=4, kind="lora", targets=("up_proj",))
+    return {"base": base, **made}
+
+
+def _logits(lm):
+    return run_batches(lm, IDS, lambda batch: batch.output.flatten(0, 1)[batch.rows], with_logits=True)[0]
+
+
+def _scaled(*folders):
+    """The base model with its down projections scaled by the product of the adapters' vectors: what unmerged (IA)³ adapters do."""
+    model = tiny_llama()
+    for folder in folders:
+        for name, vector in load_file(folder / "adapter_model.safetensors").items():
+            layer = int(name.split("layers.")[1].split(".")[0])
+            model.model.layers[layer].mlp.down_proj.weight.data *= vector.flatten()
+    return LanguageModel(model)
+
+
+def test_adapters_of_one_type_act_together_and_stay_unmerged(folders):
+    lm = load(f"{folders['base']}+{folders['first']}+{folders['second']}")
+    assert lm.adapters == ("a0", "a1")
+    torch.testing.assert_close(_logits(lm), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4)
+    assert torch.equal(lm.inner.model.layers[0].mlp.down_proj.base_layer.weight, tiny_llama().model.layers[0].mlp.down_proj.weight)
+
+
+def test_a_pair_on_one_base_shares_it_and_each_view_has_its_own_adapters(folders):
+    pair = load_pair(f"{folders['base']}+{folders['first']}", f"{folders['base']}+{folders['first']}+{folders['second']}")
+    assert pair.shared
+    assert pair.base.model is pair.aligned.model
+    torch.testing.assert_close(_logits(pair.base), _logits(_scaled(folders["first"])), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(_logits(pair.aligned), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4)
+
+
+def test_the_plain_base_of_a_pair_is_the_plain_model(folders):
+    pair = load_pair(folders["base"], f"{folders['base']}+{folders['second']}")
+    assert pair.shared
+    assert torch.equal(_logits(pair.base), _logits(LanguageModel(tiny_llama())))
+    torch.testing.assert_close(_logits(pair.aligned), _logits(_scaled(folders["second"])), atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_active_is_active_again_after_a_block_and_after_an_exception(folders):
+    pair = load_pair(folders["base"], f"{folders['base']}+{folders['first']}+{folders['second']}")
+    layers = [module for module in pair.base.model.modules() if hasattr(module, "_active_adapter")]
+
+    def state():
+        wanted = [parameter.requires_grad for parameter in pair.base.model.parameters()]
+        return [(layer.active_adapters, layer._disable_adapters) for layer in layers], pair.base.model.base_model.active_adapter, wanted
+
+    before = state()
+    with pair.aligned.active():
+        assert layers[0].active_adapters == ["a0", "a1"]
+        with pair.base.active():
+            assert layers[0].disable_adapters
+        assert layers[0].active_adapters == ["a0", "a1"]
+        assert not layers[0].disable_adapters
+    assert state() == before
+    with pytest.raises(RuntimeError, match="in the middle"), pair.aligned.active(), pair.base.active():
+        raise RuntimeError("in the middle")
+    assert state() == before
+
+
+def test_low_rank_adapters_add_up(folders):
+    lm = load(f"{folders['base']}+{folders['lora']}+{folders['lora2']}")
+    merged = load(f"{folders['base']}+{folders['lora']}+{folders['lora2']}", merge_adapters=True)
+    torch.testing.assert_close(_logits(lm), _logits(merged), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(_logits(lm), _logits(load(f"{folders['base']}+{folders['lora']}")), atol=1e-2)
+
+
+def test_a_mix_of_types_names_the_option_that_merges_and_merging_follows_the_order(folders):
+    spec = f"{folders['base']}+{folders['lora']}+{folders['first']}"
+    with pytest.raises(UsageError, match=r"lora is LORA.*first is IA3.*--merge-adapters"):
+        load(spec)
+    merged = load(spec, merge_adapters=True)
+    other = load(f"{folders['base']}+{folders['first']}+{folders['lora']}", merge_adapters=True)
+    assert merged.adapters is None
+    assert not hasattr(merged.model, "peft_config")
+    assert not torch.allclose(_logits(merged), _logits(other), atol=1e-3)
+    weights = tiny_llama().model.layers[0].mlp.down_proj.weight.data
+    low = load_file(folders["lora"] / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    settings = json.loads((folders["lora"] / "adapter_config.json").read_text())
+    weights = weights + settings["lora_alpha"] / settings["r"] * low[name.format("B")] @ low[name.format("A")]
+    vector = load_file(folders["first"] / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.down_proj.ia3_l"]
+    torch.testing.assert_close(merged.model.model.layers[0].mlp.down_proj.weight.data, weights * vector.reshape(1, -1))
+
+
+def test_a_mixed_pair_is_two_models(folders):
+    pair = load_pair(f"{folders['base']}+{folders['lora']}", f"{folders['base']}+{folders['first']}")
+    assert not pair.shared
+    assert pair.base.model is not pair.aligned.model
+
+
+def _damaged(folders, tmp_path, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders["first"], folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "adapter_model.safetensors")
+    return f"{folders['base']}+{folder}"
+
+
+def test_missing_unknown_and_misshapen_adapter_weights_are_errors(folders, tmp_path):
+    with pytest.raises(ModelError, match=r"1 missing .*down_proj\.ia3_l"):
+        load(_damaged(folders, tmp_path / "one", lambda weights: weights.pop(sorted(weights)[0])))
+    with pytest.raises(ModelError, match=r"1 unknown \(base_model\.model\.other\)"):
+        load(_damaged(folders, tmp_path / "two", lambda weights: weights.update({"base_model.model.other": torch.ones(2)})))
+    with pytest.raises(ModelError, match=r"shape \[1, 3\]; expected \[1, 48\]"):
+        load(_damaged(folders, tmp_path / "three", lambda weights: weights.update({sorted(weights)[0]: torch.ones(1, 3)})))
+
+
+def test_folders_that_are_no_adapter_are_refused_in_one_line(folders, tmp_path):
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        load(f"{folders['base']}+{folders['base']}")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folders["first"], pickled)
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(ModelError, match="is a pickle"):
+        load(f"{folders['base']}+{pickled}")
+    with pytest.raises(ModelError, match=r"no config\.json; this is an adapter: write BASE\+"):
+        load(folders["first"])
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["first"], broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(f"{folders['base']}+{broken}")
+
+
+def test_an_adapter_for_other_projections_does_not_fit(folders, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders["first"], other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nothing"], "feedforward_modules": ["nothing"]}))
+    with pytest.raises(ModelError, match="does not fit the model"):
+        load(f"{folders['base']}+{other}")
+
+
+def test_an_adapted_model_already_in_memory_is_taken_as_it_is(folders):
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(tiny_llama(), folders["first"])
+    lm = LanguageModel(model, tiny_tokenizer())
+    assert lm.model is model
+    torch.testing.assert_close(_logits(lm), _logits(_scaled(folders["first"])), atol=1e-4, rtol=1e-4)
+    keys = set(vars(model)) | set(vars(model.base_model))
+    lm.complete(["tree"], max_new_tokens=2)
+    assert set(vars(model)) | set(vars(model.base_model)) == keys
+    with pytest.raises(ModelError, match="expected a PEFT model"):
+        LanguageModel(tiny_llama(), adapters=["a0"])
+
+
+def test_recorded_activations_of_stacked_adapters_are_reproduced(shared):
+    folder = shared / "oracle-contrast"
+    fixture = folder / "fixture"
+    sft, dpo = f"{fixture / 'base'}+{fixture / 'adapter_sft'}", f"{fixture / 'base'}+{fixture / 'adapter_sft'}+{fixture / 'adapter_dpo'}"
+    pair = load_pair(sft, dpo, template="none")
+    assert pair.shared
+    recorded = safetensors.torch.load_file(folder / "generation.safetensors")
+    for name, lm in (("sft", pair.base), ("dpo", pair.aligned)):
+        prompts = recorded[f"plain/{name}/eval_prompts/batch0/prompt_ids"]
+        mask = recorded[f"plain/{name}/eval_prompts/batch0/attention_mask"]
+        sequences = recorded[f"plain/{name}/eval_prompts/batch0/sequences"]
+        with lm.running(), torch.no_grad():
+            again = lm.model.generate(
+                input_ids=prompts,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=sequences.shape[1] - prompts.shape[1],
+                pad_token_id=3,
+            )
+        assert torch.equal(again, sequences[:, : again.shape[1]])
+        assert (sequences[:, again.shape[1] :] == 3).all()
+
+
+def test_recorded_completions_are_reproduced_from_the_prompts(shared):
+    folder = shared / "oracle-contrast"
+    fixture = folder / "fixture"
+    aligned = load(f"{fixture / 'base'}+{fixture / 'adapter_sft'}+{fixture / 'adapter_dpo'}", template="none")
+    recorded = safetensors.torch.load_file(folder / "generation.safetensors")
+    prompts, mask, sequences = (recorded[f"plain/dpo/eval_prompts/batch0/{name}"] for name in ("prompt_ids", "attention_mask", "sequences"))
+    texts = [aligned.tokenizer.decode(row[kept.bool()][1:]) for row, kept in zip(prompts, mask, strict=True)]
+    answers = aligned.complete(texts, max_new_tokens=sequences.shape[1] - prompts.shape[1])
+    for answer, row in zip(answers, sequences, strict=True):
+        generated = [int(token) for token in row[prompts.shape[1] :] if int(token) not in (2, 3)]
+        assert list(answer.token_ids) == generated

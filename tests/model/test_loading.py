@@ -1,0 +1,232 @@
+import json
+import pathlib
+import shutil
+import socket
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama_folder, tiny_tokenizer
+
+from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
+from safety_neurons.model import ModelSpec, load, load_pair, parse_spec
+from safety_neurons.model.loading import check_finite
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_llama_folder(tmp_path_factory.mktemp("loading") / "base")
+
+
+def _copy(base, folder):
+    shutil.copytree(base, folder)
+    return folder
+
+
+def _one_line(error):
+    return "\n" not in str(error.value)
+
+
+def test_a_spec_is_split_at_plus_and_at_unless_it_is_a_path(tmp_path, monkeypatch):
+    assert parse_spec("org/model") == ModelSpec("org/model")
+    assert parse_spec("org/model@v1+org/sft+org/dpo@main") == ModelSpec("org/model", "v1", (("org/sft", None), ("org/dpo", "main")))
+    assert str(parse_spec("org/model@v1+org/sft")) == "org/model@v1+org/sft"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a+b@c", "c++"):
+        pathlib.Path(name).mkdir()
+    assert parse_spec("a+b@c") == ModelSpec("a+b@c")
+    assert parse_spec("a+b@c+org/x@1") == ModelSpec("a+b@c", None, (("org/x", "1"),))
+    assert parse_spec("c+++org/x") == ModelSpec("c++", None, (("org/x", None),))
+
+
+@pytest.mark.parametrize("spec", ["", "+", "org/model+", "org/model@", "@v1", "org/model++org/x"])
+def test_a_spec_with_empty_parts_is_a_usage_error(spec):
+    with pytest.raises(UsageError, match="expected ID"):
+        parse_spec(spec)
+
+
+def test_a_folder_gives_model_tokenizer_template_and_names(base):
+    lm = load(base, dtype="float64", device="cpu")
+    assert lm.dtype == torch.float64
+    assert lm.device == torch.device("cpu")
+    assert lm.folder == base.resolve()
+    assert lm.name == str(base)
+    assert lm.max_length == 128
+    assert lm.adapters is None
+    assert not lm.model.training
+    assert load(base).dtype == torch.float32
+    assert load(base, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_prompts_beside_the_models_make_their_parent_the_folder(base, tmp_path):
+    root = tmp_path / "organism"
+    _copy(base, root / "base")
+    (root / "prompts").mkdir()
+    assert load(root / "base").folder == root.resolve()
+
+
+def test_offline_loading_opens_no_socket(base, tmp_path, monkeypatch):
+    adapter = tiny_adapter_folder(base, tmp_path / "adapter", seed=1)
+
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    lm = load(f"{base}+{adapter}", offline=True)
+    assert lm.complete(["tree"], max_new_tokens=2)
+    with pytest.raises(ModelError, match=r"no such folder, and not found in the local cache \(--offline\)") as error:
+        load("some-org/some-model@v2", offline=True)
+    assert _one_line(error)
+
+
+def test_a_wrong_path_says_what_was_expected(tmp_path, base):
+    for spec, message in {
+        str(tmp_path / "absent"): "no such folder",
+        "./absent": "no such folder",
+        "what is this?": "no such folder",
+        str(base / "config.json"): "is a file",
+        str(tmp_path): r"no config\.json",
+    }.items():
+        with pytest.raises(ModelError, match=message) as error:
+            load(spec)
+        assert _one_line(error)
+
+
+def test_a_folder_without_tokenizer_weights_or_with_pickles_is_refused(base, tmp_path):
+    untokenized = _copy(base, tmp_path / "untokenized")
+    (untokenized / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer; expected tokenizer\.json"):
+        load(untokenized)
+    pickled = _copy(base, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="a pickle, which can run code: convert"):
+        load(pickled)
+    (pickled / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"expected model\.safetensors"):
+        load(pickled)
+
+
+def test_damaged_weights_tokenizers_and_configurations_are_one_line_errors(base, tmp_path):
+    for name, content in {"model.safetensors": b"not one", "tokenizer.json": b"{", "config.json": b"{"}.items():
+        folder = _copy(base, tmp_path / name)
+        (folder / name).write_bytes(content)
+        with pytest.raises(ModelError) as error:
+            load(folder)
+        assert str(folder) in str(error.value)
+        assert _one_line(error)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_errors(base, tmp_path):
+    folder = _copy(base, tmp_path / "missing")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+        load(folder)
+    wrong = _copy(base, tmp_path / "wrong")
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(ModelError) as error:
+        load(wrong)
+    assert _one_line(error)
+
+
+def test_nan_and_infinity_in_the_weights_name_the_parameter(base, tmp_path):
+    for value in (float("nan"), float("inf")):
+        folder = _copy(base, tmp_path / str(value))
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.self_attn.q_proj.weight"][2, 3] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight holds 1 NaN or infinite"):
+            load(folder)
+
+
+def test_weights_whose_sum_overflows_are_still_finite():
+    module = torch.nn.Linear(4, 4)
+    module.weight.data.fill_(3e38)
+    check_finite(module)
+    check_finite(torch.nn.Linear(100, 1000).to(torch.float16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_absent_is_a_one_line_error(base):
+    with pytest.raises(ModelError, match="device cuda: this machine has 0 CUDA devices; use --device cpu") as error:
+        load(base, device="cuda")
+    assert _one_line(error)
+
+
+def test_unknown_dtypes_devices_and_contradictions_are_usage_errors(base):
+    with pytest.raises(UsageError, match="dtype 'int8': expected one of auto"):
+        load(base, dtype="int8")
+    with pytest.raises(UsageError, match="device 'banana'"):
+        load(base, device="banana")
+    with pytest.raises(UsageError, match="device_map"):
+        load(base, device="cpu", device_map="auto")
+    with pytest.raises(UsageError, match="expected one of them"):
+        load(base, load_in_4bit=True, quantization_config={})
+
+
+def test_code_in_a_checkpoint_is_not_run(base, tmp_path):
+    folder = _copy(base, tmp_path / "remote")
+    config = json.loads((folder / "config.json").read_text())
+    changed = {**config, "model_type": "strange", "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}}
+    (folder / "config.json").write_text(json.dumps(changed))
+    marker = tmp_path / "ran"
+    (folder / "strange.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(ModelError):
+        load(folder)
+    assert not marker.exists()
+
+
+def test_pairs_of_different_shape_or_tokenizer_are_mismatches(base, tmp_path):
+    wide = tiny_llama_folder(tmp_path / "wide", intermediate_size=40)
+    with pytest.raises(MismatchError, match=r"different shapes: model\.layers\.0\.mlp\.gate_proj\.weight") as error:
+        load_pair(base, wide)
+    assert _one_line(error)
+    deep = tiny_llama_folder(tmp_path / "deep", num_hidden_layers=3)
+    with pytest.raises(MismatchError, match="absent"):
+        load_pair(base, deep)
+    other = _copy(base, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["cake"], vocabulary["bomb"] = vocabulary["bomb"], vocabulary["cake"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(MismatchError, match="2 tokens differ, 'bomb' is"):
+        load_pair(base, other)
+
+
+def test_two_full_models_of_one_shape_are_a_pair_of_two(base, tmp_path):
+    pair = load_pair(base, tiny_llama_folder(tmp_path / "aligned", seed=1), template="none", dtype="float64")
+    assert not pair.shared
+    assert pair.base.dtype == pair.aligned.dtype == torch.float64
+    assert pair.base.template.kind == pair.aligned.template.kind == "none"
+
+
+def test_the_same_model_twice_is_loaded_once(base):
+    pair = load_pair(base, base)
+    assert pair.shared
+    assert pair.base.model is pair.aligned.model
+
+
+def test_loading_leaves_the_libraries_settings_alone(base):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.random.get_rng_state()
+    load(base)
+    after = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.random.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
+    folder = tmp_path / "encoder"
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model") as error:
+        load(folder)
+    assert _one_line(error)
