@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import peft
 import torch
-from families import build
 from torch import Tensor, nn
 
+from families import build
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 
@@ -84,7 +84,7 @@ def on_sites(model: LanguageModel, neurons: NeuronSet, act: Callable[[str, Tenso
     handles = []
     for key, index in neurons.items():
         place = model.anatomy.places[key]
-        where = columns(place)[torch.as_tensor(index)]
+        where = columns(place)[torch.tensor(index)]
 
         def after(module: nn.Module, args: tuple, output: Tensor, key: str = key, where: Tensor = where) -> Tensor | None:
             return act(key, output, where)
@@ -143,9 +143,16 @@ def greedy(logits: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor
 
 def generated(model: LanguageModel, ids: Tensor, mask: Tensor, steps: int, **arguments: object) -> Mapping[str, object]:
     """What `generate` gives for exactly this many tokens, with raw logits."""
-    settings = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": steps,
+        "min_new_tokens": steps,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    settings |= {"pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
-        return model.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, eos_token_id=None, **{**settings, **arguments})
+        return model.model.generate(input_ids=ids, attention_mask=mask, **{**settings, **arguments})
 
 
 def no_hooks(model: nn.Module) -> bool:

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from families import build, random_ids
 from naive import alone, full, generated, greedy, lm, no_hooks, patched_logits, positions, shared_pair, sibling, some
 
+from families import build, random_ids
 from safety_neurons.errors import DecodeError, ForeignModelError, MismatchError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import patched
 from safety_neurons.interventions.stacked import can_stack
@@ -84,9 +84,11 @@ def test_a_plain_pass_and_one_without_cache_are_patched_too(family: str, batch: 
         cached = base.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
         assert (cached.logits - expected).abs().max() <= 2e-5
         assert (full(base, ids, mask) - expected).abs().max() <= 2e-5
-        more = random_ids((3, 1), seed=5)
+        more, held = random_ids((3, 1), seed=5), cached.past_key_values
         longer = torch.cat([mask, mask.new_ones(3, 1)], -1)
-        step = base.model(input_ids=more, attention_mask=longer, position_ids=positions(longer)[:, -1:], past_key_values=cached.past_key_values)
+        step = base.model(
+            input_ids=more, attention_mask=longer, position_ids=positions(longer)[:, -1:], past_key_values=cached.past_key_values
+        )
     whole = patched_logits(base, donor, neurons, torch.cat([ids, more], -1), longer)
     assert (step.logits[:, -1] - whole[:, -1]).abs().max() <= 2e-5
 
@@ -120,8 +122,8 @@ def test_the_donor_is_never_influenced_by_the_patch(batch: tuple[torch.Tensor, t
     full(apart, *batch)
     handle.remove()
     real = batch[1].bool()
-    assert (seen[0][3:][real] - kept[0][real]).abs().max() <= 2e-5
-    assert (seen[0][:3][real] - kept[0][real]).abs().max() > 1e-2
+    assert (seen[-1][3:][real] - kept[-1][real]).abs().max() <= 2e-5
+    assert (seen[-1][:3][real] - kept[-1][real]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])
@@ -204,9 +206,9 @@ def test_beam_search_with_caches_is_beam_search_without_any(kind: str, family: s
     base, donor = pair_of(family) if kind == "two models" else shared_pair(kind)
     neurons = some(base)
     with patched(base, donor, neurons):
-        cached = generated(base, *batch, STEPS, num_beams=3)
-        whole = generated(base, *batch, STEPS, num_beams=3, use_cache=False)
-    plain = generated(base, *batch, STEPS, num_beams=3)
+        cached = generated(base, *batch, STEPS, num_beams=3, output_scores=True)
+        whole = generated(base, *batch, STEPS, num_beams=3, use_cache=False, output_scores=True)
+    plain = generated(base, *batch, STEPS, num_beams=3, output_scores=True)
     assert torch.equal(cached.sequences, whole.sequences)
     assert (cached.sequences_scores - whole.sequences_scores).abs().max() <= 1e-5
     assert not torch.equal(cached.sequences_scores, plain.sequences_scores)
@@ -334,6 +336,17 @@ def test_bad_requests_are_refused_in_one_line(batch: tuple[torch.Tensor, torch.T
         assert "\n" not in str(caught.value)
     with patched(base, donor, neurons), pytest.raises(UsageError, match="already"), patched(base, donor, neurons):
         pass
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_asking_the_donor_inside_the_context_is_refused(
+    stacked: bool, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, donor = shared_pair("ia3")
+    if not stacked:
+        monkeypatch.setattr("safety_neurons.interventions.patch.can_stack", lambda *_: False)
+    with patched(base, donor, some(base)), donor.active(), pytest.raises(DecodeError, match="leave the context"):
+        generated(donor, *batch, 2)
 
 
 def test_a_pair_can_be_patched_both_ways_one_after_the_other(batch: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.interventions.rows import own_rows
+from safety_neurons.interventions.rows import active, own_rows
 from safety_neurons.interventions.targets import PerDevice, Subject, indices
 from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import editing
@@ -40,7 +40,7 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
     """
     subject = Subject.of(model)
     chosen = indices(subject.anatomy, *neuron_sets)
-    with subject.active(), contextlib.ExitStack() as stack:
+    with active(subject), contextlib.ExitStack() as stack:
         if chosen:
             sizes = subject.anatomy.table.sizes
             editors = {key: _silencer(PerDevice(index, sizes[key]), subject) for key, index in chosen.items()}

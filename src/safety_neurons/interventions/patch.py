@@ -60,7 +60,7 @@ def patched(
     chosen = indices(subject.anatomy, neurons)
     dense_only(chosen, subject.anatomy, "patching")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(subject.active())
+        stack.enter_context(rows.active(subject))
         if mode != "donor":
             stack.enter_context(editing(subject.anatomy, constants.editors(subject, chosen, mode, alpha, values, seed)))
         else:

@@ -1,7 +1,8 @@
 """Which rows of an activation belong to which view, while one pass carries the patched model and its donor at once."""
 
+import contextlib
 import weakref
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +36,11 @@ def own_rows(subject: Subject, activation: Float[Tensor, "batch token neuron"] |
         return (token >= first * tokens) & (token < last * tokens)
     row = torch.arange(activation.shape[0], device=activation.device)[:, None, None]
     return (row >= first) & (row < last)
+
+
+def active(subject: Subject) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a view's own adapters act; nothing while a patch on the model decides which of them act where."""
+    return contextlib.nullcontext() if subject.body in _RUNNING else subject.active()
 
 
 def start(body: nn.Module, running: Sharing) -> None:

@@ -172,6 +172,7 @@ class StackedPass:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Doubles the inputs of a pass and follows its cache."""
+        self.base.check_active()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         source = given.get("input_ids")
         source = given.get("inputs_embeds") if source is None else source

@@ -2,16 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from safety_neurons.errors import NeuronError, UnsupportedModelError
-from safety_neurons.model.anatomy import Anatomy, resolve
+from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.anatomy import Anatomy
 from safety_neurons.neurons import NeuronSet
+
+# Views of one model share its anatomy, so that a model is never probed while another view's intervention acts on it.
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Anatomy]]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +41,33 @@ class Subject:
     @classmethod
     def of(cls, view: Any) -> "Subject":
         """Resolves a `LanguageModel`, or a Hugging Face model as it is."""
-        if isinstance(view, nn.Module):
-            model, anatomy = view, resolve(view)
-        else:
-            model, anatomy = view.model, view.anatomy
+        model = view if isinstance(view, nn.Module) else view.model
+        known = _KNOWN.get(model)
+        anatomy = None if known is None else known()
+        if anatomy is None:
+            anatomy = LanguageModel(view).anatomy if isinstance(view, nn.Module) else view.anatomy
+            _KNOWN[model] = weakref.ref(anatomy)
         return cls(view, model, anatomy, _body(model, anatomy))
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which this view's own adapters act; nothing for a bare model."""
         return self.view.active() if hasattr(self.view, "active") else contextlib.nullcontext()
+
+    def check_active(self) -> None:
+        """Raises `DecodeError` where another view's adapters are the active ones, as when the donor itself is asked to answer."""
+        if self.adapters is None or self.tuned is None:
+            return
+        layer = self.tuned
+        names = () if layer.disable_adapters else tuple(layer.active_adapters)
+        if names != self.adapters:
+            raise DecodeError(
+                f"adapters {list(names)} are active while the view with {list(self.adapters)} is being patched; leave the context first"
+            )
+
+    @functools.cached_property
+    def tuned(self) -> BaseTunerLayer | None:
+        """One adapted layer of the model, where there is one."""
+        return next((module for module in self.body.modules() if isinstance(module, BaseTunerLayer)), None)
 
     @property
     def adapters(self) -> tuple[str, ...] | None:

@@ -85,6 +85,7 @@ class TwinPass:
         """Runs the donor on the inputs of the pass that is about to start."""
         if self._recording:
             return None
+        self.base.check_active()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         source = given.get("input_ids")
         source = given.get("inputs_embeds") if source is None else source
