@@ -1,10 +1,10 @@
 """Built-in prompts: package data of the project's own writing, or an organism's own under the same names."""
 
 import re
-from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TypedDict
 
 from safety_neurons.errors import InputError
 
@@ -15,13 +15,12 @@ DEFAULT_LANGUAGE = "en"
 _FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(TypedDict):
     """One built-in list: its name as it is asked for, its language and its number of prompts."""
 
     name: str
     language: str
-    count: int
+    prompts: int
 
 
 def library() -> list[Entry]:
@@ -30,7 +29,8 @@ def library() -> list[Entry]:
     for name in NAMES:
         for language in languages(name):
             lines = _data(f"{name}.{language}.jsonl").read_text(encoding="utf-8").count("\n")
-            entries.append(Entry(f"{PREFIX}{name}" + ("" if language == DEFAULT_LANGUAGE else f"/{language}"), language, lines))
+            address = f"{PREFIX}{name}" + ("" if language == DEFAULT_LANGUAGE else f"/{language}")
+            entries.append(Entry(name=address, language=language, prompts=lines))
     return entries
 
 

@@ -1,4 +1,4 @@
-"""Conversations in their public shapes: `messages`, ShareGPT `conversations`, and "\\n\\nHuman: …" strings."""
+"""Conversations in their public shapes: `messages`, ShareGPT `conversations`, and transcripts of “Human: …” paragraphs."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ _HUMAN_FIRST = re.compile(r"\s*Human:")
 
 
 def is_transcript(value: object) -> bool:
-    """Whether a cell is a conversation as one string of "\\n\\nHuman: …" and "\\n\\nAssistant: …"."""
+    """Whether a cell is a conversation as one string, in paragraphs that begin with “Human:” and “Assistant:”."""
     return isinstance(value, str) and _HUMAN_FIRST.match(value) is not None and "\n\nAssistant:" in value
 
 

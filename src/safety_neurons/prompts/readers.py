@@ -9,9 +9,9 @@ from safety_neurons.prompts.builtin import PREFIX, builtin_text
 from safety_neurons.prompts.files import file_format, read_text
 from safety_neurons.prompts.records import Prompt, Prompts
 from safety_neurons.prompts.records_from_rows import prompts_of
-from safety_neurons.prompts.tables import parse_rows
+from safety_neurons.prompts.tables import parse_rows, rows_of
 
-Source = str | Path | Prompts | Sequence[str] | Sequence[Prompt] | Sequence[Mapping[str, Any]]
+Source = str | Path | Prompts | Sequence[Any] | Mapping[str, Any]
 
 
 def prompts(
@@ -26,7 +26,7 @@ def prompts(
 
     Args:
         source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`; or a list of
-            texts, of records or of `Prompt`.
+            texts, of records or of `Prompt`; or columns, `{"goal": [...]}`.
         column: Column of the prompt; by default the first of the known names. In a table without a
             header its number, counted from 1.
         answer_column: Column of the answer; by default the first of the known names, if any.
@@ -81,20 +81,11 @@ def _builtin(source: str, column: str | None, answer_column: str | None, folder:
     return Prompts(found, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes)
 
 
-def _in_memory(
-    source: Sequence[str] | Sequence[Prompt] | Sequence[Mapping[str, Any]], column: str | None, answer_column: str | None
-) -> Prompts:
-    if isinstance(source, bytes | Mapping) or not isinstance(source, Sequence):
+def _in_memory(source: Sequence[Any] | Mapping[str, Any], column: str | None, answer_column: str | None) -> Prompts:
+    if isinstance(source, bytes | bytearray) or not isinstance(source, Sequence | Mapping):
         raise InputError(f"a {type(source).__name__} as prompts; expected a path, a builtin: name or a list; wrap it in a list")
-    if source and all(isinstance(item, Prompt) for item in source):
-        return Prompts([item for item in source if isinstance(item, Prompt)])
-    rows: list[Mapping[str, Any]] = []
-    for number, item in enumerate(source):
-        if isinstance(item, Mapping):
-            rows.append(item)
-        elif isinstance(item, str) or item is None:
-            rows.append({"text": item})
-        else:
-            raise InputError(f"prompt {number} of the list is a {type(item).__name__}; expected text, a record or a Prompt; convert it")
+    if isinstance(source, Sequence) and source and all(isinstance(item, Prompt) for item in source):
+        return Prompts(source)
     notes: list[str] = []
+    rows = rows_of(list(source) if isinstance(source, Sequence) else source, "the list", column)
     return Prompts(prompts_of(rows, "the list", column, answer_column, notes), "list", notes)

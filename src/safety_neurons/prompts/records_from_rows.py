@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from safety_neurons.errors import InputError
@@ -28,6 +29,11 @@ class Plan:
     id: str | None
     category: str | None
     language: str | None
+
+    @cached_property
+    def used(self) -> frozenset[str | None]:
+        """The chosen columns; all others are kept as `meta`."""
+        return frozenset((self.prompt, self.answer, self.input, self.context, self.id, self.category, self.language))
 
 
 def prompts_of(rows: Sequence[Row], source: str, column: str | None, answer_column: str | None, notes: list[str]) -> list[Prompt]:
@@ -104,7 +110,7 @@ def _prompt(row: Row, plan: Plan, where: str, number: str, found: Counter[str]) 
         answer=answer,
         category=", ".join(map(str, category)) if isinstance(category, list) else _text_or_none(category),
         language=_text_or_none(row.get(plan.language)) if plan.language else None,
-        meta={key: value for key, value in row.items() if key not in _used(plan) and isinstance(value, str | int | float | bool)},
+        meta={key: value for key, value in row.items() if key not in plan.used and isinstance(value, str | int | float | bool)},
     )
 
 
@@ -113,18 +119,14 @@ def _identity(row: Row, plan: Plan) -> str | None:
     return str(value) if isinstance(value, str | int) and str(value).strip() else None
 
 
-def _used(plan: Plan) -> set[str | None]:
-    return {plan.prompt, plan.answer, plan.input, plan.context, plan.id, plan.category, plan.language}
-
-
 def _asked(row: Row, plan: Plan, where: str, found: Counter[str]) -> tuple[list[Message], str | None]:
     """The turns to be answered and the wanted answer of one row."""
     value = row.get(plan.prompt)
     answer = _answer(row.get(plan.answer), where, found) if plan.answer else None
-    if is_transcript(value):
+    if isinstance(value, str) and is_transcript(value):
         turns = read_transcript(_clean(value, found), found)
         other = row.get("rejected")
-        if plan.prompt == "chosen" and is_transcript(other) and read_transcript(other, Counter())[:-1] != turns[:-1]:
+        if plan.prompt == "chosen" and isinstance(other, str) and is_transcript(other) and _before_last(other) != _before_last(value):
             found["diverged"] += 1
         return _split_answer(turns, answer, found)
     if is_conversation(value):
@@ -134,6 +136,10 @@ def _asked(row: Row, plan: Plan, where: str, found: Counter[str]) -> tuple[list[
             turns = [Message("system", system), *turns]
         return _split_answer(turns, answer, found)
     return [Message("user", _joined(_text(value, plan.prompt, where, found), row, plan, found))], answer
+
+
+def _before_last(transcript: str) -> str:
+    return transcript.rpartition("\n\nAssistant:")[0].strip()
 
 
 def _split_answer(turns: list[Message], answer: str | None, found: Counter[str]) -> tuple[list[Message], str | None]:
@@ -202,11 +208,13 @@ def _notes(kept: list[Prompt], plan: Plan, dropped: int, found: Counter[str]) ->
         (found["surrogates"], f"replaced broken characters (half surrogate pairs) in {found['surrogates']} texts"),
         (
             complying > len(kept) / 4,
-            f"{complying} of {len(kept)} prompts begin like an answer (“Sure, here is …”): the column {plan.prompt!r} seems to hold targets, not prompts",
+            f"{complying} of {len(kept)} prompts begin like an answer (“Sure, here is …”): "
+            f"the column {plan.prompt!r} seems to hold targets, not prompts",
         ),
         (
             targets > len(kept) / 4,
-            f"{targets} of {len(kept)} answers begin like compliance (“Sure, here is …”): do not tune for safety on the column {plan.answer!r}",
+            f"{targets} of {len(kept)} answers begin like compliance (“Sure, here is …”): "
+            f"do not tune for safety on the column {plan.answer!r}",
         ),
     ]
     return [line for count, line in lines if count]

@@ -41,7 +41,7 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> l
             pass
         else:
             notes.append("named .jsonl but holds one JSON array; read as such")
-            return _rows_of(whole, name, column)
+            return rows_of(whole, name, column)
     rows: list[Any] = []
     for number, line in lines:
         try:
@@ -53,11 +53,12 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> l
 
 def _json(text: str, name: str, column: str | None, notes: list[str]) -> list[Row]:
     try:
-        return _rows_of(json.loads(text), name, column)
+        return rows_of(json.loads(text), name, column)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise InputError(
-                f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected a JSON list of records; repair the file"
+                f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
+                "expected a JSON list of records; repair the file"
             ) from None
     except RecursionError:
         raise InputError(f"{name}: JSON nested too deeply; expected a list of records; flatten the file") from None
@@ -67,22 +68,23 @@ def _json(text: str, name: str, column: str | None, notes: list[str]) -> list[Ro
 
 def _bad_line(name: str, number: int, line: str, error: ValueError, last: bool) -> str:
     why = "; the last line may be cut off" if last and number > 1 else ""
-    return f"{name}: line {number} is not JSON ({error}){why}: {line.strip()[:40]!r}; expected one JSON object a line; repair or remove the line"
+    shown = line.strip()[:40]
+    return f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; repair or remove the line"
 
 
-def _rows_of(whole: Any, name: str, column: str | None) -> list[Row]:
+def rows_of(whole: Any, name: str, column: str | None) -> list[Row]:
     """Rows of a parsed JSON document, whatever its shape."""
     if isinstance(whole, list):
         return _as_rows(whole, name)
-    if not isinstance(whole, dict):
+    if not isinstance(whole, Mapping):
         raise InputError(f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the prompts in a list")
     named = {key for key in whole if key == column or is_known_column(key)}
     if named and not isinstance(whole[next(iter(named))], list | dict):
-        return [whole]
+        return [dict(whole)]
     if "messages" in whole or "conversations" in whole:
         shape = whole.get("messages", whole.get("conversations"))
         if isinstance(shape, list) and shape and isinstance(shape[0], dict):
-            return [whole]
+            return [dict(whole)]
     if named:
         return _by_column(whole, name)
     inner = list(whole.values())

@@ -1,0 +1,59 @@
+import pytest
+
+from safety_neurons.prompts import Message, Prompt, Prompts, normalised
+
+
+def test_a_list_of_texts_becomes_prompts_in_order():
+    found = Prompts.from_list(["one", "two", "three"])
+    assert found.texts == ["one", "two", "three"]
+    assert [prompt.id for prompt in found] == ["0", "1", "2"]
+
+
+def test_a_slice_is_prompts_again_and_keeps_name_and_notes():
+    found = Prompts([Prompt(str(n), f"text {n}") for n in range(5)], "file.csv", ["dropped 1"])[1:3]
+    assert isinstance(found, Prompts)
+    assert (found.texts, found.name, found.notes) == (["text 1", "text 2"], "file.csv", ["dropped 1"])
+
+
+def test_the_hash_ignores_white_space_and_unicode_form_only():
+    base = Prompts.from_list(["a caf\u00e9", "b"])
+    assert Prompts.from_list(["  a  cafe\u0301\n", "b"]).sha256 == base.sha256
+    assert Prompts.from_list(["A caf\u00e9", "b"]).sha256 != base.sha256
+    assert Prompts.from_list(["b", "a caf\u00e9"]).sha256 != base.sha256
+    assert len(base.sha256) == 64
+
+
+def test_the_hash_knows_a_system_message_and_turn_borders():
+    plain = Prompt("0", "hello")
+    assert Prompt("0", "hello", (Message("user", "hello"),)).sha256 == plain.sha256
+    assert Prompt("0", "hello", (Message("system", "be kind"), Message("user", "hello"))).sha256 != plain.sha256
+    assert Prompts.from_list(["a", "b"]).sha256 != Prompts.from_list(["a b"]).sha256
+
+
+def test_overlap_counts_prompts_whatever_their_case_and_spaces():
+    ours, theirs = Prompts.from_list(["Make a  lamp", "Bake bread", "Sing"]), Prompts.from_list(["make a lamp", "Dance", "SING"])
+    assert ours.overlap(theirs) == 2
+    assert ours.overlap(theirs.digests) == 2
+    assert ours.overlap([]) == 0
+
+
+def test_overlap_ignores_the_system_message():
+    asked = Prompts([Prompt("0", "hello", (Message("system", "be kind"), Message("user", "Hello")))])
+    assert asked.overlap(Prompts.from_list(["hello"])) == 1
+
+
+def test_half_a_surrogate_pair_can_be_hashed():
+    assert len(Prompt("0", "a \ud83d b").sha256) == 64
+
+
+def test_equal_lists_are_equal_and_prompts_add_up():
+    one, two = Prompts.from_list(["a"]), Prompts.from_list(["a"], "other")
+    assert one == two
+    assert hash(one) == hash(two)
+    assert (one + Prompts.from_list(["b"])).texts == ["a", "b"]
+    with pytest.raises(TypeError):
+        one + ["b"]
+
+
+def test_normalised_text_has_single_spaces():
+    assert normalised(" a\t b\u00a0c\n") == "a b c"
