@@ -69,8 +69,9 @@ def _usable(anatomy: Anatomy, part: AttentionAnatomy | MlpAnatomy) -> list[SiteP
 
 def _settle_feed_forward(anatomy: Anatomy, probe: Probe) -> Anatomy:
     """Take for each part the layout with which down is given act(gate)·up; refuse gate and up where there is none."""
-    keys = [place.key for layer in anatomy.layers for part in _parts(layer).values() for place in _usable(anatomy, part)]
-    seen = probe.see(anatomy, keys)
+    parts = [part for layer in anatomy.layers for part in _parts(layer).values()]
+    keys = [place.key for part in parts for place in _usable(anatomy, part)]
+    seen = probe.see(anatomy, keys, [part.output_module for part in parts])
     refused = dict(anatomy.refused)
     layers = []
     for layer in anatomy.layers:
@@ -83,7 +84,8 @@ def _settled(anatomy: Anatomy, part: MlpAnatomy, seen: Seen, refused: dict[str, 
     places = part.places
     if any(place.key in anatomy.refused for place in places.values()):
         return part
-    down, up = seen.values[places["down"].key], seen.values[places["up"].key]
+    up = seen.values[places["up"].key]
+    down = seen.boundaries[part.output_module][0][0].view(up.shape)  # before an (IA)³ scale
     gate = seen.values[places["gate"].key] if part.gated else None
     if same(_gated(part, gate, up), down):
         return part

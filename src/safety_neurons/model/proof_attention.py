@@ -80,11 +80,13 @@ def _with_attention(anatomy: Anatomy, attentions: dict[int, AttentionAnatomy]) -
 
 def _faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]) -> dict[int, str | None]:
     """By layer, why its q, k and v indices cannot be right, or None. Two passes, whatever the number of layers."""
-    keys = [place.key for attention in attentions.values() for site, place in attention.places.items() if site in "vo"]
-    alone = probe.see(anatomy, keys, ids=probe.ids[:, :1]).values
+    keys = [attention.places["v"].key for attention in attentions.values()]
+    outputs = [attention.places["o"].module for attention in attentions.values()]
+    alone = probe.see(anatomy, keys, outputs, ids=probe.ids[:, :1])
     faults: dict[int, str | None] = {}
     for layer, attention in attentions.items():
-        value, mixed = alone[attention.places["v"].key], alone[attention.places["o"].key]
+        value = alone.values[attention.places["v"].key]
+        mixed = alone.boundaries[attention.places["o"].module][0][0].view(*value.shape[:2], -1)  # before an (IA)³ scale
         if not _is_value(attention, value, mixed):
             faults[layer] = "with one token the input of o is not the value"
     fused = [layer for layer, attention in attentions.items() if attention.layout is not None and layer not in faults]
