@@ -6,10 +6,10 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model import LanguageModel, load, load_pair, run_batches
+from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 IDS = [[1, 5, 6, 7, 9], [1, 20, 21]]
 

@@ -3,12 +3,13 @@ import warnings
 
 import pytest
 import torch
-from families import build
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+import transformers
 
+from families import build
 from safety_neurons.errors import ModelError, UsageError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, load
 from safety_neurons.model.completing import Decoding, generate
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 PROMPTS = ["kill a tree", "how do i make a cake", "help", "tell me about the water and the fire please", "why"]
 
@@ -83,7 +84,7 @@ def test_arguments_of_generate_are_passed_on(lm):
     assert banned.token_ids[0] != plain.token_ids[0]
     seen = []
 
-    class Watch(transformers_processor()):
+    class Watch(transformers.LogitsProcessor):
         def __call__(self, input_ids, scores):
             seen.append(input_ids.shape)
             return scores
@@ -94,20 +95,28 @@ def test_arguments_of_generate_are_passed_on(lm):
         lm.complete(["help"], num_return_sequences=2)
 
 
-def transformers_processor():
-    from transformers import LogitsProcessor
-
-    return LogitsProcessor
-
-
-def test_a_stop_string_ends_the_answer_and_leaves_no_padding(lm):
+def test_a_criterion_that_stops_one_answer_leaves_no_padding_behind_it(lm):
     full = lm.complete(PROMPTS, max_new_tokens=10)
-    words = lm.tokenizer.decode(full[1].token_ids).split()
-    stop = words[3]
-    answers = lm.complete(PROMPTS, max_new_tokens=10, stop_strings=[stop])
-    assert answers[1].completion.split() == words[: words.index(stop) + 1]
+    last = full[1].token_ids[3]
+
+    class Stop(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return input_ids[:, -1] == last
+
+    answers = lm.complete(PROMPTS, max_new_tokens=10, stopping_criteria=[Stop()])
+    assert answers[1].token_ids == full[1].token_ids[: full[1].token_ids.index(last) + 1]
     assert answers[1].finish_reason == "stop"
     assert all(0 not in answer.token_ids for answer in answers)
+
+
+def test_a_stop_string_ends_the_answer(shared):
+    fixture = shared / "oracle-contrast" / "fixture"
+    lm = load(fixture / "base", template="none")
+    full = lm.complete(["Answer this"], max_new_tokens=12)[0]
+    stop = full.completion[4:6]
+    answer = lm.complete(["Answer this"], max_new_tokens=12, stop_strings=[stop])[0]
+    assert answer.completion == full.completion[: full.completion.index(stop) + 2]
+    assert answer.finish_reason == "stop"
 
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generators_alone(lm):

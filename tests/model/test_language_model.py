@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 from safety_neurons.errors import ModelError
 from safety_neurons.model import LanguageModel, run_batches
 from safety_neurons.model.hooks import around
 from safety_neurons.prompts import Prompt, Prompts
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 
 def _everything(model, tokenizer):

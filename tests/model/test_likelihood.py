@@ -3,7 +3,6 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 from safety_neurons.errors import InputError
 from safety_neurons.model import (
@@ -17,6 +16,7 @@ from safety_neurons.model import (
     token_losses,
 )
 from safety_neurons.model.hooks import around
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 SEQUENCES = [[1, 5, 6, 7, 9], [1, 9], [1, 20, 21], [30]]
 
@@ -65,7 +65,7 @@ def test_losses_of_texts_give_the_perplexity(lm):
 
 
 def test_the_divergence_is_that_of_the_treated_distribution_and_zero_for_none(lm):
-    scale = {lm.model.model.layers[0].mlp: lambda args, kwargs, output: output * 0.5}
+    scale = {lm.model.model.layers[0].mlp: lambda output: output * 0.5}
     with around(after=scale):
         treated = [_reference(lm.model, sequence) for sequence in SEQUENCES]
     values = token_divergences(lm, SEQUENCES, lambda: around(after=scale), batch_size=3)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama_folder, tiny_tokenizer
 
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
 from safety_neurons.model import ModelSpec, load, load_pair, parse_spec
 from safety_neurons.model.loading import check_finite
+from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

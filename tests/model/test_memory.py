@@ -1,10 +1,9 @@
 import dataclasses
 import json
 
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
-
 from safety_neurons.model import LanguageModel, estimate
 from safety_neurons.prompts import Prompts
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 PROMPTS = Prompts.from_list(["kill a tree", "help", "tell me about the water"])
 

@@ -1,11 +1,11 @@
 import copy
 
 import pytest
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 from safety_neurons.errors import InputError, MismatchError, ModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Message, Prompt
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 BOS = 1
 NO_SYSTEM = (

@@ -283,10 +283,9 @@ class LanguageModel:
         decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
         asked = as_prompts(prompts)
         encoded = self.encode(asked, reserve=max_new_tokens)
-        if notes is not None and any(item.truncated for item in encoded):
-            notes.append(
-                f"{sum(item.truncated for item in encoded)} of {len(encoded)} prompts were longer than the context: middle left out"
-            )
+        cut = sum(item.truncated for item in encoded)
+        if notes is not None and cut:
+            notes.append(f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out")
         before = {completion.prompt_id: completion for completion in done or ()}
         results = {index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before}
 
