@@ -131,7 +131,10 @@ def test_recorded_features_come_out(folder, pair, asked):
     last = {}
     for row, encoded in enumerate(pair.base.encode(asked)):
         seen = {}
-        readers = {f"layers.{layer}.down": lambda values, layer=layer: seen.__setitem__(layer, values[0, -1].clone()) for layer in LAYERS}
+        readers = {
+            f"layers.{layer}.down": lambda values, layer=layer, seen=seen: seen.__setitem__(layer, values[0, -1].clone())
+            for layer in LAYERS
+        }
         read(pair.base, collate([encoded.ids], [0]), readers)
         last[row] = torch.stack([seen[layer] for layer in LAYERS]).numpy()
     features = np.stack([last[row][columns[:, 0], columns[:, 1]] for row in range(16)])

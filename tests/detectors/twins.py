@@ -46,3 +46,8 @@ def model(seed: int = 0, noise: int = 0, dtype: torch.dtype = torch.float32, siz
 def separate(dtype: torch.dtype = torch.float32, **config: object) -> tuple[LanguageModel, LanguageModel]:
     """Two models of one shape with all weights different."""
     return model(0, 5, dtype, **config), model(0, 6, dtype, **config)
+
+
+def untouched(lm: LanguageModel) -> bool:
+    """Whether no module of the model has a forward hook or a method of its own."""
+    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in lm.model.modules())

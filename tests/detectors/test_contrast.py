@@ -1,0 +1,282 @@
+import numpy as np
+import peft
+import pytest
+import torch
+from twins import PROMPTS, adapted, model, separate, untouched
+
+from safety_neurons.detectors import contrast as module
+from safety_neurons.detectors import find_contrast
+from safety_neurons.detectors.text import cut_at_end, span
+from safety_neurons.errors import InputError, MismatchError, NumericalError, RunError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Checkpoint, Completion, Completions
+from tiny import tiny_tokenizer
+
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def naive(pair, positions, max_new_tokens=8):
+    """Stock PEFT and transformers, one prompt at a time, no cache, everything kept: the mean square of the difference."""
+    peft_model, kept = pair.base.model, {}
+
+    def hidden(adapters, ids):
+        peft_model.base_model.set_adapter(list(adapters))
+        seen = {}
+        hooks = [
+            layer.mlp.down_proj.base_layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0][0]))
+            for i, layer in enumerate(peft_model.get_base_model().model.layers)
+        ]
+        with torch.no_grad():
+            logits = peft_model(input_ids=torch.tensor([ids])).logits[0]
+        for hook in hooks:
+            hook.remove()
+        return seen, logits
+
+    for prompt in PROMPTS:
+        ids = pair.base.encode([prompt])[0].ids
+        new = []
+        while len(new) < max_new_tokens:
+            token = int(hidden(pair.base.adapters, ids + new)[1][-1].argmax())
+            if token in pair.base.eos_ids:
+                break
+            new.append(token)
+        start, stop = {
+            "completion": (len(ids), len(ids) + len(new)),
+            "completion-predicting": (len(ids) - 1, len(ids) + len(new) - 1),
+            "prompt": (0, len(ids)),
+            "prompt-last": (len(ids) - 1, len(ids)),
+        }[positions]
+        first, second = hidden(pair.base.adapters, ids + new)[0], hidden(pair.aligned.adapters, ids + new)[0]
+        for layer in first:
+            kept.setdefault(layer, []).append((first[layer] - second[layer])[start:stop].double())
+    return {f"layers.{layer}.down": torch.cat(parts).square().mean(0).sqrt().numpy() for layer, parts in kept.items()}
+
+
+@pytest.mark.parametrize("positions", ["completion", "completion-predicting", "prompt", "prompt-last"])
+def test_change_scores_equal_those_of_the_naive_way(positions):
+    pair = adapted()
+    assert pair.shared
+    expected = naive(pair, positions)
+    found = find_contrast(pair.base, pair.aligned, PROMPTS, positions=positions, max_new_tokens=8)
+    for key, values in expected.items():
+        np.testing.assert_allclose(found.scores[key], values, rtol=0, atol=1e-5 * values.max())
+
+
+def test_batch_size_order_and_memory_budget_change_nothing():
+    pair = adapted()
+    whole = find_contrast(pair.base, pair.aligned, PROMPTS, sites=ALL, max_new_tokens=6, count=30)
+    turned = Prompts(list(PROMPTS)[::-1])
+    for prompts, options in ((PROMPTS, {"batch_size": 1}), (turned, {"batch_size": 4}), (PROMPTS, {"memory_budget": 2000})):
+        other = find_contrast(pair.base, pair.aligned, prompts, sites=ALL, max_new_tokens=6, count=30, **options)
+        assert dict(other.neurons.items()).keys() == dict(whole.neurons.items()).keys()
+        for key, values in whole.scores.items():
+            np.testing.assert_allclose(other.scores[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-9))
+
+
+def test_scores_are_symmetric_on_one_text_and_zero_between_a_model_and_itself():
+    pair = adapted()
+    text = pair.base.complete(PROMPTS, max_new_tokens=6)
+    one, other = (
+        find_contrast(first, second, PROMPTS, completions=text, sites=ALL)
+        for first, second in ((pair.base, pair.aligned), (pair.aligned, pair.base))
+    )
+    same = find_contrast(pair.base, pair.base, PROMPTS, completions=text, sites=ALL, count=3)
+    for key, values in one.scores.items():
+        np.testing.assert_allclose(values, other.scores[key], rtol=1e-6)
+        assert (values >= 0).all()
+        assert not same.scores[key].any()
+    assert max(values.max() for _, values in one.scores.items()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_where_only_one_scale_differs_scores_are_that_difference_times_the_size_of_the_activation():
+    base = model(0)
+    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    adapted_model = peft.get_peft_model(model(0).model, config).eval()
+    scale = 1 + torch.linspace(-0.5, 0.5, 48)
+    with torch.no_grad():
+        adapted_model.base_model.model.model.layers[1].mlp.down_proj.ia3_l["default"].copy_(scale[None])
+    aligned = LanguageModel(adapted_model, tiny_tokenizer())
+    found = find_contrast(base, aligned, PROMPTS, positions="prompt", sites=ALL)
+    for key in ("layers.0.down", "layers.0.q", "layers.1.q", "layers.1.o", "layers.1.up"):
+        assert not found.scores[key].any(), key
+    squares = []
+    for encoded in base.encode(PROMPTS):
+        seen = {}
+        down = base.model.model.layers[1].mlp.down_proj
+        hook = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.__setitem__("a", args[0][0].double()))
+        with torch.no_grad():
+            base.model(input_ids=torch.tensor([encoded.ids]))
+        hook.remove()
+        squares.append(seen["a"].square())
+    size = torch.cat(squares).mean(0).sqrt()
+    np.testing.assert_allclose(found.scores["layers.1.down"], (size * (scale - 1).abs().double()).numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_separate_models_give_what_a_shared_base_gives():
+    pair = adapted("lora", ("up_proj", "q_proj"))
+    assert pair.shared
+    shared_scores = find_contrast(pair.base, pair.aligned, PROMPTS, sites=ALL, max_new_tokens=6).scores
+    with pair.aligned.active():
+        merged = LanguageModel(_copy(pair.aligned), pair.aligned.tokenizer)
+    with pair.base.active():
+        plain = LanguageModel(_copy(pair.base), pair.base.tokenizer)
+    separate_scores = find_contrast(plain, merged, PROMPTS, sites=ALL, max_new_tokens=6).scores
+    for key, values in shared_scores.items():
+        np.testing.assert_allclose(separate_scores[key], values, rtol=0, atol=2e-5 * max(values.max(), 1e-9))
+
+
+def _copy(lm):
+    import copy
+
+    made = copy.deepcopy(lm.model)
+    made.base_model.set_adapter(list(lm.adapters))
+    return made.merge_and_unload().eval()
+
+
+def test_given_completions_are_used_and_prompts_without_one_are_counted():
+    pair = adapted()
+    text = pair.aligned.complete(PROMPTS, max_new_tokens=6)
+    whole = find_contrast(pair.base, pair.aligned, PROMPTS, generate_with="aligned", max_new_tokens=6)
+    used = find_contrast(pair.base, pair.aligned, PROMPTS, completions=text)
+    for key, values in whole.scores.items():
+        np.testing.assert_allclose(used.scores[key], values, rtol=0, atol=1e-6 * values.max())
+    without_ids = Completions([Completion(**{**vars(one), "token_ids": ()}) for one in list(text)[:4]])
+    part = find_contrast(pair.base, pair.aligned, PROMPTS, completions=without_ids)
+    assert (part.prompts.used, part.prompts.failed) == (4, 2)
+    assert part.notes == ("2 prompts have no completion in the file given",)
+    with pytest.raises(InputError, match="none of the 6 prompts has a completion"):
+        find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions([Completion("x", "a", "b", (5,), "stop")]))
+
+
+def test_an_empty_completion_contributes_no_tokens_and_is_counted():
+    pair = adapted()
+    answers = [Completion(p.id, p.text, "", () if i == 2 else (7, 8, 2, 9), "stop") for i, p in enumerate(PROMPTS)]
+    found = find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions(answers))
+    assert (found.prompts.used, found.prompts.failed) == (5, 1)
+    assert found.neurons.provenance.config["tokens"] == 10
+    assert "empty completion" in found.notes[0]
+    nothing = Completions([Completion(p.id, p.text, "", (2,), "stop") for p in PROMPTS])
+    with pytest.raises(InputError, match="left a token to compare"):
+        find_contrast(pair.base, pair.aligned, PROMPTS, completions=nothing)
+
+
+def test_the_end_token_and_what_follows_it_is_cut():
+    assert cut_at_end([5, 6, 2, 7, 2], (2, 3)) == [5, 6]
+    assert cut_at_end([5, 6], (2,)) == [5, 6]
+    one = span("p", [1, 2, 3], [4, 5], "completion-predicting")
+    assert (one.ids, one.start, one.stop) == ((1, 2, 3, 4, 5), 2, 4)
+
+
+def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_path, monkeypatch):
+    pair = adapted()
+    options = {"sites": ALL, "max_new_tokens": 6, "batch_size": 2, "agreement": 0.5, "count": 40}
+    whole = find_contrast(pair.base, pair.aligned, PROMPTS, **options)
+    checkpoint = Checkpoint(tmp_path / "state.safetensors")
+    passes = []
+    real = module._compare
+    monkeypatch.setattr(module, "_compare", lambda *args: (passes.append(args[2].number), real(*args))[1])
+
+    def die(done, total, tokens):
+        if passes == [0, 1] and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_contrast(pair.base, pair.aligned, PROMPTS, checkpoint=checkpoint, progress=die, **options)
+    monkeypatch.setattr(LanguageModel, "complete", lambda *args, **kwargs: pytest.fail("generated again"))
+    again = find_contrast(pair.base, pair.aligned, PROMPTS, checkpoint=checkpoint, **options)
+    assert passes == [0, 1, 2]
+    for key, values in whole.scores.items():
+        np.testing.assert_array_equal(values, again.scores[key])
+    assert again.neurons == whole.neurons
+    with pytest.raises(RunError, match="another configuration"):
+        find_contrast(pair.base, pair.aligned, PROMPTS[:3], checkpoint=checkpoint, **options)
+
+
+def test_generation_continues_behind_what_was_written(tmp_path):
+    pair = adapted()
+    checkpoint = Checkpoint(tmp_path / "state.safetensors")
+
+    def die(done, total, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2, checkpoint=checkpoint, progress=die)
+    assert len(checkpoint.load().arrays["text/writer/lengths"]) == 2
+    again = find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2, checkpoint=checkpoint)
+    whole = find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2)
+    for key, values in whole.scores.items():
+        np.testing.assert_array_equal(values, again.scores[key])
+
+
+def test_agreement_keeps_what_the_prompts_choose_each_on_its_own():
+    pair = adapted()
+    each = [find_contrast(pair.base, pair.aligned, PROMPTS[i : i + 1], positions="prompt", count=20).neurons for i in range(6)]
+    counts = {}
+    for chosen in each:
+        for member in chosen:
+            counts[member] = counts.get(member, 0) + 1
+    found = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=20, agreement=0.5)
+    assert set(found.neurons) == {member for member, times in counts.items() if times >= 3}
+    none = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=1, agreement=1.0)
+    if not len(none.neurons):
+        assert "an agreement of" in none.notes[-1]
+
+
+def test_subtraction_acts_after_selection():
+    pair = adapted()
+    whole = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=10)
+    less = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=20, subtract=whole.neurons)
+    assert len(less.neurons) == 10
+    assert not len(less.neurons & whole.neurons)
+    assert less.notes[-1] == "10 of 20 chosen neurons were subtracted"
+
+
+def test_provenance_says_what_was_done():
+    pair = adapted()
+    found = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", layers="0:1", top=0.1)
+    for made in (found.scores.provenance, found.neurons.provenance):
+        assert made.method == "contrast"
+        assert made.models == (pair.base.name, pair.aligned.name)
+        assert made.model_fingerprint == pair.base.fingerprint
+        assert made.prompts_sha256 == PROMPTS.sha256
+        assert made.config["layers"] == "0:1"
+        assert made.config["selection"] == {"top": 0.1}
+
+
+def test_nothing_of_the_models_is_left_changed():
+    base, aligned = separate()
+    base.model.train()
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    find_contrast(base, aligned, PROMPTS, max_new_tokens=4)
+    assert base.model.training
+    assert all(module.training for module in base.model.modules())
+    assert untouched(base)
+    assert untouched(aligned)
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
+def test_models_that_do_not_belong_together_are_refused():
+    with pytest.raises(MismatchError, match="different shapes"):
+        find_contrast(model(0), model(0, intermediate_size=32), PROMPTS, positions="prompt")
+    other = LanguageModel(model(0).model, tiny_tokenizer())
+    other.tokenizer.add_tokens(["cakes"])
+    with pytest.raises(MismatchError, match="tokenizer"):
+        find_contrast(model(0), other, PROMPTS, positions="prompt")
+
+
+def test_nan_is_an_error_that_names_the_site():
+    base, aligned = separate()
+    base.anatomy, aligned.anatomy  # noqa: B018 - proved while the weights are sound
+    with torch.no_grad():
+        aligned.model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="layers.1.down"):
+        find_contrast(base, aligned, PROMPTS, positions="prompt")
+
+
+@pytest.mark.parametrize("options", [{"positions": "answer"}, {"generate_with": "both"}, {"top": 0.1, "count": 3}, {"sites": ("mlp",)}])
+def test_arguments_out_of_range_are_usage_errors(options):
+    pair = adapted()
+    with pytest.raises(UsageError):
+        find_contrast(pair.base, pair.aligned, PROMPTS, **options)
