@@ -3,11 +3,16 @@
 import os
 import pathlib
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples on every machine, no files left behind, and no failure because a machine is busy.
+hypothesis.settings.register_profile("suite", max_examples=30, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Reading and writing the safetensors files of neurons and scores: whole or not at all, and checked on the way in."""
 
-import contextlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ from safetensors.numpy import save
 
 from safety_neurons.errors import NeuronError
 from safety_neurons.neurons.keys import parse_key, sort_keys
+from safety_neurons.results import write_bytes
 
 
 class Content(NamedTuple):
@@ -28,32 +27,10 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
     """Writes the file in one step: a crash leaves the old file or the new one, never half of one.
 
     Raises:
-        NeuronError: the place cannot be written.
+        RunError: the place cannot be written.
     """
-    target = pathlib.Path(path)
-    content = save({key: np.ascontiguousarray(arrays[key]) for key in sort_keys(arrays)}, metadata=dict(metadata))
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise NeuronError(f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with free space") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    ordered = {key: np.ascontiguousarray(arrays[key]) for key in sort_keys(arrays)}
+    write_bytes(path, save(ordered, metadata=dict(metadata)))
 
 
 def read(path: str | os.PathLike[str], name: str) -> Content:

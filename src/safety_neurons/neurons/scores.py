@@ -82,7 +82,7 @@ class Scores:
 
     # Selection
 
-    def top(self, fraction: float) -> NeuronSet:
+    def top(self, fraction: float | int) -> NeuronSet:
         """The `round(fraction * n)` neurons with the largest scores of all `n` scored ones, matrices taken together.
 
         Halves round to even; at least one neuron when the fraction is above 0. Ties break by (layer, site, index).
@@ -97,7 +97,7 @@ class Scores:
         """The `k` neurons with the largest scores of every matrix; a smaller matrix is taken whole. Ties break by index."""
         return self.select(Selection(top_per_matrix=k))
 
-    def threshold(self, eps: float) -> NeuronSet:
+    def threshold(self, eps: float | int) -> NeuronSet:
         """Every neuron whose score is at least `eps` (compared as float32)."""
         return self.select(Selection(threshold=eps))
 

@@ -12,7 +12,7 @@ from safety_neurons.errors import NeuronError, NumericalError, UsageError
 from safety_neurons.neurons.keys import sort_keys
 
 
-def number_of(fraction: float, n: int) -> int:
+def number_of(fraction: float | int, n: int) -> int:
     """How many of `n` neurons a fraction means: `round(fraction * n)` (halves to even), at least 1 when the fraction is above 0."""
     return max(round(fraction * n), 1 if fraction > 0 and n > 0 else 0)
 
@@ -37,15 +37,15 @@ class Selection:
     Equal scores are taken in the order (layer, site, index).
     """
 
-    top: float | None = None
+    top: float | int | None = None
     """Share of all scored neurons, largest scores first, over all matrices together: `round(top * n)`, at least 1 when above 0."""
     count: int | None = None
     """Number of neurons, largest scores first, over all matrices together."""
     top_per_matrix: int | None = None
     """Number of neurons of each matrix, largest scores first; a smaller matrix is taken whole."""
-    threshold: float | None = None
+    threshold: float | int | None = None
     """Every neuron whose score is at least this."""
-    agreement: float | None = None
+    agreement: float | int | None = None
     """When given, the rule acts on every prompt, and neurons chosen in at least this share of the prompts are kept (1.0: in all)."""
 
     def __post_init__(self) -> None:
@@ -68,12 +68,12 @@ class Selection:
     @staticmethod
     def of(
         *,
-        top: float | None = None,
+        top: float | int | None = None,
         count: int | None = None,
         top_per_matrix: int | None = None,
-        threshold: float | None = None,
-        agreement: float | None = None,
-        default_top: float,
+        threshold: float | int | None = None,
+        agreement: float | int | None = None,
+        default_top: float | int,
     ) -> "Selection":
         """The selection from a verb's options; `default_top` stands in when none of the four is given."""
         if top is None and count is None and top_per_matrix is None and threshold is None:
@@ -147,7 +147,7 @@ class Votes:
             self._counts[key] += mask.astype(bool)
         self._prompts += 1
 
-    def members(self, share: float) -> dict[str, np.ndarray]:
+    def members(self, share: float | int) -> dict[str, np.ndarray]:
         """The indices (sorted int64) chosen in at least `share` of the prompts, for the keys that have any.
 
         Raises:

@@ -1,0 +1,261 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from neuron_strategies import TABLE, members, table
+from safetensors.numpy import save_file
+
+from safety_neurons.errors import ForeignModelError, NeuronError, RunError, UsageError
+from safety_neurons.neurons import HandMadeWarning, NeuronSet, Provenance, Scores
+
+
+def pairs(neurons):
+    return set(neurons)
+
+
+@given(members(), members())
+def test_set_algebra_is_that_of_sets_of_pairs(left, right):
+    a, b = NeuronSet(left, TABLE), NeuronSet(right, TABLE)
+    assert pairs(a & b) == pairs(a) & pairs(b)
+    assert pairs(a | b) == pairs(a) | pairs(b)
+    assert pairs(a - b) == pairs(a) - pairs(b)
+    assert pairs(a ^ b) == pairs(a) ^ pairs(b)
+    assert (a - a).keys() == []
+    assert (a == b) == (pairs(a) == pairs(b))
+    assert a != b or hash(a) == hash(b)
+    assert len(a | b) + len(a & b) == len(a) + len(b)
+
+
+@given(members())
+def test_members_are_sorted_once_each_and_empty_keys_are_dropped(given_members):
+    neurons = NeuronSet(given_members, TABLE)
+    for key, indices in neurons.items():
+        assert indices.dtype == np.int64
+        assert indices.tolist() == sorted(set(given_members[key]))
+        assert np.flatnonzero(neurons.mask(key)).tolist() == indices.tolist()
+    assert len(neurons) == len(list(neurons)) == sum(neurons.counts().values())
+    assert all(len(indices) for _, indices in neurons.items())
+
+
+def test_a_set_cannot_be_changed():
+    neurons = NeuronSet({"layers.0.q": [1, 2]})
+    with pytest.raises(ValueError, match="read-only"):
+        neurons["layers.0.q"][0] = 5
+    with pytest.raises(ValueError, match="read-only"):
+        neurons["layers.0.q"].sort()
+
+
+def test_the_callers_arrays_stay_writable():
+    mine = np.array([1, 2])
+    NeuronSet({"layers.0.q": mine})
+    mine[0] = 0
+
+
+@pytest.mark.parametrize(
+    "bad", [{"layers.0.q": [-1]}, {"layers.0.q": [0.5]}, {"layers.0.q": [[1]]}, {"mlp.3": [1]}, {"layers.0.q": [8]}, {"layers.7.q": [0]}]
+)
+def test_bad_members_are_refused_in_one_line(bad):
+    with pytest.raises(NeuronError) as refused:
+        NeuronSet(bad, TABLE)
+    assert "\n" not in str(refused.value)
+
+
+def test_counts_come_in_neurons_units_and_parameters():
+    with_bias = table(bias=1)
+    neurons = NeuronSet({"layers.0.gate": [0, 1], "layers.0.down": [1], "layers.0.v": [0], "layers.0.o": [0, 2, 4]}, with_bias)
+    assert neurons.n_neurons == 7
+    assert neurons.n_parameters == 7 * 9
+    assert neurons.n_units == 2 + 1 + 1  # Gate 0; gate and down 1; value row 0 with columns 0 and 2; column 4 (value row 2).
+    assert neurons.share_of_all_neurons == 7 / with_bias.n_neurons
+    assert neurons.share_of_parameters == 63 / 5000
+
+
+def test_the_share_of_neurons_is_of_those_that_were_searched():
+    found = Scores({"layers.1.down": np.arange(6.0)}, TABLE).top(0.5)
+    assert found.share_of_neurons == 0.5
+    assert NeuronSet(dict(found.items()), TABLE).share_of_neurons == 3 / TABLE.n_neurons
+
+
+def test_numbers_that_need_a_table_say_so_without_one():
+    with pytest.raises(NeuronError, match="site table"):
+        _ = NeuronSet({"layers.0.q": [1]}).n_parameters
+
+
+def test_only_keeps_the_named_sites_and_layers():
+    neurons = NeuronSet.all(TABLE).only(["q", "down"], "1:")
+    assert neurons.keys() == ["layers.1.q", "layers.1.down"]
+    assert neurons.share_of_neurons == 1.0
+
+
+@given(members(), st.integers(0, 2**40), st.integers(1, 3))
+def test_random_sets_have_the_same_counts_and_keep_apart_where_they_can(chosen, seed, n):
+    neurons = NeuronSet(chosen, TABLE)
+    crowded = any(2 * len(indices) > TABLE[key].size for key, indices in neurons.items())
+    for control in neurons.random_like(seed, n=n):
+        assert control.counts() == neurons.counts()
+        assert control.disjoint == (not crowded)
+        for key, indices in neurons.items():
+            if 2 * len(indices) <= TABLE[key].size:
+                assert not set(indices) & set(control[key])
+        assert control.provenance.config["seed"] == seed
+    assert neurons.random_like(seed, n=n) == neurons.random_like(seed, n=n)
+
+
+def test_random_sets_differ_by_seed_and_number_and_cover_the_rest_evenly():
+    wide = table(mlp=400)
+    neurons = NeuronSet({"layers.0.down": range(100)}, wide)
+    controls = [*neurons.random_like(0, n=50), *neurons.random_like(1, n=50)]
+    assert len(set(controls)) == 100
+    counts = sum(control.mask("layers.0.down").astype(int) for control in controls)
+    assert counts[:100].sum() == 0
+    assert 10 < counts[100:].min() <= counts.max() < 60  # Binomial(100, 1/3): six standard deviations either side of 33.
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(UsageError, match="negative"):
+        NeuronSet({"layers.0.q": [1]}, TABLE).random_like(-1)
+
+
+@given(members())
+def test_saving_and_loading_gives_the_same_set(tmp_path_factory, chosen):
+    path = tmp_path_factory.mktemp("sets") / "neurons.safetensors"
+    made = Provenance("neurons", "contrast", ("base@1", "alïgned"), TABLE.fingerprint, "ab" * 32, {"top": 0.05, "layers": None})
+    neurons = NeuronSet(chosen, TABLE, made)
+    neurons.save(path)
+    for loaded in (NeuronSet.load(path), NeuronSet.load(path, TABLE), NeuronSet.load(path.parent)):
+        assert loaded == neurons
+        assert loaded.provenance == made
+        assert loaded.table == TABLE
+        assert loaded.notes == ()
+
+
+def test_a_file_is_readable_by_plain_safetensors_with_a_header_of_strings(tmp_path):
+    from safetensors import safe_open
+
+    NeuronSet({"layers.0.down": [3, 1]}, TABLE).save(tmp_path / "n.safetensors")
+    with safe_open(tmp_path / "n.safetensors", framework="numpy") as opened:
+        assert opened.get_tensor("layers.0.down").tolist() == [1, 3]
+        metadata = opened.metadata()
+    wanted = {"schema", "kind", "method", "models", "model_fingerprint", "prompts_sha256", "config", "version", "created", "sites"}
+    assert wanted <= set(metadata)
+    assert metadata["kind"] == "neurons"
+    assert metadata["model_fingerprint"] == TABLE.fingerprint
+
+
+def test_another_architecture_is_refused(tmp_path):
+    NeuronSet({"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)).save(
+        tmp_path / "n.safetensors"
+    )
+    with pytest.raises(ForeignModelError, match="found on a"):
+        NeuronSet.load(tmp_path / "n.safetensors", table(mlp=7))
+    with pytest.raises(ForeignModelError):
+        NeuronSet({"layers.0.q": [1]}, TABLE) | NeuronSet({"layers.0.q": [1]}, table(mlp=7))
+
+
+def test_other_weights_of_the_same_architecture_are_noted(tmp_path):
+    NeuronSet({"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)).save(
+        tmp_path / "n.safetensors"
+    )
+    assert "other weights" in NeuronSet.load(tmp_path / "n.safetensors", TABLE, models=["b"]).notes[0]
+    assert NeuronSet.load(tmp_path / "n.safetensors", TABLE, models=["a"]).notes == ()
+
+
+def test_a_file_made_by_hand_warns_when_every_index_fits_and_is_refused_otherwise(tmp_path):
+    save_file({"layers.0.q": np.array([3, 1, 3], np.int32)}, tmp_path / "fits.safetensors")
+    save_file({"layers.0.q": np.array([8])}, tmp_path / "too_far.safetensors")
+    with pytest.warns(HandMadeWarning, match="no fingerprint"):
+        loaded = NeuronSet.load(tmp_path / "fits.safetensors", TABLE)
+    assert loaded["layers.0.q"].tolist() == [1, 3]
+    assert len(loaded.notes) == 1
+    with pytest.raises(NeuronError, match="out of range"):
+        NeuronSet.load(tmp_path / "too_far.safetensors", TABLE)
+    assert len(NeuronSet.load(tmp_path / "too_far.safetensors")) == 1
+
+
+def hand_made(path, arrays, **metadata):
+    save_file(arrays, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "metadata", "says"),
+    [
+        ({"layers.0.q": np.array([-2])}, {}, "negative"),
+        ({"layers.0.q": np.array([1.0])}, {}, "integer"),
+        ({"layers.0.q": np.array([[1]])}, {}, "one axis"),
+        ({"model.layers.0.mlp": np.array([1])}, {}, "unknown key"),
+        ({"layers.0.q": np.array([1])}, {"schema": "other/9"}, "schema"),
+        ({"layers.0.q": np.array([1])}, {"kind": "scores"}, "expected 'neurons'"),
+        ({"layers.0.q": np.array([1])}, {"config": "{"}, "damaged header"),
+        ({"layers.0.q": np.array([1])}, {"models": '"a"'}, "damaged header"),
+        ({"layers.0.q": np.array([1])}, {"sites": "{}"}, "damaged site table"),
+        ({"layers.0.q": np.array([1])}, {"sites": TABLE.to_json(), "model_fingerprint": "00"}, "do not belong together"),
+        ({"layers.0.q": np.array([2**63], np.uint64)}, {}, "out of range"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, arrays, metadata, says):
+    path = hand_made(tmp_path / "n.safetensors", arrays, **metadata)
+    with pytest.raises(NeuronError, match=says) as refused:
+        NeuronSet.load(path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a file of tensors", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"]
+)
+def test_a_damaged_file_is_refused(tmp_path, content):
+    (tmp_path / "n.safetensors").write_bytes(content)
+    with pytest.raises(NeuronError, match="expected"):
+        NeuronSet.load(tmp_path / "n.safetensors")
+
+
+def test_every_truncation_of_a_file_is_refused(tmp_path):
+    path = tmp_path / "n.safetensors"
+    NeuronSet({"layers.0.q": [1, 2, 3]}, TABLE).save(path)
+    whole = path.read_bytes()
+    for end in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(NeuronError):
+            NeuronSet.load(path)
+
+
+def test_a_missing_file_and_a_folder_without_one_are_named(tmp_path):
+    with pytest.raises(NeuronError, match="no file"):
+        NeuronSet.load(tmp_path / "nowhere.safetensors")
+    with pytest.raises(NeuronError, match="neurons.safetensors"):
+        NeuronSet.load(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "n.safetensors"
+    NeuronSet({"layers.0.q": [1]}, TABLE).save(path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="No space left"):
+        NeuronSet({"layers.0.q": [2]}, TABLE).save(path)
+    assert NeuronSet.load(path)["layers.0.q"].tolist() == [1]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["n.safetensors"]
+
+
+def test_the_provenance_of_algebra_names_both_sides():
+    a = Scores({"layers.0.down": np.arange(6.0)}, TABLE, Provenance("scores", "contrast", ("m",), TABLE.fingerprint)).top(0.5)
+    b = NeuronSet({"layers.0.down": [5]}, TABLE, Provenance("neurons", "importance", ("m",), TABLE.fingerprint))
+    made = (a - b).provenance
+    assert made.method == "contrast - importance"
+    assert made.config["left"]["n_neurons"] == 3
+    assert json.loads(made.metadata()["config"])["operation"] == "-"
+
+
+def test_the_notebook_table_is_escaped_and_fetches_nothing():
+    hostile = Provenance("neurons", "<script>alert(1)</script>", ("<img src=x>",), TABLE.fingerprint, "", {"sites": 7, "layers": "x"})
+    shown = NeuronSet({"layers.0.q": [1]}, TABLE, hostile)
+    assert "<script" not in shown._repr_html_()
+    assert "<img" not in shown._repr_html_()
+    assert "http" not in shown._repr_html_()
+    assert "q 1" in repr(shown)
+    assert repr(NeuronSet({})) == "NeuronSet(0 neurons)"

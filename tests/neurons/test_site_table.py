@@ -1,0 +1,80 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from neuron_strategies import TABLE, table
+
+from safety_neurons.errors import NeuronError
+from safety_neurons.neurons import SiteInfo, SiteTable
+
+
+def test_the_fingerprint_knows_the_class_and_every_size_but_not_the_number_of_parameters():
+    assert table().fingerprint == table(n_parameters=1).fingerprint
+    others = [table(architecture="Other"), table(mlp=7), table(kv_heads=1), table(n_layers=3), table(bias=1)]
+    assert len({TABLE.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+def test_the_order_in_which_sites_are_given_does_not_matter():
+    assert SiteTable("LlamaForCausalLM", 5000, tuple(reversed(TABLE.sites))) == TABLE
+
+
+def test_a_key_named_twice_is_refused():
+    with pytest.raises(NeuronError, match="twice"):
+        SiteTable("L", 1, (TABLE.sites[0], TABLE.sites[0]))
+
+
+def test_json_and_back_gives_the_same_table():
+    assert SiteTable.from_json(TABLE.to_json()) == TABLE
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"architecture": "L", "n_parameters": 1, "fields": ["size"], "sites": {"layers.0.q": [3]}}', "nul"]
+)
+def test_a_damaged_table_is_refused(text):
+    with pytest.raises(NeuronError):
+        SiteTable.from_json(text)
+
+
+def test_selecting_keeps_the_named_sites_and_layers():
+    assert TABLE.select(["down", "q"], "1:").keys == ("layers.1.q", "layers.1.down")
+    assert TABLE.select().keys == TABLE.keys
+
+
+def test_selecting_nothing_is_an_error():
+    with pytest.raises(NeuronError, match="choose others"):
+        TABLE.select(["down"]).select(["q"])
+
+
+def test_gate_up_and_down_of_one_index_are_one_unit():
+    units = TABLE.units()
+    assert np.array_equal(units["layers.1.gate"], units["layers.1.down"])
+    assert np.array_equal(units["layers.1.gate"], units["layers.1.up"])
+    assert not set(units["layers.0.gate"]) & set(units["layers.1.gate"])
+
+
+def test_a_value_row_and_the_output_columns_of_its_group_are_one_unit():
+    units = TABLE.units()  # 4 query heads and 2 key-value heads of size 2: output columns 0 to 3 read value rows 0 and 1, twice.
+    value, output = units["layers.0.v"], units["layers.0.o"]
+    assert output.tolist() == [value[row] for row in (0, 1, 0, 1, 2, 3, 2, 3)]
+
+
+def test_queries_and_keys_are_units_of_their_own():
+    units = TABLE.units()
+    everything = np.concatenate([units[key] for key in TABLE.keys])
+    assert len(set(units["layers.0.q"]) | set(units["layers.0.k"])) == 12
+    assert len(np.unique(everything)) == 2 * (8 + 4 + 4 + 6)
+    assert everything.max() == len(np.unique(everything)) - 1
+
+
+def test_experts_have_units_of_their_own():
+    sites = tuple(SiteInfo(f"layers.0.experts.{expert}.{site}", 3, 4, 0) for expert in range(2) for site in ("gate", "up", "down"))
+    units = SiteTable("M", 1, sites).units()
+    assert units["layers.0.experts.0.up"].tolist() == [0, 1, 2]
+    assert units["layers.0.experts.1.down"].tolist() == [3, 4, 5]
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(NeuronError, match=r"layers\.9\.q"):
+        TABLE["layers.9.q"]
+    assert "layers.0.q" in TABLE
+    assert dataclasses.is_dataclass(TABLE["layers.0.q"])
