@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import around
 from safety_neurons.model.passes import collate, forward

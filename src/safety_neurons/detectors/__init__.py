@@ -4,6 +4,7 @@ from safety_neurons.detectors.attribution import find_attribution
 from safety_neurons.detectors.attribution_patching import find_attribution_patching
 from safety_neurons.detectors.contrast import ContrastStatistics, find_contrast
 from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.importance import find_importance
 from safety_neurons.detectors.importance_contrast import find_importance_contrast
 from safety_neurons.detectors.random_neurons import find_random
 from safety_neurons.detectors.weight_change import find_weight_change, find_weight_magnitude
@@ -15,6 +16,7 @@ __all__ = [
     "find_attribution",
     "find_attribution_patching",
     "find_contrast",
+    "find_importance",
     "find_importance_contrast",
     "find_random",
     "find_weight_change",

@@ -2,21 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safety_neurons.detectors.importance_mlp import expert_changes
-from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy
-
-
-class _Options(Protocol):
-    @property
-    def as_published(self) -> bool: ...
-    @property
-    def reference(self) -> Any: ...
 
 
 class ExpertsReader:
@@ -26,7 +18,6 @@ class ExpertsReader:
         self,
         experts: ExpertsAnatomy,
         keys: Iterable[str],
-        options: _Options,
         lengths: Callable[[], list[int]],
         give: Callable[[int, str, Tensor], None],
     ) -> None:
@@ -35,10 +26,6 @@ class ExpertsReader:
         self.seen: dict[str, ExpertRows] = {}
         self.sums: dict[str, Tensor] = {}
         self._norms: Tensor | None = None
-        if options.as_published or options.reference is not None:
-            raise UnsupportedModelError(
-                f"layers.{experts.layer}.experts: only importance against zero is defined for experts; leave experts out here"
-            )
 
     def readers(self) -> dict[str, Callable[[Any], None]]:
         """Readers of the rows of all experts."""

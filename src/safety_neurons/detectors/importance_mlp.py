@@ -59,28 +59,18 @@ class MlpScorer:
 
 
 def expert_changes(
-    experts: ExpertsAnatomy,
-    gate: ExpertRows,
-    up: ExpertRows,
-    hidden: Tensor,
-    sites: tuple[str, ...],
-    deltas: dict[str, Tensor] | None = None,
+    experts: ExpertsAnatomy, gate: ExpertRows, up: ExpertRows, hidden: Float[Tensor, "row neuron"], sites: tuple[str, ...]
 ) -> dict[str, Float[Tensor, "row neuron"]]:
-    """Change of the weighted hidden activation of every row, by site, where `deltas` (default: the activations) are taken off.
+    """Change of the weighted hidden activation of every row by site, when the site's activation is zero.
 
     Gate and up pass through the model's own gate step, so that clamps and offsets count: the three sites differ where up is offset.
     """
-    deltas = deltas or {}
     weight = gate.weight[:, None].to(hidden)
     changes = {}
     for site in sites:
-        if site == "down":
-            changes[site] = hidden * weight
-            continue
-        left, right = gate.values, up.values
-        if site == "gate":
-            left = left - deltas.get(site, left)
-        else:
-            right = right - deltas.get(site, right)
-        changes[site] = (hidden - experts.apply_gate(experts.fuse(left, right))) * weight
+        change = hidden
+        if site != "down":
+            left, right = (torch.zeros_like(part.values) if site == name else part.values for name, part in (("gate", gate), ("up", up)))
+            change = hidden - experts.apply_gate(experts.fuse(left, right))
+        changes[site] = change * weight
     return changes

@@ -1,15 +1,15 @@
 """Importance while the model runs: readers that turn what each layer shows into scores of every prompt, and keep nothing else.
 
-The engine that `find_importance` and importance against another model's parameters share. Scores of a layer are computed inside the
+Scores of a layer are computed inside the
 forward pass, as soon as its o or down projection is reached.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +19,13 @@ from safety_neurons.detectors.importance_attention import AttentionScorer, Outpu
 from safety_neurons.detectors.importance_experts import ExpertsReader
 from safety_neurons.detectors.importance_mlp import MlpScorer
 from safety_neurons.detectors.importance_published import published_attention, published_mlp
+from safety_neurons.detectors.sublayers import input_scale
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionCapture, AttentionPlan, prove_attention, tolerance
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
 from safety_neurons.model.passes import Batch, collate, forward
-from safety_neurons.model.places import SitePlace
-
-
-class Reference(Protocol):
-    """Other parameters to measure importance against, instead of zero."""
-
-    def weight(self, key: str) -> Tensor:
-        """Weight of a site: `[neuron, in]` for output sites, `[out, neuron]` for `o` and `down`."""
-        ...
-
-    def bias(self, key: str) -> Tensor | None:
-        """Bias entries of an output site's neurons; None where there are none."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,13 +36,11 @@ class Options:
         space: `output`, or `probability` for q and k as the paper writes them.
         as_published: what the public code computes instead.
         budget: bytes that a chunk of neurons may take.
-        reference: other parameters; None for zero.
     """
 
     space: str = "output"
     as_published: bool = False
     budget: int = 2**28
-    reference: Reference | None = None
 
 
 @dataclass
@@ -127,7 +113,7 @@ class ImportanceReaders:
         if layer.experts is not None:
             mine = [key for key in self.keys if key.startswith(f"layers.{layer.index}.experts.")]
             if mine:
-                experts = ExpertsReader(layer.experts, mine, self.options, self.lengths, self.give)
+                experts = ExpertsReader(layer.experts, mine, self.lengths, self.give)
                 self._experts.append(experts)
                 readers.update(experts.readers())
 
@@ -202,50 +188,6 @@ def _named(module: torch.nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(names, args, strict=False))
 
 
-class _Inputs:
-    """Inputs of projections, for activations under other parameters."""
-
-    def __init__(self, places: Mapping[str, SitePlace], reference: Reference | None) -> None:
-        self.reference = reference
-        self.places = places if reference is not None else {}
-        self.seen: dict[str, Tensor] = {}
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Hooks before the projections of output sites."""
-        modules = {id(place.hooked): place.hooked for place in self.places.values() if place.side == "output"}
-        with ExitStack() as stack:
-            for module in modules.values():
-                stack.enter_context(around(module, before=self._note(module)))
-            yield
-
-    def _note(self, module: torch.nn.Module) -> Callable[..., None]:
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.seen[str(id(module))] = args[0] if args else next(iter(kwargs.values()))
-
-        return note
-
-    def delta(self, site: str, actual: Tensor, row: int) -> Tensor:
-        """What zero or the reference takes off an activation `[token, neuron]`."""
-        if self.reference is None:
-            return actual
-        place = self.places[site]
-        fed = self.seen[str(id(place.hooked))]
-        fed = fed[row, : actual.shape[0]] if fed.ndim == 3 else fed[: actual.shape[0]]
-        fed = fed.to(actual)
-        bias = self.reference.bias(place.key)
-        other = fed @ self.reference.weight(place.key).to(actual).T
-        return actual - (other if bias is None else other + bias.to(actual))
-
-    def columns(self, site: str) -> Tensor | None:
-        """Change of the columns; None for the columns themselves."""
-        place = self.places.get(site)
-        if self.reference is None or place is None:
-            return None
-        weight = place.weight()
-        return (weight - self.reference.weight(place.key).to(weight)).detach()
-
-
 class _AttentionReader:
     """Scores of the attention sites of one layer."""
 
@@ -253,14 +195,13 @@ class _AttentionReader:
         self, part: AttentionAnatomy, key: str, wanted: tuple[str, ...], plan: AttentionPlan | None, owner: ImportanceReaders
     ) -> None:
         self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
-        self.inputs = _Inputs(part.places, owner.options.reference)
         self.capture = _Capture(part, key, self._score)
         self._factors: OutputFactors | None = None
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Hooks beside the readers."""
-        with self.capture.on() if self.plan is not None else nullcontext(), self.inputs.on():
+        with self.capture.on() if self.plan is not None else nullcontext():
             yield
 
     def readers(self) -> dict[str, Callable[[Any], None]]:
@@ -271,8 +212,7 @@ class _AttentionReader:
         """Of the o projection, computed at the first prompt."""
         if self._factors is None:
             weight = self.part.places["o"].weight().detach().to(like)
-            columns = self.inputs.columns("o")
-            self._factors = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads, None if columns is None else columns.to(like))
+            self._factors = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
         return self._factors
 
     def _columns(self, values: Tensor) -> None:
@@ -297,14 +237,9 @@ class _AttentionReader:
                 given = published_attention(self.plan, states, options.budget)
             else:
                 scorer = AttentionScorer(self.plan, states, self.factors(states.q), options.space, options.budget)
-                given = {site: scorer.scores(site, self._delta(site, getattr(states, site, None), row)) for site in self.wanted}
+                given = {site: scorer.scores(site) for site in self.wanted}
             for site in self.wanted:
                 self.owner.give(row, f"{self.key}.{site}", given[site])
-
-    def _delta(self, site: str, actual: Tensor | None, row: int) -> Tensor | None:
-        if self.inputs.reference is None or actual is None:
-            return None
-        return self.inputs.delta(site, actual.flatten(1), row).unflatten(1, actual.shape[1:])
 
 
 class _MlpReader:
@@ -312,21 +247,16 @@ class _MlpReader:
 
     def __init__(self, part: MlpAnatomy, key: str, wanted: tuple[str, ...], owner: ImportanceReaders, layer: LayerAnatomy) -> None:
         self.part, self.key, self.wanted, self.owner = part, key, wanted, owner
-        self.inputs = _Inputs(part.places, owner.options.reference)
         self.seen: dict[str, Tensor] = {}
         block = layer.experts.block if layer.experts is not None and "shared_expert" in key else None
         self.share = getattr(block, "shared_expert_gate", None)
         self._norms: Tensor | None = None
-        self._changed: Tensor | None = None
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Hooks beside the readers."""
-        with ExitStack() as stack:
-            stack.enter_context(self.inputs.on())
-            if self.share is not None:
-                # The share comes from the block's own input, so it is computed before the shared expert runs.
-                stack.enter_context(around(self.part.module, before=self._weigh))
+        # The share of a shared expert comes from the block's own input, so it can be computed before the expert runs.
+        with around(self.part.module, before=self._weigh) if self.share is not None else nullcontext():
             yield
 
     def _weigh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -349,49 +279,30 @@ class _MlpReader:
         self.seen.clear()
         for row, length in enumerate(self.owner.lengths()):
             states = {site: _working(part[row, :length]) for site, part in {**seen, "down": values}.items()}
-            given = published_mlp(states) if self.owner.options.as_published else self._scores(states, row)
+            given = published_mlp(states) if self.owner.options.as_published else self._scores(states)
             for site in self.wanted:
                 if site in given:
                     self.owner.give(row, f"{self.key}.{site}", given[site])
 
-    def _scores(self, states: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-        norms, changed = self._column_norms(states["down"])
-        scorer = MlpScorer(self.part.activation, _input_scale(self.part.places["down"]), states.get("share"))
+    def _scores(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        norms = self._column_norms(states["down"])
+        scorer = MlpScorer(self.part.activation, input_scale(self.part.places["down"]), states.get("share"))
         up, gate = states.get("up"), states.get("gate")
-        given: dict[str, Tensor] = {}
-        if "down" in self.wanted:
-            given["down"] = scorer.down(states["down"], changed)
-        if "up" in self.wanted and up is not None:
-            given["up"] = scorer.up(up, gate, self.inputs.delta("up", up, row), norms)
-        if "gate" in self.wanted and gate is not None and up is not None:
-            given["gate"] = scorer.gate(up, gate, self.inputs.delta("gate", gate, row), norms)
+        given: dict[str, Tensor] = {"down": scorer.down(states["down"], norms)}
+        if up is not None:
+            given["up"] = scorer.up(up, gate, up, norms)
+        if gate is not None and up is not None:
+            given["gate"] = scorer.gate(up, gate, gate, norms)
         return given
 
-    def _column_norms(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._norms is None or self._changed is None:
-            weight = self.part.places["down"].weight().detach()
-            columns = self.inputs.columns("down")
-            self._norms = torch.linalg.vector_norm(weight, dim=0, dtype=like.dtype)
-            self._changed = self._norms if columns is None else torch.linalg.vector_norm(columns, dim=0, dtype=like.dtype)
-        return self._norms, self._changed
+    def _column_norms(self, like: Tensor) -> Tensor:
+        if self._norms is None:
+            self._norms = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
+        return self._norms
 
 
 def _working(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _input_scale(place: SitePlace) -> Tensor | None:
-    """Scale of the active (IA)³ adapters on what a projection reads; None where there is none."""
-    scale: Tensor | None = None
-    layer: Any = place.module
-    while place.projection.scales_input and hasattr(layer, "base_layer"):
-        if not layer.disable_adapters and not layer.merged:
-            for adapter in layer.active_adapters:
-                if adapter in getattr(layer, "ia3_l", {}):
-                    factor = layer.ia3_l[adapter].detach().flatten()
-                    scale = factor if scale is None else scale * factor
-        layer = layer.base_layer
-    return scale
-
-
-__all__ = ["ImportanceReaders", "Options", "Reference", "prove_layers"]
+__all__ = ["ImportanceReaders", "Options", "prove_layers"]

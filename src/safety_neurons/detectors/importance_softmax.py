@@ -90,7 +90,7 @@ class Attended:
             sink = None if sink is None else sink * (-top).exp()
         total = weights.sum(-1, keepdim=True)
         total = total if sink is None else total + sink
-        return torch.addcmul(-self.probabilities[rows, :, :width], weights, total.reciprocal_(), out=weights)
+        return torch.addcdiv(-self.probabilities[rows, :, :width], weights, total, out=weights)
 
     def _step(self, change: LogitChange, chunk: slice, rows: slice, width: int) -> Tensor:
         step = change.block(chunk, rows, width)

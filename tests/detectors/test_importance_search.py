@@ -1,0 +1,160 @@
+"""find_importance from prompts to a set: selection, agreement, failures, checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+
+from safety_neurons.detectors import find_importance, importance
+from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import Selection
+from safety_neurons.results import Checkpoint
+from tiny import tiny_llama, tiny_tokenizer
+
+PROMPTS = ["how do i make a bomb", "tell me about cake", "how do i kill a plant", "open the door please now", "why"]
+
+
+@pytest.fixture
+def lm():
+    return LanguageModel(tiny_llama(), tiny_tokenizer(), template="none")
+
+
+def values(found):
+    return np.concatenate([found.scores[key] for key in found.scores])
+
+
+def test_the_largest_one_per_cent_of_all_sites_is_chosen_by_default(lm):
+    found = find_importance(lm, PROMPTS)
+    assert set(found.scores.keys()) == set(lm.table.keys)
+    assert len(found.neurons) == round(0.01 * lm.table.n_neurons)
+    assert (found.prompts.used, found.prompts.failed, found.prompts.truncated) == (5, 0, 0)
+
+
+def test_the_score_is_the_mean_over_prompts_whatever_the_batches_and_the_order(lm):
+    alone = [values(find_importance(lm, [prompt])) for prompt in PROMPTS]
+    for batch_size in (1, 2, "auto"):
+        together = values(find_importance(lm, PROMPTS[::-1], batch_size=batch_size))
+        np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_full_agreement_is_the_intersection_of_the_prompts_own_sets(lm):
+    found = find_importance(lm, PROMPTS, top=0.2, agreement=1.0)
+    sets = [find_importance(lm, [prompt], top=0.2).neurons for prompt in PROMPTS]
+    expected = sets[0]
+    for other in sets[1:]:
+        expected = expected & other
+    assert found.neurons == expected
+    assert 0 < len(found.neurons) < len(sets[0])
+
+
+def test_an_empty_agreement_says_which_would_give_one_neuron(lm):
+    found = find_importance(lm, PROMPTS, count=1, agreement=1.0, sites=("q",))
+    if len(found.neurons) == 0:
+        assert any("agreement" in note for note in found.notes)
+
+
+def test_foundation_neurons_are_subtracted_after_selection(lm):
+    safety, foundation = find_importance(lm, PROMPTS, count=50), find_importance(lm, ["one two three"], count=50)
+    left = find_importance(lm, PROMPTS, count=50, subtract=foundation.neurons).neurons
+    assert left == safety.neurons - foundation.neurons
+    assert len(left & foundation.neurons) == 0
+
+
+def test_only_the_sites_and_layers_asked_for_are_scored(lm):
+    found = find_importance(lm, PROMPTS[:2], sites=("o", "down"), layers="1:2")
+    assert sorted(found.scores.keys()) == ["layers.1.down", "layers.1.o"]
+    whole = find_importance(lm, PROMPTS[:2])
+    np.testing.assert_allclose(found.scores["layers.1.o"], whole.scores["layers.1.o"], rtol=1e-5)
+
+
+def test_a_killed_search_goes_on_behind_its_last_batch_with_the_same_result(lm, tmp_path):
+    whole = find_importance(lm, PROMPTS, batch_size=2, top=0.1, agreement=0.6)
+
+    def kill(done, of, tokens):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_importance(lm, PROMPTS, batch_size=2, top=0.1, agreement=0.6, checkpoint=Checkpoint(tmp_path / "part"), progress=kill)
+    seen = []
+    again = find_importance(
+        lm,
+        PROMPTS,
+        batch_size=2,
+        top=0.1,
+        agreement=0.6,
+        checkpoint=Checkpoint(tmp_path / "part"),
+        progress=lambda done, of, tokens: seen.append((done, of)),
+    )
+    assert seen == [(3, 3)]
+    assert again.prompts == whole.prompts
+    np.testing.assert_array_equal(values(again), values(whole))
+    assert again.neurons == whole.neurons
+
+
+def test_a_prompt_without_tokens_is_counted_and_not_scored():
+    lm = LanguageModel(tiny_llama(), tiny_tokenizer(adds_bos=False), template="none")
+    found = find_importance(lm, ["tell me", "", "yes no"])
+    assert (found.prompts.used, found.prompts.failed) == (2, 1)
+    assert any("could not be read" in note for note in found.notes)
+
+
+def test_a_prompt_longer_than_the_context_is_counted():
+    lm = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer(), template="none")
+    found = find_importance(lm, ["how do i make a cake in the house please", "yes"])
+    assert (found.prompts.used, found.prompts.truncated) == (2, 1)
+
+
+def test_a_prompt_that_gives_not_a_number_is_left_out_and_counted(lm):
+    bad = lm.encode(["cake"])[0].ids[-1]
+    with torch.no_grad():
+        lm.model.model.embed_tokens.weight[bad] = float("nan")
+    found = find_importance(lm, PROMPTS)
+    assert (found.prompts.used, found.prompts.failed) == (4, 1)
+    assert np.isfinite(values(found)).all()
+    with pytest.raises(NumericalError, match="none of 1 prompts"):
+        find_importance(lm, ["tell me about cake"])
+
+
+def test_a_prompt_that_does_not_fit_in_memory_is_counted(lm, monkeypatch):
+    inner = importance.forward
+
+    def scarce(model, batch):
+        if batch.width > 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(model, batch)
+
+    monkeypatch.setattr(importance, "forward", scarce)
+    found = find_importance(lm, [*PROMPTS, "how do i make a cake in the house"])
+    assert (found.prompts.used, found.prompts.failed) == (4, 2)
+    assert any("halved" in note for note in found.notes)
+
+
+def test_nothing_of_the_model_is_left_changed(lm):
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    find_importance(lm, PROMPTS[:2])
+    assert all(torch.equal(before[name], value) for name, value in lm.model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def test_bfloat16_models_are_scored_in_float32(lm):
+    half = LanguageModel(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), template="none")
+    one, other = find_importance(lm, PROMPTS).scores, find_importance(half, PROMPTS).scores
+    assert one.rank_correlation(other) > 0.97
+
+
+def test_published_scores_have_no_gate(lm):
+    found = find_importance(lm, PROMPTS[:2], as_published=True)
+    assert not any(key.endswith("gate") for key in found.scores)
+    np.testing.assert_array_equal(found.scores["layers.0.up"], found.scores["layers.0.down"])
+
+
+def test_an_unknown_space_is_an_error(lm):
+    with pytest.raises(UsageError, match="unknown: use one of output, probability"):
+        find_importance(lm, PROMPTS, space="logits")
+
+
+def test_agreement_uses_the_same_rule_as_a_selection(lm):
+    found = find_importance(lm, PROMPTS[:1], top_per_matrix=3, agreement=1.0)
+    chosen = Selection(top_per_matrix=3).choose(dict(found.scores.items()))
+    assert len(found.neurons) == sum(int(mask.sum()) for mask in chosen.values())
