@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import safety_neurons
 from safety_neurons.errors import InputError, UsageError
@@ -302,6 +304,8 @@ BAD = {
     "cut line": ("a.jsonl", b'{"prompt": "a"}\n{"prom', "the last line may be cut off"),
     "cut json": ("a.json", b'[{"prompt": "a"},', "not JSON at line 1"),
     "deep json": ("a.json", b"[" * 200_000, "nested too deeply|not JSON"),
+    "deep line": ("a.jsonl", b'{"prompt": ' + b"[" * 200_000, "line 1 is not JSON"),
+    "long number": ("a.json", b'[{"prompt": ' + b"9" * 5000 + b"}]", "a number of too many digits"),
     "a number": ("a.json", b"3", "the JSON document is a int"),
     "numbers": ("a.json", b"[1, 2]", "record 1 is a int"),
     "uneven columns": ("a.json", b'{"goal": ["a"], "target": ["b", "c"]}', "goal 1, target 2"),
@@ -358,6 +362,29 @@ def test_a_question_as_source_is_refused_with_advice():
 def test_other_things_in_memory_are_refused(source):
     with pytest.raises(InputError, match="expected"):
         prompts(source)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt"]),
+    parts=st.lists(
+        st.sampled_from(
+            ['{"prompt":', '"a"', "}", "[", "]", ",", "\n", "\r", '"', "prompt", "messages", "é", ":", " ", "1e9", "\t", "null"]
+        ),
+        max_size=12,
+    ),
+)
+def test_any_content_gives_prompts_or_one_line_of_advice(tmp_path, suffix, parts):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("".join(parts), encoding="utf-8", newline="")
+    advice = ""
+    try:
+        texts = prompts(path).texts
+    except InputError as error:
+        texts, advice = [], str(error)
+    assert all(text.strip() for text in texts)
+    assert bool(texts) != (str(path) in advice)
+    assert "\n" not in advice
 
 
 def test_an_empty_list_is_refused():

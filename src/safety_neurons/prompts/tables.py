@@ -37,7 +37,7 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> l
     if text.lstrip().startswith("["):
         try:
             whole = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         else:
             notes.append("named .jsonl but holds one JSON array; read as such")
@@ -46,7 +46,7 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> l
     for number, line in lines:
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(_bad_line(name, number, line, error, last=number == lines[-1][0])) from None
     return _as_rows(rows, name)
 
@@ -60,13 +60,14 @@ def _json(text: str, name: str, column: str | None, notes: list[str]) -> list[Ro
                 f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
                 "expected a JSON list of records; repair the file"
             ) from None
-    except RecursionError:
-        raise InputError(f"{name}: JSON nested too deeply; expected a list of records; flatten the file") from None
+    except (ValueError, RecursionError) as error:
+        why = "a number of too many digits" if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"{name}: JSON that cannot be read ({why}); expected a list of records; repair the file") from None
     notes.append("named .json but holds JSON Lines; read as such")
     return _json_lines(text, name, column, [])
 
 
-def _bad_line(name: str, number: int, line: str, error: ValueError, last: bool) -> str:
+def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -> str:
     why = "; the last line may be cut off" if last and number > 1 else ""
     shown = line.strip()[:40]
     return f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; repair or remove the line"
