@@ -50,6 +50,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--share", type=float, default=0.05, help="share of the down neurons that is patched")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's own time, for a machine that is shared"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--pairs", nargs="+", default=list(TARGETS), choices=list(TARGETS))
@@ -112,15 +115,16 @@ def chosen_neurons(base: LanguageModel, share: float) -> NeuronSet:
     return NeuronSet({key: generator.permutation(size)[: max(1, int(share * size))] for key, size in sizes.items()}, base.table)
 
 
-def timed(action: Callable[[], object], device: str) -> float:
+def timed(action: Callable[[], object], options: argparse.Namespace) -> float:
     """Seconds that an action takes."""
-    if device.startswith("cuda"):
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    if options.device.startswith("cuda"):
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     action()
-    if device.startswith("cuda"):
+    if options.device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def actions_of(kind: str, options: argparse.Namespace, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -181,7 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             names = list(named)
             turn = repetition % len(names)
             for name in names[turn:] + names[:turn]:
-                seconds[kind][name].append(timed(named[name], options.device))
+                seconds[kind][name].append(timed(named[name], options))
     steps = options.new * options.layers
     results: dict[str, Any] = {}
     for kind, took in seconds.items():

