@@ -173,20 +173,23 @@ class _LayerBuilder:
     def _groups(self, maps: dict[str, Projection]) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
         """Roles to paths for the attention, the same for every feed-forward group, and the paths of no known role."""
         forced = {path: role for role, path in self.overrides.items() if path in maps}
+        attention = {role: path for path, role in forced.items() if role in ATTENTION_ROLES}
+        named = {role: path for path, role in forced.items() if role in MLP_ROLES}
+        mlps: dict[str, dict[str, str]] = {}
+        if named:
+            mlps[named.get("down", next(iter(named.values()))).rpartition(".")[0]] = named
         by_parent: dict[str, list[str]] = {}
         for path in maps:
-            by_parent.setdefault(path.rpartition(".")[0], []).append(path)
-        attention: dict[str, str] = {role: path for path, role in forced.items() if role in ATTENTION_ROLES}
-        mlps: dict[str, dict[str, str]] = {}
+            if path not in forced:
+                by_parent.setdefault(path.rpartition(".")[0], []).append(path)
+        holders = {path.rpartition(".")[0] for path in attention.values()}
         unknown: list[str] = []
         for parent, paths in by_parent.items():
-            free = [path for path in paths if path not in forced]
-            roles = [role_of(path, ATTENTION_ROLES) for path in free] + [forced.get(path) for path in paths]
-            is_attention = any(role in ("q", "k", "v", "qkv") for role in roles)
-            table = ATTENTION_ROLES if is_attention else MLP_ROLES
-            group = attention if is_attention else {role: path for path, role in forced.items() if path in paths}
-            for path in free:
-                role = role_of(path, table)
+            roles = {role_of(path, ATTENTION_ROLES) for path in paths}
+            is_attention = parent in holders or bool(roles & {"q", "k", "v", "qkv"})
+            group = attention if is_attention else mlps.get(parent, {})
+            for path in paths:
+                role = role_of(path, ATTENTION_ROLES if is_attention else MLP_ROLES)
                 if role is None or role in group:
                     unknown.append(path)
                 else:

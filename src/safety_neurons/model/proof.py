@@ -220,8 +220,28 @@ def _check_rows(part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tup
     faults = [site for site in ("gate", "up") if not same(rows[site].values, expected[site])]
     if faults or not same(part.apply_gate(part.fuse(rows["gate"].values, rows["up"].values)), down.values):
         raise part.unsupported(f"the rows of {' and '.join(faults) or 'down'} are not what the weights of the chosen experts give")
+    _check_gate_step(part, rows["gate"].values.double(), rows["up"].values.double())
     if not same(total.to(output.dtype).reshape(output.shape), output):
         raise part.unsupported("the rows of down, weighted by the router, do not add up to the output of the experts")
+
+
+def _check_gate_step(part: ExpertsAnatomy, gate: Tensor, up: Tensor) -> None:
+    """A neuron's gate and up values reach its own down value alone, and that value is straight in up (and so not in gate)."""
+    plain = part.apply_gate(part.fuse(gate, up))
+    last = part.width - 1
+    step = 3 * float(torch.maximum(gate.abs().mean(), up.abs().mean()))
+    bends = {}
+    for site, values in (("gate", gate), ("up", up)):
+        moved = []
+        for sign in (1, -1):
+            changed = values.clone()
+            changed[:, last] += sign * step
+            moved.append(part.apply_gate(part.fuse(changed, up) if site == "gate" else part.fuse(gate, changed)) - plain)
+        if any(bool(difference[:, :last].any()) for difference in moved):
+            raise part.unsupported(f"layout {part.layout.value!r} fails: the {site} value of a neuron reaches other neurons")
+        bends[site] = float((moved[0] + moved[1])[:, last].abs().median() / moved[0][:, last].abs().median().clamp(min=1e-30))
+    if not bends["up"] < 1e-6 < bends["gate"]:
+        raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
 
 
 # Effect on the logits

@@ -65,7 +65,7 @@ def _refuse_rest(anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons
 
 def _candidate(attention: AttentionAnatomy, attempt: int) -> AttentionAnatomy | None:
     """The attention with its guessed layout first, then with the other ones."""
-    if attention.layout is None:
+    if attempt == 0 or attention.layout is None:
         return attention if attempt == 0 else None
     layout: Layout = sorted(QKV_LAYOUTS, key=lambda each: each != attention.layout)[attempt]
     indices = split_qkv(layout, attention.n_heads, attention.n_kv_heads, attention.head_dim)
