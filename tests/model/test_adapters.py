@@ -130,6 +130,22 @@ def test_missing_unknown_and_misshapen_adapter_weights_are_errors(folders, tmp_p
         load(_damaged(folders, tmp_path / "three", lambda weights: weights.update({sorted(weights)[0]: torch.ones(1, 3)})))
 
 
+def test_a_copy_of_the_embedding_in_an_adapters_file_is_no_error_unless_it_differs(folders, tmp_path):
+    embedding = tiny_llama().model.embed_tokens.weight.detach().clone()
+    name = "base_model.model.model.embed_tokens.weight"
+    load(_damaged(folders, tmp_path / "same", lambda weights: weights.update({name: embedding})))
+    with pytest.raises(ModelError, match=r"1 unknown .*embed_tokens"):
+        load(_damaged(folders, tmp_path / "other", lambda weights: weights.update({name: embedding + 1})))
+
+
+def test_adapters_follow_the_type_and_place_of_the_model(folders):
+    pair = load_pair(folders["base"], f"{folders['base']}+{folders['first']}", dtype="float64")
+    assert {parameter.dtype for parameter in pair.aligned.model.parameters()} == {torch.float64}
+    assert _logits(pair.aligned).dtype == torch.float64
+    half = load(f"{folders['base']}+{folders['first']}", dtype="bfloat16")
+    assert torch.isfinite(_logits(half)).all()
+
+
 def test_folders_that_are_no_adapter_are_refused_in_one_line(folders, tmp_path):
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load(f"{folders['base']}+{folders['base']}")

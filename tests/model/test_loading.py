@@ -88,6 +88,7 @@ def test_a_wrong_path_says_what_was_expected(tmp_path, base):
         "what is this?": "no such folder",
         str(base / "config.json"): "is a file",
         str(tmp_path): r"no config\.json",
+        f"{base}@main": "a folder has no revisions",
     }.items():
         with pytest.raises(ModelError, match=message) as error:
             load(spec)

@@ -162,7 +162,9 @@ def _load_weights(adapted: Any, name: str, folder: Path) -> None:
         raise ModelError(f"{folder / WEIGHTS}: cannot be read ({first_line(error)}); expected a safetensors file") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = {key: value.shape for key, value in peft.get_peft_model_state_dict(adapted, adapter_name=name).items()}
+        own = peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    expected = {key: value.shape for key, value in own.items()}
+    weights = {key: value for key, value in weights.items() if key in expected or not _same_as_base(adapted, key, value)}
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         what = [f"{len(keys)} {word} ({keys[0]})" for keys, word in ((missing, "missing"), (unknown, "unknown")) if keys]
@@ -175,6 +177,15 @@ def _load_weights(adapted: Any, name: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.set_peft_model_state_dict(adapted, weights, adapter_name=name)
+
+
+def _same_as_base(adapted: Any, key: str, value: Tensor) -> bool:
+    """Whether a weight in an adapter's file is only a copy of the base model's own, as PEFT adds embeddings at times."""
+    wanted = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    for name, parameter in adapted.get_base_model().named_parameters():
+        if name.replace(".base_layer.", ".") == wanted:
+            return parameter.shape == value.shape and bool((parameter.detach().cpu() == value.to(parameter.dtype)).all())
+    return False
 
 
 def first_line(error: BaseException) -> str:

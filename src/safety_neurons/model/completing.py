@@ -149,7 +149,10 @@ def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: in
             input_ids=input_ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings, **passed
         )
     ids = getattr(output, "sequences", output)
-    return {index: _cut(ids[row, width:], ends, lm.pad_id, stopped_otherwise) for row, index in enumerate(rows.indices)}
+    return {
+        index: _cut(ids[row, width:], ends, lm.pad_id, decoding.max_new_tokens if stopped_otherwise else 0)
+        for row, index in enumerate(rows.indices)
+    }
 
 
 def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> tuple[Any, dict[str, Any], set[int]]:
@@ -170,18 +173,23 @@ def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> 
     return settings, passed, set(end_ids)
 
 
-def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, stopped_otherwise: bool) -> Answer:
-    """What was generated up to the first end of sequence; padding behind a stop string goes too."""
+def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, limit: int) -> Answer:
+    """What was generated up to the first end of sequence.
+
+    Args:
+        ids: Generated ids of one row.
+        ends: Ids that end an answer.
+        pad_id: What follows an answer that ended before others of its batch.
+        limit: Longest answer where something else than an end token may stop one, 0 where nothing else can.
+    """
     tokens = [int(token) for token in ids.tolist()]
     for place, token in enumerate(tokens):
         if token in ends:
             return Answer(tokens[:place], "stop")
-    if stopped_otherwise:
-        kept = len(tokens)
-        while kept and tokens[kept - 1] == pad_id:
-            kept -= 1
-        return Answer(tokens[:kept], "stop" if kept < len(tokens) else "length")
-    return Answer(tokens, "length")
+    kept = len(tokens)
+    while limit and kept and tokens[kept - 1] == pad_id:
+        kept -= 1
+    return Answer(tokens[:kept], "stop" if kept < limit else "length")
 
 
 @contextlib.contextmanager

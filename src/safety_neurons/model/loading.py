@@ -27,6 +27,7 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "prompts/*"]
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,8 @@ def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
 
 def _folder(name: str, revision: str | None, options: _Options) -> Path:
     path = Path(name)
+    if path.is_dir() and revision is not None:
+        raise ModelError(f"{name}@{revision}: a folder has no revisions; expected one only for a name on the hub")
     if path.is_dir():
         return path.resolve()
     if path.exists():
@@ -269,7 +272,7 @@ def _folder(name: str, revision: str | None, options: _Options) -> Path:
     import huggingface_hub
 
     patterns = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
-    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": _UNWANTED}
     try:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=options.offline, **arguments))
     except Exception as error:  # the hub's client raises errors of several libraries

@@ -21,7 +21,7 @@ class Completion:
     completion: str
     """The text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
-    """The generated ids, as generated, the end token included."""
+    """The generated ids, as generated, up to the end token, which is left out (`finish_reason` says that there was one)."""
     finish_reason: Literal["stop", "length"] = "stop"
     """`stop`: the model ended its answer; `length`: it was cut at the token limit."""
     arm: str = "untreated"
