@@ -63,30 +63,28 @@ def judged(name: str, judge: RefusalJudge, completions: Sequence[Completion], se
     return Judgement(name, verdicts, rate([verdict.refused for verdict in verdicts], seed=seed), marked)
 
 
-_THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL | re.IGNORECASE)
-_THOUGHT_END = re.compile(r"^.*?(?:</(?:think|thinking|reasoning)>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+_THOUGHT_END = re.compile(r"</(?:think|thinking|reasoning)>|\[/THINK\]", re.IGNORECASE)
 _THOUGHT_START = re.compile(r"<(?:think|thinking|reasoning)>|\[THINK\]", re.IGNORECASE)
-_CHANNELS = re.compile(
-    r"^(?:<\|channel\|>)?analysis(?:<\|message\|>)?(?=[A-Z\s])(?:.*?(?:assistant|<\|start\|>assistant)(?:<\|channel\|>)?final(?:<\|message\|>)?)?",
-    re.DOTALL,
-)
+_ANALYSIS = re.compile(r"\s*(?:<\|channel\|>)?analysis(?:<\|message\|>|(?=[A-Z]))")
+_FINAL = re.compile(r"assistant(?:<\|channel\|>)?final(?:<\|message\|>)?")
 
 
 def answer_of(text: str) -> str | None:
     """The answer without its thinking part; `None` where the thinking was cut off before an answer, or where nothing is left.
 
-    A thinking part is `<think>…</think>` (also `thinking`, `reasoning`, `[THINK]`), with the opening mark possibly in the prompt,
-    or an analysis channel before a final one.
+    A thinking part ends at the last `</think>` (also `thinking`, `reasoning`, `[THINK]`; the opening mark may be in
+    the prompt), or is an analysis channel before a final one.
     """
-    rest = _THOUGHT.sub(" ", text)
-    rest = _THOUGHT_END.sub(" ", rest)
+    rest = text
+    for mark in _THOUGHT_END.finditer(text):
+        rest = text[mark.end() :]
     if _THOUGHT_START.search(rest):
         return None
-    channel = _CHANNELS.match(rest)
-    if channel is not None:
-        if "final" not in channel[0]:
+    if _ANALYSIS.match(rest):
+        final = _FINAL.search(rest)
+        if final is None:
             return None
-        rest = rest[channel.end() :]
+        rest = rest[final.end() :]
     return rest if any(letter.isalnum() for letter in rest) else None
 
 

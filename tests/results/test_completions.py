@@ -1,0 +1,127 @@
+import json
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safety_neurons.errors import InputError, RunError
+from safety_neurons.results import Completion, Completions
+
+texts = st.text(alphabet=st.characters(codec=None), max_size=20)
+some = st.lists(
+    st.tuples(
+        texts,
+        texts,
+        texts,
+        st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
+        st.sampled_from(["stop", "length"]),
+        st.sampled_from(["untreated", "patched"]),
+        st.integers(0, 9),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(some)
+def test_saving_and_loading_gives_the_same_completions(tmp_path_factory, fields):
+    items = [Completion(*entry) for entry in fields]
+    path = tmp_path_factory.mktemp("completions") / "c.jsonl"
+    Completions(items).save(path)
+    assert Completions.load(path) == Completions(items)
+    Completions(items).append(path)
+    assert Completions.load(path) == Completions(items + items)
+
+
+def test_a_file_cut_anywhere_gives_all_whole_lines_and_counts_the_cut_one(tmp_path):
+    path = tmp_path / "c.jsonl"
+    items = Completions(Completion(str(number), "é\u2028", "answer", (1, 2)) for number in range(3))
+    items.save(path)
+    whole = path.read_bytes()
+    for end in range(1, len(whole)):
+        path.write_bytes(whole[:end])
+        loaded = Completions.load(path)
+        finished = whole[:end].count(b"\n")
+        assert loaded[:finished] == items[:finished]
+        assert len(loaded) - finished + loaded.dropped == (0 if whole[:end].endswith(b"\n") else 1)
+
+
+def test_appending_after_a_kill_cuts_the_unfinished_line_and_goes_on(tmp_path):
+    path = tmp_path / "c.jsonl"
+    items = Completions(Completion(str(number), "p", "answer") for number in range(3))
+    items[:1].save(path)
+    for end in (b"", b'{"prompt_id": "1", "pro', b'{"a'):
+        items[:1].save(path)
+        with path.open("ab") as stream:
+            stream.write(end)
+        items[1:].append(path)
+        assert Completions.load(path) == items
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    items[:1].append(path)
+    assert len(Completions.load(path)) == 4
+
+
+def test_a_bad_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "p", "completion": "a"}\n{"prompt": "p"\n{"prompt": "p", "completion": "a"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        Completions.load(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "3", '{"prompt": "p"}', '{"completion": 3, "prompt": "p"}', '{"prompt": "p", "completion": "a", "finish_reason": "eos"}', "x"],
+)
+def test_a_line_that_is_no_completion_is_refused(tmp_path, line):
+    (tmp_path / "c.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="line 1"):
+        Completions.load(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00\n", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_empty_foreign_and_pointer_files_are_refused(tmp_path, content):
+    (tmp_path / "c.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match="expected"):
+        Completions.load(tmp_path / "c.jsonl")
+
+
+def test_byte_order_mark_line_ends_of_windows_and_missing_fields_are_taken(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "p", "completion": "a"}\r\n{"prompt": "q", "completion": "b"}\r\n')
+    loaded = Completions.load(tmp_path / "c.jsonl")
+    assert [item.prompt_id for item in loaded] == ["0", "1"]
+    assert loaded[0].arm == "untreated"
+
+
+def test_each_line_has_the_fields_that_others_read(tmp_path):
+    Completions([Completion("1", "p", "a", (3,), "length", "patched", 2)]).save(tmp_path / "c.jsonl")
+    record = json.loads((tmp_path / "c.jsonl").read_text())
+    assert record.pop("token_ids") == [3]
+    assert record.pop("finish_reason") == "length"
+    assert record == {"prompt_id": "1", "prompt": "p", "completion": "a", "arm": "patched", "seed": 2, "verdicts": {}}
+
+
+def test_arms_prompts_and_slices_are_completions_too():
+    items = Completions([Completion("1", "p", "a"), Completion("2", "q", "b"), Completion("1", "p", "c", arm="patched")])
+    assert items.arms == ("untreated", "patched")
+    assert [item.completion for item in items.arm("patched")] == ["c"]
+    assert [item.completion for item in items.by_id("1")] == ["a", "c"]
+    assert len(items.arm("other")) == 0
+    assert items[:2] + items[2:] == items
+
+
+def test_verdicts_are_added_beside_others_and_the_original_stays():
+    items = Completions([Completion("1", "p", "a", verdicts={"x": 1})])
+    marked = items.with_verdicts("judge", [{"refused": True}])
+    assert marked[0].verdicts == {"x": 1, "judge": {"refused": True}}
+    assert items[0].verdicts == {"x": 1}
+    with pytest.raises(InputError, match="0 verdicts for 1"):
+        items.with_verdicts("judge", [])
+
+
+def test_a_place_that_cannot_be_written_is_a_run_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        Completions([Completion("1", "p", "a")]).append(tmp_path / "file" / "c.jsonl")
+    with pytest.raises(InputError, match="cannot read"):
+        Completions.load(pathlib.Path(tmp_path / "nowhere.jsonl"))
