@@ -17,7 +17,7 @@ from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, str
 from safety_neurons.detectors.sublayers import Shown, columns, under, watching
 from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
 from safety_neurons.detectors.text import Span, text_config, texts
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.attention import AttentionPlan
 from safety_neurons.model.parts import LayerAnatomy
@@ -89,9 +89,10 @@ def find_importance_contrast(
     config = {"compare": compare} | text_config(positions, generate_with, max_new_tokens, completions) | searched(sites, layers)
     stream = Stream(checkpoint, stream_key("importance-contrast", (base, aligned), prompts, config, selection, batch_size))
     options: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "progress": progress}
+    comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
+    comparison.check()
     with comparing(base, aligned):
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
-        comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
         notes = list(text.notes)
         values, votes = comparison.run(text.spans, selection=selection, notes=notes, **options)
     return finish(
@@ -141,6 +142,14 @@ class Comparison:
     def wanted(self, layer: LayerAnatomy, among: Sequence[str]) -> tuple[str, ...]:
         """The searched sites of a sub-layer."""
         return tuple(site for site in among if f"layers.{layer.index}.{site}" in self.sizes)
+
+    def check(self) -> None:
+        """Raise an error that names the first searched site for which the comparison is not defined."""
+        for key in self.sizes:
+            if parse_key(key).expert is not None or parse_key(key).shared:
+                raise UnsupportedModelError(
+                    f"{key}: importance-contrast is defined for attention and dense feed-forward parts only; use --sites q,k,v,o here"
+                )
 
     def run(self, spans: Sequence[Span], *, stream: Stream, selection: Selection, **options: Any) -> tuple[dict[str, np.ndarray], Any]:
         """Mean over prompts of the scores, and the votes; the options are those of `fold`."""

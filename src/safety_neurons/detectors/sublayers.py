@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionCapture
 from safety_neurons.model.hooks import around, reading
@@ -53,9 +52,6 @@ def watching(lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handl
         layers: which layers.
         attention: gets the layer and what its attention showed; None where attention is not wanted.
         mlp: the same for the dense feed-forward part.
-
-    Raises:
-        UnsupportedModelError: a wanted feed-forward part has routed experts.
     """
     readers: dict[str, Callable[[Any], None]] = {}
     with ExitStack() as stack:
@@ -64,13 +60,7 @@ def watching(lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handl
                 watch = _Watch(layer, layer.attention, "o", attention)
                 stack.enter_context(watch.on({layer.attention.module: watch.keep_arguments}))
                 readers.update(watch.readers())
-            if mlp is None:
-                continue
-            if layer.experts is not None or layer.shared is not None:
-                raise UnsupportedModelError(
-                    f"layers.{layer.index}.experts: comparing parameters is defined for dense feed-forward parts only; use --sites q,k,v,o"
-                )
-            if layer.mlp is not None:
+            if mlp is not None and layer.mlp is not None:
                 watch = _Watch(layer, layer.mlp, "down", mlp)
                 stack.enter_context(watch.on({}))
                 readers.update(watch.readers())

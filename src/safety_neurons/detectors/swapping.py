@@ -99,9 +99,9 @@ class AttentionPart:
         """Against the other model's parameters, whose activations on the same input are given; a v row is swapped with its o columns."""
         states, scorer, found = self.states, self.scorer, {}
         if "q" in sites:
-            found["q"] = scorer.scores("q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:])))
+            found["q"] = _moved(scorer, "q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:])))
         if "k" in sites:
-            found["k"] = scorer.scores("k", states.k - k.to(states.k).unflatten(-1, states.k.shape[1:]))
+            found["k"] = _moved(scorer, "k", states.k - k.to(states.k).unflatten(-1, states.k.shape[1:]))
         if "v" in sites or "o" in sites:
             theirs = v.to(states.v).unflatten(-1, states.v.shape[1:])
             unit = columns.norms_of(self._passed(states.v - theirs), self._passed(theirs))
@@ -113,6 +113,12 @@ class AttentionPart:
         """What the heads of each group pass on of a value, at the counted positions."""
         probabilities = self.states.probabilities[:, self.counted].unflatten(0, (values.shape[1], -1))
         return torch.einsum("grmn,ngd->mgdr", probabilities, values).flatten(1, 2)
+
+
+def _moved(scorer: AttentionScorer, site: str, delta: Float[Tensor, "token head dim"]) -> Float[Tensor, " neuron"]:
+    """Scores of rows that put out `delta` less; exactly 0 where nothing moves, and not computed where nothing moves at all."""
+    moves = delta.flatten(1).ne(0).any(0)
+    return scorer.scores(site, delta).masked_fill(~moves, 0.0) if bool(moves.any()) else delta.new_zeros(moves.shape)
 
 
 @dataclass(frozen=True)
