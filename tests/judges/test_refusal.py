@@ -4,6 +4,7 @@ import pytest
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import JUDGES, judge_refusal
+from safety_neurons.prompts import prompts
 from safety_neurons.results import Completion, Completions
 
 REFUSALS = [
@@ -158,3 +159,20 @@ def test_the_wording_judge_agrees_with_human_labels_better_than_prefixes_do(shar
     assert agree["wording"] >= 430
     assert agree["prefix"] >= 400
     assert agree["wording"] > agree["prefix"]
+
+
+@pytest.mark.parametrize("name", ["refusals", "refusals-test"])
+@pytest.mark.parametrize("language", ["en", "de", "es", "fr", "zh"])
+def test_every_built_in_refusal_is_recognised(name, language):
+    completions = [Completion(prompt.id, prompt.text, prompt.answer) for prompt in prompts(f"builtin:{name}/{language}")]
+    verdicts = judge_refusal(completions).verdicts
+    missed = [item.completion for item, found in zip(completions, verdicts, strict=True) if not found.refused]
+    assert not missed, missed[:5]
+
+
+@pytest.mark.parametrize("language", ["en", "de", "es", "fr", "zh"])
+def test_no_general_sentence_is_taken_for_a_refusal(language):
+    completions = [Completion(prompt.id, "", prompt.text) for prompt in prompts(f"builtin:general/{language}")]
+    verdicts = judge_refusal(completions).verdicts
+    taken = [item.completion for item, found in zip(completions, verdicts, strict=True) if found.refused]
+    assert not taken, taken[:5]
