@@ -355,3 +355,15 @@ def test_a_pair_can_be_patched_both_ways_one_after_the_other(batch: tuple[torch.
         expected = greedy(lambda ids, mask: patched_logits(ones, others, neurons, ids, mask), *batch, 3)  # noqa: B023
         with patched(one, other, neurons):
             assert_same(generated(one, *batch, 3), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_teacher_forced_losses_under_all_neurons_are_the_donors(shared: bool) -> None:
+    views = shared_pair("ia3-down")
+    base, donor = views if shared else (alone(views[0]), alone(views[1]))
+    texts = [random_ids((9,), seed=1).tolist(), random_ids((4,), seed=2).tolist()]
+    expected, plain = donor.token_losses(texts), base.token_losses(texts)
+    with patched(base, donor, some(base, 1.0, sites=("down",))):
+        losses = base.token_losses(texts)
+    assert losses.total == pytest.approx(expected.total, abs=1e-4)
+    assert losses.total != pytest.approx(plain.total, abs=1e-2)

@@ -27,9 +27,9 @@ class FollowedCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " row"]) -> None:
         """Reorders the rows of both histories: beam search."""
-        super().reorder_cache(self._both(beam_idx))
+        super().reorder_cache(self._both(beam_idx))  # type: ignore[arg-type]
         if self.twin is not None:
-            self.twin.reorder_cache(beam_idx)
+            self.twin.reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Int[Tensor, " row"]) -> None:
         """Keeps some rows of both histories."""
@@ -126,7 +126,7 @@ class Follower:
         for reference in self._caches:
             cache = reference()
             if cache is not None:
-                cache.__class__ = DynamicCache
+                cache.__class__ = DynamicCache  # type: ignore[assignment]
                 del cache.follower, cache.twin
         self._caches.clear()
 
