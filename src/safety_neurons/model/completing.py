@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -55,7 +55,7 @@ class Answer:
     """Token ids generated for one sequence, EOS excluded, and why they end (`stop` or `length`)."""
 
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: in
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
             stack.enter_context(seeded(lm.device, decoding.seed, number))
-        output = lm.model.generate(  # type: ignore[operator]
+        output = lm.model.generate(
             input_ids=input_ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings, **passed
         )
     ids = getattr(output, "sequences", output)

@@ -331,5 +331,5 @@ def as_prompts(prompts: Texts) -> Prompts:
         return Prompts.from_list([prompts])
     if isinstance(prompts, Prompt):
         return Prompts([prompts])
-    items = [item if isinstance(item, Prompt) else Prompt(id=str(number), text=item) for number, item in enumerate(prompts)]
-    return Prompts(items)
+    items: Sequence[Any] = prompts
+    return Prompts(item if isinstance(item, Prompt) else Prompt(id=str(number), text=item) for number, item in enumerate(items))

@@ -103,7 +103,7 @@ def token_losses(
         notes: Gets a line for what had to be said.
     """
     words = [text for text in texts if isinstance(text, str)]
-    sequences = lm.encode_texts(words) if words else [list(ids) for ids in texts]
+    sequences = lm.encode_texts(words) if words else [[int(token) for token in ids] for ids in texts]
     usable = [number for number, ids in enumerate(sequences) if len(ids) > 1]
     values = token_log_probabilities(lm, [sequences[number] for number in usable], batch_size=batch_size, progress=progress, notes=notes)
     totals, counts = [0.0] * len(sequences), [0] * len(sequences)

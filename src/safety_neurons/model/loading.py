@@ -125,7 +125,7 @@ def load(
         UsageError: A malformed spec, an unknown dtype, or adapters of several types.
     """
     options = _Options(device, dtype, offline, trust_remote_code, merge_adapters, from_pretrained)
-    view = {"template": template, "system": system, "template_args": template_args}
+    view: dict[str, Any] = {"template": template, "system": system, "template_args": template_args}
     parsed = parse_spec(spec)
     folders = _folders(parsed, options)
     configs = [adapter_config(folder) for folder in folders[1:]]
@@ -155,7 +155,7 @@ def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -
         ModelError: As for `load`.
     """
     specs = parse_spec(base_spec), parse_spec(aligned_spec)
-    view = {name: options.pop(name) for name in ("template", "system", "template_args") if name in options}
+    view: dict[str, Any] = {name: options.pop(name) for name in ("template", "system", "template_args") if name in options}
     settings = _options(options)
     found = [_folders(spec, settings) for spec in specs]
     kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
@@ -217,9 +217,9 @@ def check_finite(model: nn.Module) -> None:
 
 def _options(options: dict[str, Any]) -> _Options:
     left = dict(options)
-    known = {name: left.pop(name, default) for name, default in (("device", None), ("dtype", None))}
-    flags = {name: bool(left.pop(name, False)) for name in ("offline", "trust_remote_code", "merge_adapters")}
-    return _Options(**known, **flags, others=left)
+    device, dtype = left.pop("device", None), left.pop("dtype", None)
+    offline, trusted, merged = (bool(left.pop(name, False)) for name in ("offline", "trust_remote_code", "merge_adapters"))
+    return _Options(device, dtype, offline, trusted, merged, left)
 
 
 def _view(
@@ -291,7 +291,7 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
     arguments = _arguments(options)
     try:
         with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=_dtype(options.dtype),
                 use_safetensors=True,
@@ -302,6 +302,7 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)})") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")
     if wrong := list(info.get("mismatched_keys") or ()):
