@@ -1,6 +1,7 @@
 """Attribution patching: what overwriting each neuron with the aligned model's activation would do to the score, to first order."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -81,7 +82,7 @@ def find_attribution_patching(
         models=(base.name, aligned.name),
         selection=selection,
         votes=votes,
-        prompts_sha256=prompts.sha256,
+        prompts=prompts,
         config=config,
         counts=counts,
         notes=notes,
@@ -100,11 +101,11 @@ def patching_gradients(
     """The function that gives each row's gradients, averaged over the mask values."""
 
     def gradients(batch: Batch, rows: Sequence[Scored]) -> dict[str, Tensor]:
-        donors: dict[str, Tensor] = {}
+        donors: dict[str, Any] = {}
 
-        def keep(key: str) -> Callable[[Tensor], None]:
-            def reader(values: Tensor) -> None:
-                donors[key] = values.detach().clone()
+        def keep(key: str) -> Callable[[Any], None]:
+            def reader(values: Any) -> None:
+                donors[key] = values.detach().clone() if isinstance(values, Tensor) else replace(values, values=values.values.clone())
 
             return reader
 

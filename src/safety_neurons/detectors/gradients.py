@@ -7,6 +7,7 @@ donor, and the derivative of the score with respect to m_k, summed over all toke
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, to_numpy
 from safety_neurons.model import LanguageModel, hooks
+from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.passes import Batch, BatchSize, collate, forward
 from safety_neurons.neurons import Selection, Votes
 
@@ -64,7 +66,7 @@ def mask_gradients(
     sizes: Mapping[str, int],
     *,
     mask: float,
-    donors: Mapping[str, Float[Tensor, "batch token neuron"]] | None = None,
+    donors: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
     """One forward and one backward pass: derivative of each row's score with respect to that row's mask, all entries at `mask`.
 
@@ -77,7 +79,7 @@ def mask_gradients(
         rows: what is scored.
         sizes: neurons of every site key.
         mask: value of all mask entries.
-        donors: activations to move towards, on the same tokens.
+        donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per routed token for an expert).
 
     Returns:
         Gradients per row, and the rows' scores.
@@ -85,22 +87,35 @@ def mask_gradients(
     widest = torch.float64 if lm.dtype == torch.float64 else torch.float32
     masks = {key: torch.full((len(rows), size), mask, dtype=widest, device=batch.input_ids.device) for key, size in sizes.items()}
 
-    def edit(key: str) -> Callable[[Tensor], Tensor]:
-        def editor(activation: Tensor) -> Tensor:
-            masks[key] = masks[key].to(activation.device).requires_grad_()
-            wide = activation.to(widest)
-            share = masks[key][:, None, :]
+    def edit(key: str) -> Callable[[Any], Tensor]:
+        def editor(activation: Any) -> Tensor:
+            values = activation if isinstance(activation, Tensor) else activation.values
+            masks[key] = masks[key].to(values.device).requires_grad_()
+            routed = not isinstance(activation, Tensor)
+            share = masks[key][activation.token_index // batch.width] if routed else masks[key][:, None, :]
+            wide = values.to(widest)
             if donors is None:
-                return (wide * share).to(activation.dtype)
-            donor = donors[key].to(activation.device, widest)
-            return (wide + share * (donor - wide)).to(activation.dtype)
+                return (wide * share).to(values.dtype)
+            donor = matched(donors[key], activation, wide) if routed else donors[key].to(wide)
+            return (wide + share * (donor - wide)).to(values.dtype)
 
         return editor
 
     with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}):
         scores = score_rows(forward(lm.model, batch, with_logits=True), batch, rows)
-        gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes])
-    return dict(zip(sizes, gradients, strict=True)), scores.detach()
+        # An expert that no token was sent to is not in the graph.
+        gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes], allow_unused=True)
+    found = {key: masks[key].new_zeros(masks[key].shape) if slope is None else slope for key, slope in zip(sizes, gradients, strict=True)}
+    return found, scores.detach()
+
+
+def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron"]) -> Float[Tensor, "row neuron"]:
+    """The donor's activations of one expert in the order of `rows`; a token that the donor sent elsewhere keeps its own (`wide`)."""
+    if len(donor) == 0 or len(rows) == 0:
+        return wide
+    tokens, order = donor.token_index.to(wide.device).sort()
+    place = torch.searchsorted(tokens, rows.token_index).clamp(max=len(tokens) - 1)
+    return torch.where((tokens[place] == rows.token_index)[:, None], donor.values.to(wide)[order[place]], wide)
 
 
 def attribute(
