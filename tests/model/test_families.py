@@ -162,7 +162,9 @@ def test_right_padding_changes_no_activation(anatomy: Anatomy) -> None:
         anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, length in enumerate(lengths):
         alone: dict[str, Tensor] = {}
-        with reading(anatomy, {key: (lambda values, key=key: alone.__setitem__(key, values.clone())) for key in anatomy.places}):
+        with reading(
+            anatomy, {key: (lambda values, key=key, alone=alone: alone.__setitem__(key, values.clone())) for key in anatomy.places}
+        ):
             logits(anatomy, ids[row : row + 1, :length])
         for key in anatomy.places:
             torch.testing.assert_close(together[key][row, :length], alone[key][0], rtol=0, atol=1e-5)

@@ -3,9 +3,9 @@
 import peft
 import pytest
 import torch
-from families import build, random_ids
 from torch import Tensor, nn
 
+from families import build, random_ids
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.anatomy import prove, resolve
 from safety_neurons.model.hooks import editing, reading

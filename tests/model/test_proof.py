@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import build, random_ids
 from torch import nn
 
+from families import build, random_ids
 from safety_neurons.errors import NumericalError, UnsupportedModelError
 from safety_neurons.model.anatomy import Anatomy, prove, resolve
 from safety_neurons.model.layouts import Layout, split_qkv
