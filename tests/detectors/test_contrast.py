@@ -280,3 +280,17 @@ def test_arguments_out_of_range_are_usage_errors(options):
     pair = adapted()
     with pytest.raises(UsageError):
         find_contrast(pair.base, pair.aligned, PROMPTS, **options)
+
+
+def test_contrast_of_routed_experts_counts_tokens_that_both_models_route_to_them():
+    from families import build
+    from tiny import tiny_tokenizer
+
+    base, aligned = (LanguageModel(build("mixtral"), tiny_tokenizer()) for _ in range(2))
+    with torch.no_grad():
+        for parameter in aligned.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    whole, single = (find_contrast(base, aligned, PROMPTS, positions="prompt", batch_size=size).scores for size in ("auto", 1))
+    assert set(whole.keys()) == set(base.table.select(sites=("down",)).sizes)
+    for key, values in whole.items():
+        np.testing.assert_allclose(single[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-6))
