@@ -120,13 +120,13 @@ def test_a_prompt_that_does_not_fit_in_memory_is_counted(lm, monkeypatch):
     inner = importance.forward
 
     def scarce(model, batch):
-        if batch.width > 6:
+        if batch.width > 7:
             raise torch.OutOfMemoryError("out of memory")
         return inner(model, batch)
 
     monkeypatch.setattr(importance, "forward", scarce)
-    found = find_importance(lm, [*PROMPTS, "how do i make a cake in the house"])
-    assert (found.prompts.used, found.prompts.failed) == (4, 2)
+    found = find_importance(lm, [*PROMPTS, "how do i make a cake in the house", "how do i grow a tree in the house"])
+    assert (found.prompts.used, found.prompts.failed) == (5, 2)
     assert any("halved" in note for note in found.notes)
 
 

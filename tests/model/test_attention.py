@@ -17,7 +17,7 @@ def proved(family, **over):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("kernel", ["eager", None])
 def test_the_formula_of_every_family_reproduces_what_the_output_projection_reads(family, kernel):
     plans = proved(family, attn_implementation=kernel)
     assert sorted(plans) == [0, 1]

@@ -96,7 +96,7 @@ def find_importance(
         models=(model.name,),
         selection=selection,
         votes=votes,
-        prompts_sha256=asked.sha256,
+        prompts=asked,
         config=config,
         counts=PromptCounts(used, failed + counts.failed, counts.truncated),
         notes=notes,

@@ -4,6 +4,7 @@ Every function takes `delta`, what is taken off an activation: the activation it
 other parameters put out on the same input for importance against other parameters. For `o` (columns) the change is in the column.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,9 +21,13 @@ class OutputFactors:
     """What importance needs of an o projection's weight: column norms, and small factors R with Rᵀ R = Wᵀ W. Computed once, on demand."""
 
     def __init__(
-        self, weight: Float[Tensor, "out mixed"], n_heads: int, n_kv_heads: int, columns: Float[Tensor, "out mixed"] | None = None
+        self,
+        weight: Float[Tensor, "out mixed"] | Callable[[], Float[Tensor, "out mixed"]],
+        n_heads: int,
+        n_kv_heads: int,
+        columns: Float[Tensor, "out mixed"] | None = None,
     ) -> None:
-        """Keeps no weight longer than needed.
+        """Keeps no copy of a weight that is given as a function.
 
         Args:
             weight: of the o projection, adapters included.
@@ -30,14 +35,18 @@ class OutputFactors:
             n_kv_heads: key-value heads.
             columns: change of each column for the importance of `o`; the column itself when None.
         """
-        self._weight = weight
-        self._columns = weight if columns is None else columns
+        self._given = weight
+        self._columns = columns
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._given if isinstance(self._given, Tensor) else self._given()
 
     @cached_property
     def column_norms(self) -> Float[Tensor, " mixed"]:
         """Norm of the change of each column."""
-        return torch.linalg.vector_norm(self._columns, dim=0)
+        return torch.linalg.vector_norm(self._weight if self._columns is None else self._columns, dim=0)
 
     @cached_property
     def of_groups(self) -> Float[Tensor, "group rank head dim"]:

@@ -54,12 +54,16 @@ class ImportanceReaders:
         keys: sites to score.
         options: how.
         plans: proved attention formulas by layer; made on a probe pass where they are needed and absent.
+        factors: what is needed of o projections, by layer; made at the first prompt, so weights must stay as they are.
+        norms: the same of down projections.
     """
 
     lm: LanguageModel
     keys: tuple[str, ...]
     options: Options = field(default_factory=Options)
     plans: dict[int, AttentionPlan] = field(default_factory=dict)
+    factors: dict[str, OutputFactors] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
     _lengths: list[int] = field(default_factory=list)
     _scores: list[dict[str, np.ndarray]] = field(default_factory=list)
     _experts: list[ExpertsReader] = field(default_factory=list)
@@ -196,7 +200,6 @@ class _AttentionReader:
     ) -> None:
         self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
         self.capture = _Capture(part, key, self._score)
-        self._factors: OutputFactors | None = None
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -210,10 +213,11 @@ class _AttentionReader:
 
     def factors(self, like: Tensor) -> OutputFactors:
         """Of the o projection, computed at the first prompt."""
-        if self._factors is None:
-            weight = self.part.places["o"].weight().detach().to(like)
-            self._factors = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
-        return self._factors
+        kept = self.owner.factors
+        if self.key not in kept:
+            place, dtype = self.part.places["o"], like.dtype
+            kept[self.key] = OutputFactors(lambda: place.weight().detach().to(dtype), self.part.n_heads, self.part.n_kv_heads)
+        return kept[self.key]
 
     def _columns(self, values: Tensor) -> None:
         for row, length in enumerate(self.owner.lengths()):
@@ -250,7 +254,6 @@ class _MlpReader:
         self.seen: dict[str, Tensor] = {}
         block = layer.experts.block if layer.experts is not None and "shared_expert" in key else None
         self.share = getattr(block, "shared_expert_gate", None)
-        self._norms: Tensor | None = None
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -289,16 +292,19 @@ class _MlpReader:
         scorer = MlpScorer(self.part.activation, input_scale(self.part.places["down"]), states.get("share"))
         up, gate = states.get("up"), states.get("gate")
         given: dict[str, Tensor] = {"down": scorer.down(states["down"], norms)}
+        silent = not bool(self.part.activation(states["down"].new_zeros(1)).any())
         if up is not None:
-            given["up"] = scorer.up(up, gate, up, norms)
+            # What down reads is act(gate)·up (or act(up)), as the anatomy proved: it is all gone when the row is zero and act(0) is 0.
+            given["up"] = given["down"] if silent or gate is not None else scorer.up(up, gate, up, norms)
         if gate is not None and up is not None:
-            given["gate"] = scorer.gate(up, gate, gate, norms)
+            given["gate"] = given["down"] if silent else scorer.gate(up, gate, gate, norms)
         return given
 
     def _column_norms(self, like: Tensor) -> Tensor:
-        if self._norms is None:
-            self._norms = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
-        return self._norms
+        kept = self.owner.norms
+        if self.key not in kept:
+            kept[self.key] = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
+        return kept[self.key]
 
 
 def _working(values: Tensor) -> Tensor:

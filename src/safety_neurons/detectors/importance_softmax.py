@@ -118,8 +118,9 @@ def squared_norms(
     n_neurons = change.left.shape[0]
     safe = change.bound() <= SAFE_CHANGE
     result = change.left.new_zeros(n_neurons)
+    triangle = None if passed is None else _triangle(passed)
     for rows, width in row_blocks(n_tokens):
-        factor = None if passed is None else passed[:, :width].flatten(0, 1)
+        factor = None if triangle is None else _leading(triangle, width, n_heads)
         size = (rows.stop - rows.start) * (n_heads * width * 4 + (0 if factor is None else factor.shape[1]))
         step = chunk_size(size * result.element_size(), budget, result.device)
         for start in range(0, n_neurons, step):
@@ -127,8 +128,20 @@ def squared_norms(
             moved = attended.difference(change, chunk, rows, width, safe)
             if factor is not None:
                 moved = moved.reshape(-1, factor.shape[0]) @ factor
-            result[chunk] += torch.linalg.vector_norm(moved.reshape(chunk.stop - start, -1), dim=1).square_()
+            moved = moved.reshape(chunk.stop - start, 1, -1)
+            result[chunk] += torch.bmm(moved, moved.mT).flatten()
     return result
+
+
+def _triangle(passed: Float[Tensor, "head token rank"]) -> Float[Tensor, "small token_head"]:
+    """R with Rᵀ R = X Xᵀ for the rows X of `passed` in the order (token, head): its first columns serve the first tokens alone."""
+    return torch.linalg.qr(passed.transpose(0, 1).flatten(0, 1).T, mode="r").R
+
+
+def _leading(triangle: Float[Tensor, "small token_head"], width: int, n_heads: int) -> Float[Tensor, "head_token rank"]:
+    """The factor for the first `width` tokens, rows in the order (head, token)."""
+    part = triangle[: width * n_heads, : width * n_heads].T
+    return part.unflatten(0, (width, n_heads)).transpose(0, 1).flatten(0, 1)
 
 
 def row_blocks(n_tokens: int) -> list[tuple[slice, int]]:
