@@ -253,8 +253,7 @@ class LanguageModel:
     ) -> Completions:
         """Answers prompts through `self.model.generate`, so that interventions on the model act.
 
-        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count. Batch size and padding do not change greedy
-        answers in float32.
+        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in float32.
 
         Args:
             prompts: Prompts, or plain texts.
@@ -275,8 +274,7 @@ class LanguageModel:
             One completion a prompt, in the order of the prompts; token ids as generated, EOS excluded.
 
         Raises:
-            UsageError: Decoding arguments that cannot be followed.
-            ModelError: No tokenizer, or one prompt alone does not fit in memory.
+            ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
         """
         from safety_neurons.model.completing import Answer, Decoding, generate
 

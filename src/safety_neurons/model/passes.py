@@ -262,8 +262,7 @@ def run_batches(
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
 
-    Hooks that read activations are the caller's, put on around this call. A batch that does not fit in memory is fed again in halves;
-    so readers must keep what they read apart until `per_batch` takes it over, and drop it in `before`.
+    Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what `per_batch` did not take.
 
     Args:
         lm: The model; its adapters are made the active ones meanwhile.
@@ -284,8 +283,7 @@ def run_batches(
         What `per_batch` returned, in order (a halved batch gives several).
 
     Raises:
-        InputError: An empty sequence or a batch size below one.
-        ModelError: One sequence alone does not fit in memory.
+        ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
     """
     groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget))
     halving = Halving()
