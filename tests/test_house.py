@@ -18,7 +18,8 @@ FLOORS = [
     {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},
     {"studies"},
     {"analysis", "report"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 READERS, WORKERS = FLOORS[5], FLOORS[2] | FLOORS[3] | FLOORS[4]
 FLOOR = {box: level for level, boxes in enumerate(FLOORS) for box in boxes}
@@ -40,7 +41,7 @@ def imports(tree: ast.AST) -> set[str]:
             seen.add("a relative import")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safety_neurons":
             parts = (node.module or "").split(".")
-            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__"}
         elif isinstance(node, ast.Import):
             seen |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("safety_neurons.")}
     return seen

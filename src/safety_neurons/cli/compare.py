@@ -75,7 +75,7 @@ def show(result: dict[str, Any]) -> None:
             row["method"],
             row["n_neurons"],
             *([row["recall"]] if known else []),
-            effect(row["causal_effect"]),
+            row["causal_effect"],
             row["harmful_refused"],
             row["harmless_refused"],
             row["seconds"],

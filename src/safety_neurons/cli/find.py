@@ -167,7 +167,7 @@ def importance_contrast(
     layers: Layers = None,
     subtract: Subtract = None,
     compare: Annotated[str, typer.Option(help="swap, absolute, relative or same-input.")] = "swap",
-    positions: Positions = "completion",
+    positions: Positions = "prompt",
     generate_with: GenerateWith = "base",
     max_new_tokens: MaxNewTokens = 128,
     dry_run: DryRun = False,

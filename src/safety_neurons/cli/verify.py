@@ -140,7 +140,7 @@ def show(result: dict[str, Any]) -> None:
     )
     if len(result["sizes"]) > 1:
         sweep = [
-            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], effect(p["causal_effect"])] for p in result["sizes"]
+            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], p["causal_effect"]] for p in result["sizes"]
         ]
         console.print_table("\nSweep", ["size", "neurons", "harmful refused", "causal effect"], sweep)
     print_effect(result)

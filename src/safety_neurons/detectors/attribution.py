@@ -87,7 +87,7 @@ def find_attribution(
         models=(model.name,),
         selection=selection,
         votes=votes,
-        prompts_sha256=prompts.sha256,
+        prompts=prompts,
         config=config,
         counts=PromptCounts(len(units), 0, sum(row.truncated for row in encoded)),
         notes=notes,

@@ -8,6 +8,7 @@ import numpy as np
 from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.errors import NumericalError
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
+from safety_neurons.prompts import Prompts
 
 
 class Choice(TypedDict, total=False):
@@ -45,7 +46,7 @@ def finish(
     models: Iterable[str],
     selection: Selection,
     votes: Votes | None = None,
-    prompts_sha256: str = "",
+    prompts: Prompts | None = None,
     config: Mapping[str, Any] | None = None,
     counts: PromptCounts,
     notes: Iterable[str] = (),
@@ -60,7 +61,7 @@ def finish(
         models: names of the models.
         selection: acts on the scores, or, with an agreement, on the votes.
         votes: of the prompts; only with an agreement.
-        prompts_sha256: hash of the prompt list.
+        prompts: those it was found on; their hashes are kept, so that verify can count overlap.
         config: the detector's options.
         counts: prompts used, failed, truncated.
         notes: warnings so far.
@@ -74,8 +75,8 @@ def finish(
         "method": method,
         "models": tuple(models),
         "model_fingerprint": table.fingerprint,
-        "prompts_sha256": prompts_sha256,
-        "config": {**(config or {}), "selection": selection.config()},
+        "prompts_sha256": prompts.sha256 if prompts is not None else "",
+        "config": {**(config or {}), "selection": selection.config(), "prompt_digests": prompts.digests if prompts is not None else []},
     }
     scores = Scores(checked_scores(values), table, Provenance(kind="scores", **origin))
     if votes is None:

@@ -102,7 +102,9 @@ def mask_gradients(
         return editor
 
     with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}):
-        scores = score_rows(forward(lm.model, batch, with_logits=True), batch, rows)
+        logits = forward(lm.model, batch, with_logits=True)
+        assert logits is not None
+        scores = score_rows(logits, batch, rows)
         # An expert that no token was sent to is not in the graph.
         gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes], allow_unused=True)
     found = {key: masks[key].new_zeros(masks[key].shape) if slope is None else slope for key, slope in zip(sizes, gradients, strict=True)}

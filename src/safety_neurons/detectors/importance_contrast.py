@@ -102,7 +102,7 @@ def find_importance_contrast(
         models=(base.name, aligned.name),
         selection=selection,
         votes=votes,
-        prompts_sha256=prompts.sha256,
+        prompts=prompts,
         config={**config, "tokens": text.n_tokens},
         counts=text.counts,
         notes=notes,

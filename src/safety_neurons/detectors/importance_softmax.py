@@ -13,6 +13,8 @@ from torch import Tensor
 
 SAFE_CHANGE = 25.0
 """Changes of a logit up to this size cannot overflow the ratio form, in float32 either."""
+FLOOR = -60.0
+"""Logarithm of a probability that counts as none."""
 _CPU_CHUNK = 2**22
 
 
@@ -76,21 +78,29 @@ class Attended:
         """Exactly 0 where a key is hidden."""
         return self.log_probabilities.exp()
 
+    @cached_property
+    def floored(self) -> tuple[Float[Tensor, "token head token"], Float[Tensor, "token head token"]]:
+        """Logarithms that are nowhere below `FLOOR`, where vectorised exponentials are several times slower, and their exponentials."""
+        logarithms = self.log_probabilities.clamp(min=FLOOR)
+        return logarithms, logarithms.exp()
+
     def difference(self, change: LogitChange, chunk: slice, rows: slice, width: int, safe: bool) -> Float[Tensor, "neuron token head key"]:
-        """New minus old probabilities of a block."""
-        before = self.log_probabilities[rows, :, :width]
+        """New minus old probabilities of a block; exactly 0 where nothing changes or one key alone is seen."""
         sink = None if self.sink is None else self.sink[rows]
         if safe and self.softcap is None:
+            before, old = (part[rows, :, :width] for part in self.floored)
             weights = change.block(chunk, rows, width, before).exp_()
         else:
+            before, old = self.log_probabilities[rows, :, :width], self.probabilities[rows, :, :width]
             weights = self._step(change, chunk, rows, width).add_(before)
             top = weights.amax(-1, keepdim=True)
             top = (top if sink is None else torch.maximum(top, sink.log())).clamp(min=torch.finfo(top.dtype).min)
             weights = weights.sub_(top).exp_()
             sink = None if sink is None else sink * (-top).exp()
-        total = weights.sum(-1, keepdim=True)
-        total = total if sink is None else total + sink
-        return torch.addcdiv(-self.probabilities[rows, :, :width], weights, total, out=weights)
+        total, whole = weights.sum(-1, keepdim=True), old.sum(-1, keepdim=True)
+        if sink is not None and self.sink is not None:
+            total, whole = total + sink, whole + self.sink[rows]
+        return torch.addcdiv(-old, weights, total / whole, out=weights)
 
     def _step(self, change: LogitChange, chunk: slice, rows: slice, width: int) -> Tensor:
         step = change.block(chunk, rows, width)
@@ -128,8 +138,7 @@ def squared_norms(
             moved = attended.difference(change, chunk, rows, width, safe)
             if factor is not None:
                 moved = moved.reshape(-1, factor.shape[0]) @ factor
-            moved = moved.reshape(chunk.stop - start, 1, -1)
-            result[chunk] += torch.bmm(moved, moved.mT).flatten()
+            result[chunk] += torch.linalg.vector_norm(moved.reshape(chunk.stop - start, -1), dim=1).square_()
     return result
 
 

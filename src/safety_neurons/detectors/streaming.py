@@ -140,8 +140,9 @@ def fold(
             continue
         for part in halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), reduce):
             _merge(stream, part)
-            for scores in part.scores if votes is not None and selection is not None else ():
-                votes.add(selection.choose(scores))
+            if votes is not None and selection is not None:
+                for scores in part.scores:
+                    votes.add(selection.choose(scores))
         if votes is not None:
             stream.put("votes", votes.state())
         stream.state["batches"] = number + 1

@@ -179,7 +179,8 @@ def texts(
     elif wanted:
         answers = list(generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress))
     encoded = writer.encode(prompts, reserve=room)
-    spans = [span(row.prompt_id, row.ids, answer, positions) for row, answer in zip(encoded, answers, strict=True) if answer or not wanted]
+    paired = zip(encoded, answers, strict=True)
+    spans = [span(row.prompt_id, row.ids, answer or (), positions) for row, answer in paired if answer or not wanted]
     spans = [one for one in spans if one.n_tokens > 0]
     missing = sum(answer is None for answer in answers)
     empty = len(encoded) - len(spans) - missing
@@ -188,4 +189,5 @@ def texts(
     notes = [f"{missing} prompts have no completion in the file given"] if missing else []
     notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []
     truncated = sum(row.truncated for row in encoded)
+    notes += [f"{truncated} prompts are longer than the context and lost their middle"] if truncated else []
     return Texts(tuple(spans), PromptCounts(len(spans), len(encoded) - len(spans), truncated), tuple(notes))

@@ -29,18 +29,27 @@ from safety_neurons.studies.verification import MEASURE
 Method = Callable[..., Scores]
 
 
-def _pair_method(name: str, **fixed: Any) -> Method:
-    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **fixed, **options).scores
+def _pair_method(name: str, *, writes: bool = False) -> Method:
+    """A method on a pair; `writes` where it generates text, whose length is then the comparison's."""
+
+    def find(base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any], max_new_tokens: int) -> Scores:
+        length = {"max_new_tokens": max_new_tokens} if writes else {}
+        return getattr(detectors, name)(base, aligned, prompts, **options, **length).scores
+
+    return find
 
 
 def _aligned_method(name: str) -> Method:
-    return lambda _base, aligned, prompts, options: getattr(detectors, name)(aligned, prompts, **options).scores
+    def find(_base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any], _max_new_tokens: int) -> Scores:
+        return getattr(detectors, name)(aligned, prompts, **options).scores
+
+    return find
 
 
 METHODS: dict[str, Method] = {
     "importance": _aligned_method("find_importance"),
-    "importance-contrast": _pair_method("find_importance_contrast"),
-    "contrast": _pair_method("find_contrast"),
+    "importance-contrast": _pair_method("find_importance_contrast", writes=True),
+    "contrast": _pair_method("find_contrast", writes=True),
     "attribution": _aligned_method("find_attribution"),
     "attribution-patching": _pair_method("find_attribution_patching"),
     "weight-change": _pair_method("find_weight_change"),
@@ -166,7 +175,7 @@ def compare(
         if progress is not None:
             progress(f"find {name}")
         started = time.perf_counter()
-        scores = METHODS[name](base, aligned, find_prompts, {"sites": sites, "batch_size": batch_size})
+        scores = METHODS[name](base, aligned, find_prompts, {"sites": sites, "batch_size": batch_size}, max_new_tokens)
         seconds = time.perf_counter() - started
         if keep is not None:
             keep(name, scores)

@@ -14,6 +14,7 @@ from safety_neurons.detectors import find_importance
 from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, batches, forward
+from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import around, editing, reading
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompts import Prompts
@@ -183,7 +184,7 @@ def _ablated(model: LanguageModel, sequence: list[list[int]], key: str, index: i
     """Change of the sub-layer's output when one neuron is set to zero, by running the model twice."""
 
     def zeroed(activation: Any) -> Tensor:
-        values = getattr(activation, "values", activation).clone()
+        values = (activation.values if isinstance(activation, ExpertRows) else activation).clone()
         values[..., index] = 0
         return values
 

@@ -200,7 +200,7 @@ def _verify(
     treat: Any,
 ) -> Verification:
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
-    everything = NeuronSet.all(model.table.select(sites=sites))
+    everything = NeuronSet.all(model.table).only(sites=sites)
     points, notes = [], []
     for size, members in sets:
         arm = bench.measure(model, f"treated {len(members)}", treat(members))
