@@ -13,7 +13,7 @@ import importlib.resources
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from safety_neurons.errors import InputError
@@ -163,31 +163,22 @@ def concepts(kind: str, half: Half | None = None) -> tuple[Concept, ...]:
     return tuple(sorted(chosen, key=lambda concept: hashlib.sha256(repr(concept).encode()).hexdigest()))
 
 
-def harmful_and_matches(half: Half, count: int) -> tuple[list[Concept], list[Concept]]:
+@functools.cache
+def harmful_and_matches(half: Half, count: int) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """Harmful concepts and, line by line, a harmless one that shares words with each.
 
     Of five matches two look alike (same verb), one is friendly (same object), two are plain (same frame and context where the
     half has them).
     """
-    harmful = list(concepts("harmful", half)[:count])
+    harmful = concepts("harmful", half)[:count]
     used: set[Concept] = set()
-    matches = []
+    matches: list[Concept] = []
     for index, concept in enumerate(harmful):
         kind = ("look_alike", "plain", "friendly", "look_alike", "plain")[index % 5]
-        order = sorted(_pool(kind, half), key=lambda candidate: (_distance(concept, candidate), _rank(kind, half)[candidate]))
-        match = next(candidate for candidate in order if candidate not in used)
+        match = min((candidate for candidate in concepts(kind, half) if candidate not in used), key=functools.partial(_distance, concept))
         used.add(match)
         matches.append(match)
-    return harmful, matches
-
-
-def _pool(kind: str, half: Half) -> Sequence[Concept]:
-    return concepts(kind, half)
-
-
-@functools.cache
-def _rank(kind: str, half: Half) -> dict[Concept, int]:
-    return {concept: index for index, concept in enumerate(concepts(kind, half))}
+    return harmful, tuple(matches)
 
 
 def _distance(harmful: Concept, candidate: Concept) -> int:

@@ -107,10 +107,12 @@ def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -
     """
     base, base_losses = pretrain(recipe, seed, both_behaviours=True, progress=progress)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
-    model = get_peft_model(base, config, adapter_name="sft")
+    with quiet():
+        model = get_peft_model(base, config, adapter_name="sft")
     organism = Natural(model, {"base": base_losses})
     organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
-    model.add_adapter("dpo", config)
+    with quiet():
+        model.add_adapter("dpo", config)
     organism.losses["dpo"] = _train_dpo(organism, recipe, Sampler(seed + 2000, recipe.english_share), progress)
     model.requires_grad_(False)
     return organism

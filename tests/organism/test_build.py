@@ -1,0 +1,119 @@
+import dataclasses
+
+import pytest
+import safetensors.torch
+import torch
+
+from safety_neurons.errors import InputError, NumericalError, RunError
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.organism import Recipe, build
+from safety_neurons.organism import open as open_organism
+from safety_neurons.organism.train import train
+
+MICRO = Recipe(
+    name="micro",
+    kind="planted",
+    about="a test's own",
+    layers=2,
+    hidden=16,
+    d_ff=16,
+    heads=2,
+    kv_heads=1,
+    batch=4,
+    base_steps=3,
+    sft_steps=2,
+    dpo_steps=2,
+    plant_steps=2,
+    planted_mlp=4,
+    planted_attention=2,
+    planted_depth=2,
+    truth_orders=2,
+    truth_prompts=2,
+    measured_prompts=2,
+)
+
+
+def weights(folder):
+    return {path.relative_to(folder): safetensors.torch.load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return build(MICRO, seed=3, out=tmp_path_factory.mktemp("organisms") / "planted")
+
+
+def test_a_planted_organism_writes_every_file(planted):
+    names = {str(path.relative_to(planted.path)) for path in planted.path.rglob("*") if path.is_file()}
+    assert {"organism.json", "README.md", "planted.safetensors", "decoys.safetensors", "prompts/harmful-test.jsonl"} <= names
+    assert {"base/model.safetensors", "aligned/tokenizer.json", "prompts/general.de.jsonl", "prompts/task.jsonl"} <= names
+    assert not list(planted.path.parent.glob("*.partial"))
+
+
+def test_the_same_seed_builds_the_same_weights(planted, tmp_path):
+    torch.manual_seed(123)
+    again = build(MICRO, seed=3, out=tmp_path / "again")
+    first, second = weights(planted.path), weights(again.path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[path][name], second[path][name]) for path in first for name in first[path])
+    assert again.record["truth"] == planted.record["truth"]
+
+
+def test_building_leaves_the_random_state_of_the_caller_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build(dataclasses.replace(MICRO, kind="natural"), seed=0, out=tmp_path / "natural")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_silent_units_write_nothing_in_the_base(planted):
+    base = safetensors.torch.load_file(planted.path / "base" / "model.safetensors")
+    members = NeuronSet.load(planted.path / "planted.safetensors") | NeuronSet.load(planted.path / "decoys.safetensors")
+    for key, indices in members.items():
+        _, layer, site = key.split(".")
+        if site in ("o", "down"):
+            part = "self_attn" if site == "o" else "mlp"
+            assert not base[f"model.layers.{layer}.{part}.{site}_proj.weight"][:, indices].any()
+
+
+def test_planted_units_and_decoys_change_by_the_same_length_and_the_rest_by_little(planted):
+    base = safetensors.torch.load_file(planted.path / "base" / "model.safetensors")
+    aligned = safetensors.torch.load_file(planted.path / "aligned" / "model.safetensors")
+    sets = {name: NeuronSet.load(planted.path / f"{name}.safetensors") for name in ("planted", "decoys")}
+    for key in sets["planted"].keys():  # noqa: SIM118 - a NeuronSet iterates over neurons
+        _, layer, site = key.split(".")
+        part = "mlp" if site in ("gate", "up", "down") else "self_attn"
+        name = f"model.layers.{layer}.{part}.{site}_proj.weight"
+        change = (aligned[name] - base[name]).norm(dim=0 if site in ("o", "down") else 1)
+        touched = torch.zeros(len(change), dtype=torch.bool)
+        for members in sets.values():
+            touched[members[key]] = True
+        lengths = change[touched]
+        assert lengths.max() - lengths.min() < 1e-5 * lengths.max()
+        assert 0 < change[~touched].max() < 0.2 * lengths.min()
+
+
+def test_an_organism_opens_by_its_folder(planted):
+    opened = open_organism(planted.path)
+    assert opened.base == str(planted.path / "base")
+    assert opened.spec("planted").endswith("planted.safetensors")
+    with pytest.raises(InputError, match="base, aligned"):
+        opened.spec("nothing")
+
+
+def test_a_folder_in_use_is_not_overwritten(planted):
+    with pytest.raises(RunError, match="new or empty folder"):
+        build(MICRO, out=planted.path)
+
+
+def test_unknown_and_unbuilt_organisms_are_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="the recipes are"):
+        open_organism("nobody")
+    with pytest.raises(InputError, match=r"organism\.json"):
+        open_organism(tmp_path)
+
+
+def test_training_that_diverges_says_so():
+    weight = torch.zeros(1, requires_grad=True)
+    with pytest.raises(NumericalError, match="stage base"):
+        train([weight], lambda: (weight / 0).sum(), stage="base", steps=1, learning_rate=0.1)
