@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, MOE_FAMILIES, build, random_ids
+from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.anatomy import Anatomy, prove, resolve
 from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import editing, reading
@@ -189,9 +190,7 @@ def test_zeroing_an_expert_neuron_is_zeroing_its_weights(moe_family: str, implem
     model = build(moe_family, dtype=torch.float64)
     model.set_experts_implementation(implementation)
     if implementation == "eager" and moe_family != "gpt_oss":
-        from safety_neurons.errors import UnsupportedModelError
-
-        with pytest.raises(UnsupportedModelError, match=r"layers\.\d\.experts: .*set_experts_implementation"):
+        with pytest.raises(UnsupportedModelError, match=r"layers\.\d\.experts\S* .*set_experts_implementation"):
             prove(resolve(model))
         return
     anatomy = prove(resolve(model))

@@ -181,6 +181,16 @@ def test_experts_hooks_nest_and_come_off() -> None:
     assert torch.equal(run(anatomy), clean)
 
 
+def test_experts_whose_gate_step_is_bypassed_are_an_error() -> None:
+    anatomy = prove(resolve(build("mixtral")))
+    anatomy.model.set_experts_implementation("eager")
+    with (
+        pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts\.1\.down never came by"),
+        reading(anatomy, {"layers.0.experts.1.down": print}),
+    ):
+        run(anatomy)
+
+
 def test_an_empty_set_of_readers_puts_nothing_on(anatomy: Anatomy) -> None:
     with reading(anatomy, {}), editing(anatomy, {}):
         assert hooks_on(anatomy.model) == 0

@@ -111,13 +111,14 @@ class ExpertsAnatomy:
 
     def apply_gate(self, gate_up: Float[Tensor, "row fused"]) -> Float[Tensor, "row neuron"]:
         """The gate step itself: what the model makes of gate and up values, clamps and offsets included."""
-        return type(self.module)._apply_gate(self.module, gate_up)
+        kind: Any = type(self.module)
+        return kind._apply_gate(self.module, gate_up)
 
     def fuse(self, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"]) -> Float[Tensor, "row fused"]:
         """Gate and up values in the order in which the gate step takes them."""
         fused = gate.new_empty((*gate.shape[:-1], 2 * self.width))
         for site, values in (("gate", gate), ("up", up)):
-            fused[..., self.index[site]] = values  # type: ignore[index]
+            fused[..., self.index[site]] = values
         return fused
 
     def routing(self, chosen: Int[Tensor, "token choice"], weights: Float[Tensor, "token choice"]) -> Routing:

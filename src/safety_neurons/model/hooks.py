@@ -44,9 +44,11 @@ class Firings:
         """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a replaced kernel)."""
         silent = [key for key, count in self.counts.items() if count == 0]
         if silent and self.passes:
+            remedy = "switch off torch.compile, CUDA graphs and replaced kernels for this model"
+            if ".experts." in silent[0]:
+                remedy = "call model.set_experts_implementation('grouped_mm')"
             raise UnsupportedModelError(
-                f"{silent[0]} never came by in {self.passes} forward passes ({len(silent)} such sites), each was expected to; "
-                "switch off torch.compile, CUDA graphs and replaced kernels for this model"
+                f"{silent[0]} never came by in {self.passes} forward passes ({len(silent)} such sites), each was expected to; {remedy}"
             )
 
 
@@ -133,7 +135,7 @@ def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
     with ExitStack() as stack:
         for module, function in forwards.items():
             stack.callback(_put_back, module, "forward", module.__dict__.get("forward"))
-            module.forward = function  # type: ignore[method-assign]
+            module.forward = function
         yield
 
 
@@ -212,7 +214,7 @@ def _register(pairs: _Pairs, firings: Firings, edit: bool) -> Callable[[], None]
     return module.register_forward_hook(lambda _, __, output: act(output)).remove
 
 
-def _input_hook(act: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _input_hook(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
     return lambda _, args: (act(args[0]), *args[1:])
 
 
@@ -307,16 +309,16 @@ class _ExpertCall:
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the routing that the experts module is given."""
-        values = [*args, *kwargs.values()]
-        _, chosen, weights = values[:3]
-        self.routing, self.row = self.experts.routing(chosen, weights), 0
-        for functions in self.functions.values():
-            for key, _, _ in functions:
-                self.firings.counts[key] += 1
+        given = [*args, *kwargs.values()]
+        self.routing, self.row = self.experts.routing(given[1], given[2]), 0
 
     def step(self, gate_up: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
         """The gate step with readers or editors on both sides of it."""
         assert self.routing is not None
+        if self.row == 0:
+            for functions in self.functions.values():
+                for key, _expert, _function in functions:
+                    self.firings.counts[key] += 1
         rows = slice(self.row, self.row + gate_up.shape[0])
         self.row = rows.stop
         routing = Routing(self.routing.token_index[rows], self.routing.weight[rows], self.routing.expert_index[rows])

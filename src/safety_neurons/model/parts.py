@@ -158,7 +158,7 @@ class Anatomy:
         return Coverage(len(found), len(found) + len(refused), sum(counted.values()) + routed, self.all_parameters)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model

@@ -180,9 +180,7 @@ def full_bias(part: Projection) -> Float[Tensor, " out"] | None:
 
 
 def _stored_weight(part: Projection, name: str) -> Tensor:
-    weight = getattr(part.base, "weight", None)
-    if part.quantised:
-        weight = _dequantised(part, name)
+    weight: Any = _dequantised(part, name) if part.quantised else part.base.weight
     if weight.is_meta:
         raise UnsupportedModelError(
             f"{name}: its weights are off-loaded, a weight in memory was expected; load the model without disk or CPU off-loading"

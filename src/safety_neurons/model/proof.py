@@ -76,7 +76,7 @@ def _settle_feed_forward(anatomy: Anatomy, probe: Probe) -> Anatomy:
     layers = []
     for layer in anatomy.layers:
         settled = {name: _settled(anatomy, part, seen, refused) for name, part in _parts(layer).items()}
-        layers.append(replace(layer, **settled))
+        layers.append(replace(layer, mlp=settled.get("mlp"), shared=settled.get("shared")))
     return replace(anatomy, layers=tuple(layers), refused=refused)
 
 
@@ -280,6 +280,6 @@ def _idle(anatomy: Anatomy, key: str) -> bool:
     """Whether a site has no effect because weights on its way out are all zero, as in a layer that was added empty."""
     layer = anatomy.layers[int(key.split(".")[1])]
     if ".experts." in key:
-        return layer.experts is not None and not bool(layer.experts.module.down_proj.any())  # type: ignore[union-attr,operator]
+        return layer.experts is not None and not bool(layer.experts.module.down_proj.any())  # type: ignore[operator]
     part = next(part for part in layer.parts if any(place.key == key for place in part.places.values()))
     return any(place.projection.readable and not bool(place.weight().any()) for place in part.places.values())
