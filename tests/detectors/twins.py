@@ -25,11 +25,12 @@ PROMPTS = Prompts.from_list(
 @functools.cache
 def adapted(kind: str = "ia3", targets: tuple[str, ...] = ("down_proj",)) -> Pair:
     """Two adapters stacked against one, on one base in memory."""
-    folder = pathlib.Path(tempfile.mkdtemp())
-    base = tiny_llama_folder(folder / "base", chat_template=None)
-    first = tiny_adapter_folder(base, folder / "first", seed=1, kind=kind, targets=targets)
-    second = tiny_adapter_folder(base, folder / "second", seed=2, kind=kind, targets=targets)
-    return load_pair(f"{base}+{first}", f"{base}+{first}+{second}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        base = tiny_llama_folder(folder / "base", chat_template=None)
+        first = tiny_adapter_folder(base, folder / "first", seed=1, kind=kind, targets=targets)
+        second = tiny_adapter_folder(base, folder / "second", seed=2, kind=kind, targets=targets)
+        return load_pair(f"{base}+{first}", f"{base}+{first}+{second}")
 
 
 def model(seed: int = 0, noise: int = 0, dtype: torch.dtype = torch.float32, size: float = 0.1, **config: object) -> LanguageModel:
