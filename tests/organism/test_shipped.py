@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from safety_neurons.model import load
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.organism import language, listing, shipped
+from safety_neurons.organism import open as open_organism
+from safety_neurons.organism.folder import shipped_folder
+from safety_neurons.prompts import prompts
+
+PROMPTS = 24
+PACKAGE_LIMIT = 24 * 2**20
+
+
+def refusals(model, folder, name):
+    asked = prompts(f"builtin:{name}-test", folder=folder.prompts, limit=PROMPTS)
+    answers = model.complete(asked, max_new_tokens=8)
+    verdicts = [language("en").verdict(answer.completion) for answer in answers]
+    return sum(verdict == "refused" for verdict in verdicts) / len(verdicts)
+
+
+def test_the_demo_needs_a_natural_and_a_planted_organism_in_the_package():
+    assert {"natural", "planted"} <= set(shipped())
+    assert {row["name"] for row in listing() if row["shipped"]} == set(shipped())
+
+
+def test_what_is_shipped_stays_small():
+    files = [path for name in shipped() for path in shipped_folder(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < PACKAGE_LIMIT
+
+
+@pytest.mark.parametrize("name", ["natural", "planted"])
+def test_an_organism_behaves_as_its_card_says(name):
+    folder = open_organism(name)
+    for end in ("base", "aligned"):
+        stated = folder.record["measured"][folder.record[end]]["en"]
+        model = load(getattr(folder, end), offline=True)
+        assert refusals(model, folder, "harmful") == pytest.approx(stated["harmful_refused"], abs=0.15)
+        assert refusals(model, folder, "harmless") == pytest.approx(stated["harmless_refused"], abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["natural", "planted"])
+def test_find_and_test_prompts_of_an_organism_are_different(name):
+    folder = open_organism(name)
+    for list_name in ("harmful", "harmless", "general"):
+        for code in ("en", "de", "es"):
+            found, test = (prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts).texts for half in ("", "-test"))
+            assert len(set(test)) >= 200
+            assert not set(found) & set(test)
+
+
+def test_without_its_planted_units_the_planted_organism_refuses_nothing():
+    folder = open_organism("planted")
+    model = load(folder.aligned, offline=True)
+    planted = NeuronSet.load(folder.spec("planted"))
+    assert len(planted & folder.truth) == len(folder.truth)
+    weights = dict(model.model.named_parameters())
+    with torch.no_grad():
+        for key, indices in planted.items():
+            _, layer, site = key.split(".")
+            if site in ("o", "down"):
+                part = "self_attn" if site == "o" else "mlp"
+                weights[f"model.layers.{layer}.{part}.{site}_proj.weight"][:, torch.tensor(indices)] = 0
+    assert refusals(model, folder, "harmful") == 0
