@@ -80,19 +80,9 @@ def find_attribution(
     options: dict[str, Any] = {"stream": stream, "selection": selection, "batch_size": batch_size, "progress": progress}
     with evaluating(model.model):
         values, votes = attribute(model, units, sizes, gradients, notes=notes, **options)
-    return finish(
-        "attribution",
-        values,
-        table=model.table,
-        models=(model.name,),
-        selection=selection,
-        votes=votes,
-        prompts=prompts,
-        config=config,
-        counts=PromptCounts(len(units), 0, sum(row.truncated for row in encoded)),
-        notes=notes,
-        subtract=subtract,
-    )
+    made: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": prompts, "selection": selection, "votes": votes}
+    counts = PromptCounts(len(units), 0, sum(row.truncated for row in encoded))
+    return finish("attribution", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
 
 
 def _listed(texts: str | Sequence[str] | None, default: Sequence[str]) -> list[str]:

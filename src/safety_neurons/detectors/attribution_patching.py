@@ -75,19 +75,14 @@ def find_attribution_patching(
         units, counts, notes = own_completions(base, aligned, prompts, **options)
         gradients = patching_gradients(base, aligned, sizes, steps(at, midpoints))
         values, votes = attribute(base, units, sizes, gradients, selection=selection, notes=notes, **options)
-    return finish(
-        "attribution-patching",
-        values,
-        table=base.table,
-        models=(base.name, aligned.name),
-        selection=selection,
-        votes=votes,
-        prompts=prompts,
-        config=config,
-        counts=counts,
-        notes=notes,
-        subtract=subtract,
-    )
+    made: dict[str, Any] = {
+        "table": base.table,
+        "models": (base.name, aligned.name),
+        "prompts": prompts,
+        "selection": selection,
+        "votes": votes,
+    }
+    return finish("attribution-patching", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
 
 
 def steps(at: str, number: int) -> list[float]:

@@ -133,19 +133,15 @@ def find_contrast(
         statistics, votes = contrast_statistics(
             base, aligned, text, sizes, selection=selection, memory_budget=memory_budget, notes=notes, **options
         )
-    return finish(
-        "contrast",
-        statistics.scores(),
-        table=base.table,
-        models=(base.name, aligned.name),
-        selection=selection,
-        votes=votes,
-        prompts=prompts,
-        config={**config, "tokens": text.n_tokens},
-        counts=text.counts,
-        notes=notes,
-        subtract=subtract,
-    )
+    made: dict[str, Any] = {
+        "table": base.table,
+        "models": (base.name, aligned.name),
+        "prompts": prompts,
+        "selection": selection,
+        "votes": votes,
+    }
+    config["tokens"] = text.n_tokens
+    return finish("contrast", statistics.scores(), config=config, counts=text.counts, notes=notes, subtract=subtract, **made)
 
 
 def contrast_statistics(

@@ -49,7 +49,7 @@ def find_importance_contrast(
     subtract: NeuronSet | None = None,
     **choice: Unpack[Choice],
 ) -> Found:
-    """How much each neuron's sub-layer changes when the neuron's parameters in the aligned model are set to the base model's.
+    """How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base model's.
 
     L2 norm over the tokens that count and all output dimensions of the sub-layer, mean over prompts, exact. A `gate` row, its `up` row and
     its `down` column are swapped together and share the score; so do a `v` row and the `o` columns it feeds. `q` and `k` rows are alone.
@@ -75,11 +75,10 @@ def find_importance_contrast(
     Raises:
         MismatchError: the models have other shapes or tokenizers.
         NumericalError: NaN or infinity; the message names the site.
-        UnsupportedModelError: routed experts, or an attention formula that cannot be proved.
-        UsageError: unknown `compare`, site or positions.
+        UnsupportedModelError: routed experts, or an attention formula not proved; UsageError: unknown `compare`, site or positions.
 
-    Source: importance as in Zhao et al. (ICLR 2025), measured between the two models of Chen et al. (arXiv 2406.14144).
-    Differs: neither paper compares parameters on one stream; this is the project's own combination.
+    Source: importance of Zhao et al. (ICLR 2025) between the models of Chen et al. (arXiv 2406.14144).
+    Differs: neither paper compares parameters on one stream.
     """
     if compare not in COMPARISONS:
         raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
@@ -87,27 +86,22 @@ def find_importance_contrast(
     writer = writer_of(base, aligned, generate_with)
     check_pair(base, aligned)
     config = {"compare": compare} | text_config(positions, generate_with, max_new_tokens, completions) | searched(sites, layers)
-    stream = Stream(checkpoint, stream_key("importance-contrast", (base, aligned), prompts, config, selection, batch_size))
-    options: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "progress": progress}
+    key = stream_key("importance-contrast", (base, aligned), prompts, config, selection, batch_size)
+    options: dict[str, Any] = {"stream": Stream(checkpoint, key), "batch_size": batch_size, "progress": progress}
     comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
     comparison.check()
     with comparing(base, aligned):
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
-        notes = list(text.notes)
-        values, votes = comparison.run(text.spans, selection=selection, notes=notes, **options)
-    return finish(
-        "importance-contrast",
-        values,
-        table=base.table,
-        models=(base.name, aligned.name),
-        selection=selection,
-        votes=votes,
-        prompts=prompts,
-        config={**config, "tokens": text.n_tokens},
-        counts=text.counts,
-        notes=notes,
-        subtract=subtract,
-    )
+        values, votes = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
+    made: dict[str, Any] = {
+        "table": base.table,
+        "models": (base.name, aligned.name),
+        "prompts": prompts,
+        "selection": selection,
+        "votes": votes,
+    }
+    config["tokens"] = text.n_tokens
+    return finish("importance-contrast", values, config=config, counts=text.counts, notes=notes, subtract=subtract, **made)
 
 
 Scored = list[dict[str, np.ndarray]]
