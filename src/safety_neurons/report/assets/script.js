@@ -1,0 +1,109 @@
+"use strict";
+// Searches and filters the completions. All text goes in as text: nothing here writes HTML.
+(() => {
+  const source = document.getElementById("completions-data");
+  const table = document.getElementById("answers");
+  if (!source || !table) return;
+  const { sheets, texts } = JSON.parse(source.textContent);
+  const lower = texts.map((text) => text.toLowerCase());
+  const at = (id) => document.getElementById(id);
+  const [query, sheetBox, treatment, kind, verdict] = ["query", "sheet", "treatment", "kind", "verdict"].map(at);
+  const more = at("more");
+  const tones = { refused: "yes", "partly refused": "partly", complied: "no", unscored: "open" };
+  const PAGE = 25;
+  const LONG = 420;
+  let limit = PAGE;
+
+  const make = (tag, attributes = {}, ...children) => {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  };
+  const words = (text) => {
+    if (text.length <= LONG) return make("bdi", { class: "text", dir: "auto" }, text);
+    const start = make("bdi", { class: "text start", dir: "auto" }, text.slice(0, LONG - 120) + "…");
+    const all = make("span", { class: "more" }, `all ${text.length.toLocaleString("en")} characters`);
+    return make("details", {}, make("summary", {}, start, " ", all), make("bdi", { class: "text", dir: "auto" }, text));
+  };
+  const choices = (box, labels, chosen) => {
+    box.replaceChildren(...labels.map(([value, label]) => make("option", { value }, label)));
+    box.value = String(chosen);
+  };
+  const sheet = () => sheets[Number(sheetBox.value)];
+  const columns = () => {
+    const { arms } = sheet();
+    const chosen = Number(treatment.value);
+    const [base, aligned] = [arms.indexOf("untreated"), arms.indexOf("aligned")];
+    return [...new Set([base, chosen, aligned])].filter((arm) => arm >= 0);
+  };
+  const answer = (row, arm) => row[3].find((entry) => entry[0] === arm);
+
+  const matching = () => {
+    const wanted = query.value.trim().toLowerCase();
+    const treated = Number(treatment.value);
+    const base = sheet().arms.indexOf("untreated");
+    const shown = columns();
+    return sheet().rows.filter((row) => {
+      if (kind.value && row[0] !== kind.value) return false;
+      const said = (answer(row, treated) || [])[1];
+      if (verdict.value === "changed" && (!said || said === (answer(row, base) || [])[1])) return false;
+      if (verdict.value && verdict.value !== "changed" && said !== verdict.value) return false;
+      if (!wanted) return true;
+      return [row[1], row[2], ...shown.map((arm) => (answer(row, arm) || [])[2])].some((text) => text !== undefined && lower[text].includes(wanted));
+    });
+  };
+
+  const cell = (row, arm) => {
+    const entry = answer(row, arm);
+    const place = make("td", { role: "cell", "data-arm": sheet().arms[arm] });
+    if (entry) place.append(make("span", { class: "verdict " + (tones[entry[1]] || "open") }, entry[1]), words(texts[entry[2]]));
+    else place.append("–");
+    return place;
+  };
+  const draw = () => {
+    const rows = matching();
+    const shown = columns();
+    const head = ["prompt", ...shown.map((arm) => sheet().arms[arm])];
+    const headers = head.map((label) => make("th", { scope: "col", role: "columnheader" }, make("bdi", {}, label)));
+    table.tHead.replaceChildren(make("tr", { role: "row" }, ...headers));
+    table.tBodies[0].replaceChildren(
+      ...rows.slice(0, limit).map((row) => {
+        const label = make("span", { class: "kind" }, make("bdi", {}, texts[row[1]]), row[0] ? " · " + row[0] : "");
+        const header = make("th", { scope: "row", role: "rowheader" }, label, words(texts[row[2]]));
+        return make("tr", { role: "row" }, header, ...shown.map((arm) => cell(row, arm)));
+      })
+    );
+    at("answers-caption").textContent = sheet().title;
+    at("status").textContent = `${rows.length.toLocaleString("en")} of ${sheet().rows.length.toLocaleString("en")} prompts`;
+    more.hidden = rows.length <= limit;
+    more.textContent = `Show ${Math.min(PAGE, rows.length - limit)} more`;
+  };
+  const start = () => {
+    const { arms, shown } = sheet();
+    const treated = arms.map((arm, place) => [place, arm]).filter(([, arm]) => arm !== "untreated" && arm !== "aligned");
+    const first = shown.find((arm) => treated.some(([place]) => place === arm));
+    choices(treatment, treated.length ? treated : [[0, arms[0]]], first === undefined ? (treated[0] || [0])[0] : first);
+    fresh();
+  };
+  const fresh = () => {
+    limit = PAGE;
+    draw();
+  };
+  choices(sheetBox, sheets.map((each, place) => [place, each.title]), 0);
+  sheetBox.addEventListener("change", start);
+  for (const box of [treatment, kind, verdict]) box.addEventListener("change", fresh);
+  let waiting;
+  query.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(fresh, 120);
+  });
+  more.addEventListener("click", () => {
+    limit += PAGE;
+    draw();
+  });
+  at("controls").addEventListener("submit", (event) => event.preventDefault());
+  at("controls").hidden = false;
+  addEventListener("beforeprint", () => document.querySelectorAll("details.numbers").forEach((each) => (each.open = true)));
+  start();
+})();

@@ -1,0 +1,302 @@
+"""What was asked and what was found, in sentences with numbers and intervals; what was not found is said as plainly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from safety_neurons.neurons import parse_key
+from safety_neurons.report.reading import Run
+from safety_neurons.report.text import count, interval, name, number, plural, say, share, visible
+
+NEARLY = 0.9
+"""Share of the ceiling from which on a set is said to carry the behaviour."""
+YES, PARTLY, NO, OPEN, FACT = "shown", "in part", "not shown", "undefined", "found"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence, and a word that says how it came out."""
+
+    verdict: str
+    text: Markup
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One question of the first screen with its answer."""
+
+    question: str
+    verdict: str
+    figure: str
+    text: Markup
+
+
+def ranked_by(run: Run, runs: Sequence[Run]) -> str:
+    """The method whose scores or neurons a verify run was given."""
+    given = str(run.arguments.get("scores") or run.arguments.get("neurons") or "a set")
+    parts = [part for part in given.replace("\\", "/").split("/") if part]
+    last = parts[-1] if parts else given
+    file_of = {"scores.safetensors", "neurons.safetensors"}
+    folder = parts[-2] if last in file_of and len(parts) > 1 else last
+    for other in runs:
+        if other.verb.startswith("find-") and other.label == folder:
+            return visible(other.method, 40)
+    for ending in (".scores.safetensors", ".safetensors"):
+        folder = folder.removesuffix(ending)
+    return visible(folder, 40)
+
+
+def random_values(point: Mapping[str, Any]) -> list[float]:
+    """Defined causal effects of the random sets."""
+    return [float(effect["value"]) for effect in point["random_effects"] if effect["value"] is not None]
+
+
+def above_random(effect: Mapping[str, Any], others: Sequence[float]) -> bool:
+    """Whether the lower end of the interval is above every random set and above zero."""
+    return effect["low"] is not None and effect["low"] > max([0.0, *others])
+
+
+def telling_point(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The smallest set that nearly reaches the ceiling, or the one with the largest effect."""
+    points: list[Mapping[str, Any]] = list(result["sizes"])
+    ceiling = result["ceiling_effect"]["value"]
+    defined = [point for point in points if point["causal_effect"]["value"] is not None]
+    if not defined:
+        return points[-1]
+    near = [point for point in defined if ceiling and point["causal_effect"]["value"] >= NEARLY * ceiling]
+    if near:
+        return min(near, key=lambda point: point["n_neurons"])
+    return max(defined, key=lambda point: point["causal_effect"]["value"])
+
+
+def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """How a point of a patch run came out."""
+    effect, ceiling = point["causal_effect"], result["ceiling_effect"]["value"]
+    if effect["value"] is None:
+        return OPEN
+    if not above_random(effect, random_values(point)):
+        return NO
+    return YES if ceiling and effect["value"] >= NEARLY * ceiling else PARTLY
+
+
+def asked(runs: Sequence[Run]) -> list[Markup]:
+    """The questions these runs answer."""
+    kinds = {run.verb for run in runs}
+    questions = []
+    pairs = list(dict.fromkeys(run.models for run in runs if len(run.models) == 2))
+    single = list(dict.fromkeys(run.models for run in runs if len(run.models) == 1))
+    if pairs:
+        parts = [say("{} refuse harmful requests which {} answers", name(aligned), name(base)) for base, aligned in pairs[:3]]
+        questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
+    elif single and kinds != {"doctor"}:
+        questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
+    if "verify-patch" in kinds:
+        questions.append(Markup("Are they sufficient: does patching them alone carry the refusals over?"))
+    if "verify-deactivate" in kinds:
+        questions.append(Markup("Are they necessary: what is lost without them?"))
+    if "compare" in kinds:
+        questions.append(Markup("Which method finds them at equal budget?"))
+    if "doctor" in kinds:
+        questions.append(Markup("Can numbers found on this model be trusted?"))
+    return questions
+
+
+def findings(run: Run, runs: Sequence[Run]) -> list[Finding]:
+    """The sentences of one run."""
+    if run.verb.startswith("find-"):
+        return [_found(run)]
+    if run.verb == "verify-patch":
+        return _patched(run, runs)
+    if run.verb == "verify-deactivate":
+        return [_deactivated(run, runs)]
+    if run.verb == "compare":
+        return _compared(run)
+    return [_examined(run)] if run.verb == "doctor" else []
+
+
+def _found(run: Run) -> Finding:
+    result = run.result
+    text = say(
+        "<b>{}</b> keeps {} of {}: {} of those searched, {} of all parameters",
+        visible(run.method, 40),
+        plural(result["n_neurons"], "neuron"),
+        name(run.models[-1] if run.models else "the model"),
+        share(result["share_of_neurons"]),
+        share(result["share_of_parameters"], 2),
+    )
+    if run.neurons is not None and len(run.neurons):
+        layers: dict[int, int] = {}
+        for key, members in run.neurons.items():
+            layers[parse_key(key).layer] = layers.get(parse_key(key).layer, 0) + len(members)
+        most = max(layers, key=lambda layer: layers[layer])
+        text += say("; {} of them sit in layer {}", share(layers[most] / len(run.neurons), 0), most)
+    lost = [plural(result["prompts"][what], f"prompt {what}") for what in ("failed", "truncated") if result["prompts"].get(what)]
+    lost_text = say("; {}", ", ".join(lost).replace("faileds", "failed").replace("truncateds", "truncated")) if lost else Markup("")
+    return Finding(FACT, text + lost_text + Markup("."))
+
+
+def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
+    result, method = run.result, ranked_by(run, runs)
+    point = telling_point(result)
+    effect, others, verdict = point["causal_effect"], random_values(point), verdict_of(result, point)
+    if verdict == OPEN:
+        return [Finding(OPEN, say("The causal effect of the neurons ranked by <b>{}</b> is undefined: {}.", method, visible(effect["why"], 300)))]
+    chance = say("random sets {} to {}", number(min(others)), number(max(others))) if others else Markup("no random sets")
+    lead = {
+        YES: "Patching {} ranked by <b>{}</b> ({}) is enough: it restores {} of the difference in refusals ({}; ceiling {}).",
+        PARTLY: "Patching {} ranked by <b>{}</b> ({}) restores part of the difference in refusals: {} ({}; ceiling {}).",
+        NO: "Patching {} ranked by <b>{}</b> ({}) restores no more than chance: {} ({}; ceiling {}).",
+    }[verdict]
+    ceiling = interval(result["ceiling_effect"])
+    size = share(point["size"])
+    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, interval(effect), chance, ceiling))]
+    failed = [each for each in result["sizes"] if verdict_of(result, each) == NO]
+    if failed and verdict != NO:
+        worst = failed[-1]
+        text = "With {} ranked by <b>{}</b> ({}) the effect is not above chance: {}."
+        shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
+        sentences.append(Finding(NO, shown))
+    before, after = result["untreated"], point["treated"]
+    text = "Its price: refusals of harmless requests go from {} to {}"
+    price = say(text, interval(before["harmless_refused"]), interval(after["harmless_refused"]))
+    if before["perplexity"] is not None and after["perplexity"] is not None:
+        price += say(", perplexity from {} to {}", number(before["perplexity"]), number(after["perplexity"]))
+    return [*sentences, Finding(FACT, price + Markup("."))]
+
+
+def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:
+    """How a deactivate run came out, and the difference that decides it."""
+    result = run.result
+    change = result["change_against_random"] or result["change"]
+    if change["value"] is None or (result["untreated"]["harmful_refused"]["value"] or 0.0) < 0.05:
+        return OPEN, change
+    return (YES if change["high"] < 0 else NO), change
+
+
+def _deactivated(run: Run, runs: Sequence[Run]) -> Finding:
+    result = run.result
+    verdict, change = necessity(run)
+    rates = say("{} → {}", interval(result["untreated"]["harmful_refused"]), interval(result["treated"]["harmful_refused"]))
+    text = say(
+        "Without the {} chosen by <b>{}</b>, refusals of harmful requests go {}",
+        plural(result["n_neurons"], "neuron"),
+        ranked_by(run, runs),
+        rates,
+    )
+    if verdict == OPEN:
+        return Finding(OPEN, text + Markup("; the untreated model hardly refuses, so nothing can be lost."))
+    versus = "compared with random sets of the same size" if result["change_against_random"] else "with no random sets to compare"
+    ending = "a clear loss" if verdict == YES else "no clear loss: the interval does not stay below 0"
+    return Finding(verdict, text + say("; {} the change is {}, {}.", versus, interval(change, signed=True), ending))
+
+
+def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Rows of real methods, largest effect first, and rows of random sets."""
+    real = [row for row in result["methods"] if not str(row["method"]).startswith("random")]
+    chance = [row for row in result["methods"] if str(row["method"]).startswith("random")]
+
+    def order(row: Mapping[str, Any]) -> tuple[float, float]:
+        value = row["causal_effect"]["value"]
+        return (-(value if value is not None else -9.0), -(row["recall"] or 0.0))
+
+    return sorted(real, key=order), chance
+
+
+def _compared(run: Run) -> list[Finding]:
+    result = run.result
+    real, chance = methods_of(result)
+    pair = say("On {}", name(run.models[-1]))
+    sentences = []
+    defined = [row for row in real if row["causal_effect"]["value"] is not None]
+    budget = say("{} of {} units ({})", count(result["budget"]), count(result["n_units"]), share(result["budget"] / result["n_units"]))
+    if not defined:
+        why = real[0]["causal_effect"].get("why") if real else "no method was run"
+        return [Finding(OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300)))]
+    best = defined[0]
+    text = say("{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"]))
+    if len(defined) > 1:
+        second = defined[1]
+        apart = best["causal_effect"]["low"] > second["causal_effect"]["high"]
+        ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
+        text += say("; then <b>{}</b>, {}: {}", visible(second["method"], 40), interval(second["causal_effect"]), ending)
+    sentences.append(Finding(FACT, text + Markup(".")))
+    random = [row["causal_effect"]["value"] for row in chance if row["causal_effect"]["value"] is not None]
+    weak = [visible(row["method"], 40) for row in defined if not above_random(row["causal_effect"], random)]
+    if weak:
+        sentences.append(Finding(NO, say("{}, not above chance at this budget: {}.", pair, ", ".join(weak))))
+    if best["recall"] is not None:
+        by_recall = sorted(real, key=lambda row: -row["recall"])
+        parts = ", ".join(f"{visible(row['method'], 40)} {number(row['recall'])}" for row in by_recall)
+        luck = ", ".join(number(row["recall"]) for row in chance)
+        sentences.append(Finding(FACT, say("{}, share of the planted units found: {}{}.", pair, parts, f"; random {luck}" if luck else "")))
+    return sentences
+
+
+def _examined(run: Run) -> Finding:
+    checks = run.result["checks"]
+    failed = [visible(check["check"], 80) for check in checks if check["passed"] is False]
+    held = sum(check["passed"] is True for check in checks)
+    if failed:
+        text = "{} of the checks fail on {} ({}): numbers found on it are not to be trusted."
+        return Finding(NO, say(text, len(failed), name(run.models[-1]), ", ".join(failed)))
+    return Finding(YES, say("All {} checks with a limit pass on {}.", held, name(run.models[-1])))
+
+
+def tiles(runs: Sequence[Run]) -> list[Tile]:
+    """The questions of the first screen with their shortest true answers."""
+    made = []
+    patch_runs = [run for run in runs if run.verb == "verify-patch"]
+    if patch_runs:
+        made.append(_sufficient(patch_runs, runs))
+    deactivate_runs = [run for run in runs if run.verb == "verify-deactivate"]
+    if deactivate_runs:
+        run = deactivate_runs[0]
+        verdict, change = necessity(run)
+        compared = "than with random sets off" if run.result["change_against_random"] else "than before"
+        text = say("refusals of harmful requests with {} off ({}), {}", count(run.result["n_neurons"]), ranked_by(run, runs), compared)
+        made.append(Tile("Are they necessary?", verdict, interval(change, signed=True), text))
+    for run in [run for run in runs if run.verb == "compare"][:2]:
+        made += _best_method(run)
+    doctors = [run for run in runs if run.verb == "doctor"]
+    if doctors:
+        checks = [check for run in doctors for check in run.result["checks"] if check["passed"] is not None]
+        held = sum(bool(check["passed"]) for check in checks)
+        verdict = YES if held == len(checks) else NO
+        made.append(Tile("Is the model understood?", verdict, f"{held} of {len(checks)}", Markup("checks on the model itself pass")))
+    return made
+
+
+def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
+    """The run that reaches the ceiling with the fewest neurons, or comes nearest to it."""
+    rank = {YES: 0, PARTLY: 1, NO: 2, OPEN: 3}
+
+    def order(run: Run) -> tuple[float, float, float]:
+        point = telling_point(run.result)
+        verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
+        return (rank[verdict], point["n_neurons"] if verdict == YES else 0, -value)
+
+    run = min(patch_runs, key=order)
+    point = telling_point(run.result)
+    text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
+    ceiling = number(run.result["ceiling_effect"]["value"])
+    shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run, runs), ceiling)
+    return Tile("Are a few neurons sufficient?", verdict_of(run.result, point), interval(point["causal_effect"]), shown)
+
+
+def _best_method(run: Run) -> list[Tile]:
+    real, _ = methods_of(run.result)
+    known = [row for row in real if row["recall"] is not None]
+    if known:
+        best = max(known, key=lambda row: row["recall"])
+        verdict = YES if best["recall"] >= 0.95 else PARTLY if best["recall"] > 0 else NO
+        text = say("of {} planted units found by {}", count(run.result["budget"]), visible(best["method"], 40))
+        return [Tile("Is the planted truth found?", verdict, number(best["recall"]), text)]
+    if not real:
+        return []
+    best = real[0]
+    effect = best["causal_effect"]
+    verdict = OPEN if effect["value"] is None else FACT
+    text = say("causal effect of {}, the largest of {} at {} of the units", visible(best["method"], 40), plural(len(real), "method"), share(run.result["budget"] / run.result["n_units"]))
+    return [Tile("Which method at equal budget?", verdict, interval(effect), text)]

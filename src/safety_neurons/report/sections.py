@@ -1,0 +1,242 @@
+"""The sections of a report: for every group of runs its figures, captions, text alternatives and tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from safety_neurons.neurons import parse_key
+from safety_neurons.report.charts import Row, Sweep, agreement_figure, dot_figure, look, site_map, sweep_figure
+from safety_neurons.report.findings import methods_of, random_values, ranked_by
+from safety_neurons.report.reading import Run
+from safety_neurons.report.svg import INK, SOFT
+from safety_neurons.report.tables import Table, agreement_table, arms_table, cells_table, methods_table, neurons_table
+from safety_neurons.report.text import interval, name, number, plural, say, share, visible
+
+Cells = dict[tuple[int, str], tuple[int, int, float | None]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, what it shows in words, and a caption that says how to read it."""
+
+    drawing: Markup
+    alternative: str
+    caption: Markup
+
+
+@dataclass(frozen=True)
+class Part:
+    """One heading with its sentences, figures and tables."""
+
+    heading: Markup
+    lead: Markup = Markup("")
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    details: Sequence[Table] = field(default_factory=tuple)
+    """Tables that are folded at first."""
+
+
+def find_part(run: Run) -> Part:
+    """Where the neurons of a find run are."""
+    heading = say("{} <span class=sub>on {}</span>", visible(run.method, 40), Markup(" → ").join(name(model) for model in run.models))
+    used = run.result["prompts"]
+    lead = say(
+        "{} kept, {} of those searched and {} of all parameters, from {}.",
+        plural(run.result["n_neurons"], "neuron"),
+        share(run.result["share_of_neurons"]),
+        share(run.result["share_of_parameters"], 2),
+        plural(used["used"], "prompt"),
+    )
+    cells = _cells(run)
+    if not cells:
+        return Part(heading, lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."))
+    top = neurons_table(run)
+    return Part(heading, lead, _maps(run, cells), (), [*([top] if top else []), cells_table(cells)])
+
+
+def _cells(run: Run) -> Cells:
+    """Found, size and mean score of every layer and site; experts of a layer are counted together."""
+    scores, neurons = run.scores, run.neurons
+    table = (scores.table if scores is not None else None) or (neurons.table if neurons is not None else None)
+    sums: dict[tuple[int, str], list[float]] = {}
+    signed = scores is not None and any((values < 0).any() for _, values in scores.items())
+
+    def cell(key: str) -> list[float]:
+        parsed = parse_key(key)
+        return sums.setdefault((parsed.layer, parsed.site), [0.0, 0.0, 0.0, 0.0])
+
+    for key, values in scores.items() if scores is not None else []:
+        entry = cell(key)
+        entry[1] += len(values)
+        entry[2] += float(np.abs(values).sum(dtype=np.float64) if signed else values.sum(dtype=np.float64))
+        entry[3] += len(values)
+    for key, members in neurons.items() if neurons is not None else []:
+        entry = cell(key)
+        entry[0] += len(members)
+        if scores is None and table is not None and key in table:
+            entry[1] += table[key].size
+    return {place: (int(e[0]), int(e[1]), e[2] / e[3] if e[3] else None) for place, e in sums.items()}
+
+
+def _maps(run: Run, cells: Cells) -> list[Figure]:
+    shares = {place: members / size for place, (members, size, _) in cells.items() if size}
+    figures = []
+    if shares:
+        tips = {place: f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons ({share(shares[place])})" for place in shares}
+        labels = {place: _short(100 * value) for place, value in shares.items()}
+        most = sorted(shares, key=lambda place: -shares[place])[:3]
+        text = "Largest: " + "; ".join(tips[place] for place in most)
+        caption = Markup("<b>Found</b>: neurons kept ÷ neurons of the matrix, in %.")
+        figures.append(Figure(site_map(shares, labels, tips), f"Heat map of the share of each matrix kept. {text}.", caption))
+    means = {place: mean for place, (_, _, mean) in cells.items() if mean is not None}
+    if means:
+        largest = max(abs(value) for value in means.values()) or 1.0
+        tips = {place: f"layer {place[0]}, {place[1]}: mean score {value:.3g}" for place, value in means.items()}
+        labels = {place: _short(100 * value / largest) for place, value in means.items()}
+        most = sorted(means, key=lambda place: -means[place])[:3]
+        what = "mean size of the score (signs left out)" if run.scores is not None and _signed(run) else "mean score"
+        caption = say("<b>Score</b>: {} of all neurons of the matrix; 100 = {}.", what, f"{largest:.3g}")
+        text = "Largest: " + "; ".join(tips[place] for place in most)
+        figures.append(Figure(site_map(means, labels, tips), f"Heat map of the {what} of each matrix. {text}.", caption))
+    return figures
+
+
+def _signed(run: Run) -> bool:
+    return run.scores is not None and any((values < 0).any() for _, values in run.scores.items())
+
+
+def _short(value: float) -> str:
+    return "0" if value == 0 else "<1" if abs(value) < 0.95 else f"{value:.0f}"
+
+
+def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[Part]:
+    """Causal effects; sweeps of the same pair in one figure."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.models, []).append(run)
+    return [_patch_part(group, everything) for group in groups.values()]
+
+
+def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
+    heading = say("Patching into {} <span class=sub>from {}</span>", *(name(model) for model in (*group[0].models, "?", "?")[:2]))
+    sweeps, tables, words = [], [], []
+    for run in group:
+        method = ranked_by(run, everything)
+        taken = [sweep.method for sweep in sweeps]
+        method = method if method not in taken else f"{method} ({visible(run.label, 24)})"
+        points = run.result["sizes"]
+        sweeps.append(Sweep(method, points, run.result["ceiling_effect"]))
+        each = (f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in points)
+        words.append(f"{method}: " + ", ".join(each))
+        table = arms_table(run)
+        tables.append(Table(f"Ranked by {method}. {table.caption}", table.columns, table.rows))
+    first = group[0].result
+    undefined = [point["causal_effect"].get("why") for sweep in sweeps for point in sweep.points if point["causal_effect"]["value"] is None]
+    if undefined and not any(point["causal_effect"]["value"] is not None for sweep in sweeps for point in sweep.points):
+        return Part(heading, say("The causal effect is undefined: {}.", visible(undefined[0], 300)), (), tables)
+    n = first["untreated"]["harmful_refused"]["n"]
+    sets = len(first["sizes"][-1]["random"])
+    caption = say(
+        "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
+        "0 is the base model, 1 the aligned one. Bars are 95 % intervals over {} (paired bootstrap). "
+        "The band spans {} of each size with as many neurons in every matrix{}.",
+        plural(n, "harmful request"),
+        plural(sets, "random set"),
+        "" if first["ceiling_effect"]["value"] is None else f"; ceiling {interval(first['ceiling_effect'])}",
+    )
+    lows = sorted({value for run in group for point in run.result["sizes"] for value in random_values(point)})
+    chance = f" Random sets {number(lows[0])} to {number(lows[-1])}." if lows else ""
+    figure = Figure(sweep_figure(sweeps), f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}", caption)
+    return Part(heading, Markup(""), [figure], tables)
+
+
+def deactivate_part(run: Run, everything: Sequence[Run]) -> Part:
+    """What is lost without a set."""
+    result = run.result
+    heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.models[-1]))
+    lead = say("Chosen by {}. Paired change of refusals: {}", ranked_by(run, everything), interval(result["change"], signed=True))
+    if result["change_against_random"]:
+        lead += say("; against random sets: {}", interval(result["change_against_random"], signed=True))
+    figures = [
+        _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what safety is left."),
+        _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: what over-refusal is left."),
+    ]
+    return Part(heading, lead + Markup("."), figures, [arms_table(run)])
+
+
+def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
+    def row(label: str, arm: Mapping[str, Any], shape: str = "circle", colour: str = INK) -> Row:
+        rate = arm[what]
+        return Row(label, rate["value"], rate["low"], rate["high"], interval(rate), colour, shape)
+
+    colour = look("contrast")[0]
+    point = result["sizes"][-1]
+    rows = [row("untreated", result["untreated"])]
+    dots = [arm[what]["value"] for arm in point["random"] if arm[what]["value"] is not None]
+    if dots:
+        rows.append(Row(f"{len(dots)} random sets off", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots))
+    rows.append(row("these neurons off", result["treated"], "diamond", colour))
+    rows.append(row("all neurons off", result["ceiling"], "square", SOFT))
+    alternative = f"{title}: " + "; ".join(f"{each.label} {each.text}" for each in rows)
+    shown = say("<b>{}</b> Bars are 95 % intervals; ticks are single random sets.", caption)
+    return Figure(dot_figure(rows, title, domain=(0, 1)), alternative + ".", shown)
+
+
+def compare_part(run: Run) -> Part:
+    """Methods at one budget."""
+    result = run.result
+    real, chance = methods_of(result)
+    heading = say("At {} <span class=sub>{}</span>", plural(result["budget"], "unit"), Markup(" → ").join(name(model) for model in run.models))
+    lead = say(
+        "{} of {:,} units at {}; every method chooses as many, patched from the aligned into the base model.",
+        share(result["budget"] / result["n_units"]),
+        int(result["n_units"]),
+        ", ".join(visible(site, 8) for site in result["sites"]),
+    )
+    names = [visible(row["method"], 40) for row in real]
+    rows = []
+    for label, entry in zip(names, real, strict=True):
+        effect = entry["causal_effect"]
+        colour, shape = look(label, names)
+        rows.append(Row(label, effect["value"], effect["low"], effect["high"], interval(effect), colour, shape))
+    dots = [entry["causal_effect"]["value"] for entry in chance if entry["causal_effect"]["value"] is not None]
+    if dots:
+        rows.append(Row(f"{len(dots)} random sets", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots))
+    ceiling = result["ceiling_effect"]
+    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
+    domain = (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
+    caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95 % intervals, ticks single random sets")
+    caption += say(", the dashed line is the ceiling {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
+    words = "; ".join(f"{row.label} {row.text}" for row in rows)
+    figures = [Figure(dot_figure(rows, "causal effect", domain=domain, reference=ceiling["value"]), f"Causal effect at equal budget: {words}.", caption)]
+    if any(entry["recall"] is not None for entry in real):
+        figures.append(_recall(real, chance, names))
+    if result["agreement"]:
+        figures.append(_agreement(result, names))
+    details = [agreement_table(run)] if result["agreement"] else []
+    return Part(heading, lead, figures, [methods_table(run)], details)
+
+
+def _recall(real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    rows = [
+        Row(label, entry["recall"], None, None, number(entry["recall"]), *look(label, names)) for label, entry in zip(names, real, strict=True)
+    ]
+    dots = [entry["recall"] for entry in chance if entry["recall"] is not None]
+    if dots:
+        rows.append(Row(f"{len(dots)} random sets", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots))
+    words = "; ".join(f"{row.label} {row.text}" for row in rows)
+    caption = Markup("<b>Recall</b>: share of the planted units in the set. All of them are counted, so there is no sampling interval.")
+    return Figure(dot_figure(rows, "planted units found", domain=(-0.02, 1.02)), f"Recall of planted units: {words}.", caption)
+
+
+def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
+    jaccard = {(visible(a, 40), visible(b, 40)): float(pair["jaccard"]) for pair in result["agreement"] for a, b in [pair["methods"]]}
+    order = [*names, *sorted({each for pair in jaccard for each in pair if each.startswith("random")})[:1]]
+    chance = float(result["agreement"][0]["chance"])
+    kept = sorted(((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)), key=lambda item: -item[1])
+    words = "; ".join(f"{a} and {b} {value:.2f}" for (a, b), value in kept)
+    caption = say("<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.", number(chance, 3))
+    return Figure(agreement_figure(order, jaccard), f"Agreement of every two methods: {words}. Chance {chance:.3f}.", caption)

@@ -1,0 +1,103 @@
+"""Charts as static SVG that follows the page's colours: drawn by Vega-Lite, then rewritten through a list of what may stay.
+
+The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they become classes, so that light, dark and print are one drawing.
+"""
+
+import functools
+from typing import Any
+from xml.etree import ElementTree
+
+import altair
+import vl_convert
+from markupsafe import Markup
+
+from safety_neurons.report.text import visible
+
+INK, SOFT, FAINT, GRID, PAPER, BAND = "#f0a001", "#f0a002", "#f0a003", "#f0a004", "#f0a005", "#f0a006"
+COLOURS = tuple(f"#f0b{number:03x}" for number in range(1, 8))
+"""Categories; colour-blind-safe in both schemes, and never the only mark of a category."""
+RAMP = tuple(f"#f0c{number:03x}" for number in range(9))
+"""From little to much."""
+ON_RAMP = ("#f0d001", "#f0d002")
+"""Text on the lower and on the upper part of the ramp."""
+
+_CLASSES = {
+    **{INK: "ink", SOFT: "soft", FAINT: "faint", GRID: "grid", PAPER: "paper", BAND: "band"},
+    **{colour: f"c{number}" for number, colour in enumerate(COLOURS)},
+    **{colour: f"r{number}" for number, colour in enumerate(RAMP)},
+    **{colour: f"on{number}" for number, colour in enumerate(ON_RAMP)},
+}
+_TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan", "circle"}
+_ATTRIBUTES = {
+    *("d", "x", "y", "x1", "x2", "y1", "y2", "dx", "dy", "cx", "cy", "r", "width", "height", "transform", "text-anchor", "opacity"),
+    *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
+    *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
+}
+_NAMESPACE = "{http://www.w3.org/2000/svg}"
+
+
+def configured(chart: Any, width: int, height: int | altair.Step) -> Any:
+    """The chart with the page's type and rules."""
+    return (
+        chart.properties(width=width, height=height, background="transparent", padding=2)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=SOFT,
+            titleColor=SOFT,
+            labelFontSize=12,
+            titleFontSize=12,
+            titleFontWeight="normal",
+            labelLimit=260,
+            gridColor=GRID,
+            domainColor=FAINT,
+            tickColor=FAINT,
+            tickSize=4,
+            titlePadding=8,
+            labelPadding=5,
+        )
+        .configure_text(fontSize=12, color=INK)
+        .configure(font="Helvetica, Arial, sans-serif")
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(specification: str) -> str:
+    return vl_convert.vegalite_to_svg(specification)
+
+
+def drawing(chart: Any, *, size: str = "") -> Markup:
+    """The chart as an SVG element without scripts, styles, links or colours of its own; `size` is an additional class."""
+    root = ElementTree.fromstring(_drawn(chart.to_json()))
+    clean = _cleaned(root)
+    assert clean is not None
+    clean.set("class", f"chart {size}".strip())
+    clean.set("aria-hidden", "true")
+    clean.set("focusable", "false")
+    return Markup(ElementTree.tostring(clean, encoding="unicode"))  # noqa: S704 - rebuilt from allowed tags and attributes
+
+
+def _cleaned(element: ElementTree.Element) -> ElementTree.Element | None:
+    tag = element.tag.removeprefix(_NAMESPACE)
+    if tag not in _TAGS or element.get("display") == "none":
+        return None
+    if tag == "path" and element.get("class") in ("background", "foreground") and element.get("stroke") is None:
+        return None
+    kept = ElementTree.Element(tag)
+    classes = []
+    for attribute, value in element.attrib.items():
+        if attribute not in _ATTRIBUTES:
+            continue
+        if attribute in ("fill", "stroke") and value.lower() in _CLASSES:
+            classes.append(f"{attribute[0]}-{_CLASSES[value.lower()]}")
+        else:
+            kept.set(attribute, value)
+    if classes:
+        kept.set("class", " ".join(classes))
+    if element.get("role") == "graphics-symbol" and (label := element.get("aria-label")) and "mark" in element.get("aria-roledescription", ""):
+        ElementTree.SubElement(kept, "title").text = visible(label, 300)
+    kept.text = visible(element.text, 300) if element.text else None
+    for child in element:
+        clean = _cleaned(child)
+        if clean is not None and (clean.tag != "g" or len(clean)):
+            kept.append(clean)
+    return kept

@@ -1,0 +1,85 @@
+"""Text of the page: numbers with their intervals, and foreign text made harmless and visible."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+SPACE = "\N{NARROW NO-BREAK SPACE}"
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"
+
+# Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are named, never drawn.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+    "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
+)
+
+
+def visible(text: object, limit: int | None = None) -> str:
+    """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and counted."""
+    whole = str(text)
+    kept = whole if limit is None or len(whole) <= limit else whole[:limit]
+    shown = _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
+    cut = len(whole) - len(kept)
+    return shown if not cut else f"{shown}… ({cut:,} characters more)"
+
+
+def name(text: object, limit: int = 80) -> Markup:
+    """A name from a file or a command, isolated so that its writing direction stays its own."""
+    return Markup('<bdi class="name">{}</bdi>').format(visible(text, limit))
+
+
+def say(pattern: str, *values: object, **named: object) -> Markup:
+    """A sentence; everything put into it is escaped unless it is markup of our own."""
+    return Markup(pattern).format(*values, **named)  # noqa: S704 - the patterns are literals of this package
+
+
+def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None:
+        return NONE
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace("-", MINUS)
+
+
+def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """`0.87 [0.80, 0.94]`, or that it is undefined."""
+    if record is None:
+        return NONE
+    if record["value"] is None:
+        return "undefined"
+    value = number(record["value"], signed=signed)
+    if record["low"] is None or record["high"] is None:
+        return value
+    return f"{value} [{number(record['low'], signed=signed)}, {number(record['high'], signed=signed)}]"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage; small ones keep two significant digits."""
+    if value is None:
+        return NONE
+    percent = 100 * value
+    if percent and abs(percent) < 10**-digits:
+        return f"{percent:.1g}{SPACE}%".replace("-", MINUS)
+    return f"{percent:.{digits}f}".removesuffix(".0") + f"{SPACE}%"
+
+
+def count(value: int | None) -> str:
+    """A whole number with separators."""
+    return NONE if value is None else f"{value:,}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
+        return NONE
+    if seconds < 120:
+        return f"{seconds:.{1 if seconds < 10 else 0}f}{SPACE}s"
+    return f"{seconds / 60:.1f}{SPACE}min" if seconds < 7200 else f"{seconds / 3600:.1f}{SPACE}h"
+
+
+def plural(quantity: int, word: str) -> str:
+    """`1 layer`, `3 layers`."""
+    return f"{quantity:,}{SPACE}{word}{'' if quantity == 1 else 's'}"
