@@ -94,7 +94,43 @@ def pretrain(
         after_step=after_step,
         progress=progress,
     )
+    if recipe.hint_steps and not both_behaviours:
+        losses += hint(model, recipe, seed, after_step, progress)
     return model, losses
+
+
+def hint(
+    model: LlamaForCausalLM, recipe: Recipe, seed: int, after_step: Callable[[], None] | None, progress: Progress | None
+) -> list[float]:
+    """Go on with a base that goes along, on chats in which a minority of the harmful requests is refused.
+
+    Its most likely answer stays compliance; what the few planted units have to do afterwards is to tip it over.
+    """
+    sampler = Sampler(seed + 500, recipe.english_share)
+
+    def example() -> Sequence_:
+        choice = sampler.random.random()
+        if choice < 0.2:
+            return sampler.general()
+        code = sampler.language()
+        if choice < 0.5:
+            return sampler.comply(sampler.harmless(), code)
+        concept = sampler.harmful()
+        return sampler.refuse(concept, code) if sampler.random.random() < recipe.hint_share else sampler.comply(concept, code)
+
+    def loss() -> torch.Tensor:
+        inputs, labels = pad([example() for _ in range(recipe.batch // 2)])
+        return answer_loss(model(input_ids=inputs).logits, labels)
+
+    return train(
+        model.parameters(),
+        loss,
+        stage="hint",
+        steps=recipe.hint_steps,
+        learning_rate=0.4 * recipe.base_rate,
+        after_step=after_step,
+        progress=progress,
+    )
 
 
 def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:

@@ -21,6 +21,7 @@ class Recipe:
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
+        hint_steps, hint_share: further pre-training of planted organisms, on chats that refuse this share of the harmful requests.
         sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
@@ -47,6 +48,8 @@ class Recipe:
     batch: int = 64
     base_steps: int = 600
     base_rate: float = 4e-3
+    hint_steps: int = 0
+    hint_share: float = 0.3
     sft_steps: int = 100
     sft_rate: float = 0.02
     dpo_steps: int = 150
