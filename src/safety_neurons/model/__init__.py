@@ -12,6 +12,7 @@ from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load
 from safety_neurons.model.measures import BatchSize, Losses, Progress
 from safety_neurons.model.memory import Estimate, estimate
 from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
+from safety_neurons.model.statistics import Statistics, activation_statistics
 
 __all__ = [
     "Batch",
@@ -24,6 +25,8 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Progress",
+    "Statistics",
+    "activation_statistics",
     "as_prompts",
     "batches",
     "check_pair",

@@ -1,0 +1,208 @@
+"""Count, sum and sum of squares of every neuron over a corpus, in one forward pass and memory that does not grow with it.
+
+A reader reduces what it gets while it is still in the cache, so that nothing but two numbers per neuron outlives a hook. On a processor
+the rows of one sequence at a time are multiplied by ones (two matrix-vector products), without a copy of the activations; elsewhere the
+whole batch is reduced by two kernels. Padding is never read, so NaN in it harms nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.errors import MismatchError, NumericalError
+from safety_neurons.model.experts import ExpertRows
+from safety_neurons.model.hooks import reading
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.measures import BatchSize, Progress
+from safety_neurons.model.passes import Batch, run_batches
+from safety_neurons.neurons.keys import parse_key
+
+CACHED = 2**18
+"""Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level cache."""
+FEW_ROWS = 32
+"""Below so many tokens a sequence, calls cost more than the copy that joins the sequences of a batch."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is kept of the activations of every site: two numbers per neuron, whatever the number of tokens.
+
+    Attributes:
+        counts: tokens by site key (an expert counts the tokens routed to it).
+        sums: Σx of every neuron, by site key.
+        sums_of_squares: Σx² of every neuron.
+    """
+
+    counts: Mapping[str, int]
+    sums: Mapping[str, Float[np.ndarray, " neuron"]]
+    sums_of_squares: Mapping[str, Float[np.ndarray, " neuron"]]
+
+    def mean(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Mean activation; 0 for an expert that got no token."""
+        return {key: values / max(self.counts[key], 1) for key, values in self.sums.items()}
+
+    def root_mean_square(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Root of the mean squared activation; 0 for an expert that got no token."""
+        return {key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.sums_of_squares.items()}
+
+    def standard_deviation(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Standard deviation (n − 1); NaN below two tokens."""
+        result = {}
+        for key, values in self.sums.items():
+            n = self.counts[key]
+            centred = np.maximum(self.sums_of_squares[key] - values**2 / max(n, 1), 0)
+            result[key] = np.sqrt(centred / (n - 1)) if n > 1 else np.full(len(values), np.nan)
+        return result
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """The statistics of both corpora together.
+
+        Raises:
+            MismatchError: They are of other sites.
+        """
+        sizes, others = ({key: len(values) for key, values in one.sums.items()} for one in (self, other))
+        if sizes != others:
+            raise MismatchError(f"statistics of {len(others)} sites were added to those of {len(sizes)}: expected the same sites and sizes")
+        return Statistics(
+            {key: count + other.counts[key] for key, count in self.counts.items()},
+            {key: values + other.sums[key] for key, values in self.sums.items()},
+            {key: values + other.sums_of_squares[key] for key, values in self.sums_of_squares.items()},
+        )
+
+
+def activation_statistics(
+    lm: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    sites: Sequence[str] | None = None,
+    layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
+) -> Statistics:
+    """Count, Σx and Σx² of every neuron over all tokens of a corpus, special tokens included.
+
+    Sums of one batch are in float32 (in float64 where the model is), sums over batches in float64.
+
+    Args:
+        lm: the model; its adapters are made the active ones meanwhile.
+        sequences: token ids, each sequence fed once.
+        sites: any of `q k v o gate up down`; None for all. Activations are taken as `hooks.reading` hands them out.
+        layers: a range or "A:B"; None for all. The pass stops behind the last one.
+        batch_size: sequences a batch, or "auto" for a token budget.
+        progress: called with (batches done, in all, tokens).
+        notes: gets a line for every batch that was halved.
+
+    Raises:
+        NumericalError: a sum is not finite; the message names the site.
+        UsageError: an unknown site, or layers outside the model.
+    """
+    sizes = lm.table.select(sites, layers).sizes
+    sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
+    with reading(lm.anatomy, {key: sums.reader(key) for key in sizes}):
+        run_batches(
+            lm,
+            sequences,
+            lambda _: sums.take(),
+            batch_size,
+            progress=progress,
+            before=sums.start,
+            last_layer=max(parse_key(key).layer for key in sizes),
+            notes=notes,
+        )
+    return sums.finished()
+
+
+class _Sums:
+    """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches before it."""
+
+    def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.counts = dict.fromkeys(sizes, 0)
+        self.totals: dict[str, Float[Tensor, "2 neuron"]] = {}
+        self.batch: Batch | None = None
+        self.rows: Tensor | None = None
+        self.parts: dict[str, tuple[int, Float[Tensor, "2 neuron"]]] = {}
+
+    def start(self, batch: Batch) -> None:
+        self.batch, self.rows, self.parts = batch, None, {}
+
+    def reader(self, key: str) -> Callable[[Tensor | ExpertRows], None]:
+        def read(values: Tensor | ExpertRows) -> None:
+            assert self.batch is not None
+            count, pieces = self._expert(values) if isinstance(values, ExpertRows) else (self.batch.n_tokens, self._pieces(values))
+            sums = reduced(pieces, self.sizes[key], self.dtype)
+            if key in self.parts:  # experts may come by one after the other
+                count, sums = count + self.parts[key][0], sums + self.parts[key][1]
+            self.parts[key] = (count, sums)
+
+        return read
+
+    def take(self) -> None:
+        """Add the batch's sums: on the device in float64, where it has float64."""
+        for key, (count, sums) in self.parts.items():
+            wide = (sums.cpu() if sums.device.type == "mps" else sums).double()
+            self.counts[key] += count
+            self.totals[key] = self.totals[key].add_(wide) if key in self.totals else wide
+        self.batch, self.parts = None, {}
+
+    def finished(self) -> Statistics:
+        sums: dict[str, np.ndarray] = {}
+        squares: dict[str, np.ndarray] = {}
+        for key, size in self.sizes.items():
+            values = self.totals[key].cpu().numpy() if key in self.totals else np.zeros((2, size))
+            if not np.isfinite(values).all():
+                raise NumericalError(f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32")
+            sums[key], squares[key] = values
+        return Statistics(self.counts, sums, squares)
+
+    def _pieces(self, values: Tensor) -> list[Tensor]:
+        """The rows of real tokens: views of single sequences, or one selection by index where there are many short ones."""
+        batch = self.batch
+        assert batch is not None
+        if batch.n_tokens == len(batch) * batch.width:
+            return [values.flatten(0, 1)]
+        if values.device.type == "cpu" and batch.n_tokens >= FEW_ROWS * len(batch):
+            return [values[row, :length] for row, length in enumerate(batch.lengths)]
+        if self.rows is None:
+            self.rows = batch.rows
+        return [values.flatten(0, 1).index_select(0, self.rows.to(values.device))]
+
+    def _expert(self, rows: ExpertRows) -> tuple[int, list[Tensor]]:
+        """Routed rows whose token is not padding."""
+        assert self.batch is not None
+        real = self.batch.attention_mask.flatten().to(rows.token_index.device)[rows.token_index].nonzero().squeeze(1)
+        return len(real), [rows.values.index_select(0, real)]
+
+
+def reduced(pieces: Sequence[Float[Tensor, "_ neuron"]], size: int, dtype: torch.dtype) -> Float[Tensor, "2 neuron"]:
+    """Σx and Σx² over the rows of all pieces.
+
+    Args:
+        pieces: activations; never written into.
+        size: neurons.
+        dtype: type of the sums.
+    """
+    if pieces[0].device.type != "cpu":
+        sums = [torch.stack([piece.sum(0, dtype=dtype), torch.linalg.vector_norm(piece, dim=0, dtype=dtype).square()]) for piece in pieces]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    result = torch.zeros(2, size, dtype=dtype)
+    total, squares = result.unbind(0)
+    limit = max(FEW_ROWS // 2, CACHED // max(size, 1))
+    longest = min(limit, max(len(piece) for piece in pieces))
+    ones, product = torch.ones(longest, dtype=dtype), torch.empty(longest, size, dtype=dtype)
+    for rows in _split(pieces, limit):
+        wide = rows.to(dtype)
+        n = len(wide)
+        total.addmv_(wide.t(), ones[:n])
+        squares.addmv_(torch.mul(wide, wide, out=product[:n]).t(), ones[:n])
+    return result
+
+
+def _split(pieces: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
+    for piece in pieces:
+        yield from piece.split(limit) if len(piece) > limit else (piece,)
