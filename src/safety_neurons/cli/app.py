@@ -1,6 +1,7 @@
 """The command line's table of contents."""
 
 import sys
+from typing import Any
 
 import typer
 from typer.main import get_command
@@ -8,7 +9,7 @@ from typer.main import get_command
 from safety_neurons import __version__
 from safety_neurons.cli import checks, compare, data, find, organism, report, verify
 from safety_neurons.cli import run as rerun
-from safety_neurons.cli.verb import fail
+from safety_neurons.cli.verb import fail, is_usage
 
 HELP = "Find the neurons which make a language model safe, prove that they do, and put them to use."
 
@@ -30,7 +31,7 @@ def build() -> typer.core.TyperGroup:
     return command
 
 
-def print_version(wanted: bool) -> None:
+def print_version(wanted: bool | None) -> None:
     """Print the version and stop."""
     if wanted:
         sys.stdout.write(f"safety-neurons {__version__}\n")
@@ -38,7 +39,7 @@ def print_version(wanted: bool) -> None:
 
 
 def options(
-    _version: bool = typer.Option(False, "--version", help="Print the version and stop.", callback=print_version, is_eager=True),
+    _version: bool | None = typer.Option(None, "--version", help="Print the version and stop.", callback=print_version, is_eager=True),
 ) -> None:
     """Options that come before the verb."""
 
@@ -48,8 +49,9 @@ def run() -> None:
     words = sys.argv[1:]
     try:
         code = build()(words, prog_name="safety-neurons", standalone_mode=False)
-    except Exception as error:
-        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+    except Exception as caught:
+        error: Any = caught
+        if not is_usage(error):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             raise SystemExit(2) from None

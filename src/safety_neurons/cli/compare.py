@@ -58,9 +58,10 @@ def compare(
                 max_new_tokens=max_new_tokens,
                 batch_size=session.batch_size(),
                 completions_file=completions,
-                keep=lambda name, scores: scores.save(session.folder.path(f"{name}.scores.safetensors")),
+                place=session.folder.path,
                 progress=progress,
             )
+        session.notes.extend(comparison.bench.notes)
         return {**comparison.record(), "completions": str(completions)}
 
     return session.run(work, show)
@@ -69,22 +70,25 @@ def compare(
 def show(result: dict[str, Any]) -> None:
     """One row a method."""
     known = any(row["recall"] is not None for row in result["methods"])
-    columns = ["method", "neurons", *(["recall"] if known else []), "causal effect", "harmful refused", "harmless refused", "seconds"]
+    wide = console.out().width >= 110
+    cell = (lambda rate: rate) if wide else (lambda rate: rate["value"])
     rows = [
         [
             row["method"],
             row["n_neurons"],
             *([row["recall"]] if known else []),
             row["causal_effect"],
-            row["harmful_refused"],
-            row["harmless_refused"],
-            row["seconds"],
+            cell(row["harmful_refused"]),
+            cell(row["harmless_refused"]),
+            *([row["seconds"]] if wide or not known else []),
         ]
         for row in result["methods"]
     ]
+    names = ["harmful refused", "harmless refused"] if wide else ["harmful", "harmless"]
     console.print_table(
         f"{result['budget']:,} of {result['n_units']:,} units at {', '.join(result['sites'])}",
-        columns,
+        ["method", "neurons", *(["recall"] if known else []), "causal effect", *names, *(["seconds"] if wide or not known else [])],
         rows,
-        caption=f"ceiling {effect(result['ceiling_effect'])}; units count once; 95 % intervals",
+        caption="units count once; [95 % interval]; harmful and harmless: share of the requests refused",
     )
+    console.out().print(f"\nceiling {effect(result['ceiling_effect'])}", soft_wrap=True)

@@ -143,8 +143,7 @@ def contrast(
             positions=positions,
             generate_with=generate_with,
             max_new_tokens=max_new_tokens,
-            completions=Completions.load(completions) if completions else None,
-            **own,
+            **{"completions": Completions.load(completions) if completions else None, **own},
         )
 
     return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
@@ -266,8 +265,11 @@ def subtracted(session: Session, options: dict[str, Any], model: Any, work: Call
     if options["subtract"] != "foundation":
         return session.neurons(options["subtract"], model)
     general = session.prompts(options.get("foundation", "builtin:general"), model)
+    own = {**own, "prompts": general, "checkpoint": session.folder.checkpoint("foundation")}
+    if "completions" in options:
+        own["completions"] = None
     with session.progress("find foundation neurons") as progress:
-        found = work({**own, "prompts": general, "checkpoint": session.folder.checkpoint("foundation"), "progress": progress})
+        found = work({**own, "progress": progress})
     found.neurons.save(session.folder.path("foundation.safetensors"))
     session.notes.extend(found.notes)
     return found.neurons

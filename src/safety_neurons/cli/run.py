@@ -10,8 +10,6 @@ from safety_neurons.cli.options import Common
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import InputError
 
-FLAGS = {"merge_adapters", "trust_remote_code", "as_published"}
-
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
@@ -22,15 +20,12 @@ def run(
     common: Common,
     recipe: Annotated[pathlib.Path, typer.Argument(help="run.json of an earlier run, or a recipe with `verb` and `arguments`.")],
 ) -> None:
-    """Repeat a run: the same verb with the same arguments, into another --out."""
+    """Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own."""
     from safety_neurons.cli.app import build
 
     words, arguments = read(recipe)
-    line = [*words, *(option for name, value in arguments.items() for option in as_options(name, value))]
-    line += ["--json"] * common.json + ["--debug"] * common.debug + ["--overwrite"] * common.overwrite + ["--offline"] * common.offline
-    line += ["--out", str(common.out)] if common.out else []
-    line += ["--device", common.device] if common.device else []
-    build()(line, standalone_mode=False)
+    arguments |= {name: value for name, value in vars(common).items() if value != getattr(Common(), name)}
+    build()([*words, *(option for name, value in arguments.items() for option in as_options(name, value))], standalone_mode=False)
 
 
 def read(recipe: pathlib.Path) -> tuple[list[str], dict[str, Any]]:
@@ -53,4 +48,4 @@ def as_options(name: str, value: Any) -> list[str]:
     option = "--" + name.replace("_", "-")
     if value is None or value is False:
         return []
-    return [option] if name in FLAGS and value is True else [option, str(value)]
+    return [option] if value is True else [f"{option}={value}"]

@@ -2,24 +2,26 @@
 
 import contextlib
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from safety_neurons.cli import console
+from safety_neurons.cli import choices, console
 from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common
-from safety_neurons.errors import UsageError
 
 Result = dict[str, Any]
+PROMPT_OPTIONS = ("prompts", "harmful", "harmless", "text", "foundation")
+NOT_A_FILE = ("builtin:", "organism:")
 
 
 class Session:
     """Everything around one verb. `options` are the verb's own options: with the common ones they are the run's configuration."""
 
     def __init__(self, verb: str, common: Common, options: Mapping[str, Any]) -> None:
+        choices.check(options, common)
         self.common = common
+        self.options = options
         self.verb = verb
         shared = {name: value for name, value in vars(common).items() if name not in HOW_A_RUN_IS_SHOWN}
         self.config = {name: _plain(value) for name, value in {**options, **shared}.items()}
@@ -42,17 +44,47 @@ class Session:
 
     def run(self, work: Callable[[], Result], show: Callable[[Result], None]) -> Result:
         """Do the work unless this run is finished, keep its result, and show it."""
+        if self.common.overwrite:
+            self.foresee()
         finished = self.folder.finished
-        result = self.folder.record["result"] if finished else work()
         if not finished:
-            self.folder.finish(result, notes=self.notes, device=self.device, hashes=self.hashes)
+            self._work(work)
+        result, notes = self.folder.record["result"], self.folder.record.get("notes") or []
         if not self.common.json:
             if finished:
                 console.err().print(f"this run is finished: {self.folder.folder} (start it again with --overwrite)", style="dim")
             show(result)
-            console.print_notes(self.notes)
+            console.print_notes(notes)
             console.out().print(f"\n[dim]run[/dim] {self.folder.folder}", soft_wrap=True)
         return {**result, "run": str(self.folder.folder.absolute())}
+
+    def _work(self, work: Callable[[], Result]) -> None:
+        """Do the work and keep its result; a run that fails before it wrote anything leaves nothing behind."""
+        try:
+            self.foresee()
+            result = work()
+        except KeyboardInterrupt:
+            self.folder.abandon()
+            raise KeyboardInterrupt(f"nothing finished is lost; the same command with --out {self.folder.folder} continues") from None
+        except BaseException:
+            self.folder.abandon()
+            raise
+        self.folder.finish(result, notes=list(dict.fromkeys(self.notes)), device=self.device, hashes=self.hashes)
+
+    def foresee(self) -> None:
+        """Read the files the options name, so that a wrong one is found before a model is loaded."""
+        from safety_neurons.neurons import NeuronSet, Scores
+        from safety_neurons.prompts import prompts
+
+        for name in PROMPT_OPTIONS:
+            source = self.options.get(name)
+            unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (name == "text" and source == "none")
+            if source is not None and not unused and not source.startswith(NOT_A_FILE):
+                prompts(source, column=None if name in ("text", "foundation") else self.options.get("column"))
+        for name in ("neurons", "truth", "subtract", "scores"):
+            path = self.options.get(name)
+            if path is not None and path != "foundation" and not path.startswith(NOT_A_FILE):
+                (Scores if name == "scores" else NeuronSet).load(path)
 
     # Models and prompts
 
@@ -85,18 +117,21 @@ class Session:
         """A neuron file, checked against the model."""
         from safety_neurons.neurons import NeuronSet
 
-        loaded = NeuronSet.load(path).on(model.table, [model.name])
+        loaded = NeuronSet.load(resolve(path)).on(model.table, [model.name])
         self.notes.extend(loaded.notes)
         return loaded
 
-    def batch_size(self) -> int | str:
+    def scores(self, path: str, model: Any) -> Any:
+        """A score file, checked against the model."""
+        from safety_neurons.neurons import Scores
+
+        loaded = Scores.load(path)
+        self.notes.extend(loaded.check(model.table, [model.name]))
+        return Scores(dict(loaded.items()), model.table, loaded.provenance)
+
+    def batch_size(self) -> int | Literal["auto"]:
         """`auto`, or a positive number."""
-        text = self.common.batch_size
-        if text == "auto":
-            return text
-        if not text.isdigit() or int(text) < 1:
-            raise UsageError(f"--batch-size {text}: expected auto or a number of at least 1")
-        return int(text)
+        return choices.batch_size(self.common.batch_size)
 
     def progress(self, title: str) -> contextlib.AbstractContextManager[console.Report | None]:
         """A progress bar on a terminal, None elsewhere."""
@@ -117,7 +152,7 @@ class Session:
             "dtype": None if common.dtype == "auto" else common.dtype,
             "template": common.template,
             "system": common.system,
-            "template_args": parse_object("--template-args", common.template_args),
+            "template_args": choices.parse_object("--template-args", common.template_args),
             "offline": common.offline,
             "merge_adapters": common.merge_adapters,
             "trust_remote_code": common.trust_remote_code,
@@ -148,19 +183,6 @@ def prompt_folder(model: Any) -> pathlib.Path | None:
         if (folder / "organism.json").is_file() and (folder / "prompts").is_dir():
             return folder / "prompts"
     return None
-
-
-def parse_object(option: str, text: str | None) -> dict[str, Any] | None:
-    """An option that holds a JSON object."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{option} {text!r} is not JSON ({error.msg} at character {error.pos}); expected an object such as {{}}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{option} {text!r} is a {type(value).__name__}, expected a JSON object such as {{}}")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -47,20 +47,27 @@ def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, deb
     """Run a verb; turn every failure into one line and an exit code."""
     try:
         result = call()
+        if as_json and result is not None:
+            sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
     except SafetyNeuronsError as error:
         fail(str(error), error.exit_code, error, as_json=as_json, debug=debug)
     except KeyboardInterrupt as error:
-        message = "interrupted: nothing finished is lost; the same command continues this run"
+        message = f"interrupted: {error or 'nothing was started'}"
         fail(message, 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
+        if is_usage(error):
+            raise
         message = f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: run again with --debug and report the traceback)"
         fail(message, 1, error, as_json=as_json, debug=debug)
-    else:
-        if as_json and result is not None:
-            sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def is_usage(error: Exception) -> bool:
+    """Whether the command-line library raised it (it comes in several versions, with and without click inside)."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
 
 
 def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, debug: bool) -> NoReturn:

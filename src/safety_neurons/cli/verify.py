@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
+from safety_neurons.cli.choices import parse_sizes
 from safety_neurons.cli.options import Aligned, Base, Column, Common, Harmful, Harmless, Limit, MaxNewTokens, Model, Text
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
@@ -35,6 +36,7 @@ def deactivate(
 ) -> dict[str, Any]:
     """Necessity: what the model loses while these neurons are off."""
     options = {name: value for name, value in locals().items() if name != "common"}
+    check(options)
     session = Session("verify-deactivate", common, options)
 
     def work() -> dict[str, Any]:
@@ -64,6 +66,7 @@ def patch(
 ) -> dict[str, Any]:
     """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the base model."""
     options = {name: value for name, value in locals().items() if name != "common"}
+    check(options)
     session = Session("verify-patch", common, options)
 
     def work() -> dict[str, Any]:
@@ -102,24 +105,22 @@ def measured(session: Session, options: dict[str, Any], model: Any, study: Any) 
     return {**verification.record(), "completions": str(completions)}
 
 
-def what_is_verified(session: Session, options: dict[str, Any], model: Any) -> tuple[Any, list[float]]:
-    """A neuron set, or scores with the sizes to sweep."""
+def check(options: dict[str, Any]) -> None:
+    """A set, or scores with sizes; found out before anything is loaded."""
     neurons, scores, sizes = options["neurons"], options["scores"], options["sizes"]
     if (neurons is None) == (scores is None):
         raise UsageError(f"{'neither' if neurons is None else 'both'} of --neurons and --scores given, expected one of them")
-    if neurons is not None:
-        if sizes is not None:
-            raise UsageError("--sizes needs --scores: a neuron file has one size")
-        return session.neurons(neurons, model), []
-    from safety_neurons.neurons import Scores
+    if neurons is not None and sizes is not None:
+        raise UsageError("--sizes needs --scores: a neuron file has one size")
+    parse_sizes(sizes)
 
-    try:
-        shares = sorted(float(part) for part in (sizes or "0.005,0.01,0.02,0.05,0.1,0.2").split(","))
-    except ValueError:
-        raise UsageError(f"--sizes {sizes!r}: expected comma-separated shares such as 0.01,0.05") from None
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise UsageError(f"--sizes {sizes!r}: expected shares above 0 and at most 1")
-    return Scores.load(scores, table=model.table, models=[model.name]), shares
+
+def what_is_verified(session: Session, options: dict[str, Any], model: Any) -> tuple[Any, list[float]]:
+    """A neuron set, or scores with the sizes to sweep."""
+    neurons, scores, sizes = options["neurons"], options["scores"], options["sizes"]
+    if neurons is not None:
+        return session.neurons(neurons, model), []
+    return session.scores(scores, model), parse_sizes(sizes)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -139,9 +140,7 @@ def show(result: dict[str, Any]) -> None:
         caption="95 % intervals; KL(untreated ‖ treated) in nats on the harmless prompts",
     )
     if len(result["sizes"]) > 1:
-        sweep = [
-            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], p["causal_effect"]] for p in result["sizes"]
-        ]
+        sweep = [[console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], p["causal_effect"]] for p in result["sizes"]]
         console.print_table("\nSweep", ["size", "neurons", "harmful refused", "causal effect"], sweep)
     print_effect(result)
 

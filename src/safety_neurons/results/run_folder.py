@@ -37,6 +37,7 @@ class RunFolder:
         """
         self.folder = pathlib.Path(out)
         self.resumed = False
+        self._made = False
         arguments = plain(dict(config))
         earlier = None if overwrite else self._read()
         if overwrite:
@@ -98,10 +99,20 @@ class RunFolder:
         self._write()
         self._remove(dropped)
 
+    def abandon(self) -> None:
+        """Takes back a run that has written nothing yet, so that the corrected command may use the same folder."""
+        if self.finished or any((self.folder / name).exists() for name in self._record["files"]):
+            return
+        self._remove([RECORD])
+        if self._made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
     # How it is kept
 
     def _make(self) -> None:
         try:
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the folder {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error

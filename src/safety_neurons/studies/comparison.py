@@ -20,41 +20,40 @@ from safety_neurons import detectors
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Effect, Rate, causal_effect
+from safety_neurons.results import Checkpoint, Effect, Rate, causal_effect
+from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.verification import MEASURE
 
-Method = Callable[..., Scores]
+Method = Callable[[LanguageModel, LanguageModel, Prompts, dict[str, Any]], Scores]
+WRITES = ("importance-contrast", "contrast")
+"""Methods that generate text; its length is then the comparison's."""
+IN_ONE_GO = ("weight-change",)
+"""Methods too short to keep a partial state."""
 
 
-def _pair_method(name: str, *, writes: bool = False) -> Method:
-    """A method on a pair; `writes` where it generates text, whose length is then the comparison's."""
-
-    def find(base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any], max_new_tokens: int) -> Scores:
-        length = {"max_new_tokens": max_new_tokens} if writes else {}
-        return getattr(detectors, name)(base, aligned, prompts, **options, **length).scores
-
-    return find
+def _pair_method(name: str) -> Method:
+    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **options).scores
 
 
 def _aligned_method(name: str) -> Method:
-    def find(_base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any], _max_new_tokens: int) -> Scores:
-        return getattr(detectors, name)(aligned, prompts, **options).scores
-
-    return find
+    return lambda _base, aligned, prompts, options: getattr(detectors, name)(aligned, prompts, **options).scores
 
 
 METHODS: dict[str, Method] = {
     "importance": _aligned_method("find_importance"),
-    "importance-contrast": _pair_method("find_importance_contrast", writes=True),
-    "contrast": _pair_method("find_contrast", writes=True),
+    "importance-contrast": _pair_method("find_importance_contrast"),
+    "contrast": _pair_method("find_contrast"),
     "attribution": _aligned_method("find_attribution"),
     "attribution-patching": _pair_method("find_attribution_patching"),
     "weight-change": _pair_method("find_weight_change"),
 }
 """Name of a method -> scores of the neurons at the given sites."""
+
+SECONDS = "seconds.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +123,9 @@ def compare(
     random: int = 3,
     seed: int = 0,
     max_new_tokens: int = 64,
-    batch_size: int | str = "auto",
+    batch_size: BatchSize = "auto",
     completions_file: pathlib.Path | None = None,
-    keep: Callable[[str, Scores], None] | None = None,
+    place: Callable[[str], pathlib.Path] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """All detectors at one budget.
@@ -146,15 +145,21 @@ def compare(
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
         completions_file: where completions are kept; a killed run continues from it.
-        keep: given every method's name and scores as soon as they are there.
+        place: where a file of that name is kept: every method's `NAME.scores.safetensors` as soon as they are there, which a killed
+            comparison takes up again, and the partial state of the method at work. None keeps no such file.
         progress: told the name of every step.
 
     Raises:
-        UsageError: an unknown method.
+        UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise UsageError(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+    if truth is None and not 0 < top <= 1:
+        raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
+    truth = truth.on(base.table) if truth is not None else None
+    if truth is not None and not len(truth):
+        raise UsageError("the truth is an empty set; expected at least one neuron")
     sites = tuple(sites) if sites else _sites_of(truth)
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
@@ -170,21 +175,55 @@ def compare(
             name, len(neurons), neurons.n_units, recall, effect, arm.harmful_refused, arm.harmless_refused, seconds, neurons
         )
 
-    rows = []
+    shelf, rows = _Shelf(place), []
     for name in methods:
         if progress is not None:
             progress(f"find {name}")
-        started = time.perf_counter()
-        scores = METHODS[name](base, aligned, find_prompts, {"sites": sites, "batch_size": batch_size}, max_new_tokens)
-        seconds = time.perf_counter() - started
-        if keep is not None:
-            keep(name, scores)
+        options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
+        options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
+        scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
         rows.append(row(name, scores.top_units(budget), seconds))
     for number in range(random):
         rows.append(row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0))
     patched_all = bench.measure(base, "ceiling", lambda: patched(base, aligned, everything))
     ceiling = causal_effect(untreated.harmful, goal.harmful, patched_all.harmful, measure=MEASURE, seed=seed)
     return Comparison(budget, n_units, sites, untreated, goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+
+
+class _Shelf:
+    """Scores of finished methods with the seconds they took, and the partial state of the one at work."""
+
+    def __init__(self, place: Callable[[str], pathlib.Path] | None) -> None:
+        self.place = place
+        self.seconds: dict[str, float] = {}
+        if place is not None and place(SECONDS).exists():
+            self.seconds = read_json(place(SECONDS))
+
+    def scores(
+        self, name: str, base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any]
+    ) -> tuple[Scores, float]:
+        """What an earlier, killed run found by this method on the same prompts, or what the method finds now."""
+        if self.place is None:
+            return self._timed(name, base, aligned, prompts, options)
+        file = self.place(f"{name}.scores.safetensors")
+        if name in self.seconds and file.exists():
+            kept = Scores.load(file, table=base.table)
+            if kept.provenance.prompts_sha256 in ("", prompts.sha256):
+                return kept, self.seconds[name]
+        checkpoint = None if name in IN_ONE_GO else Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
+        found, self.seconds[name] = self._timed(
+            name, base, aligned, prompts, options | ({"checkpoint": checkpoint} if checkpoint is not None else {})
+        )
+        found.save(file)
+        write_json(self.place(SECONDS), self.seconds)
+        if checkpoint is not None:
+            checkpoint.delete()
+        return found, self.seconds[name]
+
+    @staticmethod
+    def _timed(name: str, base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:
+        started = time.perf_counter()
+        return METHODS[name](base, aligned, prompts, options), time.perf_counter() - started
 
 
 def random_units(table: SiteTable, sites: Sequence[str], budget: int, seed: int) -> NeuronSet:

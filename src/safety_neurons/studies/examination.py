@@ -66,6 +66,7 @@ def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress:
 
     An experiment that raises is a failed check with the error as its measurement, so that the others still run.
     """
+    before = _state(model)
     experiments: list[tuple[str, Callable[[], Check]]] = [
         ("coverage", lambda: _coverage(model)),
         ("identity with hooks on", lambda: _identity(model)),
@@ -73,7 +74,7 @@ def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress:
         ("padding and batching, completions", lambda: _batching(model)),
         ("self-patch", lambda: _self_patch(model, seed)),
         ("importance against brute force", lambda: _brute_force(model, seed, n_sampled)),
-        ("nothing left behind", lambda: _nothing_left(model)),
+        ("nothing left behind", lambda: _nothing_left(model, before)),
         ("cost of hooks per token and layer", lambda: _cost(model)),
     ]
     checks = []
@@ -216,10 +217,21 @@ def _sub_layer(model: LanguageModel, key: str) -> torch.nn.Module:
     return part.places["o" if parsed.site in ("q", "k", "v", "o") else "down"].module
 
 
-def _nothing_left(model: LanguageModel) -> Check:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    hooks = sum(len(getattr(module, name)) for module in model.model.modules() for name in names)
-    return Check("", True, f"{hooks} hooks on the model, all of them its owner's" if hooks else "no hook on the model", None)
+def _state(model: LanguageModel) -> dict[str, int]:
+    """What interventions touch: hooks, replaced methods, modules in training mode."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = list(model.model.modules())
+    return {
+        "hooks": sum(len(getattr(module, name)) for module in modules for name in names),
+        "replaced methods": sum(callable(value) for module in modules for name, value in vars(module).items() if name == "forward"),
+        "modules in training mode": sum(module.training for module in modules),
+    }
+
+
+def _nothing_left(model: LanguageModel, before: dict[str, int]) -> Check:
+    after = _state(model)
+    changed = [f"{name} {before[name]} → {after[name]}" for name in before if before[name] != after[name]]
+    return Check("", not changed, ", ".join(changed) or "hooks, methods and modes as before", "as before")
 
 
 def _cost(model: LanguageModel) -> Check:

@@ -14,9 +14,10 @@ from typing import Any
 from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Effect, Rate, causal_effect, paired_difference
+from safety_neurons.results import Difference, Effect, causal_effect, paired_difference
 from safety_neurons.studies.arms import Arm, Bench, Progress
 
 MEASURE = "refused"
@@ -62,9 +63,9 @@ class Verification:
     ceiling: Arm
     """All neurons of the set's sites, in all layers."""
     ceiling_effect: Effect
-    change: Rate
+    change: Difference
     """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
-    change_against_random: Rate | None
+    change_against_random: Difference | None
     """Paired difference of the refusal rate on harmful prompts, treated minus the mean of the random sets."""
     overlap: Mapping[str, int]
     """How many of the harmful and harmless prompts the set was found on."""
@@ -117,7 +118,7 @@ def verify_deactivate(
     random: int = 5,
     seed: int = 0,
     max_new_tokens: int = 64,
-    batch_size: int | str = "auto",
+    batch_size: BatchSize = "auto",
     completions_file: pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -162,7 +163,7 @@ def verify_patch(
     random: int = 5,
     seed: int = 0,
     max_new_tokens: int = 64,
-    batch_size: int | str = "auto",
+    batch_size: BatchSize = "auto",
     completions_file: pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -223,7 +224,7 @@ def _verify(
         paired_difference(last.treated.harmful, untreated.harmful, seed=bench.seed),
         _against_random(last, bench.seed),
         _overlap(sets[-1][1], bench),
-        tuple(notes),
+        (*notes, *bench.notes),
         bench,
     )
 
@@ -234,7 +235,7 @@ def _effect(untreated: Arm, goal: Arm | None, treated: Arm, seed: int) -> Effect
     return causal_effect(untreated.harmful, goal.harmful, treated.harmful, measure=MEASURE, seed=seed)
 
 
-def _against_random(point: SizePoint, seed: int) -> Rate | None:
+def _against_random(point: SizePoint, seed: int) -> Difference | None:
     if not point.random:
         return None
     means = []

@@ -1,0 +1,74 @@
+"""Commands run in this process, as a user would type them."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+from typing import Any
+from unittest import mock
+
+from safety_neurons.cli.app import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on standard output; anything else there is a failure."""
+        assert self.out.count("\n") == 1, self.out
+        found = json.loads(self.out, parse_constant=_no_constant)
+        assert isinstance(found, dict)
+        return found
+
+
+def _no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def command(*words: object) -> Outcome:
+    """Run `safety-neurons WORDS…`."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["safety-neurons", *map(str, words)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run()
+        except SystemExit as stop:
+            return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("a command always exits")
+
+
+def done(*words: object) -> dict[str, Any]:
+    """Run with `--json` a command that has to succeed, and return its object."""
+    outcome = command(*words, "--json")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert outcome.err == ""
+    return outcome.json
+
+
+def refused(*words: object, code: int = 1) -> str:
+    """Run a command that has to fail, with and without `--json`; both say the same one line, which is returned."""
+    said, as_json = command(*words), command(*words, "--json")
+    assert (said.code, as_json.code) == (code, code), said.err + said.out + as_json.out
+    assert as_json.err == ""
+    assert set(as_json.json) == {"error", "exit_code"}
+    assert as_json.json["exit_code"] == code
+    assert said.err == f"safety-neurons: {as_json.json['error']}\n"
+    assert said.err.count("\n") == 1
+    assert "not foreseen" not in said.err
+    return as_json.json["error"]
+
+
+def record(folder: pathlib.Path | str) -> dict[str, Any]:
+    """The run record in a folder."""
+    return json.loads((pathlib.Path(folder) / "run.json").read_text(encoding="utf-8"))
