@@ -216,7 +216,8 @@ def compare_run(folder: pathlib.Path, effects: tuple[float, ...], recalls: tuple
         "agreement": pairs,
         "completions": str(folder / "completions.jsonl"),
     }
-    made = run_folder(folder, "compare", {**PAIR, "top": 0.05, "random": 3}, result)
+    pair = PAIR if recalls is None else {"base": "organism:planted/base", "aligned": "organism:planted/aligned"}
+    made = run_folder(folder, "compare", {**pair, "top": 0.05, "random": 3}, result)
     Completions(bench.completions).save(folder / "completions.jsonl")
     return made
 

@@ -9,12 +9,12 @@ import numpy as np
 from markupsafe import Markup
 
 from safety_neurons.neurons import SITES
-from safety_neurons.report.svg import BAND, COLOURS, FAINT, INK, ON_RAMP, PAPER, RAMP, SOFT, configured, drawing
+from safety_neurons.report.svg import BAND, COLOURS, FAINT, INK, ON_RAMP, PAPER, RAMP, SOFT, drawing
 from safety_neurons.report.text import interval, visible
 
 METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change")
 SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-right")
-WIDE, NARROW = 640, 268
+WIDE, NARROW = 800, 276
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ def site_map(cells: Mapping[tuple[int, str], float], labels: Mapping[tuple[int, 
     )
     tiles = base.mark_rect(cornerRadius=2, stroke=PAPER, strokeWidth=2).encode(color=alt.Color("colour:N", scale=None))
     text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
-    return drawing(configured(tiles + text, across * len(sites), alt.Step(24 if len(layers) <= 24 else 17)))
+    return drawing(alt.layer(tiles, text), across * len(sites), 24 if len(layers) <= 24 else 17, step=True)
 
 
 def sweep_figure(sweeps: Sequence[Sweep]) -> Markup:
     """Causal effect against set size, drawn once for a page and once for a phone."""
-    return drawing(_sweeps(sweeps, WIDE, 340), size="wide") + drawing(_sweeps(sweeps, NARROW, 300), size="narrow")
+    sizes = (("wide", WIDE, 350), ("narrow", NARROW, 300))
+    return Markup("").join(drawing(_sweeps(sweeps, width, height), width, height, size=size) for size, width, height in sizes)
 
 
 def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
@@ -94,7 +95,7 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
     layers = [*_band(band, x, y), *_references(sweeps, sizes, y, width)]
     if lines:
         layers += _lines(lines, x, y, width, (top - bottom) / height)
-    return configured(alt.layer(*layers), width, height)
+    return alt.layer(*layers)
 
 
 def _log_scale(sizes: list[int]) -> alt.Scale:
@@ -130,7 +131,7 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
     base = alt.Chart(data(rows)).encode(x=x, y=y, y2="high:Q", description="tip:N")
     label = alt.Chart(data(rows[:1])).mark_text(align="left", dx=6, dy=-9, color=SOFT, fontSize=12, aria=False)
     return [
-        base.mark_area(color=BAND, opacity=0.55, aria=False),
+        base.mark_area(color=BAND, stroke=BAND, strokeWidth=5, strokeJoin="round", opacity=0.6, aria=False),
         base.mark_rule(color=BAND, strokeWidth=7, strokeCap="round"),
         label.encode(x=x, y=alt.Y("high:Q"), text=alt.value("random sets (range)")),
     ]
@@ -163,8 +164,9 @@ def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y, width: int, per_pixe
         below = min(row["value"], below - 17 * per_pixel)
         labels.append(row | {"value": below})
     aside = width > NARROW
-    text = alt.Chart(data(labels)).mark_text(align="left" if aside else "right", dx=11 if aside else 4, dy=0 if aside else 14, fontWeight="bold", aria=False)
-    return [ends, strokes, points, text.encode(x=x, y=y, text="method:N", color=alt.Color("colour:N", scale=None))]
+    text = alt.Chart(data(labels)).mark_text(align="left" if aside else "right", dy=0 if aside else 16, fontWeight="bold", aria=False)
+    place = alt.value(width + 8 if aside else width)
+    return [ends, strokes, points, text.encode(x=place, y=y, text="method:N", color=alt.Color("colour:N", scale=None))]
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ class Row:
 
 def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float, float], reference: float | None = None) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
-    return drawing(_dots(rows, title, domain, reference, 330, 150), size="wide") + drawing(
-        _dots(rows, title, domain, reference, 118, 132), size="narrow"
+    sizes = (("wide", 240, 150), ("narrow", 96, 132))
+    return Markup("").join(
+        drawing(_dots(rows, title, domain, reference, width, labels), width, 28, step=True, size=size) for size, width, labels in sizes
     )
 
 
@@ -199,7 +202,7 @@ def _dots(rows: Sequence[Row], title: str, domain: tuple[float, float], referenc
     ]
     axis = alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels)
     y = alt.Y("label:N", sort=order, title=None, axis=axis, scale=alt.Scale(domain=order))
-    step = 0.25 if domain[1] - domain[0] < 1.6 and width > 200 else 0.5
+    step = 0.25 if domain[1] - domain[0] < 1.6 and width > 150 else 0.5
     ticks = [tick for tick in np.arange(-4, 4.01, step).tolist() if domain[0] <= tick <= domain[1]]
     x = alt.X("value:Q", scale=alt.Scale(domain=list(domain), nice=False, clamp=True), title=title, axis=alt.Axis(values=ticks, format=".2~f", domain=False))
     colour = alt.Color("colour:N", scale=None)
@@ -216,7 +219,7 @@ def _dots(rows: Sequence[Row], title: str, domain: tuple[float, float], referenc
     layers.append(ranged.encode(y=y, x=alt.X("low:Q"), x2="high:Q", color=colour))
     layers.append(dotted.encode(y=y, x=x, color=colour, shape=alt.Shape("shape:N", scale=None), description="tip:N"))
     layers.append(base.mark_text(align="left", dx=10, aria=False).encode(x=alt.value(width), text="text:N"))
-    return configured(alt.layer(*layers), width, alt.Step(28))
+    return alt.layer(*layers)
 
 
 def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], float]) -> Markup:
@@ -239,7 +242,7 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
     tiles = base.mark_rect(cornerRadius=2, stroke=PAPER, strokeWidth=2).encode(color=alt.Color("colour:N", scale=None))
     text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
 
-    def drawn(across: int) -> Any:
-        return configured(tiles + text, across * max(len(order) - 1, 1), alt.Step(32))
-
-    return drawing(drawn(46), size="wide") + drawing(drawn(max(20, 190 // max(len(order) - 1, 1))), size="narrow")
+    columns = max(len(order) - 1, 1)
+    chart = alt.layer(tiles, text)
+    narrow = max(20, 190 // columns) * columns
+    return drawing(chart, 46 * columns, 32, step=True, size="wide") + drawing(chart, narrow, 32, step=True, size="narrow")

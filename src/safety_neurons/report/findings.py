@@ -12,7 +12,8 @@ from safety_neurons.report.text import count, interval, name, number, plural, sa
 
 NEARLY = 0.9
 """Share of the ceiling from which on a set is said to carry the behaviour."""
-YES, PARTLY, NO, OPEN, FACT = "shown", "in part", "not shown", "undefined", "found"
+YES, PARTLY, NO, OPEN, FACT = "shown", "in part", "not shown", "undefined", "measured"
+FOUND, PRICE, PASS, FAIL = "found", "price", "pass", "fail"
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,8 @@ def _found(run: Run) -> Finding:
             layers[parse_key(key).layer] = layers.get(parse_key(key).layer, 0) + len(members)
         most = max(layers, key=lambda layer: layers[layer])
         text += say("; {} of them sit in layer {}", share(layers[most] / len(run.neurons), 0), most)
-    lost = [plural(result["prompts"][what], f"prompt {what}") for what in ("failed", "truncated") if result["prompts"].get(what)]
-    lost_text = say("; {}", ", ".join(lost).replace("faileds", "failed").replace("truncateds", "truncated")) if lost else Markup("")
-    return Finding(FACT, text + lost_text + Markup("."))
+    lost = [f"{plural(result['prompts'][what], 'prompt')} {what}" for what in ("failed", "truncated") if result["prompts"].get(what)]
+    return Finding(FOUND, text + (say("; {}", ", ".join(lost)) if lost else "") + Markup("."))
 
 
 def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
@@ -152,18 +152,19 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     ceiling = interval(result["ceiling_effect"])
     size = share(point["size"])
     sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, interval(effect), chance, ceiling))]
+    before, after = result["untreated"], point["treated"]
+    text = "Its price: refusals of harmless requests go from {} to {}"
+    price = say(text, interval(before["harmless_refused"]), interval(after["harmless_refused"]))
+    if before["perplexity"] is not None and after["perplexity"] is not None:
+        price += say(", perplexity from {} to {}", number(before["perplexity"]), number(after["perplexity"]))
+    sentences.append(Finding(PRICE, price + Markup(".")))
     failed = [each for each in result["sizes"] if verdict_of(result, each) == NO]
     if failed and verdict != NO:
         worst = failed[-1]
         text = "With {} ranked by <b>{}</b> ({}) the effect is not above chance: {}."
         shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
         sentences.append(Finding(NO, shown))
-    before, after = result["untreated"], point["treated"]
-    text = "Its price: refusals of harmless requests go from {} to {}"
-    price = say(text, interval(before["harmless_refused"]), interval(after["harmless_refused"]))
-    if before["perplexity"] is not None and after["perplexity"] is not None:
-        price += say(", perplexity from {} to {}", number(before["perplexity"]), number(after["perplexity"]))
-    return [*sentences, Finding(FACT, price + Markup("."))]
+    return sentences
 
 
 def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:
@@ -240,8 +241,8 @@ def _examined(run: Run) -> Finding:
     held = sum(check["passed"] is True for check in checks)
     if failed:
         text = "{} of the checks fail on {} ({}): numbers found on it are not to be trusted."
-        return Finding(NO, say(text, len(failed), name(run.models[-1]), ", ".join(failed)))
-    return Finding(YES, say("All {} checks with a limit pass on {}.", held, name(run.models[-1])))
+        return Finding(FAIL, say(text, len(failed), name(run.models[-1]), ", ".join(failed)))
+    return Finding(PASS, say("All {} checks with a limit pass on {}.", held, name(run.models[-1])))
 
 
 def tiles(runs: Sequence[Run]) -> list[Tile]:
@@ -254,8 +255,8 @@ def tiles(runs: Sequence[Run]) -> list[Tile]:
     if deactivate_runs:
         run = deactivate_runs[0]
         verdict, change = necessity(run)
-        compared = "than with random sets off" if run.result["change_against_random"] else "than before"
-        text = say("refusals of harmful requests with {} off ({}), {}", count(run.result["n_neurons"]), ranked_by(run, runs), compared)
+        compared = "against random sets" if run.result["change_against_random"] else "against the model as it is"
+        text = say("change of refusals of harmful requests with {} neurons off ({}), {}", count(run.result["n_neurons"]), ranked_by(run, runs), compared)
         made.append(Tile("Are they necessary?", verdict, interval(change, signed=True), text))
     for run in [run for run in runs if run.verb == "compare"][:2]:
         made += _best_method(run)
@@ -263,7 +264,7 @@ def tiles(runs: Sequence[Run]) -> list[Tile]:
     if doctors:
         checks = [check for run in doctors for check in run.result["checks"] if check["passed"] is not None]
         held = sum(bool(check["passed"]) for check in checks)
-        verdict = YES if held == len(checks) else NO
+        verdict = PASS if held == len(checks) else FAIL
         made.append(Tile("Is the model understood?", verdict, f"{held} of {len(checks)}", Markup("checks on the model itself pass")))
     return made
 

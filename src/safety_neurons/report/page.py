@@ -66,7 +66,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "asked": asked(runs),
             "tiles": _tiles(runs),
-            "findings": [finding for run in runs for finding in guarded(run, lambda run=run: findings(run, runs))],  # type: ignore[misc]
+            "findings": [finding for run in sorted(runs, key=_rank) for finding in guarded(run, lambda run=run: findings(run, runs))],  # type: ignore[misc]
             "sections": _sections(runs),
             "sheets": made,
             "first": [(sheet, answers.first_rows(sheet, holds.limit)) for sheet in made[:1]],
@@ -76,6 +76,12 @@ def render(runs: Sequence[Run], *, title: str) -> str:
             "n_runs": len(runs),
         }
         return _environment().get_template("page.html.jinja").render(context)
+
+
+def _rank(run: Run) -> int:
+    """What answers the question comes first; what was measured on the way after it."""
+    order = ("verify-patch", "verify-deactivate", "compare", "find", "doctor")
+    return next((place for place, verb in enumerate(order) if run.verb.startswith(verb)), len(order))
 
 
 def _tiles(runs: Sequence[Run]) -> list[Any]:

@@ -12,7 +12,7 @@ from safety_neurons.report.charts import Row, Sweep, agreement_figure, dot_figur
 from safety_neurons.report.findings import methods_of, random_values, ranked_by
 from safety_neurons.report.reading import Run
 from safety_neurons.report.svg import INK, SOFT
-from safety_neurons.report.tables import Table, agreement_table, arms_table, cells_table, methods_table, neurons_table
+from safety_neurons.report.tables import Table, agreement_table, arms_table, cells_table, methods_table, neurons_table, summary_table
 from safety_neurons.report.text import interval, name, number, plural, say, share, visible
 
 Cells = dict[tuple[int, str], tuple[int, int, float | None]]
@@ -122,7 +122,7 @@ def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[Part]:
 
 def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     heading = say("Patching into {} <span class=sub>from {}</span>", *(name(model) for model in (*group[0].models, "?", "?")[:2]))
-    sweeps, tables, words = [], [], []
+    sweeps, tables, words, named = [], [], [], []
     for run in group:
         method = ranked_by(run, everything)
         taken = [sweep.method for sweep in sweeps]
@@ -132,11 +132,12 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
         each = (f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in points)
         words.append(f"{method}: " + ", ".join(each))
         table = arms_table(run)
-        tables.append(Table(f"Ranked by {method}. {table.caption}", table.columns, table.rows))
+        named.append((method, run))
+        tables.append(Table(f"Every arm, ranked by {method}; 95 % intervals", table.columns, table.rows, table.quiet))
     first = group[0].result
     undefined = [point["causal_effect"].get("why") for sweep in sweeps for point in sweep.points if point["causal_effect"]["value"] is None]
     if undefined and not any(point["causal_effect"]["value"] is not None for sweep in sweeps for point in sweep.points):
-        return Part(heading, say("The causal effect is undefined: {}.", visible(undefined[0], 300)), (), tables)
+        return Part(heading, say("The causal effect is undefined: {}.", visible(undefined[0], 300)), (), [summary_table(named)], tables)
     n = first["untreated"]["harmful_refused"]["n"]
     sets = len(first["sizes"][-1]["random"])
     caption = say(
@@ -150,7 +151,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     lows = sorted({value for run in group for point in run.result["sizes"] for value in random_values(point)})
     chance = f" Random sets {number(lows[0])} to {number(lows[-1])}." if lows else ""
     figure = Figure(sweep_figure(sweeps), f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}", caption)
-    return Part(heading, Markup(""), [figure], tables)
+    return Part(heading, Markup(""), [figure], [summary_table(named)], tables)
 
 
 def deactivate_part(run: Run, everything: Sequence[Run]) -> Part:
@@ -182,16 +183,16 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
     rows.append(row("all neurons off", result["ceiling"], "square", SOFT))
     alternative = f"{title}: " + "; ".join(f"{each.label} {each.text}" for each in rows)
     shown = say("<b>{}</b> Bars are 95 % intervals; ticks are single random sets.", caption)
-    return Figure(dot_figure(rows, title, domain=(0, 1)), alternative + ".", shown)
+    return Figure(dot_figure(rows, title, domain=(-0.03, 1.03)), alternative + ".", shown)
 
 
 def compare_part(run: Run) -> Part:
     """Methods at one budget."""
     result = run.result
     real, chance = methods_of(result)
-    heading = say("At {} <span class=sub>{}</span>", plural(result["budget"], "unit"), Markup(" → ").join(name(model) for model in run.models))
+    heading = say("{} <span class=sub>{}</span>", Markup(" → ").join(name(model) for model in run.models), plural(result["budget"], "unit"))
     lead = say(
-        "{} of {:,} units at {}; every method chooses as many, patched from the aligned into the base model.",
+        "{} of {:,} units (sites: {}). Every method chooses as many; they are patched from the aligned into the base model.",
         share(result["budget"] / result["n_units"]),
         int(result["n_units"]),
         ", ".join(visible(site, 8) for site in result["sites"]),

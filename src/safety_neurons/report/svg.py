@@ -4,10 +4,10 @@ The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they becom
 """
 
 import functools
+import json
 from typing import Any
 from xml.etree import ElementTree
 
-import altair
 import vl_convert
 from markupsafe import Markup
 
@@ -33,31 +33,20 @@ _ATTRIBUTES = {
     *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
     *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
 }
+ROOM = 10
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
-def configured(chart: Any, width: int, height: int | altair.Step) -> Any:
-    """The chart with the page's type and rules."""
-    return (
-        chart.properties(width=width, height=height, background="transparent", padding=2)
-        .configure_view(stroke=None)
-        .configure_axis(
-            labelColor=SOFT,
-            titleColor=SOFT,
-            labelFontSize=12,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            labelLimit=260,
-            gridColor=GRID,
-            domainColor=FAINT,
-            tickColor=FAINT,
-            tickSize=4,
-            titlePadding=8,
-            labelPadding=5,
-        )
-        .configure_text(fontSize=12, color=INK)
-        .configure(font="Helvetica, Arial, sans-serif")
-    )
+_CONFIG = {
+    "font": "Helvetica, Arial, sans-serif",
+    "background": "transparent",
+    "view": {"stroke": None},
+    "text": {"fontSize": 12, "color": INK},
+    "axis": {
+        **{"labelColor": SOFT, "titleColor": SOFT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260},
+        **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
+    },
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,11 +54,24 @@ def _drawn(specification: str) -> str:
     return vl_convert.vegalite_to_svg(specification)
 
 
-def drawing(chart: Any, *, size: str = "") -> Markup:
-    """The chart as an SVG element without scripts, styles, links or colours of its own; `size` is an additional class."""
-    root = ElementTree.fromstring(_drawn(chart.to_json()))
+def drawing(chart: Any, width: float, height: float, *, step: bool = False, size: str = "") -> Markup:
+    """The chart as an SVG element without scripts, styles, links or colours of its own.
+
+    Args:
+        chart: what to draw.
+        width: of the plot, in pixels.
+        height: of the plot, or with `step` of one of its rows, in pixels.
+        step: whether the height is that of a row.
+        size: an additional class, `wide` or `narrow`.
+    """
+    around = {"width": width, "height": {"step": height} if step else height, "padding": 2, "config": _CONFIG}
+    specification = chart.to_dict(validate=False) | around
+    root = ElementTree.fromstring(_drawn(json.dumps(specification)))
     clean = _cleaned(root)
     assert clean is not None
+    whole, tall = float(root.get("width", "0")) + 2 * ROOM, float(root.get("height", "0"))
+    clean.set("viewBox", f"{-ROOM} 0 {whole:g} {tall:g}")  # Fonts of the reader may be wider than those measured here.
+    clean.set("width", f"{whole:g}")
     clean.set("class", f"chart {size}".strip())
     clean.set("aria-hidden", "true")
     clean.set("focusable", "false")

@@ -8,11 +8,12 @@ import numpy as np
 from markupsafe import Markup
 
 from safety_neurons.neurons import parse_key
-from safety_neurons.report.findings import methods_of, random_values
+from safety_neurons.report.findings import methods_of, random_values, telling_point
 from safety_neurons.report.reading import Run
 from safety_neurons.report.text import NONE, count, duration, interval, number, share, visible
 
 Cell = str | Markup
+ARM_COLUMNS = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Table:
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    quiet: frozenset[int] = frozenset()
+    """Rows that stand back, such as controls."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -36,20 +39,39 @@ def arms_table(run: Run) -> Table:
     if paired:
         rows.append(_arm("aligned model", result["aligned"]))
     effects: list[list[Cell]] = [[NONE, NONE]] * len(rows)
+    quiet: list[int] = []
     word = "patched" if result["kind"] == "patch" else "deactivated"
     for point in result["sizes"]:
         rows.append(_arm(f"{count(point['n_neurons'])} {word} ({share(point['size'])})", point["treated"]))
         effects.append([interval(point["causal_effect"]), spread(random_values(point))])
         if point["random"]:
+            quiet.append(len(rows))
             rows.append(_random_arms(point))
             effects.append([NONE, NONE])
     rows.append(_arm(f"all neurons {word} (ceiling)", result["ceiling"]))
     effects.append([interval(result["ceiling_effect"]), NONE])
-    columns = ["arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats"]
+    columns = list(ARM_COLUMNS)
     if paired:
         columns += ["causal effect", "same, random sets"]
         rows = [[*row, *effect] for row, effect in zip(rows, effects, strict=True)]
-    return Table("Every arm; shares with 95 % intervals", columns, rows)
+    return Table("Every arm; shares with 95 % intervals", columns, rows, frozenset(quiet))
+
+
+def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
+    """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside its random sets."""
+    first = runs[0][1].result
+    rows: list[list[Cell]] = [[*_arm("untreated", first["untreated"]), NONE], [*_arm("aligned model", first["aligned"]), NONE]]
+    quiet = []
+    for method, run in runs:
+        point = telling_point(run.result)
+        label = f"{count(point['n_neurons'])} patched ({share(point['size'])}), {method}"
+        rows.append([*_arm(label, point["treated"]), interval(point["causal_effect"])])
+        if point["random"]:
+            quiet.append(len(rows))
+            rows.append([*_random_arms(point), spread(random_values(point))])
+    rows.append([*_arm("all neurons patched (ceiling)", first["ceiling"]), interval(first["ceiling_effect"])])
+    caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95 % intervals"
+    return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
 
 
 def _arm(label: str, arm: Mapping[str, Any]) -> list[Cell]:
