@@ -25,9 +25,9 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
     """Every step of the story: what it answers, and the command that answers it."""
     pair = ["--base", f"organism:{ORGANISM}/sft", "--aligned", f"organism:{ORGANISM}/dpo"]
     planted = ["--base", f"organism:{PLANTED}/base", "--aligned", f"organism:{PLANTED}/aligned"]
-    limit = ["--limit", "40"] if quick else ["--limit", "100"]
-    controls = ["--random", "2" if quick else "3"]
-    sizes = "0.02,0.1,0.3" if quick else "0.01,0.02,0.05,0.1,0.2,0.4"
+    limit = ["--limit", "20" if quick else "60"]
+    measured = [*limit, "--random", "2", "--max-new-tokens", "24"]
+    sizes = "0.02,0.1" if quick else "0.01,0.02,0.05,0.1,0.2"
 
     def step(*words: str, to: str) -> list[str]:
         return [*words, "--seed", str(seed), "--out", str(folder / to)]
@@ -48,12 +48,12 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
         ),
         (
             "Does the paper's ranking carry the safety, and how many neurons does that take?",
-            step("verify", "patch", *pair, "--scores", str(folder / "contrast"), "--sizes", sizes, *controls, *limit, to="verify-contrast"),
+            step("verify", "patch", *pair, "--scores", str(folder / "contrast"), "--sizes", sizes, *measured, to="verify-contrast"),
         ),
         (
             "Does attribution patching need fewer?",
             step(
-                *("verify", "patch", *pair, "--scores", str(folder / "attribution-patching"), "--sizes", sizes, *controls, *limit),
+                *("verify", "patch", *pair, "--scores", str(folder / "attribution-patching"), "--sizes", sizes, *measured),
                 to="verify-attribution-patching",
             ),
         ),
@@ -61,14 +61,14 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
             "Are they necessary? The safe model with them switched off",
             step(
                 *("verify", "deactivate", "--model", f"organism:{ORGANISM}/dpo", "--neurons", str(folder / "attribution-patching")),
-                *(*controls, *limit),
+                *measured,
                 to="verify-deactivate",
             ),
         ),
-        ("All methods at one budget", step("compare", *pair, "--top", "0.05", *controls, *limit, to="compare")),
+        ("All methods at one budget", step("compare", *pair, "--top", "0.05", *measured, to="compare")),
         (
             "All methods where the truth is planted",
-            step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *controls, *limit, to="compare-planted"),
+            step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *measured, to="compare-planted"),
         ),
     ]
 
