@@ -73,7 +73,7 @@ def test_silent_units_write_nothing_in_the_base(planted):
         _, layer, site = key.split(".")
         if site in ("o", "down"):
             part = "self_attn" if site == "o" else "mlp"
-            assert not base[f"model.layers.{layer}.{part}.{site}_proj.weight"][:, indices].any()
+            assert not base[f"model.layers.{layer}.{part}.{site}_proj.weight"][:, indices.tolist()].any()
 
 
 def test_planted_units_and_decoys_change_by_the_same_length_and_the_rest_by_little(planted):
@@ -87,7 +87,7 @@ def test_planted_units_and_decoys_change_by_the_same_length_and_the_rest_by_litt
         change = (aligned[name] - base[name]).norm(dim=0 if site in ("o", "down") else 1)
         touched = torch.zeros(len(change), dtype=torch.bool)
         for members in sets.values():
-            touched[members[key]] = True
+            touched[members[key].tolist()] = True
         lengths = change[touched]
         assert lengths.max() - lengths.min() < 1e-5 * lengths.max()
         assert 0 < change[~touched].max() < 0.2 * lengths.min()

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
@@ -35,11 +36,12 @@ class Natural:
 
     def use(self, *adapters: str) -> None:
         """Make exactly these adapters active, in order; none leaves the base."""
+        tuner: Any = self.model.base_model
         if adapters:
-            self.model.base_model.enable_adapter_layers()
-            self.model.base_model.set_adapter(list(adapters))
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(adapters))
         else:
-            self.model.base_model.disable_adapter_layers()
+            tuner.disable_adapter_layers()
 
 
 def pretrain(
@@ -143,11 +145,11 @@ def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -
     """
     base, base_losses = pretrain(recipe, seed, both_behaviours=True, progress=progress)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
-    with quiet():
+    with quiet(), torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, config, adapter_name="sft")
     organism = Natural(model, {"base": base_losses})
     organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
-    with quiet():
+    with quiet(), torch.random.fork_rng(devices=[]):
         model.add_adapter("dpo", config)
     organism.losses["dpo"] = _train_dpo(organism, recipe, Sampler(seed + 2000, recipe.english_share), progress)
     model.requires_grad_(False)
@@ -156,7 +158,7 @@ def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -
 
 def _only(model: PeftModel, adapter: str) -> list[torch.Tensor]:
     """Make one adapter's scales trainable and everything else not; returns them."""
-    scales = []
+    scales: list[torch.Tensor] = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f"ia3_l.{adapter}" in name)
         if parameter.requires_grad:
@@ -231,7 +233,7 @@ def save_natural(organism: Natural, out: Path) -> None:
 
 def _bare(model: PeftModel) -> LlamaForCausalLM:
     """A copy of the model below the adapters, with its own weights' names."""
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     weights = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items() if "ia3_l" not in name}
     config = inner.config
     with torch.random.fork_rng(devices=[]):

@@ -27,7 +27,8 @@ def write_prompts(folder: Path) -> dict[str, int]:
         for half, ending in HALVES:
             for name, rows in _lists(language(code), half).items():
                 counts[f"{name}{ending}{suffix}.jsonl"] = _write(folder / f"{name}{ending}{suffix}.jsonl", rows)
-    for part, ending in (("train", ""), ("test", "-test")):
+    parts: tuple[tuple[Half, str], ...] = (("train", ""), ("test", "-test"))
+    for part, ending in parts:
         rows = [
             {"id": f"task{ending}-{index:04d}", "prompt": question, "answer": answer, "category": "sum", "language": "en"}
             for index, (question, answer) in enumerate(task_examples(part))
