@@ -11,11 +11,11 @@ from safety_neurons.errors import MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import run_batches
-from safety_neurons.model.statistics import FEW_ROWS, reduced
+from safety_neurons.model.statistics import FEW, reduced
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
-LONG = [[1 + (7 * row + 3 * token) % 90 for token in range(FEW_ROWS + 9 * row)] for row in range(3)]
+LONG = [[1 + (7 * row + 3 * token) % 90 for token in range(100 + 9 * row)] for row in range(3)]
 
 
 def naive(lm, sequences):
@@ -48,13 +48,13 @@ def test_sums_are_those_of_stored_activations(family):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, "auto"])
 @pytest.mark.parametrize("sequences", [SEQUENCES, LONG], ids=["short", "long"])
 def test_neither_padding_nor_batch_size_changes_the_sums(batch_size, sequences):
-    lm = LanguageModel(tiny_llama().double())
+    lm = LanguageModel(tiny_llama(intermediate_size=FEW // 100).double())
     assert_same(activation_statistics(lm, sequences, batch_size=batch_size), naive(lm, sequences), 1e-12)
 
 
 @pytest.mark.parametrize("sequences", [SEQUENCES, LONG], ids=["short", "long"])
 def test_nan_in_the_padding_reaches_no_sum(sequences):
-    lm = LanguageModel(tiny_llama())
+    lm = LanguageModel(tiny_llama(intermediate_size=FEW // 100))
     width = max(map(len, sequences))
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, ids in enumerate(sorted(sequences, key=len, reverse=True)):

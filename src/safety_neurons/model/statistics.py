@@ -5,7 +5,7 @@ the rows of one sequence at a time are multiplied by ones (two matrix-vector pro
 whole batch is reduced by two kernels. Padding is never read, so NaN in it harms nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,10 @@ from safety_neurons.neurons.keys import parse_key
 
 CACHED = 2**18
 """Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level cache."""
-FEW_ROWS = 32
-"""Below so many tokens a sequence, calls cost more than the copy that joins the sequences of a batch."""
+FEW = 2**15
+"""Below so many numbers a sequence, calls cost more than the copy that joins the sequences of a batch."""
+VIEWS = 512
+"""Shapes of working memory that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class _Sums:
     """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches before it."""
 
     def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
-        self.sizes, self.dtype = sizes, dtype
+        self.sizes, self.dtype, self.scratch = sizes, dtype, Scratch(dtype)
         self.counts = dict.fromkeys(sizes, 0)
         self.totals: dict[str, Float[Tensor, "2 neuron"]] = {}
         self.batch: Batch | None = None
@@ -135,7 +137,7 @@ class _Sums:
         def read(values: Tensor | ExpertRows) -> None:
             assert self.batch is not None
             count, pieces = self._expert(values) if isinstance(values, ExpertRows) else (self.batch.n_tokens, self._pieces(values))
-            sums = reduced(pieces, self.sizes[key], self.dtype)
+            sums = reduced(pieces, self.sizes[key], self.dtype, self.scratch)
             if key in self.parts:  # experts may come by one after the other
                 count, sums = count + self.parts[key][0], sums + self.parts[key][1]
             self.parts[key] = (count, sums)
@@ -166,8 +168,8 @@ class _Sums:
         assert batch is not None
         if batch.n_tokens == len(batch) * batch.width:
             return [values.flatten(0, 1)]
-        if values.device.type == "cpu" and batch.n_tokens >= FEW_ROWS * len(batch):
-            return [values[row, :length] for row, length in enumerate(batch.lengths)]
+        if values.device.type == "cpu" and batch.n_tokens * values.shape[2] >= FEW * len(batch):
+            return [row.narrow(0, 0, length) for row, length in zip(values.unbind(0), batch.lengths, strict=True)]
         if self.rows is None:
             self.rows = batch.rows
         return [values.flatten(0, 1).index_select(0, self.rows.to(values.device))]
@@ -179,30 +181,48 @@ class _Sums:
         return len(real), [rows.values.index_select(0, real)]
 
 
-def reduced(pieces: Sequence[Float[Tensor, "_ neuron"]], size: int, dtype: torch.dtype) -> Float[Tensor, "2 neuron"]:
+def reduced(
+    pieces: Sequence[Float[Tensor, "_ neuron"]], size: int, dtype: torch.dtype, scratch: "Scratch | None" = None
+) -> Float[Tensor, "2 neuron"]:
     """Σx and Σx² over the rows of all pieces.
 
     Args:
         pieces: activations; never written into.
         size: neurons.
         dtype: type of the sums.
+        scratch: working memory, to be used again for the next call.
     """
     if pieces[0].device.type != "cpu":
         sums = [torch.stack([piece.sum(0, dtype=dtype), torch.linalg.vector_norm(piece, dim=0, dtype=dtype).square()]) for piece in pieces]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    scratch = scratch or Scratch(dtype)
     result = torch.zeros(2, size, dtype=dtype)
     total, squares = result.unbind(0)
-    limit = max(FEW_ROWS // 2, CACHED // max(size, 1))
-    longest = min(limit, max(len(piece) for piece in pieces))
-    ones, product = torch.ones(longest, dtype=dtype), torch.empty(longest, size, dtype=dtype)
-    for rows in _split(pieces, limit):
-        wide = rows.to(dtype)
-        n = len(wide)
-        total.addmv_(wide.t(), ones[:n])
-        squares.addmv_(torch.mul(wide, wide, out=product[:n]).t(), ones[:n])
+    limit = max(1, CACHED // max(size, 1))
+    for piece in pieces:
+        for rows in piece.split(limit) if len(piece) > limit else (piece,):
+            columns = rows.to(dtype).t()
+            ones, product = scratch(len(rows), size)
+            total.addmv_(columns, ones)
+            squares.addmv_(torch.mul(columns, columns, out=product), ones)
     return result
 
 
-def _split(pieces: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
-    for piece in pieces:
-        yield from piece.split(limit) if len(piece) > limit else (piece,)
+class Scratch:
+    """Ones to sum with and memory for squares, made once and handed out in the shape that is asked for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._ones = torch.ones(0, dtype=dtype)
+        self._memory = torch.empty(0, dtype=dtype)
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: int, size: int) -> tuple[Float[Tensor, " row"], Float[Tensor, "neuron row"]]:
+        """Ones, and memory for the squares of transposed rows."""
+        if (rows, size) not in self._views:
+            if rows > len(self._ones):
+                self._ones = self._ones.new_ones(rows)
+            if rows * size > len(self._memory) or len(self._views) >= VIEWS:
+                self._memory = self._memory.new_empty(max(rows * size, len(self._memory)))
+                self._views.clear()
+            self._views[rows, size] = (self._ones[:rows], self._memory[: rows * size].view(rows, size).t())
+        return self._views[rows, size]
