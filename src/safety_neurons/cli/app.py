@@ -9,6 +9,7 @@ from typer.main import get_command
 from safety_neurons import __version__
 from safety_neurons.cli import checks, compare, data, find, organism, report, verify
 from safety_neurons.cli import run as rerun
+from safety_neurons.cli.pages import SETTINGS, Contents
 from safety_neurons.cli.verb import fail, is_usage
 
 HELP = "Find the neurons which make a language model safe, prove that they do, and put them to use."
@@ -16,7 +17,15 @@ HELP = "Find the neurons which make a language model safe, prove that they do, a
 
 def build() -> typer.core.TyperGroup:
     """The command, with every verb."""
-    app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app = typer.Typer(
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        cls=Contents,
+        context_settings=SETTINGS,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
     app.callback()(options)
     checks.register(app)
     app.add_typer(find.app, name="find")
@@ -54,6 +63,7 @@ def run() -> None:
         if not is_usage(error):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
             raise SystemExit(2) from None
         help_of = getattr(getattr(error, "ctx", None), "command_path", "safety-neurons")
         message = f"{error.format_message().rstrip('.')}; see `{help_of} --help`"

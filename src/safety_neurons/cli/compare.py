@@ -28,7 +28,7 @@ def compare(
     truth: Annotated[str | None, typer.Option(help="Neuron file of the planted truth; the budget is then its number of units.")] = None,
     sites: Sites = None,
     top: Annotated[float, typer.Option(help="Budget as a share of the units, without --truth.")] = 0.05,
-    methods: Annotated[str | None, typer.Option(help=r"Comma-separated methods. \[default: all]")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated methods. [default: all]")] = None,
     random: Annotated[int, typer.Option(min=0, help="Random sets.")] = 3,
     max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:

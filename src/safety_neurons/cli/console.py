@@ -4,28 +4,34 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ACCENT = "cyan"
 Report = Callable[[int, int, int], None]
 """Told the prompts done, all prompts, and the tokens done so far."""
 
 
-def out() -> Console:
+def out() -> "Console":
     """The console of results."""
+    from rich.console import Console
+
     return Console(highlight=False)
 
 
-def err() -> Console:
+def err() -> "Console":
     """The console of progress and notes."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
     """A table: the first column is words, the others are numbers."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", header_style=f"bold {ACCENT}", style=None)

@@ -6,9 +6,10 @@ import typer
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
+from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.verb import verb
 
-app = typer.Typer(help="The built-in prompts.", no_args_is_help=True)
+app = typer.Typer(help="The built-in prompts.", no_args_is_help=True, cls=Contents, rich_markup_mode=None)
 
 
 @verb(app, "list")

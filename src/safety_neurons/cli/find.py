@@ -29,12 +29,15 @@ from safety_neurons.cli.options import (
     TopPerMatrix,
     listed,
 )
+from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 
-app = typer.Typer(help="Score neurons by one method and keep the ones a selection takes.", no_args_is_help=True)
+app = typer.Typer(
+    help="Score neurons by one method and keep the ones a selection takes.", no_args_is_help=True, cls=Contents, rich_markup_mode=None
+)
 
-Foundation = Annotated[str, typer.Option(help=r"General text of --subtract foundation: a file or builtin:NAME\[/LANG].")]
+Foundation = Annotated[str, typer.Option(help="General text of --subtract foundation: a file or builtin:NAME[/LANG].")]
 Steps = Annotated[int, typer.Option(min=0, help="Points at which the gradient is averaged; 0 takes it at the model itself.")]
 
 
@@ -89,8 +92,8 @@ def attribution(
     layers: Layers = None,
     subtract: Subtract = None,
     foundation: Foundation = "builtin:general",
-    refusal: Annotated[str | None, typer.Option(help=r"Text of a refusal. \[default: built in]")] = None,
-    compliance: Annotated[str | None, typer.Option(help=r"Text of a compliance. \[default: built in]")] = None,
+    refusal: Annotated[str | None, typer.Option(help="Text of a refusal. [default: built in]")] = None,
+    compliance: Annotated[str | None, typer.Option(help="Text of a compliance. [default: built in]")] = None,
     integrated: Steps = 0,
     dry_run: DryRun = False,
 ) -> dict[str, Any] | None:

@@ -13,15 +13,13 @@ RUNNING, MODEL = "Running", "Model and template"
 class Common:
     """What every verb accepts."""
 
-    out: Annotated[pathlib.Path | None, typer.Option(help=r"Folder of this run. \[default: runs/VERB-TIME]", rich_help_panel=RUNNING)] = (
-        None
-    )
+    out: Annotated[pathlib.Path | None, typer.Option(help="Folder of this run. [default: runs/VERB-TIME]", rich_help_panel=RUNNING)] = None
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=RUNNING)] = False
     seed: Annotated[int, typer.Option(help="Seed of everything that is random.", rich_help_panel=RUNNING)] = 0
     batch_size: Annotated[str, typer.Option(help="Prompts per forward pass: auto or a number.", rich_help_panel=RUNNING)] = "auto"
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a finished run again.", rich_help_panel=RUNNING)] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUNNING)] = False
-    device: Annotated[str | None, typer.Option(help=r"cpu, cuda, cuda:1, mps … \[default: the fastest present]", rich_help_panel=MODEL)] = (
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … [default: the fastest present]", rich_help_panel=MODEL)] = (
         None
     )
     dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.", rich_help_panel=MODEL)] = "auto"
@@ -41,15 +39,13 @@ HOW_A_RUN_IS_SHOWN = ("out", "json", "overwrite", "debug", "device", "offline")
 """Options that cannot change a result: two runs that differ only in these are the same run."""
 
 PROMPTS, SELECTION = "Prompts", "Which neurons are kept"
-Model = Annotated[str, typer.Option(help=r"ID\[@REVISION]\[+ADAPTER…], a folder, or organism:NAME.", rich_help_panel="Models")]
-Base = Annotated[
-    str, typer.Option(help=r"The less safe model: ID\[@REVISION]\[+ADAPTER…] or organism:NAME/base.", rich_help_panel="Models")
-]
+Model = Annotated[str, typer.Option(help="ID[@REVISION][+ADAPTER…], a folder, or organism:NAME.", rich_help_panel="Models")]
+Base = Annotated[str, typer.Option(help="The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base.", rich_help_panel="Models")]
 Aligned = Annotated[str, typer.Option(help="The safer model of the same architecture.", rich_help_panel="Models")]
-PromptSource = Annotated[str, typer.Option(help=r"A file or builtin:NAME\[/LANG].", rich_help_panel=PROMPTS)]
-Harmful = Annotated[str, typer.Option(help=r"Harmful requests: a file or builtin:NAME\[/LANG].", rich_help_panel=PROMPTS)]
-Harmless = Annotated[str, typer.Option(help=r"Harmless requests: a file or builtin:NAME\[/LANG].", rich_help_panel=PROMPTS)]
-Text = Annotated[str, typer.Option(help=r"General text for perplexity: a file or builtin:NAME\[/LANG].", rich_help_panel=PROMPTS)]
+PromptSource = Annotated[str, typer.Option(help="A file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
+Harmful = Annotated[str, typer.Option(help="Harmful requests: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
+Harmless = Annotated[str, typer.Option(help="Harmless requests: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
+Text = Annotated[str, typer.Option(help="General text for perplexity: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
 Column = Annotated[str | None, typer.Option(help="Column that holds the prompts.", rich_help_panel=PROMPTS)]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.", rich_help_panel=PROMPTS)]
 Top = Annotated[float | None, typer.Option(help="Keep this fraction of the neurons searched.", rich_help_panel=SELECTION)]

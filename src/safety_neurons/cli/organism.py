@@ -7,10 +7,11 @@ import typer
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
+from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import default_folder
 from safety_neurons.cli.verb import verb
 
-app = typer.Typer(help="Small models whose safety behaviour is known.", no_args_is_help=True)
+app = typer.Typer(help="Small models whose safety behaviour is known.", no_args_is_help=True, cls=Contents, rich_markup_mode=None)
 
 
 @verb(app, "list")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from safety_neurons.cli.options import Common
+from safety_neurons.cli.pages import Page
 from safety_neurons.errors import SafetyNeuronsError
 
 Verb = Callable[..., dict[str, Any] | None]
@@ -37,7 +38,7 @@ def verb(app: typer.Typer, name: str) -> Callable[[Verb], Verb]:
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         del command.__wrapped__
-        app.command(name, help=inspect.getdoc(function), no_args_is_help=False)(command)
+        app.command(name, cls=Page, help=inspect.getdoc(function), no_args_is_help=False)(command)
         return function
 
     return register

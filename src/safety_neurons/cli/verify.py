@@ -7,11 +7,17 @@ import typer
 from safety_neurons.cli import console
 from safety_neurons.cli.choices import parse_sizes
 from safety_neurons.cli.options import Aligned, Base, Column, Common, Harmful, Harmless, Limit, MaxNewTokens, Model, Text
+from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import UsageError
 
-app = typer.Typer(help="Measure what a set of neurons does, beside random sets and the ceiling.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure what a set of neurons does, beside random sets and the ceiling.",
+    no_args_is_help=True,
+    cls=Contents,
+    rich_markup_mode=None,
+)
 
 Neurons = Annotated[str | None, typer.Option(help="Neuron file (or the folder of a find run).")]
 ScoresFile = Annotated[str | None, typer.Option(help="Score file (or the folder of a find run), with --sizes.")]

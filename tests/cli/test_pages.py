@@ -1,0 +1,56 @@
+"""Help pages: sections, whole sentences, colour only on a terminal, and no slow import behind them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from safety_neurons.cli.app import build
+
+
+def command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "safety_neurons", *words], capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_contents_describe_every_verb_in_a_whole_sentence():
+    text = " ".join(command(["--help"]).stdout.split())
+    for verb, sentence in {
+        "doctor": "coverage, identity, padding, self-patch, exactness, cost.",
+        "find": "Score neurons by one method and keep the ones a selection takes.",
+        "verify": "beside random sets and the ceiling.",
+    }.items():
+        assert f" {verb} " in text
+        assert sentence in text
+
+
+def test_options_stand_under_their_headings_and_brackets_are_not_escaped():
+    text = command(["find", "contrast", "--help"]).stdout
+    headings = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Models", "Prompts", "Which neurons are kept", "Running", "Model and template", "Options"]
+    assert "builtin:NAME[/LANG]" in text
+    assert "\\" not in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("words", [[], ["find"], ["verify"]])
+def test_a_command_without_a_verb_shows_its_verbs_and_is_bad_usage(words):
+    done = command(words)
+    assert done.returncode == 2
+    assert "Commands:" in done.stdout + done.stderr
+
+
+def test_help_imports_nothing_that_takes_long():
+    code = (
+        "import sys; sys.argv = ['safety-neurons', 'find', 'importance', '--help']\n"
+        "from safety_neurons.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    print([m for m in ('rich', 'numpy', 'torch', 'typer.rich_utils') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    assert done.stderr.strip() == "[]"
+
+
+def test_terms_are_coloured_where_a_terminal_shows_the_page():
+    group = build()
+    with group.make_context("safety-neurons", ["find"], resilient_parsing=True) as context:
+        assert "\x1b[36m" in context.get_help()
