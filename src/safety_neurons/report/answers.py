@@ -146,7 +146,10 @@ def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[dict[str, Any]]
             "kind": kind,
             "id": visible(identifier, 60),
             "prompt": visible(prompt, min(limit, 1000)),
-            "answers": [{"verdict": answers.get(arm, empty)[0], "text": visible(answers.get(arm, empty)[1], min(limit, 1000))} for arm in sheet.shown],
+            "answers": [
+                {"verdict": answers.get(arm, empty)[0], "text": visible(answers.get(arm, empty)[1], min(limit, 1000))}
+                for arm in sheet.shown
+            ],
         }
         for kind, identifier, prompt, answers in chosen
     ]

@@ -52,7 +52,9 @@ def site_map(cells: Mapping[tuple[int, str], float], labels: Mapping[tuple[int, 
     across = max(30, min(64, 300 // max(len(sites), 1)))
     base = alt.Chart(data(rows)).encode(
         x=alt.X("site:N", sort=sites, title=None, axis=alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False)),
-        y=alt.Y("layer:O", sort=layers, title="layer", axis=alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8)),
+        y=alt.Y(
+            "layer:O", sort=layers, title="layer", axis=alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8)
+        ),
         description="tip:N",
     )
     tiles = base.mark_rect(cornerRadius=2, stroke=PAPER, strokeWidth=2).encode(color=alt.Color("colour:N", scale=None))
@@ -92,7 +94,7 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
     )
     x = alt.X("n:Q", scale=scale, title="neurons patched (log scale) and share of those scored", axis=_size_axis(sizes, width))
-    layers = [*_band(band, x, y), *_references(sweeps, sizes, y, width)]
+    layers = [*_band(band, x, y), *_references(sweeps, y)]
     if lines:
         layers += _lines(lines, x, y, width, (top - bottom) / height)
     return alt.layer(*layers)
@@ -127,7 +129,10 @@ def _range(lines: list[dict[str, Any]], band: Mapping[int, tuple[float, float]],
 def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[Any]:
     if not band:
         return []
-    rows = [{"n": n, "value": low, "high": high, "tip": f"random sets of {n:,} neurons: {low:.2f} to {high:.2f}"} for n, (low, high) in sorted(band.items())]
+    rows = [
+        {"n": n, "value": low, "high": high, "tip": f"random sets of {n:,} neurons: {low:.2f} to {high:.2f}"}
+        for n, (low, high) in sorted(band.items())
+    ]
     base = alt.Chart(data(rows)).encode(x=x, y=y, y2="high:Q", description="tip:N")
     label = alt.Chart(data(rows[:1])).mark_text(align="left", dx=6, dy=-9, color=SOFT, fontSize=12, aria=False)
     return [
@@ -137,7 +142,7 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
     ]
 
 
-def _references(sweeps: Sequence[Sweep], sizes: Mapping[int, float], y: alt.Y, width: int) -> list[Any]:
+def _references(sweeps: Sequence[Sweep], y: alt.Y) -> list[Any]:
     """Zero, and the ceiling; one ceiling where all sweeps have the same."""
     layers = [alt.Chart(data([{"value": 0}])).mark_rule(color=FAINT, aria=False).encode(y=y)]
     known = {round(sweep.ceiling["value"], 3): sweep for sweep in sweeps if sweep.ceiling.get("value") is not None}
@@ -157,16 +162,27 @@ def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y, width: int, per_pixe
     )
     ends = base.mark_rule(strokeWidth=1.6, opacity=0.75, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q")
     strokes = base.mark_line(strokeWidth=2.2, aria=False).encode(detail="method:N")
+    return [ends, strokes, points, *_names(lines, y, width, per_pixel)]
+
+
+def _names(lines: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float) -> list[Any]:
+    """The methods' names, at the ends of their lines; above the plot where there is no room beside it."""
     last = {row["method"]: row for row in sorted(lines, key=lambda row: row["n"])}
-    below = np.inf
-    labels = []
-    for row in sorted(last.values(), key=lambda row: -row["value"]):
+    ordered = sorted(last.values(), key=lambda row: -row["value"])
+    colour = alt.Color("colour:N", scale=None)
+    if width <= NARROW:
+        return [
+            alt.Chart(data([row]))
+            .mark_text(align="right", fontWeight="bold", aria=False)
+            .encode(x=alt.value(width), y=alt.value(-16 * (len(ordered) - place) - 8), text="method:N", color=colour)
+            for place, row in enumerate(ordered)
+        ]
+    below, labels = np.inf, []
+    for row in ordered:
         below = min(row["value"], below - 17 * per_pixel)
         labels.append(row | {"value": below})
-    aside = width > NARROW
-    text = alt.Chart(data(labels)).mark_text(align="left" if aside else "right", dy=0 if aside else 16, fontWeight="bold", aria=False)
-    place = alt.value(width + 8 if aside else width)
-    return [ends, strokes, points, text.encode(x=place, y=y, text="method:N", color=alt.Color("colour:N", scale=None))]
+    text = alt.Chart(data(labels)).mark_text(align="left", fontWeight="bold", aria=False)
+    return [text.encode(x=alt.value(width + 8), y=y, text="method:N", color=colour)]
 
 
 @dataclass(frozen=True)
@@ -174,18 +190,18 @@ class Row:
     """One row of a dot plot."""
 
     label: str
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float | int | None
+    low: float | int | None
+    high: float | int | None
     text: str
     """What is written at the right."""
     colour: str = INK
     shape: str = "circle"
-    dots: Sequence[float] = ()
+    dots: Sequence[float | int] = ()
     """Further values drawn faintly, such as single random sets."""
 
 
-def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float, float], reference: float | None = None) -> Markup:
+def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
     sizes = (("wide", 240, 150), ("narrow", 96, 132))
     return Markup("").join(
@@ -193,7 +209,9 @@ def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float, float], 
     )
 
 
-def _dots(rows: Sequence[Row], title: str, domain: tuple[float, float], reference: float | None, width: int, labels: int) -> Any:
+def _dots(
+    rows: Sequence[Row], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
+) -> Any:
     order = [visible(row.label, 40) for row in rows]
     shown = [
         {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "colour": row.colour, "shape": row.shape}
@@ -204,7 +222,12 @@ def _dots(rows: Sequence[Row], title: str, domain: tuple[float, float], referenc
     y = alt.Y("label:N", sort=order, title=None, axis=axis, scale=alt.Scale(domain=order))
     step = 0.25 if domain[1] - domain[0] < 1.6 and width > 150 else 0.5
     ticks = [tick for tick in np.arange(-4, 4.01, step).tolist() if domain[0] <= tick <= domain[1]]
-    x = alt.X("value:Q", scale=alt.Scale(domain=list(domain), nice=False, clamp=True), title=title, axis=alt.Axis(values=ticks, format=".2~f", domain=False))
+    x = alt.X(
+        "value:Q",
+        scale=alt.Scale(domain=list(domain), nice=False, clamp=True),
+        title=title,
+        axis=alt.Axis(values=ticks, format=".2~f", domain=False),
+    )
     colour = alt.Color("colour:N", scale=None)
     base = alt.Chart(data(shown)).encode(y=y)
     layers = []
@@ -231,7 +254,12 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
             if value is None:
                 continue
             step = min(int(value * len(RAMP)), len(RAMP) - 1)
-            row = {"row": visible(first, 40), "column": visible(second, 40), "label": f"{value:.2f}", "tip": f"{first} and {second}: {value:.2f}"}
+            row = {
+                "row": visible(first, 40),
+                "column": visible(second, 40),
+                "label": f"{value:.2f}",
+                "tip": f"{first} and {second}: {value:.2f}",
+            }
             rows.append(row | {"colour": RAMP[step], "text": ON_RAMP[step >= 5]})
     order = [visible(each, 40) for each in names]
     base = alt.Chart(data(rows)).encode(

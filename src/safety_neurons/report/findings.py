@@ -24,16 +24,6 @@ class Finding:
     text: Markup
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One question of the first screen with its answer."""
-
-    question: str
-    verdict: str
-    figure: str
-    text: Markup
-
-
 def ranked_by(run: Run, runs: Sequence[Run]) -> str:
     """The method whose scores or neurons a verify run was given."""
     given = str(run.arguments.get("scores") or run.arguments.get("neurons") or "a set")
@@ -142,7 +132,11 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     point = telling_point(result)
     effect, others, verdict = point["causal_effect"], random_values(point), verdict_of(result, point)
     if verdict == OPEN:
-        return [Finding(OPEN, say("The causal effect of the neurons ranked by <b>{}</b> is undefined: {}.", method, visible(effect["why"], 300)))]
+        return [
+            Finding(
+                OPEN, say("The causal effect of the neurons ranked by <b>{}</b> is undefined: {}.", method, visible(effect["why"], 300))
+            )
+        ]
     chance = say("random sets {} to {}", number(min(others)), number(max(others))) if others else Markup("no random sets")
     lead = {
         YES: "Patching {} ranked by <b>{}</b> ({}) is enough: it restores {} of the difference in refusals ({}; ceiling {}).",
@@ -198,7 +192,7 @@ def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list
     real = [row for row in result["methods"] if not str(row["method"]).startswith("random")]
     chance = [row for row in result["methods"] if str(row["method"]).startswith("random")]
 
-    def order(row: Mapping[str, Any]) -> tuple[float, float]:
+    def order(row: Mapping[str, Any]) -> tuple[float | int, ...]:
         value = row["causal_effect"]["value"]
         return (-(value if value is not None else -9.0), -(row["recall"] or 0.0))
 
@@ -216,7 +210,9 @@ def _compared(run: Run) -> list[Finding]:
         why = real[0]["causal_effect"].get("why") if real else "no method was run"
         return [Finding(OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300)))]
     best = defined[0]
-    text = say("{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"]))
+    text = say(
+        "{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"])
+    )
     if len(defined) > 1:
         second = defined[1]
         apart = best["causal_effect"]["low"] > second["causal_effect"]["high"]
@@ -243,61 +239,3 @@ def _examined(run: Run) -> Finding:
         text = "{} of the checks fail on {} ({}): numbers found on it are not to be trusted."
         return Finding(FAIL, say(text, len(failed), name(run.models[-1]), ", ".join(failed)))
     return Finding(PASS, say("All {} checks with a limit pass on {}.", held, name(run.models[-1])))
-
-
-def tiles(runs: Sequence[Run]) -> list[Tile]:
-    """The questions of the first screen with their shortest true answers."""
-    made = []
-    patch_runs = [run for run in runs if run.verb == "verify-patch"]
-    if patch_runs:
-        made.append(_sufficient(patch_runs, runs))
-    deactivate_runs = [run for run in runs if run.verb == "verify-deactivate"]
-    if deactivate_runs:
-        run = deactivate_runs[0]
-        verdict, change = necessity(run)
-        compared = "against random sets" if run.result["change_against_random"] else "against the model as it is"
-        text = say("change of refusals of harmful requests with {} neurons off ({}), {}", count(run.result["n_neurons"]), ranked_by(run, runs), compared)
-        made.append(Tile("Are they necessary?", verdict, interval(change, signed=True), text))
-    for run in [run for run in runs if run.verb == "compare"][:2]:
-        made += _best_method(run)
-    doctors = [run for run in runs if run.verb == "doctor"]
-    if doctors:
-        checks = [check for run in doctors for check in run.result["checks"] if check["passed"] is not None]
-        held = sum(bool(check["passed"]) for check in checks)
-        verdict = PASS if held == len(checks) else FAIL
-        made.append(Tile("Is the model understood?", verdict, f"{held} of {len(checks)}", Markup("checks on the model itself pass")))
-    return made
-
-
-def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
-    """The run that reaches the ceiling with the fewest neurons, or comes nearest to it."""
-    rank = {YES: 0, PARTLY: 1, NO: 2, OPEN: 3}
-
-    def order(run: Run) -> tuple[float, float, float]:
-        point = telling_point(run.result)
-        verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
-        return (rank[verdict], point["n_neurons"] if verdict == YES else 0, -value)
-
-    run = min(patch_runs, key=order)
-    point = telling_point(run.result)
-    text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
-    ceiling = number(run.result["ceiling_effect"]["value"])
-    shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run, runs), ceiling)
-    return Tile("Are a few neurons sufficient?", verdict_of(run.result, point), interval(point["causal_effect"]), shown)
-
-
-def _best_method(run: Run) -> list[Tile]:
-    real, _ = methods_of(run.result)
-    known = [row for row in real if row["recall"] is not None]
-    if known:
-        best = max(known, key=lambda row: row["recall"])
-        verdict = YES if best["recall"] >= 0.95 else PARTLY if best["recall"] > 0 else NO
-        text = say("of {} planted units found by {}", count(run.result["budget"]), visible(best["method"], 40))
-        return [Tile("Is the planted truth found?", verdict, number(best["recall"]), text)]
-    if not real:
-        return []
-    best = real[0]
-    effect = best["causal_effect"]
-    verdict = OPEN if effect["value"] is None else FACT
-    text = say("causal effect of {}, the largest of {} at {} of the units", visible(best["method"], 40), plural(len(real), "method"), share(run.result["budget"] / run.result["n_units"]))
-    return [Tile("Which method at equal budget?", verdict, interval(effect), text)]

@@ -14,11 +14,12 @@ import jinja2
 from markupsafe import Markup
 
 from safety_neurons.report import answers
-from safety_neurons.report.findings import asked, findings, ranked_by, tiles
+from safety_neurons.report.findings import asked, findings, ranked_by
 from safety_neurons.report.reading import Run, guarded, read_runs
 from safety_neurons.report.sections import Part, compare_part, deactivate_part, find_part, patch_parts
 from safety_neurons.report.tables import Table, checks_table
 from safety_neurons.report.text import NONE, duration, name, say, visible
+from safety_neurons.report.tiles import Tile, tiles
 from safety_neurons.results import write_bytes
 
 _KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor")
@@ -55,6 +56,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
     """The page as text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hand-made files are noted in the page.
+        said = [finding for run in sorted(runs, key=_rank) for finding in guarded(run, lambda run=run: findings(run, runs))]  # type: ignore[misc]
         made = _sheets(runs)
         holds = answers.packed(made)
         style, script = _asset("style.css"), _asset("script.js")
@@ -66,7 +68,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "asked": asked(runs),
             "tiles": _tiles(runs),
-            "findings": [finding for run in sorted(runs, key=_rank) for finding in guarded(run, lambda run=run: findings(run, runs))],  # type: ignore[misc]
+            "findings": said,
             "sections": _sections(runs),
             "sheets": made,
             "first": [(sheet, answers.first_rows(sheet, holds.limit)) for sheet in made[:1]],
@@ -84,7 +86,7 @@ def _rank(run: Run) -> int:
     return next((place for place, verb in enumerate(order) if run.verb.startswith(verb)), len(order))
 
 
-def _tiles(runs: Sequence[Run]) -> list[Any]:
+def _tiles(runs: Sequence[Run]) -> list[Tile]:
     return guarded(runs[0], lambda: tiles(runs))[:4]
 
 
@@ -99,10 +101,20 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Part]]]:
     causal = guarded(patched[0], lambda: patch_parts(patched, runs)) if patched else []
     others = [run for run in runs if run.verb not in _KNOWN and not run.verb.startswith("find-")]
     made = [
-        ("where", "Where the neurons are", "Rows are layers, columns the seven projections of a layer; empty places were not searched.", parts("find-", find_part)),
+        (
+            "where",
+            "Where the neurons are",
+            "Rows are layers, columns the seven projections of a layer; empty places were not searched.",
+            parts("find-", find_part),
+        ),
         ("sufficient", "Are they sufficient? Causal effect against set size", "", causal),
         ("methods", "Methods compared", "", parts("compare", compare_part)),
-        ("necessary", "Are they necessary?", "The neurons are switched off as if their parameters were zero.", parts("verify-deactivate", lambda run: deactivate_part(run, runs))),
+        (
+            "necessary",
+            "Are they necessary?",
+            "The neurons are switched off as if their parameters were zero.",
+            parts("verify-deactivate", lambda run: deactivate_part(run, runs)),
+        ),
         ("doctor", "Is the model understood?", "Every check is an experiment on the model itself.", parts("doctor", _doctor)),
         ("others", "Other runs", "", [guarded(run, lambda run=run: _other(run)) for run in others]),  # type: ignore[misc]
     ]
@@ -116,7 +128,10 @@ def _doctor(run: Run) -> Part:
 def _other(run: Run) -> Part:
     """A verb this version draws nothing for: its numbers as they are."""
     rows = [[visible(key, 60), visible(value, 300)] for key, value in run.result.items()]
-    return Part(say("{} <span class=sub>{}</span>", visible(run.verb, 40), name(run.label)), tables=[Table("Result as recorded", ["entry", "value"], rows)])
+    return Part(
+        say("{} <span class=sub>{}</span>", visible(run.verb, 40), name(run.label)),
+        tables=[Table("Result as recorded", ["entry", "value"], rows)],
+    )
 
 
 def _sheets(runs: Sequence[Run]) -> list[answers.Sheet]:

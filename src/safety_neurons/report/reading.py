@@ -128,7 +128,7 @@ def guarded(run: Run, work: Callable[[], T]) -> T:
     try:
         return work()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:90]
         raise InputError(
-            f"{str(run.folder / RECORD)!r} has not the result that {run.verb[:40]!r} writes ({detail}); run the verb again with this version"
+            f"{str(run.folder / RECORD)!r} has not the result of {run.verb[:40]!r} ({detail}), expected this version's; repeat it"
         ) from error

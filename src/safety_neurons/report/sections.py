@@ -85,7 +85,10 @@ def _maps(run: Run, cells: Cells) -> list[Figure]:
     shares = {place: members / size for place, (members, size, _) in cells.items() if size}
     figures = []
     if shares:
-        tips = {place: f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons ({share(shares[place])})" for place in shares}
+        tips = {
+            place: f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons ({share(shares[place])})"
+            for place in shares
+        }
         labels = {place: _short(100 * value) for place, value in shares.items()}
         most = sorted(shares, key=lambda place: -shares[place])[:3]
         text = "Largest: " + "; ".join(tips[place] for place in most)
@@ -212,7 +215,13 @@ def compare_part(run: Run) -> Part:
     caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95 % intervals, ticks single random sets")
     caption += say(", the dashed line is the ceiling {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     words = "; ".join(f"{row.label} {row.text}" for row in rows)
-    figures = [Figure(dot_figure(rows, "causal effect", domain=domain, reference=ceiling["value"]), f"Causal effect at equal budget: {words}.", caption)]
+    figures = [
+        Figure(
+            dot_figure(rows, "causal effect", domain=domain, reference=ceiling["value"]),
+            f"Causal effect at equal budget: {words}.",
+            caption,
+        )
+    ]
     if any(entry["recall"] is not None for entry in real):
         figures.append(_recall(real, chance, names))
     if result["agreement"]:
@@ -223,7 +232,8 @@ def compare_part(run: Run) -> Part:
 
 def _recall(real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     rows = [
-        Row(label, entry["recall"], None, None, number(entry["recall"]), *look(label, names)) for label, entry in zip(names, real, strict=True)
+        Row(label, entry["recall"], None, None, number(entry["recall"]), *look(label, names))
+        for label, entry in zip(names, real, strict=True)
     ]
     dots = [entry["recall"] for entry in chance if entry["recall"] is not None]
     if dots:
@@ -239,5 +249,7 @@ def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
     chance = float(result["agreement"][0]["chance"])
     kept = sorted(((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)), key=lambda item: -item[1])
     words = "; ".join(f"{a} and {b} {value:.2f}" for (a, b), value in kept)
-    caption = say("<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.", number(chance, 3))
+    caption = say(
+        "<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.", number(chance, 3)
+    )
     return Figure(agreement_figure(order, jaccard), f"Agreement of every two methods: {words}. Chance {chance:.3f}.", caption)

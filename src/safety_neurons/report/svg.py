@@ -43,7 +43,14 @@ _CONFIG = {
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
     "axis": {
-        **{"labelColor": SOFT, "titleColor": SOFT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 260},
+        **{
+            "labelColor": SOFT,
+            "titleColor": SOFT,
+            "labelFontSize": 12,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "labelLimit": 260,
+        },
         **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
     },
 }
@@ -54,7 +61,7 @@ def _drawn(specification: str) -> str:
     return vl_convert.vegalite_to_svg(specification)
 
 
-def drawing(chart: Any, width: float, height: float, *, step: bool = False, size: str = "") -> Markup:
+def drawing(chart: Any, width: float | int, height: float | int, *, step: bool = False, size: str = "") -> Markup:
     """The chart as an SVG element without scripts, styles, links or colours of its own.
 
     Args:
@@ -95,7 +102,11 @@ def _cleaned(element: ElementTree.Element) -> ElementTree.Element | None:
             kept.set(attribute, value)
     if classes:
         kept.set("class", " ".join(classes))
-    if element.get("role") == "graphics-symbol" and (label := element.get("aria-label")) and "mark" in element.get("aria-roledescription", ""):
+    if (
+        element.get("role") == "graphics-symbol"
+        and (label := element.get("aria-label"))
+        and "mark" in element.get("aria-roledescription", "")
+    ):
         ElementTree.SubElement(kept, "title").text = visible(label, 300)
     kept.text = visible(element.text, 300) if element.text else None
     for child in element:

@@ -27,7 +27,7 @@ class Table:
     """Rows that stand back, such as controls."""
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float | int]) -> str:
     """`0.00 to 0.04`."""
     return f"{number(min(values))} to {number(max(values))}" if values else NONE
 
@@ -108,7 +108,16 @@ def methods_table(run: Run) -> Table:
         ]
         for row in [*real, *chance]
     ]
-    columns = ["method", "units", "neurons", *(["recall"] if known else []), "causal effect", "harmful refused", "harmless refused", "time to find"]
+    columns = [
+        "method",
+        "units",
+        "neurons",
+        *(["recall"] if known else []),
+        "causal effect",
+        "harmful refused",
+        "harmless refused",
+        "time to find",
+    ]
     return Table("Every method at the same number of units; 95 % intervals", columns, rows)
 
 
@@ -125,7 +134,12 @@ def checks_table(run: Run) -> Table:
     """The doctor's checks."""
     words = {True: Markup('<span class="verdict yes">pass</span>'), False: Markup('<span class="verdict no">fail</span>'), None: "informs"}
     rows = [
-        [visible(check["check"], 80), words[check["passed"]], visible(check["measured"], 300), visible(NONE if check["allowed"] is None else check["allowed"], 80)]
+        [
+            visible(check["check"], 80),
+            words[check["passed"]],
+            visible(check["measured"], 300),
+            visible(NONE if check["allowed"] is None else check["allowed"], 80),
+        ]
         for check in run.result["checks"]
     ]
     return Table("Experiments on the model itself", ["check", "outcome", "measured", "allowed"], rows)
@@ -152,7 +166,14 @@ def neurons_table(run: Run, n: int = 25) -> Table | None:
 def cells_table(counts: Mapping[tuple[int, str], tuple[int, int, float | None]]) -> Table:
     """The numbers of both maps."""
     rows = [
-        [f"layer {layer}", site, f"{members:,}", f"{size:,}" if size else NONE, share(members / size) if size else NONE, NONE if mean is None else f"{mean:.3g}"]
+        [
+            f"layer {layer}",
+            site,
+            f"{members:,}",
+            f"{size:,}" if size else NONE,
+            share(members / size) if size else NONE,
+            NONE if mean is None else f"{mean:.3g}",
+        ]
         for (layer, site), (members, size, mean) in sorted(counts.items())
         if members or mean is not None
     ]

@@ -36,7 +36,7 @@ def say(pattern: str, *values: object, **named: object) -> Markup:
     return Markup(pattern).format(*values, **named)  # noqa: S704 - the patterns are literals of this package
 
 
-def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:
+def number(value: float | int | None, digits: int = 2, *, signed: bool = False) -> str:
     """A number with a true minus sign; a dash where there is none."""
     if value is None:
         return NONE
@@ -56,7 +56,7 @@ def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     return f"{value} [{number(record['low'], signed=signed)}, {number(record['high'], signed=signed)}]"
 
 
-def share(value: float | None, digits: int = 1) -> str:
+def share(value: float | int | None, digits: int = 1) -> str:
     """A share as a percentage; small ones keep two significant digits."""
     if value is None:
         return NONE
@@ -71,7 +71,7 @@ def count(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """Seconds, minutes or hours."""
     if seconds is None:
         return NONE

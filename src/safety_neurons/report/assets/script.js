@@ -9,7 +9,7 @@
   const at = (id) => document.getElementById(id);
   const [query, sheetBox, treatment, kind, verdict] = ["query", "sheet", "treatment", "kind", "verdict"].map(at);
   const more = at("more");
-  const tones = { refused: "yes", "partly refused": "partly", complied: "no", unscored: "open" };
+  const tones = { refused: "fact", "partly refused": "partly" };
   const PAGE = 25;
   const LONG = 420;
   let limit = PAGE;

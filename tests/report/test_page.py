@@ -1,0 +1,273 @@
+import html.parser
+import json
+import pathlib
+import re
+
+import headless
+import pytest
+import report_runs
+
+from safety_neurons.errors import InputError, RunError, UsageError
+from safety_neurons.report import write_report
+from safety_neurons.results import Completion, Completions
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    '"><svg onload=document.title="owned">',
+    "<!--<script>",
+    "]]><a href=\"javascript:document.title='owned'\">x</a>",
+    "{{ 7 * 7 }} {% raw %}",
+    "</style><style>*{display:none}</style>",
+    "<iframe src=https://example.invalid></iframe><meta http-equiv=refresh content=0>",
+    "safe\u202eesrever\u2066\u200b\ufeff",
+    "nul\x00bell\x07",
+    "half \ud800 of a pair",
+)
+"""Text that tries to become markup, script, template or another direction."""
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: dict[str, int] = {}
+        self.attributes: set[str] = set()
+        self.links: list[str] = []
+        self.said: list[str] = []
+        self.inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name in ("href", "src", "action", "data", "xlink:href") and value]
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.inside:
+            while self.inside.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.inside):
+            self.said.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.said).split())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("story")
+    return write_report(report_runs.story(root, n=40), root / "out", title="An organism")
+
+
+@pytest.fixture(scope="module")
+def outline(page) -> Outline:
+    return Outline(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("hostile")
+    runs = report_runs.story(root, n=20)
+    verify = root / "verify-contrast"
+    completions = list(Completions.load(verify / "completions.jsonl"))
+    for place, text in enumerate([*HOSTILE, "long " * 200_000]):
+        verdict = {"wording-1": {"label": text, "refused": True}}
+        for arm in ("untreated/harmful", "treated 1638/harmful", f"{text[:200]}/harmful"):
+            completions.insert(0, Completion(f"bad-{place}{text[:80]}", text, text, (), "stop", arm, 0, verdict))
+    Completions(completions).save(verify / "completions.jsonl")
+    for run in runs:
+        record = json.loads((run / "run.json").read_text())
+        record["notes"] = list(HOSTILE)
+        record["hashes"] = {text: text for text in HOSTILE}
+        record["device"] = record["versions"]["torch"] = HOSTILE[0]
+        record["arguments"]["system"] = " ".join(HOSTILE)
+        for name in ("base", "aligned", "model"):
+            if name in record["arguments"]:
+                record["arguments"][name] = HOSTILE[1] + name + HOSTILE[8]
+        for check in record["result"].get("checks", []):
+            check["check"] = check["measured"] = HOSTILE[0]
+        for row in record["result"].get("methods", []):
+            row["method"] = HOSTILE[0] + row["method"] + HOSTILE[-1]
+        (run / "run.json").write_text(json.dumps(record))
+    return write_report(runs, root / "out.html", title=HOSTILE[0] + HOSTILE[8])
+
+
+def test_the_page_is_one_file_that_loads_nothing(page, outline):
+    text = page.read_text(encoding="utf-8")
+    assert all(link.startswith("#") for link in outline.links)
+    assert "@import" not in text
+    assert not re.search(r"url\(", text)
+    assert outline.tags["script"] == 2
+    assert "default-src &#39;none&#39;" in text
+    assert "unsafe-" not in text
+
+
+def test_the_first_screen_says_what_was_found_and_what_was_not(outline):
+    assert "Which neurons make organism:natural/dpo refuse harmful requests which organism:natural/sft answers" in outline.text
+    assert "neurons ranked by attribution-patching (5 %) is enough: it restores" in outline.text
+    assert "ranked by contrast (5 %) the effect is not above chance" in outline.text
+    assert "not above chance at this budget: contrast, importance." in outline.text
+    assert "a clear loss" in outline.text
+    assert "share of the planted units found: importance-contrast 1.00" in outline.text
+
+
+def test_every_figure_has_words_and_a_caption_and_every_table_headers(page, outline):
+    text = page.read_text(encoding="utf-8")
+    assert outline.tags["figure"] == outline.tags["figcaption"] == 14
+    assert all(len(label) > 40 for label in re.findall(r'role="img" aria-label="([^"]*)"', text))
+    assert len(re.findall(r"<table", text)) == len(re.findall(r"<caption", text)) == len(re.findall(r"<thead", text))
+    assert {"main", "header", "nav", "h1", "h2", "footer"} <= set(outline.tags)
+    assert outline.tags["h1"] == 1
+    assert 'class="skip" href="#main"' in text
+
+
+def test_figures_carry_no_colour_of_their_own(page):
+    text = page.read_text(encoding="utf-8")
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert set(re.findall(r'(?:fill|stroke)="([^"]*)"', drawings)) <= {"none", "transparent"}
+    assert "#f0" not in drawings
+    assert "style=" not in drawings
+
+
+def test_numbers_in_the_page_are_those_of_the_runs(page, outline):
+    runs = page.parents[1]
+    result = json.loads((runs / "verify-contrast" / "run.json").read_text())["result"]
+    for point in result["sizes"]:
+        effect = point["causal_effect"]
+        shown = f"{effect['value']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]".replace("-", "\u2212")
+        assert f"{point['n_neurons']:,} patched" in outline.text
+        assert shown in outline.text
+
+
+def test_hostile_text_changes_nothing(hostile, outline):
+    text = hostile.read_text(encoding="utf-8")
+    seen = Outline(text)
+    assert set(seen.tags) <= set(outline.tags)
+    assert seen.tags["script"] == outline.tags["script"]
+    assert not [name for name in seen.attributes if name.startswith("on")]
+    assert all(link.startswith("#") for link in seen.links)
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\ufeff\x00\x07\ud800-\udfff]", text)
+    assert "⟨U+202E⟩" in seen.text
+    assert "⟨U+D800⟩" in seen.text
+    assert "{{ 7 * 7 }}" in seen.text
+    assert len(text) < 2_000_000
+
+
+def test_the_data_block_holds_no_character_that_ends_it(hostile):
+    text = hostile.read_text(encoding="utf-8")
+    block = re.search(r'<script type="application/json" id="completions-data">(.*?)</script>', text, re.DOTALL)[1]
+    assert not re.search("[<>&]", block)
+    record = json.loads(block)
+    assert any("</script>" in each for each in record["texts"])
+    assert max(map(len, record["texts"])) < 4100
+
+
+def test_five_thousand_completions_stay_below_five_megabytes(tmp_path):
+    run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.1, 0.5), n=10)
+    words = "word " * 400
+    arms = ("untreated/harmful", "treated 82/harmful", "aligned/harmful", "ceiling/harmful", "random 0 of 82/harmful")
+    made = [Completion(f"p{n}", f"{n} {words}", f"{n} {arm} {words}", (), "stop", arm) for n in range(1000) for arm in arms]
+    Completions(made).save(run / "completions.jsonl")
+    page = write_report([run], tmp_path)
+    assert page == tmp_path / "report.html"
+    assert page.stat().st_size < 5_000_000
+    assert "All 5,000 completions, at most 500 characters" in Outline(page.read_text(encoding="utf-8")).text
+
+
+def test_a_page_can_be_made_of_any_single_run(tmp_path):
+    for run in report_runs.story(tmp_path, n=12):
+        text = Outline(write_report([run], tmp_path / f"{run.name}.html").read_text(encoding="utf-8")).text
+        assert "What was found" in text, run
+
+
+def test_an_undefined_effect_is_said_to_be_undefined(tmp_path):
+    run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.02, 0.02), n=12)
+    record = json.loads((run / "run.json").read_text())
+    nothing = {"value": None, "low": None, "high": None, "measure": "refused", "why": "base and aligned do not differ", "n": 12}
+    for point in record["result"]["sizes"]:
+        point |= {"causal_effect": nothing, "random_effects": [nothing, nothing]}
+    record["result"] |= {"causal_effect": nothing, "ceiling_effect": nothing}
+    (run / "run.json").write_text(json.dumps(record))
+    text = Outline(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "is undefined: base and aligned do not differ" in text
+
+
+def test_files_that_are_gone_leave_a_page_without_their_figures(tmp_path):
+    runs = [report_runs.find_run(tmp_path / "contrast", "contrast"), report_runs.patch_run(tmp_path / "v", "contrast", (0.1, 0.9), n=12)]
+    for gone in ("contrast/scores.safetensors", "contrast/neurons.safetensors", "v/completions.jsonl"):
+        (tmp_path / gone).unlink()
+    text = Outline(write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "no longer in the folder" in text
+    assert "Completions side by side" not in text
+
+
+def test_a_verb_of_a_later_version_is_listed_with_its_numbers(tmp_path):
+    run = report_runs.run_folder(tmp_path / "tune", "tune", {"model": "m"}, {"trained_parameters": 12345})
+    assert "12345" in Outline(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")).text
+
+
+def test_bad_runs_are_named_in_one_line(tmp_path):
+    good = report_runs.doctor_run(tmp_path / "doctor")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no run was given"):
+        write_report([], tmp_path / "r.html")
+    with pytest.raises(InputError, match="'.*empty' has no run.json"):
+        write_report([good, tmp_path / "empty"], tmp_path / "r.html")
+    with pytest.raises(InputError, match="absent' does not exist"):
+        write_report([tmp_path / "absent"], tmp_path / "r.html")
+    record = json.loads((good / "run.json").read_text())
+    broken = {
+        "not finished": record | {"status": "running"},
+        "not a run record": [1],
+        "has not the result of 'doctor'": record | {"result": {"model": 1}},
+    }
+    for says, content in broken.items():
+        (good / "run.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=says) as raised:
+            write_report([good], tmp_path / "r.html")
+        assert "\n" not in str(raised.value)
+    (good / "run.json").write_text('{"verb": ')
+    with pytest.raises(InputError, match="is not JSON"):
+        write_report([good], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_path):
+    run = report_runs.doctor_run(tmp_path / "doctor")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot write"):
+        write_report([run], tmp_path / "file" / "r.html")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_browser_shows_the_page_without_an_error(page):
+    assert headless.console(page) == []
+    seen = Outline(headless.document(page))
+    assert "80 of 80 prompts" in seen.text
+    assert seen.tags["tr"] > 60
+
+
+def test_a_browser_runs_nothing_of_hostile_text(hostile):
+    assert headless.console(hostile) == []
+    document = headless.document(hostile)
+    seen = Outline(document)
+    assert "owned" not in re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1].replace("document.title='owned'", "")
+    assert {"img", "iframe", "a"} & set(seen.tags) == {"a"}
+    assert all(link.startswith("#") for link in seen.links)
+    assert not [name for name in seen.attributes if name.startswith("on")]
+    assert "⟨U+202E⟩" in seen.text
+
+
+def test_the_policy_of_the_page_would_stop_a_script_that_got_in(page, tmp_path):
+    broken = page.read_text(encoding="utf-8").replace(
+        "</body>", "<script>document.title='owned'</script><img src=x onerror=document.title='owned'></body>"
+    )
+    (tmp_path / "broken.html").write_text(broken, encoding="utf-8")
+    assert "<title>An organism</title>" in headless.document(tmp_path / "broken.html")
+    assert any("Content Security Policy" in line for line in headless.console(tmp_path / "broken.html"))
