@@ -93,11 +93,16 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         title="causal effect",
         axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
     )
-    x = alt.X("n:Q", scale=scale, title="neurons patched (log scale) and share of those scored", axis=_size_axis(sizes, width))
+    x = alt.X("n:Q", scale=scale, title=_size_title(width), axis=_size_axis(sizes, width))
     layers = [*_band(band, x, y), *_references(sweeps, y)]
     if lines:
         layers += _lines(lines, x, y, width, (top - bottom) / height)
     return alt.layer(*layers)
+
+
+def _size_title(width: int) -> str | list[str]:
+    words = ["neurons patched (log scale)", "and share of those scored"]
+    return words if width <= NARROW else " ".join(words)
 
 
 def _log_scale(sizes: list[int]) -> alt.Scale:
@@ -134,7 +139,7 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
         for n, (low, high) in sorted(band.items())
     ]
     base = alt.Chart(data(rows)).encode(x=x, y=y, y2="high:Q", description="tip:N")
-    label = alt.Chart(data(rows[:1])).mark_text(align="left", dx=6, dy=-9, color=SOFT, fontSize=12, aria=False)
+    label = alt.Chart(data(rows[-1:])).mark_text(align="right", dx=4, dy=-10, color=SOFT, fontSize=12, aria=False)
     return [
         base.mark_area(color=BAND, stroke=BAND, strokeWidth=5, strokeJoin="round", opacity=0.6, aria=False),
         base.mark_rule(color=BAND, strokeWidth=7, strokeCap="round"),

@@ -13,7 +13,7 @@ from safety_neurons.report.text import count, interval, name, number, plural, sa
 NEARLY = 0.9
 """Share of the ceiling from which on a set is said to carry the behaviour."""
 YES, PARTLY, NO, OPEN, FACT = "shown", "in part", "not shown", "undefined", "measured"
-FOUND, PRICE, PASS, FAIL = "found", "price", "pass", "fail"
+FOUND, PRICE, PASS, FAIL, CAUTION = "found", "price", "pass", "fail", "caution"
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def findings(run: Run, runs: Sequence[Run]) -> list[Finding]:
     if run.verb.startswith("find-"):
         return [_found(run)]
     if run.verb == "verify-patch":
-        return _patched(run, runs)
+        return [*_patched(run, runs), *_cautions(run)]
     if run.verb == "verify-deactivate":
-        return [_deactivated(run, runs)]
+        return [_deactivated(run, runs), *_cautions(run)]
     if run.verb == "compare":
         return _compared(run)
     return [_examined(run)] if run.verb == "doctor" else []
@@ -159,6 +159,18 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
         shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
         sentences.append(Finding(NO, shown))
     return sentences
+
+
+def _cautions(run: Run) -> list[Finding]:
+    """What weakens a verify run: prompts the set was found on, controls that share members with it."""
+    shared = run.result.get("overlap_with_find_prompts") or {}
+    made = [
+        say("In {}, {} of the {} prompts are among those the neurons were found on.", name(run.label), count(number), visible(kind, 20))
+        for kind, number in shared.items()
+        if number
+    ]
+    made += [say("In {}: {}.", name(run.label), visible(note, 200)) for note in run.result.get("notes") or []]
+    return [Finding(CAUTION, text) for text in made]
 
 
 def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:

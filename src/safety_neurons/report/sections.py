@@ -136,7 +136,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
         words.append(f"{method}: " + ", ".join(each))
         table = arms_table(run)
         named.append((method, run))
-        tables.append(Table(f"Every arm, ranked by {method}; 95 % intervals", table.columns, table.rows, table.quiet))
+        tables.append(Table(f"Every arm, ranked by {method}; 95\u00a0% intervals", table.columns, table.rows, table.quiet))
     first = group[0].result
     undefined = [point["causal_effect"].get("why") for sweep in sweeps for point in sweep.points if point["causal_effect"]["value"] is None]
     if undefined and not any(point["causal_effect"]["value"] is not None for sweep in sweeps for point in sweep.points):
@@ -145,7 +145,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     sets = len(first["sizes"][-1]["random"])
     caption = say(
         "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
-        "0 is the base model, 1 the aligned one. Bars are 95 % intervals over {} (paired bootstrap). "
+        "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired bootstrap). "
         "The band spans {} of each size with as many neurons in every matrix{}.",
         plural(n, "harmful request"),
         plural(sets, "random set"),
@@ -185,7 +185,7 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
     rows.append(row("these neurons off", result["treated"], "diamond", colour))
     rows.append(row("all neurons off", result["ceiling"], "square", SOFT))
     alternative = f"{title}: " + "; ".join(f"{each.label} {each.text}" for each in rows)
-    shown = say("<b>{}</b> Bars are 95 % intervals; ticks are single random sets.", caption)
+    shown = say("<b>{}</b> Bars are 95\u00a0% intervals; ticks are single random sets.", caption)
     return Figure(dot_figure(rows, title, domain=(-0.03, 1.03)), alternative + ".", shown)
 
 
@@ -212,7 +212,7 @@ def compare_part(run: Run) -> Part:
     ceiling = result["ceiling_effect"]
     ends = [end for row in rows for end in (row.low, row.high) if end is not None]
     domain = (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
-    caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95 % intervals, ticks single random sets")
+    caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets")
     caption += say(", the dashed line is the ceiling {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     words = "; ".join(f"{row.label} {row.text}" for row in rows)
     figures = [

@@ -76,7 +76,7 @@ def drawing(chart: Any, width: float | int, height: float | int, *, step: bool =
     root = ElementTree.fromstring(_drawn(json.dumps(specification)))
     clean = _cleaned(root)
     assert clean is not None
-    whole, tall = float(root.get("width", "0")) + 2 * ROOM, float(root.get("height", "0"))
+    whole, tall = float(root.get("width", "0")) + 3 * ROOM, float(root.get("height", "0"))
     clean.set("viewBox", f"{-ROOM} 0 {whole:g} {tall:g}")  # Fonts of the reader may be wider than those measured here.
     clean.set("width", f"{whole:g}")
     clean.set("class", f"chart {size}".strip())

@@ -54,7 +54,7 @@ def arms_table(run: Run) -> Table:
     if paired:
         columns += ["causal effect", "same, random sets"]
         rows = [[*row, *effect] for row, effect in zip(rows, effects, strict=True)]
-    return Table("Every arm; shares with 95 % intervals", columns, rows, frozenset(quiet))
+    return Table("Every arm; shares with 95\u00a0% intervals", columns, rows, frozenset(quiet))
 
 
 def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
@@ -70,7 +70,7 @@ def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
             quiet.append(len(rows))
             rows.append([*_random_arms(point), spread(random_values(point))])
     rows.append([*_arm("all neurons patched (ceiling)", first["ceiling"]), interval(first["ceiling_effect"])])
-    caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95 % intervals"
+    caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
     return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
 
 
@@ -118,7 +118,7 @@ def methods_table(run: Run) -> Table:
         "harmless refused",
         "time to find",
     ]
-    return Table("Every method at the same number of units; 95 % intervals", columns, rows)
+    return Table("Every method at the same number of units; 95\u00a0% intervals", columns, rows)
 
 
 def agreement_table(run: Run) -> Table:

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 SPACE = "\N{NARROW NO-BREAK SPACE}"
+HOLD = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 
@@ -53,7 +54,7 @@ def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     value = number(record["value"], signed=signed)
     if record["low"] is None or record["high"] is None:
         return value
-    return f"{value} [{number(record['low'], signed=signed)}, {number(record['high'], signed=signed)}]"
+    return f"{value}{HOLD}[{number(record['low'], signed=signed)},{HOLD}{number(record['high'], signed=signed)}]"
 
 
 def share(value: float | int | None, digits: int = 1) -> str:

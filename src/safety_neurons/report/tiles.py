@@ -20,7 +20,7 @@ from safety_neurons.report.findings import (
     verdict_of,
 )
 from safety_neurons.report.reading import Run
-from safety_neurons.report.text import count, interval, number, plural, say, share, visible
+from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
 
     run = min(patch_runs, key=order)
     point = telling_point(run.result)
+    if verdict_of(run.result, point) == OPEN:
+        why = say("no effect can be told: {}", visible(point["causal_effect"].get("why"), 200))
+        return Tile("Are a few neurons sufficient?", OPEN, NONE, why)
     text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
     ceiling = number(run.result["ceiling_effect"]["value"])
     shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run, runs), ceiling)

@@ -104,6 +104,5 @@
   });
   at("controls").addEventListener("submit", (event) => event.preventDefault());
   at("controls").hidden = false;
-  addEventListener("beforeprint", () => document.querySelectorAll("details.numbers").forEach((each) => (each.open = true)));
   start();
 })();
