@@ -64,6 +64,7 @@ def run() -> None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
+            error.show(file=sys.stdout)
             raise SystemExit(2) from None
         help_of = getattr(getattr(error, "ctx", None), "command_path", "safety-neurons")
         message = f"{error.format_message().rstrip('.')}; see `{help_of} --help`"

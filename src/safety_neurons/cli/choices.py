@@ -94,7 +94,7 @@ def batch_size(text: str) -> int | Literal["auto"]:
 def parse_sizes(text: str | None) -> list[float]:
     """`--sizes` as sorted, distinct shares."""
     try:
-        shares = sorted({float(part) for part in (text or "0.005,0.01,0.02,0.05,0.1,0.2").split(",")})
+        shares = sorted({float(part) for part in ("0.005,0.01,0.02,0.05,0.1,0.2" if text is None else text).split(",")})
     except ValueError:
         raise UsageError(f"--sizes {text!r}: expected comma-separated shares such as 0.01,0.05") from None
     if not all(0 < share <= 1 for share in shares):

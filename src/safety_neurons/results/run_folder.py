@@ -37,7 +37,7 @@ class RunFolder:
         """
         self.folder = pathlib.Path(out)
         self.resumed = False
-        self._made = False
+        self._made: list[pathlib.Path] = []
         arguments = plain(dict(config))
         earlier = None if overwrite else self._read()
         if overwrite:
@@ -104,15 +104,15 @@ class RunFolder:
         if self.finished or any((self.folder / name).exists() for name in self._record["files"]):
             return
         self._remove([RECORD])
-        if self._made:
+        for folder in self._made:
             with contextlib.suppress(OSError):
-                self.folder.rmdir()
+                folder.rmdir()
 
     # How it is kept
 
     def _make(self) -> None:
         try:
-            self._made = not self.folder.exists()
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the folder {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error

@@ -1,0 +1,133 @@
+"""Options: what can be refused before anything is loaded is, with exit code 2 and what may be said instead."""
+
+import inspect
+import json
+
+import pytest
+from running import command, done, refused
+
+from safety_neurons.cli import choices, options
+from safety_neurons.cli.app import build
+from safety_neurons.detectors.importance import SPACES
+from safety_neurons.detectors.text import POSITIONS
+from safety_neurons.model.loading import DTYPES
+from safety_neurons.studies import METHODS
+
+CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]
+VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("load", "load_pair"):
+        monkeypatch.setattr(f"safety_neurons.model.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*CONTRAST, "--batch-size", "0"], "auto or a number of at least 1"),
+        ([*CONTRAST, "--batch-size", "-3"], "auto or a number of at least 1"),
+        ([*CONTRAST, "--batch-size", "many"], "auto or a number of at least 1"),
+        ([*CONTRAST, "--seed", "-1"], "0 or more"),
+        ([*CONTRAST, "--seed", "one"], "--seed"),
+        ([*CONTRAST, "--positions", "answer"], "completion-predicting, prompt, prompt-last"),
+        ([*CONTRAST, "--generate-with", "donor"], "base, aligned"),
+        ([*CONTRAST, "--sites", "down,mlp"], "q k v o gate up down"),
+        ([*CONTRAST, "--sites", ","], "names no site"),
+        ([*CONTRAST, "--layers", "first"], "A:B"),
+        ([*CONTRAST, "--layers", "3:1:2"], "A:B"),
+        ([*CONTRAST, "--layers", "5:2"], "selects none"),
+        ([*CONTRAST, "--dtype", "int8"], "float64"),
+        ([*CONTRAST, "--top", "5"], "0 to 1"),
+        ([*CONTRAST, "--top", "nan"], "0 to 1"),
+        ([*CONTRAST, "--count", "0"], "--count"),
+        ([*CONTRAST, "--top", "0.1", "--count", "3"], "expected one rule"),
+        ([*CONTRAST, "--agreement", "2"], "share of the prompts"),
+        ([*CONTRAST, "--agreement", "0"], "share of the prompts"),
+        ([*CONTRAST, "--max-new-tokens", "0"], "--max-new-tokens"),
+        ([*CONTRAST, "--limit", "0"], "--limit"),
+        ([*CONTRAST, "--template-args", "{"], "not JSON"),
+        ([*CONTRAST, "--template-args", "[1]"], "a JSON object"),
+        (["find", "importance-contrast", *CONTRAST[2:], "--compare", "swapped"], "swap, absolute, relative, same-input"),
+        (["find", "attribution-patching", *CONTRAST[2:], "--at", "end"], "path, base"),
+        (["find", "importance", "--model", "m/m", "--space", "logit"], "output, probability"),
+        ([*VERIFY], "neither of --neurons and --scores"),
+        ([*VERIFY, "--neurons", "n", "--scores", "s"], "both of --neurons and --scores"),
+        ([*VERIFY, "--neurons", "n", "--sizes", "0.1"], "--sizes needs --scores"),
+        ([*VERIFY, "--scores", "s", "--sizes", "0.1,x"], "comma-separated shares"),
+        ([*VERIFY, "--scores", "s", "--sizes", "0.1,2"], "at most 1"),
+        ([*VERIFY, "--scores", "s", "--sizes", ""], "comma-separated shares"),
+        ([*VERIFY, "--neurons", "n", "--random", "-1"], "--random"),
+        (["compare", *CONTRAST[2:], "--methods", "contrast,magic"], "weight-change"),
+        (["compare", *CONTRAST[2:], "--top", "0"], "above 0"),
+        (["find", "contrast"], "--base"),
+        (["find", "magic"], "magic"),
+        (["dance"], "dance"),
+        ([*CONTRAST, "--colour", "red"], "--colour"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_wrong_words_are_refused_before_anything_is_loaded(words, said):
+    assert said in refused(*words, code=2)
+
+
+def test_the_names_that_are_checked_early_are_those_of_the_workers():
+    from safety_neurons.detectors import importance_contrast
+
+    assert choices.CHOICES["positions"] == POSITIONS
+    assert choices.CHOICES["space"] == SPACES
+    assert choices.CHOICES["dtype"] == DTYPES
+    assert tuple(METHODS) == choices.METHODS
+    assert choices.CHOICES["compare"] == importance_contrast.COMPARISONS
+
+
+def test_help_names_every_verb_and_every_option_has_words():
+    said = command("--help")
+    assert said.code == 0
+    for name in ("demo", "doctor", "find", "verify", "compare", "report", "run", "organism", "data"):
+        assert name in said.out
+    for words in (["find", "importance"], ["find", "contrast"], ["verify", "patch"], ["compare"], ["doctor"], ["run"]):
+        verb = build()
+        for word in words:
+            verb = verb.commands[word]
+        assert verb.help
+        assert [option.name for option in verb.params if option.param_type_name == "option" and not option.help] == []
+
+
+def test_every_verb_has_the_common_options_of_the_design():
+    names = {field for field in inspect.signature(options.Common).parameters}
+    assert names >= {"out", "json", "seed", "device", "dtype", "batch_size", "offline", "template", "system", "template_args", "debug"}
+
+
+def test_no_words_at_all_print_the_help_and_exit_with_2():
+    outcome = command()
+    assert outcome.code == 2
+    assert "find" in outcome.out
+
+
+def test_debug_shows_where_an_error_comes_from():
+    outcome = command(*CONTRAST, "--batch-size", "0", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.endswith("expected auto or a number of at least 1\n")
+
+
+def test_built_in_prompts_and_organisms_are_listed():
+    prompts = done("data", "list")["prompts"]
+    assert {"builtin:harmful", "builtin:harmless-test"} <= {row["name"] for row in prompts}
+    assert all(row["prompts"] > 0 for row in prompts)
+    assert "builtin:harmful" in command("data", "list").out
+    organisms = done("organism", "list")["organisms"]
+    assert "natural" in {row["name"] for row in organisms}
+    assert "natural" in command("organism", "list").out
+
+
+def test_an_unforeseen_error_is_one_line_too(monkeypatch):
+    monkeypatch.setattr("safety_neurons.prompts.library", lambda: 1 / 0)
+    outcome = command("data", "list", "--json")
+    assert outcome.code == 1
+    assert "ZeroDivisionError" in json.loads(outcome.out)["error"]

@@ -1,0 +1,121 @@
+"""A killed find: the same command goes on behind the last finished batch and gives the same files."""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from running import command, done, record
+
+from safety_neurons.detectors import streaming
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import NeuronSet, Scores
+
+METHODS = {
+    "importance": ["--agreement", "0.5"],
+    "attribution": [],
+    "contrast": ["--max-new-tokens", "4"],
+    "importance-contrast": ["--positions", "completion", "--max-new-tokens", "4", "--sites", "down,up"],
+    "attribution-patching": ["--midpoints", "2"],
+}
+
+
+def words_of(method, pair, out):
+    models = ["--model", pair.aligned] if method in ("importance", "attribution") else pair.models
+    return ["find", method, *models, "--prompts", pair.harmful, "--batch-size", "2", *METHODS[method], "--top", "0.1", "--out", out]
+
+
+def counted(monkeypatch, die_after=None):
+    """Counts batches that are fed and calls that write text; dies right after a state was saved."""
+    seen = collections.Counter()
+    collate, save, complete = streaming.collate, streaming.Stream.save, LanguageModel.complete
+
+    def counting_collate(*args, **options):
+        seen["fed"] += 1
+        return collate(*args, **options)
+
+    def counting_complete(self, *args, **options):
+        seen["written"] += 1
+        return complete(self, *args, **options)
+
+    def saving(self):
+        save(self)
+        seen["saved"] += 1
+        if seen["saved"] == die_after:
+            raise MemoryError("killed here")
+
+    monkeypatch.setattr(streaming, "collate", counting_collate)
+    monkeypatch.setattr(LanguageModel, "complete", counting_complete)
+    monkeypatch.setattr(streaming.Stream, "save", saving)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_find_does_no_finished_batch_again_and_gives_the_same(method, tiny_pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        whole = counted(patched)
+        expected = done(*words_of(method, tiny_pair, tmp_path / "whole"))
+    assert whole["fed"] == 5
+    for die_after in {whole["saved"] - 2, 2}:
+        folder = tmp_path / f"killed {die_after}"
+        with monkeypatch.context() as patched:
+            before = counted(patched, die_after)
+            assert command(*words_of(method, tiny_pair, folder)).code == 1
+        assert record(folder)["status"] == "running"
+        assert (folder / "checkpoints").is_dir()
+        with monkeypatch.context() as patched:
+            after = counted(patched)
+            result = done(*words_of(method, tiny_pair, folder))
+        assert before["fed"] + after["fed"] == whole["fed"]
+        assert before["written"] + after["written"] == whole["written"]
+        assert Scores.load(result["scores"]) == Scores.load(expected["scores"])
+        assert NeuronSet.load(result["neurons"]) == NeuronSet.load(expected["neurons"])
+        assert result["prompts"] == expected["prompts"]
+        assert not (folder / "checkpoints").exists()
+
+
+def test_another_batch_size_in_the_same_folder_is_refused_and_loses_nothing(tiny_pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        counted(patched, 2)
+        assert command(*words_of("importance", tiny_pair, tmp_path / "run")).code == 1
+    files = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    outcome = command(*words_of("importance", tiny_pair, tmp_path / "run"), "--batch-size", "3")
+    assert outcome.code == 1
+    assert "batch_size" in outcome.err
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()} == files
+
+
+@pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_process_that_is_killed_goes_on(kill, code, tiny_pair, tmp_path):
+    script = (
+        "import time\n"
+        "from safety_neurons.cli import main\n"
+        "from safety_neurons.detectors import streaming\n"
+        "save = streaming.Stream.save\n"
+        "streaming.Stream.save = lambda self: (save(self), time.sleep(0.5))\n"
+        "main()\n"
+    )
+    words = [str(word) for word in words_of("importance", tiny_pair, tmp_path / "run")]
+    running = subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "run" / "checkpoints" / "find.safetensors"
+    deadline = time.monotonic() + 120
+    while not state.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running.poll() is None, running.communicate()
+    os.kill(running.pid, kill)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert out == ""
+    if kill == signal.SIGINT:
+        assert err.startswith("safety-neurons: interrupted: nothing finished is lost")
+        assert err.count("\n") == 1
+        assert str(tmp_path / "run") in err
+    expected = done(*words_of("importance", tiny_pair, tmp_path / "whole"))
+    result = done(*words)
+    assert pathlib.Path(result["scores"]).parent == tmp_path / "run"
+    assert Scores.load(result["scores"]) == Scores.load(expected["scores"])
+    assert NeuronSet.load(result["neurons"]) == NeuronSet.load(expected["neurons"])
