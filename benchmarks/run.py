@@ -1,0 +1,154 @@
+"""Runs every benchmark one after the other, writes benchmarks/results/*.json and prints one table.
+
+python benchmarks/run.py            # all of it, at least 31 repetitions where time is measured: about an hour on one core
+python benchmarks/run.py --quick    # few repetitions, to see that everything runs
+python benchmarks/run.py --only statistics startup
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from paired import RESULTS, Median, Row, machine, print_rows
+
+HERE = pathlib.Path(__file__).resolve().parent
+IMPORTANCE_TARGETS = {64: 1.6, 128: 2.0}
+PAIRS = {"ia3": "(IA)³ adapters on one base", "lora": "LoRA adapters on one base", "separate": "two separate models"}
+
+
+def call(words: list[str], threads: int) -> str:
+    """Output of one benchmark in a process of its own; what it says on the way goes to standard error."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=HERE).stdout
+
+
+def own(script: str, name: str, repetitions: int | None = None) -> Callable[[argparse.Namespace], list[Row]]:
+    """A benchmark that writes its own record."""
+
+    def run(options: argparse.Namespace) -> list[Row]:
+        count = 2 if options.quick else min(options.repetitions, repetitions or options.repetitions)
+        words = [
+            script,
+            "--repetitions",
+            str(count),
+            "--out",
+            str(options.out),
+            "--clock",
+            options.clock,
+            "--threads",
+            str(options.threads),
+        ]
+        if options.quick and name == "find_memory":
+            words += ["--many", "100"]
+        call(words, options.threads)
+        return rows_of(json.loads((options.out / f"{name}.json").read_text(encoding="utf-8")))
+
+    return run
+
+
+def importance(options: argparse.Namespace) -> list[Row]:
+    """Exact importance, measured by its own script."""
+    count = 2 if options.quick else options.repetitions
+    record = json.loads(call(["importance_cost.py", "--repetitions", str(count)], options.threads))
+    rows = [
+        Row(
+            f"exact importance of every neuron, Llama-3-8B layers, {measured['tokens']} tokens ÷ plain forward",
+            median_of(measured["ratio"]),
+            IMPORTANCE_TARGETS.get(measured["tokens"]),
+        )
+        for measured in record["measured"]
+    ]
+    return written("importance", rows, record, options)
+
+
+def patching(options: argparse.Namespace) -> list[Row]:
+    """Patched generation, measured by its own script."""
+    count = 2 if options.quick else options.repetitions
+    target = options.out / "patching_cost.json"
+    words = ["patching_cost.py", "--repetitions", str(count), "--threads", str(options.threads), "--clock", options.clock]
+    call([*words, *(["--new", "16"] if options.quick else []), "--out", str(target)], options.threads)
+    record = json.loads(target.read_text(encoding="utf-8"))
+    target.unlink()
+    rows = [
+        Row(f"patched generation ÷ plain, {PAIRS[kind]}", median_of(result["ratio"]), result["target"])
+        for kind, result in record["results"].items()
+    ]
+    rows += [
+        Row(
+            f"hooks per decoded token and layer, {PAIRS[kind]}",
+            median_of(result["hooks_ms_per_token_and_layer"]),
+            result["hooks_target"],
+            "ms",
+        )
+        for kind, result in record["results"].items()
+    ]
+    return written("patching", rows, record, options)
+
+
+def graphics(options: argparse.Namespace) -> list[Row]:
+    """The same on a GPU, where there is one."""
+    words = ["gpu.py", "--out", str(options.out), "--repetitions", "2" if options.quick else str(options.repetitions)]
+    said = call(words, options.threads).strip()
+    target = options.out / "gpu.json"
+    if "no GPU" in said or not target.is_file():
+        print(said)
+        return []
+    return rows_of(json.loads(target.read_text(encoding="utf-8")))
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "statistics": own("statistics_cost.py", "statistics"),
+    "importance": importance,
+    "patching": patching,
+    "find_memory": own("find_memory.py", "find_memory", repetitions=3),
+    "startup": own("startup.py", "startup"),
+    "gpu": graphics,
+}
+
+
+def median_of(value: dict[str, Any]) -> Median:
+    """A median as the other scripts write it."""
+    return Median(float(value.get("median", value.get("value"))), float(value["low"]), float(value["high"]), int(value["n"]))
+
+
+def rows_of(record: dict[str, Any]) -> list[Row]:
+    """The rows of a written record."""
+    return [Row(row["what"], Median(**row["value"]), row["target"], row["unit"]) for row in record["rows"]]
+
+
+def written(name: str, rows: list[Row], record: dict[str, Any], options: argparse.Namespace) -> list[Row]:
+    """Write a record of a script that has its own form, its rows before the rest."""
+    whole = {"benchmark": name, "rows": [row.record() for row in rows], "machine": machine(), **record}
+    (options.out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    """Run what was asked for; the exit code is 0 whether or not targets are met, for a busy machine is no failure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions, into a folder of their own")
+    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    options = parser.parse_args()
+    options.out = (options.out or (HERE.parent / "runs" / "bench-quick" if options.quick else RESULTS)).resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name in options.only:
+        start = time.monotonic()
+        print(f"{name} …", file=sys.stderr, flush=True)
+        rows += BENCHMARKS[name](options)
+        print(f"{name} took {time.monotonic() - start:.0f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    print_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
