@@ -1,0 +1,139 @@
+"""compare: equal budgets, recall in units, agreement beside chance, and files a killed comparison takes up."""
+
+import numpy as np
+import pytest
+
+from safety_neurons.errors import UsageError
+from safety_neurons.model import load_pair
+from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.prompts import Prompts
+from safety_neurons.studies import comparison
+from safety_neurons.studies.comparison import compare, random_units, unit_recall
+from tiny_pair import HARMFUL, HARMLESS
+
+OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pair):
+    return load_pair(tiny_pair.base, tiny_pair.aligned)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return Prompts.from_list(HARMFUL[:4]), Prompts.from_list(HARMLESS[:3])
+
+
+@pytest.fixture(scope="module")
+def compared(pair, prompts):
+    return compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], sites=["up", "down"], top=0.1, random=2, **OPTIONS)
+
+
+def units_of(neurons):
+    numbers = neurons.table.units()
+    return {int(unit) for key, indices in neurons.items() for unit in numbers[key][indices]}
+
+
+def test_every_set_has_exactly_the_budget_in_units(compared):
+    assert compared.n_units == 96
+    assert compared.budget == 10
+    assert [row.method for row in compared.methods] == [*comparison.METHODS, "random 0", "random 1"]
+    for row in compared.methods:
+        assert row.n_units == len(units_of(row.neurons)) == 10
+        assert {key.rsplit(".", 1)[1] for key in row.neurons.keys()} <= {"up", "down"}  # noqa: SIM118 - not a mapping
+
+
+def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
+    sets = {row.method: units_of(row.neurons) for row in compared.methods}
+    assert len(compared.agreement) == 8 * 7 // 2
+    for pair in compared.agreement:
+        first, second = (sets[name] for name in pair["methods"])
+        assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))
+        assert 0 < pair["chance"] < 0.1
+    draws = np.random.default_rng(0)
+    overlap = [len({*draws.choice(96, 10, replace=False)} & {*draws.choice(96, 10, replace=False)}) for _ in range(4000)]
+    jaccard = np.mean([shared / (20 - shared) for shared in overlap])
+    assert compared.agreement[0]["chance"] == pytest.approx(jaccard, rel=0.1)
+
+
+def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pair, prompts, monkeypatch):
+    table = pair.base.table
+    truth = NeuronSet({"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}, table)
+    keys = table.select(sites=["v", "gate", "up", "down"]).keys
+
+    def planted(sign):
+        def find(_base, _aligned, _prompts, options):
+            assert options["sites"] == ("v", "gate", "up", "down")
+            values = {key: np.random.default_rng(1).uniform(0, 0.5, table[key].size) for key in keys}
+            for key, indices in truth.items():
+                values[key][indices] = sign
+            for key in ("gate", "up", "down"):
+                values[f"layers.0.{key}"][[3, 9]] = sign
+                values[f"layers.1.{key}"][40] = sign
+            return Scores(values, table)
+
+        return find
+
+    monkeypatch.setitem(comparison.METHODS, "contrast", planted(1.0))
+    monkeypatch.setitem(comparison.METHODS, "importance", planted(-1.0))
+    found = compare(
+        *(pair.base, pair.aligned, *prompts), find_prompts=prompts[0], truth=truth, methods=["contrast", "importance"], random=0, **OPTIONS
+    )
+    assert found.budget == 4
+    assert [row.recall for row in found.methods] == [1.0, 0.0]
+    assert found.methods[0].n_units == 4
+
+
+def test_recall_counts_a_unit_once(pair):
+    table = pair.base.table
+    truth = NeuronSet({"layers.0.up": [3], "layers.0.down": [3], "layers.0.gate": [3, 4]}, table)
+    assert unit_recall(NeuronSet({"layers.0.down": [3]}, table), truth) == 0.5
+    assert unit_recall(NeuronSet({"layers.0.down": [4, 5, 6]}, table), truth) == 0.5
+    assert unit_recall(NeuronSet({"layers.1.down": [3, 4]}, table), truth) == 0.0
+
+
+def test_random_sets_hold_whole_units_and_follow_the_seed(pair):
+    table = pair.base.table
+    first, again, other = (random_units(table, ["up", "down"], 7, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(units_of(first)) == 7
+    assert all(np.array_equal(first[f"layers.{layer}.up"], first[f"layers.{layer}.down"]) for layer in range(2))
+
+
+def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):
+    told = compared.bench.completions
+    assert [one.token_ids for one in told.arm("ceiling/harmful")] == [one.token_ids for one in told.arm("aligned/harmful")]
+
+
+def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair, prompts, tmp_path, monkeypatch):
+    calls = []
+    real = comparison.METHODS["weight-change"]
+    monkeypatch.setitem(comparison.METHODS, "weight-change", lambda *words: (calls.append(1), real(*words))[1])
+    names = ["weight-change", "importance"]
+
+    def run(find_prompts):
+        return compare(
+            *(pair.base, pair.aligned, *prompts), find_prompts=find_prompts, methods=names, random=0, place=tmp_path.joinpath, **OPTIONS
+        )
+
+    first = run(prompts[0])
+    looked = []
+    importance = comparison.METHODS["importance"]
+    monkeypatch.setitem(comparison.METHODS, "importance", lambda *words: (looked.append(1), importance(*words))[1])
+    again = run(prompts[0])
+    assert (len(calls), len(looked)) == (1, 0)
+    assert [row.neurons for row in again.methods] == [row.neurons for row in first.methods]
+    assert [row.seconds for row in again.methods] == [row.seconds for row in first.methods]
+    run(prompts[1])
+    assert len(looked) == 1
+
+
+def test_what_cannot_be_compared_is_refused(pair, prompts):
+    for options, said in (
+        ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"top": 0.0}, "not a share"),
+        ({"top": 1.5}, "not a share"),
+        ({"truth": NeuronSet({}, pair.base.table)}, "empty"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], **options)

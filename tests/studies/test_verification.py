@@ -1,0 +1,168 @@
+"""verify: every number recomputed from the completions that were kept, controls and ceiling held to what they are."""
+
+import numpy as np
+import pytest
+
+from safety_neurons.errors import ForeignModelError, NeuronError
+from safety_neurons.judges import judge_refusal
+from safety_neurons.model import load_pair
+from safety_neurons.neurons import NeuronSet, Provenance, Scores
+from safety_neurons.prompts import Prompts
+from safety_neurons.studies import arms, verify_deactivate, verify_patch
+from tiny_pair import GENERAL, HARMFUL, HARMLESS
+
+OPTIONS = {"max_new_tokens": 6, "batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pair):
+    return load_pair(tiny_pair.base, tiny_pair.aligned)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return Prompts.from_list(HARMFUL), Prompts.from_list(HARMLESS)
+
+
+@pytest.fixture(scope="module")
+def scores(pair):
+    generator = np.random.default_rng(0)
+    keys = [f"layers.{layer}.down" for layer in range(2)]
+    table = pair.base.table
+    return Scores({key: generator.normal(size=table[key].size) for key in keys}, table)
+
+
+@pytest.fixture(scope="module")
+def verified(pair, prompts, scores):
+    return verify_patch(pair.base, pair.aligned, scores.top(0.3), *prompts, text=Prompts.from_list(GENERAL), random=3, **OPTIONS)
+
+
+def refusals(verification, arm):
+    return [verdict.refused for verdict in judge_refusal(verification.bench.completions.arm(arm)).verdicts]
+
+
+def test_rates_are_those_of_the_completions_that_were_kept(verified):
+    names = {"untreated": verified.untreated, "aligned": verified.aligned, "ceiling": verified.ceiling}
+    names |= {f"treated {verified.n_neurons}": verified.treated}
+    names |= {f"random {number} of {verified.n_neurons}": arm for number, arm in enumerate(verified.random)}
+    assert len(verified.bench.completions) == len(names) * (len(HARMFUL) + len(HARMLESS))
+    for name, arm in names.items():
+        for kind, rate in (("harmful", arm.harmful_refused), ("harmless", arm.harmless_refused)):
+            told = refusals(verified, f"{name}/{kind}")
+            scored = [verdict for verdict in told if verdict is not None]
+            assert (rate.n, rate.unscored) == (len(scored), told.count(None))
+            assert rate.value == (pytest.approx(sum(scored) / len(scored)) if scored else None)
+
+
+def test_completions_of_arms_are_those_of_the_models_themselves(verified, pair, prompts):
+    for name, model in (("untreated", pair.base), ("aligned", pair.aligned)):
+        plain = model.complete(prompts[0], **OPTIONS)
+        kept = verified.bench.completions.arm(f"{name}/harmful")
+        assert [one.token_ids for one in kept] == [one.token_ids for one in plain]
+
+
+def test_the_ceiling_of_adapters_on_down_is_the_aligned_model(verified):
+    for kind in ("harmful", "harmless"):
+        ceiling, aligned = (verified.bench.completions.arm(f"{name}/{kind}") for name in ("ceiling", "aligned"))
+        assert [one.token_ids for one in ceiling] == [one.token_ids for one in aligned]
+    assert verified.ceiling.perplexity == pytest.approx(verified.aligned.perplexity, rel=1e-4)
+
+
+def with_verdicts(monkeypatch, told):
+    """Replaces the judge: an arm's name -> its verdicts on harmful prompts."""
+    real = arms.judge_refusal
+
+    def judge(completions):
+        found = real(completions)
+        name, _, kind = completions[0].arm.rpartition("/")
+        verdicts = [v if v is None else bool(v) for v in told.get(name, told["else"])] if kind == "harmful" else [False] * len(HARMLESS)
+        changed = [type(old)(old.label, new, old.p_refusal, old.why) for old, new in zip(found.verdicts, verdicts, strict=True)]
+        return type(found)(found.judge, tuple(changed), found.rate, found.completions)
+
+    monkeypatch.setattr(arms, "judge_refusal", judge)
+
+
+def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywhere(pair, prompts, scores, monkeypatch):
+    told = {
+        "untreated": [0, 0, 0, 1, 0, 0, 0, 0, None],
+        "aligned": [1, 1, 1, 1, 1, 1, 0, 1, 1],
+        "treated 29": [1, 0, 1, 1, 1, 0, 0, None, 1],
+        "ceiling": [1, 1, 1, 1, 1, 1, 0, 1, 1],
+        "else": [0, 0, 0, 1, 0, 0, 1, 0, 0],
+    }
+    with_verdicts(monkeypatch, told)
+    found = verify_patch(pair.base, pair.aligned, scores, *prompts, sizes=[0.3], random=2, **OPTIONS)
+    effect = found.causal_effect
+    assert (effect.n, effect.unscored) == (7, 2)
+    assert effect.value == pytest.approx((4 / 7 - 1 / 7) / (6 / 7 - 1 / 7))
+    assert effect.low <= effect.value <= effect.high
+    assert found.ceiling_effect.value == 1
+    assert found.ceiling_effect.low == found.ceiling_effect.high == 1
+    assert found.change.value == pytest.approx(3 / 7)
+    pairs = [(1, 0), (0, 0), (1, 0), (1, 1), (1, 0), (0, 0), (0, 1), (1, 0)]
+    assert found.change_against_random.value == pytest.approx(sum(a - b for a, b in pairs) / 8)
+    assert found.points[0].random_effects[0].value == pytest.approx((2 / 8 - 1 / 8) / (7 / 8 - 1 / 8))
+
+
+def test_the_effect_is_undefined_where_base_and_aligned_do_not_differ(pair, prompts, scores):
+    found = verify_patch(pair.base, pair.base, scores, *prompts, sizes=[0.1], random=0, **OPTIONS)
+    assert found.causal_effect.value is None
+    assert "includes 0" in found.causal_effect.why
+    assert found.change.value == 0
+    assert found.change_against_random is None
+    told = found.bench.completions
+    assert [one.token_ids for one in told.arm("treated 10/harmful")] == [one.token_ids for one in told.arm("untreated/harmful")]
+
+
+def test_random_sets_have_the_same_counts_and_share_no_member(pair, prompts, scores, monkeypatch):
+    from safety_neurons.studies import verification
+
+    seen = []
+    real = verification.patched
+    monkeypatch.setattr(verification, "patched", lambda base, aligned, members: (seen.append(members), real(base, aligned, members))[1])
+    verify_patch(pair.base, pair.aligned, scores, *prompts, sizes=[0.2], random=3, seed=5, **OPTIONS)
+    sets = list(dict.fromkeys(seen))
+    chosen, controls, everything = sets[0], sets[1:4], sets[4]
+    assert chosen == scores.top(0.2)
+    assert len({*controls}) == 3
+    for control in controls:
+        assert control.counts() == chosen.counts()
+        assert len(control & chosen) == 0
+    assert everything == NeuronSet.all(pair.base.table).only(sites=["down"])
+
+
+def test_a_set_of_more_than_half_a_matrix_says_that_its_controls_overlap(pair, prompts, scores):
+    found = verify_deactivate(pair.aligned, scores, *prompts, sizes=[0.9], random=1, **OPTIONS)
+    assert any("share members" in note for note in found.notes)
+
+
+def test_overlap_with_the_prompts_a_set_was_found_on_is_counted(pair, prompts, scores):
+    digests = Prompts.from_list([*HARMFUL[:4], *HARMLESS[:1]]).digests
+    marked = NeuronSet(dict(scores.top(0.1).items()), pair.base.table, Provenance("neurons", config={"prompt_digests": digests}))
+    found = verify_deactivate(pair.aligned, marked, *prompts, random=0, **OPTIONS)
+    assert found.overlap == {"harmful": 4, "harmless": 1}
+
+
+def test_deactivating_everything_at_down_silences_the_layers(pair, prompts, scores):
+    found = verify_deactivate(pair.aligned, scores, *prompts, sizes=[1.0], random=0, **OPTIONS)
+    assert found.kind == "deactivate"
+    assert found.aligned is None
+    treated, ceiling = (found.bench.completions.arm(f"{name}/harmful") for name in ("treated 96", "ceiling"))
+    assert [one.token_ids for one in treated] == [one.token_ids for one in ceiling]
+    assert found.treated.divergence == pytest.approx(found.ceiling.divergence)
+
+
+def test_an_empty_set_and_one_of_another_model_are_refused(pair, prompts, scores):
+    with pytest.raises(NeuronError, match="empty"):
+        verify_deactivate(pair.aligned, NeuronSet({}, pair.base.table), *prompts, **OPTIONS)
+    other = NeuronSet({"layers.0.down": [1]}, None, Provenance("neurons", model_fingerprint="0" * 64))
+    with pytest.raises(ForeignModelError):
+        verify_patch(pair.base, pair.aligned, other, *prompts, **OPTIONS)
+
+
+def test_the_record_is_json_values_with_the_keys_of_the_design(verified):
+    record = verified.record()
+    assert record.keys() >= {"untreated", "treated", "random", "ceiling", "causal_effect"}
+    assert record["treated"].keys() >= {"harmful_refused", "harmless_refused", "perplexity"}
+    assert record["causal_effect"].keys() >= {"value", "low", "high", "measure", "why"}
+    assert record["causal_effect"]["measure"] == "refused"
