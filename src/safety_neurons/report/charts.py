@@ -14,7 +14,7 @@ from safety_neurons.report.text import interval, visible
 
 METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change")
 SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-right")
-WIDE, NARROW = 800, 276
+WIDE, NARROW = 770, 262
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
     )
     x = alt.X("n:Q", scale=scale, title=_size_title(width), axis=_size_axis(sizes, width))
-    layers = [*_band(band, x, y), *_references(sweeps, y)]
+    ceilings = _ceilings(sweeps)
+    layers = [*_band(band, x, y), *_references(ceilings, y, width)]
     if lines:
-        layers += _lines(lines, x, y, width, (top - bottom) / height)
+        layers += _lines(lines, x, y)
+    layers += _names(lines, ceilings, y, width, (top - bottom) / height)
     return alt.layer(*layers)
 
 
@@ -147,30 +149,38 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
     ]
 
 
-def _references(sweeps: Sequence[Sweep], y: alt.Y) -> list[Any]:
-    """Zero, and the ceiling; one ceiling where all sweeps have the same."""
-    layers = [alt.Chart(data([{"value": 0}])).mark_rule(color=FAINT, aria=False).encode(y=y)]
+def _ceilings(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+    """The ceiling, once where all sweeps have the same."""
     known = {round(sweep.ceiling["value"], 3): sweep for sweep in sweeps if sweep.ceiling.get("value") is not None}
+    rows = []
     for sweep in known.values():
         whose = "" if len(known) == 1 else f" ({visible(sweep.method, 40)})"
-        row = {"value": sweep.ceiling["value"], "text": f"ceiling, all neurons{whose}: {sweep.ceiling['value']:.2f}"}
-        rule = alt.Chart(data([row])).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(y=y)
-        text = alt.Chart(data([row])).mark_text(align="left", dy=-8, dx=2, color=INK, aria=False).encode(y=y, x=alt.value(0), text="text:N")
-        layers += [rule, text]
+        rows.append({"value": sweep.ceiling["value"], "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}", "colour": INK})
+    return rows
+
+
+def _references(ceilings: list[dict[str, Any]], y: alt.Y, width: int) -> list[Any]:
+    """Zero, and the ceiling, which is named at the right where there is room."""
+    layers = [alt.Chart(data([{"value": 0}])).mark_rule(color=FAINT, aria=False).encode(y=y)]
+    for row in ceilings:
+        layers.append(alt.Chart(data([row])).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(y=y))
+        if width <= NARROW:
+            text = alt.Chart(data([row])).mark_text(align="left", dy=-8, dx=2, color=INK, aria=False)
+            layers.append(text.encode(y=y, x=alt.value(0), text="method:N"))
     return layers
 
 
-def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y, width: int, per_pixel: float) -> list[Any]:
+def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[Any]:
     base = alt.Chart(data(lines)).encode(x=x, y=y, color=alt.Color("colour:N", scale=None))
     points = base.mark_point(filled=True, size=58, opacity=1, stroke=PAPER, strokeWidth=1).encode(
         shape=alt.Shape("shape:N", scale=None), description="tip:N"
     )
     ends = base.mark_rule(strokeWidth=1.6, opacity=0.75, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q")
     strokes = base.mark_line(strokeWidth=2.2, aria=False).encode(detail="method:N")
-    return [ends, strokes, points, *_names(lines, y, width, per_pixel)]
+    return [ends, strokes, points]
 
 
-def _names(lines: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float) -> list[Any]:
+def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float) -> list[Any]:
     """The methods' names, at the ends of their lines; above the plot where there is no room beside it."""
     last = {row["method"]: row for row in sorted(lines, key=lambda row: row["n"])}
     ordered = sorted(last.values(), key=lambda row: -row["value"])
@@ -183,7 +193,7 @@ def _names(lines: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float) 
             for place, row in enumerate(ordered)
         ]
     below, labels = np.inf, []
-    for row in ordered:
+    for row in sorted([*ceilings, *ordered], key=lambda row: -row["value"]):
         below = min(row["value"], below - 17 * per_pixel)
         labels.append(row | {"value": below})
     text = alt.Chart(data(labels)).mark_text(align="left", fontWeight="bold", aria=False)
@@ -208,7 +218,7 @@ class Row:
 
 def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
-    sizes = (("wide", 240, 150), ("narrow", 96, 132))
+    sizes = (("wide", 228, 150), ("narrow", 88, 132))
     return Markup("").join(
         drawing(_dots(rows, title, domain, reference, width, labels), width, 28, step=True, size=size) for size, width, labels in sizes
     )

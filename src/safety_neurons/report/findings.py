@@ -222,6 +222,10 @@ def _compared(run: Run) -> list[Finding]:
         why = real[0]["causal_effect"].get("why") if real else "no method was run"
         return [Finding(OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300)))]
     best = defined[0]
+    ceiling = result["ceiling_effect"]
+    if ceiling["low"] is not None and ceiling["low"] <= 0:
+        text = "{}, patching all neurons of these sites restores {} of the difference: no method can show more here."
+        sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
     text = say(
         "{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"])
     )

@@ -146,10 +146,10 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     caption = say(
         "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
         "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired bootstrap). "
-        "The band spans {} of each size with as many neurons in every matrix{}.",
+        "The band spans {} of each size with as many neurons in every matrix; the dashed line is the ceiling, all neurons patched{}.",
         plural(n, "harmful request"),
         plural(sets, "random set"),
-        "" if first["ceiling_effect"]["value"] is None else f"; ceiling {interval(first['ceiling_effect'])}",
+        "" if first["ceiling_effect"]["value"] is None else f": {interval(first['ceiling_effect'])}",
     )
     lows = sorted({value for run in group for point in run.result["sizes"] for value in random_values(point)})
     chance = f" Random sets {number(lows[0])} to {number(lows[-1])}." if lows else ""

@@ -33,7 +33,7 @@ _ATTRIBUTES = {
     *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
     *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
 }
-ROOM = 10
+ROOM = 16
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 

@@ -27,9 +27,9 @@ class Table:
     """Rows that stand back, such as controls."""
 
 
-def spread(values: Sequence[float | int]) -> str:
+def spread(values: Sequence[float | int], digits: int = 2) -> str:
     """`0.00 to 0.04`."""
-    return f"{number(min(values))} to {number(max(values))}" if values else NONE
+    return f"{number(min(values), digits)} to {number(max(values), digits)}" if values else NONE
 
 
 def arms_table(run: Run) -> Table:
@@ -84,7 +84,7 @@ def _arm(label: str, arm: Mapping[str, Any]) -> list[Cell]:
 def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     def over(name: str) -> str:
         values = [arm[name]["value"] if isinstance(arm[name], Mapping) else arm[name] for arm in point["random"]]
-        return spread([value for value in values if value is not None])
+        return spread([value for value in values if value is not None], 3 if name == "divergence" else 2)
 
     columns = ("harmful_refused", "harmless_refused", "perplexity", "divergence")
     return [f"{len(point['random'])} random sets of {count(point['n_neurons'])}", *(over(name) for name in columns)]
