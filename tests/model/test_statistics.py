@@ -11,7 +11,7 @@ from safety_neurons.errors import MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import run_batches
-from safety_neurons.model.statistics import FEW, reduced
+from safety_neurons.model.statistics import FEW, reduced, reduced_by_group
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
@@ -164,3 +164,10 @@ def test_rows_reduce_to_their_sums_whatever_the_pieces_width_type_and_stride(len
     sums = reduced(pieces, size, torch.float32)
     torch.testing.assert_close(sums[0].double(), joined.sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums[1].double(), joined.square().sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_groups_of_rows_reduce_to_the_sums_of_each_also_where_a_group_is_empty():
+    values = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    counts = torch.tensor([2, 0, 6, 1])
+    for group, (piece, sums) in enumerate(zip(values.split(counts.tolist()), reduced_by_group(values, counts, torch.float32), strict=True)):
+        torch.testing.assert_close(sums, torch.stack([piece.float().sum(0), piece.float().square().sum(0)]), msg=f"group {group}")

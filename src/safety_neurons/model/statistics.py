@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import MismatchError, NumericalError
@@ -105,7 +105,7 @@ def activation_statistics(
     """
     sizes = lm.table.select(sites, layers).sizes
     sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
-    with reading(lm.anatomy, {key: sums.reader(key) for key in sizes}):
+    with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
         run_batches(
             lm,
             sequences,
@@ -119,53 +119,84 @@ def activation_statistics(
     return sums.finished()
 
 
+def _source(key: str) -> tuple[str, int]:
+    """The key that a site is read by, and its row there: the experts of a layer are read together."""
+    parsed = parse_key(key)
+    if parsed.expert is None:
+        return key, 0
+    return f"layers.{parsed.layer}.experts.*.{parsed.site}", parsed.expert
+
+
+@dataclass
+class _Sum:
+    """Sums of one source: of one site, or of one site of all experts of a layer."""
+
+    counts: Int[Tensor, " expert"]
+    sums: Float[Tensor, "expert 2 neuron"]
+
+    def add(self, other: "_Sum") -> None:
+        self.counts += other.counts
+        self.sums += other.sums
+
+
 class _Sums:
     """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches before it."""
 
     def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
         self.sizes, self.dtype, self.scratch = sizes, dtype, Scratch(dtype)
-        self.counts = dict.fromkeys(sizes, 0)
-        self.totals: dict[str, Float[Tensor, "2 neuron"]] = {}
+        self.sources: dict[str, int] = {}
+        for key in sizes:
+            source, row = _source(key)
+            self.sources[source] = max(self.sources.get(source, 0), row + 1)
+        self.totals: dict[str, _Sum] = {}
         self.batch: Batch | None = None
         self.rows: Tensor | None = None
-        self.parts: dict[str, tuple[int, Float[Tensor, "2 neuron"]]] = {}
+        self.parts: dict[str, _Sum] = {}
 
     def start(self, batch: Batch) -> None:
         self.batch, self.rows, self.parts = batch, None, {}
 
-    def reader(self, key: str) -> Callable[[Tensor | ExpertRows], None]:
+    def reader(self, source: str) -> Callable[[Tensor | ExpertRows], None]:
         def read(values: Tensor | ExpertRows) -> None:
-            assert self.batch is not None
-            count, pieces = self._expert(values) if isinstance(values, ExpertRows) else (self.batch.n_tokens, self._pieces(values))
-            sums = reduced(pieces, self.sizes[key], self.dtype, self.scratch)
-            if key in self.parts:  # experts may come by one after the other
-                count, sums = count + self.parts[key][0], sums + self.parts[key][1]
-            self.parts[key] = (count, sums)
+            part = self._experts(values, self.sources[source]) if isinstance(values, ExpertRows) else self._site(values)
+            if source in self.parts:  # experts may come by one after the other
+                self.parts[source].add(part)
+            else:
+                self.parts[source] = part
 
         return read
 
     def take(self) -> None:
         """Add the batch's sums: on the device in float64, where it has float64."""
-        for key, (count, sums) in self.parts.items():
-            wide = (sums.cpu() if sums.device.type == "mps" else sums).double()
-            self.counts[key] += count
-            self.totals[key] = self.totals[key].add_(wide) if key in self.totals else wide
+        for source, part in self.parts.items():
+            host = part.sums.device.type == "mps"
+            wide = _Sum(part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double())
+            if source in self.totals:
+                self.totals[source].add(wide)
+            else:
+                self.totals[source] = wide
         self.batch, self.parts = None, {}
 
     def finished(self) -> Statistics:
+        host = {source: (total.counts.tolist(), total.sums.cpu().numpy()) for source, total in self.totals.items()}
+        counts: dict[str, int] = {}
         sums: dict[str, np.ndarray] = {}
         squares: dict[str, np.ndarray] = {}
         for key, size in self.sizes.items():
-            values = self.totals[key].cpu().numpy() if key in self.totals else np.zeros((2, size))
-            if not np.isfinite(values).all():
+            source, row = _source(key)
+            found, values = host.get(source, ([0] * (row + 1), np.zeros((row + 1, 2, size))))
+            if not np.isfinite(values[row]).all():
                 raise NumericalError(f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32")
-            sums[key], squares[key] = values
-        return Statistics(self.counts, sums, squares)
+            counts[key], (sums[key], squares[key]) = found[row], values[row]
+        return Statistics(counts, sums, squares)
 
-    def _pieces(self, values: Tensor) -> list[Tensor]:
+    def _site(self, values: Float[Tensor, "batch token neuron"]) -> _Sum:
+        assert self.batch is not None
+        sums = reduced(self._pieces(values, self.batch), values.shape[2], self.dtype, self.scratch)
+        return _Sum(torch.tensor([self.batch.n_tokens], device=sums.device), sums[None])
+
+    def _pieces(self, values: Tensor, batch: Batch) -> list[Tensor]:
         """The rows of real tokens: views of single sequences, or one selection by index where there are many short ones."""
-        batch = self.batch
-        assert batch is not None
         if batch.n_tokens == len(batch) * batch.width:
             return [values.flatten(0, 1)]
         if values.device.type == "cpu" and batch.n_tokens * values.shape[2] >= FEW * len(batch):
@@ -174,11 +205,32 @@ class _Sums:
             self.rows = batch.rows
         return [values.flatten(0, 1).index_select(0, self.rows.to(values.device))]
 
-    def _expert(self, rows: ExpertRows) -> tuple[int, list[Tensor]]:
-        """Routed rows whose token is not padding."""
+    def _experts(self, rows: ExpertRows, n_experts: int) -> _Sum:
+        """Routed rows whose token is not padding, sorted by expert."""
         assert self.batch is not None
         real = self.batch.attention_mask.flatten().to(rows.token_index.device)[rows.token_index].nonzero().squeeze(1)
-        return len(real), [rows.values.index_select(0, real)]
+        expert, order = rows.expert_index[real].sort(stable=True)
+        counts = torch.bincount(expert, minlength=n_experts)
+        values = rows.values.index_select(0, real[order])
+        if values.device.type in ("cpu", "mps"):
+            pieces = values.split(counts.tolist())
+            return _Sum(counts, torch.stack([reduced([piece], values.shape[1], self.dtype, self.scratch) for piece in pieces]))
+        return _Sum(counts, reduced_by_group(values, counts, self.dtype))
+
+
+def reduced_by_group(
+    values: Float[Tensor, "row neuron"], counts: Int[Tensor, " group"], dtype: torch.dtype
+) -> Float[Tensor, "group 2 neuron"]:
+    """Σx and Σx² of every group of consecutive rows, in two kernels whatever the number of groups.
+
+    Args:
+        values: rows in the order of their groups.
+        counts: rows of each group.
+        dtype: type of the sums.
+    """
+    wide = values.to(dtype)
+    parts = [torch.segment_reduce(part, "sum", lengths=counts, axis=0, initial=0) for part in (wide, wide.square())]
+    return torch.stack(parts, dim=1)
 
 
 def reduced(
