@@ -124,15 +124,31 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def written(name: str, rows: list[Row], record: dict[str, Any], options: argparse.Namespace) -> list[Row]:
     """Write a record of a script that has its own form, its rows before the rest."""
-    whole = {"benchmark": name, "rows": [row.record() for row in rows], "machine": machine(), **record}
+    whole = {"benchmark": name, "rows": [row.record() for row in rows], "record": record, "machine": machine()}
     (options.out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return rows
+
+
+def table(folder: pathlib.Path) -> str:
+    """The written records as a Markdown table."""
+    marks = {True: "met", False: "**not met**", None: ""}
+    lines = ["| what | median [95 % interval] | must reach | | repetitions | load before |", "|---|---|---|---|---|---|"]
+    for name in BENCHMARKS:
+        if not (folder / f"{name}.json").is_file():
+            continue
+        record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        load = record["machine"].get("load_at_start", record["machine"]["load"][0])
+        for row in rows_of(record):
+            target = "" if row.target is None else f"≤ {row.target:g} {row.unit}".strip()
+            lines.append(f"| {row.what} | {row.value} {row.unit} | {target} | {marks[row.met]} | {row.value.n} | {load:.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run what was asked for; the exit code is 0 whether or not targets are met, for a busy machine is no failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, into a folder of their own")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the written records as Markdown")
     parser.add_argument("--repetitions", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -140,6 +156,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=None)
     options = parser.parse_args()
     options.out = (options.out or (HERE.parent / "runs" / "bench-quick" if options.quick else RESULTS)).resolve()
+    if options.table:
+        print(table(options.out))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in options.only:

@@ -193,7 +193,7 @@ class _Sums:
     def _site(self, values: Float[Tensor, "batch token neuron"]) -> _Sum:
         assert self.batch is not None
         sums = reduced(self._pieces(values, self.batch), values.shape[2], self.dtype, self.scratch)
-        return _Sum(torch.tensor([self.batch.n_tokens], device=sums.device), sums[None])
+        return _Sum(torch.tensor([self.batch.n_tokens]), sums[None])
 
     def _pieces(self, values: Tensor, batch: Batch) -> list[Tensor]:
         """The rows of real tokens: views of single sequences, or one selection by index where there are many short ones."""
