@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from families import build
 from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.judges import judge_refusal
-from safety_neurons.model import load_pair
+from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import arms, verify_deactivate, verify_patch
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 6, "batch_size": 6}
@@ -150,6 +152,19 @@ def test_deactivating_everything_at_down_silences_the_layers(pair, prompts, scor
     treated, ceiling = (found.bench.completions.arm(f"{name}/harmful") for name in ("treated 96", "ceiling"))
     assert [one.token_ids for one in treated] == [one.token_ids for one in ceiling]
     assert found.treated.divergence == pytest.approx(found.ceiling.divergence)
+
+
+def test_routed_experts_are_left_out_of_the_ceiling_of_a_patch_and_that_is_said(prompts):
+    model = LanguageModel(build("mixtral"), tiny_tokenizer(CHAT_TEMPLATE), name="experts")
+    shared = LanguageModel(build("mixtral", seed=1), tiny_tokenizer(CHAT_TEMPLATE), name="other")
+    chosen = NeuronSet({"layers.0.o": [1, 2], "layers.1.v": [3]}, model.table)
+    few = prompts[0][:2], prompts[1][:2]
+    found = verify_patch(model, shared, chosen, *few, random=1, **OPTIONS)
+    assert not any("experts" in note for note in found.notes)
+    dense = LanguageModel(build("qwen3_moe"), tiny_tokenizer(CHAT_TEMPLATE), name="experts in one layer")
+    chosen = NeuronSet({"layers.0.down": [1, 2]}, dense.table)
+    found = verify_patch(dense, dense, chosen, *few, random=1, **OPTIONS)
+    assert any("routed experts" in note for note in found.notes)
 
 
 def test_an_empty_set_and_one_of_another_model_are_refused(pair, prompts, scores):

@@ -201,8 +201,8 @@ def _verify(
     treat: Any,
 ) -> Verification:
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
-    everything = NeuronSet.all(model.table).only(sites=sites)
-    points, notes = [], []
+    everything, notes = _ceiling(kind, [members for _, members in sets], NeuronSet.all(model.table).only(sites=sites))
+    points = []
     for size, members in sets:
         arm = bench.measure(model, f"treated {len(members)}", treat(members))
         controls = members.random_like(bench.seed, table=model.table, n=random)
@@ -227,6 +227,15 @@ def _verify(
         (*notes, *bench.notes),
         bench,
     )
+
+
+def _ceiling(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
+    """All neurons of the sites; where patching leaves routed experts out of every set, the ceiling leaves them out too, and says so."""
+    routed = [key for key in everything.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
+    if kind != "patch" or not routed or any(key in members for members in sets for key in routed):
+        return everything, []
+    kept = NeuronSet({key: indices for key, indices in everything.items() if key not in routed}, everything.table)
+    return kept, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
 
 
 def _effect(untreated: Arm, goal: Arm | None, treated: Arm, seed: int) -> Effect:
