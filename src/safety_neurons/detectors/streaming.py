@@ -15,7 +15,7 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, token_budget
+from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, takes_padding, token_budget
 from safety_neurons.neurons import Selection, Votes
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
@@ -132,7 +132,8 @@ def fold(
     votes = Votes(dict(sizes)) if selection is not None and selection.agreement is not None else None
     if votes is not None and stream.named("votes"):
         votes.restore(stream.named("votes"))
-    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget))
+    lengths = [len(sequence) for sequence in sequences]
+    groups = plan(lengths, batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
     halving, tokens = Halving(), 0
     for number, group in enumerate(groups):
         tokens += sum(len(sequences[index]) for index in group)

@@ -13,7 +13,7 @@ from safety_neurons.errors import UsageError
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.measures import BatchSize, Progress
 from safety_neurons.model.parts import unwrapped
-from safety_neurons.model.passes import Halving, plan, token_budget
+from safety_neurons.model.passes import Halving, plan, takes_padding, token_budget
 from safety_neurons.model.template import untouched
 
 
@@ -106,8 +106,8 @@ def generate(
         Answers by index, those in `skip` excluded.
     """
     kept = [list(sequence) for sequence in sequences]
-    budget = token_budget(lm.device)
-    groups = plan([len(sequence) + decoding.max_new_tokens for sequence in kept], batch_size, budget)
+    lengths = [len(sequence) + decoding.max_new_tokens for sequence in kept]
+    groups = plan(lengths, batch_size, token_budget(lm.device), padded=takes_padding(lm))
     skipped, halving, tokens = set(skip), Halving(), 0
     answers: dict[int, Answer] = {}
     for number, group in enumerate(groups):

@@ -35,6 +35,7 @@ __all__ = [
     "release_memory",
     "run_batches",
     "stopping_after",
+    "takes_padding",
     "token_budget",
 ]
 
@@ -115,13 +116,23 @@ def token_budget(device: torch.device, budget: int | None = None) -> int:
     return budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
 
 
-def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = CPU_TOKEN_BUDGET) -> list[list[int]]:
+def takes_padding(lm: LanguageModel) -> bool:
+    """Whether rows of a batch may be of different lengths.
+
+    transformers' eager attention casts its mask to float32, where the lowest float64 becomes −∞: a padding token that sees no key at all
+    (left padding, a sliding window) turns into NaN there and spoils the tokens that follow, so float64 goes without padding.
+    """
+    return lm.dtype is not torch.float64 or getattr(lm.config, "_attn_implementation", None) in ("sdpa", "flex_attention")
+
+
+def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = CPU_TOKEN_BUDGET, *, padded: bool = True) -> list[list[int]]:
     """Indices of every batch: longest sequences first (what does not fit shows at once), ties by index.
 
     Args:
         lengths: Tokens of every sequence.
         batch_size: Rows of a batch, or `auto` for as many as `budget` padded tokens allow.
         budget: Padded tokens of a batch where the size is `auto`.
+        padded: Whether a batch may hold sequences of different lengths.
 
     Raises:
         InputError: A batch size below one.
@@ -131,7 +142,8 @@ def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = C
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         limit = max(1, budget // max(1, lengths[groups[-1][0]])) if groups and batch_size == "auto" else batch_size
-        if groups and len(groups[-1]) < int(limit):
+        fits = padded or not groups or lengths[groups[-1][0]] == lengths[index]
+        if groups and fits and len(groups[-1]) < int(limit):
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -220,6 +232,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The causal LM's decoder without its head, adapters included; the model itself where it has no head."""
     inner = unwrapped(model)
     decoder = getattr(inner, "base_model", inner)
+    if decoder is inner and callable(getattr(inner, "get_decoder", None)):  # a prefix that names no attribute, as some text models have
+        decoder = inner.get_decoder()
     return decoder if isinstance(decoder, nn.Module) else inner
 
 
@@ -285,7 +299,8 @@ def run_batches(
     Raises:
         ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
     """
-    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget))
+    budget = token_budget(lm.device, budget)
+    groups = plan([len(sequence) for sequence in sequences], batch_size, budget, padded=takes_padding(lm))
     halving = Halving()
     results: list[T] = []
     tokens = sum(len(sequences[index]) for group in groups[:start] for index in group)
