@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import peft
 import pytest
@@ -148,6 +150,23 @@ def test_given_completions_are_used_and_prompts_without_one_are_counted():
     assert part.notes == ("2 prompts have no completion in the file given",)
     with pytest.raises(InputError, match="none of the 6 prompts has a completion"):
         find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions([Completion("x", "a", "b", (5,), "stop")]))
+
+
+def test_completions_of_another_tokenizer_are_refused():
+    pair = adapted()
+    written = pair.base.complete(PROMPTS, max_new_tokens=4)
+    for shift, said in ((10**6, "embeddings"), (1, "another tokenizer")):
+        moved = [dataclasses.replace(one, token_ids=tuple((token + shift) for token in one.token_ids)) for one in written]
+        with pytest.raises(MismatchError, match=said):
+            find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions(moved))
+
+
+def test_plain_texts_are_prompts_too():
+    pair = adapted()
+    found = find_contrast(pair.base, pair.aligned, ["what key"], positions="prompt")
+    again = find_contrast(pair.base, pair.aligned, Prompts.from_list(["what key"]), positions="prompt")
+    assert found.prompts.used == 1
+    assert found.scores == again.scores
 
 
 def test_an_empty_completion_contributes_no_tokens_and_is_counted():

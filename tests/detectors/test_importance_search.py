@@ -1,9 +1,11 @@
 """find_importance from prompts to a set: selection, agreement, failures, checkpoints."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 
+import families
 from safety_neurons.detectors import find_importance, importance
 from safety_neurons.errors import NumericalError, UsageError
 from safety_neurons.model import LanguageModel
@@ -158,3 +160,41 @@ def test_agreement_uses_the_same_rule_as_a_selection(lm):
     found = find_importance(lm, PROMPTS[:1], top_per_matrix=3, agreement=1.0)
     chosen = Selection(top_per_matrix=3).choose(dict(found.scores.items()))
     assert len(found.neurons) == sum(int(mask.sum()) for mask in chosen.values())
+
+
+@pytest.mark.parametrize("options", [{"layers": range(1, 2)}, {"layers": "1:2"}, {"as_published": True}])
+def test_shares_are_of_the_neurons_that_were_searched(lm, options):
+    found = find_importance(lm, PROMPTS[:1], count=6, **options)
+    assert found.neurons.share_of_neurons == pytest.approx(6 / len(found.scores))
+
+
+def test_a_batch_of_unequal_prompts_gives_the_scores_of_each_alone_also_in_float64_with_eager_attention_and_a_window():
+    model = families.build("gemma2", torch.float64, vocab_size=tiny_llama().config.vocab_size)
+    lm = LanguageModel(model, tiny_tokenizer(), template="none")
+    together, alone = (find_importance(lm, [PROMPTS[0] * 3, "why"], batch_size=size, sites=("v", "down")) for size in (2, 1))
+    assert together.prompts.used == 2
+    for key in alone.scores:
+        np.testing.assert_allclose(together.scores[key], alone.scores[key], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("ia3", ("k_proj", "o_proj", "up_proj", "down_proj")), ("lora", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))],
+)
+def test_unmerged_adapters_score_as_the_merged_weights_do(kind, targets):
+    model = tiny_llama().double()
+    if kind == "ia3":
+        config = peft.IA3Config(target_modules=list(targets), feedforward_modules=["o_proj", "down_proj"])
+    else:
+        config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(targets))
+    adapted = peft.get_peft_model(model, config).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "ia3_" in name or "lora_" in name:
+                parameter.copy_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
+    unmerged = find_importance(LanguageModel(adapted, tiny_tokenizer(), template="none"), PROMPTS).scores
+    merged = find_importance(LanguageModel(adapted.merge_and_unload(), tiny_tokenizer(), template="none"), PROMPTS).scores
+    for key in merged:
+        np.testing.assert_allclose(unmerged[key], merged[key], rtol=0, atol=1e-6 * merged[key].max(), err_msg=key)

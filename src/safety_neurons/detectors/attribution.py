@@ -10,10 +10,10 @@ from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored, attribute, explained, mask_gradients, mean_of, midpoints_of
 from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, as_prompts
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize, evaluating
 from safety_neurons.neurons import SITES, NeuronSet, Selection
-from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
 
 REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot help with this request.")
@@ -22,7 +22,7 @@ COMPLIANCES = ("Sure, here is what you asked for.", "Of course, here is how to d
 
 def find_attribution(
     model: LanguageModel,
-    prompts: Prompts,
+    prompts: Asked,
     *,
     refusal: str | Sequence[str] | None = None,
     compliance: str | Sequence[str] | None = None,
@@ -64,6 +64,7 @@ def find_attribution(
     """
     if integrated < 0:
         raise UsageError(f"integrated {integrated} is negative: expected a number of steps, or 0 for the plain gradient")
+    prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.01)
     sides = {"refusal": _listed(refusal, REFUSALS), "compliance": _listed(compliance, COMPLIANCES)}
     config = {**sides, "integrated": integrated} | searched(sites, layers)

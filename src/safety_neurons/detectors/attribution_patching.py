@@ -13,7 +13,8 @@ from safety_neurons.detectors.pairs import comparing, read
 from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize
 from safety_neurons.neurons import NeuronSet, Selection
 from safety_neurons.prompts import Prompts
@@ -23,7 +24,7 @@ from safety_neurons.results import Checkpoint
 def find_attribution_patching(
     base: LanguageModel,
     aligned: LanguageModel,
-    prompts: Prompts,
+    prompts: Asked,
     *,
     at: str = "path",
     midpoints: int = 8,
@@ -65,6 +66,7 @@ def find_attribution_patching(
     """
     if at not in ("path", "base") or midpoints < 1:
         raise UsageError(f"at {at!r} with {midpoints} midpoints: expected at 'path' (with at least 1 midpoint) or 'base'")
+    prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.05)
     check_pair(base, aligned)
     sizes = base.table.select(sites=sites, layers=layers).sizes

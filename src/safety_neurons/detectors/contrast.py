@@ -14,10 +14,10 @@ from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import Rows, chosen_rows, comparing, in_both, read, rows_at, writer_of
 from safety_neurons.detectors.streaming import Part, Progress, Stream, Sums, fold, stream_key, to_numpy
 from safety_neurons.detectors.text import Span, Texts, text_config, texts
-from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize, token_budget
 from safety_neurons.neurons import NeuronSet, Selection, Votes
-from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint, Completions
 
 MEMORY_BUDGET = 2**30
@@ -75,7 +75,7 @@ class ContrastStatistics:
 def find_contrast(
     base: LanguageModel,
     aligned: LanguageModel,
-    prompts: Prompts,
+    prompts: Asked,
     *,
     sites: Sequence[str] = ("down",),
     layers: range | str | None = None,
@@ -120,6 +120,7 @@ def find_contrast(
     Differs: completion tokens keep the ids that were generated (the public code re-tokenises decoded text); sums stream in O(neurons)
     memory; the layer range is explicit (the paper leaves the last layer out, the public code by a name filter that fits 32 layers only).
     """
+    prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.05)
     writer = writer_of(base, aligned, generate_with)
     check_pair(base, aligned)

@@ -23,7 +23,7 @@ class Choice(TypedDict, total=False):
 
 def searched(sites: Sequence[str], layers: range | str | None) -> dict[str, Any]:
     """What was searched, as it is written to the provenance."""
-    return {"sites": list(sites), "layers": None if layers is None else str(layers)}
+    return {"sites": list(sites), "layers": list(layers) if isinstance(layers, range) else layers}
 
 
 def checked_scores(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -74,7 +74,8 @@ def find_importance(
     asked = as_prompts(prompts)
     keys, sizes, notes = _wanted(model, sites, layers, space, as_published)
     fed, counts = _encoded(model, asked, notes)
-    config = {"space": space, "as_published": as_published} | searched(sites, layers)
+    scored = [site for site in sites if site in PUBLISHED_SITES] if as_published else sites
+    config = {"space": space, "as_published": as_published} | searched(scored, layers)
     stream = Stream(checkpoint, stream_key("importance", [model], asked, config, selection, batch_size))
     readers = ImportanceReaders(model, keys, Options(space, as_published, memory_budget))
     reduce = _Reduce(model, readers, selection.agreement is not None)

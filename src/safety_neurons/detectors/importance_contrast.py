@@ -18,12 +18,12 @@ from safety_neurons.detectors.sublayers import Shown, columns, under, watching
 from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
 from safety_neurons.detectors.text import Span, text_config, texts
 from safety_neurons.errors import UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.attention import AttentionPlan
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.parts import LayerAnatomy
 from safety_neurons.model.passes import Batch, BatchSize, forward
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, SITES, NeuronSet, Selection, parse_key
-from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint, Completions
 
 COMPARISONS = ("swap", "absolute", "relative", "same-input")
@@ -34,7 +34,7 @@ SMALL = 1e-3
 def find_importance_contrast(
     base: LanguageModel,
     aligned: LanguageModel,
-    prompts: Prompts,
+    prompts: Asked,
     *,
     compare: str = "swap",
     positions: str = "prompt",
@@ -82,6 +82,7 @@ def find_importance_contrast(
     """
     if compare not in COMPARISONS:
         raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
+    prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.05)
     writer = writer_of(base, aligned, generate_with)
     check_pair(base, aligned)

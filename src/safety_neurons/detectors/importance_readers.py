@@ -178,13 +178,18 @@ class _Capture:
         readers[f"{self.key}.o"] = self._output
         return readers
 
+    def unscaled(self, values: Tensor) -> Tensor:
+        """What the o projection is given, before an (IA)³ scale, which belongs to the columns here."""
+        scale = input_scale(self.part.places["o"])
+        return values if scale is None else values / scale.to(values)
+
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen["arguments"] = {**_named(self.part.module, args), **kwargs}
 
     def _output(self, values: Tensor) -> None:
         seen = dict(self.seen)
         self.seen.clear()
-        self.then(AttentionCapture(seen["q"], seen["k"], seen["v"], values, seen["arguments"]))
+        self.then(AttentionCapture(seen["q"], seen["k"], seen["v"], self.unscaled(values), seen["arguments"]))
 
 
 def _named(module: torch.nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -216,12 +221,18 @@ class _AttentionReader:
         kept = self.owner.factors
         if self.key not in kept:
             place, dtype = self.part.places["o"], like.dtype
-            kept[self.key] = OutputFactors(lambda: place.weight().detach().to(dtype), self.part.n_heads, self.part.n_kv_heads)
+            scale = input_scale(place)
+
+            def weight() -> Tensor:
+                plain = place.weight().detach().to(dtype)
+                return plain if scale is None else plain * scale.to(plain)
+
+            kept[self.key] = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
         return kept[self.key]
 
     def _columns(self, values: Tensor) -> None:
         for row, length in enumerate(self.owner.lengths()):
-            mixed = _working(values[row, :length])
+            mixed = _working(self.capture.unscaled(values[row, :length]))
             norms = torch.linalg.vector_norm(mixed, dim=0)
             scores = mixed.abs().sum(0) if self.owner.options.as_published else norms * self.factors(mixed).column_norms
             self.owner.give(row, f"{self.key}.o", scores)
@@ -231,6 +242,10 @@ class _AttentionReader:
         for row, length in enumerate(self.owner.lengths()):
             states = self.plan.states(capture, row, length)
             error = self.plan.deviation(states, capture, row)
+            if not bool(torch.isfinite(capture.o[row, :length]).all()):
+                for site in self.wanted:  # the model's own numbers broke: the prompt counts as failed
+                    self.owner.give(row, f"{self.key}.{site}", states.mixed.new_full((self.part.places[site].size,), torch.nan))
+                continue
             if torch.isfinite(states.mixed).all() and error > 4 * tolerance(capture.q.dtype):
                 raise UnsupportedModelError(
                     f"{self.key}: the attention formula proved on the probe is {error:.1e} off on a prompt of {length} tokens; "

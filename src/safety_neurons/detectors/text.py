@@ -13,7 +13,7 @@ import numpy as np
 
 from safety_neurons.detectors.found import PromptCounts
 from safety_neurons.detectors.streaming import Progress, Stream
-from safety_neurons.errors import InputError, UsageError
+from safety_neurons.errors import InputError, MismatchError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.prompts import Prompts
@@ -126,17 +126,32 @@ def given(lm: LanguageModel, prompts: Prompts, completions: Completions) -> list
 
     Raises:
         InputError: no prompt of the list has a completion in the file.
+        MismatchError: the ids are another tokenizer's.
     """
     ends = lm.eos_ids
     by_id = {answer.prompt_id: answer for answer in completions}
     found: list[list[int] | None] = []
+    told = readable = 0
     for prompt in prompts:
         answer = by_id.get(prompt.id)
         if answer is None:
             found.append(None)
             continue
         ids = answer.token_ids or tuple(lm.tokenizer(answer.completion, add_special_tokens=False)["input_ids"])
+        if ids and not 0 <= min(ids) <= max(ids) < lm.n_ids:
+            raise MismatchError(
+                f"the completion of prompt {prompt.id!r} holds id {max(ids)} and {lm.name} has {lm.n_ids} embeddings; "
+                "expected ids of this model's tokenizer"
+            )
+        if answer.token_ids and answer.completion.strip():
+            told += 1
+            readable += lm.decode(answer.token_ids).split() == answer.completion.split()
         found.append(cut_at_end(ids, ends))
+    if told and not readable:
+        raise MismatchError(
+            f"none of {told} completions reads as its text with the tokenizer of {lm.name}: their ids are another tokenizer's; "
+            "leave token_ids out of the file, or write it with this model"
+        )
     if all(ids is None for ids in found):
         raise InputError(f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it was made from")
     return found

@@ -77,7 +77,8 @@ def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings
 def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings]:
     """Replace the activations of sites by what functions return, at every forward pass inside the context.
 
-    Arguments, yields and errors as for `reading`. The model's own tensors are never written into.
+    Arguments, yields and errors as for `reading`. Parameters are never written into. An editor may write into the activation that it is
+    given and return it, which saves a copy: nothing of the model reads an edited activation from before the edit.
     """
     with _hooked(anatomy, editors, edit=True) as firings:
         yield firings
