@@ -12,7 +12,7 @@
     ├── DecodeError                  a decoding mode an intervention cannot follow
     ├── RunError                     a run folder that is unwritable, damaged or of another configuration
     └── GateError                    a stated threshold was not met (exit code 3)
-"""
+"""  # noqa: D208 (a tree)
 
 
 class SafetyNeuronsError(Exception):
