@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from safety_neurons.errors import UsageError
+from safety_neurons.interventions import deactivated
+from safety_neurons.judges import judge_refusal
 from safety_neurons.model import load_pair
-from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import comparison
-from safety_neurons.studies.comparison import compare, random_units, unit_recall
+from safety_neurons.studies.comparison import compare, random_units, unit_recall, whole_units
 from tiny_pair import HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
@@ -43,6 +45,24 @@ def test_every_set_has_exactly_the_budget_in_units(compared):
         assert {key.rsplit(".", 1)[1] for key in row.neurons.keys()} <= {"up", "down"}  # noqa: SIM118 - not a mapping
 
 
+def test_necessity_is_what_the_aligned_model_loses_while_the_set_is_off(compared, pair, prompts):
+    row = compared.methods[0]
+    with deactivated(pair.aligned, row.neurons):
+        off = judge_refusal(pair.aligned.complete(prompts[0], **OPTIONS)).refused
+    kept = [(a, b) for a, b in zip(compared.aligned.harmful, off, strict=True) if a is not None and b is not None]
+    assert row.necessity.n == len(kept)
+    assert row.necessity.value == (pytest.approx(np.mean([float(a) - float(b) for a, b in kept])) if kept else None)
+
+
+def test_a_set_holds_every_neuron_of_its_units(pair):
+    table = pair.base.table
+    whole = whole_units(NeuronSet({"layers.0.up": [3], "layers.1.v": [2]}, table), ("v", "o", "gate", "up", "down"))
+    assert [list(whole[f"layers.0.{site}"]) for site in ("gate", "up", "down")] == [[3]] * 3
+    assert list(whole["layers.1.v"]) == [2]
+    assert len(whole["layers.1.o"]) == table["layers.1.o"].n_heads // table["layers.1.v"].n_heads
+    assert whole.n_units == 2
+
+
 def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
     sets = {row.method: units_of(row.neurons) for row in compared.methods}
     assert len(compared.agreement) == 8 * 7 // 2
@@ -59,11 +79,11 @@ def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
 def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pair, prompts, monkeypatch):
     table = pair.base.table
     truth = NeuronSet({"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}, table)
-    keys = table.select(sites=["v", "gate", "up", "down"]).keys
+    keys = table.keys
 
     def planted(sign):
         def find(_base, _aligned, _prompts, options):
-            assert options["sites"] == ("v", "gate", "up", "down")
+            assert options["sites"] == SITES  # no method is told where the truth lies
             values = {key: np.random.default_rng(1).uniform(0, 0.5, table[key].size) for key in keys}
             for key, indices in truth.items():
                 values[key][indices] = sign

@@ -1,5 +1,6 @@
 """The command line's table of contents."""
 
+import importlib
 import sys
 from typing import Any
 
@@ -7,12 +8,64 @@ import typer
 from typer.main import get_command
 
 from safety_neurons import __version__
-from safety_neurons.cli import checks, compare, data, find, organism, report, verify
-from safety_neurons.cli import run as rerun
 from safety_neurons.cli.pages import SETTINGS, Contents
 from safety_neurons.cli.verb import fail, is_usage
 
 HELP = "Find the neurons which make a language model safe, prove that they do, and put them to use."
+
+
+VERBS = {
+    "demo": ("checks", "The whole story on a small organism; ends with the path of a report."),
+    "doctor": ("checks", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
+    "compare": ("compare", "Detectors side by side at equal budget, against random sets."),
+    "report": ("report", "One self-contained HTML page from finished runs; --out names the file."),
+    "run": (
+        "run",
+        "Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own.",
+    ),
+    "find": ("find", "Score neurons by one method and keep the ones a selection takes."),
+    "verify": ("verify", "Measure what a set of neurons does, beside random sets and the ceiling."),
+    "organism": ("organism", "Small models whose safety behaviour is known."),
+    "data": ("data", "The built-in prompts."),
+}
+"""For every verb the module it lives in, which is imported when the verb is asked for, and the sentence that describes it there."""
+
+
+class Verbs(dict[str, Any]):
+    """Commands by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if super().__getitem__(name) is None:
+            self[name] = load(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The command, or the default for an unknown name."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+class Shelf(Contents):
+    """The first page, written without importing what it lists."""
+
+    def described(self, ctx: Any) -> list[tuple[str, str]]:
+        """Every verb with its sentence."""
+        return [(name, VERBS[name][1]) for name in self.list_commands(ctx)]
+
+
+def load(name: str) -> Any:
+    """Import the module of a verb and make its command."""
+    module = importlib.import_module(f"safety_neurons.cli.{VERBS[name][0]}")
+    if hasattr(module, "app"):
+        return get_command(module.app)
+    holder = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    holder.callback()(lambda: None)
+    module.register(holder)
+    command = get_command(holder)
+    assert isinstance(command, typer.core.TyperGroup)
+    return command.commands[name]
 
 
 def build() -> typer.core.TyperGroup:
@@ -21,22 +74,15 @@ def build() -> typer.core.TyperGroup:
         help=HELP,
         no_args_is_help=True,
         add_completion=False,
-        cls=Contents,
+        cls=Shelf,
         context_settings=SETTINGS,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
     app.callback()(options)
-    checks.register(app)
-    app.add_typer(find.app, name="find")
-    app.add_typer(verify.app, name="verify")
-    compare.register(app)
-    report.register(app)
-    rerun.register(app)
-    app.add_typer(organism.app, name="organism")
-    app.add_typer(data.app, name="data")
     command = get_command(app)
     assert isinstance(command, typer.core.TyperGroup)
+    command.commands = Verbs(dict.fromkeys(VERBS))
     return command
 
 

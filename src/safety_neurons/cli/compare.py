@@ -68,27 +68,24 @@ def compare(
 
 
 def show(result: dict[str, Any]) -> None:
-    """One row a method."""
+    """One row a method: recall where the truth is known, what the set restores when patched, what is lost while it is off."""
     known = any(row["recall"] is not None for row in result["methods"])
     wide = console.out().width >= 110
-    cell = (lambda rate: rate) if wide else (lambda rate: rate["value"])
-    rows = [
-        [
-            row["method"],
-            row["n_neurons"],
-            *([row["recall"]] if known else []),
-            row["causal_effect"],
-            cell(row["harmful_refused"]),
-            cell(row["harmless_refused"]),
-            *([row["seconds"]] if wide or not known else []),
-        ]
-        for row in result["methods"]
-    ]
-    names = ["harmful refused", "harmless refused"] if wide else ["harmful", "harmless"]
+    columns = {
+        "method": lambda row: row["method"],
+        "neurons": lambda row: row["n_neurons"],
+        **({"recall": lambda row: row["recall"]} if known else {}),
+        "causal effect": lambda row: row["causal_effect"],
+        "lost when off": lambda row: row["necessity"],
+        **({"harmful refused": lambda row: row["harmful_refused"]} if wide else {}),
+        "harmless": lambda row: row["harmless_refused"] if wide else row["harmless_refused"]["value"],
+        **({"seconds": lambda row: row["seconds"]} if wide else {}),
+    }
     console.print_table(
         f"{result['budget']:,} of {result['n_units']:,} units at {', '.join(result['sites'])}",
-        ["method", "neurons", *(["recall"] if known else []), "causal effect", *names, *(["seconds"] if wide or not known else [])],
-        rows,
-        caption="units count once; [95 % interval]; harmful and harmless: share of the requests refused",
+        list(columns),
+        [[cell(row) for cell in columns.values()] for row in result["methods"]],
+        caption="a unit counts once; causal effect: patched into the base; lost when off: share of harmful requests the aligned model\n"
+        "no longer refuses; harmless: share of harmless requests refused under patching; [95 % interval]",
     )
     console.out().print(f"\nceiling {effect(result['ceiling_effect'])}", soft_wrap=True)

@@ -31,9 +31,17 @@ class Contents(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write every verb with the whole sentence that it is described by."""
+        write_section("Commands", self.described(ctx), formatter)
+
+    def described(self, ctx: Any) -> list[tuple[str, str]]:
+        """Every verb with its sentence."""
         verbs = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        shown = [(name, verb.help or "") for name, verb in verbs if verb is not None and not verb.hidden]
-        write_section("Commands", [(name, " ".join(text.split("\n\n")[0].split())) for name, text in shown], formatter)
+        return [(name, sentence(verb)) for name, verb in verbs if verb is not None and not verb.hidden]
+
+
+def sentence(command: Any) -> str:
+    """The first paragraph of a command's help, in one line."""
+    return " ".join((command.help or "").split("\n\n")[0].split())
 
 
 def write_options(command: Any, ctx: Any, formatter: Any) -> None:

@@ -70,7 +70,8 @@ def sweep_figure(sweeps: Sequence[Sweep]) -> Markup:
 
 def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
     names = [sweep.method for sweep in sweeps]
-    lines, band = [], {}
+    lines: list[Any] = []
+    band: dict[Any, Any] = {}
     sizes: dict[int, float] = {}
     for sweep in sweeps:
         colour, shape = look(sweep.method, names)

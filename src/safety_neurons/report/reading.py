@@ -37,12 +37,12 @@ class Run:
     @property
     def arguments(self) -> Mapping[str, Any]:
         """The options it was run with."""
-        return self.record["arguments"]  # type: ignore[no-any-return]
+        return self.record["arguments"]
 
     @property
     def result(self) -> Mapping[str, Any]:
         """What it gave."""
-        return self.record["result"]  # type: ignore[no-any-return]
+        return self.record["result"]
 
     @property
     def models(self) -> tuple[str, ...]:

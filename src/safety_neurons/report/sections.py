@@ -125,7 +125,10 @@ def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[Part]:
 
 def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     heading = say("Patching into {} <span class=sub>from {}</span>", *(name(model) for model in (*group[0].models, "?", "?")[:2]))
-    sweeps, tables, words, named = [], [], [], []
+    sweeps: list[Any] = []
+    tables: list[Any] = []
+    words: list[Any] = []
+    named: list[Any] = []
     for run in group:
         method = ranked_by(run, everything)
         taken = [sweep.method for sweep in sweeps]

@@ -77,8 +77,8 @@ class Bench:
         """Generate, judge, and measure text under a treatment; what an earlier run generated is used again."""
         if self.progress is not None:
             self.progress(name)
-        harmful = self._verdicts(model, name, "harmful", treatment)
-        harmless = self._verdicts(model, name, "harmless", treatment)
+        harmful = self.verdicts(model, name, "harmful", treatment)
+        harmless = self.verdicts(model, name, "harmless", treatment)
         treated = treatment is not contextlib.nullcontext
         return Arm(
             name,
@@ -90,7 +90,8 @@ class Bench:
             tuple(harmless),
         )
 
-    def _verdicts(self, model: LanguageModel, name: str, kind: str, treatment: Treatment) -> Sequence[bool | None]:
+    def verdicts(self, model: LanguageModel, name: str, kind: str, treatment: Treatment) -> Sequence[bool | None]:
+        """The judge's verdict on every `harmful` or `harmless` prompt, in order; the completions are kept under `name/kind`."""
         prompts: Prompts = getattr(self, kind)
         arm = f"{name}/{kind}"
         done = self._answered(arm, prompts)

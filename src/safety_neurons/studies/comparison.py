@@ -1,9 +1,10 @@
 """Compare: all detectors on one pair of models at one budget, beside random sets and, where it is known, the truth.
 
 1. Every method scores the neurons of the same sites on the same find prompts.
-2. Of each, as many units are taken as the budget says, largest scores first (a unit counts once, however many of its neurons are listed).
-3. Each set is patched into the base model; causal effect, refusals and over-refusals are measured on prompts no method has seen.
-4. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside what chance gives.
+2. Of each, as many units are taken as the budget says, largest scores first: a unit counts once, and all its neurons are in the set.
+3. Sufficiency: each set is patched into the base model; causal effect, refusals and over-refusals on prompts no method has seen.
+4. Necessity: each set is deactivated in the aligned model; the share of refusals that is lost.
+5. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside what chance gives.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ import numpy as np
 
 from safety_neurons import detectors
 from safety_neurons.errors import UsageError
-from safety_neurons.interventions import patched
+from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Checkpoint, Effect, Rate, causal_effect
+from safety_neurons.results import Checkpoint, Difference, Effect, Rate, causal_effect, paired_difference
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.verification import MEASURE
@@ -68,6 +69,8 @@ class MethodResult:
     causal_effect: Effect
     harmful_refused: Rate
     harmless_refused: Rate
+    necessity: Difference
+    """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus deactivated, paired."""
     seconds: float
     """Wall time of finding, in seconds; 0 for random."""
     neurons: NeuronSet
@@ -75,7 +78,7 @@ class MethodResult:
     def record(self) -> dict[str, Any]:
         """The row as JSON values."""
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "neurons"}
-        return row | {name: dataclasses.asdict(row[name]) for name in ("causal_effect", "harmful_refused", "harmless_refused")}
+        return row | {name: dataclasses.asdict(row[name]) for name in ("causal_effect", "harmful_refused", "harmless_refused", "necessity")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ def compare(
         harmless: requests on which over-refusal is measured.
         find_prompts: requests the methods may look at; should share none with `harmful`.
         truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
-        sites: where to look; by default the sites of the truth, else `down`.
+        sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
         top: budget as a share of the units, without a truth.
         methods: names from `METHODS`.
         random: number of random sets.
@@ -160,21 +163,13 @@ def compare(
     truth = truth.on(base.table) if truth is not None else None
     if truth is not None and not len(truth):
         raise UsageError("the truth is an empty set; expected at least one neuron")
-    sites = tuple(sites) if sites else _sites_of(truth)
+    sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
+    sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
     bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
-    untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
-
-    def row(name: str, neurons: NeuronSet, seconds: float) -> MethodResult:
-        arm = bench.measure(base, name, lambda: patched(base, aligned, neurons))
-        effect = causal_effect(untreated.harmful, goal.harmful, arm.harmful, measure=MEASURE, seed=seed)
-        recall = unit_recall(neurons, truth) if truth is not None else None
-        return MethodResult(
-            name, len(neurons), neurons.n_units, recall, effect, arm.harmful_refused, arm.harmless_refused, seconds, neurons
-        )
-
+    make = _Rows(bench, base, aligned, truth, bench.measure(base, "untreated"), bench.measure(aligned, "aligned"))
     shelf, rows = _Shelf(place), []
     for name in methods:
         if progress is not None:
@@ -182,12 +177,43 @@ def compare(
         options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
         options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
         scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
-        rows.append(row(name, scores.top_units(budget), seconds))
-    for number in range(random):
-        rows.append(row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0))
-    patched_all = bench.measure(base, "ceiling", lambda: patched(base, aligned, everything))
-    ceiling = causal_effect(untreated.harmful, goal.harmful, patched_all.harmful, measure=MEASURE, seed=seed)
-    return Comparison(budget, n_units, sites, untreated, goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+        rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
+    rows += [make.row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0) for number in range(random)]
+    ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
+    return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+
+
+@dataclasses.dataclass
+class _Rows:
+    """Makes the row of a set: everything that is measured of it."""
+
+    bench: Bench
+    base: LanguageModel
+    aligned: LanguageModel
+    truth: NeuronSet | None
+    untreated: Arm
+    goal: Arm
+
+    def effect(self, arm: Arm) -> Effect:
+        """The causal effect of a patched arm."""
+        return causal_effect(self.untreated.harmful, self.goal.harmful, arm.harmful, measure=MEASURE, seed=self.bench.seed)
+
+    def row(self, name: str, neurons: NeuronSet, seconds: float) -> MethodResult:
+        """Patch the set, deactivate it, hold it against the truth."""
+        arm = self.bench.measure(self.base, name, lambda: patched(self.base, self.aligned, neurons))
+        without = self.bench.verdicts(self.aligned, f"{name} deactivated", "harmful", lambda: deactivated(self.aligned, neurons))
+        return MethodResult(
+            name,
+            len(neurons),
+            neurons.n_units,
+            unit_recall(neurons, self.truth) if self.truth is not None else None,
+            self.effect(arm),
+            arm.harmful_refused,
+            arm.harmless_refused,
+            paired_difference(self.goal.harmful, without, seed=self.bench.seed),
+            seconds,
+            neurons,
+        )
 
 
 class _Shelf:
@@ -228,23 +254,29 @@ class _Shelf:
 
 def random_units(table: SiteTable, sites: Sequence[str], budget: int, seed: int) -> NeuronSet:
     """A uniformly drawn set of as many units of these sites; every neuron of the sites that belongs to a drawn unit is in it."""
-    numbers = table.units()
-    units = {key: numbers[key] for key in table.select(sites=sites).keys}
+    units = _unit_numbers(table, sites)
     drawn = np.random.default_rng(seed).choice(np.unique(np.concatenate(list(units.values()))), size=budget, replace=False)
     return NeuronSet({key: np.flatnonzero(np.isin(part, drawn)) for key, part in units.items()}, table)
+
+
+def whole_units(neurons: NeuronSet, sites: Sequence[str]) -> NeuronSet:
+    """The set with every neuron of the sites that belongs to one of its units, so that a unit is treated as one."""
+    assert neurons.table is not None
+    chosen = np.array(sorted(_units(neurons)))
+    members = {key: np.flatnonzero(np.isin(part, chosen)) for key, part in _unit_numbers(neurons.table, sites).items()}
+    return NeuronSet(members, neurons.table, neurons.provenance)
+
+
+def _unit_numbers(table: SiteTable, sites: Sequence[str]) -> dict[str, np.ndarray]:
+    """The unit of every neuron at the sites, numbered over the whole table."""
+    numbers = table.units()
+    return {key: numbers[key] for key in table.select(sites=sites).keys}
 
 
 def unit_recall(neurons: NeuronSet, truth: NeuronSet) -> float:
     """Share of the true units that are in the set."""
     true, found = _units(truth), _units(neurons)
     return len(true & found) / len(true)
-
-
-def _sites_of(truth: NeuronSet | None) -> tuple[str, ...]:
-    if truth is None:
-        return ("down",)
-    present = {parse_key(key).site for key in truth.keys()}  # noqa: SIM118 - not a mapping
-    return tuple(site for site in SITES if site in present)
 
 
 def _units(neurons: NeuronSet) -> set[int]:
