@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -9,7 +10,10 @@ import sys
 from typing import Any
 from unittest import mock
 
-from safety_neurons.cli.app import run
+from safety_neurons.cli import app
+
+BUILD = functools.cache(app.build)
+"""The table of contents is the same for every command; making it once saves a sixth of a second each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +37,24 @@ def _no_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
-def command(*words: object) -> Outcome:
-    """Run `safety-neurons WORDS…`."""
-    out, err = io.StringIO(), io.StringIO()
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def command(*words: object, terminal: bool = False) -> Outcome:
+    """Run `safety-neurons WORDS…`, in a pipe or as if on a terminal."""
+    out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
     with (
         mock.patch.object(sys, "argv", ["safety-neurons", *map(str, words)]),
+        mock.patch.object(app, "build", BUILD),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            run()
+            app.run()
         except SystemExit as stop:
             return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("a command always exits")

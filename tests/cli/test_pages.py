@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from safety_neurons.cli.app import build
+from safety_neurons.cli.app import VERBS, build
+from safety_neurons.cli.pages import sentence
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -14,13 +15,13 @@ def command(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_the_contents_describe_every_verb_in_a_whole_sentence():
     text = " ".join(command(["--help"]).stdout.split())
-    for verb, sentence in {
+    for verb, words in {
         "doctor": "coverage, identity, padding, self-patch, exactness, cost.",
         "find": "Score neurons by one method and keep the ones a selection takes.",
         "verify": "beside random sets and the ceiling.",
     }.items():
         assert f" {verb} " in text
-        assert sentence in text
+        assert words in text
 
 
 def test_options_stand_under_their_headings_and_brackets_are_not_escaped():
@@ -54,3 +55,24 @@ def test_terms_are_coloured_where_a_terminal_shows_the_page():
     group = build()
     with group.make_context("safety-neurons", ["find"], resilient_parsing=True) as context:
         assert "\x1b[36m" in context.get_help()
+
+
+def test_the_contents_say_of_each_verb_what_its_own_page_says():
+    verbs = build().commands
+    assert {name: sentence(verbs[name]) for name in VERBS} == {name: text for name, (_, text) in VERBS.items()}
+
+
+def test_the_contents_import_no_verb():
+    code = (
+        "import sys; sys.argv = ['safety-neurons', '--help']\nfrom safety_neurons.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    print([m for m in ('find', 'verify') if 'safety_neurons.cli.' + m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    assert done.stderr.strip() == "[]"
+
+
+def test_a_misspelt_verb_is_answered_with_the_nearest():
+    done = command(["verfy"])
+    assert done.returncode == 2
+    assert "'verify'" in done.stderr

@@ -89,18 +89,19 @@ def files(shared):
     return str(harmful), str(candidates[0])
 
 
+@pytest.mark.slow
 def test_the_whole_flow_runs_on_it(checkpoints, files, tmp_path):
     harmful, harmless = files
     pair = ["--base", checkpoints / "base", "--aligned", checkpoints / "aligned"]
-    asked = ["--prompts", harmful, "--limit", "4"]
-    measured = ["--harmful", harmful, "--harmless", harmless, "--limit", "3", "--max-new-tokens", "4"]
+    asked = ["--prompts", harmful, "--limit", "3"]
+    measured = ["--harmful", harmful, "--harmless", harmless, "--limit", "2", "--max-new-tokens", "3"]
 
     examined = done("doctor", "--model", checkpoints / "aligned", "--out", tmp_path / "doctor")
     assert examined["healthy"], examined["checks"]
     assert "14/14" in examined["checks"][0]["measured"]
 
     importance = done("find", "importance", "--model", checkpoints / "aligned", *asked, "--top", "0.01", "--out", tmp_path / "importance")
-    assert importance["prompts"] == {"used": 4, "failed": 0, "truncated": 0}
+    assert importance["prompts"] == {"used": 3, "failed": 0, "truncated": 0}
     sites = {key.rsplit(".", 1)[1] for key in NeuronSet.load(importance["neurons"]).table.keys}
     assert sites == {"q", "k", "v", "o", "gate", "up", "down"}
     for method, more in (
@@ -114,8 +115,8 @@ def test_the_whole_flow_runs_on_it(checkpoints, files, tmp_path):
 
     words = ["verify", "patch", *pair, "--scores", tmp_path / "contrast", "--sizes", "0.05,0.3", *measured, "--random", "1"]
     patched = done(*words, "--text", "builtin:general-test", "--out", tmp_path / "patch")
-    assert patched["untreated"]["harmful_refused"]["n"] + patched["untreated"]["harmful_refused"]["unscored"] == 3
-    assert patched["overlap_with_find_prompts"]["harmful"] == 3
+    assert patched["untreated"]["harmful_refused"]["n"] + patched["untreated"]["harmful_refused"]["unscored"] == 2
+    assert patched["overlap_with_find_prompts"]["harmful"] == 2
     words = ["verify", "deactivate", "--model", checkpoints / "aligned", "--neurons", tmp_path / "importance", *measured]
     done(*words, "--text", "none", "--random", "1", "--out", tmp_path / "deactivate")
     table = done(
@@ -123,7 +124,7 @@ def test_the_whole_flow_runs_on_it(checkpoints, files, tmp_path):
     )
     assert [row["method"] for row in table["methods"]] == ["contrast", "weight-change", "random 0"]
 
-    runs = [tmp_path / name for name in ("doctor", "importance", "contrast", "patch", "deactivate", "compare")]
+    runs = [tmp_path / name for name in ("doctor", "contrast", "patch", "compare")]
     page = done("report", *runs, "--out", tmp_path / "report.html")["report"]
     assert (tmp_path / "report.html").stat().st_size > 10_000, page
 

@@ -87,7 +87,7 @@ def test_a_sweep_has_one_point_a_size(kind, found, tiny_pair, tmp_path):
 
 
 def test_a_repeated_verification_gives_the_same_numbers(found, tiny_pair, tmp_path):
-    first = done(*patch(tiny_pair, "--neurons", found, "--random", "1", "--out", tmp_path / "first"))
+    first = done(*patch(tiny_pair, "--neurons", found, "--random", "1", "--limit", "3", "--out", tmp_path / "first"))
     again = done("run", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
     for result in (first, again):
         del result["completions"], result["run"]
@@ -113,9 +113,9 @@ def counted(monkeypatch, *, die_at=None):
     return seen
 
 
-@pytest.mark.parametrize("die_at", [2, 8])
-def test_a_killed_verification_generates_no_finished_batch_again(die_at, found, tiny_pair, tmp_path, monkeypatch):
-    words = patch(tiny_pair, "--neurons", found, "--random", "1", "--text", "none")
+def test_a_killed_verification_generates_no_finished_batch_again(found, tiny_pair, tmp_path, monkeypatch):
+    die_at = 5  # in the middle of an arm: four prompts of each kind are two batches
+    words = patch(tiny_pair, "--neurons", found, "--random", "0", "--text", "none", "--limit", "4", "--batch-size", "2")
     with monkeypatch.context() as patched:
         whole = counted(patched)
         expected = done(*words, "--out", tmp_path / "whole")
@@ -222,7 +222,7 @@ def test_tables_fit_a_terminal_of_80_columns(found, tiny_pair, tmp_path, monkeyp
 
 
 def test_a_pipe_gets_no_progress_and_no_bars(found, tiny_pair, tmp_path, capfd):
-    outcome = command(*patch(tiny_pair, "--neurons", found, "--random", "0", "--out", tmp_path / "run"))
+    outcome = command(*patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run"))
     assert outcome.code == 0
     assert "%|" not in outcome.err
     assert "Loading" not in outcome.err
@@ -242,3 +242,20 @@ def test_a_comparison_record_is_json_through_and_through(tiny_pair, tmp_path):
     text = (tmp_path / "run" / "run.json").read_text(encoding="utf-8")
     assert json.loads(text)["result"]["methods"][0]["method"] == "weight-change"
     assert "NaN" not in text
+
+
+def test_a_terminal_gets_a_bar_with_tokens_per_second_and_the_name_of_the_arm_at_work(found, tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    words = ["find", "contrast", *tiny_pair.models, "--prompts", tiny_pair.harmful, "--max-new-tokens", "4", "--batch-size", "3"]
+    outcome = command(*words, "--out", tmp_path / "find", terminal=True)
+    assert outcome.code == 0
+    assert "tokens/s" in outcome.err
+    assert "9/9" in outcome.err or "3/3" in outcome.err
+    assert "Loading" not in outcome.err
+    assert "5 neurons" in outcome.out
+    verified = command(*patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run"), terminal=True)
+    assert "verify" in verified.err
+    silent = command(*words, "--out", tmp_path / "json", "--json", terminal=True)
+    assert silent.err == ""
+    assert silent.json["n_neurons"] == 5
