@@ -163,7 +163,8 @@ def _load_weights(adapted: Any, name: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         own = peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-    expected = {key: value.shape for key, value in own.items()}
+    others = set(adapted.peft_config) - {name}  # PEFT before 0.19 hands out every (IA)³ adapter's vectors, the others' names in their keys
+    expected = {key: value.shape for key, value in own.items() if not others.intersection(key.split("."))}
     weights = {key: value for key, value in weights.items() if key in expected or not _same_as_base(adapted, key, value)}
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:

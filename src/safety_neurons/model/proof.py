@@ -138,17 +138,22 @@ def _check_place(place: SitePlace, values: Tensor, boundary: tuple[tuple[Any, ..
     if place.side == "output":
         if part.readable:
             weight, bias = place.weight(), place.bias()
-            expected = nn.functional.linear(given.reshape(-1, given.shape[-1]).to(weight.dtype), weight, bias)
+            expected = _linear(given.reshape(-1, given.shape[-1]), weight, bias)
             if not same(flat, expected.to(flat.dtype)):
                 raise _fault(place, "its weight rows do not give its activation")
         return
     if part.readable:
         weight = full_weight(part, place.key)
-        found = nn.functional.linear(flat.to(weight.dtype), weight, full_bias(part))
+        found = _linear(flat, weight, full_bias(part))
     else:
         found = place.hooked(flat)
     if not same(found.to(output.dtype), output.reshape(found.shape)):
         raise _fault(place, "its weight columns applied to its activation do not give the projection's output")
+
+
+def _linear(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the weight's type: adapters of a half-precision model are often held in float32, its bias entries are not."""
+    return nn.functional.linear(given.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
 def _fault(place: SitePlace, what: str) -> UnsupportedModelError:
