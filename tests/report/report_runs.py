@@ -214,8 +214,10 @@ def compare_run(folder: pathlib.Path, effects: tuple[float, ...], recalls: tuple
     for place, name in enumerate(names):
         arm = bench.arm(name, effects[place] if place < len(effects) else 0.02 * (place - 5), 0.01)
         effect = {"why": None, **causal_effect(base["verdicts"], aligned["verdicts"], arm["verdicts"]).to_json()}
+        off = paired_difference(aligned["verdicts"], [not refused for refused in arm["verdicts"]])
         recall = None if recalls is None else recalls[place] if place < len(recalls) else 0.05
         row = {"method": name, "n_neurons": 205, "n_units": 205, "recall": recall, "causal_effect": effect}
+        row["necessity"] = off.to_json()
         rows.append(
             row | {"harmful_refused": arm["harmful_refused"], "harmless_refused": arm["harmless_refused"], "seconds": 3.1 * (place < 6)}
         )

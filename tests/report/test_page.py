@@ -119,7 +119,7 @@ def test_the_first_screen_says_what_was_found_and_what_was_not(outline):
 
 def test_every_figure_has_words_and_a_caption_and_every_table_headers(page, outline):
     text = page.read_text(encoding="utf-8")
-    assert outline.tags["figure"] == outline.tags["figcaption"] == 14
+    assert outline.tags["figure"] == outline.tags["figcaption"] == 16
     assert all(len(label) > 40 for label in re.findall(r'role="img" aria-label="([^"]*)"', text))
     assert len(re.findall(r"<table", text)) == len(re.findall(r"<caption", text)) == len(re.findall(r"<thead", text))
     assert {"main", "header", "nav", "h1", "h2", "footer"} <= set(outline.tags)

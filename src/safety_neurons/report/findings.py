@@ -226,6 +226,7 @@ def _compared(run: Run) -> list[Finding]:
     if ceiling["low"] is not None and ceiling["low"] <= 0:
         text = "{}, patching all neurons of these sites restores {} of the difference: no method can show more here."
         sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
+    sentences.append(_most_necessary(pair, budget, real, chance))
     text = say(
         "{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"])
     )
@@ -245,6 +246,19 @@ def _compared(run: Run) -> list[Finding]:
         luck = ", ".join(number(row["recall"]) for row in chance)
         sentences.append(Finding(FACT, say("{}, share of the planted units found: {}{}.", pair, parts, f"; random {luck}" if luck else "")))
     return sentences
+
+
+def _most_necessary(pair: Markup, budget: Markup, real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]) -> Finding:
+    """Which set costs the aligned model most refusals while it is off."""
+    known = [row for row in real if row["necessity"]["value"] is not None]
+    if not known:
+        return Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair))
+    best = max(known, key=lambda row: row["necessity"]["value"])
+    luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
+    beside = say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
+    text = "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests are no longer refused{}."
+    kind = FACT if above_random(best["necessity"], luck) else NO
+    return Finding(kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside))
 
 
 def _examined(run: Run) -> Finding:

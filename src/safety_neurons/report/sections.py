@@ -204,17 +204,8 @@ def compare_part(run: Run) -> Part:
         ", ".join(visible(site, 8) for site in result["sites"]),
     )
     names = [visible(row["method"], 40) for row in real]
-    rows = []
-    for label, entry in zip(names, real, strict=True):
-        effect = entry["causal_effect"]
-        colour, shape = look(label, names)
-        rows.append(Row(label, effect["value"], effect["low"], effect["high"], interval(effect), colour, shape))
-    dots = [entry["causal_effect"]["value"] for entry in chance if entry["causal_effect"]["value"] is not None]
-    if dots:
-        rows.append(Row(f"{len(dots)} random sets", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots))
+    rows, domain = _interval_rows(real, chance, names, "causal_effect")
     ceiling = result["ceiling_effect"]
-    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
-    domain = (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
     caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets")
     caption += say(", the dashed line is the ceiling {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     words = "; ".join(f"{row.label} {row.text}" for row in rows)
@@ -225,12 +216,33 @@ def compare_part(run: Run) -> Part:
             caption,
         )
     ]
+    rows, domain = _interval_rows(real, chance, names, "necessity")
+    words = "; ".join(f"{row.label} {row.text}" for row in rows)
+    caption = Markup("<b>Refusals lost when off</b>: share of harmful requests that the aligned model no longer refuses while the set is ")
+    caption += Markup("deactivated; bars are 95\u00a0% intervals, ticks single random sets.")
+    figures.append(Figure(dot_figure(rows, "refusals lost when off", domain=domain), f"Refusals lost at equal budget: {words}.", caption))
     if any(entry["recall"] is not None for entry in real):
         figures.append(_recall(real, chance, names))
     if result["agreement"]:
         figures.append(_agreement(result, names))
     details = [agreement_table(run)] if result["agreement"] else []
     return Part(heading, lead, figures, [methods_table(run)], details)
+
+
+def _interval_rows(
+    real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
+) -> tuple[list[Row], tuple[float, float]]:
+    """One row a method with its interval, one for the random sets, and the axis that holds them all."""
+    rows = []
+    for label, entry in zip(names, real, strict=True):
+        value = entry[measure]
+        colour, shape = look(label, names)
+        rows.append(Row(label, value["value"], value["low"], value["high"], interval(value), colour, shape))
+    dots = [entry[measure]["value"] for entry in chance if entry[measure]["value"] is not None]
+    if dots:
+        rows.append(Row(f"{len(dots)} random sets", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots))
+    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
+    return rows, (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
 
 
 def _recall(real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
