@@ -76,3 +76,7 @@ def test_a_misspelt_verb_is_answered_with_the_nearest():
     done = command(["verfy"])
     assert done.returncode == 2
     assert "'verify'" in done.stderr
+
+
+def test_a_group_of_one_verb_is_still_a_group():
+    assert list(build().commands["data"].commands) == ["list"]

@@ -58,11 +58,12 @@ class Shelf(Contents):
 def load(name: str) -> Any:
     """Import the module of a verb and make its command."""
     module = importlib.import_module(f"safety_neurons.cli.{VERBS[name][0]}")
-    if hasattr(module, "app"):
-        return get_command(module.app)
     holder = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     holder.callback()(lambda: None)
-    module.register(holder)
+    if hasattr(module, "app"):
+        holder.add_typer(module.app, name=name)
+    else:
+        module.register(holder)
     command = get_command(holder)
     assert isinstance(command, typer.core.TyperGroup)
     return command.commands[name]
