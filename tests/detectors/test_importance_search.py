@@ -7,7 +7,7 @@ import torch
 
 import families
 from safety_neurons.detectors import find_importance, importance
-from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.errors import NumericalError, RunError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import Selection
 from safety_neurons.results import Checkpoint
@@ -198,3 +198,10 @@ def test_unmerged_adapters_score_as_the_merged_weights_do(kind, targets):
     merged = find_importance(LanguageModel(adapted.merge_and_unload(), tiny_tokenizer(), template="none"), PROMPTS).scores
     for key in merged:
         np.testing.assert_allclose(unmerged[key], merged[key], rtol=0, atol=1e-6 * merged[key].max(), err_msg=key)
+
+
+def test_a_partial_result_of_another_template_is_not_taken_up(lm, tmp_path):
+    find_importance(lm, PROMPTS[:2], checkpoint=Checkpoint(tmp_path / "part"))
+    other = LanguageModel(lm.model, lm.tokenizer, template="tulu")
+    with pytest.raises(RunError, match="another configuration"):
+        find_importance(other, PROMPTS[:2], checkpoint=Checkpoint(tmp_path / "part"))

@@ -89,6 +89,8 @@ def stream_key(
         **config,
         "method": method,
         "models": [model.name for model in models],
+        "templates": [repr(model.template) for model in models],
+        "types": [str(model.dtype) for model in models],
         "fingerprint": models[0].fingerprint,
         "prompts": prompts.sha256,
         "selection": selection.config() if selection.agreement is not None else None,
