@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
 
 class Exact64(TorchFunctionMode):
     """While active, whatever would bring a float64 tensor down to float32 leaves it in float64."""
@@ -16,4 +18,6 @@ class Exact64(TorchFunctionMode):
                 return args[0]
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            if func in _PRODUCTS:  # what was no floating number before, such as positions, came down to float32 all the same
+                args = tuple(value.double() if isinstance(value, torch.Tensor) else value for value in args)
         return func(*args, **kwargs)

@@ -275,6 +275,8 @@ def _scales(module: nn.Module, head_dim: int) -> list[float]:
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             found += [float(value), 1.0 / float(value)]
+    if getattr(module, "scale_attn_by_inverse_layer_idx", False):  # eager GPT-2 of transformers 4 divides outside `scaling`
+        found.append(head_dim**-0.5 / (int(getattr(module, "layer_idx", 0)) + 1))
     found += [head_dim**-0.5, 1.0]
     return list(dict.fromkeys(found))
 
