@@ -8,6 +8,7 @@ from families import build, random_ids
 from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.places import projection
 from safety_neurons.neurons import NeuronSet
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3", "gemma2", "bloom", "opt", "falcon", "olmo2", "granite", "phi"]
@@ -23,20 +24,23 @@ def zeroed(model: LanguageModel, neurons: NeuronSet) -> LanguageModel:
     other = lm(copy.deepcopy(model.model))
     with torch.no_grad():
         for key, index in neurons.items():
-            place = other.anatomy.places[key]
+            place = model.anatomy.places[key]  # the copy has the same places, and need not be proved again
+            module = other.model.get_submodule(place.module_name)
             where = columns(place)[torch.tensor(index)]
             output = place.side == "output"
-            base = place.projection.base
+            part = projection(module)
+            assert part is not None
+            base = part.base
             weight = base.weight.T if place.transposed else base.weight
             if output:
                 weight[where] = 0
                 if base.bias is not None:
                     base.bias[where] = 0
-                for factor in getattr(place.module, "lora_B", {}).values():
+                for factor in getattr(module, "lora_B", {}).values():
                     factor.weight[where] = 0
             else:
                 weight[:, where] = 0
-                for factor in getattr(place.module, "lora_A", {}).values():
+                for factor in getattr(module, "lora_A", {}).values():
                     factor.weight[:, where] = 0
     return other
 
