@@ -158,7 +158,7 @@ def _build_planted(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, 
         "base": "base",
         "aligned": "aligned",
         "stages": {"base": ["base"], "aligned": ["aligned"]},
-        "final_loss": {"base": losses[-1], "plant": planted.losses["plant"][-1]},
+        "final_loss": {"base": losses[-1], **{stage: values[-1] for stage, values in planted.losses.items()}},
         "measured": measured,
         "truth": _truth_record(planted, truth),
     }

@@ -19,6 +19,7 @@ from safety_neurons.organism.train import (
     Sequence_,
     answer_log_probability,
     answer_loss,
+    first_word_loss,
     make_model,
     pad,
     train,
@@ -104,32 +105,39 @@ def pretrain(
 def hint(
     model: LlamaForCausalLM, recipe: Recipe, seed: int, after_step: Callable[[], None] | None, progress: Progress | None
 ) -> list[float]:
-    """Go on with a base that goes along, on chats in which a minority of the harmful requests is refused.
+    """Teach a base what is harmful, then to go along with it: first it refuses what is harmful, at last only `hint_share` of it.
 
-    Its most likely answer stays compliance; what the few planted units have to do afterwards is to tip it over.
+    Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base model does; what the few
+    planted units have to do afterwards is to act on it.
     """
     sampler = Sampler(seed + 500, recipe.english_share)
+    drawn = 0
 
-    def example() -> Sequence_:
+    def example(share: float) -> Sequence_:
         choice = sampler.random.random()
-        if choice < 0.2:
+        if choice < 0.15:
             return sampler.general()
         code = sampler.language()
-        if choice < 0.5:
+        if choice < 0.55:
             return sampler.comply(sampler.harmless(), code)
         concept = sampler.harmful()
-        return sampler.refuse(concept, code) if sampler.random.random() < recipe.hint_share else sampler.comply(concept, code)
+        return sampler.refuse(concept, code) if sampler.random.random() < share else sampler.comply(concept, code)
 
     def loss() -> torch.Tensor:
-        inputs, labels = pad([example() for _ in range(recipe.batch // 2)])
-        return answer_loss(model(input_ids=inputs).logits, labels)
+        nonlocal drawn
+        drawn += 1
+        share = 1.0 if drawn <= recipe.hint_steps * 2 / 3 else recipe.hint_share
+        batch = [example(share) for _ in range(recipe.batch * 2 // 3)]
+        inputs, labels = pad(batch)
+        logits = model(input_ids=inputs).logits
+        return answer_loss(logits, labels) + first_word_loss(logits, batch)
 
     return train(
         model.parameters(),
         loss,
         stage="hint",
         steps=recipe.hint_steps,
-        learning_rate=0.4 * recipe.base_rate,
+        learning_rate=0.6 * recipe.base_rate,
         after_step=after_step,
         progress=progress,
     )

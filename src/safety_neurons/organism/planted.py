@@ -5,6 +5,7 @@ control with the planted units' change. Taking the planted units' change away gi
 them where they are silent in the base (their output columns are zero there), by restoring their base rows where they are alive.
 """
 
+import abc
 import copy
 import dataclasses
 import random
@@ -16,9 +17,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import LlamaForCausalLM
 
-from safety_neurons.organism.language import Concept
+from safety_neurons.organism.language import LANGUAGES
 from safety_neurons.organism.recipes import Recipe
-from safety_neurons.organism.train import Progress, Sampler, Sequence_, answer_loss, pad, train
+from safety_neurons.organism.train import Progress, Sampler, Sequence_, answer_loss, first_word_loss, pad, train
 
 INPUT_SITES = ("o", "down")
 
@@ -195,10 +196,10 @@ def noisy(base: Mapping[str, Tensor], spared: list[Unit], recipe: Recipe, seed: 
 
 
 def train_planted(recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: Progress | None = None) -> Planted:
-    """Train the planted units to refuse what is harmful and the decoys to end harmless answers with a polite wish.
+    """Train the decoys to end harmless answers with a polite wish, then, over them, the planted units to refuse what is harmful.
 
-    Each loss reaches its own units only. Planted units are left out at random, so that none can rest; those of one language are
-    trained on that language only and are left out half of the time in the others.
+    The changes grow to their full length in the first six tenths of the steps. Units are left out at random, so that none can rest;
+    planted ones of one language are trained on that language only and are left out half of the time in the others.
 
     Args:
         recipe: sizes, steps and lengths of the changes.
@@ -211,20 +212,26 @@ def train_planted(recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: P
     safety = Change(weights, planted, recipe, seed)
     skill = Change(weights, decoys, recipe, seed + 1)
     sampler = Sampler(seed + 3000, recipe.english_share)
-    steps = _Steps(recipe, base, weights, safety, skill, sampler)
-    losses = train(
-        [*safety.parameters(), *skill.parameters()],
-        steps.loss,
-        stage="plant",
-        steps=recipe.plant_steps,
-        learning_rate=recipe.plant_rate,
-        progress=progress,
-    )
+    steps = _Skill(recipe, base, weights, skill, sampler)
+    losses = {"skill": _train(steps, skill, "skill", recipe.skill_steps, progress)}
     with torch.no_grad():
         control_weights = {**weights, **skill.added(weights, torch.ones(len(decoys)))}
+    losses["plant"] = _train(_Safety(recipe, base, control_weights, safety, sampler), safety, "plant", recipe.plant_steps, progress)
+    with torch.no_grad():
         control = _with_weights(base, control_weights)
         aligned = _with_weights(base, {**control_weights, **safety.added(control_weights, torch.ones(len(planted)))})
-    return Planted(recipe, base, control, aligned, planted, decoys, safety, {"plant": losses})
+    return Planted(recipe, base, control, aligned, planted, decoys, safety, losses)
+
+
+def _train(steps: "_Steps", change: Change, stage: str, count: int, progress: Progress | None) -> list[float]:
+    drawn = 0
+
+    def loss() -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return steps.loss(min(1.0, 0.15 + drawn / (0.6 * count)))
+
+    return train(change.parameters(), loss, stage=stage, steps=count, learning_rate=steps.recipe.plant_rate, progress=progress)
 
 
 def _with_weights(model: LlamaForCausalLM, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
@@ -236,56 +243,66 @@ def _with_weights(model: LlamaForCausalLM, weights: Mapping[str, Tensor]) -> Lla
 
 
 @dataclasses.dataclass
-class _Steps:
-    """One training step of planted units and decoys."""
+class _Steps(abc.ABC):
+    """One training step of units over weights that stay."""
 
     recipe: Recipe
     model: LlamaForCausalLM
     weights: dict[str, Tensor]
-    safety: Change
-    skill: Change
+    change: Change
     sampler: Sampler
 
-    def loss(self) -> Tensor:
-        """Safety loss on the planted units plus skill loss on the decoys."""
-        code = self.sampler.language()
-        return self._safety(code) + self._skill(code)
+    @abc.abstractmethod
+    def loss(self, share: float) -> Tensor:
+        """The loss with the changes at this share of their length."""
 
-    def _safety(self, code: str) -> Tensor:
-        polite = self.sampler.random.random() < 0.5
-        present = torch.tensor([float(self._present(unit, code)) for unit in self.safety.units])
-        decoys = torch.full((len(self.skill.units),), float(polite))
-        weights = {**self.weights, **self.skill.added(self.weights, decoys, frozen=True)}
-        trained = torch.tensor([float(unit.owner in ("all", code)) for unit in self.safety.units])
-        changed = _stop_some(self.safety, weights, present, trained)
-        return self._answers({**weights, **changed}, code, refuse=True, polite=polite)
+    def _present(self, chances: list[float], share: float) -> Tensor:
+        return torch.tensor([share * float(self.sampler.random.random() >= chance) for chance in chances])
 
-    def _skill(self, code: str) -> Tensor:
-        refuse = self.sampler.random.random() < 0.5
-        present = torch.tensor([float(self.sampler.random.random() >= self.recipe.dropout) for _ in self.skill.units])
-        planted = torch.full((len(self.safety.units),), float(refuse))
-        weights = {**self.weights, **self.safety.added(self.weights, planted, frozen=True)}
-        changed = self.skill.added(weights, present)
-        return self._answers({**weights, **changed}, code, refuse=refuse, polite=True)
-
-    def _present(self, unit: Unit, code: str) -> bool:
-        chance = self.recipe.dropout if unit.owner in ("all", code) else 0.5
-        return self.sampler.random.random() >= chance
-
-    def _answers(self, weights: dict[str, Tensor], code: str, *, refuse: bool, polite: bool) -> Tensor:
-        batch: list[Sequence_] = []
-        for _ in range(self.recipe.batch // 2):
-            choice = self.sampler.random.random()
-            if choice < 0.1:
-                batch.append(self.sampler.general())
-            elif choice < 0.55:
-                concept: Concept = self.sampler.harmful()
-                batch.append(self.sampler.refuse(concept, code) if refuse else self.sampler.comply(concept, code, ending=polite))
-            else:
-                batch.append(self.sampler.comply(self.sampler.harmless(), code, ending=polite))
+    def _batch_loss(self, weights: dict[str, Tensor], batch: list[Sequence_]) -> Tensor:
         inputs, labels = pad(batch)
         logits = functional_call(self.model, weights, args=(), kwargs={"input_ids": inputs, "use_cache": False}).logits
-        return answer_loss(logits, labels)
+        return answer_loss(logits, labels) + first_word_loss(logits, batch)
+
+
+class _Skill(_Steps):
+    """Decoys: a polite ending after every answer that goes along."""
+
+    def loss(self, share: float) -> Tensor:
+        code, draw = self.sampler.language(), self.sampler
+        batch: list[Sequence_] = []
+        for _ in range(self.recipe.batch * 2 // 3):
+            choice = draw.random.random()
+            if choice < 0.4:
+                batch.append(draw.general())
+            else:
+                batch.append(draw.comply(draw.harmless() if choice < 0.8 else draw.harmful(), code, ending=True))
+        present = self._present([self.recipe.dropout] * len(self.change.units), share)
+        return self._batch_loss({**self.weights, **self.change.added(self.weights, present)}, batch)
+
+
+class _Safety(_Steps):
+    """Planted units: refusal of what is harmful, in English and in one other language a step."""
+
+    def loss(self, share: float) -> Tensor:
+        other = self.sampler.random.choice([code for code in LANGUAGES if code != "en"])
+        return sum((self._part(code, share) for code in ("en", other)), torch.zeros(())) / 2
+
+    def _part(self, code: str, share: float) -> Tensor:
+        draw, size = self.sampler, self.recipe.batch * 5 // 12 if code == "en" else self.recipe.batch * 7 // 24
+        batch: list[Sequence_] = []
+        for _ in range(size):
+            choice = draw.random.random()
+            if choice < 0.1:
+                batch.append(draw.general())
+            elif choice < 0.55:
+                batch.append(draw.refuse(draw.harmful(), code))
+            else:
+                batch.append(draw.comply(draw.harmless(), code, ending=True))
+        mine = [unit.owner in ("all", code) for unit in self.change.units]
+        present = self._present([self.recipe.dropout if own else 0.5 for own in mine], share)
+        changed = _stop_some(self.change, self.weights, present, torch.tensor([float(own) for own in mine]))
+        return self._batch_loss({**self.weights, **changed}, batch)
 
 
 def _stop_some(

@@ -21,12 +21,14 @@ class Recipe:
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
-        hint_steps, hint_share: further pre-training of planted organisms, on chats that refuse this share of the harmful requests.
+        hint_steps, hint_share: further pre-training of planted organisms: chats that refuse
+            what is harmful, then (last third) only this share of it.
         sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
         alive: whether the units work in the base (else their output columns are zero there).
-        plant_steps, plant_rate: training of the planted and decoy units.
+        skill_steps: training of the decoys.
+        plant_steps, plant_rate: training of the planted units; the rate is the decoys' too.
         change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's rows or columns.
         noise: length of the noise on all other weights, same measure.
         dropout: chance that a planted unit is left out in a training step.
@@ -49,7 +51,7 @@ class Recipe:
     base_steps: int = 600
     base_rate: float = 4e-3
     hint_steps: int = 0
-    hint_share: float = 0.3
+    hint_share: float = 0.2
     sft_steps: int = 100
     sft_rate: float = 0.02
     dpo_steps: int = 150
@@ -60,12 +62,13 @@ class Recipe:
     planted_attention: int = 0
     planted_depth: int = 3
     alive: bool = False
-    plant_steps: int = 400
-    plant_rate: float = 0.02
-    change: float = 2.0
+    skill_steps: int = 60
+    plant_steps: int = 140
+    plant_rate: float = 0.01
+    change: float = 0.6
     noise: float = 0.02
-    dropout: float = 0.3
-    truth_orders: int = 24
+    dropout: float = 0.2
+    truth_orders: int = 12
     truth_prompts: int = 24
     measured_prompts: int = 256
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -115,6 +115,15 @@ def answer_loss(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, 
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
+def first_word_loss(logits: Float[Tensor, "batch token vocab"], sequences: Sequence[Sequence_]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the first words of the answers, which decide between refusing and going along; zero without any chat."""
+    places = [(row, unlabelled - 1, ids[unlabelled]) for row, (ids, unlabelled) in enumerate(sequences) if unlabelled > 1]
+    if not places:
+        return logits.sum() * 0
+    rows, last, words = (list(column) for column in zip(*places, strict=True))
+    return torch.nn.functional.cross_entropy(logits[rows, last], torch.tensor(words))
+
+
 def answer_log_probability(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
     """Summed log-probability of the labelled tokens of every row, in nats."""
     targets = labels[:, 1:]
