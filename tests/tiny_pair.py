@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import pytest
+
 from tiny import tiny_adapter_folder, tiny_llama_folder
 
 HARMFUL = [

@@ -1,18 +1,18 @@
 """The error tree. Every message says in one line what arrived, what was expected and what to do.
 
-    SafetyNeuronsError               exit code 1
-    ├── InputError                   a file, prompt list or value that cannot be used
-    │   └── UsageError               arguments that contradict one another (exit code 2)
-    ├── NeuronError                  a neuron set or score file that is empty, damaged or out of range
-    │   └── ForeignModelError        found on another architecture
-    ├── ModelError                   a model that cannot be loaded or driven
-    │   ├── UnsupportedModelError    a layer or site whose anatomy cannot be found or proved
-    │   ├── MismatchError            two models (or a model and its tokenizer) that do not belong together
-    │   └── NumericalError           NaN or infinity where a number was needed
-    ├── DecodeError                  a decoding mode an intervention cannot follow
-    ├── RunError                     a run folder that is unwritable, damaged or of another configuration
-    └── GateError                    a stated threshold was not met (exit code 3)
-"""  # noqa: D208 (a tree)
+SafetyNeuronsError               exit code 1
+├── InputError                   a file, prompt list or value that cannot be used
+│   └── UsageError               arguments that contradict one another (exit code 2)
+├── NeuronError                  a neuron set or score file that is empty, damaged or out of range
+│   └── ForeignModelError        found on another architecture
+├── ModelError                   a model that cannot be loaded or driven
+│   ├── UnsupportedModelError    a layer or site whose anatomy cannot be found or proved
+│   ├── MismatchError            two models (or a model and its tokenizer) that do not belong together
+│   └── NumericalError           NaN or infinity where a number was needed
+├── DecodeError                  a decoding mode an intervention cannot follow
+├── RunError                     a run folder that is unwritable, damaged or of another configuration
+└── GateError                    a stated threshold was not met (exit code 3)
+"""
 
 
 class SafetyNeuronsError(Exception):

@@ -177,7 +177,7 @@ def test_compare_measures_recall_of_a_planted_truth_in_units(tiny_pair, tmp_path
     words = compared(tiny_pair, "--truth", tmp_path / "truth.safetensors", "--methods", "weight-change,importance")
     result = done(*words, "--out", tmp_path / "run")
     assert result["budget"] == 3
-    assert result["sites"] == ["gate", "up", "down"]
+    assert result["sites"] == ["q", "k", "v", "o", "gate", "up", "down"]  # no method is told where the truth lies
     assert {row["n_units"] for row in result["methods"]} == {3}
     assert all(row["recall"] in (0, 1 / 3, 2 / 3, 1) for row in result["methods"])
 

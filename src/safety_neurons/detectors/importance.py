@@ -1,6 +1,6 @@
 """Importance: how much a sub-layer's output changes when one neuron's parameters are zero, exactly, for every neuron at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -42,8 +42,8 @@ def find_importance(
 ) -> Found:
     """Importance of every neuron: L2 norm of the change of its sub-layer's output when its parameters are zero, mean over prompts.
 
-    One forward pass without the language-model head; scores are computed inside it in closed form, layer by layer, for every prompt with
-    its exact length. Memory does not grow with the number of prompts.
+    One forward pass without the output head; scores are computed inside it in closed form, for every prompt with its exact length.
+    Memory does not grow with the number of prompts.
 
     Args:
         model: the model.
@@ -55,9 +55,9 @@ def find_importance(
         as_published: what the public code computes instead (it has no score for gate).
         batch_size: prompts a batch, or "auto".
         memory_budget: bytes that a chunk of neurons may take.
-        checkpoint: partial state; a killed run continues behind its last finished batch.
+        checkpoint: a killed run continues behind its last finished batch.
         progress: called with (batches done, batches in all, tokens done).
-        subtract: neurons taken away after selection (safety minus foundation neurons).
+        subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 1 % by default.
 
     Raises:
@@ -79,17 +79,10 @@ def find_importance(
     stream = Stream(checkpoint, stream_key("importance", [model], asked, config, selection, batch_size))
     readers = ImportanceReaders(model, keys, Options(space, as_published, memory_budget))
     reduce = _Reduce(model, readers, selection.agreement is not None)
+    options: dict[str, Any] = {"batch_size": batch_size, "selection": selection, "progress": progress, "notes": notes}
     with torch.no_grad(), model.running(), readers.on():
-        sums, votes = fold(
-            model, stream, fed, reduce, sizes=sizes, batch_size=batch_size, selection=selection, progress=progress, notes=notes
-        )
-    used, failed = (int(sums[name][0]) if name in sums else 0 for name in ("used", "failed"))
-    if used == 0:
-        raise NumericalError(
-            f"none of {len(asked)} prompts gave finite scores: check the model's weights, shorten the prompts or use --dtype float32"
-        )
-    if failed:
-        notes.append(f"{failed} of {len(asked)} prompts failed (not-a-number or out of memory) and are not in the scores")
+        sums, votes = fold(model, stream, fed, reduce, sizes=sizes, **options)
+    used, failed = _used_and_failed(sums, len(asked), notes)
     return finish(
         "importance",
         {key: sums[key] / used for key in keys},
@@ -103,6 +96,18 @@ def find_importance(
         notes=notes,
         subtract=subtract,
     )
+
+
+def _used_and_failed(sums: Mapping[str, np.ndarray], n_prompts: int, notes: list[str]) -> tuple[int, int]:
+    """Prompts that are in the sums and prompts that are not; none at all is an error."""
+    used, failed = (int(sums[name][0]) if name in sums else 0 for name in ("used", "failed"))
+    if used == 0:
+        raise NumericalError(
+            f"none of {n_prompts} prompts gave finite scores: check the model's weights, shorten the prompts or use --dtype float32"
+        )
+    if failed:
+        notes.append(f"{failed} of {n_prompts} prompts failed (not-a-number or out of memory) and are not in the scores")
+    return used, failed
 
 
 @dataclass

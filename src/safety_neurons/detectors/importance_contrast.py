@@ -67,7 +67,7 @@ def find_importance_contrast(
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
         batch_size: sequences a batch, or "auto".
-        checkpoint: partial state; a killed run continues behind its last finished batch.
+        checkpoint: a killed run continues behind its last finished batch.
         progress: called with (done, in all, tokens).
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
@@ -94,13 +94,8 @@ def find_importance_contrast(
     with comparing(base, aligned):
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
         values, votes = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
-    made: dict[str, Any] = {
-        "table": base.table,
-        "models": (base.name, aligned.name),
-        "prompts": prompts,
-        "selection": selection,
-        "votes": votes,
-    }
+    models = (base.name, aligned.name)
+    made: dict[str, Any] = {"table": base.table, "models": models, "prompts": prompts, "selection": selection, "votes": votes}
     config["tokens"] = text.n_tokens
     return finish("importance-contrast", values, config=config, counts=text.counts, notes=notes, subtract=subtract, **made)
 

@@ -287,11 +287,11 @@ def run_batches(
         progress: Called as `progress(batches done, batches in all, tokens done)`.
         start: Batches of the plan to skip because an earlier run finished them.
         before: Called right before each forward pass (again for each half of a batch that did not fit).
-        finished: Called with the number of finished batches of the plan: where a partial state may be written.
+        finished: Called with the number of finished batches: where a partial state may be written.
         last_layer: Stop each pass after this layer; `batch.output` is None then.
         budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere.
         notes: Gets a line for every batch that was halved.
-        gradients: Leave gradients as the caller set them; by default they are off.
+        gradients: Leave gradients as they are; off by default.
 
     Returns:
         What `per_batch` returned, in order (a halved batch gives several).
@@ -299,10 +299,8 @@ def run_batches(
     Raises:
         ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
     """
-    budget = token_budget(lm.device, budget)
-    groups = plan([len(sequence) for sequence in sequences], batch_size, budget, padded=takes_padding(lm))
-    halving = Halving()
-    results: list[T] = []
+    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
+    halving, results = Halving(), list[T]()
     tokens = sum(len(sequences[index]) for group in groups[:start] for index in group)
 
     def work(batch: Batch) -> T:
