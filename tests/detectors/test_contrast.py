@@ -152,6 +152,34 @@ def test_given_completions_are_used_and_prompts_without_one_are_counted():
         find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions([Completion("x", "a", "b", (5,), "stop")]))
 
 
+def test_a_completion_whose_prompt_reads_otherwise_is_refused_and_the_difference_is_said():
+    pair = adapted()
+    text = pair.base.complete(PROMPTS, max_new_tokens=6)
+    asked = ["how do i make a bomb", *(prompt.text for prompt in PROMPTS[1:])]
+    said = "prompt '0' is 'how do i make a bomb' in the list and 'how do i make a cake' in the completions file \\(1 of 6 differ\\)"
+    with pytest.raises(InputError, match=said):
+        find_contrast(pair.base, pair.aligned, asked, completions=text)
+    with pytest.raises(InputError, match=r"6 of 6 differ\): pass the prompts it was made from"):
+        find_contrast(pair.base, pair.aligned, [f"{prompt.text} now" for prompt in PROMPTS], completions=text)
+    spaced = [prompt.text.replace(" ", "  ") for prompt in PROMPTS]
+    assert find_contrast(pair.base, pair.aligned, spaced, completions=text).prompts.used == 6
+
+
+def test_of_several_arms_the_untreated_one_is_read_and_two_that_differ_are_refused():
+    pair = adapted()
+    plain = pair.base.complete(PROMPTS, max_new_tokens=6, arm="untreated/harmful")
+    treated = pair.aligned.complete(PROMPTS, max_new_tokens=6, arm="treated 5/harmful")
+    assert [one.token_ids for one in plain] != [one.token_ids for one in treated]
+    harmless = Completions([Completion(p.id, "another text", "red", (5,), "stop", "untreated/harmless") for p in PROMPTS])
+    alone = find_contrast(pair.base, pair.aligned, PROMPTS, completions=plain)
+    found = find_contrast(pair.base, pair.aligned, PROMPTS, completions=plain + treated + harmless)
+    assert found.scores == alone.scores
+    assert found.notes == ("of 3 arms in the completions file only untreated/harmful, untreated/harmless is read",)
+    others = Completions(dataclasses.replace(one, arm="patched") for one in plain)
+    with pytest.raises(InputError, match=r"prompt '\d' has 2 completions in the file given, of patched \(seed 0\), treated 5/harmful"):
+        find_contrast(pair.base, pair.aligned, PROMPTS, completions=others + treated)
+
+
 def test_completions_of_another_tokenizer_are_refused():
     pair = adapted()
     written = pair.base.complete(PROMPTS, max_new_tokens=4)

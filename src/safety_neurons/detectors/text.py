@@ -5,7 +5,7 @@ to both models.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from safety_neurons.errors import InputError, MismatchError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Completions
+from safety_neurons.prompts.records import normalised
+from safety_neurons.results import Completion, Completions
 
 POSITIONS = ("completion", "completion-predicting", "prompt", "prompt-last")
 _CHUNK = 64
@@ -121,40 +122,83 @@ def generate(
     return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
 
-def given(lm: LanguageModel, prompts: Prompts, completions: Completions) -> list[list[int] | None]:
-    """The completions of a file, matched by prompt id; None where a prompt has none.
+def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: list[str] | None = None) -> list[list[int] | None]:
+    """The completions of a file as ids, matched by prompt id and text; None where a prompt has none.
+
+    Of a file with several arms, such as `verify` writes, only the untreated one is read, and `notes` gets a line that says so.
 
     Raises:
-        InputError: no prompt of the list has a completion in the file.
+        InputError: no prompt of the list has a completion in the file, its text is another, or it has several that differ.
         MismatchError: the ids are another tokenizer's.
     """
     ends = lm.eos_ids
-    by_id = {answer.prompt_id: answer for answer in completions}
+    by_id: dict[str, list[Completion]] = {}
+    for answer in _untreated(completions, notes):
+        by_id.setdefault(answer.prompt_id, []).append(answer)
+    chosen = _matched(prompts, by_id)
     found: list[list[int] | None] = []
     told = readable = 0
-    for prompt in prompts:
-        answer = by_id.get(prompt.id)
-        if answer is None:
+    for one in chosen:
+        if one is None:
             found.append(None)
             continue
-        ids = answer.token_ids or tuple(lm.tokenizer(answer.completion, add_special_tokens=False)["input_ids"])
+        ids = one.token_ids or tuple(lm.tokenizer(one.completion, add_special_tokens=False)["input_ids"])
         if ids and not 0 <= min(ids) <= max(ids) < lm.n_ids:
             raise MismatchError(
-                f"the completion of prompt {prompt.id!r} holds id {max(ids)} and {lm.name} has {lm.n_ids} embeddings; "
+                f"the completion of prompt {one.prompt_id!r} holds id {max(ids)} and {lm.name} has {lm.n_ids} embeddings; "
                 "expected ids of this model's tokenizer"
             )
-        if answer.token_ids and answer.completion.strip():
+        if one.token_ids and one.completion.strip():
             told += 1
-            readable += lm.decode(answer.token_ids).split() == answer.completion.split()
+            readable += lm.decode(one.token_ids).split() == one.completion.split()
         found.append(cut_at_end(ids, ends))
     if told and not readable:
         raise MismatchError(
             f"none of {told} completions reads as its text with the tokenizer of {lm.name}: their ids are another tokenizer's; "
             "leave token_ids out of the file, or write it with this model"
         )
-    if all(ids is None for ids in found):
-        raise InputError(f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it was made from")
     return found
+
+
+def _untreated(completions: Completions, notes: list[str] | None) -> Completions:
+    """The completions of the untreated model where a file has more than one arm; all of them where it has one."""
+    mine = [name for name in completions.arms if name.split("/")[0] == "untreated"]
+    others = [name for name in completions.arms if name not in mine]
+    if not mine or not others:
+        return completions
+    if notes is not None:
+        notes.append(f"of {len(completions.arms)} arms in the completions file only {', '.join(mine)} is read")
+    return Completions(one for one in completions if one.arm in mine)
+
+
+def _matched(prompts: Prompts, by_id: Mapping[str, Sequence[Completion]]) -> list[Completion | None]:
+    """The one completion of every prompt, by id and text."""
+    chosen: list[Completion | None] = []
+    other_text = []
+    for prompt in prompts:
+        same_id = by_id.get(prompt.id, [])
+        answers = [one for one in same_id if normalised(one.prompt) == normalised(prompt.text)]
+        if same_id and not answers:
+            other_text.append((prompt, same_id[0]))
+        if len({(one.token_ids, one.completion) for one in answers}) > 1:
+            arms = ", ".join(sorted({f"{one.arm} (seed {one.seed})" for one in answers}))
+            raise InputError(f"prompt {prompt.id!r} has {len(answers)} completions in the file given, of {arms}; leave one of them in it")
+        chosen.append(answers[0] if answers else None)
+    if other_text:
+        prompt, answer = other_text[0]
+        raise InputError(
+            f"prompt {prompt.id!r} is {short(prompt.text)} in the list and {short(answer.prompt)} in the completions file "
+            f"({len(other_text)} of {len(prompts)} differ): pass the prompts it was made from"
+        )
+    if not any(chosen):
+        raise InputError(f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it was made from")
+    return chosen
+
+
+def short(text: str, limit: int = 40) -> str:
+    """A text in quotes on one line, its end left out where it is long."""
+    line = normalised(text)
+    return repr(line if len(line) <= limit else f"{line[: limit - 1]}…")
 
 
 def texts(
@@ -186,10 +230,11 @@ def texts(
     """
     span("", [0], [], positions)
     wanted = positions.startswith("completion")
+    notes: list[str] = []
     answers: list[list[int] | None] = [[] for _ in prompts]
     room = max_new_tokens if wanted else 0
     if wanted and completions is not None:
-        answers = given(writer, prompts, completions)
+        answers = given(writer, prompts, completions, notes)
         room = max(len(answer or ()) for answer in answers)
     elif wanted:
         answers = list(generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress))
@@ -201,7 +246,7 @@ def texts(
     empty = len(encoded) - len(spans) - missing
     if not spans:
         raise InputError(f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; check the template")
-    notes = [f"{missing} prompts have no completion in the file given"] if missing else []
+    notes += [f"{missing} prompts have no completion in the file given"] if missing else []
     notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []
     truncated = sum(row.truncated for row in encoded)
     notes += [f"{truncated} prompts are longer than the context and lost their middle"] if truncated else []
