@@ -27,9 +27,14 @@ class Projection:
     transposed: bool
 
     @property
+    def tuner(self) -> nn.Module:
+        """The linear map with its adapters: `module`, or what is inside where trainable deltas (`added_to`) are around it."""
+        return self.module.base_layer if hasattr(self.module, "added_to") else self.module  # type: ignore[return-value]
+
+    @property
     def scales_input(self) -> bool:
         """Whether an (IA)³ adapter multiplies the input before the linear map sees it."""
-        return hasattr(self.module, "ia3_l") and bool(getattr(self.module, "is_feedforward", False))
+        return hasattr(self.tuner, "ia3_l") and bool(getattr(self.tuner, "is_feedforward", False))
 
     @property
     def quantised(self) -> bool:
@@ -105,7 +110,7 @@ class SitePlace:
     def hooked(self) -> nn.Module:
         """The module at whose boundary the activation is: inside an (IA)³ layer for an input that it scales."""
         if self.side == "input" and self.projection.scales_input:
-            return self.projection.module.base_layer  # type: ignore[return-value]
+            return self.projection.tuner.base_layer  # type: ignore[return-value]
         return self.projection.module
 
     @property
@@ -163,7 +168,20 @@ def full_weight(part: Projection, name: str = "a projection") -> Float[Tensor, "
     weight = weight.T if part.transposed else weight
     for layer in _active_layers(part):
         weight = _with_adapters(weight, layer, name, part.transposed)
-    return weight
+    return _with_deltas(weight, part, name)
+
+
+def _with_deltas(weight: Tensor, part: Projection, name: str) -> Tensor:
+    if part.tuner is part.module:
+        return weight
+    if part.scales_input:
+        raise UnsupportedModelError(
+            f"{name}: trained deltas are beside an (IA)³ scale of its input, so the projection has no single weight; "
+            "merge the adapter first (--merge-adapters)"
+        )
+    wrapper: Any = part.module
+    added: Tensor = wrapper.added_to(weight)
+    return added
 
 
 def full_bias(part: Projection) -> Float[Tensor, " out"] | None:
@@ -203,7 +221,7 @@ def _dequantised(part: Projection, name: str) -> Tensor:
 def _active_layers(part: Projection) -> list[Any]:
     """Tuner layers around the projection whose adapters act, from the inside out."""
     layers: list[Any] = []
-    current: Any = part.module
+    current: Any = part.tuner
     while current is not part.base:
         if hasattr(current, "active_adapters") and hasattr(current, "base_layer"):
             if not current.disable_adapters and not current.merged:
