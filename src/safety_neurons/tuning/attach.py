@@ -235,8 +235,7 @@ def _with_wrappers(anatomy: Anatomy, modules: Mapping[str, NeuronDelta]) -> Anat
     def part(old: Any) -> Any:
         return old and dataclasses.replace(old, places={site: changed(place) for site, place in old.places.items()})
 
-    layers = [
-        dataclasses.replace(layer, attention=part(layer.attention), mlp=part(layer.mlp), shared=part(layer.shared))
-        for layer in anatomy.layers
-    ]
-    return dataclasses.replace(anatomy, layers=tuple(layers))
+    def whole(layer: LayerAnatomy) -> LayerAnatomy:
+        return dataclasses.replace(layer, attention=part(layer.attention), mlp=part(layer.mlp), shared=part(layer.shared))
+
+    return dataclasses.replace(anatomy, layers=tuple(whole(layer) for layer in anatomy.layers))
