@@ -50,6 +50,12 @@ def _umask() -> int:
 
 def plain(value: Any) -> Any:
     """The value as JSON values: records by their fields, numpy as numbers and lists, paths as text, NaN and infinity as null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value  # First, because a file of completions holds little else.
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (list, tuple, range)):
+        return [plain(item) for item in value]
     if hasattr(value, "to_json") and not isinstance(value, type):
         return plain(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -62,12 +68,6 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     if isinstance(value, (set, frozenset)):
         return sorted(plain(item) for item in value)
-    if isinstance(value, (list, tuple, range)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
     return str(value)
 
 

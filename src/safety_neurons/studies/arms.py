@@ -100,9 +100,12 @@ class Bench:
         judgement = judge_refusal(done)
         kept = [completion for completion in self.completions if completion.arm != arm]
         self.completions = Completions([*kept, *judgement.completions])
+        return [verdict.refused for verdict in judgement.verdicts]
+
+    def finish(self) -> None:
+        """Write all completions with their verdicts; until then the file holds what was generated, batch by batch."""
         if self.completions_file is not None:
             self.completions.save(self.completions_file)
-        return [verdict.refused for verdict in judgement.verdicts]
 
     def _answered(self, arm: str, prompts: Prompts) -> Completions:
         """What an earlier run wrote for these prompts, in their order; answers to prompts that have changed since do not count."""

@@ -180,6 +180,7 @@ def compare(
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0) for number in range(random)]
     ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
+    bench.finish()
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
 
 

@@ -212,6 +212,7 @@ def _verify(
         effects = tuple(_effect(untreated, goal, control, bench.seed) for control in arms)
         points.append(SizePoint(size, len(members), arm, arms, _effect(untreated, goal, arm, bench.seed), effects))
     ceiling = bench.measure(model, "ceiling", treat(everything))
+    bench.finish()
     last = points[-1]
     return Verification(
         kind,
