@@ -58,8 +58,8 @@ def shown(value: Any) -> str:
 
 
 def share(value: float) -> str:
-    """A share as per cent with two significant digits."""
-    return f"{100 * value:.2g} %" if value < 0.1 else f"{100 * value:.1f} %"
+    """A share as per cent with two significant digits below ten per cent, and one decimal where there is one above."""
+    return f"{100 * value:.2g} %" if value < 0.1 else f"{100 * value:.1f} %".replace(".0 %", " %")
 
 
 @contextlib.contextmanager

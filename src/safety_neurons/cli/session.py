@@ -11,7 +11,9 @@ from safety_neurons.cli import choices, console
 from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common
 
 Result = dict[str, Any]
-PROMPT_OPTIONS = ("prompts", "harmful", "harmless", "text", "foundation")
+PROMPT_OPTIONS = ("prompts", "harmful", "harmless", "text", "foundation", "data", "test_harmful", "test_harmless")
+OF_ANOTHER_SHAPE = {"text", "foundation"}
+"""Prompt options that `--column` does not name a column of; where there is `--data`, it is of that alone."""
 NOT_A_FILE = ("builtin:", "organism:")
 
 
@@ -78,10 +80,14 @@ class Session:
 
         for name in PROMPT_OPTIONS:
             source = self.options.get(name)
-            unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (name == "text" and source == "none")
+            unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (
+                source == "none" and (name == "text" or (name == "harmless" and "data" in self.options))
+            )
             if source is not None and not unused and not source.startswith(NOT_A_FILE):
-                prompts(source, column=None if name in ("text", "foundation") else self.options.get("column"))
-        for name in ("neurons", "truth", "subtract", "scores"):
+                apart = name in OF_ANOTHER_SHAPE or ("data" in self.options and name != "data")
+                answers = self.options.get("answer_column") if name == "data" else None
+                prompts(source, column=None if apart else self.options.get("column"), answer_column=answers)
+        for name in ("neurons", "truth", "subtract", "scores", "protect"):
             path = self.options.get(name)
             if path is not None and path != "foundation" and not path.startswith(NOT_A_FILE):
                 (Scores if name == "scores" else NeuronSet).load(path)
@@ -93,6 +99,7 @@ class Session:
         from safety_neurons.model import load
 
         model = load(resolve(spec), **self._loading())
+        model.name = named(spec, model.name)
         self._remember(model)
         return model
 
@@ -101,14 +108,17 @@ class Session:
         from safety_neurons.model import load_pair
 
         pair = load_pair(resolve(base), resolve(aligned), **self._loading())
+        pair.base.name, pair.aligned.name = named(base, pair.base.name), named(aligned, pair.aligned.name)
         self._remember(pair.base)
         return pair
 
-    def prompts(self, source: str, model: Any, column: str | None = None, limit: int | None = None) -> Any:
+    def prompts(
+        self, source: str, model: Any, column: str | None = None, limit: int | None = None, answer_column: str | None = None
+    ) -> Any:
         """The prompts of an argument; `builtin:` names mean the organism's own where the model is one."""
         from safety_neurons.prompts import prompts
 
-        found = prompts(source, column=column, limit=limit, folder=prompt_folder(model))
+        found = prompts(source, column=column, answer_column=answer_column, limit=limit, folder=prompt_folder(model))
         self.notes.extend(f"{source}: {note}" for note in found.notes)
         self.hashes[f"prompts {source}"] = found.sha256
         return found
@@ -173,6 +183,11 @@ def resolve(spec: str) -> str:
     from safety_neurons import organism
 
     return organism.spec(spec.removeprefix("organism:"))
+
+
+def named(spec: str, name: str) -> str:
+    """What an organism is called in files: its short name, which means the same on every machine, and not its folders."""
+    return spec if spec.startswith("organism:") else name
 
 
 def prompt_folder(model: Any) -> pathlib.Path | None:

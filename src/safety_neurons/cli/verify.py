@@ -146,9 +146,18 @@ def show(result: dict[str, Any]) -> None:
         caption="95 % intervals; KL(untreated ‖ treated) in nats on the harmless prompts",
     )
     if len(result["sizes"]) > 1:
-        sweep = [[console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], p["causal_effect"]] for p in result["sizes"]]
-        console.print_table("\nSweep", ["size", "neurons", "harmful refused", "causal effect"], sweep)
+        sweep = [
+            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], random_range(p), p["causal_effect"]]
+            for p in result["sizes"]
+        ]
+        console.print_table("\nSweep", ["size", "neurons", "harmful refused", "random sets", "causal effect"], sweep)
     print_effect(result)
+
+
+def random_range(point: dict[str, Any]) -> str:
+    """Lowest and highest share refused with the random sets of one size."""
+    values = [arm["harmful_refused"]["value"] for arm in point["random"] if arm["harmful_refused"]["value"] is not None]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "–"
 
 
 def print_effect(result: dict[str, Any]) -> None:
