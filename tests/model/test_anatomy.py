@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from families import build
+from families import MOE_FAMILIES, OLD_TRANSFORMERS, build, config_of
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.anatomy import prove, resolve
 from safety_neurons.model.hooks import reading
@@ -88,6 +89,16 @@ def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
     ) as error:
         resolve(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not OLD_TRANSFORMERS, reason="this transformers has the experts interface")
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_without_the_experts_interface_a_mixture_of_experts_is_refused_and_the_version_named(family: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family))
+    with pytest.raises(
+        UnsupportedModelError, match=r"^layers\.\d\.experts: .*; use transformers 5 or later for mixture-of-experts models$"
+    ):
+        resolve(model)
 
 
 def test_a_layer_of_unknown_parts_only_is_an_error() -> None:

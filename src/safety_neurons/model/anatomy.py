@@ -88,7 +88,7 @@ class _LayerBuilder:
 
     def build(self) -> LayerAnatomy:
         maps = projections_of(self.layer)
-        experts_name, experts = self._experts(maps)
+        experts_name, experts = self._experts()
         block = experts_name.rpartition(".")[0] if experts_name else None
         routers = [path for path, part in maps.items() if self._is_router(path, part, experts)]
         maps = {path: part for path, part in maps.items() if path not in routers}
@@ -136,8 +136,8 @@ class _LayerBuilder:
             return True
         return experts is not None and last in ROUTERS and part.out_features == experts.n_experts
 
-    def _experts(self, maps: dict[str, Projection]) -> tuple[str, ExpertsAnatomy | None]:
-        self._no_listed_experts(maps)
+    def _experts(self) -> tuple[str, ExpertsAnatomy | None]:
+        self._no_listed_experts()
         found = _experts_of(self.layer)
         if not found:
             return "", None
@@ -150,7 +150,7 @@ class _LayerBuilder:
         layout = self.layouts.get("experts")
         return name, describe_experts(self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None)
 
-    def _no_listed_experts(self, maps: dict[str, Projection]) -> None:
+    def _no_listed_experts(self) -> None:
         for name, module in self.layer.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) > 1 and all(role_of(p, MLP_ROLES) for p in projections_of(module)):
                 if not projections_of(module):
@@ -164,7 +164,7 @@ class _LayerBuilder:
             for name, module in self.layer.named_modules()
             if getattr(getattr(module, FUSED, None), "ndim", 0) == 3 or getattr(getattr(module, DOWN, None), "ndim", 0) == 3
         ]
-        if three and not _experts_of(self.layer) and len(maps) >= 0:
+        if three and not _experts_of(self.layer):
             raise UnsupportedModelError(
                 f"layers.{self.number}.experts: three-dimensional experts without the experts interface were found ({three[0]}); "
                 "use transformers 5 or later for mixture-of-experts models"
