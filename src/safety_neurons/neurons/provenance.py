@@ -10,7 +10,7 @@ from typing import Any
 from safety_neurons.errors import NeuronError
 
 SCHEMA = "safety-neurons/1"
-KINDS = ("neurons", "scores")
+KINDS = ("neurons", "scores", "delta")
 
 
 def _version() -> str:
@@ -29,7 +29,7 @@ class Provenance:
     """What made a neuron set or scores, and on what."""
 
     kind: str
-    """`neurons` or `scores`."""
+    """`neurons`, `scores` or `delta`."""
     method: str = ""
     """Detector or operation, such as `contrast`, `random` or `a - b`."""
     models: tuple[str, ...] = ()

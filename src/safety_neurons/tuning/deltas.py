@@ -77,6 +77,10 @@ class NeuronDelta(nn.Module):
         """The projection's own bias."""
         return self.base_layer.bias
 
+    def deltas(self) -> dict[str, nn.Parameter]:
+        """The parameters by site."""
+        return {site: self.delta(site) for site in self.sites}
+
     def delta(self, site: str) -> nn.Parameter:
         """The parameter of a site: `[n, in]` for rows, `[out, n]` for columns."""
         return self.get_parameter(f"delta_{site}")
@@ -114,9 +118,13 @@ def add_at(weight: Float[Tensor, "out in"], delta: Tensor, positions: Int[Tensor
     """A weight with a delta added to its rows (`output`) or columns (`input`): summed in the wider type, rounded once to the weight's."""
     axis = 0 if side == "output" else 1
     positions = positions.to(weight.device)
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    summed = weight.index_select(axis, positions).to(wide) + delta.to(weight.device, wide)
-    return weight.index_copy(axis, positions, summed.to(weight.dtype))
+    return weight.index_copy(axis, positions, summed(weight.index_select(axis, positions), delta))
+
+
+def summed(weights: Float[Tensor, "one other"], delta: Float[Tensor, "one other"], dtype: torch.dtype | None = None) -> Tensor:
+    """Weights plus their change, in the wider of both types, rounded once to a type (that of the weights by default)."""
+    wide = torch.promote_types(weights.dtype, delta.dtype)
+    return (weights.to(wide) + delta.to(weights.device, wide)).to(dtype or weights.dtype)
 
 
 def _wide(delta: Tensor) -> torch.dtype:
