@@ -128,6 +128,18 @@ def test_the_public_names_are_sorted_and_real():
         assert getattr(safety_neurons, name) is not None, name
 
 
+def test_every_verb_and_noun_of_a_box_that_a_reader_looks_for_has_a_public_name():
+    wanted = {name for name in importlib.import_module("safety_neurons.detectors").__all__ if name.startswith("find_")}
+    wanted |= set(importlib.import_module("safety_neurons.interventions").__all__) | {"activation_statistics", "Completion", "Prompt"}
+    assert wanted <= set(safety_neurons.__all__)
+
+
+def test_a_box_is_there_without_an_import_of_its_own():
+    code = "import safety_neurons as sn; print(sn.organism.names is not None, sn.prompts(['a']).texts, sn.errors.InputError.exit_code)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "True ['a'] 1"
+
+
 def test_a_wrong_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'find_contrasts'"):
         safety_neurons.find_contrasts  # noqa: B018

@@ -9,15 +9,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Completion": "results",
     "Completions": "results",
+    "Effect": "results",
     "Found": "detectors",
     "LanguageModel": "model",
+    "Message": "prompts",
     "NeuronSet": "neurons",
+    "Pair": "model",
+    "Prompt": "prompts",
     "Prompts": "prompts",
+    "Provenance": "neurons",
     "Rate": "results",
+    "SafetyNeuronsError": "errors",
     "Scores": "neurons",
     "Selection": "neurons",
     "SiteTable": "neurons",
+    "activation_statistics": "model",
     "causal_effect": "results",
     "compare": "studies",
     "deactivated": "interventions",
@@ -28,18 +36,26 @@ _HOME = {
     "find_contrast": "detectors",
     "find_importance": "detectors",
     "find_importance_contrast": "detectors",
+    "find_random": "detectors",
+    "find_weight_change": "detectors",
+    "find_weight_magnitude": "detectors",
     "judge_refusal": "judges",
-    "load": "model",
-    "load_pair": "model",
+    "load": "organism",
+    "load_pair": "organism",
+    "paired_difference": "results",
     "patched": "interventions",
     "prompts": "prompts",
+    "rate": "results",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
 }
+_BOXES = ("detectors", "errors", "interventions", "judges", "model", "neurons", "organism", "report", "results", "studies")
 __all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
 
 
 def __getattr__(name: str) -> Any:
+    if name in _BOXES:
+        return importlib.import_module(f"safety_neurons.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'safety_neurons' has no attribute {name!r}")
     home = importlib.import_module(f"safety_neurons.{_HOME[name]}")
@@ -49,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_BOXES})
