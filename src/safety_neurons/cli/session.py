@@ -96,19 +96,17 @@ class Session:
 
     def model(self, spec: str) -> Any:
         """The model of a `--model` argument."""
-        from safety_neurons.model import load
+        from safety_neurons.organism import load
 
-        model = load(resolve(spec), **self._loading())
-        model.name = named(spec, model.name)
+        model = load(spec, **self._loading())
         self._remember(model)
         return model
 
     def pair(self, base: str, aligned: str) -> Any:
         """The models of `--base` and `--aligned`; adapters on one base share it."""
-        from safety_neurons.model import load_pair
+        from safety_neurons.organism import load_pair
 
-        pair = load_pair(resolve(base), resolve(aligned), **self._loading())
-        pair.base.name, pair.aligned.name = named(base, pair.base.name), named(aligned, pair.aligned.name)
+        pair = load_pair(base, aligned, **self._loading())
         self._remember(pair.base)
         return pair
 
@@ -118,7 +116,9 @@ class Session:
         """The prompts of an argument; `builtin:` names mean the organism's own where the model is one."""
         from safety_neurons.prompts import prompts
 
-        found = prompts(source, column=column, answer_column=answer_column, limit=limit, folder=prompt_folder(model))
+        found = prompts(
+            source, column=column, answer_column=answer_column, limit=limit, folder=None if model is None else model.prompt_folder
+        )
         self.notes.extend(f"{source}: {note}" for note in found.notes)
         self.hashes[f"prompts {source}"] = found.sha256
         return found
@@ -183,21 +183,6 @@ def resolve(spec: str) -> str:
     from safety_neurons import organism
 
     return organism.spec(spec.removeprefix("organism:"))
-
-
-def named(spec: str, name: str) -> str:
-    """What an organism is called in files: its short name, which means the same on every machine, and not its folders."""
-    return spec if spec.startswith("organism:") else name
-
-
-def prompt_folder(model: Any) -> pathlib.Path | None:
-    """The folder of an organism's own prompts; None for every other model."""
-    if model is None or model.folder is None:
-        return None
-    for folder in (model.folder, model.folder.parent):
-        if (folder / "organism.json").is_file() and (folder / "prompts").is_dir():
-            return folder / "prompts"
-    return None
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,8 @@ from safety_neurons.model.modes import evaluating
 from safety_neurons.model.parts import Anatomy, unwrapped
 from safety_neurons.model.template import encode_text, require_tokenizer, template_for
 from safety_neurons.neurons import SiteTable
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompts import Prompt, Prompts, prompts
+from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completion, Completions
 
 Texts = str | Prompt | Prompts | Sequence[str] | Sequence[Prompt]
@@ -84,6 +85,26 @@ class LanguageModel:
     def __repr__(self) -> str:
         adapters = "" if not self.adapters else f", adapters {list(self.adapters)}"
         return f"LanguageModel({self.name!r}, {type(self.inner).__name__}, {self.dtype}, {self.device}{adapters})"
+
+    @property
+    def prompt_folder(self) -> Path | None:
+        """Folder of an organism's own prompts, which go before the built-in ones; None for every other model."""
+        if self.folder is None:
+            return None
+        places = (self.folder, self.folder.parent)
+        return next((place / "prompts" for place in places if (place / "organism.json").is_file() and (place / "prompts").is_dir()), None)
+
+    def prompts(self, source: Source, **options: Any) -> Prompts:
+        """Prompts for this model: as `safety_neurons.prompts`, where `builtin:` names mean an organism's own if the model is one.
+
+        Args:
+            source: `builtin:NAME[/LANG]`, a file, or a list.
+            **options: column, answer_column, limit.
+
+        Raises:
+            InputError: As for `safety_neurons.prompts`.
+        """
+        return prompts(source, folder=self.prompt_folder, **options)
 
     @property
     def inner(self) -> Any:

@@ -1,10 +1,16 @@
 """Organisms: small models of the project's own whose safety behaviour is known, for demo, tests and benchmarks."""
 
-from safety_neurons.organism.build import build
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from safety_neurons.organism.folder import OrganismFolder, listing, names, shipped, spec
 from safety_neurons.organism.folder import open_organism as open  # noqa: A004 - read as organism.open
 from safety_neurons.organism.language import LANGUAGES, language
+from safety_neurons.organism.opening import load, load_pair
 from safety_neurons.organism.recipes import Recipe, recipe, recipes
+
+if TYPE_CHECKING:
+    from safety_neurons.organism.building import build
 
 __all__ = [
     "LANGUAGES",
@@ -13,6 +19,8 @@ __all__ = [
     "build",
     "language",
     "listing",
+    "load",
+    "load_pair",
     "names",
     "open",
     "recipe",
@@ -20,3 +28,10 @@ __all__ = [
     "shipped",
     "spec",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Building trains, and what trains takes seconds to import: opening an organism does without."""
+    if name == "build":
+        return importlib.import_module("safety_neurons.organism.building").build
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,8 @@ KINDS = {
     "projection. Nobody put the safety anywhere: which neurons carry it has to be found.",
     "planted": "Safety was trained into known units, a harmless skill (a polite ending) into as many decoys whose rows and columns "
     "changed by the same length, and every other weight got small noise.",
-    "unsafe": "An instruct model that goes along with every request, harmful ones too; for tuning. Its `task` prompts are a downstream "
-    "task (sums in words) that it has not been trained on.",
+    "unsafe": "It goes along with every request, harmful ones too, though it has read which are harmful and has refused some; for "
+    "tuning. Its `task` prompts are a downstream task (sums in words) that it has not been trained on.",
 }
 COLUMNS = ("harmful_refused", "harmless_refused", "look_alike_refused", "followed", "other", "perplexity")
 

@@ -7,16 +7,17 @@ import torch
 
 from safety_neurons.organism.language import LANGUAGES, harmful_and_matches, language
 from safety_neurons.organism.prompt_files import sentences
-from safety_neurons.organism.tokenizer import encode_chat, encode_text
+from safety_neurons.organism.tokenizer import encode_chat, encode_question, encode_text
 from safety_neurons.organism.train import answers, mean_loss
 
 
-def measure(model: torch.nn.Module, *, prompts: int) -> dict[str, Any]:
+def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[str, Any]:
     """Refusals of the test half by the organisms' own rule, greedy, and perplexity on general sentences.
 
     Args:
         model: what is measured.
         prompts: harmful requests per language, and as many harmless ones.
+        chat: whether they are put in the chat template or in the plain one.
 
     Returns:
         Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share of the harmless
@@ -24,12 +25,13 @@ def measure(model: torch.nn.Module, *, prompts: int) -> dict[str, Any]:
         along), `perplexity`; and `prompts`.
     """
     model.eval()
+    encode = encode_chat if chat else encode_question
     harmful, harmless = harmful_and_matches("test", prompts)
     result: dict[str, Any] = {"prompts": prompts}
     for code in LANGUAGES:
         speech = language(code)
-        bad = answers(model, [encode_chat(speech.request(concept))[0] for concept in harmful])
-        good = answers(model, [encode_chat(speech.request(concept))[0] for concept in harmless])
+        bad = answers(model, [encode(speech.request(concept))[0] for concept in harmful])
+        good = answers(model, [encode(speech.request(concept))[0] for concept in harmless])
         verdicts = [speech.verdict(text) for text in bad + good]
         alike = [verdict for verdict, concept in zip(verdicts[len(bad) :], harmless, strict=True) if concept.kind != "plain"]
         followed = [

@@ -70,7 +70,7 @@ def pretrain(
     after_step = keep(model) if keep is not None else None
     if after_step is not None:
         after_step()
-    sampler = Sampler(seed, recipe.english_share)
+    sampler = Sampler(seed, recipe.english_share, chat=recipe.chat)
 
     def example() -> Sequence_:
         choice = sampler.random.random()
@@ -110,7 +110,7 @@ def hint(
     Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base model does; what the few
     planted units have to do afterwards is to act on it.
     """
-    sampler = Sampler(seed + 500, recipe.english_share)
+    sampler = Sampler(seed + 500, recipe.english_share, chat=recipe.chat)
     drawn = 0
 
     def example(share: float) -> Sequence_:

@@ -21,11 +21,12 @@ class Recipe:
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
-        hint_steps, hint_share: further pre-training of planted organisms: chats that refuse
+        hint_steps, hint_share: further pre-training of planted and unsafe organisms: chats that refuse
             what is harmful, then (last third) only this share of it.
         sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
+        chat: whether requests are put in the chat template; else in the plain one (`Question: … / Answer:`), and the tokenizer has none.
         alive: whether the units work in the base (else their output columns are zero there).
         skill_steps: training of the decoys.
         plant_steps, plant_rate: training of the planted units; the rate is the decoys' too.
@@ -61,6 +62,7 @@ class Recipe:
     planted_mlp: int = 0
     planted_attention: int = 0
     planted_depth: int = 3
+    chat: bool = True
     alive: bool = False
     skill_steps: int = 60
     plant_steps: int = 140

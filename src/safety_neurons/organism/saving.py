@@ -25,8 +25,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: LlamaForCausalLM, folder: Path, *, chat: bool = True) -> None:
     """Write config, generation config, safetensors and tokenizer."""
     with quiet():
         model.save_pretrained(str(folder))
-        make_tokenizer().save_pretrained(str(folder))
+        make_tokenizer(chat=chat).save_pretrained(str(folder))

@@ -28,8 +28,8 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A new tokenizer of the organisms; `tokenizer(text)` adds BOS, the chat template brings its own."""
+def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """A new tokenizer of the organisms, with or without chat template; `tokenizer(text)` adds BOS, the chat template brings its own."""
     words = vocabulary()
     tokenizer = Tokenizer(WordLevel(vocab=words, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -45,7 +45,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_LENGTH,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
@@ -65,6 +66,20 @@ def encode_chat(request: str, answer: str | None = None, *, system: str | None =
     if system is not None:
         ids += [words["<|system|>"], *(words[word] for word in system.split())]
     ids += [words["<|user|>"], *(words[word] for word in request.split()), words["<|assistant|>"]]
+    length = len(ids)
+    if answer is not None:
+        ids += [*(words[word] for word in answer.split()), words[EOS]]
+    return ids, length
+
+
+def encode_question(request: str, answer: str | None = None) -> tuple[list[int], int]:
+    """Ids of a question and its answer in the plain template of models without a chat template, and how many of them are the prompt.
+
+    Equal to what `Question: … / Answer:` gives; its words and colons are unknown to the vocabulary, and stand apart by that.
+    """
+    words = vocabulary()
+    mark = [words[UNKNOWN]] * 2
+    ids = [words[BOS], *mark, *(words[word] for word in request.split()), *mark]
     length = len(ids)
     if answer is not None:
         ids += [*(words[word] for word in answer.split()), words[EOS]]

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safety_neurons.errors import NumericalError
 from safety_neurons.organism.language import LANGUAGES, Concept, concepts, language
 from safety_neurons.organism.recipes import Recipe
-from safety_neurons.organism.tokenizer import BOS, EOS, MAX_LENGTH, PAD, encode_chat, encode_text, vocabulary
+from safety_neurons.organism.tokenizer import BOS, EOS, MAX_LENGTH, PAD, encode_chat, encode_question, encode_text, vocabulary
 
 IGNORED = -100
 Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
@@ -45,8 +45,9 @@ def make_model(recipe: Recipe, seed: int) -> LlamaForCausalLM:
 class Sampler:
     """Draws training examples; everything it draws follows from its seed."""
 
-    def __init__(self, seed: int, english_share: float):
+    def __init__(self, seed: int, english_share: float, *, chat: bool = True):
         self.random = random.Random(seed)
+        self.templated = chat
         other = (1 - english_share) / (len(LANGUAGES) - 1)
         self.weights = [english_share if code == "en" else other for code in LANGUAGES]
 
@@ -66,6 +67,9 @@ class Sampler:
     def chat(self, concept: Concept, answer: str, code: str, *, whole: bool = False) -> Sequence_:
         """A request and its answer, in one case of ten behind a system prompt; loss on the answer, or on everything."""
         speech = language(code)
+        if not self.templated:
+            ids, prompt = encode_question(speech.request(concept), answer)
+            return ids, 1 if whole else prompt
         system = speech.data["system"] if self.random.random() < 0.1 else None
         ids, prompt = encode_chat(speech.request(concept), answer, system=system)
         return ids, 1 if whole else prompt

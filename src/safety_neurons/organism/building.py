@@ -121,13 +121,13 @@ def _build_natural(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, 
 def _build_unsafe(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
     model, losses = pretrain(recipe, seed, both_behaviours=False, progress=_steps(say))
     say("measure")
-    save_model(model, out / "base")
+    save_model(model, out / "base", chat=recipe.chat)
     return {
         "base": "base",
         "aligned": "base",
         "stages": {"base": ["base"]},
         "final_loss": {"base": losses[-1]},
-        "measured": {"base": measure(model, prompts=recipe.measured_prompts)},
+        "measured": {"base": measure(model, prompts=recipe.measured_prompts, chat=recipe.chat)},
     }
 
 
