@@ -10,6 +10,8 @@ from safety_neurons.errors import InputError
 
 PREFIX = "builtin:"
 NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
+OF_ORGANISMS = ("task", "task-test")
+"""Lists that only an organism brings."""
 DEFAULT_LANGUAGE = "en"
 
 _FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
@@ -48,7 +50,9 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
         folder: A folder that may hold lists of its own: `NAME.jsonl`, `NAME.LANG.jsonl` or `NAME/LANG.jsonl`.
     """
     name, _, language = source.removeprefix(PREFIX).partition("/")
-    if name not in NAMES:
+    if name in OF_ORGANISMS and (folder is None or _own(name, language, folder) is None):
+        raise InputError(f"{source}: only organisms bring a task; give a file with a column of questions and one of answers")
+    if name not in NAMES + OF_ORGANISMS:
         raise InputError(
             f"{source}: no built-in prompts of this name; expected one of {', '.join(NAMES)}, each with /LANG after it if wanted"
         )
