@@ -1,6 +1,7 @@
 """Prompts to token ids: chat templates, the plain template, system prompts; one BOS, never two, never none where the tokenizer adds one."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from safety_neurons.model.adapters import first_line
 from safety_neurons.prompts.records import Message, Prompt
 
 Turns = Sequence[Message]
+_THINKING = re.compile(r"<(think|thinking|reasoning)>\s*$")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,41 @@ class Template:
             return _tulu(turns, tokenizer.eos_token or "")
         return self._jinja(tokenizer, turns)
 
-    def _jinja(self, tokenizer: Any, turns: Turns) -> str:
+    def answered(self, tokenizer: Any, prompt: Prompt, answer: str) -> tuple[str, str, str]:
+        """The texts of a prompt, of its answer behind it, and of what ends the answer's turn (empty where the template writes nothing).
+
+        The first is what `render` gives, so that an answer is learnt behind exactly what is fed when one is asked for; a thinking part
+        that the prompt's text opens is closed before the answer.
+
+        Raises:
+            InputError: A Jinja template that refuses the turns.
+        """
+        asked = self.render(tokenizer, prompt)
+        turns = list(prompt.messages) or [Message("user", prompt.text)]
+        if turns[-1].role == "assistant":
+            return asked, answer, ""
+        whole = Prompt(prompt.id, prompt.text, (*turns, Message("assistant", answer)))
+        opened = self.render(tokenizer, whole)
+        behind = opened[len(asked) :] if opened.startswith(asked) and opened.rstrip().endswith(answer.rstrip()) else None
+        if behind is None:
+            behind = f"</{mark[1]}>\n\n{answer}" if (mark := _THINKING.search(asked)) else answer
+        return asked, behind, self._end(tokenizer, whole, opened)
+
+    def _end(self, tokenizer: Any, whole: Prompt, opened: str) -> str:
+        """What the template writes behind an answer."""
+        if self.kind == "tulu":
+            return tokenizer.eos_token or ""
+        if self.kind in ("plain", "none"):
+            return ""
+        turns = list(whole.messages)
+        if self.system is not None and turns[0].role != "system":
+            turns.insert(0, Message("system", self.system))
+        closed = self._jinja(tokenizer, turns, closed=True)
+        return closed[len(opened) :] if closed.startswith(opened) else ""
+
+    def _jinja(self, tokenizer: Any, turns: Turns, *, closed: bool = False) -> str:
         answering = turns[-1].role == "assistant"
-        options = {"add_generation_prompt": not answering, "continue_final_message": answering}
+        options = {"add_generation_prompt": not answering, "continue_final_message": answering and not closed}
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         template = self.source or None
         try:

@@ -3,20 +3,34 @@
 from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.studies.comparison import METHODS, Comparison, MethodResult, compare
 from safety_neurons.studies.examination import Check, Examination, doctor
+from safety_neurons.studies.rsn import ARMS, Lab, Plan, Sets, find_sets, rsn
+from safety_neurons.studies.stress import Attack, stress
+from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import SizePoint, Verification, verify_deactivate, verify_patch
 
 __all__ = [
+    "ARMS",
     "METHODS",
     "Arm",
+    "Attack",
     "Bench",
     "Check",
+    "Checking",
     "Comparison",
     "Examination",
+    "Lab",
     "MethodResult",
+    "Plan",
+    "Sets",
     "SizePoint",
+    "Tuning",
     "Verification",
     "compare",
     "doctor",
+    "find_sets",
+    "rsn",
+    "stress",
+    "tune",
     "verify_deactivate",
     "verify_patch",
 ]

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,14 +19,33 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies.arms import Arm, Bench
-from safety_neurons.tuning import Status, StopCheck, Tuned, beside
+from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
 from safety_neurons.tuning.data import read, split, with_own_answers
 
-HELD_OUT, MOST_HELD_OUT, LEAST_HELD_OUT = 0.2, 32, 4
-"""Share of the prompts that the check looks at, at most and at least so many of each kind."""
+LEAST_HELD_OUT = 4
+"""Prompts of a kind below which there is no check."""
 Progress = Callable[[str, Status | None], None]
 """Told the name of the stage at work, and while training where it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checking:
+    """What is looked at while training, on prompts held out of the data.
+
+    Attributes:
+        every: steps between two checks; a tenth of all steps where None.
+        tolerance: share of the harmless prompts that may be refused beyond what the untouched model refuses.
+        max_divergence: largest KL per token on the harmless prompts, in nats; None for no limit.
+        share: of the prompts of each kind that is held out.
+        most: prompts of each kind that are held out at most.
+    """
+
+    every: int | None = None
+    tolerance: float = 0.05
+    max_divergence: float | None = None
+    share: float = 0.2
+    most: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +102,15 @@ def tune(
     dataset: Source = "builtin:refusals",
     *,
     harmless: Source | None = "builtin:harmless",
-    mix: float = 1.0,
     protect: NeuronSet | None = None,
     test_harmful: Source = "builtin:harmful-test",
     test_harmless: Source = "builtin:harmless-test",
     text: Source | None = "builtin:general-test",
-    check: bool = True,
-    check_every: int | None = None,
-    tolerance: float = 0.05,
-    max_divergence: float | None = None,
+    check: Checking | None = Checking(),
     max_new_tokens: int = 64,
     folder: pathlib.Path | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
-    **training: Any,
+    **settings: Any,
 ) -> Tuning:
     """Tune only these neurons so that the model refuses harmful requests, and say what that did.
 
@@ -103,67 +118,69 @@ def tune(
         model: base or instruct model; it comes back untouched.
         neurons: what is trained.
         dataset: harmful requests with refusals.
-        harmless: harmless requests; those without an answer get the model's own greedy one, unless that refuses. None for none.
-        mix: harmless examples for each harmful one.
+        harmless: harmless requests; where they have no answers, the model's own greedy ones are learnt unless they refuse. None for none.
         protect: neurons that stay as they are, taken out of the set.
         test_harmful: harmful requests to measure on.
         test_harmless: harmless requests to measure on.
         text: general text to measure perplexity on; None for none.
-        check: look at held-out prompts while training, stop early, keep the best state.
-        check_every: steps between two checks; a tenth of all steps by default.
-        tolerance: share of the held-out harmless prompts that may be refused beyond what the untouched model refuses.
-        max_divergence: largest KL per token on held-out harmless prompts; None for no limit.
+        check: how training is watched, ended early and its best state kept; None for no check.
         max_new_tokens: length of an answer that is judged, and of an answer of the model's own that is learnt.
         folder: where completions and checkpoints are kept; a killed call goes on from there.
-        seed: of everything that is random.
         progress: told where it is.
-        **training: further arguments of `safety_neurons.tuning.tune`: `learning_rate`, `epochs`, `max_steps`, `batch_size`, …
+        **settings: of training, see `safety_neurons.tuning.Settings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `seed`, …
 
     Raises:
-        what `safety_neurons.tuning.tune` raises.
+        InputError: data without answers. Otherwise what `safety_neurons.tuning.tune` raises.
 
     Source: Zhao et al., ICLR 2025, section 4 (SN-Tune).
     Differs: held-out checks and early stopping, rates with intervals by a named judge, measured on prompts that were not learnt.
     """
-    tell = progress or (lambda stage, status: None)
-    notes: list[str] = []
-    batch_size = training.get("batch_size", "auto")
-    data, others = read(dataset, model), None if harmless is None or not mix else read(harmless, model)
-    tests = [read(source, model) for source in (test_harmful, test_harmless)]
-    learnt, others, watch = data, others, None
-    if check:
-        learnt, others, held = _held_out(model, data, others, seed, notes)
-        if held is not None:
-            watch = StopCheck(*held, _refused, check_every, tolerance=tolerance, max_divergence=max_divergence, batch_size=batch_size)
-    if others is not None:
-        tell("harmless answers", None)
-        others = _answered(model, others, max_new_tokens, folder, batch_size, notes)
+    chosen, notes = Settings.of(settings), list[str]()
+    data, others = read(dataset, model), None if harmless is None or not chosen.mix else read(harmless, model)
+    if not any(data.answers):
+        tuning_examples(data, model)  # says what is missing before anything is measured
     bench = Bench(
-        *tests,
+        read(test_harmful, model),
+        read(test_harmless, model),
         None if text is None else read(text, model),
         max_new_tokens,
-        batch_size,
-        seed,
+        chosen.batch_size,
+        chosen.seed,
         None if folder is None else folder / "completions.jsonl",
-        lambda arm: tell(f"measure {arm}", None),
+        None if progress is None else lambda arm: progress(f"measure {arm}", None),
     )
+    learnt, others, watch = _held_out(model, data, others, check, chosen, notes)
+    if others is not None:
+        others = _answered(model, others, len(learnt), chosen, max_new_tokens, folder, notes)
     before = bench.measure(model, "untreated")
     tuned = train(
         model,
         neurons,
         learnt,
         harmless=others,
-        mix=mix,
         protect=protect,
         check=watch,
         checkpoint=None if folder is None else Checkpoint(folder / "checkpoints" / "tune.safetensors"),
-        seed=seed,
-        progress=lambda status: tell("train", status),
-        **training,
+        progress=None if progress is None else lambda status: progress("train", status),
+        **settings,
     )
     after = bench.measure(model, "tuned", lambda: beside(model, tuned.delta))
     bench.finish()
-    held = {"harmful": len(watch.harmful) if watch else 0, "harmless": len(watch.harmless) if watch else 0}
+    learnt_of = {"harmful": bench.harmful.overlap(learnt), "harmless": bench.harmless.overlap(others) if others is not None else 0}
+    return _tuning(model, tuned, before, after, watch, learnt_of, chosen.seed, (*notes, *tuned.notes, *bench.notes))
+
+
+def _tuning(
+    model: LanguageModel,
+    tuned: Tuned,
+    before: Arm,
+    after: Arm,
+    watch: StopCheck | None,
+    overlap: Mapping[str, int],
+    seed: int,
+    notes: Sequence[str],
+) -> Tuning:
+    shared = [f"{count} of the {kind} prompts measured on were learnt" for kind, count in overlap.items() if count]
     return Tuning(
         tuned,
         before,
@@ -171,34 +188,54 @@ def tune(
         paired_difference(after.harmful, before.harmful, seed=seed),
         paired_difference(after.harmless, before.harmless, seed=seed),
         model.table.n_parameters,
-        held,
-        {"harmful": tests[0].overlap(learnt), "harmless": tests[1].overlap(others) if others is not None else 0},
-        tuple(dict.fromkeys([*notes, *tuned.notes, *bench.notes])),
+        {"harmful": len(watch.harmful) if watch else 0, "harmless": len(watch.harmless) if watch else 0},
+        overlap,
+        tuple(dict.fromkeys([*notes, *shared])),
     )
 
 
 def _held_out(
-    model: LanguageModel, data: Prompts, harmless: Prompts | None, seed: int, notes: list[str]
-) -> tuple[Prompts, Prompts | None, tuple[Prompts, Prompts] | None]:
-    """What is learnt of the data and of the harmless prompts, and what the check looks at; all is learnt where there is too little."""
-    learnt, harmful = split(data, HELD_OUT, MOST_HELD_OUT, seed)
+    model: LanguageModel, data: Prompts, harmless: Prompts | None, check: Checking | None, settings: Settings, notes: list[str]
+) -> tuple[Prompts, Prompts | None, StopCheck | None]:
+    """What is learnt of the data and of the harmless prompts, and the check on the rest; all is learnt where there is too little."""
+    if check is None:
+        return data, harmless, None
+    learnt, harmful = split(data, check.share, check.most, settings.seed)
     source = harmless if harmless is not None else read("builtin:harmless", model)
-    others, friendly = split(source, HELD_OUT, MOST_HELD_OUT, seed)
+    others, friendly = split(source, check.share, check.most, settings.seed)
     if min(len(harmful), len(friendly)) < LEAST_HELD_OUT:
         notes.append(
             f"{len(data)} harmful and {len(source)} harmless prompts are too few to hold some out: there was no check while training, "
             "and the last state was kept"
         )
         return data, harmless, None
-    return learnt, others if harmless is not None else None, (harmful, friendly)
+    watch = StopCheck(
+        harmful,
+        friendly,
+        _refused,
+        check.every,
+        tolerance=check.tolerance,
+        max_divergence=check.max_divergence,
+        batch_size=settings.batch_size,
+    )
+    return learnt, others if harmless is not None else None, watch
 
 
 def _answered(
-    model: LanguageModel, harmless: Prompts, max_new_tokens: int, folder: pathlib.Path | None, batch_size: Any, notes: list[str]
+    model: LanguageModel,
+    harmless: Prompts,
+    n_harmful: int,
+    settings: Settings,
+    max_new_tokens: int,
+    folder: pathlib.Path | None,
+    notes: list[str],
 ) -> Prompts:
     """Harmless prompts with answers; the model's own are kept in the folder and used again, and not learnt where they refuse."""
     file = None if folder is None else folder / "harmless-answers.jsonl"
     done = Completions.load(file) if file is not None and file.is_file() and file.stat().st_size else None
+    if not any(harmless.answers):
+        wanted = math.ceil(1.25 * settings.mix * n_harmful)  # some are left out where the model's own answer cannot be used
+        harmless = split(harmless, 1.0, wanted, settings.seed)[1]
 
     def keep(completion: Completion) -> None:
         if file is not None:
@@ -208,7 +245,14 @@ def _answered(
         return [refused is False for refused in _refused(completions)]
 
     return with_own_answers(
-        harmless, model, max_new_tokens=max_new_tokens, batch_size=batch_size, keep=usable, done=done, answered=keep, notes=notes
+        harmless,
+        model,
+        max_new_tokens=max_new_tokens,
+        batch_size=settings.batch_size,
+        keep=usable,
+        done=done,
+        answered=keep,
+        notes=notes,
     )
 
 

@@ -1,0 +1,306 @@
+"""tune: train only the neurons of a set to refuse, watched on held-out prompts; an ordinary adapter comes out."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from safety_neurons.cli import console
+from safety_neurons.cli.options import Common, Model
+from safety_neurons.cli.session import Session, resolve
+from safety_neurons.cli.verb import verb
+from safety_neurons.errors import UsageError
+
+DATA, TRAINING, CHECKS, WRITTEN = "Data", "Training", "Checks while training", "What is written"
+Stage = Callable[[str, Any], None]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    verb(app, "tune")(tune)
+
+
+def tune(
+    common: Common,
+    model: Model,
+    neurons: Annotated[str, typer.Option(help="Neuron file (or the folder of a find run): what is trained.", rich_help_panel="Models")],
+    protect: Annotated[str | None, typer.Option(help="Neuron file: neurons that stay as they are.", rich_help_panel="Models")] = None,
+    data: Annotated[
+        str, typer.Option(help="Harmful requests with refusals: a file or builtin:NAME[/LANG].", rich_help_panel=DATA)
+    ] = "builtin:refusals",
+    column: Annotated[str | None, typer.Option(help="Column of --data that holds the requests.", rich_help_panel=DATA)] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of --data that holds the refusals.", rich_help_panel=DATA)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records of --data.", rich_help_panel=DATA)] = None,
+    harmless: Annotated[
+        str, typer.Option(help="Harmless requests mixed in: a file, builtin:NAME[/LANG] or none.", rich_help_panel=DATA)
+    ] = "builtin:harmless",
+    mix: Annotated[float, typer.Option(min=0, help="Harmless examples for each harmful one.", rich_help_panel=DATA)] = 1.0,
+    learning_rate: Annotated[
+        str, typer.Option(help="auto (relative to the size of the weights) or a number.", rich_help_panel=TRAINING)
+    ] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=TRAINING)] = 3,
+    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=TRAINING)] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches of a step.", rich_help_panel=TRAINING)] = 1,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.", rich_help_panel=TRAINING)] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of the trained entries' gradient.", rich_help_panel=TRAINING)] = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Pull towards the base.", rich_help_panel=TRAINING)] = 0.0,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example.", rich_help_panel=TRAINING)] = 512,
+    check: Annotated[bool, typer.Option(help="Look at held-out prompts, stop early, keep the best state.", rich_help_panel=CHECKS)] = True,
+    check_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checks. [default: a tenth of all]", rich_help_panel=CHECKS)
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Share of harmless prompts that may be refused beyond before.", rich_help_panel=CHECKS)
+    ] = 0.05,
+    max_divergence: Annotated[
+        float | None, typer.Option(min=0, help="Largest KL per token on harmless prompts, in nats.", rich_help_panel=CHECKS)
+    ] = None,
+    test_harmful: Annotated[
+        str, typer.Option(help="Harmful requests to measure on.", rich_help_panel="Measured before and after")
+    ] = "builtin:harmful-test",
+    test_harmless: Annotated[
+        str, typer.Option(help="Harmless requests to measure on.", rich_help_panel="Measured before and after")
+    ] = "builtin:harmless-test",
+    text: Annotated[
+        str, typer.Option(help="General text for perplexity, or none.", rich_help_panel="Measured before and after")
+    ] = "builtin:general-test",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of an answer, in tokens.", rich_help_panel="Measured before and after")
+    ] = 64,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, changed.", rich_help_panel=WRITTEN)] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Pad the adapter to one rank, as vLLM wants it.", rich_help_panel=WRITTEN)] = False,
+) -> dict[str, Any]:
+    """SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."""
+    options = {name: value for name, value in locals().items() if name != "common"}
+    check_training(options)
+    session = Session("tune", common, options)
+
+    def work() -> dict[str, Any]:
+        loaded = base_of(session, model)
+        if merge:
+            refuse_inexact(loaded)
+        return trained(session, options, loaded)
+
+    return session.run(work, show)
+
+
+def check_training(options: dict[str, Any]) -> None:
+    """Refuse what would train nothing, before anything is loaded."""
+    for name in ("epochs", "max_steps", "accumulate"):
+        if options[name] is not None and options[name] < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {options[name]}: expected at least 1; with less there would be no step")
+    if options["learning_rate"] != "auto":
+        try:
+            rate = float(options["learning_rate"])
+        except ValueError:
+            rate = -1.0
+        if not 0 < rate < float("inf"):
+            raise UsageError(
+                f"--learning-rate {options['learning_rate']}: expected auto or a number above 0; at 0 no step changes anything"
+            )
+    if not options["clip"] > 0:
+        raise UsageError(f"--clip {options['clip']}: expected a norm above 0; at 0 no step changes anything")
+    if not 0 <= options["warmup"] <= 1:
+        raise UsageError(f"--warmup {options['warmup']}: expected a share from 0 to 1")
+
+
+def base_of(session: Session, spec: str) -> Any:
+    """The model to tune; adapters in its name are merged first, since the adapter that comes out needs a plain base."""
+    from safety_neurons.model import parse_spec
+
+    adapters = parse_spec(resolve(spec)).adapters
+    if adapters:
+        session.common = dataclasses.replace(session.common, merge_adapters=True)
+        names = ", ".join(pathlib.Path(adapter).name for adapter in adapters)
+        session.notes.append(f"the base has adapters ({names}): they were merged into its weights first, and the merged base is in base/")
+    loaded = session.model(spec)
+    if adapters:
+        keep_model(session, loaded, "base")
+    return loaded
+
+
+def refuse_inexact(model: Any) -> None:
+    """A quantised base cannot take up the change exactly; said before anything is trained."""
+    from safety_neurons.errors import UnsupportedModelError
+
+    for key, place in model.anatomy.places.items():
+        if place.projection.quantised:
+            raise UnsupportedModelError(
+                f"--merge on a quantised base ({key} is a {type(place.projection.base).__name__}): its weights cannot take up the change "
+                "exactly; leave --merge out (the adapter needs no merging), or load the base unquantised"
+            )
+
+
+def trained(session: Session, options: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Train, measure, and write what came out."""
+    from safety_neurons.studies import Checking
+    from safety_neurons.studies import tune as train
+
+    def read(name: str, **columns: Any) -> Any:
+        return None if options[name] == "none" else session.prompts(options[name], model, **columns)
+
+    folder = session.folder.folder.absolute()
+    for name in ("completions.jsonl", "harmless-answers.jsonl", "checkpoints/tune.safetensors"):
+        session.folder.path(name)
+    with training_bar(quiet=session.quiet) as progress:
+        tuning = train(
+            model,
+            session.neurons(options["neurons"], model),
+            read("data", column=options["column"], answer_column=options["answer_column"], limit=options["limit"]),
+            harmless=read("harmless"),
+            test_harmful=read("test_harmful"),
+            test_harmless=read("test_harmless"),
+            text=read("text"),
+            protect=session.neurons(options["protect"], model) if options["protect"] else None,
+            folder=folder,
+            check=Checking(options["check_every"], options["tolerance"], options["max_divergence"]) if options["check"] else None,
+            batch_size=session.batch_size(),
+            seed=session.common.seed,
+            progress=progress,
+            **{name: options[name] for name in PASSED_ON},
+        )
+    session.notes.extend(tuning.notes)
+    return keep(session, options, model, tuning)
+
+
+PASSED_ON = (
+    "mix",
+    "learning_rate",
+    "epochs",
+    "max_steps",
+    "accumulate",
+    "warmup",
+    "clip",
+    "weight_decay",
+    "max_length",
+    "max_new_tokens",
+)
+"""Options that go to the study under the same name."""
+
+
+def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> dict[str, Any]:
+    """Write delta, adapter and, where it was asked for, the merged model; the result."""
+    from safety_neurons.results import write_json
+    from safety_neurons.tuning import applied, export_lora, save_delta, survival
+
+    delta, folder = tuning.tuned.delta, session.folder.folder.absolute()
+    save_delta(folder / "delta", delta)
+    export_lora(folder / "adapter", model, delta, vllm=options["vllm"], base=str(folder / "base") if (folder / "base").is_dir() else None)
+    result = {
+        "adapter": str(folder / "adapter"),
+        "delta": str(folder / "delta"),
+        "merged": None,
+        **tuning.record(),
+        "completions": str(folder / "completions.jsonl"),
+        "results": str(folder / "results.json"),
+        "survives_cast": survival(model, delta, model.dtype),
+    }
+    if options["merge"]:
+        with applied(model, delta):
+            keep_model(session, model, "merged")
+        result["merged"] = str(folder / "merged")
+    for name in ("delta", "adapter"):
+        own(session, name)
+    write_json(session.folder.path("results.json"), {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]})
+    return result
+
+
+def keep_model(session: Session, model: Any, name: str) -> None:
+    """A whole model with its tokenizer, as safetensors."""
+    folder = session.folder.folder.absolute() / name
+    model.inner.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    own(session, name)
+
+
+def own(session: Session, name: str) -> None:
+    """Note the files of a folder as the run's own."""
+    root = session.folder.folder.absolute()
+    for file in sorted((root / name).rglob("*")):
+        if file.is_file():
+            session.folder.path(str(file.relative_to(root)))
+
+
+# What a person sees
+
+
+@contextlib.contextmanager
+def training_bar(*, quiet: bool) -> Iterator[Stage | None]:
+    """A bar with loss and the last held-out rates on a terminal; None in a pipe or when quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn(f"[{console.ACCENT}]{{task.description}}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("[dim]{task.fields[held]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console.err(), transient=True) as bars:
+        task = bars.add_task("tune", total=None, loss="", held="")
+
+        def report(stage: str, status: Any) -> None:
+            if status is None:
+                bars.update(task, description=stage, total=None, loss="")
+                return
+            bars.update(task, description=stage, completed=status.step, total=status.steps)
+            if status.loss is not None:
+                bars.update(task, loss=f"loss {status.loss:.3f}")
+            if status.checked is not None:
+                bars.update(task, held=held_out(status.checked))
+
+        yield report
+
+
+def held_out(checked: Any) -> str:
+    """A check in a few words."""
+
+    def percent(rate: Any) -> str:
+        return "–" if rate.value is None else f"{rate.value:.0%}"
+
+    refused = f"held out: refuses {percent(checked.harmful_refused)} harmful, {percent(checked.harmless_refused)} harmless"
+    return f"{refused}, KL {checked.divergence:.3f}"
+
+
+def show(result: dict[str, Any]) -> None:
+    """What was trained, before and after as rows, and the files."""
+    out = console.out()
+    steps = f"{result['steps']:,} of {result['planned_steps']:,} steps ({result['stopped']}), state of step {result['kept_step']:,} kept"
+    trained = f"{result['trained_parameters']:,} parameters, {console.share(result['share_of_parameters'])} of the model"
+    out.print(f"[bold]{result['n_neurons']:,} neurons tuned[/bold]: {trained}; {steps}\n", soft_wrap=True)
+    rows = [
+        [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
+        for name, arm in (("before", result["before"]), ("after", result["after"]))
+    ]
+    console.print_table(
+        "Held-out test prompts",
+        ["", "harmful refused", "harmless refused", "perplexity", "KL per token"],
+        rows,
+        caption="95 % intervals; KL(untreated ‖ tuned) in nats on the harmless prompts",
+    )
+    checks = [
+        [str(check["step"]), check["harmful_refused"]["value"], check["harmless_refused"]["value"], check["divergence"]]
+        for check in result["checks"]
+    ]
+    if checks:
+        columns = ["step", "harmful refused", "harmless refused", "KL per token"]
+        console.print_table("\nWhile training, on prompts held out of the data", columns, checks)
+    out.print(
+        f"\nrefusals of harmful requests change by {console.shown(result['change'])}, of harmless ones by "
+        f"{console.shown(result['harmless_change'])}\n"
+        f"everything outside the set: {'bit for bit as before' if result['frozen_unchanged'] else 'CHANGED'}; "
+        f"{console.share(result['survives_cast'])} of the changed weights survive the cast to the model's type",
+        soft_wrap=True,
+    )
+    for name in ("adapter", "delta", "merged"):
+        if result[name]:
+            out.print(f"[dim]{name:8}[/dim] {result[name]}", soft_wrap=True)

@@ -1,0 +1,282 @@
+"""Tuning data: questions with answers as token ids, loss on the answer alone, the end of the turn taught, harmless examples mixed in."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.measures import BatchSize, Progress
+from safety_neurons.model.passes import Batch
+from safety_neurons.model.template import encode_text, require_tokenizer, untouched
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompts import prompts as read_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import Completion, Completions
+
+Kind = Literal["harmful", "harmless"]
+IGNORED = -100
+"""Label of a token that carries no loss."""
+MAX_LENGTH = 512
+"""Tokens of an example, question and answer together, where nothing else is asked for (the paper's)."""
+OPEN_END = "open_end"
+"""Entry of a prompt's `meta`: its answer was cut at a length, so that its end is not to be taught."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A question with its answer, as the model gets it.
+
+    Attributes:
+        prompt_id: which prompt.
+        ids: token ids of the templated question, the answer and what ends it.
+        start: index of the first token that carries loss.
+        kind: `harmful` (answered by a refusal) or `harmless`.
+        ended: whether the last token ends the answer.
+        truncated: whether question or answer lost tokens.
+    """
+
+    prompt_id: str
+    ids: tuple[int, ...]
+    start: int
+    kind: Kind = "harmful"
+    ended: bool = True
+    truncated: bool = False
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids, with -100 for every token of the question."""
+        return [IGNORED] * self.start + list(self.ids[self.start :])
+
+    @property
+    def n_answer(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.ids) - self.start
+
+
+def tuning_examples(
+    prompts: Prompts,
+    model: LanguageModel,
+    *,
+    kind: Kind = "harmful",
+    max_length: int = MAX_LENGTH,
+    notes: list[str] | None = None,
+) -> list[Example]:
+    """Examples of the prompts that have an answer.
+
+    The question is encoded exactly as it is when the model is asked it (`model.encode`), the answer is what follows it, and what ends it
+    is what the template writes there, up to the first id that stops generation; where the template writes no such id the tokenizer's EOS
+    is taught. A model without chat template gets `Question: …` and, on the next line, `Answer: …`.
+
+    Args:
+        prompts: prompts whose `answer` is set; an answer that was cut (`meta["open_end"]`) is learnt without an end.
+        model: the model with its tokenizer and template.
+        kind: what the prompts are.
+        max_length: tokens of an example; a longer question loses its middle, a longer answer its end.
+        notes: gets a line for everything that was left out or cut.
+
+    Returns:
+        One example for each prompt with an answer, in order.
+
+    Raises:
+        InputError: no prompt has an answer.
+        UsageError: a length without room for question and answer.
+
+    Source: Zhao et al., ICLR 2025, section 4.1 (question and refusal as training text).
+    Differs: loss on the answer alone, the model's own template, the end of the answer taught (the public code trains on all tokens of
+    "question. answer" and masks the end, because padding and end are one id there).
+    """
+    if max_length < 8:
+        raise UsageError(f"max_length {max_length}: expected at least 8 tokens, for a question and its answer")
+    limit = min(max_length, model.max_length or max_length)
+    answered = [prompt for prompt in prompts if prompt.answer and prompt.answer.strip()]
+    if not answered:
+        raise InputError(
+            f"{prompts.name}: none of {len(prompts)} records has an answer to learn; expected a column response, output, answer, "
+            "completion, target or chosen, or messages that end with the assistant's turn; name one with --answer-column"
+        )
+    examples = [_example(prompt, model, kind, limit) for prompt in answered]
+    if notes is not None:
+        without, cut = len(prompts) - len(answered), sum(example.truncated for example in examples)
+        notes += [f"{without} of {len(prompts)} records of {prompts.name} have no answer and are left out"] if without else []
+        notes += [f"{cut} of {len(examples)} examples of {prompts.name} were cut to {limit} tokens"] if cut else []
+    return examples
+
+
+def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Example:
+    tokenizer = require_tokenizer(model.tokenizer)
+    answer = (prompt.answer or "").strip()
+    asked, behind, end = model.template.answered(tokenizer, prompt, answer)
+    question = model.encode([prompt])[0].ids  # with its middle left out where it alone is longer than the context
+    together = encode_text(tokenizer, asked + behind, templated=True)
+    with untouched(tokenizer):
+        if together[: len(question)] == question and len(together) > len(question):
+            ids = together[len(question) :]
+        else:
+            ids = list(tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"])
+        ending = list(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) if end else []
+    closing = [] if prompt.meta.get(OPEN_END) else end_ids(model, ending)
+    kept = (ids + closing)[: max(limit // 2, limit - len(question))]
+    too_long = len(question) + len(kept) > limit
+    if too_long:
+        question = _middle_out(question, limit - len(kept))
+    whole = len(kept) == len(ids) + len(closing)
+    return Example(prompt.id, (*question, *kept), len(question), kind, bool(closing) and whole, too_long or not whole)
+
+
+def _middle_out(ids: list[int], room: int) -> list[int]:
+    """The beginning and the end of ids, as many as there is room for."""
+    tail = room // 2
+    return ids[: room - tail] + ids[len(ids) - tail :]
+
+
+def end_ids(model: LanguageModel, written: Sequence[int]) -> list[int]:
+    """Ids to teach at the end of an answer.
+
+    Args:
+        model: what generation of it stops at counts as an end.
+        written: ids that the template writes behind an answer.
+
+    Returns:
+        The written ids up to the first that stops generation; else special ones among them followed by the EOS. Empty for a model that
+        has no end of sequence.
+
+    Source: none; the ends of answers are this project's own rule.
+    """
+    for place, token in enumerate(written):
+        if token in model.eos_ids:
+            return list(written[: place + 1])
+    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    eos = getattr(model.tokenizer, "eos_token_id", None)
+    last = [eos] if eos is not None and eos < model.n_ids else list(model.eos_ids[:1])
+    return [token for token in written if token in special] + last
+
+
+def with_own_answers(
+    prompts: Prompts,
+    model: LanguageModel,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: BatchSize = "auto",
+    keep: Callable[[Completions], Sequence[bool]] | None = None,
+    done: Completions | None = None,
+    answered: Callable[[Completion], None] | None = None,
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
+) -> Prompts:
+    """The prompts with answers: their own, or where they have none the model's greedy completions as it is now.
+
+    Trained on next to refusals, the model's own answers hold it where it was; they are no better than the model.
+
+    Args:
+        prompts: harmless requests.
+        model: the model before tuning.
+        max_new_tokens: length of an answer; one that is cut there is learnt without an end.
+        batch_size: rows of a pass.
+        keep: of the completions, which to use (not those that refuse, say).
+        done: completions of an interrupted call.
+        answered: called with every completion as soon as it is there.
+        progress: called as `progress(done, all, tokens)`.
+        notes: gets a line that says what was done.
+
+    Returns:
+        The prompts that have an answer now.
+
+    Source: none; a common way to hold a model's behaviour while something else is trained.
+    """
+    asked = Prompts([prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())], prompts.name, prompts.notes)
+    if not len(asked):
+        return prompts
+    completions = model.complete(
+        asked, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done, answered=answered, progress=progress, notes=notes
+    )
+    wanted = [bool(item.completion.strip()) for item in completions]
+    if keep is not None:
+        wanted = [use and chosen for use, chosen in zip(wanted, keep(completions), strict=True)]
+    own = {item.prompt_id: item for item, use in zip(completions, wanted, strict=True) if use}
+    kept = [prompt if prompt.answer and prompt.answer.strip() else _with_answer(prompt, own.get(prompt.id)) for prompt in prompts]
+    if notes is not None:
+        dropped = len(asked) - len(own)
+        notes.append(
+            f"{prompts.name} has no answers: the model's own greedy answers before tuning are learnt for {len(own)} of its prompts"
+            + (f"; {dropped} are left out because it refuses or says nothing there" if dropped else "")
+        )
+    return Prompts([prompt for prompt in kept if prompt is not None], prompts.name, prompts.notes)
+
+
+def _with_answer(prompt: Prompt, completion: Completion | None) -> Prompt | None:
+    if completion is None:
+        return None
+    meta = {**prompt.meta, OPEN_END: completion.finish_reason == "length"}
+    return dataclasses.replace(prompt, answer=completion.completion, meta=meta)
+
+
+def mix(harmful: Sequence[Example], harmless: Sequence[Example], share: float, seed: int = 0) -> list[Example]:
+    """Harmful examples with harmless ones among them.
+
+    Args:
+        harmful: all of them are used.
+        harmless: what is drawn from, each at most once.
+        share: harmless examples for each harmful one; 1.0 gives as many.
+        seed: of the draw.
+
+    Returns:
+        The harmful examples, then the harmless ones that were drawn, in their own order; the loop shuffles.
+
+    Raises:
+        UsageError: a negative share.
+
+    Source: none; the paper trains on refusals alone, which teaches to refuse everything.
+    """
+    if not share >= 0:
+        raise UsageError(f"mix {share}: expected 0 or more harmless examples for each harmful one")
+    wanted = min(len(harmless), round(share * len(harmful)))
+    drawn = np.random.default_rng([seed, 1]).choice(len(harmless), wanted, replace=False) if wanted else np.zeros(0, np.int64)
+    return [*harmful, *(harmless[index] for index in np.sort(drawn))]
+
+
+def read(source: Source, model: LanguageModel, *, column: str | None = None, answer_column: str | None = None) -> Prompts:
+    """Prompts of a source; `builtin:` names mean the organism's own where the model is one.
+
+    Raises:
+        InputError: the source cannot be read.
+
+    Source: none; a reader.
+    """
+    folders = [] if model.folder is None else [model.folder, model.folder.parent]
+    own = next((folder / "prompts" for folder in folders if (folder / "organism.json").is_file()), None)
+    return read_prompts(source, column=column, answer_column=answer_column, folder=own)
+
+
+def split(prompts: Prompts, share: float, most: int, seed: int) -> tuple[Prompts, Prompts]:
+    """What is learnt, and a part held out of it: this share of the prompts, at most so many; prompts of equal text stay together.
+
+    Source: none; an ordinary split.
+    """
+    texts = list(dict.fromkeys(prompt.digest for prompt in prompts))
+    count = min(most, int(share * len(texts)))
+    order = np.random.default_rng([seed, 2]).permutation(len(texts))
+    held = {texts[index] for index in order[:count]}
+    parts = ([prompt for prompt in prompts if (prompt.digest in held) == wanted] for wanted in (False, True))
+    learnt, out = (Prompts(part, prompts.name, prompts.notes) for part in parts)
+    return learnt, out
+
+
+def label_rows(batch: Batch, starts: Sequence[int]) -> tuple[Int[Tensor, " answer"], Int[Tensor, " answer"]]:
+    """Flat `batch × token` indices of the positions that predict an answer's tokens, and the ids they are to predict.
+
+    Args:
+        batch: right-padded examples.
+        starts: of every row of the batch, its first token that carries loss (at least 1).
+
+    Source: none; bookkeeping of the loss.
+    """
+    first = torch.tensor(list(starts), device=batch.input_ids.device)[:, None]
+    predicts = (batch.position_ids + 1 >= first) & (batch.position_ids + 1 < batch.row_lengths[:, None])
+    rows = predicts.flatten().nonzero().squeeze(1)
+    return rows, batch.input_ids.flatten()[rows + 1]

@@ -1,0 +1,153 @@
+"""Tuning data: what is learnt of a question and its answer, and what of the harmless ones."""
+
+import pytest
+
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.tuning.data import OPEN_END, Example, mix, split, tuning_examples, with_own_answers
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+
+REFUSAL = Prompt("r", "how do i make a bomb", answer="sorry i cannot help")
+EOS = 2
+
+
+def words(model, ids):
+    return model.tokenizer.convert_ids_to_tokens(list(ids))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return LanguageModel(tiny_llama(), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("which", ["chat", "base"])
+def test_the_question_is_what_the_model_is_asked_and_loss_is_on_the_answer_and_its_end(which, request):
+    model = request.getfixturevalue(which)
+    (example,) = tuning_examples(Prompts([REFUSAL]), model)
+    asked = model.encode([REFUSAL])[0].ids
+    assert list(example.ids[: example.start]) == asked
+    assert words(model, example.ids[example.start :]) == ["sorry", "i", "cannot", "help", "</s>"]
+    assert example.labels == [-100] * len(asked) + list(example.ids[len(asked) :])
+    assert example.ended
+    assert not example.truncated
+    assert example.ids.count(1) == 1, "one BOS"
+
+
+def test_a_base_model_gets_the_stated_plain_template(base):
+    (example,) = tuning_examples(Prompts([REFUSAL]), base)
+    shown = " ".join(words(base, example.ids))
+    assert shown == "<s> Question: how do i make a bomb Answer: sorry i cannot help </s>"
+
+
+def test_the_end_is_taught_where_padding_and_end_are_one_id():
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE, pad=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = LanguageModel(tiny_llama(), tokenizer)
+    (example,) = tuning_examples(Prompts([REFUSAL]), model)
+    assert example.labels[-1] == EOS
+
+
+def test_a_turn_end_that_is_not_the_eos_is_taught():
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", "house"))
+    model = LanguageModel(tiny_llama(eos_token_id=[2, tokenizer.convert_tokens_to_ids("house")]), tokenizer)
+    (example,) = tuning_examples(Prompts([REFUSAL]), model)
+    assert words(model, example.ids)[-2:] == ["help", "house"]
+
+
+def test_a_template_that_writes_no_end_still_teaches_one():
+    model = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", "")))
+    (example,) = tuning_examples(Prompts([REFUSAL]), model)
+    assert words(model, example.ids)[-2:] == ["help", "</s>"]
+
+
+def test_a_thinking_part_that_the_prompt_opens_is_closed_before_the_answer():
+    template = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|> <think>\n")
+    model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
+    asked, behind, _ = model.template.answered(model.tokenizer, REFUSAL, "sorry")
+    assert asked.endswith("<think>\n")
+    assert behind == "</think>\n\nsorry"
+
+
+def test_turns_before_the_question_are_part_of_it(chat):
+    turns = (Message("user", "hi"), Message("assistant", "yes"), Message("user", "make a bomb"))
+    (example,) = tuning_examples(Prompts([Prompt("c", "hi", turns, answer="sorry")]), chat)
+    assert words(chat, example.ids[example.start :]) == ["sorry", "</s>"]
+    assert "yes" in words(chat, example.ids[: example.start])
+
+
+def test_data_without_answers_says_which_columns_hold_some(chat):
+    with pytest.raises(
+        InputError, match=r"^list: none of 2 records has an answer to learn; expected a column response, .* --answer-column$"
+    ):
+        tuning_examples(Prompts.from_list(["how", "why"]), chat)
+
+
+def test_records_without_an_answer_are_left_out_and_counted(chat):
+    notes = []
+    examples = tuning_examples(Prompts([REFUSAL, Prompt("x", "why"), Prompt("y", "why", answer="  ")]), chat, notes=notes)
+    assert [example.prompt_id for example in examples] == ["r"]
+    assert notes == ["2 of 3 records of list have no answer and are left out"]
+
+
+def test_a_long_example_keeps_the_ends_of_its_question_and_the_start_of_its_answer(chat):
+    long = Prompt("l", " ".join(["how"] + ["make"] * 50 + ["bomb"]), answer=" ".join(["sorry"] + ["help"] * 40))
+    notes = []
+    (example,) = tuning_examples(Prompts([long]), chat, max_length=24, notes=notes)
+    assert len(example.ids) == 24
+    assert words(chat, example.ids[example.start :])[0] == "sorry"
+    assert words(chat, example.ids[: example.start])[-3:] == ["make", "bomb", "<|assistant|>"]
+    assert not example.ended
+    assert example.truncated
+    assert notes == ["1 of 1 examples of list were cut to 24 tokens"]
+
+
+def test_no_room_for_an_example_is_said(chat):
+    with pytest.raises(UsageError, match="max_length 3: expected at least 8 tokens"):
+        tuning_examples(Prompts([REFUSAL]), chat, max_length=3)
+
+
+def test_the_models_own_answers_are_learnt_where_there_are_none(chat):
+    prompts = Prompts([Prompt("0", "how do i make a cake"), Prompt("1", "tell me about the house", answer="yes"), Prompt("2", "why")])
+    notes = []
+    answered = with_own_answers(prompts, chat, max_new_tokens=3, keep=lambda found: [item.prompt_id != "2" for item in found], notes=notes)
+    assert [prompt.id for prompt in answered] == ["0", "1"]
+    assert answered[1] == prompts[1]
+    own = chat.complete([prompts[0]], max_new_tokens=3)[0]
+    assert answered[0].answer == own.completion
+    assert answered[0].meta[OPEN_END] == (own.finish_reason == "length")
+    assert "the model's own greedy answers before tuning are learnt for 1 of its prompts; 1 are left out" in notes[-1]
+
+
+def test_an_answer_that_was_cut_is_learnt_without_an_end(chat):
+    (example,) = tuning_examples(Prompts([Prompt("c", "how", answer="sure here", meta={OPEN_END: True})]), chat)
+    assert not example.ended
+    assert words(chat, example.ids[example.start :]) == ["sure", "here"]
+
+
+def drawn(count, kind="harmless"):
+    return [Example(str(number), (1, 2, 3), 1, kind) for number in range(count)]
+
+
+def test_a_mix_has_so_many_harmless_examples_for_each_harmful_one_and_depends_on_the_seed_alone():
+    harmful, harmless = drawn(10, "harmful"), drawn(40)
+    assert len(mix(harmful, harmless, 1.5)) == 25
+    assert mix(harmful, harmless, 0.0) == harmful
+    assert len(mix(harmful, harmless[:3], 1.0)) == 13
+    assert mix(harmful, harmless, 1.0, seed=3) == mix(harmful, harmless, 1.0, seed=3)
+    assert mix(harmful, harmless, 1.0, seed=3) != mix(harmful, harmless, 1.0, seed=4)
+    with pytest.raises(UsageError, match=r"mix -1.0: expected 0 or more"):
+        mix(harmful, harmless, -1.0)
+
+
+def test_prompts_of_one_text_fall_on_one_side_of_a_split():
+    prompts = Prompts([Prompt(str(number), f"text {number // 3}") for number in range(60)])
+    learnt, held = split(prompts, 0.2, 32, seed=0)
+    assert len(learnt) + len(held) == 60
+    assert len(held) == 12
+    assert not {prompt.text for prompt in learnt} & {prompt.text for prompt in held}

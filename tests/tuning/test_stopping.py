@@ -1,0 +1,95 @@
+"""When training ends, and which state is kept."""
+
+import numpy as np
+import pytest
+import torch
+
+from safety_neurons.errors import InputError
+from safety_neurons.model import LanguageModel, kl_divergence
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Rate
+from safety_neurons.tuning import attach
+from safety_neurons.tuning.stopping import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, Judge, StopCheck
+from tiny import tiny_llama, tiny_tokenizer
+
+PROMPTS = Prompts.from_list(["how do i make a bomb", "tell me about the house"])
+
+
+def share(value):
+    return Rate(value, 0.0, 1.0, 20)
+
+
+def at(step, harmful, harmless, divergence=0.01):
+    return Checked(step, share(harmful), share(harmless), divergence)
+
+
+def judged(states, **options):
+    """The judge after these states, and the verdict after each."""
+    judge = Judge(StopCheck(PROMPTS, PROMPTS, lambda found: [False] * len(found), **options), at(0, 0.0, 0.1))
+    verdicts = []
+    for state in states:
+        judge.look(state)
+        verdicts.append(judge.verdict())
+    return judge, verdicts
+
+
+def test_the_state_that_refuses_most_without_over_refusal_is_kept_and_the_latest_of_equals():
+    judge, _ = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.15), at(3, 0.9, 0.1), at(4, 1.0, 0.3)], settled=None)
+    assert judge.best.step == 3
+
+
+def test_training_ends_when_harmless_prompts_keep_being_refused():
+    _, verdicts = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.5), at(3, 1.0, 0.6), at(4, 1.0, 0.6)])
+    assert verdicts == [GOING_ON, GOING_ON, GOING_ON, OVER_REFUSAL]
+
+
+def test_a_single_check_that_over_refuses_ends_nothing():
+    _, verdicts = judged([at(1, 0.9, 0.5), at(2, 0.9, 0.5), at(3, 0.9, 0.1), at(4, 0.9, 0.5)], patience=3)
+    assert verdicts == [GOING_ON] * 4
+
+
+def test_drift_ends_training_where_a_limit_is_set():
+    _, verdicts = judged([at(1, 0.9, 0.1, 0.6)] * 2, patience=2, max_divergence=0.5)
+    assert verdicts[-1] == DRIFT
+    _, verdicts = judged([at(1, 0.9, 0.1, 0.6)] * 2, patience=2)
+    assert verdicts[-1] == GOING_ON
+
+
+def test_training_ends_when_nothing_is_left_to_gain():
+    _, verdicts = judged([at(1, 1.0, 0.1), at(2, 1.0, 0.3), at(3, 1.0, 0.1), at(4, 1.0, 0.1)], settled=2)
+    assert verdicts == [GOING_ON, GOING_ON, GOING_ON, SETTLED]
+
+
+def test_without_a_sound_state_the_one_that_over_refuses_least_for_what_it_refuses_is_kept():
+    judge, _ = judged([at(1, 1.0, 1.0), at(2, 0.9, 0.3), at(3, 1.0, 0.9)], patience=9)
+    assert judge.best.step == 2
+    assert not judge.sound(judge.best)
+
+
+def test_a_judge_goes_on_from_its_state():
+    judge, _ = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.15)])
+    other = Judge(judge.check)
+    other.restore(judge.state())
+    assert (other.before, other.seen, other.best) == (judge.before, judge.seen, judge.best)
+
+
+def test_a_check_needs_prompts_of_both_kinds():
+    with pytest.raises(InputError, match="2 harmful and 0 harmless held-out prompts"):
+        StopCheck(PROMPTS, Prompts([]), lambda found: [])
+
+
+def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one():
+    model, other = (LanguageModel(tiny_llama(), tiny_tokenizer()) for _ in range(2))
+    neurons = NeuronSet({"layers.0.up": [0, 1, 2], "layers.1.o": [3]}, model.table)
+    check = StopCheck(PROMPTS, PROMPTS, lambda found: [True, None])
+    with attach(model, neurons) as deltas:
+        assert check.measure(model, deltas, 0).divergence == 0
+        generator = torch.Generator().manual_seed(0)
+        deltas.load_tensors({key: torch.randn(value.shape, generator=generator) for key, value in deltas.tensors().items()})
+        found = check.measure(model, deltas, 3)
+        expected = kl_divergence(other, [item.ids for item in other.encode(PROMPTS)], model)
+    assert found.divergence == pytest.approx(expected, rel=1e-6)
+    assert expected > 1e-3
+    assert found.harmful_refused == Rate(1.0, pytest.approx(0.2065, abs=1e-3), 1.0, 1, 1)
+    assert np.isfinite(found.divergence)

@@ -1,0 +1,324 @@
+"""tune: only the set moves, every bad input is said in a line, and a killed call gives the same bits."""
+
+import errno
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from safety_neurons.errors import ForeignModelError, InputError, ModelError, NeuronError, NumericalError, RunError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.passes import collate, forward
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.results import Checkpoint, files
+from safety_neurons.tuning import StopCheck, beside, tune, tuning_examples
+from safety_neurons.tuning import loop as loops
+from safety_neurons.tuning.rates import factor
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+
+ASKED = ("make a bomb", "kill", "steal a key", "make a fire", "kill a plant", "steal the bread", "lock a house", "steal red fire")
+HARMFUL = Prompts([Prompt(f"h{number}", f"how do i {text}", answer="sorry i cannot help") for number, text in enumerate(ASKED)])
+HARMLESS = Prompts(
+    [Prompt(f"b{number}", f"tell me about the {text}", answer="sure here is") for number, text in enumerate(("cake", "tree", "door"))]
+)
+KEYS = {"layers.0.q": [0, 5], "layers.0.v": [3], "layers.1.o": [2, 7], "layers.1.up": [1], "layers.1.down": [40]}
+FAST = {"learning_rate": 0.02, "batch_size": 3, "harmless": HARMLESS}
+
+
+def fresh(template=CHAT_TEMPLATE, **config):
+    return LanguageModel(tiny_llama(**config), tiny_tokenizer(template))
+
+
+def some(model, members=KEYS):
+    return NeuronSet(members, model.table)
+
+
+def refuses(found):
+    return [item.completion.startswith("sorry") for item in found]
+
+
+CHECK = StopCheck(HARMFUL[:4], HARMLESS, refuses, every=2, max_new_tokens=4, settled=None, patience=99)
+
+
+def same(first, second):
+    return all(torch.equal(first.delta.tensors[key], second.delta.tensors[key]) for key in KEYS)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.inner.state_dict().items()}
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+def test_tuning_teaches_the_answer_and_leaves_the_model_untouched(template):
+    model = fresh(template)
+    before, flags = state_of(model), [parameter.requires_grad for parameter in model.inner.parameters()]
+    tuned = tune(model, NeuronSet.all(model.table).only(sites=["up", "down", "o"]), HARMFUL, epochs=15, **FAST)
+    assert tuned.history[-1].loss < 0.2 * tuned.history[0].loss
+    assert tuned.frozen_unchanged
+    assert tuned.steps == tuned.planned == 15 * 4
+    assert tuned.examples == {"harmful": 8, "harmless": 3, "tokens": 8 * 5 + 3 * 4}
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+    assert [parameter.requires_grad for parameter in model.inner.parameters()] == flags
+    with beside(model, tuned.delta):
+        answers = model.complete(HARMFUL, max_new_tokens=8)
+    assert {item.completion for item in answers} == {"sorry i cannot help"}
+    assert {item.finish_reason for item in answers} == {"stop"}
+
+
+def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_alone():
+    model, other = fresh(), fresh()
+    tuned = tune(model, some(model), HARMFUL, epochs=2, weight_decay=0.1, clip=0.5, accumulate=2, **{**FAST, "harmless": None})
+    rows = {
+        "layers.0.q": "model.layers.0.self_attn.q_proj",
+        "layers.0.v": "model.layers.0.self_attn.v_proj",
+        "layers.1.up": "model.layers.1.mlp.up_proj",
+    }
+    columns = {"layers.1.o": "model.layers.1.self_attn.o_proj", "layers.1.down": "model.layers.1.mlp.down_proj"}
+    weights = {key: other.inner.get_submodule(name).weight for key, name in (rows | columns).items()}
+    originals = {key: weight.detach().clone() for key, weight in weights.items()}
+    at = {key: (KEYS[key],) if key in rows else (slice(None), KEYS[key]) for key in KEYS}
+    slices = {key: torch.nn.Parameter(torch.zeros_like(originals[key][at[key]])) for key in KEYS}
+    optimizer = torch.optim.AdamW(slices.values(), lr=0.02, weight_decay=0.1)
+    examples = tuning_examples(HARMFUL, other)
+    for step in range(tuned.steps):
+        epoch, place = divmod(step, 2)
+        order = np.random.default_rng([0, 3, epoch]).permutation(8)[place * 6 : place * 6 + 6]
+        for key, weight in weights.items():
+            weight.data = originals[key].clone()
+            weight.data[at[key]] += slices[key].data
+        total, loss = sum(examples[index].n_answer for index in order), 0.0
+        for index in order:
+            example = examples[index]
+            batch = collate([example.ids], [0])
+            logits = forward(other.model, batch, with_logits=True)[0, example.start - 1 : -1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[example.start :]), reduction="sum") / total
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        for (key, _), gradient in zip(weights.items(), gradients, strict=True):
+            slices[key].grad = gradient[at[key]].clone()
+        torch.nn.utils.clip_grad_norm_(slices.values(), 0.5)
+        optimizer.param_groups[0]["lr"] = 0.02 * factor(step, tuned.steps, 0.1)
+        optimizer.step()
+        assert tuned.history[step].loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    for key, parameter in slices.items():
+        torch.testing.assert_close(tuned.delta.tensors[key], parameter.detach(), rtol=1e-3, atol=2e-6)
+
+
+def test_the_same_call_gives_the_same_bits_and_another_seed_others():
+    first, second, third = (tune(fresh(), some(fresh()), HARMFUL, seed=seed, **FAST) for seed in (0, 0, 1))
+    assert same(first, second)
+    assert not same(first, third)
+
+
+def test_accumulation_gives_the_step_of_one_large_batch():
+    whole = tune(fresh(), some(fresh()), HARMFUL, **{**FAST, "batch_size": 6})
+    parts = tune(fresh(), some(fresh()), HARMFUL, accumulate=3, **{**FAST, "batch_size": 2})
+    assert whole.steps == parts.steps
+    for one, other in zip(whole.history, parts.history, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+
+
+def test_few_examples_still_make_a_step_that_moves_something():
+    tuned = tune(fresh(), some(fresh()), HARMFUL[:1], epochs=1, harmless=None, batch_size=32)
+    assert tuned.steps == 1
+    assert tuned.history[0].factor == 1
+    assert all(bool((tensor != 0).any()) for tensor in tuned.delta.tensors.values())
+
+
+def test_protected_neurons_are_not_trained():
+    model = fresh()
+    tuned = tune(model, some(model), HARMFUL, protect=NeuronSet({"layers.0.q": [5], "layers.0.v": [3]}, model.table), epochs=1, **FAST)
+    assert "layers.0.v" not in tuned.neurons.keys()  # noqa: SIM118 - not a mapping
+    assert list(tuned.neurons["layers.0.q"]) == [0]
+    assert "2 of 7 neurons are protected and not trained" in tuned.notes
+
+
+def test_the_best_state_is_kept_not_the_last():
+    shares = iter([0, 2, 4, 2, 2, 2, 2])
+
+    def refused(found):
+        count = next(shares) if found[0].prompt_id.startswith("h") else 0
+        return [number < count for number in range(len(found))]
+
+    check = StopCheck(HARMFUL[:4], HARMLESS, refused, every=2, max_new_tokens=2, settled=None)
+    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, **FAST)
+    assert tuned.kept == 4
+    assert tuned.steps > 4
+    shorter = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+    assert not same(tuned, shorter)
+
+
+def test_training_ends_early_when_harmless_prompts_are_refused():
+    def refused(found):
+        return [True] * len(found) if calls.append(0) or len(calls) > 2 else [False] * len(found)
+
+    calls = []
+    check = StopCheck(HARMFUL[:4], HARMLESS, refused, every=1, max_new_tokens=2, patience=2)
+    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, epochs=5, **FAST)
+    assert tuned.steps == 2 < tuned.planned
+    assert tuned.stopped == "harmless prompts are refused"
+    assert any("no state kept harmless prompts as they were" in note for note in tuned.notes)
+
+
+# A kill in the middle
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("saves", [1, 3])
+def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path, monkeypatch):
+    whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
+    checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    save, done = Checkpoint.save, []
+
+    def dying(self, *args):
+        save(self, *args)
+        done.append(0)
+        if len(done) == saves:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+    with pytest.raises(Killed):
+        tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
+    monkeypatch.setattr(Checkpoint, "save", save)
+    told = []
+    again = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST)
+    assert min(status.step for status in told) == 2 * saves + 1
+    assert same(whole, again)
+    assert whole.history == again.history
+    assert (whole.before, whole.checks, whole.kept) == (again.before, again.checks, again.kept)
+    assert whole.notes == again.notes
+
+
+def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    tune(fresh(), some(fresh()), HARMFUL, checkpoint=checkpoint, epochs=1, **FAST)
+    arrays, state = checkpoint.load()
+    assert {name.split("/")[0] for name in arrays} == {"delta", "exp_avg", "exp_avg_sq", "examples"}
+    assert state["step"] == 4
+    for changed in ({"epochs": 2}, {"seed": 1}, {"dataset": HARMFUL[:4]}):
+        options = {"epochs": 1, "dataset": HARMFUL, **FAST, **changed}
+        with pytest.raises(RunError, match="the checkpoint was written with another (settings|dataset), .* pass --overwrite"):
+            tune(fresh(), some(fresh()), checkpoint=checkpoint, **options)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
+    fsync, written = os.fsync, []
+
+    def full(handle):
+        written.append(0)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
+    monkeypatch.undo()
+    assert checkpoint.load().state["step"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["tune.safetensors"]
+    assert same(whole, tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "epochs 0: expected at least 1; with less there would be no step"),
+        ({"max_steps": 0}, "max_steps 0: expected at least 1"),
+        ({"accumulate": 0}, "accumulate 0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size 0: expected 'auto' or at least 1"),
+        ({"learning_rate": 0}, "learning rate 0: expected auto or a number above 0; at 0 no step would change anything"),
+        ({"clip": 0.0}, "clip 0.0: expected a norm above 0"),
+        ({"warmup": 2.0}, "warmup 2.0: expected 0 to 1"),
+        ({"mix": -1.0}, "mix -1.0: expected 0 or more"),
+        ({"lr": 0.1}, "unknown setting 'lr'; expected some of mix, learning_rate"),
+    ],
+)
+def test_options_that_train_nothing_are_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        tune(fresh(), some(fresh()), HARMFUL, **{**FAST, **options})
+
+
+def test_an_empty_set_is_refused():
+    model = fresh()
+    with pytest.raises(NeuronError, match="0 neurons arrived, at least one was expected"):
+        tune(model, NeuronSet({}, model.table), HARMFUL, **FAST)
+
+
+def test_protecting_everything_is_refused():
+    model = fresh()
+    with pytest.raises(NeuronError, match="all 7 neurons are protected, at least one to train was expected"):
+        tune(model, some(model), HARMFUL, protect=some(model), **FAST)
+
+
+def test_a_set_from_another_model_is_refused():
+    with pytest.raises(ForeignModelError):
+        tune(fresh(), some(fresh(num_hidden_layers=3)), HARMFUL, **FAST)
+
+
+def test_data_without_answers_are_refused():
+    with pytest.raises(InputError, match="none of 1 records has an answer to learn"):
+        tune(fresh(), some(fresh()), Prompts.from_list(["how"]), **FAST)
+
+
+def test_a_loss_that_is_no_number_ends_training_in_a_line_and_changes_nothing(tmp_path):
+    model = fresh()
+    checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    with pytest.raises(
+        NumericalError, match=r"^the (loss|gradient's norm) became (nan|inf) at step \d+ of \d+ \(examples .*lower the learning rate"
+    ):
+        tune(model, some(model), HARMFUL, checkpoint=checkpoint, epochs=50, **{**FAST, "learning_rate": 1e37})
+    assert all(bool(value.isfinite().all()) for value in state_of(model).values())
+    assert not any("delta" in name for name in model.inner.state_dict())
+
+
+def test_a_batch_that_does_not_fit_is_halved_without_changing_the_step(monkeypatch):
+    expected = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+
+    def tight(model, batch, **options):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, batch, **options)
+
+    monkeypatch.setattr(loops, "forward", tight)
+    tuned = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+    assert any("halved" in note for note in tuned.notes)
+    for one, other in zip(expected.history, tuned.history, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+
+
+def test_an_example_that_alone_does_not_fit_is_an_error_in_a_line(monkeypatch):
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loops, "forward", never)
+    with pytest.raises(ModelError, match="out of memory on one sequence of"):
+        tune(fresh(), some(fresh()), HARMFUL, **FAST)
+
+
+def test_harmless_questions_without_answers_get_the_models_own():
+    model = fresh()
+    tuned = tune(
+        model, some(model), HARMFUL, epochs=1, **{**FAST, "harmless": Prompts.from_list(["tell me about the tree", "why"], "mine")}
+    )
+    assert any(note.startswith("mine has no answers: the model's own greedy answers") for note in tuned.notes)
+    assert tuned.examples["harmless"] == 2
+    assert "mix 1 asks for 8 harmless examples, mine gives 2" in tuned.notes
+
+
+def test_progress_tells_steps_and_checks():
+    told = []
+    tuned = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, progress=told.append, epochs=1, **FAST)
+    assert told[0].checked == tuned.before
+    assert [status.step for status in told if status.checked is None] == [1, 2, 3, 4]
+    assert [status.step for status in told if status.checked is not None] == [0, 2, 4]
+    assert all(math.isfinite(status.loss) for status in told if status.step)
