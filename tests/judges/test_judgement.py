@@ -27,6 +27,17 @@ def test_nothing_to_judge_is_none(text):
     assert answer_of(text) is None
 
 
+def test_a_thought_that_the_prompt_opened_and_nothing_ended_is_no_answer():
+    assert answer_of("I should refuse, so I cannot", thinking=True) is None
+    assert answer_of("I should refuse</think>Sure.", thinking=True) == "Sure."
+    assert answer_of("I should refuse, so I cannot") is not None
+
+
+def test_an_analysis_channel_in_any_script_and_case_is_a_thought():
+    assert answer_of("analysisнужно отказать") is None
+    assert answer_of("analysisthey want bread") is None
+
+
 def test_an_answer_that_begins_with_the_word_analysis_is_an_answer():
     assert answer_of("analysis of the problem: none") is not None
 

@@ -210,3 +210,10 @@ def test_a_tokenizer_without_padding_token_still_completes_in_batches():
     reference = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE)).complete(PROMPTS, max_new_tokens=8)
     assert [answer.token_ids for answer in lm.complete(PROMPTS, max_new_tokens=8)] == [answer.token_ids for answer in reference]
     assert tokenizer.pad_token is None
+
+
+def test_a_completion_says_that_its_prompt_opened_a_thinking_part():
+    opened = "{{ bos_token }}{{ messages[0]['content'] }} <|assistant|>{% if enable_thinking %} <think>\n{% endif %}"
+    for wanted, meta in ((True, {"thinking": True}), (False, {})):
+        lm = LanguageModel(tiny_llama(), tiny_tokenizer(opened), template_args={"enable_thinking": wanted})
+        assert lm.complete(["kill"], max_new_tokens=2)[0].meta == meta

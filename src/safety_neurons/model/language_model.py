@@ -34,11 +34,13 @@ class Encoded:
         prompt_id: Which prompt.
         ids: Token ids, template and generation prompt included.
         truncated: Whether the middle was left out because the whole did not fit the context.
+        thinking: Whether the template has opened a thinking part behind which the model goes on.
     """
 
     prompt_id: str
     ids: list[int]
     truncated: bool = False
+    thinking: bool = False
 
 
 class LanguageModel:
@@ -228,7 +230,7 @@ class LanguageModel:
                     f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: they do not belong together"
                 )
             kept = self._fit(ids, reserve)
-            encoded.append(Encoded(prompt.id, kept, truncated=len(kept) < len(ids)))
+            encoded.append(Encoded(prompt.id, kept, truncated=len(kept) < len(ids), thinking=self.template.opens_thinking(text)))
         return encoded
 
     def _fit(self, ids: list[int], reserve: int) -> list[int]:
@@ -292,7 +294,8 @@ class LanguageModel:
             **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in the order of the prompts; token ids as generated, EOS excluded.
+            One completion a prompt, in the order of the prompts; token ids as generated, EOS excluded. `meta` says where a prompt was
+            `truncated`, and where the template opened a `thinking` part, so that a judge can tell a thought that was cut off.
 
         Raises:
             ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
@@ -309,7 +312,7 @@ class LanguageModel:
         results = {index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before}
 
         def keep(index: int, answer: Answer) -> None:
-            meta = {"truncated": True} if encoded[index].truncated else {}
+            marks = {"truncated": encoded[index].truncated, "thinking": encoded[index].thinking}
             results[index] = Completion(
                 prompt_id=asked[index].id,
                 prompt=asked[index].text,
@@ -318,7 +321,7 @@ class LanguageModel:
                 finish_reason=answer.finish_reason,
                 arm=arm,
                 seed=seed,
-                meta=meta,
+                meta={name: True for name, holds in marks.items() if holds},
             )
             if answered is not None:
                 answered(results[index])

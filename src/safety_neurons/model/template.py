@@ -48,6 +48,11 @@ class Template:
             return _tulu(turns, tokenizer.eos_token or "")
         return self._jinja(tokenizer, turns)
 
+    @staticmethod
+    def opens_thinking(text: str) -> bool:
+        """Whether a rendered text ends in an opened thinking part: the first words behind it are thoughts without a mark of their own."""
+        return _THINKING.search(text) is not None
+
     def answered(self, tokenizer: Any, prompt: Prompt, answer: str) -> tuple[str, str, str]:
         """The texts of a prompt, of its answer behind it, and of what ends the answer's turn (empty where the template writes nothing).
 
