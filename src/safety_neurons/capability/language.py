@@ -2,14 +2,16 @@
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
+import re
 
-from safety_neurons.model import LanguageModel, kl_divergence, token_losses
+from safety_neurons.capability.measured import Measured, Treatment
+from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.prompts import Prompts
+from safety_neurons.results import per_token
+from safety_neurons.results import perplexity as perplexity_rate
 
-Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
+_HEADING = re.compile(r"\s*= [^=].*[^=] =\s*")
 
 
 def perplexity(
@@ -27,3 +29,98 @@ def perplexity(
 def divergence(model: LanguageModel, prompts: Prompts, treatment: Treatment, *, batch_size: BatchSize = "auto") -> float | None:
     """Mean KL(untreated ‖ treated) per prompt token, in nats, over templated prompts. None where there is no token."""
     return kl_divergence(model, [encoded.ids for encoded in model.encode(prompts)], treatment, batch_size=batch_size)
+
+
+def measure_perplexity(
+    model: LanguageModel,
+    text: Prompts,
+    treatment: Treatment = contextlib.nullcontext,
+    *,
+    task: str = "perplexity",
+    batch_size: BatchSize = "auto",
+    seed: int = 0,
+) -> Measured:
+    """`perplexity` with an interval over records, and the loss of every record."""
+    with treatment():
+        losses = token_losses(model, text.texts, batch_size=batch_size)
+    found = perplexity_rate(losses.totals, losses.counts, seed)
+    ids = tuple(prompt.id for prompt in text)
+    return Measured(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens})
+
+
+def measure_divergence(
+    reference: LanguageModel,
+    prompts: Prompts,
+    treated: Treatment | LanguageModel,
+    *,
+    task: str = "kl",
+    batch_size: BatchSize = "auto",
+    seed: int = 0,
+) -> Measured:
+    """Mean KL(reference ‖ treated) per token of templated prompts, in nats, with an interval over prompts.
+
+    Args:
+        reference: the untreated model; its tokenizer and template count.
+        prompts: benign requests.
+        treated: another model with the same vocabulary, or what makes the context in which the reference is treated.
+        task: name in the result.
+        batch_size: prompts a pass.
+        seed: of the bootstrap.
+    """
+    rows = token_divergences(reference, [encoded.ids for encoded in reference.encode(prompts)], treated, batch_size=batch_size)
+    totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
+    ids = tuple(prompt.id for prompt in prompts)
+    return Measured(task, "KL per token", per_token(totals, counts, seed), False, ids, totals, counts, {"tokens": sum(counts)})
+
+
+def documents(text: str) -> list[str]:
+    """The articles of a file in WikiText's format, which begin at a heading of the first rank; the whole text where there is none."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines(keepends=True):
+        if _HEADING.fullmatch(line):
+            parts.append([])
+        parts[-1].append(line)
+    return [joined for part in parts if (joined := "".join(part)).strip()]
+
+
+def measure_running_text(
+    model: LanguageModel,
+    texts: list[str],
+    treatment: Treatment = contextlib.nullcontext,
+    *,
+    task: str = "wikitext",
+    batch_size: BatchSize = "auto",
+    seed: int = 0,
+) -> Measured:
+    """Perplexity per word of whole documents, fed in windows of the context's length; per token and bits per byte beside it.
+
+    Every token is predicted once. A document's first token is predicted from BOS (or an end token), and the first of each later window
+    from the last token of the window before.
+
+    Source: lm-evaluation-harness, rolling log-likelihood of the task `wikitext`.
+    Differs: the text is taken as the file has it; the harness's detokenizer, which undoes WikiText's own spacing, is not applied.
+    """
+    start = model.bos_id if model.bos_id is not None else model.pad_id
+    width = model.max_length or 2048
+    windows: list[list[int]] = []
+    owners: list[int] = []
+    for number, text in enumerate(texts):
+        ids = [token for token in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for first in range(0, len(ids), width - 1):
+            windows.append([start if first == 0 else ids[first - 1], *ids[first : first + width - 1]])
+            owners.append(number)
+    with treatment():
+        losses = token_losses(model, windows, batch_size=batch_size)
+    totals, tokens = [0.0] * len(texts), [0] * len(texts)
+    for owner, total, count in zip(owners, losses.totals, losses.counts, strict=True):
+        totals[owner] += total
+        tokens[owner] += count
+    words = tuple(len(re.split(r"\s+", text)) for text in texts)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    details = {
+        "token_perplexity": math.exp(sum(totals) / sum(tokens)) if sum(tokens) else None,
+        "bits_per_byte": sum(totals) / n_bytes / math.log(2) if n_bytes else None,
+        "tokens": sum(tokens),
+    }
+    ids_of = tuple(str(number) for number in range(len(texts)))
+    return Measured(task, "word perplexity", perplexity_rate(totals, words, seed), False, ids_of, tuple(totals), words, details)

@@ -1,23 +1,32 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy."""
 
+from safety_neurons.results.agreement import Agreement, cohen_kappa
 from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.completions import Completion, Completions
 from safety_neurons.results.effects import Difference, Effect, causal_effect, paired_difference
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
-from safety_neurons.results.rates import Rate, perplexity, rate
+from safety_neurons.results.gate import Gate
+from safety_neurons.results.paired import McNemar, mcnemar
+from safety_neurons.results.rates import Rate, per_token, perplexity, rate
 from safety_neurons.results.run_folder import RunFolder
 
 __all__ = [
+    "Agreement",
     "Checkpoint",
     "Completion",
     "Completions",
     "Difference",
     "Effect",
+    "Gate",
+    "McNemar",
     "Rate",
     "RunFolder",
     "Saved",
     "causal_effect",
+    "cohen_kappa",
+    "mcnemar",
     "paired_difference",
+    "per_token",
     "perplexity",
     "plain",
     "rate",

@@ -64,15 +64,18 @@ def rate(outcomes: Outcomes, seed: int = 0) -> Rate:
     return Rate(mean, low, high, len(kept), unscored)
 
 
-def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np.ndarray, seed: int = 0) -> Rate:
-    """exp(mean negative log-likelihood per token) over texts; the interval resamples texts.
+def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, seed: int = 0) -> Rate:
+    """Sum of the totals ÷ sum of the token counts; the interval resamples texts.
 
     Args:
-        log_likelihood_losses: summed negative log-likelihood of each text, in nats; `None` or NaN means unscored.
-        token_counts: predicted tokens of each text; a text without any is unscored.
+        totals: a sum over the tokens of each text; `None` or NaN means unscored.
+        token_counts: tokens of each text; a text without any is unscored.
         seed: of the bootstrap.
+
+    Raises:
+        InputError: the two differ in length.
     """
-    losses, counts = scored(log_likelihood_losses), np.asarray(token_counts, np.float64)
+    losses, counts = scored(totals), np.asarray(token_counts, np.float64)
     if losses.shape != counts.shape:
         raise InputError(f"{len(losses)} losses and {len(counts)} token counts; expected one of each per text")
     usable = ~np.isnan(losses) & (counts > 0)
@@ -81,9 +84,23 @@ def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np
         return Rate(None, None, None, 0, int((~usable).sum()))
     draws = np.concatenate([losses[draw].sum(axis=1) / counts[draw].sum(axis=1) for draw in resamples(len(losses), seed)])
     low, high = interval(draws)
+    return Rate(float(losses.sum() / counts.sum()), low, high, len(losses), int((~usable).sum()))
+
+
+def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np.ndarray, seed: int = 0) -> Rate:
+    """exp(mean negative log-likelihood per token) over texts; the interval resamples texts.
+
+    Args:
+        log_likelihood_losses: summed negative log-likelihood of each text, in nats; `None` or NaN means unscored.
+        token_counts: predicted tokens of each text; a text without any is unscored.
+        seed: of the bootstrap.
+    """
+    mean = per_token(log_likelihood_losses, token_counts, seed)
+    if mean.value is None or mean.low is None or mean.high is None:
+        return mean
     with np.errstate(over="ignore"):
-        value, low, high = (float(np.exp(number)) for number in (losses.sum() / counts.sum(), low, high))
-    return Rate(value, low, high, len(losses), int((~usable).sum()))
+        value, low, high = (float(np.exp(number)) for number in (mean.value, mean.low, mean.high))
+    return Rate(value, low, high, mean.n, mean.unscored)
 
 
 def scored(outcomes: Outcomes) -> Float[np.ndarray, " prompt"]:

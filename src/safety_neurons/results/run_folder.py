@@ -15,7 +15,7 @@ from safety_neurons.results.files import PathLike, plain, read_json, write_json
 
 RECORD = "run.json"
 SCHEMA = "safety-neurons/1"
-IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run"})
+IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"})
 """Arguments that cannot change a result, so that they are no part of the configuration."""
 _PACKAGES = ("safety-neurons", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
