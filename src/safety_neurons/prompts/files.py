@@ -38,7 +38,19 @@ def read_text(path: Path) -> tuple[str, list[str]]:
     Raises:
         InputError: Absent, a folder, empty, a Git LFS pointer, damaged, binary or not UTF-8.
     """
-    data = _read_bytes(path)
+    return text_of(_read_bytes(path), path)
+
+
+def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
+    """A file's bytes as text, and notes on what was removed.
+
+    Args:
+        data: The bytes as they are stored.
+        path: The file, or the archive and member as one path; its ending says whether the bytes are compressed.
+
+    Raises:
+        InputError: Empty, a Git LFS pointer, damaged, binary or not UTF-8.
+    """
     notes: list[str] = []
     if data.startswith(b"version https://git-lfs"):
         raise InputError(

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.prompts.archives import located, read_member
 from safety_neurons.prompts.builtin import PREFIX, builtin_text
-from safety_neurons.prompts.files import file_format, read_text
+from safety_neurons.prompts.files import file_format, read_text, text_of
 from safety_neurons.prompts.records import Prompt, Prompts
 from safety_neurons.prompts.records_from_rows import prompts_of
 from safety_neurons.prompts.tables import parse_rows, rows_of
@@ -25,7 +26,8 @@ def prompts(
     """Prompts of a file, of a built-in list or of a list in memory.
 
     Args:
-        source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`; or a list of
+        source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`,
+            also inside a zip archive (`FILE.zip/MEMBER`); or a list of
             texts, of records or of `Prompt`; or columns, `{"goal": [...]}`.
         column: Column of the prompt; by default the first of the known names. In a table without a
             header its number, counted from 1.
@@ -53,18 +55,24 @@ def _read(source: Source, column: str | None, answer_column: str | None, folder:
         return _builtin(source, column, answer_column, folder)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        text, notes = _file(path, source)
+        text, notes, path = _file(path, source)
         rows = parse_rows(text, file_format(path), str(path), column, notes)
         return Prompts(prompts_of(rows, str(path), column, answer_column, notes), path.name, notes)
     return _in_memory(source, column, answer_column)
 
 
-def _file(path: Path, source: str | Path) -> tuple[str, list[str]]:
+def _file(path: Path, source: str | Path) -> tuple[str, list[str], Path]:
+    """The text of a file, notes, and the path whose ending says its format (of an archive the member's)."""
     if isinstance(source, str) and ("\n" in source or len(source) > 1000):
         raise InputError(f"{source[:40]!r}…: a text, expected a path or a builtin: name; for prompts in memory pass a list, [text]")
+    inside = located(path)
+    if inside is not None:
+        path = inside[0] / inside[1]
+        file_format(path)
+        return (*text_of(read_member(*inside), path), path)
     if path.is_file():
         file_format(path)
-    return read_text(path)
+    return (*read_text(path), path)
 
 
 def _builtin(source: str, column: str | None, answer_column: str | None, folder: Path | None) -> Prompts:

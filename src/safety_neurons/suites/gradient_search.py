@@ -1,0 +1,280 @@
+"""GCG: greedy coordinate gradient, a suffix optimised on the model in hand, whatever is done to it meanwhile."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
+from safety_neurons.model.likelihood import logits_budget, widened
+from safety_neurons.model.passes import Batch, collate
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.suites.artifacts import Attack, Attacks
+from safety_neurons.suites.mechanical import DEFAULT_OPENING
+from safety_neurons.suites.suffixes import Suffixed, changed, encoded, initial, located, printable_ids
+
+Search = Literal["gradient", "random"]
+GCG, RANDOM = "GCG", "random-search"
+AttackProgress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how widely is searched.
+
+    Attributes:
+        steps: Steps for each prompt.
+        width: Candidates tried in a step.
+        top_k: Tokens a position's replacement is drawn from, the most promising by the gradient.
+        suffix_tokens: Length of the suffix.
+        stop: End once the model's most likely answer begins with the target.
+    """
+
+    steps: int = 100
+    width: int = 256
+    top_k: int = 256
+    suffix_tokens: int = 20
+    stop: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "top_k", "suffix_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: expected at least 1")
+
+
+def gcg(
+    model: LanguageModel,
+    prompts: Prompts,
+    *,
+    targets: Mapping[str, str] | None = None,
+    steps: int = 100,
+    width: int = 256,
+    top_k: int = 256,
+    suffix_tokens: int = 20,
+    stop: bool = True,
+    search: Search = "gradient",
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    done: Attacks | None = None,
+    made: Callable[[Attack], None] | None = None,
+    progress: AttackProgress | None = None,
+) -> Attacks:
+    """Suffixes that make the model in hand begin its answer with a target, one search for each prompt.
+
+    Every step takes the gradient of the target's loss with respect to the suffix's tokens, draws replacements of single tokens from the
+    `top_k` most promising at each position, and goes on with the candidate of the least loss; the best suffix of all steps is kept. The
+    model is attacked as it stands: adapters, patches and deactivations that are on while this runs are attacked with it (inside
+    `patched`, the gradient leaves the donor's share out; candidates are measured with it).
+
+    Source: Zou et al., "Universal and Transferable Adversarial Attacks on Aligned Language Models" (arXiv 2307.15043), algorithm 1.
+    Differs: one prompt at a time; candidates are tokenised again as part of the whole prompt, so that no loss is of ids that no text has;
+    defaults are smaller (100 steps of 256 candidates; theirs 500 of 512); ends once the target is the greedy answer.
+
+    Args:
+        model: The model under attack.
+        prompts: The requests.
+        targets: Beginning of the wanted answer by behaviour or prompt id; by default `meta["target"]`, else a plain opening.
+        steps: Steps for each prompt.
+        width: Candidates tried in a step.
+        top_k: Tokens a replacement is drawn from.
+        suffix_tokens: Length of the suffix.
+        stop: End once the model's most likely answer begins with the target.
+        search: `random` draws from all tokens and keeps what is better: the control at equal cost.
+        seed: Of the draws; each prompt has its own, so that order changes nothing.
+        batch_size: Candidates fed at once, or `auto`.
+        done: Attacks of an earlier, interrupted call; their prompts are not attacked again.
+        made: Called with every attack as soon as it is there.
+        progress: Called as `progress(prompts done, prompts in all, steps done)`.
+
+    Returns:
+        One attack a prompt, `adaptive`, on `model.name`; `meta` holds target, suffix, loss before and after, steps and whether the target
+        became the greedy answer.
+
+    Raises:
+        UsageError: An argument out of range, or a prompt that does not fit the context.
+        ModelError: A tokenizer that does not give text back.
+    """
+    budget = Budget(steps, width, top_k, suffix_tokens, stop)
+    if search not in ("gradient", "random"):
+        raise UsageError(f"search {search!r}: expected gradient or random")
+    allowed = printable_ids(model)
+    before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
+    found: list[Attack] = []
+    steps_done = 0
+    for number, prompt in enumerate(prompts, 1):
+        attack = before.get(prompt.id)
+        if attack is None:
+            hunt = _Hunt(model, prompt, _target(prompt, targets), budget, search, allowed, seed, batch_size)
+            attack = hunt.run()
+            if made is not None:
+                made(attack)
+        steps_done += int(attack.meta.get("steps", 0))
+        found.append(attack)
+        if progress is not None:
+            progress(number, len(prompts), steps_done)
+    return Attacks(found, f"{prompts.name} under {GCG if search == 'gradient' else RANDOM}", prompts.notes)
+
+
+class _Hunt:
+    """The search for one prompt's suffix."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt: Prompt,
+        target: str,
+        budget: Budget,
+        search: Search,
+        allowed: Int[Tensor, " token"],
+        seed: int,
+        batch_size: BatchSize,
+    ) -> None:
+        self.lm, self.prompt, self.target, self.budget, self.search = lm, prompt, target, budget, search
+        self.allowed, self.batch_size, self.seed = allowed, batch_size, seed
+        self.generator = torch.Generator().manual_seed((int(prompt.sha256[:12], 16) + seed) % 2**63)
+        self.target_ids = _target_ids(lm, prompt, target)
+        self.bare = encoded(lm, prompt, [""])[0]
+
+    def run(self) -> Attack:
+        """Search and return the best suffix there was."""
+        current = initial(self.lm, self.prompt, self.budget.suffix_tokens, self.allowed, self.generator)
+        losses, matches = self.losses([current.ids])
+        first = best_loss = losses[0]
+        best, matched, step = current, matches[0], 0
+        while step < self.budget.steps and not (matched and self.budget.stop):
+            step += 1
+            candidates = self.candidates(current)
+            if not candidates:
+                continue
+            losses, matches = self.losses([item.ids for item in candidates])
+            chosen = min(range(len(candidates)), key=losses.__getitem__)
+            if self.search == "gradient" or losses[chosen] < best_loss:
+                current = candidates[chosen]
+            hit = next((place for place in sorted(range(len(candidates)), key=losses.__getitem__) if matches[place]), None)
+            if hit is not None and self.budget.stop:
+                best, best_loss, matched = candidates[hit], losses[hit], True
+            elif losses[chosen] < best_loss:
+                best, best_loss, matched = candidates[chosen], losses[chosen], matches[chosen]
+        return self._attack(best, first, best_loss, step, matched)
+
+    def candidates(self, current: Suffixed) -> list[Suffixed]:
+        """Suffixes that differ from the current one in one token and are as long; drawn evenly over positions."""
+        n, width = current.n_tokens, self.budget.width
+        places = torch.arange(width) * n // width if width >= n else torch.randperm(n, generator=self.generator)[:width]
+        if self.search == "gradient":
+            slopes = self.slopes(current)[:, self.allowed]
+            pool = self.allowed[slopes.topk(min(self.budget.top_k, len(self.allowed)), largest=False).indices]
+        else:
+            pool = self.allowed.expand(n, -1)
+        draws = torch.randint(pool.shape[1], (width,), generator=self.generator)
+        own = list(current.ids[current.start : current.stop])
+        texts: dict[str, None] = {}
+        for place, token in zip(places.tolist(), pool[places, draws].tolist(), strict=True):
+            texts[changed(self.lm, current, [*own[:place], token, *own[place + 1 :]])] = None
+        texts.pop(current.suffix, None)
+        found = [
+            located(self.lm, self.prompt, text, ids, self.bare)
+            for text, ids in zip(texts, encoded(self.lm, self.prompt, list(texts)), strict=True)
+            if len(ids) == len(current)
+        ]
+        return [item for item in found if item is not None and item.n_tokens == n]
+
+    def slopes(self, current: Suffixed) -> Float[Tensor, "token vocab"]:
+        """Derivative of the loss with respect to every token of the vocabulary at every position of the suffix, up to a factor."""
+        lm = self.lm
+        embedding = lm.inner.get_input_embeddings()
+        batch = collate([[*current.ids, *self.target_ids]], [0], pad_id=lm.pad_id).to(lm.device)
+        outputs: list[Tensor] = []
+
+        def leave(output: Tensor) -> Tensor:
+            outputs.append(output.detach().requires_grad_())
+            return outputs[-1]
+
+        with _frozen(lm.model), lm.running(), torch.enable_grad(), hooks.around(embedding, after=leave):
+            logits = forward(lm.model, batch, with_logits=True)
+            if logits is None or not outputs:
+                raise ModelError(f"{lm.name}: its token embedding is not used in a pass; expected one; use --search random")
+            loss = _losses(logits[0:1], [len(current)], torch.tensor([self.target_ids], device=logits.device))[0].sum()
+            gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+        rows = [slope.sum(0)[current.start : current.stop] for slope in gradients if slope is not None and slope.shape[1] == batch.width]
+        weight = embedding.weight.detach()
+        return (torch.stack(rows).sum(0).to(weight.device).float() @ weight.float().T).cpu()
+
+    def losses(self, sequences: Sequence[Sequence[int]]) -> tuple[list[float], list[bool]]:
+        """Mean negative log likelihood of the target behind every prompt, and whether it is the greedy answer."""
+        found: dict[int, tuple[float, bool]] = {}
+        targets = torch.tensor([self.target_ids])
+
+        def per_batch(batch: Batch) -> None:
+            assert batch.output is not None
+            starts = [length - len(self.target_ids) for length in batch.lengths]
+            losses, greedy = _losses(batch.output, starts, targets.to(batch.output.device))
+            for index, loss, same in zip(batch.indices, losses.double().tolist(), greedy.tolist(), strict=True):
+                found[index] = (loss, same)
+
+        whole = [[*ids, *self.target_ids] for ids in sequences]
+        run_batches(self.lm, whole, per_batch, self.batch_size, True, budget=logits_budget(self.lm))
+        return [found[index][0] for index in range(len(whole))], [found[index][1] for index in range(len(whole))]
+
+    def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> Attack:
+        prompt = self.prompt
+        meta = {key: value for key, value in prompt.meta.items() if key not in ("goal", "behavior_id", "method", "label")}
+        meta |= {"prompt_id": prompt.id, "target": self.target, "suffix": best.suffix, "loss_before": first, "loss": last}
+        meta |= {"steps": steps, "matched": matched, "seed": self.seed}
+        meta |= {"category": prompt.category} if prompt.category else {}
+        meta |= {"language": prompt.language} if prompt.language else {}
+        if best.prompt.messages:
+            meta["messages"] = [{"role": turn.role, "content": turn.content} for turn in best.prompt.messages]
+        return Attack(
+            behavior_id=str(prompt.meta.get("behavior_id", prompt.id)),
+            goal=str(prompt.meta.get("goal", prompt.text)),
+            prompt=best.prompt.messages[-1].content if best.prompt.messages else best.prompt.text,
+            method=GCG if self.search == "gradient" else RANDOM,
+            source_model=self.lm.name,
+            adaptive=True,
+            meta=meta,
+        )
+
+
+def _losses(
+    logits: Float[Tensor, "batch token vocab"], starts: Sequence[int], targets: Int[Tensor, "one target"]
+) -> tuple[Float[Tensor, " batch"], Tensor]:
+    """Mean loss of the target in every row, and whether each of its tokens is the most likely one."""
+    span = targets.shape[1]
+    rows = torch.stack([widened(logits[row, start - 1 : start - 1 + span]) for row, start in enumerate(starts)])
+    wanted = targets.expand(len(starts), -1)
+    chosen = rows.gather(2, wanted[:, :, None]).squeeze(2) - rows.logsumexp(2)
+    return -chosen.mean(1), (rows.argmax(2) == wanted).all(1)
+
+
+def _target(prompt: Prompt, targets: Mapping[str, str] | None) -> str:
+    known = targets or {}
+    found = known.get(prompt.id) or known.get(str(prompt.meta.get("behavior_id", ""))) or prompt.meta.get("target") or DEFAULT_OPENING
+    return str(found)
+
+
+def _target_ids(lm: LanguageModel, prompt: Prompt, target: str) -> tuple[int, ...]:
+    """Token ids of the target as the template writes an answer."""
+    _, behind, _ = lm.template.answered(lm.tokenizer, prompt, target)
+    ids = tuple(int(token) for token in lm.tokenizer(behind, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UsageError(f"target {target!r}: has no tokens; expected the beginning of an answer")
+    return ids
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients for a block; each is as it was afterwards."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
