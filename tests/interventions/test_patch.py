@@ -11,6 +11,7 @@ from safety_neurons.interventions.stacked import can_stack
 from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
+from tiny import tiny_llama, tiny_tokenizer
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3", "gemma2", "bloom", "opt", "falcon", "mistral"]
 STEPS = 6
@@ -335,6 +336,35 @@ def test_bad_requests_are_refused_in_one_line(batch: tuple[torch.Tensor, torch.T
         assert "\n" not in str(caught.value)
     with patched(base, donor, neurons), pytest.raises(UsageError, match="already"), patched(base, donor, neurons):
         pass
+
+
+def test_models_with_tokenizers_of_their_own_are_refused() -> None:
+    base = LanguageModel(tiny_llama(), tiny_tokenizer())
+    other = tiny_tokenizer()
+    other.add_tokens(["bread-knife"])
+    neurons = some(base)
+    with patched(base, LanguageModel(tiny_llama(1), tiny_tokenizer()), neurons):
+        pass
+    with (
+        pytest.raises(MismatchError, match="1 tokens differ, 'bread-knife' among them"),
+        patched(base, LanguageModel(tiny_llama(1), other), neurons),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sampled_completions_under_a_patch_repeat_with_their_seed_and_leave_the_global_one_alone(shared: bool) -> None:
+    bare = shared_pair("ia3") if shared else pair_of("llama")
+    base, donor = (LanguageModel(one.model, tiny_tokenizer(), adapters=one.adapters) for one in bare)
+    asked = ["how do i kill", "tell me"]
+    before = torch.get_rng_state()
+    with patched(base, donor, some(base)):
+        first, again, other = (base.complete(asked, sample=True, seed=seed, max_new_tokens=8) for seed in (3, 3, 4))
+    plain = base.complete(asked, sample=True, seed=3, max_new_tokens=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == again
+    assert [one.token_ids for one in first] != [one.token_ids for one in other]
+    assert [one.token_ids for one in first] != [one.token_ids for one in plain]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -217,3 +217,16 @@ def test_a_completion_says_that_its_prompt_opened_a_thinking_part():
     for wanted, meta in ((True, {"thinking": True}), (False, {})):
         lm = LanguageModel(tiny_llama(), tiny_tokenizer(opened), template_args={"enable_thinking": wanted})
         assert lm.complete(["kill"], max_new_tokens=2)[0].meta == meta
+
+
+@pytest.mark.parametrize("name", ["do_sample", "generation_config", "input_ids", "max_length"])
+def test_an_argument_that_would_undo_the_promise_is_refused_with_what_to_give_instead(lm, name):
+    with pytest.raises(UsageError, match=f"argument '{name}' of generate.. arrived: give .* instead"):
+        lm.complete(["kill"], max_new_tokens=2, **{name: True})
+
+
+def test_an_earlier_completion_of_another_text_is_not_taken_up(lm):
+    earlier = lm.complete(["kill a tree"], max_new_tokens=3)
+    assert lm.complete(["kill a tree"], max_new_tokens=5, done=earlier) == earlier
+    again = lm.complete(["why"], max_new_tokens=3, done=earlier)
+    assert again == lm.complete(["why"], max_new_tokens=3)

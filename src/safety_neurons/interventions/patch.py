@@ -82,6 +82,15 @@ def _donor(subject: Subject, aligned: Any) -> Subject:
     own, other = (getattr(getattr(one.body, "config", None), "vocab_size", None) for one in (subject, donor))
     if own != other:
         raise MismatchError(f"base has a vocabulary of {own} tokens and the donor of {other}; pass two models with one tokenizer")
+    readers = [getattr(one.view, "tokenizer", None) for one in (subject, donor)]
+    if None not in readers and readers[0] is not readers[1]:
+        ours, theirs = (reader.get_vocab() for reader in readers)
+        differing = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
+        if differing:
+            raise MismatchError(
+                f"base and donor read text with tokenizers of which {len(differing)} tokens differ, {differing[0]!r} among them, and are "
+                "fed the same ids; pass two models with one tokenizer"
+            )
     return donor
 
 

@@ -16,6 +16,16 @@ from safety_neurons.model.parts import unwrapped
 from safety_neurons.model.passes import Halving, plan, takes_padding, token_budget
 from safety_neurons.model.template import untouched
 
+_INSTEAD = {
+    "do_sample": "sample=True, whose draws come from `seed`",
+    "generation_config": "its fields as arguments",
+    "input_ids": "prompts",
+    "inputs_embeds": "prompts",
+    "attention_mask": "prompts",
+    "max_length": "max_new_tokens",
+}
+"""Arguments of `generate` that would undo what a completion promises, and what to give in their place."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -38,6 +48,9 @@ class Decoding:
     others: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        wrong = next((name for name in _INSTEAD if name in (self.others or {})), None)
+        if wrong is not None:
+            raise UsageError(f"argument {wrong!r} of generate() arrived: give {_INSTEAD[wrong]} instead")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
         if self.sample and self.temperature <= 0:

@@ -288,7 +288,7 @@ class LanguageModel:
             batch_size: Rows, or `auto`; halved when memory runs out.
             arm: Name of the treatment, recorded in every completion.
             progress: Called as `progress(prompts done, prompts in all, tokens generated)`.
-            done: Completions of an earlier, interrupted call; their prompts are not asked again.
+            done: Completions of an earlier, interrupted call; their prompts are not asked again (by id and text).
             answered: Called with every completion as soon as it is there.
             notes: Gets a line for whatever had to be said (truncated prompts, halved batches).
             **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
@@ -309,7 +309,8 @@ class LanguageModel:
         if notes is not None and cut:
             notes.append(f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out")
         before = {completion.prompt_id: completion for completion in done or ()}
-        results = {index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before}
+        answers = [before.get(prompt.id) for prompt in asked]
+        results = {index: one for index, one in enumerate(answers) if one is not None and one.prompt == asked[index].text}
 
         def keep(index: int, answer: Answer) -> None:
             marks = {"truncated": encoded[index].truncated, "thinking": encoded[index].thinking}
