@@ -46,10 +46,11 @@ _HOME = {
     "patched": "interventions",
     "prompts": "prompts",
     "rate": "results",
+    "tune": "studies",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
 }
-_BOXES = ("detectors", "errors", "interventions", "judges", "model", "neurons", "organism", "report", "results", "studies")
+_BOXES = ("detectors", "errors", "interventions", "judges", "model", "neurons", "organism", "report", "results", "studies", "tuning")
 __all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
 
 

@@ -202,6 +202,32 @@ def deactivate_run(folder: pathlib.Path, method: str, left: float = 0.41, n: int
     return made
 
 
+def tune_run(folder: pathlib.Path, method: str, refused: float = 0.97, n: int = 100) -> pathlib.Path:
+    """A tuned set; the refusal rate rises from 0.10 to `refused`."""
+    bench = Bench(n)
+    before, after = bench.arm("untreated", 0.1, 0.02, 15.0, None), bench.arm("tuned", refused, 0.03, 15.1, 0.04)
+    check = {"step": 0, **{name: _recorded(before)[name] for name in ("harmful_refused", "harmless_refused")}, "divergence": 0.0}
+    result = {
+        "adapter": str(folder / "adapter"),
+        "n_neurons": 205,
+        "trained_parameters": 26_240,
+        "share_of_parameters": 0.0114,
+        "frozen_unchanged": True,
+        "steps": 39,
+        "planned_steps": 39,
+        "kept_step": 36,
+        "stopped": "all steps done",
+        "before": _recorded(before),
+        "after": _recorded(after),
+        "change": paired_difference(after["verdicts"], before["verdicts"]).to_json(),
+        "checks": [check, {**check, "step": 36, "divergence": 0.041}],
+        "notes": [],
+    }
+    made = run_folder(folder, "tune", {**MODEL, "neurons": str(folder.parent / method), "data": "builtin:refusals"}, result)
+    Completions(bench.completions).save(folder / "completions.jsonl")
+    return made
+
+
 METHODS = ("importance", "importance-contrast", "contrast", "attribution", "attribution-patching", "weight-change")
 
 

@@ -186,6 +186,21 @@ def test_a_page_can_be_made_of_any_single_run(tmp_path):
         assert "What was found" in text, run
 
 
+def test_a_tuned_set_is_said_to_help_or_not(tmp_path):
+    shown = {}
+    for refused in (0.97, 0.1):
+        run = report_runs.tune_run(tmp_path / f"tuned-{refused}", "importance", refused)
+        shown[refused] = Outline(write_report([run], tmp_path / f"{refused}.html").read_text(encoding="utf-8")).text
+    for text in shown.values():
+        assert "Does tuning them make the model safer?" in text
+        assert "bit for bit as it was" in text
+        assert "Checks while training" in text
+    assert "takes refusals of harmful requests from 0.10" in shown[0.97]
+    assert "paired change +0.87" in shown[0.97]
+    assert "Does tuning them make it safer? shown" in shown[0.97]
+    assert "Does tuning them make it safer? not shown" in shown[0.1]
+
+
 def test_an_undefined_effect_is_said_to_be_undefined(tmp_path):
     run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.02, 0.02), n=12)
     record = json.loads((run / "run.json").read_text())

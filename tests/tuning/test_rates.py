@@ -25,7 +25,7 @@ def test_the_automatic_rate_is_what_people_use_at_every_size(rms, width, low, hi
     assert low < SHARE * rms / math.sqrt(width) < high
 
 
-@pytest.mark.parametrize("rate", [0, 0.0, -1e-3, math.nan, math.inf, "fast"])
+@pytest.mark.parametrize("rate", [0.0, -1e-3, math.nan, math.inf, "fast"])
 def test_a_rate_that_trains_nothing_is_refused(rate):
     model = LanguageModel(tiny_llama())
     with pytest.raises(UsageError, match="expected auto or a number above 0"):

@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         ({"max_steps": 0}, "max_steps 0: expected at least 1"),
         ({"accumulate": 0}, "accumulate 0: expected at least 1"),
         ({"batch_size": 0}, "batch_size 0: expected 'auto' or at least 1"),
-        ({"learning_rate": 0}, "learning rate 0: expected auto or a number above 0; at 0 no step would change anything"),
+        ({"learning_rate": 0.0}, "learning rate 0.0: expected auto or a number above 0; at 0 no step would change anything"),
         ({"clip": 0.0}, "clip 0.0: expected a norm above 0"),
         ({"warmup": 2.0}, "warmup 2.0: expected 0 to 1"),
         ({"mix": -1.0}, "mix -1.0: expected 0 or more"),

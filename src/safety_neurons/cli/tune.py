@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -80,10 +79,7 @@ def tune(
     session = Session("tune", common, options)
 
     def work() -> dict[str, Any]:
-        loaded = base_of(session, model)
-        if merge:
-            refuse_inexact(loaded)
-        return trained(session, options, loaded)
+        return trained(session, options, base_of(session, model, merge))
 
     return session.run(work, show)
 
@@ -108,30 +104,29 @@ def check_training(options: dict[str, Any]) -> None:
         raise UsageError(f"--warmup {options['warmup']}: expected a share from 0 to 1")
 
 
-def base_of(session: Session, spec: str) -> Any:
-    """The model to tune; adapters in its name are merged first, since the adapter that comes out needs a plain base."""
+def base_of(session: Session, spec: str, merge: bool) -> Any:
+    """The model to tune; what could not be written in the end is refused before anything is trained."""
     from safety_neurons.model import parse_spec
 
-    adapters = parse_spec(resolve(spec)).adapters
-    if adapters:
-        session.common = dataclasses.replace(session.common, merge_adapters=True)
-        names = ", ".join(pathlib.Path(adapter).name for adapter in adapters)
-        session.notes.append(f"the base has adapters ({names}): they were merged into its weights first, and the merged base is in base/")
     loaded = session.model(spec)
-    if adapters:
+    if session.common.merge_adapters and parse_spec(resolve(spec)).adapters:
         keep_model(session, loaded, "base")
+        loaded.inner.config._name_or_path = str(session.folder.folder.absolute() / "base")
+        session.notes.append("the adapters of the model were merged into its weights; the tuned adapter belongs to base/ of this run")
+    if merge or hasattr(loaded.model, "peft_config"):
+        refuse_inexact(loaded, "--merge" if merge else "a model with adapters, which are merged for the tuned adapter's base,")
     return loaded
 
 
-def refuse_inexact(model: Any) -> None:
-    """A quantised base cannot take up the change exactly; said before anything is trained."""
+def refuse_inexact(model: Any, what: str) -> None:
+    """A quantised base cannot take up a change exactly."""
     from safety_neurons.errors import UnsupportedModelError
 
     for key, place in model.anatomy.places.items():
         if place.projection.quantised:
             raise UnsupportedModelError(
-                f"--merge on a quantised base ({key} is a {type(place.projection.base).__name__}): its weights cannot take up the change "
-                "exactly; leave --merge out (the adapter needs no merging), or load the base unquantised"
+                f"{what} on a quantised base ({key} is a {type(place.projection.base).__name__}), plain weights were expected: quantised "
+                "ones cannot take up a change exactly; leave --merge and adapters out, or load the base unquantised"
             )
 
 
@@ -184,27 +179,34 @@ PASSED_ON = (
 
 def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> dict[str, Any]:
     """Write delta, adapter and, where it was asked for, the merged model; the result."""
+    from safety_neurons.neurons import parse_key
     from safety_neurons.results import write_json
-    from safety_neurons.tuning import applied, export_lora, save_delta, survival
+    from safety_neurons.tuning import export_lora, export_merged, save_delta, survival
 
     delta, folder = tuning.tuned.delta, session.folder.folder.absolute()
     save_delta(folder / "delta", delta)
-    export_lora(folder / "adapter", model, delta, vllm=options["vllm"], base=str(folder / "base") if (folder / "base").is_dir() else None)
+    parts = [(parse_key(key).expert, key) for key in delta.neurons.keys()]  # noqa: SIM118 - not a mapping
+    routed = any(expert is not None for expert, _ in parts)
+    exported = []
+    if routed:
+        session.notes.append("no LoRA module holds routed experts: there is no adapter, and the whole model is in merged/")
+    else:
+        exported.append(export_lora(folder / "adapter", model, delta, vllm=options["vllm"]))
+    if options["merge"] or routed:
+        exported.append(export_merged(folder / "merged", model, delta))
+    session.notes.extend(note for each in exported for note in each.notes)
+    for name in ("delta", "adapter", "merged"):
+        own(session, name)
+    readable = not any(expert is None and model.anatomy.place(key).projection.quantised for expert, key in parts)
     result = {
-        "adapter": str(folder / "adapter"),
+        "adapter": None if routed else str(folder / "adapter"),
         "delta": str(folder / "delta"),
-        "merged": None,
+        "merged": str(folder / "merged") if options["merge"] or routed else None,
         **tuning.record(),
+        "survives_cast": survival(model, delta, model.dtype) if readable else None,
         "completions": str(folder / "completions.jsonl"),
         "results": str(folder / "results.json"),
-        "survives_cast": survival(model, delta, model.dtype),
     }
-    if options["merge"]:
-        with applied(model, delta):
-            keep_model(session, model, "merged")
-        result["merged"] = str(folder / "merged")
-    for name in ("delta", "adapter"):
-        own(session, name)
     write_json(session.folder.path("results.json"), {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]})
     return result
 
@@ -294,11 +296,12 @@ def show(result: dict[str, Any]) -> None:
     if checks:
         columns = ["step", "harmful refused", "harmless refused", "KL per token"]
         console.print_table("\nWhile training, on prompts held out of the data", columns, checks)
+    survives = result["survives_cast"]
+    cast = "" if survives is None else f"; {console.share(survives)} of the changed weights survive the cast to the model's type"
     out.print(
         f"\nrefusals of harmful requests change by {console.shown(result['change'])}, of harmless ones by "
         f"{console.shown(result['harmless_change'])}\n"
-        f"everything outside the set: {'bit for bit as before' if result['frozen_unchanged'] else 'CHANGED'}; "
-        f"{console.share(result['survives_cast'])} of the changed weights survive the cast to the model's type",
+        f"everything outside the set: {'bit for bit as before' if result['frozen_unchanged'] else 'CHANGED'}{cast}",
         soft_wrap=True,
     )
     for name in ("adapter", "delta", "merged"):

@@ -39,7 +39,7 @@ def sheets(runs: Sequence[Run], name_of: Mapping[int, str]) -> list[Sheet]:
     """One sheet for every run that has completions, in order."""
     made = []
     for place, run in enumerate(runs):
-        if run.verb in ("verify-patch", "verify-deactivate", "compare") and run.completions is not None:
+        if run.verb in ("verify-patch", "verify-deactivate", "compare", "tune") and run.completions is not None:
             made.append(_sheet(run, name_of.get(place, run.label)))
     return made
 
@@ -63,7 +63,7 @@ def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
     if run.verb == "compare":
         treated = [arm for arm in arms if arm not in ("untreated", "aligned", "ceiling") and not arm.startswith("random")]
     else:
-        treated = [str(run.result["treated"]["name"])]
+        treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]
     wanted = ["untreated", *treated[:1], "aligned"]
     places = [arms.index(arm) for arm in wanted if arm in arms]
     return tuple(places) or tuple(range(min(3, len(arms))))

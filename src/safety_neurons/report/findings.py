@@ -89,6 +89,8 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
         questions.append(Markup("Are they necessary: what is lost without them?"))
     if "compare" in kinds:
         questions.append(Markup("Which method finds them at equal budget?"))
+    if "tune" in kinds:
+        questions.append(Markup("Does tuning them alone make the model safer, and at what price?"))
     if "doctor" in kinds:
         questions.append(Markup("Can numbers found on this model be trusted?"))
     return questions

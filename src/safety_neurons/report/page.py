@@ -14,15 +14,17 @@ import jinja2
 from markupsafe import Markup
 
 from safety_neurons.report import answers
-from safety_neurons.report.findings import asked, findings, ranked_by
+from safety_neurons.report.findings import Finding, asked, findings, ranked_by
 from safety_neurons.report.reading import Run, guarded, read_runs
 from safety_neurons.report.sections import Part, compare_part, deactivate_part, find_part, patch_parts
 from safety_neurons.report.tables import Table, checks_table
 from safety_neurons.report.text import NONE, duration, name, say, visible
 from safety_neurons.report.tiles import Tile, tiles
+from safety_neurons.report.tuning import tile as tune_tile
+from safety_neurons.report.tuning import tune_part, tuned
 from safety_neurons.results import write_bytes
 
-_KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor")
+_KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor", "tune")
 
 
 def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons") -> pathlib.Path:
@@ -56,7 +58,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
     """The page as text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hand-made files are noted in the page.
-        said = [finding for run in sorted(runs, key=_rank) for finding in guarded(run, lambda run=run: findings(run, runs))]  # type: ignore[misc]
+        said = [finding for run in sorted(runs, key=_rank) for finding in _said(run, runs)]
         made = _sheets(runs)
         holds = answers.packed(made)
         style, script = _asset("style.css"), _asset("script.js")
@@ -80,14 +82,20 @@ def render(runs: Sequence[Run], *, title: str) -> str:
         return _environment().get_template("page.html.jinja").render(context)
 
 
+def _said(run: Run, runs: Sequence[Run]) -> list[Finding]:
+    """The sentences of one run."""
+    return guarded(run, lambda: tuned(run) if run.verb == "tune" else findings(run, runs))
+
+
 def _rank(run: Run) -> int:
     """What answers the question comes first; what was measured on the way after it."""
-    order = ("verify-patch", "verify-deactivate", "compare", "find", "doctor")
+    order = ("tune", "verify-patch", "verify-deactivate", "compare", "find", "doctor")
     return next((place for place, verb in enumerate(order) if run.verb.startswith(verb)), len(order))
 
 
 def _tiles(runs: Sequence[Run]) -> list[Tile]:
-    return guarded(runs[0], lambda: tiles(runs))[:4]
+    first = [guarded(run, lambda run=run: tune_tile(run)) for run in runs if run.verb == "tune"][:1]  # type: ignore[misc]
+    return [*first, *guarded(runs[0], lambda: tiles(runs))][:4]
 
 
 def _sections(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Part]]]:
@@ -108,6 +116,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Part]]]:
             parts("find-", find_part),
         ),
         ("sufficient", "Are they sufficient? Causal effect against set size", "", causal),
+        ("tuned", "Does tuning them make the model safer?", "", parts("tune", tune_part)),
         ("methods", "Methods compared", "", parts("compare", compare_part)),
         (
             "necessary",
@@ -138,6 +147,7 @@ def _sheets(runs: Sequence[Run]) -> list[answers.Sheet]:
     names = {}
     for place, run in enumerate(runs):
         words = {"verify-patch": "patched, ranked by {}", "verify-deactivate": "deactivated, chosen by {}", "compare": "methods compared"}
+        words["tune"] = "tuned, chosen by {}"
         if run.verb in words:
             names[place] = words[run.verb].format(ranked_by(run, runs)) + f" · {run.label}"
     return [sheet for run in runs for sheet in guarded(run, lambda run=run: answers.sheets([run], {0: names.get(runs.index(run), "")}))]  # type: ignore[misc]

@@ -35,20 +35,20 @@ def spread(values: Sequence[float | int], digits: int = 2) -> str:
 def arms_table(run: Run) -> Table:
     """Every arm of a verify run: refusals, over-refusals, perplexity, divergence; causal effects where there is a pair."""
     result, paired = run.result, run.result["aligned"] is not None
-    rows = [_arm("untreated", result["untreated"])]
+    rows = [arm_row("untreated", result["untreated"])]
     if paired:
-        rows.append(_arm("aligned model", result["aligned"]))
+        rows.append(arm_row("aligned model", result["aligned"]))
     effects: list[list[Cell]] = [[NONE, NONE]] * len(rows)
     quiet: list[int] = []
     word = "patched" if result["kind"] == "patch" else "deactivated"
     for point in result["sizes"]:
-        rows.append(_arm(f"{count(point['n_neurons'])} {word} ({share(point['size'])})", point["treated"]))
+        rows.append(arm_row(f"{count(point['n_neurons'])} {word} ({share(point['size'])})", point["treated"]))
         effects.append([interval(point["causal_effect"]), spread(random_values(point))])
         if point["random"]:
             quiet.append(len(rows))
             rows.append(_random_arms(point))
             effects.append([NONE, NONE])
-    rows.append(_arm(f"all neurons {word} (ceiling)", result["ceiling"]))
+    rows.append(arm_row(f"all neurons {word} (ceiling)", result["ceiling"]))
     effects.append([interval(result["ceiling_effect"]), NONE])
     columns = list(ARM_COLUMNS)
     if paired:
@@ -60,21 +60,22 @@ def arms_table(run: Run) -> Table:
 def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
     """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside its random sets."""
     first = runs[0][1].result
-    rows: list[list[Cell]] = [[*_arm("untreated", first["untreated"]), NONE], [*_arm("aligned model", first["aligned"]), NONE]]
+    rows: list[list[Cell]] = [[*arm_row("untreated", first["untreated"]), NONE], [*arm_row("aligned model", first["aligned"]), NONE]]
     quiet = []
     for method, run in runs:
         point = telling_point(run.result)
         label = f"{count(point['n_neurons'])} patched ({share(point['size'])}), {method}"
-        rows.append([*_arm(label, point["treated"]), interval(point["causal_effect"])])
+        rows.append([*arm_row(label, point["treated"]), interval(point["causal_effect"])])
         if point["random"]:
             quiet.append(len(rows))
             rows.append([*_random_arms(point), spread(random_values(point))])
-    rows.append([*_arm("all neurons patched (ceiling)", first["ceiling"]), interval(first["ceiling_effect"])])
+    rows.append([*arm_row("all neurons patched (ceiling)", first["ceiling"]), interval(first["ceiling_effect"])])
     caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
     return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
 
 
-def _arm(label: str, arm: Mapping[str, Any]) -> list[Cell]:
+def arm_row(label: str, arm: Mapping[str, Any]) -> list[Cell]:
+    """Cells of `ARM_COLUMNS` for one arm; what could not be scored is counted."""
     unscored = arm["harmful_refused"]["unscored"] + arm["harmless_refused"]["unscored"]
     shown = f"{label}, {unscored:,} unscored" if unscored else label
     refusals = [interval(arm["harmful_refused"]), interval(arm["harmless_refused"])]

@@ -70,7 +70,7 @@ class Tuning:
     notes: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, with the keys of the design but the paths."""
+        """As JSON values, with the keys of the design but the paths; the history of single steps is `tuned.history`."""
         tuned = self.tuned
         rates = list(tuned.learning_rates.values())
         return {
@@ -90,7 +90,6 @@ class Tuning:
             "change": dataclasses.asdict(self.change),
             "harmless_change": dataclasses.asdict(self.harmless_change),
             "overlap_with_training_prompts": dict(self.overlap),
-            "history": [dataclasses.asdict(step) for step in tuned.history],
             "checks": [check.record() for check in ([tuned.before] if tuned.before else []) + list(tuned.checks)],
             "notes": list(self.notes),
         }

@@ -9,9 +9,11 @@ on an organism (s 0.1, d 64), which is where people end up by hand on models of 
 import math
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.neurons import NeuronSet
+from safety_neurons.neurons import NeuronSet, parse_key
 
 SHARE = 0.3
 """Of a neuron's size that one step at the full rate changes."""
@@ -64,11 +66,20 @@ def weight_scale(model: LanguageModel, key: str) -> tuple[float, int]:
     """Root mean square of a site's weights, and weights of one neuron."""
     width = model.table[key].weights_per_neuron
     try:
-        weight = model.anatomy.place(key).weight()
+        weight = _weight(model, key)
         rms = float(weight.detach().float().square().mean().sqrt())
     except UnsupportedModelError:
         rms = _USUAL
     return (rms if math.isfinite(rms) and rms > 0 else _USUAL), width
+
+
+def _weight(model: LanguageModel, key: str) -> Tensor:
+    site = parse_key(key)
+    if site.expert is None:
+        return model.anatomy.place(key).weight()
+    experts = model.anatomy.layers[site.layer].experts
+    assert experts is not None
+    return experts.weight(site.expert, site.site)
 
 
 def factor(step: int, steps: int, warmup: float) -> float:

@@ -47,8 +47,7 @@ class Checked:
     @staticmethod
     def of(record: dict[str, Any]) -> "Checked":
         """What `record` wrote."""
-        rates = (Rate(**record[name]) for name in ("harmful_refused", "harmless_refused"))
-        return Checked(record["step"], *rates, record["divergence"])
+        return Checked(record["step"], Rate(**record["harmful_refused"]), Rate(**record["harmless_refused"]), float(record["divergence"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +102,11 @@ class StopCheck:
             deltas: attached to the model; at step 0 they are zero and there is no divergence.
             step: steps done.
         """
-        rates = []
-        for prompts in (self.harmful, self.harmless):
-            answers = model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-            rates.append(rate(self.refused(answers)))
-        divergence = self._divergence(model, deltas) if step else 0.0
-        return Checked(step, *rates, divergence)
+        harmful, harmless = (self._rate(model, prompts) for prompts in (self.harmful, self.harmless))
+        return Checked(step, harmful, harmless, self._divergence(model, deltas) if step else 0.0)
+
+    def _rate(self, model: LanguageModel, prompts: Prompts) -> Rate:
+        return rate(self.refused(model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)))
 
     def _divergence(self, model: LanguageModel, deltas: Deltas) -> float:
         sequences = [encoded.ids for encoded in model.encode(self.harmless)]
