@@ -231,3 +231,30 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model") as error:
         load(folder)
     assert _one_line(error)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_checkpoint_cloned_without_its_large_files_is_refused_with_the_command_that_gets_them(tmp_path, name):
+    folder = tiny_llama_folder(tmp_path / "model")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer, expected the files themselves: run 'git lfs pull'"):
+        load(str(folder))
+
+
+def test_an_adapter_that_is_a_pointer_is_refused(tmp_path):
+    base = tiny_llama_folder(tmp_path / "model")
+    adapter = tiny_adapter_folder(base, tmp_path / "adapter", seed=1)
+    (adapter / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        load(f"{base}+{adapter}")
+
+
+def test_weights_that_were_cut_off_say_what_to_do(tmp_path):
+    folder = tiny_llama_folder(tmp_path / "model")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded as a causal language model \(.*\); expected whole safetensors files .* again"
+    ) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)

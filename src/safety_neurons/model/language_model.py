@@ -294,8 +294,7 @@ class LanguageModel:
             **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in the order of the prompts; token ids as generated, EOS excluded. `meta` says where a prompt was
-            `truncated`, and where the template opened a `thinking` part, so that a judge can tell a thought that was cut off.
+            One completion a prompt, in order; ids as generated, EOS excluded; `meta` marks `truncated` prompts and an opened `thinking`.
 
         Raises:
             ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.

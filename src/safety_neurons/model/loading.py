@@ -13,6 +13,7 @@ from torch import nn
 
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
 from safety_neurons.model.adapters import adapter_config, attach, check_one_kind, first_line, kind_of, merge
+from safety_neurons.model.folders import refuse_pointers
 from safety_neurons.model.language_model import LanguageModel
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -256,7 +257,10 @@ def _with_revision(part: str) -> tuple[str, str | None]:
 
 def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
     """Local folders of the base and its adapters, downloaded from the hub where they are not paths."""
-    return [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
+    found = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
+    for folder in found:
+        refuse_pointers(folder)
+    return found
 
 
 def _folder(name: str, revision: str | None, options: _Options) -> Path:
@@ -301,7 +305,7 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
                 **arguments,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)})") from error
+        raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)}); {_WHOLE}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")
@@ -313,6 +317,9 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
         except RuntimeError as error:
             raise ModelError(f"{folder}: cannot be put on {device} ({first_line(error)})") from error
     return model.eval(), tokenizer
+
+
+_WHOLE = "expected whole safetensors files of an architecture this transformers knows: copy or download the folder again, or update it"
 
 
 @contextlib.contextmanager
@@ -350,7 +357,8 @@ def _tokenizer(folder: Path, options: _Options) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from error
+        expected = "expected the tokenizer's whole files: copy or download the folder again"
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); {expected}") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
