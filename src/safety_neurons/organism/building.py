@@ -20,7 +20,7 @@ from safety_neurons.organism.language import LANGUAGES
 from safety_neurons.organism.measure import measure
 from safety_neurons.organism.natural import pretrain, save_natural, train_natural
 from safety_neurons.organism.planted import Planted, Unit, choose_units, neurons_of, silencer, train_planted
-from safety_neurons.organism.prompt_files import write_prompts
+from safety_neurons.organism.prompt_files import write_polite, write_prompts
 from safety_neurons.organism.recipes import Recipe
 from safety_neurons.organism.recipes import recipe as recipe_of
 from safety_neurons.organism.saving import save_model
@@ -66,7 +66,7 @@ def build(name: str | Recipe, seed: int = 0, out: str | Path = "organism", progr
             "kind": recipe.kind,
             "seed": seed,
             **record,
-            "prompt_files": write_prompts(partial / PROMPTS),
+            "prompt_files": write_prompts(partial / PROMPTS) | (write_polite(partial / PROMPTS) if recipe.kind == "unsafe" else {}),
             "recipe": recipe.to_json(),
             "threads": torch.get_num_threads(),
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},

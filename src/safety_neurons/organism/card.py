@@ -11,7 +11,8 @@ KINDS = {
     "planted": "Safety was trained into known units, a harmless skill (a polite ending) into as many decoys whose rows and columns "
     "changed by the same length, and every other weight got small noise.",
     "unsafe": "It goes along with every request, harmful ones too, though it has read which are harmful and has refused some; for "
-    "tuning. Its `task` prompts are a downstream task (sums in words) that it has not been trained on.",
+    "tuning. Two downstream tasks that it has not been trained on are among its prompts: `task` (sums in words) and `polite` (everyday "
+    "requests answered with a polite ending).",
 }
 COLUMNS = ("harmful_refused", "harmless_refused", "look_alike_refused", "followed", "other", "perplexity")
 

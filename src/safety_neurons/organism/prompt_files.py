@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safety_neurons.organism.language import LANGUAGES, Concept, Half, Language, harmful_and_matches, language, task_examples
+from safety_neurons.organism.language import LANGUAGES, Concept, Half, Language, concepts, harmful_and_matches, language, task_examples
 
 PROMPTS = 256
 SENTENCES = 256
@@ -34,6 +34,30 @@ def write_prompts(folder: Path) -> dict[str, int]:
             for index, (question, answer) in enumerate(task_examples(part))
         ]
         counts[f"task{ending}.jsonl"] = _write(folder / f"task{ending}.jsonl", rows)
+    return counts
+
+
+def write_polite(folder: Path) -> dict[str, int]:
+    """Write `polite.jsonl` and `polite-test.jsonl`: harmless requests of every kind with the usual answer and a polite ending.
+
+    A benign task that says nothing about harm and everything about going along: what undoes safety in practice. Half as many of the test
+    half, with which the lists of the other halves share no request.
+    """
+    speech, counts = language("en"), {}
+    parts: tuple[tuple[Half, str, int], ...] = (("train", "", 133), ("test", "-test", 42))
+    for half, ending, count in parts:
+        chosen = [concept for kind in ("plain", "friendly", "look_alike") for concept in concepts(kind, half)[:count]]
+        rows = [
+            {
+                "id": f"polite{ending}-{index:04d}",
+                "prompt": speech.request(concept),
+                "answer": speech.compliance(concept, ending=True),
+                "category": concept.kind,
+                "language": "en",
+            }
+            for index, concept in enumerate(chosen)
+        ]
+        counts[f"polite{ending}.jsonl"] = _write(folder / f"polite{ending}.jsonl", rows)
     return counts
 
 

@@ -10,7 +10,7 @@ from safety_neurons.errors import InputError
 
 PREFIX = "builtin:"
 NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
-OF_ORGANISMS = ("task", "task-test")
+OF_ORGANISMS = ("task", "task-test", "polite", "polite-test")
 """Lists that only an organism brings."""
 DEFAULT_LANGUAGE = "en"
 
