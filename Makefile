@@ -29,6 +29,7 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/tree.py --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

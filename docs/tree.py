@@ -10,9 +10,9 @@ FLOORS = (
     "errors.py",
     "prompts neurons results",
     "model",
-    "organism detectors interventions judges capability",
+    "organism detectors interventions tuning guard judges suites capability",
     "studies",
-    "report",
+    "analysis report",
     "cli",
 )
 START, END = "<!-- tree -->", "<!-- end of tree -->"
@@ -30,6 +30,8 @@ def tree() -> str:
     for level, names in enumerate(FLOORS):
         for name in names.split():
             folder = SOURCE / name
+            if not folder.exists():
+                continue
             if folder.is_file():
                 lines.append(f"{level}  {name:<34}{line_of(folder)}")
                 continue
@@ -41,6 +43,8 @@ def tree() -> str:
 
 def with_tree(readme: str) -> str:
     """The README's text with the tree brought up to date."""
+    if readme.count(START) != 1 or readme.count(END) != 1:
+        raise SystemExit(f"README.md: expected one {START} and one {END} around the tree; put them back")
     before, rest = readme.split(START)
     _, after = rest.split(END)
     return f"{before}{START}\n{tree()}\n{END}{after}"

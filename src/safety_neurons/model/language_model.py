@@ -312,7 +312,6 @@ class LanguageModel:
         results = {index: one for index, one in enumerate(answers) if one is not None and one.prompt == asked[index].text}
 
         def keep(index: int, answer: Answer) -> None:
-            marks = {"truncated": encoded[index].truncated, "thinking": encoded[index].thinking}
             results[index] = Completion(
                 prompt_id=asked[index].id,
                 prompt=asked[index].text,
@@ -321,7 +320,7 @@ class LanguageModel:
                 finish_reason=answer.finish_reason,
                 arm=arm,
                 seed=seed,
-                meta={name: True for name, holds in marks.items() if holds},
+                meta={name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)},
             )
             if answered is not None:
                 answered(results[index])
