@@ -52,7 +52,7 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ([*CONTRAST, "--limit", "0"], "--limit"),
         ([*CONTRAST, "--template-args", "{"], "not JSON"),
         ([*CONTRAST, "--template-args", "[1]"], "a JSON object"),
-        (["find", "importance-contrast", *CONTRAST[2:], "--compare", "swapped"], "swap, absolute, relative, same-input"),
+        (["find", "importance-contrast", *CONTRAST[2:], "--compare", "swapped"], "swap, swap-attribution, absolute, relative, same-input"),
         (["find", "attribution-patching", *CONTRAST[2:], "--at", "end"], "path, base"),
         (["find", "importance", "--model", "m/m", "--space", "logit"], "output, probability"),
         ([*VERIFY], "neither of --neurons and --scores"),

@@ -65,7 +65,7 @@ def test_a_set_holds_every_neuron_of_its_units(pair):
 
 def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
     sets = {row.method: units_of(row.neurons) for row in compared.methods}
-    assert len(compared.agreement) == 8 * 7 // 2
+    assert len(compared.agreement) == 9 * 8 // 2
     for pair in compared.agreement:
         first, second = (sets[name] for name in pair["methods"])
         assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))

@@ -11,14 +11,22 @@ from safety_neurons.errors import UsageError
 CHOICES: dict[str, tuple[str, ...]] = {
     "positions": ("completion", "completion-predicting", "prompt", "prompt-last"),
     "generate_with": ("base", "aligned"),
-    "compare": ("swap", "absolute", "relative", "same-input"),
+    "compare": ("swap", "swap-attribution", "absolute", "relative", "same-input"),
     "space": ("output", "probability"),
     "at": ("path", "base"),
     "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
 }
 """Options that take one of a few names. The workers check them again; a test holds the two lists together."""
 
-METHODS = ("importance", "importance-contrast", "contrast", "attribution", "attribution-patching", "weight-change")
+METHODS = (
+    "importance",
+    "importance-contrast",
+    "swap-attribution",
+    "contrast",
+    "attribution",
+    "attribution-patching",
+    "weight-change",
+)
 TEMPLATES = ("auto", "none", "tulu")
 SELECTION = ("top", "count", "top_per_matrix", "threshold", "agreement")
 RULES = SELECTION[:4]

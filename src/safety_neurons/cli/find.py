@@ -168,7 +168,7 @@ def importance_contrast(
     sites: Sites = None,
     layers: Layers = None,
     subtract: Subtract = None,
-    compare: Annotated[str, typer.Option(help="swap, absolute, relative or same-input.")] = "swap",
+    compare: Annotated[str, typer.Option(help="swap, swap-attribution, absolute, relative or same-input.")] = "swap",
     positions: Positions = "prompt",
     generate_with: GenerateWith = "base",
     max_new_tokens: MaxNewTokens = 128,

@@ -15,6 +15,7 @@ from safety_neurons.detectors.importance_readers import prove_layers
 from safety_neurons.detectors.pairs import comparing, writer_of
 from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, stream_key, to_numpy
 from safety_neurons.detectors.sublayers import Shown, columns, under, watching
+from safety_neurons.detectors.swap_attribution import MIDPOINTS, attribute_swaps
 from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
 from safety_neurons.detectors.text import Span, text_config, texts
 from safety_neurons.errors import UnsupportedModelError, UsageError
@@ -26,7 +27,8 @@ from safety_neurons.model.passes import Batch, BatchSize, forward
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, SITES, NeuronSet, Selection, parse_key
 from safety_neurons.results import Checkpoint, Completions
 
-COMPARISONS = ("swap", "absolute", "relative", "same-input")
+COMPARISONS = ("swap", "swap-attribution", "absolute", "relative", "same-input")
+METHOD = "importance-contrast"
 SMALL = 1e-3
 """Share of the site's mean importance that keeps `relative` from dividing by zero."""
 
@@ -58,7 +60,8 @@ def find_importance_contrast(
         base: the less safe model, whose parameters are put in.
         aligned: the safer one, whose stream is fed.
         prompts: usually harmful requests.
-        compare: `swap`; or differences of importance against zero: `absolute` (aligned − base, each on its own stream), `relative`
+        compare: `swap`; `swap-attribution`: what the same swap does to the refusal instead of to the sub-layer, to first order, signed;
+            or differences of importance against zero: `absolute` (aligned − base, each on its own stream), `relative`
             (the same over their sum), `same-input` (aligned − base, both fed the aligned stream), which treat every neuron alone.
         positions: `prompt` (every token fed, as importance), or `completion`, `completion-predicting`, `prompt-last`.
         generate_with: `base` or `aligned`: which model writes, where completions are read.
@@ -75,29 +78,37 @@ def find_importance_contrast(
     Raises:
         MismatchError: the models have other shapes or tokenizers.
         NumericalError: NaN or infinity; the message names the site.
-        UnsupportedModelError: routed experts, or an attention formula not proved; UsageError: unknown `compare`, site or positions.
+        UnsupportedModelError: routed experts, or an attention formula not proved.
+        UsageError: unknown `compare`, site or positions; positions or completions with `swap-attribution`, which writes its own.
 
     Source: importance of Zhao et al. (ICLR 2025) between the models of Chen et al. (arXiv 2406.14144).
     Differs: neither paper compares parameters on one stream.
     """
     if compare not in COMPARISONS:
         raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
+    own_text = compare == "swap-attribution"
+    if own_text and (positions != "prompt" or completions is not None):
+        raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt' and give no completions")
     prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.05)
     writer = writer_of(base, aligned, generate_with)
     check_pair(base, aligned)
-    config = {"compare": compare} | text_config(positions, generate_with, max_new_tokens, completions) | searched(sites, layers)
-    key = stream_key("importance-contrast", (base, aligned), prompts, config, selection, batch_size)
+    said = {"midpoints": MIDPOINTS} if own_text else text_config(positions, generate_with, max_new_tokens, completions)
+    config: dict[str, Any] = {"compare": compare} | said | searched(sites, layers)
+    key = stream_key(METHOD, (base, aligned), prompts, config, selection, batch_size)
     options: dict[str, Any] = {"stream": Stream(checkpoint, key), "batch_size": batch_size, "progress": progress}
     comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
     comparison.check()
+    made: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": prompts, "selection": selection}
+    made["subtract"] = subtract
     with comparing(base, aligned):
+        if own_text:
+            found = attribute_swaps(base, aligned, prompts, comparison.sizes, selection=selection, **options)
+            return finish(METHOD, found.values, config=config, counts=found.counts, notes=found.notes, votes=found.votes, **made)
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
         values, votes = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
-    models = (base.name, aligned.name)
-    made: dict[str, Any] = {"table": base.table, "models": models, "prompts": prompts, "selection": selection, "votes": votes}
     config["tokens"] = text.n_tokens
-    return finish("importance-contrast", values, config=config, counts=text.counts, notes=notes, subtract=subtract, **made)
+    return finish(METHOD, values, config=config, counts=text.counts, notes=notes, votes=votes, **made)
 
 
 Scored = list[dict[str, np.ndarray]]

@@ -123,13 +123,14 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
             if place.side == "output":
                 theirs = other.anatomy.place(place.key)
                 if id(theirs.module) not in given:
-                    given[id(theirs.module)] = _run(theirs, shown.inputs[id(place.module)]).to(like.device)
+                    given[id(theirs.module)] = projected(theirs, shown.inputs[id(place.module)]).to(like.device)
                 output = given[id(theirs.module)]
                 found[site] = take(output.reshape(*like.shape[:2], output.shape[-1]), theirs.index)
     return found
 
 
-def _run(place: SitePlace, fed: Tensor) -> Tensor:
+def projected(place: SitePlace, fed: Tensor) -> Tensor:
+    """What a projection makes of an input that may lie on another device."""
     weight = getattr(place.projection.base, "weight", fed)
     return place.module(fed.to(weight.device))
 

@@ -36,8 +36,8 @@ IN_ONE_GO = ("weight-change",)
 """Methods too short to keep a partial state."""
 
 
-def _pair_method(name: str) -> Method:
-    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **options).scores
+def _pair_method(name: str, **fixed: Any) -> Method:
+    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **fixed, **options).scores
 
 
 def _aligned_method(name: str) -> Method:
@@ -47,6 +47,7 @@ def _aligned_method(name: str) -> Method:
 METHODS: dict[str, Method] = {
     "importance": _aligned_method("find_importance"),
     "importance-contrast": _pair_method("find_importance_contrast"),
+    "swap-attribution": _pair_method("find_importance_contrast", compare="swap-attribution"),
     "contrast": _pair_method("find_contrast"),
     "attribution": _aligned_method("find_attribution"),
     "attribution-patching": _pair_method("find_attribution_patching"),

@@ -1,0 +1,98 @@
+"""Recall of planted units by every detector at equal count, on organisms of several seeds and kinds, and the table over them.
+
+for seed in 0 1 2 3 4; do safety-neurons organism build --name planted --seed $seed --out org/planted-$seed; done
+python benchmarks/planted_recall.py org/*            # writes benchmarks/results/planted/NAME.json, one per folder
+python benchmarks/planted_recall.py --table          # prints the table of what is there
+
+Every detector sees the find half of the organism's English harmful requests and searches all sites; as many units are taken as work in
+English (`truth.safetensors`). The truth is never seen. Held-out prompts play no part: what is measured is recall, not refusal.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from safety_neurons.model import load_pair
+from safety_neurons.neurons import SITES, NeuronSet, Scores
+from safety_neurons.prompts import prompts
+from safety_neurons.results.files import write_json
+from safety_neurons.studies.comparison import METHODS, unit_recall, whole_units
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "planted"
+DESIGNED_ON = ("planted-0", "planted-1")
+"""Organisms that were looked at while swap-attribution was made; the others were not."""
+
+
+def units(neurons: NeuronSet, folder: pathlib.Path) -> dict[str, int]:
+    """How many units of a set are true, planted but below one hundredth in English, decoys, or neither."""
+    counts, rest = {}, neurons
+    for kind in ("truth", "planted", "decoys"):
+        known = NeuronSet.load(folder / f"{kind}.safetensors", table=neurons.table)
+        counts["other planted" if kind == "planted" else kind] = (rest & known).n_units
+        rest = rest - known
+    return counts | {"neither": rest.n_units}
+
+
+def measure(folder: pathlib.Path, limit: int) -> dict[str, Any]:
+    """The record of one organism."""
+    record = json.loads((folder / "organism.json").read_text(encoding="utf-8"))
+    pair = load_pair(str(folder / record["base"]), str(folder / record["aligned"]))
+    truth = NeuronSet.load(folder / "truth.safetensors", table=pair.base.table)
+    harmful = prompts("builtin:harmful", folder=folder / "prompts", limit=limit)
+    rows = {}
+    for name, method in METHODS.items():
+        started = time.perf_counter()
+        scores: Scores = method(pair.base, pair.aligned, harmful, {"sites": SITES, "batch_size": "auto"})
+        seconds = time.perf_counter() - started
+        found = whole_units(scores.top_units(truth.n_units), SITES)
+        rows[name] = {"recall": unit_recall(found, truth), "taken": units(found, folder), "seconds": round(seconds, 2)}
+    return {
+        "organism": record["name"],
+        "seed": record["seed"],
+        "recipe": record["recipe"],
+        "versions": record["versions"],
+        "prompts": len(harmful),
+        "units": truth.n_units,
+        "edge": [unit["shares"]["en"] for unit in record["truth"]["units"] if 0.005 <= unit["shares"]["en"] < 0.015],
+        "methods": rows,
+    }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Recall by method and organism, with mean and worst over all and over those no detector was made on, as Markdown."""
+    names = [f"{record['organism']}-{record['seed']}" for record in records]
+    unseen = [number for number, name in enumerate(names) if name not in DESIGNED_ON]
+    lines = ["| method | " + " | ".join(names) + " | mean | worst | mean, unseen |", "|---" * (len(names) + 4) + "|"]
+    recalls = collections.defaultdict(list)
+    for record in records:
+        for name, row in record["methods"].items():
+            recalls[name].append(row["recall"])
+    for name, values in sorted(recalls.items(), key=lambda item: -statistics.mean(item[1])):
+        last = statistics.mean(values[number] for number in unseen) if unseen else float("nan")
+        cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), min(values), last)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the folders given, then print the table of all records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=pathlib.Path, help="folders of planted organisms")
+    parser.add_argument("--limit", type=int, default=60, help="find prompts")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args()
+    for folder in [] if options.table else options.folders:
+        record = measure(folder, options.limit)
+        write_json(options.out / f"recall-{record['organism']}-{record['seed']}.json", record)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("recall-*.json"))]
+    print(table(sorted(records, key=lambda one: (one["organism"], one["seed"]))))
+
+
+if __name__ == "__main__":
+    main()
