@@ -25,6 +25,9 @@ VERBS = {
     ),
     "find": ("find", "Score neurons by one method and keep the ones a selection takes."),
     "verify": ("verify", "Measure what a set of neurons does, beside random sets and the ceiling."),
+    "tune": ("tune", "Train only the neurons of a set to refuse; ordinary adapter out."),
+    "repair": ("repair", "Put neurons back after someone else's fine-tune."),
+    "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning, how easily is it cut out again."),
     "organism": ("organism", "Small models whose safety behaviour is known."),
     "data": ("data", "The built-in prompts."),
 }
