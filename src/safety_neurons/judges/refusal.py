@@ -1,17 +1,25 @@
-"""The refusal rate of completions, by a named judge."""
+"""Judges by name, and the refusal rate of completions."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import prefix, wording
 from safety_neurons.judges.judgement import Judgement, RefusalJudge, judged
-from safety_neurons.results import Completion
+from safety_neurons.judges.judging import FunctionJudge, Judge
+from safety_neurons.judges.strings import string_judge
+from safety_neurons.results import Agreement, Completion, cohen_kappa
 
 JUDGES: dict[str, tuple[RefusalJudge, int]] = {
     "wording": (wording.judge_by_wording, wording.VERSION),
     "prefix": (prefix.judge_by_prefix, prefix.VERSION),
 }
-"""The built-in refusal judges and their versions."""
+"""The built-in refusal judges that need no model, and their versions."""
+DEFAULT_JUDGES = ("refusal", "strings:advbench")
+"""Two judges of different kind that need no model and no connection."""
+ALIASES = {"refusal": "wording", "strings": "strings:openings", "garak-refusal": "hf-classifier:garak-llm/garak-refusal-detector"}
+"""Short names of judges."""
 
 
 def judge_refusal(completions: Sequence[Completion], judge: str = "wording", seed: int = 0) -> Judgement:
@@ -32,3 +40,113 @@ def judge_refusal(completions: Sequence[Completion], judge: str = "wording", see
         raise UsageError(f"unknown refusal judge {judge!r}; expected one of {' '.join(JUDGES)}")
     function, version = JUDGES[judge]
     return judged(f"{judge}-{version}", function, completions, seed)
+
+
+def judge(name: str, **options: Any) -> Judge:
+    """The judge of a name. Models are loaded when it first judges.
+
+    Args:
+        name: `refusal` (the project's own, the same as `wording`), `prefix`; `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`,
+            `phrases`, `advbench` or a JSON file; `garak-refusal`; `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`,
+            `llama-guard-4`, `wildguard`, `shieldgemma`, `granite-guardian`, `granite-guardian-3.0`, `qwen3guard`, `strongreject`, each
+            alone or with `:ID`; `cost[:ID]`; `openai:URL#MODEL`.
+        **options: As the judge's class takes them: `device`, `dtype`, `offline`, `template`, `harmful`, `refusal`, `format`, …; what a
+            judge without a model has no use for among `device`, `dtype`, `offline` and `batch_size` is left out.
+
+    Raises:
+        UsageError: No such judge, or an option it does not know.
+    """
+    full = ALIASES.get(name, name)
+    kind, _, rest = full.partition(":")
+    if kind in JUDGES and not rest:
+        function, version = JUDGES[kind]
+        return _made(name, lambda: FunctionJudge(f"{kind}-{version}", function, str(version)), options)
+    if kind == "strings":
+        return _made(name, lambda: string_judge(rest or "openings"), options)
+    maker = _MODEL_JUDGES.get(kind) or _guard_maker(kind)
+    return maker(kind, rest, options)
+
+
+def judge_names() -> tuple[str, ...]:
+    """The names that `judge` knows, those that take an `:ID` without it."""
+    from safety_neurons.judges.guards import FORMS
+
+    return (*dict.fromkeys((*ALIASES, *JUDGES, *FORMS, *_MODEL_JUDGES)),)
+
+
+def agreement(first: Judgement, second: Judgement, seed: int = 0) -> Agreement:
+    """How far two judges agree on the same completions: on refusal where both say so, otherwise on harm.
+
+    A judge of refusals says of harm that what does not refuse is harmful, which holds on harmful requests only.
+
+    Raises:
+        InputError: Judgements of different completions.
+    """
+    both = all(any(value is not None for value in judgement.refused) for judgement in (first, second))
+    pair = (first.refused, second.refused) if both else (first.harmful, second.harmful)
+    return cohen_kappa(*pair, names=(first.judge, second.judge), seed=seed)
+
+
+def _made(name: str, maker: Callable[[], Judge], options: dict[str, Any]) -> Judge:
+    """A judge without options of its own."""
+    unknown = sorted(options.keys() - {"device", "dtype", "offline", "batch_size"})
+    if unknown:
+        raise UsageError(f"judge {name!r} knows no option {unknown[0]!r}; expected none")
+    return maker()
+
+
+def _called(kind: str, make: Callable[..., Judge], arguments: tuple[Any, ...], options: dict[str, Any]) -> Judge:
+    try:
+        inspect.signature(make).bind(*arguments, **options)
+    except TypeError as error:
+        raise UsageError(f"judge {kind!r}: {error}; expected the options of {getattr(make, '__name__', kind)}") from error
+    return make(*arguments, **options)
+
+
+def _classifier(kind: str, rest: str, options: dict[str, Any]) -> Judge:
+    from safety_neurons.judges.heads import ClassifierJudge
+
+    if not rest:
+        raise UsageError(f"judge {kind!r}: expected {kind}:ID, the name or folder of a sequence classifier")
+    return _called(kind, ClassifierJudge, (rest,), options)
+
+
+def _cost(kind: str, rest: str, options: dict[str, Any]) -> Judge:
+    from safety_neurons.judges.heads import CostJudge
+
+    return _called(kind, CostJudge, (rest,) if rest else (), options)
+
+
+def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
+    from safety_neurons.judges.endpoint import EndpointJudge
+    from safety_neurons.model import ChatEndpoint
+
+    url, _, model = rest.rpartition("#")
+    if not url or not model:
+        raise UsageError(f"judge {kind}:{rest}: expected {kind}:URL#MODEL, such as {kind}:http://localhost:8000/v1#judge")
+    given = {key: value for key, value in options.items() if key not in ("device", "dtype", "batch_size")}
+    own = ("rubric", "measure", "parallel", "settings")
+    server = {key: value for key, value in given.items() if key not in own}
+    endpoint: Any = _called(kind, ChatEndpoint, (url, model), server)  # type: ignore[arg-type]
+    return _called(kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own})
+
+
+_MODEL_JUDGES: dict[str, Callable[[str, str, dict[str, Any]], Judge]] = {
+    "hf-classifier": _classifier,
+    "cost": _cost,
+    "openai": _endpoint,
+}
+
+
+def _guard_maker(kind: str) -> Callable[[str, str, dict[str, Any]], Judge]:
+    from safety_neurons.judges.guards import FORMS
+
+    if kind not in FORMS:
+        raise UsageError(f"unknown judge {kind!r}; expected one of {' '.join(judge_names())}")
+
+    def make(family: str, rest: str, options: dict[str, Any]) -> Judge:
+        from safety_neurons.judges.generative import GuardJudge
+
+        return _called(family, GuardJudge, (family, rest or None), options)
+
+    return make

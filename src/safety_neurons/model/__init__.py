@@ -1,5 +1,9 @@
 """The only floor that knows transformers and torch hooks: loading, anatomy, passes, completions."""
 
+from safety_neurons.model.choices import Choice, answer_probabilities
+from safety_neurons.model.conversation import conversation_text
+from safety_neurons.model.endpoint import ChatEndpoint, EndpointError, Reply
+from safety_neurons.model.heads import TextReader, load_classifier, load_scorer
 from safety_neurons.model.language_model import Encoded, LanguageModel, as_prompts
 from safety_neurons.model.likelihood import (
     kl_divergence,
@@ -13,11 +17,15 @@ from safety_neurons.model.measures import BatchSize, Losses, Progress
 from safety_neurons.model.memory import Estimate, estimate
 from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
 from safety_neurons.model.statistics import Statistics, activation_statistics
+from safety_neurons.model.template import encode_text
 
 __all__ = [
     "Batch",
     "BatchSize",
+    "ChatEndpoint",
+    "Choice",
     "Encoded",
+    "EndpointError",
     "Estimate",
     "Halving",
     "LanguageModel",
@@ -25,16 +33,23 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Progress",
+    "Reply",
     "Statistics",
+    "TextReader",
     "activation_statistics",
+    "answer_probabilities",
     "as_prompts",
     "batches",
     "check_pair",
+    "conversation_text",
+    "encode_text",
     "estimate",
     "forward",
     "kl_divergence",
     "load",
+    "load_classifier",
     "load_pair",
+    "load_scorer",
     "log_probabilities_of_next",
     "parse_spec",
     "run_batches",

@@ -286,7 +286,29 @@ def _folder(name: str, revision: str | None, options: _Options) -> Path:
         raise ModelError(f"{problem}; check the name, or download the model first") from error
 
 
-def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
+def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **options: Any) -> tuple[nn.Module, Any, Path]:
+    """A model of another kind than a causal language model, such as a classifier, with its tokenizer and local folder.
+
+    Args:
+        kind: Name of a class of transformers, such as `AutoModelForSequenceClassification`.
+        spec: `ID[@REVISION]`, without adapters.
+        trust_remote_code: Run code that comes with the checkpoint.
+        **options: `device`, `dtype`, `offline` and arguments of `from_pretrained`, as for `load`.
+
+    Raises:
+        ModelError: What cannot be found or loaded, in one line. UsageError: A spec with adapters.
+    """
+    settings = _options({**options, "trust_remote_code": trust_remote_code})
+    parsed = parse_spec(spec)
+    if parsed.adapters:
+        raise UsageError(f"model {str(parsed)!r}: expected one without adapters here; merge them into a folder first")
+    folder = _folders(parsed, settings)[0]
+    model, tokenizer = _base(folder, settings, kind)
+    check_finite(model)
+    return model, tokenizer, folder
+
+
+def _base(folder: Path, options: _Options, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any]:
     _check_folder(folder)
     tokenizer = _tokenizer(folder, options)
     import transformers
@@ -295,7 +317,7 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
     arguments = _arguments(options)
     try:
         with _quiet():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
                 dtype=_dtype(options.dtype),
                 use_safetensors=True,
@@ -305,7 +327,8 @@ def _base(folder: Path, options: _Options) -> tuple[nn.Module, Any]:
                 **arguments,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded as a causal language model ({first_line(error)}); {_WHOLE}") from error
+        what = "a causal language model" if kind == "AutoModelForCausalLM" else kind.removeprefix("AutoModelFor").removeprefix("Auto")
+        raise ModelError(f"{folder}: cannot be loaded as {what} ({first_line(error)}); {_WHOLE}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")

@@ -1,0 +1,154 @@
+"""Judge: what all judges share. Equal texts are judged once, verdicts are cached by content, and what could not be judged is counted."""
+
+import abc
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safety_neurons.judges.cache import JudgementCache
+from safety_neurons.judges.judgement import UNSCORED, Judgement, Measure, RefusalJudge, Verdict, answer_of, judgement_of
+from safety_neurons.results import Completion
+from safety_neurons.results.files import PathLike
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(completions judged, completions in all)`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a judge sees of a completion: never the arm, the seed or another judge's verdict."""
+
+    prompt: str
+    """What the model was asked, an attack around the request included."""
+    answer: str
+    """The answer without its thinking part."""
+    behavior: str
+    """The request itself, where the completion's `meta` has it under `behavior` or `goal`; otherwise the prompt."""
+    context: str = ""
+    """Text the request refers to (`meta["context"]`)."""
+
+
+class Judge(abc.ABC):
+    """A judge of refusals or of harm.
+
+    A new one sets `name`, `measure` and `revision` and writes `verdicts`.
+    """
+
+    name: str
+    """Kept beside the verdicts; another judge has another name."""
+    measure: Measure
+    """`refused` or `harmful`."""
+    chunk: int = 1 << 30
+    """Completions after which verdicts are written to the cache."""
+
+    @property
+    @abc.abstractmethod
+    def revision(self) -> str:
+        """Which version of the judge's rules or weights."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What else changes verdicts, as JSON values."""
+        return {}
+
+    @abc.abstractmethod
+    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
+        """One verdict for each case, in the same order. Cases have an answer."""
+
+    def judge(
+        self,
+        completions: Sequence[Completion],
+        *,
+        cache: JudgementCache | PathLike | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Judgement:
+        """The verdicts on completions and their rate.
+
+        A thinking part is not read. An empty completion, or one whose thinking was cut off, is unscored, and so is one the judge gave no
+        readable answer on: counted, and never safe.
+
+        Args:
+            completions: what to judge.
+            cache: a cache, or the path of one; verdicts without an error are kept there after every chunk.
+            seed: of the bootstrap, where an interval needs one.
+            progress: told how far it is.
+        """
+        cases = [case_of(completion) for completion in completions]
+        with _opened(cache) as store:
+            known = self._judged({case for case in cases if case is not None}, cases, store, progress)
+        verdicts = [
+            dataclasses.replace(UNSCORED if case is None else known[case], judge=self.name, revision=self.revision) for case in cases
+        ]
+        return judgement_of(self.name, verdicts, completions, self.measure, seed)
+
+    def key(self, case: Case) -> str:
+        """Hash of everything a verdict depends on."""
+        facts = [self.name, self.revision, dict(self.settings), dataclasses.astuple(case)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _judged(
+        self, wanted: set[Case], order: Sequence[Case | None], store: JudgementCache | None, progress: Progress | None
+    ) -> dict[Case, Verdict]:
+        known: dict[Case, Verdict] = {}
+        if store is not None:
+            known = {case: found for case in wanted if (found := store.get(self.key(case))) is not None}
+        left = [case for case in dict.fromkeys(order) if case is not None and case not in known]
+        for first in range(0, len(left), self.chunk):
+            part = left[first : first + self.chunk]
+            fresh = dict(zip(part, self.verdicts(part), strict=True))
+            known |= fresh
+            if store is not None:
+                store.put({self.key(case): verdict for case, verdict in fresh.items() if verdict.error is None})
+            if progress is not None:
+                progress(len(known), len(wanted))
+        return known
+
+
+class FunctionJudge(Judge):
+    """A judge of refusals from a function of one completion.
+
+    Args:
+        name: Name and version.
+        function: One completion in, one verdict out.
+        revision: Which version of the rules.
+    """
+
+    measure: Measure = "refused"
+
+    def __init__(self, name: str, function: RefusalJudge, revision: str = "") -> None:
+        self.name = name
+        self._function = function
+        self._revision = revision
+
+    @property
+    def revision(self) -> str:
+        """The version given."""
+        return self._revision
+
+    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
+        """What the function says of each."""
+        return [self._function(Completion("", case.prompt, case.answer)) for case in cases]
+
+
+def case_of(completion: Completion) -> Case | None:
+    """What a judge sees of a completion; None where there is no answer."""
+    answer = answer_of(completion.completion, thinking=bool(completion.meta.get("thinking")))
+    if answer is None:
+        return None
+    meta = completion.meta
+    behavior = meta.get("behavior") or meta.get("goal") or completion.prompt
+    return Case(completion.prompt, answer, str(behavior), str(meta.get("context") or ""))
+
+
+@contextlib.contextmanager
+def _opened(cache: JudgementCache | PathLike | None) -> Iterator[JudgementCache | None]:
+    if cache is None or isinstance(cache, JudgementCache):
+        yield cache
+        return
+    with JudgementCache(cache) as store:
+        yield store
