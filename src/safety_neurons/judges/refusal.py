@@ -119,7 +119,7 @@ def _cost(kind: str, rest: str, options: dict[str, Any]) -> Judge:
 
 def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
     from safety_neurons.judges.endpoint import EndpointJudge
-    from safety_neurons.model import ChatEndpoint
+    from safety_neurons.model import ChatServer
 
     url, _, model = rest.rpartition("#")
     if not url or not model:
@@ -127,7 +127,7 @@ def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
     given = {key: value for key, value in options.items() if key not in ("device", "dtype", "batch_size")}
     own = ("rubric", "measure", "parallel", "settings")
     server = {key: value for key, value in given.items() if key not in own}
-    endpoint: Any = _called(kind, ChatEndpoint, (url, model), server)  # type: ignore[arg-type]
+    endpoint: Any = _called(kind, ChatServer, (url, model), server)  # type: ignore[arg-type]
     return _called(kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own})
 
 

@@ -1,8 +1,8 @@
 """The only floor that knows transformers and torch hooks: loading, anatomy, passes, completions."""
 
+from safety_neurons.model.chat_server import ChatServer, Reply, ServerError
 from safety_neurons.model.choices import Choice, answer_probabilities
 from safety_neurons.model.conversation import conversation_text
-from safety_neurons.model.endpoint import ChatEndpoint, EndpointError, Reply
 from safety_neurons.model.heads import TextReader, load_classifier, load_scorer
 from safety_neurons.model.language_model import Encoded, LanguageModel, as_prompts
 from safety_neurons.model.likelihood import (
@@ -22,10 +22,9 @@ from safety_neurons.model.template import encode_text
 __all__ = [
     "Batch",
     "BatchSize",
-    "ChatEndpoint",
+    "ChatServer",
     "Choice",
     "Encoded",
-    "EndpointError",
     "Estimate",
     "Halving",
     "LanguageModel",
@@ -34,6 +33,7 @@ __all__ = [
     "Pair",
     "Progress",
     "Reply",
+    "ServerError",
     "Statistics",
     "TextReader",
     "activation_statistics",
