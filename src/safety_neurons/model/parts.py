@@ -165,7 +165,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once, adapters not counted, quantised ones by the number of weights they stand for."""
+    """Parameters of a model, tied ones once, adapters and deltas not counted, quantised ones by the number of weights they stand for."""
     adapters = {
         id(parameter)
         for module in model.modules()
@@ -173,6 +173,9 @@ def count_parameters(model: nn.Module) -> int:
         if isinstance(container := getattr(module, name, None), nn.Module)
         for parameter in container.parameters()
     }
+    for module in model.modules():
+        if hasattr(module, "trained_beside"):
+            adapters |= {id(parameter) for parameter in module.parameters(recurse=False)}
     total = 0
     for parameter in model.parameters():
         if id(parameter) not in adapters:

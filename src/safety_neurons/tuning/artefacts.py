@@ -22,7 +22,7 @@ from safety_neurons.neurons import NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
 from safety_neurons.results.files import PathLike, write_bytes
 from safety_neurons.tuning.attach import Deltas, positions_of
-from safety_neurons.tuning.deltas import NeuronDelta, full, summed
+from safety_neurons.tuning.deltas import Beside, NeuronDelta, full, summed
 
 DELTA_FILE = "delta.safetensors"
 _MEMBERS, _TENSOR = "members/", "delta/"
@@ -345,7 +345,7 @@ def check_plain(model: LanguageModel) -> None:
 
     Source: Zhao et al., ICLR 2025, tune plain checkpoints only.
     """
-    if any(isinstance(module, NeuronDelta) for module in model.model.modules()):
+    if any(isinstance(module, Beside) for module in model.model.modules()):
         raise UsageError(f"{model.name} has deltas attached, a model without was expected; detach() them first")
     if is_adapted(model.model):
         raise UsageError(f"{model.name} has adapters, plain weights were expected; merge them first (--merge-adapters, or merged_base())")

@@ -1,6 +1,7 @@
 """Put deltas on a model and take them off again; everything else of the model is frozen meanwhile and never written to."""
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,13 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safety_neurons.errors import NeuronError, UnsupportedModelError, UsageError
+from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.layouts import take
 from safety_neurons.model.parts import Anatomy, LayerAnatomy
 from safety_neurons.model.places import SitePlace
 from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.tuning.deltas import NeuronDelta, Part, full, total_norm
+from safety_neurons.tuning.deltas import Beside, NeuronDelta, Part, full, total_norm
+from safety_neurons.tuning.expert_deltas import CHILD, ExpertDeltas, ExpertPart, acting
 
 
 def attach(model: LanguageModel, neurons: NeuronSet) -> "Deltas":
@@ -41,19 +43,10 @@ def attach(model: LanguageModel, neurons: NeuronSet) -> "Deltas":
     if not len(neurons):
         raise NeuronError("0 neurons arrived, at least one was expected: there is nothing to train; select more (--top, --agreement)")
     placed = neurons.on(model.table)
-    anatomy = model.anatomy
-    if any(isinstance(module, NeuronDelta) for module in model.model.modules()):
+    if any(isinstance(module, Beside) for module in model.model.modules()):
         raise UsageError(f"{model.name} has deltas attached already; detach() them first")
-    anatomy.check(placed.keys())
-    by_module: dict[str, list[SitePlace]] = {}
-    for key, _ in placed.items():
-        if parse_key(key).expert is not None:
-            raise UnsupportedModelError(
-                f"{key} is a routed expert, whose weights are one tensor for all experts: expected neurons of dense sites; "
-                "use neurons.only(sites=...) or tune the attention sites"
-            )
-        by_module.setdefault(anatomy.place(key).module_name, []).append(anatomy.place(key))
-    return Deltas(model, placed, by_module)
+    model.anatomy.check(placed.keys())
+    return Deltas(model, placed)
 
 
 class Deltas:
@@ -62,32 +55,76 @@ class Deltas:
     Attributes:
         model: the model they are on.
         neurons: the set they belong to.
-        modules: wrapper by path of the projection.
+        modules: what stands beside the frozen weights, by path of the projection (or of a layer's experts).
     """
 
-    def __init__(self, model: LanguageModel, neurons: NeuronSet, by_module: Mapping[str, list[SitePlace]]) -> None:
+    def __init__(self, model: LanguageModel, neurons: NeuronSet) -> None:
         self.model, self.neurons = model, neurons
-        self.modules: dict[str, NeuronDelta] = {}
+        self.modules: dict[str, Beside] = {}
         self._where: dict[str, tuple[str, str]] = {}
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(model.active())
-        self._stack.callback(_restore_flags, [(parameter, parameter.requires_grad) for parameter in model.model.parameters()])
-        for parameter in model.model.parameters():
-            parameter.requires_grad_(False)
+        self._experts: list[tuple[int, str]] = []
+        self._hooks = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(model.active())
+            stack.callback(_restore_flags, [(parameter, parameter.requires_grad) for parameter in model.model.parameters()])
+            for parameter in model.model.parameters():
+                parameter.requires_grad_(False)
+            self._wrap_projections(stack)
+            self._join_experts(stack)
+            if getattr(model.inner, "is_quantized", False):
+                stack.enter_context(_said_to_have_adapters(model.inner))
+            wrappers = {name: module for name, module in self.modules.items() if isinstance(module, NeuronDelta)}
+            stack.enter_context(_seen_through(model, wrappers))
+            stack.callback(lambda: self._hooks.close())
+            self._hook_experts()
+            self._stack = stack.pop_all()
+
+    def _wrap_projections(self, stack: contextlib.ExitStack) -> None:
+        """A wrapper in the place of every projection with members."""
+        by_module: dict[str, list[SitePlace]] = {}
+        for key, _ in self.neurons.items():
+            if parse_key(key).expert is None:
+                place = self.model.anatomy.place(key)
+                by_module.setdefault(place.module_name, []).append(place)
         for name, places in by_module.items():
-            wrapper = self.modules[name] = _wrapper(places, neurons)
+            self.modules[name] = _wrapper(places, self.neurons)
             self._where.update({place.key: (name, parse_key(place.key).site) for place in places})
             parent, _, child = name.rpartition(".")
-            owner = model.model.get_submodule(parent)
-            self._stack.callback(setattr, owner, child, getattr(owner, child))
-            setattr(owner, child, wrapper)
-        self._stack.enter_context(_seen_through(model, self.modules))
+            owner = self.model.model.get_submodule(parent)
+            stack.callback(setattr, owner, child, getattr(owner, child))
+            setattr(owner, child, self.modules[name])
+
+    def _join_experts(self, stack: contextlib.ExitStack) -> None:
+        """A child of every experts module with members."""
+        by_layer: dict[int, list[ExpertPart]] = {}
+        for key, members in self.neurons.items():
+            layer, expert, _, site = parse_key(key)
+            if expert is not None:
+                by_layer.setdefault(layer, []).append(ExpertPart(expert, site, torch.from_numpy(members.copy())))
+        for layer, parts in by_layer.items():
+            experts = self.model.anatomy.layers[layer].experts
+            assert experts is not None
+            kind, device = _type_and_device(experts.module)
+            deltas = ExpertDeltas(experts.hidden, parts, kind, device)
+            self.modules[f"{experts.module_name}.{CHILD}"] = deltas
+            self._experts.append((layer, f"{experts.module_name}.{CHILD}"))
+            for part in parts:
+                self._where[experts.key(part.expert, part.site)] = (f"{experts.module_name}.{CHILD}", f"{part.expert}_{part.site}")
+            experts.module.add_module(CHILD, deltas)
+            stack.callback(delattr, experts.module, CHILD)
+
+    def _hook_experts(self) -> None:
+        for layer, name in self._experts:
+            deltas = self.modules[name]
+            assert isinstance(deltas, ExpertDeltas)
+            self._hooks.enter_context(acting(self.model.anatomy, layer, deltas))
 
     # The parameters
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameter of every key: `[n, in]` for rows, `[out, n]` for columns, members in the set's order."""
-        return {key: self.modules[self._where[key][0]].delta(self._where[key][1]) for key, _ in self.neurons.items()}
+        where = self._where
+        return {key: self.modules[where[key][0]].deltas()[where[key][1]] for key, _ in self.neurons.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer is given."""
@@ -137,9 +174,27 @@ class Deltas:
             for wrapper, enabled in before:
                 wrapper.enabled = enabled
 
-    def reference(self) -> "Reference":
-        """The untouched base as a model of its own that shares all weights: `ref_model` of TRL's DPOTrainer."""
-        return Reference(self)
+    def reference(self) -> Any:
+        """The untouched base as a model of its own, for losses that compare with it: `ref_model` of TRL's DPOTrainer.
+
+        All parameters and buffers are the model's own, so it costs no memory for weights; the deltas are not in it.
+        """
+        model: Any = self.model.model
+        own = {id(parameter) for parameter in self.parameters()}
+        held = [*model.parameters(), *model.buffers()]
+        self._hooks.close()
+        try:
+            twin = copy.deepcopy(model, {id(tensor): tensor for tensor in held if id(tensor) not in own})
+        finally:
+            self._hook_experts()
+        for name, module in self.modules.items():
+            parent, _, child = name.rpartition(".")
+            owner = twin.get_submodule(parent)
+            if isinstance(module, NeuronDelta):
+                setattr(owner, child, getattr(owner, child).base_layer)
+            else:
+                delattr(owner, child)
+        return twin.eval()
 
     def detach(self) -> None:
         """Takes the deltas off: the original modules are back, and which parameters require gradients is as it was."""
@@ -150,30 +205,6 @@ class Deltas:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-
-class Reference(nn.Module):
-    """The model without its deltas, for losses that compare with it; it has no parameters of its own and gives no gradients."""
-
-    def __init__(self, deltas: Deltas) -> None:
-        super().__init__()
-        object.__setattr__(self, "deltas", deltas)  # not a submodule: its parameters belong to the model alone
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self._model.config
-
-    @property
-    def _model(self) -> Any:
-        deltas: Any = self.deltas
-        return deltas.model.model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's output."""
-        deltas: Any = self.deltas
-        with torch.no_grad(), deltas.disabled():
-            return self._model(*args, **kwargs)
 
 
 def positions_of(place: SitePlace, neurons: NeuronSet) -> Int[Tensor, " neuron"]:
@@ -213,6 +244,20 @@ def _restore_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, wanted in flags:
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def _said_to_have_adapters(inner: Any) -> Iterator[None]:
+    """The mark without which transformers' Trainer refuses to train anything beside quantised weights."""
+    before = inner.__dict__.get("_hf_peft_config_loaded")
+    inner._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if before is None:
+            del inner._hf_peft_config_loaded
+        else:
+            inner._hf_peft_config_loaded = before
 
 
 @contextlib.contextmanager

@@ -34,7 +34,26 @@ class Part(NamedTuple):
     """Features of the projection on that side, in the order of the set's members."""
 
 
-class NeuronDelta(nn.Module):
+class Beside(nn.Module):
+    """Trainable deltas beside frozen weights.
+
+    Attributes:
+        enabled: whether they act; off, what is beside them computes what it did before, bit for bit.
+        trained_beside: says to the anatomy that parameters held here belong to no site.
+    """
+
+    trained_beside = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    def deltas(self) -> dict[str, nn.Parameter]:
+        """The parameters by the name of their part."""
+        raise AssertionError("every kind of deltas has its own")
+
+
+class NeuronDelta(Beside):
     """A projection with trainable deltas beside it; `base_layer` is the projection, untouched.
 
     Args:
@@ -59,7 +78,6 @@ class NeuronDelta(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.sites = {part.site: part.side for part in parts}
-        self.enabled = True
         for part in parts:
             n = len(part.positions)
             shape = (n, in_features) if part.side == "output" else (out_features, n)
@@ -127,6 +145,32 @@ def summed(weights: Float[Tensor, "one other"], delta: Float[Tensor, "one other"
     return (weights.to(wide) + delta.to(weights.device, wide)).to(dtype or weights.dtype)
 
 
+def product(x: Float[Tensor, "row in"], delta: Float[Tensor, "out in"]) -> Float[Tensor, "row out"]:
+    """`x @ delta.T` in the type of the delta or float32, whichever is wider, autocast or not."""
+    result: Tensor = _Product.apply(x, delta)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    """Keeps `x` for the gradient in its own type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, delta)
+        with _full_precision(x):
+            return x.to(_wide(delta)) @ delta.to(_wide(delta)).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, delta = ctx.saved_tensors
+        wide = _wide(delta)
+        with _full_precision(x):
+            for_x = (grad @ delta.to(wide)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            for_delta = (grad.T @ x.to(wide)).to(delta.dtype) if ctx.needs_input_grad[1] else None
+        return for_x, for_delta
+
+
 def _wide(delta: Tensor) -> torch.dtype:
     return torch.float64 if delta.dtype == torch.float64 else torch.float32
 
@@ -174,8 +218,9 @@ class _Columns(torch.autograd.Function):
         ctx.width, ctx.type = x.shape[-1], x.dtype
         with _full_precision(x):
             wide = _wide(delta)
-            added = (chosen.to(wide) @ delta.to(wide).T).to(y.device)
-            return (y + added).to(y.dtype)
+            if y.dtype == wide and y.device == chosen.device:
+                return torch.addmm(flat(y), flat(chosen).to(wide), delta.to(wide).T).view(y.shape)
+            return (y + (chosen.to(wide) @ delta.to(wide).T).to(y.device)).to(y.dtype)
 
     @staticmethod
     @once_differentiable

@@ -27,7 +27,7 @@ from safety_neurons.neurons import parse_key
 from safety_neurons.results.files import PathLike, read_json, write_bytes, write_json
 from safety_neurons.tuning.artefacts import Delta, applied, check_plain, survival
 from safety_neurons.tuning.attach import positions_of
-from safety_neurons.tuning.deltas import NeuronDelta
+from safety_neurons.tuning.deltas import Beside
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM can be started with (`--max-lora-rank`)."""
@@ -150,7 +150,7 @@ def merged_base(model: LanguageModel) -> LanguageModel:
 
 
 def _refuse_attached(model: LanguageModel) -> None:
-    if any(isinstance(module, NeuronDelta) for module in model.model.modules()):
+    if any(isinstance(module, Beside) for module in model.model.modules()):
         raise UsageError(f"{model.name} has deltas attached, a model without was expected; detach() them first")
 
 
