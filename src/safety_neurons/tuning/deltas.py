@@ -219,7 +219,9 @@ class _Columns(torch.autograd.Function):
         with _full_precision(x):
             wide = _wide(delta)
             if y.dtype == wide and y.device == chosen.device:
-                return torch.addmm(flat(y), flat(chosen).to(wide), delta.to(wide).T).view(y.shape)
+                added = y.clone(memory_format=torch.contiguous_format)  # never a view: models may add to what they get in place
+                added.view(-1, y.shape[-1]).addmm_(flat(chosen).to(wide), delta.to(wide).T)
+                return added
             return (y + (chosen.to(wide) @ delta.to(wide).T).to(y.device)).to(y.dtype)
 
     @staticmethod
