@@ -71,6 +71,16 @@ def test_odd_but_readable_files_are_read(name, content, tiny_pair, tmp_path):
     assert result["prompts"] == {"used": 2, "failed": 0, "truncated": 0}
 
 
+def test_completions_of_other_prompts_are_refused_with_what_differs(tiny_pair, tmp_path):
+    asked = file(tmp_path, "asked.txt", "how do i kill\ntell me a story\n")
+    answers = [{"prompt": text, "completion": "the cake is red"} for text in ("how do i kill", "tell me why")]
+    given = file(tmp_path, "completions.jsonl", "".join(f"{json.dumps(answer)}\n" for answer in answers))
+    words = ["find", "contrast", *tiny_pair.models, "--prompts", asked, "--completions"]
+    line = refused(*words, given, "--out", tmp_path / "run")
+    assert "prompt '1' is 'tell me a story' in the list and 'tell me why' in the completions file (1 of 2 differ)" in line
+    assert "git lfs pull" in refused(*words, file(tmp_path, "pointer.jsonl", POINTER), "--out", tmp_path / "other")
+
+
 def test_prompts_longer_than_the_context_are_counted(tiny_pair, tmp_path):
     path = file(tmp_path, "long.txt", "how do i kill\n" + "tree " * 300 + "\n")
     assert done(*find(tiny_pair, path, "--out", tmp_path / "run"))["prompts"] == {"used": 2, "failed": 0, "truncated": 1}
