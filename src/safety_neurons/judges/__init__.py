@@ -1,6 +1,7 @@
 """Judges: completions in, verdicts and rates out. A judge cannot tell which treatment a completion comes from."""
 
 from safety_neurons.judges.cache import JudgementCache
+from safety_neurons.judges.compliance import ComplianceJudgement, judge_compliance
 from safety_neurons.judges.judgement import (
     Judgement,
     RefusalJudge,
@@ -19,6 +20,7 @@ __all__ = [
     "DEFAULT_JUDGES",
     "JUDGES",
     "Case",
+    "ComplianceJudgement",
     "FunctionJudge",
     "Judge",
     "Judgement",
@@ -31,6 +33,7 @@ __all__ = [
     "answer_of",
     "harm_verdict",
     "judge",
+    "judge_compliance",
     "judge_names",
     "judge_refusal",
     "judged",

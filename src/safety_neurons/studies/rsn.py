@@ -236,15 +236,25 @@ def rsn(
     """
     done: dict[str, Any] = read_json(shelf) if shelf is not None and shelf.is_file() else {}
     for seed in plan.seeds:
+        kept: dict[str, Tuned] = {}
         for arm in plan.arms:
             name = f"{arm}/{seed}"
             if name in done:
                 continue
             (tell or (lambda _line: None))(name)
-            done[name] = _one(model, _members(sets, arm, seed), plan, lab, arm, seed)
+            done[name] = _one(model, _members(sets, arm, seed), plan, lab, arm, seed, kept, _known(done, arm, seed))
             if shelf is not None:
                 write_json(shelf, done)
     return summary(done, plan, sets)
+
+
+def _known(done: Mapping[str, Any], arm: str, seed: int) -> Point | None:
+    """What is known already of an arm before the task: the untuned model is one for all seeds, the protected arm is SN-Tune until then."""
+    if arm == NONE:
+        names = [name for name in done if name.startswith(f"{NONE}/")]
+    else:
+        names = [f"{SN}/{seed}"] if arm == KEPT and f"{SN}/{seed}" in done else []
+    return Point(**done[names[0]]["before"]) if names else None
 
 
 def _members(sets: Sets, arm: str, seed: int) -> NeuronSet | None:
@@ -253,19 +263,34 @@ def _members(sets: Sets, arm: str, seed: int) -> NeuronSet | None:
     return {NONE: None, SN: sets.safety, RSN: sets.robust, KEPT: sets.safety}[arm]
 
 
-def tuned_twin(model: LanguageModel, members: NeuronSet | None, plan: Plan, seed: int) -> tuple[LanguageModel, Tuned | None]:
-    """A copy of the model with the set tuned into its weights."""
+def tuned_twin(
+    model: LanguageModel, members: NeuronSet | None, plan: Plan, seed: int, tuned: Tuned | None = None
+) -> tuple[LanguageModel, Tuned | None]:
+    """A copy of the model with the set tuned into its weights; what was tuned before with this seed is used again."""
     other = twin(model)
     if members is None:
         return other, None
-    tuned = train(model, members, plan.refusals, harmless=plan.harmless, seed=seed, **dict(plan.tuning))
+    if tuned is None:
+        tuned = train(model, members, plan.refusals, harmless=plan.harmless, seed=seed, **dict(plan.tuning))
     apply_delta(other, tuned.delta)
     return other, tuned
 
 
-def _one(model: LanguageModel, members: NeuronSet | None, plan: Plan, lab: Lab, arm: str, seed: int) -> dict[str, Any]:
-    other, tuned = tuned_twin(model, members, plan, seed)
-    before = lab.measure(other, f"{arm}/before", seed)
+def _one(
+    model: LanguageModel,
+    members: NeuronSet | None,
+    plan: Plan,
+    lab: Lab,
+    arm: str,
+    seed: int,
+    kept: dict[str, Tuned],
+    known: Point | None,
+) -> dict[str, Any]:
+    """One arm with one seed: tune, measure, fine-tune on the task, measure."""
+    other, tuned = tuned_twin(model, members, plan, seed, kept.get(SN) if arm == KEPT else None)
+    if tuned is not None and arm == SN:
+        kept[arm] = tuned
+    before = known or lab.measure(other, f"{arm}/before", seed)
     options = {"how": plan.how, "steps": plan.steps, "learning_rate": plan.learning_rate, "batch_size": plan.batch_size, "seed": seed}
     if arm == KEPT:
         assert members is not None
