@@ -14,7 +14,7 @@ from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files
-from safety_neurons.tuning import StopCheck, beside, tune, tuning_examples
+from safety_neurons.tuning import StopCheck, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import loop as loops
 from safety_neurons.tuning.rates import factor
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -322,3 +322,20 @@ def test_progress_tells_steps_and_checks():
     assert [status.step for status in told if status.checked is None] == [1, 2, 3, 4]
     assert [status.step for status in told if status.checked is not None] == [0, 2, 4]
     assert all(math.isfinite(status.loss) for status in told if status.step)
+
+
+def test_several_processes_share_a_step_out_among_them(monkeypatch):
+    model = fresh()
+    examples = tuning_examples(HARMFUL, model)
+    shares = {}
+    monkeypatch.setattr(loops, "_summed", lambda loss, gradients: (loss, gradients))
+    with attach(model, some(model)) as deltas:
+        for processes in ((1, 0), (2, 0), (2, 1)):
+            monkeypatch.setattr(loops, "_processes", lambda processes=processes: processes)
+            loop = loops.Loop(model, deltas, dict.fromkeys(KEYS, 0.01), loops.Settings(batch_size=3), None, None, {}, [], None)
+            loop.examples = examples
+            shares[processes] = loop._gradients(range(8))
+    assert shares[2, 0][0] + shares[2, 1][0] == pytest.approx(shares[1, 0][0], rel=1e-6)
+    for whole, first, second in zip(*(shares[processes][1] for processes in shares), strict=True):
+        torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(first, whole)

@@ -41,14 +41,16 @@ def tune(
     learning_rate: Annotated[
         str, typer.Option(help="auto (relative to the size of the weights) or a number.", rich_help_panel=TRAINING)
     ] = "auto",
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=TRAINING)] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=TRAINING)] = 6,
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=TRAINING)] = None,
     accumulate: Annotated[int, typer.Option(help="Batches of a step.", rich_help_panel=TRAINING)] = 1,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.", rich_help_panel=TRAINING)] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest norm of the trained entries' gradient.", rich_help_panel=TRAINING)] = 1.0,
     weight_decay: Annotated[float, typer.Option(help="Pull towards the base.", rich_help_panel=TRAINING)] = 0.0,
     max_length: Annotated[int, typer.Option(help="Tokens of an example.", rich_help_panel=TRAINING)] = 512,
-    check: Annotated[bool, typer.Option(help="Look at held-out prompts, stop early, keep the best state.", rich_help_panel=CHECKS)] = True,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Train to the end on all data, without held-out prompts.", rich_help_panel=CHECKS)
+    ] = False,
     check_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checks. [default: a tenth of all]", rich_help_panel=CHECKS)
     ] = None,
@@ -152,7 +154,7 @@ def trained(session: Session, options: dict[str, Any], model: Any) -> dict[str, 
             text=read("text"),
             protect=session.neurons(options["protect"], model) if options["protect"] else None,
             folder=folder,
-            check=Checking(options["check_every"], options["tolerance"], options["max_divergence"]) if options["check"] else None,
+            check=Checking(options["check_every"], options["tolerance"], options["max_divergence"]) if not options["no_check"] else None,
             batch_size=session.batch_size(),
             seed=session.common.seed,
             progress=progress,

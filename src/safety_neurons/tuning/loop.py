@@ -48,7 +48,7 @@ class Settings:
 
     mix: float = 1.0
     learning_rate: float | str = "auto"
-    epochs: int = 3
+    epochs: int = 6
     max_steps: int | None = None
     batch_size: BatchSize = "auto"
     accumulate: int = 1
