@@ -28,8 +28,10 @@ VERBS = {
     "tune": ("tune", "Train only the neurons of a set to refuse; ordinary adapter out."),
     "repair": ("repair", "Put neurons back after someone else's fine-tune."),
     "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning, how easily is it cut out again."),
+    "evaluate": ("evaluate", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
     "organism": ("organism", "Small models whose safety behaviour is known."),
-    "data": ("data", "The built-in prompts."),
+    "data": ("data", "The built-in prompts and the named suites."),
+    "import": ("importing", "Bring in what others made: attack prompts."),
 }
 """For every verb the module it lives in, which is imported when the verb is asked for, and the sentence that describes it there."""
 

@@ -1,7 +1,9 @@
 """Studies: compositions of workers that answer one question each."""
 
+from safety_neurons.studies.answering import Writing
 from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.studies.comparison import METHODS, Comparison, MethodResult, compare
+from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
 from safety_neurons.studies.rsn import ARMS, Lab, Plan, Sets, find_sets, rsn
 from safety_neurons.studies.stress import Attack, stress
@@ -17,6 +19,7 @@ __all__ = [
     "Check",
     "Checking",
     "Comparison",
+    "Evaluation",
     "Examination",
     "Lab",
     "MethodResult",
@@ -25,8 +28,10 @@ __all__ = [
     "SizePoint",
     "Tuning",
     "Verification",
+    "Writing",
     "compare",
     "doctor",
+    "evaluate",
     "find_sets",
     "rsn",
     "stress",

@@ -1,0 +1,184 @@
+"""Changes: one arm against another, prompt by prompt and item by item, and an earlier run taken as the arm to compare with."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from safety_neurons.capability import Measured
+from safety_neurons.errors import InputError
+from safety_neurons.results import Completions, Rate, mcnemar, paired_difference, rate, read_json
+from safety_neurons.results.rates import interval, resamples
+from safety_neurons.studies.scoring import SuiteScore, scored
+
+ITEMS = "capability.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmScores:
+    """What was measured of one model, treated or not."""
+
+    name: str
+    suites: tuple[SuiteScore, ...]
+    capability: tuple[Measured, ...]
+
+
+def suite_changes(before: ArmScores, after: ArmScores, seed: int) -> list[dict[str, Any]]:
+    """For every suite, judge and measure both arms have: both rates and the paired difference, after minus before, as JSON values.
+
+    McNemar's test stands beside it where every outcome is yes or no; where there are several seeds, whether the difference is larger than
+    two seeds of one model differ.
+    """
+    earlier = {(score.suite, score.kind): score for score in before.suites}
+    changes = []
+    for score in after.suites:
+        other = earlier.get((score.suite, score.kind))
+        for judge, found in score.judged.items():
+            for measure in found.outcomes:
+                if other is not None and judge in other.judged and measure in other.judged[judge].outcomes:
+                    changes.append(_suite_change(other, score, judge, measure, seed))
+    return changes
+
+
+def _suite_change(before: SuiteScore, after: SuiteScore, judge: str, measure: str, seed: int) -> dict[str, Any]:
+    first, second = _paired(before, after, judge, measure)
+    difference = paired_difference(second, first, seed)
+    floors = [score.judged[judge].noise_floor(measure) for score in (before, after)]
+    floor = max((value for value in floors if value is not None), default=None)
+    above = None if floor is None or difference.value is None else abs(difference.value) > floor
+    test = mcnemar(second, first)
+    return {
+        "suite": after.suite,
+        "kind": after.kind,
+        "judge": judge,
+        "measure": measure,
+        "before": rate(first, seed).to_json(),
+        "after": rate(second, seed).to_json(),
+        "difference": difference.to_json(),
+        "mcnemar": None if test is None else test.to_json(),
+        "noise_floor": floor,
+        "above_noise": above,
+    }
+
+
+def _paired(before: SuiteScore, after: SuiteScore, judge: str, measure: str) -> tuple[list[float | None], list[float | None]]:
+    """Outcomes of the prompts both arms were asked."""
+    place = {key: number for number, key in enumerate(zip(before.ids, before.texts, strict=True))}
+    shared = [(place[key], number) for number, key in enumerate(zip(after.ids, after.texts, strict=True)) if key in place]
+    one, other = before.judged[judge].outcomes[measure], after.judged[judge].outcomes[measure]
+    return [one[first] for first, _ in shared], [other[second] for _, second in shared]
+
+
+def capability_changes(before: ArmScores, after: ArmScores, seed: int) -> list[dict[str, Any]]:
+    """For every task both arms have: both values and the share of the baseline that is lost, with its paired bootstrap interval."""
+    earlier = {measured.task: measured for measured in before.capability}
+    return [_capability_change(earlier[found.task], found, seed) for found in after.capability if found.task in earlier]
+
+
+def _capability_change(before: Measured, after: Measured, seed: int) -> dict[str, Any]:
+    low, high, n = _drop_interval(before, after, seed)
+    shared = _shared(before, after)
+    test = mcnemar([after.outcomes[b] for _, b in shared], [before.outcomes[a] for a, _ in shared]) if shared and not after.counts else None
+    return {
+        "task": after.task,
+        "metric": after.metric,
+        "before": before.rate.to_json(),
+        "after": after.rate.to_json(),
+        "drop": _drop(before.rate.value, after.rate.value, after.higher_is_better),
+        "drop_low": low,
+        "drop_high": high,
+        "n": n,
+        "mcnemar": None if test is None else test.to_json(),
+    }
+
+
+def _drop(before: float | None, after: float | None, higher_is_better: bool) -> float | None:
+    """Share of the baseline's value that is lost: by a lower score, or by a higher perplexity."""
+    if before is None or after is None or before == 0:
+        return None
+    return (before - after) / before if higher_is_better else (after - before) / before
+
+
+def _shared(before: Measured, after: Measured) -> list[tuple[int, int]]:
+    place = {name: number for number, name in enumerate(before.ids)}
+    return [(place[name], number) for number, name in enumerate(after.ids) if name in place]
+
+
+def _drop_interval(before: Measured, after: Measured, seed: int) -> tuple[float | None, float | None, int]:
+    """Resamples the items both arms have; None where there are none, or where the baseline can be 0."""
+    usable = [
+        pair for pair in _shared(before, after) if before.outcomes[pair[0]] is not None and after.outcomes[pair[1]] is not None
+    ]  # fmt: skip
+    if not usable:
+        return None, None, 0
+    rows = [_columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after))]
+    draws = []
+    for block in resamples(len(usable), seed):
+        values = [
+            _value(totals[block].sum(1) / counts[block].sum(1), measured)
+            for (totals, counts), measured in zip(rows, (before, after), strict=True)
+        ]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draws.append((values[0] - values[1]) / values[0])
+    drops = np.concatenate(draws) * (1 if after.higher_is_better else -1)
+    if not np.isfinite(drops).all():
+        return None, None, len(usable)
+    low, high = interval(drops)
+    return low, high, len(usable)
+
+
+def _columns(measured: Measured, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    counts = measured.counts or (1,) * len(measured.outcomes)
+    return np.array([measured.outcomes[place] for place in places], float), np.array([counts[place] for place in places], float)
+
+
+def _value(means: np.ndarray, measured: Measured) -> np.ndarray:
+    return np.exp(means) if "perplexity" in measured.metric else means
+
+
+# An earlier run as the arm before
+
+
+def baseline(folder: str | pathlib.Path) -> ArmScores:
+    """The model of an earlier, finished evaluation: its treated arm where it has one.
+
+    Raises:
+        InputError: no finished run of `evaluate`, or its completions are gone.
+    """
+    place = pathlib.Path(folder)
+    place = place.parent if place.name == "run.json" else place
+    record = read_json(place / "run.json")
+    if not isinstance(record, Mapping) or record.get("verb") != "evaluate" or record.get("status") != "finished":
+        what = f"{record.get('verb')!r}, {record.get('status')!r}" if isinstance(record, Mapping) else "no run"
+        raise InputError(f"baseline {str(folder)!r} is {what}; expected the folder of a finished run of evaluate")
+    result = record["result"]
+    arm = "treated" if result.get("treated") else "untreated"
+    completions = Completions.load(place / "completions.jsonl")
+    suites = tuple(_suites(result[arm], completions.arm(str(result[arm]["name"]))))
+    items = read_json(place / ITEMS).get(str(result[arm]["name"]), {}) if (place / ITEMS).is_file() else {}
+    return ArmScores("baseline", suites, tuple(_task(entry, items.get(entry["task"], {})) for entry in result[arm]["capability"]))
+
+
+def _suites(record: Mapping[str, Any], completions: Completions) -> Iterator[SuiteScore]:
+    for entry in record["suites"]:
+        own = [
+            one for one in completions if one.meta.get("suite") == entry["suite"] and one.meta.get("kind", entry["kind"]) == entry["kind"]
+        ]
+        seeds = [Completions(one for one in own if one.seed == seed) for seed in sorted({one.seed for one in own})]
+        if seeds and len({len(row) for row in seeds}) == 1:
+            yield scored(entry["suite"], entry["kind"], seeds, {judge: found["name"] for judge, found in entry["judges"].items()})
+
+
+def _task(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measured:
+    return Measured(
+        entry["task"],
+        entry["metric"],
+        Rate(entry["value"], entry["low"], entry["high"], entry["n"], entry["unscored"]),
+        entry["higher_is_better"],
+        tuple(items.get("ids", ())),
+        tuple(None if value is None or math.isnan(value) else value for value in items.get("outcomes", ())),
+        tuple(items.get("counts", ())),
+    )

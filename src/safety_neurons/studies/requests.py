@@ -1,0 +1,126 @@
+"""Requests: suites by name as lists of harmful and of harmless prompts, attacks put around the harmful ones."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from safety_neurons.errors import UsageError
+from safety_neurons.prompts import Prompts, prompts
+from safety_neurons.results.files import PathLike
+from safety_neurons.studies.answering import unique
+from safety_neurons.suites import Suite, attack, suite
+
+HARMLESS = "builtin:harmless-test"
+_BUILTIN = "builtin:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Prompts of one kind of one suite.
+
+    Attributes:
+        suite: name of the suite.
+        kind: `harmful` or `harmless`.
+        prompts: what is asked.
+    """
+
+    suite: str
+    kind: str
+    prompts: Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All requests of an evaluation, and what had to be said of them."""
+
+    requests: tuple[Requests, ...]
+    notes: tuple[str, ...]
+
+
+def requests_of(
+    sources: Sequence[Any],
+    harmless: Any = HARMLESS,
+    attacks: Sequence[str] = ("direct",),
+    *,
+    own: pathlib.Path | None = None,
+    data: PathLike | None = None,
+    column: str | None = None,
+    offline: bool = False,
+    limit: int | None = None,
+) -> Asked:
+    """The requests of suites.
+
+    Args:
+        sources: names, files, `Prompts` (harmful ones) or suites.
+        harmless: what over-refusal is measured on where no suite has harmless requests; None for nothing.
+        attacks: put around harmful requests; `direct` is none.
+        own: an organism's own prompts, which `builtin:` names mean first.
+        data: folder of the suites' files.
+        column: column of the prompts in a file of the user's own.
+        offline: open no socket.
+        limit: requests of each suite.
+
+    Raises:
+        UsageError: no suite, or one that is named twice.
+        InputError: a suite that cannot be read.
+    """
+    if not sources:
+        raise UsageError("no suite was named; expected at least one, such as builtin:harmful-test")
+    suites = [_suite(source, None, own, data, column, offline, limit) for source in sources]
+    notes = []
+    if harmless is not None and not any(len(one.harmless) for one in suites):
+        suites.append(_suite(harmless, "harmless", own, data, column, offline, limit))
+        notes.append(f"no suite has harmless requests, so over-refusal is measured on {suites[-1].name}")
+    names = [one.name for one in suites]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UsageError(f"suite {double!r} is named twice; expected every suite once")
+    found = []
+    for one in suites:
+        notes += [f"{one.name}: {note}" for note in one.notes]
+        if len(one.harmful):
+            found.append(Requests(one.name, "harmful", unique(_attacked(one.harmful, attacks))))
+        if len(one.harmless):
+            found.append(Requests(one.name, "harmless", unique(one.harmless)))
+    return Asked(tuple(found), tuple(notes))
+
+
+def _suite(
+    source: Any,
+    kind: str | None,
+    own: pathlib.Path | None,
+    data: PathLike | None,
+    column: str | None,
+    offline: bool,
+    limit: int | None,
+) -> Suite:
+    if isinstance(source, Suite):
+        return source
+    if isinstance(source, str) and source.startswith(_BUILTIN):
+        about = "harmless" if source.removeprefix(_BUILTIN).startswith(("harmless", "general")) else "harmful"
+        return _stamped(prompts(source, folder=own, limit=limit), source, kind or about)
+    if isinstance(source, Prompts):
+        return _stamped(source[:limit] if limit else source, source.name, kind or "harmful")
+    folder = None if data is None else str(data)
+    return suite(source, folder=folder, offline=offline, limit=limit, column=column, kind=kind)
+
+
+def _stamped(found: Prompts, name: str, kind: str) -> Suite:
+    """Prompts as a suite, with the entries that attacks, judges and tables read."""
+
+    def about(prompt: Any) -> dict[str, Any]:
+        return {"goal": prompt.text, "behavior_id": prompt.id, "method": "direct", **prompt.meta, "suite": name, "kind": kind}
+
+    return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in found], name, found.notes), kind, name)
+
+
+def _attacked(harmful: Prompts, attacks: Sequence[str]) -> Prompts:
+    """Every request under every attack, ids told apart by the attack's name."""
+    if tuple(attacks) == ("direct",):
+        return harmful
+    kept = []
+    for method in dict.fromkeys(attacks):
+        changed = harmful if method == "direct" else attack(harmful, method)
+        kept += [one if method == "direct" else dataclasses.replace(one, id=f"{one.id}/{method}") for one in changed]
+    return Prompts(kept, harmful.name, harmful.notes)
