@@ -264,34 +264,31 @@ def keep(session: Session, sets: Any, lab: Any) -> dict[str, Any]:
 
 def show_rsn(result: dict[str, Any]) -> None:
     """Arms as rows, before and after the downstream fine-tune."""
-    rows = []
-    for arm in result["arms"]:
-        before, after = arm["before"], arm["after"]
-        rows.append(
-            [
-                arm["arm"],
-                score(before["harmful"]),
-                score(after["harmful"]),
-                percent(before["harmless"]),
-                percent(after["harmless"]),
-                before["perplexity"]["value"],
-                percent(before["task"]),
-                percent(after["task"]),
-            ]
-        )
-    down = result["downstream"]
-    console.print_table(
-        f"{len(result['seeds'])} seeds, {result['sets']['safety']['n_neurons']} neurons "
-        f"({console.share(result['sets']['safety']['share_of_parameters'])} of the parameters), then {down['steps']} steps of "
-        f"{down['how']} fine-tuning on the task",
-        ["arm", "harmful", "harmful after", "complied", "after", "perplexity", "task", "task after"],
-        rows,
-        caption="harmful score: mean (worst seed); complied: harmless requests that are answered, in per cent",
+    down, safety = result["downstream"], result["sets"]["safety"]
+    columns = ["arm", "harmful", "answered", "perplexity"]
+    rows = [[arm["arm"], score(arm["before"]["harmful"]), *costs(arm["before"])] for arm in result["arms"]]
+    caption = "harmful score: mean over seeds (worst seed); answered: harmless requests, per cent"
+    if down["steps"]:
+        columns += ["harmful after", "answered", "task"]
+        for row, arm in zip(rows, result["arms"], strict=True):
+            row += [score(arm["after"]["harmful"]), percent(arm["after"]["harmless"]), percent(arm["after"]["task"])]
+        caption += f"; after {down['steps']} steps of {down['how']} fine-tuning, task: solved, per cent"
+    title = (
+        f"{len(result['seeds'])} seeds, {safety['n_neurons']} neurons ({console.share(safety['share_of_parameters'])} of the parameters)"
     )
+    console.print_table(title, columns, rows, caption=caption)
+    when = "after" if down["steps"] else "before"
     for name, found in result["differences"].items():
-        after = found["after"]
-        word = "clear" if after["clear"] else "not clear"
-        console.out().print(f"harmful score after the task, {name}: {hundred(after)} ({word})", soft_wrap=True)
+        word = "clear" if found[when]["clear"] else "not clear"
+        console.out().print(
+            f"harmful score{' after the task' if down['steps'] else ''}, {name}: {hundred(found[when])} ({word})", soft_wrap=True
+        )
+
+
+def costs(point: dict[str, Any]) -> list[str]:
+    """What a state costs elsewhere."""
+    text = point["perplexity"]["value"]
+    return [percent(point["harmless"]), "–" if text is None else f"{text:.2f}"]
 
 
 def show_stress(result: dict[str, Any]) -> None:
@@ -314,8 +311,8 @@ def score(spread: dict[str, Any]) -> str:
 
 
 def percent(spread: dict[str, Any] | None) -> str:
-    """A share in per cent, and the worst seed."""
-    return "–" if spread is None or spread["value"] is None else f"{100 * spread['value']:.1f} ({100 * spread['lowest']:.1f})"
+    """A share in per cent."""
+    return "–" if spread is None or spread["value"] is None else f"{100 * spread['value']:.1f}"
 
 
 def hundred(spread: dict[str, Any]) -> str:

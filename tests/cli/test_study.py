@@ -1,0 +1,171 @@
+"""study, repair and recipes of several steps, as a user types them."""
+
+import json
+import pathlib
+
+import pytest
+from running import command
+
+from safety_neurons import load
+from safety_neurons.cli import app, run
+from safety_neurons.neurons import NeuronSet
+from tiny_pair import HARMFUL, HARMLESS
+
+RECIPES = sorted((pathlib.Path(__file__).resolve().parents[2] / "recipes").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of questions with answers."""
+    folder = tmp_path_factory.mktemp("study-data")
+    for name, questions, answer in (
+        ("refusals", HARMFUL, "sorry i cannot help"),
+        ("answers", HARMLESS, "sure here is the cake"),
+        ("task", ["tell me one and two", "what is two and one"], "three"),
+    ):
+        lines = [json.dumps({"prompt": question, "answer": answer}) for question in questions]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def words(tiny_pair, data):
+    return [
+        *("--model", tiny_pair.plain, "--prompts", tiny_pair.harmful, "--general", tiny_pair.text, "--share", 0.05, "--seeds", 1),
+        *("--data", data / "refusals.jsonl", "--mixed", data / "answers.jsonl", "--task", data / "task.jsonl", "--epochs", 1),
+        *("--task-test", data / "task.jsonl", *tiny_pair.measured_on, "--limit", 3, "--max-new-tokens", 4),
+    ]
+
+
+def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path):
+    line = ["study", "rsn", *words, "--text", tiny_pair.text, "--arms", "none,SN-Tune,RSN-Tune", "--steps", 1, "--out", tmp_path / "run"]
+    first = command(*line, "--json")
+    assert first.code == 0, first
+    assert [arm["arm"] for arm in first.json["arms"]] == ["none", "SN-Tune", "RSN-Tune"]
+    assert first.json["judge"] == "refusal"
+    sets = {name: NeuronSet.load(path) for name, path in first.json["neurons"].items()}
+    assert not len(sets["robust"] & sets["foundation"])
+    shown = command(*line)
+    assert "RSN-Tune - SN-Tune" in shown.out
+    assert "finished" in shown.err
+    assert max(map(len, shown.out.splitlines())) <= 140
+
+
+def test_stress_is_one_command(words, tmp_path):
+    line = ["study", "stress", *words, "--pruned", "0.5,1", "--harmful-steps", "1", "--benign-steps", "1", "--out", tmp_path / "run"]
+    done = command(*line, "--attack", words[words.index("--mixed") + 1], "--json")
+    assert done.code == 0, done
+    assert len(done.json["curves"]) == 3 + 3 + 2 + 2
+    assert "harmful LoRA" in command(*line, "--attack", words[words.index("--mixed") + 1]).out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--downstream", "half"], "full or lora"),
+        (["--arms", "all"], "unknown 'all'"),
+        (["--judge", "me"], "compliance or refusal"),
+        (["--share", 2], "between 0 and 1"),
+        (["--neurons", "n.safetensors"], "both files"),
+        (["--method", "luck"], "importance or attribution"),
+    ],
+)
+def test_what_no_model_can_make_right_is_said_at_once(more, said):
+    done = command("study", "rsn", "--model", "nowhere", *more)
+    assert done.code == 2
+    assert said in done.err
+
+
+@pytest.mark.parametrize("text", ["0", "2", "a", "0.1,-1"])
+def test_shares_to_prune_are_shares(text):
+    done = command("study", "stress", "--model", "nowhere", f"--pruned={text}")
+    assert done.code == 2
+    assert "shares above 0" in done.err
+
+
+def test_a_task_needs_a_file_where_there_is_no_organism(words, tmp_path):
+    place = words.index("--task")
+    done = command("study", "rsn", *words[:place], *words[place + 2 :], "--out", tmp_path / "run")
+    assert done.code == 1
+    assert "only organisms bring a task" in done.err
+
+
+def test_repair_writes_a_model_with_the_references_neurons(tiny_pair, tmp_path):
+    from tiny import tiny_llama_folder
+
+    other = tiny_llama_folder(tmp_path / "other", seed=5)
+    reference = load(tiny_pair.plain)
+    NeuronSet({"layers.0.up": [1, 4], "layers.1.down": [3]}, reference.table).save(tmp_path / "neurons.safetensors")
+    line = ["repair", "--model", other, "--reference", tiny_pair.plain, "--neurons", tmp_path / "neurons.safetensors"]
+    done = command(*line, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done
+    assert done.json["changed"] == done.json["n_entries"] == 3 * 32
+    repaired, before = load(done.json["model"]), load(str(other))
+    mine, theirs, old = (model.anatomy.place("layers.0.up").weight() for model in (repaired, reference, before))
+    assert mine[[1, 4]].equal(theirs[[1, 4]])
+    assert mine[[0, 2, 3]].equal(old[[0, 2, 3]])
+    assert "3 neurons put back" in command(*line, "--out", tmp_path / "run").out
+
+
+def test_a_recipe_of_several_steps_hands_folders_on(tiny_pair, tmp_path):
+    recipe = {
+        "shared": {"dtype": "float64"},
+        "steps": [
+            {
+                "name": "foundation",
+                "verb": "find-importance",
+                "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.text, "top": 0.1},
+            },
+            {
+                "name": "robust",
+                "verb": "find-importance",
+                "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.harmful, "top": 0.2, "subtract": "{out}/foundation"},
+            },
+        ],
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done
+    assert list(done.json["steps"]) == ["foundation", "robust"]
+    kept = [NeuronSet.load(tmp_path / "run" / name) for name in ("foundation", "robust")]
+    assert not len(kept[0] & kept[1])
+    assert len(kept[1])
+
+
+def test_a_recipe_stops_at_the_step_that_fails(tiny_pair, tmp_path):
+    steps = [
+        {"name": "first", "verb": "find-importance", "arguments": {"model": tiny_pair.plain, "prompts": "nowhere.txt"}},
+        {"name": "second", "verb": "find-importance", "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.harmful}},
+    ]
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run", "--json")
+    assert done.code == 1
+    assert "nowhere.txt" in done.json["error"]
+    assert not (tmp_path / "run" / "second").exists()
+
+
+@pytest.mark.parametrize("steps", [[], [1], [{"name": "a/b", "verb": "tune", "arguments": {}}], [{"verb": "tune", "arguments": {}}] * 2])
+def test_steps_that_are_none_are_refused(steps, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run")
+    assert done.code == 1
+    assert "is not a recipe" in done.err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_that_ships_uses_verbs_and_options_that_exist(path):
+    record = run.parsed(path)
+    steps = run.steps_of(record, path)
+    assert [name for name, _, _ in steps] == ["foundation", "safety", "robust", "sn-tune", "rsn-tune"]
+    for _, words, arguments in steps:
+        page = app.build()
+        for word in words:
+            page = page.commands[word]
+        known = {parameter.name for parameter in page.params}
+        assert set(arguments) <= known, set(arguments) - known
+        template = arguments.get("template", "auto").replace("{recipe}", str(path.parent))
+        assert template == "auto" or pathlib.Path(template).is_file()
+
+
+def test_there_is_a_recipe_for_every_model_of_the_paper():
+    assert [path.stem for path in RECIPES] == ["llama-3-8b-instruct", "mistral-7b-instruct-v0.2", "vicuna-13b-v1.5"]

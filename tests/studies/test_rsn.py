@@ -1,0 +1,156 @@
+"""The rsn and stress studies on a tiny model: sets, arms, what is kept, and that the caller's model stays."""
+
+import json
+
+import pytest
+import torch
+
+from safety_neurons import load
+from safety_neurons.errors import InputError, NeuronError, UsageError
+from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.results import Completion, Completions
+from safety_neurons.studies import Attack, Lab, Plan, rsn, stress
+from safety_neurons.studies.downstream import fine_tune, solved, twin
+from safety_neurons.studies.rsn import ARMS, KEPT, SN, sets_from
+from safety_neurons.tuning import base_hash
+from tiny_pair import HARMFUL, HARMLESS
+
+
+def asked(texts, answer, name):
+    return Prompts([Prompt(str(number), text, answer=answer) for number, text in enumerate(texts)], name)
+
+
+REFUSALS = asked(HARMFUL, "sorry i cannot help", "refusals")
+ANSWERS = asked(HARMLESS, "sure here is the cake", "answers")
+TASK = asked(["tell me one and two", "what is two and one"], "three", "task")
+
+
+@pytest.fixture
+def model(tiny_pair):
+    return load(tiny_pair.plain)
+
+
+@pytest.fixture
+def sets(model):
+    generator = torch.Generator().manual_seed(0)
+    values = {key: torch.rand(size, generator=generator).numpy() for key, size in model.table.sizes.items()}
+    basis = Scores(values, model.table).top(0.3)
+    return sets_from(Scores(values, model.table), basis, 0.05)
+
+
+@pytest.fixture
+def lab():
+    return Lab(REFUSALS[:4], ANSWERS[:4], TASK, Prompts.from_list(["the cake is red ."]), max_new_tokens=4)
+
+
+def plan(**changes):
+    options = {"arms": ARMS, "seeds": (0, 1), "tuning": {"epochs": 1, "mix": 1.0}, "steps": 2, "learning_rate": 1e-2, "batch_size": 2}
+    return Plan(REFUSALS, ANSWERS, TASK, **{**options, **changes})
+
+
+def test_sets_keep_to_the_budget_and_robust_ones_are_no_foundation_neurons(sets, model):
+    assert 0.045 < sets.safety.share_of_parameters <= 0.05
+    assert 0.045 < sets.robust.share_of_parameters <= 0.05
+    assert not len(sets.robust & sets.foundation)
+    assert sets.shared == len(sets.safety & sets.foundation) > 0
+    bare = sets_from(sets.scores, NeuronSet({"layers.0.up": [1]}, model.table), 0.05, fill=False)
+    assert bare.robust == bare.safety - bare.foundation
+
+
+def test_nothing_left_is_an_error(sets, model):
+    with pytest.raises(NeuronError, match="after taking out"):
+        sets_from(sets.scores, NeuronSet.all(model.table), 0.05)
+
+
+def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
+    before = base_hash(model, NeuronSet.all(model.table))
+    told = []
+    found = rsn(model, sets, plan(), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    assert [row["arm"] for row in found["arms"]] == list(ARMS)
+    assert told == [f"{arm}/{seed}" for seed in (0, 1) for arm in ARMS]
+    for row in found["arms"]:
+        assert row["before"]["harmful"]["n"] + row["before"]["harmful"]["unscored"] == 8
+        assert len(row["after"]["perplexity"]["by_seed"]) == 2
+        assert row["before"]["perplexity"] != row["after"]["perplexity"]
+    assert "RSN-Tune - SN-Tune" in found["differences"]
+    json.dumps(found, allow_nan=False)
+    assert base_hash(model, NeuronSet.all(model.table)) == before
+    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
+    first = rsn(model, sets, plan(arms=(SN,), seeds=(0,)), lab, shelf=tmp_path / "seeds.json")
+    told = []
+    again = rsn(model, sets, plan(arms=(SN,), seeds=(0,)), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    assert again == first
+    assert not told
+
+
+def test_unknown_arms_and_judges_are_errors():
+    with pytest.raises(UsageError, match="SN-Tune"):
+        plan(arms=("everything",))
+    with pytest.raises(UsageError, match="compliance"):
+        Lab(REFUSALS, ANSWERS, TASK, None, judge="me")
+
+
+def test_protection_holds_the_tuned_neurons_through_the_task(model, sets):
+    from safety_neurons.studies.rsn import tuned_twin
+    from safety_neurons.tuning import protected
+
+    other, _ = tuned_twin(model, sets.safety, plan(arms=(KEPT,)), 0)
+    before = base_hash(other, sets.safety)
+    assert before != base_hash(model, sets.safety)
+    with protected(other, sets.safety):
+        fine_tune(other, TASK, steps=2, learning_rate=1e-2, batch_size=2)
+    assert base_hash(other, sets.safety) == before
+    fine_tune(other, TASK, steps=2, learning_rate=1e-2, batch_size=2)
+    assert base_hash(other, sets.safety) != before
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_fine_tuning_learns_the_task_and_comes_back_plain(model, how):
+    other = twin(model)
+    looked = []
+    losses = fine_tune(other, TASK, how=how, steps=40, learning_rate=3e-2, batch_size=2, at=(1, 40), look=looked.append)
+    assert losses[-1] < 0.2 * losses[0]
+    assert looked == [1, 40]
+    assert not hasattr(other.model, "peft_config")
+    assert all(solved(other.complete(TASK, max_new_tokens=2), TASK))
+    assert not any(solved(model.complete(TASK, max_new_tokens=2), TASK))
+
+
+def test_the_same_seed_trains_the_same(model):
+    runs = [fine_tune(twin(model), TASK, how="lora", steps=3, learning_rate=1e-2, batch_size=1, seed=seed) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
+    attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2)
+    found = stress(model, sets, plan(seeds=(0,)), attack, lab, shelf=tmp_path / "seeds.json")
+    amounts = {}
+    for point in found["curves"]:
+        amounts.setdefault(point["attack"], []).append(point["amount"])
+    assert amounts == {"prune": [0, 0.5, 1.0], "prune random": [0, 0.5, 1.0], "harmful LoRA": [0, 1, 2], "benign fine-tuning": [0, 1, 2]}
+    json.dumps(found, allow_nan=False)
+
+
+def test_without_harmful_answers_the_model_must_write_some(model, sets, lab):
+    refusing = Lab(lab.harmful, lab.harmless, lab.task, None, "compliance", 4)
+    with pytest.raises(InputError, match="goes along with none"):
+        stress(model, sets, plan(seeds=(0,)), Attack(), refusing)
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "right"),
+    [
+        ("the sum is two .", "The sum is two.", True),
+        ("the sum is two .", "the sum is three .", False),
+        ("She has 3 left. #### 1,003", "so the answer is 1003.", True),
+        ("#### 12", "first 12, then 13", False),
+        ("#### 12", "no number", False),
+    ],
+)
+def test_a_task_is_solved_by_its_answer(answer, completion, right):
+    prompts = Prompts([Prompt("a", "?", answer=answer)], "task")
+    assert solved(Completions([Completion("a", "?", completion, (), "stop")]), prompts) == [right]
