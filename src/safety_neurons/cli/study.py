@@ -26,7 +26,7 @@ FoundationShare = Annotated[float, typer.Option(help="Share of all neurons that 
 Method = Annotated[str, typer.Option(help="importance or attribution.", rich_help_panel=SETS)]
 Find = Annotated[str, typer.Option(help="Harmful requests to find on.", rich_help_panel=SETS)]
 General = Annotated[str, typer.Option(help="General text to find foundation neurons on.", rich_help_panel=SETS)]
-Fill = Annotated[bool, typer.Option(help="Fill RSN up to the size of SN.", rich_help_panel=SETS)]
+NoFill = Annotated[bool, typer.Option("--no-fill", help="Leave RSN smaller than SN by what is taken out of it.", rich_help_panel=SETS)]
 Data = Annotated[str, typer.Option(help="Harmful requests with refusals.", rich_help_panel=TUNING)]
 DataLimit = Annotated[int, typer.Option(min=1, help="Use the first N of them.", rich_help_panel=TUNING)]
 Mixed = Annotated[str, typer.Option(help="Harmless requests with answers, mixed in; or none.", rich_help_panel=TUNING)]
@@ -53,7 +53,7 @@ def rsn(
     method: Method = "importance",
     prompts: Find = "builtin:harmful",
     general: General = "builtin:general",
-    fill: Fill = True,
+    no_fill: NoFill = False,
     data: Data = "builtin:refusals",
     data_limit: DataLimit = 50,
     mixed: Mixed = "builtin:harmless",
@@ -103,7 +103,7 @@ def stress(
     method: Method = "importance",
     prompts: Find = "builtin:harmful",
     general: General = "builtin:general",
-    fill: Fill = True,
+    no_fill: NoFill = False,
     data: Data = "builtin:refusals",
     data_limit: DataLimit = 50,
     mixed: Mixed = "builtin:harmless",
@@ -246,7 +246,7 @@ def neurons_of(session: Session, options: dict[str, Any], model: Any) -> Any:
                 share=options["share"],
                 foundation=options["foundation_share"],
                 method=options["method"],
-                fill=options["fill"],
+                fill=not options["no_fill"],
             )
     safety, foundation = (session.neurons(options[name], model) for name in ("neurons", "foundation_neurons"))
     robust = safety - foundation

@@ -17,6 +17,7 @@ from safety_neurons.report import answers
 from safety_neurons.report.findings import Finding, asked, findings, ranked_by
 from safety_neurons.report.reading import Run, guarded, read_runs
 from safety_neurons.report.sections import Part, compare_part, deactivate_part, find_part, patch_parts
+from safety_neurons.report.studies import rsn_part, stress_part
 from safety_neurons.report.tables import Table, checks_table
 from safety_neurons.report.text import NONE, duration, name, say, visible
 from safety_neurons.report.tiles import Tile, tiles
@@ -24,7 +25,7 @@ from safety_neurons.report.tuning import tile as tune_tile
 from safety_neurons.report.tuning import tune_part, tuned
 from safety_neurons.results import write_bytes
 
-_KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor", "tune")
+_KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor", "tune", "study-rsn", "study-stress")
 
 
 def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons") -> pathlib.Path:
@@ -117,6 +118,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Part]]]:
         ),
         ("sufficient", "Are they sufficient? Causal effect against set size", "", causal),
         ("tuned", "Does tuning them make the model safer?", "", parts("tune", tune_part)),
+        ("lasting", "Does tuned safety last?", "", [*parts("study-rsn", rsn_part), *parts("study-stress", stress_part)]),
         ("methods", "Methods compared", "", parts("compare", compare_part)),
         (
             "necessary",

@@ -13,7 +13,7 @@ from safety_neurons.results import Completions, read_json
 
 RECORD = "run.json"
 T = TypeVar("T")
-_FLAGS = frozenset({"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "vllm"})
+_FLAGS = frozenset({"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "vllm"})
 _TWO_WORDS = ("find", "verify", "guard", "analyze", "study", "organism", "data")
 
 
