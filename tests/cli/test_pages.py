@@ -79,4 +79,4 @@ def test_a_misspelt_verb_is_answered_with_the_nearest():
 
 
 def test_a_group_of_one_verb_is_still_a_group():
-    assert list(build().commands["data"].commands) == ["list"]
+    assert list(build().commands["import"].commands) == ["attacks"]

@@ -1,5 +1,6 @@
 """Attack prompts made elsewhere, in one form: JSON Lines `behavior_id, goal, prompt, method, source_model, adaptive`."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from safety_neurons.suites.mechanical import ADAPTIVE, STATIC
 
 AS = ("prompts", "suffixes", "templates")
 _SLOT = re.compile(r"\[INSERT PROMPT HERE\]|\{\{? ?(?:goal|prompt|behavior|query) ?\}?\}|\[GOAL\]", re.IGNORECASE)
+_OWN = {"prompt", "method", "adaptive"}
 _FIELDS = ("behavior_id", "goal", "prompt", "method", "source_model", "adaptive")
 
 
@@ -99,6 +101,10 @@ class Attacks(Sequence[Attack]):
             items.append(_as_prompt(attack, name if seen[name] == 1 else f"{name}#{seen[name]}"))
         return Prompts(items, self.name, self.notes)
 
+    def used_on(self, model: str) -> "Attacks":
+        """The attacks as they count on a model: adaptive ones stay so on the model they were made on, elsewhere they are transferred."""
+        return Attacks([replace(item, adaptive=item.adaptive and item.source_model == model) for item in self], self.name, self.notes)
+
     def save(self, path: str | Path) -> Path:
         """Write JSON Lines, one attack a line, and return the path."""
         target = Path(path)
@@ -145,6 +151,8 @@ def import_attacks(
     file = Path(path).expanduser()
     parsed = _parsed(file) if read_as == "prompts" else None
     reader = _reader(parsed)
+    inside = located(file) if reader is not None else None
+    file = inside[0] / inside[1] if inside else file
     notes: list[str] = []
     found = _plain_list(file, read_as, known, notes) if reader is None else reader(parsed, file, notes)
     behaviours = None if known is None else _Behaviours(known)
@@ -164,10 +172,9 @@ def _parsed(path: Path) -> Any:
     if not re.search(r"\.jsonl?(?:\.gz)?$", name, re.IGNORECASE):
         return None
     text, _ = text_of(read_member(*inside), Path(name)) if inside else read_text(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(text)
+        return [whole] if isinstance(whole, dict) and set(whole) >= _OWN else whole
     try:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
@@ -183,7 +190,7 @@ def _reader(parsed: Any) -> Reader | None:
     if isinstance(parsed, dict) and parsed and all(_is_cases(value) for value in parsed.values()):
         return _harmbench
     records = parsed if isinstance(parsed, list) else []
-    if records and all(isinstance(item, dict) and {"prompt", "method", "adaptive"} <= set(item) for item in records):
+    if records and all(isinstance(item, dict) and set(item) >= _OWN for item in records):
         return _own
     return None
 

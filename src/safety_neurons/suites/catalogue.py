@@ -199,7 +199,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
         columns={key: tuple(columns) for key, columns in item["columns"].items()},
         wide=tuple(item.get("wide") or ()),
         kinds=item.get("kinds") or {},
-        parts={part: Part(*rule["where"], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
+        parts={part: Part(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
     )
 
 

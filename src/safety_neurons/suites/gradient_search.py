@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,8 +17,8 @@ from safety_neurons.suites.artifacts import Attack, Attacks
 from safety_neurons.suites.mechanical import DEFAULT_OPENING
 from safety_neurons.suites.suffixes import Suffixed, changed, encoded, initial, located, printable_ids
 
-Search = Literal["gradient", "random"]
 GCG, RANDOM = "GCG", "random-search"
+SEARCHES = ("gradient", "random")
 AttackProgress = Callable[[int, int, int], None]
 
 
@@ -57,7 +56,7 @@ def gcg(
     top_k: int = 256,
     suffix_tokens: int = 20,
     stop: bool = True,
-    search: Search = "gradient",
+    search: str = "gradient",
     seed: int = 0,
     batch_size: BatchSize = "auto",
     done: Attacks | None = None,
@@ -100,7 +99,7 @@ def gcg(
         ModelError: A tokenizer that does not give text back.
     """
     budget = Budget(steps, width, top_k, suffix_tokens, stop)
-    if search not in ("gradient", "random"):
+    if search not in SEARCHES:
         raise UsageError(f"search {search!r}: expected gradient or random")
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
@@ -129,7 +128,7 @@ class _Hunt:
         prompt: Prompt,
         target: str,
         budget: Budget,
-        search: Search,
+        search: str,
         allowed: Int[Tensor, " token"],
         seed: int,
         batch_size: BatchSize,

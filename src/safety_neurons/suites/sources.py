@@ -66,7 +66,7 @@ def find(place: Place, suite: str, folder: str | Path | None, *, offline: bool) 
     if place.url is not None:
         return _from_web(place, suite, offline=offline)
     looked = f"not in {where}" if where is not None else f"no folder given (--folder or {FOLDER_VARIABLE})"
-    raise InputError(f"{suite}: {looked}; expected {place.files[0]}; get it from its page and name its folder")
+    raise InputError(f"{suite}: {looked}; expected {place.files[0]}; get it from its page and give its folder with --folder")
 
 
 def in_folder(place: Place, folder: Path) -> Source | None:

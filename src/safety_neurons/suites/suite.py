@@ -111,7 +111,7 @@ def suite(
         folder: Where the suites' files lie, at any depth; by default the folder that SAFETY_NEURONS_DATA names.
         offline: Never open a socket.
         limit: Keep so many prompts, taken evenly over kinds and languages, the first of each.
-        kind: `harmful` or `harmless`, for a file of the user's own; harmful by default.
+        kind: `harmful` or `harmless`: of a file of the user's own (harmful by default), or the prompts of a mixed suite to keep.
         column: Column of the prompts, where the file names it in a way of its own.
 
     Raises:
@@ -124,8 +124,10 @@ def suite(
         raise UsageError(f"limit {limit}: expected at least 1; leave it away to read all prompts")
     asked, sources = _located(source, folder, offline)
     found = _own(source, sources, kind, column) if asked is None else _named(asked, sources, column)
-    if kind is not None and asked is not None and kind != found.kind:
-        raise UsageError(f"{source}: its kind is {found.kind}, not {kind}; leave the kind away, or choose a part of it")
+    if kind is not None and kind != found.kind:
+        if found.kind != "mixed":
+            raise UsageError(f"{source}: its kind is {found.kind}, not {kind}; leave the kind away")
+        found = dataclasses.replace(found, prompts=found.harmful if kind == "harmful" else found.harmless, kind=kind, rows=None)
     return found if limit is None else dataclasses.replace(found, prompts=_evenly(found.prompts, limit))
 
 
@@ -185,9 +187,9 @@ def _located(source: str | Path, folder: str | Path | None, offline: bool) -> tu
     text = str(source)
     name, equals, rest = text.partition("=")
     if equals and is_name(name) and not Path(text).exists():
-        asked = wanted(name)
-        language = asked.language or next(iter(asked.places))
-        return asked, {language if not asked.entry.wide else "": _file(rest, offline)}
+        named = wanted(name)
+        language = named.language or next(iter(named.places))
+        return named, {language if not named.entry.wide else "": _file(rest, offline)}
     if text.startswith(BUILTIN):
         return None, {}
     if text.startswith(HUB) or Path(text).expanduser().exists() or (isinstance(source, Path)) or _is_member(text):

@@ -1,0 +1,259 @@
+"""Suites by name and by file, in the editions that are about; no socket when offline."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import socket
+import zipfile
+
+import pytest
+
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.suites import catalogue, suite, verify
+from safety_neurons.suites.catalogue import entries, names, wanted
+
+GOALS = [f"Invent request number {number} of this test" for number in range(6)]
+TARGETS = [f"Sure, here is answer number {number}" for number in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SAFETY_NEURONS_DATA", raising=False)
+
+
+@pytest.fixture
+def no_socket(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def table(header, rows, newline="\n", delimiter=","):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=newline, delimiter=delimiter)
+    writer.writerows([header, *rows] if header else rows)
+    return text.getvalue()
+
+
+def write(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+PAIRS = list(zip(GOALS, TARGETS, strict=True))
+EDITIONS = {
+    "a header": ("a.csv", table(["goal", "target"], PAIRS)),
+    "no header": ("a.csv", table(None, PAIRS)),
+    "swapped columns": ("a.csv", table(["target", "goal"], [(target, goal) for goal, target in PAIRS])),
+    "exchanged names": ("a.csv", table(["goal", "target"], [(target, goal) for goal, target in PAIRS])),
+    "no header and exchanged": ("a.csv", table(None, [(target, goal) for goal, target in PAIRS])),
+    "names of another edition": ("a.csv", table(["Unnamed: 0", "Prompt", "Target"], [(n, *pair) for n, pair in enumerate(PAIRS)])),
+    "BOM and CRLF": ("a.csv", "\ufeff" + table(["goal", "target"], PAIRS, "\r\n")),
+    "tabs": ("a.tsv", table(["goal", "target"], PAIRS, delimiter="\t")),
+    "JSON": ("a.json", json.dumps([{"goal": goal, "target": target} for goal, target in PAIRS])),
+    "JSON Lines in .json": ("a.json", "\n".join(json.dumps({"goal": goal, "target": target}) for goal, target in PAIRS)),
+    "columns": ("a.json", json.dumps({"goal": GOALS, "target": TARGETS})),
+    "columns of pandas": ("a.json", json.dumps({"goal": dict(enumerate(GOALS)), "target": dict(enumerate(TARGETS))})),
+}
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+@pytest.mark.parametrize("wrapping", ["plain", "gz", "zip"])
+def test_every_edition_of_a_suite_gives_the_same_prompts(tmp_path, edition, wrapping):
+    name, text = EDITIONS[edition]
+    path = write(tmp_path / name, text)
+    if wrapping == "gz":
+        path = write(tmp_path / f"{name}.gz", gzip.compress(path.read_bytes()))
+    if wrapping == "zip":
+        path = tmp_path / "archive.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"folder/{name}", text.encode())
+            archive.writestr("__MACOSX/folder/._a.csv", b"\x00")
+    found = suite(f"advbench={path}", offline=True)
+    assert found.prompts.texts == GOALS
+    assert [prompt.meta["target"] for prompt in found.prompts] == TARGETS
+    assert found.kind == "harmful"
+
+
+def test_exchanged_columns_are_said(tmp_path):
+    path = write(tmp_path / "a.csv", EDITIONS["exchanged names"][1])
+    assert any("exchanged" in note for note in suite(f"advbench={path}").notes)
+
+
+def test_duplicates_and_null_prompts_are_counted(tmp_path):
+    rows = [{"goal": GOALS[0]}, {"goal": None}, {"goal": GOALS[0]}, {"goal": "  "}, {"goal": GOALS[1]}]
+    found = suite(f"advbench={write(tmp_path / 'a.json', json.dumps(rows))}")
+    assert found.prompts.texts == [GOALS[0], GOALS[0], GOALS[1]]
+    assert "dropped 2 empty prompts" in found.notes
+    assert "1 duplicate prompts, kept" in found.notes
+
+
+def test_line_breaks_in_cells_and_context_are_kept(tmp_path):
+    header = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
+    rows = [("Ask,\r\nplainly", "standard", "a", "", "", "one"), ("Ask it", "contextual", "b", "x, y", "Some\r\ncontext", "two")]
+    path = write(tmp_path / "harmbench_behaviors_text_all.csv", table(header, rows, "\r\n"))
+    assert suite("harmbench-standard", folder=tmp_path, offline=True).prompts.texts == ["Ask,\nplainly"]
+    contextual = suite("harmbench_contextual", folder=tmp_path, offline=True).prompts[0]
+    assert contextual.text == "Some\ncontext\n\n---\n\nAsk it"
+    assert contextual.meta["goal"] == "Ask it"
+    assert contextual.meta["tags"] == "x, y"
+    with pytest.raises(InputError, match="no row of the file is of this part"):
+        suite(f"harmbench-copyright={path}")
+
+
+def test_jailbreakbench_has_behaviours_targets_and_benign_twins(tmp_path):
+    header = ["Index", "Goal", "Target", "Behavior", "Category", "Source"]
+    write(tmp_path / "JBB" / "harmful-behaviors.csv", table(header, [(0, GOALS[0], TARGETS[0], "Naming", "Fraud/Deception", "Original")]))
+    write(tmp_path / "JBB" / "benign-behaviors.csv", table(header, [(0, GOALS[1], TARGETS[1], "Naming", "Fraud/Deception", "Original")]))
+    harmful, benign = (suite(name, folder=tmp_path, offline=True) for name in ("jailbreakbench", "jailbreakbench-benign"))
+    assert (harmful.kind, benign.kind) == ("harmful", "harmless")
+    prompt = harmful.prompts[0]
+    assert (prompt.id, prompt.category, prompt.meta["behavior_id"], prompt.meta["goal"]) == ("0", "Fraud/Deception", "Naming", GOALS[0])
+
+
+def test_catqa_is_read_nested_and_as_lines_in_the_languages_that_are_there(tmp_path):
+    write(tmp_path / "catqa_english.json", json.dumps({"Hate/Harass": {"First kind": GOALS[:2], "Second": GOALS[2:3]}}))
+    lines = [{"Category": "Hate/Harass", "Subcategory": "First kind", "Question": GOALS[3]}]
+    write(tmp_path / "catqa_chinese.json", "\n".join(map(json.dumps, lines)))
+    found = suite("catqa", folder=tmp_path, offline=True)
+    assert [(p.id, p.language, p.category, p.meta["subcategory"]) for p in found.prompts] == [
+        ("0/en", "en", "Hate/Harass", "First kind"),
+        ("1/en", "en", "Hate/Harass", "First kind"),
+        ("2/en", "en", "Hate/Harass", "Second"),
+        ("0/zh", "zh", "Hate/Harass", "First kind"),
+    ]
+    assert "languages vi: their files are not there" in found.notes
+    assert len(suite("catqa/zh", folder=tmp_path, offline=True)) == 1
+
+
+def test_a_limit_is_taken_evenly_over_kinds_and_languages(tmp_path):
+    rows = [(n, GOALS[n % 6] + str(n), "homonyms", "safe" if n < 10 else "unsafe", "", "") for n in range(20)]
+    write(tmp_path / "xstest_prompts.csv", table(["id", "prompt", "type", "label", "focus", "note"], rows))
+    found = suite("xstest", folder=tmp_path, offline=True, limit=6)
+    assert [prompt.id for prompt in found.prompts] == ["0", "1", "2", "10", "11", "12"]
+    assert len(suite("xstest", folder=tmp_path, limit=99)) == 20
+    assert suite("xstest", folder=tmp_path, kind="harmful").prompts[0].id == "10"
+
+
+def test_files_of_ones_own_are_suites_too(tmp_path):
+    path = write(tmp_path / "mine.csv", table(["question", "answer"], PAIRS))
+    found = suite(path, kind="harmless")
+    assert (found.kind, found.name, len(found.harmless), len(found.harmful)) == ("harmless", "mine.csv", 6, 0)
+    assert found.prompts[0].meta["target"] == TARGETS[0]
+    assert found.sha256 == (hashlib.sha256(path.read_bytes()).hexdigest(),)
+    assert suite("builtin:harmless-test").kind == "harmless"
+    assert suite("builtin:harmful-test").kind == "harmful"
+
+
+def test_a_parquet_file_is_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"prompt": GOALS, "target": TARGETS}), tmp_path / "train.parquet")
+    assert suite(f"advbench={tmp_path / 'train.parquet'}").prompts.texts == GOALS
+    assert suite(tmp_path / "train.parquet").prompts.texts == GOALS
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("advbensh", "did you mean advbench"),
+        ("xstest-sfe", "no suite of this name"),
+        ("advbench/de", "its language cannot be chosen"),
+        ("multijail/fr", "not there in 'fr'; it has en, zh"),
+        ("./absent.csv", "no such file"),
+        ("hub:nonsense", "expected hub:ORG/NAME"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(source, says):
+    with pytest.raises(InputError, match=says) as caught:
+        suite(source, offline=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_make_no_sense_are_usage_errors(tmp_path):
+    path = write(tmp_path / "mine.txt", "one\n")
+    with pytest.raises(UsageError, match="limit 0"):
+        suite(path, limit=0)
+    with pytest.raises(UsageError, match="kind 'bad'"):
+        suite(path, kind="bad")
+    with pytest.raises(UsageError, match="its kind is harmful"):
+        suite(f"advbench={write(tmp_path / 'a.csv', EDITIONS['a header'][1])}", kind="harmless")
+
+
+@pytest.mark.parametrize("name", ["advbench", "or-bench-hard", "catqa", "strongreject-small"])
+def test_offline_opens_no_socket_and_says_how_to_get_the_file(no_socket, name, tmp_path):
+    with pytest.raises(InputError, match="--folder"):
+        suite(name, offline=True)
+    with pytest.raises(InputError, match="--folder"):
+        suite(name, offline=True, folder=tmp_path)
+
+
+def test_the_folder_can_be_named_by_the_environment(tmp_path, monkeypatch):
+    write(tmp_path / "deep" / "er" / "MaliciousInstruct.txt", "\n".join(GOALS))
+    monkeypatch.setenv("SAFETY_NEURONS_DATA", str(tmp_path))
+    assert suite("malicious-instruct", offline=True).prompts.texts == GOALS
+    monkeypatch.setenv("SAFETY_NEURONS_DATA", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match="no such folder"):
+        suite("malicious-instruct", offline=True)
+
+
+def test_the_hub_is_asked_for_the_pinned_file_and_its_commit_is_kept(tmp_path, monkeypatch):
+    commit = "e36d8b80e81837c8a8f264bbb2a49f1b32c7e272"
+    file = write(tmp_path / "snapshots" / commit / "or-bench-toxic.csv", table(["prompt", "category"], [(GOALS[0], "x")]))
+    asked = []
+
+    def download(*words, **options):
+        asked.append((words, options))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert suite("or-bench-toxic").prompts.texts == GOALS[:1]
+    options = {"repo_type": "dataset", "revision": commit, "local_files_only": False}
+    assert asked == [(("bench-llm/or-bench", "or-bench-toxic.csv"), options)]
+    assert suite("hub:some/one@main:or-bench-toxic.csv", kind="harmless").kind == "harmless"
+    assert asked[1][1]["revision"] == "main"
+
+
+def test_verify_refuses_another_edition_and_a_part_of_the_original(tmp_path, monkeypatch):
+    text = table(["goal", "target"], [(f"Invent request {n}", "Sure, here is it") for n in range(520)])
+    path = write(tmp_path / "harmful_behaviors.csv", text)
+    other = verify("advbench", folder=tmp_path, offline=True)
+    assert (other.ok, other.hashes, other.prompts) == (False, ("other",), 520)
+    assert "not an edition that is known" in other.problem
+    assert verify("advbench", folder=tmp_path, offline=True, any_edition=True).ok
+    write(path, "".join(text.splitlines(keepends=True)[:-1]))
+    short = verify("advbench", folder=tmp_path, offline=True, any_edition=True)
+    assert (short.ok, short.prompts, short.expected) == (False, 519, 520)
+    missing = verify("strongreject", folder=tmp_path, offline=True)
+    assert (missing.ok, missing.prompts) == (False, None)
+    json.dumps(missing.to_json())
+
+
+def test_line_ends_and_compression_do_not_make_another_edition(shared, tmp_path):
+    data = (shared / "data" / "xstest" / "xstest_prompts.csv").read_bytes()
+    write(tmp_path / "crlf" / "xstest_prompts.csv", data.replace(b"\n", b"\r\n"))
+    write(tmp_path / "gz" / "xstest_prompts.csv.gz", gzip.compress(data))
+    for folder in ("crlf", "gz"):
+        assert verify("xstest", folder=tmp_path / folder, offline=True).hashes == ("match",)
+
+
+def test_the_catalogue_describes_every_suite_and_every_name_is_understood():
+    listed = catalogue()
+    assert [entry["name"] for entry in listed] == list(entries())
+    for entry in listed:
+        assert entry["kind"] in ("harmful", "harmless", "mixed")
+        assert entry["licence"]
+        assert entry["title"]
+        assert entry["home"].startswith("https://")
+        assert all(len(digest) == 64 for digest in entry["sha256"])
+    assert all(wanted(name).name == name for name in names())
+    assert {"advbench", "harmbench-copyright", "strongreject", "catqa", "or-bench-hard", "alpaca", "hh-rlhf-helpful"} <= set(names())
+    places = [place for entry in entries().values() for place in entry.places.values()]
+    assert all(place.sha256 for place in places if place.url), "what comes from the web is held to a hash"
