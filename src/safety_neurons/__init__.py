@@ -29,6 +29,7 @@ _HOME = {
     "Selection": "neurons",
     "SiteTable": "neurons",
     "activation_statistics": "model",
+    "attack": "suites",
     "causal_effect": "results",
     "compare": "studies",
     "deactivated": "interventions",
@@ -43,6 +44,8 @@ _HOME = {
     "find_random": "detectors",
     "find_weight_change": "detectors",
     "find_weight_magnitude": "detectors",
+    "gcg": "suites",
+    "import_attacks": "suites",
     "judge_refusal": "judges",
     "load": "organism",
     "load_pair": "organism",
@@ -51,10 +54,24 @@ _HOME = {
     "prompts": "prompts",
     "rate": "results",
     "tune": "studies",
+    "suite": "suites",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
 }
-_BOXES = ("detectors", "errors", "interventions", "judges", "model", "neurons", "organism", "report", "results", "studies", "tuning")
+_BOXES = (
+    "detectors",
+    "errors",
+    "interventions",
+    "judges",
+    "model",
+    "neurons",
+    "organism",
+    "report",
+    "results",
+    "studies",
+    "suites",
+    "tuning",
+)
 __all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
 
 
