@@ -14,7 +14,7 @@ from markupsafe import Markup
 from safety_neurons.report.text import visible
 
 INK, SOFT, FAINT, GRID, PAPER, BAND = "#f0a001", "#f0a002", "#f0a003", "#f0a004", "#f0a005", "#f0a006"
-COLOURS = tuple(f"#f0b{number:03x}" for number in range(1, 8))
+COLOURS = tuple(f"#f0b{number:03x}" for number in range(1, 9))
 """Categories; colour-blind-safe in both schemes, and never the only mark of a category."""
 RAMP = tuple(f"#f0c{number:03x}" for number in range(9))
 """From little to much."""
