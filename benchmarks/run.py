@@ -108,6 +108,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "patching": patching,
     "find_memory": own("find_memory.py", "find_memory", repetitions=3),
     "startup": own("startup.py", "startup"),
+    "tuning": own("tuning_cost.py", "tuning"),
     "gpu": graphics,
 }
 
