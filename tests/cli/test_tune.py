@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import warnings
 
 import numpy as np
 import peft
@@ -46,11 +47,17 @@ def tuned(tiny_pair, data, tmp_path_factory):
     return done(*words_of(tiny_pair, data, "--merge", "--learning-rate", "0.03", "--out", out))
 
 
+def with_adapter(base, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks transformers for what it calls by another name now
+        return peft.PeftModel.from_pretrained(base, folder)
+
+
 def test_tuning_gives_the_object_of_the_design(tuned, tiny_pair):
     assert tuned["trained_parameters"] == 8 * 32
     assert tuned["share_of_parameters"] == pytest.approx(8 * 32 / load(tiny_pair.plain).table.n_parameters)
     assert tuned["frozen_unchanged"] is True
-    assert tuned["steps"] == tuned["planned_steps"] == 2 * 8
+    assert tuned["kept_step"] <= tuned["steps"] <= tuned["planned_steps"] == 2 * 8
     assert tuned["examples"]["harmful"] == tuned["examples"]["harmless"] == 16
     assert tuned["held_out"] == {"harmful": 4, "harmless": 4}
     for arm in ("before", "after"):
@@ -59,7 +66,7 @@ def test_tuning_gives_the_object_of_the_design(tuned, tiny_pair):
             assert tuned[arm][name]["n"] + tuned[arm][name]["unscored"] == 9
     assert tuned["after"]["divergence"] > 0
     assert tuned["checks"][0]["step"] == 0
-    assert len(tuned["checks"]) > 2
+    assert len(tuned["checks"]) > 1
     assert 0 < tuned["survives_cast"] <= 1
 
 
@@ -82,7 +89,7 @@ def test_adapter_and_merged_model_are_the_tuned_one(tuned, tiny_pair):
             expected = model.model(input_ids=ids).logits
         config = peft.PeftConfig.from_pretrained(tuned["adapter"])
         base = transformers.AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
-        adapted = peft.PeftModel.from_pretrained(base, tuned["adapter"])(input_ids=ids).logits
+        adapted = with_adapter(base, tuned["adapter"])(input_ids=ids).logits
         merged = transformers.AutoModelForCausalLM.from_pretrained(tuned["merged"])(input_ids=ids).logits
         untouched = model.model(input_ids=ids).logits
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
@@ -94,7 +101,7 @@ def test_a_finished_run_is_shown_as_tables(tuned, tiny_pair, data):
     outcome = command(*words_of(tiny_pair, data, "--merge", "--learning-rate", "0.03", "--out", tuned["run"]))
     assert outcome.code == 0
     assert "8 neurons tuned" in outcome.out
-    assert "Held-out test prompts" in outcome.out
+    assert "Before and after, on test prompts" in outcome.out
     for row in ("before", "after"):
         assert any(line.startswith(row) for line in outcome.out.splitlines())
     assert "everything outside the set: bit for bit as before" in outcome.out
@@ -153,7 +160,7 @@ def test_a_base_with_adapters_gives_an_adapter_on_the_merged_base(tiny_pair, dat
     with torch.no_grad(), model.running(), beside(model, load_delta(result["delta"])):
         expected = model.model(input_ids=ids).logits
     with torch.no_grad():
-        adapted = peft.PeftModel.from_pretrained(base, result["adapter"])(input_ids=ids).logits
+        adapted = with_adapter(base, result["adapter"])(input_ids=ids).logits
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -196,3 +203,10 @@ def test_merging_into_a_quantised_base_is_refused_before_training(tiny_pair, dat
     monkeypatch.setattr("safety_neurons.studies.tune", None)
     said = refused(*words_of(tiny_pair, data, "--merge", "--out", tmp_path / "run"))
     assert "--merge on a quantised base (layers.0.q is a Linear)" in said
+
+
+def test_more_rows_than_vllm_allows_are_refused_before_training(tiny_pair, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("safety_neurons.tuning.export.VLLM_RANKS", (1, 2))
+    monkeypatch.setattr("safety_neurons.studies.tune", None)
+    said = refused(*words_of(tiny_pair, data, "--vllm", "--out", tmp_path / "run"))
+    assert said.startswith("--vllm with 4 trained rows or columns of model.layers.0.mlp.up_proj, at most 2 were expected")

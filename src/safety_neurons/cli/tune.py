@@ -81,7 +81,11 @@ def tune(
     session = Session("tune", common, options)
 
     def work() -> dict[str, Any]:
-        return trained(session, options, base_of(session, model, merge))
+        loaded = base_of(session, model, merge)
+        chosen = session.neurons(neurons, loaded)
+        if vllm:
+            refuse_ranks(loaded, chosen)
+        return trained(session, options, loaded, chosen)
 
     return session.run(work, show)
 
@@ -132,7 +136,24 @@ def refuse_inexact(model: Any, what: str) -> None:
             )
 
 
-def trained(session: Session, options: dict[str, Any], model: Any) -> dict[str, Any]:
+def refuse_ranks(model: Any, neurons: Any) -> None:
+    """A projection with more trained rows or columns than vLLM allows cannot be written with `--vllm`."""
+    from safety_neurons.errors import UnsupportedModelError
+    from safety_neurons.tuning.export import VLLM_RANKS
+
+    ranks: dict[str, int] = {}
+    for key, members in neurons.items():
+        if key in model.anatomy.places:
+            name = model.anatomy.places[key].module_name
+            ranks[name] = ranks.get(name, 0) + len(members)
+    for name, rank in ranks.items():
+        if rank > VLLM_RANKS[-1]:
+            raise UnsupportedModelError(
+                f"--vllm with {rank} trained rows or columns of {name}, at most {VLLM_RANKS[-1]} were expected; use --merge instead"
+            )
+
+
+def trained(session: Session, options: dict[str, Any], model: Any, neurons: Any) -> dict[str, Any]:
     """Train, measure, and write what came out."""
     from safety_neurons.studies import Checking
     from safety_neurons.studies import tune as train
@@ -146,7 +167,7 @@ def trained(session: Session, options: dict[str, Any], model: Any) -> dict[str, 
     with training_bar(quiet=session.quiet) as progress:
         tuning = train(
             model,
-            session.neurons(options["neurons"], model),
+            neurons,
             read("data", column=options["column"], answer_column=options["answer_column"], limit=options["limit"]),
             harmless=read("harmless"),
             test_harmful=read("test_harmful"),
@@ -215,10 +236,13 @@ def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> 
 
 def keep_model(session: Session, model: Any, name: str) -> None:
     """A whole model with its tokenizer, as safetensors."""
+    from safety_neurons.model.loading import quiet
+
     folder = session.folder.folder.absolute() / name
-    model.inner.save_pretrained(folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    with quiet():
+        model.inner.save_pretrained(folder)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
     own(session, name)
 
 
@@ -286,7 +310,7 @@ def show(result: dict[str, Any]) -> None:
         for name, arm in (("before", result["before"]), ("after", result["after"]))
     ]
     console.print_table(
-        "Held-out test prompts",
+        "Before and after, on test prompts",
         ["", "harmful refused", "harmless refused", "perplexity", "KL per token"],
         rows,
         caption="95 % intervals; KL(untreated ‖ tuned) in nats on the harmless prompts",

@@ -316,7 +316,7 @@ def _base(folder: Path, options: _Options, kind: str = "AutoModelForCausalLM") -
     device = _device(options)
     arguments = _arguments(options)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
                 dtype=_dtype(options.dtype),
@@ -346,7 +346,7 @@ _WHOLE = "expected whole safetensors files of an architecture this transformers 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The library without progress bars and reports for a block; what it would report is checked and raised here."""
     from transformers.utils import logging
 

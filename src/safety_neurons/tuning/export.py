@@ -22,6 +22,7 @@ from torch import Tensor
 from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import activate, is_adapted
+from safety_neurons.model.loading import quiet
 from safety_neurons.model.places import SitePlace
 from safety_neurons.neurons import parse_key
 from safety_neurons.results.files import PathLike, read_json, write_bytes, write_json
@@ -224,7 +225,7 @@ def _config(model: LanguageModel, delta: Delta, ranks: dict[str, int], rank: int
 
 def _save_model(folder: Path, model: LanguageModel, dtype: torch.dtype | None) -> None:
     check_plain(model)
-    with _whole(folder) as partial:
+    with quiet(), _whole(folder) as partial:
         inner = model.inner
         state = inner.state_dict()
         if dtype is not None:
