@@ -3,17 +3,20 @@
 import csv
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import pathlib
 import socket
+import threading
 import zipfile
 
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.suites import catalogue, suite, verify
-from safety_neurons.suites.catalogue import entries, names, wanted
+from safety_neurons.suites.catalogue import Place, entries, names, wanted
+from safety_neurons.suites.sources import find
 
 GOALS = [f"Invent request number {number} of this test" for number in range(6)]
 TARGETS = [f"Sure, here is answer number {number}" for number in range(6)]
@@ -257,3 +260,44 @@ def test_the_catalogue_describes_every_suite_and_every_name_is_understood():
     assert {"advbench", "harmbench-copyright", "strongreject", "catqa", "or-bench-hard", "alpaca", "hh-rlhf-helpful"} <= set(names())
     places = [place for entry in entries().values() for place in entry.places.values()]
     assert all(place.sha256 for place in places if place.url), "what comes from the web is held to a hash"
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server of this machine that gives the files of a folder, and counts what it was asked for."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *words):
+            super().__init__(*words, directory=str(folder))
+
+        def log_message(self, *words):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_file_from_the_web_is_held_to_its_hash_and_kept(web, monkeypatch, tmp_path):
+    folder, address, asked = web
+    path = write(folder / "harmful_behaviors.csv", EDITIONS["a header"][1])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    place = Place(("harmful_behaviors.csv",), (digest,), None, f"{address}/harmful_behaviors.csv")
+    assert (found := find(place, "advbench", None, offline=False)).sha256 == digest
+    assert find(place, "advbench", tmp_path / "web", offline=True).path == path
+    assert asked == ["/harmful_behaviors.csv"]
+    assert find(place, "advbench", None, offline=True) == found, "what was fetched once is there offline"
+    other = Place(place.files, ("0" * 64,), None, place.url)
+    with pytest.raises(InputError, match="it was not kept"):
+        find(other, "advbench", None, offline=False)
+    with pytest.raises(InputError, match="--offline forbids"):
+        find(other, "advbench", None, offline=True)
+    with pytest.raises(InputError, match="cannot be fetched"):
+        find(Place(place.files, ("1" * 64,), None, f"{address}/absent.csv"), "advbench", None, offline=False)
