@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from safety_neurons.errors import ForeignModelError, InputError, ModelError, NeuronError, NumericalError, RunError, UsageError
+from safety_neurons.errors import (
+    ForeignModelError,
+    InputError,
+    ModelError,
+    NeuronError,
+    NumericalError,
+    RunError,
+    UnsupportedModelError,
+    UsageError,
+)
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files
-from safety_neurons.tuning import StopCheck, attach, beside, tune, tuning_examples
+from safety_neurons.tuning import StopCheck, attach, beside, training, tune, tuning_examples
 from safety_neurons.tuning import loop as loops
 from safety_neurons.tuning.rates import factor
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -339,3 +348,14 @@ def test_several_processes_share_a_step_out_among_them(monkeypatch):
     for whole, first, second in zip(*(shares[processes][1] for processes in shares), strict=True):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-6)
         assert not torch.allclose(first, whole)
+
+
+def test_weights_that_are_not_in_memory_are_said_not_to_have_been_looked_at(monkeypatch):
+    def absent(*_):
+        raise UnsupportedModelError("a weight is off-loaded")
+
+    monkeypatch.setattr(training, "outside_hash", absent)
+    model = fresh()
+    tuned = tune(model, some(model), HARMFUL, epochs=1, **FAST)
+    assert tuned.frozen_unchanged is None
+    assert any(note.endswith("was not looked at: a weight is off-loaded") for note in tuned.notes)

@@ -322,12 +322,12 @@ def show(result: dict[str, Any]) -> None:
     if checks:
         columns = ["step", "harmful refused", "harmless refused", "KL per token"]
         console.print_table("\nWhile training, on prompts held out of the data", columns, checks)
-    survives = result["survives_cast"]
+    survives, frozen = result["survives_cast"], {True: "bit for bit as before", False: "CHANGED", None: "not looked at"}
     cast = "" if survives is None else f"; {console.share(survives)} of the changed weights survive the cast to the model's type"
     out.print(
         f"\nrefusals of harmful requests change by {console.shown(result['change'])}, of harmless ones by "
         f"{console.shown(result['harmless_change'])}\n"
-        f"everything outside the set: {'bit for bit as before' if result['frozen_unchanged'] else 'CHANGED'}{cast}",
+        f"everything outside the set: {frozen[result['frozen_unchanged']]}{cast}",
         soft_wrap=True,
     )
     for name in ("adapter", "delta", "merged"):

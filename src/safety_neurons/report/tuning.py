@@ -27,7 +27,7 @@ def tune_part(run: Run) -> Part:
         plural(result["planned_steps"], "step"),
         visible(result["stopped"], 60),
         count(result["kept_step"]),
-        "bit for bit as it was" if result["frozen_unchanged"] else "NOT as it was",
+        {True: "bit for bit as it was", False: "NOT as it was"}.get(result["frozen_unchanged"], "taken to be as it was (not looked at)"),
     )
     figures = [
         _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what tuning is for."),

@@ -126,7 +126,7 @@ def tune(
         max_new_tokens: length of an answer that is judged, and of an answer of the model's own that is learnt.
         folder: where completions and checkpoints are kept; a killed call goes on from there.
         progress: told where it is.
-        **settings: of training, see `safety_neurons.tuning.Settings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `seed`, …
+        **settings: see `safety_neurons.tuning.Settings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `seed`, …
 
     Raises:
         InputError: data without answers. Otherwise what `safety_neurons.tuning.tune` raises.
@@ -135,9 +135,7 @@ def tune(
     Differs: held-out checks and early stopping, rates with intervals by a named judge, measured on prompts that were not learnt.
     """
     chosen, notes = Settings.of(settings), list[str]()
-    data, others = read(dataset, model), None if harmless is None or not chosen.mix else read(harmless, model)
-    if not any(data.answers):
-        tuning_examples(data, model)  # says what is missing before anything is measured
+    data, others = _data(model, dataset, harmless, chosen)
     bench = Bench(
         read(test_harmful, model),
         read(test_harmless, model),
@@ -167,6 +165,14 @@ def tune(
     bench.finish()
     learnt_of = {"harmful": bench.harmful.overlap(learnt), "harmless": bench.harmless.overlap(others) if others is not None else 0}
     return _tuning(model, tuned, before, after, watch, learnt_of, chosen.seed, (*notes, *tuned.notes, *bench.notes))
+
+
+def _data(model: LanguageModel, dataset: Source, harmless: Source | None, settings: Settings) -> tuple[Prompts, Prompts | None]:
+    """Both kinds of prompts; what is missing is said before anything is measured."""
+    data = read(dataset, model)
+    if not any(data.answers):
+        tuning_examples(data, model)
+    return data, None if harmless is None or not settings.mix else read(harmless, model)
 
 
 def _tuning(

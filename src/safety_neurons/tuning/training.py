@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from safety_neurons.errors import InputError, NeuronError
+from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompts import Prompts
@@ -116,8 +116,8 @@ def tune(
     placed = _trained(model, neurons, protect)
     data, others = read(dataset, model), None if harmless is None or not chosen.mix else read(harmless, model)
     identity = _identity(chosen, placed, data, others, check)
-    before = outside_hash(model, placed) if verify_frozen else ""
     notes = list(placed.notes)
+    before = _hash(model, placed, notes) if verify_frozen else ""
     rates = learning_rates(model, placed, chosen.learning_rate)
     with attach(model, placed) as deltas:
         loop = Loop(model, deltas, rates, chosen, check, checkpoint, identity, notes, progress)
@@ -126,8 +126,17 @@ def tune(
         stopped = loop.run()
         tensors = loop.kept
     delta = Delta(placed, tensors, _provenance(placed, model, data, chosen), base_hash(model, placed))
-    frozen = before == outside_hash(model, placed) if verify_frozen else None
+    frozen = before == _hash(model, placed, notes) if before else None
     return _tuned(loop, delta, rates, stopped, frozen)
+
+
+def _hash(model: LanguageModel, neurons: NeuronSet, notes: list[str]) -> str:
+    """`outside_hash`; empty, and said to be, where weights are not in memory."""
+    try:
+        return outside_hash(model, neurons)
+    except UnsupportedModelError as error:
+        notes.append(f"whether everything outside the set is unchanged was not looked at: {error}")
+        return ""
 
 
 def _tuned(loop: Loop, delta: Delta, rates: Mapping[str, float], stopped: str, frozen: bool | None) -> Tuned:
