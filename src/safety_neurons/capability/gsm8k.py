@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from safety_neurons.capability.measured import Measured, Treatment
 from safety_neurons.errors import InputError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, encode_text
 from safety_neurons.model.completing import Answer, Decoding, generate
 from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.stopping import stops
 from safety_neurons.results import rate
 
 SHOTS, MAX_NEW_TOKENS = 5, 256
@@ -160,7 +161,7 @@ def measure_gsm8k(
         max_new_tokens = max(1, (model.max_length or 2) // 2)
         room = (model.max_length or 10**9) - max_new_tokens
         notes.append(f"{task}: the context holds {model.max_length} tokens, so answers are cut at {max_new_tokens}")
-    sequences = [list(model.tokenizer(context_of(one, examples))["input_ids"]) for one in sums]
+    sequences = [encode_text(model.tokenizer, context_of(one, examples), templated=True) for one in sums]
     lost = sum(len(ids) > room for ids in sequences)
     if lost:
         notes.append(f"{task}: {lost} of {len(sums)} questions with their examples were longer than the context and lost their beginning")
@@ -171,7 +172,7 @@ def measure_gsm8k(
         if answered is not None:
             answered(index, answers[index])
 
-    decoding = Decoding(max_new_tokens, others={"stop_strings": list(STOPS)})
+    decoding = Decoding(max_new_tokens, others=stops(model, STOPS))
     kept = [ids[-room:] for ids in sequences]
     with treatment():
         generate(model, kept, decoding, batch_size=batch_size, skip=sorted(answers), answered=keep, notes=notes)

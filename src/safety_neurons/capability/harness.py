@@ -31,10 +31,10 @@ def harness_model(model: LanguageModel, *, batch_size: BatchSize = "auto") -> An
     """
     if not available():
         raise UsageError(f"tasks of lm-evaluation-harness need the package lm_eval, which is not installed; {INSTALL}")
-    from lm_eval.models.huggingface import HFLM
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from lm_eval.models.huggingface import HFLM
+
         return HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8 if batch_size == "auto" else batch_size)
 
 
@@ -66,12 +66,12 @@ def measure_harness(
         InputError: it does not know a task, or cannot get its data.
     """
     runner = harness_model(model, batch_size=batch_size)
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
     try:
         with warnings.catch_warnings(), model.running(), treatment():
             warnings.simplefilter("ignore")
+            from lm_eval import simple_evaluate
+            from lm_eval.tasks import TaskManager
+
             manager = TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
             found = simple_evaluate(
                 model=runner, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0

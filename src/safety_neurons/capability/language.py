@@ -105,7 +105,7 @@ def measure_running_text(
     windows: list[list[int]] = []
     owners: list[int] = []
     for number, text in enumerate(texts):
-        ids = [token for token in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for first in range(0, len(ids), width - 1):
             windows.append([start if first == 0 else ids[first - 1], *ids[first : first + width - 1]])
             owners.append(number)

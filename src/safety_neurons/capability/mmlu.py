@@ -13,7 +13,7 @@ import torch
 
 from safety_neurons.capability.measured import Measured, Treatment
 from safety_neurons.errors import InputError
-from safety_neurons.model import Batch, LanguageModel, run_batches
+from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.likelihood import logits_budget, widened
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.results import rate
@@ -99,8 +99,8 @@ def split_ids(model: LanguageModel, context: str, continuation: str) -> tuple[tu
 
     The last id is only predicted, so the context may be filled to its end by what stands before it.
     """
-    whole = list(model.tokenizer(context + continuation)["input_ids"])
-    targets = whole[len(model.tokenizer(context)["input_ids"]) :]
+    whole = encode_text(model.tokenizer, context + continuation, templated=True)
+    targets = whole[len(encode_text(model.tokenizer, context, templated=True)) :]
     if not targets:
         raise InputError(f"the tokenizer joins {continuation!r} with what stands before it; expected at least one token of its own")
     kept = whole if model.max_length is None else whole[-(model.max_length + 1) :]

@@ -1,0 +1,127 @@
+"""Completions from an OpenAI-compatible server that runs in a process of its own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from safety_neurons.errors import UsageError
+from safety_neurons.model.chat_server import ServerError
+from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.results import Completions
+
+SERVER = """
+import http.server, json, sys, threading
+asked, lock = [], threading.Lock()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *args): pass
+    def say(self, status, record, **headers):
+        body = json.dumps(record).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.say(200, asked)
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = request["messages"][-1]["content"]
+        with lock:
+            seen = sum(one["messages"] == request["messages"] for one in asked)
+            asked.append({**request, "key": self.headers.get("Authorization")})
+        if text.startswith("busy") and not seen:
+            return self.say(429, {"error": {"message": "slow down"}}, Retry_After="0")
+        if text.startswith("broken"):
+            return self.say(400, {"error": {"message": "no such thing"}})
+        reason = "length" if text.startswith("long") else "content_filter" if text.startswith("held") else "stop"
+        answer = "I cannot help with that." if "harm" in text or "bomb" in text else f"Sure, here is {text}"
+        message = {"role": "assistant", "content": None if reason == "content_filter" else answer}
+        self.say(200, {"choices": [{"message": message, "finish_reason": reason}]})
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    script = pathlib.Path(tmp_path / "server.py")
+    script.write_text(SERVER)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+        finally:
+            process.kill()
+
+
+def requests_of(server):
+    with urllib.request.urlopen(server, timeout=10) as answer:
+        return json.loads(answer.read())
+
+
+def test_answers_come_back_in_the_order_of_the_prompts(server):
+    model = Endpoint(f"{server}#tiny", backoff=0.01)
+    found = model.complete(["one", "busy two", "long three", "harm four"], max_new_tokens=7, arm="plain", seed=3)
+    assert [one.completion for one in found] == [
+        "Sure, here is one",
+        "Sure, here is busy two",
+        "Sure, here is long three",
+        "I cannot help with that.",
+    ]
+    assert [one.finish_reason for one in found] == ["stop", "stop", "length", "stop"]
+    assert {one.arm for one in found} == {"plain"}
+    assert model.name == f"{server}#tiny"
+    asked = requests_of(server)
+    assert len(asked) == 5  # The busy one twice.
+    assert all((one["model"], one["max_tokens"], one["temperature"], one["seed"]) == ("tiny", 7, 0.0, 3) for one in asked)
+
+
+def test_a_prompts_own_turns_and_the_system_prompt_are_sent(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    turns = (Message("user", "hello"), Message("assistant", "hi"), Message("user", "go on"))
+    Endpoint(f"{server}#m", system="be kind").complete(Prompts([Prompt("0", "go on", turns)]), sample=True, temperature=0.7, top_p=0.9)
+    (request,) = requests_of(server)
+    assert [turn["role"] for turn in request["messages"]] == ["system", "user", "assistant", "user"]
+    assert (request["temperature"], request["top_p"], request["key"]) == (0.7, 0.9, "Bearer secret")
+
+
+def test_finished_prompts_are_not_asked_again(server):
+    model = Endpoint(f"{server}#m")
+    first = model.complete(["one", "two"])
+    kept = []
+    again = model.complete(["one", "two", "three"], done=Completions(first[:2]), answered=kept.append)
+    assert [one.completion for one in again] == ["Sure, here is one", "Sure, here is two", "Sure, here is three"]
+    assert [one.prompt for one in kept] == ["three"]
+    assert len(requests_of(server)) == 3
+
+
+def test_an_answer_that_is_held_back_is_counted(server):
+    notes = []
+    (found,) = Endpoint(f"{server}#m").complete(["held"], notes=notes)
+    assert found.completion == ""
+    assert found.meta["finish_reason"] == "content_filter"
+    assert "content filter" in notes[0]
+
+
+def test_a_refused_request_ends_the_call_with_what_the_server_said(server):
+    with pytest.raises(ServerError, match="no such thing"):
+        Endpoint(f"{server}#m").complete(["one", "broken"])
+
+
+def test_addresses_that_are_none_are_refused():
+    with pytest.raises(UsageError, match="names no model"):
+        Endpoint("http://localhost:1/v1")
+    with pytest.raises(UsageError):
+        Endpoint("localhost#m")
+    with pytest.raises(UsageError, match="offline"):
+        Endpoint("http://example.org/v1#m", offline=True)
+    with pytest.raises(ServerError, match="cannot be reached"):
+        Endpoint("http://127.0.0.1:9/v1#m", retries=0).complete(["one"])
