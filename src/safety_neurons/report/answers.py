@@ -39,7 +39,7 @@ def sheets(runs: Sequence[Run], name_of: Mapping[int, str]) -> list[Sheet]:
     """One sheet for every run that has completions, in order."""
     made = []
     for place, run in enumerate(runs):
-        if run.verb in ("verify-patch", "verify-deactivate", "compare", "tune") and run.completions is not None:
+        if run.verb in ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate") and run.completions is not None:
             made.append(_sheet(run, name_of.get(place, run.label)))
     return made
 
@@ -50,9 +50,12 @@ def _sheet(run: Run, title: str) -> Sheet:
     rows: dict[tuple[str, str], tuple[str, str, str, dict[int, tuple[str, str]]]] = {}
     for item in run.completions:
         arm, _, kind = item.arm.rpartition("/")
-        arm, kind = (arm, kind) if arm and kind in ("harmful", "harmless") else (item.arm, "")
+        arm, kind = (arm, kind) if arm and kind in ("harmful", "harmless") else (item.arm, str(item.meta.get("kind", "")))
+        if run.verb == "evaluate" and not kind:
+            continue  # An answer of a capability task.
         number = arms.setdefault(visible(arm, 60), len(arms))
-        row = rows.setdefault((kind, item.prompt_id), (kind, item.prompt_id, item.prompt, {}))
+        identifier = item.prompt_id if run.verb != "evaluate" else f"{item.meta.get('suite')} {item.prompt_id}"
+        row = rows.setdefault((kind, identifier), (kind, identifier, item.prompt, {}))
         row[3][number] = (verdict(item), item.completion)
     sheet = Sheet(title, list(arms), list(rows.values()))
     sheet.shown = _first_arms(run, sheet.arms)
@@ -60,7 +63,9 @@ def _sheet(run: Run, title: str) -> Sheet:
 
 
 def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
-    if run.verb == "compare":
+    if run.verb == "evaluate":
+        treated = ["treated"]
+    elif run.verb == "compare":
         treated = [arm for arm in arms if arm not in ("untreated", "aligned", "ceiling") and not arm.startswith("random")]
     else:
         treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]

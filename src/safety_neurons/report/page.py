@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from safety_neurons.report import answers
+from safety_neurons.report.evaluated import evaluate_findings, evaluate_part, evaluate_tile
 from safety_neurons.report.findings import Finding, asked, findings, ranked_by
 from safety_neurons.report.reading import Run, guarded, read_runs
 from safety_neurons.report.sections import Part, compare_part, deactivate_part, find_part, patch_parts
@@ -25,7 +26,7 @@ from safety_neurons.report.tuning import tile as tune_tile
 from safety_neurons.report.tuning import tune_part, tuned
 from safety_neurons.results import write_bytes
 
-_KNOWN = ("verify-patch", "verify-deactivate", "compare", "doctor", "tune", "study-rsn", "study-stress")
+_KNOWN = ("verify-patch", "verify-deactivate", "compare", "evaluate", "doctor", "tune", "study-rsn", "study-stress")
 
 
 def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons") -> pathlib.Path:
@@ -85,17 +86,19 @@ def render(runs: Sequence[Run], *, title: str) -> str:
 
 def _said(run: Run, runs: Sequence[Run]) -> list[Finding]:
     """The sentences of one run."""
-    return guarded(run, lambda: tuned(run) if run.verb == "tune" else findings(run, runs))
+    own = {"tune": tuned, "evaluate": evaluate_findings}.get(run.verb)
+    return guarded(run, lambda: own(run) if own else findings(run, runs))
 
 
 def _rank(run: Run) -> int:
     """What answers the question comes first; what was measured on the way after it."""
-    order = ("tune", "verify-patch", "verify-deactivate", "compare", "find", "doctor")
+    order = ("tune", "evaluate", "verify-patch", "verify-deactivate", "compare", "find", "doctor")
     return next((place for place, verb in enumerate(order) if run.verb.startswith(verb)), len(order))
 
 
 def _tiles(runs: Sequence[Run]) -> list[Tile]:
     first = [guarded(run, lambda run=run: tune_tile(run)) for run in runs if run.verb == "tune"][:1]  # type: ignore[misc]
+    first += [guarded(run, lambda run=run: evaluate_tile(run)) for run in runs if run.verb == "evaluate"][:1]  # type: ignore[misc]
     return [*first, *guarded(runs[0], lambda: tiles(runs))][:4]
 
 
@@ -119,6 +122,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, str, str, list[Part]]]:
         ("sufficient", "Are they sufficient? Causal effect against set size", "", causal),
         ("tuned", "Does tuning them make the model safer?", "", parts("tune", tune_part)),
         ("lasting", "Does tuned safety last?", "", [*parts("study-rsn", rsn_part), *parts("study-stress", stress_part)]),
+        ("evaluated", "How safe, how helpful, how capable?", "", parts("evaluate", evaluate_part)),
         ("methods", "Methods compared", "", parts("compare", compare_part)),
         (
             "necessary",
@@ -148,7 +152,12 @@ def _other(run: Run) -> Part:
 def _sheets(runs: Sequence[Run]) -> list[answers.Sheet]:
     names = {}
     for place, run in enumerate(runs):
-        words = {"verify-patch": "patched, ranked by {}", "verify-deactivate": "deactivated, chosen by {}", "compare": "methods compared"}
+        words = {
+            "verify-patch": "patched, ranked by {}",
+            "verify-deactivate": "deactivated, chosen by {}",
+            "compare": "methods compared",
+            "evaluate": "evaluated",
+        }
         words["tune"] = "tuned, chosen by {}"
         if run.verb in words:
             names[place] = words[run.verb].format(ranked_by(run, runs)) + f" · {run.label}"
