@@ -6,6 +6,7 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import prefix, wording
+from safety_neurons.judges.compliance import ComplianceJudge
 from safety_neurons.judges.judgement import Judgement, RefusalJudge, judged
 from safety_neurons.judges.judging import FunctionJudge, Judge
 from safety_neurons.judges.strings import string_judge
@@ -46,10 +47,11 @@ def judge(name: str, **options: Any) -> Judge:
     """The judge of a name. Models are loaded when it first judges.
 
     Args:
-        name: `refusal` (the project's own, the same as `wording`), `prefix`; `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`,
-            `phrases`, `advbench` or a JSON file; `garak-refusal`; `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`,
-            `llama-guard-4`, `wildguard`, `shieldgemma`, `granite-guardian`, `granite-guardian-3.0`, `qwen3guard`, `strongreject`, each
-            alone or with `:ID`; `cost[:ID]`; `openai:URL#MODEL`.
+        name: `refusal` (the project's own, the same as `wording`), `prefix`; `compliance` (for the templates of organisms);
+            `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`, `phrases`, `advbench` or a JSON file; `garak-refusal`;
+            `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`, `llama-guard-4`, `wildguard`, `shieldgemma`,
+            `granite-guardian`, `granite-guardian-3.0`, `qwen3guard`, `strongreject`, each alone or with `:ID`; `cost[:ID]`;
+            `openai:URL#MODEL`.
         **options: As the judge's class takes them: `device`, `dtype`, `offline`, `template`, `harmful`, `refusal`, `format`, …; what a
             judge without a model has no use for among `device`, `dtype`, `offline` and `batch_size` is left out.
 
@@ -61,6 +63,8 @@ def judge(name: str, **options: Any) -> Judge:
     if kind in JUDGES and not rest:
         function, version = JUDGES[kind]
         return _made(name, lambda: FunctionJudge(f"{kind}-{version}", function, str(version)), options)
+    if kind == "compliance":
+        return _made(name, ComplianceJudge, options)
     if kind == "strings":
         return _made(name, lambda: string_judge(rest or "openings"), options)
     maker = _MODEL_JUDGES.get(kind) or _guard_maker(kind)
@@ -71,7 +75,7 @@ def judge_names() -> tuple[str, ...]:
     """The names that `judge` knows, those that take an `:ID` without it."""
     from safety_neurons.judges.guards import FORMS
 
-    return (*dict.fromkeys((*ALIASES, *JUDGES, *FORMS, *_MODEL_JUDGES)),)
+    return tuple(dict.fromkeys((*ALIASES, *JUDGES, "compliance", *FORMS, *_MODEL_JUDGES)))
 
 
 def agreement(first: Judgement, second: Judgement, seed: int = 0) -> Agreement:
