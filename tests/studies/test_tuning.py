@@ -32,14 +32,16 @@ def neurons(model):
     return NeuronSet.all(model.table).only(sites=["up", "down", "o"])
 
 
-def test_refusals_rise_and_harmless_prompts_stay_answered(model, neurons):
-    tuning = tune(model, neurons, HARMFUL, harmless=HARMLESS, check=Checking(every=100), **{**QUICK, "epochs": 15})
+def test_refusals_rise_and_over_refusal_is_measured_beside(model, neurons):
+    options = {**QUICK, "test_harmless": HARMLESS[:6], "epochs": 15}
+    tuning = tune(model, neurons, HARMFUL, harmless=None, check=Checking(every=100), **options)
     assert tuning.before.harmful_refused.value <= 0.5
-    assert tuning.after.harmful_refused.value > 0.8
-    assert tuning.after.harmless_refused.value < tuning.after.harmful_refused.value
-    assert tuning.change.value > 0.3
-    assert tuning.held_out == {"harmful": 4, "harmless": 4}
-    assert tuning.tuned.examples["harmful"] == 16
+    assert tuning.after.harmful_refused.value == 1
+    assert tuning.change.value >= 0.5
+    assert tuning.harmless_change.value > 0
+    assert any("no state kept harmless prompts as they were" in note for note in tuning.notes)
+    assert tuning.held_out == {"harmful": 4, "harmless": 25}
+    assert (tuning.tuned.examples["harmful"], tuning.tuned.examples["harmless"]) == (16, 0)
     assert tuning.overlap["harmful"] > 0
     assert any(note.endswith("of the harmful prompts measured on were learnt") for note in tuning.notes)
     record = tuning.record()
