@@ -142,7 +142,7 @@ def work(session: Session, options: dict[str, Any]) -> dict[str, Any]:
         tasks_folder=options["tasks_folder"],
         offline=common.offline,
     )
-    judges = {"judges": listed(options["judge"])} if options["judge"] else {}
+    judges: dict[str, Any] = {"judges": listed(options["judge"])} if options["judge"] else {}
     with session.status("evaluate") as progress:
         evaluation = study(
             found.pop("model"),
@@ -258,7 +258,9 @@ def _show_capability(result: Mapping[str, Any], arms: list[tuple[str, Any]]) -> 
     for task, metric in tasks:
         found = [next((entry for entry in arm["capability"] if entry["task"] == task), None) for _, arm in arms]
         lost = drops.get(task)
-        rows.append([task, metric, *found, "–" if lost is None else console.share(lost)])
+        kind, _, source = task.partition(":")
+        short = f"{kind} {pathlib.PurePath(source).name}" if source and not source.startswith("builtin") else task
+        rows.append([short, metric, *found, "–" if lost is None else console.share(lost)])
     console.print_table("\nCapability", ["task", "metric", *(name for name, _ in arms), "lost"], rows)
 
 

@@ -129,9 +129,9 @@ def _figure(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: s
         words = [_short(suite), *([visible(judge, 22)] if len(judges) > 1 else []), *([label] if several else [])]
         colour, shape = (look("contrast")[0], "diamond") if last else (INK, "circle")
         rows.append(Row(", ".join(words), rate["value"], rate["low"], rate["high"], interval(rate), colour, shape))
-    words = "; ".join(f"{row.label} {row.text}" for row in rows)
+    said = "; ".join(f"{row.label} {row.text}" for row in rows)
     caption = say("<b>{}</b>, every suite by every judge. Bars are 95\u00a0% intervals over prompts.", title)
-    return Figure(dot_figure(rows, title.lower(), domain=(-0.03, 1.03)), f"{title}: {words}.", caption)
+    return Figure(dot_figure(rows, title.lower(), domain=(-0.03, 1.03)), f"{title}: {said}.", caption)
 
 
 def _short(suite: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from safety_neurons.capability import Measured
 from safety_neurons.errors import InputError
 from safety_neurons.results import Completions, Rate, mcnemar, paired_difference, rate, read_json
+from safety_neurons.results.files import PathLike
 from safety_neurons.results.rates import interval, resamples
 from safety_neurons.studies.scoring import SuiteScore, scored
 
@@ -142,7 +143,7 @@ def _value(means: np.ndarray, measured: Measured) -> np.ndarray:
 # An earlier run as the arm before
 
 
-def baseline(folder: str | pathlib.Path) -> ArmScores:
+def baseline(folder: PathLike) -> ArmScores:
     """The model of an earlier, finished evaluation: its treated arm where it has one.
 
     Raises:
