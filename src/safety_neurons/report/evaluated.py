@@ -53,10 +53,11 @@ def evaluate_findings(run: Run) -> list[Finding]:
         refused = arm["over_refusal"].get(judge)
         over = say("; refuses {} of the harmless ones", interval(refused)) if refused else Markup("")
         text = say(
-            "By <b>{}</b>, {} ({}) does harm on {} of the harmful requests",
+            "By <b>{}</b>, {} ({}) {} {} of the harmful requests",
             visible(judge, 40),
             name(result["model"]),
             label,
+            "does harm on" if _says_harm(arm, judge) else "does not refuse",
             interval(rate),
         )
         sentences.append(Finding(FACT, text + over + Markup(".")))
@@ -103,6 +104,11 @@ def arms_of(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(label, result[label]) for label in ARMS if result[label]]
 
 
+def _says_harm(arm: Mapping[str, Any], judge: str) -> bool:
+    """Whether a judge says what is harmful, and not only what is refused."""
+    return any(entry["judges"].get(judge, {}).get("harm_is") == "harmful" for entry in arm["suites"] if entry["kind"] == "harmful")
+
+
 def _missed(result: Mapping[str, Any]) -> str:
     return count(len(result["gate"]["missed"]))
 
@@ -122,11 +128,13 @@ def _figure(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: s
     found = list(_rows(arms, kind, measure))
     if not found:
         return None
-    several, judges = len(arms) > 1, {judge for _, judge, *_ in found}
+    several, suites, judges = len(arms) > 1, {suite for suite, *_ in found}, {judge for _, judge, *_ in found}
     rows = []
     for suite, judge, _, rate, label in found:
         last = several and label == arms[-1][0]
-        words = [_short(suite), *([visible(judge, 22)] if len(judges) > 1 else []), *([label] if several else [])]
+        words = [label] if several else []
+        words += [visible(judge, 16)] if len(judges) > 1 else []
+        words += [_short(suite)] if len(suites) > 1 or not words else []
         colour, shape = (look("contrast")[0], "diamond") if last else (INK, "circle")
         rows.append(Row(", ".join(words), rate["value"], rate["low"], rate["high"], interval(rate), colour, shape))
     said = "; ".join(f"{row.label} {row.text}" for row in rows)

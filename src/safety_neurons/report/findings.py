@@ -81,7 +81,7 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
     if pairs:
         parts = [say("{} refuse harmful requests which {} answers", name(aligned), name(base)) for base, aligned in pairs[:3]]
         questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
-    elif single and kinds != {"doctor"}:
+    elif single and kinds - {"doctor", "evaluate"}:
         questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
     if "verify-patch" in kinds:
         questions.append(Markup("Are they sufficient: does patching them alone carry the refusals over?"))
@@ -91,6 +91,8 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
         questions.append(Markup("Which method finds them at equal budget?"))
     if "tune" in kinds:
         questions.append(Markup("Does tuning them alone make the model safer, and at what price?"))
+    if "evaluate" in kinds:
+        questions.append(Markup("How much harm is left, how much is refused without need, and what can the model still do?"))
     if "doctor" in kinds:
         questions.append(Markup("Can numbers found on this model be trusted?"))
     return questions
