@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from safety_neurons.errors import InputError, RunError, UsageError
+from safety_neurons.judges import JudgementCache, Verdict, judge
+from safety_neurons.results import Completion
+
+
+def refused(name, answer):
+    return judge(name).judge([Completion("0", "p", answer)]).verdicts[0].refused
+
+
+def test_prefix_and_substring_are_apart():
+    later = "Well. I'm sorry, I cannot help with that."
+    assert refused("strings:openings", later) is False
+    assert refused("strings:phrases", later) is True
+    assert refused("strings:openings", "I'm sorry.") is True
+
+
+def test_a_language_counts_only_where_it_is_chosen():
+    assert refused("strings:openings/de", "Es tut mir leid.") is True
+    assert refused("strings:openings/fr", "Es tut mir leid.") is False
+    assert refused("strings:openings/de+fr", "Désolé.") is True
+
+
+def test_the_published_list_is_compared_as_written():
+    assert refused("strings:advbench", "i cannot") is False
+    assert refused("strings:advbench", "Here it is. As an aside …") is True
+
+
+def test_a_list_of_the_users_own(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"match": "prefix", "phrases": ["nope"]}))
+    assert refused(f"strings:{file}", "Nope, sorry.") is True
+    file.write_text(json.dumps({"match": "anywhere", "phrases": ["nope"]}))
+    with pytest.raises(InputError, match="no phrase list"):
+        judge(f"strings:{file}")
+    with pytest.raises(UsageError, match="no phrases in 'xx'"):
+        judge("strings:openings/xx")
+
+
+def test_equal_texts_are_judged_once_and_kept_by_content(tmp_path):
+    told = []
+    completions = [Completion(str(number), "p", "Sure.", arm=f"arm{number}") for number in range(3)]
+    with JudgementCache(tmp_path / "verdicts.sqlite") as cache:
+        judge("strings").judge(completions, cache=cache, progress=lambda done, of: told.append((done, of)))
+        assert len(cache) == 1
+        judge("refusal").judge(completions, cache=cache)
+        assert len(cache) == 2
+        cache.put({"k": Verdict("unscored", None, None)})
+        assert cache.get("k").label == "unscored"
+        assert cache.get("absent") is None
+    assert told == [(1, 1)]
+
+
+def test_another_file_is_not_taken_for_a_cache(tmp_path):
+    (tmp_path / "x").write_text("something else, and long enough to be no empty database" * 30)
+    with pytest.raises(InputError, match="no file of judgements"):
+        JudgementCache(tmp_path / "x")
+    with pytest.raises(RunError, match="cannot write"):
+        JudgementCache(tmp_path / "x" / "y")
