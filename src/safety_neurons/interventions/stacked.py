@@ -165,7 +165,7 @@ class StackedPass:
             patched, donor = activation.chunk(2)
             if activation.requires_grad:
                 return torch.cat([index.copied(patched, index.taken(donor)), donor])
-            index.copied_(patched, index.taken(donor))
+            index.move_(patched, donor)
             return activation
 
         return copy

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -114,12 +114,18 @@ def dense_only(chosen: Mapping[str, Any], anatomy: Anatomy, what: str) -> None:
         )
 
 
+SMALL = 2**16
+"""Numbers of an activation up to which one selection over all of it is cheaper than taking columns and putting them back."""
+
+
 class PerDevice:
     """One index tensor, copied once to every device it is asked for on."""
 
     def __init__(self, index: Int[Tensor, " neuron"], size: int) -> None:
         self.whole = len(index) == size
+        self._size = size
         self._copies: dict[torch.device, Tensor] = {index.device: index}
+        self._masks: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Int[Tensor, " neuron"]:
         """The index tensor on a device."""
@@ -127,6 +133,22 @@ class PerDevice:
         if copy is None:
             copy = self._copies[device] = next(iter(self._copies.values())).to(device)
         return copy
+
+    def mask_on(self, device: torch.device) -> Bool[Tensor, " site"]:
+        """Which columns are chosen, on a device."""
+        mask = self._masks.get(device)
+        if mask is None:
+            mask = torch.zeros(self._size, dtype=torch.bool, device=device)
+            mask[self.on(device)] = True
+            self._masks[device] = mask
+        return mask
+
+    def move_(self, target: Float[Tensor, "*rows neuron"], source: Float[Tensor, "*rows neuron"]) -> None:
+        """Overwrites the chosen columns of `target` with those of `source`, in place."""
+        if self.whole or target.numel() > SMALL:
+            self.copied_(target, self.taken(source))
+        else:
+            torch.where(self.mask_on(target.device), source, target, out=target)
 
     def taken(self, source: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows chosen"]:
         """The chosen columns."""
