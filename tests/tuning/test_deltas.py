@@ -4,18 +4,27 @@ import pytest
 import torch
 from trained import Reference, assert_same_bits, batches, bits, loss_of, model_of, randomised, some
 
+from exact64 import Exact64
 from families import MOE_FAMILIES, build
 from safety_neurons.errors import ForeignModelError, NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import reading
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.tuning import NeuronDelta, attach
+from safety_neurons.tuning.deltas import Part
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox", "falcon", "qwen3", "gemma2", "opt"]
 
 
 def adam(parameters: object, rate: float = 1e-3) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+
+
+def checkpointed(model: LanguageModel, reentrant: bool) -> None:
+    """Activations are computed again in the backward pass; the method's name depends on the version of transformers."""
+    inner = model.model
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
 
 
 def trained(model: LanguageModel, neurons: NeuronSet, steps: int = 3) -> dict[str, torch.Tensor]:
@@ -36,9 +45,10 @@ def test_selected_entries_move_as_sliced_parameters_of_a_plain_model_do_and_noth
         neurons = some(model, 0.3, seed=seed)
         reference = Reference(model, neurons)
         optimizer = adam(reference.parameters.values())
-        for ids in batches(3):
-            reference.step(ids, optimizer)
-        ours = trained(model, neurons)
+        with Exact64():  # Routers round to float32 in between, and Adam's first steps divide by gradients of any size.
+            for ids in batches(3):
+                reference.step(ids, optimizer)
+            ours = trained(model, neurons)
         assert ours.keys() == reference.moved.keys()
         for key, moved in reference.moved.items():
             assert moved.abs().max() > 0 or ".experts." in key  # no token may have been sent to an expert
@@ -155,7 +165,7 @@ def test_under_bfloat16_the_sum_is_rounded_once(side: str) -> None:
     randomised([linear.weight], 0.2)
     x = torch.randn(5, 64, generator=generator).to(torch.bfloat16)
     positions = torch.tensor([3, 4, 17])
-    wrapper = NeuronDelta(linear, 64, 32, [("q", side, positions)], torch.float32, torch.device("cpu"))
+    wrapper = NeuronDelta(linear, 64, 32, [Part("q", side, positions)], torch.float32, torch.device("cpu"))
     randomised([wrapper.delta("q")], 0.01)
     with torch.no_grad():
         delta = wrapper.delta("q").double()
@@ -194,7 +204,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         for parameter in deltas.parameters():
             parameter.grad = None
         model.model.train()
-        model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed(model, reentrant)
         if reentrant:
             model.model.enable_input_require_grads()
         loss_of(model.model, ids).backward()
@@ -333,7 +343,7 @@ def test_experts_trained_through_checkpointing_get_the_same_gradients() -> None:
         for parameter in deltas.parameters():
             parameter.grad = None
         model.model.train()
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointed(model, False)
         loss_of(model.model, ids).backward()
         for key, parameter in deltas.named_parameters().items():
             assert torch.equal(parameter.grad, plain[key]), key
