@@ -45,7 +45,14 @@ def lab():
 
 
 def plan(**changes):
-    options = {"arms": ARMS, "seeds": (0, 1), "tuning": {"epochs": 1, "mix": 1.0}, "steps": 2, "learning_rate": 1e-2, "batch_size": 2}
+    options = {
+        "arms": ARMS,
+        "seeds": (0,),
+        "tuning": {"epochs": 1, "mix": 1.0, "max_steps": 1},
+        "steps": 2,
+        "learning_rate": 1e-2,
+        "batch_size": 2,
+    }
     return Plan(REFUSALS, ANSWERS, TASK, **{**options, **changes})
 
 
@@ -66,12 +73,12 @@ def test_nothing_left_is_an_error(sets, model):
 def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
     before = base_hash(model, NeuronSet.all(model.table))
     told = []
-    found = rsn(model, sets, plan(), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    found = rsn(model, sets, plan(steps=1), lab, shelf=tmp_path / "seeds.json", tell=told.append)
     assert [row["arm"] for row in found["arms"]] == list(ARMS)
-    assert told == [f"{arm}/{seed}" for seed in (0, 1) for arm in ARMS]
+    assert told == [f"{arm}/0" for arm in ARMS]
     for row in found["arms"]:
-        assert row["before"]["harmful"]["n"] + row["before"]["harmful"]["unscored"] == 8
-        assert len(row["after"]["perplexity"]["by_seed"]) == 2
+        assert row["before"]["harmful"]["n"] + row["before"]["harmful"]["unscored"] == 4
+        assert len(row["after"]["perplexity"]["by_seed"]) == 1
         assert row["before"]["perplexity"] != row["after"]["perplexity"]
     assert "RSN-Tune - SN-Tune" in found["differences"]
     json.dumps(found, allow_nan=False)
@@ -80,9 +87,9 @@ def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
 
 
 def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
-    first = rsn(model, sets, plan(arms=(SN,), seeds=(0,)), lab, shelf=tmp_path / "seeds.json")
+    first = rsn(model, sets, plan(arms=(SN,)), lab, shelf=tmp_path / "seeds.json")
     told = []
-    again = rsn(model, sets, plan(arms=(SN,), seeds=(0,)), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    again = rsn(model, sets, plan(arms=(SN,)), lab, shelf=tmp_path / "seeds.json", tell=told.append)
     assert again == first
     assert not told
 
@@ -127,7 +134,7 @@ def test_the_same_seed_trains_the_same(model):
 
 def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
     attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2)
-    found = stress(model, sets, plan(seeds=(0,)), attack, lab, shelf=tmp_path / "seeds.json")
+    found = stress(model, sets, plan(), attack, lab, shelf=tmp_path / "seeds.json")
     amounts = {}
     for point in found["curves"]:
         amounts.setdefault(point["attack"], []).append(point["amount"])
@@ -138,7 +145,7 @@ def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
 def test_without_harmful_answers_the_model_must_write_some(model, sets, lab):
     refusing = Lab(lab.harmful, lab.harmless, lab.task, None, "compliance", 4)
     with pytest.raises(InputError, match="goes along with none"):
-        stress(model, sets, plan(seeds=(0,)), Attack(), refusing)
+        stress(model, sets, plan(), Attack(), refusing)
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,16 @@ def test_a_difference_is_paired():
     fewer = rows.copy()
     fewer[:, :6] = False
     rows[:, :6] = True
-    difference = difference_over_seeds(rows, fewer)
+    difference = difference_over_seeds(rows.tolist(), fewer.tolist())
     assert difference.value == pytest.approx(0.1)
     assert difference.clear
-    assert not difference_over_seeds(rows, rows).clear
+    assert not difference_over_seeds(rows.tolist(), rows.tolist()).clear
+
+
+def test_the_interval_of_no_case_at_all_depends_on_the_prompts_and_not_on_the_seeds():
+    few, many = over_seeds([[False] * 20] * 2), over_seeds([[False] * 20] * 50)
+    assert few.value == few.low == 0
+    assert few.high == many.high == pytest.approx(0.161, abs=1e-3)
 
 
 def test_nothing_scored_is_undefined():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from safety_neurons.results.rates import RESAMPLES, interval, scored
+from safety_neurons.results.rates import RESAMPLES, interval, scored, wilson
 
 Verdicts = Sequence[Sequence[bool | None]]
 """One list a seed, one outcome a prompt in every list, in the same order; None is unscored."""
@@ -40,8 +40,16 @@ class Spread:
 
 
 def over_seeds(verdicts: Verdicts, seed: int = 0) -> Spread:
-    """The mean of all scored outcomes; seeds and prompts are resampled for the interval, apart from one another."""
-    return _spread(_matrix(verdicts), seed)
+    """The mean of all scored outcomes; seeds and prompts are resampled for the interval, apart from one another.
+
+    Where every outcome is the same there is nothing to resample: the interval is then Wilson's for the prompts, seeds not counted.
+    """
+    values = _matrix(verdicts)
+    spread = _spread(values, seed)
+    if spread.value not in (0.0, 1.0):
+        return spread
+    low, high = wilson(spread.value, int((~np.isnan(values)).any(axis=0).sum()))
+    return dataclasses.replace(spread, low=low, high=high)
 
 
 def difference_over_seeds(first: Verdicts, second: Verdicts, seed: int = 0) -> Spread:
