@@ -99,7 +99,7 @@ def _made(name: str, maker: Callable[[], Judge], options: dict[str, Any]) -> Jud
     return maker()
 
 
-def _called(kind: str, make: Callable[..., Judge], arguments: tuple[Any, ...], options: dict[str, Any]) -> Judge:
+def _called(kind: str, make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as error:
@@ -131,7 +131,7 @@ def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
     given = {key: value for key, value in options.items() if key not in ("device", "dtype", "batch_size")}
     own = ("rubric", "measure", "parallel", "settings")
     server = {key: value for key, value in given.items() if key not in own}
-    endpoint: Any = _called(kind, ChatServer, (url, model), server)  # type: ignore[arg-type]
+    endpoint = _called(kind, ChatServer, (url, model), server)
     return _called(kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own})
 
 
