@@ -145,3 +145,18 @@ def test_its_dry_run_says_what_it_would_need(checkpoints):
     said = command("find", "contrast", "--base", checkpoints / "base", "--aligned", checkpoints / "aligned", "--dry-run", "--limit", "5")
     assert said.code == 0
     assert "weights" in said.out
+
+
+def test_it_is_evaluated_under_patching(checkpoints, tmp_path):
+    from safety_neurons.model import load
+
+    table = load(checkpoints / "base").table
+    NeuronSet({"layers.0.down": list(range(0, 224, 2)), "layers.1.down": list(range(50))}, table).save(tmp_path / "neurons.safetensors")
+    words = ["--model", checkpoints / "base", "--donor", checkpoints / "aligned", "--patch", tmp_path / "neurons.safetensors"]
+    asked = ["--limit", "4", "--max-new-tokens", "4", "--capability", "perplexity,kl", "--capability-limit", "4"]
+    found = done("evaluate", *words, *asked, "--out", tmp_path / "run")
+    assert found["treatment"].startswith("162 neurons patched")
+    assert [entry["kind"] for entry in found["treated"]["suites"]] == ["harmful", "harmless"]
+    kl = found["treated"]["capability"][1]
+    assert kl["task"] == "kl"
+    assert kl["value"] > 0
