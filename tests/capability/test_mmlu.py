@@ -49,7 +49,7 @@ def test_likelihoods_are_those_of_the_model_also_where_the_context_is_full(model
 
 
 def test_the_likeliest_letter_is_the_answer_and_the_first_of_equals():
-    assert mmlu.chosen([-1, -1, -3, -4, -4, -3, -2, -1.5]) == [0, 3]
+    assert mmlu.chosen([-1.0, -1.0, -3.0, -4.0, -4.0, -3.0, -2.0, -1.5]) == [0, 3]
 
 
 def test_folder_and_zip_are_read_alike(folder, tmp_path):
