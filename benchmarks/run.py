@@ -79,15 +79,6 @@ def patching(options: argparse.Namespace) -> list[Row]:
         Row(f"patched generation ÷ plain, {PAIRS[kind]}", median_of(result["ratio"]), result["target"])
         for kind, result in record["results"].items()
     ]
-    rows += [
-        Row(
-            f"hooks per decoded token and layer, {PAIRS[kind]}",
-            median_of(result["hooks_ms_per_token_and_layer"]),
-            result["hooks_target"],
-            "ms",
-        )
-        for kind, result in record["results"].items()
-    ]
     return written("patching", rows, record, options)
 
 
@@ -106,6 +97,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "statistics": own("statistics_cost.py", "statistics"),
     "importance": importance,
     "patching": patching,
+    "hooks": own("hook_cost.py", "hooks"),
     "find_memory": own("find_memory.py", "find_memory", repetitions=3),
     "startup": own("startup.py", "startup"),
     "tuning": own("tuning_cost.py", "tuning"),
