@@ -1,13 +1,16 @@
-"""The README's Python example runs as it stands, with the shipped organism in the place of a model of the reader's."""
+"""What the README states and a machine can hold it to: its Python example, on the shipped organism, and its tree."""
 
+import importlib.util
 import pathlib
 import re
 
+import pytest
 import torch
 
 import safety_neurons as sn
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 
 def example() -> str:
@@ -34,3 +37,27 @@ def test_a_pair_of_organism_stages_shares_its_base_and_keeps_its_short_names() -
     assert pair.shared
     assert (pair.base.name, pair.aligned.name) == ("organism:natural/sft", "organism:natural/dpo")
     assert pair.base.prompts("builtin:harmful")[0].text != sn.prompts("builtin:harmful")[0].text
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("tree", ROOT / "docs" / "tree.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script().with_tree(readme) == readme, "the tree in README.md is out of date: run `python docs/tree.py --write`"
+
+
+def test_every_module_of_the_package_is_in_the_tree_with_a_line():
+    tree, source = script().tree(), ROOT / "src" / "safety_neurons"
+    boxes = {path.parent.name for path in source.glob("*/__init__.py")}
+    assert {line.split()[1].rstrip("/") for line in tree.splitlines() if line[:1].isdigit()} == boxes | {"errors.py"}
+    assert not [line for line in tree.splitlines()[1:-1] if len(line.split(maxsplit=2)) < 2 or line.rstrip().endswith((".py", "/"))]
+
+
+def test_a_readme_that_lost_its_marks_is_said():
+    with pytest.raises(SystemExit, match="put them back"):
+        script().with_tree("# no marks")

@@ -69,9 +69,7 @@ def find_importance_contrast(
         completions: used instead of generating.
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
-        batch_size: sequences a batch, or "auto".
-        checkpoint: a killed run continues behind its last finished batch.
-        progress: called with (done, in all, tokens).
+        batch_size, checkpoint, progress: as for `find_contrast`.
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
 
@@ -84,11 +82,7 @@ def find_importance_contrast(
     Source: importance of Zhao et al. (ICLR 2025) between the models of Chen et al. (arXiv 2406.14144).
     Differs: neither paper compares parameters on one stream.
     """
-    if compare not in COMPARISONS:
-        raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
-    own_text = compare == "swap-attribution"
-    if own_text and (positions != "prompt" or completions is not None):
-        raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt' and give no completions")
+    own_text = _writes_its_own(compare, positions, completions)
     prompts = as_prompts(prompts)
     selection = Selection.of(**choice, default_top=0.05)
     writer = writer_of(base, aligned, generate_with)
@@ -99,8 +93,8 @@ def find_importance_contrast(
     options: dict[str, Any] = {"stream": Stream(checkpoint, key), "batch_size": batch_size, "progress": progress}
     comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
     comparison.check()
-    made: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": prompts, "selection": selection}
-    made["subtract"] = subtract
+    made: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": prompts}
+    made |= {"selection": selection, "subtract": subtract}
     with comparing(base, aligned):
         if own_text:
             found = attribute_swaps(base, aligned, prompts, comparison.sizes, selection=selection, **options)
@@ -109,6 +103,16 @@ def find_importance_contrast(
         values, votes = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
     config["tokens"] = text.n_tokens
     return finish(METHOD, values, config=config, counts=text.counts, notes=notes, votes=votes, **made)
+
+
+def _writes_its_own(compare: str, positions: str, completions: Completions | None) -> bool:
+    """Whether the comparison explains completions of its own; refuses what would be without effect."""
+    if compare not in COMPARISONS:
+        raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
+    own_text = compare == "swap-attribution"
+    if own_text and (positions != "prompt" or completions is not None):
+        raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt' and give no completions")
+    return own_text
 
 
 Scored = list[dict[str, np.ndarray]]

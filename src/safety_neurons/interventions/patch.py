@@ -84,7 +84,7 @@ def _donor(subject: Subject, aligned: Any) -> Subject:
         raise MismatchError(f"base has a vocabulary of {own} tokens and the donor of {other}; pass two models with one tokenizer")
     readers = [getattr(one.view, "tokenizer", None) for one in (subject, donor)]
     if None not in readers and readers[0] is not readers[1]:
-        ours, theirs = (reader.get_vocab() for reader in readers)
+        ours, theirs = (reader.get_vocab() for reader in readers if reader is not None)
         differing = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
         if differing:
             raise MismatchError(

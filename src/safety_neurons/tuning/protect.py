@@ -97,6 +97,9 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         MismatchError: a LoRA adapter that has already changed the neurons; `repair` it first.
         UnsupportedModelError: parameters shared out over processes (FSDP, ZeRO-3), or an adapter whose share of a neuron cannot be told
             apart (DoRA).
+
+    Source: the aim of RSN-Tune (Zhao et al., ICLR 2025): safety that outlives downstream fine-tuning.
+    Differs: held by construction, where RSN-Tune chooses neurons that the task is unlikely to move.
     """
     _check(model, neurons)
     protection = Protection(model, neurons)
@@ -146,6 +149,9 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
         NeuronError: an empty set, or one of another model.
         MismatchError: two architectures, or two views of one base in memory whose rows would have to differ.
         UnsupportedModelError: quantised weights, or an adapter that cannot be told apart.
+
+    Source: the aim of RSN-Tune (Zhao et al., ICLR 2025).
+    Differs: after the fine-tune instead of before it.
     """
     _check(model, neurons)
     if reference.fingerprint != model.fingerprint:
