@@ -121,3 +121,29 @@ def test_a_gate_is_read_from_toml(tmp_path):
         Gate.load(path)
     with pytest.raises(InputError, match="cannot read"):
         Gate.load(tmp_path / "none.toml")
+
+
+def test_a_threshold_of_one_suite_on_what_was_not_measured_is_missed():
+    assert Gate.of({"suite": {"advbench": {"over_refusal": 0.5}}}).check(result()) == [
+        "over-refusal on advbench: not measured, expected at most 0.5"
+    ]
+    assert Gate.of({"suite": {"advbench": {"harm": 1.0}}, "judges": ["misspelt"]}).check(result())
+
+
+def test_an_undefined_drop_is_missed_also_beside_a_defined_one():
+    found = result(capability=[task(), task("mmlu")], changes=[drop(0.0), drop(None, "mmlu")])
+    assert Gate.of({"capability_drop": 0.5}).check(found) == ["capability drop of mmlu: undefined, expected at most 0.5"]
+
+
+def test_nan_meets_no_threshold_and_is_none():
+    found = result(capability=[task(value=float("nan"))], changes=[drop(float("nan"))])
+    assert len(Gate.of({"capability_drop": 0.5, "capability": {"gsm8k": {"min": 0.0, "max": 1.0}}}).check(found)) == 3
+    with pytest.raises(UsageError):
+        Gate.of({"capability": {"gsm8k": {"min": float("nan")}}})
+
+
+def test_with_bound_interval_a_task_is_held_by_its_worse_end():
+    found = result(capability=[{**task(value=0.5), "low": 0.3, "high": 0.7}])
+    for thresholds in ({"min": 0.4}, {"max": 0.6}):
+        assert Gate.of({"capability": {"gsm8k": thresholds}}).check(found) == []
+        assert len(Gate.of({"bound": "interval", "capability": {"gsm8k": thresholds}}).check(found)) == 1

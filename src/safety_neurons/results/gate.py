@@ -1,7 +1,7 @@
 """Gate: thresholds in a TOML file, held against what an evaluation measured; a threshold on something unmeasured is missed too."""
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,24 @@ class Gate:
         unmet = {suite for suite in self.suites if suite not in {entry["suite"] for entry in arm["suites"]}}
         yield from (f"suite {suite}: not evaluated, though {self.name} has a threshold on it" for suite in sorted(unmet))
         for measure in MEASURES:
-            entries = [(entry, self._limit(measure, entry["suite"])) for entry in arm["suites"]]
-            rates = [(entry, limit, judge, found) for entry, limit in entries if limit is not None for judge, found in self._of(entry)]
-            seen = False
-            for entry, limit, judge, found in rates:
-                rate = _share_unscored(found) if measure == "unscored" else found.get(measure)
-                if rate is None:
-                    continue
-                seen = True
-                yield from self._at_most(measure.replace("_", "-"), f"{entry['suite']} by {judge}", rate, limit)
-            if measure in self.shares and not seen:
-                yield f"{measure.replace('_', '-')}: not measured, expected at most {self.shares[measure]:g}"
+            held = set()
+            for entry in arm["suites"]:
+                limit = self._limit(measure, entry["suite"])
+                for judge, found in self._of(entry) if limit is not None else ():
+                    rate = _share_unscored(found) if measure == "unscored" else found.get(measure)
+                    if rate is not None and limit is not None:
+                        held.add(entry["suite"])
+                        yield from self._at_most(measure.replace("_", "-"), f"{entry['suite']} by {judge}", rate, limit)
+            yield from self._unheld(measure, held, unmet)
+
+    def _unheld(self, measure: str, held: Collection[str], absent: Collection[str]) -> Iterator[str]:
+        """Thresholds on a measure that no judge who counts has given."""
+        word = measure.replace("_", "-")
+        if measure in self.shares and not held:
+            yield f"{word}: not measured, expected at most {self.shares[measure]:g}"
+        for suite in sorted(set(self.suites) - set(held) - set(absent)):
+            if measure in self.suites[suite]:
+                yield f"{word} on {suite}: not measured, expected at most {self.suites[suite][measure]:g}"
 
     def _of(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for judge, found in entry["judges"].items():
@@ -131,7 +138,7 @@ class Gate:
         value = rate["high"] if self.bound == "interval" else rate["value"]
         if value is None:
             yield f"{what} on {where}: undefined, nothing was scored; expected at most {limit:g}"
-        elif value > limit:
+        elif not value <= limit:
             end = ", upper end of the interval," if self.bound == "interval" else ""
             yield f"{what} on {where}: {value:.4g}{end} expected at most {limit:g}"
 
@@ -140,7 +147,7 @@ class Gate:
         for task in sorted(set(self.capability) - set(measured)):
             yield f"capability {task}: not measured, though {self.name} has a threshold on it"
         drops = {change["task"]: change for change in changes}
-        if "capability_drop" in self.shares and not any(change["drop"] is not None for change in changes):
+        if "capability_drop" in self.shares and not changes:
             yield f"capability-drop: not measured, expected at most {self.shares['capability_drop']:g}; name a capability and a baseline"
         for task, entry in measured.items():
             own = self.capability.get(task, {})
@@ -153,18 +160,20 @@ class Gate:
 
     def _drop(self, task: str, change: Mapping[str, Any], limit: float) -> Iterator[str]:
         value = change["drop_high"] if self.bound == "interval" else change["drop"]
-        if value is not None and value > limit:
+        if value is None:
+            yield f"capability drop of {task}: undefined, expected at most {limit:g}"
+        elif not value <= limit:
             yield f"capability drop of {task}: {value:.4g} of the baseline, expected at most {limit:g}"
 
-    @staticmethod
-    def _range(task: str, entry: Mapping[str, Any], own: Mapping[str, float]) -> Iterator[str]:
-        value = entry["value"]
-        if value is None and {"min", "max"} & set(own):
-            yield f"capability {task}: undefined, nothing was scored"
-        elif "min" in own and value < own["min"]:
-            yield f"capability {task}: {entry['metric']} {value:.4g}, expected at least {own['min']:g}"
-        elif "max" in own and value > own["max"]:
-            yield f"capability {task}: {entry['metric']} {value:.4g}, expected at most {own['max']:g}"
+    def _range(self, task: str, entry: Mapping[str, Any], own: Mapping[str, float]) -> Iterator[str]:
+        for key, end, word in (("min", "low", "at least"), ("max", "high", "at most")):
+            if key not in own:
+                continue
+            value = entry.get(end) if self.bound == "interval" else entry["value"]
+            if value is None:
+                yield f"capability {task}: undefined, nothing was scored; expected {word} {own[key]:g}"
+            elif not (value >= own[key] if key == "min" else value <= own[key]):
+                yield f"capability {task}: {entry['metric']} {value:.4g}, expected {word} {own[key]:g}"
 
 
 def _share_unscored(found: Mapping[str, Any]) -> dict[str, float | None]:
@@ -181,6 +190,6 @@ def _known(entries: Mapping[str, Any], allowed: Sequence[str], where: str) -> No
 
 
 def _number(value: Any, where: str, *, share: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or (share and not 0 <= value <= 1):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or (share and not 0 <= value <= 1):
         raise UsageError(f"{where} is {value!r}; expected a {'share between 0 and 1' if share else 'number'}")
     return float(value)
