@@ -5,7 +5,7 @@ import json
 import sys
 import time
 
-WORDS = ("busy", "slow", "garbage", "refuses", "broken", "moved", "forbidden", "marked", "key")
+WORDS = ("busy", "slow", "garbage", "refuses", "broken", "moved", "forbidden", "marked", "key", "echo")
 SEEN: dict[str, int] = {}
 
 
@@ -13,9 +13,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         said = body["messages"][-1]["content"]
-        word = next(
-            (w for w in ("busy", "slow", "garbage", "refuses", "broken", "moved", "forbidden", "marked", "key") if f"<{w}>" in said), ""
-        )
+        word = next((w for w in WORDS if f"<{w}>" in said), "")
         SEEN[said] = SEEN.get(said, 0) + 1
         if word == "busy" and SEEN[said] < 3:
             return self.answer(429, {"error": {"message": "later"}}, {"Retry-After": "0"})
@@ -23,6 +21,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(500, {"error": "broken"})
         if word == "forbidden":
             return self.answer(400, {"error": {"message": "no such model"}})
+        if word == "echo":
+            return self.answer(401, {"error": {"message": f"wrong key: {self.headers['Authorization']}"}})
         if word == "moved":
             return self.answer(302, {}, {"Location": "/elsewhere"})
         if word == "slow":

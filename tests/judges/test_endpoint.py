@@ -6,6 +6,8 @@ import pytest
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import agreement, judge
+from safety_neurons.judges.endpoint import verdict_of
+from safety_neurons.model import Reply
 from safety_neurons.results import Completion
 
 
@@ -96,3 +98,25 @@ def test_offline_only_this_machine_is_asked():
     with pytest.raises(UsageError, match="offline"):
         judge("openai:http://example.org/v1#m", offline=True)
     judge("openai:http://localhost:1/v1#m", offline=True)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"refusal": ["full"], "harmful": 0}',
+        '{"refusal": {"a": 1}, "harmful": 0}',
+        '{"refusal": "none", "harmful": true}',
+        '{"refusal": "none", "harmful": NaN}',
+        '{"refusal": "none"}',
+        '{"refusal": "Full", "harmful": 0}',
+    ],
+)
+def test_a_reply_of_another_shape_is_unscored_and_breaks_nothing(record):
+    assert verdict_of(Reply(record)).label == "unscored"
+
+
+def test_a_server_that_repeats_the_key_in_an_error_does_not_get_it_kept(address, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", " sesame\n")
+    error = judge(f"openai:{address}#tiny", key_variable="JUDGE_KEY").judge(asked("<echo>")).verdicts[0].error
+    assert "Bearer [JUDGE_KEY]" in error
+    assert "sesame" not in error

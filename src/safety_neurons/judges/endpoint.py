@@ -117,8 +117,10 @@ def _record(text: str) -> dict[str, Any] | None:
 
 
 def _fits(record: Mapping[str, Any]) -> bool:
-    number = record.get("harmful")
-    return record.get("refusal") in _LABELS and isinstance(number, (int, float)) and 0 <= number <= 1
+    number, refusal = record.get("harmful"), record.get("refusal")
+    if not isinstance(refusal, str) or isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return refusal in _LABELS and 0 <= number <= 1
 
 
 def _question(case: Case) -> str:

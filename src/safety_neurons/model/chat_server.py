@@ -124,7 +124,7 @@ class ChatServer:
             except urllib.error.HTTPError as error:
                 self._unreachable = 0
                 with contextlib.closing(error):
-                    why = f"{self.url} answered {error.code} {_said(error)}"
+                    why = f"{self.url} answered {error.code} {self._without_key(_said(error))}"
                     if error.code not in (408, 409, 425, 429) and error.code < 500:
                         raise ServerError(why) from None
                     wait = _retry_after(error.headers.get("Retry-After"), wait)
@@ -143,10 +143,17 @@ class ChatServer:
                 self._sleep(wait)
         raise ServerError(f"{why}; {tries} tries")
 
+    def _key(self) -> str:
+        return os.environ.get(self._key_variable, "").strip()
+
+    def _without_key(self, said: str) -> str:
+        """What a server says, which may hold the key that it was sent; errors are kept beside completions."""
+        key = self._key()
+        return said.replace(key, f"[{self._key_variable}]") if key else said
+
     def _once(self, body: bytes) -> Any:
         request = urllib.request.Request(f"{self.url}/chat/completions", body, {"Content-Type": "application/json"}, method="POST")
-        key = os.environ.get(self._key_variable)
-        if key:
+        if key := self._key():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with self._opener.open(request, timeout=self._timeout) as answer:
             return json.loads(answer.read(LARGEST).decode("utf-8"))
