@@ -25,7 +25,7 @@ class Case:
     prompt: str
     """What the model was asked, an attack around the request included."""
     answer: str
-    """The answer without its thinking part."""
+    """The answer without its thinking part, behind what was begun for the model where its `meta` has an `opening`."""
     behavior: str
     """The request itself, where the completion's `meta` has it under `behavior` or `goal`; otherwise the prompt."""
     context: str = ""
@@ -142,7 +142,9 @@ def case_of(completion: Completion) -> Case | None:
         return None
     meta = completion.meta
     behavior = meta.get("behavior") or meta.get("goal") or completion.prompt
-    return Case(completion.prompt, answer, str(behavior), str(meta.get("context") or ""))
+    opening = str(meta.get("opening") or "")
+    gap = "" if not opening or opening[-1:].isspace() or answer[:1].isspace() else " "
+    return Case(completion.prompt, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from safety_neurons.prompts import Prompt
 from safety_neurons.results import Completion, Completions
 
 CONCURRENT = 8
+_GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
+"""Of vLLM and SGLang: an answer that is begun is gone on with. Other servers refuse the request rather than begin another answer."""
 _FILTERED = frozenset({"content_filter", "safety"})
 
 
@@ -119,5 +121,7 @@ class Endpoint:
 
     def _answer(self, prompt: Prompt, settings: Mapping[str, Any]) -> tuple[str, str]:
         """Text, and why it ends; a refusal that the server marks as one is the text."""
-        reply = self._server.chat(self._turns(prompt), **settings)
+        turns = self._turns(prompt)
+        begun = _GOES_ON if turns[-1]["role"] == "assistant" else {}
+        reply = self._server.chat(turns, **{**begun, **settings})
         return reply.text or reply.refusal, reply.finish_reason

@@ -11,11 +11,13 @@ from safety_neurons.model.endpoint import Endpoint
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
+from safety_neurons.suites import ADAPTIVE, STATIC
 
 Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
 Progress = Callable[[str], None]
+UNTREATED = "untreated"
 Key = tuple[str, str, str, int]
-_KEPT = ("goal", "behavior_id", "method", "label", "target", "context", "kind", "source_model")
+_KEPT = ("goal", "behavior_id", "method", "label", "target", "opening", "context", "kind", "source_model")
 """What of a prompt's own notes goes with its completion: judges and tables read it."""
 
 
@@ -149,6 +151,8 @@ def key_of(completion: Completion) -> Key:
 def marked(completion: Completion, suite: str, prompt: Prompt) -> Completion:
     """The completion with what judges and tables have to know of its prompt."""
     about: dict[str, Any] = {key: prompt.meta[key] for key in _KEPT if prompt.meta.get(key) is not None}
+    if about.get("label") == ADAPTIVE and prompt.meta.get("made_on", completion.arm) != completion.arm:
+        about["label"] = STATIC  # Optimised on the model without the treatment: on the treated one it is transferred.
     about |= {key: value for key, value in (("category", prompt.category), ("language", prompt.language)) if value is not None}
     return dataclasses.replace(completion, meta={**about, **completion.meta, "suite": suite})
 
@@ -166,5 +170,8 @@ def unique(prompts: Prompts) -> Prompts:
 
 def told(meta: Mapping[str, Any]) -> dict[str, str]:
     """Category, language and attack of a completion, where it has them."""
-    found = {"category": meta.get("category"), "language": meta.get("language"), "attack": meta.get("method")}
+    attack = meta.get("method")
+    if attack and meta.get("label") in (ADAPTIVE, STATIC):
+        attack = f"{attack}, {meta['label']}"
+    found = {"category": meta.get("category"), "language": meta.get("language"), "attack": attack}
     return {name: str(value) for name, value in found.items() if value not in (None, "")}

@@ -27,6 +27,7 @@ from safety_neurons.studies.answering import Progress, Treatment, Writing
 from safety_neurons.studies.changes import ArmScores, capability_changes, suite_changes
 from safety_neurons.studies.changes import baseline as baseline_of
 from safety_neurons.studies.evaluation_bench import Applied, EvaluationBench, treatment_of
+from safety_neurons.studies.kept import facts_of, hold
 from safety_neurons.studies.requests import HARMLESS, requests_of
 from safety_neurons.studies.scoring import pooled
 
@@ -138,6 +139,7 @@ def evaluate(
     Raises:
         UsageError: arguments that contradict one another; found out before anything is computed.
         InputError: a file that cannot be read.
+        RunError: `out` holds the answers of another model or treatment, or answers that were written in another way.
     """
     how, treat = Writing(**writing), treatment_of(model, deactivate, patch, donor, treatment)
     tasks, measuring = _tasks(model, capability, settings)
@@ -145,8 +147,21 @@ def evaluate(
     _check(model, tasks, how, treat.act is not None, baseline is not None, reference is not None, held)
     before = None if baseline is None else baseline_of(baseline)
     own = model.prompt_folder if isinstance(model, LanguageModel) else None
-    asked = requests_of(suites, over_refusal, attacks, own=own, data=data, column=column, offline=offline, limit=limit)
+    asked = requests_of(
+        suites,
+        over_refusal,
+        attacks,
+        own=own,
+        data=data,
+        column=column,
+        offline=offline,
+        limit=limit,
+        model=model,
+    )
     named = [(one, judge_of(one, **(judge_options or {}))) if isinstance(one, str) else (one.name, one) for one in judges]
+    if out is not None:
+        act = {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": None if treatment is None else "given"}
+        hold(pathlib.Path(out), facts_of(model, act, how, tasks, measuring))
     bench = EvaluationBench(model, asked.requests, named, tasks, how, measuring, None if out is None else pathlib.Path(out), progress)
     result = _compared(bench, treat, before, reference, asked.notes)
     return result if held is None else dataclasses.replace(result, missed=tuple(held.check(result.record())))

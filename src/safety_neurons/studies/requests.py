@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from safety_neurons.errors import UsageError
-from safety_neurons.prompts import Prompts, prompts
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.prompts import Prompt, Prompts, prompts
 from safety_neurons.results.files import PathLike
-from safety_neurons.studies.answering import unique
-from safety_neurons.suites import Suite, attack, suite
+from safety_neurons.studies.answering import UNTREATED, unique
+from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
 
 HARMLESS = "builtin:harmless-test"
 _BUILTIN = "builtin:"
@@ -48,6 +50,7 @@ def requests_of(
     column: str | None = None,
     offline: bool = False,
     limit: int | None = None,
+    model: LanguageModel | Endpoint | None = None,
 ) -> Asked:
     """The requests of suites.
 
@@ -60,6 +63,7 @@ def requests_of(
         column: column of the prompts in a file of the user's own.
         offline: open no socket.
         limit: requests of each suite.
+        model: what is asked: as it is `gcg` is made on it, where it is in memory; other attacks are adaptive only if they were made on it.
 
     Raises:
         UsageError: no suite, or one that is named twice.
@@ -77,10 +81,11 @@ def requests_of(
     if double is not None:
         raise UsageError(f"suite {double!r} is named twice; expected every suite once")
     found = []
+    in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
     for one in suites:
         notes += [f"{one.name}: {note}" for note in one.notes]
         if len(one.harmful):
-            found.append(Requests(one.name, "harmful", unique(_attacked(one.harmful, attacks))))
+            found.append(Requests(one.name, "harmful", unique(_labelled(_attacked(one.harmful, attacks, in_memory), name))))
         if len(one.harmless):
             found.append(Requests(one.name, "harmless", unique(one.harmless)))
     return Asked(tuple(found), tuple(notes))
@@ -115,12 +120,25 @@ def _stamped(found: Prompts, name: str, kind: str) -> Suite:
     return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in found], name, found.notes), kind, name)
 
 
-def _attacked(harmful: Prompts, attacks: Sequence[str]) -> Prompts:
-    """Every request under every attack, ids told apart by the attack's name."""
+def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | None) -> Prompts:
+    """Every request under every attack, which tells the ids apart; `gcg` is made on the model in hand."""
     if tuple(attacks) == ("direct",):
         return harmful
-    kept = []
+    if "gcg" in attacks and model is None:
+        raise UsageError("attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients")
+    kept: list[Prompt] = []
     for method in dict.fromkeys(attacks):
-        changed = harmful if method == "direct" else attack(harmful, method)
-        kept += [one if method == "direct" else dataclasses.replace(one, id=f"{one.id}/{method}") for one in changed]
+        made = attack(harmful, method, model=model if method == "gcg" else None)
+        kept += [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in made] if method == "gcg" else made
     return Prompts(kept, harmful.name, harmful.notes)
+
+
+def _labelled(found: Prompts, model: str | None) -> Prompts:
+    """Attack prompts with how their results are to be read: what was optimised on another model is transferred to this one."""
+    kept = []
+    for one in found:
+        optimised = one.meta.get("adaptive") is True or one.meta.get("label") == ADAPTIVE
+        label = ADAPTIVE if optimised and one.meta.get("source_model") == model else STATIC
+        says = isinstance(one.meta.get("adaptive"), bool) or one.meta.get("label") in (ADAPTIVE, STATIC)
+        kept.append(dataclasses.replace(one, meta={**one.meta, "label": label}) if says else one)
+    return Prompts(kept, found.name, found.notes)
