@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from safety_neurons.errors import InputError
 from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.likelihood import logits_budget, widened
 from safety_neurons.model.measures import BatchSize
+from safety_neurons.prompts.archives import members, read_member
 from safety_neurons.results import rate
 
 LETTERS = ("A", "B", "C", "D")
@@ -66,10 +66,11 @@ def read_mmlu(path: str | pathlib.Path, split: str | None = None) -> Mmlu:
 def _files(source: pathlib.Path) -> dict[str, str]:
     try:
         if source.is_dir():
-            return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in source.rglob("*.csv")}
-        with zipfile.ZipFile(source) as archive:
-            return {name: archive.read(name).decode("utf-8-sig") for name in archive.namelist() if name.endswith(".csv")}
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+            found = [path for path in source.rglob("*.csv") if not path.name.startswith("._")]
+            return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in found}
+        names = [name for name in members(source) if name.endswith(".csv") and not pathlib.PurePath(name).name.startswith("._")]
+        return {name: read_member(source, name).decode("utf-8-sig") for name in names}
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {str(source)!r} ({error}); expected MMLU as a folder or zip of CSV files") from error
 
 

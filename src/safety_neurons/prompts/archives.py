@@ -1,11 +1,13 @@
 """Data files inside zip archives: `ARCHIVE.zip/MEMBER`, or the archive itself where it holds one."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safety_neurons.errors import InputError
+from safety_neurons.prompts.files import LARGEST
 
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 
@@ -40,8 +42,11 @@ def members(archive: Path) -> list[str]:
 
 def read_member(archive: Path, member: str) -> bytes:
     """The bytes of a member."""
-    with _opened(archive) as file:
-        return file.read(member)
+    with _opened(archive) as file, file.open(member) as stream:
+        data = stream.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise InputError(f"{archive / member}: unpacks to more than {LARGEST >> 20} MiB; expected a list of prompts; look at it first")
+    return data
 
 
 def _listed(names: list[str]) -> str:
@@ -53,7 +58,7 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise InputError(f"{archive}: the zip archive is damaged or locked ({error}); expected a whole one; download it again") from None
     except OSError as error:
         raise InputError(

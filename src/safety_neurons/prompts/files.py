@@ -2,6 +2,7 @@
 
 import difflib
 import gzip
+import io
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from safety_neurons.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 EXPECTED = "expected .jsonl, .json, .csv, .tsv or .txt, plain or .gz"
+
+LARGEST = 1 << 29
+"""Bytes that a compressed file may unpack to: more is no list of prompts."""
 
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive (or an .xlsx workbook)",
@@ -105,9 +109,13 @@ def _uncompressed(path: Path, data: bytes) -> bytes:
     if not data.startswith(b"\x1f\x8b"):
         raise InputError(f"{path}: named .gz but not gzip data; expected gzip; remove .gz from its name or download it again")
     try:
-        return gzip.decompress(data)
+        with gzip.open(io.BytesIO(data)) as stream:
+            unpacked = stream.read(LARGEST + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise InputError(f"{path}: the gzip data is cut off or damaged ({error}); expected a whole file; download it again") from None
+    if len(unpacked) > LARGEST:
+        raise InputError(f"{path}: unpacks to more than {LARGEST >> 20} MiB; expected a list of prompts; unpack and look at it first")
+    return unpacked
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
