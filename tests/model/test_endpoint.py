@@ -125,3 +125,12 @@ def test_addresses_that_are_none_are_refused():
         Endpoint("http://example.org/v1#m", offline=True)
     with pytest.raises(ServerError, match="cannot be reached"):
         Endpoint("http://127.0.0.1:9/v1#m", retries=0).complete(["one"])
+
+
+def test_a_server_is_told_to_go_on_with_an_answer_that_is_begun(server):
+    begun = Prompt("0", "hello", (Message("user", "hello"), Message("assistant", "Sure:")))
+    Endpoint(f"{server}#m").complete(Prompts([begun]))
+    Endpoint(f"{server}#m").complete(["hello"])
+    first, second = requests_of(server)
+    assert (first["continue_final_message"], first["add_generation_prompt"]) == (True, False)
+    assert "continue_final_message" not in second

@@ -146,23 +146,12 @@ def evaluate(
     held = gate if gate is None or isinstance(gate, Gate) else Gate.load(gate)
     _check(model, tasks, how, treat.act is not None, baseline is not None, reference is not None, held)
     before = None if baseline is None else baseline_of(baseline)
-    own = model.prompt_folder if isinstance(model, LanguageModel) else None
-    asked = requests_of(
-        suites,
-        over_refusal,
-        attacks,
-        own=own,
-        data=data,
-        column=column,
-        offline=offline,
-        limit=limit,
-        model=model,
-    )
+    read: dict[str, Any] = {"data": data, "column": column, "offline": offline, "limit": limit, "model": model}
+    asked = requests_of(suites, over_refusal, attacks, **read)
     named = [(one, judge_of(one, **(judge_options or {}))) if isinstance(one, str) else (one.name, one) for one in judges]
-    if out is not None:
-        act = {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": None if treatment is None else "given"}
-        hold(pathlib.Path(out), facts_of(model, act, how, tasks, measuring))
-    bench = EvaluationBench(model, asked.requests, named, tasks, how, measuring, None if out is None else pathlib.Path(out), progress)
+    place = None if out is None else pathlib.Path(out)
+    hold(place, facts_of(model, {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": treatment}, how, tasks, measuring))
+    bench = EvaluationBench(model, asked.requests, named, tasks, how, measuring, place, progress)
     result = _compared(bench, treat, before, reference, asked.notes)
     return result if held is None else dataclasses.replace(result, missed=tuple(held.check(result.record())))
 

@@ -43,12 +43,14 @@ def facts_of(
     return dict(plain({**facts, **{f"capability {task.name}": measuring for task in tasks}}))
 
 
-def hold(folder: pathlib.Path, facts: Mapping[str, Any]) -> None:
-    """Writes down what the folder's answers depend on.
+def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
+    """Writes down what the folder's answers depend on; nothing where no folder is given.
 
     Raises:
         RunError: the folder holds answers that depend on something else.
     """
+    if folder is None:
+        return
     file = folder / FILE
     before = read_json(file) if file.is_file() else {}
     known: dict[str, Any] = dict(before) if isinstance(before, Mapping) else {}
@@ -66,7 +68,7 @@ def _of(value: Any) -> Any:
     if isinstance(value, NeuronSet):
         members = "".join(f"{key}:{','.join(map(str, value[key].tolist()))};" for key in value.keys())  # noqa: SIM118
         return hashlib.sha256(members.encode()).hexdigest()
-    return str(value)
+    return "given" if callable(value) else str(value)
 
 
 def weights_hash(model: LanguageModel) -> str:

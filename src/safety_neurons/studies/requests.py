@@ -45,7 +45,6 @@ def requests_of(
     harmless: Any = HARMLESS,
     attacks: Sequence[str] = ("direct",),
     *,
-    own: pathlib.Path | None = None,
     data: PathLike | None = None,
     column: str | None = None,
     offline: bool = False,
@@ -58,12 +57,12 @@ def requests_of(
         sources: names, files, `Prompts` (harmful ones) or suites.
         harmless: what over-refusal is measured on where no suite has harmless requests; None for nothing.
         attacks: put around harmful requests; `direct` is none.
-        own: an organism's own prompts, which `builtin:` names mean first.
         data: folder of the suites' files.
         column: column of the prompts in a file of the user's own.
         offline: open no socket.
         limit: requests of each suite.
-        model: what is asked: as it is `gcg` is made on it, where it is in memory; other attacks are adaptive only if they were made on it.
+        model: what is asked. Of one in memory `builtin:` names mean its organism's own prompts first, and `gcg` is made on it as it is;
+            other attacks are adaptive only where they were made on it.
 
     Raises:
         UsageError: no suite, or one that is named twice.
@@ -71,6 +70,8 @@ def requests_of(
     """
     if not sources:
         raise UsageError("no suite was named; expected at least one, such as builtin:harmful-test")
+    in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
+    own = None if in_memory is None else in_memory.prompt_folder
     suites = [_suite(source, None, own, data, column, offline, limit) for source in sources]
     notes = []
     if harmless is not None and not any(len(one.harmless) for one in suites):
@@ -81,7 +82,6 @@ def requests_of(
     if double is not None:
         raise UsageError(f"suite {double!r} is named twice; expected every suite once")
     found = []
-    in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
     for one in suites:
         notes += [f"{one.name}: {note}" for note in one.notes]
         if len(one.harmful):
