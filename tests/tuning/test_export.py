@@ -1,5 +1,6 @@
 import json
 import pathlib
+import sys
 import warnings
 from typing import Any
 
@@ -8,13 +9,13 @@ import pytest
 import torch
 import transformers
 from test_artefacts import changed
-from trained import assert_same_bits, batches, bits, model_of, randomised
+from trained import assert_same_bits, batches, bits, model_of, randomised, some
 
 from families import build
-from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
+from safety_neurons.errors import MismatchError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
-from safety_neurons.tuning import Delta, applied, apply_delta, attach, export_lora, export_merged, merged_base
+from safety_neurons.tuning import Delta, applied, apply_delta, attach, delta_of, export_lora, export_merged, merged_base
 from tiny import tiny_llama_folder, tiny_tokenizer
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox", "falcon"]
@@ -192,3 +193,49 @@ def test_attached_deltas_are_to_be_taken_off_first(tmp_path: pathlib.Path) -> No
         for export in (export_lora, export_merged):
             with pytest.raises(UsageError, match="detach"):
                 export(tmp_path / "out", model, delta)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_adapter_or_a_checkpoint_of_another_base_is_refused_or_asked_for(adapted: bool, tmp_path: pathlib.Path) -> None:
+    model = model_of("llama", torch.float32)
+    with attach(model, some(model)) as deltas:
+        randomised(deltas.parameters())
+        delta = delta_of(deltas)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter += 0.1
+    if adapted:
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = LanguageModel(peft.get_peft_model(model.model, config), tiny_tokenizer())
+    for export in (export_lora, export_merged):
+        with pytest.raises(MismatchError, match="other weights"):
+            export(tmp_path / export.__name__, model, delta)
+        assert not (tmp_path / export.__name__).exists()
+        export(tmp_path / export.__name__, model, delta, any_base=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of a file are set the way of POSIX")
+@pytest.mark.parametrize("export", [export_lora, export_merged])
+def test_a_full_disk_is_an_error_in_a_line_and_leaves_what_was_exported_before(export: Any, tmp_path: pathlib.Path) -> None:
+    import resource
+
+    model = model_of("llama", torch.float32)
+    export(tmp_path / "out", model, changed(model))
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = Delta(some(model, 0.5), changed_tensors(model, 0.5), Provenance("neurons"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunError, match="cannot write"):
+            export(tmp_path / "out", model, again)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def changed_tensors(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
+    """A change of more neurons than `changed` makes, so that the configuration of its adapter is another one."""
+    with attach(model, some(model, share)) as deltas:
+        randomised(deltas.parameters())
+        return deltas.tensors()

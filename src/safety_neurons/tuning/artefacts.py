@@ -333,7 +333,19 @@ def _check_fits(model: LanguageModel, delta: Delta, any_base: bool) -> None:
         wanted = (n, length) if _side(key) == "output" else (length, n)
         if tuple(delta.tensors[key].shape) != wanted:
             raise NeuronError(f"{key}: a delta {list(delta.tensors[key].shape)} arrived, {list(wanted)} was expected for this model")
-    if not any_base and delta.base and (found := base_hash(model, delta.neurons)) != delta.base:
+    if not any_base:
+        check_base(model, delta)
+
+
+def check_base(model: LanguageModel, delta: Delta) -> None:
+    """Refuses a change on other weights than those it was trained on, where they are known.
+
+    Raises:
+        MismatchError: the set's own rows and columns are others here.
+
+    Source: none; a delta fits every model of its architecture and means something on one.
+    """
+    if delta.base and (found := base_hash(model, delta.neurons)) != delta.base:
         raise MismatchError(
             f"the change was trained on other weights of this architecture (hash {delta.base[:12]}, here {found[:12]}); "
             "use the base it was trained on, or pass any_base=True"

@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
@@ -26,7 +27,7 @@ from safety_neurons.model.loading import quiet
 from safety_neurons.model.places import SitePlace
 from safety_neurons.neurons import parse_key
 from safety_neurons.results.files import PathLike, read_json, write_bytes, write_json
-from safety_neurons.tuning.artefacts import Delta, applied, check_plain, survival
+from safety_neurons.tuning.artefacts import Delta, applied, check_base, check_plain, survival
 from safety_neurons.tuning.attach import positions_of
 from safety_neurons.tuning.deltas import Beside
 
@@ -53,7 +54,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: bool = False) -> Exported:
+def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: bool = False, any_base: bool = False) -> Exported:
     """Writes the change as an ordinary PEFT LoRA folder, which PEFT, TRL, lm-eval and vLLM load.
 
     Every projection has the rank of its trained rows or columns. Merging it (`merge_and_unload()`, the sum rounded once) gives the weights
@@ -64,10 +65,11 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
         model: that the change was trained on, quantised or not.
         delta: the change.
         vllm: give all projections one rank that vLLM allows, padded with zeros.
+        any_base: also where the weights are not those that the change was trained on.
 
     Raises:
         UnsupportedModelError: the set has routed experts, or more rows of a projection than vLLM allows; export it merged.
-        UsageError: deltas are attached. RunError: the folder cannot be written.
+        UsageError: deltas are attached. MismatchError: another base. RunError: the folder cannot be written; an earlier adapter is whole.
 
     Source: Hu et al., ICLR 2022 (LoRA), section 4.1, W + BA, with one factor a selection of rows or columns.
     Differs: that factor is frozen one-hot, so the product is exact.
@@ -76,6 +78,8 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
     _refuse_attached(model)
     target, base = Path(folder), str(getattr(model.config, "_name_or_path", "") or model.name)
     factors = _factors(model, delta)
+    if not any_base:
+        check_base(model, delta)
     if is_adapted(model.model):
         plain = merged_base(model)
         base = str((target / "base").resolve())
@@ -91,8 +95,8 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
     for name, (down, up) in factors.items():
         weights[f"base_model.model.{name}.lora_A.weight"], weights[f"base_model.model.{name}.lora_B.weight"] = down, up
     settings = _config(model, delta, ranks, rank, base)
+    write_bytes(target / "adapter_model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))  # large: fails first
     write_json(target / "adapter_config.json", settings)
-    write_bytes(target / "adapter_model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     return Exported(target, base, rank, None, notes)
 
 
@@ -116,6 +120,8 @@ def export_merged(
     notes: list[str] = []
     _refuse_attached(model)
     if is_adapted(model.model):
+        if not any_base:
+            check_base(model, delta)
         model, any_base = merged_base(model), True
         notes.append("the model's adapters were merged into its weights first")
     kept = survival(model, delta, dtype or model.dtype)
@@ -259,5 +265,6 @@ def _whole(folder: Path) -> Iterator[Path]:
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"cannot write {str(folder)!r} ({error.strerror or error}); choose a writable place with free space") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        why = getattr(error, "strerror", None) or str(error)[:120]
+        raise RunError(f"cannot write {str(folder)!r} ({why}); choose a writable place with free space") from error
