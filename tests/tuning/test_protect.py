@@ -12,6 +12,8 @@ from families import build as tiny_model
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.tuning import protect
+from safety_neurons.tuning.entries import entries_of
 from safety_neurons.tuning.protect import protected, repair
 from tiny import tiny_llama
 
@@ -253,3 +255,40 @@ def test_the_trainer_of_transformers_is_protected(tmp_path):
             transformers.Trainer(model.model, arguments, train_dataset=rows).train()
     assert protection.steps == 3
     assert equal(weights_of(LanguageModel(plain), neurons), weights_of(model, neurons))
+
+
+class Torn(torch.optim.SGD):
+    """Fails after it has moved the weights."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter += 1
+        raise RuntimeError("killed in the middle of a step")
+
+
+def test_a_step_that_fails_after_it_moved_the_set_is_undone_too():
+    model = LanguageModel(tiny_llama())
+    neurons = some(model)
+    before = weights_of(model, neurons)
+    with pytest.raises(RuntimeError, match="in the middle"), protected(model, neurons):
+        train(None, model.model, 1, Torn(model.model.parameters(), lr=0.1))
+    assert equal(before, weights_of(model, neurons))
+
+
+def test_quantised_rows_whose_bias_alone_could_be_written_are_not_half_repaired(monkeypatch):
+    reference = LanguageModel(tiny_model("qwen2"))
+    model = LanguageModel(copy.deepcopy(reference.model))
+    neurons = NeuronSet({"layers.0.q": [0, 3]}, model.table)
+    with torch.no_grad():
+        model.model.model.layers[0].self_attn.q_proj.bias += 1
+    before = model.model.model.layers[0].self_attn.q_proj.bias.clone()
+    whole = entries_of(model, neurons)
+    half = [entries for entries in whole if entries.name == "bias"]
+    assert half
+    original = protect.entries_of
+    monkeypatch.setattr(protect, "entries_of", lambda of, members: half if of is model else original(of, members))
+    with pytest.raises(MismatchError, match="quantised"):
+        repair(model, reference, neurons)
+    assert torch.equal(before, model.model.model.layers[0].self_attn.q_proj.bias)

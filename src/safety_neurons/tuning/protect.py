@@ -107,12 +107,11 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         protection.start()
         stack.callback(register_optimizer_step_pre_hook(protection.before_step).remove)
         stack.callback(register_optimizer_step_post_hook(protection.after_step).remove)
+        stack.callback(protection.restore)  # also where training fails between an optimizer's step and what follows it
         yield protection
         if adapted(model) != protection._adapted:
             protection.start()
         protection.moved_outside = protection.changed()
-        if protection.moved_outside:
-            protection.restore()
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,10 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
     wanted = _as_in(reference, neurons)
     mine = list(entries_of(model, neurons))
     weights = [entries for entries in mine if entries.kind == WEIGHT]
-    if len(weights) < len(neurons.keys()):
+    if {entries.key for entries in weights if entries.name != "bias"} != set(neurons.keys()):
         raise MismatchError(f"{model.name} is quantised and its rows cannot be written; repair the unquantised model, then quantise it")
     changed = rounded = total = 0
+    shared = _bases(reference, neurons)
     for entries in weights:
         target, now = wanted[entries.key, entries.name], entries.read()
         values = target.to(now.dtype).to(now.device)
@@ -171,7 +171,7 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
         differs = int((_bits(now) != _bits(values)).sum())
         changed += differs
         rounded += int((values.to(target.dtype).cpu() != target.cpu()).sum())
-        if differs and entries.holder in _bases(reference, neurons):
+        if differs and entries.holder in shared:
             raise MismatchError(f"{entries.key}: model and reference share one base in memory; load the reference by itself")
         if differs:
             entries.write(values)
