@@ -93,3 +93,8 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
     assert expected > 1e-3
     assert found.harmful_refused == Rate(1.0, pytest.approx(0.2065, abs=1e-3), 1.0, 1, 1)
     assert np.isfinite(found.divergence)
+
+
+def test_a_divergence_that_is_no_number_is_never_sound():
+    judge, _ = judged([at(1, 0.5, 0.1), at(2, 1.0, 0.1, float("nan"))])
+    assert judge.best.step == 1

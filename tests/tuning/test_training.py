@@ -1,5 +1,6 @@
 """tune: only the set moves, every bad input is said in a line, and a killed call gives the same bits."""
 
+import dataclasses
 import errno
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from safety_neurons.errors import (
     ForeignModelError,
     InputError,
+    MismatchError,
     ModelError,
     NeuronError,
     NumericalError,
@@ -23,7 +25,7 @@ from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files
-from safety_neurons.tuning import StopCheck, attach, beside, training, tune, tuning_examples
+from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, training, tune, tuning_examples
 from safety_neurons.tuning import loop as loops
 from safety_neurons.tuning.rates import factor
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -359,3 +361,33 @@ def test_weights_that_are_not_in_memory_are_said_not_to_have_been_looked_at(monk
     tuned = tune(model, some(model), HARMFUL, epochs=1, **FAST)
     assert tuned.frozen_unchanged is None
     assert any(note.endswith("was not looked at: a weight is off-loaded") for note in tuned.notes)
+
+
+def test_a_tuned_change_is_bound_to_the_weights_it_was_trained_on():
+    tuned = tune(fresh(), some(fresh()), HARMFUL, max_steps=1, **FAST)
+    apply_delta(fresh(), tuned.delta)
+    other = fresh()
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.down_proj.weight[:, 40] += 0.1
+    with pytest.raises(MismatchError, match="other weights of this architecture"):
+        apply_delta(other, tuned.delta)
+
+
+def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_made_with(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    options = {"check": CHECK, "checkpoint": checkpoint, "max_steps": 2, **FAST}
+    tune(fresh(), some(fresh()), HARMFUL, **options)
+    other, spoken = fresh(), fresh()
+    with torch.no_grad():
+        other.model.model.layers[0].self_attn.q_proj.weight[5] += 0.1
+    spoken = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), template="none")
+    stricter = dataclasses.replace(CHECK, tolerance=0.5)
+    for model, check, name in ((other, CHECK, "model"), (spoken, CHECK, "template"), (fresh(), stricter, "check")):
+        with pytest.raises(RunError, match=f"written with another {name}"):
+            tune(model, some(model), HARMFUL, **{**options, "check": check})
+
+
+@pytest.mark.parametrize("rate", [1e39, math.inf, math.nan, "much"])
+def test_a_rate_that_is_none_or_that_the_optimizer_overflows_at_is_refused(rate):
+    with pytest.raises(UsageError, match="learning rate .* expected auto or a number (above|below)"):
+        tune(fresh(), some(fresh()), HARMFUL, **{**FAST, "learning_rate": rate})

@@ -19,6 +19,8 @@ SHARE = 0.3
 """Of a neuron's size that one step at the full rate changes."""
 LAST = 0.1
 """Of the full rate that the last step has."""
+LARGEST = 1e6
+"""A rate from which steps end in infinities that the optimizer itself fails at."""
 _USUAL = 0.02
 """Root mean square of a weight where none can be read (quantised beyond reading, or off-loaded)."""
 
@@ -32,7 +34,7 @@ def learning_rates(model: LanguageModel, neurons: NeuronSet, learning_rate: floa
         learning_rate: one number for every site, or `auto` for `SHARE × rms(weights) / √(weights of a neuron)`.
 
     Raises:
-        UsageError: not a number above zero; at zero nothing would be trained.
+        UsageError: not a number above zero, or one without measure; at zero nothing would be trained.
 
     Source: Zhao et al., ICLR 2025, train with one rate of 1e-6 (public code: 2e-6).
     Differs: relative to the weights' size by default. At 1e-6 in bfloat16 under one step in fifty changes a weight at all, and the
@@ -55,10 +57,12 @@ def checked(learning_rate: float | str) -> float:
     """
     try:
         number = float(learning_rate)
-    except ValueError:
+    except (TypeError, ValueError):
         number = math.nan
-    if not (0 < number < math.inf):
+    if not number > 0:
         raise UsageError(f"learning rate {learning_rate!r}: expected auto or a number above 0; at 0 no step would change anything")
+    if not number < LARGEST:
+        raise UsageError(f"learning rate {learning_rate!r}: expected auto or a number above 0, below {LARGEST:g}; weights would overflow")
     return number
 
 

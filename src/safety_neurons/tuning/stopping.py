@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -174,7 +175,8 @@ class Judge:
         )
 
     def _drifted(self, now: Checked) -> bool:
-        return self.check.max_divergence is not None and now.divergence > self.check.max_divergence
+        limit = self.check.max_divergence
+        return not math.isfinite(now.divergence) or (limit is not None and now.divergence > limit)
 
     def state(self) -> dict[str, Any]:
         """As JSON values, for a checkpoint."""

@@ -115,7 +115,7 @@ def tune(
     chosen = Settings.of(settings)
     placed = _trained(model, neurons, protect)
     data, others = read(dataset, model), None if harmless is None or not chosen.mix else read(harmless, model)
-    identity = _identity(chosen, placed, data, others, check)
+    identity = _identity(chosen, model, placed, data, others, check)
     notes = list(placed.notes)
     before = _hash(model, placed, notes) if verify_frozen else ""
     rates = learning_rates(model, placed, chosen.learning_rate)
@@ -194,15 +194,21 @@ def _answerless(prompts: Prompts) -> bool:
 
 
 def _identity(
-    settings: Settings, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
+    settings: Settings, model: LanguageModel, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
 ) -> dict[str, Any]:
     """What a checkpoint has to agree with."""
+    told = None if check is None else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
+    if told is not None:
+        del told["refused"], told["batch_size"]
+        told |= {"harmful": told["harmful"].sha256, "harmless": told["harmless"].sha256}
     return {
+        "model": base_hash(model, neurons),
+        "template": model.encode(dataset[:1])[0].ids if len(dataset) else [],
         "neurons": hashlib.sha256(b"".join(key.encode() + indices.tobytes() for key, indices in neurons.items())).hexdigest(),
         "dataset": dataset.sha256,
         "harmless": harmless.sha256 if harmless is not None else None,
         "settings": dataclasses.asdict(settings),
-        "check": None if check is None else [check.harmful.sha256, check.harmless.sha256, check.every, check.max_new_tokens],
+        "check": told,
     }
 
 
