@@ -131,6 +131,7 @@ def test_the_public_names_are_sorted_and_real():
 def test_every_verb_and_noun_of_a_box_that_a_reader_looks_for_has_a_public_name():
     wanted = {name for name in importlib.import_module("safety_neurons.detectors").__all__ if name.startswith("find_")}
     wanted |= set(importlib.import_module("safety_neurons.interventions").__all__) | {"activation_statistics", "Completion", "Prompt"}
+    wanted |= {"tune", "protected", "repair"}
     assert wanted <= set(safety_neurons.__all__)
 
 

@@ -52,9 +52,11 @@ _HOME = {
     "paired_difference": "results",
     "patched": "interventions",
     "prompts": "prompts",
+    "protected": "tuning",
     "rate": "results",
-    "tune": "studies",
+    "repair": "tuning",
     "suite": "suites",
+    "tune": "studies",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
 }
