@@ -81,6 +81,14 @@ def test_a_gate_that_is_not_met_exits_with_three_and_says_every_miss(tiny_pair, 
     assert len(missed) >= 1
 
 
+def test_a_run_is_started_anew_in_another_way_with_overwrite(tiny_pair, tmp_path):
+    asked = words(tiny_pair, tmp_path / "run", "--model", tiny_pair.plain)
+    done(*asked)
+    longer = [*asked, "--max-new-tokens", "7"]
+    assert command(*longer).code != 0
+    assert done(*longer, "--overwrite")["baseline"] is None
+
+
 def test_a_donor_s_activations_are_patched_and_an_earlier_run_is_the_baseline(tiny_pair, neurons, tmp_path):
     before = done(*words(tiny_pair, tmp_path / "before", "--model", tiny_pair.base, "--capability", "perplexity"))
     more = ["--model", tiny_pair.base, "--donor", tiny_pair.aligned, "--patch", neurons, "--capability", "perplexity"]

@@ -131,7 +131,7 @@ def work(session: Session, options: dict[str, Any]) -> dict[str, Any]:
     from safety_neurons.studies import evaluate as study
 
     common, found = session.common, models(session, options)
-    for name in ("completions.jsonl", "judgements.sqlite", "capability.json"):
+    for name in ("completions.jsonl", "judgements.sqlite", "capability.json", "answered_by.json"):
         session.folder.path(name)
     settings = Settings(
         options["capability_limit"],
