@@ -2,13 +2,15 @@
 
 import json
 import pathlib
+import socket
 
+import huggingface_hub.constants
 import pytest
 import tokenizers
 import transformers
 
 from safety_neurons.capability import harness, measure_gsm8k, measure_harness, measure_mmlu, mmlu, task
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import InputError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
@@ -166,3 +168,23 @@ def test_a_task_is_named_with_what_it_is_measured_on():
     assert task("kl").compares
     with pytest.raises(UsageError, match="unknown"):
         task("gsm:file")
+
+
+def test_offline_is_a_state_of_the_block_only():
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    with harness.without_hub():
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is True
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is before
+
+
+@needs_harness
+def test_a_task_whose_data_are_not_here_opens_no_connection_offline(model, tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: tried.append(address) or (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: tried.append(address))
+    config = {"task": "absent", "dataset_path": "nobody/absent-data", "test_split": "test", "output_type": "multiple_choice"}
+    config |= {"doc_to_text": "a", "doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    (tmp_path / "absent.yaml").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="cannot run absent"):
+        measure_harness(model, ["absent"], tasks_folder=tmp_path, offline=True)
+    assert tried == []

@@ -3,8 +3,9 @@
 import contextlib
 import importlib.util
 import pathlib
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.capability.measured import Measured, Treatment
@@ -14,6 +15,12 @@ from safety_neurons.model.measures import BatchSize
 from safety_neurons.results import Rate, rate
 
 INSTALL = "pip install 'safety-neurons[evaluate]'"
+_OFFLINE = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),
+    ("evaluate.config", "HF_EVALUATE_OFFLINE"),
+)
 _FIRST = ("exact_match", "acc", "word_perplexity", "f1", "bleu")
 _Z = 1.959963984540054
 
@@ -21,6 +28,18 @@ _Z = 1.959963984540054
 def available() -> bool:
     """Whether lm-evaluation-harness is installed."""
     return importlib.util.find_spec("lm_eval") is not None
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """The hub's libraries, as far as they are loaded, open no connection for a block."""
+    with contextlib.ExitStack() as stack:
+        for place, name in _OFFLINE:
+            module = sys.modules.get(place)
+            if module is not None and hasattr(module, name):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, True)
+        yield
 
 
 def harness_model(model: LanguageModel, *, batch_size: BatchSize = "auto") -> Any:
@@ -48,6 +67,7 @@ def measure_harness(
     limit: int | None = None,
     batch_size: BatchSize = "auto",
     seed: int = 0,
+    offline: bool = False,
 ) -> list[Measured]:
     """Standard tasks by their names in the harness, on the model as it is in memory under the treatment.
 
@@ -60,14 +80,16 @@ def measure_harness(
         limit: the first so many items of every task.
         batch_size: rows a pass; 8 where `auto`.
         seed: of the bootstrap.
+        offline: fetch nothing: data have to be local, or in the hub's cache.
 
     Raises:
         UsageError: the harness is not installed.
         InputError: it does not know a task, or cannot get its data.
     """
     runner = harness_model(model, batch_size=batch_size)
+    importlib.import_module("datasets.config")  # Loaded before it is told to stay offline.
     try:
-        with warnings.catch_warnings(), model.running(), treatment():
+        with warnings.catch_warnings(), without_hub() if offline else contextlib.nullcontext(), model.running(), treatment():
             warnings.simplefilter("ignore")
             from lm_eval import simple_evaluate
             from lm_eval.tasks import TaskManager

@@ -141,7 +141,7 @@ def measure(
         kept = {"done": done, "answered": answered, "max_new_tokens": how.max_new_tokens}
         return measure_gsm8k(model, wanted.source, treatment, limit=how.limit, **shots, **kept, **common)  # type: ignore[arg-type]
     options = {"limit": how.limit, "shots": how.shots, "batch_size": how.batch_size, "seed": how.seed, "tasks_folder": how.tasks_folder}
-    return measure_harness(model, [wanted.source], treatment, **options)[0]  # type: ignore[arg-type]
+    return measure_harness(model, [wanted.source], treatment, offline=how.offline, **options)[0]  # type: ignore[arg-type]
 
 
 def _document_texts(source: str) -> list[str]:
