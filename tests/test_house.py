@@ -162,3 +162,8 @@ def test_every_method_of_a_paper_names_its_source():
 def test_the_library_never_unpickles_or_evaluates():
     words = ("import pickle", "torch.load(", "trust_remote_code=True", "weights_only=False")
     assert not [(str(path), word) for path in MODULES for word in words if word in path.read_text(encoding="utf-8")]
+
+
+def test_test_modules_have_names_of_their_own():
+    names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+    assert not (twice := sorted({name for name in names if names.count(name) > 1})), f"pytest imports one of each name: {twice}"

@@ -159,13 +159,13 @@ def compared(pair, *more):
 def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
     result = done(*compared(tiny_pair, "--out", tmp_path / "run"))
     names = [row["method"] for row in result["methods"]]
-    expected = ["importance", "importance-contrast", "contrast", "attribution", "attribution-patching", "weight-change"]
+    expected = ["importance", "importance-contrast", "swap-attribution", "contrast", "attribution", "attribution-patching", "weight-change"]
     assert names == [*expected, "random 0", "random 1"]
     for row in result["methods"]:
         assert row.keys() >= {"method", "n_neurons", "recall", "causal_effect", "harmful_refused", "harmless_refused", "seconds"}
         assert row["recall"] is None
         assert row["n_units"] == result["budget"] == 10
-    assert len(result["agreement"]) == 8 * 7 / 2
+    assert len(result["agreement"]) == 9 * 8 / 2
     for name in expected:
         assert len(Scores.load(tmp_path / "run" / f"{name}.scores.safetensors")) == 96
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -223,7 +223,7 @@ def test_files_that_are_gone_leave_a_page_without_their_figures(tmp_path):
 
 
 def test_a_verb_of_a_later_version_is_listed_with_its_numbers(tmp_path):
-    run = report_runs.run_folder(tmp_path / "tune", "tune", {"model": "m"}, {"trained_parameters": 12345})
+    run = report_runs.run_folder(tmp_path / "guard", "guard", {"model": "m"}, {"trained_parameters": 12345})
     assert "12345" in Outline(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")).text
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import math
 import os
 
@@ -147,7 +148,7 @@ def test_protected_neurons_are_not_trained():
 
 
 def test_the_best_state_is_kept_not_the_last():
-    shares = iter([0, 2, 4, 2, 2, 2, 2])
+    shares = itertools.chain([0, 2, 4], itertools.repeat(2))
 
     def refused(found):
         count = next(shares) if found[0].prompt_id.startswith("h") else 0
