@@ -210,3 +210,12 @@ def test_more_rows_than_vllm_allows_are_refused_before_training(tiny_pair, data,
     monkeypatch.setattr("safety_neurons.studies.tune", None)
     said = refused(*words_of(tiny_pair, data, "--vllm", "--out", tmp_path / "run"))
     assert said.startswith("--vllm with 4 trained rows or columns of model.layers.0.mlp.up_proj, at most 2 were expected")
+
+
+def test_a_change_outside_the_set_is_an_error_and_what_was_trained_is_kept(tiny_pair, data, tmp_path, monkeypatch):
+    numbers = iter(range(10))
+    monkeypatch.setattr("safety_neurons.tuning.training.outside_hash", lambda *_: str(next(numbers)))
+    out = tmp_path / "run"
+    said = refused(*words_of(tiny_pair, data, "--max-steps", "1", "--no-check", "--out", out))
+    assert "weights outside the set changed" in said
+    assert load_delta(out / "delta").neurons.n_neurons == 8

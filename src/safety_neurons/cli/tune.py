@@ -12,7 +12,7 @@ from safety_neurons.cli import console
 from safety_neurons.cli.options import Common, Model
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import RunError, UsageError
 
 DATA, TRAINING, CHECKS, WRITTEN = "Data", "Training", "Checks while training", "What is written"
 Stage = Callable[[str, Any], None]
@@ -231,6 +231,11 @@ def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> 
         "results": str(folder / "results.json"),
     }
     write_json(session.folder.path("results.json"), {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]})
+    if result["frozen_unchanged"] is False:
+        raise RunError(
+            "weights outside the set changed while training (their hash differs), expected them bit for bit as before; something else "
+            f"wrote into the model. What was trained is kept in {folder}"
+        )
     return result
 
 

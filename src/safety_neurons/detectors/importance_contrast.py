@@ -60,16 +60,17 @@ def find_importance_contrast(
         base: the less safe model, whose parameters are put in.
         aligned: the safer one, whose stream is fed.
         prompts: usually harmful requests.
-        compare: `swap`; `swap-attribution`: what the same swap does to the refusal instead of to the sub-layer, to first order, signed;
-            or differences of importance against zero: `absolute` (aligned − base, each on its own stream), `relative`
-            (the same over their sum), `same-input` (aligned − base, both fed the aligned stream), which treat every neuron alone.
+        compare: `swap`; `swap-attribution`, what it does to the refusal, to first order, signed; or differences of importance against
+            zero, every neuron alone: `absolute` (aligned − base), `relative` (over their sum), `same-input` (on the aligned stream).
         positions: `prompt` (every token fed, as importance), or `completion`, `completion-predicting`, `prompt-last`.
         generate_with: `base` or `aligned`: which model writes, where completions are read.
         max_new_tokens: length limit of a completion.
         completions: used instead of generating.
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
-        batch_size, checkpoint, progress: as for `find_contrast`.
+        batch_size: sequences a batch, or "auto".
+        checkpoint: a killed run continues behind its last finished batch.
+        progress: called with (done, in all, tokens).
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
 
