@@ -19,8 +19,8 @@ SHARE = 0.3
 """Of a neuron's size that one step at the full rate changes."""
 LAST = 0.1
 """Of the full rate that the last step has."""
-LARGEST = 1e6
-"""A rate from which steps end in infinities that the optimizer itself fails at."""
+LARGEST = 2e37
+"""Adam's first step is ten times the rate, which no longer fits into float32 above 3e37: the optimizer itself fails there."""
 _USUAL = 0.02
 """Root mean square of a weight where none can be read (quantised beyond reading, or off-loaded)."""
 
