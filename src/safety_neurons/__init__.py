@@ -16,6 +16,7 @@ _HOME = {
     "Evaluation": "studies",
     "Found": "detectors",
     "Gate": "results",
+    "Guard": "guard",
     "LanguageModel": "model",
     "Message": "prompts",
     "NeuronSet": "neurons",
@@ -44,6 +45,7 @@ _HOME = {
     "find_random": "detectors",
     "find_weight_change": "detectors",
     "find_weight_magnitude": "detectors",
+    "fit_guard": "guard",
     "gcg": "suites",
     "import_attacks": "suites",
     "judge_refusal": "judges",
@@ -63,6 +65,7 @@ _HOME = {
 _BOXES = (
     "detectors",
     "errors",
+    "guard",
     "interventions",
     "judges",
     "model",

@@ -1,0 +1,54 @@
+"""The guard: a calibrated classifier on the prompt's neurons that says, before the first token, whether the answer would be unsafe."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from safety_neurons.guard.bindings import Bindings, bindings_of
+from safety_neurons.guard.calibration import Calibration, expected_calibration_error
+from safety_neurons.guard.classifier import Classifier
+from safety_neurons.guard.features import Features, read_features, read_poolings
+from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.measures import auroc
+from safety_neurons.guard.operating import OperatingPoint, operating_points
+from safety_neurons.guard.pooling import Pooling
+from safety_neurons.guard.requests import Request
+from safety_neurons.guard.verdicts import FlaggedError, TopNeuron, Verdict
+
+if TYPE_CHECKING:
+    from safety_neurons.guard.fit_features import Fitted, Split, fit_on_features, stratified_split
+    from safety_neurons.guard.fitting import fit_guard
+
+_LATER = {"Fitted": "fit_features", "Split": "fit_features", "fit_on_features": "fit_features", "stratified_split": "fit_features"}
+_LATER |= {"fit_guard": "fitting"}
+
+__all__ = [
+    "Bindings",
+    "Calibration",
+    "Classifier",
+    "Features",
+    "Fitted",
+    "FlaggedError",
+    "Guard",
+    "OperatingPoint",
+    "Pooling",
+    "Request",
+    "Split",
+    "TopNeuron",
+    "Verdict",
+    "auroc",
+    "bindings_of",
+    "expected_calibration_error",
+    "fit_guard",
+    "fit_on_features",
+    "operating_points",
+    "read_features",
+    "read_poolings",
+    "stratified_split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What fits a guard is imported when it is asked for: using one does without."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"safety_neurons.guard.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,254 @@
+"""Features of prompts: the activations of a set of neurons, gathered while the model reads the prompt.
+
+Only the chosen columns are copied, and for the last token only that token's: what a hook does does not grow with the width of the model.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+
+from safety_neurons.errors import InputError, NeuronError
+from safety_neurons.guard.pooling import Pool, Pooling
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
+from safety_neurons.model.experts import ExpertRows
+from safety_neurons.model.hooks import Firings, reading
+from safety_neurons.model.language_model import Texts
+from safety_neurons.model.passes import Batch, run_batches
+from safety_neurons.neurons import NeuronSet, parse_key
+
+
+@dataclass(frozen=True)
+class Features:
+    """What was read of a list of prompts.
+
+    Attributes:
+        values: activation of each neuron, pooled over the prompt; NaN where the model gave NaN.
+        truncated: prompts of which the middle was left out because they did not fit the context.
+        lengths: tokens of each prompt as fed.
+        neurons: the columns, in the order of `neurons.items()`: keys in order, indices ascending.
+        pooling: how a prompt's tokens became one number.
+        notes: what had to be said.
+    """
+
+    values: Float32[np.ndarray, "prompt neuron"]
+    truncated: Bool[np.ndarray, " prompt"]
+    lengths: Int[np.ndarray, " prompt"]
+    neurons: NeuronSet
+    pooling: Pooling
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def finite(self) -> Bool[np.ndarray, " prompt"]:
+        """Prompts without NaN and infinity."""
+        return np.isfinite(self.values).all(axis=1)
+
+    @property
+    def usable(self) -> Bool[np.ndarray, " prompt"]:
+        """Prompts that were read whole and gave numbers."""
+        return self.finite & ~self.truncated
+
+
+class Collector:
+    """Gathers the activations of a set of neurons while a model runs, in float32 (float64 where the model is).
+
+    The activation of an expert's neuron is 0 at tokens that are not routed to the expert.
+
+    Args:
+        neurons: which; columns are in the order of `neurons.items()`.
+        poolings: how to pool, at least one.
+    """
+
+    def __init__(self, neurons: NeuronSet, poolings: Sequence[Pooling]) -> None:
+        self.neurons, self.poolings = neurons, tuple(poolings)
+        self.firings = Firings()
+        self._last_only = all(pooling.kind == "last" for pooling in self.poolings)
+        self._columns: dict[str, Tensor] = {key: torch.from_numpy(indices.copy()) for key, indices in neurons.items()}
+        self.start()
+
+    def start(self, mask: Int[Tensor, "batch token"] | None = None, *, left: bool = False) -> None:
+        """Forget what was gathered, and expect a new batch.
+
+        Args:
+            mask: 1 for tokens, 0 for padding, of all passes together; None where nothing is padding.
+            left: whether padding is on the left, where the last token is the last column of every row.
+        """
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        self._mask = real
+        self._place = None if left or real is None else real.sum(1) - 1
+        self._pools = {pooling: Pool(pooling) for pooling in self.poolings}
+        self._parts: dict[str, Tensor] = {}
+        self._shape = (0, 0)
+        self._seen, self._offset = self.firings.passes, 0
+
+    @contextlib.contextmanager
+    def on(self, lm: LanguageModel) -> Iterator["Collector"]:
+        """Gather at every forward pass inside the context."""
+        with reading(lm.anatomy, {key: self._reader(key) for key in self._columns}) as self.firings:
+            self._seen = self.firings.passes
+            yield self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a row, padding included, that were gathered so far."""
+        self._absorb()
+        return self._offset
+
+    def result(self) -> dict[Pooling, Float[Tensor, "batch neuron"]]:
+        """What was gathered since `start`, by pooling.
+
+        Raises:
+            NeuronError: nothing came by.
+        """
+        self._absorb()
+        if not self._offset:
+            raise NeuronError("no activation of the guard's neurons came by; expected a forward pass of the model it was fit on")
+        return {pooling: pool.result() for pooling, pool in self._pools.items()}
+
+    def _reader(self, key: str) -> Callable[[Tensor | ExpertRows], None]:
+        columns = self._columns[key]
+
+        def read(values: Tensor | ExpertRows) -> None:
+            nonlocal columns
+            if self.firings.passes != self._seen:
+                self._absorb()
+            self._shape = self.firings.shape
+            if isinstance(values, ExpertRows):
+                self._read_expert(key, values)
+                return
+            if columns.device != values.device:
+                columns = columns.to(values.device)
+            self._parts[key] = (self._at_last(values) if self._last_only else values).index_select(-1, columns)
+
+        return read
+
+    def _read_expert(self, key: str, rows: ExpertRows) -> None:
+        batch, width = self._shape
+        if key not in self._parts:
+            self._parts[key] = rows.values.new_zeros(batch * width, len(self._columns[key]))
+        if len(rows):
+            columns = self._columns[key].to(rows.values.device)
+            self._parts[key].index_copy_(0, rows.token_index, rows.values.index_select(-1, columns))
+
+    def _at_last(self, values: Float[Tensor, "batch token neuron"]) -> Float[Tensor, "batch neuron"]:
+        if self._place is None:
+            return values[:, -1]
+        return values[torch.arange(len(values), device=values.device), self._place.to(values.device)]
+
+    def _absorb(self) -> None:
+        """Pool what the pass before gathered."""
+        self._seen = self.firings.passes
+        if not self._parts:
+            return
+        batch, width = self._shape
+        for key in [key for key in self._parts if parse_key(key).expert is not None]:
+            whole = self._parts[key].view(batch, width, -1)
+            self._parts[key] = self._at_last(whole) if self._last_only else whole
+        parts = [self._parts[key] for key in self._columns]
+        device = parts[0].device
+        wide = torch.cat([part if part.device == device else part.to(device) for part in parts], -1)
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        self._parts = {}
+        real = None
+        if self._last_only:
+            wide = wide[:, None]
+        elif self._mask is not None:
+            real = self._mask[:, self._offset : self._offset + width].to(device)
+            real = torch.nn.functional.pad(real, (0, width - real.shape[1]), value=True)  # behind the prompt nothing is padding
+        for pool in self._pools.values():
+            pool.add(wide, real)
+        self._offset += width
+
+
+def read_features(
+    model: LanguageModel,
+    prompts: Texts,
+    neurons: NeuronSet,
+    *,
+    pooling: Pooling | str = "last",
+    window: int | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Features:
+    """The activations of a set of neurons on prompts, one row a prompt: what a guard looks at.
+
+    The model reads each prompt once, template and generation prompt included, without its head and only up to the last layer that has a
+    neuron of the set. The last token is the last one of the prompt, whatever the padding.
+
+    Args:
+        model: its adapters are the active ones meanwhile.
+        prompts: Prompts, or plain texts.
+        neurons: found on this architecture; experts' neurons too. An expert's neuron is 0 at tokens that are not routed to its expert.
+        pooling: `last`, `mean` or `max` (the largest mean over a window of consecutive tokens), or a `Pooling`.
+        window: tokens of a window of `max`, 8 where none is named.
+        batch_size: prompts a batch, or `auto` for a token budget.
+        progress: called with (batches done, in all, tokens).
+
+    Raises:
+        NeuronError: an empty set, or one of another architecture.
+        InputError: no prompts, or one without tokens.
+
+    Source: Chen et al., arXiv 2406.14144, section 6 (activations of the top neurons at the last prompt token).
+    Differs: also q k v o gate up neurons and experts, and the mean and the windowed maximum over the prompt.
+    """
+    chosen = Pooling.of(pooling, window)
+    return read_poolings(model, model.encode(prompts), neurons, [chosen], batch_size=batch_size, progress=progress)[chosen]
+
+
+def read_poolings(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    neurons: NeuronSet,
+    poolings: Sequence[Pooling],
+    *,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> dict[Pooling, Features]:
+    """`read_features` of encoded prompts for several poolings, in one pass over the prompts."""
+    if not len(neurons):
+        raise NeuronError("the neuron set is empty; expected at least one neuron to read")
+    if not encoded:
+        raise InputError("no prompts; expected at least one to read features of")
+    placed, collector, notes = neurons.on(model.table, [model.name]), Collector(neurons, poolings), list[str]()
+    found = {pooling: np.empty((len(encoded), len(neurons)), np.float32) for pooling in poolings}
+
+    def keep(batch: Batch) -> None:
+        for pooling, values in collector.result().items():
+            found[pooling][batch.indices] = values.to("cpu", torch.float32).numpy()
+
+    with model_lock(model), collector.on(model):
+        run_batches(
+            model,
+            [item.ids for item in encoded],
+            keep,
+            batch_size,
+            progress=progress,
+            before=lambda batch: collector.start(batch.attention_mask),
+            last_layer=max(parse_key(key).layer for key in neurons.keys()),  # noqa: SIM118 - not a mapping
+            notes=notes,
+        )
+    truncated = np.array([item.truncated for item in encoded])
+    lengths = np.array([len(item.ids) for item in encoded])
+    if truncated.any():
+        notes.append(f"{int(truncated.sum())} of {len(encoded)} prompts were longer than the context: their middle was left out")
+    return {pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes)) for pooling, values in found.items()}
+
+
+_LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def model_lock(model: LanguageModel) -> contextlib.AbstractContextManager[Any]:
+    """The lock of a model in memory, held while a guard reads it: a pass of another thread would be read as this one's."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model.inner, threading.RLock())

@@ -1,0 +1,61 @@
+"""Verdict: what a guard says of one prompt, errors and truncation apart from the decision."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safety_neurons.errors import SafetyNeuronsError
+
+Status = Literal["ok", "truncated", "error"]
+
+
+class FlaggedError(SafetyNeuronsError):
+    """A guarded model was asked something its guard flags, and told to raise an error on that.
+
+    Attributes:
+        verdict: on the first such prompt.
+    """
+
+    def __init__(self, message: str, verdict: "Verdict") -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+@dataclass(frozen=True)
+class TopNeuron:
+    """A neuron with what it adds to the log odds of one prompt, against the mean prompt of the fit, before calibration."""
+
+    key: str
+    index: int
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of one prompt. No text of the prompt is in it."""
+
+    p_unsafe: float | None
+    """Calibrated probability of an unsafe answer; None where there is none (`status` is "error")."""
+    flagged: bool
+    """Whether to stop: the probability reaches the threshold, or the status is not "ok" and nothing said to fail open."""
+    threshold: float
+    """That flagged is about."""
+    status: Status = "ok"
+    """`truncated`: the middle of the prompt was not read, so that a low probability says nothing. `error`: see `error`."""
+    latency_ms: float = 0.0
+    """Wall time from the start of the batch that the prompt was read in to this verdict; in guarded generation what the guard itself took
+    behind the prefill."""
+    top_neurons: tuple[TopNeuron, ...] = ()
+    """Neurons that raise the log odds most, largest first."""
+    log_odds: float | None = None
+    """The probability as calibrated log odds."""
+    distance: float | None = None
+    """Root mean square of the standardised features: about 1 for prompts like those of the fit."""
+    n_tokens: int | None = None
+    """Tokens that were read, template included."""
+    error: str | None = None
+    """What went wrong, in one line."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)
