@@ -1,0 +1,37 @@
+"""The suite's own check of annotations: what is about arrays is always checked, an inner function that is not is left alone."""
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import type_checking
+
+
+def _inner_about_arrays():
+    @type_checking.checked
+    def length(values: Float[Tensor, " neuron"] | None) -> int:
+        return 0 if values is None else len(values)
+
+    return length
+
+
+def test_an_inner_function_about_arrays_is_checked():
+    length = _inner_about_arrays()
+    assert length(torch.zeros(3)) == 3
+    with pytest.raises(Exception, match="violates type hint"):
+        length(torch.zeros(3, 2))
+
+
+def test_an_inner_function_about_anything_else_is_left_alone():
+    def double(count: int) -> int:
+        return 2 * count
+
+    assert type_checking.checked(double) is double
+
+
+def test_the_package_is_checked():
+    from safety_neurons.model.likelihood import token_losses
+
+    with pytest.raises(Exception, match="Type-check error"):
+        token_losses("not a model", 3)
