@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common
+from safety_neurons.cli.options import Common, listed
 from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import default_folder
 from safety_neurons.cli.verb import verb
@@ -43,3 +43,24 @@ def build(
     if not common.json:
         console.out().print(f"{name} is in {built.path}\nbase    {built.base}\naligned {built.aligned}", soft_wrap=True)
     return {"organism": str(built.path), "base": built.base, "aligned": built.aligned}
+
+
+@verb(app, "requests")
+def requests(
+    common: Common,
+    half: Annotated[
+        str, typer.Option(help="Comma-separated halves: find, test (held out), train (what organisms were trained on).")
+    ] = "find",
+    language: Annotated[str, typer.Option(help="Comma-separated languages: en, de, es.")] = "en,de,es",
+) -> dict[str, Any]:
+    """Write every labelled request of the organisms' languages into --out: unsafe.jsonl and safe.jsonl."""
+    import time
+
+    from safety_neurons.organism.requests import write_requests
+
+    out = pathlib.Path(common.out or default_folder("organism-requests", time.strftime("%Y%m%d-%H%M%S")))
+    counts = write_requests(out, listed(half) or (), listed(language) or ())
+    if not common.json:
+        rows = [[name, count] for name, count in counts.items()]
+        console.print_table(str(out), ["file", "requests"], rows)
+    return {"requests": str(out.absolute()), "counts": counts}
