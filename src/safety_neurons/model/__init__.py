@@ -12,7 +12,7 @@ from safety_neurons.model.likelihood import (
     token_log_probabilities,
     token_losses,
 )
-from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, parse_spec
+from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, load_several, parse_spec
 from safety_neurons.model.measures import BatchSize, Losses, Progress
 from safety_neurons.model.memory import Estimate, estimate
 from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
@@ -50,6 +50,7 @@ __all__ = [
     "load_classifier",
     "load_pair",
     "load_scorer",
+    "load_several",
     "log_probabilities_of_next",
     "parse_spec",
     "run_batches",

@@ -155,25 +155,30 @@ def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -
         MismatchError: Models of different shapes, or tokenizers that disagree.
         ModelError: As for `load`.
     """
-    specs = parse_spec(base_spec), parse_spec(aligned_spec)
+    (base, aligned), shared = load_several((base_spec, aligned_spec), **options)
+    return Pair(base, aligned, shared)
+
+
+def load_several(specs: Sequence[str | Path], **options: Any) -> tuple[list[LanguageModel], bool]:
+    """Loads models that are compared with one another, and says whether they share one base in memory; all else as for `load_pair`."""
+    parsed = [parse_spec(spec) for spec in specs]
     view: dict[str, Any] = {name: options.pop(name) for name in ("template", "system", "template_args") if name in options}
     settings = _options(options)
-    found = [_folders(spec, settings) for spec in specs]
+    found = [_folders(spec, settings) for spec in parsed]
     kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
-    if found[0][0] != found[1][0] or len(kinds) > 1 or settings.merge_adapters:
-        base, aligned = load(base_spec, **options, **view), load(aligned_spec, **options, **view)
-        check_pair(base, aligned)
-        return Pair(base, aligned, shared=False)
+    if len({folders[0] for folders in found}) > 1 or len(kinds) > 1 or settings.merge_adapters:
+        models = [load(spec, **options, **view) for spec in specs]
+        for other in models[1:]:
+            check_pair(models[0], other)
+        return models, False
     needed = list(dict.fromkeys(folder for folders in found for folder in folders[1:]))
     names = {folder: f"a{number}" for number, folder in enumerate(needed)}
     model, tokenizer = _base(found[0][0], settings)
     model = attach(model, needed, [adapter_config(folder) for folder in needed])
     check_finite(model)
-    base, aligned = (
-        _view(model, tokenizer, spec, folders, [names[folder] for folder in folders[1:]] if needed else None, view)
-        for spec, folders in zip(specs, found, strict=True)
-    )
-    return Pair(base, aligned, shared=True)
+    adapters = [[names[folder] for folder in folders[1:]] if needed else None for folders in found]
+    views = zip(parsed, found, adapters, strict=True)
+    return [_view(model, tokenizer, spec, folders, mine, view) for spec, folders, mine in views], True
 
 
 def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:

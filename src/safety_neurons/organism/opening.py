@@ -1,5 +1,6 @@
 """Loading models by name, `organism:NAME[/STAGE]` included: what `safety_neurons.load` is."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def load_pair(base: str | Path, aligned: str | Path, **options: Any) -> Pair:
     _named(pair.base, base)
     _named(pair.aligned, aligned)
     return pair
+
+
+def load_several(names: Sequence[str | Path], **options: Any) -> list[LanguageModel]:
+    """Loads models that are compared with one another; adapters on one base share it in memory.
+
+    Args and errors as for `load_pair`.
+    """
+    models, _ = model.load_several([_folders(name) for name in names], **options)
+    return [_named(loaded, name) for loaded, name in zip(models, names, strict=True)]
 
 
 def _folders(name: str | Path) -> str | Path:

@@ -1,6 +1,7 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy."""
 
 from safety_neurons.results.agreement import Agreement, cohen_kappa
+from safety_neurons.results.changes import Changes
 from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.completions import Completion, Completions
 from safety_neurons.results.effects import Difference, Effect, causal_effect, paired_difference
@@ -12,6 +13,7 @@ from safety_neurons.results.run_folder import RunFolder
 
 __all__ = [
     "Agreement",
+    "Changes",
     "Checkpoint",
     "Completion",
     "Completions",
