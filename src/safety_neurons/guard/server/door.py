@@ -1,0 +1,254 @@
+"""The door: what every request passes before anything looks at it, and what every answer passes on its way out.
+
+Outermost part of the application, and without a framework: who asks, how much arrives and how fast, how much is under way, whether the
+client is still there, whether the server is closing. Whatever raises inside leaves as an error in the shape of the OpenAI API.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from safety_neurons.guard.server.metrics import Metrics
+from safety_neurons.guard.server.problems import Problem, busy, closing
+from safety_neurons.guard.server.settings import Settings
+from safety_neurons.model.chat_server import is_local
+
+Log = Callable[[Mapping[str, Any]], None]
+OPEN = frozenset({"/healthz", "/readyz"})
+"""Paths that need no token, are answered while the server closes, and say nothing about it but that."""
+ROUTES = frozenset(
+    [
+        "/v1/chat/completions",
+        "/v1/moderations",
+        "/v1/models",
+        "/classify",
+        "/beta/litellm_basic_guardrail_api",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+    ]
+)
+_SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+
+
+class Left(Exception):
+    """The client went away."""
+
+
+class Door:
+    """Lets requests in.
+
+    Args:
+        app: Everything behind it.
+        settings: Whom to let in, and how much.
+        metrics: Counts.
+        log: Told one event a request.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, log: Log) -> None:
+        self.app, self.settings, self.metrics, self.log = app, settings, metrics, log
+        self._token = None if settings.token is None else settings.token.encode()
+        self.closing = False
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._serve(scope, receive, Answer(send, f"req-{secrets.token_hex(12)}"))
+
+    async def _serve(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
+        started = time.perf_counter()
+        route = scope["path"] if scope["path"] in ROUTES else "/v1/models" if scope["path"].startswith("/v1/models/") else "other"
+        noted: dict[str, Any] = {}
+        scope["noted"] = noted
+        self.in_flight += 1
+        self.metrics.in_flight.inc()
+        try:
+            self._check(scope)
+            body = await self._body(scope, receive)
+            await self._watched(scope, body, receive, answer)
+        except Left:
+            noted["code"] = "client_left"
+            self.metrics.disconnected.inc()
+        except Problem as problem:
+            noted["code"] = problem.code
+            self.metrics.rejected.labels(problem.code).inc()
+            await answer.problem(problem)
+        except Exception as error:  # nothing that raises may reach a client as a traceback
+            noted |= {"code": "internal_error", "exception": type(error).__name__}
+            self.metrics.rejected.labels("internal_error").inc()
+            self.log({"event": "exception", "id": answer.id, "error": error})
+            await answer.problem(Problem(500, f"something failed on the server; its log says more about {answer.id}", "internal_error"))
+        finally:
+            self.in_flight -= 1
+            self.metrics.in_flight.dec()
+            self._note(scope, answer, route, noted, time.perf_counter() - started)
+
+    def _note(self, scope: Scope, answer: "Answer", route: str, noted: Mapping[str, Any], seconds: float) -> None:
+        status = answer.status or 499
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        event = {"event": "request", "id": answer.id, "method": scope["method"], "route": route, "status": status}
+        self.log({**event, "ms": round(1000 * seconds, 1), **noted})
+
+    def _check(self, scope: Scope) -> None:
+        """Who asks, and how.
+
+        Raises:
+            Problem: Whatever speaks against it.
+        """
+        path = scope["path"]
+        if path in OPEN:
+            return
+        headers = _headers(scope)
+        self._check_host(headers)
+        self._check_token(headers)
+        if self.closing:
+            raise closing()
+        if self.in_flight > self.settings.limits.requests and path != "/metrics":
+            raise busy(1)
+        if "content-encoding" in headers and headers["content-encoding"].lower() != "identity":
+            raise Problem(415, "the body is compressed; expected it as it is", "unsupported_encoding", headers={"Connection": "close"})
+        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Problem(415, "expected a body of Content-Type application/json", "unsupported_media_type")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.settings.limits.body_bytes:
+            raise self._too_large()
+
+    def _check_host(self, headers: Mapping[str, str]) -> None:
+        """Without a token, the name the client asked for must be this machine's: a page of elsewhere may not reach in through a browser."""
+        if self._token is None and not is_local(host_of(headers.get("host", ""))):
+            raise Problem(403, "this server has no token, so it answers requests to localhost only", "host_not_allowed")
+
+    def _check_token(self, headers: Mapping[str, str]) -> None:
+        if self._token is None:
+            return
+        scheme, _, shown = headers.get("authorization", "").partition(" ")
+        given = shown.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token):
+            raise Problem(
+                401,
+                "the token is missing or wrong; expected Authorization: Bearer",
+                "invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _too_large(self) -> Problem:
+        limit = self.settings.limits.body_bytes
+        return Problem(413, f"the body is too large; expected at most {limit} bytes", "body_too_large", headers={"Connection": "close"})
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, its size counted as it arrives.
+
+        Raises:
+            Problem: 413 or 408. Left: The client went away.
+        """
+        headers = _headers(scope)
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") and not headers.keys() & {"content-length", "transfer-encoding"}:
+            return b""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.settings.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Left
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self.settings.limits.body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Problem(408, "the body did not arrive in time", "body_timeout", headers={"Connection": "close"}) from None
+
+    async def _watched(self, scope: Scope, body: bytes, receive: Receive, answer: "Answer") -> None:
+        """Runs the application, and ends it where the client goes away: its place in the queue is free again."""
+        gone = asyncio.Event()
+        given = False
+
+        async def replay() -> Message:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        work = asyncio.ensure_future(self.app(scope, replay, answer.send))
+        watcher = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not answer.complete:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
+                raise Left
+            await work
+        finally:
+            for task in (work, watcher):
+                task.cancel()
+            await asyncio.gather(work, watcher, return_exceptions=True)
+
+
+class Answer:
+    """What goes out: the status, whether it is complete, and the headers that every answer has."""
+
+    def __init__(self, send: Send, name: str) -> None:
+        self._send, self.id = send, name
+        self.status: int | None = None
+        self.complete = False
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Passes a message on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", []), (b"x-request-id", self.id.encode()), *_SAFE_HEADERS]
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+    async def problem(self, problem: Problem) -> None:
+        """Answers with an error, unless an answer is under way already."""
+        if self.status is not None:
+            return
+        headers = {"content-type": "application/json", "content-length": str(len(problem.body)), **problem.headers}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": problem.status, "headers": pairs})
+        await self.send({"type": "http.response.body", "body": problem.body, "more_body": False})
+
+
+def host_of(value: str) -> str:
+    """The name in a Host header, port and brackets left out."""
+    if value.startswith("["):
+        return value[1:].partition("]")[0]
+    return value.partition(":")[0]
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Headers by name; a name that comes twice keeps both values, so that neither counts alone."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").lower()
+        text = value.decode("latin-1")
+        found[key] = f"{found[key]},{text}" if key in found else text
+    return found

@@ -1,0 +1,377 @@
+"""The engine: one thread owns the model; what waits is judged together, and answers are written between the judging.
+
+Requests come from an event loop and go back to it. A turn of the thread is one batch of verdicts, then one token of every answer under
+way, so a long answer delays a verdict by one token at most. Nothing waits to fill a batch: what came while the model was busy is the next.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from safety_neurons.errors import InputError
+from safety_neurons.guard.server.problems import Problem, busy, closing
+
+_SMOOTHING = 0.2
+
+
+class Judge(Protocol):
+    """What judges: a bound guard."""
+
+    def prepare(self, prompt: Any) -> Any:
+        """A prompt as the model is fed it, with its `ids`; raises InputError or Problem for one that cannot be."""
+
+    def score(self, prepared: Sequence[Any]) -> Sequence[Any]:
+        """A verdict for each of them, read together."""
+
+
+class Writer(Protocol):
+    """What answers conversations with the local model."""
+
+    def start(self, jobs: Sequence["Answering"]) -> Iterator[None]:
+        """Answers together; every `next` is one step, which calls `tell` of the jobs. A job whose `given_up` is set is left out."""
+
+    def fits(self, job: "Answering", others: Sequence["Answering"]) -> bool:
+        """Whether a job can be answered together with others."""
+
+
+@dataclass(eq=False)
+class Item:
+    """One prompt that waits for its verdict."""
+
+    prompt: Any
+    request: "Judging"
+    place: int
+    fed: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.fed.ids) if self.fed is not None else 0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.request.given_up
+
+
+@dataclass(eq=False)
+class Judging:
+    """The prompts of one request, and where their verdicts go."""
+
+    future: "asyncio.Future[list[Any]]"
+    verdicts: list[Any]
+    missing: int
+    given_up: bool = False
+
+
+@dataclass(eq=False)
+class Answering:
+    """One conversation that the local model answers.
+
+    Attributes:
+        prompt: The conversation.
+        settings: How to decode.
+        send: Takes what happens, in the event loop.
+        given_up: Set when nobody waits for it any more.
+        ended: Set when everything is told.
+        fed: The conversation as the model is fed it.
+    """
+
+    prompt: Any
+    settings: Any
+    send: Callable[[Any], None]
+    given_up: bool = False
+    ended: bool = False
+    fed: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the conversation."""
+        return len(self.fed.ids) if self.fed is not None else 0
+
+    def tell(self, event: Any) -> None:
+        """Hands on what happened; an exception ends it."""
+        if isinstance(event, BaseException):
+            self.ended = True
+        self.send(event)
+
+
+@dataclass
+class Counts:
+    """What the engine has done, for metrics and tests."""
+
+    batches: int = 0
+    judged: int = 0
+    dropped: int = 0
+    largest: int = 0
+    seconds: float = 0.0
+    sizes: "deque[int]" = field(default_factory=lambda: deque(maxlen=1024))
+
+
+class Engine:
+    """Judges and answers on one thread.
+
+    Args:
+        judge: A bound guard.
+        writer: Answers conversations; None where an upstream does.
+        batch: Prompts of a forward pass, or answers under way, at most.
+        batch_tokens: Padded tokens of a forward pass.
+        waiting: Prompts that may wait.
+        observe: Told the size and the seconds of every batch, on the engine's thread.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        writer: Writer | None = None,
+        *,
+        batch: int = 32,
+        batch_tokens: int = 2048,
+        waiting: int = 256,
+        observe: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self.judge, self.writer = judge, writer
+        self.counts = Counts()
+        self._batch, self._batch_tokens, self._most = batch, batch_tokens, waiting
+        self._observe = observe
+        self._changed = threading.Condition()
+        self._arrived: deque[Item | Answering] = deque()
+        self._ready: list[Item] = []
+        self._asked: deque[Answering] = deque()
+        self._under_way: list[tuple[Iterator[None], list[Answering]]] = []
+        self._n_waiting, self._closing, self._per_item = 0, False, 0.02
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that wait, those of answers included."""
+        return self._n_waiting
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and takes work."""
+        return self._thread is not None and self._thread.is_alive() and not self._closing
+
+    def start(self) -> None:
+        """Starts the thread; call it in the event loop that asks."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="guard-engine", daemon=True)
+        self._thread.start()
+
+    async def close(self, seconds: float = 60.0) -> bool:
+        """Takes nothing new, finishes what was accepted, ends the thread. False where that takes longer than `seconds`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is None:
+            return True
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return not self._thread.is_alive()
+
+    async def verdicts(self, prompts: Sequence[Any], seconds: float) -> list[Any]:
+        """The verdict on each prompt, in order. A prompt the model cannot be asked has the error in its place.
+
+        Raises:
+            Problem: 429 where too much waits, 503 while closing. TimeoutError: It took too long; the prompts are given up.
+        """
+        request = Judging(asyncio.get_running_loop().create_future(), [None] * len(prompts), len(prompts))
+        if not prompts:
+            return []
+        self._accept([Item(prompt, request, place) for place, prompt in enumerate(prompts)])
+        try:
+            async with asyncio.timeout(seconds):
+                return await request.future
+        finally:
+            request.given_up = True
+
+    def answer(self, prompt: Any, settings: Any, send: Callable[[Any], None]) -> Answering:
+        """Has a conversation answered; `send` is called in the event loop with every event, in order.
+
+        Raises:
+            Problem: 429 where too much waits, 503 while closing.
+        """
+        loop = asyncio.get_running_loop()
+        job = Answering(prompt, settings, lambda event: _post(loop, send, event))
+        self._accept([job])
+        return job
+
+    def _accept(self, items: Sequence[Item | Answering]) -> None:
+        with self._changed:
+            if self._closing or self._thread is None or not self._thread.is_alive():
+                raise closing()
+            if self._n_waiting + len(items) > self._most:
+                raise busy(self._wait())
+            self._n_waiting += len(items)
+            self._arrived.extend(items)
+            self._changed.notify()
+
+    def _wait(self) -> int:
+        return max(1, min(60, math.ceil(self._n_waiting * self._per_item)))
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._arrived or self._ready or self._asked or self._under_way or self._closing):
+                    self._changed.wait()
+                arrived = list(self._arrived)
+                self._arrived.clear()
+                if self._closing and not (arrived or self._ready or self._asked or self._under_way):
+                    return
+            for item in arrived:
+                self._prepare(item)
+            self._forget_given_up()
+            self._judge_some()
+            self._start_answers()
+            self._step_answers()
+
+    def _left(self, count: int) -> None:
+        with self._changed:
+            self._n_waiting -= count
+
+    def _prepare(self, item: "Item | Answering") -> None:
+        """Encodes a prompt and puts it where it waits; one that cannot be put to the model is answered at once."""
+        try:
+            item.fed = None if item.given_up else self.judge.prepare(item.prompt)
+        except Exception as error:  # a template is a program, and a tokenizer meets hostile text: neither may end the thread
+            self._left(1)
+            self._refuse(item, error)
+            return
+        if isinstance(item, Item):
+            self._ready.append(item)
+        else:
+            self._asked.append(item)
+
+    def _refuse(self, item: "Item | Answering", error: Exception) -> None:
+        if isinstance(item, Item):
+            self._deliver([item], [error])
+        else:
+            item.tell(error)
+
+    def _forget_given_up(self) -> None:
+        kept = [item for item in self._ready if not item.given_up]
+        asked = [job for job in self._asked if not job.given_up]
+        gone = len(self._ready) - len(kept) + len(self._asked) - len(asked)
+        if gone:
+            self._ready, self._asked = kept, deque(asked)
+            self.counts.dropped += gone
+            self._left(gone)
+
+    def _next_batch(self) -> list[Item]:
+        """The one that waits longest, and those nearest to it in length as long as rows and padded tokens last."""
+        first = self._ready[0]
+        near = sorted(self._ready[1:], key=lambda item: abs(item.length - first.length))
+        chosen, widest = [first], first.length
+        for item in near:
+            width = max(widest, item.length)
+            if len(chosen) == self._batch:
+                break
+            if width * (len(chosen) + 1) > self._batch_tokens:
+                continue
+            chosen.append(item)
+            widest = width
+        taken = set(map(id, chosen))
+        self._ready = [item for item in self._ready if id(item) not in taken]
+        return chosen
+
+    def _judge_some(self) -> None:
+        if not self._ready:
+            return
+        batch = self._next_batch()
+        self._left(len(batch))
+        started = time.perf_counter()
+        verdicts = self._scored(batch)
+        seconds = time.perf_counter() - started
+        self._per_item += _SMOOTHING * (seconds / len(batch) - self._per_item)
+        self.counts.batches += 1
+        self.counts.judged += len(batch)
+        self.counts.largest = max(self.counts.largest, len(batch))
+        self.counts.seconds += seconds
+        self.counts.sizes.append(len(batch))
+        if self._observe is not None:
+            self._observe(len(batch), seconds)
+        self._deliver(batch, verdicts)
+
+    def _scored(self, batch: list[Item]) -> list[Any]:
+        """Verdicts, or errors in their place; a prompt that fails is judged alone so that it takes no other with it."""
+        try:
+            verdicts = list(self.judge.score([item.fed for item in batch]))
+            if len(verdicts) != len(batch):
+                raise RuntimeError(f"{len(verdicts)} verdicts on {len(batch)} prompts")
+            return verdicts
+        except Exception as error:  # whatever a model raises is this request's error and never the thread's end
+            if len(batch) == 1:
+                return [error]
+        return [self._scored([item])[0] for item in batch]
+
+    def _deliver(self, batch: Sequence[Item], verdicts: Sequence[Any]) -> None:
+        finished: list[Judging] = []
+        for item, verdict in zip(batch, verdicts, strict=True):
+            request = item.request
+            request.verdicts[item.place] = verdict
+            request.missing -= 1
+            if request.missing == 0:
+                finished.append(request)
+        assert self._loop is not None
+        if finished:
+            _post(self._loop, _resolve, finished)
+
+    def _start_answers(self) -> None:
+        rows = sum(len(jobs) for _, jobs in self._under_way)
+        if not self._asked or self.writer is None or rows >= self._batch:
+            return
+        first = self._asked.popleft()
+        jobs = [first]
+        for job in list(self._asked):
+            if rows + len(jobs) < self._batch and self.writer.fits(job, jobs):
+                jobs.append(job)
+                self._asked.remove(job)
+        self._left(len(jobs))
+        self._under_way.append((self.writer.start(jobs), jobs))
+
+    def _step_answers(self) -> None:
+        for steps, jobs in list(self._under_way):
+            try:
+                next(steps)
+                continue
+            except StopIteration:
+                pass
+            except Exception as error:  # of this group alone
+                for job in jobs:
+                    if not job.ended and not job.given_up:
+                        job.tell(error)
+            self._under_way.remove((steps, jobs))
+
+
+def _resolve(requests: Iterable[Judging]) -> None:
+    for request in requests:
+        if not request.future.done():
+            request.future.set_result(request.verdicts)
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], value: Any) -> None:
+    """Calls a function in the event loop; nothing where the loop has ended."""
+    try:
+        loop.call_soon_threadsafe(call, value)
+    except RuntimeError:
+        return
+
+
+def asked_wrongly(error: BaseException) -> Problem | None:
+    """The answer to a prompt that cannot be put to the model; None for errors of another kind."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, InputError):
+        return Problem(
+            400, "the guard's chat template or tokenizer cannot take this conversation", "unprocessable_prompt", param="messages"
+        )
+    return None

@@ -1,0 +1,167 @@
+"""The upstream: any OpenAI-compatible server that answers what the guard let through."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+
+from safety_neurons.guard.server.metrics import Metrics
+from safety_neurons.guard.server.problems import TYPES, Problem
+from safety_neurons.guard.server.settings import Settings
+from safety_neurons.model.chat_server import is_local
+
+LARGEST = 1 << 26
+"""Bytes of an answer that are passed on; a longer one is cut off with an error."""
+_CONNECT_SECONDS = 5.0
+_PASSED_ON = ("retry-after", "openai-processing-ms")
+
+
+class Upstream:
+    """A client of the upstream. Nothing is sent twice, no redirect is followed, and the clients' own headers stay here.
+
+    Args:
+        settings: Where it is, and its key.
+        metrics: Counts what it fails.
+        transport: In the place of the network, for tests.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        assert settings.upstream is not None
+        self.url = settings.upstream.rstrip("/")
+        self.metrics = metrics
+        headers = {"accept-encoding": "identity", "user-agent": "safety-neurons-guard"}
+        if settings.upstream_key:
+            headers["authorization"] = f"Bearer {settings.upstream_key}"
+        silence = settings.limits.upstream_seconds
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(silence, connect=_CONNECT_SECONDS, pool=silence),
+            limits=httpx.Limits(max_connections=settings.limits.requests, max_keepalive_connections=64, keepalive_expiry=30.0),
+            follow_redirects=False,
+            trust_env=not is_local(httpx.URL(self.url).host),
+            transport=transport,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    async def models(self) -> tuple[int, dict[str, str], bytes]:
+        """Its list of models."""
+        return await self._whole("GET", "/models", None)
+
+    async def chat(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        """Its answer to a conversation: status, headers, body. Errors come in the shape of the OpenAI API.
+
+        Raises:
+            Problem: 502 where it cannot be reached or answers something else, 504 where it is silent.
+        """
+        return await self._whole("POST", "/chat/completions", body)
+
+    async def stream(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], AsyncIterator[bytes]]:
+        """Its answer to a conversation as it comes; an error comes whole.
+
+        Where it breaks off, the last event is an error and there is no `[DONE]`, so nobody takes a part for the whole.
+
+        Raises:
+            Problem: As for `chat`.
+        """
+        response = await self._sent("POST", "/chat/completions", body)
+        streamed = response.headers.get("content-type", "").startswith("text/event-stream")
+        if response.status_code != 200 or not streamed:
+            try:
+                status, headers, whole = self._checked(response, await self._read(response))
+            finally:
+                await response.aclose()
+            return status, headers, _once(whole)
+        return 200, _kept(response), self._pieces(response)
+
+    async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, dict[str, str], bytes]:
+        response = await self._sent(method, path, body)
+        try:
+            return self._checked(response, await self._read(response))
+        finally:
+            await response.aclose()
+
+    async def _sent(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        content = None if body is None else json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        headers = {} if content is None else {"content-type": "application/json"}
+        request = self._client.build_request(method, f"{self.url}{path}", content=content, headers=headers)
+        try:
+            return await self._client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise self._problem(error) from None
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for part in response.aiter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > LARGEST:
+                    raise self._failed("too_large", 502, "the upstream's answer is too large")
+        except httpx.HTTPError as error:
+            raise self._problem(error) from None
+        return b"".join(parts)
+
+    async def _pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        size, ended = 0, False
+        tail = b""
+        try:
+            async for part in response.aiter_raw():
+                size += len(part)
+                tail = (tail + part)[-64:]
+                yield part
+                if size > LARGEST:
+                    break
+            ended = b"data: [DONE]" in tail or b"data:[DONE]" in tail
+            problem = None if ended else self._failed("broken_off", 502, "the upstream broke off its answer")
+        except httpx.HTTPError as error:
+            problem = self._problem(error)
+        finally:
+            await response.aclose()
+        if problem is not None:
+            start = b"" if tail.endswith(b"\n\n") or not tail else b"\n\n"
+            yield start + b"data: " + problem.body + b"\n\n"
+
+    def _checked(self, response: httpx.Response, content: bytes) -> tuple[int, dict[str, str], bytes]:
+        """An answer as it is passed on: JSON objects as they are, other errors in the shape of the OpenAI API."""
+        status = response.status_code
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError):
+            record = None
+        if status in (401, 403):
+            raise self._failed("refused", 502, f"the upstream refused this server's key ({status})", "upstream_refused")
+        if 300 <= status < 400 or status < 200:
+            raise self._failed("redirect", 502, f"the upstream answered {status}; redirects are not followed")
+        if isinstance(record, dict) and (status == 200) == ("error" not in record or record["error"] is None):
+            if status >= 500:
+                self.metrics.upstream.labels("status").inc()
+            return status, _kept(response), content
+        if status < 300:
+            raise self._failed("malformed", 502, "the upstream answered something that is not a JSON object")
+        self.metrics.upstream.labels("status").inc()
+        problem = Problem(status, f"the upstream answered {status}", "upstream_error")
+        if status not in TYPES and status < 500:
+            problem = Problem(status, f"the upstream refused the request ({status})", "upstream_error")
+        return status, _kept(response), problem.body
+
+    def _problem(self, error: httpx.HTTPError) -> Problem:
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return self._failed("timeout", 504, "the upstream did not answer in time", "upstream_timeout")
+        return self._failed("unreachable", 502, f"the upstream cannot be reached or broke off ({type(error).__name__})")
+
+    def _failed(self, kind: str, status: int, message: str, code: str = "upstream_unavailable") -> Problem:
+        self.metrics.upstream.labels(kind).inc()
+        return Problem(status, message, code, headers={"Retry-After": "2"})
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _kept(response: httpx.Response) -> dict[str, str]:
+    return {name: response.headers[name] for name in _PASSED_ON if name in response.headers}

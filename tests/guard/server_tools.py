@@ -1,0 +1,215 @@
+"""Servers in threads for tests: a guard whose verdicts are known, and an upstream that does what it is told."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from safety_neurons.guard.server import Service, Settings
+from safety_neurons.guard.server.app import Service as _Service
+from safety_neurons.guard.server.drift import Drift
+from safety_neurons.guard.server.metrics import Metrics
+from safety_neurons.guard.server.serving import Server, bound
+
+TOKEN = "a-token-for-tests-only"
+UNSAFE = "attack"
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A verdict as a guard gives it."""
+
+    p_unsafe: float | None
+    flagged: bool
+    threshold: float = 0.5
+    status: str = "ok"
+    distance: float | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A prompt as a model is fed it."""
+
+    ids: list[str]
+    truncated: bool = False
+
+
+class Words:
+    """Flags every conversation that holds the word `attack`; other words make it slow, long or broken. Keeps what it saw."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.batches: list[list[list[str]]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def prepare(self, prompt: Any) -> Fed:
+        from safety_neurons.errors import InputError
+
+        text = " ".join(turn.content for turn in prompt.messages) or prompt.text
+        if "unaskable" in text:
+            raise InputError("the chat template refuses turns of secret")
+        return Fed(text.split() or ["<empty>"], truncated="endless" in text)
+
+    def score(self, prepared: Sequence[Fed]) -> list[Said]:
+        self.hold.wait(10)
+        time.sleep(self.seconds)
+        self.batches.append([fed.ids for fed in prepared])
+        if any("poison" in fed.ids for fed in prepared):
+            raise RuntimeError("poison in the batch")
+        return [self._said(fed) for fed in prepared]
+
+    def _said(self, fed: Fed) -> Said:
+        if "nan" in fed.ids:
+            return Said(float("nan"), False)
+        unsafe = UNSAFE in fed.ids
+        return Said(0.9 if unsafe else 0.1, unsafe or fed.truncated, status="truncated" if fed.truncated else "ok")
+
+
+def service(judge: Any = None, *, log: Callable[[Any], None] = lambda _: None, writer: Any = None, **settings: Any) -> Service:
+    """A service around a judge of words."""
+    drift = Drift([0.25, 0.5, 0.75], [90, 5, 5, 0])
+    return _Service(Settings(**{"name": "tiny", **settings}), judge or Words(), Metrics({"score": drift}), writer, log=log)
+
+
+@contextlib.contextmanager
+def running(served: Service) -> Iterator[str]:
+    """A service that listens; gives its address."""
+    sock = bound("127.0.0.1", 0)
+    server = Server(served, sock)
+    with _threaded(lambda: asyncio.run(server.serve_socket()), lambda: server.started, server):
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+class Upstream:
+    """An OpenAI-compatible server that answers `echo: …` word by word, and keeps the bodies it got.
+
+    Attributes:
+        mode: `ok`, `error` (500 in plain text), `refuse` (401), `redirect`, `garbage`, `break` (ends in the middle of a stream), `slow`.
+    """
+
+    def __init__(self) -> None:
+        self.mode = "ok"
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.port = 0
+        self.cancelled = 0
+        self._running: contextlib.ExitStack | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        """Listens, on the same port again after it died."""
+        sock = bound("127.0.0.1", self.port)
+        self.port = sock.getsockname()[1]
+        config = uvicorn.Config(self, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1, ws="none")
+        server = uvicorn.Server(config)
+        self._running = contextlib.ExitStack()
+        self._running.enter_context(_threaded(lambda: asyncio.run(server.serve(sockets=[sock])), lambda: server.started, server))
+
+    def die(self) -> None:
+        """Stops listening."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        if scope["path"] == "/v1/models":
+            await _reply(send, 200, {"object": "list", "data": [{"id": "far", "object": "model", "created": 1, "owned_by": "x"}]})
+            return
+        request = json.loads(body)
+        self.bodies.append(request)
+        if self.mode == "slow":
+            try:
+                await asyncio.sleep(5)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        plain = {"error": (500, "boom"), "refuse": (401, "who"), "redirect": (302, ""), "garbage": (200, "<html>")}
+        if self.mode in plain:
+            await _reply(send, plain[self.mode][0], plain[self.mode][1])
+            return
+        text = "echo: " + str(request["messages"][-1]["content"])
+        await (self._stream(send, request, text) if request.get("stream") else _reply(send, 200, _whole(request, text)))
+
+    async def _stream(self, send: Any, request: Any, text: str) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for number, word in enumerate(text.split(" ")):
+            piece = {"content": word if number == 0 else f" {word}"}
+            await _event(send, _chunk(request, piece, None))
+            if self.mode == "break" and number == 1:
+                raise RuntimeError("gone")
+        await _event(send, _chunk(request, {}, "stop"))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def _whole(request: Any, text: str) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"], "choices": [choice], "usage": usage}
+
+
+def _chunk(request: Any, delta: Any, reason: Any) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": request["model"], "choices": [choice]}
+
+
+async def _event(send: Any, record: Any) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + json.dumps(record).encode() + b"\n\n", "more_body": True})
+
+
+async def _reply(send: Any, status: int, content: Any) -> None:
+    kind, body = (b"text/plain", content.encode()) if isinstance(content, str) else (b"application/json", json.dumps(content).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), (b"location", b"http://elsewhere/")]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.contextmanager
+def _threaded(run: Callable[[], None], started: Callable[[], bool], server: Any) -> Iterator[None]:
+    failed: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    end = time.monotonic() + 30
+    while not started() and not failed and time.monotonic() < end:
+        time.sleep(0.005)
+    assert started(), failed
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def raw(address: str, sent: bytes, seconds: float = 10.0) -> bytes:
+    """What a server answers to bytes."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(sent)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
