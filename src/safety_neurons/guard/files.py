@@ -23,6 +23,7 @@ from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
+from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.results import write_bytes, write_json
@@ -60,6 +61,7 @@ def _facts(guard: Guard) -> dict[str, Any]:
         "threshold": guard.threshold,
         "in_force": guard.in_force,
         "operating_points": [point.to_json() for point in guard.operating_points],
+        "recheck": None if guard.recheck is None else guard.recheck.to_json(),
         "bindings": guard.bindings.to_json(),
         "reference": dict(guard.reference),
         "report": dict(guard.report),
@@ -100,6 +102,7 @@ def _guard(facts: Mapping[str, Any], neurons: NeuronSet, vectors: Mapping[str, t
         dict(facts["reference"]),
         dict(facts["report"]),
         tuple(str(note) for note in facts["notes"]),
+        None if facts["recheck"] is None else Recheck.from_json(facts["recheck"]),
     )
 
 

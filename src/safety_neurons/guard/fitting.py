@@ -10,6 +10,7 @@ from jaxtyping import Bool
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.bindings import bindings_of
+from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.features import Features, read_poolings
 from safety_neurons.guard.fit_features import PENALTIES, SHARES, Choice, Fitted, best_penalty, fit_on_features, stratified_split
 from safety_neurons.guard.guard import Guard
@@ -199,9 +200,10 @@ def _guard(
         fitted.threshold,
         f"fpr {fitted.fpr:g}" if supported else f"provisional fpr {fitted.fpr:g}",
         bindings_of(model, neurons),
-        reference(fitted, features.values[held], data.labels[held]),
+        histograms(fitted.classifier, features.values[held], fitted.probabilities, data.labels[held]),
         plain(report),
         tuple(dict.fromkeys(notes)),
+        None,
         model,
     )
 
@@ -214,6 +216,7 @@ def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
         "expected_calibration_error": fitted.calibration_error,
         "log_losses": dict(fitted.log_losses),
         "penalty": fitted.penalty,
+        "fpr": fitted.fpr,
         "split": {
             name: {"unsafe": int(labels[part].sum()), "safe": int((~labels[part]).sum())}
             for name, part in (("train", split.train), ("validation", split.validation), ("calibration", split.calibration))
@@ -221,20 +224,22 @@ def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def reference(fitted: Fitted, values: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]) -> dict[str, Any]:
-    """Histograms of the calibration examples, which later traffic is compared with.
+def histograms(
+    classifier: Classifier, values: np.ndarray, probabilities: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]
+) -> dict[str, Any]:
+    """Histograms of calibration examples, which later traffic is compared with.
 
     Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins of equally many examples,
     open at both ends.
     """
     edges = np.linspace(0, 1, BINS + 1)
-    distances = fitted.classifier.standardised(torch.from_numpy(np.ascontiguousarray(values))).square().mean(1).sqrt().numpy()
+    distances = classifier.standardised(torch.from_numpy(np.ascontiguousarray(values))).square().mean(1).sqrt().numpy()
     inner = np.unique(np.quantile(distances, np.linspace(0, 1, BINS + 1)[1:-1]))
     return {
         "p_unsafe": {
             "edges": edges.tolist(),
-            "safe": np.histogram(fitted.probabilities[~unsafe], edges)[0].tolist(),
-            "unsafe": np.histogram(fitted.probabilities[unsafe], edges)[0].tolist(),
+            "safe": np.histogram(probabilities[~unsafe], edges)[0].tolist(),
+            "unsafe": np.histogram(probabilities[unsafe], edges)[0].tolist(),
         },
         "distance": {
             "edges": inner.tolist(),

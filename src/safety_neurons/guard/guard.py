@@ -18,12 +18,15 @@ from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.features import Collector, model_lock
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
+from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.guard.requests import Request, as_prompt
-from safety_neurons.guard.verdicts import TopNeuron, Verdict
+from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
 
 TOP = 5
+FAILURES = (SafetyNeuronsError, RuntimeError, MemoryError, ValueError, TypeError, LookupError)
+"""What may go wrong while a prompt is read, and is then a verdict of status "error" rather than an exception."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +44,7 @@ class Guard:
         reference: histograms of the probability and of the distance of its calibration examples, for drift.
         report: what was measured while it was fit, as JSON values.
         notes: what had to be said.
+        recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing was.
         model: the model it is bound to; None for a guard that was only looked into.
     """
 
@@ -54,6 +58,7 @@ class Guard:
     reference: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    recheck: Recheck | None = None
     model: LanguageModel | None = None
 
     def __post_init__(self) -> None:
@@ -146,11 +151,12 @@ class Guard:
 
     # Scoring
 
-    def score(self, messages: Request, *, fail_open: bool = False, top: int = TOP) -> Verdict:
+    def score(self, messages: Request, *, threshold: float | None = None, fail_open: bool = False, top: int = TOP) -> Verdict:
         """What the guard says of one request: a text, a list of turns (system, several turns), or a Prompt.
 
         Args:
             messages: the request; turns are `Message` or `{"role": …, "content": …}`.
+            threshold: for this request; the guard's own where None.
             fail_open: let prompts pass that were truncated or could not be scored; by default they are flagged.
             top: how many neurons to name.
 
@@ -160,13 +166,20 @@ class Guard:
         Source: Chen et al., arXiv 2406.14144, section 6.
         Differs: a calibrated probability and a threshold with a known false-positive rate; truncation and errors are not "safe".
         """
-        return self.score_batch([messages], fail_open=fail_open, top=top)[0]
+        return self.score_batch([messages], threshold=threshold, fail_open=fail_open, top=top)[0]
 
     def score_batch(
-        self, requests: Sequence[Request], *, fail_open: bool = False, top: int = TOP, batch_size: BatchSize = "auto"
+        self,
+        requests: Sequence[Request],
+        *,
+        threshold: float | None = None,
+        fail_open: bool = False,
+        top: int = TOP,
+        batch_size: BatchSize = "auto",
     ) -> list[Verdict]:
         """What the guard says of several requests, in order; see `score`."""
-        return self.score_encoded([self.encode(request) for request in requests], fail_open=fail_open, top=top, batch_size=batch_size)
+        encoded = [self.encode(request) for request in requests]
+        return self.score_encoded(encoded, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size)
 
     def encode(self, request: Request) -> Encoded:
         """Token ids of a request, template included.
@@ -177,18 +190,27 @@ class Guard:
         return self.bound.encode(as_prompt(request))[0]
 
     def score_encoded(
-        self, encoded: Sequence[Encoded], *, fail_open: bool = False, top: int = TOP, batch_size: BatchSize = "auto"
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        threshold: float | None = None,
+        fail_open: bool = False,
+        top: int = TOP,
+        batch_size: BatchSize = "auto",
     ) -> list[Verdict]:
         """Verdicts on encoded requests, in order. A batch that fails is read again one by one; what fails alone has status "error"."""
         started = time.perf_counter()
+        options: dict[str, Any] = {"threshold": threshold, "fail_open": fail_open}
+        self._limit(threshold)
+        self.bound  # noqa: B018 - a guard without a model is the caller's error, not the prompt's
         try:
             found = self._read(encoded, batch_size) if encoded else []
-        except (SafetyNeuronsError, RuntimeError, MemoryError, ValueError, TypeError, LookupError) as error:
+        except FAILURES as error:
             if len(encoded) == 1:
                 latency = 1000 * (time.perf_counter() - started)
-                return [dataclasses.replace(self.failed(error, fail_open=fail_open), latency_ms=latency, n_tokens=len(encoded[0].ids))]
-            return [self.score_encoded([item], fail_open=fail_open, top=top)[0] for item in encoded]
-        verdicts = self.verdicts(torch.stack(found), [item.truncated for item in encoded], fail_open=fail_open, top=top) if found else []
+                return [dataclasses.replace(self.failed(error, **options), latency_ms=latency, n_tokens=len(encoded[0].ids))]
+            return [self.score_encoded([item], top=top, **options)[0] for item in encoded]
+        verdicts = self.verdicts(torch.stack(found), [item.truncated for item in encoded], top=top, **options) if found else []
         latency = 1000 * (time.perf_counter() - started)
         return [
             dataclasses.replace(verdict, latency_ms=latency, n_tokens=len(item.ids))
@@ -196,9 +218,16 @@ class Guard:
         ]
 
     def verdicts(
-        self, features: Float[Tensor, "prompt neuron"], truncated: Sequence[bool], *, fail_open: bool = False, top: int = TOP
+        self,
+        features: Float[Tensor, "prompt neuron"],
+        truncated: Sequence[bool],
+        *,
+        threshold: float | None = None,
+        fail_open: bool = False,
+        top: int = TOP,
     ) -> list[Verdict]:
         """Verdicts on features; a prompt whose features are not numbers has status "error"."""
+        limit = self._limit(threshold)
         features = features.to("cpu", torch.float64)
         odds = self.classifier.log_odds(features)
         chances = odds.sigmoid().tolist()
@@ -209,19 +238,20 @@ class Guard:
         verdicts = []
         for row, chance in enumerate(chances):
             if not finite[row]:
-                verdicts.append(self.failed("an activation is NaN or infinite", fail_open=fail_open))
+                verdicts.append(self.failed("an activation is NaN or infinite", threshold=threshold, fail_open=fail_open))
                 continue
-            flagged = chance >= self.threshold or (truncated[row] and not fail_open)
-            status = "truncated" if truncated[row] else "ok"
-            verdicts.append(
-                Verdict(chance, flagged, self.threshold, status, 0.0, named[row], float(odds[row]), distances[row])  # type: ignore[arg-type]
-            )
+            flagged = chance >= limit or (truncated[row] and not fail_open)
+            status: Status = "truncated" if truncated[row] else "ok"
+            verdicts.append(Verdict(chance, flagged, limit, status, 0.0, named[row], float(odds[row]), distances[row]))
         return verdicts
 
-    def failed(self, error: BaseException | str, *, fail_open: bool = False) -> Verdict:
+    def failed(self, error: BaseException | str, *, threshold: float | None = None, fail_open: bool = False) -> Verdict:
         """The verdict where there is none: flagged, unless told to fail open."""
         words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[:300]
-        return Verdict(None, not fail_open, self.threshold, "error", error=words)
+        return Verdict(None, not fail_open, self._limit(threshold), "error", error=words)
+
+    def _limit(self, threshold: float | None) -> float:
+        return self.threshold if threshold is None else check_probability(threshold, "threshold")
 
     def _read(self, encoded: Sequence[Encoded], batch_size: BatchSize) -> list[Tensor]:
         model, collector = self.bound, Collector(self.neurons, [self.pooling])

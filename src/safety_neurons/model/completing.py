@@ -27,6 +27,11 @@ _INSTEAD = {
 """Arguments of `generate` that would undo what a completion promises, and what to give in their place."""
 
 
+Watched = Callable[[list[int], Tensor], contextlib.AbstractContextManager[Mapping[str, Any]]]
+"""Watches the batches of `generate`: gets the indices of the rows and the mask `[batch, token]`, gives further arguments of the model's
+`generate` (`logits_processor` and `stopping_criteria` as lists, `streamer`)."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How answers are decoded.
@@ -102,6 +107,7 @@ def generate(
     progress: Progress | None = None,
     answered: Callable[[int, Answer], None] | None = None,
     notes: list[str] | None = None,
+    watched: Watched | None = None,
 ) -> dict[int, Answer]:
     """Continues every sequence with `lm.model.generate`, so that hooks on the model act.
 
@@ -114,6 +120,7 @@ def generate(
         progress: Called as `progress(sequences done, sequences in all, tokens generated)` after every batch.
         answered: Called with index and answer as soon as it is there.
         notes: Gets a line for every batch that did not fit in memory.
+        watched: Opened around every batch, and again around each half of one that did not fit, with the indices of its rows and its mask.
 
     Returns:
         Answers by index, those in `skip` excluded.
@@ -127,7 +134,7 @@ def generate(
         wanted = [index for index in group if index not in skipped]
         if not wanted:
             continue
-        for part in halving.run(Rows(kept, wanted), lambda rows, number=number: _generate_rows(lm, rows, decoding, number)):  # type: ignore[misc]
+        for part in halving.run(Rows(kept, wanted), lambda rows, number=number: _generate_rows(lm, rows, decoding, number, watched)):  # type: ignore[misc]
             answers.update(part)
             for index, answer in part.items():
                 tokens += len(answer.token_ids)
@@ -140,7 +147,7 @@ def generate(
     return answers
 
 
-def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: int) -> dict[int, Answer]:
+def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: int, watched: Watched | None = None) -> dict[int, Answer]:
     sequences = [rows.sequences[index] for index in rows.indices]
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
@@ -158,6 +165,8 @@ def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: in
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
             stack.enter_context(seeded(lm.device, decoding.seed, number))
+        if watched is not None:
+            passed = _joined(passed, stack.enter_context(watched(rows.indices, mask)))
         output = lm.model.generate(
             input_ids=input_ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings, **passed
         )
@@ -168,12 +177,25 @@ def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: in
     }
 
 
+def _joined(given: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` with those of a watch, whose processors and criteria come behind the caller's."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    lists = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
+    joined = {name: lists[name]([*(given.get(name) or ()), *value]) if name in lists else value for name, value in more.items()}
+    return {**given, **joined}
+
+
+def end_ids(lm: LanguageModel, given: int | Sequence[int] | None = None) -> list[int]:
+    """The ids that end an answer: those given, otherwise the model's own."""
+    return list(lm.eos_ids) if given is None else [given] if isinstance(given, int) else list(given)
+
+
 def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> tuple[Any, dict[str, Any], set[int]]:
     """A generation configuration that names everything that matters, the arguments it has no field for, and the ids that end an answer."""
     from transformers import GenerationConfig
 
-    ends = others.pop("eos_token_id", None)
-    end_ids = list(lm.eos_ids) if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = end_ids(lm, others.pop("eos_token_id", None))
     values: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.sample, "use_cache": True, "num_beams": 1}
     if decoding.sample:
         values |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
@@ -182,8 +204,8 @@ def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> 
     passed = {name: value for name, value in others.items() if name not in known}
     if "stop_strings" in others:
         passed["tokenizer"] = lm.tokenizer
-    settings = GenerationConfig(**values, eos_token_id=end_ids or None, pad_token_id=lm.pad_id, bos_token_id=lm.bos_id)
-    return settings, passed, set(end_ids)
+    settings = GenerationConfig(**values, eos_token_id=ends or None, pad_token_id=lm.pad_id, bos_token_id=lm.bos_id)
+    return settings, passed, set(ends)
 
 
 def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, limit: int) -> Answer:

@@ -1,0 +1,301 @@
+"""GuardedModel: generation that reads the guard's neurons during its own prefill and stops flagged rows before their first token."""
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Int
+from torch import Tensor
+
+from safety_neurons.errors import DecodeError, MismatchError, UsageError
+from safety_neurons.guard.features import model_lock
+from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.operating import check_probability
+from safety_neurons.guard.requests import Request, as_prompt
+from safety_neurons.guard.streaming import GuardedStream
+from safety_neurons.guard.verdicts import FlaggedError, Verdict
+from safety_neurons.guard.watching import Rules, Watch
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
+from safety_neurons.model.completing import Answer, Decoding, end_ids, generate
+from safety_neurons.prompts import Prompt, Prompts
+
+REFUSAL = "I can't help with that."
+Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
+"""What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
+Log = Callable[[Mapping[str, Any]], None]
+"""Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
+_SEVERAL_ROWS = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha")
+_OTHER_LOOPS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit", "use_mtp", "streamer")
+
+
+@dataclass(frozen=True)
+class GuardedAnswer:
+    """One answer of a guarded model.
+
+    Attributes:
+        prompt_id: of which prompt.
+        text: the answer, or what took its place.
+        token_ids: generated ids, end of sequence excluded; of an answer that was stopped those before that.
+        verdict: on the prompt.
+        stopped: whether the guard stopped it.
+        finish_reason: `stop`, `length`, or `guard`.
+        stopped_at: generated tokens when it was stopped: 0 before the first; None where it was not.
+        recheck: the verdict that stopped it later.
+    """
+
+    prompt_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    verdict: Verdict
+    stopped: bool
+    finish_reason: Literal["stop", "length", "guard"]
+    stopped_at: int | None = None
+    recheck: Verdict | None = None
+
+
+class GuardedModel:
+    """A model that answers through its guard.
+
+    The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied numbers a layer. Prompts it does
+    not flag are answered token for token as without it, in the same batches. Greedy search and sampling; other loops are an error.
+
+    Args:
+        model: the model.
+        guard: fit on it; a guard that is not bound to it is bound, which checks it.
+        action: `refuse`, `error`, or a function of prompt and verdict that gives the text.
+        refusal: the text of `refuse`.
+        recheck_every: re-check answers under way each time they are so many tokens longer; 0 for never. The threshold is the one that
+            `calibrate_recheck` measured at such positions, for this distance.
+        recheck_threshold: a threshold for re-checks of one's own.
+        shadow: only log; stop nothing and change nothing.
+        fail_open: let prompts pass that were truncated or could not be scored.
+        log: told of every verdict, without any text.
+
+    Raises:
+        ForeignModelError, MismatchError: the guard is not this model's. UsageError: arguments out of range, or re-checks that nothing
+            was calibrated for.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        guard: Guard,
+        *,
+        action: Action = "refuse",
+        refusal: str = REFUSAL,
+        recheck_every: int = 0,
+        recheck_threshold: float | None = None,
+        shadow: bool = False,
+        fail_open: bool = False,
+        log: Log | None = None,
+    ) -> None:
+        if not callable(action) and action not in ("refuse", "error"):
+            raise UsageError(f"action {action!r} is unknown; expected refuse, error or a function of prompt and verdict")
+        if guard.model is not None and guard.model.inner is not model.inner:
+            raise MismatchError(f"the guard is bound to {guard.bound.name}, {model.name} arrived; load the guard on the model it guards")
+        self.model = model
+        self.guard = guard if guard.model is model else guard.bind(model)
+        self.action, self.refusal, self.log = action, refusal, log
+        self.rules = Rules(fail_open, shadow, recheck_every, self._recheck_threshold(recheck_every, recheck_threshold))
+
+    def __repr__(self) -> str:
+        modes = [word for word, on in (("shadow", self.rules.shadow), ("fail open", self.rules.fail_open)) if on]
+        modes += [f"re-check every {self.rules.every} tokens"] if self.rules.every else []
+        return f"GuardedModel({self.model.name!r}, {self.guard!r}{', ' if modes else ''}{', '.join(modes)})"
+
+    def generate(
+        self,
+        prompts: Sequence[Request] | Prompts | str,
+        *,
+        max_new_tokens: int = 128,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: BatchSize = "auto",
+        progress: Progress | None = None,
+        notes: list[str] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[GuardedAnswer]:
+        """Answers to prompts, in order; arguments as for `LanguageModel.complete`.
+
+        A prompt is a text, a `Prompt`, or a list of turns (`[[{"role": "user", "content": "…"}]]`).
+
+        Raises:
+            FlaggedError: a prompt is flagged and the action is `error`; nothing of the call's answers is given then.
+            InputError: turns that cannot be read. DecodeError: a decoding mode that cannot be guarded. UsageError: out of range.
+        """
+        asked = as_request_prompts(prompts)
+        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
+        encoded = [self.model.encode(prompt, reserve=max_new_tokens)[0] for prompt in asked]
+        return self._answers(asked, encoded, decoding, batch_size, progress, notes)
+
+    def stream(
+        self,
+        messages: Request,
+        *,
+        max_new_tokens: int = 128,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        **generate_kwargs: Any,
+    ) -> GuardedStream:
+        """The answer to one request piece by piece; the pieces together are the text of `generate`.
+
+        Nothing is given before the verdict. With re-checks, tokens are held back until the check behind them has passed, the last ones of
+        an answer, which no check reads, excepted; what was given cannot be taken back, so a stream that is stopped later just ends.
+        Leaving the loop early and calling `close` (or leaving a `with` block) ends the generation at its next token.
+
+        Raises:
+            As `generate`; a `FlaggedError` comes from the iteration.
+        """
+        prompt = as_prompt(messages)
+        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
+        encoded = self.model.encode(prompt, reserve=max_new_tokens)[0]
+        return GuardedStream(
+            lambda streamer, cancelled: self._answers([prompt], [encoded], decoding, 1, None, None, streamer, cancelled)[0],
+            self.model,
+            0 if self.rules.shadow else self.rules.every,
+            end_ids(self.model, generate_kwargs.get("eos_token_id")),
+        )
+
+    def decoding(
+        self, max_new_tokens: int, sample: bool, temperature: float, top_p: float, seed: int, others: Mapping[str, Any]
+    ) -> Decoding:
+        """How to decode, if that can be guarded.
+
+        Raises:
+            DecodeError: beams, several answers a prompt, an assistant model, a cache that holds tokens the guard has not read.
+            UsageError: longer answers than the re-checks are calibrated for.
+        """
+        several = [name for name in _SEVERAL_ROWS if others.get(name) not in (None, 1, 0)]
+        other = [name for name in _OTHER_LOOPS if others.get(name) is not None]
+        if several or other:
+            raise DecodeError(f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or sampling, one row a prompt")
+        if others.get("past_key_values") is not None:
+            raise DecodeError("past_key_values arrived: the guard has not read the tokens in that cache; give the whole prompt instead")
+        if self.rules.every and others.get("use_cache") is False:
+            raise DecodeError("use_cache=False with re-checks: tokens would be read again at every step; leave one of them out")
+        if others.get("return_dict_in_generate"):
+            raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
+        measured = self.guard.recheck
+        if self.rules.every and self._measured_threshold and measured is not None and max_new_tokens > measured.max_new_tokens:
+            raise UsageError(
+                f"{max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
+                "false-positive rate is not known there; ask for fewer tokens, or calibrate for longer answers"
+            )
+        return Decoding(max_new_tokens, sample, temperature, top_p, seed, dict(others))
+
+    def _answers(
+        self,
+        asked: Sequence[Prompt],
+        encoded: Sequence[Encoded],
+        decoding: Decoding,
+        batch_size: BatchSize,
+        progress: Progress | None,
+        notes: list[str] | None,
+        streamer: Any = None,
+        cancelled: threading.Event | None = None,
+    ) -> list[GuardedAnswer]:
+        watches: dict[int, tuple[Watch, int]] = {}
+        answers: dict[int, GuardedAnswer] = {}
+
+        @contextlib.contextmanager
+        def watched(indices: list[int], mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
+            chosen = [encoded[index] for index in indices]
+            watch = Watch(self.guard, self.rules, [item.truncated for item in chosen], [len(item.ids) for item in chosen])
+            watch.cancelled = cancelled or watch.cancelled
+            watches.update({index: (watch, row) for row, index in enumerate(indices)})
+            with watch.on(mask) as arguments:
+                if streamer is not None:
+                    streamer.watch = watch
+                    arguments = {**arguments, "streamer": streamer}
+                yield arguments
+
+        def keep(index: int, answer: Answer) -> None:
+            watch, row = watches[index]
+            answers[index] = self._answer(asked[index], answer, watch, row)
+
+        with model_lock(self.model):
+            generate(
+                self.model,
+                [item.ids for item in encoded],
+                decoding,
+                batch_size=batch_size,
+                progress=progress,
+                answered=keep,
+                notes=notes,
+                watched=watched,
+            )
+        return [answers[index] for index in range(len(asked))]
+
+    def _answer(self, prompt: Prompt, answer: Answer, watch: Watch, row: int) -> GuardedAnswer:
+        verdict = watch.verdicts[row]
+        stop = watch.stopped_at(row, len(answer.token_ids))
+        if stop is None:
+            text = self.model.decode(answer.token_ids)
+            result = GuardedAnswer(prompt.id, text, tuple(answer.token_ids), verdict, False, answer.finish_reason)
+        else:
+            count, why = stop
+            kept = tuple(answer.token_ids[:count])
+            result = GuardedAnswer(prompt.id, "", kept, verdict, True, "guard", count, why if count else None)
+        if self.log is not None:
+            self.log(_event(result, self.rules.shadow))
+        return result if stop is None else dataclasses.replace(result, text=self._instead(prompt, stop[1]))
+
+    def _instead(self, prompt: Prompt, verdict: Verdict) -> str:
+        if callable(self.action):
+            return self.action(prompt, verdict)
+        if self.action == "error":
+            chance = "not scored" if verdict.p_unsafe is None else f"{verdict.p_unsafe:.3g}"
+            why = f"status {verdict.status}" if verdict.status != "ok" else f"probability {chance}, threshold {verdict.threshold:.3g}"
+            raise FlaggedError(f"prompt {prompt.id!r} is flagged by the guard ({why}); it was not answered", verdict)
+        return self.refusal
+
+    def _recheck_threshold(self, every: int, threshold: float | None) -> float:
+        if every < 0:
+            raise UsageError(f"re-checks every {every} tokens; expected 0 for none, or more")
+        self._measured_threshold = threshold is None
+        if not every or threshold is not None:
+            return check_probability(1.0 if threshold is None else threshold, "threshold")
+        measured = self.guard.recheck
+        if measured is None or measured.every != every:
+            has = "none" if measured is None else f"one for every {measured.every} tokens"
+            raise UsageError(
+                f"re-checks every {every} tokens: the guard's threshold was measured on prompts, and for generated tokens it has {has}; "
+                "fit it with --recheck-every (calibrate_recheck), or give a recheck_threshold"
+            )
+        return measured.threshold
+
+
+def as_request_prompts(prompts: Sequence[Request] | Prompts | str) -> list[Prompt]:
+    """Prompts of whatever names some; plain texts and turns are numbered.
+
+    Raises:
+        InputError: an empty text, or turns that cannot be read.
+    """
+    if isinstance(prompts, str | Prompt):
+        return [as_prompt(prompts)]
+    items = list(prompts)
+    found = [as_prompt(item) for item in items]
+    return [
+        prompt if isinstance(item, Prompt) else dataclasses.replace(prompt, id=str(number))
+        for number, (item, prompt) in enumerate(zip(items, found, strict=True))
+    ]
+
+
+def _event(answer: GuardedAnswer, shadow: bool) -> dict[str, Any]:
+    return {
+        "prompt_id": answer.prompt_id,
+        "verdict": answer.verdict.to_json(),
+        "recheck": None if answer.recheck is None else answer.recheck.to_json(),
+        "stopped": answer.stopped,
+        "stopped_at": answer.stopped_at,
+        "finish_reason": answer.finish_reason,
+        "n_tokens": len(answer.token_ids),
+        "shadow": shadow,
+    }

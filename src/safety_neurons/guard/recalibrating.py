@@ -1,0 +1,193 @@
+"""After the fit: calibration and operating points anew for an updated model, and thresholds for re-checks of answers under way."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from safety_neurons.errors import ForeignModelError, InputError, UsageError
+from safety_neurons.guard.bindings import bindings_of
+from safety_neurons.guard.calibration import expected_calibration_error, fit_calibration
+from safety_neurons.guard.features import read_poolings
+from safety_neurons.guard.fit_features import LEAST
+from safety_neurons.guard.fitting import histograms, labelled
+from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.measures import auroc
+from safety_neurons.guard.operating import EXAMPLES, check_probability, operating_points, rates_at, threshold_for
+from safety_neurons.guard.rechecks import Recheck
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
+from safety_neurons.model.language_model import Texts
+from safety_neurons.results import plain
+
+
+def recalibrate(
+    guard: Guard,
+    model: LanguageModel,
+    unsafe: Texts,
+    safe: Texts,
+    *,
+    calibration: str = "auto",
+    fpr: float | None = None,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Guard:
+    """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
+
+    All prompts calibrate, none fits, so a given number of safe prompts supports smaller false-positive rates than it does in a fit. A
+    note says how the AUROC stands to the one of the fit; where it fell, fit again. Thresholds of re-checks are dropped: measure them anew.
+
+    Args:
+        guard: fit on this architecture.
+        model: updated weights, adapters, tokenizer, template or number type.
+        unsafe: prompts that the guard was not fit on.
+        safe: likewise.
+        calibration: `auto`, `temperature` or `isotonic`.
+        fpr: false-positive rate of the threshold in force; the one of the fit where None.
+        seed: of the folds that choose the calibration.
+        batch_size: prompts a batch, or `auto`.
+        progress: called with (batches done, in all, tokens).
+
+    Raises:
+        ForeignModelError: another architecture. InputError: fewer than ten usable prompts of either kind.
+
+    Source: none; the guard of a model must not judge another one with the old one's thresholds.
+    """
+    if model.fingerprint != guard.bindings.model_fingerprint:
+        raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
+    target = check_probability(guard.report.get("fpr", 0.01) if fpr is None else fpr, "false-positive rate")
+    data = labelled(as_prompts(unsafe), as_prompts(safe))
+    neurons = guard.neurons.on(model.table, [model.name])
+    read = read_poolings(model, model.encode(data.prompts), neurons, [guard.pooling], batch_size=batch_size, progress=progress)
+    features = read[guard.pooling]
+    usable = features.usable
+    labels = data.labels[usable]
+    if min(int(labels.sum()), int((~labels).sum())) < LEAST:
+        raise InputError(f"{int(labels.sum())} unsafe of {len(labels)} usable prompts; expected at least {LEAST} of either kind")
+    values = torch.from_numpy(features.values[usable])
+    scores = guard.classifier.scores(values).numpy()
+    calibrated, losses = fit_calibration(scores, labels, calibration, seed)
+    classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
+    chances = classifier.probabilities(values).numpy()
+    targets = sorted({target, *(point.fpr_target for point in guard.operating_points)}, reverse=True)
+    points = operating_points(chances, labels, targets)
+    active = next(point for point in points if point.fpr_target == target)
+    area, before = auroc(scores, labels), guard.report.get("auroc") or {}
+    notes = [*features.notes, *data.notes, *_moved(area.value, before.get("value"))]
+    notes += [f"{int((~usable).sum())} prompts were truncated or gave NaN: left out"] if not usable.all() else []
+    notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
+    seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
+    notes += (
+        [f"{seen} of the {len(data.prompts)} prompts are among those the guard was fit on: rates on them flatter"] if seen else []
+    )
+    notes += ["the threshold of re-checks was dropped: measure it on this model"] if guard.recheck is not None else []
+    report = {
+        **guard.report,
+        "recalibrated": {
+            "auroc": area,
+            "auroc_before": before,
+            "expected_calibration_error": expected_calibration_error(chances, labels),
+            "log_losses": losses,
+            "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
+            "bindings_before": guard.bindings,
+        },
+        "fpr": target,
+    }
+    return Guard(
+        neurons,
+        guard.pooling,
+        classifier,
+        points,
+        active.threshold if active.threshold is not None else threshold_for(chances[~labels], target),
+        f"fpr {target:g}" if active.supported else f"provisional fpr {target:g}",
+        bindings_of(model, neurons),
+        histograms(classifier, features.values[usable], chances, labels),
+        plain(report),
+        tuple(dict.fromkeys(notes)),
+        None,
+        model,
+    )
+
+
+def _moved(now: float | None, before: float | None) -> list[str]:
+    if now is None or before is None:
+        return []
+    return [f"AUROC {now:.3f} on this model, {before:.3f} where the guard was fit"]
+
+
+def calibrate_recheck(
+    guard: Guard,
+    safe: Texts,
+    unsafe: Texts | None = None,
+    *,
+    every: int = 16,
+    max_new_tokens: int = 64,
+    fpr: float = 0.01,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Guard:
+    """The guard with a threshold for re-checks: the model answers safe prompts greedily, and the classifier reads its answers under way.
+
+    The classifier was fit on prompts. What it says at generated positions is the same formula on other text, so it is no calibrated
+    probability there; the threshold is set on it all the same, such that at most the wanted share of *answers* to safe prompts is stopped,
+    over all checks of an answer together.
+
+    Args:
+        guard: bound to its model.
+        safe: prompts whose answers must not be stopped.
+        unsafe: prompts whose answers should be, to measure what the checks catch; optional.
+        every: tokens between checks.
+        max_new_tokens: longest answer; longer ones have more checks, so a guarded model refuses them.
+        fpr: share of the answers to safe prompts that may be stopped.
+        batch_size: rows, or `auto`.
+        progress: called with (batches done, in all, tokens) while answers are read.
+
+    Raises:
+        UsageError: numbers out of range. InputError: no safe prompts.
+
+    Source: none of the papers re-checks; false-positive rates per answer as in `threshold_for`.
+    """
+    if every < 1 or max_new_tokens < every:
+        raise UsageError(
+            f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no longer than the answer"
+        )
+    check_probability(fpr, "false-positive rate")
+    chances, labels = [], []
+    for prompts, label in ((safe, False), (unsafe, True)):
+        if prompts is not None:
+            found = _largest_checks(guard, prompts, every, max_new_tokens, batch_size, progress)
+            chances.append(found)
+            labels.append(np.full(len(found), label))
+    p, is_unsafe = np.concatenate(chances), np.concatenate(labels)
+    needed, n_safe = math.ceil(EXAMPLES / fpr), int((~is_unsafe).sum())
+    if not n_safe:
+        raise InputError("no answer to a safe prompt could be read; expected safe prompts that fit the context")
+    threshold = threshold_for(p[~is_unsafe], fpr)
+    why = "" if n_safe >= needed else f"{n_safe:,} answers to safe prompts, {needed:,} are needed ({EXAMPLES} / {fpr:g})"
+    measured, caught = rates_at(p, is_unsafe, threshold)
+    notes = [f"the threshold of re-checks is provisional: {why}"] if why else []
+    recheck = Recheck(every, max_new_tokens, threshold, fpr, measured, caught, not why, why)
+    return dataclasses.replace(guard, recheck=recheck, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+
+
+def _largest_checks(
+    guard: Guard, prompts: Texts, every: int, max_new_tokens: int, batch_size: BatchSize, progress: Progress | None
+) -> np.ndarray:
+    """The largest probability over the checks of each answer; 0 for one that ends before the first."""
+    model = guard.bound
+    asked = as_prompts(prompts)
+    encoded = model.encode(asked, reserve=max_new_tokens)
+    answers = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    largest = np.zeros(len(asked))
+    checks: list[Encoded] = []
+    owners: list[int] = []
+    for number, (item, answer) in enumerate(zip(encoded, answers, strict=True)):
+        for length in range(every, len(answer.token_ids) + 1, every):
+            checks.append(Encoded(item.prompt_id, [*item.ids, *answer.token_ids[:length]]))
+            owners.append(number)
+    if checks:
+        read = read_poolings(model, checks, guard.neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
+        chances = guard.probabilities(torch.from_numpy(read.values)).nan_to_num(1.0).numpy()
+        np.maximum.at(largest, np.array(owners), chances)
+    return largest[[not item.truncated for item in encoded]]

@@ -1,0 +1,142 @@
+"""Watching one batch while it is generated: verdicts at the end of its prefill, re-checks later, rows stopped one by one."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from safety_neurons.guard.features import Collector
+from safety_neurons.guard.guard import FAILURES, TOP, Guard
+from safety_neurons.guard.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When rows are stopped.
+
+    Attributes:
+        fail_open: whether a prompt that was truncated or could not be scored goes on.
+        shadow: whether everything goes on.
+        every: generated tokens between re-checks; 0 for none.
+        threshold: of the re-checks.
+        top: neurons to name in a verdict.
+    """
+
+    fail_open: bool = False
+    shadow: bool = False
+    every: int = 0
+    threshold: float = 1.0
+    top: int = TOP
+
+
+@dataclass
+class Watch:
+    """Reads the guard's neurons in one batch, says which rows to stop, and leaves the scores of all tokens as they are.
+
+    The verdicts are there before the first token is chosen. A flagged row ends with its first token, which is thrown away: the other rows
+    of the batch go on, and nothing they see has changed.
+
+    Attributes:
+        guard: bound.
+        rules: when to stop.
+        truncated: per row whether its prompt was.
+        lengths: tokens of each prompt.
+        verdicts: per row, once the prompt is read.
+        rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
+        cancelled: set from outside to end all rows at their next token.
+    """
+
+    guard: Guard
+    rules: Rules
+    truncated: Sequence[bool]
+    lengths: Sequence[int]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    verdicts: list[Verdict] = field(default_factory=list)
+    rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
+    steps: int = 0
+    _reading: bool = False
+
+    @contextlib.contextmanager
+    def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
+        """Watch the batch that is generated inside the context; gives the arguments of `generate` that do it."""
+        self.collector = Collector(self.guard.neurons, [self.guard.pooling])
+        self.collector.start(mask, left=True)
+        self.stopped = torch.zeros(len(mask), dtype=torch.bool)
+        self.rechecks = [[] for _ in range(len(mask))]
+        with contextlib.ExitStack() as self._hooks:
+            self._open()
+            yield {"logits_processor": [self.before_token], "stopping_criteria": [self.after_token]}
+
+    def before_token(self, _: Int[Tensor, "batch token"], scores: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Called with the scores of the next token of every row: behind the prefill, and behind every token after it."""
+        if self.steps == 0:
+            self.verdicts = self._judge(None)
+            self._stop([verdict.flagged for verdict in self.verdicts])
+            self._rest()
+        elif self._due(self.steps):
+            found = self._judge(self.rules.threshold)
+            for row, verdict in enumerate(found):
+                self.rechecks[row].append((self.steps, verdict))
+            self._stop([verdict.flagged for verdict in found])
+            self._rest()
+        self.steps += 1
+        if self._due(self.steps):
+            self._open()
+        return scores
+
+    def after_token(self, ids: Int[Tensor, "batch token"], _: Any = None, **__: Any) -> Bool[Tensor, " batch"]:
+        """Called with the token of every row: which rows end here."""
+        ends = torch.ones_like(self.stopped) if self.cancelled.is_set() else self.stopped
+        return ends.to(ids.device)
+
+    def stopped_at(self, row: int, n_tokens: int) -> tuple[int, Verdict] | None:
+        """Where a row that gave so many tokens was stopped: the number of tokens before that, and the verdict; None where it was not.
+
+        A re-check behind the end of a row's answer, which only a longer row of its batch made happen, does not count.
+        """
+        if self.rules.shadow:
+            return None
+        checks = [(0, self.verdicts[row]), *self.rechecks[row]]
+        return next(((count, verdict) for count, verdict in checks if verdict.flagged and count <= n_tokens), None)
+
+    def _due(self, step: int) -> bool:
+        return self.rules.every > 0 and step % self.rules.every == 0
+
+    def _stop(self, flagged: Sequence[bool]) -> None:
+        if not self.rules.shadow:
+            self.stopped |= torch.tensor(flagged)
+
+    def _judge(self, threshold: float | None) -> list[Verdict]:
+        started = time.perf_counter()
+        options: dict[str, Any] = {"threshold": threshold, "fail_open": self.rules.fail_open}
+        try:
+            features = self.collector.result()[self.guard.pooling]
+            verdicts = self.guard.verdicts(features, self.truncated, top=self.rules.top, **options)
+        except FAILURES as error:
+            verdicts = [self.guard.failed(error, **options) for _ in self.truncated]
+        latency = 1000 * (time.perf_counter() - started)
+        pairs = zip(verdicts, self.lengths, strict=True)
+        return [dataclasses.replace(verdict, latency_ms=latency, n_tokens=length + self.steps) for verdict, length in pairs]
+
+    def _open(self) -> None:
+        """Read from now on, unless reading never ended: what pools over all tokens must see all of them."""
+        if not self._reading:
+            self._reading = True
+            self._hooks.enter_context(self.collector.on(self.guard.bound))
+
+    def _rest(self) -> None:
+        """Take the hooks off until the next check; a pooling over all tokens keeps them while there is one."""
+        if self.rules.every and self.guard.pooling.kind != "last":
+            return
+        self._reading = False
+        with contextlib.suppress(*FAILURES):  # sites that never came by are in the verdict already
+            self._hooks.close()
+        if self.guard.pooling.kind == "last":
+            self.collector.start(left=True)
