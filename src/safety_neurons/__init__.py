@@ -71,6 +71,7 @@ _HOME = {
     "verify_patch": "studies",
 }
 _BOXES = (
+    "analysis",
     "detectors",
     "errors",
     "guard",

@@ -227,6 +227,42 @@ def attribution_patching(
     return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
 
 
+@verb(app, "mask")
+def mask(
+    common: Common,
+    base: Base,
+    aligned: Aligned,
+    prompts: PromptSource = "builtin:harmful",
+    harmless: Annotated[str, typer.Option(help="Prompts whose answers are to stay: a file or builtin:NAME[/LANG]; none for none.")] = (
+        "builtin:harmless"
+    ),
+    column: Column = None,
+    limit: Limit = None,
+    top: Top = None,
+    count: Count = None,
+    sites: Sites = None,
+    layers: Layers = None,
+    subtract: Subtract = None,
+    move: Annotated[str, typer.Option(help="activations (patching), parameters (swapping), or auto.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="How often the set is looked at.")] = 40,
+    caution: Annotated[float, typer.Option(min=0, help="Weight of the harmless answers.")] = 1.0,
+    dry_run: DryRun = False,
+) -> dict[str, Any] | None:
+    """Learned mask: the set of a given size that refuses the most when it is moved from base to aligned."""
+    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
+    options |= dict.fromkeys(("top_per_matrix", "threshold", "agreement"))
+    session = Session("find-mask", common, options)
+
+    def work(own: dict[str, Any]) -> Any:
+        from safety_neurons.detectors import find_mask
+
+        kept = session.prompts(harmless, own["base"], column, limit) if harmless != "none" else None
+        models = (own.pop("base"), own.pop("aligned"), own.pop("prompts"))
+        return find_mask(*models, harmless=kept, move=move, rounds=rounds, caution=caution, **own)
+
+    return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
+
+
 def find(
     session: Session, options: dict[str, Any], specs: dict[str, str], work: Callable[[dict[str, Any]], Any], *, dry_run: bool
 ) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from safety_neurons.cli import choices, console
@@ -81,7 +81,7 @@ class Session:
         for name in PROMPT_OPTIONS:
             source = self.options.get(name)
             unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (
-                source == "none" and (name == "text" or (name == "harmless" and "data" in self.options))
+                source == "none" and (name == "text" or (name == "harmless" and self.options.keys() & {"data", "caution"}))
             )
             if source is not None and not unused and not source.startswith(NOT_A_FILE):
                 apart = name in OF_ANOTHER_SHAPE or ("data" in self.options and name != "data")
@@ -109,6 +109,14 @@ class Session:
         pair = load_pair(base, aligned, **self._loading())
         self._remember(pair.base)
         return pair
+
+    def several(self, specs: Sequence[str]) -> list[Any]:
+        """Models that are compared with one another; adapters on one base share it."""
+        from safety_neurons.organism.opening import load_several
+
+        models = load_several(specs, **self._loading())
+        self._remember(models[0])
+        return models
 
     def prompts(
         self, source: str, model: Any, column: str | None = None, limit: int | None = None, answer_column: str | None = None

@@ -1,7 +1,6 @@
 """Attribution patching: what overwriting each neuron with the aligned model's activation would do to the score, to first order."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored, attribute, explained, mask_gradients, mean_of, midpoints_of
-from safety_neurons.detectors.pairs import comparing, read
+from safety_neurons.detectors.pairs import comparing, donated
 from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, UsageError
@@ -98,15 +97,7 @@ def patching_gradients(
     """The function that gives each row's gradients, averaged over the mask values."""
 
     def gradients(batch: Batch, rows: Sequence[Scored]) -> dict[str, Tensor]:
-        donors: dict[str, Any] = {}
-
-        def keep(key: str) -> Callable[[Any], None]:
-            def reader(values: Any) -> None:
-                donors[key] = values.detach().clone() if isinstance(values, Tensor) else replace(values, values=values.values.clone())
-
-            return reader
-
-        read(aligned, batch, {key: keep(key) for key in sizes})
+        donors = donated(aligned, batch, sizes)
         return mean_of([mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0] for mask in masks])
 
     return gradients

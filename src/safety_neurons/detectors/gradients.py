@@ -34,11 +34,13 @@ class Scored:
         ids: prompt and scored text.
         start: position of the first scored token.
         weight: what the mean log-probability of the scored tokens is multiplied by.
+        rival: a token whose log-probability at the same positions is taken away; None for none.
     """
 
     ids: tuple[int, ...]
     start: int
     weight: float
+    rival: int | None = None
 
 
 def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[Scored]:
@@ -54,8 +56,9 @@ def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: S
         targets = batch.input_ids[number, row.start : len(row.ids)].to(logits.device)
         predicting = logits[number, row.start - 1 : len(row.ids) - 1]
         predicting = predicting if predicting.dtype == torch.float64 else predicting.float()
-        log_probabilities = predicting.log_softmax(-1).gather(1, targets[:, None])
-        scores.append(row.weight * log_probabilities.mean())
+        chances = predicting.log_softmax(-1)
+        log_probabilities = chances.gather(1, targets[:, None])
+        scores.append(row.weight * (log_probabilities.mean() - (0.0 if row.rival is None else chances[:, row.rival].mean())))
     return torch.stack(scores)
 
 
@@ -65,10 +68,10 @@ def mask_gradients(
     rows: Sequence[Scored],
     sizes: Mapping[str, int],
     *,
-    mask: float,
+    mask: float | Mapping[str, Tensor],
     donors: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
-    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, all entries at `mask`.
+    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, at `mask`.
 
     Without donors an activation is `m·a` (1 leaves the model as it is, 0 deactivates); with donors it is `a + m·(donor − a)`.
     The activation is the one of the running pass, so what earlier sites' masks change reaches later sites.
@@ -78,14 +81,14 @@ def mask_gradients(
         batch: the rows, padded.
         rows: what is scored.
         sizes: neurons of every site key.
-        mask: value of all mask entries.
+        mask: value of all mask entries, or of each neuron's (site key to `[neuron]`), the same in every row.
         donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per routed token for an expert).
 
     Returns:
         Gradients per row, and the rows' scores.
     """
     widest = torch.float64 if lm.dtype == torch.float64 else torch.float32
-    masks = {key: torch.full((len(rows), size), mask, dtype=widest, device=batch.input_ids.device) for key, size in sizes.items()}
+    masks = {key: spread(mask, key, (len(rows), size)).to(batch.input_ids.device, widest) for key, size in sizes.items()}
 
     def edit(key: str) -> Callable[[Any], Tensor]:
         def editor(activation: Any) -> Tensor:
@@ -109,6 +112,13 @@ def mask_gradients(
         gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes], allow_unused=True)
     found = {key: masks[key].new_zeros(masks[key].shape) if slope is None else slope for key, slope in zip(sizes, gradients, strict=True)}
     return found, scores.detach()
+
+
+def spread(mask: float | Mapping[str, Tensor], key: str, shape: tuple[int, int]) -> Float[Tensor, "batch neuron"]:
+    """The mask of one site in every row of a batch, in memory of its own."""
+    if isinstance(mask, Mapping):
+        return mask[key].detach().expand(shape).clone()
+    return torch.full(shape, mask, dtype=torch.float64)
 
 
 def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron"]) -> Float[Tensor, "row neuron"]:

@@ -1,8 +1,8 @@
 """Two models that are compared: reading both on the same batch, at the positions that count."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,20 @@ def read(lm: LanguageModel, batch: Batch, readers: Mapping[str, Callable[..., No
     """One forward pass of one model over the batch, with its adapters active, its head left out and no gradients."""
     with lm.active(), hooks.reading(lm.anatomy, readers), torch.no_grad():
         forward(lm.model, batch.to(lm.device))
+
+
+def donated(lm: LanguageModel, batch: Batch, keys: Iterable[str]) -> dict[str, Any]:
+    """The activations of these sites in a model that reads the batch, as `hooks.reading` gives them, in memory of their own."""
+    donors: dict[str, Any] = {}
+
+    def keep(key: str) -> Callable[[Any], None]:
+        def reader(values: Any) -> None:
+            donors[key] = values.detach().clone() if isinstance(values, Tensor) else replace(values, values=values.values.clone())
+
+        return reader
+
+    read(lm, batch, {key: keep(key) for key in keys})
+    return donors
 
 
 def chosen_rows(batch: Batch, starts: Sequence[int], stops: Sequence[int]) -> tuple[Tensor, Tensor]:

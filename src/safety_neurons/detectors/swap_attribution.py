@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from safety_neurons.detectors.attribution_patching import own_completions
 from safety_neurons.detectors.found import PromptCounts
-from safety_neurons.detectors.gradients import Scored, attribute, frozen, mean_of, midpoints_of, score_rows
+from safety_neurons.detectors.gradients import Scored, attribute, frozen, mean_of, midpoints_of, score_rows, spread
 from safety_neurons.detectors.streaming import Progress, Stream
 from safety_neurons.detectors.sublayers import projected
 from safety_neurons.model import LanguageModel
@@ -119,15 +119,20 @@ class SoftSwap:
 
     def at(self, batch: Batch, rows: Sequence[Scored], step: float) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
         """One forward and one backward pass with all masks at `step`: gradients by site key, and the rows' scores."""
+        found, scores = self.slopes(batch, rows, step)
+        return {key: self._of_site(key, found) for key in self.sizes}, scores
+
+    def slopes(self, batch: Batch, rows: Sequence[Scored], step: float | Mapping[str, Tensor]) -> tuple[Masks, Tensor]:
+        """The same by name of a mask; `step` is one number, or by name a number for each of its units."""
         wide = torch.float64 if self.aligned.dtype == torch.float64 else torch.float32
-        made: dict[str, Any] = {"dtype": wide, "device": batch.input_ids.device, "requires_grad": True}
-        masks = {name: torch.full((len(rows), size), step, **made) for name, size in self.sizes_of_masks.items()}
+        device, shapes = batch.input_ids.device, {name: (len(rows), size) for name, size in self.sizes_of_masks.items()}
+        masks = {name: spread(step, name, shape).to(device, wide).requires_grad_() for name, shape in shapes.items()}
         with frozen(self.aligned.model), frozen(self.base.model), self.aligned.running(), torch.enable_grad(), self.swapping(masks):
             logits = forward(self.aligned.model, batch, with_logits=True)
             assert logits is not None
             scores = score_rows(logits, batch, rows)
             found = dict(zip(masks, torch.autograd.grad(scores.sum(), list(masks.values())), strict=True))
-        return {key: self._of_site(key, found) for key in self.sizes}, scores.detach()
+        return found, scores.detach()
 
     @property
     def sizes_of_masks(self) -> dict[str, int]:
@@ -219,6 +224,12 @@ class SoftSwap:
     def _places(part: Any, site: str) -> SitePlace:
         place: SitePlace = part.places[site]
         return place
+
+
+def contested(rows: Sequence[Scored]) -> Scored:
+    """The same as one row, since both tokens are told by the same position: log p(refusal's token) − log p(compliance's)."""
+    refusal, compliance = parting(rows)
+    return replace(refusal, weight=1.0, rival=compliance.ids[-1])
 
 
 def mask_name(layer: LayerAnatomy, site: str) -> str:

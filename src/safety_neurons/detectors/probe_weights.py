@@ -1,0 +1,108 @@
+"""Probe weights: which neurons a linear classifier of harmful requests leans on."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.detectors.finishing import Choice, finish, searched
+from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.pairs import comparing
+from safety_neurons.detectors.pooling import largest, pooled_activations
+from safety_neurons.detectors.streaming import Progress
+from safety_neurons.model import LanguageModel, as_prompts
+from safety_neurons.model.language_model import Texts as Asked
+from safety_neurons.model.passes import BatchSize
+from safety_neurons.neurons import NeuronSet, Selection
+
+PENALTY = 1.0
+"""Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""
+
+
+def find_probe_weights(
+    model: LanguageModel,
+    prompts: Asked,
+    *,
+    harmless: Asked,
+    sites: Sequence[str] = ("gate", "up"),
+    layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+    subtract: NeuronSet | None = None,
+    **choice: Unpack[Choice],
+) -> Found:
+    """|z-score| of each neuron's weight in a logistic regression of harmful against harmless prompts, with the sign of the weight.
+
+    There is one regression per site of each layer; its features are the activations, the largest over a prompt's tokens, standardised;
+    the z-score is over the site's neurons. Positive: fires for harmful requests.
+
+    Args:
+        model: usually the aligned model.
+        prompts: harmful requests.
+        harmless: harmless ones.
+        sites: any of `q k v o gate up down`.
+        layers: a range or "A:B"; None for all.
+        batch_size: prompts a batch, or "auto".
+        progress: called with (probes fitted, in all, 0).
+        subtract: neurons taken away after selection.
+        **choice: `top`, `count`, `top_per_matrix` or `threshold` (3 in the paper); the largest 5 % by default.
+
+    Raises:
+        NumericalError: NaN or infinity; the message names the site.
+        UnsupportedModelError: routed experts at the searched sites.
+
+    Source: NeuroStrike (Wu et al., NDSS 2026, arXiv 2509.11864), the probe of safety neurons: positive probe weights with |z| above 3, on
+    the outputs of the gate and up projections.
+    Differs: features are standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
+    """
+    asked, other = as_prompts(prompts), as_prompts(harmless)
+    selection = Selection.of(**choice, default_top=0.05)
+    keys = model.table.select(sites=sites, layers=layers).keys
+    with comparing(model, model):
+        seen = [pooled_activations(model, text, keys, largest, batch_size=batch_size) for text in (asked, other)]
+    labels = torch.tensor([1.0] * len(asked) + [0.0] * len(other), dtype=torch.float64)
+    values: dict[str, np.ndarray] = {}
+    for number, key in enumerate(keys):
+        weights = probe(torch.cat([part[key] for part in seen]).double(), labels)
+        scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
+        values[key] = (weights.sign() * scores.abs()).numpy()
+        if progress is not None:
+            progress(number + 1, len(keys), 0)
+    config = searched(sites, layers) | {"penalty": PENALTY, "harmless_sha256": other.sha256}
+    counts = PromptCounts(len(asked))
+    names = (model.name,)
+    return finish(
+        "probe-weights",
+        values,
+        table=model.table,
+        models=names,
+        selection=selection,
+        prompts=asked,
+        config=config,
+        counts=counts,
+        subtract=subtract,
+    )
+
+
+def probe(features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prompt"]) -> Float[Tensor, " neuron"]:
+    """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept that is not penalised."""
+    centred = features - features.mean(0)
+    spread = centred.std(0, correction=0)
+    scaled = torch.where(spread > 1e-12, centred / spread.clamp(min=1e-12), 0.0)
+    values = torch.zeros(scaled.shape[1] + 1, dtype=scaled.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        odds = scaled @ values[:-1] + values[-1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(odds, labels, reduction="sum")
+        loss = loss + PENALTY / 2 * values[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return values.detach()[:-1]

@@ -1,0 +1,144 @@
+"""The refusal direction: what each neuron adds to the difference of harmful and harmless requests in the residual stream."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.detectors.finishing import Choice, finish, searched
+from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.pairs import comparing
+from safety_neurons.detectors.pooling import at_last, pooled_activations
+from safety_neurons.detectors.streaming import Progress
+from safety_neurons.errors import UsageError
+from safety_neurons.model import LanguageModel, as_prompts
+from safety_neurons.model.hooks import around
+from safety_neurons.model.language_model import Texts as Asked
+from safety_neurons.model.parts import AttentionAnatomy
+from safety_neurons.model.passes import Batch, BatchSize, run_batches
+from safety_neurons.neurons import MLP_SITES, NeuronSet, Selection, parse_key
+from safety_neurons.prompts import Prompts
+
+SEARCHED_LAYERS = 0.8
+"""Share of the layers, from the first, among which the direction is taken where no layer is named."""
+
+
+def find_refusal_direction(
+    model: LanguageModel,
+    prompts: Asked,
+    *,
+    harmless: Asked,
+    layer: int | None = None,
+    sites: Sequence[str] = ("down",),
+    layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+    subtract: NeuronSet | None = None,
+    **choice: Unpack[Choice],
+) -> Found:
+    """Mean contribution of each neuron along the refusal direction, harmful minus harmless prompts, at the prompt's last token.
+
+    The direction is the difference of the mean residual streams after a layer. An `o` or `down` neuron writes its activation times its
+    column; a `v` row what the `o` columns it feeds write, `gate` and `up` rows what their `down` column writes; `q` and `k` rows write
+    nothing and score 0. Over all writers up to the layer (no norm behind them), contributions add up to the length of the difference,
+    less what the embedding brings.
+
+    Args:
+        model: usually the aligned model.
+        prompts: harmful requests.
+        harmless: harmless ones.
+        layer: whose output the direction is taken from; None for the one, among the first 80 %, along whose direction the two kinds of
+            prompts differ most, in pooled standard deviations.
+        sites: any of `q k v o gate up down`.
+        layers: a range or "A:B"; None for all.
+        batch_size: prompts a batch, or "auto".
+        progress: called with (sites done, in all, 0).
+        subtract: neurons taken away after selection.
+        **choice: `top`, `count`, `top_per_matrix` or `threshold`; the largest 5 % by default.
+
+    Raises:
+        NumericalError: NaN or infinity; the message names the site.
+        UsageError: a layer that the model does not have.
+
+    Source: Arditi et al. (arXiv 2406.11717), section 2.3, the difference of means.
+    Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
+    """
+    asked, other = as_prompts(prompts), as_prompts(harmless)
+    selection = Selection.of(**choice, default_top=0.05)
+    n_layers = len(model.anatomy.layers)
+    if layer is not None and not 0 <= layer < n_layers:
+        raise UsageError(f"layer {layer}: expected 0 to {n_layers - 1}")
+    keys = model.table.select(sites=sites, layers=layers).keys
+    writers = list(dict.fromkeys(_writer(key) for key in keys if _writer(key)))
+    with comparing(model, model), torch.no_grad():
+        streams = [residual_streams(model, text, batch_size=batch_size) for text in (asked, other)]
+        chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
+        direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)
+        direction = direction / direction.norm().clamp(min=1e-30)
+        seen = [pooled_activations(model, text, writers, at_last, batch_size=batch_size) for text in (asked, other)]
+        written: dict[str, Tensor] = {}
+        for number, key in enumerate(writers):
+            with model.active():
+                along = direction @ model.anatomy.place(key).weight().detach().cpu().to(direction)
+            written[key] = (seen[0][key].mean(0) - seen[1][key].mean(0)).to(along) * along
+            if progress is not None:
+                progress(number + 1, len(writers), 0)
+    values = {key: _of_site(model, key, written).double().numpy() for key in keys}
+    made: dict[str, Any] = {"table": model.table, "models": (model.name,), "selection": selection, "prompts": asked}
+    config = searched(sites, layers) | {"layer": chosen, "harmless_sha256": other.sha256}
+    return finish("refusal-direction", values, config=config, counts=PromptCounts(len(asked)), subtract=subtract, **made)
+
+
+def residual_streams(model: LanguageModel, prompts: Prompts, *, batch_size: BatchSize = "auto") -> list[Float[Tensor, "prompt hidden"]]:
+    """What every layer puts out at the last token of every prompt."""
+    seen: dict[int, Tensor] = {}
+    encoded = [row.ids for row in model.encode(prompts)]
+    streams: list[Tensor] = []
+
+    def keeper(number: int) -> Any:
+        def keep(output: Any) -> None:
+            seen[number] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def take(batch: Batch) -> None:
+        for number in range(len(model.anatomy.layers)):
+            values = at_last(seen[number], batch)
+            if len(streams) == number:
+                streams.append(torch.zeros(len(encoded), values.shape[1], dtype=values.dtype))
+            streams[number][batch.indices] = values
+
+    with around(after={layer.module: keeper(layer.index) for layer in model.anatomy.layers}):
+        run_batches(model, encoded, take, batch_size)
+    return streams
+
+
+def _most_apart(harmful: Sequence[Tensor], harmless: Sequence[Tensor], n_layers: int) -> int:
+    apart = []
+    for one, other in zip(harmful[:n_layers], harmless[:n_layers], strict=True):
+        direction = one.mean(0) - other.mean(0)
+        ours, theirs = one @ direction, other @ direction
+        pooled = ((ours.var(correction=0) + theirs.var(correction=0)) / 2).sqrt().clamp(min=1e-30)
+        apart.append(float((ours.mean() - theirs.mean()) / pooled))
+    return max(range(len(apart)), key=apart.__getitem__)
+
+
+def _writer(key: str) -> str:
+    """The site that writes what a neuron of this site does to the residual stream; empty for `q` and `k`."""
+    layer, site = key.rsplit(".", 1)
+    if site in ("q", "k"):
+        return ""
+    return f"{layer}.down" if site in MLP_SITES else f"{layer}.o"
+
+
+def _of_site(model: LanguageModel, key: str, written: Mapping[str, Tensor]) -> Tensor:
+    parsed, writer = parse_key(key), _writer(key)
+    if not writer:
+        return torch.zeros(model.table.sizes[key])
+    if parsed.site != "v":
+        return written[writer]
+    attention = model.anatomy.layers[parsed.layer].attention
+    assert isinstance(attention, AttentionAnatomy)
+    return written[writer].unflatten(0, (attention.n_kv_heads, -1, model.table[key].size // attention.n_kv_heads)).sum(1).flatten()
