@@ -1,101 +1,13 @@
-import html.parser
 import json
-import pathlib
 import re
 
-import headless
 import pytest
 import report_runs
+from page_text import Outline
 
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions
-
-HOSTILE = (
-    "</script><script>document.title='owned'</script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    '"><svg onload=document.title="owned">',
-    "<!--<script>",
-    "]]><a href=\"javascript:document.title='owned'\">x</a>",
-    "{{ 7 * 7 }} {% raw %}",
-    "</style><style>*{display:none}</style>",
-    "<iframe src=https://example.invalid></iframe><meta http-equiv=refresh content=0>",
-    "safe\u202eesrever\u2066\u200b\ufeff",
-    "nul\x00bell\x07",
-    "half \ud800 of a pair",
-)
-"""Text that tries to become markup, script, template or another direction."""
-
-
-class Outline(html.parser.HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: dict[str, int] = {}
-        self.attributes: set[str] = set()
-        self.links: list[str] = []
-        self.said: list[str] = []
-        self.inside: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] = self.tags.get(tag, 0) + 1
-        self.attributes |= {name for name, _ in attrs}
-        self.links += [value for name, value in attrs if name in ("href", "src", "action", "data", "xlink:href") and value]
-        self.inside.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag in self.inside:
-            while self.inside.pop() != tag:
-                pass
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.inside):
-            self.said.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.said).split())
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("story")
-    return write_report(report_runs.story(root, n=40), root / "out", title="An organism")
-
-
-@pytest.fixture(scope="module")
-def outline(page) -> Outline:
-    return Outline(page.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("hostile")
-    runs = report_runs.story(root, n=20)
-    verify = root / "verify-contrast"
-    completions = list(Completions.load(verify / "completions.jsonl"))
-    for place, text in enumerate([*HOSTILE, "long " * 200_000]):
-        verdict = {"wording-1": {"label": text, "refused": True}}
-        for arm in ("untreated/harmful", "treated 1638/harmful", f"{text[:200]}/harmful"):
-            completions.insert(0, Completion(f"bad-{place}{text[:80]}", text, text, (), "stop", arm, 0, verdict))
-    Completions(completions).save(verify / "completions.jsonl")
-    for run in runs:
-        record = json.loads((run / "run.json").read_text())
-        record["notes"] = list(HOSTILE)
-        record["hashes"] = {text: text for text in HOSTILE}
-        record["device"] = record["versions"]["torch"] = HOSTILE[0]
-        record["arguments"]["system"] = " ".join(HOSTILE)
-        for name in ("base", "aligned", "model"):
-            if name in record["arguments"]:
-                record["arguments"][name] = HOSTILE[1] + name + HOSTILE[8]
-        for check in record["result"].get("checks", []):
-            check["check"] = check["measured"] = HOSTILE[0]
-        for row in record["result"].get("methods", []):
-            row["method"] = HOSTILE[0] + row["method"] + HOSTILE[-1]
-        (run / "run.json").write_text(json.dumps(record))
-    return write_report(runs, root / "out.html", title=HOSTILE[0] + HOSTILE[8])
 
 
 def test_the_page_is_one_file_that_loads_nothing(page, outline):
@@ -103,7 +15,7 @@ def test_the_page_is_one_file_that_loads_nothing(page, outline):
     assert all(link.startswith("#") for link in outline.links)
     assert "@import" not in text
     assert not re.search(r"url\(", text)
-    assert outline.tags["script"] == 2
+    assert outline.tags["script"] == 3
     assert "default-src &#39;none&#39;" in text
     assert "unsafe-" not in text
 
@@ -259,30 +171,3 @@ def test_a_page_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_pa
     with pytest.raises(RunError, match="cannot write"):
         write_report([run], tmp_path / "file" / "r.html")
     assert (tmp_path / "file").read_text() == "in the way"
-
-
-def test_a_browser_shows_the_page_without_an_error(page):
-    assert headless.console(page) == []
-    seen = Outline(headless.document(page))
-    assert "80 of 80 prompts" in seen.text
-    assert seen.tags["tr"] > 60
-
-
-def test_a_browser_runs_nothing_of_hostile_text(hostile):
-    assert headless.console(hostile) == []
-    document = headless.document(hostile)
-    seen = Outline(document)
-    assert "owned" not in re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1].replace("document.title='owned'", "")
-    assert {"img", "iframe", "a"} & set(seen.tags) == {"a"}
-    assert all(link.startswith("#") for link in seen.links)
-    assert not [name for name in seen.attributes if name.startswith("on")]
-    assert "⟨U+202E⟩" in seen.text
-
-
-def test_the_policy_of_the_page_would_stop_a_script_that_got_in(page, tmp_path):
-    broken = page.read_text(encoding="utf-8").replace(
-        "</body>", "<script>document.title='owned'</script><img src=x onerror=document.title='owned'></body>"
-    )
-    (tmp_path / "broken.html").write_text(broken, encoding="utf-8")
-    assert "<title>An organism</title>" in headless.document(tmp_path / "broken.html")
-    assert any("Content Security Policy" in line for line in headless.console(tmp_path / "broken.html"))

@@ -18,9 +18,16 @@ BUDGET = 3_400_000
 """Bytes of completions in a page."""
 LIMITS = (4000, 2000, 1000, 500, 250, 120)
 """Characters kept of a text; the first that fits the budget."""
+MOST_JUDGES = 8
+"""Judges whose verdicts a page holds, the last ones of a file."""
 FIRST = 12
 """Rows that stand in the page without scripts."""
-_LABELS = {"full": "refused", "partial": "partly refused", "compliance": "complied", "unscored": "unscored"}
+WORDS = ("refused", "partly refused", "complied", "harmful", "safe", "unscored")
+"""What a judge can say, as the page writes it."""
+_LABELS = {"full": "refused", "partial": "partly refused", "compliance": "complied"} | {word: word for word in WORDS[3:]}
+
+
+Row = tuple[str, str, str, dict[int, tuple[tuple[str, ...], str]]]
 
 
 @dataclass
@@ -29,25 +36,20 @@ class Sheet:
 
     title: str
     arms: list[str]
-    rows: list[tuple[str, str, str, dict[int, tuple[str, str]]]] = field(default_factory=list)
-    """Kind of request, prompt id, prompt, and by arm the verdict and the text."""
+    judges: list[str]
+    rows: list[Row] = field(default_factory=list)
+    """Kind of request, prompt id, prompt, and by arm what every judge says and the text."""
     shown: tuple[int, ...] = ()
     """The arms shown first: untreated, treated, aligned."""
 
 
-def sheets(runs: Sequence[Run], name_of: Mapping[int, str]) -> list[Sheet]:
-    """One sheet for every run that has completions, in order."""
-    made = []
-    for place, run in enumerate(runs):
-        if run.verb in ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate") and run.completions is not None:
-            made.append(_sheet(run, name_of.get(place, run.label)))
-    return made
-
-
-def _sheet(run: Run, title: str) -> Sheet:
-    assert run.completions is not None
+def sheet(run: Run, title: str) -> Sheet | None:
+    """The completions of a run, where its folder has any."""
+    if run.verb not in ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate") or run.completions is None:
+        return None
     arms: dict[str, int] = {}
-    rows: dict[tuple[str, str], tuple[str, str, str, dict[int, tuple[str, str]]]] = {}
+    rows: dict[tuple[str, str], Row] = {}
+    judges = list(dict.fromkeys(judge for item in run.completions for judge in item.verdicts))[-MOST_JUDGES:]
     for item in run.completions:
         arm, _, kind = item.arm.rpartition("/")
         arm, kind = (arm, kind) if arm and kind in ("harmful", "harmless") else (item.arm, str(item.meta.get("kind", "")))
@@ -56,10 +58,10 @@ def _sheet(run: Run, title: str) -> Sheet:
         number = arms.setdefault(visible(arm, 60), len(arms))
         identifier = item.prompt_id if run.verb != "evaluate" else f"{item.meta.get('suite')} {item.prompt_id}"
         row = rows.setdefault((kind, identifier), (kind, identifier, item.prompt, {}))
-        row[3][number] = (verdict(item), item.completion)
-    sheet = Sheet(title, list(arms), list(rows.values()))
-    sheet.shown = _first_arms(run, sheet.arms)
-    return sheet
+        row[3][number] = (tuple(verdict(item, judge) for judge in judges), item.completion)
+    made = Sheet(title, list(arms), [visible(judge, 60) for judge in judges], list(rows.values()))
+    made.shown = _first_arms(run, made.arms)
+    return made
 
 
 def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
@@ -74,13 +76,13 @@ def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
     return tuple(places) or tuple(range(min(3, len(arms))))
 
 
-def verdict(item: Completion) -> str:
-    """What the last judge said, in a word or two."""
-    for said in reversed(list(item.verdicts.values())):
-        if isinstance(said, Mapping) and said.get("label") in _LABELS:
-            return _LABELS[said["label"]]
-        if isinstance(said, Mapping) and isinstance(said.get("refused"), bool):
-            return "refused" if said["refused"] else "complied"
+def verdict(item: Completion, judge: str) -> str:
+    """What a judge said, in a word or two."""
+    said = item.verdicts.get(judge)
+    if isinstance(said, Mapping) and said.get("label") in _LABELS:
+        return _LABELS[said["label"]]
+    if isinstance(said, Mapping) and isinstance(said.get("refused"), bool):
+        return "refused" if said["refused"] else "complied"
     return "unscored"
 
 
@@ -123,13 +125,17 @@ def _block(made: Sequence[Sheet], limit: int, share: float) -> str:
     def text(value: str) -> int:
         return texts.setdefault(visible(value, limit), len(texts))
 
-    record: dict[str, Any] = {"sheets": []}
-    for sheet in made:
+    def entry(arm: int, said: tuple[str, ...], answer: str) -> list[Any]:
+        return [arm, text(answer), *map(WORDS.index, said)]
+
+    record: dict[str, Any] = {"sheets": [], "words": WORDS}
+    for each in made:
         rows = [
-            [kind, text(identifier), text(prompt), [[arm, said, text(answer)] for arm, (said, answer) in answers.items()]]
-            for kind, identifier, prompt, answers in sheet.rows[: int(len(sheet.rows) * share)]
+            [kind, text(identifier), text(prompt), [entry(arm, *answer) for arm, answer in answers.items()]]
+            for kind, identifier, prompt, answers in each.rows[: int(len(each.rows) * share)]
         ]
-        record["sheets"].append({"title": visible(sheet.title, 80), "arms": sheet.arms, "shown": list(sheet.shown), "rows": rows})
+        named = {"title": visible(each.title, 80), "arms": each.arms, "judges": each.judges, "shown": list(each.shown)}
+        record["sheets"].append(named | {"rows": rows})
     record["texts"] = list(texts)
     return in_script(record)
 
@@ -145,14 +151,14 @@ def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[dict[str, Any]]
     harmful = [row for row in sheet.rows if row[0] != "harmless"]
     harmless = [row for row in sheet.rows if row[0] == "harmless"]
     chosen = [*harmful[: max(n - 4, n - len(harmless))], *harmless[: max(4, n - len(harmful))]][:n]
-    empty = ("", "")
+    empty: tuple[tuple[str, ...], str] = ((), "")
     return [
         {
             "kind": kind,
             "id": visible(identifier, 60),
             "prompt": visible(prompt, min(limit, 1000)),
             "answers": [
-                {"verdict": answers.get(arm, empty)[0], "text": visible(answers.get(arm, empty)[1], min(limit, 1000))}
+                {"verdict": (answers.get(arm, empty)[0] or ("",))[-1], "text": visible(answers.get(arm, empty)[1], min(limit, 1000))}
                 for arm in sheet.shown
             ],
         }

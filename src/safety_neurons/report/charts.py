@@ -39,8 +39,13 @@ def data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
     return alt.Data(values=[dict(row) for row in rows])
 
 
-def site_map(cells: Mapping[tuple[int, str], float], labels: Mapping[tuple[int, str], str], tips: Mapping[tuple[int, str], str]) -> Markup:
-    """A heat map, layers down and sites across; the largest cell has the full colour."""
+def site_map(
+    cells: Mapping[tuple[int, str], float],
+    labels: Mapping[tuple[int, str], str],
+    tips: Mapping[tuple[int, str], str],
+    places: Mapping[tuple[int, str], str],
+) -> Markup:
+    """A heat map, layers down and sites across; the largest cell has the full colour. `places` name the cells for a script."""
     sites = [site for site in SITES if any(cell[1] == site for cell in cells)]
     layers = sorted({layer for layer, _ in cells})
     largest = max((abs(value) for value in cells.values()), default=0.0) or 1.0
@@ -50,16 +55,22 @@ def site_map(cells: Mapping[tuple[int, str], float], labels: Mapping[tuple[int, 
         row = {"layer": layer, "site": site, "label": labels[layer, site], "tip": tips[layer, site]}
         rows.append(row | {"colour": RAMP[step], "text": ON_RAMP[step >= 5]})
     across = max(30, min(64, 300 // max(len(sites), 1)))
+    gap = alt.Scale(paddingInner=0.07, paddingOuter=0.03)
     base = alt.Chart(data(rows)).encode(
-        x=alt.X("site:N", sort=sites, title=None, axis=alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False)),
+        x=alt.X("site:N", sort=sites, title=None, axis=alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False), scale=gap),
         y=alt.Y(
-            "layer:O", sort=layers, title="layer", axis=alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8)
+            "layer:O",
+            sort=layers,
+            title="layer",
+            axis=alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8),
+            scale=gap,
         ),
         description="tip:N",
     )
-    tiles = base.mark_rect(cornerRadius=2, stroke=PAPER, strokeWidth=2).encode(color=alt.Color("colour:N", scale=None))
+    tiles = base.mark_rect(cornerRadius=2).encode(color=alt.Color("colour:N", scale=None))
     text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
-    return drawing(alt.layer(tiles, text), across * len(sites), 24 if len(layers) <= 24 else 17, step=True)
+    named = {visible(tips[cell], 300): places[cell] for cell in cells}
+    return drawing(alt.layer(tiles, text), across * len(sites), 26 if len(layers) <= 24 else 17, step=True, size="map", places=named)
 
 
 def sweep_figure(sweeps: Sequence[Sweep]) -> Markup:

@@ -4,18 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
-from safety_neurons.neurons import parse_key
-from safety_neurons.report.charts import Row, Sweep, agreement_figure, dot_figure, look, site_map, sweep_figure
+from safety_neurons.report.charts import Row, Sweep, agreement_figure, dot_figure, look, sweep_figure
 from safety_neurons.report.findings import methods_of, random_values, ranked_by
 from safety_neurons.report.reading import Run
 from safety_neurons.report.svg import INK, SOFT
-from safety_neurons.report.tables import Table, agreement_table, arms_table, cells_table, methods_table, neurons_table, summary_table
+from safety_neurons.report.tables import Table, agreement_table, arms_table, methods_table, summary_table
 from safety_neurons.report.text import interval, name, number, plural, say, share, visible
-
-Cells = dict[tuple[int, str], tuple[int, int, float | None]]
 
 
 @dataclass(frozen=True)
@@ -37,82 +33,10 @@ class Part:
     tables: Sequence[Table] = ()
     details: Sequence[Table] = field(default_factory=tuple)
     """Tables that are folded at first."""
-
-
-def find_part(run: Run) -> Part:
-    """Where the neurons of a find run are."""
-    heading = say("{} <span class=sub>on {}</span>", visible(run.method, 40), Markup(" → ").join(name(model) for model in run.models))
-    used = run.result["prompts"]
-    lead = say(
-        "{} kept, {} of those searched and {} of all parameters, from {}.",
-        plural(run.result["n_neurons"], "neuron"),
-        share(run.result["share_of_neurons"]),
-        share(run.result["share_of_parameters"], 2),
-        plural(used["used"], "prompt"),
-    )
-    cells = _cells(run)
-    if not cells:
-        return Part(heading, lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."))
-    top = neurons_table(run)
-    return Part(heading, lead, _maps(run, cells), (), [*([top] if top else []), cells_table(cells)])
-
-
-def _cells(run: Run) -> Cells:
-    """Found, size and mean score of every layer and site; experts of a layer are counted together."""
-    scores, neurons = run.scores, run.neurons
-    table = (scores.table if scores is not None else None) or (neurons.table if neurons is not None else None)
-    sums: dict[tuple[int, str], list[float]] = {}
-    signed = scores is not None and any((values < 0).any() for _, values in scores.items())
-
-    def cell(key: str) -> list[float]:
-        parsed = parse_key(key)
-        return sums.setdefault((parsed.layer, parsed.site), [0.0, 0.0, 0.0, 0.0])
-
-    for key, values in scores.items() if scores is not None else []:
-        entry = cell(key)
-        entry[1] += len(values)
-        entry[2] += float(np.abs(values).sum(dtype=np.float64) if signed else values.sum(dtype=np.float64))
-        entry[3] += len(values)
-    for key, members in neurons.items() if neurons is not None else []:
-        entry = cell(key)
-        entry[0] += len(members)
-        if scores is None and table is not None and key in table:
-            entry[1] += table[key].size
-    return {place: (int(e[0]), int(e[1]), e[2] / e[3] if e[3] else None) for place, e in sums.items()}
-
-
-def _maps(run: Run, cells: Cells) -> list[Figure]:
-    shares = {place: members / size for place, (members, size, _) in cells.items() if size}
-    figures = []
-    if shares:
-        tips = {
-            place: f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons ({share(shares[place])})"
-            for place in shares
-        }
-        labels = {place: _short(100 * value) for place, value in shares.items()}
-        most = sorted(shares, key=lambda place: -shares[place])[:3]
-        text = "Largest: " + "; ".join(tips[place] for place in most)
-        caption = Markup("<b>Found</b>: neurons kept ÷ neurons of the matrix, in %.")
-        figures.append(Figure(site_map(shares, labels, tips), f"Heat map of the share of each matrix kept. {text}.", caption))
-    means = {place: mean for place, (_, _, mean) in cells.items() if mean is not None}
-    if means:
-        largest = max(abs(value) for value in means.values()) or 1.0
-        tips = {place: f"layer {place[0]}, {place[1]}: mean score {value:.3g}" for place, value in means.items()}
-        labels = {place: _short(100 * value / largest) for place, value in means.items()}
-        most = sorted(means, key=lambda place: -means[place])[:3]
-        what = "mean size of the score (signs left out)" if run.scores is not None and _signed(run) else "mean score"
-        caption = say("<b>Score</b>: {} of all neurons of the matrix; 100 = {}.", what, f"{largest:.3g}")
-        text = "Largest: " + "; ".join(tips[place] for place in most)
-        figures.append(Figure(site_map(means, labels, tips), f"Heat map of the {what} of each matrix. {text}.", caption))
-    return figures
-
-
-def _signed(run: Run) -> bool:
-    return run.scores is not None and any((values < 0).any() for _, values in run.scores.items())
-
-
-def _short(value: float) -> str:
-    return "0" if value == 0 else "<1" if abs(value) < 0.95 else f"{value:.0f}"
+    opens: int | None = None
+    """Number of the map whose cells open into neurons."""
+    tall: bool = False
+    """Whether its drawings have so many rows that they stand side by side."""
 
 
 def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[Part]:

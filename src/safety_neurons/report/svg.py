@@ -5,6 +5,7 @@ The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they becom
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -61,7 +62,15 @@ def _drawn(specification: str) -> str:
     return vl_convert.vegalite_to_svg(specification)
 
 
-def drawing(chart: Any, width: float | int, height: float | int, *, step: bool = False, size: str = "") -> Markup:
+def drawing(
+    chart: Any,
+    width: float | int,
+    height: float | int,
+    *,
+    step: bool = False,
+    size: str = "",
+    places: Mapping[str, str] | None = None,
+) -> Markup:
     """The chart as an SVG element without scripts, styles, links or colours of its own.
 
     Args:
@@ -69,12 +78,13 @@ def drawing(chart: Any, width: float | int, height: float | int, *, step: bool =
         width: of the plot, in pixels.
         height: of the plot, or with `step` of one of its rows, in pixels.
         step: whether the height is that of a row.
-        size: an additional class, `wide` or `narrow`.
+        size: an additional class, `wide`, `narrow` or `map`.
+        places: names that a script finds marks by, keyed by what the mark says.
     """
     around = {"width": width, "height": {"step": height} if step else height, "padding": 2, "config": _CONFIG}
     specification = chart.to_dict(validate=False) | around
     root = ElementTree.fromstring(_drawn(json.dumps(specification)))
-    clean = _cleaned(root)
+    clean = _cleaned(root, places or {})
     assert clean is not None
     whole, tall = float(root.get("width", "0")) + 3 * ROOM, float(root.get("height", "0"))
     clean.set("viewBox", f"{-ROOM} 0 {whole:g} {tall:g}")  # Fonts of the reader may be wider than those measured here.
@@ -85,7 +95,7 @@ def drawing(chart: Any, width: float | int, height: float | int, *, step: bool =
     return Markup(ElementTree.tostring(clean, encoding="unicode"))  # noqa: S704 - rebuilt from allowed tags and attributes
 
 
-def _cleaned(element: ElementTree.Element) -> ElementTree.Element | None:
+def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> ElementTree.Element | None:
     tag = element.tag.removeprefix(_NAMESPACE)
     if tag not in _TAGS or element.get("display") == "none":
         return None
@@ -107,10 +117,13 @@ def _cleaned(element: ElementTree.Element) -> ElementTree.Element | None:
         and (label := element.get("aria-label"))
         and "mark" in element.get("aria-roledescription", "")
     ):
-        ElementTree.SubElement(kept, "title").text = visible(label, 300)
+        said = visible(label, 300)
+        ElementTree.SubElement(kept, "title").text = said
+        if said in places:
+            kept.set("data-cell", places[said])
     kept.text = visible(element.text, 300) if element.text else None
     for child in element:
-        clean = _cleaned(child)
+        clean = _cleaned(child, places)
         if clean is not None and (clean.tag != "g" or len(clean)):
             kept.append(clean)
     return kept

@@ -62,16 +62,16 @@ def tiles(runs: Sequence[Run]) -> list[Tile]:
     return made
 
 
+def sweep_order(run: Run) -> tuple[float | int, ...]:
+    """Sorts patch runs: those that reach the ceiling with the fewest neurons first, then by their effect."""
+    point = telling_point(run.result)
+    verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
+    return ({YES: 0, PARTLY: 1, NO: 2, OPEN: 3}[verdict], point["n_neurons"] if verdict == YES else 0, -value)
+
+
 def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
     """The run that reaches the ceiling with the fewest neurons, or comes nearest to it."""
-    rank = {YES: 0, PARTLY: 1, NO: 2, OPEN: 3}
-
-    def order(run: Run) -> tuple[float | int, ...]:
-        point = telling_point(run.result)
-        verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
-        return (rank[verdict], point["n_neurons"] if verdict == YES else 0, -value)
-
-    run = min(patch_runs, key=order)
+    run = min(patch_runs, key=sweep_order)
     point = telling_point(run.result)
     if verdict_of(run.result, point) == OPEN:
         why = say("no effect can be told: {}", visible(point["causal_effect"].get("why"), 200))

@@ -4,12 +4,12 @@
   const source = document.getElementById("completions-data");
   const table = document.getElementById("answers");
   if (!source || !table) return;
-  const { sheets, texts } = JSON.parse(source.textContent);
+  const { sheets, texts, words: said } = JSON.parse(source.textContent);
   const lower = texts.map((text) => text.toLowerCase());
   const at = (id) => document.getElementById(id);
-  const [query, sheetBox, treatment, kind, verdict] = ["query", "sheet", "treatment", "kind", "verdict"].map(at);
+  const [query, sheetBox, treatment, kind, judge, verdict] = ["query", "sheet", "treatment", "kind", "judge", "verdict"].map(at);
   const more = at("more");
-  const tones = { refused: "fact", "partly refused": "partly" };
+  const tones = { refused: "fact", "partly refused": "partly", harmful: "no", safe: "yes" };
   const PAGE = 25;
   const LONG = 420;
   let limit = PAGE;
@@ -38,6 +38,7 @@
     return [...new Set([base, chosen, aligned])].filter((arm) => arm >= 0);
   };
   const answer = (row, arm) => row[3].find((entry) => entry[0] === arm);
+  const word = (entry) => (entry ? said[entry[2 + Number(judge.value)]] : undefined);
 
   const matching = () => {
     const wanted = query.value.trim().toLowerCase();
@@ -46,19 +47,20 @@
     const shown = columns();
     return sheet().rows.filter((row) => {
       if (kind.value && row[0] !== kind.value) return false;
-      const said = (answer(row, treated) || [])[1];
-      if (verdict.value === "changed" && (!said || said === (answer(row, base) || [])[1])) return false;
-      if (verdict.value && verdict.value !== "changed" && said !== verdict.value) return false;
+      const found = word(answer(row, treated));
+      if (verdict.value === "changed" && (!found || found === word(answer(row, base)))) return false;
+      if (verdict.value && verdict.value !== "changed" && found !== verdict.value) return false;
       if (!wanted) return true;
-      return [row[1], row[2], ...shown.map((arm) => (answer(row, arm) || [])[2])].some((text) => text !== undefined && lower[text].includes(wanted));
+      return [row[1], row[2], ...shown.map((arm) => (answer(row, arm) || [])[1])].some((text) => text !== undefined && lower[text].includes(wanted));
     });
   };
 
   const cell = (row, arm) => {
     const entry = answer(row, arm);
     const place = make("td", { role: "cell", "data-arm": sheet().arms[arm] });
-    if (entry) place.append(make("span", { class: "verdict " + (tones[entry[1]] || "open") }, entry[1]), words(texts[entry[2]]));
-    else place.append("–");
+    const label = word(entry);
+    if (label) place.append(make("span", { class: "verdict " + (tones[label] || "open") }, label));
+    place.append(entry ? words(texts[entry[1]]) : "–");
     return place;
   };
   const draw = () => {
@@ -80,7 +82,13 @@
     more.textContent = `Show ${Math.min(PAGE, rows.length - limit)} more`;
   };
   const start = () => {
-    const { arms, shown } = sheet();
+    const { arms, judges, rows, shown } = sheet();
+    choices(judge, judges.map((name, place) => [place, name]), Math.max(judges.length - 1, 0));
+    judge.parentElement.hidden = judges.length < 2;
+    const occurs = new Set(rows.flatMap((row) => row[3].flatMap((entry) => entry.slice(2))));
+    const kept = verdict.value;
+    choices(verdict, [["", "any"], ["changed", "changed by the treatment"], ...said.filter((_, place) => occurs.has(place)).map((label) => [label, label])], kept);
+    if (verdict.selectedIndex < 0) verdict.value = "";
     const treated = arms.map((arm, place) => [place, arm]).filter(([, arm]) => arm !== "untreated" && arm !== "aligned");
     const first = shown.find((arm) => treated.some(([place]) => place === arm));
     choices(treatment, treated.length ? treated : [[0, arms[0]]], first === undefined ? (treated[0] || [0])[0] : first);
@@ -92,7 +100,7 @@
   };
   choices(sheetBox, sheets.map((each, place) => [place, each.title]), 0);
   sheetBox.addEventListener("change", start);
-  for (const box of [treatment, kind, verdict]) box.addEventListener("change", fresh);
+  for (const box of [treatment, kind, judge, verdict]) box.addEventListener("change", fresh);
   let waiting;
   query.addEventListener("input", () => {
     clearTimeout(waiting);

@@ -1,0 +1,186 @@
+"""What a map opens into: the neurons behind every cell, their ranks by every method, and their cards, as one block of data.
+
+The page draws without it; a script only looks things up here. The block is kept small: of a cell with many neurons those with the
+largest scores are in it, and how many are left out is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from safety_neurons.neurons import Scores, parse_key
+from safety_neurons.report.answers import in_script
+from safety_neurons.report.reading import Run
+from safety_neurons.report.text import visible
+
+ROOM = 6000
+"""Neurons in the block, over all maps."""
+LEAST, MOST = 6, 200
+"""Neurons of one cell."""
+
+Cells = dict[tuple[int, str], tuple[int, int, float | None]]
+Ranks = dict[str, np.ndarray]
+
+
+def place_of(layer: int, site: str) -> str:
+    """Name of a cell in the page."""
+    return f"{layer}.{site}"
+
+
+def cells_of(run: Run) -> Cells:
+    """Found, size and mean score of every layer and site; experts of a layer are counted together."""
+    scores, neurons = run.scores, run.neurons
+    table = (scores.table if scores is not None else None) or (neurons.table if neurons is not None else None)
+    sums: dict[tuple[int, str], list[float]] = {}
+    signed = is_signed(scores)
+
+    def cell(key: str) -> list[float]:
+        parsed = parse_key(key)
+        return sums.setdefault((parsed.layer, parsed.site), [0.0, 0.0, 0.0, 0.0])
+
+    for key, values in scores.items() if scores is not None else []:
+        entry = cell(key)
+        entry[1] += len(values)
+        entry[2] += float(np.abs(values).sum(dtype=np.float64) if signed else values.sum(dtype=np.float64))
+        entry[3] += len(values)
+    for key, members in neurons.items() if neurons is not None else []:
+        entry = cell(key)
+        entry[0] += len(members)
+        if scores is None and table is not None and key in table:
+            entry[1] += table[key].size
+    return {place: (int(e[0]), int(e[1]), e[2] / e[3] if e[3] else None) for place, e in sums.items()}
+
+
+def is_signed(scores: Scores | None) -> bool:
+    """Whether scores fall below zero, so that their size is what a mean can show."""
+    return scores is not None and any((values < 0).any() for _, values in scores.items())
+
+
+def ranks_of(scores: Scores) -> Ranks:
+    """Rank of every neuron among all that were scored, 1 for the largest; ties by layer, site, index."""
+    items = list(scores.items())
+    whole = np.concatenate([values for _, values in items]) if items else np.zeros(0)
+    ranks = np.empty(len(whole), np.int64)
+    ranks[np.argsort(-whole, kind="stable")] = np.arange(1, len(whole) + 1)
+    ends = np.cumsum([len(values) for _, values in items])[:-1]
+    return dict(zip([key for key, _ in items], np.split(ranks, ends), strict=True)) if items else {}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One find run as a column of every other run's list."""
+
+    run: Run
+    ranks: Ranks
+
+    def of(self, key: str, index: int) -> list[int]:
+        """Rank of a neuron (0: not scored) and whether it was kept."""
+        ranks, neurons = self.ranks.get(key), self.run.neurons
+        rank = int(ranks[index]) if ranks is not None and index < len(ranks) else 0
+        members = neurons[key] if neurons is not None else np.zeros(0, np.int64)
+        place = int(np.searchsorted(members, index))
+        return [rank, int(place < len(members) and int(members[place]) == index)]
+
+
+def opened(runs: Sequence[Run]) -> list[Run]:
+    """The find runs whose maps open: their score or neuron file is still in the folder."""
+    return [run for run in runs if run.verb.startswith("find-") and (run.scores is not None or run.neurons is not None)]
+
+
+def block(runs: Sequence[Run], cards: Mapping[str, Any]) -> Markup | None:
+    """The data of every find run whose files are still in the folder; nothing where none is.
+
+    Args:
+        runs: all runs of the page.
+        cards: neuron cards by `layers.{i}.{site}.{index}`, text in them already made visible.
+    """
+    found = opened(runs)
+    if not found:
+        return None
+    columns = [Column(run, ranks_of(run.scores) if run.scores is not None else {}) for run in found]
+    cells = {id(run): cells_of(run) for run in found}
+    each = min(MOST, max(LEAST, ROOM // max(sum(map(len, cells.values())), 1)))
+    record: dict[str, Any] = {"runs": [], "cards": dict(cards)}
+    for column in columns:
+        others = [other for other in columns if other is column or _same_model(other.run, column.run)]
+        record["runs"].append(
+            {
+                "label": visible(column.run.label, 80),
+                "method": visible(column.run.method, 40),
+                "columns": [visible(_title(other.run, others), 60) for other in others],
+                "own": others.index(column),
+                "scored": len(column.run.scores) if column.run.scores is not None else 0,
+                "kept": len(column.run.neurons) if column.run.neurons is not None else 0,
+                "cells": {place_of(*place): _cell(place, counts, column, others, each) for place, counts in cells[id(column.run)].items()},
+            }
+        )
+    return Markup(in_script(record))  # noqa: S704 - every character with a meaning in HTML is escaped
+
+
+def _title(run: Run, others: Sequence[Column]) -> str:
+    several = sum(other.run.method == run.method for other in others) > 1
+    return f"{run.method} ({run.label})" if several else run.method
+
+
+def _same_model(first: Run, second: Run) -> bool:
+    prints = [str((run.scores or run.neurons).provenance.model_fingerprint) for run in (first, second)]  # type: ignore[union-attr]
+    return prints[0] == prints[1] != ""
+
+
+def _cell(
+    place: tuple[int, str], counts: tuple[int, int, float | None], column: Column, others: Sequence[Column], each: int
+) -> dict[str, Any]:
+    """Counts of a cell, and its neurons: those kept first, then the next ones, by score."""
+    kept, size, mean = counts
+    scores, neurons = column.run.scores, column.run.neurons
+    rows: list[tuple[int, float, str, int]] = []
+    for key in _keys(column.run, place):
+        values = scores[key] if scores is not None and key in scores else None
+        members = neurons[key] if neurons is not None else np.zeros(0, np.int64)
+        chosen = set(_largest(members, values, each))
+        if values is not None and len(chosen) < LEAST:
+            chosen |= set(_largest(np.arange(len(values)), values, LEAST))
+        held = set(members.tolist())
+        rows += [(int(index not in held), float(values[index]) if values is not None else 0.0, key, index) for index in sorted(chosen)]
+    rows.sort(key=lambda row: (row[0], -row[1]))
+    listed = [
+        [
+            index,
+            _rounded(score) if scores is not None else None,
+            _part(key),
+            [entry for other in others for entry in other.of(key, index)],
+            f"{key}.{index}",
+        ]
+        for _, score, key, index in rows[: max(each, LEAST)]
+    ]
+    return {"of": size, "kept": kept, "mean": None if mean is None else _rounded(mean), "neurons": listed}
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _largest(members: np.ndarray, values: np.ndarray | None, each: int) -> list[int]:
+    if values is None:
+        return [int(index) for index in members[:each]]
+    order = np.argsort(-values[members], kind="stable")[:each]
+    return [int(index) for index in members[order]]
+
+
+def _keys(run: Run, place: tuple[int, str]) -> list[str]:
+    """The matrices of a cell, experts of a layer together."""
+    seen: dict[str, None] = {}
+    for nouns in (run.scores, run.neurons):
+        for key, _ in nouns.items() if nouns is not None else []:
+            parsed = parse_key(key)
+            if (parsed.layer, parsed.site) == place:
+                seen[key] = None
+    return list(seen)
+
+
+def _part(key: str) -> str:
+    parsed = parse_key(key)
+    return "shared expert" if parsed.shared else f"expert {parsed.expert}" if parsed.expert is not None else ""
