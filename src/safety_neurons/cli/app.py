@@ -32,9 +32,12 @@ VERBS = {
     ),
     "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
     "evaluate": ("evaluate", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
+    "analyze": ("analyze", "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive."),
+    "guard": ("guard", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
     "organism": ("organism", "Small models whose safety behaviour is known."),
     "data": ("data", "The built-in prompts and the named suites."),
-    "import": ("importing", "Bring in what others made: attack prompts."),
+    "import": ("importing", "Bring in what others made: prompts, neurons."),
+    "export": ("exporting", "Give neurons the names they have in other tools."),
 }
 """For every verb the module it lives in, which is imported when the verb is asked for, and the sentence that describes it there."""
 

@@ -44,7 +44,7 @@ def check(options: Mapping[str, Any], common: Common) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value!r} is unknown; expected one of {', '.join(allowed)}")
     check_common(common)
     check_places(options)
-    if "count" in options:
+    if "top_per_matrix" in options:
         check_selection(options)
     elif options.get("top") is not None and not 0 < options["top"] <= 1:
         raise UsageError(f"--top {options['top']} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")

@@ -107,7 +107,9 @@ def as_words(arguments: dict[str, Any]) -> list[str]:
 
 
 def as_options(name: str, value: Any) -> list[str]:
-    """One argument as words of a command line."""
+    """One argument as words of a command line; a list is what stands on it without a name."""
+    if isinstance(value, list):
+        return [str(part) for part in value]
     option = "--" + name.replace("_", "-")
     if value is None or value is False:
         return []
