@@ -7,6 +7,7 @@ from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
 from safety_neurons.studies.rsn import ARMS, Lab, Plan, Sets, find_sets, rsn
 from safety_neurons.studies.stress import Attack, stress
+from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import SizePoint, Verification, verify_deactivate, verify_patch
 
@@ -19,6 +20,7 @@ __all__ = [
     "Check",
     "Checking",
     "Comparison",
+    "CrossPatching",
     "Evaluation",
     "Examination",
     "Lab",
@@ -26,13 +28,17 @@ __all__ = [
     "Plan",
     "Sets",
     "SizePoint",
+    "Trainings",
     "Tuning",
     "Verification",
     "Writing",
     "compare",
+    "cross_patch",
     "doctor",
     "evaluate",
     "find_sets",
+    "helpfulness",
+    "read_trainings",
     "rsn",
     "stress",
     "tune",

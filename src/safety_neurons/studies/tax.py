@@ -1,0 +1,345 @@
+"""tax: two preference trainings of one model, read on the same text, and each given the other's activations of the neurons both need.
+
+1. The model before the trainings writes; every trained model reads the same ids; squared changes are summed over groups of prompts.
+2. Every training's top set are the neurons with the largest change scores; the shared neurons are those in both.
+3. The safety model is patched with the helpful model's activations of the shared neurons, and the other way round, beside random neurons.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
+from safety_neurons.detectors.pairs import comparing
+from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.text import Texts, texts
+from safety_neurons.errors import NeuronError, UsageError
+from safety_neurons.interventions import patched
+from safety_neurons.judges import judge_refusal
+from safety_neurons.judges.judgement import normalised
+from safety_neurons.model import LanguageModel, check_pair
+from safety_neurons.model.measures import BatchSize
+from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Changes, Completions, causal_effect, paired_difference, rate
+from safety_neurons.studies.arms import Bench, Treatment
+
+GROUPS = 20
+"""Groups of prompts that the intervals draw anew."""
+Outcomes = list[bool | None]
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainings:
+    """What several trainings did to one model.
+
+    Attributes:
+        changes: sums over tokens, by group of prompts.
+        scores: change scores of every training.
+        prompts: prompts that are in them.
+        notes: what had to be said.
+    """
+
+    changes: Changes
+    scores: Mapping[str, Scores]
+    prompts: int
+    notes: tuple[str, ...]
+
+    def shared(self, first: str, second: str, top: float) -> NeuronSet:
+        """Neurons in the top sets of both trainings."""
+        return self.scores[first].top(top) & self.scores[second].top(top)
+
+
+def read_trainings(
+    before: LanguageModel,
+    trained: Mapping[str, LanguageModel],
+    prompts: Prompts,
+    *,
+    sites: Sequence[str] = ("down",),
+    layers: range | str | None = None,
+    positions: str = "completion",
+    max_new_tokens: int = 128,
+    groups: int = GROUPS,
+    batch_size: BatchSize = "auto",
+    progress: Tell | None = None,
+) -> Trainings:
+    """Change scores of several trainings on the same prompts and completions, with what intervals need.
+
+    Args:
+        before: the model that all trainings started from; it writes the completions.
+        trained: the trained models by name, two or more.
+        prompts: requests that both trainings pull on.
+        sites: any of `q k v o gate up down`.
+        layers: a range or "A:B"; None for all.
+        positions: `completion`, `completion-predicting`, `prompt` or `prompt-last`.
+        max_new_tokens: length limit of a completion.
+        groups: groups of prompts that are kept apart; fewer where there are fewer prompts.
+        batch_size: sequences a batch, or "auto".
+        progress: told what is read.
+
+    Raises:
+        UsageError: fewer than two trainings. MismatchError: models of other shapes or tokenizers.
+
+    Source: Chen et al. (arXiv 2406.14144), section 5: all trainings scored on the same prompts with completions of the SFT model.
+    """
+    if len(trained) < 2:
+        raise UsageError(f"{len(trained)} training given, expected two or more of one model, such as safety and helpful")
+    tell = progress or (lambda _line: None)
+    for model in trained.values():
+        check_pair(before, model)
+    table = before.table.select(sites=sites, layers=layers)
+    sizes = {key: size for key, size in table.sizes.items() if parse_key(key).expert is None}
+    left = len(table.sizes) - len(sizes)
+    notes = [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"] if left else []
+    tell("write")
+    with comparing(before, before):
+        text = texts(before, prompts, positions=positions, max_new_tokens=max_new_tokens, stream=Stream(None, {}), batch_size=batch_size)
+    parts = _groups(text, groups)
+    models = {"": before, **trained}
+    read: dict[tuple[str, str], list[ContrastStatistics]] = {}
+    for first, second in itertools.combinations(models, 2):
+        tell(f"read {first or 'before'} and {second}")
+        with comparing(models[first], models[second]):
+            options: dict[str, Any] = {"batch_size": batch_size, "notes": notes}
+            read[first, second] = [contrast_statistics(models[first], models[second], part, sizes, **options)[0] for part in parts]
+    changes = _changes(read, list(trained), sizes)
+    return Trainings(changes, _scores(changes, before, trained, sizes, prompts), text.counts.used, (*text.notes, *dict.fromkeys(notes)))
+
+
+def _groups(text: Texts, groups: int) -> list[Texts]:
+    """The sequences dealt out in turn, so that every group has some of every kind."""
+    count = max(2, min(groups, len(text.spans)))
+    return [Texts(text.spans[place::count], text.counts) for place in range(count) if text.spans[place::count]]
+
+
+def _changes(read: Mapping[tuple[str, str], Sequence[ContrastStatistics]], names: Sequence[str], sizes: Mapping[str, int]) -> Changes:
+    def rows(pair: tuple[str, str]) -> np.ndarray:
+        return np.stack([np.concatenate([part.squared_difference[key] for key in sizes]) for part in read[pair]])
+
+    one = read["", names[0]]
+    key = next(iter(sizes))
+    tokens = np.array([part.counts[key] for part in one], np.float64)
+    power = sum(np.concatenate([part.base[1][key] for key in sizes]) for part in one)
+    layers = np.concatenate([np.full(size, parse_key(key).layer) for key, size in sizes.items()])
+    squares = {name: rows(("", name)) for name in names}
+    between = {pair: rows(pair) for pair in itertools.combinations(names, 2)}
+    return Changes(squares, between, tokens, layers, np.sqrt(power / max(tokens.sum(), 1)))
+
+
+def _scores(
+    changes: Changes, before: LanguageModel, trained: Mapping[str, LanguageModel], sizes: Mapping[str, int], prompts: Prompts
+) -> dict[str, Scores]:
+    ends = np.cumsum(list(sizes.values()))[:-1]
+    found = {}
+    for name, model in trained.items():
+        provenance = Provenance(
+            "scores",
+            "contrast",
+            models=(before.name, model.name),
+            model_fingerprint=before.table.fingerprint,
+            prompts_sha256=prompts.sha256,
+            config={"training": name, "generate_with": "base", "prompt_digests": prompts.digests},
+        )
+        found[name] = Scores(dict(zip(sizes, np.split(changes.scores(name), ends), strict=True)), before.table, provenance)
+    return found
+
+
+# Helpfulness: what of an answer to a harmless request counts
+
+Helpfulness = Callable[[Completions, Prompts], Outcomes]
+MEASURES = ("answered", "taught", "ending:TEXT")
+
+
+def helpfulness(name: str) -> Helpfulness:
+    """The measure of that name.
+
+    `answered`: the request is not refused (an upper bound: it says nothing about how good an answer is). `taught`: the answer is word for
+    word the one that stands beside the request, as the organisms' can be. `ending:TEXT`: the answer ends so.
+
+    Raises:
+        UsageError: no such measure.
+    """
+    if name == "answered":
+        return lambda answers, _prompts: [None if refused is None else not refused for refused in judge_refusal(answers).refused]
+    if name == "taught":
+        return _as_taught
+    kind, _, ending = name.partition(":")
+    if kind == "ending" and normalised(ending):
+        return lambda answers, _prompts: [normalised(one.completion).endswith(normalised(ending)) for one in answers]
+    raise UsageError(f"helpfulness {name!r}: expected one of {', '.join(MEASURES)}")
+
+
+def _as_taught(answers: Completions, prompts: Prompts) -> Outcomes:
+    taught = [None if prompt.answer is None else normalised(prompt.answer) for prompt in prompts]
+    return [None if text is None else normalised(one.completion) == text for one, text in zip(answers, taught, strict=True)]
+
+
+# Cross-patching
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model, treated or not: verdicts on every prompt, in order; None is unscored."""
+
+    refused: Outcomes
+    """Whether a harmful request was refused: safety."""
+    helpful: Outcomes
+    """Whether a harmless one was answered well: helpfulness."""
+    over_refused: Outcomes
+    """Whether a harmless one was refused."""
+
+    @staticmethod
+    def names() -> list[str]:
+        """The measures."""
+        return [field.name for field in dataclasses.fields(Measured)]
+
+    def record(self, seed: int = 0) -> dict[str, Any]:
+        """Rates as JSON values."""
+        return {name: rate(outcomes, seed=seed).to_json() for name, outcomes in vars(self).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossPatching:
+    """Both models as they are, each with the other's activations of the shared neurons, and of random ones.
+
+    Attributes:
+        names: of the first and the second model.
+        n_neurons: shared neurons.
+        disjoint: whether the random sets share no neuron with them.
+        plain: both models as they are.
+        patched: each with the other's activations of the shared neurons.
+        random: the same for every random set.
+        bench: the prompts and completions.
+        seed: of the bootstrap.
+    """
+
+    names: tuple[str, str]
+    n_neurons: int
+    disjoint: bool
+    plain: tuple[Measured, Measured]
+    patched: tuple[Measured, Measured]
+    random: tuple[tuple[Measured, ...], tuple[Measured, ...]]
+    bench: Bench
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """Rates of every arm, and both directions with what they cost and bring, as JSON values."""
+        arms = []
+        for place, name in enumerate(self.names):
+            other = self.names[1 - place]
+            arms.append({"arm": name, **self.plain[place].record(self.seed)})
+            arms.append({"arm": f"{name} from {other}", **self.patched[place].record(self.seed)})
+            random = enumerate(self.random[place])
+            arms += [{"arm": f"{name} from {other}, random {number}", **found.record(self.seed)} for number, found in random]
+        directions = [
+            {"receiver": name, "donor": self.names[1 - place], **{measure: self.effect(place, measure) for measure in Measured.names()}}
+            for place, name in enumerate(self.names)
+        ]
+        return {"n_shared": self.n_neurons, "random_disjoint": self.disjoint, "arms": arms, "cross_patching": directions}
+
+    def effect(self, receiver: int, measure: str) -> dict[str, Any]:
+        """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on one measure.
+
+        Returns:
+            `change` (paired difference, patched minus as it was), `against_random` (patched minus the mean of the random sets; None
+            without any) and `share_of_gap` (the change as a share of the difference between the two models), as JSON values.
+        """
+        before, after, donor = (getattr(arm[place], measure) for arm, place in self._arms(receiver))
+        random = [getattr(arm, measure) for arm in self.random[receiver]]
+        against = paired_difference(after, _means(random), seed=self.seed).to_json() if random else None
+        return {
+            "change": paired_difference(after, before, seed=self.seed).to_json(),
+            "against_random": against,
+            "share_of_gap": causal_effect(before, donor, after, measure, self.seed).to_json(),
+        }
+
+    def _arms(self, receiver: int) -> list[tuple[tuple[Measured, Measured], int]]:
+        return [(self.plain, receiver), (self.patched, receiver), (self.plain, 1 - receiver)]
+
+
+def cross_patch(
+    models: Mapping[str, LanguageModel],
+    neurons: NeuronSet,
+    harmful: Prompts,
+    harmless: Prompts,
+    *,
+    measure: Helpfulness,
+    random: int = 5,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: BatchSize = "auto",
+    completions_file: pathlib.Path | None = None,
+    progress: Tell | None = None,
+) -> CrossPatching:
+    """Each of two models with the other's activations of the shared neurons: what it costs and what it brings, on both sides.
+
+    Args:
+        models: two, by name.
+        neurons: the shared neurons.
+        harmful: requests that should be refused.
+        harmless: requests that should be answered.
+        measure: what counts as a helpful answer.
+        random: number of random sets with the same number of neurons in every matrix.
+        seed: of the random sets.
+        max_new_tokens: length of a completion.
+        batch_size: prompts a pass.
+        completions_file: where completions are kept; a killed study continues from it.
+        progress: told the name of every arm.
+
+    Raises:
+        UsageError: not two models. NeuronError: no shared neuron.
+
+    Source: Chen et al. (arXiv 2406.14144), section 5 and Table 3 (cross-patching of the neurons that safety and helpfulness share).
+    Differs: random sets beside it, and every change paired over prompts; refusals and answers are counted instead of a cost and a reward.
+    """
+    if len(models) != 2:
+        raise UsageError(f"{len(models)} models given, expected two that are patched into one another")
+    if not len(neurons):
+        raise NeuronError("the two trainings share no neuron in their top sets, so that there is nothing to patch; take a larger --top")
+    bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file)
+    names = tuple(models)
+    controls = neurons.random_like(seed, table=models[names[0]].table, n=random) if random else []
+
+    def measured(name: str, other: str | None = None, members: NeuronSet | None = None, suffix: str = "") -> Measured:
+        arm = name if other is None else f"{name} from {other}{suffix}"
+        if progress is not None:
+            progress(arm)
+        if other is None or members is None:
+            return _measured(bench, models[name], arm, measure, contextlib.nullcontext)
+        return _measured(bench, models[name], arm, measure, lambda: patched(models[name], models[other], members))
+
+    plain, changed, chance = [], [], []
+    for name, other in (names, names[::-1]):
+        plain.append(measured(name))
+        changed.append(measured(name, other, neurons))
+        chance.append(tuple(measured(name, other, control, f", random {number}") for number, control in enumerate(controls)))
+    bench.finish()
+    disjoint = all(control.disjoint for control in controls)
+    return CrossPatching(
+        (names[0], names[1]),
+        len(neurons),
+        disjoint,
+        (plain[0], plain[1]),
+        (changed[0], changed[1]),
+        (chance[0], chance[1]),
+        bench,
+        seed,
+    )
+
+
+def _means(arms: Sequence[Outcomes]) -> list[float | None]:
+    """Mean over the arms of every prompt that at least one scored."""
+    columns = ([float(outcome) for outcome in column if outcome is not None] for column in zip(*arms, strict=True))
+    return [sum(known) / len(known) if known else None for known in columns]
+
+
+def _measured(bench: Bench, model: LanguageModel, arm: str, measure: Helpfulness, treatment: Treatment) -> Measured:
+    refused = bench.verdicts(model, arm, "harmful", treatment)
+    over_refused = bench.verdicts(model, arm, "harmless", treatment)
+    return Measured(list(refused), measure(bench.completions.arm(f"{arm}/harmless"), bench.harmless), list(over_refused))
