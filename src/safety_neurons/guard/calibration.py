@@ -17,7 +17,7 @@ from safety_neurons.errors import InputError, UsageError
 
 KINDS = ("temperature", "isotonic")
 FOLDS = 5
-FEW = 30
+FEW = 100
 """Fewer calibration examples of either kind than this leave isotonic regression aside."""
 
 
