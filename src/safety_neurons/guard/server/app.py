@@ -108,14 +108,14 @@ class Service:
 
 
 def _application(service: Service) -> FastAPI:
-    pages = {"docs_url": "/docs" if service.settings.docs else None, "redoc_url": None}
     app = FastAPI(
         title="safety-neurons guard",
         version=__version__,
         summary="Verdicts on prompts before they are answered, and answers to those that are not flagged.",
         lifespan=service.life,
         redirect_slashes=False,
-        **pages,
+        docs_url="/docs" if service.settings.docs else None,
+        redoc_url=None,
     )
     app.add_exception_handler(Problem, _shown)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_served)  # type: ignore[arg-type]
