@@ -1,4 +1,7 @@
-"""Prints the tree of the package with one line a module, from the modules' own docstrings. `make format` puts it into the README."""
+"""Prints the tree of the package, one line a module from the modules' own docstrings. `make format` puts it into the pages.
+
+The README shows the boxes, `docs/house.md` every module.
+"""
 
 import ast
 import pathlib
@@ -16,6 +19,8 @@ FLOORS = (
     "cli",
 )
 START, END = "<!-- tree -->", "<!-- end of tree -->"
+PAGES = {"README.md": False, "docs/house.md": True}
+"""Page -> whether it lists every module."""
 
 
 def line_of(path: pathlib.Path) -> str:
@@ -24,36 +29,44 @@ def line_of(path: pathlib.Path) -> str:
     return " ".join(text.split("\n\n")[0].split()).rstrip(".")
 
 
-def tree() -> str:
-    """The floors from the bottom up; every module with its line."""
+def tree(modules: bool = True) -> str:
+    """The floors from the bottom up; every box, and where asked every module, with its line."""
     lines = []
     for level, names in enumerate(FLOORS):
         for name in names.split():
             folder = SOURCE / name
-            if not folder.exists():
-                continue
             if folder.is_file():
-                lines.append(f"{level}  {name:<34}{line_of(folder)}")
-                continue
-            lines.append(f"{level}  {name + '/':<34}{line_of(folder / '__init__.py')}")
-            modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
-            lines += [f"     {path.name:<32}{line_of(path)}" for path in modules]
+                lines.append(f"{level}  {name:<16}{line_of(folder)}")
+            elif folder.exists():
+                lines.append(f"{level}  {name + '/':<16}{line_of(folder / '__init__.py')}")
+                lines += listed(folder) if modules else []
     return "\n".join(["```", *lines, "```"])
 
 
-def with_tree(readme: str) -> str:
-    """The README's text with the tree brought up to date."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md: expected one {START} and one {END} around the tree; put them back")
-    before, rest = readme.split(START)
+def listed(folder: pathlib.Path, indent: str = "     ") -> list[str]:
+    """A line for every module of a box, what lies in its folders included."""
+    width = 37 - len(indent)
+    lines = [f"{indent}{path.name:<{width}}{line_of(path)}" for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        lines.append(f"{indent}{inner.name + '/':<{width}}{line_of(inner / '__init__.py')}")
+        lines += listed(inner, indent + "  ")
+    return lines
+
+
+def with_tree(page: str, modules: bool = True) -> str:
+    """A page's text with the tree brought up to date."""
+    if page.count(START) != 1 or page.count(END) != 1:
+        raise SystemExit(f"expected one {START} and one {END} around the tree; put them back")
+    before, rest = page.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{tree()}\n{END}{after}"
+    return f"{before}{START}\n{tree(modules)}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = with_tree(readme.read_text(encoding="utf-8"))
-    if "--write" in sys.argv:
-        readme.write_text(text, encoding="utf-8")
-    else:
+    for name, modules in PAGES.items():
+        page = ROOT / name
+        text = with_tree(page.read_text(encoding="utf-8"), modules)
+        if "--write" in sys.argv:
+            page.write_text(text, encoding="utf-8")
+    if "--write" not in sys.argv:
         sys.stdout.write(tree() + "\n")

@@ -1,4 +1,4 @@
-"""What the README states and a machine can hold it to: its Python example, on the shipped organism, and its tree."""
+"""What the README states and a machine can hold it to: its Python example, on the shipped organism, and the tree."""
 
 import importlib.util
 import pathlib
@@ -46,15 +46,17 @@ def script():
     return module
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script().with_tree(readme) == readme, "the tree in README.md is out of date: run `python docs/tree.py --write`"
+@pytest.mark.parametrize("name", ["README.md", "docs/house.md"])
+def test_the_tree_in_a_page_is_the_tree(name):
+    tree, page = script(), (ROOT / name).read_text(encoding="utf-8")
+    assert tree.with_tree(page, tree.PAGES[name]) == page, f"the tree in {name} is out of date: run `python docs/tree.py --write`"
 
 
 def test_every_module_of_the_package_is_in_the_tree_with_a_line():
     tree, source = script().tree(), ROOT / "src" / "safety_neurons"
     boxes = {path.parent.name for path in source.glob("*/__init__.py")}
     assert {line.split()[1].rstrip("/") for line in tree.splitlines() if line[:1].isdigit()} == boxes | {"errors.py"}
+    assert tree.count(".py ") == sum(path.name != "__init__.py" for path in source.glob("*/**/*.py")) + 1
     assert not [line for line in tree.splitlines()[1:-1] if len(line.split(maxsplit=2)) < 2 or line.rstrip().endswith((".py", "/"))]
 
 
