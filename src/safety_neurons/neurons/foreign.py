@@ -1,0 +1,396 @@
+"""Neuron files of other projects, read without running anything that is in them, and names of neurons in other tools.
+
+Nothing is evaluated and no object is built that a file names: text is parsed by a grammar of its own, pickles by an unpickler that knows
+arrays, numbers, text and containers and refuses everything else.
+"""
+
+import pathlib
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from safety_neurons.errors import ForeignModelError, NeuronError
+from safety_neurons.neurons.keys import MLP_SITES, parse_key
+from safety_neurons.neurons.provenance import Provenance
+from safety_neurons.neurons.scores import Scores
+from safety_neurons.neurons.sets import NeuronSet
+from safety_neurons.neurons.site_table import SiteTable
+from safety_neurons.neurons.weights import kept_share
+
+SN_TUNE_LINES = ("up", "down", "q", "k", "v")
+"""Which site each line of an SN-Tune file is of."""
+LARGEST_TEXT = 2**28
+"""Characters of a text file that are read."""
+KV = ("rows", "heads", "published")
+_TOKEN = re.compile(r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*(\d{1,9})\s*\)|(\d{1,9})|(set\(\s*\))|([{}\[\]:,]))")
+_PROJECTION = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$")
+_VISION = ("vision", "visual", "image")
+
+
+# SN-Tune
+
+
+def read_sn_tune(path: str | pathlib.Path, table: SiteTable, *, kv: str = "heads") -> NeuronSet:
+    """The five printed dictionaries (up, down, q, k, v: layer to set of indices) of a public SN-Tune file.
+
+    Args:
+        path: the text file.
+        table: of the model it was found on.
+        kv: what the indices of `k` and `v` count. `heads`: features over the query heads, as the public detector writes them; each becomes
+            the row that its head reads. `published`: the same, but mapped as the public trainer does (index // group), which is the right
+            row for 1 index in (group × head size). `rows`: rows already. Without grouped heads all three are the same.
+
+    Raises:
+        ForeignModelError: an index or layer that the model does not have.
+        NeuronError: the file is not of this form.
+    """
+    if kv not in KV:
+        raise NeuronError(f"kv {kv!r} is unknown; expected one of {', '.join(KV)}")
+    lines = [line for line in _text(path).splitlines() if line.strip()]
+    if len(lines) != len(SN_TUNE_LINES):
+        raise NeuronError(f"{str(path)!r} has {len(lines)} lines, expected five printed dictionaries: {', '.join(SN_TUNE_LINES)}")
+    members: dict[str, list[int]] = {}
+    for site, line in zip(SN_TUNE_LINES, lines, strict=True):
+        for layer, indices in _Printed(line, f"line of {site} in {str(path)!r}").mapping().items():
+            key = f"layers.{layer}.{site}"
+            if indices:
+                members[key] = [_row(index, site, layer, table, kv) for index in indices]
+    return _checked(members, table, "sn-tune", path, {"kv": kv})
+
+
+def _row(index: int, site: str, layer: int, table: SiteTable, kv: str) -> int:
+    """The row of a key-value projection that an index over query heads means."""
+    keys = (f"layers.{layer}.q", f"layers.{layer}.{site}")
+    if site not in ("k", "v") or kv == "rows" or any(key not in table for key in keys):
+        return index
+    queries, values = (table[key] for key in keys)
+    group = queries.n_heads // max(values.n_heads, 1)
+    if index >= queries.size:
+        raise ForeignModelError(f"{keys[1]} has an index {index} over {queries.size} query features; it was found on another model")
+    if kv == "published":
+        return index // group
+    head, feature = divmod(index, values.head_dim)
+    return head // group * values.head_dim + feature
+
+
+class _Printed:
+    """A printed dictionary of sets, read by its grammar."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name, self.place = name, 0
+        self.tokens = list(self._split(text.strip()))
+
+    def _split(self, text: str) -> Any:
+        place = 0
+        while place < len(text):
+            match = _TOKEN.match(text, place)
+            if match is None:
+                raise NeuronError(f"{self.name}: {text[place : place + 20]!r} is not a number, a bracket or a comma; nothing was read")
+            wrapped, plain, empty, sign = match.groups()
+            yield int(wrapped or plain) if wrapped or plain else "set()" if empty else sign
+            place = match.end()
+
+    def mapping(self) -> dict[int, list[int]]:
+        """Layer to indices; the text must end there."""
+        found: dict[int, list[int]] = {}
+        self._take("{")
+        while self._peek() != "}":
+            layer = self._number()
+            self._take(":")
+            if layer in found:
+                raise NeuronError(f"{self.name}: layer {layer} appears twice")
+            found[layer] = self._indices()
+            if self._peek() == ",":
+                self.place += 1
+        self._take("}")
+        if self.place != len(self.tokens):
+            raise NeuronError(f"{self.name}: there is more behind the dictionary; expected its end")
+        return found
+
+    def _indices(self) -> list[int]:
+        if self._peek() == "set()":
+            self.place += 1
+            return []
+        opening = self._peek()
+        closing = {"{": "}", "[": "]"}.get(str(opening))
+        if closing is None:
+            raise NeuronError(f"{self.name}: {opening!r} where a set of indices was expected")
+        self.place += 1
+        found: list[int] = []
+        while self._peek() != closing:
+            found.append(self._number())
+            if self._peek() == ",":
+                self.place += 1
+        self.place += 1
+        return found
+
+    def _peek(self) -> int | str:
+        if self.place >= len(self.tokens):
+            raise NeuronError(f"{self.name}: the text ends in the middle")
+        token: int | str = self.tokens[self.place]
+        return token
+
+    def _take(self, sign: str) -> None:
+        if self._peek() != sign:
+            raise NeuronError(f"{self.name}: {self._peek()!r} where {sign!r} was expected")
+        self.place += 1
+
+    def _number(self) -> int:
+        token = self._peek()
+        if not isinstance(token, int):
+            raise NeuronError(f"{self.name}: {token!r} where a number was expected")
+        self.place += 1
+        return token
+
+
+# Tuples of change scores
+
+
+def change_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") -> Scores:
+    """Scores of `down` from the public contrast code's tuple (change scores by layer, ranks, means and deviations).
+
+    Raises:
+        ForeignModelError: more layers than the model has, or other sizes.
+        NeuronError: the content is not such a tuple, or its ranks are not those of its scores.
+    """
+    if not isinstance(content, list | tuple) or len(content) < 2 or not all(isinstance(part, np.ndarray) for part in content[:2]):
+        raise NeuronError(f"{str(path)!r} is not a tuple of change scores and ranks; expected what the public contrast code saves")
+    values, ranks = content[0], content[1]
+    if values.ndim != 2 or ranks.ndim != 2 or ranks.shape[1] != 2 or ranks.dtype.kind not in "iu":
+        raise NeuronError(f"{str(path)!r} holds arrays of shape {values.shape} and {ranks.shape}; expected [layer, neuron] and [rank, 2]")
+    if len(ranks) and (ranks.min() < 0 or (ranks.max(0) >= values.shape).any()):
+        raise NeuronError(f"{str(path)!r}: a rank points outside its scores; the file is damaged")
+    ordered = values[ranks[:, 0], ranks[:, 1]]
+    if (np.diff(ordered.astype(np.float64)) > 1e-6 * max(float(np.abs(values).max(initial=0)), 1e-30)).any():
+        raise NeuronError(f"{str(path)!r}: its ranks do not go down its scores; the file is damaged")
+    keys = {f"layers.{layer}.down": row for layer, row in enumerate(values)}
+    return _scores(keys, table, "contrast", path, {"sites": ["down"]})
+
+
+# Probe weights
+
+
+def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") -> Scores:
+    """Signed |z-scores| of the probe weights (module name to one weight per neuron) that NeuroStrike publishes.
+
+    Gate and up of a fused projection are told apart by their halves; modules that are no decoder layer's are left out.
+
+    Raises:
+        ForeignModelError: other sizes than the model's.
+        NeuronError: the content is no such mapping.
+    """
+    if not isinstance(content, Mapping) or not content:
+        raise NeuronError(f"{str(path)!r} is not a mapping of module names to probe weights")
+    found: dict[str, np.ndarray] = {}
+    for name, weights in content.items():
+        match = _PROJECTION.search(name) if isinstance(name, str) and not any(word in name for word in _VISION) else None
+        if match is None:
+            continue
+        values = np.asarray(weights, dtype=np.float64).ravel()
+        spread = values.std()
+        scores = np.sign(values) * np.abs((values - values.mean()) / (spread if spread > 0 else 1.0))
+        layer, site = match.groups()
+        parts = {"gate_up": ("gate", "up")}.get(site, (site,))
+        found |= {f"layers.{layer}.{part}": half for part, half in zip(parts, np.split(scores, len(parts)), strict=True)}
+    if not found:
+        raise NeuronError(f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})")
+    return _scores(found, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in found}, key=MLP_SITES.index)})
+
+
+# Importances or masks of weights
+
+
+def weight_scores(
+    safety: Mapping[str, np.ndarray],
+    utility: Mapping[str, np.ndarray] | None,
+    table: SiteTable,
+    *,
+    shares: tuple[float, float] = (0.05, 0.05),
+    method: str = "weights",
+    path: str | pathlib.Path = "",
+) -> Scores:
+    """Scores of rows and columns from importances of single weights, or from masks of them, by name of the projection.
+
+    Args:
+        safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or bools: a mask is taken as it is.
+        utility: the same on other text, whose largest are taken away; None for none.
+        table: of the model.
+        shares: of the weights of a matrix that count as important for safety and for utility.
+        method: written to the provenance.
+        path: for messages.
+
+    Raises:
+        ForeignModelError: other sizes than the model's.
+        NeuronError: a projection is not a matrix, or is missing in `utility`.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, values in safety.items():
+        match = _PROJECTION.search(name)
+        if match is None or match[2] == "gate_up":
+            continue
+        key = f"layers.{match[1]}.{match[2]}"
+        other = None if utility is None else utility.get(name)
+        if values.ndim != 2 or (utility is not None and (other is None or other.shape != values.shape)):
+            raise NeuronError(f"{name} in {str(path)!r}: expected one matrix [out, in] in each of the two, found {values.shape}")
+        flip = match[2] in ("o", "down")
+        values, other = values.T if flip else values, other.T if flip and other is not None else other
+        if values.dtype == bool:
+            found[key] = (values if other is None else values & ~other.astype(bool)).mean(1)
+        else:
+            found[key] = kept_share(values, other, len(values), *shares)
+    if not found:
+        raise NeuronError(f"{str(path)!r} names no projection of a decoder layer")
+    return _scores(found, table, method, path, {"safety": shares[0], "utility": shares[1]})
+
+
+# Pickles
+
+
+class _Primitives(pickle.Unpickler):
+    """Builds numbers, text, containers and numpy arrays of numbers; every other name in the file is an error."""
+
+    def __init__(self, stream: Any, admitted: Mapping[tuple[str, str], Callable[..., Any]]) -> None:
+        super().__init__(stream)
+        self._admitted = admitted
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name in the file stands for; only names on the list stand for anything."""
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in self._admitted:
+            return self._admitted[module, name]
+        raise NeuronError(f"the file asks for {module}.{name}, which is not an array, a number or a container; nothing of it was run")
+
+    def persistent_load(self, _pid: Any) -> Any:
+        """Nothing is stored beside the file."""
+        raise NeuronError("the file refers to something stored beside it; expected a plain pickle")
+
+
+def _array(*_: Any) -> np.ndarray:
+    return np.ndarray((0,), np.int8)
+
+
+def _number_type(*args: Any) -> "np.dtype[Any]":
+    made = np.dtype(*args)
+    if made.hasobject or made.kind not in "biuf":
+        raise NeuronError(f"the file holds an array of {made}; expected numbers")
+    return made
+
+
+def _number(kind: Any, content: Any = None) -> Any:
+    return np.frombuffer(content, kind)[0] if isinstance(content, bytes) and not np.dtype(kind).hasobject else kind.type()
+
+
+def _from_buffer(content: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
+    return np.frombuffer(bytes(content), _number_type(kind)).reshape(shape, order=order)
+
+
+def _latin(text: Any, coding: Any) -> bytes:
+    """How old protocols write bytes."""
+    if not isinstance(text, str) or coding != "latin1":
+        raise NeuronError(f"the file encodes text as {str(coding)[:20]!r}; expected the bytes of an array")
+    return text.encode("latin1")
+
+
+class _Array(np.ndarray):
+    """An array that refuses a state with objects in it."""
+
+    def __setstate__(self, state: Any) -> None:
+        _number_type(state[2])
+        super().__setstate__(state)
+
+
+_ARRAYS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array((0,), np.int8),
+    ("numpy._core.multiarray", "scalar"): _number,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy", "ndarray"): _array,
+    ("numpy", "dtype"): _number_type,
+    ("_codecs", "encode"): lambda text, coding="": _latin(text, coding),
+    ("collections", "OrderedDict"): dict,
+}
+
+
+def read_pickle(path: str | pathlib.Path, admitted: Mapping[tuple[str, str], Callable[..., Any]] | None = None) -> Any:
+    """A pickle of numbers, text, containers and numpy arrays; `admitted` adds (module, name) pairs and what they stand for.
+
+    Raises:
+        NeuronError: it asks for anything else, or is damaged. Nothing that the file names is imported or run.
+    """
+    try:
+        with pathlib.Path(path).open("rb") as stream:
+            return _Primitives(stream, {**_ARRAYS, **(admitted or {})}).load()
+    except NeuronError as error:
+        raise NeuronError(f"cannot read {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise NeuronError(f"cannot read {str(path)!r} ({error.strerror or error})") from error
+    except Exception as error:
+        raise NeuronError(f"cannot read {str(path)!r} ({type(error).__name__}: {str(error)[:80]}); expected a pickle of arrays") from error
+
+
+# Names in other tools
+
+
+def transformer_lens_names(neurons: NeuronSet, table: SiteTable | None = None) -> dict[str, list[Any]]:
+    """The same neurons by TransformerLens hook: indices of a feed-forward hook, `[head, feature]` pairs of an attention hook.
+
+    Raises:
+        NeuronError: experts, or no table to tell heads by.
+    """
+    known = table if table is not None else neurons.table
+    if known is None:
+        raise NeuronError("heads are told by the model's matrices, and this set has no site table; give --model")
+    hooks = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "o": "attn.hook_z", "down": "mlp.hook_post"}
+    found: dict[str, list[Any]] = {}
+    for key, indices in neurons.items():
+        layer, expert, shared, site = parse_key(key)
+        if expert is not None or shared:
+            raise NeuronError(f"{key} is an expert's, for which TransformerLens has no one name; leave experts out")
+        gated = f"layers.{layer}.gate" in known
+        hook = hooks.get(site) or ("mlp.hook_pre_linear" if site == "up" and gated else "mlp.hook_pre")
+        size = known[key].head_dim
+        pairs = [[int(index) // size, int(index) % size] for index in indices] if site in ("q", "k", "v", "o") else indices.tolist()
+        found[f"blocks.{layer}.{hook}"] = pairs
+    return found
+
+
+# Shared
+
+
+def _text(path: str | pathlib.Path) -> str:
+    try:
+        with pathlib.Path(path).open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST_TEXT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:80]}); expected a text file") from error
+    if len(text) > LARGEST_TEXT:
+        raise NeuronError(f"{str(path)!r} has more than {LARGEST_TEXT:,} characters; no neuron file is that long")
+    return text
+
+
+def _checked(
+    members: Mapping[str, Sequence[int]], table: SiteTable, method: str, path: str | pathlib.Path, config: Mapping[str, Any]
+) -> NeuronSet:
+    for key, indices in members.items():
+        if key not in table or max(indices) >= table[key].size:
+            has = f"{table[key].size} neurons" if key in table else "no such matrix"
+            raise ForeignModelError(f"{str(path)!r} has index {max(indices)} of {key}, and the model has {has}; it is another model's")
+    origin = Provenance(
+        kind="neurons", method=method, model_fingerprint=table.fingerprint, config={**config, "imported": pathlib.Path(path).name}
+    )
+    return NeuronSet({key: np.array(sorted(set(indices)), np.int64) for key, indices in members.items()}, table, origin)
+
+
+def _scores(values: Mapping[str, np.ndarray], table: SiteTable, method: str, path: str | pathlib.Path, config: Mapping[str, Any]) -> Scores:
+    for key, row in values.items():
+        if key not in table or table[key].size != len(row):
+            has = f"{table[key].size} neurons" if key in table else "no such matrix"
+            raise ForeignModelError(f"{str(path)!r} has {len(row)} scores of {key}, and the model has {has}; it is another model's")
+        if not np.isfinite(row).all():
+            raise NeuronError(f"{str(path)!r} holds NaN or infinity for {key}")
+    origin = Provenance(
+        kind="scores", method=method, model_fingerprint=table.fingerprint, config={**config, "imported": pathlib.Path(path).name}
+    )
+    return Scores({key: np.asarray(row, np.float32) for key, row in values.items()}, table, origin)

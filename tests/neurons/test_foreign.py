@@ -1,0 +1,208 @@
+"""Files of other projects: read right, and never run."""
+
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from safety_neurons.errors import ForeignModelError, NeuronError
+from safety_neurons.neurons import NeuronSet, SiteInfo, SiteTable, foreign
+
+HEAD, GROUP = 8, 2
+TABLE = SiteTable(
+    "Tiny",
+    10_000,
+    tuple(
+        SiteInfo(f"layers.{layer}.{site}", size, 32, 0, heads, HEAD if heads else 0)
+        for layer in range(2)
+        for site, size, heads in (("q", 32, 4), ("k", 16, 2), ("v", 16, 2), ("o", 32, 4), ("gate", 48, 0), ("up", 48, 0), ("down", 48, 0))
+    ),
+)
+
+
+def five(tmp_path, up="{0: {1, 2}}", down="{0: {1, 2}}", q="{}", k="{}", v="{}"):
+    path = tmp_path / "neurons.txt"
+    path.write_text("\n".join((up, down, q, k, v)) + "\n", encoding="utf-8")
+    return path
+
+
+def test_both_spellings_of_integers_give_the_same_set(tmp_path):
+    plain = foreign.read_sn_tune(five(tmp_path, up="{0: {3, 1}, 1: set()}", q="{1: {31}}"), TABLE)
+    other = foreign.read_sn_tune(five(tmp_path, up="{0: {np.int64(3), np.int64(1)}, 1: set()}", q="{ 1 : [ numpy.int64(31) , ] }"), TABLE)
+    assert plain == other
+    assert plain["layers.0.up"].tolist() == [1, 3]
+    assert plain["layers.0.down"].tolist() == [1, 2]
+    assert plain["layers.1.q"].tolist() == [31]
+    assert plain.provenance.method == "sn-tune"
+
+
+def test_indices_over_query_heads_become_the_row_their_head_reads(tmp_path):
+    path = five(tmp_path, v="{0: {" + ", ".join(str(index) for index in range(32)) + "}}", k="{1: {9}}")
+    heads = foreign.read_sn_tune(path, TABLE)
+    assert heads["layers.1.k"].tolist() == [1]  # head 1, feature 1: reads key-value head 0
+    for index in range(32):
+        head, feature = divmod(index, HEAD)
+        row = foreign.read_sn_tune(five(tmp_path, v=f"{{0: {{{index}}}}}"), TABLE)["layers.0.v"].tolist()
+        assert row == [head // GROUP * HEAD + feature]
+    published = [foreign.read_sn_tune(five(tmp_path, v=f"{{0: {{{i}}}}}"), TABLE, kv="published")["layers.0.v"][0] for i in range(32)]
+    assert published == [index // GROUP for index in range(32)]
+    right = [published[index] == index // HEAD // GROUP * HEAD + index % HEAD for index in range(32)]
+    assert sum(right) < 8  # the public mapping hits few of the rows
+    with pytest.raises(ForeignModelError, match="another model"):
+        foreign.read_sn_tune(path, TABLE, kv="rows")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{0: {__import__('os').system('touch hit')}}", "not a number"),
+        ("{0: {1, 2}} or exec('1')", "not a number"),
+        ("{0: {1}, 0: {2}}", "appears twice"),
+        ("{0: {1", "ends in the middle"),
+        ("{0: 1}", "where a set of indices"),
+        ("{0: {-1}}", "not a number"),
+        ("{0: {1}} {1: {2}}", "more behind"),
+        ("[1, 2]", "was expected"),
+    ],
+)
+def test_text_that_is_not_a_printed_dictionary_is_refused_in_one_line(tmp_path, line, said):
+    with pytest.raises(NeuronError, match=said) as caught:
+        foreign.read_sn_tune(five(tmp_path, up=line), TABLE)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_models_and_other_files_are_refused(tmp_path):
+    for options in ({"up": "{0: {48}}"}, {"q": "{5: {1}}"}, {"k": "{0: {32}}"}):
+        with pytest.raises(ForeignModelError, match="another model"):
+            foreign.read_sn_tune(five(tmp_path, **options), TABLE)
+    short = tmp_path / "short.txt"
+    short.write_text("{}\n{}\n")
+    with pytest.raises(NeuronError, match="has 2 lines, expected five"):
+        foreign.read_sn_tune(short, TABLE)
+    with pytest.raises(NeuronError, match="cannot read"):
+        foreign.read_sn_tune(tmp_path / "nowhere.txt", TABLE)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(NeuronError, match="expected a text file"):
+        foreign.read_sn_tune(binary, TABLE)
+
+
+def test_change_scores_keep_their_order_and_damaged_ranks_are_found():
+    values = np.random.default_rng(0).random((2, 48)).astype(np.float32)
+    order = np.argsort(-values.ravel())
+    ranks = np.stack(np.unravel_index(order, values.shape), 1)
+    scores = foreign.change_scores((values, ranks, None, None, None, None), TABLE)
+    chosen = scores.count(5)
+    assert {(f"layers.{layer}.down", int(index)) for layer, index in ranks[:5]} == set(chosen)
+    with pytest.raises(NeuronError, match="do not go down"):
+        foreign.change_scores((values, ranks[::-1]), TABLE)
+    with pytest.raises(NeuronError, match="points outside"):
+        foreign.change_scores((values, ranks + 48), TABLE)
+    with pytest.raises(ForeignModelError, match="another model"):
+        foreign.change_scores((values[:, :40], ranks[:0]), TABLE)
+    with pytest.raises(NeuronError, match="not a tuple"):
+        foreign.change_scores({"a": 1}, TABLE)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_probe_weights_of_a_pickle_become_signed_z_scores(tmp_path, protocol):
+    draws = np.random.default_rng(0)
+    content = {
+        "model.layers.0.mlp.gate_proj": draws.normal(size=48).astype(np.float32),
+        "model.layers.1.mlp.gate_up_proj": draws.normal(size=96),
+        "vision_tower.layers.0.mlp.up_proj": draws.normal(size=7),
+        "model.upper": [1.0],
+    }
+    path = tmp_path / "weights.p"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    scores = foreign.probe_scores(foreign.read_pickle(path), TABLE, path)
+    assert set(scores.keys()) == {"layers.0.gate", "layers.1.gate", "layers.1.up"}
+    weights = content["model.layers.0.mlp.gate_proj"].astype(np.float64)
+    expected = np.sign(weights) * np.abs((weights - weights.mean()) / weights.std())
+    np.testing.assert_allclose(scores["layers.0.gate"], expected, rtol=1e-5)
+    fused = content["model.layers.1.mlp.gate_up_proj"]
+    assert np.sign(scores["layers.1.up"]).tolist() == np.sign(fused[48:]).tolist()
+    taken = scores.threshold(2.0)["layers.0.gate"]
+    assert taken.tolist() == np.flatnonzero((np.abs((weights - weights.mean()) / weights.std()) > 2) & (weights > 0)).tolist()
+
+
+class Hostile:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_pickle_that_would_run_code_does_nothing_but_fail(tmp_path):
+    hit = tmp_path / "hit"
+    calls = [
+        (os.system, (f"touch {hit}",)),
+        (eval, (f"open({str(hit)!r}, 'w')",)),
+        (open, (str(hit), "w")),
+        (collections.Counter, ()),
+        (getattr, ("text", "upper")),
+    ]
+    for number, call in enumerate(calls):
+        for protocol in (0, 2, 5):
+            path = tmp_path / f"{number}.p"
+            path.write_bytes(pickle.dumps({"model.layers.0.mlp.up_proj": Hostile(call)}, protocol=protocol))
+            with pytest.raises(NeuronError) as caught:
+                foreign.read_pickle(path)
+            assert "\n" not in str(caught.value)
+            assert not hit.exists()
+
+
+def test_arrays_of_objects_text_and_damaged_pickles_are_refused(tmp_path):
+    for number, content in enumerate((np.array([object], dtype=object), np.array(["a"]), np.zeros(2, [("x", "f4")]))):
+        path = tmp_path / f"{number}.p"
+        path.write_bytes(pickle.dumps({"a": content}))
+        with pytest.raises(NeuronError, match="cannot read"):
+            foreign.read_pickle(path)
+    whole = pickle.dumps({"model.layers.0.mlp.up_proj": np.zeros(48)})
+    for stop in range(0, len(whole), 7):
+        path = tmp_path / "cut.p"
+        path.write_bytes(whole[:stop])
+        with pytest.raises(NeuronError, match="cannot read"):
+            foreign.read_pickle(path)
+    with pytest.raises(NeuronError, match="not a mapping"):
+        foreign.probe_scores([1], TABLE)
+    with pytest.raises(NeuronError, match="names no projection"):
+        foreign.probe_scores({"lm_head": np.zeros(3)}, TABLE)
+
+
+def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_are():
+    draws = np.random.default_rng(0)
+    safety = {"model.layers.0.mlp.down_proj": draws.random((32, 48)), "model.layers.1.self_attn.q_proj": draws.random((32, 32))}
+    utility = {name: draws.random(values.shape) for name, values in safety.items()}
+    scores = foreign.weight_scores(safety, utility, TABLE, shares=(0.25, 0.1))
+    for name, key, flip in zip(safety, ("layers.0.down", "layers.1.q"), (True, False), strict=True):
+        cut = np.sort(safety[name].ravel())[-round(0.25 * safety[name].size)]
+        other = np.sort(utility[name].ravel())[-round(0.1 * utility[name].size)]
+        kept = (safety[name] >= cut) & (utility[name] < other)
+        np.testing.assert_allclose(scores[key], kept.mean(0 if flip else 1), atol=1e-6)
+    mask = {name: values > 0.5 for name, values in safety.items()}
+    np.testing.assert_allclose(
+        foreign.weight_scores(mask, None, TABLE)["layers.0.down"], mask["model.layers.0.mlp.down_proj"].mean(0), atol=1e-6
+    )
+    with pytest.raises(NeuronError, match="in each of the two"):
+        foreign.weight_scores(safety, {}, TABLE)
+    with pytest.raises(ForeignModelError, match="another model"):
+        foreign.weight_scores({"model.layers.0.mlp.up_proj": np.zeros((40, 32))}, None, TABLE)
+
+
+def test_transformer_lens_hooks_hold_the_neurons_where_they_are_in_its_activations():
+    neurons = NeuronSet({"layers.0.down": [3], "layers.0.up": [4], "layers.1.gate": [5], "layers.1.q": [0, 17], "layers.1.o": [31]}, TABLE)
+    assert foreign.transformer_lens_names(neurons) == {
+        "blocks.0.mlp.hook_post": [3],
+        "blocks.0.mlp.hook_pre_linear": [4],
+        "blocks.1.mlp.hook_pre": [5],
+        "blocks.1.attn.hook_q": [[0, 0], [2, 1]],
+        "blocks.1.attn.hook_z": [[3, 7]],
+    }
+    plain = SiteTable("Plain", 10, (SiteInfo("layers.0.up", 48, 32, 0, 0, 0),))
+    assert list(foreign.transformer_lens_names(NeuronSet({"layers.0.up": [1]}, plain))) == ["blocks.0.mlp.hook_pre"]
+    with pytest.raises(NeuronError, match="no site table"):
+        foreign.transformer_lens_names(NeuronSet({"layers.0.q": [1]}))
