@@ -101,4 +101,4 @@ def test_foreign_hand_made_and_mistaken_files_are_told_apart(tmp_path):
 def test_scores_are_shown_in_one_line_and_in_a_table():
     scores = Scores({"layers.0.q": np.arange(8.0)}, TABLE)
     assert repr(scores) == "Scores(8 neurons in 1 layer: q 8)"
-    assert "<td>q</td>" in scores._repr_html_()
+    assert '<th scope="row"><bdi>q</bdi></th>' in scores._repr_html_()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.results import html_table
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,8 @@ class Found:
     """Prompts used, failed and truncated."""
     notes: tuple[str, ...] = ()
     """Counted warnings, one sentence each."""
+
+    def _repr_html_(self) -> str:
+        counts = f"{self.prompts.used:,} used, {self.prompts.failed:,} failed, {self.prompts.truncated:,} truncated"
+        rows = [["prompts", counts], ["scored", f"{len(self.scores):,} neurons"], *(["note", note] for note in self.notes)]
+        return self.neurons._repr_html_() + html_table("Found", ["what", "how many"], rows)

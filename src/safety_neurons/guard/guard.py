@@ -23,6 +23,7 @@ from safety_neurons.guard.requests import Request, as_prompt
 from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
+from safety_neurons.results import notebook
 
 TOP = 5
 FAILURES = (SafetyNeuronsError, RuntimeError, MemoryError, ValueError, TypeError, LookupError)
@@ -71,6 +72,19 @@ class Guard:
         return f"Guard({len(self.neurons):,} neurons, {self.pooling}, threshold {self.threshold:.4g} ({self.in_force}), {bound})"
 
     # The classifier
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [
+                f"{100 * point.fpr_target:g} %",
+                notebook.number(point.threshold, 3) if point.supported else f"not supported: {point.why}",
+                notebook.interval(point.fpr.value, point.fpr.low, point.fpr.high),
+                notebook.interval(point.tpr.value, point.tpr.low, point.tpr.high),
+            ]
+            for point in self.operating_points
+        ]
+        columns = ["false-positive rate asked for", "threshold", "false-positive rate", "true-positive rate"]
+        return notebook.html_table(repr(self), columns, rows)
 
     @property
     def weights(self) -> Float[Tensor, " neuron"]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safety_neurons.errors import SafetyNeuronsError
+from safety_neurons.results import html_table
 
 Status = Literal["ok", "truncated", "error"]
 
@@ -55,6 +56,17 @@ class Verdict:
     """Tokens that were read, template included."""
     error: str | None = None
     """What went wrong, in one line."""
+
+    def _repr_html_(self) -> str:
+        probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
+        rows = [
+            ["flagged", "yes" if self.flagged else "no"],
+            ["probability of an unsafe answer", f"{probability} (threshold {self.threshold:.3f})"],
+            ["status", self.status if self.error is None else f"{self.status}: {self.error}"],
+            ["time", f"{self.latency_ms:.1f} ms"],
+            *([f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"] for each in self.top_neurons),
+        ]
+        return html_table("Verdict of a guard", ["what", "value"], rows)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from safety_neurons.results import Completion, Completions, Rate, rate
+from safety_neurons.results import Completion, Completions, Rate, notebook, rate
 
 Label = Literal["full", "partial", "compliance", "harmful", "safe", "unscored"]
 Measure = Literal["refused", "harmful"]
@@ -73,6 +73,13 @@ class Judgement:
 
     def __str__(self) -> str:
         return str(self.rate)
+
+    def _repr_html_(self) -> str:
+        unscored = ", ".join(f"{why}: {count}" for why, count in self.errors.items())
+        columns = ["judge", "measure", "rate, 95 % interval", "n", "unscored", "why unscored"]
+        shown = notebook.interval(self.rate.value, self.rate.low, self.rate.high)
+        row = [self.judge, self.measure, shown, self.rate.n, self.rate.unscored, unscored]
+        return notebook.html_table("Judgement", columns, [row])
 
     @property
     def refused(self) -> tuple[bool | None, ...]:

@@ -1,7 +1,5 @@
 """How neuron sets and scores look: one line for a terminal, a small table for a notebook."""
 
-import html
-from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 from safety_neurons.neurons.keys import SITES, parse_key
 from safety_neurons.neurons.provenance import Provenance
 from safety_neurons.neurons.site_table import SiteTable
+from safety_neurons.results import html_table
 
 
 @runtime_checkable
@@ -44,13 +43,7 @@ def line_of(neurons: Described) -> str:
 def html_of(neurons: Described) -> str:
     """A table with one row per site; every text is escaped and nothing is fetched."""
     rows = [[site, f"{number:,}", share, layers] for site, number, share, layers in _per_site(neurons)]
-    head = _row("th", ["site", "neurons", "of the site", "layers"])
-    body = "".join(_row("td", row) for row in rows)
-    return f"<table><caption>{html.escape(line_of(neurons))}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
-
-
-def _row(tag: str, cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return html_table(line_of(neurons), ["site", "neurons", "of the site", "layers"], rows)
 
 
 def _per_site(neurons: Described) -> list[tuple[str, int, str, str]]:

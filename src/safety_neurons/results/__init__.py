@@ -7,6 +7,7 @@ from safety_neurons.results.completions import Completion, Completions
 from safety_neurons.results.effects import Difference, Effect, causal_effect, paired_difference
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
+from safety_neurons.results.notebook import html_table, visible
 from safety_neurons.results.paired import McNemar, mcnemar
 from safety_neurons.results.rates import Rate, per_token, perplexity, rate
 from safety_neurons.results.run_folder import RunFolder
@@ -26,6 +27,7 @@ __all__ = [
     "Saved",
     "causal_effect",
     "cohen_kappa",
+    "html_table",
     "mcnemar",
     "paired_difference",
     "per_token",
@@ -33,6 +35,7 @@ __all__ = [
     "plain",
     "rate",
     "read_json",
+    "visible",
     "write_bytes",
     "write_json",
 ]

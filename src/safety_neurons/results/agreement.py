@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from safety_neurons.errors import InputError
+from safety_neurons.results import notebook
 from safety_neurons.results.rates import Outcomes, Rate, interval, rate, resamples, scored
 
 
@@ -29,6 +30,11 @@ class Agreement:
 
     def __str__(self) -> str:
         return f"κ {self.kappa} ({self.first}, {self.second})"
+
+    def _repr_html_(self) -> str:
+        kappa, same = (notebook.interval(each.value, each.low, each.high) for each in (self.kappa, self.same))
+        columns = ["judges", "Cohen’s κ", "same verdict", "n"]
+        return notebook.html_table("Agreement beyond chance", columns, [[f"{self.first}, {self.second}", kappa, same, self.kappa.n]])
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from safety_neurons.errors import InputError, RunError
+from safety_neurons.results import notebook
 from safety_neurons.results.files import PathLike, plain, write_bytes
+
+SHOWN = 20
+"""Completions that a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,16 @@ class Completions(Sequence[Completion]):
 
     def __repr__(self) -> str:
         return f"Completions({len(self)} in {', '.join(self.arms) or 'no arm'})"
+
+    def _repr_html_(self) -> str:
+        def said(item: Completion) -> str:
+            labels = {judge: verdict.get("label") if isinstance(verdict, Mapping) else verdict for judge, verdict in item.verdicts.items()}
+            return "; ".join(f"{judge}: {label}" for judge, label in labels.items())
+
+        rows = [[item.prompt_id, item.arm, item.prompt, item.completion, said(item)] for item in self[:SHOWN]]
+        more = f", the first {SHOWN}" if len(self) > SHOWN else ""
+        caption = f"{len(self):,} completions in {', '.join(self.arms) or 'no arm'}{more}"
+        return notebook.html_table(caption, ["prompt id", "arm", "prompt", "completion", "verdicts"], rows)
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from safety_neurons.errors import InputError
+from safety_neurons.results import notebook
 from safety_neurons.results.rates import Outcomes, interval, resamples, scored
 
 _RELATIVE_ZERO = 1e-9
@@ -37,6 +38,11 @@ class Effect:
             f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] of the difference in {self.measure}, n {self.n}, unscored {self.unscored}"
         )
 
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.value, self.low, self.high) + (f": {self.why}" if self.value is None else "")
+        columns = ["share of the difference, 95 % interval", "n", "unscored"]
+        return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
+
     def to_json(self) -> dict[str, Any]:
         """`{value, low, high, measure, n, unscored}`, and `why` where the effect is undefined."""
         return {name: value for name, value in asdict(self).items() if name != "why" or value is not None}
@@ -65,6 +71,11 @@ class Difference:
         if self.value is None or self.low is None or self.high is None:
             return f"undefined, n {self.n}, unscored {self.unscored}"
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}], n {self.n}, unscored {self.unscored}"
+
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.value, self.low, self.high, signed=True)
+        columns = ["difference, 95 % interval", "excludes 0", "pairs", "left out"]
+        return notebook.html_table("Paired difference", columns, [[shown, "yes" if self.clear else "no", self.n, self.unscored]])
 
     def to_json(self) -> dict[str, Any]:
         """`{value, low, high, n, unscored, clear}`."""

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from safety_neurons.errors import InputError
+from safety_neurons.results import notebook
 
 RESAMPLES = 2000
 Outcomes = Sequence[bool | int | float | np.generic | None] | np.ndarray
@@ -33,6 +34,10 @@ class Rate:
         if self.value is None or self.low is None or self.high is None:
             return f"undefined, n {self.n}, unscored {self.unscored}"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], n {self.n}, unscored {self.unscored}"
+
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.value, self.low, self.high)
+        return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
 
     def to_json(self) -> dict[str, float | int | None]:
         """`{value, low, high, n, unscored}`."""

@@ -23,6 +23,7 @@ from safety_neurons.model.endpoint import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Completions, Gate
 from safety_neurons.results.files import PathLike
+from safety_neurons.studies import notebook
 from safety_neurons.studies.answering import Progress, Treatment, Writing
 from safety_neurons.studies.changes import ArmScores, capability_changes, suite_changes
 from safety_neurons.studies.changes import baseline as baseline_of
@@ -70,6 +71,9 @@ class Evaluation:
     def passed(self) -> bool:
         """Whether the gate is passed; True where there is none."""
         return not self.missed
+
+    def _repr_html_(self) -> str:
+        return notebook.evaluation_table(self.record())
 
     def record(self) -> dict[str, Any]:
         """The evaluation as JSON values."""

@@ -18,6 +18,7 @@ from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import around, editing, reading
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompts import Prompts
+from safety_neurons.studies import notebook
 
 TEXTS = (
     "Name three fruits that grow on trees.",
@@ -49,6 +50,9 @@ class Examination:
     def healthy(self) -> bool:
         """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
+
+    def _repr_html_(self) -> str:
+        return notebook.examination_table(self.record())
 
     def record(self) -> dict[str, Any]:
         """The examination as JSON values."""

@@ -18,6 +18,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
+from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
@@ -68,6 +69,9 @@ class Tuning:
     overlap: Mapping[str, int]
     """Prompts measured on that were learnt."""
     notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return notebook.tuning_table(self.record())
 
     def record(self) -> dict[str, Any]:
         """As JSON values, with the keys of the design but the paths; the history of single steps is `tuned.history`."""

@@ -18,6 +18,7 @@ from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, Effect, causal_effect, paired_difference
+from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
 
 MEASURE = "refused"
@@ -86,6 +87,9 @@ class Verification:
     def causal_effect(self) -> Effect:
         """The causal effect of the (largest) set."""
         return self.points[-1].causal_effect
+
+    def _repr_html_(self) -> str:
+        return notebook.verification_table(self.record())
 
     def record(self) -> dict[str, Any]:
         """The verification as JSON values, with at least the keys of the design."""

@@ -1,0 +1,57 @@
+"""How results look in a notebook: small tables in the colours of the notebook itself, light or dark, every text escaped and visible."""
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+# Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are named, never drawn.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+    "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
+)
+LONG = 300
+"""Characters shown of one cell."""
+
+
+def visible(text: object, limit: int | None = None) -> str:
+    """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and counted."""
+    whole = str(text)
+    kept = whole if limit is None or len(whole) <= limit else whole[:limit]
+    shown = _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
+    cut = len(whole) - len(kept)
+    return shown if not cut else f"{shown}… ({cut:,} characters more)"
+
+
+def html_table(caption: object, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for a notebook: nothing in it is fetched or runs, and it has no colour of its own.
+
+    Args:
+        caption: what it shows, in a line.
+        columns: headers; the first column's cells are headers of their rows.
+        rows: anything; shown as text, an empty cell where it is None.
+    """
+    head = "".join(f'<th scope="col">{_cell(column)}</th>' for column in columns)
+    body = "".join(f"<tr>{_row(row)}</tr>" for row in rows)
+    return f"<table><caption>{_cell(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _row(row: Sequence[object]) -> str:
+    first, *others = row
+    return f'<th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in others)
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"<bdi>{html.escape(visible(value, LONG))}</bdi>"
+
+
+def number(value: float | int | None, digits: int = 2, *, signed: bool = False) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def interval(value: float | None, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """`0.97 [0.93, 0.99]`, or that it is undefined."""
+    if value is None:
+        return "undefined"
+    shown = number(value, signed=signed)
+    return shown if low is None or high is None else f"{shown} [{number(low, signed=signed)}, {number(high, signed=signed)}]"

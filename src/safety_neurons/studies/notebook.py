@@ -1,0 +1,84 @@
+"""How the results of studies look in a notebook: the table that answers the question, nothing else."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from safety_neurons.results import html_table
+from safety_neurons.results.notebook import interval, number
+
+_ARM = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
+
+
+def verification_table(record: Mapping[str, Any]) -> str:
+    """Every arm of a verification."""
+    paired = record["aligned"] is not None
+    rows = [[*_arm("untreated", record["untreated"]), None]]
+    rows += [[*_arm("aligned", record["aligned"]), None]] if paired else []
+    for point in record["sizes"]:
+        rows.append(
+            [*_arm(f"{point['n_neurons']:,} neurons ({100 * point['size']:.3g} %)", point["treated"]), _rate(point["causal_effect"])]
+        )
+        rows += [[*_arm(arm["name"], arm), _rate(effect)] for arm, effect in zip(point["random"], point["random_effects"], strict=True)]
+    rows.append([*_arm("all neurons (ceiling)", record["ceiling"]), _rate(record["ceiling_effect"])])
+    caption = f"{record['kind'].capitalize()}: change of refusals of harmful requests {_rate(record['change'], signed=True)}"
+    return html_table(caption, [*_ARM, "causal effect"] if paired else _ARM, rows if paired else [row[:-1] for row in rows])
+
+
+def comparison_table(record: Mapping[str, Any]) -> str:
+    """Every method at the same number of units."""
+    columns = ["method", "units", "recall", "causal effect", "refusals lost when off", "harmless refused", "seconds"]
+    rows = [
+        [
+            row["method"],
+            f"{row['n_units']:,}",
+            None if row["recall"] is None else number(row["recall"]),
+            _rate(row["causal_effect"]),
+            _rate(row["necessity"]),
+            _rate(row["harmless_refused"]),
+            number(row["seconds"], 1),
+        ]
+        for row in record["methods"]
+    ]
+    caption = f"Methods at {record['budget']:,} of {record['n_units']:,} units; ceiling {_rate(record['ceiling_effect'])}"
+    return html_table(caption, columns, rows)
+
+
+def evaluation_table(record: Mapping[str, Any]) -> str:
+    """Every suite by every judge, arm by arm."""
+    rows = []
+    for arm in (name for name in ("baseline", "untreated", "treated") if record[name]):
+        for entry in record[arm]["suites"]:
+            measure = "harm" if entry["kind"] == "harmful" else "over_refusal"
+            for judge, said in entry["judges"].items():
+                if said.get(measure) is not None:
+                    found = said[measure]
+                    rows.append([entry["suite"], measure.replace("_", "-"), judge, arm, _rate(found), found["n"], found["unscored"]])
+    gate = record["gate"]
+    ending = "" if gate is None else "; gate passed" if gate["passed"] else f"; gate not passed: {'; '.join(gate['missed'])}"
+    caption = f"{record['model']}{', ' + record['treatment'] if record['treatment'] else ''}{ending}"
+    return html_table(caption, ["suite", "measure", "judge", "arm", "rate, 95 % interval", "n", "unscored"], rows)
+
+
+def tuning_table(record: Mapping[str, Any]) -> str:
+    """Before and after."""
+    caption = (
+        f"{record['n_neurons']:,} neurons tuned in {record['steps']:,} of {record['planned_steps']:,} steps ({record['stopped']}); "
+        f"change of refusals of harmful requests {_rate(record['change'], signed=True)}"
+    )
+    return html_table(caption, _ARM, [_arm(name, record[name]) for name in ("before", "after")])
+
+
+def examination_table(record: Mapping[str, Any]) -> str:
+    """Every check."""
+    words = {True: "pass", False: "FAIL", None: "informs"}
+    rows: Iterable[list[Any]] = ([each["check"], words[each["passed"]], each["measured"], each["allowed"]] for each in record["checks"])
+    return html_table(f"Checks on {record['model']}", ["check", "outcome", "measured", "allowed"], rows)
+
+
+def _arm(label: str, arm: Mapping[str, Any]) -> list[Any]:
+    rates = [_rate(arm["harmful_refused"]), _rate(arm["harmless_refused"])]
+    return [label, *rates, number(arm["perplexity"]), number(arm["divergence"], 3)]
+
+
+def _rate(record: Mapping[str, Any], *, signed: bool = False) -> str:
+    return interval(record["value"], record["low"], record["high"], signed=signed)
