@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from safety_neurons.guard.verdicts import Verdict
 from safety_neurons.guard.watching import Watch
@@ -47,7 +47,7 @@ class GuardedStream:
             raise item
         raise StopIteration
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "GuardedStream":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
