@@ -1,0 +1,248 @@
+"""guard evaluate: what a guard is worth on requests it has not seen, beside classifiers that need no safety neurons."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from safety_neurons.cli import console
+from safety_neurons.cli.options import Column, Common, Limit, Model, listed
+from safety_neurons.cli.session import NOT_A_FILE, Session
+from safety_neurons.cli.verb import verb
+from safety_neurons.errors import UsageError
+
+ASKED, LEARNED, CHANGED = "What it is held against", "What it is compared with", "How requests are changed"
+ALL = "all"
+CURVES = "curves.json"
+
+Unsafe = Annotated[str, typer.Option(help="Comma-separated: FILE, NAME=FILE or builtin:NAME, one a data set.", rich_help_panel=ASKED)]
+Safe = Annotated[str, typer.Option(help="Safe requests, likewise; the same NAME makes them one data set.", rich_help_panel=ASKED)]
+OverRefusal = Annotated[
+    str | None, typer.Option(help="More safe requests that look unsafe, likewise; reported apart.", rich_help_panel=ASKED)
+]
+FitUnsafe = Annotated[
+    str | None, typer.Option(help="What baselines are fit on. [default: folds of what is evaluated]", rich_help_panel=LEARNED)
+]
+FitSafe = Annotated[str | None, typer.Option(help="Likewise, safe requests.", rich_help_panel=LEARNED)]
+LeaveOut = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated columns, such as source, language: fit without each value, test on it.", rich_help_panel=LEARNED),
+]
+Random = Annotated[int, typer.Option(min=1, help="Random neuron sets with as many in every matrix.", rich_help_panel=LEARNED)]
+AttackNames = Annotated[str | None, typer.Option(help="Comma-separated wrappers around both kinds, or all.", rich_help_panel=CHANGED)]
+PerturbationNames = Annotated[str, typer.Option(help="Comma-separated changes of wording, all or none.", rich_help_panel=CHANGED)]
+VariantLimit = Annotated[int, typer.Option(min=1, help="Requests of either kind in each attack and perturbation.", rich_help_panel=CHANGED)]
+GuardFolder = Annotated[pathlib.Path, typer.Option(help="Folder of the guard, or of the run that fit it.", rich_help_panel="Models")]
+Fpr = Annotated[float | None, typer.Option(help="Use the guard's operating point for this rate. [default: its own]", rich_help_panel=ASKED)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the group."""
+    verb(app, "evaluate")(evaluate)
+
+
+def evaluate(
+    common: Common,
+    model: Model,
+    guard: GuardFolder,
+    unsafe: Unsafe = "builtin:harmful-test",
+    safe: Safe = "builtin:harmless-test",
+    over_refusal: OverRefusal = None,
+    fpr: Fpr = None,
+    column: Column = None,
+    limit: Limit = None,
+    fit_unsafe: FitUnsafe = None,
+    fit_safe: FitSafe = None,
+    leave_out: LeaveOut = None,
+    random: Random = 5,
+    attacks: AttackNames = None,
+    perturbations: PerturbationNames = ALL,
+    variant_limit: VariantLimit = 500,
+) -> dict[str, Any]:
+    """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside baselines that can embarrass it."""
+    options = {name: value for name, value in locals().items() if name != "common"}
+    check(options)
+    session = Session("guard-evaluate", common, options)
+    return session.run(lambda: work(session, options), show)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """What no model can make right, found out before one is loaded."""
+    if (options["fit_unsafe"] is None) != (options["fit_safe"] is None):
+        raise UsageError("--fit-unsafe and --fit-safe belong together; expected both, or neither")
+    for name in ("unsafe", "safe"):
+        if not listed(options[name]):
+            raise UsageError(f"--{name} names nothing; expected a file or builtin:NAME")
+    if options["fpr"] is not None and not 0 < options["fpr"] < 1:
+        raise UsageError(f"--fpr {options['fpr']:g}; expected a share between 0 and 1, such as 0.01")
+
+
+def work(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Load, evaluate, keep the curves in a file of their own."""
+    from safety_neurons.guard import Guard
+    from safety_neurons.results.files import write_json
+    from safety_neurons.studies.guard_evaluation import evaluate_guard
+    from safety_neurons.studies.guard_requests import ATTACKS, PERTURBATIONS
+
+    lists = {name: named(options[name]) for name in ("unsafe", "safe", "over_refusal", "fit_unsafe", "fit_safe")}
+    model = session.model(options["model"])
+    found = Guard.load(guard_folder(options["guard"]), model)
+    if options["fpr"] is not None:
+        found = found.at(options["fpr"])
+
+    def read(name: str) -> Any:
+        limit = None if name.startswith("fit") else options["limit"]
+        return [_renamed(session.prompts(path, model, options["column"], limit), label) for label, path in lists[name]]
+
+    with session.status("guard evaluate") as progress:
+        evaluation = evaluate_guard(
+            model,
+            found,
+            read("unsafe"),
+            read("safe"),
+            fit_unsafe=read("fit_unsafe") or None,
+            fit_safe=read("fit_safe") or None,
+            over_refusal=read("over_refusal"),
+            attacks=chosen(options["attacks"], ATTACKS),
+            perturbations=chosen(options["perturbations"], PERTURBATIONS),
+            leave_out=listed(options["leave_out"]) or (),
+            random=options["random"],
+            variant_limit=options["variant_limit"],
+            seed=session.common.seed,
+            batch_size=session.batch_size(),
+            progress=progress,
+        )
+    curves = session.folder.path(CURVES)
+    write_json(curves, evaluation.curves)
+    session.notes.extend(evaluation.notes)
+    return {**evaluation.result, "curves": str(curves)}
+
+
+def named(text: str | None) -> list[tuple[str, str]]:
+    """(name, file) of every part of a comma-separated list of FILE, NAME=FILE and builtin:NAME."""
+    found = []
+    for part in listed(text) or ():
+        name, sign, path = part.partition("=")
+        if not sign or pathlib.Path(part).exists():
+            name, path = (part if part.startswith(NOT_A_FILE) else pathlib.Path(part).name.partition(".")[0]), part
+        found.append((name, path))
+    return found
+
+
+def chosen(text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a comma-separated list; `all` for every known one, `none` for none."""
+    if text in (None, "none"):
+        return ()
+    return tuple(known) if text == ALL else listed(text) or ()
+
+
+def guard_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder a guard lies in: the one named, or `guard` inside the run that fit it."""
+    inside = folder / "guard"
+    return inside if (inside / "guard.json").is_file() else folder
+
+
+def _renamed(prompts: Any, name: str) -> Any:
+    from safety_neurons.prompts import Prompts
+
+    return Prompts(prompts, name, prompts.notes)
+
+
+# What a person sees
+
+
+def show(result: dict[str, Any]) -> None:
+    """The guard beside the baselines, then every table, then what to take away."""
+    console.out().print(
+        f"[bold]guard on {result['n_neurons']:,} neurons[/bold] ({result['pooling']}), {result['n_unsafe']:,} unsafe and "
+        f"{result['n_safe']:,} safe requests",
+        soft_wrap=True,
+    )
+    ours = {"name": "guard", **{name: result[name] for name in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
+    rows = [
+        [row["name"], fine(row["auroc"]), fine(row["average_precision"]), *(fine(row["tpr_at_fpr"][fpr]) for fpr in ("0.05", "0.01"))]
+        + [row["expected_calibration_error"], signed(row.get("difference"))]
+        for row in (ours, *result["baselines"])
+    ]
+    console.print_table(
+        "\nOn the requests as written",
+        ["classifier", "AUROC", "average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", "AUROC difference"],
+        rows,
+        caption=f"95 % intervals; of random sets mean, lowest, highest. Difference: {result['compared']} minus this one, paired; * clear.",
+    )
+    shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
+    console.out().print(
+        f"\nat threshold {result['threshold']:.4g} ({result['in_force']}) it flags {shown[0]} of the unsafe requests", end=""
+    )
+    console.out().print(f" and {shown[1]} of the safe ones", soft_wrap=True)
+    for column, rows in result["tables"].items():
+        sliced(f"By {column}", rows, result["compared"])
+    for title, name in (
+        ("Over-refusal sets", "over_refusal"),
+        ("Under attack", "attacks"),
+        ("Perturbed", "perturbations"),
+        ("By length", "lengths"),
+    ):
+        sliced(title, result[name], result["compared"])
+    for column, rows in result["leave_out"].items():
+        sliced(f"Each {column} left out of fitting", rows, "guard's neurons", flags=False)
+
+
+SHORT = {
+    "guard's neurons": "neurons",
+    "random neurons": "random",
+    "TF-IDF words": "words",
+    "TF-IDF characters": "letters",
+    "residual stream": "residual",
+    "refusal direction": "direction",
+}
+"""Names of classifiers where a table has one column for each."""
+
+
+def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, flags: bool = True) -> None:
+    """One table: a slice a row, the area of every classifier, what the guard flags."""
+    if not rows:
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
+    names.sort(key=lambda name: name != reference)
+    flagged = ["unsafe flagged", "safe flagged"] if flags else []
+    cells = [
+        [row["value"] + ("*" if row["against"] else ""), f"{row['n_unsafe']:,}/{row['n_safe']:,}"]
+        + [point(row["auroc"].get(name)) + mark(row["difference"].get(name)) for name in names]
+        + ([point(row["flagged_unsafe"]), point(row["flagged_safe"])] if flags else [])
+        for row in rows
+    ]
+    console.print_table(
+        f"\n{title}",
+        ["", "unsafe/safe", *(SHORT.get(name, name) for name in names), *flagged],
+        cells,
+        caption=f"AUROC; + or -: {SHORT.get(reference, reference)} clearly better or worse than this one (95 % interval, paired)"
+        + ("\n* one kind alone, held against all requests of the other" if any(row["against"] for row in rows) else ""),
+    )
+
+
+def fine(found: Mapping[str, Any] | None) -> str:
+    """A rate with its interval in three digits."""
+    if found is None or found["value"] is None:
+        return "–"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def point(found: Mapping[str, Any] | None) -> str:
+    """A rate without its interval."""
+    return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
+
+
+def signed(found: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, a star where the interval excludes 0."""
+    if found is None or found["value"] is None:
+        return "–"
+    return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{'*' if mark(found) else ''}"
+
+
+def mark(found: Mapping[str, Any] | None) -> str:
+    """`+` where the difference is clearly above 0, `-` where it is clearly below."""
+    if found is None or found["value"] is None:
+        return ""
+    return " +" if found["low"] > 0 else " -" if found["high"] < 0 else ""

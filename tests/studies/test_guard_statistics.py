@@ -1,0 +1,111 @@
+"""Tests of what scores are worth: against counting by hand, scikit-learn, resampling, and coverage on drawn data."""
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from safety_neurons.errors import InputError
+from safety_neurons.guard import auroc, expected_calibration_error
+from safety_neurons.studies import guard_statistics as statistics
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def scored(request):
+    number = np.random.default_rng(request.param)
+    unsafe = number.random(600) < 0.4
+    scores = number.normal(size=600) + 1.2 * unsafe
+    return (np.round(scores, 1) if request.param else scores), unsafe  # the second has many ties
+
+
+def test_curves_and_average_precision_are_those_of_scikit_learn(scored):
+    scores, unsafe = scored
+    false, true, _ = metrics.roc_curve(unsafe, scores, drop_intermediate=False)
+    assert np.allclose(statistics.roc_curve(scores, unsafe, points=10**6), np.stack([false, true], 1), atol=1e-6)
+    precision, recall, _ = metrics.precision_recall_curve(unsafe, scores)
+    ours = np.array(statistics.precision_recall_curve(scores, unsafe, points=10**6))
+    theirs = np.stack([recall, precision], 1)[:-1][::-1]
+    assert np.allclose(ours[: len(theirs)], theirs[: len(ours)], atol=1e-6)
+    found = statistics.average_precision(scores, unsafe)
+    assert found.value == pytest.approx(metrics.average_precision_score(unsafe, scores), abs=1e-12)
+    assert found.low < found.value < found.high
+
+
+def test_a_thinned_curve_keeps_its_ends_and_its_area(scored):
+    scores, unsafe = scored
+    thin = np.array(statistics.roc_curve(scores, unsafe, points=50))
+    assert len(thin) <= 52
+    assert tuple(thin[0]) == (0, 0)
+    assert tuple(thin[-1]) == (1, 1)
+    assert metrics.auc(*thin.T) == pytest.approx(auroc(scores, unsafe).value, abs=0.01)
+
+
+@pytest.mark.parametrize("fpr", [0.05, 0.01, 0.5])
+def test_the_rate_at_a_false_positive_rate_is_the_best_that_any_threshold_gives(scored, fpr):
+    scores, unsafe = scored
+    allowed = [(scores[unsafe] >= cut).mean() for cut in np.append(np.unique(scores), np.inf) if (scores[~unsafe] >= cut).mean() <= fpr]
+    assert statistics.tpr_at_fpr(scores, unsafe, fpr).value == pytest.approx(max(allowed))
+    cut = statistics.threshold_at(scores, unsafe, fpr)
+    assert (scores[unsafe] >= cut).mean() == pytest.approx(max(allowed))
+
+
+def test_its_interval_is_that_of_plain_resampling(scored):
+    scores, unsafe = scored
+    number, draws = np.random.default_rng(5), []
+    for _ in range(1500):
+        ours, safe = (number.choice(part, len(part)) for part in (scores[unsafe], scores[~unsafe]))
+        draws.append((ours > np.sort(safe)[::-1][int(0.05 * len(safe))]).mean())
+    found = statistics.tpr_at_fpr(scores, unsafe, 0.05)
+    assert np.allclose([found.low, found.high], np.quantile(draws, (0.025, 0.975)), atol=0.03)
+
+
+def test_perfect_scores_leave_doubt():
+    unsafe = np.arange(200) < 50
+    found = statistics.tpr_at_fpr(unsafe.astype(float), unsafe, 0.01)
+    assert found.value == found.high == 1
+    assert 0.9 < found.low < 1
+
+
+def test_reliability_sums_to_the_error_of_the_guards_own_measure(scored):
+    scores, unsafe = scored
+    probabilities = 1 / (1 + np.exp(-scores))
+    bins = statistics.reliability(probabilities, unsafe)
+    assert sum(row["n"] for row in bins) == 600
+    assert statistics.calibration_error(bins) == pytest.approx(expected_calibration_error(probabilities, unsafe))
+    sure = statistics.reliability(unsafe.astype(float), unsafe)
+    assert statistics.calibration_error(sure) == 0
+
+
+def test_the_paired_difference_covers_the_true_one_and_is_narrower_than_an_unpaired_one():
+    number, hits, widths = np.random.default_rng(3), 0, []
+    for _ in range(200):
+        unsafe = np.arange(160) < 60
+        common = number.normal(size=160) + 1.5 * unsafe
+        first, second = common + 0.4 * number.normal(size=160), common + 0.4 * number.normal(size=160)
+        found = statistics.area_difference(first, [second], unsafe)
+        hits += found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.89 <= hits / 200 <= 0.99
+    apart = auroc(first, unsafe)
+    assert np.mean(widths) < apart.high - apart.low
+
+
+def test_the_difference_from_several_is_from_their_mean_and_doubts_more_where_they_scatter():
+    number = np.random.default_rng(4)
+    unsafe = np.arange(300) < 120
+    first = number.normal(size=300) + 2 * unsafe
+    near = [number.normal(size=300) + unsafe for _ in range(3)]
+    far = [number.normal(size=300) + shift * unsafe for shift in (0, 1, 2)]
+    found = statistics.area_difference(first, near, unsafe)
+    areas = [metrics.roc_auc_score(unsafe, scores) for scores in near]
+    assert found.value == pytest.approx(metrics.roc_auc_score(unsafe, first) - np.mean(areas), abs=1e-12)
+    scattered = statistics.area_difference(first, far, unsafe)
+    assert scattered.high - scattered.low > found.high - found.low
+    with pytest.raises(InputError, match="nothing|no other scores"):
+        statistics.area_difference(first, [], unsafe)
+
+
+def test_one_class_alone_has_no_value():
+    scores, unsafe = np.arange(5.0), np.ones(5, bool)
+    assert statistics.average_precision(scores, unsafe).value is None
+    assert statistics.tpr_at_fpr(scores, unsafe, 0.05).value is None
+    assert statistics.area_difference(scores, [scores], unsafe).value is None
