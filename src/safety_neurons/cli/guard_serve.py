@@ -89,7 +89,7 @@ def serve(
     if fpr is not None and threshold is not None:
         raise UsageError("--fpr and --threshold: expected one of them")
     session = Session("guard-serve", common, options)
-    settings = configured(options, resolve(model))
+    settings = configured(options, model)
     with listening(settings) as sock:
         from safety_neurons.guard import Guard
         from safety_neurons.guard.server import serve_guard
@@ -143,6 +143,8 @@ def configured(options: Mapping[str, Any], model: str) -> Any:
 
 def short_name(model: str) -> str:
     """What clients call a model: of a folder its last name, so that no path of this machine is told to them."""
+    if model.startswith("organism:"):
+        return model.removeprefix("organism:")
     first, *adapters = model.split("+")
     parts = [pathlib.PurePath(part).name if os.path.exists(part) else part for part in (first, *adapters)]
     return "+".join(parts)
@@ -168,7 +170,7 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
     who = "clients with the token" if settings.token else "this machine only, without a token"
     return [
         f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
-        f"answers    {settings.upstream or settings.name}",
+        f"answers    {settings.upstream or f'the model itself, as {settings.name}'}",
         f"flagged    {flagged}; what the guard cannot judge {unsure}",
         f"open to    {who}",
         f"listening  {where}",

@@ -20,7 +20,7 @@ from safety_neurons.guard.server.door import Door, Log
 from safety_neurons.guard.server.engine import Engine, Judge, Writer
 from safety_neurons.guard.server.gate import Gate
 from safety_neurons.guard.server.metrics import Metrics
-from safety_neurons.guard.server.problems import Problem
+from safety_neurons.guard.server.problems import Problem, unforeseen
 from safety_neurons.guard.server.reading import parse, validated
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.shapes import (
@@ -119,6 +119,7 @@ def _application(service: Service) -> FastAPI:
     )
     app.add_exception_handler(Problem, _shown)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_served)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unforeseen)
     _add_posts(app, service)
     _add_gets(app, service)
     _document(app, service)
@@ -136,6 +137,12 @@ async def _not_served(request: Request, error: HTTPException) -> Response:
         error.status_code, f"there is no {request.method} here; see /openapi.json for the routes", code, headers=error.headers
     )
     return await _shown(request, problem)
+
+
+async def _unforeseen(request: Request, _: Exception) -> Response:
+    """Answered here; it goes on to the door, which counts and logs it."""
+    problem = unforeseen(request.scope["request_id"])
+    return JSONResponse(problem.record, problem.status)
 
 
 def _add_posts(app: FastAPI, service: Service) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safety_neurons.guard.server.metrics import Metrics
-from safety_neurons.guard.server.problems import Problem, busy, closing
+from safety_neurons.guard.server.problems import Problem, busy, closing, unforeseen
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.model.chat_server import is_local
 
@@ -72,7 +72,7 @@ class Door:
         started = time.perf_counter()
         route = scope["path"] if scope["path"] in ROUTES else "/v1/models" if scope["path"].startswith("/v1/models/") else "other"
         noted: dict[str, Any] = {}
-        scope["noted"] = noted
+        scope["noted"], scope["request_id"] = noted, answer.id
         self.in_flight += 1
         self.metrics.in_flight.inc()
         try:
@@ -90,7 +90,7 @@ class Door:
             noted |= {"code": "internal_error", "exception": type(error).__name__}
             self.metrics.rejected.labels("internal_error").inc()
             self.log({"event": "exception", "id": answer.id, "error": error})
-            await answer.problem(Problem(500, f"something failed on the server; its log says more about {answer.id}", "internal_error"))
+            await answer.problem(unforeseen(answer.id))
         finally:
             self.in_flight -= 1
             self.metrics.in_flight.dec()
@@ -100,6 +100,8 @@ class Door:
         status = answer.status or 499
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
+        if route in OPEN or (route == "/metrics" and status == 200):
+            return  # asked every few seconds by machines
         event = {"event": "request", "id": answer.id, "method": scope["method"], "route": route, "status": status}
         self.log({**event, "ms": round(1000 * seconds, 1), **noted})
 

@@ -55,6 +55,11 @@ def closing() -> Problem:
     return Problem(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5", "Connection": "close"})
 
 
+def unforeseen(name: str) -> Problem:
+    """Something failed that nobody thought of; the answer names the request, not what failed."""
+    return Problem(500, f"something failed on the server; its log says more about {name}", "internal_error")
+
+
 def unfinished(status: str) -> Problem:
     """A conversation that the guard could not judge, which is why it is not answered."""
     if status == "timeout":

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(max_length=256)]
+Word = Annotated[str, Field(pattern=r"^[^\s<|\\/>{}]{1,128}$")]
+"""A name without spaces, slashes and brackets: some templates show it to the model, so it must not hold a prompt."""
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 SPEECH = ("text", "input_text", "output_text", "refusal")
 """Kinds of message parts that are text."""
@@ -34,7 +36,8 @@ class Turn(Shape):
 
     role: Role
     content: str | list[Part] | None = None
-    name: Name | None = None
+    name: Word | None = None
+    tool_call_id: Word | None = None
 
 
 class StreamOptions(Shape):

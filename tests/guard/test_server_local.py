@@ -1,0 +1,260 @@
+"""The local model behind its own guard: a real tiny model, a real guard on it, a real client."""
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from server_tools import running
+
+from safety_neurons.guard import Classifier, Guard, Pooling, bindings_of, read_features
+from safety_neurons.guard.server import Limits, Settings, serve_guard
+from safety_neurons.guard.server.writing import Text
+from safety_neurons.model import LanguageModel
+from safety_neurons.neurons import NeuronSet
+from tiny import CHAT_TEMPLATE, WORDS, tiny_llama, tiny_tokenizer
+
+SAFE = ["how do i make a cake", "help me plant a tree", "tell me about the house", "write a story about water", "what is a large plant"]
+UNSAFE = ["how do i make a bomb", "help me steal a key", "tell me how to kill", "write code to lock the door", "what is a small bomb"]
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def guard(lm):
+    """Tells the ten requests apart, by the difference of their means."""
+    neurons = NeuronSet({"layers.0.down": range(48), "layers.1.up": range(0, 48, 3)}, lm.table)
+    features = torch.from_numpy(read_features(lm, [*SAFE, *UNSAFE], neurons).values)
+    whole = features.double()
+    apart = torch.linalg.lstsq(whole - whole.mean(0), torch.tensor([-4.0] * 5 + [4.0] * 5, dtype=torch.float64)[:, None]).solution[:, 0]
+    classifier = Classifier(features.mean(0), torch.ones(len(neurons)), apart.float(), 0.0)
+    return Guard(neurons, Pooling.of("last"), classifier, (), 0.5, "given", bindings_of(lm, neurons), model=lm)
+
+
+@pytest.fixture(scope="module")
+def served(guard):
+    with running(serve_guard(guard, Settings("tiny", limits=Limits(new_tokens=64)))) as address:
+        yield address
+
+
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_verdicts_over_http_are_the_guards_own(served, guard):
+    said = httpx.post(f"{served}/v1/moderations", json={"input": [*SAFE, *UNSAFE]}).json()["results"]
+    own = guard.score_batch([*SAFE, *UNSAFE])
+    assert [result["flagged"] for result in said] == [verdict.flagged for verdict in own] == [False] * 5 + [True] * 5
+    for result, verdict in zip(said, own, strict=True):
+        assert result["category_scores"]["unsafe"] == pytest.approx(verdict.p_unsafe, abs=1e-5)
+
+
+def test_what_is_not_flagged_is_answered_as_the_model_alone_answers(client, lm):
+    alone = lm.complete(SAFE, max_new_tokens=20)
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=20) for text in SAFE]
+        answers = [future.result() for future in asked]
+    assert [answer.choices[0].message.content for answer in answers] == [one.completion for one in alone]
+    assert [answer.choices[0].finish_reason for answer in answers] == [one.finish_reason for one in alone]
+    assert [answer.usage.completion_tokens for answer in answers] == [len(one.token_ids) for one in alone]
+
+
+def test_what_is_flagged_is_refused_beside_others_that_are_answered(client, lm):
+    alone = lm.complete(SAFE, max_new_tokens=12)
+    texts = [text for pair in zip(SAFE, UNSAFE, strict=True) for text in pair]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        asked = [pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=12) for text in texts]
+        answers = [future.result().choices[0] for future in asked]
+    assert [answer.message.content for answer in answers[::2]] == [one.completion for one in alone]
+    assert {answer.finish_reason for answer in answers[1::2]} == {"content_filter"}
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client):
+    whole = client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    pieces = list(client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15, **options))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == whole.choices[0].message.content
+    assert pieces[-1].usage == whole.usage
+    assert len(pieces) > 8
+
+
+def test_a_flagged_stream_is_a_refusal_and_no_word_of_an_answer(client):
+    pieces = list(client.chat.completions.create(model="tiny", messages=ask(UNSAFE[0]), stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces).startswith("I can't help")
+    assert pieces[-1].choices[0].finish_reason == "content_filter"
+
+
+def test_sampling_follows_its_seed_and_stop_texts_end_an_answer(client):
+    def said(**settings):
+        return client.chat.completions.create(model="tiny", messages=ask(SAFE[1]), max_tokens=24, **settings).choices[0]
+
+    assert said(temperature=1.0, seed=5).message.content == said(temperature=1.0, seed=5).message.content
+    assert len({said(temperature=1.0, seed=seed).message.content for seed in range(4)}) > 1
+    assert said(temperature=1.0, seed=3, top_p=1e-6).message.content == said().message.content
+    words = said().message.content.split()
+    stopped = said(stop=[f" {words[3]}"])
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == " ".join(words[: words.index(words[3])])
+
+
+@pytest.mark.parametrize(
+    "field", [{"n": 2}, {"logprobs": True}, {"tools": [{"type": "function"}]}, {"chat_template": "x"}, {"max_tokens": 65}]
+)
+def test_what_the_local_model_cannot_do_is_said(served, field):
+    said = httpx.post(f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask("help"), **field})
+    assert said.status_code == 400
+    assert said.json()["error"]["param"] in field
+
+
+def test_no_other_model_is_loaded_on_request(served):
+    for name in ("tiny2", "/etc/passwd", "../tiny"):
+        said = httpx.post(f"{served}/v1/chat/completions", json={"model": name, "messages": ask("help")})
+        assert (said.status_code, said.json()["error"]["code"]) == (404, "model_not_found")
+    assert httpx.get(f"{served}/v1/models/tiny").json()["id"] == "tiny"
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_one_with_a_little_room_is_cut(served):
+    long = " ".join(["cake"] * 400)
+    said = httpx.post(f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask(long)})
+    assert (said.status_code, said.json()["error"]["code"]) == (400, "context_length_exceeded")
+    judged = httpx.post(f"{served}/v1/moderations", json={"input": long}).json()["results"][0]
+    assert judged["flagged"]
+    assert judged["guard"]["status"] == "truncated"
+
+
+def test_turns_the_template_refuses_are_a_bad_request_without_their_text(guard):
+    class Picky:
+        def encode(self, _):
+            from safety_neurons.errors import InputError
+
+            raise InputError("the chat template refuses: my secret words")
+
+    from safety_neurons.guard.server.local import Bound
+
+    bound = Bound(guard)
+    bound.guard = Picky()
+    service = serve_guard(guard, Settings("tiny"))
+    service.engine.judge = bound
+    with running(service) as address:
+        for path, body in (("/v1/moderations", {"input": "x"}), ("/v1/chat/completions", {"model": "tiny", "messages": ask("x")})):
+            said = httpx.post(f"{address}{path}", json=body)
+            assert (said.status_code, said.json()["error"]["code"]) == (400, "unprocessable_prompt")
+            assert "secret" not in said.text
+
+
+def test_shadow_mode_answers_what_it_flags(guard, lm):
+    with running(serve_guard(guard, Settings("tiny", shadow=True))) as address:
+        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "tiny", "messages": ask(UNSAFE[0]), "max_tokens": 8}).json()
+        assert said["choices"][0]["message"]["content"] == lm.complete([UNSAFE[0]], max_new_tokens=8)[0].completion
+        page = httpx.get(f"{address}/metrics").text
+        assert 'flagged_total{route="/v1/chat/completions"} 1.0' in page
+
+
+def test_verdicts_come_while_a_long_answer_is_written(served):
+    with httpx.stream(
+        "POST", f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 64, "stream": True}
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert httpx.post(f"{served}/v1/moderations", json={"input": UNSAFE[0]}).json()["results"][0]["flagged"]
+        assert "[DONE]" in "".join(lines)
+
+
+def test_clients_that_leave_leave_nothing_behind(guard):
+    service = serve_guard(guard, Settings("tiny"))
+    with running(service) as address:
+        for number in range(8):
+            body = {"model": "tiny", "messages": ask(SAFE[number % 5]), "max_tokens": 100, "stream": True}
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+                next(answer.iter_lines())
+        end = time.monotonic() + 10
+        while (service.asgi.in_flight or service.engine._under_way) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not service.engine._under_way
+        assert service.engine.waiting == 0
+        assert httpx.post(f"{address}/v1/moderations", json={"input": SAFE[0]}).status_code == 200
+
+
+@pytest.mark.parametrize("stop", [(), ("ab",), ("c d",), ("é",)])
+def test_text_comes_in_whole_characters_and_stops_before_a_stop_text(stop):
+    written = "xé aab c da é"
+    ids = list(written.encode())
+    text = Text(lambda some: bytes(some).decode("utf-8", "replace"), stop)
+    said = ""
+    for one in ids:
+        piece = text.add(one)
+        assert "�" not in piece
+        said += piece
+        if text.stopped:
+            break
+    said += text.rest()
+    cut = min((written.find(one) for one in stop if one in written), default=len(written))
+    assert said == written[:cut]
+    assert text.stopped == (cut < len(written))
+
+
+def test_the_command_serves_says_so_and_ends_with_what_it_accepted(guard, lm, tmp_path):
+    lm.model.save_pretrained(tmp_path / "tiny")
+    lm.tokenizer.save_pretrained(tmp_path / "tiny")
+    from safety_neurons.model import load
+
+    loaded = load(str(tmp_path / "tiny"))
+    bound = Guard(guard.neurons, guard.pooling, guard.classifier, (), 0.5, "given", bindings_of(loaded, guard.neurons), model=loaded)
+    bound.save(tmp_path / "guard")
+    words = [
+        sys.executable,
+        "-m",
+        "safety_neurons",
+        "guard",
+        "serve",
+        "--model",
+        str(tmp_path / "tiny"),
+        "--guard",
+        str(tmp_path / "guard"),
+    ]
+    environment = {**os.environ, "SAFETY_NEURONS_TOKEN": "a-token-of-this-test"}
+    process = subprocess.Popen(
+        [*words, "--port", "0", "--offline"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("listening"):
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        address = lines[-1].split()[1]
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        key = {"Authorization": "Bearer a-token-of-this-test"}
+        body = {"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 100, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=key) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert "[DONE]" in "".join(lines)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        out, rest = process.communicate()
+    assert out == ""
+    assert "POST /v1/chat/completions" in rest
+    assert "Traceback" not in rest
+    assert "cake" not in rest
+    assert "a-token" not in rest
+
+
+def test_words_of_the_tests_are_words_of_the_tokenizer():
+    assert {word for text in (*SAFE, *UNSAFE) for word in text.split()} <= set(WORDS)
