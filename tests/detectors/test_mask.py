@@ -7,10 +7,11 @@ from twins import PROMPTS, adapted, separate, untouched
 
 from exact64 import Exact64
 from safety_neurons.detectors import find_attribution_patching, find_mask
-from safety_neurons.detectors import mask as module
+from safety_neurons.detectors import mask_search as module
 from safety_neurons.detectors.attribution_patching import own_completions
 from safety_neurons.detectors.gradients import Scored, score_rows
-from safety_neurons.detectors.mask import _Course, _Plan, _Search
+from safety_neurons.detectors.mask import _asked
+from safety_neurons.detectors.mask_search import Course, Plan, Search
 from safety_neurons.detectors.movable import Activations, Parameters
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.swap_attribution import contested, parting
@@ -73,6 +74,29 @@ def test_one_contested_row_scores_as_its_two_parted_rows_do():
         torch.testing.assert_close(score([contested(rows)]), score(parting(rows)), rtol=0, atol=1e-5)
 
 
+def test_any_refusals_token_counts_and_no_compliances():
+    told = [
+        [Scored((7, 8, 20, 1), 2, 1.0), Scored((7, 8, 30, 1), 2, -1.0)],
+        [Scored((9, 21, 1), 1, 1.0), Scored((9, 20, 1), 1, -1.0)],
+        [Scored((9, 22, 1), 1, 1.0), Scored((9, 22, 1), 1, -1.0)],  # the same text: nothing to turn
+        [Scored((9, 40, 23), 1, 1.0), Scored((9, 40, 24), 1, -1.0)],  # parts one token later, where other tokens begin a refusal
+    ]
+    rows = _asked(told, "refusal")
+    assert [row.instead for row in rows] == [(20, 21), (21,), (23,)]
+    many = [[Scored((9, 21), 1, 1.0), Scored((9, 25), 1, -1.0)]] * 30 + [[Scored((9, 33), 1, 1.0), Scored((9, 25), 1, -1.0)]]
+    assert [row.instead for row in _asked(many, "refusal")[-2:]] == [(21,), (21, 33)]  # what one in 31 says is its own
+    assert [row.rival for row in _asked(told, "odds")] == [30, 20, 24]
+    base, _ = separate()
+    batch = collate([row.ids for row in rows], range(3))
+    with torch.no_grad():
+        logits = forward(base.model, batch, with_logits=True)
+        found = score_rows(logits, batch, rows)
+    for row, scored in zip(rows, found, strict=True):
+        with torch.no_grad():
+            chances = base.model(input_ids=torch.tensor([row.ids[:-1]])).logits[0, -1].softmax(-1)
+        assert float(scored) == pytest.approx(float(chances[list(row.instead)].sum().log()), abs=1e-5)
+
+
 class Game:
     """Twelve units whose log-odds are a quadratic form of the mask: pairs help or hinder each other."""
 
@@ -97,8 +121,8 @@ class Game:
 def test_the_set_found_is_close_to_the_best_of_all_sets_of_its_size(seed):
     game = Game(seed)
     rows = [Scored((1,) * length, 1, 1.0) for length in (3, 2, 4)]
-    course = _Course(rows, [], adapted().base, 2)
-    search = _Search(game, course, _Plan("activations", 60, 0.8, 0.0), Stream(None, {}))
+    course = Course(rows, [], adapted().base, 2)
+    search = Search(game, course, Plan("activations", "odds", 60, 0.8, 0.0), Stream(None, {}))
     members, _ = search.run(4)
     assert members.sum() == 4
 
@@ -146,8 +170,8 @@ def test_a_killed_search_goes_on_and_ends_the_same(tmp_path, monkeypatch):
     options = {"rounds": 4, "count": 6, "harmless": PROMPTS[4:]}
     whole = find_mask(pair.base, pair.aligned, PROMPTS[:4], **options)
     checkpoint, looks = Checkpoint(tmp_path / "state.safetensors"), []
-    real = module._Search.look
-    monkeypatch.setattr(module._Search, "look", lambda self, mask: (looks.append(1), real(self, mask))[1])
+    real = module.Search.look
+    monkeypatch.setattr(module.Search, "look", lambda self, mask: (looks.append(1), real(self, mask))[1])
 
     def die(done, total, size):
         if done == 2 and len(looks) == module.MIDPOINTS + 2:
@@ -174,7 +198,7 @@ def test_a_search_starts_from_attribution_patching_where_one_round_is_all():
     """With the linear score of one prompt the first set is the one that attribution at the parting token gives."""
     pair = adapted()
     prompts = Prompts.from_list([PROMPTS[0].text])
-    found = find_mask(pair.base, pair.aligned, prompts, count=5, rounds=1, keep=0.0, move="activations", caution=0.0)
+    found = find_mask(pair.base, pair.aligned, prompts, count=5, rounds=1, keep=0.0, move="activations", caution=0.0, aim="odds")
     assert found.prompts.used == 1
     attributed = find_attribution_patching(pair.base, pair.aligned, prompts, count=40).neurons
     assert len(found.neurons & attributed) >= 3
@@ -191,6 +215,7 @@ def test_what_names_no_size_or_makes_no_sense_is_refused():
         ({"rounds": 0}, "rounds 0"),
         ({"keep": 1.0}, "keep 1.0"),
         ({"move": "weights"}, "move 'weights'"),
+        ({"aim": "high"}, "aim 'high'"),
     ):
         with pytest.raises(UsageError, match=said):
             find_mask(pair.base, pair.aligned, PROMPTS[:2], **options)

@@ -25,7 +25,7 @@ def test_scores_are_signed_z_scores_of_each_sites_probe_on_the_largest_activatio
     lm = model(0)
     found = find_probe_weights(lm, HARMFUL, harmless=HARMLESS, sites=("up", "down"), threshold=1.0)
     for key, values in found.scores.items():
-        assert (values**2).mean() == pytest.approx(1, abs=1e-5)
+        assert (values**2).mean() == pytest.approx(1, abs=0.01)  # a weight of exactly 0 scores 0
         assert set(found.neurons[key]) == set(np.flatnonzero(values >= 1.0))
     features = []
     for row in lm.encode(PROMPTS):

@@ -244,8 +244,8 @@ def mask(
     layers: Layers = None,
     subtract: Subtract = None,
     move: Annotated[str, typer.Option(help="activations (patching), parameters (swapping), or auto.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="How often the set is looked at.")] = 40,
-    caution: Annotated[float, typer.Option(min=0, help="Weight of the harmless answers.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the set is looked at.")] = 30,
+    caution: Annotated[float, typer.Option(min=0, help="Weight of the harmless answers.")] = 0.5,
     dry_run: DryRun = False,
 ) -> dict[str, Any] | None:
     """Learned mask: the set of a given size that refuses the most when it is moved from base to aligned."""

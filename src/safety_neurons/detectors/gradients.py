@@ -35,12 +35,14 @@ class Scored:
         start: position of the first scored token.
         weight: what the mean log-probability of the scored tokens is multiplied by.
         rival: a token whose log-probability at the same positions is taken away; None for none.
+        instead: tokens any of which may stand in place of a scored one; empty for the scored one alone.
     """
 
     ids: tuple[int, ...]
     start: int
     weight: float
     rival: int | None = None
+    instead: tuple[int, ...] = ()
 
 
 def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[Scored]:
@@ -57,7 +59,7 @@ def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: S
         predicting = logits[number, row.start - 1 : len(row.ids) - 1]
         predicting = predicting if predicting.dtype == torch.float64 else predicting.float()
         chances = predicting.log_softmax(-1)
-        log_probabilities = chances.gather(1, targets[:, None])
+        log_probabilities = chances[:, list(row.instead)].logsumexp(1) if row.instead else chances.gather(1, targets[:, None])
         scores.append(row.weight * (log_probabilities.mean() - (0.0 if row.rival is None else chances[:, row.rival].mean())))
     return torch.stack(scores)
 

@@ -18,6 +18,8 @@ from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.neurons import NeuronSet, Selection
 
+SAME = 1e-5
+"""Share of its size below which a feature's spread is rounding: the largest activation is often that of a token all prompts begin with."""
 PENALTY = 1.0
 """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""
 
@@ -91,7 +93,8 @@ def probe(features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prom
     """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept that is not penalised."""
     centred = features - features.mean(0)
     spread = centred.std(0, correction=0)
-    scaled = torch.where(spread > 1e-12, centred / spread.clamp(min=1e-12), 0.0)
+    varies = spread > SAME * features.abs().amax(0)
+    scaled = torch.where(varies, centred / torch.where(varies, spread, 1.0), 0.0)
     values = torch.zeros(scaled.shape[1] + 1, dtype=scaled.dtype, requires_grad=True)
     solver = torch.optim.LBFGS([values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
 

@@ -1,0 +1,145 @@
+"""The search of a learned mask: a set of units is looked at, and the gradient there says which units should be in it instead."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.detectors.gradients import TOKEN_BUDGET, Scored, midpoints_of
+from safety_neurons.detectors.movable import Movable
+from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.passes import Batch, BatchSize, collate, plan, takes_padding, token_budget
+
+MOVES = ("auto", "activations", "parameters")
+AIMS = ("refusal", "odds")
+MIDPOINTS = 8
+"""Points of the straight path whose mean gradient the search starts from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of the search."""
+
+    move: str
+    aim: str
+    rounds: int
+    keep: float
+    caution: float
+
+    def __post_init__(self) -> None:
+        if self.move not in MOVES:
+            raise UsageError(f"move {self.move!r} is unknown: use one of {', '.join(MOVES)}")
+        if self.aim not in AIMS:
+            raise UsageError(f"aim {self.aim!r} is unknown: use one of {', '.join(AIMS)}")
+        if self.rounds < 1 or not 0 <= self.keep < 1 or not 0 <= self.caution < math.inf:
+            raise UsageError(
+                f"rounds {self.rounds}, keep {self.keep}, caution {self.caution}: expected at least 1 round, a keep from 0 to below 1 "
+                "and a caution of at least 0"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """As written to the provenance."""
+        return {"move": self.move, "aim": self.aim, "rounds": self.rounds, "keep": self.keep, "caution": self.caution}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a mask is worth.
+
+    Attributes:
+        slope: derivative of the value with respect to every unit's entry.
+        value: what is made large.
+        scores: per prompt: log-odds, or log-probability.
+    """
+
+    slope: Float[Tensor, " unit"]
+    value: float
+    scores: Float[Tensor, " prompt"]
+
+
+class Course:
+    """The rows that masks are judged on, in batches that stay the same from round to round."""
+
+    def __init__(
+        self, asked: Sequence[Scored], answers: Sequence[Scored], lm: LanguageModel, batch_size: BatchSize, first: int = 0
+    ) -> None:
+        self.n_harmful, self.n_harmless = len(asked), len(answers)
+        self.batches: list[tuple[Batch, list[Scored], bool]] = []
+        for rows, harmful in ((asked, True), (answers, False)):
+            lengths = [len(row.ids) for row in rows]
+            for group in plan(lengths, batch_size, token_budget(lm.device, TOKEN_BUDGET), padded=takes_padding(lm)):
+                batch = collate([row.ids for row in rows], group, number=first + len(self.batches), pad_id=lm.pad_id).to(lm.device)
+                self.batches.append((batch, [rows[index] for index in group], harmful))
+
+
+class Search:
+    """Iterated hard thresholding over the units of a mover."""
+
+    def __init__(self, mover: Movable, course: Course, plan_: Plan, stream: Stream) -> None:
+        self.mover, self.course, self.plan, self.stream = mover, course, plan_, stream
+        numbers, places = torch.unique(torch.cat(list(mover.units.values())), return_inverse=True)
+        self.numbers = numbers
+        self._places = dict(zip(mover.units, places.split([len(part) for part in mover.units.values()]), strict=True))
+        self._found: dict[str, Any] = {}
+
+    def masks(self, mask: Float[Tensor, " unit"]) -> dict[str, Tensor]:
+        """The mask as its mover wants it."""
+        return {name: mask[places] for name, places in self._places.items()}
+
+    def look(self, mask: Float[Tensor, " unit"]) -> Look:
+        """What a mask is worth, and which way it should change."""
+        masks = self.masks(mask)
+        slope, value, each = torch.zeros(len(self.numbers), dtype=torch.float64), 0.0, torch.zeros(self.course.n_harmful)
+        for batch, rows, harmful in self.course.batches:
+            if not harmful and not self.plan.caution:
+                continue
+            found, scores = self.mover.slopes(batch, rows, masks)
+            scores = scores.double().cpu()
+            if harmful:
+                each[batch.indices] = scores.float()
+                by_odds = self.plan.aim == "odds"
+                gained = -torch.nn.functional.softplus(-scores) if by_odds else scores
+                weights = ((-scores).sigmoid() if by_odds else torch.ones_like(scores)) / self.course.n_harmful
+            else:
+                weights = torch.full_like(scores, self.plan.caution / self.course.n_harmless)
+                gained = scores * self.plan.caution
+            value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
+            for name, gradients in found.items():
+                slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
+        if not (math.isfinite(value) and bool(slope.isfinite().all())):
+            raise NumericalError("the value of a mask is NaN or infinity: check the models' weights, or use --dtype float32")
+        return Look(slope, value, each)
+
+    def run(self, size: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The members of the best set, and the state at the end; both by unit."""
+        state = self._begin()
+        best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
+        for number in range(int(self.stream.state.get("rounds", 0)), self.plan.rounds):
+            chosen = torch.zeros(len(state), dtype=torch.float64)
+            chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
+            look = self.look(chosen)
+            if best is None or look.value > self.stream.state["value"]:
+                best = chosen.bool()
+                self.stream.state |= {"value": look.value, "round": number + 1}
+            state = self.plan.keep * state + (1 - self.plan.keep) * look.slope
+            self.stream.put("mask", {"state": state.numpy(), "best": best.numpy().astype(np.int64)})
+            self.stream.state["rounds"] = number + 1
+            self.stream.save()
+            if progress is not None:
+                progress(number + 1, self.plan.rounds, size)
+        assert best is not None
+        return best.numpy(), state.numpy()
+
+    def _begin(self) -> Tensor:
+        """The state to go on from: the stored one, or the mean gradient along the straight path."""
+        if "mask/state" in self.stream.arrays:
+            return torch.from_numpy(self.stream.arrays["mask/state"].copy())
+        everywhere = torch.ones(len(self.numbers), dtype=torch.float64)
+        return torch.stack([self.look(everywhere * point).slope for point in midpoints_of(MIDPOINTS)]).mean(0)
