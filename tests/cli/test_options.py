@@ -64,6 +64,9 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ([*VERIFY, "--neurons", "n", "--random", "-1"], "--random"),
         (["compare", *CONTRAST[2:], "--methods", "contrast,magic"], "weight-change"),
         (["compare", *CONTRAST[2:], "--top", "0"], "above 0"),
+        (["compare", *CONTRAST[2:], "--top", "0.1,0.2"], "one --top"),
+        (["compare", *CONTRAST[2:], "--organism", "natural"], "leave --base"),
+        (["find", "mask", *CONTRAST[2:], "--move", "weights"], "auto, activations, parameters"),
         (["find", "contrast"], "--base"),
         (["find", "magic"], "magic"),
         (["dance"], "dance"),
@@ -76,13 +79,15 @@ def test_wrong_words_are_refused_before_anything_is_loaded(words, said):
 
 
 def test_the_names_that_are_checked_early_are_those_of_the_workers():
-    from safety_neurons.detectors import importance_contrast
+    from safety_neurons.detectors import importance_contrast, mask_search
 
     assert choices.CHOICES["positions"] == POSITIONS
     assert choices.CHOICES["space"] == SPACES
     assert choices.CHOICES["dtype"] == DTYPES
     assert tuple(METHODS) == choices.METHODS
     assert choices.CHOICES["compare"] == importance_contrast.COMPARISONS
+    assert choices.CHOICES["move"] == mask_search.MOVES
+    assert choices.CHOICES["aim"] == mask_search.AIMS
 
 
 def test_help_names_every_verb_and_every_option_has_words():

@@ -11,6 +11,7 @@ from running import command, done, record, refused
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import Completions
+from safety_neurons.studies import METHODS
 
 ARM = {"harmful_refused", "harmless_refused", "perplexity"}
 RATE = {"value", "low", "high", "n", "unscored"}
@@ -152,22 +153,23 @@ def test_answers_to_prompts_that_changed_are_asked_again(found, tiny_pair, tmp_p
 
 
 def compared(pair, *more):
-    words = ["compare", *pair.models, "--prompts", pair.harmful, *pair.measured_on, "--max-new-tokens", "3", "--limit", "3"]
-    return [*words, "--top", "0.1", "--random", "2", *more]
+    words = ["compare", *pair.models, "--prompts", pair.harmful, "--find-harmless", pair.harmless, *pair.measured_on]
+    return [*words, "--max-new-tokens", "3", "--limit", "3", "--top", "0.1", "--random", "2", *more]
 
 
 def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
     result = done(*compared(tiny_pair, "--out", tmp_path / "run"))
     names = [row["method"] for row in result["methods"]]
-    expected = ["importance", "importance-contrast", "swap-attribution", "contrast", "attribution", "attribution-patching", "weight-change"]
+    expected = list(METHODS)
     assert names == [*expected, "random 0", "random 1"]
     for row in result["methods"]:
         assert row.keys() >= {"method", "n_neurons", "recall", "causal_effect", "harmful_refused", "harmless_refused", "seconds"}
         assert row["recall"] is None
         assert row["n_units"] == result["budget"] == 10
-    assert len(result["agreement"]) == 9 * 8 / 2
+    assert len(result["agreement"]) == 16 * 15 / 2
     for name in expected:
-        assert len(Scores.load(tmp_path / "run" / f"{name}.scores.safetensors")) == 96
+        file = f"{name}-10.scores.safetensors" if name == "mask" else f"{name}.scores.safetensors"
+        assert len(Scores.load(tmp_path / "run" / file)) == 96
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

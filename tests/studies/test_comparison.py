@@ -28,7 +28,8 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def compared(pair, prompts):
-    return compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], sites=["up", "down"], top=0.1, random=2, **OPTIONS)
+    looked_at = {"find_prompts": prompts[0], "find_harmless": prompts[1]}
+    return compare(pair.base, pair.aligned, *prompts, **looked_at, sites=["up", "down"], top=0.1, random=2, **OPTIONS)
 
 
 def units_of(neurons):
@@ -65,7 +66,7 @@ def test_a_set_holds_every_neuron_of_its_units(pair):
 
 def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
     sets = {row.method: units_of(row.neurons) for row in compared.methods}
-    assert len(compared.agreement) == 9 * 8 // 2
+    assert len(compared.agreement) == 16 * 15 // 2
     for pair in compared.agreement:
         first, second = (sets[name] for name in pair["methods"])
         assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))
@@ -151,6 +152,7 @@ def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair
 def test_what_cannot_be_compared_is_refused(pair, prompts):
     for options, said in (
         ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"methods": ["snip"]}, "snip reads harmless prompts too"),
         ({"top": 0.0}, "not a share"),
         ({"top": 1.5}, "not a share"),
         ({"truth": NeuronSet({}, pair.base.table)}, "empty"),

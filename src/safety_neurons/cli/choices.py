@@ -14,18 +14,27 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compare": ("swap", "swap-attribution", "absolute", "relative", "same-input"),
     "space": ("output", "probability"),
     "at": ("path", "base"),
+    "move": ("auto", "activations", "parameters"),
+    "aim": ("refusal", "odds"),
     "dtype": ("auto", "float32", "float64", "bfloat16", "float16"),
 }
 """Options that take one of a few names. The workers check them again; a test holds the two lists together."""
 
 METHODS = (
+    "mask",
     "importance",
     "importance-contrast",
     "swap-attribution",
     "contrast",
     "attribution",
     "attribution-patching",
+    "snip",
+    "wanda",
+    "refusal-direction",
+    "probe-weights",
     "weight-change",
+    "weight-magnitude",
+    "activation-magnitude",
 )
 TEMPLATES = ("auto", "none", "tulu")
 SELECTION = ("top", "count", "top_per_matrix", "threshold", "agreement")
@@ -46,7 +55,7 @@ def check(options: Mapping[str, Any], common: Common) -> None:
     check_places(options)
     if "top_per_matrix" in options:
         check_selection(options)
-    elif options.get("top") is not None and not 0 < options["top"] <= 1:
+    elif isinstance(options.get("top"), float) and not 0 < options["top"] <= 1:
         raise UsageError(f"--top {options['top']} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
     unknown = [name for name in listed(options.get("methods")) or () if name not in METHODS]
     if unknown:
@@ -99,14 +108,14 @@ def batch_size(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def parse_sizes(text: str | None) -> list[float]:
-    """`--sizes` as sorted, distinct shares."""
+def parse_sizes(text: str | None, option: str = "--sizes") -> list[float]:
+    """`--sizes`, or another option, as sorted, distinct shares."""
     try:
         shares = sorted({float(part) for part in ("0.005,0.01,0.02,0.05,0.1,0.2" if text is None else text).split(",")})
     except ValueError:
-        raise UsageError(f"--sizes {text!r}: expected comma-separated shares such as 0.01,0.05") from None
+        raise UsageError(f"{option} {text!r}: expected comma-separated shares such as 0.01,0.05") from None
     if not all(0 < share <= 1 for share in shares):
-        raise UsageError(f"--sizes {text!r}: expected shares above 0 and at most 1")
+        raise UsageError(f"{option} {text!r}: expected shares above 0 and at most 1")
     return shares
 
 

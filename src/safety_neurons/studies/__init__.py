@@ -5,6 +5,7 @@ from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.studies.comparison import METHODS, Comparison, MethodResult, compare
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
+from safety_neurons.studies.ranking import Ranking, rank
 from safety_neurons.studies.rsn import ARMS, Lab, Plan, Sets, find_sets, rsn
 from safety_neurons.studies.stress import Attack, stress
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
@@ -26,6 +27,7 @@ __all__ = [
     "Lab",
     "MethodResult",
     "Plan",
+    "Ranking",
     "Sets",
     "SizePoint",
     "Trainings",
@@ -38,6 +40,7 @@ __all__ = [
     "evaluate",
     "find_sets",
     "helpfulness",
+    "rank",
     "read_trainings",
     "rsn",
     "stress",

@@ -26,14 +26,19 @@ from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_ke
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint, Difference, Effect, Rate, causal_effect, paired_difference
 from safety_neurons.results.files import read_json, write_json
+from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.verification import MEASURE
 
 Method = Callable[[LanguageModel, LanguageModel, Prompts, dict[str, Any]], Scores]
 WRITES = ("importance-contrast", "contrast")
 """Methods that generate text; its length is then the comparison's."""
-IN_ONE_GO = ("weight-change",)
+IN_ONE_GO = ("weight-change", "weight-magnitude", "refusal-direction", "probe-weights")
 """Methods too short to keep a partial state."""
+SETS = ("mask",)
+"""Methods that search one set of a given size: they are told the budget in units, and found again for every budget."""
+CONTRASTING = ("mask", "snip", "wanda", "refusal-direction", "probe-weights")
+"""Methods that are shown harmless prompts too, where there are some."""
 
 
 def _pair_method(name: str, **fixed: Any) -> Method:
@@ -44,14 +49,25 @@ def _aligned_method(name: str) -> Method:
     return lambda _base, aligned, prompts, options: getattr(detectors, name)(aligned, prompts, **options).scores
 
 
+def _weight_magnitude(_base: LanguageModel, aligned: LanguageModel, _prompts: Prompts, options: dict[str, Any]) -> Scores:
+    return detectors.find_weight_magnitude(aligned, sites=options["sites"]).scores
+
+
 METHODS: dict[str, Method] = {
+    "mask": _pair_method("find_mask"),
     "importance": _aligned_method("find_importance"),
     "importance-contrast": _pair_method("find_importance_contrast"),
     "swap-attribution": _pair_method("find_importance_contrast", compare="swap-attribution"),
     "contrast": _pair_method("find_contrast"),
     "attribution": _aligned_method("find_attribution"),
     "attribution-patching": _pair_method("find_attribution_patching"),
+    "snip": _aligned_method("find_snip"),
+    "wanda": _aligned_method("find_wanda"),
+    "refusal-direction": _aligned_method("find_refusal_direction"),
+    "probe-weights": _aligned_method("find_probe_weights"),
     "weight-change": _pair_method("find_weight_change"),
+    "weight-magnitude": _weight_magnitude,
+    "activation-magnitude": _aligned_method("find_activation_magnitude"),
 }
 """Name of a method -> scores of the neurons at the given sites."""
 
@@ -99,6 +115,9 @@ class Comparison:
     """For every two methods: Jaccard index of their units, and what two random sets of the budget would have."""
     bench: Bench
 
+    def _repr_html_(self) -> str:
+        return notebook.comparison_table(self.record())
+
     def record(self) -> dict[str, Any]:
         """The comparison as JSON values."""
         return {
@@ -120,10 +139,11 @@ def compare(
     harmless: Prompts,
     *,
     find_prompts: Prompts,
+    find_harmless: Prompts | None = None,
     truth: NeuronSet | None = None,
     sites: Sequence[str] | None = None,
     top: float = 0.05,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | None = None,
     random: int = 3,
     seed: int = 0,
     max_new_tokens: int = 64,
@@ -140,10 +160,12 @@ def compare(
         harmful: requests on which refusal is measured.
         harmless: requests on which over-refusal is measured.
         find_prompts: requests the methods may look at; should share none with `harmful`.
+        find_harmless: harmless prompts that some methods look at too; without them snip, wanda, refusal-direction and probe-weights are
+            left out, and mask does without.
         truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
         sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
         top: budget as a share of the units, without a truth.
-        methods: names from `METHODS`.
+        methods: names from `METHODS`; None for all that can be run.
         random: number of random sets.
         seed: of random sets and bootstrap.
         max_new_tokens: length of a completion, in tokens.
@@ -156,9 +178,7 @@ def compare(
     Raises:
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise UsageError(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+    methods = check_methods(methods, find_harmless is not None)
     if truth is None and not 0 < top <= 1:
         raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
     truth = truth.on(base.table) if truth is not None else None
@@ -177,12 +197,32 @@ def compare(
             progress(f"find {name}")
         options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
         options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
+        options |= {"harmless": find_harmless} if name in CONTRASTING and find_harmless is not None else {}
+        options |= {"units": budget} if name in SETS else {}
         scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0) for number in range(random)]
     ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
     bench.finish()
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+
+
+def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[str]:
+    """The methods asked for, or all that can be run.
+
+    Raises:
+        UsageError: an unknown name, or a method that needs harmless prompts where there are none.
+    """
+    without = [name for name in METHODS if with_harmless or name not in CONTRASTING or name in SETS]
+    if methods is None:
+        return without
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise UsageError(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
+    lacking = [name for name in methods if name not in without]
+    if lacking:
+        raise UsageError(f"{lacking[0]} reads harmless prompts too; give some, or leave it out")
+    return list(methods)
 
 
 @dataclasses.dataclass
@@ -233,20 +273,21 @@ class _Shelf:
         """What an earlier, killed run found by this method on the same prompts, or what the method finds now."""
         if self.place is None:
             return self._timed(name, base, aligned, prompts, options)
-        file = self.place(f"{name}.scores.safetensors")
-        if name in self.seconds and file.exists():
+        kept_as = f"{name}-{options['units']}" if name in SETS else name
+        file = self.place(f"{kept_as}.scores.safetensors")
+        if kept_as in self.seconds and file.exists():
             kept = Scores.load(file, table=base.table)
             if kept.provenance.prompts_sha256 in ("", prompts.sha256):
-                return kept, self.seconds[name]
-        checkpoint = None if name in IN_ONE_GO else Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
-        found, self.seconds[name] = self._timed(
+                return kept, self.seconds[kept_as]
+        checkpoint = None if name in IN_ONE_GO else Checkpoint(self.place(f"checkpoints/{kept_as}.safetensors"))
+        found, self.seconds[kept_as] = self._timed(
             name, base, aligned, prompts, options | ({"checkpoint": checkpoint} if checkpoint is not None else {})
         )
         found.save(file)
         write_json(self.place(SECONDS), self.seconds)
         if checkpoint is not None:
             checkpoint.delete()
-        return found, self.seconds[name]
+        return found, self.seconds[kept_as]
 
     @staticmethod
     def _timed(name: str, base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:

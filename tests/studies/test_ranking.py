@@ -1,0 +1,127 @@
+"""Ranking: what is averaged over organisms, who leads, and one command over folders of organisms."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import types
+
+import pytest
+
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.report.ranking import ranking_figure
+from safety_neurons.results.files import write_json
+from safety_neurons.studies.comparison import Comparison, MethodResult
+from safety_neurons.studies.ranking import Entry, Ranking, rank, standings
+from tiny_pair import HARMFUL, HARMLESS
+
+
+def made(kind, **fields):
+    """An instance with these fields alone."""
+    one = object.__new__(kind)
+    for name, value in fields.items():
+        object.__setattr__(one, name, value)
+    return one
+
+
+def row(method, recall, effect, refused=0.0, seconds=1.0):
+    told = {name: types.SimpleNamespace(value=value) for name, value in (("causal_effect", effect), ("harmless_refused", refused))}
+    return made(MethodResult, method=method, recall=recall, necessity=types.SimpleNamespace(value=0.5), seconds=seconds, **told)
+
+
+def entry(name, kind, share, *rows):
+    return Entry(name, kind, share, made(Comparison, methods=rows))
+
+
+ENTRIES = [
+    entry("natural-0", "natural", 0.02, row("a", None, 0.9), row("b", None, 0.8), row("random 0", None, 0.1), row("random 1", None, 0.3)),
+    entry("natural-1", "natural", 0.02, row("a", None, 0.5, 0.2), row("b", None, 0.8), row("random 0", None, None)),
+    entry("natural-1", "natural", 0.05, row("a", None, 1.0), row("b", None, 0.9)),
+    entry("planted-0", "planted", 0.01, row("a", 0.6, None), row("b", 1.0, 0.0)),
+    entry("planted-1", "planted", 0.03, row("a", 0.8, None), row("b", 0.9, 0.0)),
+]
+
+
+def test_means_are_over_organisms_and_the_worst_is_the_least_good():
+    found = {(one.group, one.measure, one.method): one for one in standings(ENTRIES)}
+    effect = found["natural 0.02", "causal_effect", "a"]
+    assert (effect.mean, effect.worst) == (pytest.approx(0.7), 0.5)
+    assert effect.by_organism == {"natural-0": 0.9, "natural-1": 0.5}
+    random = found["natural 0.02", "causal_effect", "random"]  # two sets of one organism are one value; an undefined one is none
+    assert random.by_organism == {"natural-0": pytest.approx(0.2), "natural-1": None}
+    assert random.mean == pytest.approx(0.2)
+    assert found["natural 0.02", "harmless_refused", "a"].worst == 0.2
+    assert found["planted", "recall", "b"].mean == pytest.approx(0.95)
+    assert found["planted", "causal_effect", "a"].mean is None
+    assert ("natural 0.02", "recall", "a") not in found
+
+
+def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_lead_nothing():
+    ranking = Ranking(tuple(ENTRIES), tuple(standings(ENTRIES)))
+    leaders = {(one["group"], one["measure"]): one["methods"] for one in ranking.leaders}
+    assert leaders["natural 0.02", "causal_effect"] == ["b"]
+    assert leaders["natural 0.05", "causal_effect"] == ["a"]
+    assert leaders["planted", "recall"] == ["b"]
+    assert leaders["natural 0.02", "harmless_refused"] == ["b"]
+    assert ("planted", "seconds") not in leaders
+    order = [one.method for one in ranking.standings if (one.group, one.measure) == ("planted", "recall")]
+    assert order == ["b", "a"]
+
+
+def test_the_figure_names_every_method_and_shows_every_organism():
+    record = {"ranking": [dataclasses.asdict(one) for one in standings(ENTRIES)]}
+    figure = ranking_figure(record)
+    assert figure.startswith("<svg")
+    for said in (">a<", ">b<", ">random<", "planted units found", "causal effect", "2% of the units"):
+        assert said in figure
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_pair, tmp_path_factory) -> pathlib.Path:
+    """An organism's folder around the tiny pair."""
+    made = tmp_path_factory.mktemp("organisms") / "tiny-3"
+    for name in ("plain", "sft", "dpo"):
+        shutil.copytree(tiny_pair.folder / name, made / name)
+    stages = {"sft": ["plain", "sft"], "dpo": ["plain", "sft", "dpo"]}
+    write_json(made / "organism.json", {"name": "tiny", "kind": "natural", "seed": 3, "base": "sft", "aligned": "dpo", "stages": stages})
+    (made / "prompts").mkdir()
+    for kind, texts in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+        for half, part in (("", texts[:4]), ("-test", texts[4:])):
+            lines = [json.dumps({"id": f"{kind}{half}-{number}", "prompt": text}) for number, text in enumerate(part)]
+            (made / "prompts" / f"{kind}{half}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return made
+
+
+OPTIONS = {
+    "tops": (0.05, 0.1),
+    "methods": ["weight-change", "refusal-direction"],
+    "random": 1,
+    "find": 3,
+    "measured": 3,
+    "max_new_tokens": 3,
+}
+
+
+def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_again(folder, tmp_path, monkeypatch):
+    from safety_neurons import detectors
+
+    calls = []
+    real = detectors.find_refusal_direction
+    monkeypatch.setattr(detectors, "find_refusal_direction", lambda *words, **more: (calls.append(1), real(*words, **more))[1])
+    first = rank([folder], place=tmp_path.joinpath, **OPTIONS)
+    assert [entry.group for entry in first.entries] == ["natural 0.05", "natural 0.1"]
+    assert [entry.comparison.budget for entry in first.entries] == [5, 10]
+    assert len(calls) == 1
+    again = rank([folder], place=tmp_path.joinpath, **OPTIONS)
+    assert len(calls) == 1
+    assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(first.record(), sort_keys=True, default=str)
+    assert (tmp_path / "tiny-3" / "completions-0.05.jsonl").exists()
+
+
+def test_what_cannot_be_ranked_is_refused(folder):
+    with pytest.raises(UsageError, match="none twice"):
+        rank([folder, folder], **OPTIONS)
+    with pytest.raises(UsageError, match="at least one of each"):
+        rank([], **OPTIONS)
+    with pytest.raises(InputError, match=r"no organism is called|expected the folder"):
+        rank(["nowhere"], **OPTIONS)
