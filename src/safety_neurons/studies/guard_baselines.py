@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ Score = Callable[[Rows], Float64[np.ndarray, " row"]]
 """Calibrated log odds of being unsafe, for cases by number."""
 
 
+@runtime_checkable
 class Baseline(Protocol):
     """A way to tell unsafe requests from safe ones, which can be fit on any of the cases."""
 
