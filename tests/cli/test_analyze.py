@@ -9,6 +9,7 @@ from running import command, done, refused
 
 from safety_neurons import organism
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
+from tiny_pair import HARMFUL
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,80 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path):
     assert "at least two" in refused("analyze", "overlap", runs / "one", "--out", tmp_path / "run")
     assert "no file or folder" in refused("analyze", "layers", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert "together" in refused("analyze", "layers", runs / "one", "--top", 0.1, "--count", 3, "--out", tmp_path / "run", code=2)
+
+
+@pytest.fixture(scope="module")
+def words(tiny_pair):
+    """Requests by language and by category, of which a tiny model makes little."""
+    folder = tiny_pair.folder / "analyzed"
+    folder.mkdir(exist_ok=True)
+    for half, texts in (("find", HARMFUL[:6]), ("test", HARMFUL[3:])):
+        for code in ("en", "de"):
+            rows = [json.dumps({"prompt": text, "category": "ab"[number % 2], "language": code}) for number, text in enumerate(texts)]
+            (folder / f"{half}.{code}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+def test_languages_and_transfer_are_one_command_each(words, tiny_pair, tmp_path):
+    common = ["--units", 6, "--random", 1, "--max-new-tokens", 3]
+    places = ["--find-prompts", f"{words}/find.{{language}}.jsonl", "--test-prompts", f"{words}/test.{{language}}.jsonl"]
+    line = ["analyze", "languages", "--model", tiny_pair.aligned, "--languages", "en,de", *places, *common, "--out", tmp_path / "languages"]
+    found = done(*line)
+    assert found["method"] == "importance"
+    assert found["languages"][0]["n_units"] == 6
+    assert found["shared"]["n_units"] == 6
+    assert found["skipped"] == ["en specific, minus intersection", "de specific, minus intersection"] + [
+        "en specific, minus union",
+        "de specific, minus union",
+    ]
+    assert {(cell["set"], cell["group"]) for cell in found["matrix"]} == {
+        (name, group) for name in ("en", "de", "shared by all") for group in ("en", "de")
+    }
+    assert pathlib.Path(found["figure"]).is_file()
+    assert "empty sets" in command(*line).out
+    assert NeuronSet.load(found["neurons"]["de"]).n_units == 6
+    line = ["analyze", "transfer", *tiny_pair.models, "--prompts", words / "find.en.jsonl", "--harmful", words / "test.en.jsonl", *common]
+    line += ["--harmless", tiny_pair.harmless, "--tasks", f"perplexity:{tiny_pair.text}", "--out", tmp_path / "transfer"]
+    found = done(*line)
+    assert found["groups"] == ["a", "b"]
+    assert len(found["matrix"]) == 4
+    assert found["overlap"][0]["names"] == ["a", "b"]
+    assert "Ability while patched" in command(*line).out
+
+
+def test_vocabulary_and_progressive_are_one_command_each(tiny_pair, tmp_path):
+    find = ["find", "contrast", *tiny_pair.models, "--prompts", tiny_pair.harmful, "--top", 0.1, "--max-new-tokens", 3]
+    assert done(*find, "--out", tmp_path / "found")["n_neurons"]
+    few = [*tiny_pair.measured_on, "--limit", 3]
+    line = ["analyze", "vocabulary", "--model", tiny_pair.aligned, "--neurons", tmp_path / "found", *few, "--cards", 2, "--random", 2]
+    found = done(*line, "--out", tmp_path / "cards")
+    scores = Scores.load(tmp_path / "found")
+    assert [card["score"] for card in found["cards"]] == sorted(np.concatenate([part for _, part in scores.items()]).tolist())[:-3:-1]
+    assert "makes likelier" in command(*line, "--out", tmp_path / "cards").out
+    line = ["analyze", "progressive", "--model", tiny_pair.aligned, "--neurons", tmp_path / "found", *few, "--text", tiny_pair.text]
+    line += ["--random", 1, "--points", 2, "--max-new-tokens", 3, "--out", tmp_path / "steps"]
+    found = done(*line)
+    assert [curve["order"] for curve in found["curves"]] == ["front to back", "back to front", "one layer alone", "by score"]
+    assert "random neurons" in command(*line).out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["languages", "--model", "nowhere", "--languages", "en"], "at least two"),
+        (["languages", "--model", "nowhere", "--method", "contrast"], "needs a pair"),
+        (["languages", "--model", "nowhere", "--sets", "en=a.safetensors"], "no set for 'de'"),
+        (["languages", "--model", "nowhere", "--find-prompts", "a.jsonl"], "{language}"),
+        (["languages", "--model", "nowhere", "--definitions", "all"], "union, intersection"),
+        (["transfer", "--base", "a", "--aligned", "b", "--method", "luck"], "unknown"),
+        (["transfer", "--base", "a", "--aligned", "b", "--suites", "a"], "NAME=FILE"),
+        (["vocabulary", "--model", "nowhere"], "neither"),
+        (["vocabulary", "--model", "nowhere", "--at", "layers.0.down"], "KEY:INDEX"),
+        (["progressive", "--model", "nowhere"], "--neurons is missing"),
+    ],
+)
+def test_what_no_model_can_make_right_is_said_at_once(line, said, tmp_path):
+    outcome = command("analyze", *line, "--out", tmp_path / "run")
+    assert outcome.code == 2, outcome.err
+    assert said in outcome.err
+    assert not (tmp_path / "run").exists()

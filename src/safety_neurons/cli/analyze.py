@@ -72,10 +72,10 @@ def paths(sets: list[str]) -> list[str]:
 
 def figure(session: Session, name: str, *values: Any) -> dict[str, str]:
     """Draw the analysis's figure into the run folder; where it is."""
-    from safety_neurons.analysis import figures
+    from safety_neurons.analysis import figures, study_figures
 
     place = session.folder.path("figure.svg")
-    getattr(figures, name)(*values, place)
+    (getattr(figures, name, None) or getattr(study_figures, name))(*values, place)
     return {"figure": str(place)}
 
 
@@ -147,7 +147,7 @@ def answer(claim: dict[str, Any]) -> str:
 
 def _others() -> None:
     """Commands of this group that live in files of their own register themselves when they are imported."""
-    for name in ("analyze_studies", "analyze_tax"):
+    for name in ("analyze_groups", "analyze_cards", "analyze_tax"):
         if importlib.util.find_spec(f"safety_neurons.cli.{name}") is not None:
             importlib.import_module(f"safety_neurons.cli.{name}")
 

@@ -1,0 +1,274 @@
+"""Neuron cards: what a neuron writes into the vocabulary, where it is most active, and what it alone does to the refusal's log-odds."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_neurons.errors import NeuronError, UnsupportedModelError
+from safety_neurons.interventions import deactivated, patched
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.parts import AttentionAnatomy
+from safety_neurons.model.unembedding import vocabulary_scores
+from safety_neurons.neurons import NeuronSet, Scores, parse_key
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import paired_difference
+from safety_neurons.studies.vocabulary_activity import Activity, activity
+from safety_neurons.studies.vocabulary_odds import RefusalOdds
+
+Neuron = tuple[str, int]
+Treat = Callable[[NeuronSet], Callable[[], contextlib.AbstractContextManager[Any]]]
+Progress = Callable[[str], None]
+SUM_OF_HEADS = "the o columns its v row feeds, summed; each query head writes its own times its attention"
+UNIT = "the unit's down column; the sign is that of the unit's activation"
+NOTHING = "a q or k neuron writes nothing: it tells attention where to look"
+ROUTED = "the output direction of a routed expert is not shown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One neuron.
+
+    Attributes:
+        key, index: which.
+        score: by which it was chosen, where scores are known.
+        writes: tokens of its output direction.
+        active: where it is most and least active, and its mean on harmful and harmless prompts.
+        effects: change of the refusal's log-odds by it alone, one entry per treatment.
+    """
+
+    key: str
+    index: int
+    score: float | None
+    writes: Mapping[str, Any]
+    active: Mapping[str, Any]
+    effects: Mapping[str, Mapping[str, Any]]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        place = parse_key(self.key)
+        about = {"neuron": f"{self.key}:{self.index}", "key": self.key, "index": self.index, "layer": place.layer, "site": place.site}
+        return {**about, "score": self.score, "writes": dict(self.writes), "active": dict(self.active), "effects": dict(self.effects)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cards:
+    """Cards of a handful of neurons, and what the same numbers are for random ones."""
+
+    cards: tuple[Card, ...]
+    log_odds: Mapping[str, Any]
+    """Mean log-odds of the refusal, untreated and with all the cards' neurons treated together, by treatment."""
+    random: Mapping[str, Any]
+    """By treatment the effects of random neurons of the same matrices."""
+    texts: Mapping[str, Any]
+    """What refusal and compliance are."""
+    notes: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        found = {"log_odds": dict(self.log_odds), "random": dict(self.random), "texts": dict(self.texts)}
+        return {"cards": [card.record() for card in self.cards], **found}
+
+
+def vocabulary(
+    model: LanguageModel,
+    neurons: Sequence[Neuron],
+    harmful: Prompts,
+    harmless: Prompts | None = None,
+    *,
+    base: LanguageModel | None = None,
+    scores: Scores | None = None,
+    refusal: str | None = None,
+    compliance: str | None = None,
+    tokens: int = 10,
+    places: int = 5,
+    random: int = 20,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Cards:
+    """A card for each of a handful of neurons.
+
+    Args:
+        model: the (aligned) model: whose weights are read, whose activations are told, in which neurons are deactivated.
+        neurons: which, as (key, index).
+        harmful: requests on which activations and log-odds are taken.
+        harmless: requests on which activations are told too.
+        base: the less safe model; each neuron's activation is then also patched into it, and refusal and compliance are the two
+            models' own greedy answers.
+        scores: to tell each neuron's.
+        refusal: text of a refusal, without a base; built-in English ones by default.
+        compliance: text of a compliance, likewise.
+        tokens: top and bottom tokens shown.
+        places: prompts shown at either end of the activation.
+        random: random neurons of the same matrices, for each treatment.
+        seed: of the random neurons and the bootstrap.
+        batch_size: prompts per pass.
+        progress: told every step.
+
+    Raises:
+        NeuronError: no neuron, or one that the model does not have.
+
+    Source: Chen et al., NeurIPS 2025, section 5.3 (tokens of output directions); the effect of one neuron is measured, not estimated.
+    """
+    chosen = _checked(model, neurons)
+    tell = progress or (lambda _: None)
+    tell("vocabulary")
+    references = _references(model, chosen, random, seed)
+    written = _written(model, [*chosen, *references], tokens)
+    tell("activations")
+    found = activity(model, chosen, harmful, harmless, places=places, batch_size=batch_size)
+    odds = RefusalOdds.of(model, base, harmful, refusal, compliance, batch_size)
+    treatments: dict[str, tuple[LanguageModel, Treat]] = {"deactivate": (model, lambda part: lambda: deactivated(model, part))}
+    if base is not None:
+        treatments["patch"] = (base, lambda part: lambda: patched(base, model, part))
+    effects: dict[str, dict[Neuron, dict[str, Any]]] = {}
+    log_odds: dict[str, Any] = {}
+    reference: dict[str, Any] = {}
+    for name, (subject, treat) in treatments.items():
+        tell(f"log-odds, {name}")
+        ruler = _Ruler(odds, subject, treat, seed)
+        reference[name] = ruler.random(references)
+        effects[name] = {neuron: ruler.effect(neuron, reference[name]) for neuron in chosen}
+        log_odds[name] = ruler.together(chosen)
+    cards = tuple(_card(neuron, scores, written, found, effects, references) for neuron in chosen)
+    return Cards(cards, log_odds, reference, odds.texts, tuple(odds.notes))
+
+
+def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int = 0) -> list[Neuron]:
+    """The members with the largest scores; without scores some of them at random."""
+    members = list(neurons)
+    if scores is not None:
+        return sorted(members, key=lambda member: -float(scores[member[0]][member[1]]) if member[0] in scores else np.inf)[:count]
+    places = np.random.default_rng(seed).permutation(len(members))[:count]
+    return [members[place] for place in sorted(places.tolist())]
+
+
+def _checked(model: LanguageModel, neurons: Sequence[Neuron]) -> list[Neuron]:
+    if not neurons:
+        raise NeuronError("no neuron was given; expected at least one for a card")
+    NeuronSet({key: [index] for key, index in neurons}).check(model.table)
+    for key, index in neurons:
+        NeuronSet({key: [index]}, model.table)
+        if key not in model.anatomy.places:
+            raise UnsupportedModelError(f"{key} belongs to routed experts, which have no activation at every token; expected a dense site")
+    return list(dict.fromkeys((key, int(index)) for key, index in neurons))
+
+
+def _references(model: LanguageModel, chosen: Sequence[Neuron], random: int, seed: int) -> list[Neuron]:
+    """Random neurons of the same matrices, none of them chosen, spread over the matrices as the chosen ones are."""
+    generator = np.random.default_rng([seed, 2])
+    found: list[Neuron] = []
+    keys = [chosen[number % len(chosen)][0] for number in range(random)]
+    for key in keys:
+        free = np.setdiff1d(np.arange(model.table[key].size), [index for name, index in (*chosen, *found) if name == key])
+        if len(free):
+            found.append((key, int(generator.choice(free))))
+    return found
+
+
+def direction(model: LanguageModel, neuron: Neuron) -> tuple[Float[Tensor, " hidden"] | None, str]:
+    """What a neuron adds to the residual stream per unit of its activation, and how that is defined; None where it is not."""
+    key, index = neuron
+    place = parse_key(key)
+    places = model.anatomy.places
+    if place.site in ("q", "k"):
+        return None, NOTHING
+    if place.site in ("down", "o"):
+        return (places[key].weight()[:, index], "") if key in places else (None, ROUTED)
+    if place.site in ("gate", "up"):
+        down = f"{place.block}.down"
+        return (places[down].weight()[:, index], UNIT) if down in places else (None, ROUTED)
+    attention = model.anatomy.layers[place.layer].attention
+    assert isinstance(attention, AttentionAnatomy)
+    group, offset = divmod(index, attention.head_dim)
+    heads = attention.n_heads // attention.n_kv_heads
+    columns = [(group * heads + head) * attention.head_dim + offset for head in range(heads)]
+    return places[f"{place.block}.o"].weight()[:, columns].sum(1), SUM_OF_HEADS
+
+
+def _written(model: LanguageModel, neurons: Sequence[Neuron], tokens: int) -> dict[Neuron, dict[str, Any]]:
+    """Top and bottom tokens of every neuron that writes, with the size of the largest score."""
+    with model.running(), torch.no_grad():
+        found = {neuron: direction(model, neuron) for neuron in neurons}
+    writing = {neuron: vector for neuron, (vector, _) in found.items() if vector is not None}
+    rows: dict[Neuron, dict[str, Any]] = {
+        neuron: {"defined": vector is not None, "how": how, "top": [], "bottom": [], "largest": None}
+        for neuron, (vector, how) in found.items()
+    }
+    if writing:
+        scores = vocabulary_scores(model, torch.stack(list(writing.values())))
+        for neuron, row in zip(writing, scores.cpu(), strict=True):
+            most, least = row.topk(min(tokens, len(row))), (-row).topk(min(tokens, len(row)))
+            rows[neuron]["top"] = _tokens(model, most.indices, most.values)
+            rows[neuron]["bottom"] = _tokens(model, least.indices, -least.values)
+            rows[neuron]["largest"] = float(row.abs().max())
+    return rows
+
+
+def _tokens(model: LanguageModel, ids: Tensor, values: Tensor) -> list[dict[str, Any]]:
+    texts = [str(model.tokenizer.decode([number])) for number in ids.tolist()]
+    return [{"token": text, "id": number, "score": value} for text, number, value in zip(texts, ids.tolist(), values.tolist(), strict=True)]
+
+
+@dataclasses.dataclass
+class _Ruler:
+    """Measures the refusal's log-odds under one treatment of single neurons."""
+
+    odds: RefusalOdds
+    subject: LanguageModel
+    treat: Treat
+    seed: int
+    untreated: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.untreated = self.odds.measure(self.subject)
+
+    def under(self, neurons: Sequence[Neuron]) -> np.ndarray:
+        """Log-odds of every prompt while these neurons are treated."""
+        members: dict[str, list[int]] = {}
+        for key, index in neurons:
+            members.setdefault(key, []).append(index)
+        return self.odds.measure(self.subject, self.treat(NeuronSet(members, self.subject.table)))
+
+    def random(self, references: Sequence[Neuron]) -> dict[str, Any]:
+        """Effects of random neurons one by one: mean, range of 95 %, all of them."""
+        values = [float((self.under([neuron]) - self.untreated).mean()) for neuron in references]
+        if not values:
+            return {"value": None, "low": None, "high": None, "n": 0, "values": []}
+        low, high = np.quantile(values, (0.025, 0.975))
+        return {"value": float(np.mean(values)), "low": float(low), "high": float(high), "n": len(values), "values": values}
+
+    def effect(self, neuron: Neuron, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """What the neuron alone changes, beside the random ones."""
+        change = paired_difference(self.under([neuron]), self.untreated, seed=self.seed)
+        values = reference["values"]
+        larger = sum(abs(value) >= abs(change.value or 0.0) for value in values)
+        p = (1 + larger) / (1 + len(values)) if values else None
+        return {**change.to_json(), "as_large_among_random": larger, "n_random": len(values), "p": p}
+
+    def together(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
+        """The untreated log-odds, and the change by all the neurons at once."""
+        change = paired_difference(self.under(neurons), self.untreated, seed=self.seed)
+        return {"untreated": float(self.untreated.mean()), "change_together": change.to_json()}
+
+
+def _card(
+    neuron: Neuron,
+    scores: Scores | None,
+    written: Mapping[Neuron, dict[str, Any]],
+    found: Mapping[Neuron, Activity],
+    effects: Mapping[str, Mapping[Neuron, dict[str, Any]]],
+    references: Sequence[Neuron],
+) -> Card:
+    writes = dict(written[neuron])
+    others = [written[other]["largest"] for other in references if other[0] == neuron[0] and written[other]["largest"] is not None]
+    writes["random_largest"] = {"value": float(np.mean(others)), "low": min(others), "high": max(others)} if others else None
+    score = float(scores[neuron[0]][neuron[1]]) if scores is not None and neuron[0] in scores else None
+    return Card(*neuron, score, writes, found[neuron].record(), {name: part[neuron] for name, part in effects.items()})

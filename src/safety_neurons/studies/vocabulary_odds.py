@@ -1,0 +1,86 @@
+"""The refusal's log-odds of every prompt: mean log p(refusal) − mean log p(compliance), teacher-forced."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from safety_neurons.detectors.attribution import COMPLIANCES, REFUSALS
+from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored, explained
+from safety_neurons.errors import InputError
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.measures import BatchSize
+from safety_neurons.prompts import Prompts
+
+Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusalOdds:
+    """Texts to score, prompt by prompt.
+
+    Attributes:
+        rows: for every prompt its refusals and compliances behind it.
+        texts: what they are, as JSON values.
+        batch_size: rows per pass.
+        notes: prompts that were left out.
+    """
+
+    rows: tuple[tuple[Scored, ...], ...]
+    texts: dict[str, Any]
+    batch_size: BatchSize = "auto"
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        base: LanguageModel | None,
+        prompts: Prompts,
+        refusal: str | None = None,
+        compliance: str | None = None,
+        batch_size: BatchSize = "auto",
+    ) -> "RefusalOdds":
+        """Of a pair both models' own greedy answers, of one model the given texts or the built-in ones; 16 tokens of each at most.
+
+        Raises:
+            InputError: no prompt on which the two models part.
+        """
+        encoded = model.encode(prompts, reserve=SCORED_TOKENS)
+        if base is None:
+            sides = [[refusal] if refusal else list(REFUSALS), [compliance] if compliance else list(COMPLIANCES)]
+            rows = [explained(one.ids, *([_tokens(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
+            return RefusalOdds(tuple(map(tuple, rows)), {"refusal": sides[0], "compliance": sides[1]}, batch_size)
+        written = [
+            [list(answer.token_ids) for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)]
+            for writer in (model, base)
+        ]
+        pairs = zip(encoded, *written, strict=True)
+        rows = [explained(one.ids, [mine], [theirs]) for one, mine, theirs in pairs if mine and theirs and mine != theirs]
+        if not rows:
+            raise InputError(f"both models answer all {len(encoded)} prompts alike; expected prompts that only the aligned model refuses")
+        left = len(encoded) - len(rows)
+        notes = (f"{left} of {len(encoded)} prompts are answered alike by both models and say nothing of log-odds",) if left else ()
+        return RefusalOdds(tuple(map(tuple, rows)), {"refusal": "the aligned model's", "compliance": "the base model's"}, batch_size, notes)
+
+    def measure(self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext) -> Float64[np.ndarray, " prompt"]:
+        """Log-odds of every prompt that counts, in nats per token."""
+        flat = [row for rows in self.rows for row in rows]
+        spans = [(row.start, len(row.ids)) for row in flat]
+        with treatment():
+            found = model.token_log_probabilities([list(row.ids) for row in flat], spans, batch_size=self.batch_size)
+        values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
+        ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
+        return np.array([part.sum() for part in np.split(np.array(values), ends)])
+
+
+def _tokens(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
+    """Tokens of a text behind a prompt, with a space between where the prompt ends in a visible character."""
+    end = model.decode([prompt[-1]])
+    space = " " if end and not end[-1].isspace() else ""
+    ids = model.tokenizer(space + text.strip(), add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"the text {text!r} has no tokens; expected a sentence to score")
+    return [int(number) for number in ids]

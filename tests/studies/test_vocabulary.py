@@ -1,0 +1,139 @@
+"""Neuron cards: tokens, activations and effects held against the weights and a model whose weights were set to zero."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from safety_neurons import load
+from safety_neurons.errors import NeuronError
+from safety_neurons.model import LanguageModel, load_pair
+from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.prompts import Prompts
+from safety_neurons.studies import strongest, vocabulary
+from safety_neurons.studies.vocabulary_odds import RefusalOdds
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tiny_pair import HARMFUL, HARMLESS
+
+NEURONS = [("layers.0.down", 3), ("layers.1.o", 5), ("layers.1.v", 2), ("layers.0.up", 4), ("layers.1.q", 1)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return LanguageModel(tiny_llama().double(), tiny_tokenizer(CHAT_TEMPLATE), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def made(lm):
+    texts = {"refusal": "sorry i cannot", "compliance": "sure here is"}
+    prompts = Prompts.from_list(HARMFUL[:4]), Prompts.from_list(HARMLESS[:3])
+    return vocabulary(lm, NEURONS, *prompts, **texts, tokens=5, places=2, random=4, batch_size=3)
+
+
+def test_tokens_are_those_of_the_output_direction(made, lm):
+    model = lm.model
+    down, o = model.model.layers[0].mlp.down_proj.weight, model.model.layers[1].self_attn.o_proj.weight
+    attention = lm.anatomy.layers[1].attention
+    heads, size = attention.n_heads // attention.n_kv_heads, attention.head_dim
+    fed = [head * size + 2 for head in range(heads)]
+    directions = {0: down[:, 3], 1: o[:, 5], 2: o[:, fed].sum(1), 3: down[:, 4]}
+    for place, direction in directions.items():
+        with torch.no_grad():
+            logits = model.lm_head(model.model.norm(direction))
+        logits = logits - logits.mean()
+        writes = made.cards[place].writes
+        assert [entry["id"] for entry in writes["top"]] == logits.topk(5).indices.tolist()
+        assert [entry["id"] for entry in writes["bottom"]] == (-logits).topk(5).indices.tolist()
+        assert writes["top"][0]["score"] == pytest.approx(float(logits.max()), rel=1e-4)
+        assert writes["top"][0]["token"] == lm.tokenizer.decode([writes["top"][0]["id"]])
+    assert "unit's down" in made.cards[3].writes["how"]
+    assert made.cards[4].writes["defined"] is False
+    assert "nothing" in made.cards[4].writes["how"]
+
+
+def test_activations_are_those_that_the_projection_sees(made, lm):
+    seen: list[torch.Tensor] = []
+    handle = lm.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, :, 3]))
+    try:
+        encoded = lm.encode(Prompts.from_list(HARMFUL[:4]))
+        with torch.no_grad():
+            for one in encoded:
+                lm.model(torch.tensor([one.ids]))
+    finally:
+        handle.remove()
+    active = made.cards[0].active
+    assert active["harmful"]["largest"] == pytest.approx(max(float(part.max()) for part in seen))
+    assert active["harmful"]["smallest"] == pytest.approx(min(float(part.min()) for part in seen))
+    assert active["harmful"]["mean"] == pytest.approx(np.mean([float(part.mean()) for part in seen]))
+    most = next(place for place in active["most_active"] if place["prompts"] == "harmful")
+    prompt = int(most["prompt_id"])
+    assert most["position"] == int(seen[prompt].argmax())
+    assert most["token"] == lm.tokenizer.decode([encoded[prompt].ids[most["position"]]])
+    values = [place["value"] for place in active["most_active"]]
+    assert values == sorted(values, reverse=True)
+    assert len(values) == 2
+
+
+def test_the_effect_of_a_neuron_is_that_of_a_model_without_its_weights(made, lm):
+    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:4]), "sorry i cannot", "sure here is")
+    untreated = odds.measure(lm)
+    for place, (layer, part, index) in {0: (0, "mlp.down_proj", 3), 1: (1, "self_attn.o_proj", 5)}.items():
+        cut = copy.deepcopy(lm.model)
+        with torch.no_grad():
+            cut.model.layers[layer].get_submodule(part).weight[:, index] = 0
+        change = odds.measure(LanguageModel(cut, lm.tokenizer)) - untreated
+        effect = made.cards[place].effects["deactivate"]
+        assert effect["value"] == pytest.approx(change.mean(), rel=1e-6)
+        assert effect["n"] == 4
+    assert made.log_odds["deactivate"]["untreated"] == pytest.approx(untreated.mean())
+
+
+def test_log_odds_are_mean_log_probabilities_of_the_two_texts(lm):
+    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:2]), "sorry i cannot", "sure here is")
+    for prompt, value in zip(lm.encode(Prompts.from_list(HARMFUL[:2])), odds.measure(lm), strict=True):
+        means = []
+        for text in ("sorry i cannot", "sure here is"):
+            ids = lm.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                table = lm.model(torch.tensor([prompt.ids + ids])).logits[0].log_softmax(-1)
+            start = len(prompt.ids)
+            means.append(np.mean([float(table[start - 1 + place, token]) for place, token in enumerate(ids)]))
+        assert value == pytest.approx(means[0] - means[1])
+
+
+def test_random_neurons_are_of_the_same_matrices_and_give_a_range(made):
+    reference = made.random["deactivate"]
+    assert reference["n"] == len(reference["values"]) == 4
+    assert min(reference["values"]) <= reference["low"] <= reference["value"] <= reference["high"] <= max(reference["values"])
+    for card in made.cards:
+        effect = card.effects["deactivate"]
+        assert effect["as_large_among_random"] == sum(abs(value) >= abs(effect["value"]) for value in reference["values"])
+        assert effect["p"] == (1 + effect["as_large_among_random"]) / 5
+
+
+def test_a_pair_is_patched_too_and_writes_its_own_texts(tiny_pair):
+    pair = load_pair(tiny_pair.base, tiny_pair.aligned)
+    found = vocabulary(pair.aligned, [("layers.1.down", 0)], Prompts.from_list(HARMFUL[:3]), base=pair.base, random=0, tokens=2)
+    assert set(found.cards[0].effects) == {"deactivate", "patch"}
+    assert found.texts["refusal"] == "the aligned model's"
+    assert found.cards[0].effects["patch"]["p"] is None
+    assert found.record()["cards"][0]["neuron"] == "layers.1.down:0"
+
+
+def test_members_with_the_largest_scores_come_first(lm):
+    scores = Scores({"layers.0.down": np.arange(lm.table["layers.0.down"].size)[::-1].copy()}, lm.table)
+    neurons = NeuronSet({"layers.0.down": [9, 2, 30]}, lm.table)
+    assert strongest(neurons, scores, 2) == [("layers.0.down", 2), ("layers.0.down", 9)]
+    assert set(strongest(neurons, None, 2)) <= set(neurons)
+    with pytest.raises(NeuronError, match="out of range"):
+        vocabulary(lm, [("layers.0.down", 10**6)], Prompts.from_list(["a"]))
+    with pytest.raises(NeuronError, match="at least one"):
+        vocabulary(lm, [], Prompts.from_list(["a"]))
+
+
+def test_a_card_of_the_organism_writes_how_a_refusal_begins():
+    """The strongest neuron of the natural organism's last layers by attribution patching makes 'sorry' likelier."""
+    model = load("organism:natural/dpo")
+    written = [vocabulary(model, [("layers.2.down", 398)], model.prompts("builtin:harmful-test", limit=2), random=0, tokens=3)]
+    assert "sorry" in {entry["token"].strip() for entry in written[0].cards[0].writes["top"]}
