@@ -1,7 +1,9 @@
 """Whom the server lets in, and how much: everything hostile is a 4xx in the shape of the OpenAI API, and nothing of it reaches a log."""
 
+import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 
@@ -14,6 +16,7 @@ from server_tools import TOKEN, Words, raw, running, service
 from safety_neurons.errors import UsageError
 from safety_neurons.guard.server import Limits, Problem, Settings
 from safety_neurons.guard.server.reading import parse
+from safety_neurons.guard.server.serving import bound
 
 JSON = b"Content-Type: application/json\r\n"
 
@@ -211,6 +214,23 @@ def test_settings_that_would_be_open_are_refused(settings, word):
         Settings("tiny", **settings)
     assert "pass@" not in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+def test_answers_go_out_without_nagles_delay():
+    with contextlib.closing(bound("127.0.0.1", 0)) as sock, socket.create_connection(listening(sock)):
+        accepted, _ = sock.accept()
+        assert asyncio_would_turn_it_off(accepted)
+        accepted.close()
+
+
+def listening(sock):
+    sock.listen()
+    return sock.getsockname()
+
+
+def asyncio_would_turn_it_off(sock):
+    asyncio.base_events._set_nodelay(sock)
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_settings_never_show_their_secrets():

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError
-from safety_neurons.guard.features import Collector, model_lock
+from safety_neurons.guard.features import model_lock
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.server.app import Service
 from safety_neurons.guard.server.door import Log
@@ -33,7 +33,6 @@ class Bound:
     def __init__(self, guard: Guard, most: int | None = None) -> None:
         self.guard, self.model = guard, guard.bound
         self._most = most
-        self._collector = Collector(guard.neurons, [guard.pooling])
 
     def prepare(self, prompt: Any) -> Encoded:
         """Token ids of a prompt.
@@ -56,14 +55,15 @@ class Bound:
     @contextlib.contextmanager
     def during(self, mask: Int[Tensor, "batch token"]) -> Iterator[None]:
         """Reads the left-padded pass inside the context."""
-        self._collector.start(mask, left=True)
-        with model_lock(self.model), self._collector.on(self.model):
+        collector = self.guard.collector
+        with model_lock(self.model), collector:
+            collector.start(mask, left=True)
             yield
+            self._features = collector.result()[self.guard.pooling]
 
     def verdicts(self, truncated: Sequence[bool]) -> Sequence[Any]:
         """Verdicts on the rows of that pass."""
-        features = self._collector.result()[self.guard.pooling]
-        return self.guard.verdicts(features, truncated, top=0)
+        return self.guard.verdicts(self._features, truncated, top=0)
 
 
 def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **further: Any) -> Service:
