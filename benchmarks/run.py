@@ -101,6 +101,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "find_memory": own("find_memory.py", "find_memory", repetitions=3),
     "startup": own("startup.py", "startup"),
     "tuning": own("tuning_cost.py", "tuning"),
+    "guard": own("guard_latency.py", "guard"),
     "gpu": graphics,
 }
 

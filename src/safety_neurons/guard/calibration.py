@@ -4,6 +4,7 @@ Both rise strictly with the score, so calibrating changes no order and no operat
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,19 @@ class Calibration:
         inside = y0 + (scores - x0) * ((y1 - y0) / (x1 - x0))
         below, above = values[0] + (scores - knots[0]) / self.temperature, values[-1] + (scores - knots[-1]) / self.temperature
         return torch.where(scores < knots[0], below, torch.where(scores > knots[-1], above, inside))
+
+    def of_one(self, score: float) -> float:
+        """The same of one score, without a tensor."""
+        if self.kind == "temperature":
+            return score / self.temperature + self.shift
+        knots, values = self.scores, self.log_odds
+        if score < knots[0] or len(knots) == 1:
+            return values[0] + (score - knots[0]) / self.temperature
+        if not score <= knots[-1]:
+            return values[-1] + (score - knots[-1]) / self.temperature
+        place = min(max(bisect_left(knots, score), 1), len(knots) - 1)
+        slope = (values[place] - values[place - 1]) / (knots[place] - knots[place - 1])
+        return values[place - 1] + (score - knots[place - 1]) * slope
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

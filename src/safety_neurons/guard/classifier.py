@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
@@ -44,17 +45,17 @@ class Classifier:
         return len(self.weights)
 
     @cached_property
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Weights of the raw features and the constant beside them, in float64."""
-        weights = self.weights.double() / self.scale.double()
-        return weights, self.bias - self.mean.double() @ weights
+    def wide(self) -> tuple[Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"]]:
+        """Means, 1 / scale, and weights of the features before standardisation, in float64: for a few rows at a time."""
+        mean, scale, weights = (vector.double().numpy() for vector in (self.mean, self.scale, self.weights))
+        return mean, 1 / scale, weights / scale
 
     def scores(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Log odds before calibration, on the processor in float64, whatever the features are in."""
         if features.ndim != 2 or features.shape[1] != self.n_features:
             raise InputError(f"features of shape {tuple(features.shape)}; expected [prompt, {self.n_features}]: read them with this guard")
-        weights, constant = self._folded
-        return features.to("cpu", torch.float64) @ weights + constant
+        mean, _, weights = map(torch.from_numpy, self.wide)
+        return (features.to("cpu", torch.float64) - mean) @ weights + self.bias
 
     def log_odds(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Calibrated log odds of being unsafe, cut off at ±30."""
@@ -66,4 +67,5 @@ class Classifier:
 
     def standardised(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, "prompt neuron"]:
         """Distance of each feature from its mean, in standard deviations."""
-        return (features.to("cpu", torch.float64) - self.mean.double()) / self.scale.double()
+        mean, inverse, _ = map(torch.from_numpy, self.wide)
+        return (features.to("cpu", torch.float64) - mean) * inverse

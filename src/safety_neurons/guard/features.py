@@ -6,7 +6,7 @@ Only the chosen columns are copied, and for the last token only that token's: wh
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.guard.pooling import Pool, Pooling
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.experts import ExpertRows
-from safety_neurons.model.hooks import Firings, reading
+from safety_neurons.model.hooks import Reading
 from safety_neurons.model.language_model import Texts
+from safety_neurons.model.layouts import Index
+from safety_neurons.model.parts import Anatomy
 from safety_neurons.model.passes import Batch, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
 
@@ -64,16 +66,21 @@ class Collector:
 
     The activation of an expert's neuron is 0 at tokens that are not routed to the expert.
 
+    A context manager: it gathers at every forward pass inside it, and may be entered again and again.
+
     Args:
+        anatomy: of the model that will run.
         neurons: which; columns are in the order of `neurons.items()`.
         poolings: how to pool, at least one.
     """
 
-    def __init__(self, neurons: NeuronSet, poolings: Sequence[Pooling]) -> None:
+    def __init__(self, anatomy: Anatomy, neurons: NeuronSet, poolings: Sequence[Pooling]) -> None:
         self.neurons, self.poolings = neurons, tuple(poolings)
-        self.firings = Firings()
         self._last_only = all(pooling.kind == "last" for pooling in self.poolings)
-        self._columns: dict[str, Tensor] = {key: torch.from_numpy(indices.copy()) for key, indices in neurons.items()}
+        self._columns = {key: torch.from_numpy(indices.copy()) for key, indices in neurons.items()}
+        self._experts = [key for key in self._columns if parse_key(key).expert is not None]
+        self._reading = Reading(anatomy, {key: self._reader(key, anatomy) for key in self._columns})
+        self.firings = self._reading.firings
         self.start()
 
     def start(self, mask: Int[Tensor, "batch token"] | None = None, *, left: bool = False) -> None:
@@ -91,18 +98,13 @@ class Collector:
         self._shape = (0, 0)
         self._seen, self._offset = self.firings.passes, 0
 
-    @contextlib.contextmanager
-    def on(self, lm: LanguageModel) -> Iterator["Collector"]:
-        """Gather at every forward pass inside the context."""
-        with reading(lm.anatomy, {key: self._reader(key) for key in self._columns}) as self.firings:
-            self._seen = self.firings.passes
-            yield self
+    def __enter__(self) -> "Collector":
+        self._reading.__enter__()
+        self._seen = 0
+        return self
 
-    @property
-    def tokens(self) -> int:
-        """Tokens a row, padding included, that were gathered so far."""
-        self._absorb()
-        return self._offset
+    def __exit__(self, *error: Any) -> None:
+        self._reading.__exit__(*error)
 
     def result(self) -> dict[Pooling, Float[Tensor, "batch neuron"]]:
         """What was gathered since `start`, by pooling.
@@ -115,24 +117,29 @@ class Collector:
             raise NeuronError("no activation of the guard's neurons came by; expected a forward pass of the model it was fit on")
         return {pooling: pool.result() for pooling, pool in self._pools.items()}
 
-    def _reader(self, key: str) -> Callable[[Tensor | ExpertRows], None]:
-        columns = self._columns[key]
+    def _reader(self, key: str, anatomy: Anatomy) -> Callable[[Tensor | ExpertRows], None]:
+        if key in self._experts:
+            return lambda rows: self._read_expert(key, rows)  # type: ignore[arg-type]
+        wanted = positions(anatomy.place(key).index, self._columns[key])
 
         def read(values: Tensor | ExpertRows) -> None:
-            nonlocal columns
-            if self.firings.passes != self._seen:
-                self._absorb()
-            self._shape = self.firings.shape
-            if isinstance(values, ExpertRows):
-                self._read_expert(key, values)
-                return
-            if columns.device != values.device:
-                columns = columns.to(values.device)
-            self._parts[key] = (self._at_last(values) if self._last_only else values).index_select(-1, columns)
+            nonlocal wanted
+            assert isinstance(values, Tensor)
+            self._next()
+            if wanted.device != values.device:
+                wanted = wanted.to(values.device)
+            self._parts[key] = (self._at_last(values) if self._last_only else values).index_select(-1, wanted)
 
         return read
 
+    def _next(self) -> None:
+        """Pool what an earlier pass gathered, once the next one begins."""
+        if self.firings.passes != self._seen:
+            self._absorb()
+            self._shape = self.firings.shape
+
     def _read_expert(self, key: str, rows: ExpertRows) -> None:
+        self._next()
         batch, width = self._shape
         if key not in self._parts:
             self._parts[key] = rows.values.new_zeros(batch * width, len(self._columns[key]))
@@ -151,7 +158,7 @@ class Collector:
         if not self._parts:
             return
         batch, width = self._shape
-        for key in [key for key in self._parts if parse_key(key).expert is not None]:
+        for key in self._experts:
             whole = self._parts[key].view(batch, width, -1)
             self._parts[key] = self._at_last(whole) if self._last_only else whole
         parts = [self._parts[key] for key in self._columns]
@@ -168,6 +175,13 @@ class Collector:
         for pool in self._pools.values():
             pool.add(wide, real)
         self._offset += width
+
+
+def positions(index: Index, columns: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
+    """Where neurons of a site are among all features of its projection's side."""
+    if index is None:
+        return columns
+    return columns * (index.step or 1) + (index.start or 0) if isinstance(index, slice) else index.to(columns.device)[columns]
 
 
 def read_features(
@@ -219,14 +233,14 @@ def read_poolings(
         raise NeuronError("the neuron set is empty; expected at least one neuron to read")
     if not encoded:
         raise InputError("no prompts; expected at least one to read features of")
-    placed, collector, notes = neurons.on(model.table, [model.name]), Collector(neurons, poolings), list[str]()
+    placed, collector, notes = neurons.on(model.table, [model.name]), Collector(model.anatomy, neurons, poolings), list[str]()
     found = {pooling: np.empty((len(encoded), len(neurons)), np.float32) for pooling in poolings}
 
     def keep(batch: Batch) -> None:
         for pooling, values in collector.result().items():
             found[pooling][batch.indices] = values.to("cpu", torch.float32).numpy()
 
-    with model_lock(model), collector.on(model):
+    with model_lock(model), collector:
         run_batches(
             model,
             [item.ids for item in encoded],

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxtyping import Int
 from torch import Tensor
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
@@ -205,7 +204,7 @@ class GuardedModel:
         answers: dict[int, GuardedAnswer] = {}
 
         @contextlib.contextmanager
-        def watched(indices: list[int], mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
+        def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
             watch = Watch(self.guard, self.rules, [item.truncated for item in chosen], [len(item.ids) for item in chosen])
             watch.cancelled = cancelled or watch.cancelled
@@ -280,12 +279,7 @@ def as_request_prompts(prompts: Sequence[Request] | Prompts | str) -> list[Promp
     """
     if isinstance(prompts, str | Prompt):
         return [as_prompt(prompts)]
-    items = list(prompts)
-    found = [as_prompt(item) for item in items]
-    return [
-        prompt if isinstance(item, Prompt) else dataclasses.replace(prompt, id=str(number))
-        for number, (item, prompt) in enumerate(zip(items, found, strict=True))
-    ]
+    return [as_prompt(item, str(number)) for number, item in enumerate(prompts)]
 
 
 def _event(answer: GuardedAnswer, shadow: bool) -> dict[str, Any]:

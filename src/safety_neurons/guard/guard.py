@@ -1,12 +1,15 @@
 """Guard: a calibrated classifier on neurons of one model, and what it says of prompts before the model answers them."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -14,7 +17,7 @@ from torch import Tensor
 from safety_neurons.errors import ModelError, SafetyNeuronsError, UsageError
 from safety_neurons.guard.bindings import Bindings
 from safety_neurons.guard.calibration import Calibration
-from safety_neurons.guard.classifier import Classifier
+from safety_neurons.guard.classifier import LIMIT, Classifier
 from safety_neurons.guard.features import Collector, model_lock
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
@@ -26,6 +29,7 @@ from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.results import notebook
 
 TOP = 5
+_NOT_FINITE = "an activation is NaN or infinite"
 FAILURES = (SafetyNeuronsError, RuntimeError, MemoryError, ValueError, TypeError, LookupError)
 """What may go wrong while a prompt is read, and is then a verdict of status "error" rather than an exception."""
 
@@ -214,22 +218,19 @@ class Guard:
     ) -> list[Verdict]:
         """Verdicts on encoded requests, in order. A batch that fails is read again one by one; what fails alone has status "error"."""
         started = time.perf_counter()
-        options: dict[str, Any] = {"threshold": threshold, "fail_open": fail_open}
-        self._limit(threshold)
+        options: dict[str, Any] = {"threshold": self._limit(threshold), "fail_open": fail_open}
         self.bound  # noqa: B018 - a guard without a model is the caller's error, not the prompt's
+        if not encoded:
+            return []
         try:
-            found = self._read(encoded, batch_size) if encoded else []
+            found = self._read(encoded, batch_size)
         except FAILURES as error:
-            if len(encoded) == 1:
-                latency = 1000 * (time.perf_counter() - started)
-                return [dataclasses.replace(self.failed(error, **options), latency_ms=latency, n_tokens=len(encoded[0].ids))]
-            return [self.score_encoded([item], top=top, **options)[0] for item in encoded]
-        verdicts = self.verdicts(torch.stack(found), [item.truncated for item in encoded], top=top, **options) if found else []
-        latency = 1000 * (time.perf_counter() - started)
-        return [
-            dataclasses.replace(verdict, latency_ms=latency, n_tokens=len(item.ids))
-            for verdict, item in zip(verdicts, encoded, strict=True)
-        ]
+            if len(encoded) > 1:
+                return [self.score_encoded([item], top=top, **options)[0] for item in encoded]
+            latency = 1000 * (time.perf_counter() - started)
+            return [self.failed(error, **options, latency_ms=latency, n_tokens=len(encoded[0].ids))]
+        truncated, lengths = [item.truncated for item in encoded], [len(item.ids) for item in encoded]
+        return self.verdicts(torch.stack(found), truncated, **options, top=top, lengths=lengths, started=started)
 
     def verdicts(
         self,
@@ -239,43 +240,66 @@ class Guard:
         threshold: float | None = None,
         fail_open: bool = False,
         top: int = TOP,
+        lengths: Sequence[int] | None = None,
+        started: float | None = None,
     ) -> list[Verdict]:
-        """Verdicts on features; a prompt whose features are not numbers has status "error"."""
+        """Verdicts on features; a prompt whose features are not numbers has status "error".
+
+        Args:
+            features: that `read_features` or a pass under way gave.
+            truncated: which prompts were not read whole.
+            threshold: for these; the guard's own where None.
+            fail_open: let prompts pass that were truncated or could not be scored.
+            top: how many neurons to name.
+            lengths: tokens of each prompt.
+            started: reading of `time.perf_counter` that latencies count from.
+        """
         limit = self._limit(threshold)
-        features = features.to("cpu", torch.float64)
-        odds = self.classifier.log_odds(features)
-        chances = odds.sigmoid().tolist()
-        standardised = self.classifier.standardised(features)
-        distances = standardised.square().mean(1).sqrt().tolist()
-        finite = features.isfinite().all(1).logical_and(odds.isfinite()).tolist()
-        named = self._top(standardised, min(top, len(self.neurons)))
+        mean, inverse, weights = self.classifier.wide
+        with np.errstate(invalid="ignore", over="ignore"):
+            centred = features.to("cpu", torch.float64).numpy() - mean
+            parts = centred * weights
+            scores = (parts.sum(1) + self.bias).tolist()
+            distances = np.sqrt(np.square(centred * inverse).mean(1)).tolist()
         verdicts = []
-        for row, chance in enumerate(chances):
-            if not finite[row]:
-                verdicts.append(self.failed("an activation is NaN or infinite", threshold=threshold, fail_open=fail_open))
+        for row, score in enumerate(scores):
+            latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
+            length = None if lengths is None else lengths[row]
+            if not math.isfinite(score):
+                verdicts.append(self.failed(_NOT_FINITE, threshold=limit, fail_open=fail_open, latency_ms=latency, n_tokens=length))
                 continue
+            odds = min(max(self.calibration.of_one(score), -LIMIT), LIMIT)
+            chance = 1 / (1 + math.exp(-odds))
             flagged = chance >= limit or (truncated[row] and not fail_open)
             status: Status = "truncated" if truncated[row] else "ok"
-            verdicts.append(Verdict(chance, flagged, limit, status, 0.0, named[row], float(odds[row]), distances[row]))
+            verdicts.append(Verdict(chance, flagged, limit, status, latency, self._top(parts[row], top), odds, distances[row], length))
         return verdicts
 
-    def failed(self, error: BaseException | str, *, threshold: float | None = None, fail_open: bool = False) -> Verdict:
+    def failed(
+        self,
+        error: BaseException | str,
+        *,
+        threshold: float | None = None,
+        fail_open: bool = False,
+        latency_ms: float = 0.0,
+        n_tokens: int | None = None,
+    ) -> Verdict:
         """The verdict where there is none: flagged, unless told to fail open."""
         words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[:300]
-        return Verdict(None, not fail_open, self._limit(threshold), "error", error=words)
+        return Verdict(None, not fail_open, self._limit(threshold), "error", latency_ms, n_tokens=n_tokens, error=words)
 
     def _limit(self, threshold: float | None) -> float:
         return self.threshold if threshold is None else check_probability(threshold, "threshold")
 
     def _read(self, encoded: Sequence[Encoded], batch_size: BatchSize) -> list[Tensor]:
-        model, collector = self.bound, Collector(self.neurons, [self.pooling])
+        model, collector = self.bound, self.collector
         found: list[Any] = [None] * len(encoded)
 
         def keep(batch: Batch) -> None:
             for index, values in zip(batch.indices, collector.result()[self.pooling].to("cpu"), strict=True):
                 found[index] = values
 
-        with model_lock(model), collector.on(model):
+        with model_lock(model), collector:
             run_batches(
                 model,
                 [item.ids for item in encoded],
@@ -286,24 +310,22 @@ class Guard:
             )
         return found
 
-    def _top(self, standardised: Float64[Tensor, "prompt neuron"], count: int) -> list[tuple[TopNeuron, ...]]:
+    def _top(self, parts: Float64[np.ndarray, " neuron"], count: int) -> tuple[TopNeuron, ...]:
         if count < 1:
-            return [()] * len(standardised)
-        parts = (standardised * self.classifier.weights.double()).nan_to_num(0.0)
-        largest = parts.topk(count, dim=1)
+            return ()
+        first = np.argpartition(-parts, count)[:count] if count < len(parts) else np.arange(len(parts))
+        largest = sorted(((float(parts[place]), place) for place in first.tolist()), key=lambda pair: (-pair[0], pair[1]))
         names = self._names
-        return [
-            tuple(TopNeuron(names[place][0], names[place][1], value) for place, value in zip(places, values, strict=True) if value > 0)
-            for places, values in zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
-        ]
+        return tuple(TopNeuron(names[place][0], names[place][1], value) for value, place in largest if value > 0)
 
-    @property
+    @cached_property
+    def collector(self) -> Collector:
+        """Gathers the guard's features while its model runs; used by one thread at a time, which holds the `model_lock`."""
+        return Collector(self.bound.anatomy, self.neurons, [self.pooling])
+
+    @cached_property
     def _names(self) -> list[tuple[str, int]]:
-        known = self.__dict__.get("_names_once")
-        if known is None:
-            known = list(self.neurons)
-            self.__dict__["_names_once"] = known
-        return known
+        return list(self.neurons)
 
     # Files
 

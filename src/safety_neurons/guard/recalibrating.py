@@ -78,9 +78,7 @@ def recalibrate(
     notes += [f"{int((~usable).sum())} prompts were truncated or gave NaN: left out"] if not usable.all() else []
     notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
-    notes += (
-        [f"{seen} of the {len(data.prompts)} prompts are among those the guard was fit on: rates on them flatter"] if seen else []
-    )
+    notes += [f"{seen} of the {len(data.prompts)} prompts are among those the guard was fit on: rates on them flatter"] if seen else []
     notes += ["the threshold of re-checks was dropped: measure it on this model"] if guard.recheck is not None else []
     report = {
         **guard.report,
@@ -149,9 +147,7 @@ def calibrate_recheck(
     Source: none of the papers re-checks; false-positive rates per answer as in `threshold_for`.
     """
     if every < 1 or max_new_tokens < every:
-        raise UsageError(
-            f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no longer than the answer"
-        )
+        raise UsageError(f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no longer than the answer")
     check_probability(fpr, "false-positive rate")
     chances, labels = [], []
     for prompts, label in ((safe, False), (unsafe, True)):

@@ -10,8 +10,8 @@ from safety_neurons.prompts.conversations import read_turn
 Request = str | Prompt | Sequence[Message | Mapping[str, Any]]
 
 
-def as_prompt(request: Request) -> Prompt:
-    """A request as a prompt.
+def as_prompt(request: Request, name: str = "0") -> Prompt:
+    """A request as a prompt, with an id where it brings none.
 
     Raises:
         InputError: no turns, a turn without role or text, or no text at all.
@@ -21,12 +21,12 @@ def as_prompt(request: Request) -> Prompt:
     if isinstance(request, str):
         if not request.strip():
             raise InputError("an empty text arrived; expected a request to score")
-        return Prompt("0", request)
+        return Prompt(name, request)
     if not isinstance(request, Sequence) or not request:
         raise InputError(f"a {type(request).__name__} arrived; expected a text, a Prompt or a list of at least one turn")
     turns = tuple(_turn(turn, number) for number, turn in enumerate(request, 1))
     asked = next((turn.content for turn in turns if turn.role == "user"), turns[-1].content)
-    return Prompt("0", asked, turns)
+    return Prompt(name, asked, turns)
 
 
 def _turn(turn: Any, number: int) -> Message:

@@ -102,6 +102,8 @@ class _Channel:
             self._started = True
             return
         self._tokens.append(int(value.reshape(-1)[0]))
+        if self.watch is not None:
+            self.watch.advance(len(self._tokens))
         passed = len(self._tokens) - 1
         self._release(passed - passed % self.every if self.every else passed + 1)
 

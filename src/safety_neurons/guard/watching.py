@@ -1,7 +1,6 @@
 """Watching one batch while it is generated: verdicts at the end of its prefill, re-checks later, rows stopped one by one."""
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from safety_neurons.guard.features import Collector
 from safety_neurons.guard.guard import FAILURES, TOP, Guard
 from safety_neurons.guard.verdicts import Verdict
 
@@ -38,10 +36,10 @@ class Rules:
 
 @dataclass
 class Watch:
-    """Reads the guard's neurons in one batch, says which rows to stop, and leaves the scores of all tokens as they are.
+    """Reads the guard's neurons in one batch and says which rows to stop.
 
-    The verdicts are there before the first token is chosen. A flagged row ends with its first token, which is thrown away: the other rows
-    of the batch go on, and nothing they see has changed.
+    The verdicts are there before anyone sees a token. A flagged row ends with its first token, which is thrown away: the other rows of the
+    batch go on, and nothing they see has changed.
 
     Attributes:
         guard: bound.
@@ -66,35 +64,37 @@ class Watch:
     @contextlib.contextmanager
     def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
         """Watch the batch that is generated inside the context; gives the arguments of `generate` that do it."""
-        self.collector = Collector(self.guard.neurons, [self.guard.pooling])
+        self.collector = self.guard.collector
         self.collector.start(mask, left=True)
+        self.width = int(mask.shape[1])
         self.stopped = torch.zeros(len(mask), dtype=torch.bool)
         self.rechecks = [[] for _ in range(len(mask))]
         with contextlib.ExitStack() as self._hooks:
             self._open()
-            yield {"logits_processor": [self.before_token], "stopping_criteria": [self.after_token]}
+            yield {"stopping_criteria": [self]}
 
-    def before_token(self, _: Int[Tensor, "batch token"], scores: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        """Called with the scores of the next token of every row: behind the prefill, and behind every token after it."""
-        if self.steps == 0:
-            self.verdicts = self._judge(None)
-            self._stop([verdict.flagged for verdict in self.verdicts])
-            self._rest()
-        elif self._due(self.steps):
-            found = self._judge(self.rules.threshold)
-            for row, verdict in enumerate(found):
-                self.rechecks[row].append((self.steps, verdict))
-            self._stop([verdict.flagged for verdict in found])
-            self._rest()
-        self.steps += 1
-        if self._due(self.steps):
-            self._open()
-        return scores
-
-    def after_token(self, ids: Int[Tensor, "batch token"], _: Any = None, **__: Any) -> Bool[Tensor, " batch"]:
-        """Called with the token of every row: which rows end here."""
+    def __call__(self, ids: Int[Tensor, "batch token"], *_: Any, **__: Any) -> Bool[Tensor, " batch"]:
+        """Called by `generate` with every new token of all rows, before anyone has seen it: which rows end here."""
+        self.advance(int(ids.shape[1]) - self.width)
         ends = torch.ones_like(self.stopped) if self.cancelled.is_set() else self.stopped
-        return ends.to(ids.device)
+        return ends if ends.device == ids.device else ends.to(ids.device)
+
+    def advance(self, n_tokens: int) -> None:
+        """Judge what the passes before the newest of so many tokens have read: the prompt first, then every few tokens what was written."""
+        while self.steps < n_tokens:
+            if self.steps == 0:
+                self.verdicts = self._judge(None)
+                self._stop([verdict.flagged for verdict in self.verdicts])
+                self._rest()
+            elif self._due(self.steps):
+                found = self._judge(self.rules.threshold)
+                for row, verdict in enumerate(found):
+                    self.rechecks[row].append((self.steps, verdict))
+                self._stop([verdict.flagged for verdict in found])
+                self._rest()
+            self.steps += 1
+            if self._due(self.steps):
+                self._open()
 
     def stopped_at(self, row: int, n_tokens: int) -> tuple[int, Verdict] | None:
         """Where a row that gave so many tokens was stopped: the number of tokens before that, and the verdict; None where it was not.
@@ -110,26 +110,26 @@ class Watch:
         return self.rules.every > 0 and step % self.rules.every == 0
 
     def _stop(self, flagged: Sequence[bool]) -> None:
-        if not self.rules.shadow:
+        if any(flagged) and not self.rules.shadow:
             self.stopped |= torch.tensor(flagged)
 
     def _judge(self, threshold: float | None) -> list[Verdict]:
         started = time.perf_counter()
         options: dict[str, Any] = {"threshold": threshold, "fail_open": self.rules.fail_open}
+        lengths = [length + self.steps for length in self.lengths]
         try:
             features = self.collector.result()[self.guard.pooling]
-            verdicts = self.guard.verdicts(features, self.truncated, top=self.rules.top, **options)
+            return self.guard.verdicts(features, self.truncated, **options, top=self.rules.top, lengths=lengths, started=started)
         except FAILURES as error:
-            verdicts = [self.guard.failed(error, **options) for _ in self.truncated]
-        latency = 1000 * (time.perf_counter() - started)
-        pairs = zip(verdicts, self.lengths, strict=True)
-        return [dataclasses.replace(verdict, latency_ms=latency, n_tokens=length + self.steps) for verdict, length in pairs]
+            return [self.guard.failed(error, **options, n_tokens=length) for length in lengths]
 
     def _open(self) -> None:
         """Read from now on, unless reading never ended: what pools over all tokens must see all of them."""
         if not self._reading:
             self._reading = True
-            self._hooks.enter_context(self.collector.on(self.guard.bound))
+            if self.steps:
+                self.collector.start(left=True)
+            self._hooks.enter_context(self.collector)
 
     def _rest(self) -> None:
         """Take the hooks off until the next check; a pooling over all tokens keeps them while there is one."""
@@ -138,5 +138,3 @@ class Watch:
         self._reading = False
         with contextlib.suppress(*FAILURES):  # sites that never came by are in the verdict already
             self._hooks.close()
-        if self.guard.pooling.kind == "last":
-            self.collector.start(left=True)

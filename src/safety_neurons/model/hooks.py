@@ -85,6 +85,61 @@ def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings
     firings.check()
 
 
+class Reading:
+    """`reading` for readers that go on and off many times: what has to be looked up is looked up once.
+
+    A context manager that may be entered again after it was left, never twice at a time. Whoever changes the model's modules in between
+    (adapters put on) makes a new one.
+
+    Args:
+        anatomy: of the model that will run.
+        readers: function by key, as for `reading`; but those of dense sites get every feature of the projection's side that the site is on,
+            other sites' included (`place.index` says which are the site's), so that they copy only what they want.
+
+    Raises:
+        UnsupportedModelError: a site the anatomy refuses, a compiled model, or, on leaving, a site that never came by.
+    """
+
+    def __init__(self, anatomy: Anatomy, readers: Mapping[str, Reader]) -> None:
+        _refuse_compiled(anatomy.model)
+        dense, self._experts = _sorted_out(anatomy, readers)
+        self.firings = Firings(counts=dict.fromkeys(readers, 0))
+        self._registrations: list[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = []
+        if readers:
+            first = anatomy.layers[0].module
+            self._registrations.append((first.register_forward_pre_hook, _note_shape(self.firings), {"with_kwargs": True}))
+        for places in dense.values():
+            pairs = [(place.at(None), readers[place.key]) for place in places]
+            self._registrations.append((*_prepared(pairs, self.firings, edit=False), {}))
+        self._handles: list[Any] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Firings:
+        firings = self.firings
+        firings.passes = 0
+        for key in firings.counts:
+            firings.counts[key] = 0
+        try:
+            for register, hook, options in self._registrations:
+                self._handles.append(register(hook, **options))
+            for part, wanted in self._experts:
+                self._stack.enter_context(_experts_hooked(part, wanted, firings, edit=False))
+        except BaseException:
+            self._off()
+            raise
+        return firings
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._off()
+        if kind is None:
+            self.firings.check()
+
+    def _off(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._stack.close()
+
+
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Called with (args, kwargs) before a module runs; returns a new (args, kwargs), or None to leave them."""
 After = Callable[[Any], Any]
@@ -207,12 +262,17 @@ _Pairs = list[tuple[SitePlace, Callable[[Any], Any]]]
 
 
 def _register(pairs: _Pairs, firings: Firings, edit: bool) -> Callable[[], None]:
+    register, hook = _prepared(pairs, firings, edit)
+    return register(hook).remove
+
+
+def _prepared(pairs: _Pairs, firings: Firings, edit: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What registers the hook of one side of a projection, and the hook."""
     module, side = pairs[0][0].hooked, pairs[0][0].side
     act = (_edit if edit else _read)(pairs, firings)
     if side == "input":
-        hook: Callable[..., Any] = _input_hook(act) if edit else lambda _, args: act(args[0])
-        return module.register_forward_pre_hook(hook).remove
-    return module.register_forward_hook(lambda _, __, output: act(output)).remove
+        return module.register_forward_pre_hook, _input_hook(act) if edit else lambda _, args: act(args[0])
+    return module.register_forward_hook, lambda _, __, output: act(output)
 
 
 def _input_hook(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
