@@ -38,9 +38,9 @@ class Split:
         calibration: indices.
     """
 
-    train: Int[np.ndarray, " example"]
-    validation: Int[np.ndarray, " example"]
-    calibration: Int[np.ndarray, " example"]
+    train: Int[np.ndarray, " train"]
+    validation: Int[np.ndarray, " validation"]
+    calibration: Int[np.ndarray, " calibration"]
 
 
 def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES) -> Split:
