@@ -104,6 +104,18 @@ def test_the_difference_from_several_is_from_their_mean_and_doubts_more_where_th
         statistics.area_difference(first, [], unsafe)
 
 
+def test_a_mean_difference_over_parts_is_narrower_than_any_and_right_in_the_middle():
+    number = np.random.default_rng(6)
+    parts = []
+    for _ in range(3):
+        unsafe = np.arange(200) < 80
+        parts.append((number.normal(size=200) + 2 * unsafe, [number.normal(size=200) + 1.5 * unsafe], unsafe))
+    alone = [statistics.area_difference(*part) for part in parts]
+    together = statistics.mean_area_difference(parts)
+    assert together.value == pytest.approx(np.mean([one.value for one in alone]))
+    assert together.high - together.low < min(one.high - one.low for one in alone)
+
+
 def test_one_class_alone_has_no_value():
     scores, unsafe = np.arange(5.0), np.ones(5, bool)
     assert statistics.average_precision(scores, unsafe).value is None

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Column, Common, Limit, Model, listed
+from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, Model, listed
 from safety_neurons.cli.session import NOT_A_FILE, Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import UsageError
 
 ASKED, LEARNED, CHANGED = "What it is held against", "What it is compared with", "How requests are changed"
+WRITTEN = "What the model writes"
 ALL = "all"
 CURVES = "curves.json"
 
@@ -30,9 +31,24 @@ LeaveOut = Annotated[
     typer.Option(help="Comma-separated columns, such as source, language: fit without each value, test on it.", rich_help_panel=LEARNED),
 ]
 Random = Annotated[int, typer.Option(min=1, help="Random neuron sets with as many in every matrix.", rich_help_panel=LEARNED)]
+Detectors = Annotated[
+    str | None,
+    typer.Option(
+        help="Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs --fit-unsafe.",
+        rich_help_panel=LEARNED,
+    ),
+]
+Counts = Annotated[str, typer.Option(help="Comma-separated set sizes for --detectors.", rich_help_panel=LEARNED)]
 AttackNames = Annotated[str | None, typer.Option(help="Comma-separated wrappers around both kinds, or all.", rich_help_panel=CHANGED)]
 PerturbationNames = Annotated[str, typer.Option(help="Comma-separated changes of wording, all or none.", rich_help_panel=CHANGED)]
 VariantLimit = Annotated[int, typer.Option(min=1, help="Requests of either kind in each attack and perturbation.", rich_help_panel=CHANGED)]
+Outputs = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Also let the model answer so many requests of either kind, with and without the guard.", rich_help_panel=WRITTEN
+    ),
+]
+JudgeName = Annotated[str, typer.Option(help="Which judge calls an answer unsafe, as for evaluate.", rich_help_panel=WRITTEN)]
 GuardFolder = Annotated[pathlib.Path, typer.Option(help="Folder of the guard, or of the run that fit it.", rich_help_panel="Models")]
 Fpr = Annotated[float | None, typer.Option(help="Use the guard's operating point for this rate. [default: its own]", rich_help_panel=ASKED)]
 
@@ -56,9 +72,14 @@ def evaluate(
     fit_safe: FitSafe = None,
     leave_out: LeaveOut = None,
     random: Random = 5,
+    detectors: Detectors = None,
+    counts: Counts = "10,30,100,300,1000",
     attacks: AttackNames = None,
     perturbations: PerturbationNames = ALL,
     variant_limit: VariantLimit = 500,
+    outputs: Outputs = 0,
+    judge: JudgeName = "refusal",
+    max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:
     """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside baselines that can embarrass it."""
     options = {name: value for name, value in locals().items() if name != "common"}
@@ -74,6 +95,10 @@ def check(options: Mapping[str, Any]) -> None:
     for name in ("unsafe", "safe"):
         if not listed(options[name]):
             raise UsageError(f"--{name} names nothing; expected a file or builtin:NAME")
+    if options["detectors"] is not None and options["fit_unsafe"] is None:
+        raise UsageError("--detectors without --fit-unsafe and --fit-safe; expected requests to fit their neurons on")
+    if not all(part.isdigit() and int(part) for part in listed(options["counts"]) or ("",)):
+        raise UsageError(f"--counts {options['counts']!r}; expected comma-separated numbers such as 10,100")
     if options["fpr"] is not None and not 0 < options["fpr"] < 1:
         raise UsageError(f"--fpr {options['fpr']:g}; expected a share between 0 and 1, such as 0.01")
 
@@ -82,6 +107,7 @@ def work(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
     """Load, evaluate, keep the curves in a file of their own."""
     from safety_neurons.guard import Guard
     from safety_neurons.results.files import write_json
+    from safety_neurons.studies.guard_counts import neuron_counts
     from safety_neurons.studies.guard_evaluation import evaluate_guard
     from safety_neurons.studies.guard_requests import ATTACKS, PERTURBATIONS
 
@@ -113,10 +139,49 @@ def work(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
             batch_size=session.batch_size(),
             progress=progress,
         )
+        sizes = None
+        if options["detectors"] is not None:
+            sizes = neuron_counts(
+                model,
+                {name: session.scores(path, model) for name, path in named(options["detectors"])},
+                read("unsafe"),
+                read("safe"),
+                read("fit_unsafe"),
+                read("fit_safe"),
+                counts=[int(part) for part in listed(options["counts"]) or ()],
+                leave_out=listed(options["leave_out"]) or (),
+                attacks=chosen(options["attacks"], ATTACKS),
+                random=max(2, options["random"]),
+                seed=session.common.seed,
+                batch_size=session.batch_size(),
+                progress=progress,
+            )
+        answered = outputs_of(session, options, model, found, read, progress) if options["outputs"] else None
     curves = session.folder.path(CURVES)
     write_json(curves, evaluation.curves)
     session.notes.extend(evaluation.notes)
-    return {**evaluation.result, "curves": str(curves)}
+    return {**evaluation.result, "counts": sizes, "outputs": answered, "curves": str(curves)}
+
+
+def outputs_of(session: Session, options: Mapping[str, Any], model: Any, guard: Any, read: Any, progress: Any) -> dict[str, Any]:
+    """What the model writes with and without the guard; the completions are kept beside the result."""
+    from safety_neurons.studies.guard_outputs import guarded_outputs, some
+
+    joined = [sum(lists[1:], lists[0]) for lists in (read("unsafe"), read("safe"))]
+    kinds = [some(prompts, options["outputs"], session.common.seed) for prompts in joined]
+    file = session.folder.path("completions.jsonl")
+    found = guarded_outputs(
+        model,
+        guard,
+        *kinds,
+        by=options["judge"],
+        max_new_tokens=options["max_new_tokens"],
+        seed=session.common.seed,
+        batch_size=session.batch_size(),
+        completions_file=file,
+        progress=progress,
+    )
+    return {**found.record(), "completions": str(file)}
 
 
 def named(text: str | None) -> list[tuple[str, str]]:
@@ -187,6 +252,41 @@ def show(result: dict[str, Any]) -> None:
         sliced(title, result[name], result["compared"])
     for column, rows in result["leave_out"].items():
         sliced(f"Each {column} left out of fitting", rows, "guard's neurons", flags=False)
+    counted(result["counts"] or ())
+    if result["outputs"]:
+        written(result["outputs"])
+
+
+def written(found: Mapping[str, Any]) -> None:
+    """Unsafe outputs before and after, by language."""
+    rows = [{"language": "all", **found}, *found["by"]]
+    cells = [[row["language"], *(fine(row[name]) for name in ("before", "after", "cut", "blocked"))] for row in rows]
+    console.print_table(
+        "\nWhat the model writes",
+        ["", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"],
+        cells,
+        caption=f"judge: {found['judge']}; {found['changed']} answers that the guard let pass differ from those without it\n"
+        f"AUROC for what is asked {fine(found['asked'])}, for what would be written {fine(found['written'])}; "
+        f"{found['refused_by_model']} unsafe requests have no unsafe answer to begin with",
+    )
+
+
+def counted(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Sizes by setting: the area of each detector's neurons, the mean of its random sets behind it."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    table = {(row["method"], row["count"], row["setting"]): row for row in rows}
+    cells = []
+    for method, count in dict.fromkeys((row["method"], row["count"]) for row in rows):
+        found = [table[method, count, setting] for setting in settings]
+        pairs = [f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}" for row in found]
+        cells.append([f"{method}, {count:,}", *pairs])
+    if cells:
+        console.print_table(
+            "\nHow many neurons, and which",
+            ["", *settings],
+            cells,
+            caption="AUROC (mean of random sets with as many in every matrix); + or -: clearly better or worse than these",
+        )
 
 
 SHORT = {

@@ -118,20 +118,34 @@ def area_difference(first: Scores, others: Sequence[Scores], unsafe: Labels) -> 
 
     Source: DeLong et al., Biometrics 1988.
     """
-    if not others:
+    return mean_area_difference([(first, others, unsafe)])
+
+
+def mean_area_difference(parts: Sequence[tuple[Scores, Sequence[Scores], Labels]]) -> Difference:
+    """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same order, other requests.
+
+    Raises:
+        InputError: nothing to compare with.
+    """
+    if not parts or not all(others for _, others, _ in parts):
         raise InputError("no other scores; expected at least one classifier to compare with")
-    m, n = int(unsafe.sum()), int((~unsafe).sum())
-    if m < 2 or n < 2:
-        return Difference(None, None, None, m + n)
-    above, below = _placements(first, unsafe)
-    pairs = [_placements(scores, unsafe) for scores in others]
-    areas = np.array([pair[0].mean() for pair in pairs])
-    above = above - np.mean([pair[0] for pair in pairs], axis=0)
-    below = below - np.mean([pair[1] for pair in pairs], axis=0)
-    drawn = areas.var(ddof=1) / len(areas) if len(areas) > 1 else 0.0
-    half = _Z * math.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n + drawn)
-    value = float(above.mean())
-    return Difference(value, value - half, value + half, m + n)
+    n = sum(len(unsafe) for _, _, unsafe in parts)
+    if any(min(int(unsafe.sum()), int((~unsafe).sum())) < 2 for _, _, unsafe in parts):
+        return Difference(None, None, None, n)
+    values, variances, areas = [], [], []
+    for first, others, unsafe in parts:
+        pairs = [_placements(scores, unsafe) for scores in others]
+        above, below = _placements(first, unsafe)
+        above = above - np.mean([pair[0] for pair in pairs], axis=0)
+        below = below - np.mean([pair[1] for pair in pairs], axis=0)
+        values.append(float(above.mean()))
+        variances.append(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
+        areas.append([float(pair[0].mean()) for pair in pairs])
+    drawn = np.mean(areas, axis=0)
+    spread = float(drawn.var(ddof=1)) / len(drawn) if len(drawn) > 1 else 0.0
+    half = _Z * math.sqrt(sum(variances) / len(parts) ** 2 + spread)
+    value = float(np.mean(values))
+    return Difference(value, value - half, value + half, n)
 
 
 def _placements(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,178 @@
+"""What a guard changes in what a model writes: unsafe outputs before and after, safe requests blocked, labels of both kinds."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64
+
+from safety_neurons.errors import InputError
+from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, auroc
+from safety_neurons.judges import judge
+from safety_neurons.judges.judging import Judge
+from safety_neurons.model import BatchSize, LanguageModel
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.results import Completion, Completions, Rate, rate
+from safety_neurons.results.rates import interval, resamples
+
+UNGUARDED, GUARDED = "untreated", "guarded"
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardedOutputs:
+    """What was written with and without the guard.
+
+    Attributes:
+        judge: that said which outputs are unsafe.
+        before: share of unsafe requests with an unsafe output, without the guard.
+        after: the same with it.
+        cut: by which share the guard reduces the unsafe outputs.
+        blocked: share of safe requests it does not answer.
+        changed: answers it let pass that differ from those without it; 0 unless something is wrong.
+        asked: area under the ROC curve of the guard's score for what requests ask for (the labels given).
+        written: the same for what the model writes: unsafe output or not, over all requests.
+        refused_by_model: unsafe requests without an unsafe output before the guard: where the two labels differ.
+        by: the same rates for each language, where requests have one.
+        completions: both arms.
+    """
+
+    judge: str
+    before: Rate
+    after: Rate
+    cut: Rate
+    blocked: Rate
+    changed: int
+    asked: Rate
+    written: Rate
+    refused_by_model: int
+    by: tuple[dict[str, Any], ...]
+    completions: Completions
+
+    def record(self) -> dict[str, Any]:
+        """The numbers as JSON values."""
+        rates = ("before", "after", "cut", "blocked", "asked", "written")
+        found = {name: getattr(self, name).to_json() for name in rates}
+        return {"judge": self.judge, **found, "changed": self.changed, "refused_by_model": self.refused_by_model, "by": list(self.by)}
+
+
+def guarded_outputs(
+    model: LanguageModel,
+    guard: Guard,
+    unsafe: Prompts,
+    safe: Prompts,
+    *,
+    by: str | Judge = "compliance",
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    completions_file: pathlib.Path | None = None,
+    progress: Progress | None = None,
+) -> GuardedOutputs:
+    """Answers without and with the guard, judged.
+
+    An output is unsafe if the request is and the judge calls the answer harmful; an answer that the guard stopped before its first token
+    is not. What the model would write to safe requests is not judged: it counts as safe, whether or not it is.
+
+    Args:
+        model: the guard's.
+        guard: at the threshold in force.
+        unsafe: requests, none of them from fitting.
+        safe: likewise.
+        by: a judge or its name; a judge of refusals calls unsafe what does not refuse.
+        max_new_tokens: length of an answer, in tokens.
+        seed: of the bootstrap.
+        batch_size: prompts a batch.
+        completions_file: where both arms are kept.
+        progress: told the name of every step.
+
+    Raises:
+        InputError: no requests of a kind.
+
+    Source: Chen et al., arXiv 2406.14144, section 6 (label: what the model would write; outputs of accepted prompts).
+    Differs: any judge; the share of unsafe outputs that is cut and the safe requests that are lost, with intervals, instead of a mean cost.
+    """
+    if not len(unsafe) or not len(safe):
+        raise InputError(f"{len(unsafe)} unsafe and {len(safe)} safe requests; expected some of both kinds")
+    say = progress or (lambda _step: None)
+    asked = Prompts([*unsafe, *safe])
+    label = np.arange(len(asked)) < len(unsafe)
+    say("answers without the guard")
+    plain = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, arm=UNGUARDED)
+    say("answers with the guard")
+    answers = GuardedModel(model, guard).generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    stopped = np.array([answer.stopped for answer in answers])
+    changed = sum(not one.stopped and tuple(one.token_ids) != tuple(was.token_ids) for one, was in zip(answers, plain, strict=True))
+    say("judge")
+    found = by if isinstance(by, Judge) else judge(by)
+    harmful = found.judge(plain[: len(unsafe)]).harmful
+    before = np.array([np.nan if one is None else float(one) for one in harmful])
+    after = np.where(stopped[label], 0.0, before)
+    chances = np.array([np.inf if one.verdict.p_unsafe is None else one.verdict.p_unsafe for one in answers])
+    known = np.append(~np.isnan(before), np.ones(len(safe), bool))
+    written = np.append(before, np.zeros(len(safe)))
+    completions = Completions([*plain, *(_completion(prompt, one) for prompt, one in zip(asked, answers, strict=True))])
+    if completions_file is not None:
+        completions.save(completions_file)
+    return GuardedOutputs(
+        found.name,
+        rate(before, seed),
+        rate(after, seed),
+        cut_of(before, after, seed),
+        rate(stopped[~label]),
+        int(changed),
+        auroc(chances, label),
+        auroc(chances[known], written[known] > 0),
+        int((before == 0).sum()),
+        tuple(_by_language(asked, label, before, after, stopped, seed)),
+        completions,
+    )
+
+
+def some(prompts: Prompts, count: int, seed: int = 0) -> Prompts:
+    """So many of the prompts, drawn at random, in their order; all where there are no more."""
+    if count >= len(prompts):
+        return prompts
+    drawn = np.sort(np.random.default_rng(seed).choice(len(prompts), count, replace=False))
+    return Prompts([prompts[int(place)] for place in drawn], prompts.name, prompts.notes)
+
+
+def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"], seed: int = 0) -> Rate:
+    """1 − (unsafe outputs after) ÷ (unsafe outputs before), with a paired percentile bootstrap; undefined where there were none.
+
+    Only requests that both arms scored count. An interval that resampling cannot see, where all or none are cut, is Wilson's.
+    """
+    scored = ~(np.isnan(before) | np.isnan(after))
+    was, now = before[scored], after[scored]
+    if not was.sum():
+        return Rate(None, None, None, len(was), int((~scored).sum()))
+    value = 1 - float(now.sum() / was.sum())
+    if value in (0.0, 1.0):
+        edge = rate([bool(value)] * int(was.sum()))
+        return Rate(value, edge.low, edge.high, len(was), int((~scored).sum()))
+    drawn = [np.stack([was[draw].sum(1), now[draw].sum(1)]) for draw in resamples(len(was), seed)]
+    totals = np.concatenate(drawn, axis=1)
+    low, high = interval(1 - totals[1] / np.maximum(totals[0], 1e-12))
+    return Rate(value, low, high, len(was), int((~scored).sum()))
+
+
+def _by_language(
+    asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray, seed: int
+) -> list[dict[str, Any]]:
+    codes = np.array([prompt.language or "" for prompt in asked])
+    rows = []
+    for code in dict.fromkeys(codes[codes != ""].tolist()):
+        ours, safe = codes[label] == code, (codes == code) & ~label
+        if ours.any() and safe.any():
+            rates = {"before": rate(before[ours], seed), "after": rate(after[ours], seed), "cut": cut_of(before[ours], after[ours], seed)}
+            rates["blocked"] = rate(stopped[safe])
+            rows.append({"language": code, **{name: one.to_json() for name, one in rates.items()}})
+    return rows if len(rows) > 1 else []
+
+
+def _completion(prompt: Prompt, answer: GuardedAnswer) -> Completion:
+    reason: Literal["stop", "length"] = "length" if answer.finish_reason == "length" else "stop"
+    meta = {"p_unsafe": answer.verdict.p_unsafe, "stopped": answer.stopped, "language": prompt.language}
+    return Completion(prompt.id, prompt.text, answer.text, answer.token_ids, reason, GUARDED, meta=meta)

@@ -1,0 +1,99 @@
+"""Tests of the requests a guard is held against: labels, columns, attacks and perturbations."""
+
+import base64
+
+import numpy as np
+import pytest
+from guard_tools import requests
+
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.studies.guard_requests import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, VARIANTS, cases_of
+
+
+@pytest.fixture(scope="module")
+def cases():
+    unsafe, safe = requests(12, 0)
+    return cases_of(unsafe, safe, over_refusal=requests(3, 1)[1], variants=tuple(VARIANTS))
+
+
+def test_both_kinds_get_every_variant_and_lead_back_to_what_they_were_made_of(cases):
+    for name in VARIANTS:
+        rows = cases.where(name)
+        assert len(rows) == 24
+        assert cases.unsafe[rows].sum() == 12
+        for row in rows:
+            case = cases.items[row]
+            made_of = cases.items[case.origin]
+            assert made_of.variant == AS_WRITTEN
+            assert (case.unsafe, case.source, case.prompt.language) == (made_of.unsafe, made_of.source, made_of.prompt.language)
+    assert len(cases.where(OVER_REFUSAL)) == 3
+    assert not cases.unsafe[cases.where(OVER_REFUSAL)].any()
+
+
+def test_wrappers_hold_the_whole_request_beside_a_safe_one(cases):
+    safe = {case.prompt.text for case in cases.items if case.variant == AS_WRITTEN and not case.unsafe}
+    for name in ("behind-safe", "before-safe", "between-safe", "later-turn", "earlier-turn"):
+        for row in cases.where(name):
+            text = cases.texts[row]
+            own = cases.items[cases.items[row].origin].prompt.text
+            assert own in text
+            assert any(other in text for other in safe - {own})
+    later, earlier = (cases.items[cases.where(name)[0]].prompt for name in ("later-turn", "earlier-turn"))
+    own = cases.items[0].prompt.text
+    assert [turn.role for turn in later.messages] == ["user", "assistant", "user"] == [turn.role for turn in earlier.messages]
+    assert later.messages[-1].content == own == earlier.messages[0].content
+
+
+def test_perturbations_change_the_wording_and_nothing_else(cases):
+    changed = 0
+    for row in cases.where("typos"):
+        was, now = cases.items[cases.items[row].origin].prompt.text.split(), cases.texts[row].split()
+        assert [(sorted(word), word[0]) for word in was] == [(sorted(word), word[0]) for word in now]
+        changed += was != now
+    assert changed > 10
+    row = cases.where("upper-case")[0]
+    assert cases.texts[row].lower() == cases.items[cases.items[row].origin].prompt.text
+    row = cases.where("base64")[0]
+    assert base64.b64encode(cases.items[cases.items[row].origin].prompt.text.encode()).decode() in cases.texts[row]
+
+
+def test_a_conversation_keeps_its_earlier_turns():
+    talk = Prompt("a", "hello there", (Message("system", "be kind"), Message("user", "how do i open a lock ?")))
+    made = cases_of(Prompts([talk]), Prompts([Prompt("b", "bake bread")]), variants=("no-punctuation", "later-turn"))
+    plain, later = (made.items[made.where(name)[0]].prompt for name in ("no-punctuation", "later-turn"))
+    assert [turn.content for turn in plain.messages] == ["be kind", "how do i open a lock"]
+    assert later.messages[-2:] == talk.messages
+
+
+def test_what_is_in_both_lists_is_left_out_and_repeats_count_once():
+    unsafe, safe = Prompts.from_list(["One  a", "two", "TWO"]), Prompts.from_list(["one A", "three"])
+    found = cases_of(unsafe, safe)
+    assert [(case.prompt.text, case.unsafe) for case in found.items] == [("two", True), ("three", False)]
+    assert "1 requests are both unsafe and safe" in found.notes[0]
+    with pytest.raises(InputError, match="no safe requests"):
+        cases_of(unsafe, Prompts.from_list(["two"]))
+    with pytest.raises(UsageError, match="'hypnosis': expected some of behind-safe"):
+        cases_of(unsafe, safe, variants=("hypnosis",))
+
+
+def test_columns_are_source_language_category_and_any_field():
+    unsafe, safe = requests(8, 2)
+    found = cases_of([Prompts(unsafe, "one")], [Prompts(safe[:5], "one"), Prompts(safe[5:], "two")])
+    assert found.values("source") == ["one", "two"]
+    assert set(found.values("kind")) <= {"harmful", "look_alike", "plain"}
+    assert found.having("source", "two").sum() == 3
+    assert found.values("nothing of the kind") == []
+
+
+def test_a_limit_draws_as_many_of_either_kind_and_equal_seeds_draw_the_same():
+    unsafe, safe = requests(20, 3)
+    one, again, other = (cases_of(unsafe, safe, variants=("typos",), seed=seed, limit=6) for seed in (1, 1, 2))
+    assert len(one.where("typos")) == 12
+    assert one.texts == again.texts
+    assert one.texts != other.texts
+
+
+def test_attacks_and_perturbations_do_not_share_a_name():
+    assert len(VARIANTS) == len(ATTACKS) + len(PERTURBATIONS)
+    assert not np.isin(AS_WRITTEN, list(VARIANTS))
