@@ -247,8 +247,9 @@ def _dots(
     ]
     axis = alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels)
     y = alt.Y("label:N", sort=order, title=None, axis=axis, scale=alt.Scale(domain=order))
-    step = 0.25 if domain[1] - domain[0] < 1.6 and width > 150 else 0.5
-    ticks = [tick for tick in np.arange(-4, 4.01, step).tolist() if domain[0] <= tick <= domain[1]]
+    room = (domain[1] - domain[0]) / (6 if width > 150 else 3)
+    step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5) if step >= room), 1.0)
+    ticks = [round(tick * step, 2) for tick in range(round(-4 / step), round(4 / step) + 1) if domain[0] <= tick * step <= domain[1]]
     x = alt.X(
         "value:Q",
         scale=alt.Scale(domain=list(domain), nice=False, clamp=True),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safety_neurons.report import explorer
+from safety_neurons.report import analyses, cards, explorer, guards, transfers
 from safety_neurons.report.evaluated import evaluate_findings, evaluate_part, evaluate_tile
 from safety_neurons.report.findings import Finding, findings, ranked_by
 from safety_neurons.report.maps import find_part
@@ -23,15 +23,18 @@ HEADINGS = (
     ("where", "Where the neurons are", "Rows are layers, columns the seven projections of a layer; empty places were not searched."),
     ("sufficient", "Are they sufficient? Causal effect against set size", ""),
     ("tuned", "Does tuning them make the model safer?", ""),
+    ("guarded", "Can a guard tell in advance?", "A classifier reads neurons at the prompt, before the first token is written."),
     ("lasting", "Does tuned safety last?", ""),
     ("evaluated", "How safe, how helpful, how capable?", ""),
     ("methods", "Methods compared", ""),
     ("necessary", "Are they necessary?", "The neurons are switched off as if their parameters were zero."),
+    ("understood", "What do these neurons have in common?", ""),
+    ("alone", "What do single neurons do?", ""),
     ("doctor", "Is the model understood?", "Every check is an experiment on the model itself."),
     ("others", "Other runs", ""),
 )
 """Anchor, heading and introduction of every section."""
-_FIRST = ("tune", "evaluate", "verify-patch", "verify-deactivate", "compare", "find", "doctor")
+_FIRST = ("tune", "guard-evaluate", "evaluate", "verify-patch", "verify-deactivate", "compare", "analyze", "find", "guard", "doctor")
 """What answers the question comes first; what was measured on the way after it."""
 
 
@@ -66,9 +69,32 @@ _PARTS: Mapping[str, tuple[str, Make]] = {
     "compare": ("methods", lambda run, _: compare_part(run)),
     "verify-deactivate": ("necessary", deactivate_part),
     "doctor": ("doctor", _doctor),
+    "guard-evaluate": ("guarded", lambda run, _: guards.evaluate_part(run)),
+    "guard-fit": ("guarded", lambda run, _: guards.fit_part(run)),
+    "guard-recalibrate": ("guarded", lambda run, _: guards.fit_part(run)),
+    "analyze-layers": ("understood", lambda run, _: analyses.layers_part(run)),
+    "analyze-overlap": ("understood", lambda run, _: analyses.overlap_part(run)),
+    "analyze-languages": ("understood", lambda run, _: transfers.languages_part(run)),
+    "analyze-transfer": ("understood", lambda run, _: transfers.transfer_part(run)),
+    "analyze-tax": ("understood", lambda run, _: transfers.tax_part(run)),
+    "analyze-progressive": ("alone", lambda run, _: transfers.progressive_part(run)),
+    "analyze-vocabulary": ("alone", lambda run, _: cards.cards_part(run)),
 }
-_FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {"tune": tuned, "evaluate": evaluate_findings}
-_TILES: Mapping[str, Callable[[Run], Tile]] = {"tune": tune_tile, "evaluate": evaluate_tile}
+_FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {
+    "tune": tuned,
+    "evaluate": evaluate_findings,
+    "guard-evaluate": guards.evaluate_findings,
+    "guard-fit": guards.fit_findings,
+    "guard-recalibrate": guards.fit_findings,
+    "analyze-layers": analyses.layers_findings,
+    "analyze-overlap": analyses.overlap_findings,
+    "analyze-languages": transfers.matrix_findings,
+    "analyze-transfer": transfers.matrix_findings,
+    "analyze-tax": transfers.tax_findings,
+    "analyze-progressive": transfers.progressive_findings,
+    "analyze-vocabulary": cards.cards_findings,
+}
+_TILES: Mapping[str, Callable[[Run], Tile]] = {"tune": tune_tile, "guard-evaluate": guards.evaluate_tile, "evaluate": evaluate_tile}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:

@@ -114,7 +114,9 @@ def block(runs: Sequence[Run], cards: Mapping[str, Any]) -> Markup | None:
                 "own": others.index(column),
                 "scored": len(column.run.scores) if column.run.scores is not None else 0,
                 "kept": len(column.run.neurons) if column.run.neurons is not None else 0,
-                "cells": {place_of(*place): _cell(place, counts, column, others, each) for place, counts in cells[id(column.run)].items()},
+                "cells": {
+                    place_of(*place): _cell(place, counts, column, others, each, cards) for place, counts in cells[id(column.run)].items()
+                },
             }
         )
     return Markup(in_script(record))  # noqa: S704 - every character with a meaning in HTML is escaped
@@ -131,7 +133,12 @@ def _same_model(first: Run, second: Run) -> bool:
 
 
 def _cell(
-    place: tuple[int, str], counts: tuple[int, int, float | None], column: Column, others: Sequence[Column], each: int
+    place: tuple[int, str],
+    counts: tuple[int, int, float | None],
+    column: Column,
+    others: Sequence[Column],
+    each: int,
+    cards: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Counts of a cell, and its neurons: those kept first, then the next ones, by score."""
     kept, size, mean = counts
@@ -143,6 +150,7 @@ def _cell(
         chosen = set(_largest(members, values, each))
         if values is not None and len(chosen) < LEAST:
             chosen |= set(_largest(np.arange(len(values)), values, LEAST))
+        chosen |= {int(name.rpartition(".")[2]) for name in cards if name.rpartition(".")[0] == key}
         held = set(members.tolist())
         rows += [(int(index not in held), float(values[index]) if values is not None else 0.0, key, index) for index in sorted(chosen)]
     rows.sort(key=lambda row: (row[0], -row[1]))
@@ -154,7 +162,8 @@ def _cell(
             [entry for other in others for entry in other.of(key, index)],
             f"{key}.{index}",
         ]
-        for _, score, key, index in rows[: max(each, LEAST)]
+        for place, (_, score, key, index) in enumerate(rows)
+        if place < max(each, LEAST) or f"{key}.{index}" in cards
     ]
     return {"of": size, "kept": kept, "mean": None if mean is None else _rounded(mean), "neurons": listed}
 

@@ -81,7 +81,7 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
     if pairs:
         parts = [say("{} refuse harmful requests which {} answers", name(aligned), name(base)) for base, aligned in pairs[:3]]
         questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
-    elif single and kinds - {"doctor", "evaluate"}:
+    elif single and any(kind.startswith(("find", "verify", "tune", "compare", "study")) for kind in kinds):
         questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
     if "verify-patch" in kinds:
         questions.append(Markup("Are they sufficient: does patching them alone carry the refusals over?"))
@@ -93,6 +93,10 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
         questions.append(Markup("Does tuning them alone make the model safer, and at what price?"))
     if "evaluate" in kinds:
         questions.append(Markup("How much harm is left, how much is refused without need, and what can the model still do?"))
+    if kinds & {"guard-fit", "guard-evaluate", "guard-recalibrate"}:
+        questions.append(Markup("Does a guard on them tell, before the first token, what will be unsafe?"))
+    if any(kind.startswith("analyze") for kind in kinds):
+        questions.append(Markup("What are these neurons, and what do sets of them share beyond chance?"))
     if "doctor" in kinds:
         questions.append(Markup("Can numbers found on this model be trusted?"))
     return questions

@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from safety_neurons.report import answers, explorer
+from safety_neurons.report.cards import cards_of
 from safety_neurons.report.contents import sections, sentences, sheet_name, short_answers
 from safety_neurons.report.findings import asked
 from safety_neurons.report.reading import Run, guarded, read_runs
@@ -70,7 +71,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
             "findings": said,
             "everything": everything,
             "sections": sections(runs),
-            "neurons": explorer.block(runs, {}),
+            "neurons": explorer.block(runs, cards_of(runs)),
             "sheets": made,
             "first": [(sheet, answers.first_rows(sheet, holds.limit)) for sheet in made[:1]],
             "holds": holds,

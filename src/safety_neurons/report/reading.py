@@ -14,6 +14,7 @@ from safety_neurons.results import Completions, read_json
 RECORD = "run.json"
 T = TypeVar("T")
 _FLAGS = frozenset({"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "vllm"})
+_ARGUMENTS = frozenset({"sets", "organisms"})
 _TWO_WORDS = ("find", "verify", "guard", "analyze", "study", "organism", "data")
 
 
@@ -63,7 +64,10 @@ class Run:
             if value is None or value is False:
                 continue
             dashed = "--" + option.replace("_", "-")
-            words += [dashed] if option in _FLAGS and value is True else [dashed, str(value)]
+            if isinstance(value, list):
+                words += [str(each) for each in value] if option in _ARGUMENTS else [word for each in value for word in (dashed, str(each))]
+            else:
+                words += [dashed] if option in _FLAGS and value is True else [dashed, str(value)]
         return "safety-neurons " + shlex.join(words)
 
     @functools.cached_property

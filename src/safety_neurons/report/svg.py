@@ -43,6 +43,7 @@ _CONFIG = {
     "background": "transparent",
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
+    "legend": {"labelFontSize": 12, "labelColor": INK, "symbolStrokeWidth": 2.4, "symbolSize": 260, "labelLimit": 200, "title": None},
     "axis": {
         **{
             "labelColor": SOFT,
@@ -115,7 +116,7 @@ def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> Element
     if (
         element.get("role") == "graphics-symbol"
         and (label := element.get("aria-label"))
-        and "mark" in element.get("aria-roledescription", "")
+        and element.get("aria-roledescription") not in ("axis", "legend", "title")
     ):
         said = visible(label, 300)
         ElementTree.SubElement(kept, "title").text = said

@@ -32,16 +32,16 @@ def number(value: float | int | None, digits: int = 2, *, signed: bool = False) 
     return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace("-", MINUS)
 
 
-def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+def interval(record: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 2) -> str:
     """`0.87 [0.80, 0.94]`, or that it is undefined."""
     if record is None:
         return NONE
     if record["value"] is None:
         return "undefined"
-    value = number(record["value"], signed=signed)
+    value = number(record["value"], digits, signed=signed)
     if record["low"] is None or record["high"] is None:
         return value
-    return f"{value}{HOLD}[{number(record['low'], signed=signed)},{HOLD}{number(record['high'], signed=signed)}]"
+    return f"{value}{HOLD}[{number(record['low'], digits, signed=signed)},{HOLD}{number(record['high'], digits, signed=signed)}]"
 
 
 def share(value: float | int | None, digits: int = 1) -> str:

@@ -14,6 +14,8 @@
   const share = (part, whole) => (whole ? `${(100 * part) / whole >= 9.95 || part === 0 ? Math.round((100 * part) / whole) : ((100 * part) / whole).toPrecision(2)}\u202f%` : "–");
   const words = (place) => `layer ${place.split(".")[0]}, ${place.split(".")[1]}`;
 
+  const inContext = ([before, token, after, about]) => make("span", { class: "context" }, make("bdi", {}, before, make("mark", {}, token), after), ` ${about}`);
+
   const card = (run, neuron) => {
     const [, score, part, ranks, key] = neuron;
     const matrix = key.slice(0, key.lastIndexOf("."));
@@ -23,7 +25,7 @@
     });
     const made = make("div", { class: "card" }, make("p", { class: "soft" }, make("code", { class: "inline" }, `NeuronSet({"${matrix}": [${neuron[0]}]})`), part ? ` ${part}` : "", score === null ? "" : ` · score ${score}`), make("ul", {}, ...rows));
     for (const { title, items } of cards[key] || []) {
-      made.append(make("h4", {}, title), make("p", {}, ...items.flatMap((item) => [make("bdi", { class: "token" }, item), " "])));
+      made.append(make("h4", {}, title), make("p", {}, ...items.flatMap((item) => [Array.isArray(item) ? inContext(item) : make("bdi", { class: "token" }, item), " "])));
     }
     return made;
   };
