@@ -2,8 +2,8 @@
 
     python benchmarks/guard_soak.py --requests 10000
 
-Every verdict is compared with the guard's own in this process; every conversation has a user of its own, whose name the upstream answers with
-and writes down, so an answer that is another's, is lost or comes twice is seen. The server and the upstream are processes of their own.
+Every verdict is compared with the guard's own in this process; every conversation has a user of its own, whose name the upstream answers
+with and writes down, so an answer that is another's, is lost or comes twice is seen. Server and upstream are processes of their own.
 """
 
 import asyncio

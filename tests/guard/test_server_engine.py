@@ -209,6 +209,7 @@ class Letters:
 
     def __init__(self):
         self.threads = set()
+        self.steps = 0
 
     def fits(self, job, others):
         return "broken" not in {" ".join(one.fed.ids) for one in (job, *others)}
@@ -217,6 +218,7 @@ class Letters:
         word = [" ".join(job.fed.ids) for job in jobs]
         for place in range(max(map(len, word))):
             self.threads.add(threading.get_ident())
+            self.steps += 1
             for job, text in zip(jobs, word, strict=True):
                 if text == "broken" and place == 2:
                     raise RuntimeError("the model")
@@ -226,20 +228,26 @@ class Letters:
 
 
 def test_answers_are_written_between_verdicts_and_a_broken_group_ends_alone():
-    writer = Letters()
+    writer, long = Letters(), "x" * 3000
+    written_when_judged = []
+
+    class Looking(Words):
+        def score(self, prepared):
+            written_when_judged.append(writer.steps)
+            return super().score(prepared)
 
     async def work(engine):
-        said = {text: [] for text in ("one word", "another", "broken", "x" * 50)}
-        jobs = {text: engine.answer(prompts(text)[0], None, heard.append) for text, heard in said.items()}
+        said = {text: [] for text in ("one word", "another", "broken", long)}
+        for text, heard in said.items():
+            engine.answer(prompts(text)[0], None, heard.append)
         verdicts = await engine.verdicts(prompts("attack"), 10)
-        before = len(said["x" * 50])
-        while len(said["x" * 50]) < 50 or engine.waiting:
+        while len(said[long]) < len(long):
             await asyncio.sleep(0.001)
-        return said, verdicts, before, jobs
+        return said, verdicts
 
-    said, verdicts, before, _ = _answered(writer, work)
+    said, verdicts = _answered(Looking(), writer, work)
     assert verdicts[0].flagged
-    assert before < 50
+    assert written_when_judged[0] < len(long)
     assert "".join(said["one word"]) == "one word"
     assert "".join(said["another"]) == "another"
     assert said["broken"][:2] == ["b", "r"]
@@ -247,9 +255,9 @@ def test_answers_are_written_between_verdicts_and_a_broken_group_ends_alone():
     assert len(writer.threads) == 1
 
 
-def _answered(writer, work):
+def _answered(judge, writer, work):
     async def inside():
-        engine = Engine(Words(), writer, batch=8)
+        engine = Engine(judge, writer, batch=8)
         engine.start()
         async with asyncio.timeout(20):
             found = await work(engine)

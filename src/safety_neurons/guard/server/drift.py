@@ -9,9 +9,10 @@ from typing import Any
 FEWEST = 100
 """Scores below which a comparison says more about chance than about drift."""
 _SMALLEST_SHARE = 1e-4
+Numbers = Sequence[int | float]
 
 
-def population_stability(counts: Sequence[float], reference: Sequence[float]) -> float:
+def population_stability(counts: Numbers, reference: Numbers) -> float:
     """Population stability index, Σ (p − q) ln(p ÷ q) over the bins of two histograms; 0 where they are alike.
 
     Below 0.1 is commonly read as no change, above 0.25 as a change to look into. Shares are at least 1e-4, so an empty bin is finite.
@@ -42,12 +43,12 @@ class Drift:
         window: Values that are remembered.
     """
 
-    def __init__(self, bounds: Sequence[float], reference: Sequence[float], window: int = 2000) -> None:
+    def __init__(self, bounds: Numbers, reference: Numbers, window: int = 2000) -> None:
         self._bounds, self._reference = list(bounds), list(reference)
         self._recent: deque[int] = deque(maxlen=window)
         self._counts = [0] * len(self._reference)
 
-    def add(self, value: float) -> None:
+    def add(self, value: int | float) -> None:
         """Takes a value in; the oldest falls out."""
         if len(self._recent) == self._recent.maxlen:
             self._counts[self._recent[0]] -= 1

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.server.problems import Problem, busy, closing
@@ -19,6 +19,7 @@ from safety_neurons.guard.server.problems import Problem, busy, closing
 _SMOOTHING = 0.2
 
 
+@runtime_checkable
 class Judge(Protocol):
     """What judges: a bound guard."""
 
@@ -29,6 +30,7 @@ class Judge(Protocol):
         """A verdict for each of them, read together."""
 
 
+@runtime_checkable
 class Writer(Protocol):
     """What answers conversations with the local model."""
 

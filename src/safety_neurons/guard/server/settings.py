@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 from urllib.parse import urlsplit
 
 from safety_neurons.errors import UsageError
@@ -68,7 +67,7 @@ class Settings:
         token: What clients show as `Authorization: Bearer …`; None lets everybody on this machine in.
         upstream: An OpenAI-compatible server, up to and with `/v1`, that answers what is not flagged; None for the local model.
         upstream_key: What the upstream is shown.
-        on_unsafe: Answer a flagged conversation with the refusal, or with an error.
+        on_unsafe: `refuse` or `error`: what a flagged conversation is answered with.
         refusal: Text of the refusal.
         fail_open: Let through what the guard could not judge. Off: what it could not judge is not safe.
         shadow: Judge, count and log, and never hold anything back.
@@ -84,7 +83,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     upstream: str | None = None
     upstream_key: str | None = field(default=None, repr=False)
-    on_unsafe: Literal["refuse", "error"] = "refuse"
+    on_unsafe: str = "refuse"
     refusal: str = REFUSAL
     fail_open: bool = False
     shadow: bool = False

@@ -9,7 +9,7 @@ import inspect
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -65,6 +65,7 @@ class Ended:
     tokens: int = 0
 
 
+@runtime_checkable
 class Watch(Protocol):
     """A guard that looks on during a prefill."""
 
