@@ -15,6 +15,11 @@ from safety_neurons.studies.guard_requests import cases_of
 APART = {GUARD: 3.0, "random neurons 0": 1.5, "random neurons 1": 1.8, "TF-IDF words": 3.2, "residual stream": 1.0}
 """How far apart unsafe and safe requests are for every classifier, in standard deviations."""
 
+OUTPUTS = {
+    part: {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 200, "unscored": 0}
+    for part, value in {"before": 0.9, "after": 0.05, "cut": 0.944, "blocked": 0.03}.items()
+}
+
 
 def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.Path:
     """A guard that is better than random neurons and the residual stream, and no better than words."""
@@ -37,6 +42,12 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
         **{"over_refusal": [], "attacks": [], "perturbations": [], "leave_out": {}},
         "lengths": scored.by_length(generator.integers(5, 60, len(cases))),
         "curves": str(folder / "curves.json"),
+        "counts": [
+            {"method": "contrast", "count": size, "setting": "as given", "auroc": {"value": 0.9 + size / 1e4}, "random": [0.8, 0.84]}
+            | {"difference": {"value": 0.08, "low": 0.02, "high": 0.14}}
+            for size in (10, 100)
+        ],
+        "outputs": {"judge": "compliance", "changed": 0, "by": [{"language": "de", **OUTPUTS}], **OUTPUTS},
     }
     made = run_folder(folder, "guard-evaluate", {**MODEL, "guard": "runs/guard"}, result)
     write_json(folder / "curves.json", scored.curves())

@@ -72,7 +72,7 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
     ]
     seen = page(tmp_path, *runs)
     assert "refusals change by \u22120.80 in that language and by \u22120.10 in the others" in seen.text
-    assert "80 % (unrelated 0.000 to 2.000)" in seen.text
+    assert "3, 80 % (unrelated 0 to 2: more)" in seen.text
     assert "Mean causal effect on the requests the neurons were found on: 0.90; on the others: 0.50" in seen.text
     assert "neurons of en, requests de: \u22120.10" in seen.text
 
@@ -145,3 +145,20 @@ def test_the_tax_says_what_each_model_gains_and_pays(tmp_path):
     damaged = run_folder(tmp_path / "damaged", "analyze-tax", MODEL, {"relations": 1})
     with pytest.raises(InputError, match="analyze-tax"):
         write_report([damaged], tmp_path / "r.html")
+
+
+def test_methods_over_several_organisms_are_ranked_with_every_seed(tmp_path):
+    values = {"mask": (0.95, 0.9), "contrast": (0.4, 0.2), "random": (0.03, 0.05)}
+    standings = [
+        {"method": name, "group": "natural 0.02", "measure": "causal_effect", "mean": sum(pair) / 2, "worst": min(pair)}
+        | {"by_organism": dict(zip(("seed 0", "seed 1"), pair, strict=True))}
+        for name, pair in values.items()
+    ]
+    standings += [{**standings[0], "measure": "recall", "group": "planted"}, {**standings[0], "measure": "seconds", "mean": 7.0}]
+    leaders = [{"group": "natural 0.02", "measure": "causal_effect", "methods": ["mask"], "mean": 0.925}]
+    result = {"organisms": [], "ranking": standings, "leaders": leaders, "measures": {}, "methods": [], "figure": "x"}
+    seen = page(tmp_path, run_folder(tmp_path / "ranked", "compare", {"organism": ["a", "b"]}, result))
+    assert "On natural organisms, 2 % of the units, mask leads in causal effect: 0.93 on average." in seen.text
+    assert "0.30 (0.20)" in seen.text
+    assert "Which method should I use?" in seen.text
+    assert "mask: 0.93 (0.90)" in seen.text, "marks say their numbers"

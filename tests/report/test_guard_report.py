@@ -33,11 +33,16 @@ def test_the_guard_stands_beside_every_baseline_with_its_numbers(runs, seen):
     assert "too few safe requests for a rate of 5 %, 1 %, 0.1 %" in seen.text
 
 
+def test_what_is_left_of_unsafe_outputs_and_how_many_neurons_it_takes_are_told(seen):
+    text = seen.text.replace("\u00a0", " ")
+    assert "the guard cuts 0.944 [0.924, 0.964]: from 0.900 [0.880, 0.920] to 0.050 [0.030, 0.070]" in text
+    assert "contrast, 100 0.910 (0.820), better" in text
+
+
 def test_a_baseline_that_wins_is_said_to_win(runs):
-    said = {finding.verdict: str(finding.text) for finding in evaluate_findings(read_runs(runs[1:])[0])}
-    assert "TF-IDF words" in said["not shown"]
-    assert "random neurons" in said["shown"]
-    assert "residual stream" in said["shown"]
+    said = [(finding.verdict, str(finding.text)) for finding in evaluate_findings(read_runs(runs[1:])[0])]
+    for verdict, name in (("not shown", "TF-IDF words"), ("shown", "random neurons"), ("shown", "residual stream")):
+        assert [each for each, text in said if name in text] == [verdict]
 
 
 def test_operating_points_without_enough_prompts_have_no_threshold(seen):

@@ -18,6 +18,8 @@ BUDGET = 3_400_000
 """Bytes of completions in a page."""
 LIMITS = (4000, 2000, 1000, 500, 250, 120)
 """Characters kept of a text; the first that fits the budget."""
+VERBS = ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate", "guard-evaluate")
+"""Verbs whose completions stand in a page."""
 MOST_JUDGES = 8
 """Judges whose verdicts a page holds, the last ones of a file."""
 FIRST = 12
@@ -45,7 +47,7 @@ class Sheet:
 
 def sheet(run: Run, title: str) -> Sheet | None:
     """The completions of a run, where its folder has any."""
-    if run.verb not in ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate") or run.completions is None:
+    if run.verb not in VERBS or run.completions is None:
         return None
     arms: dict[str, int] = {}
     rows: dict[tuple[str, str], Row] = {}
@@ -67,11 +69,13 @@ def sheet(run: Run, title: str) -> Sheet | None:
 def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
     if run.verb == "evaluate":
         treated = ["treated"]
+    elif run.verb == "guard-evaluate":
+        treated = ["guarded"]
     elif run.verb == "compare":
         treated = [arm for arm in arms if arm not in ("untreated", "aligned", "ceiling") and not arm.startswith("random")]
     else:
         treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]
-    wanted = ["untreated", *treated[:1], "aligned"]
+    wanted = ["untreated", "unguarded", *treated[:1], "aligned"]
     places = [arms.index(arm) for arm in wanted if arm in arms]
     return tuple(places) or tuple(range(min(3, len(arms))))
 

@@ -12,7 +12,7 @@ from safety_neurons.neurons import SITES
 from safety_neurons.report.svg import BAND, COLOURS, FAINT, INK, ON_RAMP, PAPER, RAMP, SOFT, drawing
 from safety_neurons.report.text import interval, visible
 
-METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "swap-attribution")
+METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "mask")
 SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-left", "triangle-right")
 WIDE, NARROW = 770, 262
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safety_neurons.report import analyses, cards, explorer, guards, transfers
+from safety_neurons.report import analyses, cards, explorer, guards, rankings, transfers
 from safety_neurons.report.evaluated import evaluate_findings, evaluate_part, evaluate_tile
 from safety_neurons.report.findings import Finding, findings, ranked_by
 from safety_neurons.report.maps import find_part
@@ -66,6 +66,7 @@ _PARTS: Mapping[str, tuple[str, Make]] = {
     "study-rsn": ("lasting", lambda run, _: rsn_part(run)),
     "study-stress": ("lasting", lambda run, _: stress_part(run)),
     "evaluate": ("evaluated", lambda run, _: evaluate_part(run)),
+    "ranking": ("methods", lambda run, _: rankings.ranking_part(run)),
     "compare": ("methods", lambda run, _: compare_part(run)),
     "verify-deactivate": ("necessary", deactivate_part),
     "doctor": ("doctor", _doctor),
@@ -86,6 +87,7 @@ _FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {
     "guard-evaluate": guards.evaluate_findings,
     "guard-fit": guards.fit_findings,
     "guard-recalibrate": guards.fit_findings,
+    "ranking": rankings.ranking_findings,
     "analyze-layers": analyses.layers_findings,
     "analyze-overlap": analyses.overlap_findings,
     "analyze-languages": transfers.matrix_findings,
@@ -94,7 +96,12 @@ _FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {
     "analyze-progressive": transfers.progressive_findings,
     "analyze-vocabulary": cards.cards_findings,
 }
-_TILES: Mapping[str, Callable[[Run], Tile]] = {"tune": tune_tile, "guard-evaluate": guards.evaluate_tile, "evaluate": evaluate_tile}
+_TILES: Mapping[str, Callable[[Run], Tile]] = {
+    "tune": tune_tile,
+    "guard-evaluate": guards.evaluate_tile,
+    "evaluate": evaluate_tile,
+    "ranking": rankings.ranking_tile,
+}
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -105,7 +112,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         made["sufficient"] = guarded(patched[0], lambda: patch_parts(patched, runs))
     for run in runs:
         if run.verb != "verify-patch":
-            anchor, make = _PARTS.get(_kind(run), ("others", lambda run, _: _other(run)))
+            anchor, make = _PARTS.get(run.kind, ("others", lambda run, _: _other(run)))
             made.setdefault(anchor, []).append(guarded(run, lambda run=run, make=make: make(run, runs)))  # type: ignore[misc]
     return [Section(anchor, heading, words, made[anchor]) for anchor, heading, words in HEADINGS if made.get(anchor)]
 
@@ -117,14 +124,14 @@ def sentences(runs: Sequence[Run]) -> tuple[list[Finding], list[Finding]]:
     head: dict[str, Finding] = {}
     for run, found in said:
         if found:
-            head.setdefault(_kind(run), found[0])
+            head.setdefault(run.kind, found[0])
     everything = [finding for _, found in said for finding in found]
     return (everything, []) if len(everything) <= HEAD + 1 else (list(head.values())[:HEAD], everything)
 
 
 def short_answers(runs: Sequence[Run]) -> list[Tile]:
     """The tiles of the first screen."""
-    first = {run.verb: run for run in reversed(runs) if run.verb in _TILES}
+    first = {run.kind: run for run in reversed(runs) if run.kind in _TILES}
     own = [guarded(first[verb], lambda verb=verb: _TILES[verb](first[verb])) for verb in _TILES if verb in first]  # type: ignore[misc]
     return [*own, *guarded(runs[0], lambda: tiles(runs))][:4]
 
@@ -137,12 +144,9 @@ def sheet_name(run: Run, runs: Sequence[Run]) -> str:
         "compare": "methods compared",
         "evaluate": "evaluated",
         "tune": "tuned, chosen by {}",
+        "guard-evaluate": "without and with the guard",
     }
     return words[run.verb].format(ranked_by(run, runs)) + f" · {run.label}" if run.verb in words else run.label
-
-
-def _kind(run: Run) -> str:
-    return "find" if run.verb.startswith("find-") else run.verb
 
 
 def _rank(run: Run) -> tuple[float | int, ...]:
@@ -151,7 +155,7 @@ def _rank(run: Run) -> tuple[float | int, ...]:
 
 
 def _said(run: Run, runs: Sequence[Run]) -> list[Finding]:
-    own = _FINDINGS.get(run.verb)
+    own = _FINDINGS.get(run.kind)
     return own(run) if own else findings(run, runs)
 
 

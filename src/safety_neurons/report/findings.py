@@ -110,7 +110,7 @@ def findings(run: Run, runs: Sequence[Run]) -> list[Finding]:
         return [*_patched(run, runs), *_cautions(run)]
     if run.verb == "verify-deactivate":
         return [_deactivated(run, runs), *_cautions(run)]
-    if run.verb == "compare":
+    if run.kind == "compare":
         return _compared(run)
     return [_examined(run)] if run.verb == "doctor" else []
 

@@ -9,22 +9,25 @@ from safety_neurons.errors import InputError
 from safety_neurons.report.charts import Row, dot_figure
 from safety_neurons.report.curves import Line, Plane, line_figure
 from safety_neurons.report.findings import CAUTION, FACT, NO, OPEN, YES, Finding
+from safety_neurons.report.guard_tables import (
+    OURS,
+    baselines_table,
+    counts_table,
+    interval,
+    interval_of,
+    outputs_table,
+    percent,
+    slices_table,
+)
 from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part
 from safety_neurons.report.svg import COLOURS, INK
 from safety_neurons.report.tables import Table
-from safety_neurons.report.text import NONE, SPACE, count, name, number, plural, say, share, visible
-from safety_neurons.report.text import interval as with_digits
+from safety_neurons.report.text import NONE, count, name, number, plural, say, share, visible
 from safety_neurons.report.tiles import Tile
 from safety_neurons.results import read_json
 
-OURS = "guard"
 SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
-
-
-def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """Areas and rates near 1 need a third digit."""
-    return with_digits(record, signed=signed, digits=3)
 
 
 def fit_part(run: Run) -> Part:
@@ -65,16 +68,6 @@ def fit_part(run: Run) -> Part:
     return Part(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
-def percent(rate: float) -> str:
-    """A rate that somebody chose: 5\u202f%, 0.1\u202f%."""
-    return f"{100 * rate:g}{SPACE}%"
-
-
-def interval_of(value: Any) -> str:
-    """A rate with its interval, or a bare number."""
-    return interval(value) if isinstance(value, Mapping) else number(value, 3)
-
-
 def evaluate_part(run: Run) -> Part:
     """A guard beside its baselines."""
     result = run.result
@@ -91,11 +84,15 @@ def evaluate_part(run: Run) -> Part:
         interval(result["flagged_unsafe"]),
         interval(result["flagged_safe"]),
     )
-    tables = [_baselines(result)]
-    details = [_slices(f"By {column}", rows) for column, rows in result["tables"].items()]
-    details += [_slices(f"By {words}", result[part]) for part, words in SLICES.items() if result[part]]
+    tables = [baselines_table(result)]
+    details = [slices_table(f"By {column}", rows) for column, rows in result["tables"].items()]
+    details += [slices_table(f"By {words}", result[part]) for part, words in SLICES.items() if result[part]]
     for column, rows in (result.get("leave_out") or {}).items():
-        tables.append(_slices(f"Left out of fitting: every {visible(column, 30)} once", rows))
+        tables.append(slices_table(f"Left out of fitting: every {visible(column, 30)} once", rows))
+    if result.get("outputs"):
+        tables.append(outputs_table(result["outputs"]))
+    if result.get("counts"):
+        tables.append(counts_table(result["counts"]))
     return Part(say("Guard of {}", name(run.models[-1] if run.models else run.label)), lead, _figures(run), tables, details)
 
 
@@ -192,55 +189,6 @@ def _histogram(curves: Mapping[str, Any]) -> list[Figure]:
     return [Figure(line_figure(lines, plane, size=260), f"Histogram of probabilities. {'; '.join(words)}.", caption)]
 
 
-def _baselines(result: Mapping[str, Any]) -> Table:
-    entries = [{"name": OURS, **result}, *result["baselines"]]
-    every = list(result["tpr_at_fpr"])
-    targets = [target for target in every if any(entry["tpr_at_fpr"][target]["value"] is not None for entry in entries)]
-    rows = []
-    for entry in entries:
-        difference = entry.get("difference") if entry["name"] != OURS else None
-        rows.append(
-            [
-                visible(entry["name"], 40),
-                interval(entry["auroc"]),
-                NONE if difference is None else interval(difference, signed=True),
-                interval(entry["average_precision"]),
-                *(_supported(entry["tpr_at_fpr"][target]) for target in targets),
-                number(entry["expected_calibration_error"], 3),
-            ]
-        )
-    rates = [f"unsafe flagged at {percent(float(target))} of the safe" for target in targets]
-    columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
-    caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
-    lacking = [percent(float(target)) for target in every if target not in targets]
-    return Table(caption + (f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""), columns, rows)
-
-
-def _supported(rate: Mapping[str, Any]) -> str:
-    return "too few safe requests" if rate["value"] is None and rate.get("why") else interval(rate)
-
-
-def _slices(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    names = list(dict.fromkeys(label for row in rows for label in row["auroc"]))
-    others = list(dict.fromkeys(label for row in rows for label in row["difference"]))
-    ours = [label for label in names if label not in others]
-    cells = []
-    for row in rows:
-        against = f" (against {visible(row['against'], 20)})" if row["against"] else ""
-        cells.append(
-            [
-                visible(row["value"], 60) + against,
-                f"{count(row['n_unsafe'])} / {count(row['n_safe'])}",
-                interval(row["flagged_unsafe"]) if row["n_unsafe"] else NONE,
-                interval(row["flagged_safe"]) if row["n_safe"] else NONE,
-                *(interval(row["auroc"].get(label)) for label in ours),
-                *(interval(row["difference"].get(label), signed=True) for label in others),
-            ]
-        )
-    columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
-    return Table(title, [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
-
-
 def evaluate_findings(run: Run) -> list[Finding]:
     """How well the guard tells, and which baselines it does not clearly beat."""
     result = run.result
@@ -254,6 +202,13 @@ def evaluate_findings(run: Run) -> list[Finding]:
         interval(result["flagged_safe"]),
     )
     found = [Finding(FACT, text)]
+    outputs = result.get("outputs")
+    if outputs and outputs["cut"]["value"] is not None:
+        lead = (
+            "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe requests. It blocks {} of the safe ones."
+        )
+        rates = (interval(outputs[part]) for part in ("cut", "before", "after", "blocked"))
+        found.append(Finding(YES if outputs["cut"]["low"] > 0 else NO, say(lead, visible(outputs["judge"], 40), *rates)))
     better: list[Markup] = []
     alike: list[Markup] = []
     worse: list[Markup] = []

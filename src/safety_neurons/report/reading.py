@@ -31,6 +31,13 @@ class Run:
         return str(self.record["verb"])
 
     @property
+    def kind(self) -> str:
+        """What its result is: the verb, `find` for every detector, `ranking` for a comparison over several organisms."""
+        if self.verb.startswith("find-"):
+            return "find"
+        return "ranking" if self.verb == "compare" and "ranking" in self.result else self.verb
+
+    @property
     def label(self) -> str:
         """Name of the folder."""
         return self.folder.name

@@ -51,7 +51,7 @@ def tiles(runs: Sequence[Run]) -> list[Tile]:
             compared,
         )
         made.append(Tile("Are they necessary?", verdict, interval(change, signed=True), text))
-    for run in [run for run in runs if run.verb == "compare"][:2]:
+    for run in [run for run in runs if run.kind == "compare"][:2]:
         made += _best_method(run)
     doctors = [run for run in runs if run.verb == "doctor"]
     if doctors:

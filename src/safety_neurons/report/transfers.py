@@ -24,7 +24,7 @@ def languages_part(run: Run) -> Part:
         [
             visible(row["language"], 30),
             count(row["n_neurons"]),
-            *(f"{share(row[kind]['share'])} (unrelated {chance_range(row[kind])})" for kind in ("minus_intersection", "minus_union")),
+            *(_specific(row[kind]) for kind in ("minus_intersection", "minus_union")),
         ]
         for row in result["languages"]
     ]
@@ -38,6 +38,11 @@ def languages_part(run: Run) -> Part:
         f"{number(shared['low'], 0)} to {number(shared['high'], 0)}",
     )
     return Part(say("{}", name(run.label)), lead, figures, [*tables, *more])
+
+
+def _specific(found: Mapping[str, Any]) -> str:
+    ends = f"{number(found['low'], 0)} to {number(found['high'], 0)}"
+    return f"{count(found['value'])}, {share(found['share'])} (unrelated {ends}: {visible(found['verdict'], 20)})"
 
 
 def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table]]:

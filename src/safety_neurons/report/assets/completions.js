@@ -31,11 +31,9 @@
     box.value = String(chosen);
   };
   const sheet = () => sheets[Number(sheetBox.value)];
+  const base = () => sheet().arms.findIndex((arm) => arm === "untreated" || arm === "unguarded");
   const columns = () => {
-    const { arms } = sheet();
-    const chosen = Number(treatment.value);
-    const [base, aligned] = [arms.indexOf("untreated"), arms.indexOf("aligned")];
-    return [...new Set([base, chosen, aligned])].filter((arm) => arm >= 0);
+    return [...new Set([base(), Number(treatment.value), sheet().arms.indexOf("aligned")])].filter((arm) => arm >= 0);
   };
   const answer = (row, arm) => row[3].find((entry) => entry[0] === arm);
   const word = (entry) => (entry ? said[entry[2 + Number(judge.value)]] : undefined);
@@ -43,12 +41,11 @@
   const matching = () => {
     const wanted = query.value.trim().toLowerCase();
     const treated = Number(treatment.value);
-    const base = sheet().arms.indexOf("untreated");
     const shown = columns();
     return sheet().rows.filter((row) => {
       if (kind.value && row[0] !== kind.value) return false;
       const found = word(answer(row, treated));
-      if (verdict.value === "changed" && (!found || found === word(answer(row, base)))) return false;
+      if (verdict.value === "changed" && (!found || found === word(answer(row, base())))) return false;
       if (verdict.value && verdict.value !== "changed" && found !== verdict.value) return false;
       if (!wanted) return true;
       return [row[1], row[2], ...shown.map((arm) => (answer(row, arm) || [])[1])].some((text) => text !== undefined && lower[text].includes(wanted));
@@ -89,7 +86,7 @@
     const kept = verdict.value;
     choices(verdict, [["", "any"], ["changed", "changed by the treatment"], ...said.filter((_, place) => occurs.has(place)).map((label) => [label, label])], kept);
     if (verdict.selectedIndex < 0) verdict.value = "";
-    const treated = arms.map((arm, place) => [place, arm]).filter(([, arm]) => arm !== "untreated" && arm !== "aligned");
+    const treated = arms.map((arm, place) => [place, arm]).filter(([, arm]) => arm !== "untreated" && arm !== "unguarded" && arm !== "aligned");
     const first = shown.find((arm) => treated.some(([place]) => place === arm));
     choices(treatment, treated.length ? treated : [[0, arms[0]]], first === undefined ? (treated[0] || [0])[0] : first);
     fresh();
