@@ -28,7 +28,7 @@ def lm():
 def made(lm):
     texts = {"refusal": "sorry i cannot", "compliance": "sure here is"}
     prompts = Prompts.from_list(HARMFUL[:4]), Prompts.from_list(HARMLESS[:3])
-    return vocabulary(lm, NEURONS, *prompts, **texts, tokens=5, places=2, random=4, batch_size=3)
+    return vocabulary(lm, NEURONS, *prompts, **texts, tokens=5, places=4, random=4, batch_size=3)
 
 
 def test_tokens_are_those_of_the_output_direction(made, lm):
@@ -66,13 +66,17 @@ def test_activations_are_those_that_the_projection_sees(made, lm):
     assert active["harmful"]["largest"] == pytest.approx(max(float(part.max()) for part in seen))
     assert active["harmful"]["smallest"] == pytest.approx(min(float(part.min()) for part in seen))
     assert active["harmful"]["mean"] == pytest.approx(np.mean([float(part.mean()) for part in seen]))
-    most = next(place for place in active["most_active"] if place["prompts"] == "harmful")
-    prompt = int(most["prompt_id"])
-    assert most["position"] == int(seen[prompt].argmax())
-    assert most["token"] == lm.tokenizer.decode([encoded[prompt].ids[most["position"]]])
+    harmful = [place for place in active["most_active"] if place["prompts"] == "harmful"]
+    for place in harmful:
+        part, ids = seen[int(place["prompt_id"])], encoded[int(place["prompt_id"])].ids
+        assert place["value"] == pytest.approx(float(part[place["position"]]))
+        assert place["token"] == lm.tokenizer.decode([ids[place["position"]]])
+    assert harmful[0]["value"] == pytest.approx(active["harmful"]["largest"])
     values = [place["value"] for place in active["most_active"]]
     assert values == sorted(values, reverse=True)
-    assert len(values) == 2
+    assert {place["prompts"] for place in active["most_active"]} <= {"harmful", "harmless"}
+    assert len({(place["before"], place["token"]) for place in active["most_active"]}) == len(values) > 1
+    assert active["least_active"][0]["value"] == min(place["value"] for place in active["least_active"])
 
 
 def test_the_effect_of_a_neuron_is_that_of_a_model_without_its_weights(made, lm):

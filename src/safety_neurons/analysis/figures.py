@@ -12,6 +12,7 @@ from safety_neurons.neurons import SITES
 from safety_neurons.results.files import write_bytes
 
 BLUE, ORANGE, GREY, BAND, INK = "#1f6fb2", "#c7521a", "#8a8a8a", "#d9d9d9", "#222222"
+JACCARD = "Jaccard index of the neurons"
 _CONFIG = {
     "font": "Helvetica, Arial, sans-serif",
     "background": "white",
@@ -55,7 +56,7 @@ def _layers_of(found: Layers) -> Any:
         bars = base.mark_bar(color=BLUE).encode(y=y)
         band = base.mark_rule(color=ORANGE, strokeWidth=3).encode(y=alt.Y("low:Q"), y2="high:Q")
         ticks = base.mark_tick(color=ORANGE, thickness=2, width=14).encode(y="mean:Q")
-        charts.append(alt.layer(bars, band, ticks).properties(width=max(90, 26 * len(rows)), height=150))
+        charts.append(alt.layer(bars, band, ticks).properties(width=max(90, min(900, 26 * len(rows))), height=150))
     name = f"{found.item.name}: {len(found.item.neurons):,} neurons (orange: random sets of this size, 95 %)"
     return alt.hconcat(*charts, spacing=24).properties(title=name)
 
@@ -70,13 +71,13 @@ def overlap_figure(found: Overlap, place: pathlib.Path) -> None:
             bands.append({"pair": name, "low": chance["low"], "high": chance["high"], "mean": chance["expected"], "unrelated sets": kind})
     order = [row["pair"] for row in rows]
     y = alt.Y("pair:N", sort=order, title=None)
-    x = alt.X("value:Q", title="Jaccard index of the neurons", scale=alt.Scale(domainMin=0))
+    x = alt.X("value:Q", title=JACCARD, scale=alt.Scale(domainMin=0))
     colour = alt.Color("unrelated sets:N", scale=alt.Scale(range=[GREY, ORANGE]), legend=alt.Legend(orient="top"))
     offset = alt.YOffset("unrelated sets:N")
     chance = alt.Chart(rows_of(bands)).encode(y=y, yOffset=offset, color=colour)
     layers = [
-        chance.mark_rule(strokeWidth=5, opacity=0.7).encode(x=alt.X("low:Q", title=None), x2="high:Q"),
-        chance.mark_tick(thickness=2, height=9).encode(x="mean:Q"),
+        chance.mark_rule(strokeWidth=5, opacity=0.7).encode(x=alt.X("low:Q", title=JACCARD), x2="high:Q"),
+        chance.mark_tick(thickness=2, height=9).encode(x=alt.X("mean:Q", title=JACCARD)),
         alt.Chart(rows_of(rows)).mark_point(filled=True, size=80, color=BLUE, opacity=1).encode(y=y, x=x),
         alt.Chart(rows_of(rows)).mark_text(align="left", dx=9, color=INK).encode(y=y, x=x, text="text:N"),
     ]

@@ -179,16 +179,16 @@ def _common(items: Sequence[Named]) -> list[str]:
 def _units(first: Named, second: Named, keys: Sequence[str], table: SiteTable) -> Shared:
     """The same in units, each of which counts once; units are matched within the matrix that shows them first."""
     numbers = table.units()
-    home: dict[int, int] = {}
-    for place, key in enumerate(keys):
-        for unit in numbers[key].tolist():
-            home.setdefault(unit, place)
-    mine, theirs = ({int(unit) for key in keys for unit in numbers[key][item.neurons[key]]} for item in (first, second))
-    counts = np.zeros((len(keys), 3), np.int64)
-    for column, units in enumerate((home, mine, theirs)):
-        np.add.at(counts[:, column], [home[unit] for unit in units], 1)
-    sizes = {key: (int(row[0]), int(row[1]), int(row[2])) for key, row in zip(keys, counts, strict=True) if row[0]}
-    return Shared.of(sizes, len(mine & theirs))
+    units = np.concatenate([numbers[key] for key in keys])
+    known, first_seen = np.unique(units, return_index=True)
+    home = np.repeat(np.arange(len(keys)), [table[key].size for key in keys])[first_seen]
+    held = []
+    for item in (first, second):
+        chosen = np.concatenate([item.neurons.mask(key) for key in keys])
+        held.append(np.isin(known, units[chosen]))
+    counts = [np.bincount(home[part], minlength=len(keys)) for part in (np.ones(len(known), bool), *held)]
+    sizes = {key: tuple(int(part[place]) for part in counts) for place, key in enumerate(keys) if counts[0][place]}
+    return Shared.of(sizes, int((held[0] & held[1]).sum()))  # type: ignore[arg-type]
 
 
 def _ranked(first: Named, second: Named, keys: Sequence[str], table: SiteTable, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from safety_neurons.analysis.chance import Expectation, beside, of_draws
+from safety_neurons.analysis.chance import Expectation, beside
 
-DRAWS = 200
+DRAWS, FEWEST_DRAWS, WORK = 200, 40, 20_000_000
+"""Draws of what is simulated, fewer where there are many neurons."""
 _FEWEST = 3
 
 
@@ -50,7 +51,6 @@ def over_union(
     members: Sequence[Bool[np.ndarray, " neuron"]],
     blocks: Int[np.ndarray, " neuron"],
     seed: int = 0,
-    draws: int = DRAWS,
 ) -> dict[str, Any]:
     """Spearman over the neurons that are in at least one of the two sets, as JSON values like `over_all`.
 
@@ -62,6 +62,7 @@ def over_union(
     if value is None:
         return undefined("fewer than three neurons in the two sets together, or all their scores equal")
     generator = np.random.default_rng(seed)
+    draws = max(FEWEST_DRAWS, min(DRAWS, WORK // max(1, len(first))))
     chance = _simulated(first, second, members, np.zeros(len(first), np.int64), generator, draws)
     matched = _simulated(first, second, members, blocks, generator, draws)
     return {**beside(value, chance), "matched": beside(value, matched), "n": int(union.sum())}
@@ -106,12 +107,18 @@ def _simulated(
     draws: int,
 ) -> Expectation:
     places = np.argsort(blocks, kind="stable")
+    whole = len(blocks) == 0 or bool((blocks == blocks[0]).all())
     found = []
     for _ in range(draws):
-        order = np.empty(len(blocks), np.int64)
-        order[places] = np.lexsort((generator.random(len(blocks)), blocks))
+        order = generator.permutation(len(blocks))
+        if not whole:
+            order = np.empty(len(blocks), np.int64)
+            order[places] = np.lexsort((generator.random(len(blocks)), blocks))
         union = members[0] | members[1][order]
         value = spearman(first[union], second[order][union])
         if value is not None:
             found.append(value)
-    return of_draws(np.array(found)) if found else Expectation(0.0, -1.0, 1.0)
+    if not found:
+        return Expectation(0.0, -1.0, 1.0)
+    mean, half = float(np.mean(found)), 1.959963984540054 * float(np.std(found))
+    return Expectation(mean, max(-1.0, mean - half), min(1.0, mean + half))

@@ -45,13 +45,14 @@ def cards_figure(result: Mapping[str, Any], place: pathlib.Path) -> None:
         ]
         order = [row["neuron"] for row in rows]
         y = alt.Y("neuron:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
-        x = alt.X("value:Q", title=f"change of the refusal's log-odds, {kind}")
+        title = f"change of the refusal's log-odds, {kind}"
+        x = alt.X("value:Q", title=title)
         layers = []
         if reference["n"]:
             band = alt.Chart(rows_of([{"value": reference["low"], "high": reference["high"]}]))
             layers.append(band.mark_rect(color=BAND, opacity=0.8).encode(x=x, x2="high:Q"))
         base = alt.Chart(rows_of(rows)).encode(y=y)
-        layers.append(base.mark_rule(color=BLUE, strokeWidth=2.5).encode(x=alt.X("low:Q", title=None), x2="high:Q"))
+        layers.append(base.mark_rule(color=BLUE, strokeWidth=2.5).encode(x=alt.X("low:Q", title=title), x2="high:Q"))
         layers.append(base.mark_point(filled=True, size=70, color=BLUE, opacity=1).encode(x=x))
         charts.append(alt.layer(*layers).properties(width=380, height={"step": 24}))
     save(alt.vconcat(*charts, spacing=16).properties(title="Single neurons (grey: 95 % of random neurons of the same matrices)"), place)
@@ -83,8 +84,8 @@ def progressive_figure(result: Mapping[str, Any], place: pathlib.Path) -> None:
         )
         layers += [base.mark_line(strokeWidth=2), base.mark_point(filled=True, size=55, opacity=1)]
         charts.append(alt.layer(*layers).properties(width=330, height=230))
-    bands = " and ".join(result["random"]) or "none"
-    save(alt.hconcat(*charts, spacing=26).properties(title=f"Bands: {bands}"), place)
+    shown = [f"{name} ({'grey' if name.startswith('random neurons') else 'orange'})" for name in result["random"]]
+    save(alt.hconcat(*charts, spacing=26).properties(title=f"Bands: {' and '.join(shown) or 'none'}"), place)
 
 
 def _band(name: str, points: Sequence[Mapping[str, Any]], field: str, start: float | None) -> Any:

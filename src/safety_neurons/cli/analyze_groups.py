@@ -64,25 +64,28 @@ def languages(
         from safety_neurons import analysis, studies
 
         less, loaded = models(session, base, model)
-        parts, files = {}, {}
         with session.status("analyze languages") as tell:
             if given:
                 parts = {code: session.neurons(path, loaded) for code, path in given.items()}
             else:
-                sources = {code: session.prompts(find_prompts.format(language=code), loaded, limit=find_limit) for code in codes}
+                sources = {code: session.prompts(find_prompts.replace("{language}", code), loaded, limit=find_limit) for code in codes}
                 parts = studies.find_by_group(less, loaded, studies.Groups(sources), **finding(session, options, chosen, tell))
-                files = kept(session, parts)
             compared = analysis.languages(parts, seed=common.seed)
             matrix = studies.deactivation_matrix(
                 loaded,
                 wanted(compared.named(), definitions),
-                {code: session.prompts(test_prompts.format(language=code), loaded, limit=test_limit) for code in codes},
+                {code: session.prompts(test_prompts.replace("{language}", code), loaded, limit=test_limit) for code in codes},
                 completions_file=session.folder.path("completions.jsonl"),
                 progress=tell,
                 **measuring(session, random, max_new_tokens),
             )
         session.notes.extend(matrix.notes)
-        result = {"method": "given" if given else chosen, **compared.record(), **matrix.record(), "neurons": files}
+        result = {
+            "method": "given" if given else chosen,
+            **compared.record(),
+            **matrix.record(),
+            "neurons": kept(session, compared.named()),
+        }
         return {**result, **figure(session, "matrix_figure", result["matrix"], "change", "neurons that are off")}
 
     return session.run(work, show_languages)
@@ -211,9 +214,9 @@ def measuring(session: Session, random: int, max_new_tokens: int) -> dict[str, A
 
 
 def kept(session: Session, sets: dict[str, Any]) -> dict[str, str]:
-    """Write the sets; where they are."""
+    """Write the sets that have members; where they are."""
     files = {}
-    for number, (name, neurons) in enumerate(sets.items()):
+    for number, (name, neurons) in enumerate((name, neurons) for name, neurons in sets.items() if len(neurons)):
         file = session.folder.path(f"neurons-{number}.safetensors")
         neurons.save(file)
         files[name] = str(file)
@@ -315,6 +318,14 @@ def show_transfer(result: dict[str, Any]) -> None:
     console.out().print(f"mean causal effect on the set found on {shown['own']}, on others {shown['other']}", soft_wrap=True)
     names = list(dict.fromkeys(name for row in result["ability"] for name in row["capability"]))
     rows = [
-        [row["name"], row["harmless_refused"], *(row["capability"].get(name) for name in names), row["task"]] for row in result["ability"]
+        [row["name"], digits(row["harmless_refused"]), *(digits(row["capability"].get(name)) for name in names), digits(row["task"])]
+        for row in result["ability"]
     ]
     console.print_table("\nAbility while patched", ["arm", "harmless refused", *names, "task"], rows)
+
+
+def digits(number: dict[str, Any] | None) -> str:
+    """A value with its interval, three digits that matter."""
+    if number is None or number["value"] is None:
+        return "–"
+    return f"{number['value']:.3g} [{number['low']:.3g}, {number['high']:.3g}]"

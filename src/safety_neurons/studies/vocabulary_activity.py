@@ -16,6 +16,8 @@ from safety_neurons.prompts import Prompts
 
 BEFORE, AFTER = 8, 4
 """Tokens shown on either side of the one that is told."""
+MOST, LEAST = "most_active", "least_active"
+SIDES = (MOST, LEAST)
 
 
 @dataclasses.dataclass
@@ -24,21 +26,30 @@ class Activity:
 
     Attributes:
         means: by kind of prompts the mean over the prompts' tokens, one number a prompt.
-        ends: by kind, for every prompt the largest and the smallest activation with their positions.
-        top: the most and the least active places, each in another prompt.
+        ends: by kind the largest and the smallest activation.
+        top: the most and the least active places, each with another token or text before it.
     """
 
     means: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    ends: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ends: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     top: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
-        summary = {}
-        for kind, values in self.means.items():
-            largest, smallest = self.ends[kind][:, 0].max(), self.ends[kind][:, 2].min()
-            summary[kind] = {"mean": float(values.mean()), "largest": float(largest), "smallest": float(smallest)}
+        summary = {
+            kind: {"mean": float(values.mean()), "largest": self.ends[kind][0], "smallest": self.ends[kind][1]}
+            for kind, values in self.means.items()
+        }
         return {**summary, **self.top}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """One prompt: per neuron its mean, and the values and positions of its largest and smallest activations."""
+
+    means: np.ndarray
+    values: dict[str, np.ndarray]
+    positions: dict[str, np.ndarray]
 
 
 def activity(
@@ -57,42 +68,47 @@ def activity(
         neurons: which, as (key, index); sites that are active at every token.
         harmful: prompts.
         harmless: more prompts, told apart.
-        places: how many prompts are shown at either end.
+        places: how many are shown at either end.
         batch_size: prompts per pass.
     """
     found = {neuron: Activity() for neuron in neurons}
-    shown: list[tuple[float, float, tuple[str, int], dict[str, Any]]] = []
+    shown: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {neuron: {name: [] for name in SIDES} for neuron in neurons}
     for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
         if prompts is None or not len(prompts):
             continue
         encoded = model.encode(prompts)
-        values = _read(model, neurons, [one.ids for one in encoded], batch_size)
+        peaks = _read(model, neurons, [one.ids for one in encoded], places, batch_size)
         for column, neuron in enumerate(neurons):
-            found[neuron].means[kind] = values[:, column, 4]
-            found[neuron].ends[kind] = values[:, column, :4]
-            for number, one in enumerate(encoded):
-                for side in (0, 2):
-                    value, position = float(values[number, column, side]), int(values[number, column, side + 1])
-                    place = {"prompts": kind, "prompt_id": one.prompt_id, "value": value, **_context(model, one.ids, position)}
-                    shown.append((float(side), value, neuron, place))
+            found[neuron].means[kind] = np.array([peak.means[column] for peak in peaks])
+            largest, smallest = ([peak.values[name][0, column] for peak in peaks] for name in SIDES)
+            found[neuron].ends[kind] = (float(max(largest)), float(min(smallest)))
+            for one, peak in zip(encoded, peaks, strict=True):
+                for name in SIDES:
+                    for value, position in zip(peak.values[name][:, column], peak.positions[name][:, column], strict=True):
+                        place = {"prompts": kind, "prompt_id": one.prompt_id, "value": float(value)}
+                        shown[neuron][name].append({**place, **_context(model, one.ids, int(position))})
     for neuron in neurons:
-        mine = [(side, value, place) for side, value, owner, place in shown if owner == neuron]
-        found[neuron].top["most_active"] = [
-            place for _, _, place in sorted((one for one in mine if one[0] == 0), key=lambda one: -one[1])[:places]
-        ]
-        found[neuron].top["least_active"] = [
-            place for _, _, place in sorted((one for one in mine if one[0] == 2), key=lambda one: one[1])[:places]
-        ]
+        for name in SIDES:
+            ordered = sorted(shown[neuron][name], key=lambda place: float(place["value"]), reverse=name == MOST)
+            found[neuron].top[name] = _different(ordered, places)
     return found
 
 
-def _read(model: LanguageModel, neurons: Sequence[tuple[str, int]], sequences: list[list[int]], batch_size: BatchSize) -> np.ndarray:
-    """[prompt, neuron, (largest, its position, smallest, its position, mean)]."""
+def _different(places: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first places whose token and the text before it differ."""
+    kept = {(place["before"], place["token"]): place for place in reversed(places)}
+    return [place for place in places if kept[place["before"], place["token"]] is place][:count]
+
+
+def _read(
+    model: LanguageModel, neurons: Sequence[tuple[str, int]], sequences: list[list[int]], places: int, batch_size: BatchSize
+) -> list[Peaks]:
+    """The peaks of every prompt."""
     held: dict[str, Tensor] = {}
     columns: dict[str, list[int]] = {}
     for key, index in neurons:
         columns.setdefault(key, []).append(index)
-    values = np.zeros((len(sequences), len(neurons), 5))
+    found: dict[int, Peaks] = {}
 
     def reader(key: str) -> Callable[[Tensor], None]:
         def keep(activation: Tensor) -> None:
@@ -103,14 +119,14 @@ def _read(model: LanguageModel, neurons: Sequence[tuple[str, int]], sequences: l
     def per_batch(batch: Batch) -> None:
         stacked = torch.stack([held[key][..., columns[key].index(index)] for key, index in neurons], -1)
         for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
-            part = stacked[row, :length]
-            most, least = part.max(0), part.min(0)
-            parts = (most.values, most.indices.double(), least.values, least.indices.double(), part.mean(0))
-            values[index] = torch.stack(parts, -1).cpu().numpy()
+            part = stacked[row, :length].cpu()
+            ends = {name: part.topk(min(places, length), 0, largest=name == MOST) for name in SIDES}
+            values = {name: end.values.numpy() for name, end in ends.items()}
+            found[index] = Peaks(part.mean(0).numpy(), values, {name: end.indices.numpy() for name, end in ends.items()})
 
     with reading(model.anatomy, {key: reader(key) for key in columns}):
         run_batches(model, sequences, per_batch, batch_size)
-    return values
+    return [found[number] for number in range(len(sequences))]
 
 
 def _context(model: LanguageModel, ids: Sequence[int], position: int) -> Mapping[str, Any]:
