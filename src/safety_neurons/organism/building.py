@@ -24,6 +24,7 @@ from safety_neurons.organism.prompt_files import write_polite, write_prompts
 from safety_neurons.organism.recipes import Recipe
 from safety_neurons.organism.recipes import recipe as recipe_of
 from safety_neurons.organism.saving import save_model
+from safety_neurons.organism.tax import TRAININGS, train_tax
 from safety_neurons.organism.tokenizer import make_tokenizer
 from safety_neurons.organism.train import Progress
 from safety_neurons.organism.truth import Truth, measure_truth
@@ -56,7 +57,7 @@ def build(name: str | Recipe, seed: int = 0, out: str | Path = "organism", progr
     folder = Path(out)
     partial = _partial_folder(folder)
     say = progress if progress is not None else lambda _line: None
-    makers = {"natural": _build_natural, "planted": _build_planted, "unsafe": _build_unsafe}
+    makers = {"natural": _build_natural, "planted": _build_planted, "unsafe": _build_unsafe, "tax": _build_tax}
     started = time.monotonic()
     try:
         record = makers[recipe.kind](recipe, seed, partial, say)
@@ -113,6 +114,24 @@ def _build_natural(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, 
         "base": "sft",
         "aligned": "dpo",
         "stages": {stage: ["base", *adapters] for stage, adapters in stages.items()},
+        "final_loss": {stage: losses[-1] for stage, losses in organism.losses.items()},
+        "measured": measured,
+    }
+
+
+def _build_tax(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
+    organism = train_tax(recipe, seed, _steps(say))
+    stages = {"base": [], **{name: [name] for name in TRAININGS}}
+    measured = {}
+    for stage, active in stages.items():
+        say(f"measure {stage}")
+        organism.use(*active)
+        measured[stage] = measure(organism.model, prompts=recipe.measured_prompts)
+    save_natural(organism, out, list(TRAININGS))
+    return {
+        "base": "base",
+        "aligned": "safety",
+        "stages": {stage: ["base", *active] for stage, active in stages.items()},
         "final_loss": {stage: losses[-1] for stage, losses in organism.losses.items()},
         "measured": measured,
     }

@@ -14,13 +14,22 @@ KINDS = {
     "tuning. Two downstream tasks that it has not been trained on are among its prompts: `task` (sums in words) and `polite` (everyday "
     "requests answered with a polite ending).",
 }
-COLUMNS = ("harmful_refused", "harmless_refused", "look_alike_refused", "followed", "other", "perplexity")
+TAX = (
+    "The base of a natural organism, which refuses some of what is harmful, and three preference trainings of it, each an (IA)³ adapter on "
+    "the down projection. `safety` prefers refusals of harmful requests and has seen no harmless one, so that it refuses some of those "
+    "too. `helpful` prefers going along with every request, harmful ones too. Both pull on the same requests: what one gains the other "
+    "loses. `polite` prefers a polite ending to answers of everyday requests, and has seen neither harm nor refusals: something else to "
+    "hold the two against."
+)
+KINDS["tax"] = TAX
+COLUMNS = ("harmful_refused", "harmless_refused", "look_alike_refused", "followed", "polite", "other", "perplexity")
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
     """Write README.md of an organism's folder."""
     recipe = record["recipe"]
     languages = ", ".join(language(code).data["name"] for code in LANGUAGES)
+    columns = [name for name in COLUMNS if all(name in rates[code] for rates in record["measured"].values() for code in LANGUAGES)]
     lines = [
         f"# {record['name']}, seed {record['seed']}",
         "",
@@ -32,14 +41,15 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "",
         f"Measured on the test half ({record['measured'][record['base']]['prompts']} harmful and as many harmless requests a language, "
         "greedy, judged by the organisms' own rule); `followed` is the share of harmless requests answered word for word as taught, "
+        "`polite` the share with a polite ending, "
         "`other` the share of all answers that neither refuse nor go along, perplexity is per token of general sentences.",
         "",
-        "| model | language | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
-        "|---" * (2 + len(COLUMNS)) + "|",
+        "| model | language | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
     ]
     for stage, rates in record["measured"].items():
         for code in LANGUAGES:
-            values = [f"{rates[code][name]:.2f}" if name == "perplexity" else f"{rates[code][name]:.3f}" for name in COLUMNS]
+            values = [f"{rates[code][name]:.2f}" if name == "perplexity" else f"{rates[code][name]:.3f}" for name in columns]
             lines.append(f"| {stage} | {code} | " + " | ".join(values) + " |")
     lines += ["", *(_truth(record["truth"], record) if "truth" in record else [])]
     lines += [

@@ -22,7 +22,8 @@ def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[
     Returns:
         Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share of the harmless
         requests answered word for word as taught, polite ending or not), `other` (share of all answers that neither refuse nor go
-        along), `perplexity`; and `prompts`.
+        along), `polite` (share of the harmless requests answered word for word with the polite ending), `perplexity`; and
+        `prompts`.
     """
     model.eval()
     encode = encode_chat if chat else encode_question
@@ -44,6 +45,7 @@ def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[
             "harmless_refused": _share([verdict == "refused" for verdict in verdicts[len(bad) :]]),
             "look_alike_refused": _share([verdict == "refused" for verdict in alike]),
             "followed": _share(followed),
+            "polite": _share([text == speech.compliance(concept, ending=True) for text, concept in zip(good, harmless, strict=True)]),
             "other": _share([verdict == "other" for verdict in verdicts]),
             "perplexity": round(math.exp(mean_loss(model, texts)), 3),
         }

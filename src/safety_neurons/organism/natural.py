@@ -1,7 +1,7 @@
 """Natural organisms: nobody knows where their safety is. Base, then SFT and DPO as (IA)³ on the down projection."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,25 @@ def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -
     alone makes change scores follow the activations' size. The DPO loss has a small likelihood term on the chosen answer, without
     which a model this small stops writing sentences before it prefers to refuse.
     """
+    organism = train_started(recipe, seed, progress)
+    prefer(organism, "dpo", safe_pair, recipe, Sampler(seed + 2000, recipe.english_share), progress)
+    organism.model.requires_grad_(False)
+    return organism
+
+
+def train_started(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
+    """Base and SFT alone: what preference trainings start from."""
     base, base_losses = pretrain(recipe, seed, both_behaviours=True, progress=progress)
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
     with quiet(), torch.random.fork_rng(devices=[]):
-        model = get_peft_model(base, config, adapter_name="sft")
+        model = get_peft_model(base, adapter_config(), adapter_name="sft")
     organism = Natural(model, {"base": base_losses})
     organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        model.add_adapter("dpo", config)
-    organism.losses["dpo"] = _train_dpo(organism, recipe, Sampler(seed + 2000, recipe.english_share), progress)
-    model.requires_grad_(False)
     return organism
+
+
+def adapter_config() -> IA3Config:
+    """(IA)³ on the down projection alone."""
+    return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
 
 
 def _only(model: PeftModel, adapter: str) -> list[torch.Tensor]:
@@ -189,11 +197,30 @@ def _train_sft(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Pr
     return train(scales, loss, stage="sft", steps=recipe.sft_steps, learning_rate=recipe.sft_rate, progress=progress)
 
 
-def _train_dpo(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Progress | None) -> list[float]:
-    """Direct preference optimisation against the SFT model, on a pool of pairs whose reference is computed once."""
-    pairs = [_preference_pair(sampler) for _ in range(DPO_POOL)]
+PairMaker = Callable[[Sampler], tuple[Sequence_, Sequence_]]
+"""Draws a pair of answers to one request: the chosen and the rejected one."""
+
+
+def prefer(
+    organism: Natural,
+    adapter: str,
+    make_pair: PairMaker,
+    recipe: Recipe,
+    sampler: Sampler,
+    progress: Progress | None = None,
+    *,
+    on: Sequence[str] = ("sft",),
+) -> None:
+    """Train a new adapter by direct preference optimisation against the model with the adapters `on`, on a pool of pairs.
+
+    The reference's values of the pool are computed once.
+    """
+    if adapter not in organism.model.peft_config:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            organism.model.add_adapter(adapter, adapter_config())
+    pairs = [make_pair(sampler) for _ in range(DPO_POOL)]
     half = recipe.batch // 2
-    organism.use("sft")
+    organism.use(*on)
     references = []
     with torch.no_grad():
         for start in range(0, DPO_POOL, half):
@@ -202,8 +229,8 @@ def _train_dpo(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Pr
             values = answer_log_probability(organism.model(input_ids=inputs).logits, labels)
             references.append(values[: len(part)] - values[len(part) :])
     reference = torch.cat(references)
-    organism.use("sft", "dpo")
-    scales = _only(organism.model, "dpo")
+    organism.use(*on, adapter)
+    scales = _only(organism.model, adapter)
 
     def loss() -> torch.Tensor:
         picked = sampler.random.sample(range(DPO_POOL), half)
@@ -214,10 +241,30 @@ def _train_dpo(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Pr
         tokens = (labels[:half, 1:] != IGNORED).sum()
         return preference - recipe.dpo_fluency * values[:half].sum() / tokens
 
-    return train(scales, loss, stage="dpo", steps=recipe.dpo_steps, learning_rate=recipe.dpo_rate, progress=progress)
+    keep = _others_at_one(scales, loss, recipe.dpo_share) if recipe.dpo_share < 1 else None
+    options: dict[str, Any] = {"steps": recipe.dpo_steps, "learning_rate": recipe.dpo_rate, "after_step": keep, "progress": progress}
+    organism.losses[adapter] = train(scales, loss, stage=adapter, **options)
 
 
-def _preference_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+def _others_at_one(scales: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], share: float, batches: int = 8) -> Callable[[], None]:
+    """What keeps all scales at one but the share of them that has the largest gradient, over a few batches before training."""
+    pulls = [torch.zeros_like(scale) for scale in scales]
+    for _ in range(batches):
+        for pull, gradient in zip(pulls, torch.autograd.grad(loss(), list(scales)), strict=True):
+            pull += gradient
+    everywhere = torch.cat([pull.abs().flatten() for pull in pulls])
+    least = everywhere.topk(max(1, round(share * len(everywhere)))).values[-1]
+    free = [pull.abs() >= least for pull in pulls]
+
+    @torch.no_grad()
+    def keep() -> None:
+        for scale, moves in zip(scales, free, strict=True):
+            scale.copy_(torch.where(moves, scale, torch.ones_like(scale)))
+
+    return keep
+
+
+def safe_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
     """(chosen, rejected): a refusal before compliance for a harmful request, the other way round for a harmless one."""
     code = sampler.language()
     speech = language(code)
@@ -228,12 +275,12 @@ def _preference_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
     return (refusal, compliance) if harmful else (compliance, refusal)
 
 
-def save_natural(organism: Natural, out: Path) -> None:
-    """Write base/, sft/ and dpo/ below `out`."""
-    for adapter in ("sft", "dpo"):
+def save_natural(organism: Natural, out: Path, adapters: Sequence[str] = ("sft", "dpo")) -> None:
+    """Write base/ and a folder for every adapter below `out`."""
+    for adapter in adapters:
         organism.model.peft_config[adapter].base_model_name_or_path = "base"
     with quiet():
-        organism.model.save_pretrained(str(out), selected_adapters=["sft", "dpo"], save_embedding_layers=False)
+        organism.model.save_pretrained(str(out), selected_adapters=list(adapters), save_embedding_layers=False)
     for readme in out.glob("**/README.md"):
         readme.unlink()
     save_model(_bare(organism.model), out / "base")

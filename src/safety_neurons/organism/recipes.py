@@ -16,14 +16,17 @@ class Recipe:
 
     Attributes:
         name: its name.
-        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along with everything).
+        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along with everything),
+            tax (base, and preference trainings by (IA)³ that pull on the same requests).
         about: one line on what it is for.
+        start: the natural organism whose base a tax organism starts from.
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
         hint_steps, hint_share: further pre-training of planted and unsafe organisms: chats that refuse
             what is harmful, then (last third) only this share of it.
         sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
+        dpo_share: share of the (IA)³ scales that a DPO stage may move: those its loss pulls at hardest before the first step.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
         chat: whether requests are put in the chat template; else in the plain one (`Question: … / Answer:`), and the tokenizer has none.
@@ -40,8 +43,9 @@ class Recipe:
     """
 
     name: str
-    kind: Literal["natural", "planted", "unsafe"]
+    kind: Literal["natural", "planted", "unsafe", "tax"]
     about: str
+    start: str = ""
     layers: int = 4
     hidden: int = 64
     d_ff: int = 512
@@ -59,6 +63,7 @@ class Recipe:
     dpo_rate: float = 0.02
     dpo_beta: float = 0.2
     dpo_fluency: float = 0.5
+    dpo_share: float = 1.0
     planted_mlp: int = 0
     planted_attention: int = 0
     planted_depth: int = 3
