@@ -15,13 +15,13 @@ import pathlib
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompts import prompts
 from safety_neurons.results.files import write_json
-from safety_neurons.studies.comparison import METHODS, unit_recall, whole_units
+from safety_neurons.studies.comparison import CONTRASTING, METHODS, SETS, unit_recall, whole_units
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "planted"
 DESIGNED_ON = ("planted-0", "planted-1")
@@ -38,16 +38,20 @@ def units(neurons: NeuronSet, folder: pathlib.Path) -> dict[str, int]:
     return counts | {"neither": rest.n_units}
 
 
-def measure(folder: pathlib.Path, limit: int) -> dict[str, Any]:
+def measure(folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size: int | Literal["auto"]) -> dict[str, Any]:
     """The record of one organism."""
     record = json.loads((folder / "organism.json").read_text(encoding="utf-8"))
     pair = load_pair(str(folder / record["base"]), str(folder / record["aligned"]))
     truth = NeuronSet.load(folder / "truth.safetensors", table=pair.base.table)
     harmful = prompts("builtin:harmful", folder=folder / "prompts", limit=limit)
     rows = {}
-    for name, method in METHODS.items():
+    harmless = prompts("builtin:harmless", folder=folder / "prompts", limit=limit)
+    for name in wanted:
         started = time.perf_counter()
-        scores: Scores = method(pair.base, pair.aligned, harmful, {"sites": SITES, "batch_size": "auto"})
+        options: dict[str, Any] = {"sites": SITES, "batch_size": batch_size}
+        options |= {"harmless": harmless} if name in CONTRASTING else {}
+        options |= {"units": truth.n_units} if name in SETS else {}
+        scores: Scores = METHODS[name](pair.base, pair.aligned, harmful, options)
         seconds = time.perf_counter() - started
         found = whole_units(scores.top_units(truth.n_units), SITES)
         rows[name] = {"recall": unit_recall(found, truth), "taken": units(found, folder), "seconds": round(seconds, 2)}
@@ -70,13 +74,18 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = ["| method | " + " | ".join(names) + " | mean | worst | mean, unseen |", "|---" * (len(names) + 4) + "|"]
     recalls = collections.defaultdict(list)
     for record in records:
-        for name, row in record["methods"].items():
-            recalls[name].append(row["recall"])
-    for name, values in sorted(recalls.items(), key=lambda item: -statistics.mean(item[1])):
-        last = statistics.mean(values[number] for number in unseen) if unseen else float("nan")
-        cells = [f"{value:.2f}" for value in (*values, statistics.mean(values), min(values), last)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for name in {name for one in records for name in one["methods"]}:
+            recalls[name].append(record["methods"].get(name, {}).get("recall"))
+    for name, values in sorted(recalls.items(), key=lambda item: -_mean(item[1])):
+        known = [value for value in values if value is not None]
+        numbers = (*values, _mean(values), min(known), _mean([values[number] for number in unseen]))
+        lines.append(f"| {name} | " + " | ".join("–" if value is None else f"{value:.2f}" for value in numbers) + " |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else float("nan")
 
 
 def main() -> None:
@@ -84,12 +93,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=pathlib.Path, help="folders of planted organisms")
     parser.add_argument("--limit", type=int, default=60, help="find prompts")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; others keep what an earlier record says of them")
+    parser.add_argument("--batch-size", type=int, default=None, help="prompts a batch")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     for folder in [] if options.table else options.folders:
-        record = measure(folder, options.limit)
-        write_json(options.out / f"recall-{record['organism']}-{record['seed']}.json", record)
+        record = measure(folder, options.limit, options.methods.split(","), options.batch_size or "auto")
+        file = options.out / f"recall-{record['organism']}-{record['seed']}.json"
+        if file.exists():
+            record["methods"] = json.loads(file.read_text(encoding="utf-8"))["methods"] | record["methods"]
+        write_json(file, record)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("recall-*.json"))]
     print(table(sorted(records, key=lambda one: (one["organism"], one["seed"]))))
 

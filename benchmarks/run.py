@@ -93,6 +93,24 @@ def graphics(options: argparse.Namespace) -> list[Row]:
     return rows_of(json.loads(target.read_text(encoding="utf-8")))
 
 
+def server(what: str, repetitions: int) -> Callable[[argparse.Namespace], list[Row]]:
+    """A guard behind HTTP: added time to first token, or throughput."""
+
+    def run(options: argparse.Namespace) -> list[Row]:
+        count = 2 if options.quick else min(options.repetitions, repetitions)
+        words = ["guard_server.py", what, "--repetitions", str(count), "--out", str(options.out), "--clock", options.clock]
+        call([*words, *(["--clients", "4", "--layers", "1"] if options.quick else [])], options.threads)
+        return rows_of(json.loads((options.out / f"guard_{what}.json").read_text(encoding="utf-8")))
+
+    return run
+
+
+def soak(options: argparse.Namespace) -> list[Row]:
+    """Ten thousand mixed requests to a guard's server."""
+    call(["guard_soak.py", "--requests", "300" if options.quick else "10000", "--out", str(options.out)], options.threads)
+    return rows_of(json.loads((options.out / "guard_soak.json").read_text(encoding="utf-8")))
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "statistics": own("statistics_cost.py", "statistics"),
     "importance": importance,
@@ -102,6 +120,9 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "startup": own("startup.py", "startup"),
     "tuning": own("tuning_cost.py", "tuning"),
     "guard": own("guard_latency.py", "guard"),
+    "guard_proxy": server("proxy", repetitions=201),
+    "guard_throughput": server("throughput", repetitions=3),
+    "guard_soak": soak,
     "gpu": graphics,
 }
 

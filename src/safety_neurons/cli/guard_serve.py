@@ -195,7 +195,7 @@ def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
         if error is not None:
             event = {**event, "error": type(error).__name__}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-        say([json.dumps({"time": stamp, **event}, ensure_ascii=False, default=str) if as_json else f"{stamp}  {line(event)}"])
+        say([json.dumps({"time": stamp, **event}, default=str) if as_json else f"{stamp}  {line(event)}"])
 
     return write
 
@@ -213,5 +213,5 @@ def line(event: Mapping[str, Any]) -> str:
     parts += [str(event[name]) for name in ("guard", "code", "exception") if name in event]
     parts.append(event["id"])
     if "prompt" in event:
-        parts.append(json.dumps(event["prompt"], ensure_ascii=True))
+        parts.append(json.dumps(event["prompt"]))
     return "  ".join(parts)

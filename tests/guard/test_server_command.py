@@ -1,0 +1,114 @@
+"""The command's own words: settings from options and the environment, errors in a line, a log that reads well."""
+
+import contextlib
+import json
+import sys
+
+import pytest
+
+from safety_neurons.cli import guard_serve
+from safety_neurons.cli.options import Common
+from safety_neurons.errors import RunError, UsageError
+from safety_neurons.guard.server.serving import address, bound
+
+OPTIONS = {
+    "served_name": None,
+    "host": "127.0.0.1",
+    "port": 0,
+    "upstream": None,
+    "on_unsafe": "refuse",
+    "refusal": None,
+    "fail_open": False,
+    "shadow": False,
+    "log_prompts": False,
+    "docs": False,
+    "pass_field": None,
+    "max_body": 1000,
+    "max_messages": 2,
+    "max_inputs": 3,
+    "max_prompt_tokens": None,
+    "max_new_tokens": 4,
+    "max_requests": 5,
+    "queue": 6,
+    "max_batch": 7,
+    "timeout": 8.0,
+    "upstream_timeout": 9.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_secrets(monkeypatch):
+    for name in (guard_serve.TOKEN_VARIABLE, guard_serve.UPSTREAM_KEY_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_options_become_limits_and_secrets_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SAFETY_NEURONS_TOKEN", "sixteen characters and more")
+    settings = guard_serve.configured({**OPTIONS, "host": "0.0.0.0", "refusal": "No."}, "organism:natural/base")
+    assert settings.name == "natural/base"
+    assert settings.refusal == "No."
+    assert settings.token == "sixteen characters and more"
+    limits = settings.limits
+    assert (limits.body_bytes, limits.messages, limits.inputs, limits.new_tokens, limits.requests) == (1000, 2, 3, 4, 5)
+    assert (limits.waiting, limits.batch, limits.seconds, limits.upstream_seconds) == (6, 7, 8.0, 9.0)
+
+
+def test_others_may_not_reach_a_server_without_a_token():
+    with pytest.raises(UsageError, match="SAFETY_NEURONS_TOKEN"):
+        guard_serve.configured({**OPTIONS, "host": "0.0.0.0"}, "m")
+
+
+def test_a_missing_extra_is_one_line_that_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safety_neurons.guard.server.settings", None)
+    with pytest.raises(UsageError, match=r"pip install 'safety-neurons\[serve\]'"):
+        guard_serve.configured(OPTIONS, "m")
+
+
+def test_no_path_of_this_machine_becomes_the_models_name(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert guard_serve.short_name(str(tmp_path / "my-model")) == "my-model"
+    assert guard_serve.short_name(f"{tmp_path / 'my-model'}+org/adapter") == "my-model+org/adapter"
+    assert guard_serve.short_name("org/model@main") == "org/model@main"
+
+
+def test_an_address_that_is_taken_is_an_error_in_a_line():
+    with contextlib.closing(bound("127.0.0.1", 0)) as sock:
+        sock.listen()
+        port = int(address(sock).rpartition(":")[2])
+        with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            bound("127.0.0.1", port)
+
+
+def test_two_thresholds_are_one_too_many():
+    with pytest.raises(UsageError, match="--fpr and --threshold"):
+        guard_serve.serve(Common(), model="m", guard="g", fpr=0.01, threshold=0.5)
+
+
+def test_the_log_is_a_line_of_words_or_of_json_and_breaks_at_nothing_a_client_wrote(capsys):
+    event = {"event": "request", "id": "req-1", "method": "POST", "route": "/classify", "status": 200, "ms": 3.14, "guard_ms": 2.0}
+    event |= {"flagged": 1, "of": 2, "p_unsafe": 0.97, "prompt": ["line\n2026 forged line\u2028"]}
+    guard_serve.lines(as_json=False, debug=False)(event)
+    guard_serve.lines(as_json=True, debug=False)(event)
+    guard_serve.lines(as_json=False, debug=False)({"event": "exception", "id": "req-2", "error": ValueError("secret words")})
+    words, as_json, failed = capsys.readouterr().err.splitlines()
+    assert "POST /classify" in words
+    assert "flagged 1/2" in words
+    assert "p 0.970" in words
+    assert json.loads(as_json)["p_unsafe"] == 0.97
+    assert "ValueError" in failed
+    assert "secret" not in failed
+
+
+def test_the_banner_says_what_is_risky():
+    class Tiny:
+        neurons = range(200)
+        threshold = 0.5
+        in_force = "fpr 0.01"
+
+    shy = guard_serve.configured(OPTIONS, "m")
+    bold = guard_serve.configured({**OPTIONS, "fail_open": True, "shadow": True, "upstream": "http://localhost:1/v1"}, "m")
+    assert "what the guard cannot judge is not safe" in " ".join(guard_serve.banner(Tiny(), shy, "http://x"))
+    said = " ".join(guard_serve.banner(Tiny(), bold, "http://x"))
+    assert "--fail-open" in said
+    assert "--shadow" in said
+    assert "http://localhost:1/v1" in said
