@@ -30,8 +30,8 @@ def tiny_guard(model: LanguageModel, pooling: str = "last", threshold: float = 0
     generator = torch.Generator().manual_seed(seed)
     mean, weights = torch.zeros(len(neurons)), torch.randn(len(neurons), generator=generator)
     scale = torch.rand(len(neurons), generator=generator) + 0.5
-    return Guard(neurons, Pooling.of(pooling, 3), Classifier(mean, scale, weights, 0.1, Calibration("temperature", 2.0, 0.0)), (), threshold, "given",
-                 bindings_of(model, neurons), model=model)  # fmt: skip
+    classifier = Classifier(mean, scale, weights, 0.1, Calibration("temperature", 2.0, 0.0))
+    return Guard(neurons, Pooling.of(pooling, 3), classifier, (), threshold, "given", bindings_of(model, neurons), model=model)
 
 
 def texts(count: int, seed: int = 0, longest: int = 12) -> list[str]:

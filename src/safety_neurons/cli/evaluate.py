@@ -25,6 +25,9 @@ Reference = Annotated[str | None, typer.Option(help="The model that capability k
 Deactivate = Annotated[str | None, typer.Option(help="Neuron file: these are off.", rich_help_panel=TREATMENT)]
 PatchNeurons = Annotated[str | None, typer.Option("--patch", help="Neuron file: patched from --donor.", rich_help_panel=TREATMENT)]
 Donor = Annotated[str | None, typer.Option(help="The model that gives the activations of --patch.", rich_help_panel=TREATMENT)]
+GuardFolder = Annotated[
+    pathlib.Path | None, typer.Option("--guard", help="Folder of a guard: flagged prompts get its refusal.", rich_help_panel=TREATMENT)
+]
 SuiteNames = Annotated[
     str, typer.Option(help="Comma-separated: builtin:NAME, names of `data list`, files, NAME=FILE, hub:…", rich_help_panel=ASKED)
 ]
@@ -72,6 +75,7 @@ def evaluate(
     deactivate: Deactivate = None,
     patch: PatchNeurons = None,
     donor: Donor = None,
+    guard: GuardFolder = None,
     suite: SuiteNames = "builtin:harmful-test",
     over_refusal: OverRefusal = "builtin:harmless-test",
     attack: AttackNames = "direct",
@@ -103,11 +107,11 @@ def check(options: Mapping[str, Any]) -> None:
     """What no model can make right, found out before one is loaded."""
     if (options["model"] is None) == (options["endpoint"] is None):
         raise UsageError(f"{'neither' if options['model'] is None else 'both'} of --model and --endpoint given, expected one of them")
-    treatments = [f"--{name}" for name in ("deactivate", "patch") if options[name] is not None]
+    treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if options[name] is not None]
     if options["endpoint"] is not None and (treatments or options["reference"]):
         raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
     if len(treatments) > 1:
-        raise UsageError("--deactivate and --patch given together; expected one treatment")
+        raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
     if (options["patch"] is None) != (options["donor"] is None):
         raise UsageError("--patch and --donor belong together; expected both, or neither")
     if options["samples"] > 1 and not options["temperature"]:
@@ -185,6 +189,10 @@ def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
         found["model"] = session.model(options["model"])
         if options["deactivate"] is not None:
             found["deactivate"] = session.neurons(options["deactivate"], found["model"])
+    if options["guard"] is not None:
+        from safety_neurons.guard import Guard
+
+        found["guard"] = Guard.load(options["guard"], found["model"])
     if options["reference"] is not None:
         found["reference"] = session.model(options["reference"])
     return found

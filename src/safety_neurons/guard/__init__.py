@@ -7,7 +7,7 @@ from safety_neurons.guard.bindings import Bindings, bindings_of
 from safety_neurons.guard.calibration import Calibration, expected_calibration_error
 from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.features import Features, read_features, read_poolings
-from safety_neurons.guard.generating import REFUSAL, GuardedAnswer, GuardedModel
+from safety_neurons.guard.generating import REFUSAL, GuardedAnswer, GuardedModel, guarding
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.measures import auroc
 from safety_neurons.guard.operating import OperatingPoint, operating_points
@@ -50,6 +50,7 @@ __all__ = [
     "expected_calibration_error",
     "fit_guard",
     "fit_on_features",
+    "guarding",
     "operating_points",
     "read_features",
     "read_poolings",

@@ -115,7 +115,7 @@ def fit_calibration(scores: Scores, unsafe: Labels, kind: str = "auto", seed: in
         UsageError: an unknown kind. InputError: examples of one class only.
 
     Source: temperature: Guo et al., ICML 2017, with the shift and the smoothed targets of Platt 1999; isotonic: Zadrozny and Elkan, KDD
-        2002, centred as in Oron and Flournoy 2017.
+        2002.
     """
     if kind not in (*KINDS, "auto"):
         raise UsageError(f"calibration {kind!r} is unknown; expected auto, {' or '.join(KINDS)}")
@@ -148,7 +148,11 @@ def temperature(scores: Scores, unsafe: Labels) -> Calibration:
 
 
 def isotonic(scores: Scores, unsafe: Labels) -> Calibration:
-    """Pooled shares at the mean score of each pool, joined by straight lines in log odds; beyond the ends the slope of the temperature."""
+    """Pooled shares, joined by straight lines in log odds; beyond the ends the slope of the temperature.
+
+    A pool of several scores is a line that rises by at most a tenth of a nat, and by no more than a quarter of the way to either
+    neighbour at each end, so that the order of scores inside a pool is kept.
+    """
     from sklearn.isotonic import isotonic_regression
 
     order = np.lexsort((unsafe, scores))
@@ -158,17 +162,20 @@ def isotonic(scores: Scores, unsafe: Labels) -> Calibration:
     fitted = isotonic_regression(shares, sample_weight=weights)
     edges = [0, *(np.flatnonzero(np.diff(fitted) > 1e-12) + 1), len(fitted)]
     limit = 1 / (2 * len(scores) + 2)
-    knots, values = [], []
-    for low, high in zip(edges, edges[1:], strict=False):
-        weight = weights[low:high]
-        share = float(np.clip(fitted[low], limit, 1 - limit))
-        knots.append(float(np.average(levels[low:high], weights=weight)))
-        values.append(math.log(share / (1 - share)))
-    kept = [0, *(place for place in range(1, len(knots)) if values[place] > values[place - 1] and knots[place] > knots[place - 1])]
+    pools = np.clip(fitted[edges[:-1]], limit, 1 - limit)
+    odds = np.log(pools / (1 - pools))
+    room = np.minimum(np.diff(odds, prepend=-np.inf), np.diff(odds, append=np.inf)) / 4
+    rise = np.minimum(room, 0.05)
+    knots: list[tuple[float, float]] = []
+    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        ends = [(low, -1.0), (high - 1, 1.0)] if high - low > 1 else [(low, 0.0)]
+        knots += [(float(levels[place]), float(odds[number] + side * rise[number])) for place, side in ends]
+    kept = [knots[0]]
+    for knot in knots[1:]:
+        if knot[0] > kept[-1][0] and knot[1] > kept[-1][1]:
+            kept.append(knot)
     beyond = temperature(scores, unsafe)
-    return Calibration(
-        "isotonic", beyond.temperature, beyond.shift, tuple(knots[place] for place in kept), tuple(values[place] for place in kept)
-    )
+    return Calibration("isotonic", beyond.temperature, beyond.shift, tuple(x for x, _ in kept), tuple(y for _, y in kept))
 
 
 _FITS = {"temperature": temperature, "isotonic": isotonic}

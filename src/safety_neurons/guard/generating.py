@@ -17,9 +17,11 @@ from safety_neurons.guard.requests import Request, as_prompt
 from safety_neurons.guard.streaming import GuardedStream
 from safety_neurons.guard.verdicts import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
-from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.completing import Answer, Decoding, end_ids, generate
+from safety_neurons.model.language_model import Texts
 from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.results import Completion, Completions
 
 REFUSAL = "I can't help with that."
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
@@ -130,7 +132,55 @@ class GuardedModel:
         asked = as_request_prompts(prompts)
         decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
         encoded = [self.model.encode(prompt, reserve=max_new_tokens)[0] for prompt in asked]
-        return self._answers(asked, encoded, decoding, batch_size, progress, notes)
+        answers = self._answers(asked, encoded, decoding, batch_size, progress, notes)
+        return [answers[place] for place in range(len(asked))]
+
+    def complete(
+        self,
+        prompts: Texts,
+        *,
+        max_new_tokens: int = 128,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: BatchSize = "auto",
+        arm: str = "guarded",
+        progress: Progress | None = None,
+        done: Completions | None = None,
+        answered: Callable[[Completion], None] | None = None,
+        notes: list[str] | None = None,
+        **generate_kwargs: Any,
+    ) -> Completions:
+        """`LanguageModel.complete` behind the guard, with the same arguments: what is stopped is what takes its place.
+
+        `meta["guard"]` of every completion holds the probability, whether it was flagged, and where it was stopped.
+        """
+        asked = as_prompts(prompts)
+        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
+        encoded = self.model.encode(asked, reserve=max_new_tokens)
+        before = {completion.prompt_id: completion for completion in done or ()}
+        earlier = [before.get(prompt.id) for prompt in asked]
+        results = {place: one for place, one in enumerate(earlier) if one is not None and one.prompt == asked[place].text}
+
+        def keep(place: int, answer: GuardedAnswer) -> None:
+            verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
+            reason: Literal["stop", "length"] = "length" if answer.finish_reason == "length" else "stop"
+            results[place] = Completion(
+                prompt_id=asked[place].id,
+                prompt=asked[place].text,
+                completion=answer.text,
+                token_ids=answer.token_ids,
+                finish_reason=reason,
+                arm=arm,
+                seed=seed,
+                meta={"guard": {**verdict, "stopped_at": answer.stopped_at}},
+            )
+            if answered is not None:
+                answered(results[place])
+
+        self._answers(list(asked), encoded, decoding, batch_size, progress, notes, skip=sorted(results), told=keep)
+        return Completions([results[place] for place in range(len(asked))])
 
     def stream(
         self,
@@ -199,7 +249,9 @@ class GuardedModel:
         notes: list[str] | None,
         streamer: Any = None,
         cancelled: threading.Event | None = None,
-    ) -> list[GuardedAnswer]:
+        skip: Sequence[int] = (),
+        told: Callable[[int, GuardedAnswer], None] | None = None,
+    ) -> dict[int, GuardedAnswer]:
         watches: dict[int, tuple[Watch, int]] = {}
         answers: dict[int, GuardedAnswer] = {}
 
@@ -218,6 +270,8 @@ class GuardedModel:
         def keep(index: int, answer: Answer) -> None:
             watch, row = watches[index]
             answers[index] = self._answer(asked[index], answer, watch, row)
+            if told is not None:
+                told(index, answers[index])
 
         with model_lock(self.model):
             generate(
@@ -225,12 +279,13 @@ class GuardedModel:
                 [item.ids for item in encoded],
                 decoding,
                 batch_size=batch_size,
+                skip=skip,
                 progress=progress,
                 answered=keep,
                 notes=notes,
                 watched=watched,
             )
-        return [answers[index] for index in range(len(asked))]
+        return answers
 
     def _answer(self, prompt: Prompt, answer: Answer, watch: Watch, row: int) -> GuardedAnswer:
         verdict = watch.verdicts[row]
@@ -269,6 +324,26 @@ class GuardedModel:
                 "fit it with --recheck-every (calibrate_recheck), or give a recheck_threshold"
             )
         return measured.threshold
+
+
+@contextlib.contextmanager
+def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[GuardedModel]:
+    """A model that answers through its guard for a block: whoever calls its `complete` meanwhile gets guarded completions.
+
+    Args:
+        model: the model.
+        guard: fit on it.
+        **options: as for `GuardedModel`.
+    """
+    guarded = GuardedModel(model, guard, **options)
+    before = vars(model).get("complete")
+    vars(model)["complete"] = guarded.complete
+    try:
+        yield guarded
+    finally:
+        vars(model).pop("complete", None)
+        if before is not None:
+            vars(model)["complete"] = before
 
 
 def as_request_prompts(prompts: Sequence[Request] | Prompts | str) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """Guard: a calibrated classifier on neurons of one model, and what it says of prompts before the model answers them."""
 
 import dataclasses
+import hashlib
 import math
 import os
 import time
@@ -118,6 +119,15 @@ class Guard:
     def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Calibrated probability of an unsafe answer for features that `read_features` gave; NaN where a feature is."""
         return self.classifier.probabilities(features)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what decides its verdicts: neurons, pooling, weights, calibration, threshold."""
+        parts = [str(self.pooling), repr(self.bias), repr(self.calibration), repr(self.threshold), repr(self.neurons.counts())]
+        digest = hashlib.sha256("\n".join(parts).encode())
+        for vector in (self.weights, self.mean, self.scale, *(torch.from_numpy(members.copy()) for _, members in self.neurons.items())):
+            digest.update(vector.numpy().tobytes())
+        return digest.hexdigest()
 
     # Thresholds
 

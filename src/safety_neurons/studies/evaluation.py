@@ -16,6 +16,7 @@ from safety_neurons.capability import Settings, Task
 from safety_neurons.capability import check as check_task
 from safety_neurons.capability import task as task_of
 from safety_neurons.errors import UsageError
+from safety_neurons.guard import Guard
 from safety_neurons.judges import DEFAULT_JUDGES, Judge
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
@@ -100,6 +101,7 @@ def evaluate(
     deactivate: NeuronSet | None = None,
     patch: NeuronSet | None = None,
     donor: LanguageModel | None = None,
+    guard: Guard | None = None,
     treatment: Treatment | None = None,
     reference: LanguageModel | None = None,
     baseline: PathLike | None = None,
@@ -126,6 +128,7 @@ def evaluate(
         deactivate: neurons that are off in the treated arm.
         patch: neurons that are patched in the treated arm.
         donor: the model that gives their activations.
+        guard: answers in the treated arm: prompts it flags get its refusal.
         treatment: any other treatment, as a function that makes a context manager.
         reference: the model that `kl` compares with; the untreated model where None.
         baseline: folder of an earlier evaluation, which takes the place of the untreated arm.
@@ -145,7 +148,7 @@ def evaluate(
         InputError: a file that cannot be read.
         RunError: `out` holds the answers of another model or treatment, or answers that were written in another way.
     """
-    how, treat = Writing(**writing), treatment_of(model, deactivate, patch, donor, treatment)
+    how, treat = Writing(**writing), treatment_of(model, deactivate, patch, donor, treatment, guard)
     tasks, measuring = _tasks(model, capability, settings)
     held = gate if gate is None or isinstance(gate, Gate) else Gate.load(gate)
     _check(model, tasks, how, treat.act is not None, baseline is not None, reference is not None, held)
@@ -154,7 +157,9 @@ def evaluate(
     asked = requests_of(suites, over_refusal, attacks, **read)
     named = [(one, judge_of(one, **(judge_options or {}))) if isinstance(one, str) else (one.name, one) for one in judges]
     place = None if out is None else pathlib.Path(out)
-    hold(place, facts_of(model, {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": treatment}, how, tasks, measuring))
+    treated: dict[str, Any] = {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": treatment}
+    treated |= {} if guard is None else {"guard": guard.sha256}
+    hold(place, facts_of(model, treated, how, tasks, measuring))
     bench = EvaluationBench(model, asked.requests, named, tasks, how, measuring, place, progress)
     result = _compared(bench, treat, before, reference, asked.notes)
     return result if held is None else dataclasses.replace(result, missed=tuple(held.check(result.record())))

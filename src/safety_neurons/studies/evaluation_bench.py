@@ -11,6 +11,7 @@ from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability.gsm8k import asked_and_shown, context_of, cut
 from safety_neurons.capability.gsm8k import scored as score_sums
 from safety_neurons.errors import UsageError
+from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.judges import Judge
 from safety_neurons.model import LanguageModel
@@ -146,13 +147,15 @@ def treatment_of(
     patch: NeuronSet | None,
     donor: LanguageModel | None,
     treatment: Treatment | None,
+    guard: Guard | None = None,
 ) -> Applied:
     """The treatment that is asked for.
 
     Raises:
         UsageError: several treatments, half of one, or one of a model that is not in memory.
     """
-    given = [name for name, value in (("deactivate", deactivate), ("patch", patch), ("treatment", treatment)) if value is not None]
+    named = (("deactivate", deactivate), ("patch", patch), ("guard", guard), ("treatment", treatment))
+    given = [name for name, value in named if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} given together; expected one treatment")
     if (patch is None) != (donor is None):
@@ -163,6 +166,8 @@ def treatment_of(
         return Applied(lambda: deactivated(model, deactivate), f"{len(deactivate):,} neurons deactivated")
     if patch is not None and donor is not None:
         return Applied(lambda: patched(model, donor, patch), f"{len(patch):,} neurons patched from {donor.name}")
+    if guard is not None and not isinstance(model, Endpoint):
+        return Applied(lambda: guarding(model, guard), f"guard on {len(guard.neurons):,} neurons, threshold {guard.threshold:.3g}")
     return Applied(treatment, None if treatment is None else "treated")
 
 
