@@ -25,8 +25,8 @@ PENALTIES = (1e-3, 1e-2, 1e-1)
 """Inverse strengths of the L2 penalty that validation chooses from, the same for all features that are numbers."""
 WORD_PENALTIES = (1.0, 10.0, 100.0)
 
-Rows = Int[np.ndarray, " row"]
-Score = Callable[[Rows], Float64[np.ndarray, " row"]]
+Rows = Int[np.ndarray, " _"]
+Score = Callable[[Rows], Float64[np.ndarray, " _"]]
 """Calibrated log odds of being unsafe, for cases by number."""
 
 

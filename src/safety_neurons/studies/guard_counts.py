@@ -20,7 +20,7 @@ COUNTS = (10, 30, 100, 300, 1000)
 PENALTY = 0.03
 """Inverse strength of the L2 penalty, the same for all."""
 AS_FIT, LOOK_ALIKES, UNDER_ATTACK = "held out", "look-alikes", "under attack"
-Rows = Int[np.ndarray, " row"]
+Rows = Int[np.ndarray, " _"]
 Progress = Callable[[str], None]
 
 

@@ -30,7 +30,7 @@ FOLDS = 3
 REFITTED = "guard's neurons"
 COLUMNS = ("source", "language", "category", "kind")
 Progress = Callable[[str], None]
-Rows = Int[np.ndarray, " row"]
+Rows = Int[np.ndarray, " _"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +110,9 @@ def evaluate_guard(
     say = progress or (lambda _step: None)
     variants = (*attacks, *perturbations)
     cases = cases_of(unsafe, safe, over_refusal=over_refusal, variants=variants, seed=seed, limit=variant_limit)
+    unknown = [column for column in leave_out if not cases.values(column)]
+    if unknown:
+        raise UsageError(f"--leave-out {unknown[0]}: no request has this field; expected a column such as source or language")
     if fit_unsafe is not None and fit_safe is not None:
         cases = _with_fit(cases, cases_of(fit_unsafe, fit_safe))
     bound = guard if guard.model is model else guard.bind(model)

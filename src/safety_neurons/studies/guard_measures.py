@@ -54,7 +54,7 @@ class Scored:
             found.setdefault(RANDOM if name.startswith(f"{RANDOM} ") else name, []).append(name)
         return found
 
-    def usable(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " row"]:
+    def usable(self, rows: Int[np.ndarray, " row"]) -> Int[np.ndarray, " kept"]:
         """Those that every classifier scored."""
         kept = np.ones(len(rows), bool)
         for scores in self.scores.values():
