@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from analysed_sets import random_scores, random_set, small_table
 
+from safety_neurons import organism
 from safety_neurons.analysis import Named, layers, name_sets
 from safety_neurons.neurons import ATTENTION_SITES, NeuronSet, Provenance, parse_key
 
@@ -101,3 +102,14 @@ def test_the_record_is_json_with_what_a_report_needs():
     assert (record["n_neurons"], record["n_candidates"]) == (1, 36)
     assert record.keys() >= {"by_layer", "by_site", "by_part", "by_matrix", "by_head", "depth", "ranks", "skewness", "claims"}
     assert record["by_layer"][0].keys() >= {"layer", "members", "candidates", "expected", "low", "high", "verdict", "enrichment"}
+
+
+def test_the_planted_truth_is_found_to_lie_where_it_was_planted():
+    planted = organism.open("planted")
+    found = layers(*name_sets([("truth", planted.truth)]))
+    depth = planted.record["recipe"]["planted_depth"]
+    assert [place.members for place in found.by_layer[depth:]] == [0] * (4 - depth)
+    answers = {claim["claim"]: claim["holds"] for claim in found.claims}
+    assert answers["nearer to the first layer than a random set"]
+    assert answers["in the first third of the layers"]
+    assert not answers["in the last third of the layers"]

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 from analysed_sets import random_scores, random_set, small_table
 
+from safety_neurons import organism
 from safety_neurons.analysis import Named, name_sets, overlap
 from safety_neurons.analysis.overlap import random_intersections
 from safety_neurons.errors import NeuronError
@@ -147,3 +148,14 @@ def test_every_pair_and_what_all_have_is_there():
     assert draws.mean() == pytest.approx(pair["expected"], rel=0.03)
     values = [pair["jaccard"]["value"] for pair in found["pairs"]]
     assert found["mean_jaccard"] == {"value": pytest.approx(np.mean(values)), "lowest": min(values), "highest": max(values), "n_pairs": 3}
+
+
+def test_the_planted_truth_of_two_languages_is_shared_beyond_chance_and_the_decoys_are_not():
+    files = {name: organism.spec(f"planted/{name}") for name in ("truth", "truth-de", "decoys")}
+    found = overlap(name_sets((name, NeuronSet.load(file)) for name, file in files.items())).record()
+    languages, decoys, _ = found["pairs"]
+    assert languages["jaccard"]["verdict"] == languages["jaccard"]["matched"]["verdict"] == "more"
+    assert decoys["shared"]["value"] == 0
+    units = organism.open("planted").record["truth"]["units"]
+    works = [{number for number, unit in enumerate(units) if unit["shares"][code] >= 0.01} for code in ("en", "de")]
+    assert languages["units"]["shared"]["value"] == len(works[0] & works[1])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from safety_neurons import load, organism
 from safety_neurons.capability import divergence, perplexity
 from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated
@@ -10,7 +11,6 @@ from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import progressive
-from safety_neurons.studies import progressive as _  # noqa: F401 - the function has the name of its module
 from safety_neurons.studies.progressive import ladder, layer_blocks
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
@@ -93,3 +93,20 @@ def test_steps_are_few_and_end_with_everything(model):
     assert layer_blocks(NeuronSet({"layers.3.q": [1], "layers.1.down": [0]}), 4) == [[1], [3]]
     with pytest.raises(NeuronError, match="empty"):
         progressive(model, NeuronSet({}, model.table), Prompts.from_list(["a"]), Prompts.from_list(["b"]), **OPTIONS)
+
+
+def test_the_planted_units_stand_in_for_one_another_until_all_layers_are_off():
+    model = load("organism:planted")
+    truth = organism.open("planted").truth
+    tests = [model.prompts(name, limit=5) for name in ("builtin:harmful-test", "builtin:harmless-test")]
+    found = progressive(model, truth, *tests, random=2, max_new_tokens=8)
+    assert [step.layers for step in found.curve("one layer alone")] == [(0,), (1,), (2,)]
+    assert all(step.arm.harmful_refused.value >= 0.8 for step in found.curve("one layer alone"))
+    for order in ("front to back", "back to front", "random order of layers 0", "random order of layers 1"):
+        steps = found.curve(order)
+        assert [len(step.layers) for step in steps] == [1, 2, 3]
+        assert steps[-1].arm.harmful_refused.value == 0
+    assert len({step.layers for order in found.orders if "order of layers" in order for step in found.curve(order)}) > 3
+    assert found.record()["curves"][0]["neurons_for_half"] <= len(truth)
+    assert max(found.record()["random"]["random neurons"][-1]["n_neurons"]) == len(truth)
+    assert found.record()["random"]["random neurons"][-1]["harmful_refused"]["value"] >= 0.5

@@ -2,6 +2,7 @@
 
 import pytest
 
+from safety_neurons import organism
 from safety_neurons.capability import divergence, perplexity
 from safety_neurons.interventions import patched
 from safety_neurons.judges import judge_refusal
@@ -106,3 +107,21 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
     again = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
     assert again["second"] == found["second"]
     assert not len(again["first"] & found["first"])
+
+
+def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another():
+    pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
+    find, test = (Groups.by(pair.base.prompts(name), "category") for name in ("builtin:harmful", "builtin:harmful-test"))
+    names = ("drugs", "theft")
+    few = Groups({name: find.members[name][:6] for name in names})
+    sets = find_by_group(pair.base, pair.aligned, few, method="contrast", top=0.1, sites=("down",), max_new_tokens=16)
+    requests = {name: test.members[name][:8] for name in names}
+    harmless = pair.base.prompts("builtin:harmless-test", limit=4)
+    found = transfer(pair.base, pair.aligned, sets, requests, harmless, tasks=("kl",), random=1, limit=8, max_new_tokens=8)
+    for found_on in names:
+        for measured_on in names:
+            cell = found.cell(found_on, measured_on)
+            assert cell.effect.value >= 0.6
+            assert cell.against_random.low > 0
+    cost = {each["name"]: each["capability"]["kl"]["value"] for each in found.record()["ability"][1:]}
+    assert max(cost["drugs"], cost["theft"]) < cost["aligned"] / 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from safety_neurons import load
+from safety_neurons import organism
 from safety_neurons.errors import NeuronError
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
@@ -136,8 +136,12 @@ def test_members_with_the_largest_scores_come_first(lm):
         vocabulary(lm, [], Prompts.from_list(["a"]))
 
 
-def test_a_card_of_the_organism_writes_how_a_refusal_begins():
-    """The strongest neuron of the natural organism's last layers by attribution patching makes 'sorry' likelier."""
-    model = load("organism:natural/dpo")
-    written = [vocabulary(model, [("layers.2.down", 398)], model.prompts("builtin:harmful-test", limit=2), random=0, tokens=3)]
-    assert "sorry" in {entry["token"].strip() for entry in written[0].cards[0].writes["top"]}
+def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_refusal():
+    """Of the natural organism's strongest neurons by attribution patching one stands out alone; another fires where answers begin."""
+    pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
+    requests = pair.aligned.prompts("builtin:harmful-test", limit=8)
+    found = vocabulary(pair.aligned, [("layers.2.down", 398), ("layers.2.down", 57)], requests, base=pair.base, random=5, tokens=3)
+    alone, opening = found.cards
+    assert alone.effects["deactivate"]["high"] < found.random["deactivate"]["low"] < 0 < alone.effects["patch"]["value"]
+    assert "sorry" in {entry["token"].strip() for entry in opening.writes["top"]}
+    assert opening.active["most_active"][0]["token"] == "<|assistant|>"

@@ -49,7 +49,7 @@ def final_norm(lm: LanguageModel) -> nn.Module | None:
     after[last] = lambda output: streams.append(output[0] if isinstance(output, tuple) else output)
     with lm.running(), torch.no_grad(), around(before=before, after=after):
         ids = torch.arange(2, device=lm.device)[None] % lm.n_ids
-        given = decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        given = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).last_hidden_state
     if torch.equal(given, streams[-1]):
         return None
     for module, (fed, output) in seen.items():

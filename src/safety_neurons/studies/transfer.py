@@ -139,7 +139,7 @@ def transfer(
     cells: list[Cell] = []
     for name, neurons in sets.items():
         cells += matrix.row(name, neurons)
-        abilities.append(lab.ability(base, name, matrix.treat(neurons)))
+        abilities.append(lab.ability(base, name, matrix.treat(neurons), arm=f"{name} of {len(neurons)}"))
     bench.finish()
     notes = (*matrix.notes, *bench.notes)
     return Transfer(tuple(groups.names), matrix.untreated, goal, tuple(cells), tuple(abilities), seed, notes)
@@ -155,7 +155,12 @@ class _Lab:
     answers: Prompts | None
 
     def ability(
-        self, model: LanguageModel, name: str, treatment: Treatment = contextlib.nullcontext, reference: LanguageModel | None = None
+        self,
+        model: LanguageModel,
+        name: str,
+        treatment: Treatment = contextlib.nullcontext,
+        reference: LanguageModel | None = None,
+        arm: str | None = None,
     ) -> Ability:
         """Over-refusal, capability and the task of one arm."""
         if self.bench.progress is not None:
@@ -163,7 +168,7 @@ class _Lab:
         untreated = treatment is contextlib.nullcontext and reference is None
         wanted = [one for one in self.tasks if not (one.compares and untreated)]
         measured = tuple(measure(one, model, treatment, self.settings, reference=reference if one.compares else None) for one in wanted)
-        harmless = tuple(self.bench.verdicts(model, name, "harmless", treatment))
+        harmless = tuple(self.bench.verdicts(model, arm or name, "harmless", treatment))
         return Ability(name, measured, harmless, self._answered(model, treatment))
 
     def _answered(self, model: LanguageModel, treatment: Treatment) -> Verdicts | None:
