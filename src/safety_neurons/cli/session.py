@@ -11,7 +11,19 @@ from safety_neurons.cli import choices, console
 from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common
 
 Result = dict[str, Any]
-PROMPT_OPTIONS = ("prompts", "harmful", "harmless", "text", "foundation", "data", "test_harmful", "test_harmless")
+PROMPT_OPTIONS = (
+    "prompts",
+    "harmful",
+    "harmless",
+    "unsafe",
+    "safe",
+    "labelled",
+    "text",
+    "foundation",
+    "data",
+    "test_harmful",
+    "test_harmless",
+)
 OF_ANOTHER_SHAPE = {"text", "foundation"}
 """Prompt options that `--column` does not name a column of; where there is `--data`, it is of that alone."""
 NOT_A_FILE = ("builtin:", "organism:")

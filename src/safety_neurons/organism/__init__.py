@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from safety_neurons.organism.folder import OrganismFolder, listing, names, shipped, spec
 from safety_neurons.organism.folder import open_organism as open  # noqa: A004 - read as organism.open
 from safety_neurons.organism.language import LANGUAGES, language
-from safety_neurons.organism.opening import load, load_pair
+from safety_neurons.organism.opening import load, load_pair, load_several
 from safety_neurons.organism.recipes import Recipe, recipe, recipes
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "listing",
     "load",
     "load_pair",
+    "load_several",
     "names",
     "open",
     "recipe",
