@@ -125,6 +125,10 @@ def check(options: Mapping[str, Any]) -> None:
         from safety_neurons.results import Gate
 
         Gate.load(options["gate"])
+    if options["guard"] is not None:
+        from safety_neurons.guard import Guard
+
+        Guard.load(options["guard"])
     if options["tasks_folder"] is not None and not options["tasks_folder"].is_dir():
         raise InputError(f"--tasks-folder {str(options['tasks_folder'])!r} is no folder; expected task files of lm-evaluation-harness")
 

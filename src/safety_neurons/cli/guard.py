@@ -17,7 +17,7 @@ from safety_neurons.cli.options import Column, Common, Limit, Model
 from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import InputError, UsageError
 
 app = typer.Typer(
     help="Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons.",
@@ -166,6 +166,12 @@ def check(options: Mapping[str, Any]) -> None:
         raise UsageError("--unsafe without --safe; expected prompts of both kinds")
     if (options["completions"] is None) != (options["judge"] is None):
         raise UsageError("--completions and --judge belong together; expected both, or neither")
+    if options["completions"] is not None and not options["completions"].is_file():
+        raise InputError(f"--completions {str(options['completions'])!r}: no such file; expected completions in JSON Lines: check the path")
+    if options.get("guard") is not None:
+        from safety_neurons.guard import Guard
+
+        Guard.load(options["guard"])
     if options["arm"] is not None and options["completions"] is None:
         raise UsageError("--arm without --completions; expected a completions file whose arm it names")
     if options["fpr"] is not None and not 0 < options["fpr"] < 1:

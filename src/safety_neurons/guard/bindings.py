@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safety_neurons.errors import ForeignModelError, InputError, MismatchError
+from safety_neurons.errors import ForeignModelError, InputError, MismatchError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, encode_text
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.model.template import require_tokenizer
@@ -90,7 +90,10 @@ class Bindings:
 
 
 def bindings_of(model: LanguageModel, neurons: NeuronSet) -> Bindings:
-    """The bindings of a guard on these neurons of a model as it is now."""
+    """The bindings of a guard on these neurons of a model as it is now.
+
+    Source: none of the papers; a probe fit on one model says nothing of another (arXiv 2604.28129).
+    """
     last = max(parse_key(key).layer for key in neurons.keys())  # noqa: SIM118 - not a mapping
     with model.active():
         weights, dtypes = weights_sha256(model, last)
@@ -116,8 +119,14 @@ def weights_sha256(model: LanguageModel, last_layer: int) -> tuple[str, list[str
     """Hash of all weights and buffers that reach the neurons of layers up to the last one, and the types they are in.
 
     An adapter counts by its place among the active ones, not by its name; inactive ones, later layers and the head do not count.
+
+    Raises:
+        UnsupportedModelError: weights that are not in memory.
     """
     named = dict(_reaching(model, last_layer))
+    away = next((name for name, value in named.items() if value.is_meta), None)
+    if away is not None:
+        raise UnsupportedModelError(f"{away} is off-loaded, so the weights cannot be hashed; load the model without disk off-loading")
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_digest, named.values()))
     names = sorted(zip(named, digests, strict=True))

@@ -228,7 +228,10 @@ def read_poolings(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> dict[Pooling, Features]:
-    """`read_features` of encoded prompts for several poolings, in one pass over the prompts."""
+    """`read_features` of encoded prompts for several poolings, in one pass over the prompts.
+
+    Source: as `read_features`.
+    """
     if not len(neurons):
         raise NeuronError("the neuron set is empty; expected at least one neuron to read")
     if not encoded:

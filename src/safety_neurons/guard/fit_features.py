@@ -54,6 +54,8 @@ def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] =
     Raises:
         InputError: fewer than ten examples of a class.
         UsageError: shares that do not sum to 1.
+
+    Source: none of the papers, which fit and choose on the same prompts.
     """
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
         raise UsageError(f"shares {tuple(shares)}; expected three positive numbers that sum to 1: train, validation, calibration")

@@ -334,6 +334,8 @@ def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[Gua
         model: the model.
         guard: fit on it.
         **options: as for `GuardedModel`.
+
+    Source: Chen et al., arXiv 2406.14144, section 6: only what the safeguard accepts is answered.
     """
     guarded = GuardedModel(model, guard, **options)
     before = vars(model).get("complete")

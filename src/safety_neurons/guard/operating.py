@@ -65,6 +65,8 @@ def operating_points(
         probabilities: of being unsafe.
         unsafe: which examples are.
         targets: false-positive rates.
+
+    Source: as `threshold_for`.
     """
     return tuple(operating_point(probabilities, unsafe, target) for target in targets)
 

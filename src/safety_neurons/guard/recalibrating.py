@@ -18,6 +18,7 @@ from safety_neurons.guard.operating import EXAMPLES, check_probability, operatin
 from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
+from safety_neurons.prompts import Prompts
 from safety_neurons.results import plain
 
 
@@ -73,25 +74,17 @@ def recalibrate(
     targets = sorted({target, *(point.fpr_target for point in guard.operating_points)}, reverse=True)
     points = operating_points(chances, labels, targets)
     active = next(point for point in points if point.fpr_target == target)
-    area, before = auroc(scores, labels), guard.report.get("auroc") or {}
-    notes = [*features.notes, *data.notes, *_moved(area.value, before.get("value"))]
-    notes += [f"{int((~usable).sum())} prompts were truncated or gave NaN: left out"] if not usable.all() else []
-    notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
-    seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
-    notes += [f"{seen} of the {len(data.prompts)} prompts are among those the guard was fit on: rates on them flatter"] if seen else []
-    notes += ["the threshold of re-checks was dropped: measure it on this model"] if guard.recheck is not None else []
-    report = {
-        **guard.report,
-        "recalibrated": {
-            "auroc": area,
-            "auroc_before": before,
-            "expected_calibration_error": expected_calibration_error(chances, labels),
-            "log_losses": losses,
-            "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
-            "bindings_before": guard.bindings,
-        },
-        "fpr": target,
+    area = auroc(scores, labels)
+    measured = {
+        "auroc": area,
+        "auroc_before": guard.report.get("auroc") or {},
+        "expected_calibration_error": expected_calibration_error(chances, labels),
+        "log_losses": losses,
+        "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
+        "bindings_before": guard.bindings,
     }
+    notes = [*features.notes, *data.notes, *_said(guard, area.value, data.prompts, int((~usable).sum()))]
+    notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
     return Guard(
         neurons,
         guard.pooling,
@@ -101,17 +94,25 @@ def recalibrate(
         f"fpr {target:g}" if active.supported else f"provisional fpr {target:g}",
         bindings_of(model, neurons),
         histograms(classifier, features.values[usable], chances, labels),
-        plain(report),
+        plain({**guard.report, "recalibrated": measured, "fpr": target}),
         tuple(dict.fromkeys(notes)),
         None,
         model,
     )
 
 
-def _moved(now: float | None, before: float | None) -> list[str]:
-    if now is None or before is None:
-        return []
-    return [f"AUROC {now:.3f} on this model, {before:.3f} where the guard was fit"]
+def _said(guard: Guard, area: float | None, prompts: Prompts, left_out: int) -> list[str]:
+    """How far the ranking moved, and what weakens the new numbers."""
+    before = (guard.report.get("auroc") or {}).get("value")
+    notes = [f"{left_out} prompts were truncated or gave NaN: left out"] if left_out else []
+    if area is not None and before is not None:
+        notes.append(f"AUROC {area:.3f} on this model, {before:.3f} where the guard was fit")
+    seen = prompts.overlap(guard.report.get("prompt_digests") or [])
+    if seen:
+        notes.append(f"{seen} of the {len(prompts)} prompts are among those the guard was fit on: rates on them flatter")
+    if guard.recheck is not None:
+        notes.append("the threshold of re-checks was dropped: measure it on this model")
+    return notes
 
 
 def calibrate_recheck(
@@ -179,7 +180,8 @@ def _largest_checks(
     checks: list[Encoded] = []
     owners: list[int] = []
     for number, (item, answer) in enumerate(zip(encoded, answers, strict=True)):
-        for length in range(every, len(answer.token_ids) + 1, every):
+        # A check reads tokens once the model is fed them, and the last one of an answer that is cut off never is.
+        for length in range(every, len(answer.token_ids) + (answer.finish_reason == "stop"), every):
             checks.append(Encoded(item.prompt_id, [*item.ids, *answer.token_ids[:length]]))
             owners.append(number)
     if checks:

@@ -1,0 +1,89 @@
+"""guard fit, guard recalibrate and evaluate --guard, from the command line to the files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safety_neurons.cli.app import build
+from tiny import tiny_llama_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a neuron file, labelled prompts and completions."""
+    from safety_neurons import NeuronSet, load
+
+    folder = tmp_path_factory.mktemp("guard")
+    tiny_llama_folder(folder / "model")
+    model = load(str(folder / "model"))
+    NeuronSet({"layers.1.down": range(20)}, model.table).save(folder / "neurons.safetensors")
+    words = ["make", "tell", "write", "steal", "open", "lock", "explain", "please", "show", "small"]
+    rows = [(f"{a} {b} the {kind}", label) for kind, label in (("bomb", "unsafe"), ("cake", "safe")) for a in words for b in words[:3]]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps({"prompt": text, "label": label}) + "\n" for text, label in rows))
+    answers = {"unsafe": "Sure, here is the bomb", "safe": "Sorry, I cannot help"}
+    (folder / "completions.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "completion": answers[label]}) + "\n" for text, label in rows)
+    )
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    """Exit code and standard output of a command."""
+    try:
+        code = build()([str(word) for word in words], prog_name="safety-neurons", standalone_mode=False)
+    except SystemExit as stop:
+        code = stop.code
+    return int(code or 0), capsys.readouterr().out
+
+
+def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", place / "model", "--json", "--fpr", "0.05"]
+    sources = ["--labelled", place / "labelled.jsonl"]
+    code, out = run(capsys, "guard", "fit", *common, *sources, "--neurons", place / "neurons.safetensors", "--pooling", "last",
+                    "--recheck-every", "4", "--recheck-tokens", "8", "--out", place / "fit")  # fmt: skip
+    result = json.loads(out)
+    assert code == 0, result
+    assert result["n_neurons"] == 20
+    assert result["prompts"] == {"unsafe": 30, "safe": 30, "left_out": 0}
+    assert [point["supported"] for point in result["operating_points"]] == [False] * 3
+    assert result["recheck"]["every"] == 4
+    assert (place / "fit" / "guard" / "guard.json").is_file()
+    code, out = run(capsys, "guard", "recalibrate", *common, "--guard", result["guard"], "--completions", place / "completions.jsonl",
+                    "--judge", "compliance", "--out", place / "again")  # fmt: skip
+    again = json.loads(out)
+    assert code == 0, again
+    assert again["auroc_before"] == result["auroc"]
+    assert again["labels"]["judge"] == "compliance-1"
+    assert again["recheck"] is None
+    code, out = run(capsys, "evaluate", "--model", place / "model", "--guard", again["guard"], "--suite", place / "labelled.jsonl",
+                    "--over-refusal", "none", "--max-new-tokens", "4", "--limit", "4", "--json", "--out", place / "evaluated")  # fmt: skip
+    evaluated = json.loads(out)
+    assert code == 0, evaluated
+    assert evaluated["treatment"].startswith("guard on 20 neurons")
+    lines = [json.loads(line) for line in (place / "evaluated" / "completions.jsonl").read_text().splitlines()]
+    treated = [line for line in lines if line["arm"] == "treated"]
+    assert len(treated) == 4
+    for line in treated:
+        assert line["meta"]["guard"]["flagged"] == (line["completion"] == "I can't help with that.")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no unsafe prompts"),
+        (["--unsafe", "builtin:harmful"], "--unsafe without --safe"),
+        (["--completions", "x.jsonl"], "belong together"),
+        (["--labelled", "x.jsonl", "--fpr", "0"], "--fpr 0"),
+        (["--labelled", "x.jsonl", "--pooling", "best"], "--pooling"),
+        (["--labelled", "x.jsonl", "--window", "4"], "only max has windows"),
+        (["--labelled", "x.jsonl", "--recheck-every", "90"], "expected no more"),
+    ],
+)
+def test_options_that_contradict_one_another_are_usage_errors_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    code, out = run(capsys, "guard", "fit", "--model", "nowhere", "--neurons", "nothing", "--json", *words)
+    assert code == 2
+    assert said in json.loads(out)["error"]

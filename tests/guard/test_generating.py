@@ -1,0 +1,293 @@
+"""A guarded model: flagged rows end before their first token, all others answer as if there were no guard."""
+
+import dataclasses
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from guarded import texts, tiny_guard, tiny_model
+
+from safety_neurons.errors import DecodeError, MismatchError, UsageError
+from safety_neurons.guard import REFUSAL, FlaggedError, Guard, GuardedModel, Recheck, Verdict
+from safety_neurons.guard.recalibrating import calibrate_recheck
+from safety_neurons.guard.streaming import Detokenizer
+from safety_neurons.model import LanguageModel
+from safety_neurons.prompts import Prompt
+from safety_neurons.results import Rate
+
+ASKED = texts(10)
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def guard(model: LanguageModel) -> Guard:
+    return tiny_guard(model)
+
+
+def hooks_on(model: LanguageModel) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.inner.modules())
+
+
+@pytest.mark.parametrize(
+    ("pooling", "options"),
+    [
+        ("last", {}),
+        ("last", {"batch_size": 1}),
+        ("mean", {}),
+        ("max", {}),
+        ("last", {"sample": True, "seed": 3}),
+        ("last", {"prefill_chunk_size": 4}),
+        ("max", {"prefill_chunk_size": 4}),
+        ("last", {"use_cache": False}),
+        ("mean", {"repetition_penalty": 1.3}),
+    ],
+)
+def test_rows_that_are_not_flagged_get_the_tokens_they_get_without_a_guard(
+    model: LanguageModel, pooling: str, options: dict[str, Any]
+) -> None:
+    guard = tiny_guard(model, pooling)
+    plain = model.complete(ASKED, max_new_tokens=NEW, **options)
+    answers = GuardedModel(model, guard).generate(ASKED, max_new_tokens=NEW, **options)
+    verdicts = guard.score_batch(ASKED)
+    assert {answer.stopped for answer in answers} == {True, False}
+    for answer, expected, verdict in zip(answers, plain, verdicts, strict=True):
+        assert answer.verdict.p_unsafe == pytest.approx(verdict.p_unsafe, abs=1e-5)
+        assert answer.stopped == verdict.flagged
+        assert answer.token_ids == (() if answer.stopped else expected.token_ids)
+        assert answer.text == (REFUSAL if answer.stopped else expected.completion)
+        assert answer.finish_reason == ("guard" if answer.stopped else expected.finish_reason)
+        assert answer.stopped_at == (0 if answer.stopped else None)
+    assert hooks_on(model) == 0
+
+
+def test_shadow_changes_nothing_and_logs_every_verdict_without_text(model: LanguageModel, guard: Guard) -> None:
+    events: list[Any] = []
+    answers = GuardedModel(model, guard.with_threshold(0.0), shadow=True, log=events.append).generate(ASKED, max_new_tokens=NEW)
+    plain = model.complete(ASKED, max_new_tokens=NEW)
+    assert [answer.token_ids for answer in answers] == [one.token_ids for one in plain]
+    assert all(answer.verdict.flagged and not answer.stopped for answer in answers)
+    assert [event["verdict"]["flagged"] for event in events] == [True] * len(ASKED)
+    words = {word for text in ASKED for word in text.split() if len(word) > 3}
+    assert not any(word in str(event) for event in events for word in words)
+
+
+def test_actions_give_a_refusal_an_error_or_what_a_function_says(model: LanguageModel, guard: Guard) -> None:
+    always = guard.with_threshold(0.0)
+    assert GuardedModel(model, always, refusal="no").generate("cake", max_new_tokens=2)[0].text == "no"
+    with pytest.raises(FlaggedError, match="'0' is flagged") as caught:
+        GuardedModel(model, always, action="error").generate("cake", max_new_tokens=2)
+    assert caught.value.verdict.flagged
+    assert "cake" not in str(caught.value)
+
+    def say(prompt: Prompt, verdict: Verdict) -> str:
+        return f"{prompt.text}: {verdict.status}"
+
+    assert GuardedModel(model, always, action=say).generate("cake", max_new_tokens=2)[0].text == "cake: ok"
+
+
+def test_truncated_prompts_and_errors_are_not_answered_unless_told_to_fail_open() -> None:
+    short = tiny_model(max_position_embeddings=24)
+    guard = tiny_guard(short, threshold=1.0)
+    with torch.no_grad():
+        short.inner.get_input_embeddings().weight[short.encode("bomb")[0].ids[-2]] = torch.nan
+    guard = dataclasses.replace(guard, bindings=tiny_guard(short).bindings)
+    asked = ["cake", "tree " * 40, "bomb"]
+    closed = GuardedModel(short, guard).generate(asked, max_new_tokens=4)
+    assert [answer.stopped for answer in closed] == [False, True, True]
+    assert [answer.verdict.status for answer in closed] == ["ok", "truncated", "error"]
+    opened = GuardedModel(short, guard, fail_open=True).generate(asked[:2], max_new_tokens=4)
+    assert [answer.stopped for answer in opened] == [False, False]
+
+
+def test_a_guard_that_cannot_read_stops_everything(monkeypatch: pytest.MonkeyPatch, model: LanguageModel, guard: Guard) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("lost")
+
+    guarded = GuardedModel(model, guard.with_threshold(1.0))
+    monkeypatch.setattr(type(guard.collector), "result", broken)
+    answers = guarded.generate(ASKED[:3], max_new_tokens=NEW)
+    assert [(answer.stopped, answer.verdict.error) for answer in answers] == [(True, "RuntimeError: lost")] * 3
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"num_return_sequences": 2}, {"past_key_values": object()}, {"prompt_lookup_num_tokens": 3},
+                {"assistant_model": object()}, {"return_dict_in_generate": True}, {"streamer": object()}]
+)  # fmt: skip
+def test_decoding_that_cannot_be_guarded_is_refused(model: LanguageModel, guard: Guard, options: dict[str, Any]) -> None:
+    with pytest.raises(DecodeError):
+        GuardedModel(model, guard).generate("cake", max_new_tokens=2, **options)
+
+
+def test_a_guard_of_another_model_is_refused(model: LanguageModel, guard: Guard) -> None:
+    with pytest.raises(MismatchError):
+        GuardedModel(tiny_model(seed=1), guard)
+    with pytest.raises(MismatchError):
+        GuardedModel(tiny_model(seed=1), dataclasses.replace(guard, model=None))
+
+
+# Re-checks
+
+
+def rechecked(guard: Guard, threshold: float, every: int = 4) -> Guard:
+    nothing = Rate(None, None, None, 0)
+    return dataclasses.replace(guard, threshold=1.0, recheck=Recheck(every, NEW, threshold, 0.01, nothing, nothing, True))
+
+
+def checks_by_hand(model: LanguageModel, guard: Guard, text: str, every: int) -> list[float]:
+    """What the guard says of prompt and answer so far, each read as a prompt of its own."""
+    ids = model.encode(text)[0].ids
+    written = model.complete([text], max_new_tokens=NEW)[0]
+    answer, found = written.token_ids, list[float]()
+    for length in range(every, len(answer) + 1, every):
+        if length == NEW and written.finish_reason == "length":
+            break  # the last token of an answer that is cut off is never fed
+        with guard.collector, torch.no_grad():
+            guard.collector.start()
+            model.inner(input_ids=torch.tensor([[*ids, *answer[:length]]]))
+            features = guard.collector.result()[guard.pooling]
+        found.append(float(guard.probabilities(features)[0]))
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_answers_under_way_are_checked_at_their_distance_and_stopped_there(model: LanguageModel, pooling: str) -> None:
+    base = tiny_guard(model, pooling, threshold=1.0)
+    expected = [checks_by_hand(model, base, text, 4) for text in ASKED]
+    limit = sorted(value for checks in expected for value in checks)[-3] - 1e-4
+    guarded = GuardedModel(model, rechecked(base, limit), recheck_every=4)
+    plain = model.complete(ASKED, max_new_tokens=NEW)
+    answers = guarded.generate(ASKED, max_new_tokens=NEW)
+    assert {answer.stopped for answer in answers} == {True, False}
+    for answer, checks, without in zip(answers, expected, plain, strict=True):
+        first = next((number for number, value in enumerate(checks) if value >= limit), None)
+        if first is None:
+            assert (answer.stopped, answer.token_ids) == (False, without.token_ids)
+            continue
+        assert (answer.stopped, answer.stopped_at, answer.finish_reason) == (True, 4 * (first + 1), "guard")
+        assert answer.token_ids == without.token_ids[: answer.stopped_at]
+        assert answer.recheck is not None
+        assert answer.recheck.p_unsafe == pytest.approx(checks[first], abs=1e-4)
+        assert answer.text == REFUSAL
+    assert hooks_on(model) == 0
+
+
+def test_the_threshold_of_re_checks_is_measured_per_answer_at_their_positions(model: LanguageModel) -> None:
+    guard = calibrate_recheck(tiny_guard(model, threshold=1.0), ASKED[:8], ASKED[8:], every=4, max_new_tokens=NEW, fpr=0.3)
+    assert guard.recheck is not None
+    largest = [max([0.0, *checks_by_hand(model, guard, text, 4)]) for text in ASKED]
+    flagged = [value >= guard.recheck.threshold for value in largest]
+    assert sum(flagged[:8]) == 1  # (1 + 1) / (8 + 1) ≤ 0.3 < (2 + 1) / (8 + 1)
+    assert guard.recheck.fpr.value == pytest.approx(1 / 8)
+    assert guard.recheck.tpr.value == pytest.approx(sum(flagged[8:]) / 2)
+    assert not guard.recheck.supported
+    answers = GuardedModel(model, guard, recheck_every=4).generate(ASKED[:8], max_new_tokens=NEW)
+    assert [answer.stopped for answer in answers] == flagged[:8]
+
+
+def test_re_checks_need_a_threshold_measured_for_their_distance_and_length(model: LanguageModel, guard: Guard) -> None:
+    with pytest.raises(UsageError, match="measured on prompts"):
+        GuardedModel(model, guard, recheck_every=4)
+    with pytest.raises(UsageError, match="one for every 4 tokens"):
+        GuardedModel(model, rechecked(guard, 0.9), recheck_every=5)
+    with pytest.raises(UsageError, match="answers of at most 12"):
+        GuardedModel(model, rechecked(guard, 0.9), recheck_every=4).generate("cake", max_new_tokens=13)
+    GuardedModel(model, guard, recheck_every=5, recheck_threshold=0.9)
+
+
+# Streams
+
+
+def test_the_pieces_of_a_stream_are_the_answer(model: LanguageModel, guard: Guard) -> None:
+    guarded = GuardedModel(model, guard)
+    for text, answer in zip(ASKED, guarded.generate(ASKED, max_new_tokens=NEW, batch_size=1), strict=True):
+        stream = guarded.stream(text, max_new_tokens=NEW)
+        assert "".join(stream) == answer.text
+        assert stream.finish_reason == answer.finish_reason
+        assert stream.verdict is not None
+        assert stream.verdict.flagged == answer.stopped
+        assert stream.answer is not None
+        assert stream.answer.token_ids == answer.token_ids
+
+
+def test_a_stream_holds_tokens_back_until_their_check_has_passed(model: LanguageModel) -> None:
+    base = tiny_guard(model, threshold=1.0)
+    expected = {text: checks_by_hand(model, base, text, 4) for text in ASKED}
+    limit = sorted(checks[1] for checks in expected.values() if len(checks) > 1)[-1] - 1e-4
+    guarded = GuardedModel(model, rechecked(base, limit), recheck_every=4)
+    stopped = 0
+    for text in ASKED:
+        answer = model.complete([text], max_new_tokens=NEW)[0].token_ids
+        stream = guarded.stream(text, max_new_tokens=NEW)
+        given = "".join(stream)
+        assert stream.answer is not None
+        if stream.answer.stopped:
+            stopped += 1
+            assert given == model.decode(answer[: (stream.answer.stopped_at or 0) - 4])
+        else:
+            assert given == model.decode(answer)
+    assert stopped
+
+
+def test_leaving_a_stream_early_ends_its_thread_and_takes_the_hooks_off(model: LanguageModel, guard: Guard) -> None:
+    before = threading.active_count()
+    guarded = GuardedModel(model, guard.with_threshold(1.0))
+    with guarded.stream("make a cake", max_new_tokens=100) as stream:
+        assert next(stream)
+    assert threading.active_count() == before
+    assert stream.finish_reason is None
+    assert list(stream) == []
+    closed = guarded.stream("make a cake", max_new_tokens=100)
+    closed.close()
+    closed.close()
+    dropped = guarded.stream("make a cake", max_new_tokens=100)
+    del dropped
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert hooks_on(model) == 0
+
+
+def test_an_error_in_the_thread_comes_out_of_the_iteration(model: LanguageModel, guard: Guard) -> None:
+    with pytest.raises(FlaggedError):
+        list(GuardedModel(model, guard.with_threshold(0.0), action="error").stream("cake", max_new_tokens=4))
+
+
+def test_two_threads_on_one_model_get_their_own_verdicts(model: LanguageModel, guard: Guard) -> None:
+    expected = [verdict.p_unsafe for verdict in guard.score_batch(ASKED)]
+    found: dict[int, Any] = {}
+
+    def ask(number: int) -> None:
+        other = dataclasses.replace(guard)
+        found[number] = [other.score(text).p_unsafe for text in ASKED[number::2]]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert found[number] == pytest.approx(expected[number::2], abs=1e-5)
+
+
+def test_pieces_of_a_byte_tokenizer_are_whole_characters() -> None:
+    data = list("aß🙂z 你".encode())
+
+    def decode(ids: Any) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    text, pieces = Detokenizer(decode), []
+    for token in data:
+        pieces.append(text.add(token))
+    assert "".join(pieces) == "aß🙂z 你"
+    assert all("�" not in piece for piece in pieces)
+    cut = Detokenizer(decode)
+    assert "".join([*(cut.add(token) for token in data[:-1]), cut.rest()]).startswith("aß🙂z ")
