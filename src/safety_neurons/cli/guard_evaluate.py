@@ -84,8 +84,28 @@ def evaluate(
     """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside baselines that can embarrass it."""
     options = {name: value for name, value in locals().items() if name != "common"}
     check(options)
-    session = Session("guard-evaluate", common, options)
+    session = Evaluating("guard-evaluate", common, options)
     return session.run(lambda: work(session, options), show)
+
+
+LISTS = ("unsafe", "safe", "over_refusal", "fit_unsafe", "fit_safe")
+"""Options that name lists of requests."""
+
+
+class Evaluating(Session):
+    """A session whose lists of requests may have several parts, each with a name."""
+
+    def foresee(self) -> None:
+        """Read the files that lists and detectors name, so that a wrong one is found before a model is loaded."""
+        from safety_neurons.neurons import Scores
+        from safety_neurons.prompts import prompts
+
+        for name in LISTS:
+            for _, path in named(self.options[name]):
+                if not path.startswith(NOT_A_FILE):
+                    prompts(path, column=self.options["column"])
+        for _, path in named(self.options["detectors"]):
+            Scores.load(path)
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -111,7 +131,7 @@ def work(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
     from safety_neurons.studies.guard_evaluation import evaluate_guard
     from safety_neurons.studies.guard_requests import ATTACKS, PERTURBATIONS
 
-    lists = {name: named(options[name]) for name in ("unsafe", "safe", "over_refusal", "fit_unsafe", "fit_safe")}
+    lists = {name: named(options[name]) for name in LISTS}
     model = session.model(options["model"])
     found = Guard.load(guard_folder(options["guard"]), model)
     if options["fpr"] is not None:
