@@ -22,6 +22,7 @@ def test_members_shares_and_parameters_are_those_of_the_set():
         assert sum(place.members for place in group) == len(neurons)
         assert sum(place.candidates for place in group) == TABLE.n_neurons
         assert sum(place.parameters for place in group) == neurons.n_parameters
+        assert sum(place.record()["share_of_parameters"] for place in group) == pytest.approx(neurons.share_of_parameters)
         assert sum(place.record()["share_of_set"] for place in group) == pytest.approx(1)
         assert sum(place.record()["expected"] for place in group) == pytest.approx(len(neurons))
     matrix = records(found.by_matrix)["layers.1.up"]

@@ -92,6 +92,26 @@ def test_ability_is_measured_under_the_same_patch(moved, pair, tiny_pair):
     assert by_name["untreated"].keys() & {"harmless_change", "task_change"} == set()
 
 
+def test_a_killed_study_goes_on_from_the_answers_it_has(pair, tmp_path, monkeypatch):
+    sets = {"first": NeuronSet({"layers.0.down": range(20)}, pair.base.table)}
+    harmless = Prompts.from_list(HARMLESS[:3])
+    options = {"tasks": (), "random": 1, "completions_file": tmp_path / "completions.jsonl", **OPTIONS}
+    before = transfer(pair.base, pair.aligned, sets, GROUPS, harmless, **options)
+    lines = options["completions_file"].read_text().splitlines(keepends=True)
+    options["completions_file"].write_text("".join(lines[:-4]))
+    asked = []
+    real = type(pair.base).complete
+
+    def complete(model, prompts, **given):
+        asked.append(len(prompts) - len(given["done"]))
+        return real(model, prompts, **given)
+
+    monkeypatch.setattr(type(pair.base), "complete", complete)
+    after = transfer(pair.base, pair.aligned, sets, GROUPS, harmless, **options)
+    assert sum(asked) == 4
+    assert after.record() == before.record()
+
+
 def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path):
     groups = Groups(GROUPS)
     options = {"method": "contrast", "units": 7, "sites": ("down",), **OPTIONS}

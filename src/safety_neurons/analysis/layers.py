@@ -31,6 +31,8 @@ class Place:
     """Weight and bias entries of the members."""
     n_of_set: int
     """Members of the whole set (of the matrix, for a head)."""
+    n_parameters: int
+    """All parameters of the model."""
     n_searched: int
     """All candidates (of the matrix, for a head)."""
     where: dict[str, Any]
@@ -50,6 +52,7 @@ class Place:
             "members": self.members,
             "candidates": self.candidates,
             "parameters": self.parameters,
+            "share_of_parameters": _share(self.parameters, self.n_parameters),
             "share_of_set": _share(self.members, self.n_of_set),
             "share_of_population": _share(self.members, self.candidates),
             "expected": expected.expected,
@@ -131,7 +134,7 @@ def _places(item: Named, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo]
         parameters = sum(counts[info.key] * info.parameters_per_neuron for info in infos)
         population = sum(info.size for info in infos)
         kept = {field: where[field] for field in fixed}
-        places.append(Place(name, sum(counts.values()), population, parameters, n_of_set, n_searched, kept))
+        places.append(Place(name, sum(counts.values()), population, parameters, n_of_set, item.table.n_parameters, n_searched, kept))
     return places
 
 
@@ -146,7 +149,8 @@ def _heads(item: Named) -> list[Place]:
         for head, number in enumerate(members.tolist()):
             where = {"layer": parse_key(info.key).layer, "site": _site(info), "head": head}
             parameters = number * info.parameters_per_neuron
-            places.append(Place(f"{info.key} head {head}", number, info.head_dim, parameters, len(indices), info.size, where))
+            n_parameters = item.table.n_parameters
+            places.append(Place(f"{info.key} head {head}", number, info.head_dim, parameters, len(indices), n_parameters, info.size, where))
     return places
 
 

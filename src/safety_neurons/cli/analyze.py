@@ -1,7 +1,6 @@
 """analyze: what sets of neurons are, where they lie, how far they agree, and what each of their parts does."""
 
 import importlib
-import importlib.util
 from typing import Annotated, Any
 
 import typer
@@ -145,11 +144,5 @@ def answer(claim: dict[str, Any]) -> str:
     return value if found is None else f"{value} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
-def _others() -> None:
-    """Commands of this group that live in files of their own register themselves when they are imported."""
-    for name in ("analyze_groups", "analyze_cards", "analyze_tax"):
-        if importlib.util.find_spec(f"safety_neurons.cli.{name}") is not None:
-            importlib.import_module(f"safety_neurons.cli.{name}")
-
-
-_others()
+for _name in ("analyze_groups", "analyze_cards", "analyze_tax"):
+    importlib.import_module(f"safety_neurons.cli.{_name}")  # Commands of this group in files of their own; each registers itself.

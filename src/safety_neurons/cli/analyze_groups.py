@@ -14,7 +14,7 @@ from safety_neurons.errors import UsageError
 
 FIND, MEASURE = "Which neurons", "What is measured"
 OptionalBase = Annotated[str | None, typer.Option(help="The less safe model, for methods that need a pair.", rich_help_panel="Models")]
-Method = Annotated[str | None, typer.Option(help="As `compare` names methods. [default: see above]", rich_help_panel=FIND)]
+Method = Annotated[str | None, typer.Option(help="As `compare` names them. [default: see above]", rich_help_panel=FIND)]
 Units = Annotated[int | None, typer.Option(min=1, help="Units in each set.", rich_help_panel=FIND)]
 Top = Annotated[float, typer.Option(help="Share of the units in each set, without --units.", rich_help_panel=FIND)]
 FindLimit = Annotated[int | None, typer.Option(min=1, help="Find on the first N requests of each group.", rich_help_panel=FIND)]
@@ -116,7 +116,10 @@ def transfer(
     random: Random = 2,
     max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:
-    """Neurons found on one red-team set, their causal effect on the others, and general ability under patching. Finds by contrast."""
+    """Neurons found on one red-team set, their causal effect on the others, and general ability under patching.
+
+    Finds by contrast, at down, unless a method is given.
+    """
     options = {name: value for name, value in locals().items() if name != "common"}
     check(options, (), method or "contrast", pair=True)
     named_files(suites)
