@@ -4,10 +4,8 @@ Detectors that score every unit by itself take two units that do the same twice,
 searched as a set: the gradient of what the set is for, at the set that is there, says which members to keep and which units to add.
 """
 
-import collections
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safety_neurons.detectors.attribution_patching import own_completions
+from safety_neurons.detectors.beginnings import beginnings, different
 from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.gradients import Scored
@@ -34,8 +33,6 @@ from safety_neurons.results import Checkpoint
 
 KEPT_TOKENS = 8
 """Tokens of a harmless answer that are to stay as they are."""
-USUAL = 0.05
-"""Share of the refusals that must go on with a token for it to count as a refusal's for other prompts too."""
 
 
 def find_mask(
@@ -147,24 +144,7 @@ def share_turned(mover: Movable, contest: Course, masks: Mapping[str, Tensor]) -
 
 def _asked(told: Sequence[Sequence[Scored]], aim: str) -> list[Scored]:
     """One row a prompt that the two models complete differently."""
-    rows = [contested(pair) for pair in _different(told)]
-    if aim == "odds":
-        return rows
-    starts = [row.ids[pair[0].start : -1] for row, pair in zip(rows, _different(told), strict=True)]
-    refusing, complying = (collections.defaultdict[tuple[int, ...], collections.Counter[int]](collections.Counter) for _ in range(2))
-    for start, row in zip(starts, rows, strict=True):
-        refusing[start][row.ids[-1]] += 1
-        complying[start][int(row.rival or 0)] += 1
-    found = []
-    for start, row in zip(starts, rows, strict=True):
-        least = USUAL * refusing[start].total()
-        usual = {token for token, count in refusing[start].items() if count >= least and token not in complying[start]}
-        found.append(replace(row, rival=None, instead=tuple(sorted(usual | {row.ids[-1]}))))
-    return found
-
-
-def _different(told: Sequence[Sequence[Scored]]) -> list[Sequence[Scored]]:
-    return [pair for pair in told if pair[0].ids != pair[1].ids]
+    return [contested(pair) for pair in different(told)] if aim == "odds" else beginnings(told)
 
 
 def _answers(base: LanguageModel, harmless: Any, **options: Any) -> list[Scored]:
