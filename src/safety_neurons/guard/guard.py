@@ -250,6 +250,7 @@ class Guard:
         threshold: float | None = None,
         fail_open: bool = False,
         top: int = TOP,
+        only_flagged: bool = False,
         lengths: Sequence[int] | None = None,
         started: float | None = None,
     ) -> list[Verdict]:
@@ -261,6 +262,7 @@ class Guard:
             threshold: for these; the guard's own where None.
             fail_open: let prompts pass that were truncated or could not be scored.
             top: how many neurons to name.
+            only_flagged: name them for flagged prompts only.
             lengths: tokens of each prompt.
             started: reading of `time.perf_counter` that latencies count from.
         """
@@ -268,11 +270,11 @@ class Guard:
         mean, inverse, weights = self.classifier.wide
         with np.errstate(invalid="ignore", over="ignore"):
             centred = features.to("cpu", torch.float64).numpy() - mean
-            parts = centred * weights
-            scores = (parts.sum(1) + self.bias).tolist()
-            distances = np.sqrt(np.square(centred * inverse).mean(1)).tolist()
+            scores = (centred @ weights).tolist()
+            standardised = centred * inverse
         verdicts = []
         for row, score in enumerate(scores):
+            score += self.bias
             latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
             length = None if lengths is None else lengths[row]
             if not math.isfinite(score):
@@ -282,7 +284,9 @@ class Guard:
             chance = 1 / (1 + math.exp(-odds))
             flagged = chance >= limit or (truncated[row] and not fail_open)
             status: Status = "truncated" if truncated[row] else "ok"
-            verdicts.append(Verdict(chance, flagged, limit, status, latency, self._top(parts[row], top), odds, distances[row], length))
+            named = self._top(centred[row] * weights, top) if top and (flagged or not only_flagged) else ()
+            distance = math.sqrt(float(standardised[row] @ standardised[row]) / len(mean))
+            verdicts.append(Verdict(chance, flagged, limit, status, latency, named, odds, distance, length))
         return verdicts
 
     def failed(

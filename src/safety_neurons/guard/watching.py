@@ -24,7 +24,7 @@ class Rules:
         shadow: whether everything goes on.
         every: generated tokens between re-checks; 0 for none.
         threshold: of the re-checks.
-        top: neurons to name in a verdict.
+        top: neurons to name in the verdict on a flagged row.
     """
 
     fail_open: bool = False
@@ -65,7 +65,7 @@ class Watch:
     def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
         """Watch the batch that is generated inside the context; gives the arguments of `generate` that do it."""
         self.collector = self.guard.collector
-        self.collector.start(mask, left=True)
+        self.collector.start(mask if len(mask) > 1 else None, left=True)  # a row alone has no padding
         self.width = int(mask.shape[1])
         self.stopped = torch.zeros(len(mask), dtype=torch.bool)
         self.rechecks = [[] for _ in range(len(mask))]
@@ -119,7 +119,9 @@ class Watch:
         lengths = [length + self.steps for length in self.lengths]
         try:
             features = self.collector.result()[self.guard.pooling]
-            return self.guard.verdicts(features, self.truncated, **options, top=self.rules.top, lengths=lengths, started=started)
+            return self.guard.verdicts(
+                features, self.truncated, **options, top=self.rules.top, only_flagged=True, lengths=lengths, started=started
+            )
         except FAILURES as error:
             return [self.guard.failed(error, **options, n_tokens=length) for length in lengths]
 
