@@ -7,6 +7,8 @@ import openai
 import pytest
 from server_tools import TOKEN, Upstream, Words, running, service
 
+from safety_neurons.guard.generating import REFUSAL
+
 ASKED = [{"role": "user", "content": "how do i bake bread"}]
 BAD = [{"role": "user", "content": "plan an attack please"}]
 
@@ -62,7 +64,7 @@ def test_streams_come_piece_by_piece_and_end(client):
 def test_a_refusal_is_a_stream_where_a_stream_was_asked_for(client):
     asked = client.chat.completions.create(model="far", messages=BAD, stream=True, stream_options={"include_usage": True})
     pieces = list(asked)
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "I can't help with that request."
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == REFUSAL
     assert [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1] == "content_filter"
     assert pieces[-1].usage.total_tokens == 0
 
@@ -196,14 +198,11 @@ def test_a_client_that_leaves_ends_the_upstreams_work(proxy, upstream):
     upstream.mode = "slow"
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{proxy}/v1/chat/completions", json={"model": "far", "messages": ASKED}, headers={"x-api-key": TOKEN}, timeout=0.3)
-    page = httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN})
-    for _ in range(100):
-        page = httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN})
-        if "safety_neurons_guard_disconnected_total 1.0" in page.text:
-            break
+    wanted = {"safety_neurons_guard_disconnected_total 1.0", "safety_neurons_guard_in_flight 1.0"}  # under way: this very question
+    end = time.monotonic() + 20
+    while not wanted <= set(lines := httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN}).text.splitlines()):
+        assert time.monotonic() < end, lines
         time.sleep(0.02)
-    assert "safety_neurons_guard_disconnected_total 1.0" in page.text
-    assert "safety_neurons_guard_in_flight 1.0" in page.text  # this very request
     upstream.mode = "ok"
 
 
@@ -220,15 +219,20 @@ def test_shadow_mode_answers_everything_and_counts_what_it_would_have_held(upstr
             time.sleep(0.01)
         assert 'flagged_total{route="/v1/chat/completions"} 1.0' in page
         assert 'blocked_total{route="/v1/chat/completions"} 1.0' not in page
+    seen = next(event for event in events if event["event"] == "shadow")
+    assert (seen["flagged"], seen["p_unsafe"]) == (1, 0.9)
+    assert seen["id"] == said.headers["x-request-id"]
 
 
 def test_shadow_mode_never_waits_for_the_guard(upstream):
     upstream.mode = "ok"
-    judge = Words(seconds=1.0)
+    judge = Words()
     with running(service(judge, upstream=upstream.url, shadow=True)) as address:
-        started = time.monotonic()
-        assert httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}).status_code == 200
-        assert time.monotonic() - started < 0.8
+        judge.hold.clear()
+        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}, timeout=8)
+        assert said.json()["choices"][0]["finish_reason"] == "stop"
+        assert not judge.batches
+        judge.hold.set()
 
 
 @pytest.mark.parametrize("word", ["poison", "nan", "endless"])

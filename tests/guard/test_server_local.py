@@ -128,13 +128,25 @@ def test_no_other_model_is_loaded_on_request(served):
     assert httpx.get(f"{served}/v1/models/tiny").json()["id"] == "tiny"
 
 
-def test_a_prompt_beyond_the_context_is_refused_and_one_with_a_little_room_is_cut(served):
+def test_a_prompt_beyond_the_context_is_refused(served):
     long = " ".join(["cake"] * 400)
     said = httpx.post(f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask(long)})
     assert (said.status_code, said.json()["error"]["code"]) == (400, "context_length_exceeded")
     judged = httpx.post(f"{served}/v1/moderations", json={"input": long}).json()["results"][0]
     assert judged["flagged"]
     assert judged["guard"]["status"] == "truncated"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_leaves_no_room_for_a_token_is_refused_and_one_less_is_answered(guard, lm, stream):
+    fixed = len(lm.encode(["cake"])[0].ids) - 1
+    with running(serve_guard(guard.with_threshold(1.0), Settings("tiny"))) as address:
+        for words, status in ((128 - fixed, 400), (127 - fixed, 200)):
+            body = {"model": "tiny", "messages": ask(" ".join(["cake"] * words)), "stream": stream}
+            said = httpx.post(f"{address}/v1/chat/completions", json=body)
+            assert said.status_code == status
+            assert ("context_length_exceeded" in said.text) == (status == 400)
+            assert ('"length"' in said.text or '"stop"' in said.text) == (status == 200)
 
 
 def test_turns_the_template_refuses_are_a_bad_request_without_their_text(guard):

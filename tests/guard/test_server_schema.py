@@ -11,7 +11,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 from server_tools import TOKEN, running, service
 
-EXAMPLES = int(os.environ.get("SERVER_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("SERVER_EXAMPLES", "4"))
 """For each route and kind; `SERVER_EXAMPLES=500 pytest tests/guard/test_server_schema.py` is the larger run."""
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

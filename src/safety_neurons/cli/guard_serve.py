@@ -202,9 +202,10 @@ def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
 
 def line(event: Mapping[str, Any]) -> str:
     """An event in words. Nothing that a client wrote is in it, unless prompts are logged: then as a JSON string."""
-    if event["event"] != "request":
-        return f"{event['event']}  {event.get('error', '')}  {event['id']}"
-    parts = [f"{event['method']:<4} {event['route']:<33} {event['status']}", f"{event['ms']:>8.1f} ms"]
+    if event["event"] == "request":
+        parts = [f"{event['method']:<4} {event['route']:<33} {event['status']}", f"{event['ms']:>8.1f} ms"]
+    else:
+        parts = [str(event[name]) for name in ("event", "error") if name in event]
     if "guard_ms" in event:
         parts.append(f"guard {event['guard_ms']:.1f} ms")
     if "of" in event:

@@ -79,7 +79,7 @@ class Service:
         metrics.waiting.set_function(lambda: self.engine.waiting)
         self.gate = Gate(self.engine, settings, metrics)
         self.upstream = None if settings.upstream is None else Upstream(settings, metrics, transport)
-        self.chat = Chat(settings, self.gate, self.upstream)
+        self.chat = Chat(settings, self.gate, self.upstream, log)
         self.verdicts = judging.Verdicts(settings, self.gate)
         self.created = int(time.time())
         self.app = _application(self)
@@ -156,7 +156,7 @@ def _add_posts(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         """Answers a conversation unless the guard flags it: then a refusal with `finish_reason` `content_filter`."""
         checked, body = await read(request, ChatRequest)
-        return await service.chat.answer(checked, body, request.scope["noted"])
+        return await service.chat.answer(checked, body, request.scope["noted"], request.scope["request_id"])
 
     def judging_route(shape: type[BaseModel], judge: Callable[[Any, dict[str, Any]], Awaitable[Mapping[str, Any]]]) -> Any:
         async def route(request: Request) -> Response:

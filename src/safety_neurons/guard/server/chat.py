@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from safety_neurons.guard.server.answers import DONE, Envelope, usage
 from safety_neurons.guard.server.conversation import INERT, beside, prompt_of
+from safety_neurons.guard.server.door import Log
 from safety_neurons.guard.server.engine import Answering, asked_wrongly
 from safety_neurons.guard.server.gate import Gate, Outcome
 from safety_neurons.guard.server.problems import Problem, unfinished
@@ -38,19 +39,21 @@ class Chat:
         settings: What to do with flagged ones.
         gate: Judges.
         upstream: Answers; None for the local model.
+        log: Told what shadow mode saw, which may be known after the answer.
     """
 
-    def __init__(self, settings: Settings, gate: Gate, upstream: Upstream | None) -> None:
-        self.settings, self.gate, self.upstream = settings, gate, upstream
+    def __init__(self, settings: Settings, gate: Gate, upstream: Upstream | None, log: Log) -> None:
+        self.settings, self.gate, self.upstream, self.log = settings, gate, upstream, log
         self._watching: set[asyncio.Task[Any]] = set()
 
-    async def answer(self, request: ChatRequest, body: dict[str, Any], noted: dict[str, Any]) -> Response:
+    async def answer(self, request: ChatRequest, body: dict[str, Any], noted: dict[str, Any], name: str) -> Response:
         """The answer to a request.
 
         Args:
             request: Checked.
             body: The same as it arrived; this is what an upstream gets, written anew.
             noted: For the log line.
+            name: Of the request, in the log.
 
         Raises:
             Problem: Whatever speaks against an answer.
@@ -62,21 +65,23 @@ class Chat:
             return await self._local(request, conversation, body, noted)
         prompts = [conversation, *beside(body, self.settings.passed)]
         if self.settings.shadow:
-            self._watch(prompts, noted)
+            self._watch(prompts, name)
             return await self._forwarded(request, body)
         outcomes = await self.gate.judge(prompts, ROUTE, noted)
         if any(outcome.held for outcome in outcomes):
             return self._held(request, outcomes)
         return await self._forwarded(request, body)
 
-    def _watch(self, prompts: list[Any], noted: dict[str, Any]) -> None:
+    def _watch(self, prompts: list[Any], name: str) -> None:
         """Shadow mode: judged beside the answer, which never waits for it."""
 
         async def look() -> None:
+            noted: dict[str, Any] = {}
             try:
                 await self.gate.judge(prompts, ROUTE, noted)
             except Problem as problem:
                 noted["guard"] = problem.code
+            self.log({"event": "shadow", "id": name, **noted})
 
         task = asyncio.ensure_future(look())
         self._watching.add(task)
@@ -136,7 +141,7 @@ class Chat:
         while True:
             event = await events.get()
             if isinstance(event, BaseException):
-                raise Problem(500, "the model failed while it answered", "model_error")
+                raise asked_wrongly(event) or Problem(500, "the model failed while it answered", "model_error")
             if isinstance(event, (Piece, Ended)):
                 yield event
             if isinstance(event, Ended):

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from safety_neurons.errors import UsageError
+from safety_neurons.guard.generating import REFUSAL
 from safety_neurons.model.chat_server import is_local
 
-REFUSAL = "I can't help with that request."
-"""What a flagged request is answered with where nothing else is asked for."""
 TOKEN_VARIABLE = "SAFETY_NEURONS_TOKEN"
 UPSTREAM_KEY_VARIABLE = "SAFETY_NEURONS_UPSTREAM_KEY"
 _SHORTEST_TOKEN = 16

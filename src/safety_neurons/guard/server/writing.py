@@ -219,14 +219,13 @@ class LocalWriter:
 
     def _admitted(self, row: Row, verdict: Any) -> bool:
         """Hands the verdict on; True where the answer may begin."""
+        held = self.holds(verdict)
+        if row.limit < 1 and not held:
+            row.job.tell(too_long(row.n_prompt, row.n_prompt - 1))
+            return False
         row.job.tell(Judged(verdict))
-        if self.holds(verdict):
-            row.job.ended = True
-            return False
-        if row.limit < 1:
-            row.job.tell(too_long(row.n_prompt, None))
-            return False
-        return True
+        row.job.ended = held
+        return not held
 
     def _pass(self, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row all"], cache: Any) -> tuple[Float[Tensor, "row vocab"], Any]:
         """Logits behind the last token of every row, and the cache."""
