@@ -245,16 +245,25 @@ def show(result: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     ours = {"name": "guard", **{name: result[name] for name in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
+    wide = console.out().width >= 120
+    cell = fine if wide else point
     rows = [
-        [row["name"], fine(row["auroc"]), fine(row["average_precision"]), *(fine(row["tpr_at_fpr"][fpr]) for fpr in ("0.05", "0.01"))]
-        + [row["expected_calibration_error"], signed(row.get("difference"))]
+        [
+            row["name"],
+            fine(row["auroc"]) if wide else short(row["auroc"]),
+            cell(row["average_precision"]),
+            *(cell(row["tpr_at_fpr"][fpr]) for fpr in ("0.05", "0.01")),
+        ]
+        + [f"{row['expected_calibration_error']:.3f}", signed(row.get("difference"), short=not wide)]
         for row in (ours, *result["baselines"])
     ]
+    heads = ["average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", "AUROC difference"]
     console.print_table(
         "\nOn the requests as written",
-        ["classifier", "AUROC", "average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", "AUROC difference"],
+        ["classifier", "AUROC", *(heads if wide else ["AP", "TPR 5 %", "TPR 1 %", "ECE", "difference"])],
         rows,
-        caption=f"95 % intervals; of random sets mean, lowest, highest. Difference: {result['compared']} minus this one, paired; * clear.",
+        caption="[95 % interval]; of random sets mean, lowest, highest. TPR at a false-positive rate.\n"
+        f"Difference of AUROC: {result['compared']} minus this one, paired; * clear.",
     )
     shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
     console.out().print(
@@ -318,6 +327,8 @@ SHORT = {
     "refusal direction": "direction",
 }
 """Names of classifiers where a table has one column for each."""
+LEFT_OUT = ("TF-IDF characters", "residual stream")
+"""Classifiers that a narrow terminal has no room for; they are in the result."""
 
 
 def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, flags: bool = True) -> None:
@@ -326,7 +337,9 @@ def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, fla
         return
     names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
     names.sort(key=lambda name: name != reference)
-    flagged = ["unsafe flagged", "safe flagged"] if flags else []
+    if console.out().width < 100:
+        names = [name for name in names if name not in LEFT_OUT]
+    flagged = ["caught", "blocked"] if flags else []
     cells = [
         [row["value"] + ("*" if row["against"] else ""), f"{row['n_unsafe']:,}/{row['n_safe']:,}"]
         + [point(row["auroc"].get(name)) + mark(row["difference"].get(name)) for name in names]
@@ -338,6 +351,7 @@ def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, fla
         ["", "unsafe/safe", *(SHORT.get(name, name) for name in names), *flagged],
         cells,
         caption=f"AUROC; + or -: {SHORT.get(reference, reference)} clearly better or worse than this one (95 % interval, paired)"
+        + ("; caught, blocked: unsafe and safe requests it flags" if flags else "")
         + ("\n* one kind alone, held against all requests of the other" if any(row["against"] for row in rows) else ""),
     )
 
@@ -349,15 +363,22 @@ def fine(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def short(found: Mapping[str, Any]) -> str:
+    """A rate with its interval, without the leading zeros."""
+    return fine(found).replace("0.", ".")
+
+
 def point(found: Mapping[str, Any] | None) -> str:
     """A rate without its interval."""
     return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
 
 
-def signed(found: Mapping[str, Any] | None) -> str:
+def signed(found: Mapping[str, Any] | None, *, short: bool = False) -> str:
     """A difference with its interval, a star where the interval excludes 0."""
     if found is None or found["value"] is None:
         return "–"
+    if short:
+        return f"{found['value']:+.3f}{'*' if mark(found) else ''}"
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{'*' if mark(found) else ''}"
 
 
@@ -365,4 +386,4 @@ def mark(found: Mapping[str, Any] | None) -> str:
     """`+` where the difference is clearly above 0, `-` where it is clearly below."""
     if found is None or found["value"] is None:
         return ""
-    return " +" if found["low"] > 0 else " -" if found["high"] < 0 else ""
+    return "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""

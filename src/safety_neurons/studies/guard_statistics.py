@@ -20,6 +20,8 @@ _Z = 1.959963984540054
 
 Scores = Float64[np.ndarray, " request"]
 Labels = Bool[np.ndarray, " request"]
+Part = tuple[Float64[np.ndarray, " _"], Sequence[Float64[np.ndarray, " _"]], Bool[np.ndarray, " _"]]
+"""Scores of one classifier, scores of others, labels, on the same requests."""
 
 
 def roc_curve(scores: Scores, unsafe: Labels, points: int = POINTS) -> list[tuple[float, float]]:
@@ -121,7 +123,7 @@ def area_difference(first: Scores, others: Sequence[Scores], unsafe: Labels) -> 
     return mean_area_difference([(first, others, unsafe)])
 
 
-def mean_area_difference(parts: Sequence[tuple[Scores, Sequence[Scores], Labels]]) -> Difference:
+def mean_area_difference(parts: Sequence[Part]) -> Difference:
     """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same order, other requests.
 
     Raises:
