@@ -142,6 +142,7 @@ def test_nothing_is_wider_than_the_screen(browser, page, width, media):
     every = "[...document.querySelectorAll('h1,h2,h3,p,figure,svg,.scroll,.panel,.answers,code')]"
     wide = f"{every}.filter((each) => each.getBoundingClientRect().right > innerWidth + 1)"
     assert browser.ask(f"{wide}.map((each) => each.outerHTML.slice(0, 120))") == []
+    assert browser.ask("document.documentElement.scrollWidth - innerWidth") <= 0
     browser.screen(1280)
 
 

@@ -9,9 +9,9 @@ from safety_neurons.report.charts import agreement_figure
 from safety_neurons.report.curves import Beside, beside_figure
 from safety_neurons.report.findings import FACT, NO, Finding
 from safety_neurons.report.reading import Run
-from safety_neurons.report.sections import Figure, Part
+from safety_neurons.report.sections import Figure, Part, titled
 from safety_neurons.report.tables import Table
-from safety_neurons.report.text import NONE, count, name, number, plural, say, share, visible
+from safety_neurons.report.text import NONE, count, number, plural, say, share, visible
 
 MOST = 48
 """Rows of a chart."""
@@ -27,7 +27,7 @@ def layers_part(run: Run) -> Part:
     columns = ["set", "claim", "paper", "holds", "measured", "random sets"]
     tables = [Table("What the papers say of place, asked of every set", columns, claims)]
     lead = Markup("A dot is what a set has, the grey bar what 95\u00a0% of random sets of its size have.")
-    return Part(say("{}", name(run.label)), lead, figures, tables, details)
+    return Part(titled("Where sets lie", run), lead, figures, tables, details)
 
 
 def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
@@ -119,7 +119,7 @@ def overlap_part(run: Run) -> Part:
         "Mean Jaccard index of {}: {}; {} in all of them.", plural(mean["n_pairs"], "pair"), number(mean["value"], 3), _in_all(result)
     )
     return Part(
-        say("{}", name(run.label)),
+        titled("How far sets agree", run),
         lead,
         [Figure(agreement_figure(names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
         [Table("Every two sets beside unrelated ones; ranges hold 95\u00a0% of them", columns, rows)],

@@ -7,9 +7,9 @@ from markupsafe import Markup
 
 from safety_neurons.report.findings import FACT, NO, Finding
 from safety_neurons.report.reading import Run, guarded
-from safety_neurons.report.sections import Part
+from safety_neurons.report.sections import Part, titled
 from safety_neurons.report.tables import Table
-from safety_neurons.report.text import NONE, interval, name, number, plural, say, visible
+from safety_neurons.report.text import NONE, interval, number, plural, say, visible
 
 VERB = "analyze-vocabulary"
 TOKENS = 12
@@ -81,7 +81,7 @@ def cards_part(run: Run) -> Part:
         )
         or "an unknown amount",
     )
-    return Part(say("{}", name(run.label)), lead, (), [Table("Neuron cards", columns, rows)])
+    return Part(titled("Neuron cards", run), lead, (), [Table("Neuron cards", columns, rows)])
 
 
 def _tokens(entries: Sequence[Mapping[str, Any]]) -> Markup | str:

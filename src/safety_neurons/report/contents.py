@@ -34,7 +34,7 @@ HEADINGS = (
     ("others", "Other runs", ""),
 )
 """Anchor, heading and introduction of every section."""
-_FIRST = ("tune", "guard-evaluate", "evaluate", "verify-patch", "verify-deactivate", "compare", "analyze", "find", "guard", "doctor")
+_FIRST = ("tune", "verify-patch", "verify-deactivate", "guard-evaluate", "evaluate", "compare", "analyze", "find", "guard", "doctor")
 """What answers the question comes first; what was measured on the way after it."""
 
 
@@ -130,10 +130,13 @@ def sentences(runs: Sequence[Run]) -> tuple[list[Finding], list[Finding]]:
 
 
 def short_answers(runs: Sequence[Run]) -> list[Tile]:
-    """The tiles of the first screen."""
+    """The tiles of the first screen: what tuning did, whether the neurons matter, what a guard or an evaluation says, then the rest."""
     first = {run.kind: run for run in reversed(runs) if run.kind in _TILES}
-    own = [guarded(first[verb], lambda verb=verb: _TILES[verb](first[verb])) for verb in _TILES if verb in first]  # type: ignore[misc]
-    return [*own, *guarded(runs[0], lambda: tiles(runs))][:4]
+    own = {kind: guarded(run, lambda kind=kind: _TILES[kind](first[kind])) for kind, run in first.items()}  # type: ignore[misc]
+    others = guarded(runs[0], lambda: tiles(runs))
+    verified = len({run.verb for run in runs} & {"verify-patch", "verify-deactivate"})
+    leading = [own[kind] for kind in ("tune",) if kind in own] + others[:verified]
+    return [*leading, *(own[kind] for kind in _TILES if kind in own and kind != "tune"), *others[verified:]][:4]
 
 
 def sheet_name(run: Run, runs: Sequence[Run]) -> str:

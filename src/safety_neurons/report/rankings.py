@@ -8,10 +8,10 @@ from markupsafe import Markup
 from safety_neurons.report.charts import Row, dot_figure, look
 from safety_neurons.report.findings import FACT, Finding
 from safety_neurons.report.reading import Run
-from safety_neurons.report.sections import Figure, Part
+from safety_neurons.report.sections import Figure, Part, titled
 from safety_neurons.report.svg import SOFT
 from safety_neurons.report.tables import Cell, Table
-from safety_neurons.report.text import NONE, duration, name, number, plural, say, visible
+from safety_neurons.report.text import NONE, duration, number, plural, say, visible
 from safety_neurons.report.tiles import Tile
 
 DRAWN = {"recall": "planted units found", "causal_effect": "causal effect", "necessity": "refusals lost when off"}
@@ -26,7 +26,7 @@ def ranking_part(run: Run) -> Part:
         figures += [_figure(group, measure, rows) for measure in DRAWN if any(row["measure"] == measure for row in rows)]
         tables.append(_table(group, rows))
     lead = Markup("Means over organisms; faint marks are single organisms and seeds, the number in brackets is the worst of them.")
-    return Part(say("{}", name(run.label)), lead, [figure for figure in figures if figure is not None], tables)
+    return Part(titled("Over several organisms", run), lead, [figure for figure in figures if figure is not None], tables)
 
 
 def _figure(group: str, measure: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:

@@ -39,6 +39,11 @@ class Part:
     """Whether its drawings have so many rows that they stand side by side."""
 
 
+def titled(words: str, run: Run) -> Markup:
+    """A heading of our own with the name of the run."""
+    return say("{} <span class=sub>{}</span>", words, name(run.label))
+
+
 def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[Part]:
     """Causal effects; sweeps of the same pair in one figure."""
     groups: dict[tuple[str, ...], list[Run]] = {}

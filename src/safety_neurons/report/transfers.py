@@ -6,13 +6,15 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.report.analyses import chance_range
+from safety_neurons.report.charts import Row, dot_figure
 from safety_neurons.report.curves import Line, Plane, line_figure, matrix_figure
 from safety_neurons.report.findings import FACT, NO, YES, Finding
 from safety_neurons.report.reading import Run
-from safety_neurons.report.sections import Figure, Part
+from safety_neurons.report.sections import Figure, Part, titled
 from safety_neurons.report.tables import Table
-from safety_neurons.report.text import NONE, count, interval, name, number, plural, say, share, visible
+from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
 
+RANDOM = "random neurons"
 ALONE = "one layer alone"
 """Steps that are no curve: every layer by itself."""
 
@@ -37,7 +39,7 @@ def languages_part(run: Run) -> Part:
         plural(round(shared["value"]), "neuron"),
         f"{number(shared['low'], 0)} to {number(shared['high'], 0)}",
     )
-    return Part(say("{}", name(run.label)), lead, figures, [*tables, *more])
+    return Part(titled("Languages", run), lead, figures, [*tables, *more])
 
 
 def _specific(found: Mapping[str, Any]) -> str:
@@ -97,7 +99,7 @@ def transfer_part(run: Run) -> Part:
         for each in result["ability"]
     ]
     ability = Table("General ability under patching", ["model", "harmless refused", *(visible(task, 40) for task in tasks)], rows)
-    return Part(say("{}", name(run.label)), lead, figures, [*tables, ability])
+    return Part(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
 
 
 def _measured(record: Any) -> str:
@@ -135,12 +137,13 @@ def tax_part(run: Run) -> Part:
         [
             " and ".join(visible(each, 30) for each in pair["pair"]),
             f"{number(pair['overlap']['value'], 0)} of {count(pair['size'])}",
-            *(f"{number(pair['chance'][kind]['expected'], 1)} [{chance_range(pair['chance'][kind])}]" for kind in ("all", "in_activation")),
+            *(_expected(pair["chance"][kind]) for kind in ("all", "in_activation")),
             *(_ranked(pair["spearman"][kind]) for kind in ("all", "given_activation", "union")),
+            NONE if pair["shared"] is None else interval(pair["shared"]["cosine"], signed=True),
         ]
         for pair in result["relations"]
     ]
-    columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union"]
+    columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union", "cosine of changes"]
     tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)]
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
     cells = [[visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))] for arm in result["arms"]]
@@ -160,7 +163,28 @@ def tax_part(run: Run) -> Part:
         Table("What each model gains by the other’s activations", ["direction", "refusals of harmful requests", "helpful answers"], moved)
     )
     lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
-    return Part(say("{}", name(run.label)), lead, (), tables)
+    figures = [
+        _arms_figure(result["arms"], "refused", "harmful requests refused"),
+        _arms_figure(result["arms"], "helpful", "helpful answers"),
+    ]
+    return Part(titled("The alignment tax", run), lead, figures, tables)
+
+
+def _expected(chance: Mapping[str, Any]) -> str:
+    return f"{number(chance['expected'], 1)} [{number(chance['low'], 0)}, {number(chance['high'], 0)}]"
+
+
+def _arms_figure(arms: Sequence[Mapping[str, Any]], kind: str, title: str) -> Figure:
+    """Every model as it is and patched; random sets are ticks in the row of what they control."""
+    rows = []
+    for arm in (arm for arm in arms if "random" not in arm["arm"]):
+        chance = [other[kind]["value"] for other in arms if other["arm"].startswith(f"{arm['arm']}, random")]
+        dots = [value for value in chance if value is not None]
+        rate = arm[kind]
+        rows.append(Row(visible(arm["arm"], 40), rate["value"], rate["low"], rate["high"], interval(rate), dots=dots))
+    said = "; ".join(f"{row.label} {row.text}" for row in rows)
+    caption = say("<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.", title.capitalize())
+    return Figure(dot_figure(rows, title, domain=(-0.03, 1.03)), f"{title.capitalize()}: {said}.", caption)
 
 
 def _ranked(found: Mapping[str, Any]) -> str:
@@ -204,17 +228,17 @@ def progressive_part(run: Run) -> Part:
         if curve["order"] != ALONE:
             lines.append(Line(visible(curve["order"], 30), drawn, marked=True))
     highest = float(max([whole, *(at for line in lines for at, _ in line.points)]))
+    chance = next((kind for kind in (RANDOM, *result["random"]) if kind in result["random"]), None)
     band = [
         (sum(step["n_neurons"]) / len(step["n_neurons"]), step["harmful_refused"]["low"], step["harmful_refused"]["high"])
-        for steps in list(result["random"].values())[-1:]
+        for steps in ([result["random"][chance]] if chance else [])
         for step in steps
         if step["harmful_refused"]["low"] is not None
     ]
     plane = Plane("neurons off", "harmful requests refused", (0.0, highest), (0.0, 1.02))
     said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value)}" for at, value in line.points) for line in lines)
-    caption = say(
-        "<b>Refusals left</b> while more and more is off; the band is what {} leave.", ", ".join(list(result["random"])[-1:]) or "none"
-    )
+    beside = visible(chance or "no random sets", 40)
+    caption = say("<b>Refusals left</b> while more and more is off; the band is what {} leave.", beside)
     figure = Figure(line_figure(lines, plane, band=sorted(band)), f"Refusals left: {said}.", caption)
     rows = [
         [
@@ -238,7 +262,7 @@ def progressive_part(run: Run) -> Part:
     lead = (
         say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
     )
-    return Part(say("{}", name(run.label)), lead, [figure], (), [Table("Every step; shares with 95\u00a0% intervals", columns, rows)])
+    return Part(titled("Off bit by bit", run), lead, [figure], (), [Table("Every step; shares with 95\u00a0% intervals", columns, rows)])
 
 
 def progressive_findings(run: Run) -> list[Finding]:
