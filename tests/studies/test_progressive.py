@@ -98,15 +98,14 @@ def test_steps_are_few_and_end_with_everything(model):
 def test_the_planted_units_stand_in_for_one_another_until_all_layers_are_off():
     model = load("organism:planted")
     truth = organism.open("planted").truth
-    tests = [model.prompts(name, limit=5) for name in ("builtin:harmful-test", "builtin:harmless-test")]
-    found = progressive(model, truth, *tests, random=2, max_new_tokens=8)
+    tests = model.prompts("builtin:harmful-test", limit=4), model.prompts("builtin:harmless-test", limit=1)
+    found = progressive(model, truth, *tests, random=1, max_new_tokens=8)
     assert [step.layers for step in found.curve("one layer alone")] == [(0,), (1,), (2,)]
-    assert all(step.arm.harmful_refused.value >= 0.8 for step in found.curve("one layer alone"))
-    for order in ("front to back", "back to front", "random order of layers 0", "random order of layers 1"):
+    assert all(step.arm.harmful_refused.value >= 0.75 for step in found.curve("one layer alone"))
+    for order in ("front to back", "back to front", "random order of layers 0"):
         steps = found.curve(order)
         assert [len(step.layers) for step in steps] == [1, 2, 3]
         assert steps[-1].arm.harmful_refused.value == 0
-    assert len({step.layers for order in found.orders if "order of layers" in order for step in found.curve(order)}) > 3
     assert found.record()["curves"][0]["neurons_for_half"] <= len(truth)
     assert max(found.record()["random"]["random neurons"][-1]["n_neurons"]) == len(truth)
     assert found.record()["random"]["random neurons"][-1]["harmful_refused"]["value"] >= 0.5

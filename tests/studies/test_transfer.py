@@ -133,11 +133,11 @@ def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another(
     pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
     find, test = (Groups.by(pair.base.prompts(name), "category") for name in ("builtin:harmful", "builtin:harmful-test"))
     names = ("drugs", "theft")
-    few = Groups({name: find.members[name][:6] for name in names})
+    few = Groups({name: find.members[name][:5] for name in names})
     sets = find_by_group(pair.base, pair.aligned, few, method="contrast", top=0.1, sites=("down",), max_new_tokens=16)
-    requests = {name: test.members[name][:8] for name in names}
-    harmless = pair.base.prompts("builtin:harmless-test", limit=4)
-    found = transfer(pair.base, pair.aligned, sets, requests, harmless, tasks=("kl",), random=1, limit=8, max_new_tokens=8)
+    requests = {name: test.members[name][:6] for name in names}
+    harmless = pair.base.prompts("builtin:harmless-test", limit=2)
+    found = transfer(pair.base, pair.aligned, sets, requests, harmless, tasks=("kl",), random=1, limit=6, max_new_tokens=8)
     for found_on in names:
         for measured_on in names:
             cell = found.cell(found_on, measured_on)
