@@ -86,7 +86,7 @@ def _lines(lines: Sequence[Line], plane: Plane, band: Sequence[tuple[float, floa
             dots = [row | {"tip": f"{name}: {row['x']:.4g}, {row['y']:.3f}"} for row in made]
             shape = SHAPES[names.index(name) % len(SHAPES)]
             points = alt.Chart(data(dots)).mark_point(filled=True, size=46, opacity=1, shape=shape)
-            layers.append(points.encode(x=x, y=y, color=colour, description="tip:N"))
+            layers.append(points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N"))
     return alt.layer(*layers)
 
 
