@@ -171,3 +171,16 @@ def test_a_page_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_pa
     with pytest.raises(RunError, match="cannot write"):
         write_report([run], tmp_path / "file" / "r.html")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_the_neurons_behind_a_large_map_fit_and_small_cells_are_whole(tmp_path):
+    run = report_runs.find_run(tmp_path / "contrast", "contrast", ("gate", "up", "down"), 0.05, n_layers=40)
+    text = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    block = re.search(r'<script type="application/json" id="neurons-data">(.*?)</script>', text, re.DOTALL)[1]
+    (found,) = json.loads(block)["runs"]
+    kept = {place: sum(neuron[3][1] for neuron in cell["neurons"]) for place, cell in found["cells"].items()}
+    assert sum(map(len, (cell["neurons"] for cell in found["cells"].values()))) <= 6000
+    assert sum(cell["kept"] for cell in found["cells"].values()) > 6000
+    assert all(kept[place] == cell["kept"] for place, cell in found["cells"].items() if cell["kept"] < 50)
+    assert max(kept.values()) < 201
+    assert len(block) < 600_000

@@ -102,7 +102,7 @@ def block(runs: Sequence[Run], cards: Mapping[str, Any]) -> Markup | None:
         return None
     columns = [Column(run, ranks_of(run.scores) if run.scores is not None else {}) for run in found]
     cells = {id(run): cells_of(run) for run in found}
-    each = min(MOST, max(LEAST, ROOM // max(sum(map(len, cells.values())), 1)))
+    each = _most([kept for places in cells.values() for kept, _, _ in places.values()])
     record: dict[str, Any] = {"runs": [], "cards": dict(cards)}
     for column in columns:
         others = [other for other in columns if other is column or _same_model(other.run, column.run)]
@@ -120,6 +120,14 @@ def block(runs: Sequence[Run], cards: Mapping[str, Any]) -> Markup | None:
             }
         )
     return Markup(in_script(record))  # noqa: S704 - every character with a meaning in HTML is escaped
+
+
+def _most(kept: Sequence[int]) -> int:
+    """How many neurons of a cell fit, so that all cells together stay within the room: small cells are whole."""
+    for most in range(MOST, LEAST, -1):
+        if sum(min(max(count, LEAST), most) for count in kept) <= ROOM:
+            return most
+    return LEAST
 
 
 def _title(run: Run, others: Sequence[Column]) -> str:
