@@ -18,21 +18,24 @@ def tax_figure(result: Mapping[str, Any], place: pathlib.Path) -> None:
         result: the JSON values of `analyze tax`.
         place: the SVG file to write.
     """
-    above = alt.hconcat(_overlap(result), _ranks(result), spacing=40)
+    above = alt.hconcat(_overlap(result), _ranks(result), spacing=40).resolve_scale(color="independent", yOffset="independent")
     save(alt.vconcat(above, _patching(result), spacing=26).resolve_scale(color="independent"), place)
 
 
 def _overlap(result: Mapping[str, Any]) -> Any:
+    drawn = {"all": "any neuron", "in_activation": "as active, in its layer"}
     rows, bands = [], []
     for pair in result["relations"]:
         name = " and ".join(pair["pair"])
         rows.append({"pair": name, **pair["overlap"]})
-        for key, kind in (("all", "any neuron"), ("in_activation", "as active, in its layer")):
+        for key, kind in drawn.items():
             bands.append({"pair": name, "drawn from": kind, **pair["chance"][key]})
     order = [row["pair"] for row in rows]
     y = alt.Y("pair:N", sort=order, title=None)
     colour = alt.Color(
-        "drawn from:N", scale=alt.Scale(range=[GREY, ORANGE]), legend=alt.Legend(orient="bottom", title="random sets drawn from")
+        "drawn from:N",
+        scale=alt.Scale(domain=list(drawn.values()), range=[GREY, ORANGE]),
+        legend=alt.Legend(orient="bottom", title="random sets drawn from"),
     )
     chance = alt.Chart(rows_of(bands)).encode(y=y, yOffset="drawn from:N", color=colour)
     found = alt.Chart(rows_of(rows)).encode(y=y)
@@ -44,7 +47,7 @@ def _overlap(result: Mapping[str, Any]) -> Any:
             x=alt.X("value:Q", title=f"neurons in both top sets of {result['relations'][0]['size']}")
         ),
     ]
-    return alt.layer(*layers).properties(width=250, height={"step": 38}, title="Overlap")
+    return alt.layer(*layers).properties(width=250, height=46 * len(rows), title="Overlap")
 
 
 def _ranks(result: Mapping[str, Any]) -> Any:
@@ -63,7 +66,10 @@ def _ranks(result: Mapping[str, Any]) -> Any:
     ]
     order = [" and ".join(pair["pair"]) for pair in result["relations"]]
     colour = alt.Color(
-        "over:N", sort=list(kinds.values()), scale=alt.Scale(range=[BLUE, ORANGE, GREY]), legend=alt.Legend(orient="bottom", title="over")
+        "over:N",
+        sort=list(kinds.values()),
+        scale=alt.Scale(domain=list(kinds.values()), range=[BLUE, ORANGE, GREY]),
+        legend=alt.Legend(orient="bottom", title="over"),
     )
     base = alt.Chart(rows_of(rows)).encode(
         y=alt.Y("pair:N", sort=order, title=None, axis=alt.Axis(labels=False, ticks=False)),
@@ -74,7 +80,7 @@ def _ranks(result: Mapping[str, Any]) -> Any:
         base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q"),
         base.mark_point(filled=True, size=60, opacity=1).encode(x=alt.X("value:Q", title="Spearman of change scores")),
     ]
-    return alt.layer(*layers).properties(width=230, height={"step": 38}, title="Rank agreement")
+    return alt.layer(*layers).properties(width=230, height=46 * len(order), title="Rank agreement")
 
 
 def _patching(result: Mapping[str, Any]) -> Any:
