@@ -10,7 +10,7 @@ from safety_neurons.errors import ForeignModelError, InputError, UsageError
 from safety_neurons.guard.bindings import bindings_of
 from safety_neurons.guard.calibration import expected_calibration_error, fit_calibration
 from safety_neurons.guard.features import read_poolings
-from safety_neurons.guard.fit_features import LEAST
+from safety_neurons.guard.fit_features import check_classes
 from safety_neurons.guard.fitting import histograms, labelled
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.measures import auroc
@@ -36,14 +36,14 @@ def recalibrate(
 ) -> Guard:
     """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
 
-    All prompts calibrate, none fits, so a given number of safe prompts supports smaller false-positive rates than it does in a fit. A
-    note says how the AUROC stands to the one of the fit; where it fell, fit again. Thresholds of re-checks are dropped: measure them anew.
+    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a fit. A note says how the AUROC
+    moved; where it fell, fit again. Thresholds of re-checks are dropped.
 
     Args:
         guard: fit on this architecture.
         model: updated weights, adapters, tokenizer, template or number type.
-        unsafe: prompts that the guard was not fit on.
-        safe: likewise.
+        unsafe: prompts that the guard was not fit on, as `safe`.
+        safe: to let pass.
         calibration: `auto`, `temperature` or `isotonic`.
         fpr: false-positive rate of the threshold in force; the one of the fit where None.
         seed: of the folds that choose the calibration.
@@ -58,46 +58,40 @@ def recalibrate(
     if model.fingerprint != guard.bindings.model_fingerprint:
         raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
     target = check_probability(guard.report.get("fpr", 0.01) if fpr is None else fpr, "false-positive rate")
-    data = labelled(as_prompts(unsafe), as_prompts(safe))
-    neurons = guard.neurons.on(model.table, [model.name])
-    read = read_poolings(model, model.encode(data.prompts), neurons, [guard.pooling], batch_size=batch_size, progress=progress)
-    features = read[guard.pooling]
+    data, neurons = labelled(as_prompts(unsafe), as_prompts(safe)), guard.neurons.on(model.table, [model.name])
+    encoded = model.encode(data.prompts)
+    features = read_poolings(model, encoded, neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
     usable = features.usable
-    labels = data.labels[usable]
-    if min(int(labels.sum()), int((~labels).sum())) < LEAST:
-        raise InputError(f"{int(labels.sum())} unsafe of {len(labels)} usable prompts; expected at least {LEAST} of either kind")
-    values = torch.from_numpy(features.values[usable])
+    labels, values = data.labels[usable], torch.from_numpy(features.values[usable])
+    check_classes(labels)
     scores = guard.classifier.scores(values).numpy()
     calibrated, losses = fit_calibration(scores, labels, calibration, seed)
     classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
     chances = classifier.probabilities(values).numpy()
-    targets = sorted({target, *(point.fpr_target for point in guard.operating_points)}, reverse=True)
-    points = operating_points(chances, labels, targets)
+    points = operating_points(chances, labels, sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True))
     active = next(point for point in points if point.fpr_target == target)
     area = auroc(scores, labels)
     measured = {
-        "auroc": area,
-        "auroc_before": guard.report.get("auroc") or {},
+        **{"auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
         "expected_calibration_error": expected_calibration_error(chances, labels),
-        "log_losses": losses,
         "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
-        "bindings_before": guard.bindings,
     }
     notes = [*features.notes, *data.notes, *_said(guard, area.value, data.prompts, int((~usable).sum()))]
     notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
-    return Guard(
-        neurons,
-        guard.pooling,
-        classifier,
-        points,
-        active.threshold if active.threshold is not None else threshold_for(chances[~labels], target),
-        f"fpr {target:g}" if active.supported else f"provisional fpr {target:g}",
-        bindings_of(model, neurons),
-        histograms(classifier, features.values[usable], chances, labels),
-        plain({**guard.report, "recalibrated": measured, "fpr": target}),
-        tuple(dict.fromkeys(notes)),
-        None,
-        model,
+    threshold = active.threshold if active.threshold is not None else threshold_for(chances[~labels], target)
+    return dataclasses.replace(
+        guard,
+        neurons=neurons,
+        classifier=classifier,
+        operating_points=points,
+        threshold=threshold,
+        in_force=f"{'' if active.supported else 'provisional '}fpr {target:g}",
+        bindings=bindings_of(model, neurons),
+        reference=histograms(classifier, features.values[usable], chances, labels),
+        report=plain({**guard.report, "recalibrated": measured, "fpr": target}),
+        notes=tuple(dict.fromkeys(notes)),
+        recheck=None,
+        model=model,
     )
 
 

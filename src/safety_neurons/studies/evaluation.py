@@ -153,12 +153,10 @@ def evaluate(
     held = gate if gate is None or isinstance(gate, Gate) else Gate.load(gate)
     _check(model, tasks, how, treat.act is not None, baseline is not None, reference is not None, held)
     before = None if baseline is None else baseline_of(baseline)
-    read: dict[str, Any] = {"data": data, "column": column, "offline": offline, "limit": limit, "model": model}
-    asked = requests_of(suites, over_refusal, attacks, **read)
+    asked = requests_of(suites, over_refusal, attacks, data=data, column=column, offline=offline, limit=limit, model=model)
     named = [(one, judge_of(one, **(judge_options or {}))) if isinstance(one, str) else (one.name, one) for one in judges]
     place = None if out is None else pathlib.Path(out)
-    treated: dict[str, Any] = {"deactivate": deactivate, "patch": patch, "donor": donor, "treatment": treatment}
-    treated |= {} if guard is None else {"guard": guard.sha256}
+    treated = {"deactivate": deactivate, "patch": patch, "donor": donor, "guard": guard, "treatment": treatment}
     hold(place, facts_of(model, treated, how, tasks, measuring))
     bench = EvaluationBench(model, asked.requests, named, tasks, how, measuring, place, progress)
     result = _compared(bench, treat, before, reference, asked.notes)

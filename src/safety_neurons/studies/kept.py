@@ -10,6 +10,7 @@ import torch
 
 from safety_neurons.capability import Settings, Task
 from safety_neurons.errors import RunError
+from safety_neurons.guard import Guard
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.endpoint import Endpoint
 from safety_neurons.neurons import NeuronSet
@@ -68,6 +69,8 @@ def _of(value: Any) -> Any:
     if isinstance(value, NeuronSet):
         members = "".join(f"{key}:{','.join(map(str, value[key].tolist()))};" for key in value.keys())  # noqa: SIM118
         return hashlib.sha256(members.encode()).hexdigest()
+    if isinstance(value, Guard):
+        return value.sha256
     return "given" if callable(value) else str(value)
 
 
