@@ -58,6 +58,14 @@ def test_what_does_not_belong_together_is_refused(runs, tmp_path):
         read_named([str(tmp_path / "text.safetensors")])
 
 
+def test_sets_that_are_looked_at_one_by_one_may_be_of_any_architecture(runs):
+    random_set(small_table(2), 0.1, 2).save(runs / "shallow.safetensors")
+    specs = [str(runs / "first"), str(runs / "shallow.safetensors")]
+    with pytest.raises(ForeignModelError):
+        read_named(specs)
+    assert [item.table.n_layers for item in read_named(specs, together=False)] == [3, 2]
+
+
 def test_a_set_made_by_hand_is_put_on_the_table_of_the_others():
     by_hand = NeuronSet({"layers.0.down": [1]})
     items = name_sets([("hand", by_hand), ("found", random_set(TABLE, 0.1, 1))])

@@ -66,7 +66,7 @@ class Named:
         }
 
 
-def read_named(specs: Sequence[str], *, top: float | None = None, count: int | None = None) -> list[Named]:
+def read_named(specs: Sequence[str], *, top: float | None = None, count: int | None = None, together: bool = True) -> list[Named]:
     """Sets and scores from files.
 
     Args:
@@ -74,6 +74,7 @@ def read_named(specs: Sequence[str], *, top: float | None = None, count: int | N
             it is the name of the folder or file, or the whole path where two share that.
         top: take this fraction of every list of scores, whatever set lies beside it.
         count: take this many of every list of scores.
+        together: whether they are to be held against one another, and so have to be of one architecture.
 
     Raises:
         UsageError: nothing given, two of one name, both `top` and `count`, or scores without a set and neither of the two.
@@ -85,7 +86,7 @@ def read_named(specs: Sequence[str], *, top: float | None = None, count: int | N
     if not specs:
         raise UsageError("no neuron set was given; expected at least one file or find run")
     items = [_read(spec, top, count) for spec in specs]
-    return same_table(_with_names(items))
+    return same_table(_with_names(items)) if together else _apart(_with_names(items))
 
 
 def name_sets(sets: Iterable[tuple[str, NeuronSet]]) -> list[Named]:
@@ -100,10 +101,7 @@ def same_table(items: Sequence[Named]) -> list[Named]:
         ForeignModelError: sets of different architectures. NeuronError: none knows its table, or an index that does not fit.
         UsageError: two items of one name.
     """
-    names = [item.name for item in items]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"two sets are called {twice!r}; name them apart: NAME=PATH")
+    _check_names(items)
     table = next((item.neurons.table for item in items if item.neurons.table is not None), None)
     if table is None:
         raise NeuronError("no set knows its model's matrices; expected at least one file that a find run wrote")
@@ -114,6 +112,19 @@ def same_table(items: Sequence[Named]) -> list[Named]:
                 "expected sets of one architecture"
             )
     return [item if item.neurons.table is not None else dataclasses.replace(item, neurons=item.neurons.on(table)) for item in items]
+
+
+def _apart(items: Sequence[Named]) -> list[Named]:
+    """The items, each of whatever architecture; one without a site table is on that of the others, as in `same_table`."""
+    _check_names(items)
+    return list(items) if all(item.neurons.table is not None for item in items) else same_table(items)
+
+
+def _check_names(items: Sequence[Named]) -> None:
+    names = [item.name for item in items]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two sets are called {twice!r}; name them apart: NAME=PATH")
 
 
 def _read(spec: str, top: float | None, count: int | None) -> tuple[str, Named]:

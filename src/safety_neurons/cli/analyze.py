@@ -35,7 +35,7 @@ def layers(common: Common, sets: SetFiles, top: Top = None, count: Count = None)
     def work() -> dict[str, Any]:
         from safety_neurons import analysis
 
-        items = analysis.read_named(paths(sets), top=top, count=count)
+        items = analysis.read_named(paths(sets), top=top, count=count, together=False)
         found = [analysis.layers(item) for item in items]
         return {"sets": [each.record() for each in found], **figure(session, "layers_figure", found)}
 
