@@ -263,6 +263,7 @@ def test_the_command_serves_says_so_and_ends_with_what_it_accepted(guard, lm, tm
         out, rest = process.communicate()
     assert out == ""
     assert "POST /v1/chat/completions" in rest
+    assert "ended: 0 prompts judged in 0 batches, 1 in the prefill of their answers" in rest
     assert "Traceback" not in rest
     assert "cake" not in rest
     assert "a-token" not in rest

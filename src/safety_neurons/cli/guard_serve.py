@@ -101,9 +101,10 @@ def serve(
         service = serve_guard(bound, settings, lines(as_json=common.json, debug=common.debug))
         where = address(sock)
         run(service, sock, lambda: None if common.json else say(banner(bound, settings, where)))
-    totals = {"address": where, "batches": service.engine.counts.batches, "judged": service.engine.counts.judged}
+    counts = service.engine.counts
+    totals = {"address": where, "judged": counts.judged, "batches": counts.batches, "answered": counts.answered}
     if not common.json:
-        say([f"ended: {totals['judged']:,} prompts judged in {totals['batches']:,} batches"])
+        say([f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, {counts.answered:,} in the prefill of their answers"])
     return totals
 
 

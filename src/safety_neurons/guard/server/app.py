@@ -97,6 +97,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         """Starts the engine, and ends it when what was accepted is finished."""
+        self.app.openapi()  # kept; made while nobody waits
         self.engine.start()
         try:
             yield

@@ -1,6 +1,7 @@
 """`/v1/chat/completions`: a conversation is judged first, and answered by the local model or the upstream where it is not flagged."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -108,10 +109,12 @@ class Chat:
             raise Problem(404, f"there is no model of this name here; expected {self.settings.name!r}", "model_not_found", param="model")
         decode = decoding(request, body, self.settings)
         events: asyncio.Queue[Any] = asyncio.Queue()
+        started = time.perf_counter()
         job = self.gate.engine.answer(prompt, decode, events.put_nowait)
         try:
             first = await self._first(events)
             if isinstance(first, Judged):
+                self.gate.took(time.perf_counter() - started, ROUTE, noted)
                 outcome = self.gate.outcome(first.verdict, ROUTE, noted)
                 if outcome.held:
                     return self._held(request, [outcome])

@@ -109,6 +109,7 @@ class Counts:
 
     batches: int = 0
     judged: int = 0
+    answered: int = 0
     dropped: int = 0
     largest: int = 0
     seconds: float = 0.0
@@ -338,6 +339,7 @@ class Engine:
                 jobs.append(job)
                 self._asked.remove(job)
         self._left(len(jobs))
+        self.counts.answered += len(jobs)
         self._under_way.append((self.writer.start(jobs), jobs))
 
     def _step_answers(self) -> None:

@@ -67,9 +67,7 @@ class Gate:
         except TimeoutError:
             verdicts = [None] * len(prompts)
         finally:
-            seconds = time.perf_counter() - started
-            noted["guard_ms"] = round(1000 * seconds, 1)
-            self.metrics.guard_seconds.labels(route).observe(seconds)
+            self.took(time.perf_counter() - started, route, noted)
         for verdict in verdicts:
             problem = asked_wrongly(verdict) if isinstance(verdict, BaseException) else None
             if problem is not None:
@@ -77,6 +75,11 @@ class Gate:
         outcomes = [outcome_of(verdict, self.settings) for verdict in verdicts]
         self._count(outcomes, route, noted)
         return outcomes
+
+    def took(self, seconds: float, route: str, noted: dict[str, Any]) -> None:
+        """Notes how long verdicts took, the wait included."""
+        noted["guard_ms"] = round(1000 * seconds, 1)
+        self.metrics.guard_seconds.labels(route).observe(seconds)
 
     def outcome(self, verdict: Any, route: str, noted: dict[str, Any]) -> Outcome:
         """The outcome of a verdict that came from elsewhere (an answer's own prefill), counted like any other."""
