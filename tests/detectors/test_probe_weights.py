@@ -22,7 +22,7 @@ def test_the_probe_is_the_logistic_regression_of_a_common_library():
 
 
 def test_scores_are_signed_z_scores_of_each_sites_probe_on_the_largest_activation_of_a_prompt():
-    lm = model(0)
+    lm = model(0, dtype=torch.float64)  # in float32 what is constant up to rounding is noise to the library
     found = find_probe_weights(lm, HARMFUL, harmless=HARMLESS, sites=("up", "down"), threshold=1.0)
     for key, values in found.scores.items():
         assert (values**2).mean() == pytest.approx(1, abs=0.01)  # a weight of exactly 0 scores 0

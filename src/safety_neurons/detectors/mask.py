@@ -6,6 +6,7 @@ searched as a set: the gradient of what the set is for, at the set that is there
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from safety_neurons.detectors.attribution_patching import own_completions
 from safety_neurons.detectors.beginnings import beginnings, different
 from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found
+from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.gradients import Scored
 from safety_neurons.detectors.mask_search import Course, Plan, Search
 from safety_neurons.detectors.movable import Activations, Movable, Parameters
@@ -29,6 +30,7 @@ from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.neurons import NeuronSet, Selection
 from safety_neurons.neurons.selection import number_of
+from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
 
 KEPT_TOKENS = 8
@@ -58,9 +60,8 @@ def find_mask(
     """Search the set of a given size whose move from base to aligned refuses the most and changes harmless answers least.
 
     The state s starts as the mean gradient along the straight path (attribution). In every round the units of the largest s are moved
-    whole, the value is differentiated with respect to the mask there, and s ← keep·s + (1 − keep)·gradient. The set of the highest value
-    met on the prompts is the result. The value is a mean over prompts, plus `caution` times the mean log-probability of the base's own
-    answers to harmless prompts. It stops rewarding what is refused already: see `aim`. Prompts that both models complete alike are out.
+    whole, the value is differentiated there, and s ← keep·s + (1 − keep)·gradient. The set of the highest value met is the result. The
+    value: `aim`, mean over prompts, plus `caution` times the mean log-probability of the base's own answers to harmless prompts.
 
     Args:
         base: the less safe model.
@@ -69,10 +70,8 @@ def find_mask(
         harmless: prompts whose answers are to stay; None leaves them out.
         move: `activations` patches (the base model runs, as in `patched`); `parameters` swaps (the aligned model runs, searched units
             outside the mask have the base's parameters); `auto` patches where patching everything turns at least half of the prompts.
-        aim: what is made large of a prompt, where the aligned and the base model's own completions part. `refusal`: the log-probability of
-            going on as refusals usually do there (tokens that compliances go on with are not counted), so that neither a refusal's
-            wording nor a third way out is paid for. `odds`: −softplus(−log-odds) of its own refusal's token against its
-            compliance's.
+        aim: what is made large where the models' own completions part. `refusal`: the log-probability of going on as refusals usually do
+            there, so that neither wording nor a third way out is paid for. `odds`: −softplus(−log-odds) of the two tokens.
         units: size of the set, a unit counted once; else `top` or `count` say it.
         rounds: how often the set is looked at.
         keep: share of the state that a round leaves.
@@ -91,38 +90,57 @@ def find_mask(
     Raises:
         InputError: both models complete every prompt with the same text, or with none.
         MismatchError: the models have other shapes or tokenizers.
-        NumericalError: a value is not a number.
-        UsageError: a selection that names no size, or numbers out of range.
+        NumericalError: a value is not a number. UsageError: a selection that names no size, or numbers out of range.
 
-    Source: iterative hard thresholding (Blumensath and Davies 2009) on the mask of attribution patching (Nanda 2023); what is asked of the
-    set is that of Chen et al. (arXiv 2406.14144, eq. 4). Learned masks over units: Louizos et al. (2018), Cao et al. (2021).
+    Source: iterative hard thresholding (Blumensath and Davies 2009) on the mask of attribution patching (Nanda 2023).
     Differs: the mask is a set in every round, so that nothing has to be rounded at the end; no relaxation or penalty is tuned.
     """
-    prompts, plan_ = as_prompts(prompts), Plan(move, aim, rounds, keep, caution)
+    asked, plan_ = as_prompts(prompts), Plan(move, aim, rounds, keep, caution)
     kept = as_prompts(harmless) if harmless is not None else None
     check_pair(base, aligned)
     sizes = base.table.select(sites=sites, layers=layers).sizes
     selection = _sized(units, choice)
     config = plan_.config() | {"harmless_sha256": kept.sha256 if kept is not None else ""} | searched(sites, layers)
-    key = stream_key("mask", (base, aligned), prompts, config | {"units": units, **selection.config()}, selection, batch_size)
-    stream = Stream(checkpoint, key)
-    options: dict[str, Any] = {"stream": stream, "batch_size": batch_size}
+    key = stream_key("mask", (base, aligned), asked, config | {"units": units, **selection.config()}, selection, batch_size)
+    made = _Made(base, aligned, sizes, plan_, Stream(checkpoint, key), batch_size, progress)
     with comparing(base, aligned):
-        told, counts, notes = own_completions(base, aligned, prompts, **options)
-        course = Course(_asked(told, aim), _answers(base, kept, **options), base, batch_size)
-        contest = Course(_asked(told, "odds"), [], base, batch_size, first=len(course.batches))
-        mover, said = _mover(plan_.move, base, aligned, sizes, contest)
-        search = Search(mover, course, plan_, stream)
-        size = _n_units(units, selection, len(search.numbers), sum(sizes.values()))
-        members, state = search.run(size, progress)
-        turned = share_turned(mover, contest, search.masks(torch.from_numpy(members).double()))
-    values = {key: _of_neurons(base.table.units()[key], search.numbers, state, members) for key in sizes}
+        values, counts, notes, told = made.search(asked, kept, units, selection)
     selection = selection if units is None else Selection(count=sum(int((part > 1).sum()) for part in values.values()))
-    made: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": prompts, "selection": selection}
-    config |= {"move": said, "units": size, "value": stream.state["value"], "round": stream.state["round"], "turned": turned}
-    if turned < 0.5:
-        notes.append(f"the set turns {turned:.2f} of the prompts; a larger set, or other sites, may turn more")
-    return finish("mask", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
+    named: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": asked, "selection": selection}
+    return finish("mask", values, config=config | told, counts=counts, notes=notes, subtract=subtract, **named)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a mask is made with."""
+
+    base: LanguageModel
+    aligned: LanguageModel
+    sizes: Mapping[str, int]
+    plan: Plan
+    stream: Stream
+    batch_size: BatchSize
+    progress: Progress | None
+
+    def search(
+        self, prompts: Prompts, harmless: Prompts | None, units: int | None, selection: Selection
+    ) -> tuple[dict[str, np.ndarray], PromptCounts, list[str], dict[str, Any]]:
+        """Scores by site key, what became of the prompts, notes, and what goes into the provenance."""
+        base = self.base
+        options: dict[str, Any] = {"stream": self.stream, "batch_size": self.batch_size}
+        pairs, counts, notes = own_completions(base, self.aligned, prompts, **options)
+        course = Course(_asked(pairs, self.plan.aim), _answers(base, harmless, **options), base, self.batch_size)
+        contest = Course(_asked(pairs, "odds"), [], base, self.batch_size, first=len(course.batches))
+        mover, moved = _mover(self.plan.move, base, self.aligned, self.sizes, contest)
+        search = Search(mover, course, self.plan, self.stream)
+        size = _n_units(units, selection, len(search.numbers), sum(self.sizes.values()))
+        members, state = search.run(size, self.progress)
+        turned = share_turned(mover, contest, search.masks(torch.from_numpy(members).double()))
+        if turned < 0.5:
+            notes.append(f"the set turns {turned:.2f} of the prompts; a larger set, or other sites, may turn more")
+        values = {key: _of_neurons(base.table.units()[key], search.numbers, state, members) for key in self.sizes}
+        told = {"move": moved, "units": size, "turned": turned, **{name: self.stream.state[name] for name in ("value", "round")}}
+        return values, counts, notes, told
 
 
 def _mover(move: str, base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], contest: Course) -> tuple[Movable, str]:

@@ -2,9 +2,9 @@
 
 import io
 import pathlib
-import pickle
 import re
 import warnings
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def read_torch(path: str | pathlib.Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols that it may not know, which then are an error
             return as_arrays(torch.load(path, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise NeuronError(f"cannot read {str(path)!r} safely ({reason}); expected tensors in plain containers") from error
 

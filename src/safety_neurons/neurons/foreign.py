@@ -5,9 +5,9 @@ arrays, numbers, text and containers and refuses everything else.
 """
 
 import pathlib
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pickle import Unpickler  # a subclass that builds nothing a file names
 from typing import Any
 
 import numpy as np
@@ -249,7 +249,7 @@ def weight_scores(
 # Pickles
 
 
-class _Primitives(pickle.Unpickler):
+class _Primitives(Unpickler):
     """Builds numbers, text, containers and numpy arrays of numbers; every other name in the file is an error."""
 
     def __init__(self, stream: Any, admitted: Mapping[tuple[str, str], Callable[..., Any]]) -> None:

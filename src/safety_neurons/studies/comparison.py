@@ -160,8 +160,7 @@ def compare(
         harmful: requests on which refusal is measured.
         harmless: requests on which over-refusal is measured.
         find_prompts: requests the methods may look at; should share none with `harmful`.
-        find_harmless: harmless prompts that some methods look at too; without them snip, wanda, refusal-direction and probe-weights are
-            left out, and mask does without.
+        find_harmless: harmless prompts for the methods that look at some; without them only mask of these is run.
         truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
         sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
         top: budget as a share of the units, without a truth.
@@ -195,16 +194,23 @@ def compare(
     for name in methods:
         if progress is not None:
             progress(f"find {name}")
-        options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
-        options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
-        options |= {"harmless": find_harmless} if name in CONTRASTING and find_harmless is not None else {}
-        options |= {"units": budget} if name in SETS else {}
+        options = _options(name, sites, batch_size, max_new_tokens, find_harmless, budget)
         scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0) for number in range(random)]
     ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
     bench.finish()
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+
+
+def _options(
+    name: str, sites: Sequence[str], batch_size: BatchSize, max_new_tokens: int, harmless: Prompts | None, budget: int
+) -> dict[str, Any]:
+    """What a method is told beside models and prompts."""
+    options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
+    options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
+    options |= {"harmless": harmless} if name in CONTRASTING and harmless is not None else {}
+    return options | ({"units": budget} if name in SETS else {})
 
 
 def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[str]:
