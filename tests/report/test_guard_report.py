@@ -9,6 +9,7 @@ from page_text import HOSTILE, Outline
 from safety_neurons.errors import InputError
 from safety_neurons.report import read_runs, write_report
 from safety_neurons.report.guards import _figures, evaluate_findings
+from safety_neurons.studies import notebook
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,14 @@ def test_what_is_left_of_unsafe_outputs_and_how_many_neurons_it_takes_are_told(s
     text = seen.text.replace("\u00a0", " ")
     assert "the guard cuts 0.944 [0.924, 0.964]: from 0.900 [0.880, 0.920] to 0.050 [0.030, 0.070]" in text
     assert "contrast, 100 0.910 (0.820), better" in text
+
+
+def test_a_notebook_shows_the_same_table(runs):
+    result = json.loads((runs[1] / "run.json").read_text())["result"]
+    shown = notebook.guard_table(result)
+    for entry in result["baselines"]:
+        area = entry["auroc"]
+        assert f"<bdi>{entry['name']}</bdi></th><td><bdi>{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]" in shown
 
 
 def test_a_baseline_that_wins_is_said_to_win(runs):

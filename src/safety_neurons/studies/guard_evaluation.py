@@ -21,6 +21,7 @@ from safety_neurons.guard.fit_features import LEAST
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
+from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
 from safety_neurons.studies.guard_measures import Row, Scored
 from safety_neurons.studies.guard_requests import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Case, Cases, Sources, cases_of
@@ -53,6 +54,9 @@ class GuardEvaluation:
     def auroc(self) -> Row:
         """Area under the ROC curve of the guard."""
         return self.result["auroc"]
+
+    def _repr_html_(self) -> str:
+        return notebook.guard_table(self.result)
 
     def record(self) -> dict[str, Any]:
         """The evaluation as JSON values, with at least the keys of the design."""

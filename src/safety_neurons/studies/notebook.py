@@ -68,6 +68,22 @@ def tuning_table(record: Mapping[str, Any]) -> str:
     return html_table(caption, _ARM, [_arm(name, record[name]) for name in ("before", "after")])
 
 
+def guard_table(record: Mapping[str, Any]) -> str:
+    """A guard beside its baselines; differences are the compared classifier minus the row's."""
+    rows = []
+    for entry in ({"name": "guard", **record}, *record["baselines"]):
+        difference = entry.get("difference") if entry["name"] != "guard" else None
+        shown = None if difference is None else _rate(difference, signed=True)
+        error = number(entry["expected_calibration_error"], 3)
+        rows.append([entry["name"], _rate(entry["auroc"]), shown, _rate(entry["average_precision"]), error])
+    caption = (
+        f"Guard on {record['n_neurons']:,} neurons: flags {_rate(record['flagged_unsafe'])} of {record['n_unsafe']:,} unsafe and "
+        f"{_rate(record['flagged_safe'])} of {record['n_safe']:,} safe requests ({record['in_force']})"
+    )
+    columns = ["classifier", "AUROC", f"{record['compared']} minus it", "average precision", "calibration error"]
+    return html_table(caption, columns, rows)
+
+
 def examination_table(record: Mapping[str, Any]) -> str:
     """Every check."""
     words = {True: "pass", False: "FAIL", None: "informs"}
