@@ -3,9 +3,12 @@
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
 
@@ -62,3 +65,31 @@ def event(record: Mapping[str, Any]) -> bytes:
 def usage(prompt: int = 0, completion: int = 0) -> dict[str, int]:
     """Counts of tokens."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+class Streamed(Response):
+    """An answer that is sent as it comes. The door watches the client, so nothing here does; what writes the answer is closed at its end.
+
+    Args:
+        pieces: Parts of the body.
+        status: Of HTTP.
+        headers: Further headers.
+        kind: Media type.
+    """
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], status: int = 200, headers: Mapping[str, str] | None = None, *, kind: str
+    ) -> None:
+        super().__init__(None, status, headers, kind)
+        self._pieces = pieces
+        del self.headers["content-length"]
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - of every ASGI application
+        """Sends it."""
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._pieces.aclose()

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
-from safety_neurons.guard.server.answers import DONE, Envelope, usage
+from safety_neurons.guard.server.answers import DONE, Envelope, Streamed, usage
 from safety_neurons.guard.server.conversation import INERT, beside, prompt_of
 from safety_neurons.guard.server.door import Log
 from safety_neurons.guard.server.engine import Answering, asked_wrongly
@@ -102,7 +102,7 @@ class Chat:
             status, headers, content = await self.upstream.chat(body)
             return Response(content, status, headers, media_type="application/json")
         status, headers, pieces = await self.upstream.stream(body)
-        return StreamingResponse(pieces, status, headers, media_type=_STREAM if status == 200 else "application/json")
+        return Streamed(pieces, status, headers, kind=_STREAM if status == 200 else "application/json")
 
     async def _local(self, request: ChatRequest, prompt: Any, body: Mapping[str, Any], noted: dict[str, Any]) -> Response:
         if request.model != self.settings.name:
@@ -124,7 +124,7 @@ class Chat:
         except BaseException:
             job.given_up = True
             raise
-        return StreamingResponse(self._streamed(request, written, job), media_type=_STREAM)
+        return Streamed(self._streamed(request, written, job), kind=_STREAM)
 
     async def _first(self, events: "asyncio.Queue[Any]") -> Any:
         try:
@@ -159,7 +159,7 @@ class Chat:
                 ended = event
         return JSONResponse(Envelope(request.model).whole(text, ended.reason, usage(ended.prompt_tokens, ended.tokens)))
 
-    async def _streamed(self, request: ChatRequest, written: AsyncIterator[Piece | Ended], job: Answering) -> AsyncIterator[bytes]:
+    async def _streamed(self, request: ChatRequest, written: AsyncIterator[Piece | Ended], job: Answering) -> AsyncGenerator[bytes, None]:
         counted = wants_usage(request)
         envelope = Envelope(request.model)
         try:
@@ -188,11 +188,11 @@ def refusal(settings: Settings, request: ChatRequest) -> Response:
         raise Problem(400, "the guard expects an unsafe answer to this conversation", "content_filter", param="messages")
     envelope = Envelope(request.model)
     if request.stream:
-        return StreamingResponse(_each(envelope.refused(settings.refusal, usage() if wants_usage(request) else None)), media_type=_STREAM)
+        return Streamed(_each(envelope.refused(settings.refusal, usage() if wants_usage(request) else None)), kind=_STREAM)
     return JSONResponse(envelope.whole(settings.refusal, "content_filter", usage()))
 
 
-async def _each(events: Any) -> AsyncIterator[bytes]:
+async def _each(events: Any) -> AsyncGenerator[bytes, None]:
     for one in events:
         yield one
 

@@ -1,7 +1,7 @@
 """The upstream: any OpenAI-compatible server that answers what the guard let through."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import httpx
@@ -59,7 +59,7 @@ class Upstream:
         """
         return await self._whole("POST", "/chat/completions", body)
 
-    async def stream(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], AsyncIterator[bytes]]:
+    async def stream(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], AsyncGenerator[bytes, None]]:
         """Its answer to a conversation as it comes; an error comes whole.
 
         Where it breaks off, the last event is an error and there is no `[DONE]`, so nobody takes a part for the whole.
@@ -106,7 +106,7 @@ class Upstream:
             raise self._problem(error) from None
         return b"".join(parts)
 
-    async def _pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _pieces(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         size, ended = 0, False
         tail = b""
         try:
@@ -159,7 +159,7 @@ class Upstream:
         return Problem(status, message, code, headers={"Retry-After": "2"})
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
+async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
     yield content
 
 
