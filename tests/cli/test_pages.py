@@ -78,5 +78,8 @@ def test_a_misspelt_verb_is_answered_with_the_nearest():
     assert "'verify'" in done.stderr
 
 
-def test_a_group_of_one_verb_is_still_a_group():
-    assert list(build().commands["import"].commands) == ["attacks"]
+def test_groups_hold_their_verbs():
+    groups = build().commands
+    assert list(groups["import"].commands) == ["attacks", "neurons"]
+    assert list(groups["guard"].commands) == ["fit", "recalibrate", "evaluate", "serve"]
+    assert list(groups["analyze"].commands) == ["layers", "overlap", "languages", "transfer", "vocabulary", "progressive", "tax"]
