@@ -62,21 +62,26 @@ def final_norm(lm: LanguageModel) -> nn.Module | None:
 
 
 def vocabulary_scores(lm: LanguageModel, directions: Float[Tensor, "direction hidden"]) -> Float[Tensor, "direction vocab"]:
-    """Logits that each direction adds up to behind the final norm, less their mean over the vocabulary (which no probability feels).
+    """Logits of each direction behind the final norm, less what no direction at all gives and less their mean over the vocabulary.
+
+    The first is what biases of the norm and of the embedding say by themselves, the second is what no probability feels. The norm brings
+    every direction to one size: scores rank the tokens of a direction, and do not say which of two directions is the larger.
 
     Args:
         lm: the model.
         directions: in the residual stream, such as columns of `down`.
 
     Returns:
-        float32; positive where the token becomes likelier as the direction is added.
+        float32; positive where the token becomes likelier as the direction is added; of the opposite direction, the opposite.
 
     Source: Chen et al., NeurIPS 2025, section 5.3 (unembedding of the final norm of a neuron's output direction).
-    Differs: the mean over the vocabulary is taken out; a cap on logits is left out, which keeps their order.
+    Differs: biases and the mean over the vocabulary are taken out; a cap on logits is left out, which keeps their order.
     """
     norm = final_norm(lm)
     head = lm.inner.get_output_embeddings()
     with lm.running(), torch.no_grad():
         hidden = directions.to(lm.device, lm.dtype)
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:1])])
         logits = head(hidden if norm is None else norm(hidden)).float()
-    return logits - logits.mean(-1, keepdim=True)
+    added = logits[:-1] - logits[-1]
+    return added - added.mean(-1, keepdim=True)
