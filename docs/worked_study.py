@@ -1,0 +1,130 @@
+"""The worked study's commands run, and its numbers kept: what the page says is what the commands gave.
+
+    python docs/worked_study.py --run FOLDER     run every command of the page in FOLDER, keep the numbers it quotes, put them into the page
+    python docs/worked_study.py --keep FOLDER    the same from runs that are finished there
+    python docs/worked_study.py --write          put the kept numbers into the page
+
+A number in the page stands between two comments, `<!--RUN.PATH-->` and `<!--/-->`: RUN is the last part of the command's --out, PATH leads
+into its JSON result. `|FORMAT` behind the path is a Python format; without one a rate is shown with its interval.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+PAGE, KEPT = HERE / "worked-study.md", HERE / "worked-study.json"
+MARK = re.compile(r"<!--(?P<path>[\w.-]+)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
+
+
+def commands(page: str) -> dict[str, list[str]]:
+    """The commands of the page by the last part of their --out, in order."""
+    found = {}
+    for block in re.findall(r"^```sh\n(.*?)^```", page, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["safety-neurons"]:
+                found[pathlib.PurePath(words[words.index("--out") + 1]).stem] = words[1:]
+    return found
+
+
+def quoted(page: str) -> list[str]:
+    """The paths of all numbers in the page."""
+    return [mark["path"] for mark in MARK.finditer(page)]
+
+
+def at(results: Any, path: str) -> Any:
+    """The value at a path of names and list places."""
+    for part in path.split("."):
+        results = results[int(part)] if isinstance(results, list) else results[part]
+    if isinstance(results, dict):
+        return {name: results[name] for name in ("value", "low", "high") if name in results}
+    return results
+
+
+def shown(value: Any, form: str | None) -> str:
+    """A value as the page shows it."""
+    if isinstance(value, dict):
+        form = form or ".2f"
+        if value["value"] is None:
+            return "undefined"
+        return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
+    if isinstance(value, str | bool) or (isinstance(value, int) and not form):
+        return str(value)
+    return format(value, form or ".2f")
+
+
+def filled(page: str, numbers: dict[str, Any]) -> str:
+    """The page with every kept number in its place."""
+
+    def put(mark: re.Match[str]) -> str:
+        if mark["path"] not in numbers:
+            return mark[0]
+        return f"{mark[0][: mark[0].index('-->') + 3]}{shown(numbers[mark['path']], mark['format'])}<!--/-->"
+
+    return MARK.sub(put, page)
+
+
+def wrong(page: str, kept: dict[str, Any]) -> list[str]:
+    """What the page says that the commands did not give: numbers that differ, and commands that were changed since."""
+    said = [(mark["path"], mark["text"], mark["format"]) for mark in MARK.finditer(page)]
+    numbers = kept["numbers"]
+    found = [f"{path}: nothing kept" for path, _, _ in said if path not in numbers]
+    told = [(path, text, shown(numbers[path], form)) for path, text, form in said if path in numbers]
+    found += [f"{path}: the page says {text}, the command gave {right}" for path, text, right in told if text != right]
+    now = {name: shlex.join(words) for name, words in commands(page).items()}
+    return found + [f"{name}: another command than the one that was run" for name in now if kept["commands"].get(name) != now[name]]
+
+
+def run(page: str, folder: pathlib.Path) -> None:
+    """Run every command in the folder; one that is finished there is not run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, words in commands(page).items():
+        sys.stderr.write(shlex.join(["safety-neurons", *words]) + "\n")
+        done = subprocess.run([sys.executable, "-m", "safety_neurons", *words, "--json"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}")
+
+
+def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
+    """The values that the page quotes, from the records of the finished runs, and the commands they come from."""
+    records = {}
+    for name, words in commands(page).items():
+        record = folder / words[words.index("--out") + 1] / "run.json"
+        if record.is_file():
+            records[name] = json.loads(record.read_text(encoding="utf-8")).get("result", {})
+    numbers = {}
+    for path in quoted(page):
+        try:
+            numbers[path] = at(records, path)
+        except (KeyError, IndexError, TypeError):
+            sys.stderr.write(f"{path}: the command gave no such value\n")
+    return {"commands": {name: shlex.join(words) for name, words in commands(page).items()}, "numbers": numbers}
+
+
+def main() -> None:
+    """Run or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    if options.run:
+        run(page, options.run)
+    if options.run or options.keep:
+        KEPT.write_text(json.dumps(keep(page, options.run or options.keep), indent=1) + "\n", encoding="utf-8")
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    if options.run or options.keep or options.write:
+        PAGE.write_text(filled(page, kept["numbers"]), encoding="utf-8")
+    for line in wrong(PAGE.read_text(encoding="utf-8"), kept):
+        sys.stderr.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
