@@ -54,6 +54,16 @@ def test_overlap_is_one_command_and_its_record_repeats_it(runs, tmp_path):
     assert "one, two" in command("analyze", "overlap", runs / "one", runs / "two", "--out", tmp_path / "shown").out
 
 
+def test_names_are_shown_as_they_read_and_whole(runs, tmp_path):
+    name = "[/bold]a-rather-long-name-of-a-set\x1b[31m"
+    shown = command("analyze", "layers", f"{name}={runs / 'one'}", "--out", tmp_path / "layers")
+    assert shown.code == 0, shown.err
+    assert "[/bold]a-rather-long-name-of-a-set⟨U+001B⟩[31m: " in shown.out
+    several = [f"a-rather-long-name-of-set-{number}={runs / 'one'}" for number in range(4)]
+    shown = command("analyze", "layers", *several, "--out", tmp_path / "several")
+    assert "…" not in shown.out
+
+
 def test_what_cannot_be_compared_is_one_line(runs, tmp_path):
     assert "at least two" in refused("analyze", "overlap", runs / "one", "--out", tmp_path / "run")
     assert "no file or folder" in refused("analyze", "layers", tmp_path / "nowhere", "--out", tmp_path / "run")

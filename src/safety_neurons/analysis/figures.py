@@ -10,6 +10,7 @@ from safety_neurons.analysis.layers import Layers
 from safety_neurons.analysis.overlap import Overlap
 from safety_neurons.neurons import SITES
 from safety_neurons.results.files import write_bytes
+from safety_neurons.results.notebook import visible
 
 BLUE, ORANGE, GREY, BAND, INK = "#1f6fb2", "#c7521a", "#8a8a8a", "#d9d9d9", "#222222"
 JACCARD = "Jaccard index of the neurons"
@@ -24,11 +25,20 @@ _CONFIG = {
 
 
 def save(chart: Any, place: pathlib.Path) -> None:
-    """Write a chart as an SVG file."""
+    """Write a chart as an SVG file; characters that no XML may hold, as names and tokens can have, are named."""
     import vl_convert
 
-    specification = chart.to_dict(validate=False) | {"padding": 12, "config": _CONFIG}
+    specification = _readable(chart.to_dict(validate=False)) | {"padding": 12, "config": _CONFIG}
     write_bytes(place, vl_convert.vegalite_to_svg(specification).encode())
+
+
+def _readable(part: Any) -> Any:
+    """A specification with every text in it made visible: one control character would end the process that draws it."""
+    if isinstance(part, dict):
+        return {visible(name): _readable(value) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_readable(value) for value in part]
+    return visible(part) if isinstance(part, str) else part
 
 
 def rows_of(values: Sequence[dict[str, Any]]) -> alt.Data:

@@ -59,8 +59,12 @@ def cards_figure(result: Mapping[str, Any], place: pathlib.Path) -> None:
 
 
 def _label(card: Mapping[str, Any]) -> str:
-    words = " ".join(entry["token"].strip() for entry in card["writes"]["top"][:4])
-    return f"{card['neuron']}  {words}".strip()
+    return f"{card['neuron']}  {words(card['writes']['top'][:4])}".strip()
+
+
+def words(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens in a row, without the blanks around them; one of blanks alone is shown as Python writes it."""
+    return " ".join(entry["token"].strip() or repr(entry["token"]) for entry in entries)
 
 
 def progressive_figure(result: Mapping[str, Any], place: pathlib.Path) -> None:

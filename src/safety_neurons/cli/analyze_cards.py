@@ -145,15 +145,15 @@ def scores_of(session: Session, options: dict[str, Any], model: Any) -> Any:
 
 def show_cards(result: dict[str, Any]) -> None:
     """One row a neuron: what it writes and what it alone does."""
+    from safety_neurons.analysis.study_figures import words
+
     kinds = list(result["log_odds"])
     rows = []
     for card in result["cards"]:
         writes = card["writes"]
-        words, against = (
-            " ".join(entry["token"].strip() for entry in writes[side][:4]) if writes["defined"] else "–" for side in ("top", "bottom")
-        )
+        likelier, against = (words(writes[side][:4]) if writes["defined"] else "–" for side in ("top", "bottom"))
         effects = [with_star(card["effects"][kind], result["random"][kind]) for kind in kinds]
-        rows.append([card["neuron"].removeprefix("layers."), words, against, *effects])
+        rows.append([card["neuron"].removeprefix("layers."), likelier, against, *effects])
     columns = ["neuron", "makes likelier", "makes less likely", *kinds]
     caption = "change of the refusal's log-odds by this neuron alone; * the interval excludes 0 and lies outside 95 % of random neurons"
     console.print_table("Neuron cards", columns, rows, caption=caption)

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +29,14 @@ def err() -> "Console":
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
-    """A table: the first column is words, the others are numbers."""
+    """A table: the first column is words, the others are numbers. No text in it is markup, and none is cut to fit."""
     from rich.table import Table
 
+    title, caption = plain(title), None if caption is None else plain(caption)
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", header_style=f"bold {ACCENT}", style=None)
+        justify: Literal["left", "right"] = "left" if number == 0 else "right"
+        table.add_column(plain(column), justify=justify, header_style=f"bold {ACCENT}", style=None, overflow="fold")
     for row in rows:
         table.add_row(*(shown(cell) for cell in row))
     out().print(table)
@@ -42,8 +44,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def shown(value: Any) -> str:
     """A cell: numbers with the digits that matter, rates with their interval, nothing for None."""
-    from rich.markup import escape
-
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -54,7 +54,16 @@ def shown(value: Any) -> str:
         return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
     if isinstance(value, dict) and "low" in value:
         return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value["value"] is not None else "undefined"
-    return escape(str(value))
+    return plain(value)
+
+
+def plain(text: object) -> str:
+    """A text of someone's (a name, a token) for the terminal: no markup, and control characters named instead of sent."""
+    from rich.markup import escape
+
+    from safety_neurons.results.notebook import visible
+
+    return escape(visible(text))
 
 
 def share(value: float) -> str:
