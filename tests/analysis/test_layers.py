@@ -114,3 +114,18 @@ def test_the_planted_truth_is_found_to_lie_where_it_was_planted():
     assert answers["nearer to the first layer than a random set"]
     assert answers["in the first third of the layers"]
     assert not answers["in the last third of the layers"]
+
+
+def test_what_could_not_have_been_otherwise_is_no_answer():
+    def answers(layers_of_search, members):
+        provenance = Provenance("neurons", "drawn", config={"layers": layers_of_search})
+        found = layers(Named("set", NeuronSet(members, TABLE, provenance)))
+        return {claim["claim"]: (claim["holds"], claim["note"]) for claim in found.claims}
+
+    last = answers("2:3", {"layers.2.down": [0, 1], "layers.2.q": [0]})
+    assert last["in the first third of the layers"] == (None, "none of it was searched")
+    assert last["in the last third of the layers"] == (None, "nothing else was searched")
+    assert last["nearer to the first layer than a random set"] == (None, "only layer 2 was searched")
+    assert last["mostly in self-attention"][0] is False
+    assert answers("1:3", {"layers.2.down": [0, 1, 2, 3, 4, 5, 6]})["in the last third of the layers"][0] is True
+    assert set(answers(None, {}).values()) == {(None, "the set is empty")}

@@ -18,6 +18,7 @@ from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, Sit
 PARTS = ("self-attention", "feed-forward")
 BLOCKS = 5
 """Consecutive blocks of ranks, each as large as the set, whose place is told."""
+EMPTY = "the set is empty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,21 +197,37 @@ def _claims(
     n, rule = len(item.neurons), item.neurons.provenance.config.get("selection")
     share = item.neurons.share_of_parameters
     how = f"the size follows from the selection {rule}" if rule else "the size follows from how the set was selected"
-    yield {"claim": "less than 1 % of all parameters", "paper": 1, "value": share, "chance": None, "holds": share < 0.01, "note": how}
-    if len(parts) < 2:
-        why = f"only {parts[0].name} was searched"
-        yield {"claim": "mostly in self-attention", "paper": 1, "value": None, "chance": None, "holds": None, "note": why}
+    less = {"claim": "less than 1 % of all parameters", "paper": 1, "value": share, "chance": None, "holds": share < 0.01, "note": how}
+    yield less if n else _open("less than 1 % of all parameters", 1, EMPTY)
+    attention = "mostly in self-attention"
+    if not n or len(parts) < 2:
+        yield _open(attention, 1, f"only {parts[0].name} was searched" if n else EMPTY)
     else:
-        chance = parts[0].chance.expectation(lambda counts: counts / max(1, n))
-        yield _claim("mostly in self-attention", 1, _share(parts[0].members, n), chance, _share(parts[0].members, n) > 0.5)
-    for claim, paper, last in (("in the first third of the layers", 1, False), ("in the last third of the layers", 2, True)):
-        chosen = [place for place in by_layer if _in_third(int(place.where["layer"]), n_layers, last=last)]
-        members, candidates = sum(place.members for place in chosen), sum(place.candidates for place in chosen)
-        chance = hypergeometric(item.searched.n_neurons, candidates, n).expectation(lambda counts: counts / max(1, n))
-        yield _claim(claim, paper, _share(members, n), chance, _share(members, n) > chance.high)
-    if depth["value"] is not None:
+        chance = parts[0].chance.expectation(lambda counts: counts / n)
+        yield _claim(attention, 1, _share(parts[0].members, n), chance, _share(parts[0].members, n) > 0.5)
+    for third, paper in (("first", 1), ("last", 2)):
+        yield _in_third_claim(item, by_layer, n_layers, third, paper)
+    nearer = "nearer to the first layer than a random set"
+    if depth["value"] is None or len(by_layer) < 2:
+        yield _open(nearer, 1, f"only {by_layer[0].name} was searched" if n else EMPTY)
+    else:
         chance = Expectation(depth["expected"], depth["low"], depth["high"])
-        yield _claim("nearer to the first layer than a random set", 1, depth["value"], chance, depth["value"] < chance.low)
+        yield _claim(nearer, 1, depth["value"], chance, depth["value"] < chance.low)
+
+
+def _in_third_claim(item: Named, by_layer: Sequence[Place], n_layers: int, third: str, paper: int) -> dict[str, Any]:
+    """Whether more of a set lies in the first (last) third than of random ones; open where it could not have been otherwise."""
+    claim, n, searched = f"in the {third} third of the layers", len(item.neurons), item.searched.n_neurons
+    chosen = [place for place in by_layer if _in_third(int(place.where["layer"]), n_layers, last=third == "last")]
+    members, candidates = sum(place.members for place in chosen), sum(place.candidates for place in chosen)
+    if not n or candidates in (0, searched):
+        return _open(claim, paper, f"{'none of it' if not candidates else 'nothing else'} was searched" if n else EMPTY)
+    chance = hypergeometric(searched, candidates, n).expectation(lambda counts: counts / n)
+    return _claim(claim, paper, _share(members, n), chance, _share(members, n) > chance.high)
+
+
+def _open(claim: str, paper: int, why: str) -> dict[str, Any]:
+    return {"claim": claim, "paper": paper, "value": None, "chance": None, "holds": None, "note": why}
 
 
 def _claim(claim: str, paper: int, value: float, chance: Expectation, holds: bool) -> dict[str, Any]:
