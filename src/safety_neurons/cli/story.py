@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -14,6 +15,9 @@ from safety_neurons.errors import RunError
 
 ORGANISM = "natural"
 PLANTED = "planted"
+LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
+Step = Callable[..., list[str]]
+"""Words of a command and the name of its folder -> the words with seed and folder."""
 METHODS = ["--methods", "mask,attribution-patching,swap-attribution,contrast,importance-contrast,importance,attribution,weight-change"]
 """Those of the comparison that the demo has time for."""
 
@@ -71,6 +75,26 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
         (
             "Methods where the truth is planted",
             step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *measured, *METHODS, to="compare-planted"),
+        ),
+        *uses(folder, step, quick=quick),
+    ]
+
+
+def uses(folder: pathlib.Path, step: Step, *, quick: bool) -> list[tuple[str, list[str]]]:
+    """What can be done with the sets that were found: look at them, and guard the unsafe model with them."""
+    found = [str(folder / method) for method in ("importance", "contrast", "attribution-patching")]
+    unsafe = ["--model", f"organism:{ORGANISM}/sft"]
+    held_out = ["--limit", "64" if quick else "200", "--random", "2", "--perturbations", "none"]
+    return [
+        ("Where do the neurons of each method lie?", step("analyze", "layers", *found, to="layers")),
+        ("Do the methods find the same neurons?", step("analyze", "overlap", *found, to="overlap")),
+        (
+            "Can they tell before the first token that an answer would be unsafe?",
+            step("guard", "fit", *unsafe, "--neurons", found[-1], *LABELLED, "--fpr", "0.05", to="guard"),
+        ),
+        (
+            "Is such a guard worth more than words or random neurons?",
+            step("guard", "evaluate", *unsafe, "--guard", str(folder / "guard"), *held_out, to="guard-evaluate"),
         ),
     ]
 
