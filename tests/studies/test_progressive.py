@@ -84,6 +84,18 @@ def test_neurons_go_off_by_score(model, scores, prompts):
     assert [step.n_neurons for step in found.curve("random neurons 0")] == [5, 10, 12]
 
 
+def test_only_members_of_the_set_go_off_by_score(model, scores, prompts):
+    """A set that is not the top of the scores, as after `--subtract`."""
+    best = scores.count(12)
+    kept = best - scores.count(4)
+    found = progressive(model, kept, *prompts, scores=scores, random=0, points=2, **OPTIONS)
+    assert [step.n_neurons for step in found.curve("by score")] == [5, 8]
+    off = scores.count(9) - scores.count(4)
+    step = found.curve("by score")[0]
+    assert step.arm.divergence == pytest.approx(divergence(model, prompts[1], lambda: deactivated(model, off)), rel=1e-5)
+    assert found.curve("by score")[-1].arm == found.curve("front to back")[-1].arm
+
+
 def test_steps_are_few_and_end_with_everything(model):
     assert ladder(100, 20) == [1, 2, 5, 10, 20, 50, 100]
     assert ladder(7, 3) == [2, 5, 7]

@@ -11,11 +11,12 @@ from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
-from safety_neurons.neurons import NeuronSet, Scores, parse_key
+from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, paired_difference
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.groups import mean_outcomes
+from safety_neurons.studies.vocabulary import Neuron, strongest
 
 FRONT, BACK, ALONE, SCORE = "front to back", "back to front", "one layer alone", "by score"
 RANDOM_LAYERS, RANDOM_NEURONS = "random order of layers", "random neurons"
@@ -116,14 +117,16 @@ def progressive(
     """Switches a set off bit by bit: layers front to back, back to front and each alone; neurons by score.
 
     Beside the layers: as many random orders of them (the band says how much an order matters), and beside the set random sets with as
-    many neurons in every matrix, taken front to back. Beside the order by score: random neurons of everything that was scored.
+    many neurons in every matrix, taken front to back. Beside the order by score, of the set's members alone: random neurons of everything
+    that was scored.
 
     Args:
         model: the model that refuses.
         neurons: the set.
         harmful: requests the model should refuse.
         harmless: requests it should answer.
-        scores: those the set was taken from, or any others; neuron by neuron goes down their ranks.
+        scores: those the set was taken from, or any others; neuron by neuron goes down the ranks its members have there, those
+            that have none last.
         text: general text for perplexity.
         random: how many random orders and sets.
         points: most steps of a curve; more layers than that are taken in groups of neighbours.
@@ -155,7 +158,8 @@ def progressive(
         steps += walker.cumulative(f"{RANDOM_LAYERS} {number}", neurons, shuffled)
     if scores is not None:
         sizes = ladder(len(neurons), points)
-        steps += [walker.step(SCORE, str(size), scores.count(size)) for size in sizes]
+        ranked = strongest(neurons, scores, len(neurons))
+        steps += [walker.step(SCORE, str(size), _together(ranked[:size], model.table)) for size in sizes]
         for number, order in enumerate(_random_orders(scores, random, seed)):
             steps += [walker.step(f"{RANDOM_NEURONS} {number}", str(size), order.count(size)) for size in sizes]
     else:
@@ -208,6 +212,13 @@ def ladder(largest: int, points: int) -> list[int]:
     """Whole numbers 1, 2, 5, 10, … below the largest, the last `points` of them with the largest itself."""
     sizes = [step * 10**power for power in range(12) for step in _STEPS if step * 10**power < largest]
     return [*sizes, largest][-points:]
+
+
+def _together(neurons: Sequence[Neuron], table: SiteTable) -> NeuronSet:
+    members: dict[str, list[int]] = {}
+    for key, index in neurons:
+        members.setdefault(key, []).append(index)
+    return NeuronSet(members, table)
 
 
 def _random_orders(scores: Scores, random: int, seed: int) -> list[Scores]:
