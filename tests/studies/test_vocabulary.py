@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from families import build
 from safety_neurons import organism
-from safety_neurons.errors import NeuronError
+from safety_neurons.errors import NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts
-from safety_neurons.studies import strongest, vocabulary
+from safety_neurons.studies import strongest, vocabulary, with_cards
 from safety_neurons.studies.vocabulary_odds import RefusalOdds
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
@@ -134,6 +135,16 @@ def test_members_with_the_largest_scores_come_first(lm):
         vocabulary(lm, [("layers.0.down", 10**6)], Prompts.from_list(["a"]))
     with pytest.raises(NeuronError, match="at least one"):
         vocabulary(lm, [], Prompts.from_list(["a"]))
+
+
+def test_members_at_routed_experts_are_left_out_and_counted():
+    mixture = LanguageModel(build("mixtral"), tiny_tokenizer())
+    routed = next(key for key in mixture.table.keys if key not in mixture.anatomy.places)
+    dense, notes = with_cards(mixture, NeuronSet({routed: [0, 1], "layers.0.o": [3]}, mixture.table))
+    assert list(dense) == [("layers.0.o", 3)]
+    assert notes == ["2 of 3 neurons belong to routed experts and have no card"]
+    with pytest.raises(UnsupportedModelError, match="all 1 neurons belong to routed experts"):
+        with_cards(mixture, NeuronSet({routed: [0]}, mixture.table))
 
 
 def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_refusal():

@@ -47,11 +47,13 @@ def vocabulary(
         from safety_neurons import studies
 
         less, loaded = models(session, base, model)
-        found = session.neurons(neurons, loaded) if neurons else None
         ranks = scores_of(session, options, loaded)
-        chosen = named if found is None else studies.strongest(found, ranks, cards, common.seed)
-        if found is not None and ranks is None:
-            session.notes.append("no scores beside the neurons: the cards are of members drawn at random")
+        chosen = named
+        if neurons:
+            found, notes = studies.with_cards(loaded, session.neurons(neurons, loaded))
+            chosen = studies.strongest(found, ranks, cards, common.seed)
+            random_ones = [] if ranks is not None else ["no scores beside the neurons: the cards are of members drawn at random"]
+            session.notes.extend([*notes, *random_ones])
         with session.status("analyze vocabulary") as tell:
             made = studies.vocabulary(
                 loaded,
@@ -184,11 +186,16 @@ def show_progressive(result: dict[str, Any]) -> None:
     console.print_table(f"{result['n_neurons']:,} neurons switched off bit by bit", columns, rows, caption=caption)
     for kind, band in result["random"].items():
         line = ", ".join(
-            f"{max(point['n_neurons'])} off {point['harmful_refused']['low']:.2f} to {point['harmful_refused']['high']:.2f}"
+            f"{from_to(point['n_neurons'])} off {point['harmful_refused']['low']:.2f} to {point['harmful_refused']['high']:.2f}"
             for point in band
             if point["harmful_refused"]["low"] is not None
         )
         console.out().print(f"{kind}, harmful refused: {line}", soft_wrap=True)
+
+
+def from_to(numbers: list[int]) -> str:
+    """Numbers of neurons at one step, which differ where orders of layers do."""
+    return f"{max(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)}–{max(numbers)}"
 
 
 def measured(arm: dict[str, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, he
 from safety_neurons.studies.transfer import Transfer, transfer
 from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import SizePoint, Verification, verify_deactivate, verify_patch
-from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary
+from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary, with_cards
 
 __all__ = [
     "ARMS",
@@ -64,4 +64,5 @@ __all__ = [
     "verify_deactivate",
     "verify_patch",
     "vocabulary",
+    "with_cards",
 ]

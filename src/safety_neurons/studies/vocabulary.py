@@ -29,6 +29,7 @@ SUM_OF_HEADS = "the o columns its v row feeds, summed; each query head writes it
 UNIT = "the unit's down column; the sign is that of the unit's activation"
 NOTHING = "a q or k neuron writes nothing: it tells attention where to look"
 ROUTED = "the output direction of a routed expert is not shown"
+DENSE = "expected neurons of attention or of a dense feed-forward layer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,19 @@ def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int =
     return [members[place] for place in sorted(places.tolist())]
 
 
+def with_cards(model: LanguageModel, neurons: NeuronSet) -> tuple[NeuronSet, list[str]]:
+    """The members that have an activation at every token, and a note on those of routed experts, which have not.
+
+    Raises:
+        UnsupportedModelError: there are none but those.
+    """
+    dense = NeuronSet({key: indices for key, indices in neurons.items() if key in model.anatomy.places}, model.table, neurons.provenance)
+    left = len(neurons) - len(dense)
+    if left and not len(dense):
+        raise UnsupportedModelError(f"all {left} neurons belong to routed experts, which have no activation at every token; {DENSE}")
+    return dense, [f"{left} of {len(neurons)} neurons belong to routed experts and have no card"] if left else []
+
+
 def _checked(model: LanguageModel, neurons: Sequence[Neuron]) -> list[Neuron]:
     if not neurons:
         raise NeuronError("no neuron was given; expected at least one for a card")
@@ -157,7 +171,7 @@ def _checked(model: LanguageModel, neurons: Sequence[Neuron]) -> list[Neuron]:
     for key, index in neurons:
         NeuronSet({key: [index]}, model.table)
         if key not in model.anatomy.places:
-            raise UnsupportedModelError(f"{key} belongs to routed experts, which have no activation at every token; expected a dense site")
+            raise UnsupportedModelError(f"{key} belongs to routed experts, which have no activation at every token; {DENSE}")
     return list(dict.fromkeys((key, int(index)) for key, index in neurons))
 
 
