@@ -54,6 +54,15 @@ def test_overlap_is_one_command_and_its_record_repeats_it(runs, tmp_path):
     assert "one, two" in command("analyze", "overlap", runs / "one", runs / "two", "--out", tmp_path / "shown").out
 
 
+def test_members_that_the_other_search_could_not_find_are_left_out_aloud(runs, tmp_path):
+    scores = Scores.load(runs / "one" / "scores.safetensors")
+    (tmp_path / "down").mkdir()
+    Scores({key: values for key, values in scores.items() if key.endswith("down")}, scores.table).save(tmp_path / "down/scores.safetensors")
+    shown = command("analyze", "overlap", runs / "one", tmp_path / "down", "--count", 60, "--out", tmp_path / "run").out
+    left = len(scores.count(60)) - len(scores.count(60).only(sites=["down"]))
+    assert f"one, down: {left} of one left out" in shown
+
+
 def test_names_are_shown_as_they_read_and_whole(runs, tmp_path):
     name = "[/bold]a-rather-long-name-of-a-set\x1b[31m"
     shown = command("analyze", "layers", f"{name}={runs / 'one'}", "--out", tmp_path / "layers")
@@ -145,3 +154,12 @@ def test_what_no_model_can_make_right_is_said_at_once(line, said, tmp_path):
     assert outcome.code == 2, outcome.err
     assert said in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_specific_set_keeps_its_chance_and_orders_their_range():
+    from safety_neurons.cli.analyze_cards import from_to
+    from safety_neurons.cli.analyze_groups import counted
+
+    assert counted({"n_units": 0, "share": 0.0, "value": 0, "expected": 9.0}, 10) == "0 (0 %, chance 90 %)"
+    assert counted({"n_units": 2, "share": 0.5, "value": 5, "expected": 9.0}, 10) == "2 (50 %, chance 90 %)"
+    assert (from_to([3, 3]), from_to([16, 39])) == ("3", "16–39")

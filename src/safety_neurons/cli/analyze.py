@@ -123,6 +123,11 @@ def show_overlap(result: dict[str, Any]) -> None:
         caption="by chance, matched: range of unrelated sets of the same sizes, anywhere or with as many in every matrix;\n"
         "Spearman over all candidates, and over neurons in at least one set (in brackets what unrelated scores give)",
     )
+    for pair in result["pairs"]:
+        if any(pair["outside"]):
+            left = " and ".join(f"{number:,} of {name}" for number, name in zip(pair["outside"], pair["names"], strict=True) if number)
+            line = f"{', '.join(pair['names'])}: {left} left out, where the other search did not look"
+            console.out().print(console.plain(line), soft_wrap=True)
 
 
 def span(number: dict[str, Any]) -> str:

@@ -268,8 +268,8 @@ def show_languages(result: dict[str, Any]) -> None:
         [
             row["language"],
             row["n_units"],
-            counted(row["minus_intersection"]),
-            counted(row["minus_union"]),
+            counted(row["minus_intersection"], row["n_neurons"]),
+            counted(row["minus_union"], row["n_neurons"]),
         ]
         for row in result["languages"]
     ]
@@ -286,11 +286,9 @@ def show_languages(result: dict[str, Any]) -> None:
         console.out().print(f"empty sets, not measured: {', '.join(result['skipped'])}", soft_wrap=True)
 
 
-def counted(part: dict[str, Any]) -> str:
-    """Units of a part, its share, and the share by chance."""
-    whole = part["value"] / part["share"] if part["share"] else 0
-    expected = part["expected"] / whole if whole else 0.0
-    return f"{part['n_units']} ({100 * part['share']:.0f} %, chance {100 * expected:.0f} %)"
+def counted(part: dict[str, Any], whole: int) -> str:
+    """Units of a part, its share of the set's neurons, and the share by chance."""
+    return f"{part['n_units']} ({100 * part['share']:.0f} %, chance {100 * part['expected'] / max(1, whole):.0f} %)"
 
 
 def show_matrix(title: str, cells: list[dict[str, Any]], field: str, corner: str) -> None:
@@ -328,7 +326,7 @@ def show_transfer(result: dict[str, Any]) -> None:
 
 
 def digits(number: dict[str, Any] | None) -> str:
-    """A value with its interval, three digits that matter."""
+    """A value and below it its interval, three digits that matter."""
     if number is None or number["value"] is None:
         return "–"
-    return f"{number['value']:.3g} [{number['low']:.3g}, {number['high']:.3g}]"
+    return f"{number['value']:.3g}\n[{number['low']:.3g}, {number['high']:.3g}]"
