@@ -3,10 +3,12 @@
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from families import build
 from safety_neurons.errors import NeuronError
@@ -76,6 +78,30 @@ def test_a_tensor_that_claims_more_than_is_stored_is_refused(tmp_path):
     file.write_bytes(pickle.dumps(Grown()))
     with pytest.raises(NeuronError, match="larger than what is stored"):
         read_weights(tmp_path)
+
+
+def test_small_files_that_claim_much_memory_are_refused(tmp_path):
+    torch.save(torch.zeros(1 << 16), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part))
+    torch.save(torch.ones(1).expand(1 << 12, 1 << 12), tmp_path / "spread.pt")
+    one = torch.ones(1 << 12)
+    torch.save([one[i:] for i in range(99)], tmp_path / "often.pt")
+    nested = [1.0]
+    for _ in range(60):
+        nested = [nested, nested]
+    torch.save(nested, tmp_path / "nested.pt")
+    torch.save(torch.ones(2, dtype=torch.complex64), tmp_path / "complex.pt")
+    for name in ("bomb", "spread", "often", "nested", "complex"):
+        with pytest.raises(NeuronError) as caught:
+            read_torch(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(NeuronError, match="cannot read"):
+        read_weights(tmp_path / "damaged.safetensors")
+    save_file({"model.layers.0.mlp.up_proj": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "fine.safetensors")
+    assert read_weights(tmp_path / "fine.safetensors")["model.layers.0.mlp.up_proj"].dtype == np.float32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -1,37 +1,65 @@
 """Tensors in files of other projects, as numpy arrays, without running anything that is in them."""
 
 import io
+import math
 import pathlib
 import re
 import warnings
+import zipfile
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safety_neurons.errors import NeuronError
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.neurons.foreign import read_pickle
+from safety_neurons.neurons.pickles import Sealed, read_pickle
 
 _WEIGHTS_FILE = re.compile(r"W_metric_layer_(\d+)_name_(.+?)_weight.*\.pkl")
+_DEEPEST = 32
+_UNREADABLE = (
+    UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile
+)  # fmt: skip
 
 
 def read_torch(path: str | pathlib.Path) -> Any:
     """What `torch.save` wrote, tensors as arrays; anything but tensors, numbers, text and containers is refused.
 
     Raises:
-        NeuronError: it cannot be read that way. Nothing that the file names is imported or run.
+        NeuronError: it cannot be read that way, or claims more than the file holds. Nothing that the file names is imported or run.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols that it may not know, which then are an error
-            return as_arrays(torch.load(path, map_location="cpu", weights_only=True))
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        with pathlib.Path(path).open("rb") as stream:
+            return _Arrays(pathlib.Path(path).stat().st_size).of(_loaded(stream))
+    except NeuronError as error:
+        raise NeuronError(f"cannot read {str(path)!r} safely: {error}") from error
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise NeuronError(f"cannot read {str(path)!r} safely ({reason}); expected tensors in plain containers") from error
+
+
+def _loaded(stream: Any) -> Any:
+    """What torch reads from a stream without building objects.
+
+    Raises:
+        NeuronError: an archive whose parts are compressed: a small file would fill the memory.
+    """
+    if zipfile.is_zipfile(stream):
+        stream.seek(0)
+        with zipfile.ZipFile(stream) as archive:
+            parts = archive.infolist()
+        stream.seek(0, io.SEEK_END)
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > stream.tell():
+            raise NeuronError("its parts are compressed, which torch.save never does")
+    stream.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of protocols that it may not know, which then are an error
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -52,7 +80,7 @@ def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
         name = match[2] if ".layers." in match[2] else f"model.layers.{int(match[1])}.{match[2]}"
         if name in found:
             raise NeuronError(f"{str(source)!r} holds two files for {name}; leave one")
-        values = as_arrays(read_pickle(file, admitted=_TENSORS))
+        values = read_pickle(file, admitted=_TENSORS)
         if not isinstance(values, np.ndarray):
             raise NeuronError(f"{file.name} holds no tensor; expected the importances of one projection's weights")
         found[name] = values
@@ -61,16 +89,44 @@ def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
-def as_arrays(content: Any) -> Any:
-    """The same containers with arrays in place of tensors (bfloat16 as float32)."""
-    if isinstance(content, Tensor):
-        content = content.detach().cpu()
-        return np.array((content.float() if content.dtype == torch.bfloat16 else content).numpy())
-    if isinstance(content, dict):
-        return {name: as_arrays(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(as_arrays(value) for value in content) if type(content) in (list, tuple) else content
-    return content
+class _Arrays:
+    """The same containers with arrays in place of tensors (bfloat16 as float32), each converted once however often it is named.
+
+    Args:
+        stored: bytes of the file; tensors that hold more are not from it, or are one number spread over many places.
+    """
+
+    def __init__(self, stored: int) -> None:
+        self._left = stored
+        self._held: dict[int, Tensor] = {}
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, content: Any, depth: int = 0) -> Any:
+        """The content with arrays in it."""
+        if depth > _DEEPEST:
+            raise NeuronError(f"its containers are nested more than {_DEEPEST} deep; expected tensors in plain containers")
+        if not isinstance(content, Tensor | dict | list | tuple):
+            return content
+        if id(content) not in self._known:
+            self._known[id(content)] = (content, self._made(content, depth + 1))
+        return self._known[id(content)][1]
+
+    def _made(self, content: Any, depth: int) -> Any:
+        if isinstance(content, Tensor):
+            return self._array(content)
+        if isinstance(content, dict):
+            return {name: self.of(value, depth) for name, value in content.items()}
+        return type(content)(self.of(value, depth) for value in content) if type(content) in (list, tuple) else content
+
+    def _array(self, tensor: Tensor) -> np.ndarray:
+        self._left -= tensor.numel() * tensor.element_size()
+        if self._left < 0:
+            raise NeuronError(f"its tensors (one of shape {tuple(tensor.shape)}) are larger than what is stored of them")
+        tensor = tensor.detach().cpu()
+        made = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        if made.dtype.kind not in "biuf":
+            raise NeuronError(f"a tensor of {tensor.dtype}; expected real numbers")
+        return made
 
 
 def nnsight_paths(lm: LanguageModel, neurons: NeuronSet) -> dict[str, list[int]]:
@@ -95,26 +151,36 @@ def nnsight_paths(lm: LanguageModel, neurons: NeuronSet) -> dict[str, list[int]]
 
 def _named(path: pathlib.Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return dict(load_file(path))
+        try:
+            return {name: _Arrays(path.stat().st_size).of(tensor) for name, tensor in load_file(path).items()}
+        except (SafetensorError, *_UNREADABLE) as error:
+            raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:100]}); expected named matrices") from error
     content = read_torch(path)
     if not isinstance(content, dict):
         raise NeuronError(f"{str(path)!r} holds no mapping of names to matrices")
-    return content
+    return {name: values for name, values in content.items() if isinstance(name, str)}
 
 
-def _storage(content: Any) -> Any:
-    return torch.load(io.BytesIO(bytes(content)), map_location="cpu", weights_only=True)
+def _storage(content: Any) -> Sealed:
+    if not isinstance(content, bytes | bytearray):
+        raise NeuronError("a storage without bytes; expected a tensor")
+    found = _loaded(io.BytesIO(content))
+    kept = getattr(found, "_untyped_storage", found)
+    if not isinstance(kept, torch.UntypedStorage) or kept.nbytes() > len(content):
+        raise NeuronError("a storage that is larger than what is stored of it, or none; expected a tensor")
+    return Sealed(found)
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    kept: Any = getattr(storage, "_untyped_storage", storage)
-    kind = getattr(storage, "dtype", torch.float32)
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    if not isinstance(storage, Sealed) or not all(isinstance(one, int) for part in ((offset,), size, stride) for one in part):
+        raise NeuronError("a tensor without a storage, or without a shape; expected the importances of one projection's weights")
+    kept: Any = getattr(storage.value, "_untyped_storage", storage.value)
+    kind = getattr(storage.value, "dtype", torch.float32)
     reached = offset + sum((one - 1) * step for one, step in zip(size, stride, strict=True)) + 1
-    if min((offset, *size, *stride), default=0) < 0 or reached * kind.itemsize > kept.nbytes():
+    if min((offset, *size, *stride), default=0) < 0 or max(reached, math.prod(size)) * kind.itemsize > kept.nbytes():
         raise NeuronError(f"a tensor of shape {tuple(size)} is larger than what is stored of it")
-    return torch.empty(0, dtype=kind).set_(kept, offset, tuple(size), tuple(stride))
+    made: np.ndarray = _Arrays(kept.nbytes()).of(torch.empty(0, dtype=kind).set_(kept, offset, tuple(size), tuple(stride)))
+    return made
 
 
 _TENSORS: dict[tuple[str, str], Any] = {("torch.storage", "_load_from_bytes"): _storage, ("torch._utils", "_rebuild_tensor_v2"): _tensor}

@@ -6,14 +6,14 @@ arrays, numbers, text and containers and refuses everything else.
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pickle import Unpickler  # a subclass that builds nothing a file names
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from safety_neurons.errors import ForeignModelError, NeuronError
-from safety_neurons.neurons.keys import MLP_SITES, parse_key
+from safety_neurons.neurons.keys import SITES, parse_key
+from safety_neurons.neurons.pickles import read_pickle as read_pickle
 from safety_neurons.neurons.provenance import Provenance
 from safety_neurons.neurons.scores import Scores
 from safety_neurons.neurons.sets import NeuronSet
@@ -22,10 +22,10 @@ from safety_neurons.neurons.weights import kept_share
 
 SN_TUNE_LINES = ("up", "down", "q", "k", "v")
 """Which site each line of an SN-Tune file is of."""
-LARGEST_TEXT = 2**28
+LARGEST_TEXT = 2**26
 """Characters of a text file that are read."""
 KV = ("rows", "heads", "published")
-_TOKEN = re.compile(r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*(\d{1,9})\s*\)|(\d{1,9})|(set\(\s*\))|([{}\[\]:,]))")
+_TOKEN = re.compile(r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*([0-9]{1,9})\s*\)|([0-9]{1,9})(?![0-9])|(set\(\s*\))|([{}\[\]:,]))")
 _PROJECTION = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$")
 _VISION = ("vision", "visual", "image")
 
@@ -103,8 +103,7 @@ class _Printed:
             if layer in found:
                 raise NeuronError(f"{self.name}: layer {layer} appears twice")
             found[layer] = self._indices()
-            if self._peek() == ",":
-                self.place += 1
+            self._comma("}")
         self._take("}")
         if self.place != len(self.tokens):
             raise NeuronError(f"{self.name}: there is more behind the dictionary; expected its end")
@@ -122,8 +121,7 @@ class _Printed:
         found: list[int] = []
         while self._peek() != closing:
             found.append(self._number())
-            if self._peek() == ",":
-                self.place += 1
+            self._comma(closing)
         self.place += 1
         return found
 
@@ -137,6 +135,11 @@ class _Printed:
         if self._peek() != sign:
             raise NeuronError(f"{self.name}: {self._peek()!r} where {sign!r} was expected")
         self.place += 1
+
+    def _comma(self, closing: str) -> None:
+        """A comma, or the end of what is listed."""
+        if self._peek() != closing:
+            self._take(",")
 
     def _number(self) -> int:
         token = self._peek()
@@ -189,15 +192,28 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         match = _PROJECTION.search(name) if isinstance(name, str) and not any(word in name for word in _VISION) else None
         if match is None:
             continue
-        values = np.asarray(weights, dtype=np.float64).ravel()
+        values = _vector(weights, name, path)
         spread = values.std()
         scores = np.sign(values) * np.abs((values - values.mean()) / (spread if spread > 0 else 1.0))
         layer, site = match.groups()
         parts = {"gate_up": ("gate", "up")}.get(site, (site,))
+        if len(scores) % len(parts) or any(f"layers.{layer}.{part}" in found for part in parts):
+            raise NeuronError(f"{str(path)!r}: {name[:80]!r} has {len(scores)} weights, or its projection comes twice; the file is damaged")
         found |= {f"layers.{layer}.{part}": half for part, half in zip(parts, np.split(scores, len(parts)), strict=True)}
     if not found:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})")
-    return _scores(found, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in found}, key=MLP_SITES.index)})
+    return _scores(found, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in found}, key=SITES.index)})
+
+
+def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
+    """One number a neuron; lists of lists, which a small file can nest without end, are not looked into."""
+    flat = isinstance(weights, list | tuple) and all(isinstance(one, int | float | np.number) for one in weights)
+    if not (flat or (isinstance(weights, np.ndarray) and weights.dtype.kind in "biuf")) or np.size(weights) == 0:
+        raise NeuronError(f"{str(path)!r} holds {type(weights).__name__} for {name[:80]!r}; expected one weight a neuron")
+    try:
+        return np.asarray(weights, dtype=np.float64).ravel()
+    except OverflowError:
+        raise NeuronError(f"{str(path)!r} holds a number for {name[:80]!r} that no float can hold") from None
 
 
 # Importances or masks of weights
@@ -244,90 +260,6 @@ def weight_scores(
     if not found:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer")
     return _scores(found, table, method, path, {"safety": shares[0], "utility": shares[1]})
-
-
-# Pickles
-
-
-class _Primitives(Unpickler):
-    """Builds numbers, text, containers and numpy arrays of numbers; every other name in the file is an error."""
-
-    def __init__(self, stream: Any, admitted: Mapping[tuple[str, str], Callable[..., Any]]) -> None:
-        super().__init__(stream)
-        self._admitted = admitted
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a name in the file stands for; only names on the list stand for anything."""
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) in self._admitted:
-            return self._admitted[module, name]
-        raise NeuronError(f"the file asks for {module}.{name}, which is not an array, a number or a container; nothing of it was run")
-
-    def persistent_load(self, _pid: Any) -> Any:
-        """Nothing is stored beside the file."""
-        raise NeuronError("the file refers to something stored beside it; expected a plain pickle")
-
-
-def _array(*_: Any) -> np.ndarray:
-    return np.ndarray((0,), np.int8)
-
-
-def _number_type(*args: Any) -> "np.dtype[Any]":
-    made = np.dtype(*args)
-    if made.hasobject or made.kind not in "biuf":
-        raise NeuronError(f"the file holds an array of {made}; expected numbers")
-    return made
-
-
-def _number(kind: Any, content: Any = None) -> Any:
-    return np.frombuffer(content, kind)[0] if isinstance(content, bytes) and not np.dtype(kind).hasobject else kind.type()
-
-
-def _from_buffer(content: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
-    return np.frombuffer(bytes(content), _number_type(kind)).reshape(shape, order=order)
-
-
-def _latin(text: Any, coding: Any) -> bytes:
-    """How old protocols write bytes."""
-    if not isinstance(text, str) or coding != "latin1":
-        raise NeuronError(f"the file encodes text as {str(coding)[:20]!r}; expected the bytes of an array")
-    return text.encode("latin1")
-
-
-class _Array(np.ndarray):
-    """An array that refuses a state with objects in it."""
-
-    def __setstate__(self, state: Any) -> None:
-        _number_type(state[2])
-        super().__setstate__(state)
-
-
-_ARRAYS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array((0,), np.int8),
-    ("numpy._core.multiarray", "scalar"): _number,
-    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
-    ("numpy", "ndarray"): _array,
-    ("numpy", "dtype"): _number_type,
-    ("_codecs", "encode"): lambda text, coding="": _latin(text, coding),
-    ("collections", "OrderedDict"): dict,
-}
-
-
-def read_pickle(path: str | pathlib.Path, admitted: Mapping[tuple[str, str], Callable[..., Any]] | None = None) -> Any:
-    """A pickle of numbers, text, containers and numpy arrays; `admitted` adds (module, name) pairs and what they stand for.
-
-    Raises:
-        NeuronError: it asks for anything else, or is damaged. Nothing that the file names is imported or run.
-    """
-    try:
-        with pathlib.Path(path).open("rb") as stream:
-            return _Primitives(stream, {**_ARRAYS, **(admitted or {})}).load()
-    except NeuronError as error:
-        raise NeuronError(f"cannot read {str(path)!r}: {error}") from error
-    except OSError as error:
-        raise NeuronError(f"cannot read {str(path)!r} ({error.strerror or error})") from error
-    except Exception as error:
-        raise NeuronError(f"cannot read {str(path)!r} ({type(error).__name__}: {str(error)[:80]}); expected a pickle of arrays") from error
 
 
 # Names in other tools
