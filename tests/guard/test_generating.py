@@ -106,14 +106,22 @@ def test_truncated_prompts_and_errors_are_not_answered_unless_told_to_fail_open(
     assert [answer.stopped for answer in opened] == [False, False]
 
 
-def test_a_guard_that_cannot_read_stops_everything(monkeypatch: pytest.MonkeyPatch, model: LanguageModel, guard: Guard) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("lost"), AssertionError("lost"), ZeroDivisionError("lost"), OSError("lost")])
+def test_a_guard_that_cannot_read_stops_everything(
+    monkeypatch: pytest.MonkeyPatch, model: LanguageModel, guard: Guard, error: Exception
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("lost")
+        raise error
 
     guarded = GuardedModel(model, guard.with_threshold(1.0))
     monkeypatch.setattr(type(guard.collector), "result", broken)
     answers = guarded.generate(ASKED[:3], max_new_tokens=NEW)
-    assert [(answer.stopped, answer.verdict.error) for answer in answers] == [(True, "RuntimeError: lost")] * 3
+    assert [(answer.stopped, answer.verdict.error) for answer in answers] == [(True, f"{type(error).__name__}: lost")] * 3
+    assert guard.score("cake").status == "error"
+    assert hooks_on(model) == 0
+    monkeypatch.setattr(type(guard.collector), "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        guard.score("cake")
     assert hooks_on(model) == 0
 
 

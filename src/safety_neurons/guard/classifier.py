@@ -69,3 +69,10 @@ class Classifier:
         """Distance of each feature from its mean, in standard deviations."""
         mean, inverse, _ = map(torch.from_numpy, self.wide)
         return (features.to("cpu", torch.float64) - mean) * inverse
+
+
+def float_rows(features: Float[Tensor, "prompt neuron"]) -> np.ndarray:
+    """Features as an array in the number type they are in, where numpy has it; what is computed with float64 vectors is float64."""
+    if features.dtype is not torch.float32:
+        features = features.double()
+    return (features if features.device.type == "cpu" else features.cpu()).numpy()

@@ -93,7 +93,8 @@ class Collector:
         real = None if mask is None or bool(mask.all()) else mask.bool()
         self._mask = real
         self._place = None if left or real is None else real.sum(1) - 1
-        self._pools = {pooling: Pool(pooling) for pooling in self.poolings}
+        self._pools = {} if self._last_only else {pooling: Pool(pooling) for pooling in self.poolings}
+        self._last: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
         self._shape = (0, 0)
         self._seen, self._offset = self.firings.passes, 0
@@ -106,6 +107,10 @@ class Collector:
     def __exit__(self, *error: Any) -> None:
         self._reading.__exit__(*error)
 
+    def off(self) -> None:
+        """Leave without looking whether every site came by: `result` fails where one did not."""
+        self._reading.off()
+
     def result(self) -> dict[Pooling, Float[Tensor, "batch neuron"]]:
         """What was gathered since `start`, by pooling.
 
@@ -115,31 +120,37 @@ class Collector:
         self._absorb()
         if not self._offset:
             raise NeuronError("no activation of the guard's neurons came by; expected a forward pass of the model it was fit on")
+        if self._last is not None:
+            return dict.fromkeys(self.poolings, self._last)
         return {pooling: pool.result() for pooling, pool in self._pools.items()}
 
     def _reader(self, key: str, anatomy: Anatomy) -> Callable[[Tensor | ExpertRows], None]:
         if key in self._experts:
             return lambda rows: self._read_expert(key, rows)  # type: ignore[arg-type]
         wanted = positions(anatomy.place(key).index, self._columns[key])
+        last_only, device = self._last_only, wanted.device
 
         def read(values: Tensor | ExpertRows) -> None:
-            nonlocal wanted
+            nonlocal wanted, device
             assert isinstance(values, Tensor)
-            self._next()
-            if wanted.device != values.device:
-                wanted = wanted.to(values.device)
-            self._parts[key] = (self._at_last(values) if self._last_only else values).index_select(-1, wanted)
+            if self.firings.passes != self._seen:
+                self._next()
+            if device != values.device:
+                wanted, device = wanted.to(values.device), values.device
+            if last_only:
+                values = values.select(1, -1) if self._place is None else self._at_last(values)
+            self._parts[key] = values.index_select(-1, wanted)
 
         return read
 
     def _next(self) -> None:
         """Pool what an earlier pass gathered, once the next one begins."""
-        if self.firings.passes != self._seen:
-            self._absorb()
-            self._shape = self.firings.shape
+        self._absorb()
+        self._shape = self.firings.shape
 
     def _read_expert(self, key: str, rows: ExpertRows) -> None:
-        self._next()
+        if self.firings.passes != self._seen:
+            self._next()
         batch, width = self._shape
         if key not in self._parts:
             self._parts[key] = rows.values.new_zeros(batch * width, len(self._columns[key]))
@@ -162,19 +173,21 @@ class Collector:
             whole = self._parts[key].view(batch, width, -1)
             self._parts[key] = self._at_last(whole) if self._last_only else whole
         parts = [self._parts[key] for key in self._columns]
+        self._parts = {}
+        self._offset += width
         device = parts[0].device
         wide = torch.cat([part if part.device == device else part.to(device) for part in parts], -1)
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        self._parts = {}
-        real = None
+        wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
         if self._last_only:
-            wide = wide[:, None]
-        elif self._mask is not None:
-            real = self._mask[:, self._offset : self._offset + width].to(device)
+            self._last = wide
+            return
+        real = None
+        if self._mask is not None:
+            start = self._offset - width
+            real = self._mask[:, start : start + width].to(device)
             real = torch.nn.functional.pad(real, (0, width - real.shape[1]), value=True)  # behind the prompt nothing is padding
         for pool in self._pools.values():
             pool.add(wide, real)
-        self._offset += width
 
 
 def positions(index: Index, columns: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:

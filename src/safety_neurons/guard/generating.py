@@ -258,8 +258,7 @@ class GuardedModel:
         @contextlib.contextmanager
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
-            watch = Watch(self.guard, self.rules, [item.truncated for item in chosen], [len(item.ids) for item in chosen])
-            watch.cancelled = cancelled or watch.cancelled
+            watch = Watch(self.guard, self.rules, [item.truncated for item in chosen], [len(item.ids) for item in chosen], cancelled)
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
             with watch.on(mask) as arguments:
                 if streamer is not None:

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from safety_neurons.errors import ModelError, SafetyNeuronsError, UsageError
+from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.guard.bindings import Bindings
 from safety_neurons.guard.calibration import Calibration
-from safety_neurons.guard.classifier import LIMIT, Classifier
+from safety_neurons.guard.classifier import LIMIT, Classifier, float_rows
 from safety_neurons.guard.features import Collector, model_lock
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
@@ -31,8 +31,8 @@ from safety_neurons.results import notebook
 
 TOP = 5
 _NOT_FINITE = "an activation is NaN or infinite"
-FAILURES = (SafetyNeuronsError, RuntimeError, MemoryError, ValueError, TypeError, LookupError)
-"""What may go wrong while a prompt is read, and is then a verdict of status "error" rather than an exception."""
+FAILURES = (Exception,)
+"""What goes wrong while a prompt is read is a verdict of status "error", whatever it is; interrupts and exits pass."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -269,13 +269,14 @@ class Guard:
         limit = self._limit(threshold)
         mean, inverse, weights = self.classifier.wide
         with np.errstate(invalid="ignore", over="ignore"):
-            centred = features.to("cpu", torch.float64).numpy() - mean
+            centred = float_rows(features) - mean
             scores = (centred @ weights).tolist()
             standardised = centred * inverse
+            squares = np.einsum("ij,ij->i", standardised, standardised).tolist()
+        latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
         verdicts = []
         for row, score in enumerate(scores):
             score += self.bias
-            latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
             length = None if lengths is None else lengths[row]
             if not math.isfinite(score):
                 verdicts.append(self.failed(_NOT_FINITE, threshold=limit, fail_open=fail_open, latency_ms=latency, n_tokens=length))
@@ -285,7 +286,7 @@ class Guard:
             flagged = chance >= limit or (truncated[row] and not fail_open)
             status: Status = "truncated" if truncated[row] else "ok"
             named = self._top(centred[row] * weights, top) if top and (flagged or not only_flagged) else ()
-            distance = math.sqrt(float(standardised[row] @ standardised[row]) / len(mean))
+            distance = math.sqrt(squares[row] / len(mean))
             verdicts.append(Verdict(chance, flagged, limit, status, latency, named, odds, distance, length))
         return verdicts
 

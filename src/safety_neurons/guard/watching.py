@@ -48,14 +48,14 @@ class Watch:
         lengths: tokens of each prompt.
         verdicts: per row, once the prompt is read.
         rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
-        cancelled: set from outside to end all rows at their next token.
+        cancelled: set from outside to end all rows at their next token; None where nothing will.
     """
 
     guard: Guard
     rules: Rules
     truncated: Sequence[bool]
     lengths: Sequence[int]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
     steps: int = 0
@@ -69,14 +69,16 @@ class Watch:
         self.width = int(mask.shape[1])
         self.stopped = torch.zeros(len(mask), dtype=torch.bool)
         self.rechecks = [[] for _ in range(len(mask))]
-        with contextlib.ExitStack() as self._hooks:
+        try:
             self._open()
             yield {"stopping_criteria": [self]}
+        finally:
+            self._close()
 
     def __call__(self, ids: Int[Tensor, "batch token"], *_: Any, **__: Any) -> Bool[Tensor, " batch"]:
         """Called by `generate` with every new token of all rows, before anyone has seen it: which rows end here."""
         self.advance(int(ids.shape[1]) - self.width)
-        ends = torch.ones_like(self.stopped) if self.cancelled.is_set() else self.stopped
+        ends = self.stopped if self.cancelled is None or not self.cancelled.is_set() else torch.ones_like(self.stopped)
         return ends if ends.device == ids.device else ends.to(ids.device)
 
     def advance(self, n_tokens: int) -> None:
@@ -131,12 +133,16 @@ class Watch:
             self._reading = True
             if self.steps:
                 self.collector.start(left=True)
-            self._hooks.enter_context(self.collector)
+            self.collector.__enter__()
 
     def _rest(self) -> None:
         """Take the hooks off until the next check; a pooling over all tokens keeps them while there is one."""
         if self.rules.every and self.guard.pooling.kind != "last":
             return
-        self._reading = False
-        with contextlib.suppress(*FAILURES):  # sites that never came by are in the verdict already
-            self._hooks.close()
+        self._close()
+
+    def _close(self) -> None:
+        """Hooks off; a site that never came by is in the verdict already, as an error."""
+        if self._reading:
+            self._reading = False
+            self.collector.off()

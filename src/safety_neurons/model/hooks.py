@@ -109,8 +109,7 @@ class Reading:
             first = anatomy.layers[0].module
             self._registrations.append((first.register_forward_pre_hook, _note_shape(self.firings), {"with_kwargs": True}))
         for places in dense.values():
-            pairs = [(place.at(None), readers[place.key]) for place in places]
-            self._registrations.append((*_prepared(pairs, self.firings, edit=False), {}))
+            self._registrations.append((*_whole_reader([(place, readers[place.key]) for place in places], self.firings), {}))
         self._handles: list[Any] = []
         self._stack = ExitStack()
 
@@ -125,19 +124,21 @@ class Reading:
             for part, wanted in self._experts:
                 self._stack.enter_context(_experts_hooked(part, wanted, firings, edit=False))
         except BaseException:
-            self._off()
+            self.off()
             raise
         return firings
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self._off()
+        self.off()
         if kind is None:
             self.firings.check()
 
-    def _off(self) -> None:
+    def off(self) -> None:
+        """Leave without looking whether every site came by, for whoever looks at what was read."""
         while self._handles:
             self._handles.pop().remove()
-        self._stack.close()
+        if self._experts:
+            self._stack.close()
 
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -273,6 +274,22 @@ def _prepared(pairs: _Pairs, firings: Firings, edit: bool) -> tuple[Callable[...
     if side == "input":
         return module.register_forward_pre_hook, _input_hook(act) if edit else lambda _, args: act(args[0])
     return module.register_forward_hook, lambda _, __, output: act(output)
+
+
+def _whole_reader(pairs: _Pairs, firings: Firings) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_prepared` for readers of a whole side of a projection, in one call a pass: what it costs is what a guard adds to a prefill."""
+    module, counts = pairs[0][0].hooked, firings.counts
+    steps = tuple((place.key, function) for place, function in pairs)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        values = args[0] if args[0].ndim == 3 else _shaped(args[0], firings)
+        for key, function in steps:
+            counts[key] += 1
+            function(values)
+
+    if pairs[0][0].side == "input":
+        return module.register_forward_pre_hook, before
+    return module.register_forward_hook, lambda _, __, output: before(_, (output,))
 
 
 def _input_hook(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
