@@ -49,7 +49,8 @@ def check(options: Mapping[str, Any], common: Common) -> None:
     """
     for name, allowed in CHOICES.items():
         value = getattr(common, name) if name == "dtype" else options.get(name)
-        if value is not None and value not in allowed:
+        named = name == "at" and "cards" in options  # Of analyze vocabulary, where it names neurons.
+        if value is not None and value not in allowed and not named:
             raise UsageError(f"--{name.replace('_', '-')} {value!r} is unknown; expected one of {', '.join(allowed)}")
     check_common(common)
     check_places(options)
