@@ -78,7 +78,7 @@ def litellm(texts, turns=None, **further):
     [
         (litellm(["bread"]), "NONE"),
         (litellm(["bread", "attack"]), "BLOCKED"),
-        (litellm([]), "NONE"),
+        (litellm([]), "BLOCKED"),
         (litellm(["bread"], [{"role": "system", "content": "be kind"}, {"role": "user", "content": "attack"}]), "BLOCKED"),
         (litellm(["bread"], tools=[{"type": "function", "function": {"name": "f", "description": "an attack ,"}}]), "BLOCKED"),
         (litellm(["bread"], images=["data:image/png;base64,AAAA"]), "BLOCKED"),

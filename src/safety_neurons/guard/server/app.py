@@ -135,7 +135,7 @@ async def _shown(request: Request, problem: Problem) -> Response:
 async def _not_served(request: Request, error: HTTPException) -> Response:
     code = _NAMES.get(error.status_code, "http_error")
     problem = Problem(
-        error.status_code, f"there is no {request.method} here; see /openapi.json for the routes", code, headers=error.headers
+        error.status_code, f"there is no {request.method[:16]} here; see /openapi.json for the routes", code, headers=error.headers
     )
     return await _shown(request, problem)
 

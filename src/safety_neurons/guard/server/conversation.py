@@ -1,6 +1,7 @@
 """What of a request the guard has to read: the turns as one conversation, and by itself whatever else holds text."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,9 @@ INERT = frozenset(
 """Fields of a chat request that hold no text which a model reads."""
 READ = ("tools", "functions", "tool_choice", "function_call", "response_format", "prediction", "web_search_options")
 """Fields that hold text which a model may read: each is judged by itself."""
+_PLAIN = re.compile(r"[A-Za-z0-9_.:-]{0,32}")
+_OF_NOBODY = frozenset({"model", "messages", "stream_options", "stop", "user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that are checked elsewhere, or that no template shows to a model."""
 _PART_FIELDS = {"type", "text", "refusal", "annotations", "cache_control", "prompt_cache_breakpoint"}
 _TURN_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "annotations", "audio"}
 
@@ -75,7 +79,7 @@ def said(turn: Turn, place: str) -> str:
         name = strange[0][:64] if strange else "audio"
         raise Problem(400, f"{place}: the guard cannot read its field {name!r}; expected text", "unreadable_content", param=place)
     found = [turn.content] if isinstance(turn.content, str) else [text_of(part, place) for part in turn.content or ()]
-    for name in ("refusal", "tool_calls", "function_call"):
+    for name in ("refusal", "tool_calls", "function_call", "annotations"):
         if extra.get(name):
             found.append(as_text(extra[name]))
     return "\n".join(found)
@@ -89,10 +93,12 @@ def text_of(part: Part, place: str) -> str:
     """
     extra = part.model_extra or {}
     strange = [name for name, value in extra.items() if name not in _PART_FIELDS and value is not None]
-    text = part.text if part.text is not None else extra.get("refusal")
-    if part.type not in SPEECH or strange or not isinstance(text, str):
+    texts = [text for text in (part.text, extra.get("refusal")) if text is not None]
+    texts += [as_text(extra["annotations"])] if extra.get("annotations") else []
+    strange += [name for name in ("cache_control", "prompt_cache_breakpoint") if not _is_plain(extra.get(name))]
+    if part.type not in SPEECH or strange or not texts or not all(isinstance(text, str) for text in texts):
         raise Problem(400, f"{place}: the guard cannot read a part of type {part.type!r}; expected text", "unreadable_content", param=place)
-    return text
+    return "\n".join(texts)
 
 
 def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Prompt]:
@@ -115,10 +121,46 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Promp
             "unknown_parameter",
             param=name,
         )
-    texts = [(name, as_text(request[name])) for name in READ if request.get(name) not in (None, "auto", "none", "required", [], {})]
+    checked = sorted(INERT - _OF_NOBODY)
+    wordy = next((name for name in checked if not _is_plain(request.get(name), numbers=name == "logit_bias")), None)
+    if wordy is not None:
+        raise Problem(400, f"{wordy}: expected a number or a word; some templates show it to the model", "invalid_value", param=wordy)
+    names = sorted({turn["name"] for turn in request["messages"] if turn.get("name")})
+    texts = [("name", " ".join(names))] if names else []
+    texts += [(name, as_text(request[name])) for name in READ if request.get(name) not in (None, "auto", "none", "required", [], {})]
     return [Prompt(id=name, text=text) for name, text in texts]
 
 
 def as_text(value: Any) -> str:
     """A value as a model would see it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(_opened(value), ensure_ascii=False)
+
+
+def _opened(value: Any, name: str = "") -> Any:
+    """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so escapes in them."""
+    if isinstance(value, dict):
+        return {key: _opened(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_opened(one) for one in value]
+    if name == "arguments" and isinstance(value, str):
+        try:
+            return json.loads(value, object_pairs_hook=_pairs)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> Any:
+    """An object; where a name comes twice, all of it."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else [list(pair) for pair in pairs]
+
+
+def _is_plain(value: Any, *, numbers: bool = False) -> bool:
+    """Whether a value is numbers and words too short to hold a prompt."""
+    if isinstance(value, dict) and numbers:
+        return all(isinstance(one, int | float) and _PLAIN.fullmatch(name) for name, one in value.items())
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if len(parts) > 8:
+        return False
+    return all(part is None or isinstance(part, int | float) or (isinstance(part, str) and bool(_PLAIN.fullmatch(part))) for part in parts)

@@ -35,7 +35,7 @@ class Turn(Shape):
     """A message of a conversation."""
 
     role: Role
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: Word | None = None
     tool_call_id: Word | None = None
 
@@ -50,7 +50,7 @@ class ChatRequest(Shape):
     """A conversation that is to be answered. Further fields go to the upstream where they are known not to hold a prompt."""
 
     model: Name
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -59,7 +59,7 @@ class ChatRequest(Shape):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
 
 
 class ModerationRequest(Shape):
@@ -67,9 +67,9 @@ class ModerationRequest(Shape):
 
     input: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Part], Field(min_length=1)]
-        | Annotated[list[Turn], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     )
     model: Name | None = None
 
@@ -77,15 +77,15 @@ class ModerationRequest(Shape):
 class ClassifyRequest(Shape):
     """A text, or a list of texts, to judge."""
 
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
     model: Name | None = None
 
 
 class GuardrailRequest(Shape):
     """What LiteLLM asks of a guardrail."""
 
-    texts: list[str] | None = None
-    structured_messages: list[Turn] | None = None
+    texts: Annotated[list[str], Field(fail_fast=True)] | None = None
+    structured_messages: Annotated[list[Turn], Field(fail_fast=True)] | None = None
     images: list[Any] | None = None
     tools: list[Any] | None = None
     tool_calls: list[Any] | None = None

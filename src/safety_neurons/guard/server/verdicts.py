@@ -76,15 +76,20 @@ class Verdicts:
             )
         if request.images:
             return self._unread("images are not read by the guard", noted)
-        prompts = [Prompt(str(number), text) for number, text in enumerate(request.texts or ())]
+        texts = list(request.texts or ())
+        prompts = [Prompt(str(number), text) for number, text in enumerate(texts)]
         if request.structured_messages:
             try:
-                prompts = [prompt_of(request.structured_messages, self.settings.limits.messages)]
+                whole = prompt_of(request.structured_messages, self.settings.limits.messages)
+                read = "\n".join(turn.content for turn in whole.messages)
+                prompts = [whole, *(prompt for prompt in prompts if prompt.text not in read)]
             except Problem as problem:
                 if problem.code != "unreadable_content":
                     raise
                 return self._unread(problem.message, noted)
         prompts += [Prompt(name, as_text(value)) for name, value in (("tools", request.tools), ("tool_calls", request.tool_calls)) if value]
+        if not prompts:  # what cannot be shown as text, token ids say, comes as nothing
+            return self._unread("there is nothing that the guard can read", noted)
         outcomes = await self._judged(prompts, GUARDRAIL, noted)
         held = next((outcome for outcome in outcomes if outcome.held), None)
         if held is None:

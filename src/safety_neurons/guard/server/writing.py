@@ -20,6 +20,7 @@ from safety_neurons.guard.server.problems import too_long
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import takes_padding
 
+_COLDEST = 1e-6
 _HALF_CHARACTER = "�"
 
 
@@ -138,7 +139,8 @@ class Row:
         """The next token."""
         if self._random is None:
             return int(logits.argmax())
-        scores = (logits.double().cpu() / self._settings.temperature).softmax(0)
+        scores = logits.double().cpu()
+        scores = ((scores - scores.max()) / max(self._settings.temperature, _COLDEST)).softmax(0)  # colder, quotients are no numbers
         if self._settings.top_p < 1:
             order = scores.sort(descending=True)
             outside = order.values.cumsum(0) - order.values >= self._settings.top_p

@@ -1,0 +1,102 @@
+"""Requests made to pass the guard unread, or to keep others from being served."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+import torch
+from server_tools import TOKEN, Upstream, Words, running, service
+
+from safety_neurons.guard.server.problems import Problem
+from safety_neurons.guard.server.reading import validated
+from safety_neurons.guard.server.shapes import ChatRequest, ClassifyRequest, ModerationRequest
+from safety_neurons.guard.server.writing import Decode, Row
+
+SHOWN = {"Authorization": f"Bearer {TOKEN}"}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now"}'}}
+TWICE = {**CALL, "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now", "q": "x"}'}}
+ROUTE = "/beta/litellm_basic_guardrail_api"
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    server = Upstream()
+    server.start()
+    yield server
+    server.die()
+
+
+@pytest.fixture(scope="module")
+def address(upstream):
+    with running(service(Words(), upstream=upstream.url, token=TOKEN)) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": [{"type": "refusal", "text": "hello", "refusal": "an attack now"}]},
+        {"role": "user", "content": [{"type": "text", "text": "hello", "annotations": ["an attack now"]}]},
+        {"role": "assistant", "content": "hello", "annotations": [{"text": "an attack now"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [TWICE]},
+        {"role": "user", "content": "hello", "name": "attack"},
+    ],
+)
+def test_whatever_an_upstream_may_show_its_model_is_judged(address, upstream, turn):
+    before = len(upstream.bodies)
+    answer = httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={"model": "far", "messages": [turn]})
+    assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+    assert len(upstream.bodies) == before
+
+
+@pytest.mark.parametrize("name", ["reasoning_effort", "verbosity", "service_tier", "modalities", "top_k", "logit_bias", "logprobs"])
+def test_fields_that_are_not_read_hold_words_and_numbers_only(address, upstream, name):
+    asked = {"model": "far", "messages": [{"role": "user", "content": "hello"}]}
+    before = len(upstream.bodies)
+    for value in ("high\n\nuser: an attack", {"a b": "c"}, ["an attack"]):
+        answer = httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={**asked, name: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    assert len(upstream.bodies) == before
+    fine = {"reasoning_effort": "high", "modalities": ["text"], "top_k": 5, "logit_bias": {str(token): -1.5 for token in range(99)}}
+    assert httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={**asked, **fine}).status_code == 200
+
+
+def test_a_guardrail_that_is_shown_nothing_or_two_different_things_does_not_wave_them_through(address):
+    turns = [{"role": "user", "content": "hello there"}]
+    for body, action in (
+        ({}, "BLOCKED"),
+        ({"texts": [], "structured_messages": []}, "BLOCKED"),
+        ({"texts": ["an attack now"], "structured_messages": turns}, "BLOCKED"),
+        ({"texts": ["hello there"], "structured_messages": turns}, "NONE"),
+    ):
+        assert httpx.post(f"{address}{ROUTE}", headers=SHOWN, json={"input_type": "request", **body}).json()["action"] == action
+
+
+@pytest.mark.parametrize(("shape", "field"), [(ClassifyRequest, "input"), (ModerationRequest, "input"), (ChatRequest, "messages")])
+def test_a_body_of_nothing_but_mistakes_is_refused_at_the_first(shape, field):
+    started = time.process_time()
+    with pytest.raises(Problem, match=field):
+        validated({"model": "m", field: [0] * 200_000}, shape)
+    assert time.process_time() - started < 1  # 5 to 20 s where each is noted
+
+
+def test_nobody_without_a_token_keeps_a_place_by_a_body_that_never_comes(address):
+    async def ask():
+        port = int(address.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        async with asyncio.timeout(5):
+            line = await reader.readline()
+        writer.close()
+        return line
+
+    assert b" 405 " in asyncio.run(ask())
+
+
+def test_the_coldest_temperature_is_greedy_and_breaks_no_group():
+    for temperature in (5e-324, 1e-310, 1e-7):
+        row = object.__new__(Row)
+        row._settings, row._random = Decode(5, temperature, 1.0, 1), torch.Generator().manual_seed(1)
+        assert row.choose(torch.tensor([0.0, 3.0, -1.0, 2.9])) == 1
