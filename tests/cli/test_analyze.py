@@ -118,6 +118,16 @@ def test_languages_and_transfer_are_one_command_each(words, tiny_pair, tmp_path)
     assert "Ability while patched" in command(*line).out
 
 
+def test_prompts_to_measure_on_are_read_before_anything_is_found(words, tiny_pair, tmp_path):
+    common = ["--units", 6, "--max-new-tokens", 3]
+    places = ["--find-prompts", f"{words}/find.{{language}}.jsonl", "--test-prompts", f"{words}/missing.{{language}}.jsonl"]
+    line = ["analyze", "languages", "--model", tiny_pair.aligned, "--languages", "en,de", *places, *common]
+    assert "missing.en.jsonl" in refused(*line, "--out", tmp_path / "languages")
+    line = ["analyze", "transfer", *tiny_pair.models, "--prompts", words / "find.en.jsonl", "--harmful", words / "test.en.jsonl", *common]
+    assert "missing.jsonl" in refused(*line, "--harmless", words / "missing.jsonl", "--out", tmp_path / "transfer")
+    assert not list(tmp_path.glob("*/*.scores.safetensors"))
+
+
 def test_vocabulary_and_progressive_are_one_command_each(tiny_pair, tmp_path):
     find = ["find", "contrast", *tiny_pair.models, "--prompts", tiny_pair.harmful, "--top", 0.1, "--max-new-tokens", 3]
     assert done(*find, "--out", tmp_path / "found")["n_neurons"]
@@ -154,6 +164,16 @@ def test_what_no_model_can_make_right_is_said_at_once(line, said, tmp_path):
     assert outcome.code == 2, outcome.err
     assert said in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_neurons_named_at_are_no_choice_of_another_verb():
+    from safety_neurons.cli.choices import check
+    from safety_neurons.cli.options import Common
+    from safety_neurons.errors import UsageError
+
+    check({"at": "layers.0.down:1", "cards": 8}, Common())
+    with pytest.raises(UsageError, match="expected one of path, base"):
+        check({"at": "layers.0.down:1"}, Common())
 
 
 def test_an_empty_specific_set_keeps_its_chance_and_orders_their_range():

@@ -64,6 +64,7 @@ def languages(
         from safety_neurons import analysis, studies
 
         less, loaded = models(session, base, model)
+        tests = {code: session.prompts(test_prompts.replace("{language}", code), loaded, limit=test_limit) for code in codes}
         with session.status("analyze languages") as tell:
             if given:
                 parts = {code: session.neurons(path, loaded) for code, path in given.items()}
@@ -74,7 +75,7 @@ def languages(
             matrix = studies.deactivation_matrix(
                 loaded,
                 wanted(compared.named(), definitions),
-                {code: session.prompts(test_prompts.replace("{language}", code), loaded, limit=test_limit) for code in codes},
+                tests,
                 completions_file=session.folder.path("completions.jsonl"),
                 progress=tell,
                 **measuring(session, random, max_new_tokens),
@@ -130,17 +131,19 @@ def transfer(
 
         pair = session.pair(base, aligned)
         find, test = apart(session, options, pair.base)
+        limit = None if test_limit is None else test_limit * len(test.names)
+        safe = session.prompts(harmless, pair.base, limit=limit)
+        task = None if answers == "none" else session.prompts(answers, pair.base, limit=limit)
         with session.status("analyze transfer") as tell:
             found = studies.find_by_group(pair.base, pair.aligned, find, **finding(session, options, method or "contrast", tell))
-            limit = None if test_limit is None else test_limit * len(test.names)
             moved = studies.transfer(
                 pair.base,
                 pair.aligned,
                 found,
                 test.members,
-                session.prompts(harmless, pair.base, limit=limit),
+                safe,
                 tasks=listed(tasks) or (),
-                answers=None if answers == "none" else session.prompts(answers, pair.base, limit=limit),
+                answers=task,
                 limit=limit,
                 completions_file=session.folder.path("completions.jsonl"),
                 progress=tell,
