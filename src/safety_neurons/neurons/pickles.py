@@ -83,7 +83,7 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
-        super().__setstate__((1, shape, _dtype(kind), bool(fortran), _bytes(content)))  # type: ignore[misc]
+        super().__setstate__((1, shape, _dtype(kind), bool(fortran), _bytes(content)))  # type: ignore[arg-type]
 
 
 def _dtype(kind: Any) -> "np.dtype[Any]":
@@ -146,7 +146,7 @@ def _look_over(content: bytes) -> None:
             raise NeuronError(
                 f"the file builds an object ({step.name}), which is not an array, a number or a container; nothing of it was run"
             )
-        if step.name.endswith("PUT") and given > len(content):
+        if step.name.endswith("PUT") and int(given or 0) > len(content):
             raise NeuronError("the file claims more memory than it is long; it is damaged")
         tuples += step.name.startswith("TUPLE")
     if tuples > _MOST_TUPLES:
