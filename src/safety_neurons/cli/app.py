@@ -17,7 +17,10 @@ HELP = "Find the neurons which make a language model safe, prove that they do, a
 VERBS = {
     "demo": ("checks", "The whole story on a small organism; ends with the path of a report."),
     "doctor": ("checks", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
-    "compare": ("compare", "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms."),
+    "compare": (
+        "compare",
+        "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms.",
+    ),
     "report": ("report", "One self-contained HTML page from finished runs; --out names the file."),
     "run": (
         "run",
