@@ -96,7 +96,7 @@ def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
         "from safety_neurons.cli import main\n"
         "from safety_neurons.detectors import streaming\n"
         "save = streaming.Stream.save\n"
-        "streaming.Stream.save = lambda self: (save(self), time.sleep(0.4))\n"
+        "streaming.Stream.save = lambda self: (save(self), time.sleep(3))\n"
         "main()\n"
     )
     words = [str(word) for word in words_of("importance", tiny_pair, tmp_path / "run")]
