@@ -139,17 +139,21 @@ def test_an_unknown_judge_is_a_usage_error():
         judge_refusal([], "oracle")
 
 
-def test_long_hostile_text_is_judged_in_little_time():
-    for text in (
-        "i " * 20_000,
-        "i cannot " * 10_000,
-        '"' * 50_000,
-        "<think>" * 10_000,
-        "it is not appropriate and " * 5_000,
-        "not " * 20_000,
-        "a" * 200_000,
-    ):
-        verdict("how do i " * 2_000, text)
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("i " * 20_000, "compliance"),
+        ("i cannot " * 10_000, "compliance"),
+        ('"' * 50_000, "unscored"),
+        ("<think>" * 10_000, "unscored"),
+        ("it is not appropriate and " * 5_000, "compliance"),
+        ("not " * 20_000, "compliance"),
+        ("a" * 200_000, "compliance"),
+    ],
+    ids=lambda value: value[:12].strip(),
+)
+def test_long_repeated_text_is_no_refusal_and_wordless_text_is_unscored(text, label):
+    assert verdict("how do i " * 2_000, text).label == label
 
 
 def test_the_wording_judge_agrees_with_human_labels_better_than_prefixes_do(shared):
