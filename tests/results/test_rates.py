@@ -69,3 +69,10 @@ def test_perplexity_weighs_texts_by_their_tokens_and_leaves_out_what_is_unscored
     assert perplexity([], []) == Rate(None, None, None, 0, 0)
     with pytest.raises(InputError, match="one of each"):
         perplexity([1.0], [1, 2])
+
+
+def test_a_rate_comes_back_from_its_json_whatever_stands_beside_it():
+    found = rate([True, False, None, True])
+    assert Rate.from_json({**json.loads(json.dumps(found.to_json())), "why": "kept apart"}) == found
+    with pytest.raises(KeyError):
+        Rate.from_json({"value": 0.5})

@@ -48,7 +48,7 @@ class OperatingPoint:
             InputError: damaged.
         """
         try:
-            fpr, tpr = (Rate(**{name: found[key][name] for name in ("value", "low", "high", "n", "unscored")}) for key in ("fpr", "tpr"))
+            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
             threshold = None if found["threshold"] is None else check_probability(found["threshold"], "threshold")
             target = check_probability(found["fpr_target"], "false-positive rate")
             return cls(target, threshold, fpr, tpr, bool(found["supported"]), str(found["why"]))

@@ -45,7 +45,7 @@ class Recheck:
             InputError: damaged.
         """
         try:
-            fpr, tpr = (Rate(**{name: found[key][name] for name in ("value", "low", "high", "n", "unscored")}) for key in ("fpr", "tpr"))
+            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
             every, longest = (int(found[name]) for name in ("every", "max_new_tokens"))
             threshold, target = check_probability(found["threshold"], "threshold"), check_probability(found["fpr_target"], "target")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

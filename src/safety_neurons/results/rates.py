@@ -1,8 +1,9 @@
 """Rates: a mean with its 95 % interval, and how many outcomes it rests on."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -42,6 +43,15 @@ class Rate:
     def to_json(self) -> dict[str, float | int | None]:
         """`{value, low, high, n, unscored}`."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Rate":
+        """The rate that `to_json` wrote; other keys are left alone.
+
+        Raises:
+            KeyError, TypeError: one of the five is missing, or this is no object.
+        """
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
 def rate(outcomes: Outcomes, seed: int = 0) -> Rate:
