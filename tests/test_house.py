@@ -83,13 +83,14 @@ def test_every_box_has_a_floor():
 
 
 def test_modules_and_functions_stay_small():
+    """A file is an idea one reads in one sitting."""
     long = []
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
-        if text.count("\n") > 450:
+        if text.count("\n") > 900:
             long.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 70:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 100:
                 long.append(f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno} lines")
     assert not long, long
 

@@ -33,6 +33,8 @@ class Prompt:
         category: Kind of request, where the record says.
         language: Language tag such as `de`, where the record says.
         meta: The record's remaining fields.
+        group: What this prompt shares with others (deed, source, conversation); held-out means that no group is on both sides, and
+            intervals resample groups. None where the record does not say: the prompt is a group of its own.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Prompt:
     category: str | None = None
     language: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    group: str | None = None
 
     @cached_property
     def sha256(self) -> str:
