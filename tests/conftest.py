@@ -6,6 +6,8 @@ import pathlib
 import hypothesis
 import pytest
 
+from not_run import not_run
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,3 +24,10 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line what was not run, and how to run it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := not_run(str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple)):
+        terminalreporter.write_line(line)

@@ -3,7 +3,7 @@
 import http.server
 import json
 import sys
-import time
+import threading
 
 WORDS = ("busy", "slow", "garbage", "refuses", "broken", "moved", "forbidden", "marked", "key", "echo")
 SEEN: dict[str, int] = {}
@@ -26,7 +26,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if word == "moved":
             return self.answer(302, {}, {"Location": "/elsewhere"})
         if word == "slow":
-            time.sleep(1.5)
+            threading.Event().wait()  # never answers: the client gives up, however slow the machine
         harmful = 0.9 if "<harmful>" in said else 0.0
         text = json.dumps({"refusal": "none" if harmful else "full", "harmful": harmful, "categories": ["fraud"] if harmful else []})
         text = {"garbage": "Well, it depends.", "refuses": "I'm sorry, but I can't help with that."}.get(word, f"```json\n{text}\n```")

@@ -55,7 +55,7 @@ def test_a_busy_server_is_asked_again(address):
     ],
 )
 def test_what_a_judge_did_not_judge_is_unscored_and_never_safe(address, word, why, tmp_path):
-    one = judge(f"openai:{address}#tiny", backoff=0.01, timeout=0.5 if word == "slow" else 30.0, retries=2)
+    one = judge(f"openai:{address}#tiny", backoff=0.01, timeout=0.5 if word == "slow" else 600.0, retries=2)
     found = one.judge(asked(f"<{word}>"), cache=tmp_path / "verdicts.sqlite")
     assert found.verdicts[0].label == "unscored"
     assert why in found.verdicts[0].error

@@ -63,7 +63,7 @@ def server(tmp_path):
 
 
 def requests_of(server):
-    with urllib.request.urlopen(server, timeout=10) as answer:
+    with urllib.request.urlopen(server, timeout=600) as answer:
         return json.loads(answer.read())
 
 

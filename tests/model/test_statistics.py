@@ -12,6 +12,7 @@ from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import run_batches
 from safety_neurons.model.statistics import FEW, reduced, reduced_by_group
+from rounding import additions, of_a_sum
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
@@ -31,25 +32,27 @@ def rows_of(values):
     return (values.flatten(0, 1) if isinstance(values, torch.Tensor) else values.values).clone()
 
 
-def assert_same(statistics, stored, tolerance=1e-5):
+def assert_same(lm, statistics, stored):
+    """Equal to what rounding allows: in the model's type while it runs and while a batch is summed, batches are merged in float64."""
     assert set(statistics.sums) == set(stored)
+    before = additions(lm.model)
     for key, values in stored.items():
         assert statistics.counts[key] == len(values), key
-        np.testing.assert_allclose(statistics.sums[key], values.sum(0), rtol=tolerance, atol=tolerance)
-        np.testing.assert_allclose(statistics.sums_of_squares[key], (values**2).sum(0), rtol=tolerance, atol=tolerance)
+        for found, terms in ((statistics.sums[key], values), (statistics.sums_of_squares[key], values**2)):
+            np.testing.assert_allclose(found, terms.sum(0), rtol=0, atol=of_a_sum(terms, lm.dtype, before), err_msg=key)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mixtral", "qwen2_moe"])
 def test_sums_are_those_of_stored_activations(family):
     lm = LanguageModel(build(family))
-    assert_same(activation_statistics(lm, SEQUENCES, batch_size=3), naive(lm, SEQUENCES))
+    assert_same(lm, activation_statistics(lm, SEQUENCES, batch_size=3), naive(lm, SEQUENCES))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, "auto"])
 @pytest.mark.parametrize("sequences", [SEQUENCES, LONG], ids=["short", "long"])
 def test_neither_padding_nor_batch_size_changes_the_sums(batch_size, sequences):
     lm = LanguageModel(tiny_llama(intermediate_size=FEW // 100).double())
-    assert_same(activation_statistics(lm, sequences, batch_size=batch_size), naive(lm, sequences), 1e-12)
+    assert_same(lm, activation_statistics(lm, sequences, batch_size=batch_size), naive(lm, sequences))
 
 
 @pytest.mark.parametrize("sequences", [SEQUENCES, LONG], ids=["short", "long"])
@@ -67,7 +70,7 @@ def test_nan_in_the_padding_reaches_no_sum(sequences):
     places = [lm.anatomy.place(f"layers.1.{site}").module for site in ("gate", "q")]
     with around(after=dict.fromkeys(places, spoil)):
         statistics = activation_statistics(lm, sequences, sites=["q", "gate"], layers="1:2", batch_size=len(sequences))
-    assert_same(statistics, {key: stored[key] for key in ("layers.1.q", "layers.1.gate")})
+    assert_same(lm, statistics, {key: stored[key] for key in ("layers.1.q", "layers.1.gate")})
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -75,7 +78,7 @@ def test_experts_that_run_one_by_one_or_together_have_the_same_sums(implementati
     model = build("gpt_oss")
     model.set_experts_implementation(implementation)
     lm = LanguageModel(model)
-    assert_same(activation_statistics(lm, SEQUENCES, batch_size=5), naive(lm, SEQUENCES))
+    assert_same(lm, activation_statistics(lm, SEQUENCES, batch_size=5), naive(lm, SEQUENCES))
 
 
 def test_the_statistics_of_two_halves_add_up_to_those_of_the_whole():
@@ -125,7 +128,7 @@ def test_a_batch_that_does_not_fit_is_counted_once(monkeypatch):
         statistics = activation_statistics(lm, SEQUENCES, batch_size=4, notes=notes)
     assert failures
     assert "halved" in notes[0]
-    assert_same(statistics, expected)
+    assert_same(lm, statistics, expected)
 
 
 def test_reading_leaves_no_hook_and_stops_behind_the_last_layer_it_needs():
@@ -162,12 +165,14 @@ def test_rows_reduce_to_their_sums_whatever_the_pieces_width_type_and_stride(len
     pieces = [piece[:, :size] for piece in pieces]
     joined = torch.cat(pieces).double()
     sums = reduced(pieces, size, torch.float32)
-    torch.testing.assert_close(sums[0].double(), joined.sum(0), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(sums[1].double(), joined.square().sum(0), rtol=1e-5, atol=1e-4)
+    for found, terms in zip(sums, (joined, joined.square()), strict=True):
+        torch.testing.assert_close(found.double(), terms.sum(0), rtol=0, atol=of_a_sum(terms.numpy(), torch.float32, before=1))
 
 
 def test_groups_of_rows_reduce_to_the_sums_of_each_also_where_a_group_is_empty():
     values = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     counts = torch.tensor([2, 0, 6, 1])
     for group, (piece, sums) in enumerate(zip(values.split(counts.tolist()), reduced_by_group(values, counts, torch.float32), strict=True)):
-        torch.testing.assert_close(sums, torch.stack([piece.float().sum(0), piece.float().square().sum(0)]), msg=f"group {group}")
+        for found, terms in zip(sums, (piece.double(), piece.double().square()), strict=True):
+            bound = of_a_sum(terms.numpy(), torch.float32, before=1)
+            torch.testing.assert_close(found.double(), terms.sum(0), rtol=0, atol=bound, msg=f"group {group}")

@@ -11,6 +11,8 @@ import tempfile
 import time
 from typing import Any
 
+from waiting import HANG
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",
@@ -23,7 +25,6 @@ FLAGS = (
     "--no-first-run",
     "--remote-debugging-pipe",
 )
-WAIT = 90.0
 
 
 def installed() -> str | None:
@@ -80,7 +81,7 @@ class Browser:
         own = self.number
         message = {"id": own, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
         os.write(self.to, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + WAIT
+        end = time.monotonic() + HANG
         while True:
             answer = self._next(end)
             if answer.get("id") == own:
@@ -117,7 +118,7 @@ class Browser:
         """Opens a page and waits until it is loaded and its scripts have run."""
         self.said, self.dialogs, self.requests, self.loaded = [], [], [], False
         self.call("Page.navigate", url=page.resolve().as_uri())
-        end = time.monotonic() + WAIT
+        end = time.monotonic() + HANG
         while not self.loaded:
             self._next(end)
         return self
