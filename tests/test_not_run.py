@@ -25,9 +25,7 @@ MEANINGLESS_HERE = (
 
 def test_what_was_not_run_is_counted_by_what_it_lacks():
     line = not_run(["Skipped: no chromium is installed"] * 2 + ["Skipped: inspect_ai is not installed", "Skipped: there is a GPU here"])
-    assert line == (
-        "not run: 3 tests: 2 for want of a browser (install chromium), 1 for want of inspect_ai (pip install -e '.[inspect]')"
-    )
+    assert line == ("not run: 3 tests: 2 for want of a browser (install chromium), 1 for want of inspect_ai (pip install -e '.[inspect]')")
     assert not_run(["Skipped: there is a GPU here"]) == ""
 
 

@@ -90,7 +90,7 @@ def test_another_batch_size_in_the_same_folder_is_refused_and_loses_nothing(tiny
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
-    # The process says when it has saved and then waits for the end of a pipe that nobody closes, so the kill always falls between two saves.
+    # The process says when it has saved and then waits for the end of a pipe that nobody closes, so no kill falls elsewhere.
     script = (
         "import sys\n"
         "from safety_neurons.cli import main\n"
