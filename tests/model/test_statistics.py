@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import build
+from rounding import additions, of_a_sum
 from safety_neurons.errors import MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import run_batches
 from safety_neurons.model.statistics import FEW, reduced, reduced_by_group
-from rounding import additions, of_a_sum
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
