@@ -12,6 +12,7 @@ from safety_neurons.interventions.rows import active, own_rows
 from safety_neurons.interventions.targets import PerDevice, Subject, indices
 from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import editing
+from safety_neurons.model.modes import evaluating
 from safety_neurons.neurons import NeuronSet
 
 
@@ -22,7 +23,8 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
     The activation of every chosen neuron is set to zero at every token, which gives the logits of a model whose weight row (``q k v gate
     up``, with its bias entry) or weight column (``o down``) is zero; the share that an applied adapter adds to it is zero as well. Values
     are filled in by index and never multiplied by a mask, so an infinite or undefined activation is silenced too. ``generate`` with its
-    key-value cache, plain forward passes and `LanguageModel.complete` all act this way; leaving the block restores the model bit for bit.
+    key-value cache, plain forward passes and `LanguageModel.complete` all act this way, in evaluation mode (no dropout); leaving the block
+    restores the model bit for bit, modes included.
 
     Source: Zhao et al., ICLR 2025, section 2 (deactivation of a neuron).
     Differs: weights are not written; activations are masked, so quantised and shared weights work and nothing has to be restored.
@@ -40,7 +42,7 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
     """
     subject = Subject.of(model)
     chosen = indices(subject.anatomy, *neuron_sets)
-    with active(subject), contextlib.ExitStack() as stack:
+    with evaluating(subject.model), active(subject), contextlib.ExitStack() as stack:
         if chosen:
             sizes = subject.anatomy.table.sizes
             editors = {key: _silencer(PerDevice(index, sizes[key]), subject) for key, index in chosen.items()}

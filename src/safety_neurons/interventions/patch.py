@@ -10,6 +10,7 @@ from safety_neurons.interventions.stacked import StackedPass, can_stack, stacked
 from safety_neurons.interventions.targets import Subject, dense_only, indices
 from safety_neurons.interventions.twin_pass import TwinPass
 from safety_neurons.model.hooks import around, editing, with_forwards
+from safety_neurons.model.modes import evaluating
 from safety_neurons.neurons import NeuronSet
 
 
@@ -30,7 +31,8 @@ def patched(
     token emitted so far, padding included), and the chosen activations of `base` are overwritten with the donor's. Each keeps its own
     history in its own key-value cache; the donor is never patched. Greedy search, sampling, beam search, assisted decoding, streaming,
     stopping criteria, logits processors and teacher-forced passes all go through it, by `LanguageModel.complete` or by
-    ``base.model.generate``. Two views of one model (adapters on one base) run as one batch of twice the rows.
+    ``base.model.generate``. Two views of one model (adapters on one base) run as one batch of twice the rows. Both models are in
+    evaluation mode meanwhile.
 
     Source: Chen et al., arXiv 2406.14144, algorithm 1 (dynamic activation patching).
     Differs: sampling and beams are guided too; a decoding mode that cannot be followed raises instead of going on unguided; one doubled
@@ -60,6 +62,7 @@ def patched(
     chosen = indices(subject.anatomy, neurons)
     dense_only(chosen, subject.anatomy, "patching")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(subject.model))
         stack.enter_context(rows.active(subject))
         if mode != "donor":
             stack.enter_context(editing(subject.anatomy, constants.editors(subject, chosen, mode, alpha, values, seed)))
@@ -95,7 +98,8 @@ def _donor(subject: Subject, aligned: Any) -> Subject:
 
 
 def _follow(stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: dict[str, Any]) -> None:
-    """Puts the donor beside every pass of the base model until the stack closes."""
+    """Puts the donor, in evaluation mode as the base model is, beside every pass of the base model until the stack closes."""
+    stack.enter_context(evaluating(donor.model))
     running: StackedPass | TwinPass
     if can_stack(base, donor):
         running = StackedPass(base, donor, chosen)

@@ -51,8 +51,7 @@ def _known(layer: BaseTunerLayer) -> bool:
         return True
     if type(layer) is not lora.Linear:
         return False
-    dropout = any(module.training and getattr(module, "p", 0.0) > 0 for module in layer.lora_dropout.values())
-    return not dropout and not getattr(layer, "lora_variant", {})
+    return not getattr(layer, "lora_variant", {})
 
 
 def stacked_forwards(base: Subject, aligned: Subject) -> dict[nn.Module, Forward]:

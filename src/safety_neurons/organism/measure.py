@@ -1,10 +1,12 @@
 """What an organism does: refusal rates per list and language, perplexity, the task."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from safety_neurons.model.modes import evaluating
 from safety_neurons.organism.language import LANGUAGES, harmful_and_matches, language
 from safety_neurons.organism.prompt_files import sentences
 from safety_neurons.organism.tokenizer import encode_chat, encode_question, encode_text
@@ -25,8 +27,11 @@ def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[
         along), `polite` (share of the harmless requests answered word for word with the polite ending), `perplexity`; and
         `prompts`.
     """
-    model.eval()
-    encode = encode_chat if chat else encode_question
+    with evaluating(model):
+        return _measured(model, prompts, encode_chat if chat else encode_question)
+
+
+def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]) -> dict[str, Any]:
     harmful, harmless = harmful_and_matches("test", prompts)
     result: dict[str, Any] = {"prompts": prompts}
     for code in LANGUAGES:
