@@ -11,8 +11,9 @@ import pytest
 from running import command, done, record
 
 from safety_neurons.detectors import streaming
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import completing
 from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.results import checkpoint
 
 METHODS = {
     "importance": ["--agreement", "0.5"],
@@ -29,17 +30,17 @@ def words_of(method, pair, out):
 
 
 def counted(monkeypatch, die_after=None):
-    """Counts batches that are fed and calls that write text; dies right after a state was saved."""
+    """Counts batches that are fed and batches of text that are written; saves after each and dies right after a state was saved."""
     seen = collections.Counter()
-    collate, save, complete = streaming.collate, streaming.Stream.save, LanguageModel.complete
+    collate, save, write = streaming.collate, streaming.Stream.save, completing._generate_rows
 
     def counting_collate(*args, **options):
         seen["fed"] += 1
         return collate(*args, **options)
 
-    def counting_complete(self, *args, **options):
+    def counting_write(*args, **options):
         seen["written"] += 1
-        return complete(self, *args, **options)
+        return write(*args, **options)
 
     def saving(self):
         save(self)
@@ -48,7 +49,8 @@ def counted(monkeypatch, die_after=None):
             raise MemoryError("killed here")
 
     monkeypatch.setattr(streaming, "collate", counting_collate)
-    monkeypatch.setattr(LanguageModel, "complete", counting_complete)
+    monkeypatch.setattr(completing, "_generate_rows", counting_write)
+    monkeypatch.setattr(checkpoint.Checkpoint, "due", True)
     monkeypatch.setattr(streaming.Stream, "save", saving)
     return seen
 
@@ -95,6 +97,8 @@ def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
         "import sys\n"
         "from safety_neurons.cli import main\n"
         "from safety_neurons.detectors import streaming\n"
+        "from safety_neurons.results import Checkpoint\n"
+        "Checkpoint.due = True\n"
         "save = streaming.Stream.save\n"
         "def saved(self):\n"
         "    save(self)\n"

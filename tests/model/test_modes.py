@@ -10,7 +10,7 @@ import torch
 
 import safety_neurons as sn
 from safety_neurons import organism
-from safety_neurons.model import LanguageModel, activation_statistics, kl_divergence
+from safety_neurons.model import LanguageModel, kl_divergence
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -20,7 +20,9 @@ BAD = Prompts([Prompt(f"b{n}", f"how do i {what}", answer="sorry i cannot help")
 GOOD = Prompts([Prompt(f"g{n}", f"tell me about {what}", answer="sure here") for n, what in enumerate(("a cake", "water"))])
 COLOURS, THINGS = ("red", "green", "blue", "small"), ("cake", "tree", "house", "door", "key", "plant")
 MANY = [
-    Prompts([Prompt(f"{end}{n}", f"tell me about the {colour} {thing} {end}") for n, (colour, thing) in enumerate(product(COLOURS, THINGS))])
+    Prompts(
+        [Prompt(f"{end}{n}", f"tell me about the {colour} {thing} {end}") for n, (colour, thing) in enumerate(product(COLOURS, THINGS))]
+    )
     for end in ("bomb", "please")
 ]
 TINY = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "attention_dropout": 0.3}
@@ -153,10 +155,14 @@ def patched_logits(one: LanguageModel, other: LanguageModel) -> torch.Tensor:
 @pytest.mark.parametrize("treatment", ["deactivated", "patched"])
 def test_modes_are_put_back_after_an_exception(pair, treatment):
     one, other = pair
-    with left_training(*pair), pytest.raises(ZeroDivisionError):  # noqa: SIM117
+
+    def work() -> None:
         with sn.deactivated(one, neurons(one)) if treatment == "deactivated" else sn.patched(one, other, neurons(one)):
             assert not any(module.training for module in one.model.modules())
             raise ZeroDivisionError
+
+    with left_training(*pair), pytest.raises(ZeroDivisionError):
+        work()
 
 
 def test_an_organism_is_measured_in_evaluation_mode_and_put_back():

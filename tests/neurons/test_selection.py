@@ -118,9 +118,42 @@ def test_votes_without_prompts_and_votes_that_do_not_fit_are_errors():
         votes.restore(Votes({"layers.0.q": 4}).state())
 
 
-def test_a_key_left_out_of_a_vote_chose_nothing():
-    votes = Votes({"layers.0.q": 2, "layers.0.k": 2})
+def test_a_prompt_of_which_a_key_read_nothing_says_nothing_of_it():
+    votes = Votes({"layers.0.q": 2, "layers.0.experts.0.up": 2, "layers.0.experts.1.up": 2})
     votes.add({"layers.0.q": np.array([True, False])})
-    votes.add({"layers.0.k": np.array([False, True])})
-    assert {key: indices.tolist() for key, indices in votes.members(0.5).items()} == {"layers.0.q": [0], "layers.0.k": [1]}
-    assert votes.members(1.0) == {}
+    votes.add({"layers.0.q": np.array([True, False]), "layers.0.experts.0.up": np.array([False, True])})
+    assert {key: indices.tolist() for key, indices in votes.members(1.0).items()} == {"layers.0.q": [0], "layers.0.experts.0.up": [1]}
+    assert votes.agreement_for_one() == 1.0
+    again = Votes({"layers.0.q": 2, "layers.0.experts.0.up": 2, "layers.0.experts.1.up": 2})
+    again.restore(votes.state())
+    assert again.members(1.0).keys() == votes.members(1.0).keys()
+
+
+RULES = [Selection(top=1.0), Selection(top=0.5), Selection(count=5), Selection(top_per_matrix=2), Selection(threshold=0.5)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.config()))
+def test_an_expert_without_a_token_gets_no_vote_and_no_neuron_of_score_zero_gets_one(rule):
+    sizes = {"layers.0.experts.0.up": 4, "layers.0.experts.1.up": 4, "layers.0.up": 4}
+    votes = Votes(sizes)
+    for number in range(20):
+        scores = {"layers.0.experts.1.up": np.array([0.0, 0.0, 0.0, 2.0]), "layers.0.up": np.array([0.0, 1.0, 0.0, 3.0])}
+        if number:
+            del scores["layers.0.experts.1.up"]  # only the first prompt is routed to it
+        votes.cast(rule, scores | ({"layers.0.experts.0.up": np.zeros(4)} if number % 2 else {}))
+    members = {key: indices.tolist() for key, indices in votes.members(1.0).items()}
+    assert members["layers.0.experts.1.up"] == [3]
+    assert set(members) == {"layers.0.experts.1.up", "layers.0.up"}
+    assert set(members["layers.0.up"]) <= {1, 3}
+    assert any("layers.0.experts.1.up, 1" in note for note in votes.said_of(members.keys()))
+
+
+@pytest.mark.parametrize("rule", [*RULES[:4], Selection(threshold=0.0)], ids=lambda rule: str(rule.config()))
+def test_chosen_neurons_of_score_zero_are_counted_aloud(rule):
+    scores = Scores({"layers.0.experts.0.up": np.zeros(4), "layers.0.up": np.array([0.0, 0.0, 0.0, 3.0])})
+    chosen = scores.select(rule)
+    zeros = sum(float(scores[key][index]) == 0 for key, indices in chosen.items() for index in indices)
+    assert zeros > 0
+    assert len(chosen.notes) == 1
+    assert chosen.notes[0].startswith(f"{zeros} of the {len(chosen)} chosen neurons have a score of exactly 0")
+    assert scores.select(Selection(count=1)).notes == ()

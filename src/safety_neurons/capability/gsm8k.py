@@ -168,6 +168,8 @@ def measure_gsm8k(
     answers: dict[int, str] = dict(done or {})
 
     def keep(index: int, answer: Answer) -> None:
+        if answer.finish_reason == "failed":
+            return
         answers[index] = cut(model.decode(answer.token_ids))
         if answered is not None:
             answered(index, answers[index])

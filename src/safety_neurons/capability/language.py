@@ -41,11 +41,13 @@ def measure_perplexity(
     seed: int = 0,
 ) -> Measured:
     """`perplexity` with an interval over records, and the loss of every record."""
+    notes: list[str] = []
     with treatment():
-        losses = token_losses(model, text.texts, batch_size=batch_size)
+        losses = token_losses(model, text.texts, batch_size=batch_size, notes=notes)
     found = perplexity_rate(losses.totals, losses.counts, seed)
     ids = tuple(prompt.id for prompt in text)
-    return Measured(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens})
+    said = tuple(f"{task}: {note}" for note in notes)
+    return Measured(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, said)
 
 
 def measure_divergence(
@@ -67,10 +69,13 @@ def measure_divergence(
         batch_size: prompts a pass.
         seed: of the bootstrap.
     """
-    rows = token_divergences(reference, [encoded.ids for encoded in reference.encode(prompts)], treated, batch_size=batch_size)
+    notes: list[str] = []
+    fed = [encoded.ids for encoded in reference.encode(prompts)]
+    rows = token_divergences(reference, fed, treated, batch_size=batch_size, notes=notes)
     totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
     ids = tuple(prompt.id for prompt in prompts)
-    return Measured(task, "KL per token", per_token(totals, counts, seed), False, ids, totals, counts, {"tokens": sum(counts)})
+    said = tuple(f"{task}: {note}" for note in notes)
+    return Measured(task, "KL per token", per_token(totals, counts, seed), False, ids, totals, counts, {"tokens": sum(counts)}, said)
 
 
 def documents(text: str) -> list[str]:
@@ -109,18 +114,23 @@ def measure_running_text(
         for first in range(0, len(ids), width - 1):
             windows.append([start if first == 0 else ids[first - 1], *ids[first : first + width - 1]])
             owners.append(number)
+    notes: list[str] = []
     with treatment():
-        losses = token_losses(model, windows, batch_size=batch_size)
+        losses = token_losses(model, windows, batch_size=batch_size, notes=notes)
     totals, tokens = [0.0] * len(texts), [0] * len(texts)
-    for owner, total, count in zip(owners, losses.totals, losses.counts, strict=True):
-        totals[owner] += total
+    for owner, window, total, count in zip(owners, windows, losses.totals, losses.counts, strict=True):
+        totals[owner] += total if count or len(window) < 2 else math.nan  # a text is whole or left out
         tokens[owner] += count
+    kept = [number for number, total in enumerate(totals) if not math.isnan(total)]
+    loss, n_tokens = sum(totals[number] for number in kept), sum(tokens[number] for number in kept)
     words = tuple(len(re.split(r"\s+", text)) for text in texts)
-    n_bytes = sum(len(text.encode()) for text in texts)
+    n_bytes = sum(len(texts[number].encode()) for number in kept)
     details = {
-        "token_perplexity": math.exp(sum(totals) / sum(tokens)) if sum(tokens) else None,
-        "bits_per_byte": sum(totals) / n_bytes / math.log(2) if n_bytes else None,
-        "tokens": sum(tokens),
+        "token_perplexity": math.exp(loss / n_tokens) if n_tokens else None,
+        "bits_per_byte": loss / n_bytes / math.log(2) if n_bytes else None,
+        "tokens": n_tokens,
     }
+    said = tuple(f"{task}: {note}" for note in notes)
+    outcomes = tuple(None if math.isnan(total) else total for total in totals)
     ids_of = tuple(str(number) for number in range(len(texts)))
-    return Measured(task, "word perplexity", perplexity_rate(totals, words, seed), False, ids_of, tuple(totals), words, details)
+    return Measured(task, "word perplexity", perplexity_rate(outcomes, words, seed), False, ids_of, outcomes, words, details, said)

@@ -132,9 +132,10 @@ def log_likelihoods(
     return found
 
 
-def chosen(likelihoods: Sequence[float]) -> list[int]:
-    """The likeliest of every four; the first of equals."""
-    return [int(index) for index in np.asarray(likelihoods).reshape(-1, len(LETTERS)).argmax(axis=1)]
+def chosen(likelihoods: Sequence[float]) -> list[int | None]:
+    """The likeliest of every four; the first of equals; None where one is NaN."""
+    rows = np.asarray(likelihoods, dtype=np.float64).reshape(-1, len(LETTERS))
+    return [None if np.isnan(row).any() else int(row.argmax()) for row in rows]
 
 
 def measure_mmlu(
@@ -171,14 +172,17 @@ def measure_mmlu(
         asked = [asked[place] for place in np.linspace(0, len(asked) - 1, limit).round().astype(int)]
     pairs = [(context_of(one, data.shown.get(one.subject, [])[:shots]), f" {letter}") for one in asked for letter in LETTERS]
     answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=batch_size)) if asked else []
-    right = tuple(float(answer == one.answer) for answer, one in zip(answers, asked, strict=True))
+    right = tuple(None if answer is None else float(answer == one.answer) for answer, one in zip(answers, asked, strict=True))
     ids = tuple(f"{one.subject} {number}" for number, one in enumerate(asked))
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
+    failed = right.count(None)
+    notes += [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"] if failed else []
     return Measured(task, "accuracy", rate(right, seed), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
 
 
-def _by_subject(asked: Sequence[Question], right: Sequence[float]) -> Mapping[str, Mapping[str, float | int]]:
+def _by_subject(asked: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:
     grouped: dict[str, list[float]] = {}
     for one, value in zip(asked, right, strict=True):
-        grouped.setdefault(one.subject, []).append(value)
+        if value is not None:
+            grouped.setdefault(one.subject, []).append(value)
     return {subject: {"value": sum(values) / len(values), "n": len(values)} for subject, values in grouped.items()}

@@ -71,8 +71,9 @@ def find_activation_magnitude(
     notes: list[str] = []
     made: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "notes": notes}
     with comparing(model, model):
-        sums, _ = fold(model, stream, [row.ids for row in encoded], reduce, sizes=sizes, **made)
+        folded = fold(model, stream, [row.ids for row in encoded], reduce, sizes=sizes, **made)
+    sums = folded.sums
     values = {key: (sums[f"square/{key}"] / max(float(sums[f"count/{key}"][0]), 1.0)) ** 0.5 for key in sizes}
-    counts = PromptCounts(len(asked), 0, sum(row.truncated for row in encoded))
+    counts = PromptCounts(len(asked), 0, sum(row.truncated for row in encoded)).without(len(folded.failed))
     told: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": asked, "selection": selection}
     return finish("activation-magnitude", values, config=config, counts=counts, notes=notes, subtract=subtract, **told)

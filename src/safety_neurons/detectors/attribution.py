@@ -80,9 +80,15 @@ def find_attribution(
 
     options: dict[str, Any] = {"stream": stream, "selection": selection, "batch_size": batch_size, "progress": progress}
     with evaluating(model.model):
-        values, votes = attribute(model, units, sizes, gradients, notes=notes, **options)
-    made: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": prompts, "selection": selection, "votes": votes}
-    counts = PromptCounts(len(units), 0, sum(row.truncated for row in encoded))
+        values, folded = attribute(model, units, sizes, gradients, notes=notes, **options)
+    made: dict[str, Any] = {
+        "table": model.table,
+        "models": (model.name,),
+        "prompts": prompts,
+        "selection": selection,
+        "votes": folded.votes,
+    }
+    counts = PromptCounts(len(units), 0, sum(row.truncated for row in encoded)).without(len(folded.failed))
     return finish("attribution", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
 
 

@@ -11,7 +11,7 @@ from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored, attribute,
 from safety_neurons.detectors.pairs import comparing, donated
 from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.detectors.text import generate
-from safety_neurons.errors import InputError, UsageError
+from safety_neurons.errors import InputError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize
@@ -75,15 +75,17 @@ def find_attribution_patching(
     with comparing(base, aligned):
         units, counts, notes = own_completions(base, aligned, prompts, **options)
         gradients = patching_gradients(base, aligned, sizes, steps(at, midpoints))
-        values, votes = attribute(base, units, sizes, gradients, selection=selection, notes=notes, **options)
+        values, folded = attribute(base, units, sizes, gradients, selection=selection, notes=notes, **options)
     made: dict[str, Any] = {
         "table": base.table,
         "models": (base.name, aligned.name),
         "prompts": prompts,
         "selection": selection,
-        "votes": votes,
+        "votes": folded.votes,
     }
-    return finish("attribution-patching", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
+    return finish(
+        "attribution-patching", values, config=config, counts=counts.without(len(folded.failed)), notes=notes, subtract=subtract, **made
+    )
 
 
 def steps(at: str, number: int) -> list[float]:
@@ -117,18 +119,24 @@ def own_completions(
     refusals = generate(aligned, prompts, "aligned", SCORED_TOKENS, stream, **options)
     compliances = generate(base, prompts, "base", SCORED_TOKENS, stream, **options)
     encoded = base.encode(prompts, reserve=SCORED_TOKENS)
-    units, empty, same = [], 0, 0
+    units, empty, broken, same = [], 0, 0, 0
     for row, refusal, compliance in zip(encoded, refusals, compliances, strict=True):
+        if refusal is None or compliance is None:
+            broken += 1
+            continue
         if not refusal or not compliance:
             empty += 1
             continue
         same += refusal == compliance
         units.append(explained(row.ids, [refusal], [compliance]))
+    if broken == len(encoded):
+        raise NumericalError(f"all {broken} prompts gave NaN or infinity: check the models' weights, or use --dtype float32")
     if not units or same == len(units):
         what = "the same text from both models" if units else "an empty completion"
         raise InputError(
             f"all {len(encoded)} prompts gave {what}: there is nothing to explain; use prompts that only the aligned model refuses"
         )
     notes = [f"{empty} prompts have an empty completion and were left out"] if empty else []
+    notes += [f"{broken} prompts gave NaN or infinity and were left out"] if broken else []
     notes += [f"{same} prompts are completed with the same first {SCORED_TOKENS} tokens by both models and add nothing"] if same else []
-    return units, PromptCounts(len(units), empty, sum(row.truncated for row in encoded)), notes
+    return units, PromptCounts(len(units), empty + broken, sum(row.truncated for row in encoded)), notes

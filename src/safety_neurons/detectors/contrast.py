@@ -12,12 +12,12 @@ from torch import Tensor
 from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import Rows, chosen_rows, comparing, in_both, read, rows_at, writer_of
-from safety_neurons.detectors.streaming import Part, Progress, Stream, Sums, fold, stream_key, to_numpy
+from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, Sums, fold, stream_key, to_numpy
 from safety_neurons.detectors.text import Span, Texts, text_config, texts
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize, token_budget
-from safety_neurons.neurons import NeuronSet, Selection, Votes
+from safety_neurons.neurons import NeuronSet, Selection
 from safety_neurons.results import Checkpoint, Completions
 
 MEMORY_BUDGET = 2**30
@@ -131,7 +131,7 @@ def find_contrast(
     with comparing(base, aligned):
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
         notes = list(text.notes)
-        statistics, votes = contrast_statistics(
+        statistics, folded = contrast_statistics(
             base, aligned, text, sizes, selection=selection, memory_budget=memory_budget, notes=notes, **options
         )
     made: dict[str, Any] = {
@@ -139,10 +139,11 @@ def find_contrast(
         "models": (base.name, aligned.name),
         "prompts": prompts,
         "selection": selection,
-        "votes": votes,
+        "votes": folded.votes,
     }
-    config["tokens"] = text.n_tokens
-    return finish("contrast", statistics.scores(), config=config, counts=text.counts, notes=notes, subtract=subtract, **made)
+    config["tokens"] = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
+    counts = text.counts.without(len(folded.failed))
+    return finish("contrast", statistics.scores(), config=config, counts=counts, notes=notes, subtract=subtract, **made)
 
 
 def contrast_statistics(
@@ -157,7 +158,7 @@ def contrast_statistics(
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
     notes: list[str] | None = None,
-) -> tuple[ContrastStatistics, Votes | None]:
+) -> tuple[ContrastStatistics, Folded]:
     """Sums over the tokens that count, of two models that read the same text.
 
     Args:
@@ -170,7 +171,10 @@ def contrast_statistics(
         batch_size: sequences a batch, or "auto" (as many as keep the activations within `memory_budget`).
         memory_budget: bytes; sites are read in several passes where one sequence alone needs more.
         progress: called with (batches done, in all, tokens).
-        notes: gets a line for every batch that was halved.
+        notes: gets a line for every batch that was halved, and one for the prompts that were left out.
+
+    Returns:
+        The statistics, and what became of the prompts (with their votes, where they vote).
     """
     bytes_per_token = sum(sizes.values()) * _row_bytes(base)
     budget = min(token_budget(base.device), max(memory_budget // max(bytes_per_token, 1), 1))
@@ -183,7 +187,7 @@ def contrast_statistics(
             _compare(base, aligned, batch, spans, keys, part)
         return part
 
-    sums, votes = fold(
+    folded = fold(
         base,
         stream if stream is not None else Stream(None, {}),
         [span.ids for span in text.spans],
@@ -195,7 +199,7 @@ def contrast_statistics(
         progress=progress,
         notes=notes,
     )
-    return ContrastStatistics.from_sums(sums), votes
+    return ContrastStatistics.from_sums(folded.sums), folded
 
 
 def _row_bytes(lm: LanguageModel) -> int:

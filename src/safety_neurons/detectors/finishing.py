@@ -8,6 +8,7 @@ import numpy as np
 from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.errors import NumericalError
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
+from safety_neurons.neurons.selection import said_of_zeros
 from safety_neurons.prompts import Prompts
 
 
@@ -85,6 +86,8 @@ def finish(
         chosen = votes.members(float(selection.agreement or 1.0))
         if not chosen:
             said.append(f"no neuron was chosen in that share of the prompts; an agreement of {votes.agreement_for_one():.4g} gives one")
+        said += votes.said_of(chosen.keys())
+    said += said_of_zeros(dict(scores.items()), chosen)
     neurons = NeuronSet(chosen, table, Provenance(kind="neurons", **origin))
     if subtract is not None:
         before = len(neurons)

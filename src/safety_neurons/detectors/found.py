@@ -1,6 +1,6 @@
 """Found: what every detector returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import html_table
@@ -16,6 +16,10 @@ class PromptCounts:
     """Prompts that could not be used; the notes say why."""
     truncated: int = 0
     """Prompts that were cut to the context length."""
+
+    def without(self, n: int) -> "PromptCounts":
+        """The same with so many of the used prompts failed after all."""
+        return replace(self, used=self.used - n, failed=self.failed + n)
 
 
 @dataclass(frozen=True)

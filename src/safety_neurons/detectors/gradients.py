@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, to_numpy
+from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, to_numpy
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.passes import Batch, BatchSize, collate, forward
-from safety_neurons.neurons import Selection, Votes
+from safety_neurons.neurons import Selection
 
 SCORED_TOKENS = 16
 """Tokens of a refusal or compliance text that are scored."""
@@ -143,7 +143,7 @@ def attribute(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
     notes: list[str] | None = None,
-) -> tuple[dict[str, np.ndarray], Votes | None]:
+) -> tuple[dict[str, np.ndarray], Folded]:
     """Mean over prompts of the summed gradients of each prompt's rows.
 
     Args:
@@ -155,10 +155,10 @@ def attribute(
         selection: with an agreement, every prompt votes.
         batch_size: prompts a batch, or "auto".
         progress: called with (batches done, in all, tokens).
-        notes: gets a line for every batch that was halved.
+        notes: gets a line for every batch that was halved, and one for the prompts that were left out.
 
     Returns:
-        One signed number per neuron, and the votes (None without agreement).
+        One signed number per neuron, and what became of the prompts (with their votes, where they vote).
     """
 
     def reduce(batch: Batch) -> Part:
@@ -176,7 +176,7 @@ def attribute(
 
     longest = [max(unit, key=lambda row: len(row.ids)).ids for unit in units]
     budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)
-    sums, votes = fold(
+    folded = fold(
         lm,
         stream,
         longest,
@@ -188,7 +188,8 @@ def attribute(
         progress=progress,
         notes=notes,
     )
-    return {name.split("/", 1)[1]: values / len(units) for name, values in sums.items()}, votes
+    used = len(units) - len(folded.failed)
+    return {name.split("/", 1)[1]: values / used for name, values in folded.sums.items()}, folded
 
 
 def mean_of(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

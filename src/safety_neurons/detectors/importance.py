@@ -1,6 +1,6 @@
 """Importance: how much a sub-layer's output changes when one neuron's parameters are zero, exactly, for every neuron at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -12,10 +12,10 @@ from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.importance_published import PUBLISHED_SITES
 from safety_neurons.detectors.importance_readers import ImportanceReaders, Options
 from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, stream_key
-from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
+from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts
 from safety_neurons.model.language_model import Texts
-from safety_neurons.model.passes import Batch, BatchSize, forward, is_out_of_memory, release_memory
+from safety_neurons.model.passes import Batch, BatchSize, forward
 from safety_neurons.neurons import SITES, NeuronSet, Selection
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
@@ -81,33 +81,21 @@ def find_importance(
     reduce = _Reduce(model, readers, selection.agreement is not None)
     options: dict[str, Any] = {"batch_size": batch_size, "selection": selection, "progress": progress, "notes": notes}
     with torch.no_grad(), model.running(), readers.on():
-        sums, votes = fold(model, stream, fed, reduce, sizes=sizes, **options)
-    used, failed = _used_and_failed(sums, len(asked), notes)
+        folded = fold(model, stream, fed, reduce, sizes=sizes, **options)
+    counts = counts.without(len(folded.failed))
     return finish(
         "importance",
-        {key: sums[key] / used for key in keys},
+        {key: folded.sums[key] / counts.used for key in keys},
         table=model.table,
         models=(model.name,),
         selection=selection,
-        votes=votes,
+        votes=folded.votes,
         prompts=asked,
         config=config,
-        counts=PromptCounts(used, failed + counts.failed, counts.truncated),
+        counts=counts,
         notes=notes,
         subtract=subtract,
     )
-
-
-def _used_and_failed(sums: Mapping[str, np.ndarray], n_prompts: int, notes: list[str]) -> tuple[int, int]:
-    """Prompts that are in the sums and prompts that are not; none at all is an error."""
-    used, failed = (int(sums[name][0]) if name in sums else 0 for name in ("used", "failed"))
-    if used == 0:
-        raise NumericalError(
-            f"none of {n_prompts} prompts gave finite scores: check the model's weights, shorten the prompts or use --dtype float32"
-        )
-    if failed:
-        notes.append(f"{failed} of {n_prompts} prompts failed (not-a-number or out of memory) and are not in the scores")
-    return used, failed
 
 
 @dataclass
@@ -120,20 +108,10 @@ class _Reduce:
 
     def __call__(self, batch: Batch) -> Part:
         self.readers.start(batch)
-        try:
-            forward(self.model.model, batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(batch) > 1:
-                raise
-            release_memory()
-            return Part({"used": np.zeros(1), "failed": np.ones(1)})
+        forward(self.model.model, batch)
         rows = self.readers.take()
-        good = [scores for scores in rows if all(np.isfinite(values).all() for values in scores.values())]
-        sums = {"used": np.array([float(len(good))]), "failed": np.array([float(len(rows) - len(good))])}
-        for key in self.readers.keys:
-            if good:
-                sums[key] = np.sum(np.stack([scores[key] for scores in good]), axis=0)
-        return Part(sums, good if self.per_prompt else [])
+        sums = {key: np.sum(np.stack([scores[key] for scores in rows]), axis=0) for key in self.readers.keys}
+        return Part(sums, rows if self.per_prompt else [])
 
 
 def _wanted(

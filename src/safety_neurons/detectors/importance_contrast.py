@@ -13,7 +13,7 @@ from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.importance_attention import OutputFactors
 from safety_neurons.detectors.importance_readers import prove_layers
 from safety_neurons.detectors.pairs import comparing, writer_of
-from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, stream_key, to_numpy
+from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, stream_key, to_numpy
 from safety_neurons.detectors.sublayers import Shown, columns, under, watching
 from safety_neurons.detectors.swap_attribution import MIDPOINTS, attribute_swaps
 from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
@@ -101,9 +101,10 @@ def find_importance_contrast(
             found = attribute_swaps(base, aligned, prompts, comparison.sizes, selection=selection, **options)
             return finish(METHOD, found.values, config=config, counts=found.counts, notes=found.notes, votes=found.votes, **made)
         text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
-        values, votes = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
-    config["tokens"] = text.n_tokens
-    return finish(METHOD, values, config=config, counts=text.counts, notes=notes, votes=votes, **made)
+        values, folded = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
+    config["tokens"] = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
+    counts = text.counts.without(len(folded.failed))
+    return finish(METHOD, values, config=config, counts=counts, notes=notes, votes=folded.votes, **made)
 
 
 def _writes_its_own(compare: str, positions: str, completions: Completions | None) -> bool:
@@ -157,8 +158,8 @@ class Comparison:
                     f"{key}: importance-contrast is defined for attention and dense feed-forward parts only; use --sites q,k,v,o here"
                 )
 
-    def run(self, spans: Sequence[Span], *, stream: Stream, selection: Selection, **options: Any) -> tuple[dict[str, np.ndarray], Any]:
-        """Mean over prompts of the scores, and the votes; the options are those of `fold`."""
+    def run(self, spans: Sequence[Span], *, stream: Stream, selection: Selection, **options: Any) -> tuple[dict[str, np.ndarray], Folded]:
+        """Mean over prompts of the scores, and what became of the prompts; the options are those of `fold`."""
 
         def reduce(batch: Batch) -> Part:
             mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
@@ -171,10 +172,11 @@ class Comparison:
 
         with torch.no_grad():
             self._prove()
-            sums, votes = fold(self.aligned, stream, [span.ids for span in spans], reduce, sizes=self.sizes, selection=selection, **options)
-        mine = {key: sums[f"mine/{key}"] / len(spans) for key in self.sizes}
-        theirs = {key: sums[f"theirs/{key}"] / len(spans) for key in self.sizes} if self.compare != "swap" else None
-        return self.combined(mine, theirs), votes
+            folded = fold(self.aligned, stream, [span.ids for span in spans], reduce, sizes=self.sizes, selection=selection, **options)
+        used = len(spans) - len(folded.failed)
+        mine = {key: folded.sums[f"mine/{key}"] / used for key in self.sizes}
+        theirs = {key: folded.sums[f"theirs/{key}"] / used for key in self.sizes} if self.compare != "swap" else None
+        return self.combined(mine, theirs), folded
 
     def combined(self, mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
         """The score from the aligned model's numbers and, but for `swap`, the base model's."""

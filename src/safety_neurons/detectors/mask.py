@@ -129,9 +129,12 @@ class _Made:
         base = self.base
         options: dict[str, Any] = {"stream": self.stream, "batch_size": self.batch_size}
         pairs, counts, notes = own_completions(base, self.aligned, prompts, **options)
-        course = Course(_asked(pairs, self.plan.aim), _answers(base, harmless, **options), base, self.batch_size)
+        answers, lost = _answers(base, harmless, **options)
+        notes += [f"{lost} harmless prompts have no answer, or an empty one, and were left out"] if lost else []
+        course = Course(_asked(pairs, self.plan.aim), answers, base, self.batch_size)
         contest = Course(_asked(pairs, "odds"), [], base, self.batch_size, first=len(course.batches))
-        mover, moved = _mover(self.plan.move, base, self.aligned, self.sizes, contest)
+        mover, moved = _mover(self.stream.state.get("move", self.plan.move), base, self.aligned, self.sizes, contest)
+        self.stream.state["move"] = moved
         search = Search(mover, course, self.plan, self.stream)
         size = _n_units(units, selection, len(search.numbers), sum(self.sizes.values()))
         members, state = search.run(size, self.progress)
@@ -165,13 +168,14 @@ def _asked(told: Sequence[Sequence[Scored]], aim: str) -> list[Scored]:
     return [contested(pair) for pair in different(told)] if aim == "odds" else beginnings(told)
 
 
-def _answers(base: LanguageModel, harmless: Any, **options: Any) -> list[Scored]:
-    """The base model's own answers to harmless prompts, their first tokens scored by mean log-probability."""
+def _answers(base: LanguageModel, harmless: Any, **options: Any) -> tuple[list[Scored], int]:
+    """The base model's own answers to harmless prompts, their first tokens scored by mean log-probability; and how many have none."""
     if harmless is None:
-        return []
+        return [], 0
     written = generate(base, harmless, "harmless", KEPT_TOKENS, options["stream"], batch_size=options["batch_size"])
     encoded = base.encode(harmless, reserve=KEPT_TOKENS)
-    return [Scored((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    rows = [Scored((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    return rows, len(encoded) - len(rows)
 
 
 def _sized(units: int | None, choice: Choice) -> Selection:

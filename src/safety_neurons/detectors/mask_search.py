@@ -94,52 +94,78 @@ class Search:
         return {name: mask[places] for name, places in self._places.items()}
 
     def look(self, mask: Float[Tensor, " unit"]) -> Look:
-        """What a mask is worth, and which way it should change."""
-        masks = self.masks(mask)
-        slope, value, each = torch.zeros(len(self.numbers), dtype=torch.float64), 0.0, torch.zeros(self.course.n_harmful)
-        for batch, rows, harmful in self.course.batches:
-            if not harmful and not self.plan.caution:
+        """What a mask is worth, and which way it should change; goes on behind the last batch that the stream holds of this look."""
+        masks, state = self.masks(mask), self.stream.state
+        begun = {name: torch.from_numpy(values.copy()) for name, values in self.stream.named("look").items()}
+        slope = begun.get("slope", torch.zeros(len(self.numbers), dtype=torch.float64))
+        each = begun.get("each", torch.zeros(self.course.n_harmful, dtype=torch.float64))
+        value = float(state.get("look value", 0.0))
+        for number, (batch, rows, harmful) in enumerate(self.course.batches):
+            if number < int(state.get("looked", 0)) or (not harmful and not self.plan.caution):
                 continue
             found, scores = self.mover.slopes(batch, rows, masks)
             scores = scores.double().cpu()
             if harmful:
-                each[batch.indices] = scores.float()
                 by_odds = self.plan.aim == "odds"
                 gained = -torch.nn.functional.softplus(-scores) if by_odds else scores
                 weights = ((-scores).sigmoid() if by_odds else torch.ones_like(scores)) / self.course.n_harmful
             else:
                 weights = torch.full_like(scores, self.plan.caution / self.course.n_harmless)
                 gained = scores * self.plan.caution
-            value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
-            for name, gradients in found.items():
-                slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
+            with self.stream.changing():
+                if harmful:
+                    each[batch.indices] = scores
+                value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
+                for name, gradients in found.items():
+                    slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
+                self.stream.put("look", {"slope": slope.numpy(), "each": each.numpy()})
+                state |= {"looked": number + 1, "look value": value}
+            self.stream.went_on()
         if not (math.isfinite(value) and bool(slope.isfinite().all())):
             raise NumericalError("the value of a mask is NaN or infinity: check the models' weights, or use --dtype float32")
-        return Look(slope, value, each)
+        return Look(slope, value, each.float())
 
     def run(self, size: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The members of the best set, and the state at the end; both by unit."""
-        state = self._begin()
-        best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
-        for number in range(int(self.stream.state.get("rounds", 0)), self.plan.rounds):
-            chosen = torch.zeros(len(state), dtype=torch.float64)
-            chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
-            look = self.look(chosen)
-            if best is None or look.value > self.stream.state["value"]:
-                best = chosen.bool()
-                self.stream.state |= {"value": look.value, "round": number + 1}
-            state = self.plan.keep * state + (1 - self.plan.keep) * look.slope
-            self.stream.put("mask", {"state": state.numpy(), "best": best.numpy().astype(np.int64)})
-            self.stream.state["rounds"] = number + 1
-            self.stream.save()
-            if progress is not None:
-                progress(number + 1, self.plan.rounds, size)
+        with self.stream.kept():
+            state = self._begin()
+            best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
+            for number in range(int(self.stream.state.get("rounds", 0)), self.plan.rounds):
+                chosen = torch.zeros(len(state), dtype=torch.float64)
+                chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
+                look = self.look(chosen)
+                with self.stream.changing():
+                    if best is None or look.value > self.stream.state["value"]:
+                        best = chosen.bool()
+                        self.stream.state |= {"value": look.value, "round": number + 1}
+                    state = self.plan.keep * state + (1 - self.plan.keep) * look.slope
+                    self.stream.put("mask", {"state": state.numpy(), "best": best.numpy().astype(np.int64)})
+                    self._looked(rounds=number + 1)
+                self.stream.went_on()
+                if progress is not None:
+                    progress(number + 1, self.plan.rounds, size)
         assert best is not None
+        self.stream.save()
         return best.numpy(), state.numpy()
+
+    def _looked(self, **done: int) -> None:
+        """A look is over and in the state: the next one begins at its first batch."""
+        self.stream.drop("look")
+        self.stream.state |= {"looked": 0, "look value": 0.0, **done}
 
     def _begin(self) -> Tensor:
         """The state to go on from: the stored one, or the mean gradient along the straight path."""
         if "mask/state" in self.stream.arrays:
             return torch.from_numpy(self.stream.arrays["mask/state"].copy())
         everywhere = torch.ones(len(self.numbers), dtype=torch.float64)
-        return torch.stack([self.look(everywhere * point).slope for point in midpoints_of(MIDPOINTS)]).mean(0)
+        points = midpoints_of(MIDPOINTS)
+        stored = self.stream.arrays.get("begin/slope")
+        total = torch.zeros(len(self.numbers), dtype=torch.float64) if stored is None else torch.from_numpy(stored.copy())
+        for number in range(int(self.stream.state.get("begun", 0)), len(points)):
+            slope = self.look(everywhere * points[number]).slope
+            with self.stream.changing():
+                total += slope
+                self.stream.put("begin", {"slope": total.numpy()})
+                self._looked(begun=number + 1)
+            self.stream.went_on()
+        return total / len(points)

@@ -1,24 +1,24 @@
 """One row of activations per prompt: at its last token, or the largest over its tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model import LanguageModel, hooks
-from safety_neurons.model.passes import Batch, BatchSize, run_batches
-from safety_neurons.prompts import Prompts
+from safety_neurons.detectors.found import PromptCounts
+from safety_neurons.errors import NumericalError, UnsupportedModelError
+from safety_neurons.model import Encoded, LanguageModel, hooks
+from safety_neurons.model.passes import Batch, BatchSize, run_batches, said_of_failed
 
 Pool = Callable[[Tensor, Batch], Tensor]
 
 
 def pooled_activations(
-    model: LanguageModel, prompts: Prompts, keys: Iterable[str], pool: Pool, *, batch_size: BatchSize = "auto"
+    model: LanguageModel, prompts: Sequence[Encoded], keys: Iterable[str], pool: Pool, *, batch_size: BatchSize = "auto"
 ) -> dict[str, Float[Tensor, "prompt neuron"]]:
-    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host.
+    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host; NaN where the model gives NaN.
 
     Raises:
         UnsupportedModelError: a key of a routed expert.
@@ -29,7 +29,7 @@ def pooled_activations(
         raise UnsupportedModelError(f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o")
     seen: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
-    encoded = [row.ids for row in model.encode(prompts)]
+    encoded = [row.ids for row in prompts]
 
     def keep(key: str) -> Callable[[Any], None]:
         def reader(values: Tensor) -> None:
@@ -60,3 +60,31 @@ def at_last(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float
     last = batch.row_lengths.to(values.device) - 1
     taken = values[torch.arange(len(last), device=values.device), last].cpu()
     return taken if taken.dtype == torch.float64 else taken.float()
+
+
+def whole_rows(parts: Iterable[Float[Tensor, "prompt _"]]) -> Bool[Tensor, " prompt"]:
+    """Which prompts have finite numbers in all of these.
+
+    Raises:
+        NumericalError: none has.
+    """
+    whole = torch.stack([values.isfinite().all(1) for values in parts]).all(0)
+    if not bool(whole.any()):
+        raise NumericalError(f"none of {len(whole)} prompts gave finite numbers: check the model's weights, or use --dtype float32")
+    return whole
+
+
+def sorted_out(
+    encoded: Sequence[Sequence[Encoded]], whole: Sequence[Bool[Tensor, " _"]]
+) -> tuple[Sequence[Bool[Tensor, " _"]], PromptCounts, list[str]]:
+    """Which prompts of two texts are used, what became of those of the first, and what has to be said.
+
+    Args:
+        encoded: the prompts of both texts.
+        whole: which of them gave finite numbers.
+    """
+    notes: list[str] = []
+    for name, kept in zip(("prompts", "harmless prompts"), whole, strict=True):
+        notes += said_of_failed({int(index): "NaN or infinity" for index in (~kept).nonzero().flatten()}, len(kept), name)
+    counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(int((~whole[0]).sum()))
+    return whole, counts, notes

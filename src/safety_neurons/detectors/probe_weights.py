@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import comparing
-from safety_neurons.detectors.pooling import largest, pooled_activations
+from safety_neurons.detectors.pooling import largest, pooled_activations, sorted_out, whole_rows
 from safety_neurons.detectors.streaming import Progress
 from safety_neurons.model import LanguageModel, as_prompts
 from safety_neurons.model.language_model import Texts as Asked
@@ -64,17 +64,20 @@ def find_probe_weights(
     selection = Selection.of(**choice, default_top=0.05)
     keys = model.table.select(sites=sites, layers=layers).keys
     with comparing(model, model):
-        seen = [pooled_activations(model, text, keys, largest, batch_size=batch_size) for text in (asked, other)]
-    labels = torch.tensor([1.0] * len(asked) + [0.0] * len(other), dtype=torch.float64)
+        encoded = [model.encode(text) for text in (asked, other)]
+        seen = [pooled_activations(model, text, keys, largest, batch_size=batch_size) for text in encoded]
+    whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
+    labels = torch.cat(
+        [torch.full((int(kept.sum()),), float(label), dtype=torch.float64) for kept, label in zip(whole, (1, 0), strict=True)]
+    )
     values: dict[str, np.ndarray] = {}
     for number, key in enumerate(keys):
-        weights = probe(torch.cat([part[key] for part in seen]).double(), labels)
+        weights = probe(torch.cat([part[key][kept] for part, kept in zip(seen, whole, strict=True)]).double(), labels)
         scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
         values[key] = (weights.sign() * scores.abs()).numpy()
         if progress is not None:
             progress(number + 1, len(keys), 0)
     config = searched(sites, layers) | {"penalty": PENALTY, "harmless_sha256": other.sha256}
-    counts = PromptCounts(len(asked))
     names = (model.name,)
     return finish(
         "probe-weights",
@@ -85,6 +88,7 @@ def find_probe_weights(
         prompts=asked,
         config=config,
         counts=counts,
+        notes=notes,
         subtract=subtract,
     )
 

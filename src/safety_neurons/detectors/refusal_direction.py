@@ -8,18 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import comparing
-from safety_neurons.detectors.pooling import at_last, pooled_activations
+from safety_neurons.detectors.pooling import at_last, pooled_activations, sorted_out, whole_rows
 from safety_neurons.detectors.streaming import Progress
 from safety_neurons.errors import UsageError
-from safety_neurons.model import LanguageModel, as_prompts
+from safety_neurons.model import Encoded, LanguageModel, as_prompts
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.parts import AttentionAnatomy
 from safety_neurons.model.passes import Batch, BatchSize, run_batches
 from safety_neurons.neurons import MLP_SITES, NeuronSet, Selection, parse_key
-from safety_neurons.prompts import Prompts
 
 SEARCHED_LAYERS = 0.8
 """Share of the layers, from the first, among which the direction is taken where no layer is named."""
@@ -73,11 +72,17 @@ def find_refusal_direction(
     keys = model.table.select(sites=sites, layers=layers).keys
     writers = list(dict.fromkeys(_writer(key) for key in keys if _writer(key)))
     with comparing(model, model), torch.no_grad():
-        streams = [residual_streams(model, text, batch_size=batch_size) for text in (asked, other)]
+        encoded = [model.encode(text) for text in (asked, other)]
+        streams = [residual_streams(model, text, batch_size=batch_size) for text in encoded]
+        seen = [pooled_activations(model, text, writers, at_last, batch_size=batch_size) for text in encoded]
+        whole, counts, notes = sorted_out(
+            encoded, [whole_rows([*part.values(), *stream]) for part, stream in zip(seen, streams, strict=True)]
+        )
+        streams = [[values[kept] for values in stream] for stream, kept in zip(streams, whole, strict=True)]
+        seen = [{key: values[kept] for key, values in part.items()} for part, kept in zip(seen, whole, strict=True)]
         chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
         direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)
         direction = direction / direction.norm().clamp(min=1e-30)
-        seen = [pooled_activations(model, text, writers, at_last, batch_size=batch_size) for text in (asked, other)]
         written: dict[str, Tensor] = {}
         for number, key in enumerate(writers):
             with model.active():
@@ -88,13 +93,15 @@ def find_refusal_direction(
     values = {key: _of_site(model, key, written).double().numpy() for key in keys}
     made: dict[str, Any] = {"table": model.table, "models": (model.name,), "selection": selection, "prompts": asked}
     config = searched(sites, layers) | {"layer": chosen, "harmless_sha256": other.sha256}
-    return finish("refusal-direction", values, config=config, counts=PromptCounts(len(asked)), subtract=subtract, **made)
+    return finish("refusal-direction", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
 
 
-def residual_streams(model: LanguageModel, prompts: Prompts, *, batch_size: BatchSize = "auto") -> list[Float[Tensor, "prompt hidden"]]:
+def residual_streams(
+    model: LanguageModel, prompts: Sequence[Encoded], *, batch_size: BatchSize = "auto"
+) -> list[Float[Tensor, "prompt hidden"]]:
     """What every layer puts out at the last token of every prompt."""
     seen: dict[int, Tensor] = {}
-    encoded = [row.ids for row in model.encode(prompts)]
+    encoded = [row.ids for row in prompts]
     streams: list[Tensor] = []
 
     def keeper(number: int) -> Any:

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found, PromptCounts
 from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored
-from safety_neurons.detectors.streaming import Part, Progress, Stream, fold, stream_key
+from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, stream_key
 from safety_neurons.detectors.text import generate
-from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
+from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import Texts as Asked
@@ -124,19 +125,34 @@ def find_set_difference(
             for index, of_row in zip(batch.indices, found, strict=True):
                 name = SAFETY if index < counts[SAFETY] else UTILITY
                 for key, values in of_row.items():
-                    each = values.double().cpu().numpy().ravel() / counts[name]
+                    each = values.double().cpu().numpy().ravel()
                     part.sums[f"{name}/{key}"] = part.sums.get(f"{name}/{key}", 0.0) + each
             return part
 
         sizes = {key: model.table.sizes[key] for key in places}
         made: dict[str, Any] = {"batch_size": batch_size, "progress": options.get("progress"), "notes": notes}
-        sums, _ = fold(model, stream, [row.ids for row in everything], reduce, sizes=sizes, **made)
+        folded = fold(model, stream, [row.ids for row in everything], reduce, sizes=sizes, **made)
+    means = _means(folded, counts)
     values = {
-        key: kept_share(sums[f"{SAFETY}/{key}"], sums[f"{UTILITY}/{key}"], sizes[key], shares[SAFETY], shares[UTILITY]) for key in places
+        key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], sizes[key], shares[SAFETY], shares[UTILITY]) for key in places
     }
     told: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": asked, "selection": selection, "config": config}
     found = PromptCounts(counts[SAFETY], len(asked) - counts[SAFETY], 0)
     return finish(method, values, counts=found, notes=notes, subtract=options.get("subtract"), **told)
+
+
+def _means(folded: Folded, counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """Mean importances by text and site; `counts` loses the answers that were left out.
+
+    Raises:
+        NumericalError: no answer of a text is left.
+    """
+    lost = sum(index < counts[SAFETY] for index in folded.failed)
+    counts[SAFETY], counts[UTILITY] = counts[SAFETY] - lost, counts[UTILITY] - (len(folded.failed) - lost)
+    for name, left in counts.items():
+        if not left:
+            raise NumericalError(f"no answer to the {name} prompts gave finite numbers; the first: {next(iter(folded.failed.values()))}")
+    return {name: values / counts[name.split("/", 1)[0]] for name, values in folded.sums.items()}
 
 
 def _places(model: LanguageModel, keys: Sequence[str]) -> dict[str, SitePlace]:
@@ -151,8 +167,12 @@ def _answers(model: LanguageModel, prompts: Any, name: str, stream: Stream, batc
     written = generate(model, prompts, name, SCORED_TOKENS, stream, batch_size=batch_size)
     encoded = model.encode(prompts, reserve=SCORED_TOKENS)
     rows = [Scored((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    broken = sum(answer is None for answer in written)
+    if broken == len(prompts):
+        raise NumericalError(f"all {broken} {name} prompts gave NaN or infinity: check the model's weights, or use --dtype float32")
     if not rows:
         raise InputError(f"all {len(prompts)} {name} prompts got an empty answer: there is nothing to weigh; use other prompts")
-    if len(rows) < len(prompts):
-        notes.append(f"{len(prompts) - len(rows)} {name} prompts have an empty answer and were left out")
+    empty = len(prompts) - len(rows) - broken
+    notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
+    notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
     return rows

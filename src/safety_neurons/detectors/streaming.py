@@ -1,12 +1,14 @@
 """Sums over batches that survive a kill: what was summed, how many batches are in it, and who voted.
 
-A detector hands `fold` a function from a batch to sums; `fold` adds them in float64, writes them to the checkpoint after every batch,
-and starts behind the last written batch when it is called again. A batch that does not fit in memory is halved.
+A detector hands `fold` a function from a batch to sums; `fold` adds them in float64, writes them to the checkpoint every few seconds of
+work (and when an error ends the run), and starts behind the last written batch when it is called again. A batch that does not fit in
+memory is halved; a prompt that gives NaN or infinity, or does not fit alone, is left out, counted and said.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, takes_padding, token_budget
+from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, said_of_failed, takes_padding, token_budget
 from safety_neurons.neurons import Selection, Votes
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
@@ -37,6 +39,21 @@ class Part:
     scores: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What all batches gave.
+
+    Attributes:
+        sums: by name.
+        votes: of the prompts; None without agreement.
+        failed: why a sequence is not in them, by its index.
+    """
+
+    sums: Sums
+    votes: Votes | None
+    failed: Mapping[int, str]
+
+
 class Stream:
     """Arrays and plain values of one running `find`, kept in a checkpoint when there is one.
 
@@ -53,6 +70,7 @@ class Stream:
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.arrays: Sums = {}
         self.state: dict[str, Any] = {}
+        self._new = False
         stored = checkpoint.load() if checkpoint is not None else None
         if stored is not None:
             arrays, state = stored
@@ -66,6 +84,38 @@ class Stream:
         """Write everything at once; a kill in the middle leaves the previous state."""
         if self._checkpoint is not None:
             self._checkpoint.save(self.arrays, {**self.state, "key": self._key})
+        self._new = False
+
+    def went_on(self, prepare: Callable[[], None] | None = None) -> None:
+        """A step is done and the state is whole: save it, if the last time is some seconds of work ago.
+
+        Args:
+            prepare: brings arrays and state up to date before they are written.
+        """
+        self._new = True
+        if self._checkpoint is not None and self._checkpoint.due:
+            if prepare is not None:
+                prepare()
+            self.save()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """For a block that changes the state: an interruption in it saves nothing."""
+        new, self._new = self._new, False
+        yield
+        self._new = new
+
+    @contextlib.contextmanager
+    def kept(self, prepare: Callable[[], None] | None = None) -> Iterator[None]:
+        """Save what is new when an error or an interruption ends the block."""
+        try:
+            yield
+        except BaseException:
+            if self._new:
+                if prepare is not None:
+                    prepare()
+                self.save()
+            raise
 
     def named(self, prefix: str) -> Sums:
         """Arrays whose name starts with `prefix/`, without the prefix."""
@@ -74,6 +124,11 @@ class Stream:
     def put(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Set arrays under `prefix/`."""
         self.arrays.update({f"{prefix}/{name}": values for name, values in arrays.items()})
+
+    def drop(self, prefix: str) -> None:
+        """Forget the arrays under `prefix/`."""
+        for name in [name for name in self.arrays if name.startswith(f"{prefix}/")]:
+            del self.arrays[name]
 
 
 def stream_key(
@@ -110,7 +165,7 @@ def fold(
     selection: Selection | None = None,
     progress: Progress | None = None,
     notes: list[str] | None = None,
-) -> tuple[Sums, Votes | None]:
+) -> Folded:
     """Sum what `reduce` returns over all batches of `sequences`.
 
     Args:
@@ -123,44 +178,62 @@ def fold(
         budget: padded tokens of an "auto" batch.
         selection: with an agreement, every prompt votes for the neurons that it chooses.
         progress: called with (batches done, batches in all, tokens done).
-        notes: gets a line for every batch that was halved.
-
-    Returns:
-        The sums by name, and the votes (None without agreement).
+        notes: gets a line for every batch that was halved, and one for the sequences that were left out.
 
     Raises:
-        NumericalError: a sum is not finite; the message names the site.
+        NumericalError: every sequence gives NaN or infinity; the message names the first one's site.
     """
     votes = Votes(dict(sizes)) if selection is not None and selection.agreement is not None else None
     if votes is not None and stream.named("votes"):
         votes.restore(stream.named("votes"))
     lengths = [len(sequence) for sequence in sequences]
     groups = plan(lengths, batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
-    halving, tokens = Halving(), 0
-    for number, group in enumerate(groups):
-        tokens += sum(len(sequences[index]) for index in group)
-        if number < int(stream.state.get("batches", 0)):
-            continue
-        for part in halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), reduce):
-            _merge(stream, part)
-            if votes is not None and selection is not None:
-                for scores in part.scores:
-                    votes.add(selection.choose(scores))
+    failed: dict[int, str] = {int(index): reason for index, reason in stream.state.get("failed", {}).items()}
+    halving, tokens = Halving(failed), 0
+
+    def work(batch: Batch) -> Part:
+        part = reduce(batch)
+        check_finite(part.sums)
+        return part
+
+    def prepare() -> None:
+        stream.state["failed"] = {str(index): reason for index, reason in failed.items()}
         if votes is not None:
             stream.put("votes", votes.state())
-        stream.state["batches"] = number + 1
+
+    with stream.kept(prepare):
+        for number, group in enumerate(groups):
+            tokens += sum(len(sequences[index]) for index in group)
+            if number < int(stream.state.get("batches", 0)):
+                continue
+            parts = halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work)
+            with stream.changing():
+                for part in parts:
+                    _merge(stream, part)
+                    if votes is not None and selection is not None:
+                        for scores in part.scores:
+                            votes.cast(selection, scores)
+                stream.state["batches"] = number + 1
+            stream.went_on(prepare)
+            if progress is not None:
+                progress(number + 1, len(groups), tokens)
+        if len(failed) == len(sequences) > 0:
+            raise NumericalError(f"none of {len(failed)} prompts gave finite numbers; the first: {next(iter(failed.values()))}")
+        prepare()
         stream.save()
-        if progress is not None:
-            progress(number + 1, len(groups), tokens)
     if notes is not None:
-        notes += halving.notes
-    return stream.named("sum"), votes
+        notes += [*halving.notes, *said_of_failed(failed, len(sequences))]
+    return Folded(stream.named("sum"), votes, failed)
+
+
+def check_finite(sums: Sums) -> None:
+    """Raise an error that names the first site whose numbers are not all finite."""
+    for name, values in sums.items():
+        if not np.isfinite(values).all():
+            raise NumericalError(f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use --dtype float32")
 
 
 def _merge(stream: Stream, part: Part) -> None:
-    for name, values in part.sums.items():
-        if not np.isfinite(values).all():
-            raise NumericalError(f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use --dtype float32")
     for name, values in part.sums.items():
         stored = stream.arrays.get(f"sum/{name}")
         stream.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (0.0 if stored is None else stored)

@@ -78,8 +78,8 @@ def attribute_swaps(
     def gradients(batch: Batch, rows: Sequence[Scored]) -> dict[str, Tensor]:
         return swap.gradients(batch, rows, steps)
 
-    values, votes = attribute(aligned, [parting(rows) for rows in units], sizes, gradients, selection=selection, notes=notes, **options)
-    return Swapped(values, votes, counts, tuple(notes))
+    values, folded = attribute(aligned, [parting(rows) for rows in units], sizes, gradients, selection=selection, notes=notes, **options)
+    return Swapped(values, folded.votes, counts.without(len(folded.failed)), tuple(notes))
 
 
 def parting(rows: Sequence[Scored]) -> list[Scored]:

@@ -13,15 +13,16 @@ import numpy as np
 
 from safety_neurons.detectors.found import PromptCounts
 from safety_neurons.detectors.streaming import Progress, Stream
-from safety_neurons.errors import InputError, MismatchError, UsageError
+from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.completing import Answer, Decoding
+from safety_neurons.model.completing import generate as complete
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.records import normalised
 from safety_neurons.results import Completion, Completions
 
 POSITIONS = ("completion", "completion-predicting", "prompt", "prompt-last")
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -104,22 +105,41 @@ def generate(
     *,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
-) -> list[list[int]]:
-    """Greedy completions of `prompts` as ids without the end token; finished parts are in the stream and are not generated again."""
-    ends = lm.eos_ids
-    lengths = stream.arrays.get(f"text/{name}/lengths", np.zeros(0, np.int64))
-    flat = stream.arrays.get(f"text/{name}/ids", np.zeros(0, np.int64))
-    size = batch_size if isinstance(batch_size, int) else _CHUNK
-    for start in range(len(lengths), len(prompts), size):
-        written = lm.complete(prompts[start : start + size], max_new_tokens=max_new_tokens, batch_size=batch_size)
-        ids = [cut_at_end(answer.token_ids, ends) for answer in written]
-        lengths = np.concatenate([lengths, np.array([len(row) for row in ids], np.int64)])
-        flat = np.concatenate([flat, np.array([token for row in ids for token in row], np.int64)])
-        stream.put(f"text/{name}", {"lengths": lengths, "ids": flat})
-        stream.save()
+) -> list[list[int] | None]:
+    """Greedy completions of `prompts` as ids without the end token, None where the model gave NaN; what the stream holds is not redone."""
+    written = _written(stream.named(f"text/{name}"))
+    sequences = [row.ids for row in lm.encode(prompts, reserve=max_new_tokens)]
+
+    def keep(index: int, answer: Answer) -> None:
+        written[index] = None if answer.finish_reason == "failed" else answer.token_ids
+
+    def prepare() -> None:
+        ids = [np.array(row or (), np.int64) for row in written.values()]
+        lengths = [-1 if row is None else len(row) for row in written.values()]
+        arrays = {"indices": np.array(list(written), np.int64), "lengths": np.array(lengths, np.int64)}
+        stream.put(f"text/{name}", {**arrays, "ids": np.concatenate([np.zeros(0, np.int64), *ids])})
+
+    def went_on(done: int, whole: int, tokens: int) -> None:
+        stream.went_on(prepare)
         if progress is not None:
-            progress(len(lengths), len(prompts), int(lengths.sum()))
-    return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(lengths) else []
+            progress(done, whole, tokens)
+
+    with stream.kept(prepare):
+        options: dict[str, Any] = {"batch_size": batch_size, "skip": sorted(written), "answered": keep, "progress": went_on}
+        complete(lm, sequences, Decoding(max_new_tokens), **options)
+    prepare()
+    stream.save()
+    return [written[index] for index in range(len(sequences))]
+
+
+def _written(arrays: Mapping[str, np.ndarray]) -> dict[int, list[int] | None]:
+    """The completions that a stream holds, by the number of the prompt."""
+    if not arrays:
+        return {}
+    lengths = arrays["lengths"]
+    parts = np.split(arrays["ids"], np.cumsum(np.maximum(lengths, 0))[:-1])
+    told = zip(arrays["indices"].tolist(), lengths.tolist(), parts, strict=True)
+    return {index: None if length < 0 else part.tolist() for index, length, part in told}
 
 
 def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: list[str] | None = None) -> list[list[int] | None]:
@@ -212,7 +232,7 @@ def texts(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> Texts:
-    """The sequences to feed, with the positions that count; empty completions are counted as failed prompts.
+    """The sequences to feed, with the positions that count; prompts with an empty completion, or none, are counted as failed.
 
     Args:
         writer: writes the completions, and its tokenizer and template encode the prompts.
@@ -232,21 +252,26 @@ def texts(
     wanted = positions.startswith("completion")
     notes: list[str] = []
     answers: list[list[int] | None] = [[] for _ in prompts]
+    missing, broken = 0, 0
     room = max_new_tokens if wanted else 0
     if wanted and completions is not None:
         answers = given(writer, prompts, completions, notes)
         room = max(len(answer or ()) for answer in answers)
+        missing = sum(answer is None for answer in answers)
     elif wanted:
-        answers = list(generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress))
+        answers = generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress)
+        broken = sum(answer is None for answer in answers)
     encoded = writer.encode(prompts, reserve=room)
     paired = zip(encoded, answers, strict=True)
     spans = [span(row.prompt_id, row.ids, answer or (), positions) for row, answer in paired if answer or not wanted]
     spans = [one for one in spans if one.n_tokens > 0]
-    missing = sum(answer is None for answer in answers)
-    empty = len(encoded) - len(spans) - missing
+    empty = len(encoded) - len(spans) - missing - broken
+    if not spans and broken:
+        raise NumericalError(f"{broken} of {len(encoded)} prompts gave NaN or infinity, and no other has a completion: check the weights")
     if not spans:
         raise InputError(f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; check the template")
     notes += [f"{missing} prompts have no completion in the file given"] if missing else []
+    notes += [f"{broken} prompts gave NaN or infinity and have no completion"] if broken else []
     notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []
     truncated = sum(row.truncated for row in encoded)
     notes += [f"{truncated} prompts are longer than the context and lost their middle"] if truncated else []

@@ -42,7 +42,7 @@ class GuardedAnswer:
         token_ids: generated ids, end of sequence excluded; of an answer that was stopped those before that.
         verdict: on the prompt.
         stopped: whether the guard stopped it.
-        finish_reason: `stop`, `length`, or `guard`.
+        finish_reason: `stop`, `length`, `failed` (the model gave NaN), or `guard`.
         stopped_at: generated tokens when it was stopped: 0 before the first; None where it was not.
         recheck: the verdict that stopped it later.
     """
@@ -52,7 +52,7 @@ class GuardedAnswer:
     token_ids: tuple[int, ...]
     verdict: Verdict
     stopped: bool
-    finish_reason: Literal["stop", "length", "guard"]
+    finish_reason: Literal["stop", "length", "failed", "guard"]
     stopped_at: int | None = None
     recheck: Verdict | None = None
 
@@ -165,7 +165,7 @@ class GuardedModel:
 
         def keep(place: int, answer: GuardedAnswer) -> None:
             verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
-            reason: Literal["stop", "length"] = "length" if answer.finish_reason == "length" else "stop"
+            reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
             results[place] = Completion(
                 prompt_id=asked[place].id,
                 prompt=asked[place].text,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -140,7 +141,7 @@ class GuardJudge(Judge):
         return item.ids + (self._answer_ids(item.said) if item.said else [])
 
     def _take(self, item: _Asked, options: tuple[Option, ...], choice: Choice, stage: int) -> None:
-        if stage == 0 and choice.mass < self._least:
+        if math.isnan(choice.mass) or (stage == 0 and choice.mass < self._least):
             item.error = f"gives none of the answers it may give (probability {choice.mass:.2g})"
             return
         best = options[int(choice.probabilities.argmax())]

@@ -23,7 +23,7 @@ class Choice:
     Attributes:
         probabilities: One per answer, summing to 1: at every token where answers part, the model's probabilities of the tokens that go on.
         mass: Probability that the model goes on with one of the answers at all, where they first part. Near 0 the model is not
-            answering the question.
+            answering the question. Both are NaN where the model gives NaN.
     """
 
     probabilities: Float64[np.ndarray, " answer"]
@@ -113,6 +113,8 @@ class _Tree:
 
     def choice(self) -> Choice:
         """The probabilities, once every node was read."""
+        if any(np.isnan(shares).any() for shares in self.read.values()):
+            return Choice(np.full(len(self.answers), np.nan), float("nan"))
         values = np.ones(len(self.answers))
         for place, answer in enumerate(self.answers):
             for length in range(len(answer)):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import UsageError
@@ -70,10 +70,13 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids generated for one sequence, EOS excluded, and why they end (`stop` or `length`)."""
+    """Token ids generated for one sequence, EOS excluded, and why they end.
+
+    `stop` or `length`; `failed` where the model gave NaN or infinity at any step, and then there are none.
+    """
 
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "failed"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def generate(
         skip: Indices that have their answer already; the plan stays the same.
         progress: Called as `progress(sequences done, sequences in all, tokens generated)` after every batch.
         answered: Called with index and answer as soon as it is there.
-        notes: Gets a line for every batch that did not fit in memory.
+        notes: Gets a line for every batch that did not fit in memory, and one for sequences that failed.
         watched: Opened around every batch, and again around each half of one that did not fit, with the indices of its rows and its mask.
 
     Returns:
@@ -143,7 +146,8 @@ def generate(
         if progress is not None:
             progress(len(answers) + len(skipped), len(kept), tokens)
     if notes is not None:
-        notes += halving.notes
+        failed = sum(answer.finish_reason == "failed" for answer in answers.values())
+        notes += halving.notes + ([f"{failed} of {len(kept)} prompts gave NaN or infinity and have no answer"] if failed else [])
     return answers
 
 
@@ -167,14 +171,36 @@ def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: in
             stack.enter_context(seeded(lm.device, decoding.seed, number))
         if watched is not None:
             passed = _joined(passed, stack.enter_context(watched(rows.indices, mask)))
+        finite = _Finite(min(ends, default=lm.pad_id))
+        passed = _joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(
             input_ids=input_ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings, **passed
         )
-    ids = getattr(output, "sequences", output)
+    ids, failed = getattr(output, "sequences", output), finite.failed(len(rows))
+    limit = decoding.max_new_tokens if stopped_otherwise else 0
     return {
-        index: _cut(ids[row, width:], ends, lm.pad_id, decoding.max_new_tokens if stopped_otherwise else 0)
+        index: Answer([], "failed") if failed[row] else _cut(ids[row, width:], ends, lm.pad_id, limit)
         for row, index in enumerate(rows.indices)
     }
+
+
+class _Finite:
+    """A logits processor that ends the sequences whose logits are not numbers, which `generate` would go on from with token 0."""
+
+    def __init__(self, end: int) -> None:
+        self._end = end
+        self._failed: Tensor | None = None
+
+    def __call__(self, _: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+        bad = ~scores.amax(-1).isfinite()  # the largest is NaN where any is; −∞ may be a token that is forbidden
+        self._failed = bad if self._failed is None or len(self._failed) != len(bad) else self._failed | bad
+        ending = torch.full_like(scores[0], -torch.inf)
+        ending[self._end] = 0
+        return torch.where(bad[:, None], ending, scores)
+
+    def failed(self, rows: int) -> list[bool]:
+        """Which of the batch's rows failed; beams of a row count together."""
+        return [False] * rows if self._failed is None else self._failed.view(rows, -1).any(1).tolist()
 
 
 def _joined(given: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

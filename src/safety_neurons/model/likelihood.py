@@ -12,11 +12,12 @@ from torch import Tensor
 from safety_neurons.errors import InputError
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.measures import BatchSize, Losses, Progress, Span
-from safety_neurons.model.passes import Batch, forward, next_token_rows, run_batches, token_budget
+from safety_neurons.model.passes import Batch, forward, next_token_rows, run_batches, said_of_failed, token_budget
 
 Treatment = Callable[[], AbstractContextManager[Any]]
 LOGIT_BYTES = 2**29
 _CHUNK = 2**22
+_NOT_A_NUMBER = "NaN or infinity in the logits"
 
 
 def log_probabilities_of_next(
@@ -61,7 +62,7 @@ def token_log_probabilities(
         notes: Gets a line for every batch that was halved.
 
     Returns:
-        One vector a sequence, in nats. A sequence of one token gives an empty one.
+        One vector a sequence, in nats; NaN where the model gives NaN. A sequence of one token gives an empty one.
 
     Raises:
         InputError: A span outside its sequence, or an empty sequence.
@@ -95,6 +96,8 @@ def token_losses(
 ) -> Losses:
     """Negative log likelihood of running text, each text as it stands; perplexity is exp(total / n_tokens).
 
+    A text on which the model gives NaN is left out and counted.
+
     Args:
         lm: The model.
         texts: Texts (fed without a template, cut at the context's length), or token ids.
@@ -107,9 +110,15 @@ def token_losses(
     usable = [number for number, ids in enumerate(sequences) if len(ids) > 1]
     values = token_log_probabilities(lm, [sequences[number] for number in usable], batch_size=batch_size, progress=progress, notes=notes)
     totals, counts = [0.0] * len(sequences), [0] * len(sequences)
+    failed: dict[int, str] = {}
     for number, row in zip(usable, values, strict=True):
-        totals[number], counts[number] = -float(row.sum()), len(row)
-    return Losses(tuple(totals), tuple(counts))
+        if np.isnan(row).any():
+            failed[number] = _NOT_A_NUMBER
+        else:
+            totals[number], counts[number] = -float(row.sum()), len(row)
+    if notes is not None:
+        notes += said_of_failed(failed, len(sequences), "texts")
+    return Losses(tuple(totals), tuple(counts), len(failed))
 
 
 def token_divergences(
@@ -130,12 +139,13 @@ def token_divergences(
             `lambda: deactivated(lm, neurons)`; it is entered once for each batch.
         batch_size: Rows, or `auto`.
         progress: Called as `progress(batches done, batches in all, tokens done)`.
-        notes: Gets a line for every batch that was halved.
+        notes: Gets a line for every batch that was halved, and one for sequences that were left out.
 
     Returns:
-        One vector a sequence, in nats, one entry a token.
+        One vector a sequence, in nats, one entry a token; an empty one where either model gives NaN.
     """
     found: dict[int, Float64[np.ndarray, " token"]] = {}
+    failed: dict[int, str] = {}
 
     def per_batch(batch: Batch) -> None:
         assert batch.output is not None
@@ -147,9 +157,13 @@ def token_divergences(
             for places, _ in _chunks(rows, rows, untreated.shape[-1])
         ]
         for index, row in zip(batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True):
-            found[index] = row.numpy()
+            if bool(row.isnan().any()):
+                failed[index] = _NOT_A_NUMBER
+            found[index] = row[: 0 if index in failed else None].numpy()
 
     run_batches(lm, sequences, per_batch, batch_size, True, progress, budget=logits_budget(lm) // 2 or 1, notes=notes)
+    if notes is not None:
+        notes += said_of_failed(failed, len(sequences), "sequences")
     return [found[index] for index in range(len(sequences))]
 
 
@@ -163,7 +177,7 @@ def kl_divergence(
 ) -> float | None:
     """Mean of `token_divergences` over all tokens; None where there is none."""
     rows = token_divergences(lm, sequences, treated, batch_size=batch_size, progress=progress)
-    return float(np.concatenate(rows).mean()) if rows else None
+    return float(np.concatenate(rows).mean()) if any(map(len, rows)) else None
 
 
 def logits_budget(lm: LanguageModel) -> int:

@@ -20,11 +20,13 @@ class Losses:
 
     Attributes:
         totals: Summed over the predicted tokens of each text.
-        counts: Predicted tokens of each text; 0 for a text of one token.
+        counts: Predicted tokens of each text; 0 for a text of one token, and for one on which the model gave NaN.
+        failed: Texts on which it gave NaN, which are left out.
     """
 
     totals: tuple[float, ...]
     counts: tuple[int, ...]
+    failed: int = 0
 
     @property
     def total(self) -> float:

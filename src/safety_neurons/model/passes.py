@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from safety_neurons.errors import InputError, ModelError
+from safety_neurons.errors import InputError, ModelError, NumericalError
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.measures import BatchSize, Progress
@@ -34,6 +34,7 @@ __all__ = [
     "plan",
     "release_memory",
     "run_batches",
+    "said_of_failed",
     "stopping_after",
     "takes_padding",
     "token_budget",
@@ -187,38 +188,69 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Halving:
     """Runs work on batches and halves those that do not fit in memory, and all larger ones after them.
 
+    Args:
+        failed: Gets, by its index, the reason why a sequence is left out: it alone does not fit in memory, or gives numbers that are not
+            finite (then `work` raises a `NumericalError`, and the batch is halved until the sequence is alone). None: both end the run.
+
     Attributes:
-        notes: One line for each time a batch was halved.
+        notes: One line for each time a batch was halved because it did not fit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failed: dict[int, str] | None = None) -> None:
         self.notes: list[str] = []
+        self._failed = failed
         self._largest: int | None = None
 
     def run(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
         """Results of `work` for the batch, or for its parts in order.
 
         Args:
-            batch: Anything with `len`, `width` and `split()`.
+            batch: Anything with `len`, `width`, `indices` and `split()`.
             work: Must leave nothing behind when it raises, for it is called again on each half.
 
         Raises:
-            ModelError: One row alone does not fit.
+            ModelError: One row alone does not fit. NumericalError: One gives numbers that are not finite.
         """
         if self._largest is not None and len(batch) > 1 and len(batch) * batch.width > self._largest:
-            return [result for part in batch.split() for result in self.run(part, work)]
+            return self._halves(batch, work)
         try:
             return [work(batch)]
+        except NumericalError as error:
+            if self._failed is None:
+                raise
+            reason = str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        release_memory()
-        rows, width = len(batch), batch.width
-        if rows == 1:
-            raise ModelError(f"out of memory on one sequence of {width} tokens: use a shorter text, --dtype bfloat16 or a larger device")
+            reason = f"out of memory on one sequence of {batch.width} tokens: use a shorter text, --dtype bfloat16 or a larger device"
+            release_memory()
+            if len(batch) > 1:
+                self._halve(len(batch), batch.width)
+        if len(batch) > 1:
+            return self._halves(batch, work)
+        if self._failed is None:
+            raise ModelError(reason)
+        self._failed[batch.indices[0]] = reason
+        return []
+
+    def _halve(self, rows: int, width: int) -> None:
         self._largest = rows * width // 2
         self.notes.append(f"out of memory on a batch of {rows} × {width} tokens: halved, going on with at most {self._largest} tokens")
+
+    def _halves(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
         return [result for part in batch.split() for result in self.run(part, work)]
+
+
+def said_of_failed(failed: Mapping[int, str], n: int, what: str = "prompts") -> list[str]:
+    """A line about the sequences that were left out, where there are some.
+
+    Args:
+        failed: The reason by index.
+        n: How many there were.
+        what: What they are.
+    """
+    first = next(iter(failed.values()), "")
+    return [f"{len(failed)} of {n} {what} failed (not-a-number or out of memory) and are left out; the first: {first}"] if failed else []
 
 
 def release_memory() -> None:
@@ -273,6 +305,7 @@ def run_batches(
     budget: int | None = None,
     notes: list[str] | None = None,
     gradients: bool = False,
+    failed: dict[int, str] | None = None,
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
 
@@ -292,6 +325,7 @@ def run_batches(
         budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere.
         notes: Gets a line for every batch that was halved.
         gradients: Leave gradients as they are; off by default.
+        failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first of them ends the run.
 
     Returns:
         What `per_batch` returned, in order (a halved batch gives several).
@@ -300,7 +334,7 @@ def run_batches(
         ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
     """
     groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
-    halving, results = Halving(), list[T]()
+    halving, results = Halving(failed), list[T]()
     tokens = sum(len(sequences[index]) for group in groups[:start] for index in group)
 
     def work(batch: Batch) -> T:

@@ -6,7 +6,7 @@ whole batch is reduced by two kernels. Padding is never read, so NaN in it harms
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import reading
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.measures import BatchSize, Progress
-from safety_neurons.model.passes import Batch, run_batches
+from safety_neurons.model.passes import Batch, run_batches, said_of_failed
 from safety_neurons.neurons.keys import parse_key
 
 CACHED = 2**18
@@ -37,11 +37,13 @@ class Statistics:
         counts: tokens by site key (an expert counts the tokens routed to it).
         sums: Σx of every neuron, by site key.
         sums_of_squares: Σx² of every neuron.
+        failed: sequences that are not in them, because they gave NaN or infinity or did not fit in memory.
     """
 
     counts: Mapping[str, int]
     sums: Mapping[str, Float[np.ndarray, " neuron"]]
     sums_of_squares: Mapping[str, Float[np.ndarray, " neuron"]]
+    failed: int = 0
 
     def mean(self) -> dict[str, Float[np.ndarray, " neuron"]]:
         """Mean activation; 0 for an expert that got no token."""
@@ -73,6 +75,7 @@ class Statistics:
             {key: count + other.counts[key] for key, count in self.counts.items()},
             {key: values + other.sums[key] for key, values in self.sums.items()},
             {key: values + other.sums_of_squares[key] for key, values in self.sums_of_squares.items()},
+            self.failed + other.failed,
         )
 
 
@@ -97,14 +100,15 @@ def activation_statistics(
         layers: a range or "A:B"; None for all. The pass stops behind the last one.
         batch_size: sequences a batch, or "auto" for a token budget.
         progress: called with (batches done, in all, tokens).
-        notes: gets a line for every batch that was halved.
+        notes: gets a line for every batch that was halved, and one for the sequences that were left out.
 
     Raises:
-        NumericalError: a sum is not finite; the message names the site.
+        NumericalError: no sequence gives finite numbers; the message names the first one's site.
         UsageError: an unknown site, or layers outside the model.
     """
     sizes = lm.table.select(sites, layers).sizes
     sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
+    failed: dict[int, str] = {}
     with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
         run_batches(
             lm,
@@ -115,8 +119,13 @@ def activation_statistics(
             before=sums.start,
             last_layer=max(parse_key(key).layer for key in sizes),
             notes=notes,
+            failed=failed,
         )
-    return sums.finished()
+    if len(failed) == len(sequences) > 0:
+        raise NumericalError(f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}")
+    if notes is not None:
+        notes += said_of_failed(failed, len(sequences), "sequences")
+    return replace(sums.finished(), failed=len(failed))
 
 
 def _source(key: str) -> tuple[str, int]:
@@ -167,7 +176,16 @@ class _Sums:
         return read
 
     def take(self) -> None:
-        """Add the batch's sums: on the device in float64, where it has float64."""
+        """Add the batch's sums: on the device in float64, where it has float64.
+
+        Raises:
+            NumericalError: one is not finite; nothing is added.
+        """
+        whole = {source: part.sums.isfinite().all() for source, part in self.parts.items()}
+        where = next((flag.device for flag in whole.values()), None)
+        if whole and not bool(torch.stack([flag.to(where) for flag in whole.values()]).all()):  # one question to the device
+            source = next(source for source, flag in whole.items() if not flag)
+            raise NumericalError(f"site {source} gave NaN or infinity: check the model's weights, or use --dtype float32")
         for source, part in self.parts.items():
             host = part.sums.device.type == "mps"
             wide = _Sum(part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double())
@@ -185,8 +203,6 @@ class _Sums:
         for key, size in self.sizes.items():
             source, row = _source(key)
             found, values = host.get(source, ([0] * (row + 1), np.zeros((row + 1, 2, size))))
-            if not np.isfinite(values[row]).all():
-                raise NumericalError(f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32")
             counts[key], (sums[key], squares[key]) = found[row], values[row]
         return Statistics(counts, sums, squares)
 

@@ -13,7 +13,7 @@ from safety_neurons.errors import NeuronError, NumericalError, UsageError
 from safety_neurons.neurons import files
 from safety_neurons.neurons.keys import check_sites, parse_key, parse_layers, sort_keys
 from safety_neurons.neurons.provenance import Provenance
-from safety_neurons.neurons.selection import Selection
+from safety_neurons.neurons.selection import Selection, said_of_zeros
 from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, stored_table
 from safety_neurons.neurons.site_table import SiteTable
 from safety_neurons.neurons.tables import html_of, line_of
@@ -127,15 +127,17 @@ class Scores:
         return self.neurons({key: np.flatnonzero(part) for key, part in zip(self.keys(), parts, strict=True)})
 
     def select(self, selection: Selection) -> NeuronSet:
-        """The neurons that a selection takes from these scores.
+        """The neurons that a selection takes from these scores; the set's `notes` say how many of them score exactly 0, if some do.
 
         Raises:
             UsageError: the selection has an agreement, which needs the scores of every prompt, not their mean.
         """
         if selection.agreement is not None:
             raise UsageError("agreement needs the scores of every prompt and these are means over prompts; give it to the find verb")
-        chosen = selection.choose(self._values)
-        return self.neurons({key: np.flatnonzero(mask) for key, mask in chosen.items()}, selection)
+        members = {key: np.flatnonzero(mask) for key, mask in selection.choose(self._values).items()}
+        found = self.neurons(members, selection)
+        found.notes = tuple(said_of_zeros(self._values, members))
+        return found
 
     def neurons(self, members: Mapping[str, Any], selection: Selection | None = None) -> NeuronSet:
         """The given members as a set that carries the provenance of these scores and, where given, the selection."""

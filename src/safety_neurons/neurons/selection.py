@@ -1,7 +1,7 @@
 """Selection: how many of the scored neurons are taken, from the scores or prompt by prompt."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from safety_neurons.errors import NeuronError, NumericalError, UsageError
-from safety_neurons.neurons.keys import sort_keys
+from safety_neurons.neurons.keys import parse_key, sort_keys
+
+RARE = 0.1
+"""Share of the prompts below which a matrix's agreement is said to rest on few of them."""
 
 
 def number_of(fraction: float | int, n: int) -> int:
@@ -46,7 +49,9 @@ class Selection:
     threshold: float | int | None = None
     """Every neuron whose score is at least this."""
     agreement: float | int | None = None
-    """When given, the rule acts on every prompt, and neurons chosen in at least this share of the prompts are kept (1.0: in all)."""
+    """When given, the rule acts on every prompt, and neurons chosen in at least this share of the prompts are kept (1.0: in all).
+
+    A neuron's share is taken of the prompts of which its matrix read a token: of an expert, those that were routed to it."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("top", "count", "top_per_matrix", "threshold") if getattr(self, name) is not None]
@@ -106,6 +111,23 @@ class Selection:
         return dict(zip(rounded, np.split(chosen, ends[:-1]), strict=True)) if rounded else {}
 
 
+def said_of_zeros(values: Mapping[str, np.ndarray], members: Mapping[str, np.ndarray]) -> list[str]:
+    """A line that says how many chosen neurons have a score of exactly 0, where some have: nothing but their place chose them.
+
+    Args:
+        values: scores by key.
+        members: the chosen indices by key.
+    """
+    zeros = {key: int((np.asarray(values[key], np.float32)[indices] == 0).sum()) for key, indices in members.items() if key in values}
+    found = sum(zeros.values())
+    if not found:
+        return []
+    idle = sum(count for key, count in zeros.items() if not np.asarray(values[key], np.float32).any())
+    where = f", {idle} of them in matrices that no token reached" if idle else ""
+    total = sum(len(indices) for indices in members.values())
+    return [f"{found} of the {total} chosen neurons have a score of exactly 0{where}: ask for fewer, or search other sites"]
+
+
 def _rounded(key: str, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = np.asarray(values).astype(np.float32)
@@ -118,7 +140,11 @@ def _rounded(key: str, values: np.ndarray) -> np.ndarray:
 
 
 class Votes:
-    """Agreement over prompts in a stream: in how many prompts each neuron was chosen. Memory does not grow with prompts."""
+    """Agreement over prompts in a stream: in how many prompts each neuron was chosen. Memory does not grow with prompts.
+
+    A prompt says something of a matrix only where the matrix read one of its tokens, which is not so of every routed expert; so each
+    matrix has its own number of prompts, and a neuron's agreement is its share of those.
+    """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         """Starts with no prompts.
@@ -127,6 +153,8 @@ class Votes:
             sizes: neurons of every key that will be voted on.
         """
         self._counts = {key: np.zeros(sizes[key], np.int64) for key in sort_keys(sizes)}
+        self._seen = dict.fromkeys(self._counts, 0)
+        self._routed = {key for key in self._counts if parse_key(key).expert is not None}
         self._prompts = 0
 
     @property
@@ -134,8 +162,24 @@ class Votes:
         """Prompts counted so far."""
         return self._prompts
 
+    def cast(self, selection: Selection, scores: Mapping[str, np.ndarray]) -> None:
+        """One prompt votes for the neurons that a selection takes from its scores.
+
+        The rule is applied to all announced keys, whatever was routed where, so that a share or number means the same in every prompt.
+        Neurons whose score is exactly 0 get no vote but by a threshold; an expert whose scores are all 0 saw no token of this prompt.
+
+        Args:
+            selection: the rule.
+            scores: of the prompt by key; a key that is left out is as one whose scores are all 0.
+        """
+        whole = {key: np.asarray(scores.get(key, np.zeros(len(counts)))) for key, counts in self._counts.items()}
+        chosen = selection.choose(whole)
+        positive = {key: np.asarray(value, np.float32) != 0 for key, value in whole.items()}
+        reached = [key for key in chosen if key not in self._routed or positive[key].any()]
+        self.add({key: chosen[key] if selection.threshold is not None else chosen[key] & positive[key] for key in reached})
+
     def add(self, chosen: Mapping[str, np.ndarray]) -> None:
-        """Counts one prompt; a key that is left out chose nothing.
+        """Counts one prompt; a key that is left out read no token of it, so that the prompt says nothing of its neurons.
 
         Raises:
             NeuronError: a key that was not announced, or a mask of another length.
@@ -145,29 +189,41 @@ class Votes:
                 raise NeuronError(f"a vote for {key!r} with shape {mask.shape}; expected one bool per neuron of an announced key")
         for key, mask in chosen.items():
             self._counts[key] += mask.astype(bool)
+            self._seen[key] += 1
         self._prompts += 1
 
     def members(self, share: float | int) -> dict[str, np.ndarray]:
-        """The indices (sorted int64) chosen in at least `share` of the prompts, for the keys that have any.
+        """The indices (sorted int64) chosen in at least `share` of the prompts that their key saw, for the keys that have any.
 
         Raises:
             NeuronError: no prompt was counted.
         """
         if self._prompts == 0:
             raise NeuronError("no prompt was counted, so there is no agreement; give at least one usable prompt")
-        needed = max(math.ceil(share * self._prompts - 1e-9), 1)
-        members = {key: np.flatnonzero(counts >= needed).astype(np.int64) for key, counts in self._counts.items()}
+        needed = {key: max(math.ceil(share * seen - 1e-9), 1) for key, seen in self._seen.items()}
+        members = {key: np.flatnonzero(counts >= needed[key]).astype(np.int64) for key, counts in self._counts.items()}
         return {key: indices for key, indices in members.items() if len(indices)}
+
+    def said_of(self, keys: Collection[str]) -> list[str]:
+        """A line for agreements of few prompts: experts to which less than a tenth of the prompts sent a token."""
+        rare = {key: seen for key in keys if (seen := self._seen[key]) < RARE * self._prompts}
+        if not rare:
+            return []
+        least = min(rare, key=lambda key: rare[key])
+        return [
+            f"{len(rare)} of the {len(keys)} matrices with chosen neurons read a token of less than {RARE:.0%} of the "
+            f"{self._prompts} prompts, and agree over those alone (fewest: {least}, {rare[least]})"
+        ]
 
     def agreement_for_one(self) -> float:
         """The largest agreement that would keep at least one neuron (0.0 before the first vote)."""
-        most = max((int(counts.max(initial=0)) for counts in self._counts.values()), default=0)
-        return most / self._prompts if self._prompts else 0.0
+        return max((int(counts.max(initial=0)) / max(self._seen[key], 1) for key, counts in self._counts.items()), default=0.0)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything needed to go on later, as arrays for a checkpoint."""
         return {
             "votes.prompts": np.array([self._prompts], np.int64),
+            "votes.seen": np.array(list(self._seen.values()), np.int64),
             **{f"votes.{key}": counts.copy() for key, counts in self._counts.items()},
         }
 
@@ -179,9 +235,10 @@ class Votes:
         """
         for key, counts in self._counts.items():
             stored = state.get(f"votes.{key}")
-            if stored is None or stored.shape != counts.shape or "votes.prompts" not in state:
+            if stored is None or stored.shape != counts.shape or "votes.prompts" not in state or "votes.seen" not in state:
                 raise NeuronError(
                     f"the stored votes do not fit {key!r} with {len(counts)} neurons; expected the state of the same run: start anew"
                 )
         self._prompts = int(state["votes.prompts"][0])
+        self._seen = dict(zip(self._counts, state["votes.seen"].tolist(), strict=True))
         self._counts = {key: state[f"votes.{key}"].astype(np.int64) for key in self._counts}

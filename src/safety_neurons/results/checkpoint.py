@@ -3,7 +3,8 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,11 @@ from safetensors.numpy import save
 
 from safety_neurons.errors import RunError
 from safety_neurons.results.files import PathLike, plain, write_bytes
+
+EVERY = 5.0
+"""Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under way."""
+SHARE = 0.1
+"""Share of the time that saving may take: a state that takes longer to write is written less often."""
 
 
 class Saved(NamedTuple):
@@ -24,9 +30,21 @@ class Saved(NamedTuple):
 class Checkpoint:
     """Arrays and a small state under one path; saving replaces both in one step."""
 
-    def __init__(self, path: PathLike) -> None:
-        """Names the file; nothing is written yet."""
+    def __init__(self, path: PathLike, clock: Callable[[], float] = time.monotonic) -> None:
+        """Names the file; nothing is written yet.
+
+        Args:
+            path: of the file.
+            clock: seconds, by which `due` goes.
+        """
         self.path = pathlib.Path(path)
+        self._clock = clock
+        self._last, self._cost = clock(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time went by since the last save, or since this object was made, for the next one."""
+        return self._clock() - self._last >= max(EVERY, self._cost / SHARE)
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Writes arrays and state (JSON values) in one step.
@@ -34,8 +52,11 @@ class Checkpoint:
         Raises:
             RunError: the place cannot be written; the previous checkpoint is untouched.
         """
+        start = self._clock()
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         write_bytes(self.path, save(whole, metadata={"state": json.dumps(plain(state))}))
+        self._last = self._clock()
+        self._cost = self._last - start
 
     def load(self) -> Saved | None:
         """The last state saved, or `None` where there is none.

@@ -12,6 +12,7 @@ from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import notebook
 from safety_neurons.results.files import PathLike, plain, write_bytes
 
+_REASONS = ("stop", "length", "failed")
 SHOWN = 20
 """Completions that a notebook shows."""
 
@@ -26,8 +27,8 @@ class Completion:
     """The text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
     """The generated ids, as generated, up to the end token, which is left out (`finish_reason` says that there was one)."""
-    finish_reason: Literal["stop", "length"] = "stop"
-    """`stop`: the model ended its answer; `length`: it was cut at the token limit."""
+    finish_reason: Literal["stop", "length", "failed"] = "stop"
+    """`stop`: the model ended its answer; `length`: it was cut at the token limit; `failed`: it gave NaN, and there is none."""
     arm: str = "untreated"
     """Which treatment the model was under."""
     seed: int = 0
@@ -207,14 +208,15 @@ def _completion(line: bytes, number: int) -> Completion:
     record = json.loads(line.decode("utf-8"))
     if not isinstance(record, dict) or not isinstance(record["completion"], str) or not isinstance(record["prompt"], str):
         raise TypeError("'prompt' and 'completion' must be text")
-    if record.get("finish_reason", "stop") not in ("stop", "length"):
-        raise TypeError(f"finish_reason {str(record['finish_reason'])[:20]!r} is neither 'stop' nor 'length'")
+    reason = record.get("finish_reason", "stop")
+    if reason not in _REASONS:
+        raise TypeError(f"finish_reason {str(reason)[:20]!r} is none of {', '.join(_REASONS)}")
     return Completion(
         prompt_id=str(record.get("prompt_id", number - 1)),
         prompt=record["prompt"],
         completion=record["completion"],
         token_ids=tuple(int(token) for token in record.get("token_ids") or ()),
-        finish_reason="length" if record.get("finish_reason") == "length" else "stop",
+        finish_reason=reason,
         arm=str(record.get("arm", "untreated")),
         seed=int(record.get("seed", 0)),
         verdicts=dict(record.get("verdicts") or {}),

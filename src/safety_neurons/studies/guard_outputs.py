@@ -173,6 +173,6 @@ def _by_language(
 
 
 def _completion(prompt: Prompt, answer: GuardedAnswer) -> Completion:
-    reason: Literal["stop", "length"] = "length" if answer.finish_reason == "length" else "stop"
+    reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
     meta = {"p_unsafe": answer.verdict.p_unsafe, "stopped": answer.stopped, "language": prompt.language}
     return Completion(prompt.id, prompt.text, answer.text, answer.token_ids, reason, GUARDED, meta=meta)

@@ -90,7 +90,7 @@ class TreatedModel(ModelAPI):
         turns = tuple(Message(turn.role, turn.text) for turn in input)
         prompt = Prompt("0", turns[-1].content, turns)
         completion = await asyncio.to_thread(self._complete, prompt, config)
-        reason: Any = "max_tokens" if completion.finish_reason == "length" else "stop"
+        reason: Any = {"length": "max_tokens", "failed": "unknown"}.get(completion.finish_reason, "stop")
         return ModelOutput.from_content(self.model_name, completion.completion, stop_reason=reason)
 
     def max_connections(self) -> int:

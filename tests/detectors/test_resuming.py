@@ -1,0 +1,124 @@
+"""A kill after any amount of work costs at most ten seconds of it, in every detector that keeps a state, by a clock of the test's own."""
+
+import inspect
+
+import numpy as np
+import pytest
+import twins
+
+import safety_neurons as sn
+from safety_neurons.model import LanguageModel
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Checkpoint
+
+SECONDS = 0.4
+"""What a forward pass takes, by the test's clock."""
+WORDS = ("red", "green", "blue", "small", "large", "water")
+PROMPTS = Prompts.from_list([f"tell me about the {word} tree {'please ' * (n % 3)}" for n, word in enumerate(WORDS)])
+HARMLESS = Prompts.from_list([f"write a story about {word}" for word in WORDS[:2]])
+
+FINDERS = {
+    "activation_magnitude": lambda base, _, **kept: sn.find_activation_magnitude(base, PROMPTS, **kept),
+    "attribution": lambda base, _, **kept: sn.find_attribution(base, PROMPTS, integrated=2, **kept),
+    "attribution_patching": lambda base, aligned, **kept: sn.find_attribution_patching(base, aligned, PROMPTS, midpoints=2, **kept),
+    "contrast": lambda base, aligned, **kept: sn.find_contrast(base, aligned, PROMPTS, max_new_tokens=12, **kept),
+    "importance": lambda base, _, **kept: sn.find_importance(base, PROMPTS, agreement=0.5, **kept),
+    "importance_contrast": lambda base, aligned, **kept: sn.find_importance_contrast(base, aligned, PROMPTS, **kept),
+    "importance_contrast, attribution": lambda base, aligned, **kept: sn.find_importance_contrast(
+        base, aligned, PROMPTS, compare="swap-attribution", **kept
+    ),
+    "mask": lambda base, aligned, **kept: sn.find_mask(base, aligned, PROMPTS, harmless=HARMLESS, rounds=3, **kept),
+    "snip": lambda base, _, **kept: sn.find_snip(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
+    "wanda": lambda base, _, **kept: sn.find_wanda(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
+}
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Machine:
+    """Counts the passes of models, lets each take its time, and dies in the middle of one."""
+
+    def __init__(self, *models: LanguageModel) -> None:
+        self.passes, self.dies_at = 0, None
+        self._handles = [lm.anatomy.layers[0].module.register_forward_pre_hook(self._passed) for lm in models]
+
+    def _passed(self, *_) -> None:
+        self.passes += 1
+        if self.passes == self.dies_at:
+            raise Killed
+
+    def now(self) -> float:
+        return self.passes * SECONDS
+
+    def off(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Disk(Checkpoint):
+    """A checkpoint to which a dead process writes nothing."""
+
+    def __init__(self, path, machine) -> None:
+        super().__init__(path, clock=machine.now)
+        self.machine = machine
+
+    def save(self, arrays, state) -> None:
+        if self.machine.dies_at is None or self.machine.passes < self.machine.dies_at:
+            super().save(arrays, state)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return twins.separate(num_hidden_layers=1, hidden_size=16, intermediate_size=24)
+
+
+@pytest.fixture
+def machine(pair):
+    made = Machine(*pair)
+    yield made
+    made.off()
+
+
+def test_every_detector_that_takes_a_checkpoint_is_here():
+    takes = {
+        name.removeprefix("find_")
+        for name in sn.__all__
+        if name.startswith("find_") and {"checkpoint", "options"} & set(inspect.signature(getattr(sn, name)).parameters)
+    }
+    assert takes == {name.split(",")[0] for name in FINDERS}
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_a_kill_costs_at_most_ten_seconds(pair, machine, name, tmp_path):
+    options = {"batch_size": 1}
+    whole = FINDERS[name](*pair, **options)
+    total = machine.passes
+    for share in (0.8,):
+        machine.passes, machine.dies_at = 0, int(share * total)
+        path = tmp_path / f"{share}.safetensors"
+        with pytest.raises(Killed):
+            FINDERS[name](*pair, checkpoint=Disk(path, machine), **options)
+        machine.passes, machine.dies_at = 0, None
+        again = FINDERS[name](*pair, checkpoint=Disk(path, machine), **options)
+        assert (int(share * total) + machine.passes - total) * SECONDS <= 10
+        assert again.neurons == whole.neurons
+        assert again.prompts == whole.prompts
+        for key, scores in whole.scores.items():
+            np.testing.assert_array_equal(again.scores[key], scores)
+        path.unlink()
+
+
+def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path):
+    time = [0.0]
+    checkpoint = Checkpoint(tmp_path / "c", clock=lambda: time[0])
+    assert not checkpoint.due
+    time[0] = 5.0
+    assert checkpoint.due
+    checkpoint._cost = 2.0
+    assert not checkpoint.due
+    time[0] = 20.0
+    assert checkpoint.due
+    checkpoint.save({}, {})
+    assert not checkpoint.due
