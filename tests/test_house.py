@@ -12,7 +12,7 @@ import safety_neurons
 
 SOURCE = pathlib.Path(safety_neurons.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "strict_json"},
     {"prompts", "neurons", "results"},
     {"model"},
     {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},

@@ -62,7 +62,7 @@ def test_every_shape_gives_the_same_prompts_and_answers(write, name):
 def test_text_files_hold_one_prompt_a_line(write, name):
     found = prompts(write(name, "first\r\n\nsecond line\u2028still second\nthird"))
     assert found.texts == ["first", "second line\u2028still second", "third"]
-    assert found.notes == ["dropped 1 empty prompts"]
+    assert found.notes == ["dropped 1 empty prompts (first: row 1)"]
     assert [prompt.id for prompt in found] == ["0", "2", "3"]
 
 
@@ -102,7 +102,7 @@ def test_an_alpaca_input_is_joined_to_its_instruction(write):
 
 def test_a_context_comes_before_its_behaviour(write):
     found = prompts(write("a.csv", 'Behavior,ContextString,SemanticCategory,BehaviorID\nSum it up,"A long\r\ntext",copyright,sum_it\n'))
-    assert found[0] == Prompt("sum_it", "A long\ntext\n\n---\n\nSum it up", category="copyright")
+    assert found[0] == Prompt("sum_it", "A long\r\ntext\n\n---\n\nSum it up", category="copyright")
 
 
 def test_category_language_and_other_fields_are_kept(write):
@@ -121,7 +121,7 @@ def test_messages_give_turns_and_the_last_answer():
         {"role": "assistant", "content": "Bye"},
     ]
     found = prompts([{"messages": turns}])
-    assert found[0].text == "Hello"
+    assert found[0].text == "And now?"
     assert [turn.role for turn in found[0].messages] == ["system", "user", "assistant", "user"]
     assert found[0].messages[3] == Message("user", "And now?")
     assert found[0].answer == "Bye"
@@ -164,13 +164,13 @@ def test_transcripts_become_turns_and_irregular_ones_are_counted(write):
         {"chosen": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: Six.", "rejected": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: x"},
     ]
     found = prompts(write("a.jsonl", lines(rows)))
-    assert found.texts == ["One?", "Three?", "Four\n\nfive?"]
+    assert found.texts == ["Two?", "Three?", "Four\n\nfive?"]
     assert found[0].messages == (Message("user", "One?"), Message("assistant", "Yes.\n\nMore."), Message("user", "Two?"))
     assert found.answers == ["No.", None, "Six."]
     assert found.notes == [
-        "joined 1 turns to the turn of the same role before them",
-        "1 conversations end with an empty answer, taken as no answer",
-        "1 pairs differ before their last turn; the chosen side is read",
+        "joined 1 turns to the turn of the same role before them (first: row 2)",
+        "1 conversations end with an empty answer, taken as no answer (first: row 1)",
+        "1 pairs differ before their last turn; the chosen side is read (first: row 0)",
     ]
 
 
@@ -197,9 +197,9 @@ def test_the_package_can_be_called_like_its_function():
 # What is repaired or counted
 
 
-def test_byte_order_mark_and_windows_line_ends_disappear(write):
+def test_a_byte_order_mark_and_the_line_ends_of_rows_disappear_and_those_in_cells_stay(write):
     found = prompts(write("a.csv", b'\xef\xbb\xbfprompt,x\r\n"two\r\nlines",1\r\nplain,2\r\n'))
-    assert found.texts == ["two\nlines", "plain"]
+    assert found.texts == ["two\r\nlines", "plain"]
 
 
 def test_json_lines_named_json_are_read_and_said(write):
@@ -217,12 +217,12 @@ def test_a_json_array_named_jsonl_is_read_and_said(write):
 def test_empty_and_null_prompts_are_dropped_and_counted(write):
     found = prompts(write("a.jsonl", '{"prompt": null}\n{"prompt": "  "}\n{"prompt": NaN}\n{"x": 1}\n{"prompt": "a"}\n'))
     assert found.texts == ["a"]
-    assert found.notes == ["dropped 4 empty prompts"]
+    assert found.notes == ["dropped 3 empty prompts (first: row 0)", "left out 1 rows: no known column for the prompt (first: row 3)"]
 
 
 def test_duplicates_are_kept_and_counted(write):
-    found = prompts(write("a.txt", "same\nother\nsame \n"))
-    assert len(found) == 3
+    found = prompts(write("a.txt", "same\nother\nsame\nsame \n"))
+    assert len(found) == 4
     assert found.notes == ["1 duplicate prompts, kept"]
 
 
@@ -256,7 +256,7 @@ def test_another_separator_is_noticed(write):
 
 def test_short_rows_and_loose_quotation_marks_are_counted(write):
     found = prompts(write("a.csv", 'prompt,label\nhello\n"say" it,1\n'))
-    assert found.texts == ["hello", "say it"]
+    assert found.texts == ["hello", '"say" it']
     assert found.notes == [
         "loose quotation marks from line 3 on; read as they stand",
         "1 rows have fewer cells than the header; the missing ones are empty",
@@ -266,7 +266,7 @@ def test_short_rows_and_loose_quotation_marks_are_counted(write):
 def test_half_surrogate_pairs_are_replaced_and_counted(write):
     found = prompts(write("a.jsonl", '{"prompt": "a \\ud83d b"}\n'))
     assert found.texts == ["a \ufffd b"]
-    assert found.notes == ["replaced broken characters (half surrogate pairs) in 1 texts"]
+    assert found.notes == ["replaced broken characters (half surrogate pairs) in 1 texts (first: row 0)"]
 
 
 def test_a_table_without_header_is_read_by_the_number_of_a_column(write):
@@ -306,7 +306,11 @@ BAD = {
     "cut json": ("a.json", b'[{"prompt": "a"},', "not JSON at line 1"),
     "deep json": ("a.json", b"[" * 200_000, "nested too deeply|not JSON"),
     "deep line": ("a.jsonl", b'{"prompt": ' + b"[" * 200_000, "line 1 is not JSON"),
-    "long number": ("a.json", b'[{"prompt": ' + b"9" * 5000 + b"}]", "a number of too many digits"),
+    "long number": (
+        "a.json",
+        b'[{"prompt": ' + b"9" * 5000 + b"}]",
+        "row 0: record 1 is JSON that cannot be read .a whole number of 5000 digits.",
+    ),
     "a number": ("a.json", b"3", "the JSON document is a int"),
     "numbers": ("a.json", b"[1, 2]", "record 1 is a int"),
     "uneven columns": ("a.json", b'{"goal": ["a"], "target": ["b", "c"]}', "goal 1, target 2"),
@@ -316,7 +320,7 @@ BAD = {
     "double header": ("a.csv", b"prompt,prompt\na,b\n", "names prompt more than once"),
     "numbers as prompts": ("a.json", b'[{"prompt": 3}]', "row 0: the column 'prompt' holds a int"),
     "unknown role": ("a.json", b'[{"messages": [{"role": "king", "content": "x"}]}]', "turn 1 has role 'king'"),
-    "no content": ("a.json", b'[{"messages": [{"role": "user", "content": null}]}]', "turn 1 has content of type NoneType"),
+    "no content": ("a.json", b'[{"messages": [{"role": "user", "content": null}]}]', "the column 'messages' is empty in all 1 rows"),
 }
 
 

@@ -1,6 +1,8 @@
+import hashlib
+
 import pytest
 
-from safety_neurons.prompts import Message, Prompt, Prompts, normalised
+from safety_neurons.prompts import Message, Prompt, Prompts, normalised, request_of
 
 
 def test_a_list_of_texts_becomes_prompts_in_order():
@@ -15,12 +17,39 @@ def test_a_slice_is_prompts_again_and_keeps_name_and_notes():
     assert (found.texts, found.name, found.notes) == (["text 1", "text 2"], "file.csv", ["dropped 1"])
 
 
-def test_the_hash_ignores_white_space_and_unicode_form_only():
+@pytest.mark.parametrize(
+    "other", ["a caf\u00e9\n", " a caf\u00e9", "a  caf\u00e9", "a cafe\u0301", "A caf\u00e9", "a\tcaf\u00e9", "a caf\u00e9\r\n"]
+)
+def test_the_hash_knows_every_character_and_the_order(other):
     base = Prompts.from_list(["a caf\u00e9", "b"])
-    assert Prompts.from_list(["  a  cafe\u0301\n", "b"]).sha256 == base.sha256
-    assert Prompts.from_list(["A caf\u00e9", "b"]).sha256 != base.sha256
+    assert Prompts.from_list([other, "b"]).sha256 != base.sha256
     assert Prompts.from_list(["b", "a caf\u00e9"]).sha256 != base.sha256
-    assert len(base.sha256) == 64
+    assert Prompts.from_list(["a caf\u00e9", "b"]).sha256 == base.sha256
+
+
+def test_the_hash_of_plain_lines_is_the_one_that_older_files_hold():
+    line = hashlib.sha256(b"user\x1eHow do I knit?").hexdigest()
+    assert Prompts.from_list(["How do I knit?"]).sha256 == hashlib.sha256(line.encode()).hexdigest()
+
+
+def test_no_text_passes_for_a_border_between_turns():
+    two = Prompt("0", "b", (Message("user", "a"), Message("assistant", "x"), Message("user", "b")))
+    assert Prompt("0", "a\x1fassistant\x1ex\x1fuser\x1eb").sha256 != two.sha256
+
+
+def test_the_request_of_a_conversation_is_its_last_user_turn():
+    turns = [
+        Message("system", "s"),
+        Message("user", "Hello"),
+        Message("assistant", "Hi"),
+        Message("user", "Make a lamp"),
+        Message("tool", "9"),
+    ]
+    assert request_of(turns) == "Make a lamp"
+    assert request_of(turns[:1]) == ""
+    asked = Prompts([Prompt("0", request_of(turns), tuple(turns))])
+    assert asked.overlap(Prompts.from_list(["make a  lamp"])) == 1
+    assert asked.overlap(Prompts.from_list(["Hello"])) == 0
 
 
 def test_the_hash_knows_a_system_message_and_turn_borders():

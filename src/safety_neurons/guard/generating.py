@@ -13,7 +13,7 @@ from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.features import model_lock
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.operating import check_probability
-from safety_neurons.guard.requests import Request, as_prompt
+from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts
 from safety_neurons.guard.streaming import GuardedStream
 from safety_neurons.guard.verdicts import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
@@ -21,7 +21,7 @@ from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as
 from safety_neurons.model.completing import Answer, Decoding, end_ids, generate
 from safety_neurons.model.language_model import Texts
 from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.results import Completion, Completions
+from safety_neurons.results import Completion, Completions, conversation_of
 
 REFUSAL = "I can't help with that."
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
@@ -161,7 +161,7 @@ class GuardedModel:
         encoded = self.model.encode(asked, reserve=max_new_tokens)
         before = {completion.prompt_id: completion for completion in done or ()}
         earlier = [before.get(prompt.id) for prompt in asked]
-        results = {place: one for place, one in enumerate(earlier) if one is not None and one.prompt == asked[place].text}
+        results = {place: one for place, one in enumerate(earlier) if one is not None and one.answers(asked[place])}
 
         def keep(place: int, answer: GuardedAnswer) -> None:
             verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
@@ -174,7 +174,7 @@ class GuardedModel:
                 finish_reason=reason,
                 arm=arm,
                 seed=seed,
-                meta={"guard": {**verdict, "stopped_at": answer.stopped_at}},
+                meta={**conversation_of(asked[place]), "guard": {**verdict, "stopped_at": answer.stopped_at}},
             )
             if answered is not None:
                 answered(results[place])
@@ -345,17 +345,6 @@ def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[Gua
         vars(model).pop("complete", None)
         if before is not None:
             vars(model)["complete"] = before
-
-
-def as_request_prompts(prompts: Sequence[Request] | Prompts | str) -> list[Prompt]:
-    """Prompts of whatever names some; plain texts and turns are numbered.
-
-    Raises:
-        InputError: an empty text, or turns that cannot be read.
-    """
-    if isinstance(prompts, str | Prompt):
-        return [as_prompt(prompts)]
-    return [as_prompt(item, str(number)) for number, item in enumerate(prompts)]
 
 
 def _event(answer: GuardedAnswer, shadow: bool) -> dict[str, Any]:

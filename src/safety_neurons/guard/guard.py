@@ -23,7 +23,7 @@ from safety_neurons.guard.features import Collector, model_lock
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
 from safety_neurons.guard.rechecks import Recheck
-from safety_neurons.guard.requests import Request, as_prompt
+from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts
 from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
@@ -206,7 +206,7 @@ class Guard:
         batch_size: BatchSize = "auto",
     ) -> list[Verdict]:
         """What the guard says of several requests, in order; see `score`."""
-        encoded = [self.encode(request) for request in requests]
+        encoded = [self.encode(request) for request in as_request_prompts(requests)]
         return self.score_encoded(encoded, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size)
 
     def encode(self, request: Request) -> Encoded:

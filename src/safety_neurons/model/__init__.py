@@ -4,7 +4,7 @@ from safety_neurons.model.chat_server import ChatServer, Reply, ServerError
 from safety_neurons.model.choices import Choice, answer_probabilities
 from safety_neurons.model.conversation import conversation_text
 from safety_neurons.model.heads import TextReader, load_classifier, load_scorer
-from safety_neurons.model.language_model import Encoded, LanguageModel, as_prompts
+from safety_neurons.model.language_model import Encoded, LanguageModel
 from safety_neurons.model.likelihood import (
     kl_divergence,
     log_probabilities_of_next,
@@ -18,6 +18,7 @@ from safety_neurons.model.memory import Estimate, estimate
 from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
 from safety_neurons.model.statistics import Statistics, activation_statistics
 from safety_neurons.model.template import encode_text
+from safety_neurons.prompts import as_prompts
 
 __all__ = [
     "Batch",

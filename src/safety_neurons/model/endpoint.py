@@ -6,10 +6,10 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model.chat_server import ChatServer
-from safety_neurons.model.language_model import Texts, as_prompts
+from safety_neurons.model.language_model import Texts
 from safety_neurons.model.measures import BatchSize, Progress
-from safety_neurons.prompts import Prompt
-from safety_neurons.results import Completion, Completions
+from safety_neurons.prompts import Prompt, as_prompts
+from safety_neurons.results import Completion, Completions, conversation_of
 
 CONCURRENT = 8
 _GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
@@ -88,7 +88,9 @@ class Endpoint:
         """
         asked = as_prompts(prompts)
         before = {completion.prompt_id: completion for completion in done or ()}
-        results = {index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before}
+        results = {
+            index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before and before[prompt.id].answers(prompt)
+        }
         body = {"max_tokens": max_new_tokens, "temperature": temperature if sample else 0.0, "seed": seed, **settings}
         if sample:
             body["top_p"] = top_p
@@ -98,8 +100,9 @@ class Endpoint:
             try:
                 for future in concurrent.futures.as_completed(waiting):
                     index, (text, reason) = waiting[future], future.result()
-                    meta = {"finish_reason": reason} if reason in _FILTERED else {}
-                    filtered += bool(meta)
+                    held = {"finish_reason": reason} if reason in _FILTERED else {}
+                    filtered += bool(held)
+                    meta = {**conversation_of(asked[index]), **held}
                     cut = "length" if reason == "length" else "stop"
                     results[index] = Completion(asked[index].id, asked[index].text, text, (), cut, arm, seed, {}, meta)  # type: ignore[arg-type]
                     if answered is not None:

@@ -19,11 +19,11 @@ from safety_neurons.model.modes import evaluating
 from safety_neurons.model.parts import Anatomy, unwrapped
 from safety_neurons.model.template import encode_text, require_tokenizer, template_for
 from safety_neurons.neurons import SiteTable
-from safety_neurons.prompts import Prompt, Prompts, prompts
+from safety_neurons.prompts import Prompts, as_prompts, prompts
 from safety_neurons.prompts.readers import Source
-from safety_neurons.results import Completion, Completions
+from safety_neurons.results import Completion, Completions, conversation_of
 
-Texts = str | Prompt | Prompts | Sequence[str] | Sequence[Prompt]
+Texts = Source
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class LanguageModel:
         the middle; it is marked as truncated.
 
         Args:
-            prompts: Prompts, or plain texts.
+            prompts: A text, or whatever `safety_neurons.prompts` takes in memory; nothing of it is left out.
             reserve: Tokens of the context to leave for an answer.
 
         Raises:
@@ -279,7 +279,7 @@ class LanguageModel:
         Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in float32.
 
         Args:
-            prompts: Prompts, or plain texts.
+            prompts: A text, or whatever `safety_neurons.prompts` takes in memory; nothing of it is left out.
             max_new_tokens: Longest answer.
             sample: Draw tokens.
             temperature: Of sampling.
@@ -294,7 +294,8 @@ class LanguageModel:
             **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in order; ids as generated, EOS excluded; `meta` marks `truncated` prompts and an opened `thinking`.
+            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a conversation and marks
+            `truncated` prompts and an opened `thinking`.
 
         Raises:
             ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
@@ -309,7 +310,7 @@ class LanguageModel:
             notes.append(f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out")
         before = {completion.prompt_id: completion for completion in done or ()}
         answers = [before.get(prompt.id) for prompt in asked]
-        results = {index: one for index, one in enumerate(answers) if one is not None and one.prompt == asked[index].text}
+        results = {index: one for index, one in enumerate(answers) if one is not None and one.answers(asked[index])}
 
         def keep(index: int, answer: Answer) -> None:
             results[index] = Completion(
@@ -320,7 +321,10 @@ class LanguageModel:
                 finish_reason=answer.finish_reason,
                 arm=arm,
                 seed=seed,
-                meta={name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)},
+                meta={
+                    **conversation_of(asked[index]),
+                    **{name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)},
+                },
             )
             if answered is not None:
                 answered(results[index])
@@ -342,15 +346,3 @@ class LanguageModel:
         from safety_neurons.model.likelihood import token_log_probabilities
 
         return token_log_probabilities(self, sequences, spans, batch_size=batch_size)
-
-
-def as_prompts(prompts: Texts) -> Prompts:
-    """Prompts of whatever names some: a text, a prompt, a list of either."""
-    if isinstance(prompts, Prompts):
-        return prompts
-    if isinstance(prompts, str):
-        return Prompts.from_list([prompts])
-    if isinstance(prompts, Prompt):
-        return Prompts([prompts])
-    items: Sequence[Any] = prompts
-    return Prompts(item if isinstance(item, Prompt) else Prompt(id=str(number), text=item) for number, item in enumerate(items))

@@ -9,10 +9,24 @@ import types
 from typing import Any
 
 from safety_neurons.prompts.builtin import DEFAULT_LANGUAGE, NAMES, Entry, languages, library
-from safety_neurons.prompts.readers import prompts
-from safety_neurons.prompts.records import Message, Prompt, Prompts, normalised
+from safety_neurons.prompts.readers import as_prompt, as_prompts, prompts
+from safety_neurons.prompts.records import Message, Prompt, Prompts, normalised, request_of
 
-__all__ = ["DEFAULT_LANGUAGE", "NAMES", "Entry", "Message", "Prompt", "Prompts", "languages", "library", "normalised", "prompts"]
+__all__ = [
+    "DEFAULT_LANGUAGE",
+    "NAMES",
+    "Entry",
+    "Message",
+    "Prompt",
+    "Prompts",
+    "as_prompt",
+    "as_prompts",
+    "languages",
+    "library",
+    "normalised",
+    "prompts",
+    "request_of",
+]
 
 
 class _CallableModule(types.ModuleType):

@@ -3,12 +3,12 @@
 import hashlib
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
@@ -21,13 +21,13 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One request to a model.
 
     Attributes:
         id: Unique within its list.
-        text: The request as plain text; of a conversation the first user turn, which can stand alone.
+        text: The request as plain text, to the character as it was given; of a conversation the last user turn.
         messages: The turns up to the one the model is to answer; empty for a plain request.
         answer: The wanted answer, where the record has one (tuning data).
         category: Kind of request, where the record says.
@@ -46,17 +46,40 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
     group: str | None = None
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of what is fed to a model: the normalised text, or all turns with their roles."""
-        turns = self.messages or (Message("user", self.text),)
-        return _hash("\x1f".join(f"{turn.role}\x1e{normalised(turn.content)}" for turn in turns))
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """What is put to a model: the messages, or the text as the one user turn."""
+        return self.messages or (Message("user", self.text),)
 
-    @cached_property
+    def asking(self, text: str) -> "Prompt":
+        """The prompt with another request: its text, and the last user turn of its messages."""
+        turns = list(self.messages)
+        for place in reversed(range(len(turns))):
+            if turns[place].role == "user":
+                turns[place] = Message("user", text)
+                break
+        return replace(self, text=text, messages=tuple(turns))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is fed to a model: every character of the text, or of all turns with their roles."""
+        whole = "\x1f".join(f"{turn.role}\x1e{turn.content}" for turn in self.turns)
+        if any(mark in turn.content for turn in self.turns for mark in "\x1d\x1e\x1f"):  # no text may pass for a border between turns
+            whole += "\x1d" + ",".join(str(len(turn.content)) for turn in self.turns)
+        return _hash(whole)
+
+    @property
     def digest(self) -> str:
-        """Sixteen hex digits that are equal for prompts which differ in case or spaces only; counts overlap."""
-        asked = [turn.content for turn in self.messages if turn.role == "user"] or [self.text]
-        return _hash("\x1f".join(normalised(text).casefold() for text in asked))[:16]
+        """Sixteen hex digits that are equal for requests which differ in case or spaces only; counts overlap."""
+        return _hash(normalised(self.text).casefold())[:16]
+
+
+def request_of(turns: Iterable[Message]) -> str:
+    """What a conversation asks for: its last user turn; empty where there is none."""
+    asked = ""
+    for turn in turns:
+        asked = turn.content if turn.role == "user" else asked
+    return asked
 
 
 class Prompts(Sequence[Prompt]):
@@ -119,7 +142,7 @@ class Prompts(Sequence[Prompt]):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the normalised list, order included; written into every file that was found on it."""
+        """Hash of the list, every character and the order included; written into every file that was found on it."""
         return _hash("\n".join(prompt.sha256 for prompt in self))
 
     @property

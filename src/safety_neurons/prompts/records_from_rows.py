@@ -1,237 +1,513 @@
-"""From rows to prompts: choose the columns once, read every row, count what was dropped or looks wrong."""
+"""From rows to prompts: every row by itself, and what was left out, joined or looks wrong is counted with the first row it happened in."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.errors import InputError
 from safety_neurons.prompts import columns as names
-from safety_neurons.prompts.conversations import is_conversation, is_transcript, merge_turns, read_transcript, read_turn, read_turns
-from safety_neurons.prompts.records import Message, Prompt
+from safety_neurons.prompts.conversations import (
+    UnreadableTurnError,
+    is_conversation,
+    is_transcript,
+    merge_turns,
+    read_transcript,
+    read_turns,
+    texts_of,
+    written_list,
+)
+from safety_neurons.prompts.records import Message, Prompt, request_of
+from safety_neurons.prompts.tables import MOST_ROWS, Unread
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any] | Unread | Prompt
 _COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ARGUMENTS = {"doc", "arguments"}
+"""What a sample of lm-evaluation-harness has: the document, and the texts that were put to the model."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The columns of a file that were chosen."""
+def prompts_of(
+    rows: Iterable[Row],
+    source: str,
+    column: str | None,
+    answer_column: str | None,
+    notes: list[str],
+    *,
+    limit: int | None = None,
+    whole: bool = False,
+) -> list[Prompt]:
+    """Prompts of rows; what is left out, repaired or suspicious goes into `notes` with its count and its first row.
 
-    prompt: str
-    answer: str | None
-    input: str | None
-    context: str | None
-    id: str | None
-    category: str | None
-    language: str | None
-
-    @cached_property
-    def used(self) -> frozenset[str | None]:
-        """The chosen columns; all others are kept as `meta`."""
-        return frozenset((self.prompt, self.answer, self.input, self.context, self.id, self.category, self.language))
-
-
-def prompts_of(rows: Sequence[Row], source: str, column: str | None, answer_column: str | None, notes: list[str]) -> list[Prompt]:
-    """Prompts of rows; what is dropped, repaired or suspicious goes into `notes` with its count.
+    Args:
+        rows: Records, rows that could not be read, or prompts; read one by one.
+        source: What errors call them.
+        column: The prompt's column; by default of each row the first known one that is not empty.
+        answer_column: The answer's.
+        notes: Receives a line for each thing that was left out, repaired or looks wrong.
+        limit: Stop after so many prompts.
+        whole: Refuse a row that cannot be read or is empty instead of leaving it out.
 
     Raises:
-        InputError: No rows, no column for the prompt, or no row with a text.
+        InputError: No rows, no column for the prompt, no row with a text, or more rows than are read.
     """
-    if not rows:
-        raise InputError(f"{source}: no rows below the header or in the list; expected at least one prompt; check the file")
-    plan = _plan(rows, source, column, answer_column)
-    found: Counter[str] = Counter()
-    read = [_prompt(row, plan, f"{source}: row {number}", str(number), found) for number, row in enumerate(rows)]
-    kept = [prompt for prompt in read if prompt is not None]
+    reader = _Reader(source, column, answer_column)
+    kept: list[Prompt] = []
+    for number, row in enumerate(rows):
+        if number >= MOST_ROWS and limit is None:
+            raise InputError(
+                f"{source}: more than {MOST_ROWS:,} rows; expected a list of prompts; read its first ones by a limit, or split it"
+            )
+        prompt = reader.prompt(row, number)
+        if prompt is not None:
+            kept.append(prompt)
+        elif whole:
+            raise reader.refusal(number + 1, of_last=True)
+        if limit is not None and len(kept) >= limit:
+            break
+    reader.check_names()
     if not kept:
-        raise InputError(
-            f"{source}: the column {plan.prompt!r} is empty in all {len(rows)} rows; expected text; name another with --column"
-        )
-    notes += _notes(kept, plan, len(read) - len(kept), found)
+        raise reader.refusal(reader.rows)
+    notes += reader.notes(kept)
     return _with_unique_ids(kept, notes)
 
 
-def _plan(rows: Sequence[Row], source: str, column: str | None, answer_column: str | None) -> Plan:
-    present = list(dict.fromkeys(key for row in rows for key in row))
-    named = names.named_column(present, column, source, "--column") if column is not None else _prompt_column(rows, present, source)
-    answer = (
-        names.named_column(present, answer_column, source, "--answer-column")
-        if answer_column is not None
-        else names.find_column([key for key in present if key != named], names.ANSWER_COLUMNS)
-    )
-    with_input = named.strip().casefold() in ("instruction", "prompt") and names.INPUT_COLUMN in present and answer != names.INPUT_COLUMN
-    return Plan(
-        prompt=named,
-        answer=answer,
-        input=names.INPUT_COLUMN if with_input else None,
-        context=names.find_column(present, names.CONTEXT_COLUMNS) if named.casefold() == "behavior" else None,
-        id=names.find_column(present, names.ID_COLUMNS),
-        category=names.find_column(present, names.CATEGORY_COLUMNS),
-        language=names.find_column(present, names.LANGUAGE_COLUMNS),
-    )
+class _Tally:
+    """Counts by kind, and where each kind came first."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, int] = {}
+
+    def add(self, kind: str, row: int, count: int = 1) -> None:
+        if count:
+            self.counts[kind] += count
+            self._first.setdefault(kind, row)
+
+    def first(self, kind: str) -> str:
+        return f"(first: row {self._first[kind]})"
+
+    def row(self, kind: str) -> int:
+        return self._first[kind]
 
 
-def _prompt_column(rows: Sequence[Row], present: list[str], source: str) -> str:
-    conversation = names.find_column(present, names.CONVERSATION_COLUMNS)
-    if conversation is not None and any(is_conversation(row.get(conversation)) for row in rows):
-        return conversation
-    found = names.find_column(present, names.PROMPT_COLUMNS)
-    if found is not None:
+class _Unusable(Exception):
+    """Why a value is no prompt."""
+
+
+class _Reader:
+    """Reads rows and remembers what happened to them."""
+
+    def __init__(self, source: str, column: str | None, answer_column: str | None) -> None:
+        self._source, self._column, self._answer_column = source, column, answer_column
+        self._plans: dict[tuple[str, ...], names.Plan] = {}
+        self._present: dict[str, None] = {}
+        self._tally, self._left, self._used, self._joined, self._systems = _Tally(), _Tally(), _Tally(), _Tally(), _Tally()
+        self._reasons: dict[str, str] = {}
+        self._answers_used: Counter[str] = Counter()
+        self._number = self.rows = 0
+
+    # One row
+
+    def prompt(self, row: Row, number: int) -> Prompt | None:
+        """The prompt of a row; None where it has none, which is counted."""
+        self.rows = number + 1
+        if isinstance(row, Prompt):
+            return row
+        if isinstance(row, Unread):
+            return self._leave(row.why, number)
+        row, plan = self._opened(row)
+        if not (plan.prompt or plan.conversation or plan.pair):
+            return self._leave("no known column for the prompt", number)
+        self._number = number
+        try:
+            column, turns = self._asked(row, plan)
+        except (_Unusable, UnreadableTurnError) as error:
+            return self._leave(str(error), number)
+        turns, answer, answered_by = self._with_answer(row, plan, column, turns)
+        text = request_of(turns)
+        if not text.strip():
+            self._tally.add("empty" if not turns or any(turn.role == "user" for turn in turns) else "no request", number)
+            return None
+        joined = {column, answered_by}
+        if len(turns) == 1 and turns[0].role == "user":
+            text, beside = self._with_input(row, plan, column, text)
+            turns, joined = [Message("user", text)], joined | beside
+        turns, system = self._with_system(row, plan, turns)
+        self._used.add(column, number)
+        self._answers_used[answered_by or ""] += answer is not None
+        return self._record(row, plan, turns, answer, joined | {system})
+
+    def _leave(self, why: str, number: int) -> None:
+        kind = re.sub(r"\d+", "#", why)
+        self._reasons.setdefault(kind, why)
+        self._left.add(kind, number)
+
+    def _opened(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], names.Plan]:
+        """The row that holds the prompt: itself, or a record within it; and its plan."""
+        plan = self._plan(row)
+        if plan.prompt or plan.conversation or plan.pair:
+            return row, plan
+        if row.keys() >= _ARGUMENTS and self._column is None:
+            asked = _first_text(row["arguments"])
+            beside = {key: value for key, value in row.items() if key not in _ARGUMENTS}
+            row = {**beside, "prompt": asked, "id": row.get("doc_id")} if asked is not None else row
+            return row, self._plan(row)
+        inner = [(key, value) for key, value in row.items() if isinstance(value, Mapping) and names.folded(key) not in names.METADATA]
+        inner = [(key, value) for key, value in inner if (found := self._plan(value, note=False)).prompt or found.conversation]
+        if len(inner) == 1:
+            key, value = inner[0]
+            row = {**{name: one for name, one in row.items() if name != key}, **value}
+            return row, self._plan(row)
+        return row, plan
+
+    def _plan(self, row: Mapping[str, Any], note: bool = True) -> names.Plan:
+        present = tuple(row)
+        plan = self._plans.get(present)
+        if plan is None:
+            plan = names.plan_for(present, self._column, self._answer_column)
+            if len(self._plans) < 1000:
+                self._plans[present] = plan
+            if note:
+                self._present.update(dict.fromkeys(present))
+        return plan
+
+    # What is asked
+
+    def _asked(self, row: Mapping[str, Any], plan: names.Plan) -> tuple[str, list[Message]]:
+        """The column that holds the request, and its turns."""
+        why: Exception | None = None
+        empty = ""
+        for column in (*plan.conversation, *plan.prompt, *plan.pair):
+            value = _plain(row.get(column))
+            if _is_blank(value):
+                empty = empty or column
+                continue
+            try:
+                turns = self._turns(value, column, column in plan.conversation, column in plan.pair and column not in plan.prompt)
+            except (_Unusable, UnreadableTurnError) as error:
+                why = why or error
+                continue
+            if turns:
+                return column, turns
+        if why is not None:
+            raise why
+        return empty, []
+
+    def _turns(self, value: Any, column: str, conversation: bool, pair: bool) -> list[Message]:
+        """The turns of a cell; none where the cell is of another use than its column's name says."""
+        value = self._unwritten(value, conversation)
+        if isinstance(value, str):
+            if is_transcript(value):
+                return self._transcript(value)
+            if conversation:
+                raise _Unusable(f"the column {column!r} holds text that is no list of turns")
+            return [] if pair else [Message("user", self._clean(value))]
+        if is_conversation(value):
+            return self._conversation(value)
+        if pair:
+            return []
+        if isinstance(value, Mapping):
+            return self._within(value, column)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            return self._texts(value, column, conversation)
+        raise _Unusable(f"the column {column!r} holds a {type(value).__name__}; expected text or turns")
+
+    def _unwritten(self, value: Any, conversation: bool) -> Any:
+        """The list that a text spells out, where it spells out turns."""
+        found = written_list(value, texts=conversation)
+        if found is None:
+            return value
+        self._tally.add("written", self._number)
         return found
-    for name in ("chosen", "rejected"):
-        if any(is_transcript(row.get(name)) or is_conversation(row.get(name)) for row in rows):
-            return name
-    looks_like_data = any(len(name) > 40 or " " in name.strip() for name in present)
-    hint = (
-        " (that looks like a row of data: for a file without a header give the number of the column, --column 1)" if looks_like_data else ""
-    )
-    raise InputError(
-        f"{source}: no column for the prompt; it has {names.listed(present)}{hint}; "
-        f"expected one of {', '.join(names.PROMPT_COLUMNS)} or messages; name one with --column"
-    )
+
+    def _transcript(self, text: str) -> list[Message]:
+        joined: Counter[str] = Counter()
+        turns = read_transcript(self._clean(text), joined)
+        self._tally.add("joined", self._number, joined["joined"])
+        return turns
+
+    def _conversation(self, value: Sequence[Any]) -> list[Message]:
+        unread: list[str] = []
+        joined: Counter[str] = Counter()
+        turns = [Message(turn.role, self._clean(turn.content)) for turn in read_turns(value, unread)]
+        if unread:
+            self._tally.add("no text: " + unread[0], self._number)
+        turns = merge_turns(turns, joined)
+        self._tally.add("joined", self._number, joined["joined"])
+        return turns
+
+    def _within(self, value: Mapping[str, Any], column: str) -> list[Message]:
+        """Turns of a record in a cell: `{"turns": [...]}`, `{"text": ...}`, `{"role": ..., "content": ...}`."""
+        inner = self._plan(value, note=False)
+        if inner.conversation:
+            return self._asked(value, inner)[1]
+        unread: list[str] = []
+        said = "".join(texts_of(value, unread))
+        if said or not inner.prompt:
+            if not said:
+                raise _Unusable(f"the column {column!r} holds an object without text; it has {names.listed(value)}")
+            return [Message("user", self._clean(said))]
+        return self._asked(value, inner)[1]
+
+    def _texts(self, value: list[str], column: str, conversation: bool) -> list[Message]:
+        """Turns of a list of texts."""
+        texts = [self._clean(one) for one in value]
+        if len(texts) == 1:
+            return [Message("user", texts[0])]
+        if names.folded(column) == names.REQUESTS_ONLY:
+            self._tally.add("further", self._number)
+            return [Message("user", texts[0])]
+        if conversation:
+            return [Message("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)]
+        raise _Unusable(f"the column {column!r} holds a list of {len(value)} texts; expected one text or turns")
+
+    def _with_input(self, row: Mapping[str, Any], plan: names.Plan, column: str, text: str) -> tuple[str, set[str | None]]:
+        """The text with its input or context behind it, or its HarmBench context before it; and the columns that were joined."""
+        joined: set[str | None] = set()
+        for name in plan.input:
+            extra = row.get(name)
+            if name == column or (names.folded(name) == "input" and names.folded(column) not in ("instruction", "prompt")):
+                continue
+            if isinstance(extra, str) and extra.strip():
+                text = f"{text}\n\n{self._clean(extra)}"
+                joined.add(name)
+                self._joined.add(name, self._number)
+        context = next((row[name] for name in plan.context if isinstance(row.get(name), str) and row[name].strip()), None)
+        if context is not None and names.folded(column) == "behavior":
+            text = f"{self._clean(context)}\n\n---\n\n{text}"
+            joined.update(plan.context)
+        return text, joined
+
+    def _with_system(self, row: Mapping[str, Any], plan: names.Plan, turns: list[Message]) -> tuple[list[Message], str | None]:
+        """The turns with the system prompt of the row before them, unless they bring one."""
+        for name in plan.system:
+            said = "".join(texts_of(_plain(row.get(name)), [])) if not isinstance(row.get(name), int | float) else ""
+            if said.strip() and turns[0].role != "system":
+                self._systems.add(name, self._number)
+                return [Message("system", self._clean(said)), *turns], name
+        return turns, None
+
+    # What is answered
+
+    def _with_answer(
+        self, row: Mapping[str, Any], plan: names.Plan, column: str, turns: list[Message]
+    ) -> tuple[list[Message], str | None, str | None]:
+        """The turns up to the one that is to be answered, the answer, and the column that it is from."""
+        answer, name = None, None
+        for name in plan.answer:
+            value = _plain(row.get(name))
+            if name != column and not _is_blank(value) and (answer := self._answer(value)) is not None:
+                break
+        if names.folded(column) == "chosen" and is_transcript(row.get(column)) and is_transcript(other := row.get("rejected")):
+            self._tally.add("diverged", self._number, _before_last(str(other)) != _before_last(str(row[column])))
+        if turns and turns[-1].role == "assistant":
+            said = turns[-1].content
+            self._tally.add("answerless", self._number, not said.strip())
+            turns = turns[:-1]
+            answer = said if answer is None and said.strip() else answer
+        return turns, answer, name if answer is not None else None
+
+    def _answer(self, value: Any) -> str | None:
+        """The answer of a cell: text, one turn, a conversation that ends with it, or the first of several."""
+        value = self._unwritten(value, conversation=False)
+        if isinstance(value, str):
+            if is_transcript(value):
+                turns = read_transcript(self._clean(value), Counter())
+                return turns[-1].content if turns[-1].role == "assistant" and turns[-1].content.strip() else None
+            return self._clean(value)
+        if is_conversation(value) and any(key in turn for turn in value if isinstance(turn, Mapping) for key in ("role", "from")):
+            try:
+                turns = [turn for turn in read_turns(value) if turn.content.strip()]
+            except UnreadableTurnError:
+                return None
+            return self._clean(turns[-1].content) if turns and turns[-1].role == "assistant" else None
+        if isinstance(value, list):
+            found = [text for one in value if not _is_blank(one) and (text := self._answer(one)) is not None]
+            if len(found) > 1:
+                self._tally.add("several answers", self._number)
+            return found[0] if found else None
+        said = ""
+        if isinstance(value, Mapping):
+            said = str(value["value"]) if isinstance(value.get("value"), str) else "".join(texts_of(value, []))
+        return self._clean(said) if said.strip() else None
+
+    # The record
+
+    def _record(self, row: Mapping[str, Any], plan: names.Plan, turns: list[Message], answer: str | None, used: set[str | None]) -> Prompt:
+        category = _first(row, plan.category)
+        own = {*used, *plan.id[:1], *plan.category[:1], *plan.language[:1], *plan.group[:1]}
+        meta = {
+            key: value if not isinstance(value, int) or abs(value) < 2**63 else str(value)
+            for key, value in row.items()
+            if key not in own and isinstance(value, str | int | float | bool) and value != "" and value == value
+        }
+        return Prompt(
+            id=_text_or_none(_first(row, plan.id)) or str(self._number),
+            text=request_of(turns),
+            messages=tuple(turns) if len(turns) > 1 else (),
+            answer=answer,
+            category=", ".join(map(str, category)) if isinstance(category, list) else _text_or_none(category),
+            language=_text_or_none(_first(row, plan.language)),
+            meta=meta,
+            group=_text_or_none(_first(row, plan.group)),
+        )
+
+    def _clean(self, text: str) -> str:
+        """The text as it is, without halves of surrogate pairs, which no tokenizer takes."""
+        if not text.isascii() and _SURROGATE.search(text):
+            self._tally.add("surrogates", self._number)
+            return _SURROGATE.sub("\ufffd", text)
+        return text
+
+    # What happened
+
+    def check_names(self) -> None:
+        """Refuse a column that the user named and no row has."""
+        for name, option in ((self._column, "--column"), (self._answer_column, "--answer-column")):
+            if name is not None and self._present and names.find_column(self._present, [name]) is None:
+                shown = names.listed(self._present)
+                raise InputError(f"{self._source}: no column {name!r}; it has {shown}; name one of them with {option}")
+
+    def refusal(self, rows: int, of_last: bool = False) -> InputError:
+        """Why there is nothing to read, in all rows or in the last one."""
+        if not rows:
+            return InputError(f"{self._source}: no rows below the header or in the list; expected at least one prompt; check the file")
+        kinds = [kind for kind in self._left.counts if kind != "no known column for the prompt"]
+        if kinds:
+            kind = min(kinds, key=self._left.row)
+            why = self._reasons[kind]
+            return InputError(
+                f"{self._source}: row {self._left.row(kind)}: {why}{'' if 'expected' in why else '; expected text or turns'}; "
+                "repair the rows or name another column with --column"
+            )
+        if of_last:
+            return InputError(f"{self._source}: row {rows - 1} holds no request; expected text or turns with one of the user; leave it out")
+        if self._tally.counts["empty"] or self._tally.counts["no request"]:
+            present = names.plan_for(tuple(self._present), self._column, None)
+            column = next(iter((*present.conversation, *present.prompt, *present.pair)), "")
+            return InputError(
+                f"{self._source}: the column {column!r} is empty in all {rows} rows; expected text; name another with --column"
+            )
+        present_names = list(self._present)
+        looks_like_data = any(len(name) > 40 or " " in name.strip() for name in present_names)
+        hint = (
+            " (that looks like a row of data: for a file without a header give the number of the column, --column 1)"
+            if looks_like_data
+            else ""
+        )
+        return InputError(
+            f"{self._source}: no column for the prompt; it has {names.listed(present_names)}{hint}; "
+            f"expected one of {', '.join(names.PROMPT_COLUMNS)} or messages; name one with --column"
+        )
+
+    def notes(self, kept: list[Prompt]) -> list[str]:
+        """A line for each thing that happened to the rows, or looks wrong in the prompts."""
+        tally = self._tally
+        lines = []
+        for kind, text in _NOTES.items():
+            if count := tally.counts[kind]:
+                lines.append(f"{text.format(count)} {tally.first(kind)}")
+        for kind, count in self._left.counts.items():
+            lines.append(f"left out {count} rows: {self._reasons[kind]} {self._left.first(kind)}")
+        for kind, count in tally.counts.items():
+            if kind.startswith("no text: "):
+                what = kind.removeprefix("no text: ")
+                lines.append(f"{count} rows hold what is no text ({what}); only their text is read {tally.first(kind)}")
+        if len(self._used.counts) > 1:
+            parts = [f"{column!r} in {count} {self._used.first(column)}" for column, count in self._used.counts.items()]
+            lines.append(f"the prompt is in {', '.join(parts)}")
+        for column, count in self._joined.counts.items():
+            lines.append(f"{column!r} is put behind the request, a blank line between them, in {count} rows {self._joined.first(column)}")
+        for column, count in self._systems.counts.items():
+            lines.append(f"{column!r} is the system prompt of {count} rows {self._systems.first(column)}")
+        return lines + self._suspicions(kept)
+
+    def _suspicions(self, kept: list[Prompt]) -> list[str]:
+        copies = len(kept) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in kept})
+        complying = sum(_COMPLIES.match(prompt.text) is not None for prompt in kept)
+        targets = sum(prompt.answer is not None and _COMPLIES.match(prompt.answer) is not None for prompt in kept)
+        lines = [f"{copies} duplicate prompts, kept"] if copies else []
+        if complying > len(kept) / 4:
+            column = next(iter(self._used.counts), "prompt")
+            lines.append(
+                f"{complying} of {len(kept)} prompts begin like an answer (“Sure, here is …”): "
+                f"the column {column!r} seems to hold targets, not prompts"
+            )
+        if targets > len(kept) / 4:
+            column = max(self._answers_used, key=lambda name: self._answers_used[name], default="")
+            lines.append(
+                f"{targets} of {len(kept)} answers begin like compliance (“Sure, here is …”): do not tune for safety on "
+                + (f"the column {column!r}" if column else "them")
+            )
+        return lines
 
 
-def _prompt(row: Row, plan: Plan, where: str, number: str, found: Counter[str]) -> Prompt | None:
-    messages, answer = _asked(row, plan, where, found)
-    text = next((turn.content for turn in messages if turn.role == "user"), "")
-    if not text.strip():
-        return None
-    plain = len(messages) == 1
-    category = row.get(plan.category) if plan.category else None
-    return Prompt(
-        id=_identity(row, plan) or number,
-        text=text,
-        messages=() if plain else tuple(messages),
-        answer=answer,
-        category=", ".join(map(str, category)) if isinstance(category, list) else _text_or_none(category),
-        language=_text_or_none(row.get(plan.language)) if plan.language else None,
-        meta={key: value for key, value in row.items() if key not in plan.used and isinstance(value, str | int | float | bool)},
-    )
+_NOTES = {
+    "empty": "dropped {} empty prompts",
+    "no request": "left out {} conversations without a user's turn",
+    "joined": "joined {} turns to the turn of the same role before them",
+    "answerless": "{} conversations end with an empty answer, taken as no answer",
+    "diverged": "{} pairs differ before their last turn; the chosen side is read",
+    "surrogates": "replaced broken characters (half surrogate pairs) in {} texts",
+    "written": "{} cells hold a list written as text; read as turns",
+    "further": "{} rows hold further requests behind the first, which need the answers between; the first is read",
+    "several answers": "{} rows hold several answers; the first is read",
+}
 
 
-def _identity(row: Row, plan: Plan) -> str | None:
-    value = row.get(plan.id) if plan.id else None
-    return str(value) if isinstance(value, str | int) and str(value).strip() else None
+def _plain(value: Any) -> Any:
+    """A cell without the arrays, tuples and missing values that tables in memory bring."""
+    if isinstance(value, str | Mapping | list) or value is None:
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        return _plain(value.tolist())
+    return None if value is not None and type(value).__name__ in ("NAType", "NaTType") else value
 
 
-def _asked(row: Row, plan: Plan, where: str, found: Counter[str]) -> tuple[list[Message], str | None]:
-    """The turns to be answered and the wanted answer of one row."""
-    value = row.get(plan.prompt)
-    answer = _answer(row.get(plan.answer), where, found) if plan.answer else None
-    if isinstance(value, str) and is_transcript(value):
-        turns = read_transcript(_clean(value, found), found)
-        other = row.get("rejected")
-        if plan.prompt == "chosen" and isinstance(other, str) and is_transcript(other) and _before_last(other) != _before_last(value):
-            found["diverged"] += 1
-        return _split_answer(turns, answer, found)
-    if is_conversation(value):
-        turns = merge_turns([Message(turn.role, _clean(turn.content, found)) for turn in read_turns(value, where)], found)
-        system = row.get("system")
-        if isinstance(system, str) and system.strip() and turns[0].role != "system":
-            turns = [Message("system", system), *turns]
-        return _split_answer(turns, answer, found)
-    return [Message("user", _joined(_text(value, plan.prompt, where, found), row, plan, found))], answer
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, Sequence | Mapping) and not value)
 
 
 def _before_last(transcript: str) -> str:
     return transcript.rpartition("\n\nAssistant:")[0].strip()
 
 
-def _split_answer(turns: list[Message], answer: str | None, found: Counter[str]) -> tuple[list[Message], str | None]:
-    if not turns or turns[-1].role != "assistant":
-        return turns, answer
-    if not turns[-1].content.strip():
-        found["answerless"] += 1
-        return turns[:-1], answer
-    return turns[:-1], turns[-1].content if answer is None else answer
+def _first_text(value: Any) -> str | None:
+    """The first text in lists and records within one another."""
+    here = [value]
+    while here:
+        one = here.pop(0)
+        if isinstance(one, str):
+            return one
+        here = [*(one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()), *here]
+    return None
 
 
-def _answer(value: Any, where: str, found: Counter[str]) -> str | None:
-    """The answer of a cell: text, one turn, or a conversation that ends with it."""
-    if isinstance(value, Mapping):
-        return _clean(read_turn(value, where).content, found) or None
-    if is_conversation(value):
-        turns = read_turns(value, where)
-        return _clean(turns[-1].content, found) if turns[-1].role == "assistant" else None
-    if is_transcript(value):
-        turns = read_transcript(_clean(value, found), Counter())
-        return turns[-1].content or None if turns[-1].role == "assistant" else None
-    return _clean(value, found) if isinstance(value, str) and value.strip() else None
-
-
-def _joined(text: str, row: Row, plan: Plan, found: Counter[str]) -> str:
-    """The text with its Alpaca input after it or its HarmBench context before it."""
-    extra = row.get(plan.input) if plan.input else None
-    context = row.get(plan.context) if plan.context else None
-    if isinstance(extra, str) and extra.strip() and text.strip():
-        text = f"{text}\n\n{_clean(extra, found)}"
-    if isinstance(context, str) and context.strip() and text.strip():
-        text = f"{_clean(context, found)}\n\n---\n\n{text}"
-    return text
-
-
-def _text(value: Any, column: str, where: str, found: Counter[str]) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{where}: the column {column!r} holds a {type(value).__name__}; expected text; name another column with --column")
-    return _clean(value, found)
-
-
-def _clean(text: str, found: Counter[str]) -> str:
-    """The text without outer white space, with line feeds as line ends and without halves of surrogate pairs."""
-    if _SURROGATE.search(text):
-        found["surrogates"] += 1
-        text = _SURROGATE.sub("\ufffd", text)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+def _first(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    return next((value for name in columns if not _is_blank(value := _plain(row.get(name)))), None)
 
 
 def _text_or_none(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int) and str(value).strip() else None
 
 
-def _notes(kept: list[Prompt], plan: Plan, dropped: int, found: Counter[str]) -> list[str]:
-    copies = len(kept) - len({(prompt.sha256, prompt.language) for prompt in kept})
-    complying = sum(_COMPLIES.match(prompt.text) is not None for prompt in kept)
-    targets = sum(prompt.answer is not None and _COMPLIES.match(prompt.answer) is not None for prompt in kept)
-    lines = [
-        (dropped, f"dropped {dropped} empty prompts"),
-        (copies, f"{copies} duplicate prompts, kept"),
-        (found["joined"], f"joined {found['joined']} turns to the turn of the same role before them"),
-        (found["answerless"], f"{found['answerless']} conversations end with an empty answer, taken as no answer"),
-        (found["diverged"], f"{found['diverged']} pairs differ before their last turn; the chosen side is read"),
-        (found["surrogates"], f"replaced broken characters (half surrogate pairs) in {found['surrogates']} texts"),
-        (
-            complying > len(kept) / 4,
-            f"{complying} of {len(kept)} prompts begin like an answer (“Sure, here is …”): "
-            f"the column {plan.prompt!r} seems to hold targets, not prompts",
-        ),
-        (
-            targets > len(kept) / 4,
-            f"{targets} of {len(kept)} answers begin like compliance (“Sure, here is …”): "
-            f"do not tune for safety on the column {plan.answer!r}",
-        ),
-    ]
-    return [line for count, line in lines if count]
-
-
 def _with_unique_ids(kept: list[Prompt], notes: list[str]) -> list[Prompt]:
-    seen: Counter[str] = Counter()
+    seen: Counter[str] = Counter(prompt.id for prompt in kept)
+    doubled = len(kept) - len(seen)
+    if not doubled:
+        return kept
+    notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
+    seen.clear()
     result = []
     for prompt in kept:
         seen[prompt.id] += 1
         again = seen[prompt.id]
-        result.append(prompt if again == 1 else _renamed(prompt, f"{prompt.id}#{again}"))
-    doubled = len(kept) - len(seen)
-    if doubled:
-        notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
+        result.append(prompt if again == 1 else dataclasses.replace(prompt, id=f"{prompt.id}#{again}"))
     return result
-
-
-def _renamed(prompt: Prompt, name: str) -> Prompt:
-    return Prompt(name, prompt.text, prompt.messages, prompt.answer, prompt.category, prompt.language, prompt.meta)

@@ -1,70 +1,180 @@
-"""From text to rows: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines."""
+"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines."""
 
 import csv
-import io
 import json
+import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError
-from safety_neurons.prompts.columns import is_known_column
+from safety_neurons.prompts.columns import LISTS, METADATA, folded, is_conversation_column, is_known_column
+from safety_neurons.prompts.conversations import ROLES
+from safety_neurons.prompts.records import Message
 
-Row = dict[str, Any]
+MOST_ROWS = 1_000_000
+"""Rows that are read at most, unless fewer are asked for: each takes a third of a kilobyte of memory beside its text."""
 _FIELD_LIMIT = threading.Lock()
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
+_ESCAPED_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
+_NOTHING_QUOTED = csv.QUOTE_NONE
 
 
-def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: list[str]) -> list[Row]:
-    """The rows of a file's text; a row of a plain list or of lines has the one column `text`.
+class Unread(NamedTuple):
+    """A row that is there and cannot be read, and why."""
+
+    why: str
+
+
+Row = dict[str, Any] | Unread
+
+
+def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
+    """The rows of a file's text, each as soon as it is read; a row of a plain list or of lines has the one column `text`.
 
     Args:
         text: The file's content.
         suffix: One of `files.SUFFIXES`.
         name: What errors call the file.
         column: The prompt column the user named, which helps to tell shapes apart.
-        notes: Receives one line for each thing that was repaired.
+        notes: Receives one line for each thing that was repaired, once the last row was read.
     """
     if suffix == ".txt":
-        return [{"text": line.rstrip("\r")} for line in text.split("\n")[: -1 if text.endswith("\n") else None]]
+        return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
     if suffix in (".csv", ".tsv"):
         return _table(text, "," if suffix == ".csv" else "\t", name, column, notes)
     return _json_lines(text, name, column, notes) if suffix == ".jsonl" else _json(text, name, column, notes)
 
 
-def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> list[Row]:
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError):
-            pass
+def _lines(text: str) -> Iterator[str]:
+    """Lines with their line feeds, without a second copy of them all."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
+    """The rows that could be read, in one list; the others are counted in `notes`."""
+    found: list[dict[str, Any]] = []
+    left = 0
+    first = ""
+    for number, row in enumerate(rows):
+        if number >= MOST_ROWS:
+            raise InputError(f"more than {MOST_ROWS:,} rows; expected a suite; split the file")
+        if isinstance(row, Unread):
+            left, first = left + 1, first or f"{row.why} (first: row {number})"
         else:
-            notes.append("named .jsonl but holds one JSON array; read as such")
-            return rows_of(whole, name, column)
-    rows: list[Any] = []
-    for number, line in lines:
+            found.append(row)
+    notes += [f"left out {left} rows: {first}"] if left else []
+    return found
+
+
+# JSON
+
+
+def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
+    if text.lstrip().startswith("[") and not _holds_lines(text):
+        yield from _listed(strict_json.each(text, lenient=True), name, column)
+        notes.append("named .jsonl but holds one JSON array; read as such")
+        return
+    commas, values = 0, []
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise InputError(_bad_line(name, number, line, error, last=number == lines[-1][0])) from None
-    return _as_rows(rows, name)
+            value = _line_value(line)
+        except strict_json.RefusedJSON as error:
+            if error.code == "nested_too_deeply" and not line.rstrip().endswith("}"):
+                raise InputError(_bad_line(name, number, line, error, last=_is_last(text, line))) from None
+            value = error
+        except ValueError as error:
+            if not values and number <= 2 and _is_spread(text):
+                notes.append("records spread over several lines; read as such")
+                yield from _as_rows(strict_json.each(text, lenient=True))
+                return
+            if not line.rstrip().endswith("},"):
+                raise InputError(_bad_line(name, number, line, error, last=_is_last(text, line))) from None
+            try:
+                value = _line_value(line.rstrip()[:-1])
+            except ValueError:
+                raise InputError(_bad_line(name, number, line, error, last=False)) from None
+            commas += 1
+        values = values or [value]
+        yield from _as_rows([value], number)
+    if commas:
+        notes.append(f"{commas} lines end with a comma; read without it")
 
 
-def _json(text: str, name: str, column: str | None, notes: list[str]) -> list[Row]:
+def _holds_lines(text: str) -> bool:
+    """Whether the first line is a JSON value by itself, with others after it."""
+    start = len(text) - len(text.lstrip())
+    end = text.find("\n", start)
+    if end < 0 or not text[end:].strip():
+        return False
     try:
-        return rows_of(json.loads(text), name, column)
+        _line_value(text[start:end])
+    except strict_json.RefusedJSON:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+def _line_value(line: str) -> Any:
+    return strict_json.loads(line, lenient=True)
+
+
+def _is_last(text: str, line: str) -> bool:
+    return text.rstrip().endswith(line.strip())
+
+
+def _is_spread(text: str) -> bool:
+    """Whether a text is JSON values one after the other, the first of them over several lines."""
+    try:
+        for _ in strict_json.each(text, lenient=True):
+            pass
+    except ValueError:
+        return False
+    return True
+
+
+def _json(text: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
+    try:
+        if text.lstrip().startswith("[") and not _holds_lines(text):
+            return _listed(strict_json.each(text, lenient=True), name, column)
+        return rows_of(strict_json.loads(text, lenient=True), name, column, notes)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
-            raise InputError(
-                f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-                "expected a JSON list of records; repair the file"
-            ) from None
-    except (ValueError, RecursionError) as error:
-        why = "a number of too many digits" if isinstance(error, ValueError) else "nested too deeply"
-        raise InputError(f"{name}: JSON that cannot be read ({why}); expected a list of records; repair the file") from None
+            raise _not_json(name, error) from None
+    except strict_json.RefusedJSON as error:
+        raise InputError(f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file") from None
     notes.append("named .json but holds JSON Lines; read as such")
     return _json_lines(text, name, column, [])
+
+
+def _not_json(name: str, error: json.JSONDecodeError) -> InputError:
+    return InputError(
+        f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected a JSON list of records; repair the file"
+    )
+
+
+def _listed(values: Iterator[Any], name: str, column: str | None) -> Iterator[Row]:
+    """Rows of the elements of a JSON list, read as they come."""
+    try:
+        first = [value for _, value in zip(range(2), values, strict=False)]
+        if first and all(_is_turn(value) for value in first):
+            yield from rows_of([*first, *values], name, column)
+            return
+        yield from _as_rows(first)
+        yield from _as_rows(values, len(first) + 1)
+    except json.JSONDecodeError as error:
+        raise _not_json(name, error) from None
+    except strict_json.RefusedJSON as error:
+        raise InputError(f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file") from None
 
 
 def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -> str:
@@ -73,134 +183,270 @@ def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -
     return f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; repair or remove the line"
 
 
-def rows_of(whole: Any, name: str, column: str | None) -> list[Row]:
-    """Rows of a parsed JSON document, whatever its shape."""
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and "content" in value and str(value.get("role")).casefold() in ROLES
+
+
+def is_one_conversation(items: list[Any]) -> bool:
+    """Whether a list is the turns of one conversation; turns of the user alone are requests of their own."""
+    if not items or not all(isinstance(item, Message) or _is_turn(item) for item in items):
+        return False
+    roles = {item.role if isinstance(item, Message) else item["role"] for item in items}
+    return len(items) == 1 or roles != {"user"}
+
+
+def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None = None) -> Iterator[Row]:
+    """Rows of a parsed JSON document or of an object in memory, whatever its shape."""
     if isinstance(whole, list):
-        return _as_rows(whole, name)
+        return iter([{"messages": whole}]) if is_one_conversation(whole) else _as_rows(whole)
     if not isinstance(whole, Mapping):
         raise InputError(f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the prompts in a list")
-    named = {key for key in whole if key == column or is_known_column(key)}
-    if named and not isinstance(whole[next(iter(named))], list | dict):
+    return iter(_of_object(whole, name, column, notes if notes is not None else []))
+
+
+def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: list[str]) -> Iterable[Row]:
+    header, data = whole.get("columns"), whole.get("data")
+    if isinstance(header, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
+        return [dict(zip(map(str, header), row, strict=False)) for row in data]  # pandas, orient="split"
+    if _is_turn(whole):
+        return [{"messages": [whole]}]
+    named = [key for key in whole if key == column or is_known_column(key)]
+    if any(not isinstance(whole[key], list | dict) for key in named):
         return [dict(whole)]
-    if "messages" in whole or "conversations" in whole:
-        shape = whole.get("messages", whole.get("conversations"))
-        if isinstance(shape, list) and shape and isinstance(shape[0], dict):
-            return [dict(whole)]
-    if named:
-        return _by_column(whole, name)
-    inner = list(whole.values())
-    if len(whole) == 1 and isinstance(inner[0], list) and inner[0] and isinstance(inner[0][0], dict):
-        return _as_rows(inner[0], name)
-    return _by_category(whole, name)
+    turns = [value[0] for key, value in whole.items() if is_conversation_column(key) and isinstance(value, list) and value]
+    if any(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in turns):
+        return [dict(whole)]
+    if named and all(isinstance(whole[key], list) or set(map(type, whole[key].values())) <= {str, type(None)} for key in named):
+        return _by_column(whole, named, name, notes)
+    inner = next((key for wanted in LISTS for key in whole if folded(key) == wanted and isinstance(whole[key], list) and whole[key]), None)
+    beside = [key for key, value in whole.items() if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)]
+    if inner is not None and (not beside or folded(inner) in ("prompts", "examples", "rows", "data", "samples")):
+        return _as_rows(whole[inner])
+    records = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(records) == 1 and len(beside) <= 1:
+        return _as_rows(records[0])
+    return _by_category(whole, name, notes)
 
 
-def _as_rows(items: list[Any], name: str) -> list[Row]:
-    rows: list[Row] = []
-    for number, item in enumerate(items, 1):
+def _as_rows(items: Iterable[Any], start: int = 1) -> Iterator[Row]:
+    for number, item in enumerate(items, start):
         if isinstance(item, Mapping):
-            rows.append(dict(item))
+            yield dict(item)
         elif isinstance(item, str) or item is None:
-            rows.append({"text": item})
+            yield {"text": item}
         elif isinstance(item, list) and item and all(isinstance(turn, Mapping) for turn in item):
-            rows.append({"messages": item})
+            yield {"messages": item}
+        elif isinstance(item, strict_json.RefusedJSON):
+            yield Unread(f"record {number} is JSON that cannot be read ({item})")
         else:
-            raise InputError(f"{name}: record {number} is a {type(item).__name__}; expected an object or a string; repair the record")
-    return rows
+            yield Unread(f"record {number} is a {type(item).__name__}; expected an object or a string")
 
 
-def _by_column(whole: Mapping[str, Any], name: str) -> list[Row]:
+def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: list[str]) -> Iterable[Row]:
     """Rows of `{"goal": [...], "target": [...]}` or of `{"goal": {"0": ..., "1": ...}}`."""
     columns = {key: list(value.values()) if isinstance(value, dict) else value for key, value in whole.items()}
     columns = {key: value for key, value in columns.items() if isinstance(value, list)}
     lengths = {key: len(value) for key, value in columns.items()}
-    if len(set(lengths.values())) > 1:
+    wanted = lengths[named[0]]
+    other = [key for key, length in lengths.items() if length != wanted]
+    if any(folded(key) not in METADATA for key in other):
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise InputError(f"{name}: columns of different lengths ({listed}); expected one value a row in each; repair the file")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    left = [key for key in whole if key not in columns or key in other]
+    notes += [f"left out what stands beside the columns: {_shown(left)}"] if left else []
+    columns = {key: value for key, value in columns.items() if key not in other}
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _by_category(whole: Mapping[str, Any], name: str, above: str = "") -> list[Row]:
-    """Rows of `{"fraud": ["…"], "weapons": {"guns": ["…"]}}`; the path of keys is the category."""
+def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: str = "") -> list[Row]:
+    """Rows of `{"fraud": ["…"], "weapons": {"guns": ["…"]}}`; the path of keys is the category.
+
+    Texts are prompts where the object holds nothing but texts; beside lists they say something about the lists.
+    """
     rows: list[Row] = []
+    left: list[str] = []
+    lists = any(isinstance(value, list | dict) for value in whole.values())
     for key, value in whole.items():
         category = f"{above}/{key}" if above else str(key)
-        if isinstance(value, list):
-            rows += [{"category": category, **row} for row in _as_rows(value, name)]
-        elif isinstance(value, dict) and any(is_known_column(inner) for inner in value):
+        if folded(key) in METADATA or (lists and not isinstance(value, list | dict)):
+            left.append(str(key))
+        elif isinstance(value, list):
+            rows += [row if isinstance(row, Unread) else {"category": category, **row} for row in _as_rows(value)]
+        elif isinstance(value, dict) and any(is_known_column(inner) or is_conversation_column(inner) for inner in value):
             rows.append({"id": category, **value})
         elif isinstance(value, dict):
-            rows += _by_category(value, name, category)
+            rows += _by_category(value, name, notes, category)
         elif isinstance(value, str):
             rows.append({"id": category, "text": value})
         else:
             raise InputError(
                 f"{name}: the key {category!r} holds a {type(value).__name__}; expected lists of prompts by category; repair the file"
             )
+    if not rows and not above:
+        raise InputError(
+            f"{name}: a JSON object without a list of prompts; it has {_shown(list(map(str, whole)))}; "
+            "expected a list of records; put the prompts in a list"
+        )
+    notes += [f"left out what stands beside the prompts: {_shown(left)}"] if left else []
     return rows
 
 
-def _table(text: str, delimiter: str, name: str, column: str | None, notes: list[str]) -> list[Row]:
-    cells = _cells(text, delimiter, name, notes)
-    header = [cell.strip() for cell in cells[0]] if cells else []
+def _shown(keys: list[str]) -> str:
+    return ", ".join(key[:40] for key in keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+
+
+# Tables
+
+
+def _table(text: str, delimiter: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
+    first = text[: text.find("\n") + 1 or len(text)].rstrip("\r\n")
+    if re.fullmatch(r'"?sep=.;?"?', first):
+        delimiter = first.strip('"')[4]
+        notes.append(f"cells are separated by {delimiter!r}, as the first line says")
+        text = text[len(first) :].removeprefix("\r").removeprefix("\n")
+    cells = _Cells(text, delimiter, name)
+    header = cells.header()
     if len(header) == 1:
         for other in ("\t", ";", ",", "|"):
             if other != delimiter and other in header[0]:
-                tried = _cells(text, other, name, [])
-                if any(is_known_column(cell.strip()) or cell.strip() == column for cell in tried[0]):
+                tried = _Cells(text, other, name)
+                names = tried.header()
+                if any(is_known_column(cell) or is_conversation_column(cell) or cell == column for cell in names):
                     notes.append(f"cells are separated by {other!r}; read so")
-                    cells, header = tried, [cell.strip() for cell in tried[0]]
+                    cells, header = tried, names
                     break
     if column is not None and column not in header and column.isdecimal() and not any(is_known_column(cell) for cell in header):
         notes.append("no header row; columns taken by their number, counted from 1")
+        cells = _Cells(text, cells.delimiter, name)
         header = [str(number) for number in range(1, len(header) + 1)]
-    else:
-        cells = cells[1:]
-    return _dicts(header, cells, name, notes)
+    header = _distinct(header, name, column, notes)
+    yield from _dicts(header, cells, notes)
 
 
-def _dicts(header: list[str], cells: list[list[str]], name: str, notes: list[str]) -> list[Row]:
-    doubled = sorted({cell for cell in header if header.count(cell) > 1 and cell})
-    if doubled:
-        raise InputError(f"{name}: the header names {', '.join(doubled)} more than once; expected different columns; rename one")
-    rows, short = [], 0
+def _distinct(header: list[str], name: str, column: str | None, notes: list[str]) -> list[str]:
+    counts = Counter(header)
+    doubled = sorted(cell for cell, count in counts.items() if count > 1 and cell)
+    bad = [cell for cell in doubled if is_known_column(cell) or is_conversation_column(cell) or cell == column]
+    if bad:
+        raise InputError(f"{name}: the header names {', '.join(bad)} more than once; expected different columns; rename one")
+    if not doubled:
+        return header
+    notes.append(f"the header names {_shown(doubled)} more than once; the later ones are numbered")
+    seen: Counter[str] = Counter()
+    distinct = []
+    for cell in header:
+        seen[cell] += 1
+        distinct.append(cell if seen[cell] == 1 or not cell else f"{cell} ({seen[cell]})")
+    return distinct
+
+
+def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row]:
+    short = whole = 0
     for number, row in enumerate(cells, 2):
-        if not any(cell.strip() for cell in row) and len(row) < 2:
+        if len(row) < 2 and not any(cell.strip() for cell in row):
             continue
-        if any(cell.strip() for cell in row[len(header) :]):
-            raise InputError(
-                f"{name}: row {number} has {len(row)} cells but the header {len(header)}; expected as many; "
-                "put quotes around cells that contain the separator"
-            )
+        if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
+            if len(header) > 1 or not cells.plain:
+                yield Unread(
+                    f"row {number} has {len(row)} cells but the header {len(header)}; expected as many; "
+                    "put quotes around cells that contain the separator"
+                )
+                continue
+            row, whole = [cells.delimiter.join(row)], whole + 1
         short += len(row) < len(header)
-        rows.append(dict(zip(header, row + [""] * (len(header) - len(row)), strict=False)))
+        yield dict(zip(header, row, strict=False))
+    notes += cells.notes()
     if short:
         notes.append(f"{short} rows have fewer cells than the header; the missing ones are empty")
-    return rows
+    if whole:
+        notes.append(f"{whole} rows hold the separator, and there is one column: taken whole")
 
 
-def _cells(text: str, delimiter: str, name: str, notes: list[str]) -> list[list[str]]:
-    with _unlimited_cells(len(text)):
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        cells: list[list[str]] = []
+class _Cells:
+    """The rows of a table as lists of cells, read one by one.
+
+    Quotation marks around a cell are taken off; a row whose marks do not fit is read as it stands, marks included, or, where they are
+    escaped by backslashes, with those read as marks.
+
+    Attributes:
+        delimiter: What separates cells.
+        plain: Whether the last row held no quotation marks around its cells.
+    """
+
+    def __init__(self, text: str, delimiter: str, name: str) -> None:
+        self.delimiter, self._name, self._size = delimiter, name, len(text)
+        self._lines = (found[0] for found in _LINE.finditer(text)) if "\r" in text else _lines(text)
+        self._back: list[str] = []
+        self._taken: list[str] = []
+        self._row, self._line = 0, 0
+        self._loose = self._escaped = 0
+        self.plain = True
+
+    def header(self) -> list[str]:
+        """The first row, its cells without outer spaces."""
+        return [cell.strip() for cell in next(iter(self), [])]
+
+    def notes(self) -> list[str]:
+        """A line for each thing that was repaired."""
+        lines = [f"loose quotation marks from line {self._loose} on; read as they stand"] if self._loose else []
+        return lines + ([f"quotation marks are escaped by backslashes from line {self._escaped} on; read so"] if self._escaped else [])
+
+    def __iter__(self) -> Iterator[list[str]]:
+        while True:
+            self._row += 1
+            self._taken = []
+            row = self._read(self._pulled)
+            if row is None:
+                return
+            self.plain = len(self._taken) == 1 and '"' not in self._taken[0]
+            yield row
+
+    def _pulled(self) -> Iterator[str]:
+        """Lines for one row, remembered so that they can be given again."""
+        while True:
+            line = self._back.pop() if self._back else next(self._lines, None)
+            if line is None:
+                return
+            self._line += 1
+            self._taken.append(line)
+            yield line
+
+    def _read(self, lines: Callable[[], Iterator[str]]) -> list[str] | None:
         try:
-            cells.extend(reader)
-            return cells
+            return self._next(csv.reader(lines(), delimiter=self.delimiter, strict=True))
         except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise InputError(
-                    f"{name}: a quotation mark opened in row {len(cells) + 1} is never closed; "
-                    "expected closed quotes; write a quotation mark inside a cell twice"
-                ) from None
-            notes.append(f"loose quotation marks from line {reader.line_num} on; read as they stand")
-        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+            unclosed = "unexpected end" in str(error)
+        first, at = self._taken[0], self._line - len(self._taken) + 1
+        if '\\"' in first:
+            mended = _ESCAPED_QUOTE.sub(r'\1""', first)
+            try:
+                row = self._next(csv.reader(iter([mended]), delimiter=self.delimiter, strict=True))
+            except csv.Error:
+                pass
+            else:
+                self._give_back()
+                self._escaped = self._escaped or at
+                return row
+        if unclosed:
+            raise InputError(
+                f"{self._name}: a quotation mark opened in row {self._row} is never closed; "
+                "expected closed quotes; write a quotation mark inside a cell twice"
+            ) from None
+        self._give_back()
+        self._loose = self._loose or at
+        return self._next(csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=_NOTHING_QUOTED))
 
+    def _give_back(self) -> None:
+        """Puts back every line of the row but its first."""
+        self._back += reversed(self._taken[1:])
+        self._line -= len(self._taken) - 1
+        self._taken = self._taken[:1]
 
-@contextmanager
-def _unlimited_cells(length: int) -> Iterator[None]:
-    """The csv module's limit on the size of a cell is one for the whole process: raised for a moment, then put back."""
-    with _FIELD_LIMIT:
-        before = csv.field_size_limit(max(length + 1, csv.field_size_limit()))
-        try:
-            yield
-        finally:
-            csv.field_size_limit(before)
+    def _next(self, reader: Iterator[list[str]]) -> list[str] | None:
+        """The csv module's limit on the size of a cell is one for the whole process: raised for a moment, then put back."""
+        with _FIELD_LIMIT:
+            before = csv.field_size_limit(max(self._size + 1, csv.field_size_limit()))
+            try:
+                return next(reader, None)
+            finally:
+                csv.field_size_limit(before)

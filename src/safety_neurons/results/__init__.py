@@ -3,7 +3,7 @@
 from safety_neurons.results.agreement import Agreement, cohen_kappa
 from safety_neurons.results.changes import Changes
 from safety_neurons.results.checkpoint import Checkpoint, Saved
-from safety_neurons.results.completions import Completion, Completions
+from safety_neurons.results.completions import Completion, Completions, conversation_of
 from safety_neurons.results.effects import Difference, Effect, causal_effect, paired_difference
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
@@ -27,6 +27,7 @@ __all__ = [
     "Saved",
     "causal_effect",
     "cohen_kappa",
+    "conversation_of",
     "html_table",
     "mcnemar",
     "paired_difference",

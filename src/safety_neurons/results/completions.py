@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from safety_neurons.errors import InputError, RunError
+from safety_neurons.prompts import Message, Prompt
 from safety_neurons.results import notebook
 from safety_neurons.results.files import PathLike, plain, write_bytes
 
@@ -23,6 +24,7 @@ class Completion:
 
     prompt_id: str
     prompt: str
+    """The request; of a conversation its last user turn (`turns` has all of it)."""
     completion: str
     """The text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
@@ -36,12 +38,29 @@ class Completion:
     """By judge, its verdict as JSON values."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The conversation that was put to the model, up to the answer: what a judge that reads conversations is given."""
+        said = self.meta.get("messages")
+        if not isinstance(said, list) or not said:
+            return (Message("user", self.prompt),)
+        return tuple(Message(str(turn["role"]), str(turn["content"])) for turn in said)
+
+    def answers(self, prompt: Prompt) -> bool:
+        """Whether this is an answer to exactly this prompt, earlier turns included."""
+        return self.prompt_id == prompt.id and self.prompt == prompt.text and self.turns == prompt.turns
+
     def to_json(self) -> dict[str, Any]:
         """The record of one line; `meta` only where there is any."""
         record = {entry.name: plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
         if not record["meta"]:
             del record["meta"]
         return record
+
+
+def conversation_of(prompt: Prompt) -> dict[str, Any]:
+    """What the `meta` of an answer says of a prompt of several turns: its conversation; nothing for a plain request."""
+    return {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt.messages]} if prompt.messages else {}
 
 
 class Completions(Sequence[Completion]):

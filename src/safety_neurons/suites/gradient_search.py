@@ -232,7 +232,7 @@ class _Hunt:
         return Attack(
             behavior_id=str(prompt.meta.get("behavior_id", prompt.id)),
             goal=str(prompt.meta.get("goal", prompt.text)),
-            prompt=best.prompt.messages[-1].content if best.prompt.messages else best.prompt.text,
+            prompt=best.prompt.text,
             method=GCG if self.search == "gradient" else RANDOM,
             source_model=self.lm.name,
             adaptive=True,

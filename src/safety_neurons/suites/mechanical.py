@@ -110,8 +110,8 @@ def translated(asked: Prompts, pairs: Translations | str | Path, language: str |
     for prompt in asked:
         text = known.get(_key(str(prompt.meta.get("goal", prompt.text)))) or known.get(_key(prompt.text))
         if text is not None:
-            made = _made(prompt, "translation" + (f"-{language}" if language else ""), text, _with_last_turn(prompt, text))
-            found.append(Prompt(made.id, made.text, made.messages, None, made.category, language or made.language, made.meta))
+            made = _made(prompt, "translation" + (f"-{language}" if language else ""), text, prompt.asking(text).messages)
+            found.append(replace(made, language=language or made.language))
     if not found:
         raise InputError(
             f"translation: none of the {len(asked)} prompts is among the {len(known)} pairs; "
@@ -170,18 +170,14 @@ def _lowered(text: str) -> str:
 
 
 def _reworded(prompt: Prompt, method: str, function: Callable[[str], str]) -> Prompt:
-    text = function(prompt.messages[-1].content if prompt.messages else prompt.text)
-    return _made(prompt, method, text, _with_last_turn(prompt, text))
-
-
-def _with_last_turn(prompt: Prompt, text: str) -> tuple[Message, ...]:
-    return (*prompt.messages[:-1], Message(prompt.messages[-1].role, text)) if prompt.messages else ()
+    text = function(prompt.text)
+    return _made(prompt, method, text, prompt.asking(text).messages)
 
 
 def _made(prompt: Prompt, method: str, text: str, messages: Sequence[Message]) -> Prompt:
     """The attacked prompt; its id tells the attacks of one request apart, its `meta` leads back to the request."""
     meta = {"goal": prompt.text, "behavior_id": prompt.id, **prompt.meta, "method": method, "label": STATIC}
-    return Prompt(f"{prompt.id}|{method}", text, tuple(messages), None, prompt.category, prompt.language, meta)
+    return replace(prompt, id=f"{prompt.id}|{method}", text=text, messages=tuple(messages), answer=None, meta=meta)
 
 
 def _key(text: str) -> str:

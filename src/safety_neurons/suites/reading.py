@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from safety_neurons.errors import InputError
@@ -13,7 +14,7 @@ from safety_neurons.prompts.columns import CONVERSATION_COLUMNS, PROMPT_COLUMNS
 from safety_neurons.prompts.files import file_format, text_of
 from safety_neurons.prompts.records import Prompt, Prompts
 from safety_neurons.prompts.records_from_rows import prompts_of
-from safety_neurons.prompts.tables import parse_rows
+from safety_neurons.prompts.tables import parse_rows, readable
 from safety_neurons.suites.catalogue import Entry, Wanted
 from safety_neurons.suites.sources import Source, content
 
@@ -67,7 +68,7 @@ def table_rows(source: Source, notes: list[str], header: Sequence[str] = (), kno
     notes += found
     if suffix in (".csv", ".tsv") and header:
         text = _with_header(text, "," if suffix == ".csv" else "\t", header, known, notes)
-    return parse_rows(text, suffix, source.shown, None, notes)
+    return readable(parse_rows(text, suffix, source.shown, None, notes), notes)
 
 
 def _rows(entry: Entry, source: Source, notes: list[str]) -> list[Row]:
@@ -208,16 +209,16 @@ def _finished(prompt: Prompt, entry: Entry, row: Row, targets: Mapping[int, Any]
         if word not in entry.kinds:
             unknown[word] += 1
     context = row.get("ContextString")
-    goal = row["Behavior"].strip() if isinstance(row.get("Behavior"), str) else prompt.text
+    goal = row["Behavior"] if isinstance(row.get("Behavior"), str) else prompt.text
     category, sub = _category(prompt.category, meta.pop("subcategory", None), nested="subcategory" in entry.columns)
     target = targets.get(number)
     tag = prompt.language or language or None
     name = f"{prompt.id}/{tag}" if language and len(entry.languages) > 1 else prompt.id
     meta |= {"suite": entry.name, "kind": kind, "goal": goal, "behavior_id": str(meta.get("behavior_id", prompt.id)), "method": "direct"}
-    meta |= {"target": target.strip()} if isinstance(target, str) and target.strip() else {}
-    meta |= {"context": context.strip()} if isinstance(context, str) and context.strip() else {}
+    meta |= {"target": target} if isinstance(target, str) and target.strip() else {}
+    meta |= {"context": context} if isinstance(context, str) and context.strip() else {}
     meta |= {"subcategory": sub} if sub else {}
-    return Prompt(name, prompt.text, prompt.messages, None, category, tag, meta)
+    return replace(prompt, id=name, answer=None, category=category, language=tag, meta=meta)
 
 
 def _category(category: str | None, sub: Any, *, nested: bool) -> tuple[str | None, str | None]:

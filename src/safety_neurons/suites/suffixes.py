@@ -5,13 +5,13 @@ always written as text, the whole prompt is encoded anew, and the tokens that ma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompts import Prompt
 
 _WORDS = ("!", "x", "*", "the")
 
@@ -48,13 +48,12 @@ class Suffixed:
 
 
 def appended(prompt: Prompt, suffix: str) -> Prompt:
-    """The prompt with a text behind its last turn."""
-    if not prompt.messages:
-        return replace(prompt, text=prompt.text + suffix)
-    last = prompt.messages[-1]
-    if last.role == "assistant":
-        raise UsageError(f"prompt {prompt.id!r} ends with an assistant's turn; expected a request; attack it before the answer is begun")
-    return replace(prompt, messages=(*prompt.messages[:-1], Message(last.role, last.content + suffix)))
+    """The prompt with a text behind its request."""
+    last = prompt.turns[-1]
+    if last.role != "user":
+        kind = "an assistant's" if last.role == "assistant" else f"a {last.role}"
+        raise UsageError(f"prompt {prompt.id!r} ends with {kind} turn; expected a request; attack it before the answer is begun")
+    return prompt.asking(prompt.text + suffix)
 
 
 def encoded(lm: LanguageModel, prompt: Prompt, suffixes: Sequence[str]) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Prompt, Prompts, prompts
+from safety_neurons.prompts import Prompts, prompts
 from safety_neurons.suites.catalogue import KINDS, Entry, Place, Wanted, entries, is_name, wanted
 from safety_neurons.suites.reading import read, table_rows
 from safety_neurons.suites.sources import Source, content, find, from_hub, hub_address, local
@@ -262,14 +262,10 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
 def _stamped(found: Prompts, name: str, kind: str, source: Source) -> Suite:
     """The prompts with the names that attacks, judges and tables go by."""
     items = [
-        Prompt(
-            prompt.id,
-            prompt.text,
-            prompt.messages,
-            None,
-            prompt.category,
-            prompt.language,
-            {
+        dataclasses.replace(
+            prompt,
+            answer=None,
+            meta={
                 "goal": prompt.text,
                 "behavior_id": prompt.id,
                 "method": "direct",
