@@ -94,7 +94,7 @@ def test_duplicates_and_null_prompts_are_counted(tmp_path):
     rows = [{"goal": GOALS[0]}, {"goal": None}, {"goal": GOALS[0]}, {"goal": "  "}, {"goal": GOALS[1]}]
     found = suite(f"advbench={write(tmp_path / 'a.json', json.dumps(rows))}")
     assert found.prompts.texts == [GOALS[0], GOALS[0], GOALS[1]]
-    assert "dropped 2 empty prompts" in found.notes
+    assert "dropped 2 empty prompts (first: row 1)" in found.notes
     assert "1 duplicate prompts, kept" in found.notes
 
 
@@ -102,9 +102,9 @@ def test_line_breaks_in_cells_and_context_are_kept(tmp_path):
     header = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
     rows = [("Ask,\r\nplainly", "standard", "a", "", "", "one"), ("Ask it", "contextual", "b", "x, y", "Some\r\ncontext", "two")]
     path = write(tmp_path / "harmbench_behaviors_text_all.csv", table(header, rows, "\r\n"))
-    assert suite("harmbench-standard", folder=tmp_path, offline=True).prompts.texts == ["Ask,\nplainly"]
+    assert suite("harmbench-standard", folder=tmp_path, offline=True).prompts.texts == ["Ask,\r\nplainly"]
     contextual = suite("harmbench_contextual", folder=tmp_path, offline=True).prompts[0]
-    assert contextual.text == "Some\ncontext\n\n---\n\nAsk it"
+    assert contextual.text == "Some\r\ncontext\n\n---\n\nAsk it"
     assert contextual.meta["goal"] == "Ask it"
     assert contextual.meta["tags"] == "x, y"
     with pytest.raises(InputError, match="no row of the file is of this part"):

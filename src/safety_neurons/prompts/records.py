@@ -71,7 +71,7 @@ class Prompt:
     @property
     def digest(self) -> str:
         """Sixteen hex digits that are equal for requests which differ in case or spaces only; counts overlap."""
-        return _hash(normalised(self.text).casefold())[:16]
+        return _hash(normalised(request_of(self.turns) or self.text).casefold())[:16]
 
 
 def request_of(turns: Iterable[Message]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts, normalised, prompts
+from safety_neurons.prompts import Message, Prompt, Prompts, normalised, prompts, request_of
 
 Translations = Mapping[str, str]
 STATIC, ADAPTIVE = "static-transfer", "adaptive"
@@ -170,7 +170,7 @@ def _lowered(text: str) -> str:
 
 
 def _reworded(prompt: Prompt, method: str, function: Callable[[str], str]) -> Prompt:
-    text = function(prompt.text)
+    text = function(request_of(prompt.turns))
     return _made(prompt, method, text, prompt.asking(text).messages)
 
 

@@ -53,7 +53,7 @@ def appended(prompt: Prompt, suffix: str) -> Prompt:
     if last.role != "user":
         kind = "an assistant's" if last.role == "assistant" else f"a {last.role}"
         raise UsageError(f"prompt {prompt.id!r} ends with {kind} turn; expected a request; attack it before the answer is begun")
-    return prompt.asking(prompt.text + suffix)
+    return prompt.asking(last.content + suffix)
 
 
 def encoded(lm: LanguageModel, prompt: Prompt, suffixes: Sequence[str]) -> list[tuple[int, ...]]:
