@@ -61,7 +61,7 @@ def test_a_template_file_is_used_without_touching_the_tokenizer(tmp_path):
 def test_a_template_file_cannot_reach_into_python(tmp_path):
     file = tmp_path / "bad.jinja"
     file.write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}", encoding="utf-8")
-    with pytest.raises(InputError, match="chat template refuses"):
+    with pytest.raises(InputError, match="chat template cannot say turns of user .*unsafe"):
         _lm(template=str(file)).encode("kill")
 
 
@@ -87,10 +87,20 @@ def test_a_started_answer_is_continued_rather_than_ended():
         assert _text(lm, Prompt("0", "kill", turns)).endswith("sorry i")
 
 
-def test_a_system_prompt_that_the_template_refuses_is_one_line_that_says_so():
+def test_a_system_prompt_that_the_template_refuses_goes_before_the_users_turn_or_is_one_line_that_says_so():
+    assert _text(_lm(NO_SYSTEM, system="help"), "kill") == "<s> help kill"
+    refuses = NO_SYSTEM.replace(
+        "{{ messages[0]['content'] }}", "{% if 'help' in messages[0].content %}{{ raise_exception('no help') }}{% endif %}"
+    )
     with pytest.raises(InputError, match="System role not supported.*leave --system out") as caught:
-        _lm(NO_SYSTEM, system="help").encode("kill")
+        _lm(refuses, system="help").encode("kill")
     assert "\n" not in str(caught.value)
+
+
+def test_template_none_beside_a_chat_template_is_noted():
+    assert "chat template" in _lm(CHAT_TEMPLATE, template="none").notes[0]
+    assert not _lm(template="none").notes
+    assert not _lm(CHAT_TEMPLATE).notes
 
 
 def test_template_options_that_nothing_would_use_are_refused(tmp_path):

@@ -40,6 +40,7 @@ class Session:
         shared = {name: value for name, value in vars(common).items() if name not in HOW_A_RUN_IS_SHOWN}
         self.config = {name: _plain(value) for name, value in {**options, **shared}.items()}
         self.notes: list[str] = []
+        self.models: list[Any] = []
         self.device: str | None = None
         self.hashes: dict[str, str] = {}
 
@@ -83,7 +84,8 @@ class Session:
         except BaseException:
             self.folder.abandon()
             raise
-        self.folder.finish(result, notes=list(dict.fromkeys(self.notes)), device=self.device, hashes=self.hashes)
+        of_models = [note for model in self.models for note in model.notes]
+        self.folder.finish(result, notes=list(dict.fromkeys([*of_models, *self.notes])), device=self.device, hashes=self.hashes)
 
     def foresee(self) -> None:
         """Read the files the options name, so that a wrong one is found before a model is loaded."""
@@ -119,7 +121,7 @@ class Session:
         from safety_neurons.organism import load_pair
 
         pair = load_pair(base, aligned, **self._loading())
-        self._remember(pair.base)
+        self._remember(pair.base, pair.aligned)
         return pair
 
     def several(self, specs: Sequence[str]) -> list[Any]:
@@ -127,7 +129,7 @@ class Session:
         from safety_neurons.organism.opening import load_several
 
         models = load_several(specs, **self._loading())
-        self._remember(models[0])
+        self._remember(*models)
         return models
 
     def prompts(
@@ -171,7 +173,8 @@ class Session:
         """A line that names the step at work, on a terminal."""
         return console.status(title, quiet=self.quiet)
 
-    def _remember(self, model: Any) -> None:
+    def _remember(self, model: Any, *others: Any) -> None:
+        self.models += [model, *others]
         self.device = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
         self.hashes["model_fingerprint"] = model.fingerprint
 

@@ -59,6 +59,9 @@ class LanguageModel:
         adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for the plain base, None for
             whatever is active.
         folder: The local folder it came from.
+
+    Attributes:
+        notes: One line for each thing that is worth knowing of how the model was loaded and of what its template makes of prompts.
     """
 
     def __init__(
@@ -83,6 +86,9 @@ class LanguageModel:
         self.name = name or str(getattr(self.config, "_name_or_path", "") or type(self.inner).__name__)
         self.adapters = None if adapters is None else tuple(adapters)
         self.folder = None if folder is None else Path(folder)
+        self.notes: list[str] = []
+        if self.template.kind == "none" and getattr(tokenizer, "chat_template", None):
+            self.notes.append("template 'none' feeds prompts as they are; the model has a chat template, which 'auto' would use")
 
     def __repr__(self) -> str:
         adapters = "" if not self.adapters else f", adapters {list(self.adapters)}"
@@ -221,7 +227,7 @@ class LanguageModel:
         tokenizer = require_tokenizer(self.tokenizer)
         encoded = []
         for prompt in as_prompts(prompts):
-            text = self.template.render(tokenizer, prompt)
+            text = self.template.render(tokenizer, prompt, self.notes)
             ids = encode_text(tokenizer, text, templated=self.template.kind != "none")
             if not ids:
                 raise InputError(f"prompt {prompt.id!r} has no tokens: expected text; drop empty prompts or choose a template")

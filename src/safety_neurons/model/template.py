@@ -2,17 +2,16 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, ModelError, UsageError
-from safety_neurons.model.adapters import first_line
+from safety_neurons.model.conversation import Turns, answer_alone, render_turns
 from safety_neurons.prompts.records import Message, Prompt
 
-Turns = Sequence[Message]
-_THINKING = re.compile(r"<(think|thinking|reasoning)>\s*$")
+_THINKING = re.compile(r"<(think|thinking|reasoning|thought|seed:think)>\s*$")
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,32 @@ class Template:
     system: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self, tokenizer: Any, prompt: Prompt) -> str:
-        """The text that is fed for a prompt, up to where the answer starts.
+    def render(self, tokenizer: Any, prompt: Prompt, notes: list[str] | None = None) -> str:
+        """The text that is fed for a prompt, up to where the answer starts; every turn of the prompt stands in it.
+
+        Args:
+            tokenizer: Whose chat template and special tokens are used.
+            prompt: Its turns, or its text as one.
+            notes: Gets a line for what a Jinja template made different (white space it trims, a system text put into the user's turn).
 
         Raises:
-            InputError: A Jinja template that refuses the turns (a system prompt, say) or is damaged.
+            InputError: A Jinja template that refuses the turns, leaves something of them out, does not end, or is damaged.
         """
-        turns = list(prompt.messages) or [Message("user", prompt.text)]
-        if self.system is not None and turns[0].role != "system":
-            turns.insert(0, Message("system", self.system))
+        turns = self._turns(prompt)
         if self.kind == "none":
             return "\n".join(turn.content for turn in turns)
         if self.kind == "plain":
             return _plain(turns)
         if self.kind == "tulu":
             return _tulu(turns, tokenizer.eos_token or "")
-        return self._jinja(tokenizer, turns)
+        return self._jinja(tokenizer, turns, notes=notes)
+
+    def _turns(self, prompt: Prompt) -> list[Message]:
+        """What is to be said: the prompt's own turns, behind the system prompt where they bring none."""
+        turns = list(prompt.messages) or [Message("user", prompt.text)]
+        if self.system is not None and turns[0].role != "system":
+            turns.insert(0, Message("system", self.system))
+        return turns
 
     @staticmethod
     def opens_thinking(text: str) -> bool:
@@ -67,35 +76,40 @@ class Template:
         if turns[-1].role == "assistant":
             return asked, answer, ""
         whole = Prompt(prompt.id, prompt.text, (*turns, Message("assistant", answer)))
-        opened = self.render(tokenizer, whole)
+        try:
+            opened = self.render(tokenizer, whole)
+        except InputError:  # some templates take the thoughts out of an answer; it is learnt whole all the same
+            opened = ""
         behind = opened[len(asked) :] if opened.startswith(asked) and opened.rstrip().endswith(answer.rstrip()) else None
         if behind is None:
-            behind = f"</{mark[1]}>\n\n{answer}" if (mark := _THINKING.search(asked)) else answer
-        return asked, behind, self._end(tokenizer, whole, opened)
+            mark = _THINKING.search(asked)
+            behind = answer.removeprefix(f"<{mark[1]}>").lstrip("\n") if mark and answer_alone(answer) else answer
+            behind = f"</{mark[1]}>\n\n{answer}" if mark and not answer_alone(answer) else behind
+        return asked, behind, self._end(tokenizer, (*turns, Message("assistant", answer_alone(answer) or answer)))
 
-    def _end(self, tokenizer: Any, whole: Prompt, opened: str) -> str:
-        """What the template writes behind an answer."""
+    def _end(self, tokenizer: Any, turns: Turns) -> str:
+        """What the template writes behind an answer, the last of the turns."""
         if self.kind == "tulu":
             return tokenizer.eos_token or ""
         if self.kind in ("plain", "none"):
             return ""
-        turns = list(whole.messages)
-        if self.system is not None and turns[0].role != "system":
-            turns.insert(0, Message("system", self.system))
-        closed = self._jinja(tokenizer, turns, closed=True)
+        whole = self._turns(Prompt("", "", tuple(turns)))
+        opened, closed = self._jinja(tokenizer, whole), self._jinja(tokenizer, whole, closed=True)
         return closed[len(opened) :] if closed.startswith(opened) else ""
 
-    def _jinja(self, tokenizer: Any, turns: Turns, *, closed: bool = False) -> str:
+    def _jinja(self, tokenizer: Any, turns: Turns, *, closed: bool = False, notes: list[str] | None = None) -> str:
         answering = turns[-1].role == "assistant"
-        options = {"add_generation_prompt": not answering, "continue_final_message": answering and not closed}
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        template = self.source or None
-        try:
-            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options, **dict(self.arguments))
-        except Exception as error:  # a template is a program: it raises what it likes
-            roles = ", ".join(turn.role for turn in turns)
-            advice = "leave --system out or choose another --template" if turns[0].role == "system" else "choose another --template"
-            raise InputError(f"the chat template refuses turns of {roles} ({first_line(error)}); {advice}") from error
+        rendered = render_turns(
+            tokenizer,
+            turns,
+            template=self.source or None,
+            arguments=self.arguments,
+            go_on=answering and not closed,
+            answer_next=not answering,
+        )
+        if notes is not None:
+            notes.extend(note for note in rendered.notes if note not in notes)
+        return rendered.text
 
 
 def template_for(
@@ -171,7 +185,7 @@ def _plain(turns: Turns) -> str:
         word = {"user": "Question: ", "assistant": "Answer: "}.get(turn.role, "")
         parts.append(f"{word}{turn.content}" + ("\n" if turn.role == "user" else "\n\n"))
     if turns[-1].role == "assistant":
-        return "".join(parts).rstrip("\n")
+        return "".join(parts).removesuffix("\n\n")
     return "".join(parts) + "Answer:"
 
 

@@ -197,7 +197,7 @@ def merge_turns(turns: list[Message], found: Counter[str]) -> list[Message]:
     """Joins turns of one role that follow one another; a chat template would refuse them."""
     merged: list[Message] = []
     for turn in turns:
-        if merged and merged[-1].role == turn.role and turn.role in ("user", "assistant"):
+        if merged and merged[-1].role == turn.role and turn.role in ("system", "user", "assistant"):
             merged[-1] = Message(turn.role, "\n\n".join(part for part in (merged[-1].content, turn.content) if part))
             found["joined"] += 1
         else:
