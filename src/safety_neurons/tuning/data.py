@@ -110,7 +110,7 @@ def tuning_examples(
 
 def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Example:
     tokenizer = require_tokenizer(model.tokenizer)
-    answer = (prompt.answer or "").strip()
+    answer = prompt.answer or ""
     asked, behind, end = model.template.answered(tokenizer, prompt, answer)
     question = model.encode([prompt])[0].ids  # with its middle left out where it alone is longer than the context
     together = encode_text(tokenizer, asked + behind, templated=True)
