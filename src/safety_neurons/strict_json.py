@@ -32,23 +32,25 @@ class RefusedJSON(ValueError):
         self.code = code
 
 
-def loads(text: str | bytes, *, depth: int = DEPTH, lenient: bool = False) -> Any:
+def loads(text: str | bytes, *, depth: int = DEPTH, lenient: bool = False, constants: bool = False, doubled: bool = False) -> Any:
     """The value of a JSON text.
 
-    Names that come twice and deep nesting are always refused.
+    Deep nesting is always refused.
 
     Args:
         text: The document; bytes are UTF-8, with or without a byte order mark.
         depth: Lists and objects within one another at most.
         lenient: For files of other tools: NaN and infinities are None, whole numbers may have 64 digits, half surrogate pairs stay.
             Otherwise these are refused, and whole numbers beyond 64 bits.
+        doubled: Let an object in which a name comes twice pass, as the list of its pairs; otherwise it is refused.
+        constants: For configurations of models, which may hold `Infinity`: it and NaN are the numbers they name.
 
     Raises:
         ValueError: Not UTF-8 or not JSON (`json.JSONDecodeError`), or refused (`RefusedJSON`).
     """
     text = text if isinstance(text, str) else bytes(text).decode("utf-8-sig")
     start = _after_blanks(text, 0)
-    value, end = _Reader(text, depth, lenient).read(start)
+    value, end = _Reader(text, depth, lenient, constants, doubled).read(start)
     if _after_blanks(text, end) != len(text):
         raise json.JSONDecodeError("Extra data", text, _after_blanks(text, end))
     return value
@@ -96,12 +98,12 @@ def _after_blanks(text: str, at: int) -> int:
 class _Reader:
     """One text, read with the hooks that it needs: a look at it first spares most texts a Python call for each number."""
 
-    def __init__(self, text: str, depth: int, lenient: bool) -> None:
+    def __init__(self, text: str, depth: int, lenient: bool, constants: bool = False, doubled: bool = False) -> None:
         if len(text) > MOST_VALUES and sum(map(text.count, "[{,")) > MOST_VALUES:
             raise RefusedJSON("too_large", f"more than {MOST_VALUES:,} values")
-        self._text, self._depth, self._lenient = text, depth, lenient
+        self._text, self._depth, self._lenient, self._pass_doubled = text, depth, lenient, doubled
         numbers = {"parse_int": self._whole, "parse_float": self._decimal} if _LONG_NUMBER.search(text) else {}
-        self._decoder = json.JSONDecoder(parse_constant=self._constant, object_pairs_hook=self._object, **numbers)
+        self._decoder = json.JSONDecoder(parse_constant=float if constants else self._constant, object_pairs_hook=self._object, **numbers)
 
     def read(self, at: int) -> tuple[Any, int]:
         """The value that begins there, and where it ends."""
@@ -126,9 +128,11 @@ class _Reader:
     def _too_deep(self) -> RefusedJSON:
         return RefusedJSON("nested_too_deeply", f"nested too deeply, more than {self._depth} lists and objects within one another")
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _object(self, pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
+            if self._pass_doubled:
+                return [list(pair) for pair in pairs]
             self._refused = RefusedJSON("duplicate_name", "an object with two values for one name")
         return found
 
@@ -138,11 +142,9 @@ class _Reader:
 
     def _decimal(self, text: str) -> float | None:
         number = float(text)
-        if math.isfinite(number):
-            return number
-        if not self._lenient:
+        if not self._lenient and (not math.isfinite(number) or len(text) > _MOST_DIGITS):
             self._refused = RefusedJSON("number", "a number that no float can hold")
-        return None
+        return number if math.isfinite(number) else None
 
     def _whole(self, text: str) -> int:
         digits = len(text.lstrip("-"))

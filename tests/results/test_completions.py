@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, RunError
-from safety_neurons.results import Completion, Completions
+from safety_neurons.prompts import Message, Prompt
+from safety_neurons.results import Completion, Completions, conversation_of
 
-texts = st.text(alphabet=st.characters(codec=None), max_size=20)
+texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)
 some = st.lists(
     st.tuples(
         texts,
@@ -32,6 +33,54 @@ def test_saving_and_loading_gives_the_same_completions(tmp_path_factory, fields)
     assert Completions.load(path) == Completions(items)
     Completions(items).append(path)
     assert Completions.load(path) == Completions(items + items)
+
+
+def test_half_a_surrogate_pair_is_no_text_and_is_never_written(tmp_path):
+    path = tmp_path / "c.jsonl"
+    Completions([Completion("0", "a \ud83d b", "\ud83d\ude00 \udc00")]).save(path)
+    found = Completions.load(path)[0]
+    assert (found.prompt, found.completion) == ("a \ufffd b", "\U0001f600 \ufffd")
+
+
+BAD_FIELDS = {
+    "negative ids": '"token_ids": [1, -1]',
+    "ids as text": '"token_ids": ["1"]',
+    "ids as floats": '"token_ids": [1.5]',
+    "ids beyond 31 bits": '"token_ids": [4294967296]',
+    "huge ids": '"token_ids": [1' + "0" * 400 + "]",
+    "true as id": '"token_ids": [true]',
+    "ids no list": '"token_ids": {"1": 2}',
+    "seed as text": '"seed": "7"',
+    "endless seed": '"seed": Infinity',
+    "arm as number": '"arm": 3',
+    "meta as list": '"meta": [1]',
+    "verdicts as text": '"verdicts": "refused"',
+    "deep meta": '"meta": ' + '{"a":' * 5000 + "1" + "}" * 5000,
+    "a name twice": '"arm": "a", "arm": "b"',
+    "half a pair": '"arm": "\\ud83d"',
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_record_of_other_types_is_refused_by_its_line_wherever_it_stands(tmp_path, case, last):
+    path = tmp_path / "c.jsonl"
+    good = '{"prompt": "p", "completion": "c"}\n'
+    path.write_text(good + '{"prompt": "p", "completion": "c", ' + BAD_FIELDS[case] + "}" + ("" if last else "\n" + good))
+    with pytest.raises(InputError, match="line 2 of .* is not a completion"):
+        Completions.load(path)
+
+
+def test_the_conversation_travels_with_its_answer(tmp_path):
+    turns = (Message("system", "s"), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "And now?"))
+    prompt = Prompt("0", "And now?", turns)
+    path = tmp_path / "c.jsonl"
+    Completions([Completion("0", prompt.text, "Bye", meta=conversation_of(prompt))]).save(path)
+    found = Completions.load(path)[0]
+    assert found.turns == turns
+    assert found.answers(prompt)
+    assert not found.answers(Prompt("0", "And now?", turns[1:]))
+    assert Completion("1", "Hello", "Hi").turns == (Message("user", "Hello"),)
 
 
 def test_a_file_cut_anywhere_gives_all_whole_lines_and_counts_the_cut_one(tmp_path):

@@ -4,12 +4,12 @@ The number is read in two ways, as lm-evaluation-harness does: `strict` wants it
 """
 
 import contextlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from safety_neurons import strict_json
 from safety_neurons.capability.measured import Measured, Treatment
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel, encode_text
@@ -73,7 +73,7 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = strict_json.loads(line, lenient=True)
             sums.append(Sum(str(record["question"]), str(record["answer"])))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"line {number} of {str(source)!r} is no record of GSM8K; expected question and answer") from error

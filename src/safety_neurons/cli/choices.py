@@ -1,10 +1,10 @@
 """What can be checked of a command line before anything is loaded: names, ranges, and files that must be there."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from safety_neurons import strict_json
 from safety_neurons.cli.options import Common, listed
 from safety_neurons.errors import UsageError
 
@@ -125,9 +125,9 @@ def parse_object(option: str, text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{option} {text!r} is not JSON ({error.msg} at character {error.pos}); expected an object such as {{}}") from None
+        value = strict_json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text[:200]!r} is not JSON ({str(error)[:100]}); expected an object such as {{}}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{option} {text!r} is a {type(value).__name__}, expected a JSON object such as {{}}")
     return value

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import pathlib
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from safety_neurons import strict_json
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import InputError
@@ -58,13 +58,13 @@ def _one(command: Any, words: list[str], *, quiet: bool) -> Any:
         if stop.code:
             sys.stdout.write(caught.getvalue())
             raise
-    return json.loads(caught.getvalue()) if caught.getvalue() else None
+    return strict_json.loads(caught.getvalue()) if caught.getvalue() else None
 
 
 def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        record = json.loads(recipe.read_text(encoding="utf-8"))
+        record = strict_json.loads(recipe.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{recipe} does not exist, expected the run.json of an earlier run or a recipe") from None
     except (ValueError, OSError) as error:

@@ -1,7 +1,6 @@
 """The demo: the commands a user would type, run one after another on an organism, ending with a report."""
 
 import io
-import json
 import pathlib
 import sys
 import time
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
 from safety_neurons.errors import RunError
@@ -134,5 +134,5 @@ def call(words: list[str], common: Common, *, say: bool = True) -> None:
     except SystemExit as stop:
         sys.stdout.flush()
         if stop.code:
-            said = json.loads(caught.getvalue() or "{}").get("error", "see the line above")
+            said = strict_json.loads(caught.getvalue() or "{}").get("error", "see the line above")
             raise RunError(f"`safety-neurons {' '.join(words[:2])}` failed: {said}; run it alone with --debug") from None

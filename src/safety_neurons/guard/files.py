@@ -3,7 +3,6 @@
 Anyone may have written such a folder, so sizes are looked at before anything is allocated, and whatever does not fit is one line.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.guard.bindings import Bindings
 from safety_neurons.guard.calibration import Calibration
@@ -116,7 +116,7 @@ def _read_facts(path: pathlib.Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_JSON:
             raise InputError(f"{str(path)!r} has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}: this is no guard")
-        found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        found = strict_json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(
             f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: check the path"
@@ -127,10 +127,6 @@ def _read_facts(path: pathlib.Path) -> dict[str, Any]:
         schema = str(found.get("schema"))[:40] if isinstance(found, dict) else type(found).__name__
         raise InputError(f"{str(path)!r} is of schema {schema!r}; expected {SCHEMA!r}: update the package or fit the guard again")
     return found
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number")
 
 
 def _read_weights(path: pathlib.Path) -> tuple[NeuronSet, dict[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.judges.judgement import Verdict
 from safety_neurons.results.files import PathLike
@@ -74,7 +75,7 @@ class JudgementCache:
 def verdict_of(text: str) -> Verdict | None:
     """A verdict from its JSON; None where it is not one."""
     try:
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Any] = strict_json.loads(text)
         return Verdict(**{**record, "categories": tuple(record.get("categories") or ())})
     except (ValueError, TypeError):
         return None

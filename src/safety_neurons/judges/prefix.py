@@ -2,8 +2,8 @@
 
 import functools
 import importlib.resources
-import json
 
+from safety_neurons import strict_json
 from safety_neurons.judges.judgement import UNSCORED, Verdict, answer_of, normalised
 from safety_neurons.results import Completion
 
@@ -13,7 +13,7 @@ VERSION = 1
 @functools.cache
 def _starts() -> tuple[str, ...]:
     source = importlib.resources.files("safety_neurons.judges") / "phrases" / f"prefix_{VERSION}.json"
-    return tuple(json.loads(source.read_text(encoding="utf-8"))["starts"])
+    return tuple(strict_json.loads(source.read_text(encoding="utf-8"))["starts"])
 
 
 def judge_by_prefix(completion: Completion) -> Verdict:

@@ -2,12 +2,12 @@
 
 import functools
 import importlib.resources
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.judges.judgement import Measure, Verdict, normalised
 from safety_neurons.judges.judging import Case, Judge
@@ -104,7 +104,7 @@ def string_judge(name: str) -> StringJudge:
 def built_in_lists() -> dict[str, PhraseList]:
     """The lists that come with the package, by name."""
     source = importlib.resources.files("safety_neurons.judges") / "phrases" / f"strings_{VERSION}.json"
-    record = json.loads(source.read_text(encoding="utf-8"))
+    record = strict_json.loads(source.read_text(encoding="utf-8"))
     return {name: _list({**entry, "name": name, "version": record["version"]}) for name, entry in record["lists"].items()}
 
 

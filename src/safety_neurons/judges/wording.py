@@ -7,10 +7,10 @@ Not knowing, praise ("cannot recommend it enough") and advice to the reader ("yo
 
 import functools
 import importlib.resources
-import json
 import re
 from typing import Any, NamedTuple
 
+from safety_neurons import strict_json
 from safety_neurons.judges.judgement import UNSCORED, Verdict, answer_of, normalised, sentences
 from safety_neurons.results import Completion
 
@@ -58,7 +58,7 @@ class Rules(NamedTuple):
 def rules() -> Rules:
     """The rules of this version, compiled."""
     source = importlib.resources.files("safety_neurons.judges") / "phrases" / f"wording_{VERSION}.json"
-    lists: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    lists: dict[str, Any] = strict_json.loads(source.read_text(encoding="utf-8"))
     joined = {name: "|".join(value) for name, value in lists.items() if isinstance(value, list)}
     foreign = "|".join(pattern for patterns in lists["other_languages"].values() for pattern in patterns)
     gap = r"(?:[\w'-]+,? ){0,6}?"

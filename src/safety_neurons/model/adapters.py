@@ -1,7 +1,6 @@
 """PEFT adapters: stacked, unmerged, switched for a block, with every missing or unknown weight an error."""
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,8 +32,9 @@ def adapter_config(folder: Path) -> Any:
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}; expected the adapter's weights"
         )
     try:
+        strict_json.loads((folder / "adapter_config.json").read_bytes(), constants=True)
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{folder}: adapter_config.json cannot be read ({first_line(error)}); expected a PEFT configuration") from error
     if config.is_prompt_learning:
         raise ModelError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
 
 LARGEST = 1 << 24
@@ -156,7 +157,7 @@ class ChatServer:
         if key := self._key():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with self._opener.open(request, timeout=self._timeout) as answer:
-            return json.loads(answer.read(LARGEST).decode("utf-8"))
+            return strict_json.loads(answer.read(LARGEST).decode("utf-8"), lenient=True)
 
 
 def is_local(host: str) -> bool:
@@ -176,7 +177,7 @@ def _said(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(text)
+        record = strict_json.loads(text, lenient=True)
         text = str(record["error"]["message"] if isinstance(record.get("error"), dict) else record.get("error") or record["message"])
     return " ".join(text.split())[:200] or str(error.reason)
 

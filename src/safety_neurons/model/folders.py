@@ -1,7 +1,8 @@
 """Folders of checkpoints as they lie on disk: whether the files are the files, or stand in for them."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from safety_neurons import strict_json
 from safety_neurons.errors import ModelError
 
 _POINTER = b"version https://git-lfs"
@@ -18,6 +19,36 @@ def refuse_pointers(folder: Path) -> None:
     if pointers:
         others = f" and {len(pointers) - 1} more files are Git LFS pointers" if len(pointers) > 1 else " is a Git LFS pointer"
         raise ModelError(f"{folder}: {pointers[0]}{others}, expected the files themselves: run 'git lfs pull' in that folder")
+
+
+def refuse_foreign_shards(folder: Path) -> None:
+    """Refuses an index of shards that names anything but safetensors files within the folder.
+
+    Raises:
+        ModelError: An index that cannot be read, or a shard that is elsewhere or of another format.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        for name in sorted(set(shards_of(index).values())):
+            place = PurePosixPath(name.replace("\\", "/"))
+            if place.is_absolute() or ".." in place.parts or not name.endswith(".safetensors"):
+                raise ModelError(
+                    f"{index}: names the shard {name[:80]!r}; expected .safetensors files in the same folder; download the model again"
+                )
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Which file an index says each tensor is in.
+
+    Raises:
+        ModelError: The index cannot be read or is none.
+    """
+    try:
+        named = strict_json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise TypeError("weight_map is no object of file names")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index}: cannot be read ({str(error)[:80]}); expected an index of shards; download the model again") from error
+    return named
 
 
 def _is_pointer(path: Path) -> bool:

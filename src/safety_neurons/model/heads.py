@@ -1,6 +1,5 @@
 """Models with a head of their own that read a text: sequence classifiers, and the scalar heads of reward and cost models."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, MismatchError, ModelError
+from safety_neurons.model.folders import refuse_foreign_shards, shards_of
 from safety_neurons.model.loading import load_as
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.model.modes import evaluating
@@ -213,8 +213,8 @@ def _tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({folder / file for name, file in named.items() if name.startswith(beginnings)})
+        refuse_foreign_shards(folder)
+        files = sorted({folder / file for name, file in shards_of(index).items() if name.startswith(beginnings)})
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as stream:

@@ -13,7 +13,7 @@ from torch import nn
 
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
 from safety_neurons.model.adapters import adapter_config, attach, check_one_kind, first_line, kind_of, merge
-from safety_neurons.model.folders import refuse_pointers
+from safety_neurons.model.folders import refuse_foreign_shards, refuse_pointers
 from safety_neurons.model.language_model import LanguageModel
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -265,6 +265,7 @@ def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
     found = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
     for folder in found:
         refuse_pointers(folder)
+        refuse_foreign_shards(folder)
     return found
 
 

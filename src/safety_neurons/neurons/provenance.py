@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.errors import NeuronError
+from safety_neurons.results import plain
 
 SCHEMA = "safety-neurons/1"
 KINDS = ("neurons", "scores", "delta")
@@ -37,7 +39,7 @@ class Provenance:
     model_fingerprint: str = ""
     """Fingerprint of the site table; empty in files made by hand."""
     prompts_sha256: str = ""
-    """Hash of the normalised prompt list."""
+    """Hash of the prompt list, to the character."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as JSON values; `sites` and `layers` are what was searched."""
     version: str = field(default_factory=_version)
@@ -60,7 +62,7 @@ class Provenance:
             "models": json.dumps(list(self.models), ensure_ascii=False),
             "model_fingerprint": self.model_fingerprint,
             "prompts_sha256": self.prompts_sha256,
-            "config": json.dumps(self.config, ensure_ascii=False, sort_keys=True, default=str),
+            "config": json.dumps(plain(self.config), ensure_ascii=False, sort_keys=True, allow_nan=False),
             "version": self.version,
             "created": self.created,
         }
@@ -81,8 +83,8 @@ class Provenance:
         if found != kind:
             raise NeuronError(f"this is a file of {found[:40]!r}, expected {kind!r}; pass the {kind} file of the same run")
         try:
-            models = json.loads(metadata.get("models", "[]"))
-            config = json.loads(metadata.get("config", "{}"))
+            models = strict_json.loads(metadata.get("models", "[]"))
+            config = strict_json.loads(metadata.get("config", "{}"))
         except ValueError as error:
             raise NeuronError(f"damaged header ({error}); expected JSON in 'models' and 'config': make the file again") from error
         if not isinstance(models, list) or not isinstance(config, dict):

@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from safety_neurons import strict_json
 from safety_neurons.errors import NeuronError
 from safety_neurons.neurons.keys import MLP_SITES, check_sites, parse_key, parse_layers, sort_keys
+
+MOST_NEURONS = 1 << 24
+"""Neurons of one site at most, in a file: lists of them are made in memory."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,15 @@ class SiteTable:
             NeuronError: the text is not such a table.
         """
         try:
-            content = json.loads(text)
+            content = strict_json.loads(text)
             fields = [str(field) for field in content["fields"]]
-            sites = tuple(
-                SiteInfo(parse_key(key) and key, **{field: int(value) for field, value in zip(fields, row, strict=True)})
-                for key, row in content["sites"].items()
-            )
-            if any(info.size < 0 for info in sites):
-                raise ValueError("a negative size")
-            return SiteTable(str(content["architecture"]), int(content["n_parameters"]), sites)
+            rows = [*content["sites"].values(), [content["n_parameters"]]]
+            if not all(type(value) is int and 0 <= value < 2**50 for row in rows for value in row):
+                raise ValueError("a size that is no whole number from 0")
+            sites = tuple(SiteInfo(parse_key(key) and key, **dict(zip(fields, row, strict=True))) for key, row in content["sites"].items())
+            if any(info.size > MOST_NEURONS for info in sites):
+                raise ValueError(f"a site of more than {MOST_NEURONS:,} neurons")
+            return SiteTable(str(content["architecture"]), content["n_parameters"], sites)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise NeuronError(
                 f"damaged site table in a file header ({error}); expected what SiteTable.to_json writes: make the file again"

@@ -10,12 +10,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import json
 import random
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError
 
 LANGUAGES = ("en", "de", "es")
@@ -143,7 +143,7 @@ def language(code: str) -> Language:
     if code not in LANGUAGES:
         raise InputError(f"language {code!r} is not one of the organisms' languages {', '.join(LANGUAGES)}; name one of them")
     source = importlib.resources.files("safety_neurons.organism") / "data" / "language" / f"{code}.json"
-    return Language(code, json.loads(source.read_text(encoding="utf-8")))
+    return Language(code, strict_json.loads(source.read_text(encoding="utf-8")))
 
 
 @functools.cache

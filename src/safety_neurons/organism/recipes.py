@@ -6,6 +6,7 @@ import importlib.resources
 import json
 from typing import Any, Literal
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError
 from safety_neurons.organism.tokenizer import vocabulary
 
@@ -90,14 +91,14 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return strict_json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """All recipes by name."""
     source = importlib.resources.files("safety_neurons.organism") / "data" / "recipes.json"
-    entries = json.loads(source.read_text(encoding="utf-8"))
+    entries = strict_json.loads(source.read_text(encoding="utf-8"))
     found = {}
     for name, fields in entries.items():
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

@@ -49,6 +49,8 @@ _HUMAN_FIRST = re.compile(r"\s*Human:")
 _WRITTEN = re.compile(r"\s*\[\s*\{")
 _WRITTEN_TEXTS = re.compile(r"\s*\[\s*[{'\"]")
 _BETWEEN_RECORDS = re.compile(r"\}\s*\n\s*\{")
+_DEEPEST_CALL = 400
+"""Lists and objects within one another in the arguments of a call."""
 _LONGEST_LITERAL = 1 << 18
 """Characters of a Python literal that are parsed: its syntax tree takes a hundred times as much memory."""
 
@@ -131,7 +133,7 @@ def _opened(value: Any, name: str = "") -> Any:
         return [_opened(one) for one in value]
     if name == "arguments" and isinstance(value, str):
         try:
-            return strict_json.loads(value)
+            return strict_json.loads(value, depth=_DEEPEST_CALL, lenient=True, doubled=True)
         except ValueError:
             return value
     return value

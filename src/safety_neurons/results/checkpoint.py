@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from safety_neurons import strict_json
 from safety_neurons.errors import RunError
 from safety_neurons.results.files import PathLike, plain, write_bytes
 
@@ -68,7 +69,9 @@ class Checkpoint:
             return None
         try:
             with safe_open(self.path, framework="numpy") as opened:
-                state = json.loads((opened.metadata() or {})["state"])
+                state = strict_json.loads((opened.metadata() or {})["state"])
+                if not isinstance(state, dict):
+                    raise ValueError(f"its state is a {type(state).__name__}")
                 return Saved({name: opened.get_tensor(name) for name in opened.keys()}, state)  # noqa: SIM118  # not a mapping
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.results import notebook
@@ -182,7 +183,7 @@ class Completions(Sequence[Completion]):
             try:
                 items.append(_completion(line, number))
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines) and isinstance(error, ValueError):
+                if number == len(lines) and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                     dropped += 1
                     continue
                 raise InputError(
@@ -199,10 +200,11 @@ def _lines(completions: Iterable[Completion]) -> bytes:
 
 
 def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # Half of a surrogate pair, as byte-level tokenizers can give: written as an escape.
-        return (json.dumps(record) + "\n").encode()
+        return text.encode()
+    except UnicodeEncodeError:  # Half of a surrogate pair, as byte-level tokenizers can give: no text, so U+FFFD stands for it.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _end_of_last_line(stream: Any) -> int:
@@ -216,17 +218,39 @@ def _end_of_last_line(stream: Any) -> int:
         return int(end)
     start = content.rfind(b"\n") + 1
     try:
-        json.loads(content[start:])
+        strict_json.loads(content[start:])
+    except strict_json.RefusedJSON:
+        pass  # whole, and not this function's to judge
     except ValueError:
         return start
     stream.write(b"\n")
     return int(end) + 1
 
 
+_FIELDS: dict[str, tuple[Any, str]] = {
+    "prompt": (str, "text"),
+    "completion": (str, "text"),
+    "prompt_id": (str | int | None, "text or a whole number"),
+    "token_ids": (list | None, "a list"),
+    "arm": (str | None, "text"),
+    "seed": (int | None, "a whole number"),
+    "verdicts": (dict | None, "an object"),
+    "meta": (dict | None, "an object"),
+}
+_MOST_IDS = 2**31
+
+
 def _completion(line: bytes, number: int) -> Completion:
-    record = json.loads(line.decode("utf-8"))
-    if not isinstance(record, dict) or not isinstance(record["completion"], str) or not isinstance(record["prompt"], str):
-        raise TypeError("'prompt' and 'completion' must be text")
+    record = strict_json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict):
+        raise TypeError(f"a {type(record).__name__}")
+    for name, (kinds, what) in _FIELDS.items():
+        if not isinstance(record[name] if name in ("prompt", "completion") else record.get(name), kinds):
+            raise TypeError(f"{name!r} must be {what}, not a {type(record[name]).__name__}")
+    if any(type(record.get(name)) is bool for name in ("prompt_id", "seed")):
+        raise TypeError("'prompt_id' and 'seed' must not be true or false")
+    if not all(type(token) is int and 0 <= token < _MOST_IDS for token in record.get("token_ids") or ()):
+        raise TypeError("'token_ids' must be whole numbers from 0")
     reason = record.get("finish_reason", "stop")
     if reason not in _REASONS:
         raise TypeError(f"finish_reason {str(reason)[:20]!r} is none of {', '.join(_REASONS)}")
@@ -234,10 +258,10 @@ def _completion(line: bytes, number: int) -> Completion:
         prompt_id=str(record.get("prompt_id", number - 1)),
         prompt=record["prompt"],
         completion=record["completion"],
-        token_ids=tuple(int(token) for token in record.get("token_ids") or ()),
+        token_ids=tuple(record.get("token_ids") or ()),
         finish_reason=reason,
-        arm=str(record.get("arm", "untreated")),
-        seed=int(record.get("seed", 0)),
+        arm="untreated" if record.get("arm") is None else record["arm"],
+        seed=record.get("seed") or 0,
         verdicts=dict(record.get("verdicts") or {}),
         meta=dict(record.get("meta") or {}),
     )

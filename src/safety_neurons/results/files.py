@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 
 PathLike = str | os.PathLike[str]
@@ -81,15 +82,19 @@ def write_json(path: PathLike, value: Any) -> None:
     write_bytes(path, (text + "\n").encode("utf-8", errors="backslashreplace"))
 
 
-def read_json(path: PathLike) -> Any:
+def read_json(path: PathLike, *, constants: bool = False) -> Any:
     """The value in a JSON file.
 
+    Args:
+        path: of the file.
+        constants: let `Infinity` and `NaN` pass, which configurations of models may hold.
+
     Raises:
-        InputError: missing, unreadable or not JSON.
+        InputError: missing, unreadable, not JSON, or JSON that is refused (`safety_neurons.strict_json`).
     """
     source = pathlib.Path(path)
     try:
-        return json.loads(source.read_bytes().decode("utf-8-sig"))
+        return strict_json.loads(source.read_bytes(), constants=constants)
     except OSError as error:
         raise InputError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a JSON file: check the path") from error
     except ValueError as error:

@@ -130,7 +130,9 @@ class RunFolder:
             raise RunError(f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out") from error
         shape = {"verb": str, "status": str, "arguments": dict, "files": list, "timings": dict}
         whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in shape.items())
-        if not whole or found.get("schema") != SCHEMA:
+        whole = whole and found["status"] in ("running", "finished") and all(isinstance(name, str) for name in found["files"])
+        seconds = found["timings"].get("seconds", 0.0) if whole else None
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or found.get("schema") != SCHEMA:
             raise RunError(f"{str(source)!r} is not a run record of this version; pass --overwrite or choose another --out")
         return found
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Message, Prompt, Prompts, normalised, prompts
 from safety_neurons.prompts.archives import located, read_member
@@ -173,10 +174,10 @@ def _parsed(path: Path) -> Any:
         return None
     text, _ = text_of(read_member(*inside), Path(name)) if inside else read_text(path)
     with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(text)
+        whole = strict_json.loads(text, lenient=True)
         return [whole] if isinstance(whole, dict) and set(whole) >= _OWN else whole
     try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [strict_json.loads(line, lenient=True) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
         return None  # the reader of plain lists says where the file is broken
 

@@ -2,12 +2,12 @@
 
 import difflib
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError
 
 KINDS = ("harmful", "harmless", "mixed")
@@ -137,7 +137,7 @@ class Wanted:
 @functools.cache
 def entries() -> Mapping[str, Entry]:
     """Every suite of the catalogue by name."""
-    raw = json.loads(resources.files("safety_neurons.suites").joinpath("registry.json").read_text(encoding="utf-8"))["suites"]
+    raw = strict_json.loads(resources.files("safety_neurons.suites").joinpath("registry.json").read_text(encoding="utf-8"))["suites"]
     by_name = {item["name"]: item for item in raw}
     shared = ("columns", "kinds")
     whole = {

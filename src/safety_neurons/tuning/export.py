@@ -238,7 +238,7 @@ def _save_model(folder: Path, model: LanguageModel, dtype: torch.dtype | None) -
             state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         inner.save_pretrained(partial, state_dict=state)
         if dtype is not None:
-            config = read_json(partial / "config.json")
+            config = read_json(partial / "config.json", constants=True)
             name = str(dtype).removeprefix("torch.")
             write_json(partial / "config.json", {**config, **{key: name for key in ("dtype", "torch_dtype") if key in config}})
         if model.tokenizer is not None:

@@ -1,13 +1,13 @@
 """What of a request the guard has to read: the turns as one conversation, and by itself whatever else holds text."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.guard.server.problems import Problem
 from safety_neurons.guard.server.shapes import SPEECH, Part, Turn
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompts import Message, Prompt, request_of
+from safety_neurons.prompts.conversations import as_text
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
 """Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a user's."""
@@ -67,8 +67,7 @@ def prompt_of(turns: Sequence[Turn], limit: int, number: int = 0) -> Prompt:
     if len(turns) > limit:
         raise Problem(400, f"the conversation has {len(turns)} messages; expected at most {limit}", "too_many_messages", param="messages")
     messages = tuple(Message(ROLES.get(turn.role, turn.role), said(turn, f"messages[{place}]")) for place, turn in enumerate(turns))
-    asked = next((message.content for message in messages if message.role == "user"), messages[-1].content)
-    return Prompt(id=str(number), text=asked, messages=messages)
+    return Prompt(id=str(number), text=request_of(messages) or messages[-1].content, messages=messages)
 
 
 def said(turn: Turn, place: str) -> str:
@@ -129,31 +128,6 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Promp
     texts = [("name", " ".join(names))] if names else []
     texts += [(name, as_text(request[name])) for name in READ if request.get(name) not in (None, "auto", "none", "required", [], {})]
     return [Prompt(id=name, text=text) for name, text in texts]
-
-
-def as_text(value: Any) -> str:
-    """A value as a model would see it."""
-    return value if isinstance(value, str) else json.dumps(_opened(value), ensure_ascii=False)
-
-
-def _opened(value: Any, name: str = "") -> Any:
-    """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so escapes in them."""
-    if isinstance(value, dict):
-        return {key: _opened(one, key) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_opened(one) for one in value]
-    if name == "arguments" and isinstance(value, str):
-        try:
-            return json.loads(value, object_pairs_hook=_pairs)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> Any:
-    """An object; where a name comes twice, all of it."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else [list(pair) for pair in pairs]
 
 
 def _is_plain(value: Any, *, numbers: bool = False) -> bool:

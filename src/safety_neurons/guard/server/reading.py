@@ -1,15 +1,14 @@
 """A request's body as a value: strict JSON, and nothing in it that two readers could understand differently."""
 
 import json
-import math
 from typing import Any, TypeVar
 
 import pydantic
 
+from safety_neurons import strict_json
 from safety_neurons.guard.server.problems import Problem
 
 Shape = TypeVar("Shape", bound=pydantic.BaseModel)
-_LONGEST_NUMBER = 64
 
 
 def parse(body: bytes, depth: int) -> Any:
@@ -26,18 +25,15 @@ def parse(body: bytes, depth: int) -> Any:
         Problem: 400.
     """
     try:
-        text = body.decode("utf-8")
+        return strict_json.loads(body.decode("utf-8"), depth=depth)
     except UnicodeDecodeError:
         raise Problem(400, "the body is not UTF-8; expected a JSON object in UTF-8", "invalid_encoding") from None
-    try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, parse_int=_short_integer, object_pairs_hook=_once_each)
-    except RecursionError:
-        raise _too_deep(depth) from None
     except json.JSONDecodeError as error:
         what = f"line {error.lineno}, column {error.colno}"
         raise Problem(400, f"the body is not JSON ({what}); expected a JSON object", "invalid_json") from None
-    _check_strings_and_depth(value, depth)
-    return value
+    except strict_json.RefusedJSON as error:
+        code = {"number": "invalid_json", "surrogate": "invalid_encoding"}.get(error.code, error.code)
+        raise Problem(400, f"the body holds {error}; expected a JSON object that every reader understands alike", code) from None
 
 
 def validated(value: Any, shape: type[Shape]) -> Shape:
@@ -70,60 +66,3 @@ def _place(location: tuple[int | str, ...]) -> str:
 def _kind(value: Any) -> str:
     names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), "value")
-
-
-def _no_constant(name: str) -> None:
-    raise Problem(400, f"the body holds {name}, which is not JSON; expected finite numbers", "invalid_json")
-
-
-def _finite(text: str) -> float:
-    if len(text) > _LONGEST_NUMBER or not math.isfinite(number := float(text)):
-        raise Problem(400, "the body holds a number that no float can hold; expected finite numbers", "invalid_json")
-    return number
-
-
-def _short_integer(text: str) -> int:
-    if len(text) > _LONGEST_NUMBER:
-        raise Problem(400, f"the body holds a whole number of {len(text)} digits; expected at most {_LONGEST_NUMBER}", "invalid_json")
-    return int(text)
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Problem(400, "an object of the body has two values for one name; expected every name once", "duplicate_name")
-    return found
-
-
-def _too_deep(depth: int) -> Problem:
-    return Problem(
-        400, f"the body is nested too deeply; expected at most {depth} lists and objects within one another", "nested_too_deeply"
-    )
-
-
-def _check_strings_and_depth(value: Any, depth: int) -> None:
-    level, here = 0, [value]
-    while here:
-        below: list[Any] = []
-        for item in here:
-            if isinstance(item, str):
-                _check_text(item)
-            elif isinstance(item, dict):
-                for name in item:
-                    _check_text(name)
-                below += item.values()
-            elif isinstance(item, list):
-                below += item
-        level += 1
-        if level > depth + 1:
-            raise _too_deep(depth)
-        here = below
-
-
-def _check_text(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Problem(400, "a string of the body has half a surrogate pair; expected Unicode text", "invalid_encoding") from None

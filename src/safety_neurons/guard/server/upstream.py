@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 
+from safety_neurons import strict_json
 from safety_neurons.guard.server.metrics import Metrics
 from safety_neurons.guard.server.problems import TYPES, Problem
 from safety_neurons.guard.server.settings import Settings
@@ -130,7 +131,7 @@ class Upstream:
         """An answer as it is passed on: JSON objects as they are, other errors in the shape of the OpenAI API."""
         status = response.status_code
         try:
-            record = json.loads(content)
+            record = strict_json.loads(content, lenient=True)
         except (ValueError, RecursionError):
             record = None
         if status in (401, 403):
