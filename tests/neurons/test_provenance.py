@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 
 from safety_neurons.errors import NeuronError
@@ -31,3 +33,19 @@ def test_other_schemas_kinds_and_damage_are_refused(header):
 def test_an_unknown_kind_cannot_be_made():
     with pytest.raises(NeuronError, match="unknown kind"):
         Provenance("guard")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000, '{"a": 1, "a": 2}', "NaN", "{"],
+    ids=lambda text: text[:8],
+)
+@pytest.mark.parametrize("entry", ["models", "config"])
+def test_a_header_that_cannot_be_read_is_a_neuron_error(entry, text):
+    with pytest.raises(NeuronError, match="damaged header"):
+        Provenance.from_metadata({entry: text}, "neurons")
+
+
+def test_a_configuration_with_a_nan_is_written_so_that_it_can_be_read():
+    told = Provenance("neurons", config={"threshold": float("nan"), "folder": pathlib.Path("a")})
+    assert Provenance.from_metadata(told.metadata(), "neurons").config == {"threshold": None, "folder": "a"}

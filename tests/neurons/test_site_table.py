@@ -78,3 +78,25 @@ def test_an_unknown_key_is_named():
         TABLE["layers.9.q"]
     assert "layers.0.q" in TABLE
     assert dataclasses.is_dataclass(TABLE["layers.0.q"])
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["1e400", "9" * 5000, str(2**63), str(2**40), "-1", '"8"', "1.5", "true", "null", "NaN", "[1]", DEEP],
+    ids=lambda text: text[:12],
+)
+@pytest.mark.parametrize("where", ["size", "n_parameters"])
+def test_a_header_with_other_than_sizes_is_a_neuron_error(size, where):
+    row, total = (size, "100") if where == "size" else ("8", size)
+    text = (
+        f'{{"architecture": "A", "n_parameters": {total}, "fields": ["size", "weights_per_neuron", "biases_per_neuron", "n_heads", '
+        f'"head_dim"], "sites": {{"layers.0.down": [{row}, 4, 0, 0, 0]}}}}'
+    )
+    if where == "n_parameters" and size == str(2**40):
+        assert SiteTable.from_json(text).n_parameters == 2**40
+        return
+    with pytest.raises(NeuronError, match="damaged site table"):
+        SiteTable.from_json(text)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from safety_neurons.errors import RunError
 from safety_neurons.results import Checkpoint
@@ -48,3 +49,13 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
         (tmp_path / "c").write_bytes(content)
         with pytest.raises(RunError, match="--overwrite"):
             checkpoint.load()
+
+
+@pytest.mark.parametrize(
+    "state", ["[" * 5000 + "]" * 5000, "9" * 5000, "[1]", '"text"', "{", '{"a": 1, "a": 2}'], ids=lambda text: text[:8]
+)
+def test_a_state_that_cannot_be_read_is_a_run_error(tmp_path, state):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(save({"a": np.zeros(1, np.float32)}, metadata={"state": state}))
+    with pytest.raises(RunError, match="cannot read checkpoint"):
+        Checkpoint(path).load()

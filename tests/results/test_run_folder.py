@@ -120,3 +120,35 @@ def test_a_full_disk_while_finishing_leaves_a_run_that_goes_on(tmp_path, monkeyp
     again = RunFolder(tmp_path, "find", CONFIG)
     assert not again.finished
     assert again.checkpoint("sums").load().state == {"batch": 9}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timings": {"seconds": "12"}},
+        {"timings": {"seconds": True}},
+        {"timings": {"seconds": [1]}},
+        {"timings": {"seconds": None}},
+        {"files": [1]},
+        {"files": [["a"]]},
+        {"status": "paused"},
+        {"arguments": [1]},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_refused_before_any_work(tmp_path, change):
+    RunFolder(tmp_path / "run", "verb", {"a": 1})
+    record = tmp_path / "run" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    with pytest.raises(RunError, match="not a run record"):
+        RunFolder(tmp_path / "run", "verb", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000 + "]" * 5000, '{"timings": {"seconds": 1e999}}', '{"a": 1, "a": 2}', "9" * 5000], ids=lambda text: text[:8]
+)
+def test_a_record_that_cannot_be_read_is_a_run_error(tmp_path, text):
+    RunFolder(tmp_path / "run", "verb", {"a": 1})
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(RunError, match="damaged"):
+        RunFolder(tmp_path / "run", "verb", {"a": 1})
