@@ -1,4 +1,6 @@
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from neuron_strategies import TABLE, members, table
 from safetensors.numpy import save_file
 
 from safety_neurons.errors import ForeignModelError, NeuronError, RunError, UsageError
-from safety_neurons.neurons import HandMadeWarning, NeuronSet, Provenance, Scores
+from safety_neurons.neurons import HandMadeWarning, NeuronSet, Provenance, Scores, SiteInfo, SiteTable
 
 
 def pairs(neurons):
@@ -92,15 +94,115 @@ def test_only_keeps_the_named_sites_and_layers():
 @given(members(), st.integers(0, 2**40), st.integers(1, 3))
 def test_random_sets_have_the_same_counts_and_keep_apart_where_they_can(chosen, seed, n):
     neurons = NeuronSet(chosen, TABLE)
-    crowded = any(2 * len(indices) > TABLE[key].size for key, indices in neurons.items())
+    taken = parts_by_block(neurons)
     for control in neurons.random_like(seed, n=n):
         assert control.counts() == neurons.counts()
-        assert control.disjoint == (not crowded)
-        for key, indices in neurons.items():
-            if 2 * len(indices) <= TABLE[key].size:
-                assert not set(indices) & set(control[key])
+        assert control.n_units == neurons.n_units
+        assert parts_by_block(control) == taken
+        assert control.disjoint == (not len(control & neurons))
+        if all(2 * len(indices) > TABLE[key].size for key, indices in neurons.items()):
+            assert control.disjoint == (not len(neurons))
+        if all(2 * sum(parts.values()) <= block_size(block) for block, parts in taken.items()):
+            assert control.disjoint
+            assert not units_of(control) & units_of(neurons)
         assert control.provenance.config["seed"] == seed
     assert neurons.random_like(seed, n=n) == neurons.random_like(seed, n=n)
+
+
+def block_size(block, of=TABLE):
+    """Units of a block, counted by hand: q and k rows, v rows with their o columns, feed-forward indices."""
+    layer, part = block
+    return of[f"{layer}.{ {'mlp': 'up', 'vo': 'v'}.get(part, part) }"].size
+
+
+def unit_of(key, index, of=TABLE):
+    """The unit of a neuron by the definition: a feed-forward index; a v row, and the o columns of every query head of its group."""
+    layer, site = key.rsplit(".", 1)
+    if site in ("gate", "up", "down"):
+        return (layer, "mlp"), index
+    if site == "o":
+        info, value = of[key], of[f"{layer}.v"]
+        head, place = divmod(index, info.head_dim)
+        return (layer, "vo"), head // (info.n_heads // value.n_heads) * info.head_dim + place
+    return (layer, "vo" if site == "v" else site), index
+
+
+def units_of(neurons, of=TABLE):
+    return {unit_of(key, index, of) for key, index in neurons}
+
+
+def parts_by_block(neurons, of=TABLE):
+    """For every block how often each make-up (neurons of one unit, by site) occurs."""
+    units = {}
+    for key, index in neurons:
+        units.setdefault(unit_of(key, index, of), []).append(key.rsplit(".", 1)[1])
+    found = {}
+    for (block, _), sites in units.items():
+        found.setdefault(block, Counter())[tuple(sorted(sites))] += 1
+    return found
+
+
+def everything_of(unit, of):
+    (block, number) = unit
+    return [(key, index) for key, index in NeuronSet.all(of) if unit_of(key, index, of) == (block, number)]
+
+
+MOE = SiteTable(
+    "MixtralForCausalLM",
+    9000,
+    (
+        *(info for info in table(n_layers=1, heads=4, kv_heads=1).sites if info.key.rsplit(".", 1)[1] in "qkvo"),
+        *(SiteInfo(f"layers.0.experts.{e}.{site}", 9, 8, 0) for e in range(3) for site in ("gate", "up", "down")),
+        *(SiteInfo(f"layers.0.shared_expert.{site}", 7, 8, 0) for site in ("gate", "up", "down")),
+    ),
+)
+
+
+@pytest.mark.parametrize("of", [table(heads=8, kv_heads=2, mlp=40), table(heads=4, kv_heads=4, mlp=40), MOE], ids=["gqa", "mha", "experts"])
+def test_a_control_of_whole_units_and_single_neurons_is_made_of_the_same(of):
+    generator = np.random.default_rng(0)
+    units = sorted(units_of(NeuronSet.all(of), of))
+    for seed in range(12):
+        shuffled = [units[place] for place in generator.permutation(len(units))]
+        members = [pair for unit in shuffled[: len(units) // 6] for pair in everything_of(unit, of)]
+        for unit in shuffled[len(units) // 6 : len(units) // 4]:
+            whole = everything_of(unit, of)
+            members.append(whole[generator.integers(len(whole))])
+        planted = NeuronSet({key: [index for name, index in members if name == key] for key, _ in members}, of)
+        (control,) = planted.random_like(seed)
+        assert control.counts() == planted.counts()
+        assert control.n_units == planted.n_units == len(units) // 4
+        assert parts_by_block(control, of) == parts_by_block(planted, of)
+        assert control.disjoint == (not len(control & planted))
+        assert control != planted
+
+
+def test_neurons_are_kept_apart_wherever_that_can_be_done_with_the_units_whole():
+    """Held against every way of moving the units of one small layer."""
+    of = table(n_layers=1, mlp=4)
+    sites = ("gate", "up", "down")
+    generator = np.random.default_rng(1)
+    found = Counter()
+    for seed in range(150):
+        held = generator.random((4, 3)) < generator.uniform(0.1, 0.9)
+        neurons = NeuronSet({f"layers.0.{site}": np.flatnonzero(held[:, place]) for place, site in enumerate(sites)}, of)
+        possible = any(not (held & held[list(order)]).any() for order in itertools.permutations(range(4)))
+        assert neurons.random_like(seed)[0].disjoint == possible
+        found[possible] += 1
+    assert min(found[True], found[False]) > 20
+
+
+def test_every_unit_of_a_layer_is_as_likely_in_a_control():
+    of = table(n_layers=1, heads=8, kv_heads=2, mlp=20)
+    planted = NeuronSet({f"layers.0.{site}": [0, 1] for site in ("gate", "up", "down")} | {"layers.0.o": [0, 9]}, of)
+    controls = planted.random_like(0, n=1800)
+    assert (of["layers.0.o"].n_heads, of["layers.0.v"].size) == (8, 4)
+    for key, free in (("layers.0.down", 18), ("layers.0.o", 8)):
+        counts = sum(control.mask(key).astype(int) for control in controls)
+        likely = counts[counts > 0]
+        assert len(likely) == free
+        chance = 2 / free  # Five standard deviations either side.
+        assert abs(likely - 1800 * chance).max() < 5 * np.sqrt(1800 * chance * (1 - chance))
 
 
 def test_random_sets_differ_by_seed_and_number_and_cover_the_rest_evenly():

@@ -10,7 +10,7 @@ from safety_neurons.model import load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import comparison
-from safety_neurons.studies.comparison import compare, random_units, unit_recall, whole_units
+from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny_pair import HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
@@ -113,12 +113,25 @@ def test_recall_counts_a_unit_once(pair):
     assert unit_recall(NeuronSet({"layers.1.down": [3, 4]}, table), truth) == 0.0
 
 
-def test_random_sets_hold_whole_units_and_follow_the_seed(pair):
+def test_random_sets_are_made_of_what_the_methods_sets_are_made_of_in_turn(compared):
+    rows = {row.method: row for row in compared.methods}
+    for number, like in enumerate(list(comparison.METHODS)[:2]):
+        row = rows[f"random {number}"]
+        assert row.control == {"like": like, "seed": 0, "number": number, "n_neurons": row.n_neurons, "n_units": 10, "disjoint": True}
+        assert row.neurons.counts() == rows[like].neurons.counts()
+        assert not len(row.neurons & rows[like].neurons)
+        assert row.record()["control"] == row.control
+    assert all(row.control is None for row in compared.methods[:-2])
+
+
+def test_random_sets_are_made_of_what_the_truth_is_made_of(pair, prompts, monkeypatch):
     table = pair.base.table
-    first, again, other = (random_units(table, ["up", "down"], 7, seed) for seed in (1, 1, 2))
-    assert first == again != other
-    assert len(units_of(first)) == 7
-    assert all(np.array_equal(first[f"layers.{layer}.up"], first[f"layers.{layer}.down"]) for layer in range(2))
+    truth = NeuronSet({**{f"layers.0.{site}": [3, 9] for site in ("gate", "up", "down")}, "layers.1.q": [1]}, table)
+    options = {"find_prompts": prompts[0], "truth": truth, "methods": ["weight-magnitude"], **OPTIONS}
+    found = compare(pair.base, pair.aligned, *prompts, random=3, **options)
+    assert [row.neurons.counts() for row in found.methods[1:]] == [truth.counts()] * 3
+    assert [row.control["like"] for row in found.methods[1:]] == ["truth"] * 3
+    assert [row.recall for row in found.methods[1:]] == [0.0] * 3
 
 
 def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):
@@ -156,6 +169,7 @@ def test_what_cannot_be_compared_is_refused(pair, prompts):
         ({"top": 0.0}, "not a share"),
         ({"top": 1.5}, "not a share"),
         ({"truth": NeuronSet({}, pair.base.table)}, "empty"),
+        ({"methods": []}, "no method and no truth"),
     ):
         with pytest.raises(UsageError, match=said):
             compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], **options)

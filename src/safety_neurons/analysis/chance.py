@@ -12,6 +12,8 @@ from jaxtyping import Float
 from safety_neurons.errors import UsageError
 
 _TAIL = 1e-16
+_FIXED = 1e-3
+"""Clumps smaller than this hold a number fixed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Counts:
 
     start: int
     weights: Float[np.ndarray, " count"]
+    least: float = 0.0
+    """The smallest probability that can be told: 0 where the distribution is exact."""
 
     @property
     def values(self) -> np.ndarray:
@@ -52,7 +56,7 @@ class Counts:
 
     def at_least(self, count: int) -> float:
         """Probability of `count` or more."""
-        return float(min(1.0, self.weights[max(0, count - self.start) :].sum()))
+        return float(min(1.0, max(self.least, self.weights[max(0, count - self.start) :].sum())))
 
     def expectation(self, function: Callable[[np.ndarray], np.ndarray] = lambda counts: counts) -> Expectation:
         """Mean and 95 % range of a function of the number that never falls where the number rises."""
@@ -83,6 +87,38 @@ def hypergeometric(population: int, marked: int, drawn: int) -> Counts:
     return _trimmed(first, weights / weights.sum())
 
 
+def clumped(mean: float, first: float, second: float, step: float = 1.0) -> Counts:
+    """How many candidates two unrelated choices share where what is chosen comes in clumps: hypergeometric in clumps.
+
+    Args:
+        mean: expected number, in neurons.
+        first, second: shares of the candidates that each choice has.
+        step: neurons of a clump; below 1 where clumps hold the number nearly fixed.
+    """
+    if mean <= 0 or step < _FIXED:
+        return _on_numbers(np.array([mean]), np.ones(1))
+    population = max(1, round(mean / (step * first * second)))
+    marked, drawn = (min(population, max(1, round(share * population))) for share in (first, second))
+    clumps = hypergeometric(population, marked, drawn)
+    return _on_numbers(clumps.values * (mean / clumps.mean), clumps.weights)
+
+
+def _on_numbers(values: np.ndarray, weights: np.ndarray) -> Counts:
+    """A distribution on whole numbers with the mean of one on others: what lies between two goes to both."""
+    below = np.floor(values + 1e-9).astype(np.int64)
+    rest = np.clip(values - below, 0.0, 1.0)
+    found = np.zeros(int(below[-1]) - int(below[0]) + 2)
+    np.add.at(found, below - below[0], weights * (1 - rest))
+    np.add.at(found, below - below[0] + 1, weights * rest)
+    return _trimmed(int(below[0]), found)
+
+
+def simulated_counts(draws: Float[np.ndarray, " draw"]) -> Counts:
+    """The distribution of simulated whole numbers; what never came is not impossible, so a tail is never less likely than one draw."""
+    whole = draws.astype(np.int64)
+    return Counts(int(whole.min()), np.bincount(whole - whole.min()) / len(whole), 1 / (1 + len(whole)))
+
+
 def total(parts: Iterable[Counts]) -> Counts:
     """The distribution of a sum of independent counts; 0 for sure where there is none."""
     whole = Counts(0, np.ones(1))
@@ -98,7 +134,7 @@ def _trimmed(start: int, weights: np.ndarray) -> Counts:
     return Counts(start + int(kept[0]), part / part.sum())
 
 
-def mean_of_draw(values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: int) -> Expectation:
+def mean_of_draw(values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: float) -> Expectation:
     """Mean of a value over `drawn` of the candidates without replacement, with its 95 % range (normal).
 
     Args:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from safety_neurons.analysis.chance import Counts, Expectation, beside, hypergeometric, mean_of_draw
+from safety_neurons.analysis.chance import Counts, Expectation, beside, clumped, mean_of_draw
+from safety_neurons.analysis.clumps import Clumps
 from safety_neurons.analysis.named import Named
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
 
@@ -38,11 +39,16 @@ class Place:
     """All candidates (of the matrix, for a head)."""
     where: dict[str, Any]
     """`layer`, `site`, `head`, as far as they are fixed."""
+    step: float = 1.0
+    """How much more `members` varies than if neurons were drawn one by one: neurons of one unit that are chosen together count once."""
 
     @property
     def chance(self) -> Counts:
         """Distribution of `members` for a random draw."""
-        return hypergeometric(self.n_searched, self.candidates, self.n_of_set)
+        if not (self.n_searched and self.n_of_set):
+            return clumped(0.0, 0.0, 0.0)
+        part, chosen = self.candidates / self.n_searched, self.n_of_set / self.n_searched
+        return clumped(part * self.n_of_set, part, chosen, self.step)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -99,19 +105,19 @@ def layers(item: Named) -> Layers:
     such shares by itself.
     """
     table, n_layers = item.searched, item.table.n_layers
-    every = list(table.sites)
+    every, clumps = list(table.sites), Clumps(item.neurons, item.searched)
     places = {
-        "by_layer": _places(item, every, lambda info: f"layer {parse_key(info.key).layer}", "layer"),
-        "by_site": _places(item, sorted(every, key=lambda info: SITES.index(parse_key(info.key).site)), _site, "site"),
-        "by_part": _places(item, sorted(every, key=lambda info: PARTS.index(_part(info))), _part, "part"),
-        "by_matrix": _places(item, every, lambda info: info.key, "layer", "site"),
+        "by_layer": _places(item, clumps, every, lambda info: f"layer {parse_key(info.key).layer}", "layer"),
+        "by_site": _places(item, clumps, sorted(every, key=lambda info: SITES.index(parse_key(info.key).site)), _site, "site"),
+        "by_part": _places(item, clumps, sorted(every, key=lambda info: PARTS.index(_part(info))), _part, "part"),
+        "by_matrix": _places(item, clumps, every, lambda info: info.key, "layer", "site"),
     }
     found = {name: tuple(part) for name, part in places.items()}
-    depth = _depth(table, item.neurons.counts(), n_layers)
+    depth = _depth(table, clumps, n_layers)
     ranks = tuple(_rank_blocks(item.scores, len(item.neurons), n_layers)) if item.scores is not None else ()
     skewness = None if item.scores is None else _skewness(np.concatenate([values for _, values in item.scores.items()]))
-    claims = tuple(_claims(item, found["by_part"], found["by_layer"], depth, n_layers))
-    return Layers(item, **found, by_head=tuple(_heads(item)), depth=depth, ranks=ranks, skewness=skewness, claims=claims)
+    claims = tuple(_claims(item, clumps, found["by_part"], found["by_layer"], depth, n_layers))
+    return Layers(item, **found, by_head=tuple(_heads(item, clumps)), depth=depth, ranks=ranks, skewness=skewness, claims=claims)
 
 
 def _site(info: SiteInfo) -> str:
@@ -122,7 +128,7 @@ def _part(info: SiteInfo) -> str:
     return PARTS[0] if _site(info) in ATTENTION_SITES else PARTS[1]
 
 
-def _places(item: Named, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo], str], *fixed: str) -> list[Place]:
+def _places(item: Named, clumps: Clumps, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo], str], *fixed: str) -> list[Place]:
     groups: dict[str, list[SiteInfo]] = {}
     for info in sites:
         groups.setdefault(name_of(info), []).append(info)
@@ -135,11 +141,12 @@ def _places(item: Named, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo]
         parameters = sum(counts[info.key] * info.parameters_per_neuron for info in infos)
         population = sum(info.size for info in infos)
         kept = {field: where[field] for field in fixed}
-        places.append(Place(name, sum(counts.values()), population, parameters, n_of_set, item.table.n_parameters, n_searched, kept))
+        numbers = (sum(counts.values()), population, parameters, n_of_set, item.table.n_parameters, n_searched)
+        places.append(Place(name, *numbers, kept, clumps.step(counts)))
     return places
 
 
-def _heads(item: Named) -> list[Place]:
+def _heads(item: Named, clumps: Clumps) -> list[Place]:
     """Heads of the matrices that have members."""
     places = []
     for info in item.searched.sites:
@@ -151,11 +158,13 @@ def _heads(item: Named) -> list[Place]:
             where = {"layer": parse_key(info.key).layer, "site": _site(info), "head": head}
             parameters = number * info.parameters_per_neuron
             n_parameters = item.table.n_parameters
-            places.append(Place(f"{info.key} head {head}", number, info.head_dim, parameters, len(indices), n_parameters, info.size, where))
+            numbers = (number, info.head_dim, parameters, len(indices), n_parameters, info.size)
+            places.append(Place(f"{info.key} head {head}", *numbers, where, clumps.head_step(info)))
     return places
 
 
-def _depth(table: SiteTable, counts: dict[str, int], n_layers: int) -> dict[str, Any]:
+def _depth(table: SiteTable, clumps: Clumps, n_layers: int) -> dict[str, Any]:
+    counts = clumps.neurons.counts()
     sizes, members = np.zeros(n_layers), np.zeros(n_layers)
     for info in table.sites:
         layer = parse_key(info.key).layer
@@ -165,7 +174,8 @@ def _depth(table: SiteTable, counts: dict[str, int], n_layers: int) -> dict[str,
     if not drawn:
         return {"value": None, "why": "the set is empty"}
     depths = np.arange(n_layers) / max(1, n_layers - 1)
-    return beside(float(depths @ members / drawn), mean_of_draw(depths, sizes, drawn))
+    step = clumps.step()
+    return beside(float(depths @ members / drawn), mean_of_draw(depths, sizes / step, drawn / step))
 
 
 def _rank_blocks(scores: Scores, size: int, n_layers: int) -> Iterable[dict[str, Any]]:
@@ -191,7 +201,7 @@ def _skewness(values: np.ndarray) -> float | None:
 
 
 def _claims(
-    item: Named, parts: Sequence[Place], by_layer: Sequence[Place], depth: dict[str, Any], n_layers: int
+    item: Named, clumps: Clumps, parts: Sequence[Place], by_layer: Sequence[Place], depth: dict[str, Any], n_layers: int
 ) -> Iterable[dict[str, Any]]:
     """What the papers say of their sets, asked of this one. `holds` is None where the question cannot be answered."""
     n, rule = len(item.neurons), item.neurons.provenance.config.get("selection")
@@ -206,7 +216,7 @@ def _claims(
         chance = parts[0].chance.expectation(lambda counts: counts / n)
         yield _claim(attention, 1, _share(parts[0].members, n), chance, _share(parts[0].members, n) > 0.5)
     for third, paper in (("first", 1), ("last", 2)):
-        yield _in_third_claim(item, by_layer, n_layers, third, paper)
+        yield _in_third_claim(item, clumps, by_layer, n_layers, third, paper)
     nearer = "nearer to the first layer than a random set"
     if depth["value"] is None or len(by_layer) < 2:
         yield _open(nearer, 1, f"only {by_layer[0].name} was searched" if n else EMPTY)
@@ -215,14 +225,15 @@ def _claims(
         yield _claim(nearer, 1, depth["value"], chance, depth["value"] < chance.low)
 
 
-def _in_third_claim(item: Named, by_layer: Sequence[Place], n_layers: int, third: str, paper: int) -> dict[str, Any]:
+def _in_third_claim(item: Named, clumps: Clumps, by_layer: Sequence[Place], n_layers: int, third: str, paper: int) -> dict[str, Any]:
     """Whether more of a set lies in the first (last) third than of random ones; open where it could not have been otherwise."""
     claim, n, searched = f"in the {third} third of the layers", len(item.neurons), item.searched.n_neurons
     chosen = [place for place in by_layer if _in_third(int(place.where["layer"]), n_layers, last=third == "last")]
     members, candidates = sum(place.members for place in chosen), sum(place.candidates for place in chosen)
     if not n or candidates in (0, searched):
         return _open(claim, paper, f"{'none of it' if not candidates else 'nothing else'} was searched" if n else EMPTY)
-    chance = hypergeometric(searched, candidates, n).expectation(lambda counts: counts / n)
+    step = clumps.step(info.key for info in item.searched.sites if _in_third(parse_key(info.key).layer, n_layers, last=third == "last"))
+    chance = clumped(candidates / searched * n, candidates / searched, n / searched, step).expectation(lambda counts: counts / n)
     return _claim(claim, paper, _share(members, n), chance, _share(members, n) > chance.high)
 
 

@@ -20,7 +20,7 @@ def find_random(
     layers: range | str | None = None,
     **choice: Unpack[Choice],
 ) -> Found:
-    """Random neurons, seeded: as many per layer and site as a given set has and disjoint from it, or the largest of uniform scores.
+    """Random neurons, seeded: made of what a given set is made of (`NeuronSet.random_like`), or the largest of uniform scores.
 
     Args:
         table: of the model.
@@ -37,7 +37,7 @@ def find_random(
         UsageError: both a set to match and a selection, or an agreement.
 
     Source: random controls as in Chen et al. (arXiv 2406.14144, section 4), counts matched per layer.
-    Differs: matched per site too, and disjoint from the set where it takes at most half of a key (the public code draws from all).
+    Differs: matched per site and unit too, and disjoint from the set where it takes at most half (the public code draws from all).
     """
     if choice.get("agreement") is not None or (like is not None and any(value is not None for value in choice.values())):
         raise UsageError("a random set has no prompts to agree and is matched to the set given: leave the selection out, or the set")
@@ -56,5 +56,5 @@ def find_random(
     keys = searched(sorted({key.rsplit(".", 1)[1] for key in values}, key=SITES.index), None)
     config = {"seed": seed, "like": like.provenance.method if like.provenance else "", "disjoint": drawn.disjoint} | keys
     made = finish("random", values, table=table, models=(), selection=Selection(count=len(drawn)), config=config, counts=PromptCounts(0))
-    notes = () if drawn.disjoint else ("the set takes more than half of a matrix, so the random one is not disjoint from it",)
+    notes = () if drawn.disjoint else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
     return Found(made.scores, drawn, made.prompts, notes)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 
 from safety_neurons.errors import ForeignModelError, NeuronError, SafetyNeuronsError, UsageError
 from safety_neurons.neurons import files
+from safety_neurons.neurons.controls import moved_units
 from safety_neurons.neurons.keys import check_sites, parse_key, parse_layers, sort_keys
 from safety_neurons.neurons.provenance import Provenance
 from safety_neurons.neurons.site_table import SiteTable
@@ -205,11 +206,18 @@ class NeuronSet:
         """False for a random control that could not be kept apart from the set it is like; True for every other set."""
         return bool(self.provenance.config.get("disjoint", True))
 
-    def random_like(self, seed: int, table: SiteTable | None = None, n: int = 1) -> list["NeuronSet"]:
-        """`n` random sets with the same number of members in every matrix; the same seed gives the same sets.
+    def control_record(self) -> dict[str, int | bool]:
+        """What a random control is, as JSON values: `seed` and `number` of its draw, `n_neurons`, `n_units`, `disjoint`."""
+        drawn = {name: int(self.provenance.config[name]) for name in ("seed", "number")}
+        return {**drawn, "n_neurons": len(self), "n_units": self.n_units, "disjoint": self.disjoint}
 
-        Where this set takes at most half of a matrix, the random members of that matrix are drawn from the rest of it; otherwise
-        they are drawn from all of it and the random set says `disjoint == False`. Seed and number are in each set's provenance.
+    def random_like(self, seed: int, table: SiteTable | None = None, n: int = 1) -> list["NeuronSet"]:
+        """`n` random sets made of what this set is made of; the same seed gives the same sets.
+
+        Every unit of the set is moved, with as many neurons in each of its matrices, to a random unit of the same layer (and expert):
+        whole units stay whole, and the counts in every matrix and the number of units stay what they are. The random units are others
+        than the set's where these are at most half of a layer's; where they are more, no neuron is shared as long as that is possible,
+        and a random set that does share some says `disjoint == False`. Seed and number are in each set's provenance.
 
         Args:
             seed: not negative.
@@ -220,19 +228,13 @@ class NeuronSet:
         if seed < 0:
             raise UsageError(f"seed {seed} is negative; expected 0 or more")
         _check_range(self._members, table)
-        crowded = [key for key, indices in self.items() if 2 * len(indices) > table[key].size]
-        return [self._one_random(seed, number, table, crowded) for number in range(n)]
+        return [self._one_random(seed, number, table) for number in range(n)]
 
-    def _one_random(self, seed: int, number: int, table: SiteTable, crowded: list[str]) -> "NeuronSet":
-        members = {}
-        for key, indices in self.items():
-            generator = np.random.default_rng([seed, number, *parse_key(key).order])
-            candidates = np.arange(table[key].size, dtype=np.int64)
-            if key not in crowded:
-                candidates = np.setdiff1d(candidates, indices, assume_unique=True)
-            members[key] = generator.choice(candidates, len(indices), replace=False)
+    def _one_random(self, seed: int, number: int, table: SiteTable) -> "NeuronSet":
+        members = moved_units(self._members, table, (seed, number))
+        shared = [key for key, indices in self.items() if len(np.intersect1d(indices, members[key], assume_unique=True))]
         searched = {name: self.provenance.config[name] for name in ("sites", "layers") if name in self.provenance.config}
-        config = {"seed": seed, "number": number, "like": _summary(self), "disjoint": not crowded, "not_disjoint": crowded, **searched}
+        config = {"seed": seed, "number": number, "like": _summary(self), "disjoint": not shared, "not_disjoint": shared, **searched}
         return NeuronSet(
             members,
             table,

@@ -40,6 +40,24 @@ class SiteInfo:
 
 
 @dataclass(frozen=True)
+class UnitBlock:
+    """Matrices of one layer (or expert) whose neurons make up the same units: `gate up down`, `v o`, or one matrix alone."""
+
+    keys: tuple[str, ...]
+    n_units: int
+    unit_of: dict[str, np.ndarray]
+    """By key the unit of each of its neurons, numbered from 0 within the block."""
+
+    def slots(self, key: str) -> np.ndarray:
+        """How many neurons each unit has in a matrix of the block (int64, one number per unit)."""
+        return np.bincount(self.unit_of[key], minlength=self.n_units)
+
+    def held(self, key: str, indices: np.ndarray) -> np.ndarray:
+        """How many of some neurons of a matrix each unit has (int64, one number per unit)."""
+        return np.bincount(self.unit_of[key][indices], minlength=self.n_units)
+
+
+@dataclass(frozen=True)
 class SiteTable:
     """All matrices of a model, in the order of keys. Two models with equal fingerprints can share neuron sets."""
 
@@ -166,6 +184,15 @@ class SiteTable:
                 units[info.key] = used + np.arange(info.size, dtype=np.int64)
                 used += info.size
         return units
+
+    @functools.cached_property
+    def blocks(self) -> tuple[UnitBlock, ...]:
+        """The matrices grouped by the units they share, in the order of their first keys."""
+        groups: dict[int, dict[str, np.ndarray]] = {}
+        for key, numbers in self.units().items():
+            if len(numbers):
+                groups.setdefault(int(numbers[0]), {})[key] = numbers - numbers[0]  # All matrices of a block begin with its first unit.
+        return tuple(UnitBlock(tuple(part), max(int(one.max()) for one in part.values()) + 1, part) for part in groups.values())
 
 
 def _fed(value: SiteInfo, output: SiteInfo) -> bool:

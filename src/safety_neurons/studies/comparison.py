@@ -91,6 +91,8 @@ class MethodResult:
     seconds: float
     """Wall time of finding, in seconds; 0 for random."""
     neurons: NeuronSet
+    control: dict[str, Any] | None
+    """Of a random set: `like` (the set whose make-up it has), `seed`, `number`, `disjoint`; None for a method."""
 
     def record(self) -> dict[str, Any]:
         """The row as JSON values."""
@@ -165,7 +167,7 @@ def compare(
         sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
         top: budget as a share of the units, without a truth.
         methods: names from `METHODS`; None for all that can be run.
-        random: number of random sets.
+        random: number of random sets, made of what the truth is made of, or the methods' sets in turn.
         seed: of random sets and bootstrap.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
@@ -178,6 +180,8 @@ def compare(
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
     methods = check_methods(methods, find_harmless is not None)
+    if not methods and truth is None:
+        raise UsageError("no method and no truth was given; expected one of them at least, for random sets to be like it")
     if truth is None and not 0 < top <= 1:
         raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
     truth = truth.on(base.table) if truth is not None else None
@@ -197,7 +201,7 @@ def compare(
         options = _options(name, sites, batch_size, max_new_tokens, find_harmless, budget)
         scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
-    rows += [make.row(f"random {number}", random_units(base.table, sites, budget, seed + number), 0.0) for number in range(random)]
+    rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, random, seed))]
     ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
     bench.finish()
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
@@ -246,7 +250,7 @@ class _Rows:
         """The causal effect of a patched arm."""
         return causal_effect(self.untreated.harmful, self.goal.harmful, arm.harmful, measure=MEASURE, seed=self.bench.seed)
 
-    def row(self, name: str, neurons: NeuronSet, seconds: float) -> MethodResult:
+    def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         arm = self.bench.measure(self.base, name, lambda: patched(self.base, self.aligned, neurons))
         without = self.bench.verdicts(self.aligned, f"{name} deactivated", "harmful", lambda: deactivated(self.aligned, neurons))
@@ -261,6 +265,7 @@ class _Rows:
             paired_difference(self.goal.harmful, without, seed=self.bench.seed),
             seconds,
             neurons,
+            {"like": like, **neurons.control_record()} if like else None,
         )
 
 
@@ -301,11 +306,16 @@ class _Shelf:
         return METHODS[name](base, aligned, prompts, options), time.perf_counter() - started
 
 
-def random_units(table: SiteTable, sites: Sequence[str], budget: int, seed: int) -> NeuronSet:
-    """A uniformly drawn set of as many units of these sites; every neuron of the sites that belongs to a drawn unit is in it."""
-    units = _unit_numbers(table, sites)
-    drawn = np.random.default_rng(seed).choice(np.unique(np.concatenate(list(units.values()))), size=budget, replace=False)
-    return NeuronSet({key: np.flatnonzero(np.isin(part, drawn)) for key, part in units.items()}, table)
+def _controls(
+    rows: Sequence[MethodResult], truth: NeuronSet | None, sites: Sequence[str], random: int, seed: int
+) -> list[tuple[NeuronSet, float, str]]:
+    """Random sets, the seconds they took, and what each is like: the truth where there is one, otherwise the methods' sets in turn."""
+    if truth is not None:
+        models = [("truth", whole_units(truth, sites))]
+    else:
+        models = [(row.method, row.neurons) for row in rows]
+    drawn = [members.random_like(seed, n=random) for _, members in models]
+    return [(drawn[number % len(models)][number], 0.0, models[number % len(models)][0]) for number in range(random)]
 
 
 def whole_units(neurons: NeuronSet, sites: Sequence[str]) -> NeuronSet:

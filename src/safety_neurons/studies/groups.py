@@ -181,6 +181,8 @@ class Cell:
     effect: Effect | None = None
     """Causal effect, under patching."""
     random_effects: tuple[float | None, ...] = ()
+    controls: tuple[NeuronSet, ...] = ()
+    """The random sets."""
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -191,6 +193,7 @@ class Cell:
             "change": self.change.to_json(),
             "change_against_random": self.against_random.to_json() if self.against_random else None,
             "random_refused": list(self.random),
+            "random_sets": [control.control_record() for control in self.controls],
         }
         if self.effect is not None:
             found |= {"causal_effect": self.effect.to_json(), "random_effects": list(self.random_effects)}
@@ -225,12 +228,13 @@ class Matrix:
         treated = self.groups.split(self._verdicts(f"{name} of {len(neurons)}", self.treat(neurons)))
         controls = neurons.random_like(self.bench.seed, table=self.model.table, n=self.random)
         if not all(control.disjoint for control in controls):
-            self.notes.append(f"random sets like {name!r} share members with it, which takes more than half of a matrix")
+            self.notes.append(f"random sets like {name!r} share members with it, which takes more than half of a layer")
         drawn = [
             self.groups.split(self._verdicts(f"random {number} like {name} of {len(neurons)}", self.treat(control)))
             for number, control in enumerate(controls)
         ]
-        return [self._cell(name, group, treated[group], [part[group] for part in drawn]) for group in self.groups.names]
+        cells = [self._cell(name, group, treated[group], [part[group] for part in drawn]) for group in self.groups.names]
+        return [dataclasses.replace(cell, controls=tuple(controls)) for cell in cells]
 
     def _cell(self, name: str, group: str, treated: Verdicts, drawn: Sequence[Verdicts]) -> Cell:
         seed, before = self.bench.seed, self.untreated[group]

@@ -156,7 +156,7 @@ class _Bench:
             self.notes.append(f"{lost} of {len(self.usable)} requests were truncated or gave NaN: flagged, and left out of areas")
         crowded = [name for name, members in sets.items() if not members.disjoint]
         if crowded:
-            self.notes.append("random sets share members with the guard's neurons, which take more than half of a matrix")
+            self.notes.append("random sets share members with the guard's neurons, which take more than half of a layer")
 
     def scored(self) -> Scored:
         """The guard as it is, and every baseline: fit on the fitting requests, or by folds."""

@@ -117,8 +117,8 @@ def progressive(
     """Switches a set off bit by bit: layers front to back, back to front and each alone; neurons by score.
 
     Beside the layers: as many random orders of them (the band says how much an order matters), and beside the set random sets with as
-    many neurons in every matrix, taken front to back. Beside the order by score, of the set's members alone: random neurons of everything
-    that was scored.
+    many neurons in every matrix, taken front to back. Beside the order by score, of the set's members alone: at every point random sets
+    that are made of what the members switched off so far are made of.
 
     Args:
         model: the model that refuses.
@@ -160,8 +160,9 @@ def progressive(
         sizes = ladder(len(neurons), points)
         ranked = strongest(neurons, scores, len(neurons))
         steps += [walker.step(SCORE, str(size), _together(ranked[:size], model.table)) for size in sizes]
-        for number, order in enumerate(_random_orders(scores, random, seed)):
-            steps += [walker.step(f"{RANDOM_NEURONS} {number}", str(size), order.count(size)) for size in sizes]
+        drawn = [_together(ranked[:size], model.table).random_like(seed, n=random) for size in sizes]
+        for number in range(random):
+            steps += [walker.step(f"{RANDOM_NEURONS} {number}", str(size), sets[number]) for size, sets in zip(sizes, drawn, strict=True)]
     else:
         for number, control in enumerate(neurons.random_like(seed, table=model.table, n=random)):
             steps += walker.cumulative(f"{RANDOM_NEURONS} {number}", control, blocks)
@@ -219,14 +220,6 @@ def _together(neurons: Sequence[Neuron], table: SiteTable) -> NeuronSet:
     for key, index in neurons:
         members.setdefault(key, []).append(index)
     return NeuronSet(members, table)
-
-
-def _random_orders(scores: Scores, random: int, seed: int) -> list[Scores]:
-    generator = np.random.default_rng([seed, 1])
-    return [
-        Scores({key: generator.random(len(values)) for key, values in scores.items()}, scores.table, scores.provenance)
-        for _ in range(random)
-    ]
 
 
 def _named(block: Sequence[int]) -> str:

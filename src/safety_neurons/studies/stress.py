@@ -115,10 +115,10 @@ def _attacked(
     """Every attack on one model: by attack, a list of [how much, verdicts]; for the task, whether it is solved at the end."""
     start = lab.complied(model, f"{state}/start", seed)
     curves: dict[str, list[Any]] = {name: [[0, start]] for name in ATTACKS}
-    random = sets.safety.random_like(seed, table=model.table)[0]
     for share in attack.shares:
         say(f"{state}/{seed}: prune {share:g}")
-        for name, members in (("prune", strongest(sets, share)), ("prune random", _part(random, share, seed))):
+        pruned = strongest(sets, share)
+        for name, members in (("prune", pruned), ("prune random", pruned.random_like(seed, table=model.table)[0])):
             with deactivated(model, members):
                 curves[name].append([share, lab.complied(model, f"{state}/{name} {share:g}", seed)])
 

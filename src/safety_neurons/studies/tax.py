@@ -211,7 +211,7 @@ class CrossPatching:
     Attributes:
         names: of the first and the second model.
         n_neurons: shared neurons.
-        disjoint: whether the random sets share no neuron with them.
+        controls: the random sets.
         plain: both models as they are.
         patched: each with the other's activations of the shared neurons.
         random: the same for every random set.
@@ -221,7 +221,7 @@ class CrossPatching:
 
     names: tuple[str, str]
     n_neurons: int
-    disjoint: bool
+    controls: tuple[NeuronSet, ...]
     plain: tuple[Measured, Measured]
     patched: tuple[Measured, Measured]
     random: tuple[tuple[Measured, ...], tuple[Measured, ...]]
@@ -241,7 +241,18 @@ class CrossPatching:
             {"receiver": name, "donor": self.names[1 - place], **{measure: self.effect(place, measure) for measure in Measured.names()}}
             for place, name in enumerate(self.names)
         ]
-        return {"n_shared": self.n_neurons, "random_disjoint": self.disjoint, "arms": arms, "cross_patching": directions}
+        return {
+            "n_shared": self.n_neurons,
+            "random_disjoint": self.disjoint,
+            "random_sets": [control.control_record() for control in self.controls],
+            "arms": arms,
+            "cross_patching": directions,
+        }
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether the random sets share no neuron with the set."""
+        return all(control.disjoint for control in self.controls)
 
     def effect(self, receiver: int, measure: str) -> dict[str, Any]:
         """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on one measure.
@@ -320,11 +331,10 @@ def cross_patch(
         changed.append(measured(name, other, neurons))
         chance.append(tuple(measured(name, other, control, f", random {number}") for number, control in enumerate(controls)))
     bench.finish()
-    disjoint = all(control.disjoint for control in controls)
     return CrossPatching(
         (names[0], names[1]),
         len(neurons),
-        disjoint,
+        tuple(controls),
         (plain[0], plain[1]),
         (changed[0], changed[1]),
         (chance[0], chance[1]),

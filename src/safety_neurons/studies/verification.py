@@ -2,7 +2,7 @@
 
 1. The untreated model is measured, and for a pair the aligned one.
 2. The set is deactivated, or patched with the aligned model's activations, and everything is measured again.
-3. The same for random sets with the same count in every matrix, and for the ceiling: all neurons of the set's sites in all layers.
+3. The same for random sets that are made of what the set is made of, and for the ceiling: all neurons of the set's sites in all layers.
 4. Differences are paired over prompts, with bootstrap intervals.
 """
 
@@ -35,6 +35,8 @@ class SizePoint:
     random: tuple[Arm, ...]
     causal_effect: Effect
     random_effects: tuple[Effect, ...]
+    controls: tuple[NeuronSet, ...]
+    """The random sets."""
 
     def record(self) -> dict[str, Any]:
         """The point as JSON values."""
@@ -45,6 +47,7 @@ class SizePoint:
             "random": [arm.record() for arm in self.random],
             "causal_effect": dataclasses.asdict(self.causal_effect),
             "random_effects": [dataclasses.asdict(effect) for effect in self.random_effects],
+            "random_sets": [control.control_record() for control in self.controls],
         }
 
 
@@ -100,6 +103,7 @@ class Verification:
             "aligned": self.aligned.record() if self.aligned else None,
             "treated": self.treated.record(),
             "random": [arm.record() for arm in self.random],
+            "random_sets": [control.control_record() for control in self.points[-1].controls],
             "ceiling": self.ceiling.record(),
             "causal_effect": dataclasses.asdict(self.causal_effect),
             "ceiling_effect": dataclasses.asdict(self.ceiling_effect),
@@ -146,7 +150,7 @@ def verify_deactivate(
         NeuronError: an empty set, or one of another model.
 
     Source: Zhao et al., ICLR 2025, section 3 (deactivating safety neurons against as many random ones).
-    Differs: activations are masked instead of weights overwritten; five random sets with the same count in every matrix, an interval on
+    Differs: activations are masked instead of weights overwritten; five random sets made of what the set is made of, an interval on
     the paired difference, and the ceiling beside it.
     """
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
@@ -211,10 +215,10 @@ def _verify(
         arm = bench.measure(model, f"treated {len(members)}", treat(members))
         controls = members.random_like(bench.seed, table=model.table, n=random)
         if not all(control.disjoint for control in controls):
-            notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a matrix")
+            notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a layer")
         arms = tuple(bench.measure(model, f"random {number} of {len(members)}", treat(control)) for number, control in enumerate(controls))
         effects = tuple(_effect(untreated, goal, control, bench.seed) for control in arms)
-        points.append(SizePoint(size, len(members), arm, arms, _effect(untreated, goal, arm, bench.seed), effects))
+        points.append(SizePoint(size, len(members), arm, arms, _effect(untreated, goal, arm, bench.seed), effects, tuple(controls)))
     ceiling = bench.measure(model, "ceiling", treat(everything))
     bench.finish()
     last = points[-1]
