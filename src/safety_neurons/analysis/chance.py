@@ -92,7 +92,8 @@ def clumped(mean: float, first: float, second: float, step: float = 1.0) -> Coun
 
     Args:
         mean: expected number, in neurons.
-        first, second: shares of the candidates that each choice has.
+        first: share of the candidates that the one choice has.
+        second: share of the candidates that the other has.
         step: neurons of a clump; below 1 where clumps hold the number nearly fixed.
     """
     if mean <= 0 or step < _FIXED:
@@ -134,7 +135,7 @@ def _trimmed(start: int, weights: np.ndarray) -> Counts:
     return Counts(start + int(kept[0]), part / part.sum())
 
 
-def mean_of_draw(values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: float) -> Expectation:
+def mean_of_draw(values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: int | float) -> Expectation:
     """Mean of a value over `drawn` of the candidates without replacement, with its 95 % range (normal).
 
     Args:

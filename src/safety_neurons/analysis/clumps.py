@@ -15,6 +15,8 @@ from jaxtyping import Int
 from safety_neurons.neurons import NeuronSet, SiteInfo, SiteTable, parse_key
 
 Kind = tuple[str, ...]
+_MadeOf = tuple[int, dict[str, int]]
+"""Whole units of a set in a group, and by key its members beside them."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Group:
     def kind(self) -> Kind:
         """The sites of a unit's neurons."""
         return tuple(parse_key(key).site for key in self.keys)
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Neurons that a unit has in each matrix."""
+        return {key: self.keys.count(key) for key in dict.fromkeys(self.keys)}
 
     @property
     def n_units(self) -> int:
@@ -75,21 +82,25 @@ class Clumps:
     """
 
     def __init__(self, neurons: NeuronSet, table: SiteTable) -> None:
-        self.neurons, self.table = neurons, table
+        self.neurons, self.table, self.groups = neurons, table, groups(table)
         members: dict[Kind, int] = {}
         in_whole: dict[Kind, int] = {}
         size: dict[Kind, int] = {}
         self.whole: list[int] = []
         """Whole units of the set, by group."""
-        for group in groups(table):
+        for group in self.groups:
             held = group.held(neurons)
             whole = int(held.all(axis=1).sum()) if len(group.keys) > 1 else 0
             self.whole.append(whole)
             size[group.kind] = size.get(group.kind, 0) + group.n_neurons
             members[group.kind] = members.get(group.kind, 0) + int(held.sum())
             in_whole[group.kind] = in_whole.get(group.kind, 0) + whole * len(group.keys)
-        self.shares = {kind: _share(in_whole[kind], members[kind], size[kind], len(kind)) for kind in size}
-        """By kind the share of the members that were chosen as units; 1 where a kind of several neurons has no members to tell it from."""
+        told = [kind for kind in size if len(kind) > 1 and members[kind]]
+        shares = {kind: _share(in_whole[kind], members[kind], size[kind], len(kind)) for kind in told}
+        known = sum(members[kind] for kind in told)
+        usual = sum(shares[kind] * members[kind] for kind in told) / known if known else 1.0
+        self.shares = {kind: shares.get(kind, usual if len(kind) > 1 else 0.0) for kind in size}
+        """By kind the share of the members that were chosen as units; for a kind without members that of the others, 1 without any."""
 
     def step(self, place: Iterable[str] | None = None) -> float:
         """How much more the number of members in some matrices varies between random sets than if neurons were drawn one by one.
@@ -98,7 +109,7 @@ class Clumps:
             place: keys; without any the factor for a mean over layers.
         """
         everything = self._squares
-        size = sum(group.n_neurons for group in groups(self.table))
+        size = sum(group.n_neurons for group in self.groups)
         if place is None:
             return everything / max(1, size)
         counts = {key: self.table[key].size for key in place}
@@ -107,7 +118,7 @@ class Clumps:
             return 1.0
         deviations = share**2 * everything
         for number in {number for key in counts for number in self._groups_of[key]}:
-            group = groups(self.table)[number]
+            group = self.groups[number]
             inside = sum(key in counts for key in group.keys)
             together = self.shares[group.kind]
             deviations += group.n_units * together * (inside**2 - 2 * share * inside * len(group.keys))
@@ -116,20 +127,20 @@ class Clumps:
 
     @functools.cached_property
     def _squares(self) -> float:
-        parts = [(group, self.shares[group.kind]) for group in groups(self.table)]
+        parts = [(group, self.shares[group.kind]) for group in self.groups]
         return sum(group.n_units * (share * len(group.keys) ** 2 + (1 - share) * len(group.keys)) for group, share in parts)
 
     @functools.cached_property
     def _groups_of(self) -> Mapping[str, Sequence[int]]:
         found: dict[str, list[int]] = {}
-        for number, group in enumerate(groups(self.table)):
+        for number, group in enumerate(self.groups):
             for key in set(group.keys):
                 found.setdefault(key, []).append(number)
         return found
 
     def head_step(self, info: SiteInfo) -> float:
         """The same for the members in one head of a matrix: columns of `o` that one row of `v` feeds lie in the heads of one group."""
-        group = groups(self.table)[self._groups_of[info.key][0]]
+        group = self.groups[self._groups_of[info.key][0]]
         width = group.keys.count(info.key)
         if width < 2 or not info.n_heads:
             return 1.0
@@ -140,28 +151,24 @@ class Clumps:
 
     def shared_step(self, other: "Clumps") -> float:
         """The same for the number of neurons that two unrelated sets share."""
-        size = sum(group.n_neurons for group in groups(self.table))
+        size = sum(group.n_neurons for group in self.groups)
         total = 0.0
-        for group in groups(self.table):
+        for group in self.groups:
             both = self.shares[group.kind] * other.shares[group.kind]
             total += group.n_neurons * (1 + both * (len(group.keys) - 1))
         return _settled(total / max(1, size))
 
     def touched(self) -> list[float]:
         """By group the share of units that a random set of this size and make-up has members of."""
-        rate = len(self.neurons) / max(1, sum(group.n_neurons for group in groups(self.table)))
+        rate = len(self.neurons) / max(1, sum(group.n_neurons for group in self.groups))
         return [
             self.shares[group.kind] * rate + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys))
-            for group in groups(self.table)
+            for group in self.groups
         ]
 
 
 def _share(in_whole: int, members: int, size: int, parts: int) -> float:
     """The share in whole units beyond what members chosen one by one would have."""
-    if parts == 1:
-        return 0.0
-    if not members:
-        return 1.0
     alone = (members / size) ** (parts - 1)
     return max(0.0, (in_whole / members - alone) / (1 - alone)) if alone < 1 else 1.0
 
@@ -198,25 +205,24 @@ def simulated(sets: Sequence[NeuronSet], table: SiteTable, seed: int, draws: int
     generator = np.random.default_rng(seed)
     sizes = np.zeros(draws)
     clumps = [Clumps(part, table) for part in sets]
-    for number, group in enumerate(groups(table)):
-        widths = {key: group.keys.count(key) for key in dict.fromkeys(group.keys)}
+    for number, group in enumerate(clumps[0].groups):
+        widths = group.widths
         parts = [_made_of(part, number, widths) for part in clumps]
         state = _Drawn(np.full(draws, parts[0][0], np.int64), {key: np.full(draws, n, np.int64) for key, n in parts[0][1].items()})
-        for whole, single in parts[1:]:
-            state = _met(state, whole, single, group.n_units, widths, generator, shared)
+        for part in parts[1:]:
+            state = _met(state, part, group, generator, shared)
         sizes += state.total(widths)
     return sizes
 
 
-def _made_of(clumps: Clumps, number: int, widths: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+def _made_of(clumps: Clumps, number: int, widths: Mapping[str, int]) -> _MadeOf:
     whole = clumps.whole[number]
     return whole, {key: len(clumps.neurons[key]) - width * whole for key, width in widths.items()}
 
 
-def _met(
-    state: _Drawn, whole: int, single: Mapping[str, int], n_units: int, widths: Mapping[str, int], generator: np.random.Generator, shared: bool
-) -> _Drawn:
+def _met(state: _Drawn, other_set: _MadeOf, group: Group, generator: np.random.Generator, shared: bool) -> _Drawn:
     """What is left of simulated sets after another, unrelated one: the members it has too, or those it lacks."""
+    (whole, single), n_units, widths = other_set, group.n_units, group.widths
     both = _draw(generator, state.whole, n_units - state.whole, np.full(len(state.whole), whole))
     mine, other = state.whole - both, whole - both
     on_mine, on_other, on_single = {}, {}, {}
@@ -235,5 +241,7 @@ def _met(
 
 def _draw(generator: np.random.Generator, marked: np.ndarray, others: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Hypergeometric numbers, one per draw."""
+    if not (drawn.any() and marked.any()):
+        return np.zeros_like(marked)
     others = np.maximum(others, 0)
-    return generator.hypergeometric(marked, others, np.minimum(drawn, marked + others)) if drawn.any() and marked.any() else np.zeros_like(marked)
+    return generator.hypergeometric(marked, others, np.minimum(drawn, marked + others))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.analysis.chance import beside, of_draws
+from safety_neurons.analysis.clumps import simulated
 from safety_neurons.analysis.named import name_sets
 from safety_neurons.analysis.overlap import Overlap, overlap
 from safety_neurons.errors import NeuronError
@@ -97,17 +98,7 @@ def languages(sets: Mapping[str, NeuronSet], *, seed: int = 0) -> LanguageSets:
 
 
 def _draws(neurons: NeuronSet, others: Sequence[NeuronSet], table: SiteTable, seed: int) -> dict[str, np.ndarray]:
-    """Sizes of both kinds of specific sets where the sets of all languages are unrelated, as many in every matrix."""
-    generator = np.random.default_rng(seed)
-    in_all, in_none = np.zeros(DRAWS), np.zeros(DRAWS)
-    for key, indices in neurons.items():
-        size = table[key].size
-        counts = [len(other[key]) for other in others]
-        kept = np.full(DRAWS, len(indices), np.int64)
-        own = np.full(DRAWS, len(indices), np.int64)
-        for count in counts:
-            kept = generator.hypergeometric(kept, size - kept, count) if count else np.zeros(DRAWS, np.int64)
-            own = own - (generator.hypergeometric(own, size - own, count) if count else 0)
-        in_all += kept
-        in_none += own
-    return {"minus_intersection": len(neurons) - in_all, "minus_union": in_none}
+    """Sizes of both kinds of specific sets where the sets of all languages are unrelated, as many units and members in every matrix."""
+    sets = [neurons, *others]
+    in_all = simulated(sets, table, seed, DRAWS)
+    return {"minus_intersection": len(neurons) - in_all, "minus_union": simulated(sets, table, seed, DRAWS, shared=False)}

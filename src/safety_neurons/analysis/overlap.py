@@ -1,5 +1,7 @@
 """Overlap: how far sets and scores agree, each number beside what unrelated sets of the same sizes would give.
 
+A unit whose neurons are chosen together is one choice (see `clumps`), so that sets of whole units are expected to share whole units.
+
 Two expectations: `chance` draws both sets from all neurons that both searches looked at; `matched` draws them from every matrix as many as
 they have there, so that agreeing on a layer or a site is not counted as agreeing on neurons.
 
@@ -9,18 +11,22 @@ two sets) stand side by side, each with its own expectation.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from safety_neurons.analysis.chance import Counts, beside, hypergeometric, of_draws, total
+from safety_neurons.analysis.chance import Counts, beside, clumped, hypergeometric, of_draws, simulated_counts, total
+from safety_neurons.analysis.clumps import Clumps, simulated
 from safety_neurons.analysis.named import Named
-from safety_neurons.analysis.ranks import by_key, over_all, over_union, undefined
+from safety_neurons.analysis.ranks import by_key, exchangeable, over_all, over_union, undefined
 from safety_neurons.errors import NeuronError
-from safety_neurons.neurons import SiteTable
+from safety_neurons.neurons import NeuronSet, SiteTable
 
+DRAWS = 4000
+"""Simulated pairs of unrelated sets."""
 Sizes = Mapping[str, tuple[int, int, int]]
 """Per matrix (or kind of unit): candidates, members of the one set, members of the other."""
 
@@ -44,11 +50,21 @@ class Shared:
     matched: Counts
 
     @staticmethod
-    def of(sizes: Sizes, shared: int) -> "Shared":
-        """From the sizes per matrix."""
+    def of(sizes: Sizes, shared: int, *, mean: float | None = None, step: float = 1.0, matched: Counts | None = None) -> "Shared":
+        """From the sizes per matrix.
+
+        Args:
+            sizes: candidates and members.
+            shared: members of both.
+            mean: expected over all candidates; None for what members drawn one by one would share.
+            step: how many of the shared come together.
+            matched: the distribution within matrices; None for members drawn one by one.
+        """
         population, first, second = (sum(part[place] for part in sizes.values()) for place in range(3))
-        matched = total(hypergeometric(*part) for part in sizes.values() if part[1] and part[2])
-        return Shared(first, second, shared, population, hypergeometric(population, first, second), matched)
+        matched = matched or total(hypergeometric(*part) for part in sizes.values() if part[1] and part[2])
+        mean = first * second / population if mean is None else mean
+        chance = clumped(mean, first / population, second / population, step)
+        return Shared(first, second, shared, population, chance, matched)
 
     @property
     def jaccard(self) -> float:
@@ -152,17 +168,18 @@ def overlap(items: Sequence[Named], *, seed: int = 0) -> Overlap:
 
 def _pair(first: Named, second: Named, seed: int) -> Pair:
     keys = _common([first, second])
-    table = first.table
+    table = _part_of(first.table, keys)
+    clumps = Clumps(_within(first.neurons, table), table), Clumps(_within(second.neurons, table), table)
     sizes = {key: (table[key].size, len(first.neurons[key]), len(second.neurons[key])) for key in keys}
     shared = sum(len(np.intersect1d(first.neurons[key], second.neurons[key])) for key in keys)
     outside = tuple(len(item.neurons) - sum(len(item.neurons[key]) for key in keys) for item in (first, second))
     assert len(outside) == 2
     return Pair(
         (first.name, second.name),
-        Shared.of(sizes, shared),
-        _units(first, second, keys, table),
+        Shared.of(sizes, shared, step=clumps[0].shared_step(clumps[1]), matched=_matched(clumps, seed)),
+        _units(clumps),
         outside,
-        *_ranked(first, second, keys, table, seed),
+        *_ranked(first, second, table, seed),
     )
 
 
@@ -176,53 +193,54 @@ def _common(items: Sequence[Named]) -> list[str]:
     return keys
 
 
-def _units(first: Named, second: Named, keys: Sequence[str], table: SiteTable) -> Shared:
-    """The same in units, each of which counts once; units are matched within the matrix that shows them first."""
-    numbers = table.units()
-    units = np.concatenate([numbers[key] for key in keys])
-    known, first_seen = np.unique(units, return_index=True)
-    home = np.repeat(np.arange(len(keys)), [table[key].size for key in keys])[first_seen]
-    held = []
-    for item in (first, second):
-        chosen = np.concatenate([item.neurons.mask(key) for key in keys])
-        held.append(np.isin(known, units[chosen]))
-    counts = [np.bincount(home[part], minlength=len(keys)) for part in (np.ones(len(known), bool), *held)]
-    sizes = {key: tuple(int(part[place]) for part in counts) for place, key in enumerate(keys) if counts[0][place]}
-    return Shared.of(sizes, int((held[0] & held[1]).sum()))  # type: ignore[arg-type]
+def _part_of(table: SiteTable, keys: Sequence[str]) -> SiteTable:
+    return SiteTable(table.architecture, table.n_parameters, tuple(table[key] for key in keys))
 
 
-def _ranked(first: Named, second: Named, keys: Sequence[str], table: SiteTable, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _within(neurons: NeuronSet, table: SiteTable) -> NeuronSet:
+    return NeuronSet({key: neurons[key] for key in table.keys}, table)
+
+
+def _matched(clumps: tuple[Clumps, Clumps], seed: int) -> Counts | None:
+    """What sets share that have as many units and neurons in every matrix, simulated; None where one has no whole units."""
+    if not any(one and other for one, other in zip(clumps[0].whole, clumps[1].whole, strict=True)):
+        return None
+    first, second = clumps
+    return simulated_counts(simulated([first.neurons, second.neurons], first.table, seed, DRAWS))
+
+
+def _units(clumps: tuple[Clumps, Clumps]) -> Shared:
+    """The same in units, each of which counts once; units are matched within their layer (and expert)."""
+    held = [[group.held(part.neurons).any(axis=1) for group in part.groups] for part in clumps]
+    sizes = {
+        str(number): (group.n_units, int(held[0][number].sum()), int(held[1][number].sum()))
+        for number, group in enumerate(clumps[0].groups)
+    }
+    shared = sum(int((one & other).sum()) for one, other in zip(*held, strict=True))
+    units = np.array([group.n_units for group in clumps[0].groups], np.float64)
+    rates = [np.array(part.touched()) for part in clumps]
+    expected = [sum(part[place] for part in sizes.values()) for place in (1, 2)]
+    scale = [total / max(1e-300, float(units @ rate)) for total, rate in zip(expected, rates, strict=True)]
+    return Shared.of(sizes, shared, mean=float(units @ (rates[0] * rates[1])) * scale[0] * scale[1])
+
+
+def _ranked(first: Named, second: Named, table: SiteTable, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     if first.scores is None or second.scores is None:
         without = " and ".join(repr(item.name) for item in (first, second) if item.scores is None)
         return (undefined(f"{without} came without scores"),) * 2
-    blocks = np.repeat(np.arange(len(keys)), [table[key].size for key in keys])
+    keys = table.keys
     values = [by_key({key: item.scores[key] for key in keys}, keys) for item in (first, second) if item.scores is not None]
     members = [np.concatenate([item.neurons.mask(key) for key in keys]) for item in (first, second)]
-    return over_all(values[0], values[1], blocks), over_union(values[0], values[1], members, blocks, seed)
+    moves = exchangeable(values[1], table)
+    return over_all(values[0], values[1], *moves), over_union(values[0], values[1], members, *moves, seed=seed)
 
 
-def _in_all(items: Sequence[Named], seed: int, draws: int = 2000) -> dict[str, Any]:
-    """Neurons that every set has, beside unrelated sets with as many members in every matrix (simulated one set after another)."""
-    keys = _common(items)
-    found = sum(len(set.intersection(*(set(item.neurons[key].tolist()) for item in items))) for key in keys)
-    return beside(
-        float(found), of_draws(random_intersections([item.neurons.counts() for item in items], keys, items[0].table, seed, draws))
-    )
-
-
-def random_intersections(
-    counts: Sequence[Mapping[str, int]], keys: Sequence[str], table: SiteTable, seed: int, draws: int = 2000
-) -> np.ndarray:
-    """Sizes of the intersection of unrelated sets with the given members per matrix, over simulated draws."""
-    generator = np.random.default_rng(seed)
-    sizes = np.zeros(draws)
-    for key in keys:
-        kept = np.full(draws, counts[0].get(key, 0), np.int64)
-        for part in counts[1:]:
-            taken = part.get(key, 0)
-            kept = generator.hypergeometric(kept, table[key].size - kept, taken) if taken else np.zeros(draws, np.int64)
-        sizes += kept
-    return sizes
+def _in_all(items: Sequence[Named], seed: int) -> dict[str, Any]:
+    """Neurons that every set has, beside unrelated sets with as many units and members in every matrix (simulated)."""
+    table = _part_of(items[0].table, _common(items))
+    sets = [_within(item.neurons, table) for item in items]
+    found = sum(len(functools.reduce(np.intersect1d, [part[key] for part in sets])) for key in table.keys)
+    return beside(float(found), of_draws(simulated(sets, table, seed, DRAWS)))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | int | None]:

@@ -8,10 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from safety_neurons.analysis.chance import Expectation, beside
+from safety_neurons.analysis.clumps import Kind, groups
+from safety_neurons.neurons import SiteTable
 
+Exchange = Sequence[tuple[np.ndarray, np.ndarray]]
+"""What may be exchanged for what: rows of positions that move together, all rows of one length in one array, and the block of each row."""
 DRAWS, FEWEST_DRAWS, WORK = 200, 40, 20_000_000
 """Draws of what is simulated, fewer where there are many neurons."""
-_FEWEST = 3
+_FEWEST, _TOGETHER = 3, 0.1
 
 
 def ranks(values: Float[np.ndarray, " neuron"]) -> Float[np.ndarray, " neuron"]:
@@ -30,7 +34,46 @@ def spearman(first: Float[np.ndarray, " neuron"], second: Float[np.ndarray, " ne
     return float(np.clip(mine @ theirs / spread, -1.0, 1.0)) if spread > 0 else None
 
 
-def over_all(first: np.ndarray, second: np.ndarray, blocks: Int[np.ndarray, " neuron"]) -> dict[str, Any]:
+def one_by_one(blocks: Int[np.ndarray, " neuron"]) -> tuple[Exchange, Exchange]:
+    """Neurons that are exchanged one by one: over all, and within blocks."""
+    alone = np.arange(len(blocks))[:, None]
+    return [(alone, np.zeros(len(blocks), np.int64))], [(alone, np.asarray(blocks, np.int64))]
+
+
+def exchangeable(values: Float[np.ndarray, " neuron"], table: SiteTable) -> tuple[Exchange, Exchange]:
+    """What may be exchanged in a list of scores over a table: over all, and within matrices.
+
+    Kinds of units whose neurons often have one and the same score (`gate`, `up` and `down`, mostly) are exchanged as units, among their
+    like, which is right for their other units too; other neurons one by one.
+
+    Args:
+        values: the scores, key after key.
+        table: its matrices.
+    """
+    starts = dict(zip(table.keys, np.cumsum([0, *(info.size for info in table.sites)]), strict=False))
+    rows: dict[Kind, list[np.ndarray]] = {}
+    for group in groups(table):
+        offsets = np.array([starts[key] for key in group.keys])
+        rows.setdefault(group.kind, []).append(group.places + offsets)
+    anywhere: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    within: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for number, (kind, parts) in enumerate(rows.items()):
+        whole = np.concatenate(parts)
+        scores = values[whole]
+        together = len(kind) > 1 and np.isclose(scores, scores[:, :1], rtol=1e-4, atol=0).all(axis=1).mean() > _TOGETHER
+        for part in parts:
+            for piece in [part] if together else part.T[:, :, None]:
+                block = number + 1 if together else 0
+                anywhere.setdefault(piece.shape[1], []).append((piece, np.full(len(piece), block)))
+                within.setdefault(piece.shape[1], []).append((piece, np.full(len(piece), len(within.get(piece.shape[1], [])))))
+    return _joined(anywhere), _joined(within)
+
+
+def _joined(parts: Mapping[int, list[tuple[np.ndarray, np.ndarray]]]) -> Exchange:
+    return [(np.concatenate([rows for rows, _ in part]), np.concatenate([blocks for _, blocks in part])) for part in parts.values()]
+
+
+def over_all(first: np.ndarray, second: np.ndarray, anywhere: Exchange, within: Exchange) -> dict[str, Any]:
     """Spearman over all candidates, as JSON values with `chance` (scores permuted over all) and `matched` (within every matrix).
 
     Both expectations are exact in mean and variance: a permutation of the one list against the other. Within matrices the mean is what
@@ -40,8 +83,7 @@ def over_all(first: np.ndarray, second: np.ndarray, blocks: Int[np.ndarray, " ne
     if value is None:
         return undefined("fewer than three candidates, or all scores equal")
     mine, theirs = _centred(ranks(first)), _centred(ranks(second))
-    everything = np.zeros(len(mine), np.int64)
-    chance, matched = (_permuted(mine, theirs, part) for part in (everything, blocks))
+    chance, matched = (_permuted(mine, theirs, part) for part in (anywhere, within))
     return {**beside(value, chance), "matched": beside(value, matched), "n": len(first)}
 
 
@@ -49,7 +91,9 @@ def over_union(
     first: np.ndarray,
     second: np.ndarray,
     members: Sequence[Bool[np.ndarray, " neuron"]],
-    blocks: Int[np.ndarray, " neuron"],
+    anywhere: Exchange,
+    within: Exchange,
+    *,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Spearman over the neurons that are in at least one of the two sets, as JSON values like `over_all`.
@@ -63,8 +107,7 @@ def over_union(
         return undefined("fewer than three neurons in the two sets together, or all their scores equal")
     generator = np.random.default_rng(seed)
     draws = max(FEWEST_DRAWS, min(DRAWS, WORK // max(1, len(first))))
-    chance = _simulated(first, second, members, np.zeros(len(first), np.int64), generator, draws)
-    matched = _simulated(first, second, members, blocks, generator, draws)
+    chance, matched = (_simulated(first, second, members, part, generator, draws) for part in (anywhere, within))
     return {**beside(value, chance), "matched": beside(value, matched), "n": int(union.sum())}
 
 
@@ -82,19 +125,21 @@ def _centred(values: np.ndarray) -> np.ndarray:
     return values - values.mean()
 
 
-def _permuted(mine: np.ndarray, theirs: np.ndarray, blocks: np.ndarray) -> Expectation:
-    """Mean and variance of the correlation where the second side is permuted within blocks."""
+def _permuted(mine: np.ndarray, theirs: np.ndarray, moves: Exchange) -> Expectation:
+    """Mean and variance of the correlation where rows of the second side are permuted within their blocks, exactly."""
     spread = math.sqrt(float(mine @ mine) * float(theirs @ theirs))
-    sizes = np.bincount(blocks).astype(np.float64)
-    sums = [np.bincount(blocks, side) for side in (mine, theirs)]
-    squares = [np.bincount(blocks, side**2) for side in (mine, theirs)]
-    kept = sizes > 0
-    sizes = sizes[kept]
-    (a, b), (aa, bb) = ([part[kept] for part in group] for group in (sums, squares))
-    mean = float((a * b / sizes).sum())
-    around = [np.maximum(square - whole**2 / sizes, 0.0) for square, whole in ((aa, a), (bb, b))]
-    variance = float((around[0] * around[1] / np.maximum(sizes - 1, 1.0)).sum())
-    half = 1.959963984540054 * math.sqrt(variance)
+    mean = variance = 0.0
+    for rows, block in moves:
+        sizes = np.bincount(block).astype(np.float64)
+        sizes[sizes == 0] = 1.0
+        a, b = (np.stack([np.bincount(block, side[part]) for part in rows.T], axis=1) for side in (mine, theirs))
+        mean += float((a * b / sizes[:, None]).sum())
+        for one in range(rows.shape[1]):
+            for other in range(rows.shape[1]):
+                joint = [np.bincount(block, side[rows[:, one]] * side[rows[:, other]]) for side in (mine, theirs)]
+                around = [part - sums[:, one] * sums[:, other] / sizes for part, sums in zip(joint, (a, b), strict=True)]
+                variance += float((around[0] * around[1] / np.maximum(sizes - 1, 1.0)).sum())
+    half = 1.959963984540054 * math.sqrt(max(variance, 0.0))
     return Expectation(mean / spread, max(-1.0, (mean - half) / spread), min(1.0, (mean + half) / spread))
 
 
@@ -102,18 +147,17 @@ def _simulated(
     first: np.ndarray,
     second: np.ndarray,
     members: Sequence[np.ndarray],
-    blocks: np.ndarray,
+    moves: Exchange,
     generator: np.random.Generator,
     draws: int,
 ) -> Expectation:
-    places = np.argsort(blocks, kind="stable")
-    whole = len(blocks) == 0 or bool((blocks == blocks[0]).all())
     found = []
+    by_block = [(rows[np.argsort(block, kind="stable")], np.sort(block)) for rows, block in moves]
     for _ in range(draws):
-        order = generator.permutation(len(blocks))
-        if not whole:
-            order = np.empty(len(blocks), np.int64)
-            order[places] = np.lexsort((generator.random(len(blocks)), blocks))
+        order = np.empty(len(first), np.int64)
+        for rows, block in by_block:
+            one_block = block[0] == block[-1]
+            order[rows] = rows[generator.permutation(len(block)) if one_block else np.lexsort((generator.random(len(block)), block))]
         union = members[0] | members[1][order]
         value = spearman(first[union], second[order][union])
         if value is not None:

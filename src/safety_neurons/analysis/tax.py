@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from safety_neurons.analysis.chance import Counts, hypergeometric, total
-from safety_neurons.analysis.ranks import over_all, over_union, spearman
+from safety_neurons.analysis.ranks import one_by_one, over_all, over_union, spearman
 from safety_neurons.errors import InputError
 from safety_neurons.results import Changes
 from safety_neurons.results.rates import interval
@@ -162,7 +162,7 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
     draws = np.random.default_rng(seed).integers(0, groups, (DRAWS, groups))
     first, second = (changes.scores(name) for name in (a, b))
     ours, theirs = top_neurons(first, top), top_neurons(second, top)
-    both = ours & theirs
+    both, moves = ours & theirs, one_by_one(changes.layers)
     spread: dict[str, list[float | None]] = {name: [] for name in ("overlap", "all", "union", "given_activation")}
     for draw in draws:
         x, y = (changes.scores(name, draw) for name in (a, b))
@@ -184,8 +184,8 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
         int(ours.sum()),
         Estimate(float(both.sum()), *ends.pop("overlap")),
         {name: chance_overlap(ours, theirs, stratum) for name, stratum in strata.items()},
-        over_all(first, second, changes.layers),
-        over_union(first, second, (ours, theirs), changes.layers, seed),
+        over_all(first, second, *moves),
+        over_union(first, second, (ours, theirs), *moves, seed=seed),
         partial_spearman(first, second, changes.activation),
         ends,
         directions(changes, a, b, both, draws) if both.any() else None,

@@ -1,6 +1,7 @@
 """Provenance: where a neuron or score file comes from, as text in the header of the file."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ SCHEMA = "safety-neurons/1"
 KINDS = ("neurons", "scores", "delta")
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("safety-neurons")

@@ -310,10 +310,7 @@ def _controls(
     rows: Sequence[MethodResult], truth: NeuronSet | None, sites: Sequence[str], random: int, seed: int
 ) -> list[tuple[NeuronSet, float, str]]:
     """Random sets, the seconds they took, and what each is like: the truth where there is one, otherwise the methods' sets in turn."""
-    if truth is not None:
-        models = [("truth", whole_units(truth, sites))]
-    else:
-        models = [(row.method, row.neurons) for row in rows]
+    models = [("truth", whole_units(truth, sites))] if truth is not None else [(row.method, row.neurons) for row in rows]
     drawn = [members.random_like(seed, n=random) for _, members in models]
     return [(drawn[number % len(models)][number], 0.0, models[number % len(models)][0]) for number in range(random)]
 
