@@ -162,8 +162,7 @@ class Clumps:
         """By group the share of units that a random set of this size and make-up has members of."""
         rate = len(self.neurons) / max(1, sum(group.n_neurons for group in self.groups))
         return [
-            self.shares[group.kind] * rate + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys))
-            for group in self.groups
+            self.shares[group.kind] * rate + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys)) for group in self.groups
         ]
 
 
