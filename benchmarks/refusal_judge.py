@@ -1,8 +1,9 @@
 """Agreement of the refusal judges with human labels; prints JSON.
 
-Usage: python benchmarks/refusal_judge.py [--ids odd|even|all] [--file CSV] [--errors]
+Usage: python benchmarks/refusal_judge.py [--ids odd|even|all] [--file FILE] [--errors]
 
-The rules were written on the odd ids; the even ids are for measuring. A label is refusal when it is full or partial refusal.
+FILE is the CSV of XSTest, or JSON Lines with `id`, `prompt`, `answer` and `refused` such as tests/judges/answers.jsonl.
+The rules were written on the odd ids of both; the even ids are for measuring. A label is refusal when it is full or partial refusal.
 """
 
 import argparse
@@ -26,9 +27,17 @@ def main() -> None:
     if not options.file.is_file():
         print(json.dumps({"error": f"no file {options.file}; pass --file"}))
         return
-    with options.file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if _wanted(row["id"], options.ids)]
+    rows = [row for row in _rows(options.file) if _wanted(row["id"], options.ids)]
     print(json.dumps({"ids": options.ids, "judges": [_agreement(judge, rows, options.errors) for judge in JUDGES]}, indent=2))
+
+
+def _rows(file: pathlib.Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        if file.suffix == ".csv":
+            return list(csv.DictReader(stream))
+        found = [json.loads(line) for line in stream]
+    label = {True: "refusal", False: "compliance"}
+    return [{**row, "id": f"-{row['id']}", "completion": row["answer"], "final_label": label[row["refused"]]} for row in found]
 
 
 def _wanted(name: str, ids: str) -> bool:

@@ -184,7 +184,11 @@ def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
         from safety_neurons.model.endpoint import Endpoint
 
         session.device = "endpoint"
-        return {"model": Endpoint(options["endpoint"], system=session.common.system, offline=session.common.offline)}
+        return {
+            "model": Endpoint(
+                options["endpoint"], system=session.common.system, think_end=session.common.think_end, offline=session.common.offline
+            )
+        }
     found: dict[str, Any] = {}
     if options["patch"] is not None:
         pair = session.pair(options["model"], options["donor"])

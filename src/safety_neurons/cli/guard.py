@@ -188,6 +188,7 @@ def check(options: Mapping[str, Any]) -> None:
 
 def examples(session: Session, options: Mapping[str, Any], model: Any) -> Any:
     """The prompts of all sources together."""
+    from safety_neurons.judges.judgement import ending
     from safety_neurons.results import Completions
     from safety_neurons.studies.guard_fitting import given, labelled_by_column, labelled_by_completions
 
@@ -199,7 +200,7 @@ def examples(session: Session, options: Mapping[str, Any], model: Any) -> Any:
     if options["completions"] is not None:
         settings = {name: value for name, value in (("device", session.common.device), ("offline", session.common.offline)) if value}
         cache = session.folder.path("judgements.sqlite")
-        completions = Completions.load(options["completions"])
+        completions = ending(Completions.load(options["completions"]), session.common.think_end)
         data += labelled_by_completions(completions, options["judge"], arm=options["arm"], judge_options=settings, cache=cache)
     session.notes.extend(data.notes)
     return data

@@ -27,6 +27,9 @@ class Common:
     template: Annotated[str, typer.Option(help="auto, none, tulu or a Jinja file.", rich_help_panel=MODEL)] = "auto"
     system: Annotated[str | None, typer.Option(help="System prompt put before every prompt.", rich_help_panel=MODEL)] = None
     template_args: Annotated[str | None, typer.Option(help="JSON object for the chat template.", rich_help_panel=MODEL)] = None
+    think_end: Annotated[
+        str | None, typer.Option(help="Text that ends the model's thinking; what follows is judged.", rich_help_panel=MODEL)
+    ] = None
     merge_adapters: Annotated[bool, typer.Option("--merge-adapters", help="Merge adapters into the weights.", rich_help_panel=MODEL)] = (
         False
     )

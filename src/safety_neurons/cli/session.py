@@ -186,6 +186,7 @@ class Session:
             "template": common.template,
             "system": common.system,
             "template_args": choices.parse_object("--template-args", common.template_args),
+            "think_end": common.think_end,
             "offline": common.offline,
             "merge_adapters": common.merge_adapters,
             "trust_remote_code": common.trust_remote_code,

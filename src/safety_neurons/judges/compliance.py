@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safety_neurons.judges.judgement import Measure, Verdict, answer_of, harm_verdict, normalised
+from safety_neurons.judges.judgement import Measure, Verdict, answer_in, harm_verdict, normalised
 from safety_neurons.judges.judging import Case, Judge
 from safety_neurons.judges.wording import judge_by_wording
 from safety_neurons.results import Completion, Completions, Rate, rate
@@ -75,7 +75,7 @@ class ComplianceJudge(Judge):
 
 
 def _complies(completion: Completion, openings: tuple[str, ...]) -> bool | None:
-    answer = answer_of(completion.completion)
+    answer = answer_in(completion)
     if answer is None:
         return None
     text = normalised(answer)

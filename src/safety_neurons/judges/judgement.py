@@ -4,10 +4,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from safety_neurons.results import Completion, Completions, Rate, notebook, rate
+from safety_neurons.results.thoughts import after_thought
 
 Label = Literal["full", "partial", "compliance", "harmful", "safe", "unscored"]
 Measure = Literal["refused", "harmful"]
@@ -61,7 +62,7 @@ class Judgement:
     """What one judge says of a list of completions. As text: the rate of its measure."""
 
     judge: str
-    """Name and version, such as `wording-2`."""
+    """Name and version, such as `wording-3`."""
     verdicts: tuple[Verdict, ...]
     """One per completion, in the same order."""
     rate: Rate
@@ -146,35 +147,30 @@ def judged(name: str, judge: RefusalJudge, completions: Sequence[Completion], se
     return judgement_of(name, [judge(completion) for completion in completions], completions, "refused", seed)
 
 
-_THOUGHT_END = re.compile(r"</(?:think|thinking|reasoning)>|\[/THINK\]", re.IGNORECASE)
-_THOUGHT_START = re.compile(r"<(?:think|thinking|reasoning)>|\[THINK\]", re.IGNORECASE)
-_ANALYSIS = re.compile(r"\s*(?:<\|channel\|>)?analysis(?:<\|message\|>|(?=[^\W_]))")
-_FINAL = re.compile(r"assistant(?:<\|channel\|>)?final(?:<\|message\|>)?")
-
-
-def answer_of(text: str, *, thinking: bool = False) -> str | None:
+def answer_of(text: str, *, thinking: bool = False, think_end: str | None = None) -> str | None:
     """The answer without its thinking part; `None` where the thinking was cut off before an answer, or where nothing is left.
-
-    A thinking part ends at the last `</think>` (also `thinking`, `reasoning`, `[THINK]`; the opening mark may be in
-    the prompt), or is an analysis channel before a final one.
 
     Args:
         text: What the model wrote.
         thinking: Whether the prompt opened a thinking part: without an end mark all of the text is a thought that was cut off.
+        think_end: The text that ends a thought, in the place of the marks that are known (see `safety_neurons.results.thoughts`).
     """
-    if thinking and _THOUGHT_END.search(text) is None:
-        return None
-    rest = text
-    for mark in _THOUGHT_END.finditer(text):
-        rest = text[mark.end() :]
-    if _THOUGHT_START.search(rest):
-        return None
-    if _ANALYSIS.match(rest):
-        final = _FINAL.search(rest)
-        if final is None:
-            return None
-        rest = rest[final.end() :]
-    return rest if any(letter.isalnum() for letter in rest) else None
+    rest = after_thought(text, opened=thinking, end=think_end)
+    return rest if rest is not None and any(letter.isalnum() for letter in rest) else None
+
+
+def answer_in(completion: Completion) -> str | None:
+    """The answer of a completion; that its prompt opened a thinking part, and which text ends it, stand in its `meta`."""
+    end = completion.meta.get("think_end")
+    return answer_of(completion.completion, thinking=bool(completion.meta.get("thinking")), think_end=str(end) if end else None)
+
+
+def ending(completions: Sequence[Completion], think_end: str | None) -> Completions:
+    """The completions, with the text that ends their thoughts noted in each where one is given."""
+    known = completions if isinstance(completions, Completions) else Completions(completions)
+    if think_end is None:
+        return known
+    return Completions((replace(one, meta={**one.meta, "think_end": think_end}) for one in known), known.dropped)
 
 
 _SHORT_FORMS = (
@@ -182,7 +178,7 @@ _SHORT_FORMS = (
     (re.compile(r"\bwon't\b"), "will not"),
     (re.compile(r"n't\b"), " not"),
     (re.compile(r"\bi'm\b"), "i am"),
-    (re.compile(r"\b(it|that|there|what|he|she)'s\b"), r"\1 is"),
+    (re.compile(r"\b(it|that|there|here|what|he|she)'s\b"), r"\1 is"),
     (re.compile(r"\b(i|you|we|they)'ve\b"), r"\1 have"),
     (re.compile(r"\b(i|you|we|they)'d\b"), r"\1 would"),
     (re.compile(r"\b(i|you|we|they|it)'ll\b"), r"\1 will"),
@@ -194,7 +190,7 @@ _APOSTROPHES = str.maketrans("‘’‛ʼ´`＇", "'''''''")
 def normalised(text: str) -> str:
     """The text in small letters, short forms written out, straight apostrophes, no emphasis marks, no space before punctuation."""
     text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
-    text = re.sub(r"[*_#>]+", " ", text)
+    text = re.sub(r"[*_#>~`]+", " ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     text = re.sub(r" +([,.;:!?)\]。，！？])", r"\1", text)
     text = re.sub(r"(?<=[a-z]) ' ?(?=(?:m|s|t|re|ve|d|ll)\b)|(?<=[a-z])' (?=(?:m|s|t|re|ve|d|ll)\b)", "'", text)
@@ -206,5 +202,5 @@ def normalised(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of normalised text; a line break ends one too."""
-    parts = re.split(r"(?<=[.!?。！？])\s+|(?<=[。！？])|\n+", text)
+    parts = re.split(r"(?<=[.!?。！？؟।])\s+|(?<=[。！？।])|(?<=[!?])(?=[\u3040-\u9fff\uac00-\ud7af])|\n+", text)
     return [part.strip() for part in parts if part.strip()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safety_neurons.judges.cache import JudgementCache
-from safety_neurons.judges.judgement import UNSCORED, Judgement, Measure, RefusalJudge, Verdict, answer_of, judgement_of
+from safety_neurons.judges.judgement import UNSCORED, Judgement, Measure, RefusalJudge, Verdict, answer_in, judgement_of
 from safety_neurons.results import Completion
 from safety_neurons.results.files import PathLike
 
@@ -66,6 +66,7 @@ class Judge(abc.ABC):
         cache: JudgementCache | PathLike | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        think_end: str | None = None,
     ) -> Judgement:
         """The verdicts on completions and their rate.
 
@@ -77,7 +78,9 @@ class Judge(abc.ABC):
             cache: a cache, or the path of one; verdicts without an error are kept there after every chunk.
             seed: of the bootstrap, where an interval needs one.
             progress: told how far it is.
+            think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
         """
+        completions = ending(completions, think_end)
         cases = [case_of(completion) for completion in completions]
         with _opened(cache) as store:
             known = self._judged({case for case in cases if case is not None}, cases, store, progress)
@@ -137,7 +140,7 @@ class FunctionJudge(Judge):
 
 def case_of(completion: Completion) -> Case | None:
     """What a judge sees of a completion; None where there is no answer."""
-    answer = answer_of(completion.completion, thinking=bool(completion.meta.get("thinking")))
+    answer = answer_in(completion)
     if answer is None:
         return None
     meta = completion.meta

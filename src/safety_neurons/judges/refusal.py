@@ -7,7 +7,7 @@ from typing import Any
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import prefix, wording
 from safety_neurons.judges.compliance import ComplianceJudge
-from safety_neurons.judges.judgement import Judgement, RefusalJudge, judged
+from safety_neurons.judges.judgement import Judgement, RefusalJudge, ending, judged
 from safety_neurons.judges.judging import FunctionJudge, Judge
 from safety_neurons.judges.strings import string_judge
 from safety_neurons.results import Agreement, Completion, cohen_kappa
@@ -23,7 +23,7 @@ ALIASES = {"refusal": "wording", "strings": "strings:openings", "garak-refusal":
 """Short names of judges."""
 
 
-def judge_refusal(completions: Sequence[Completion], judge: str = "wording", seed: int = 0) -> Judgement:
+def judge_refusal(completions: Sequence[Completion], judge: str = "wording", seed: int = 0, *, think_end: str | None = None) -> Judgement:
     """Which completions refuse, fully or partly, and their rate.
 
     Case and spaces before punctuation do not matter. A thinking part is not read. An empty completion, or one whose thinking was
@@ -33,6 +33,7 @@ def judge_refusal(completions: Sequence[Completion], judge: str = "wording", see
         completions: what to judge; the judge sees prompt and answer, never the arm.
         judge: `wording` (sentence-level rules) or `prefix` (a plain list of openings).
         seed: of the bootstrap, where an interval needs one.
+        think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
 
     Raises:
         UsageError: there is no such judge.
@@ -40,7 +41,7 @@ def judge_refusal(completions: Sequence[Completion], judge: str = "wording", see
     if judge not in JUDGES:
         raise UsageError(f"unknown refusal judge {judge!r}; expected one of {' '.join(JUDGES)}")
     function, version = JUDGES[judge]
-    return judged(f"{judge}-{version}", function, completions, seed)
+    return judged(f"{judge}-{version}", function, ending(completions, think_end), seed)
 
 
 def judge(name: str, **options: Any) -> Judge:

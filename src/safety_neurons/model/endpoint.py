@@ -24,18 +24,22 @@ class Endpoint:
         url: Up to and with the version, then the model's name on the server: `http://localhost:8000/v1#MODEL`.
         model: Name of the model, where it does not stand behind the address.
         system: System prompt for prompts that bring none.
+        think_end: Text that ends the model's thinking, where it is none of the marks that are known.
         **connection: As `ChatServer` takes them: key_variable, timeout, retries, backoff, offline.
 
     Raises:
         UsageError: No such address, or no name of a model.
     """
 
-    def __init__(self, url: str, model: str | None = None, *, system: str | None = None, **connection: Any) -> None:
+    def __init__(
+        self, url: str, model: str | None = None, *, system: str | None = None, think_end: str | None = None, **connection: Any
+    ) -> None:
         address, _, named = url.partition("#")
         self.model = model or named
         if not self.model:
             raise UsageError(f"endpoint {url!r} names no model; expected it behind the address, such as http://localhost:8000/v1#MODEL")
         self.system = system
+        self.think_end = think_end or None
         self._server = ChatServer(address, self.model, **{"timeout": 120.0, **connection})
 
     def __repr__(self) -> str:
@@ -102,7 +106,8 @@ class Endpoint:
                     index, (text, reason) = waiting[future], future.result()
                     held = {"finish_reason": reason} if reason in _FILTERED else {}
                     filtered += bool(held)
-                    meta = {**conversation_of(asked[index]), **held}
+                    ending = {"think_end": self.think_end} if self.think_end else {}
+                    meta = {**conversation_of(asked[index]), **held, **ending}
                     cut = "length" if reason == "length" else "stop"
                     results[index] = Completion(asked[index].id, asked[index].text, text, (), cut, arm, seed, {}, meta)  # type: ignore[arg-type]
                     if answered is not None:

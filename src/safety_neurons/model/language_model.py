@@ -22,6 +22,7 @@ from safety_neurons.neurons import SiteTable
 from safety_neurons.prompts import Prompts, as_prompts, prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completion, Completions, conversation_of
+from safety_neurons.results.thoughts import is_mark
 
 Texts = Source
 
@@ -55,6 +56,7 @@ class LanguageModel:
         template: `auto`, `none`, `tulu` or the path of a Jinja file.
         system: System prompt for prompts that bring none.
         template_args: Variables for a chat template, such as `{"enable_thinking": False}`.
+        think_end: Text that ends the model's thinking, where it is none of the marks that are known; judges read what follows it.
         name: What people call the model; by default the name in its configuration.
         adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for the plain base, None for
             whatever is active.
@@ -72,6 +74,7 @@ class LanguageModel:
         template: str | Path = "auto",
         system: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        think_end: str | None = None,
         name: str | None = None,
         adapters: Sequence[str] | None = None,
         folder: str | Path | None = None,
@@ -84,6 +87,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.template = template_for(tokenizer, template, system=system, arguments=template_args)
         self.name = name or str(getattr(self.config, "_name_or_path", "") or type(self.inner).__name__)
+        self.think_end = think_end or None
         self.adapters = None if adapters is None else tuple(adapters)
         self.folder = None if folder is None else Path(folder)
         self.notes: list[str] = []
@@ -260,8 +264,19 @@ class LanguageModel:
         return [encode_text(tokenizer, text, templated=True)[:most] for text in texts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return str(require_tokenizer(self.tokenizer).decode(list(token_ids), skip_special_tokens=True))
+        """Text of token ids, special tokens left out; but marks of a thinking part stay, or thoughts would be taken for the answer."""
+        tokenizer = require_tokenizer(self.tokenizer)
+        if not self._thought_ids.intersection(token_ids):
+            return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        dropped = set(tokenizer.all_special_ids) - self._thought_ids
+        return str(tokenizer.decode([token for token in token_ids if token not in dropped], skip_special_tokens=False))
+
+    @cached_property
+    def _thought_ids(self) -> frozenset[int]:
+        """Ids of the special tokens that start or end a thinking part."""
+        tokenizer = self.tokenizer
+        special = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=False)
+        return frozenset(token for text, token in special if is_mark(str(text)) or text == self.think_end)
 
     def complete(
         self,
@@ -300,8 +315,8 @@ class LanguageModel:
             **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a conversation and marks
-            `truncated` prompts and an opened `thinking`.
+            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a conversation, marks
+            `truncated` prompts and an opened `thinking`, and says which text ends it where the model has a `think_end`.
 
         Raises:
             ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
@@ -330,6 +345,7 @@ class LanguageModel:
                 meta={
                     **conversation_of(asked[index]),
                     **{name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)},
+                    **({"think_end": self.think_end} if self.think_end else {}),
                 },
             )
             if answered is not None:

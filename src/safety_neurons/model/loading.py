@@ -99,6 +99,7 @@ def load(
     template: str | Path = "auto",
     system: str | None = None,
     template_args: Mapping[str, Any] | None = None,
+    think_end: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
     merge_adapters: bool = False,
@@ -113,6 +114,7 @@ def load(
         template: `auto`, `none`, `tulu` or the path of a Jinja file.
         system: System prompt for prompts that bring none.
         template_args: Variables for a chat template.
+        think_end: Text that ends the model's thinking, where it is none of the marks that are known.
         offline: Use what is on this machine and open no connection.
         trust_remote_code: Run code that comes with the checkpoint.
         merge_adapters: Merge adapters into the weights, in order; needed for adapters of several types.
@@ -126,7 +128,7 @@ def load(
         UsageError: A malformed spec, an unknown dtype, or adapters of several types.
     """
     options = _Options(device, dtype, offline, trust_remote_code, merge_adapters, from_pretrained)
-    view: dict[str, Any] = {"template": template, "system": system, "template_args": template_args}
+    view: dict[str, Any] = {"template": template, "system": system, "template_args": template_args, "think_end": think_end}
     parsed = parse_spec(spec)
     folders = _folders(parsed, options)
     configs = [adapter_config(folder) for folder in folders[1:]]
@@ -162,7 +164,7 @@ def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -
 def load_several(specs: Sequence[str | Path], **options: Any) -> tuple[list[LanguageModel], bool]:
     """Loads models that are compared with one another, and says whether they share one base in memory; all else as for `load_pair`."""
     parsed = [parse_spec(spec) for spec in specs]
-    view: dict[str, Any] = {name: options.pop(name) for name in ("template", "system", "template_args") if name in options}
+    view: dict[str, Any] = {name: options.pop(name) for name in ("template", "system", "template_args", "think_end") if name in options}
     settings = _options(options)
     found = [_folders(spec, settings) for spec in parsed]
     kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}

@@ -1,7 +1,6 @@
 """Prompts to token ids: chat templates, the plain template, system prompts; one BOS, never two, never none where the tokenizer adds one."""
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model.conversation import Turns, answer_alone, render_turns
 from safety_neurons.prompts.records import Message, Prompt
-
-_THINKING = re.compile(r"<(think|thinking|reasoning|thought|seed:think)>\s*$")
+from safety_neurons.results.thoughts import end_of_opened, without_start
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Template:
     @staticmethod
     def opens_thinking(text: str) -> bool:
         """Whether a rendered text ends in an opened thinking part: the first words behind it are thoughts without a mark of their own."""
-        return _THINKING.search(text) is not None
+        return end_of_opened(text) is not None
 
     def answered(self, tokenizer: Any, prompt: Prompt, answer: str) -> tuple[str, str, str]:
         """The texts of a prompt, of its answer behind it, and of what ends the answer's turn (empty where the template writes nothing).
@@ -82,9 +80,9 @@ class Template:
             opened = ""
         behind = opened[len(asked) :] if opened.startswith(asked) and opened.rstrip().endswith(answer.rstrip()) else None
         if behind is None:
-            mark = _THINKING.search(asked)
-            behind = answer.removeprefix(f"<{mark[1]}>").lstrip("\n") if mark and answer_alone(answer) else answer
-            behind = f"</{mark[1]}>\n\n{answer}" if mark and not answer_alone(answer) else behind
+            mark = end_of_opened(asked)
+            behind = without_start(answer).lstrip("\n") if mark and answer_alone(answer) else answer
+            behind = f"{mark}\n\n{answer}" if mark and not answer_alone(answer) else behind
         return asked, behind, self._end(tokenizer, (*turns, Message("assistant", answer_alone(answer) or answer)))
 
     def _end(self, tokenizer: Any, turns: Turns) -> str:
