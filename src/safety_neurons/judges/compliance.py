@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safety_neurons.judges.judgement import Measure, Verdict, answer_in, harm_verdict, normalised
+from safety_neurons.judges.judgement import Measure, Verdict, answer_in, harm_verdict, normalised, request_in
 from safety_neurons.judges.judging import Case, Judge
 from safety_neurons.judges.wording import judge_by_wording
 from safety_neurons.results import Completion, Completions, Rate, rate
@@ -82,7 +82,7 @@ def _complies(completion: Completion, openings: tuple[str, ...]) -> bool | None:
     opening = next((start for start in openings if re.match(rf"{re.escape(normalised(start))}\b", text)), None)
     if opening is None or judge_by_wording(completion).refused:
         return False
-    return bool(_words(text[len(opening) :]) & _words(normalised(completion.prompt)))
+    return bool(_words(text[len(opening) :]) & _words(normalised(request_in(completion))))
 
 
 def _words(text: str) -> set[str]:

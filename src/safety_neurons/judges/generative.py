@@ -40,7 +40,7 @@ class GuardJudge(Judge):
     Args:
         family: One of `FORMS`.
         model: `ID[@REVISION][+ADAPTER…]`, or a model in memory; by default the family's own checkpoint.
-        template: A file with the guard's published words and the places `{prompt}`, `{behavior}`, `{answer}`, `{context}`.
+        template: A file with the guard's published words and the places that `guards` names (`{prompt}`, `{answer}`, …).
         least_mass: Below this probability of any readable answer a completion is unscored.
         batch_size: Rows, or `auto`.
         options: As for `load`: `device`, `dtype`, `offline`, …
@@ -187,7 +187,7 @@ class GuardJudge(Judge):
                 raise ModelError(
                     f"{self.name}: the checkpoint has no chat template to ask with; pass its published words as a template file"
                 )
-            turns = [("user", case.prompt), ("assistant", case.answer)]
+            turns = case.turns if self.form.several else [("user", case.prompt), ("assistant", case.answer)]
             return conversation_text(tokenizer, turns, parts=self.family == "llama-guard-4", **arguments)
         context = _filled(self.form.contextual, case, case.context) if case.context and self.form.contextual else ""
         return self.form.wrap.format(_filled(self.form.wording, case, context))
@@ -216,7 +216,7 @@ def _mean(choice: Choice, values: Sequence[float | None]) -> float | None:
 
 def _filled(words: str, case: Case, context: str) -> str:
     """The words with the texts in their places, all at once: what stands in a text is never taken for a place."""
-    places = {"prompt": case.prompt, "behavior": case.behavior, "answer": case.answer, "context": context}
+    places = {"prompt": case.prompt, "behavior": case.behavior, "answer": case.answer, "context": context, "conversation": case.transcript}
     parts = words.split("{")
     text = parts[0]
     for part in parts[1:]:

@@ -2,7 +2,8 @@
 
 A guard whose checkpoint holds a chat template is asked in the words it was trained on. HarmBench's, WildGuard's and StrongREJECT's
 checkpoints hold none: the forms here have the structure of the published prompts (roles, order, marks, answers) in our words; the
-published words can be given as a file (`template=`), with the places `{prompt}`, `{behavior}`, `{answer}` and `{context}`.
+published words can be given as a file (`template=`), with the places `{prompt}`, `{behavior}`, `{answer}`,
+`{context}` and `{conversation}` (the turns before the prompt).
 """
 
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class Form:
         wrap: What stands around the words, `{}` in the middle.
         then: Later stages, each with what they may answer by whether the answer so far is harmful.
         asks: Variables for the chat template, one set a question, by the kind of harm asked about; the most harmful answer counts.
+        several: Whether the checkpoint's template takes a conversation of several turns; otherwise it is given the last request alone.
         limit: Tokens of the answer judged that the guard reads; None for all that fit.
     """
 
@@ -51,6 +53,7 @@ class Form:
     wrap: str = "{}"
     then: tuple[Mapping[bool, tuple[Option, ...]], ...] = ()
     asks: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    several: bool = False
     limit: int | None = None
 
 
@@ -183,12 +186,14 @@ FORMS: dict[str, Form] = {
         _llama_guard(),
         "Model card of Llama Guard 3: the chat template asks; `safe`, or `unsafe` and the codes of hazards S1 to S14",
         then=(_LLAMA_STAGE,),
+        several=True,
     ),
     "llama-guard-4": Form(
         "meta-llama/Llama-Guard-4-12B",
         _llama_guard(),
         "Model card of Llama Guard 4: as Llama Guard 3, with the content of a turn as a list of parts",
         then=(_LLAMA_STAGE,),
+        several=True,
     ),
     "wildguard": Form(
         "allenai/wildguard",
@@ -224,6 +229,7 @@ FORMS: dict[str, Form] = {
         ),
         "README of Qwen3Guard-Gen: three lines, Safety, Categories, Refusal; Controversial counts as harmful (the strict reading)",
         then=_QWEN_STAGES,
+        several=True,
     ),
     "strongreject": Form(
         "google/gemma-2b+qylu4156/strongreject-15k-v1",

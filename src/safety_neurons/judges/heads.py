@@ -1,7 +1,9 @@
 """Judges with a head of their own: sequence classifiers, and the cost model of Safe RLHF."""
 
+import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +19,11 @@ from safety_neurons.model import BatchSize, TextReader, load_classifier, load_sc
 REFUSAL_LABELS = frozenset({"refusal", "refused", "rejection", "rejected", "reject", "refuse", "is_refusal"})
 HARM_LABELS = frozenset({"harmful", "unsafe", "toxic", "toxicity", "hate", "hap", "abusive", "harm", "jailbroken", "is_harmful"})
 SAFE_LABELS = frozenset({"safe", "harmless", "non_toxic", "not_toxic", "nontoxic", "neutral", "normal", "benign", "none", "ok"})
+_EARLIER = {
+    "beaver": {"user": "USER: {text} ASSISTANT:", "assistant": "{text}{end}"},
+    "tulu": {"system": "<|system|>\n{text}\n", "user": "<|user|>\n{text}\n<|assistant|>\n", "assistant": "{text}{end}\n"},
+}
+"""How the formats of conversations write the turns before the prompt; other roles have no place in them."""
 FORMATS = {
     "beaver": "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}",
     "tulu": "<|user|>\n{prompt}\n<|assistant|>\n{answer}",
@@ -189,6 +196,7 @@ class CostJudge(_HeadJudge):
     ) -> None:
         super().__init__(model, batch_size, options)
         self._words = FORMATS.get(format, format)
+        self._earlier = _EARLIER.get(format, {})
         if "{answer}" not in self._words:
             raise UsageError(f"format {format!r}: expected one of {' '.join(FORMATS)}, or a text with {{answer}} in it")
         self._end = format == "beaver" if end is None else end
@@ -204,8 +212,18 @@ class CostJudge(_HeadJudge):
 
     def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
         """One verdict a case; of an answer too long for the model the costliest window counts."""
-        end = self.reader.tokenizer.eos_token or "" if self._end else ""
-        return [_cost_verdict(found) for found in self._numbers([_filled(self._words, case) + end for case in cases])]
+        mark = self.reader.tokenizer.eos_token or ""
+        texts = [self._text(case, mark) + (mark if self._end else "") for case in cases]
+        return [_cost_verdict(found) for found in self._numbers(texts)]
+
+    def _text(self, case: Case, mark: str) -> str:
+        """The words with the case in them, and in a format of conversations the earlier turns before the prompt."""
+        if not case.before or not self._earlier:
+            return _filled(self._words, case)
+        *turns, (_, asked), _ = [*(turn for turn in case.before if turn[0] == "system"), *case.turns]
+        earlier = "".join(self._earlier[role].format(text=text, end=mark) for role, text in turns if role in self._earlier)
+        place = min((self._words.index(start) for start in ("USER:", "<|user|>") if start in self._words), default=0)
+        return self._words[:place] + earlier + _filled(self._words[place:], dataclasses.replace(case, prompt=asked))
 
 
 def _cost_verdict(found: Float64[np.ndarray, "window label"] | str) -> Verdict:
@@ -233,4 +251,10 @@ def _place(labels: Sequence[str], name: str) -> int:
 
 def _filled(words: str, case: Case) -> str:
     before, _, after = words.partition("{answer}")
-    return before.replace("{prompt}", case.prompt) + case.answer + after.replace("{prompt}", case.prompt)
+    return _asked(before, case) + case.answer + _asked(after, case)
+
+
+def _asked(words: str, case: Case) -> str:
+    """The words with what was asked in its places, all at once: what stands in a text is never taken for a place."""
+    places = {"{prompt}": case.prompt, "{conversation}": case.transcript}
+    return re.sub(r"\{(?:prompt|conversation)\}", lambda found: places[found[0]], words)

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -163,6 +163,21 @@ def answer_in(completion: Completion) -> str | None:
     """The answer of a completion; that its prompt opened a thinking part, and which text ends it, stand in its `meta`."""
     end = completion.meta.get("think_end")
     return answer_of(completion.completion, thinking=bool(completion.meta.get("thinking")), think_end=str(end) if end else None)
+
+
+def conversation_in(completion: Completion) -> tuple[tuple[str, str], ...]:
+    """Role and content of the turns that a completion answers, where its `meta` has several under `messages`."""
+    turns = completion.meta.get("messages")
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        return ()
+    known = [turn for turn in turns if isinstance(turn, Mapping) and isinstance(turn.get("content"), str)]
+    return tuple((str(turn.get("role", "user")), str(turn["content"])) for turn in known)
+
+
+def request_in(completion: Completion) -> str:
+    """The request that a completion answers: of a conversation the last user turn, otherwise the prompt."""
+    asked = [text for role, text in conversation_in(completion) if role == "user"]
+    return asked[-1] if asked else completion.prompt
 
 
 def ending(completions: Sequence[Completion], think_end: str | None) -> Completions:

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from safety_neurons.judges.cache import JudgementCache
-from safety_neurons.judges.judgement import UNSCORED, Judgement, Measure, RefusalJudge, Verdict, answer_in, judgement_of
+from safety_neurons.judges.judgement import (
+    UNSCORED,
+    Judgement,
+    Measure,
+    RefusalJudge,
+    Verdict,
+    answer_in,
+    conversation_in,
+    ending,
+    judgement_of,
+    request_in,
+)
 from safety_neurons.results import Completion
 from safety_neurons.results.files import PathLike
 
@@ -23,13 +34,36 @@ class Case:
     """What a judge sees of a completion: never the arm, the seed or another judge's verdict."""
 
     prompt: str
-    """What the model was asked, an attack around the request included."""
+    """What the model was asked, an attack around the request included; of a conversation the last user turn."""
     answer: str
     """The answer without its thinking part, behind what was begun for the model where its `meta` has an `opening`."""
     behavior: str
     """The request itself, where the completion's `meta` has it under `behavior` or `goal`; otherwise the prompt."""
     context: str = ""
     """Text the request refers to (`meta["context"]`)."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Role and content of the turns before the last user turn, where there are any."""
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Role and content of the turns up to the answer in alternation, from a user on, as guards' templates take them.
+
+        Turns of other roles than user and assistant are left out, and neighbours of one role are joined by a blank line.
+        """
+        turns: list[tuple[str, str]] = []
+        for role, text in (*self.before, ("user", self.prompt), ("assistant", self.answer)):
+            if role not in ("user", "assistant") or (not turns and role == "assistant"):
+                continue
+            if turns and turns[-1][0] == role:
+                turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
+            else:
+                turns.append((role, text))
+        return turns
+
+    @property
+    def transcript(self) -> str:
+        """The turns before the last user turn as lines `role: content`, every role among them; empty where there are none."""
+        return "\n".join(f"{role}: {text}" for role, text in self.before)
 
 
 class Judge(abc.ABC):
@@ -144,10 +178,12 @@ def case_of(completion: Completion) -> Case | None:
     if answer is None:
         return None
     meta = completion.meta
-    behavior = meta.get("behavior") or meta.get("goal") or completion.prompt
+    request, turns = request_in(completion), conversation_in(completion)
+    behavior = meta.get("behavior") or meta.get("goal") or request
+    asked = max((place for place, (role, _) in enumerate(turns) if role == "user"), default=0)
     opening = str(meta.get("opening") or "")
     gap = "" if not opening or opening[-1:].isspace() or answer[:1].isspace() else " "
-    return Case(completion.prompt, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""))
+    return Case(request, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""), turns[:asked])
 
 
 @contextlib.contextmanager

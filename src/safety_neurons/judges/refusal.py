@@ -130,7 +130,7 @@ def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
     if not url or not model:
         raise UsageError(f"judge {kind}:{rest}: expected {kind}:URL#MODEL, such as {kind}:http://localhost:8000/v1#judge")
     given = {key: value for key, value in options.items() if key not in ("device", "dtype", "batch_size")}
-    own = ("rubric", "measure", "parallel", "settings")
+    own = ("rubric", "measure", "parallel", "settings", "think_end")
     server = {key: value for key, value in given.items() if key not in own}
     endpoint = _called(kind, ChatServer, (url, model), server)
     return _called(kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own})
