@@ -191,7 +191,7 @@ def full_bias(part: Projection) -> Float[Tensor, " out"] | None:
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "ia3_l", {}) and not layer.is_feedforward and bias is not None:
                 bias = bias * layer.ia3_l[adapter].flatten()
-            if adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].bias is not None:
+            if adapter in getattr(layer, "lora_B", {}) and getattr(layer.lora_B[adapter], "bias", None) is not None:
                 extra = layer.lora_B[adapter].bias * layer.scaling[adapter]
                 bias = extra if bias is None else bias + extra
     return bias

@@ -46,7 +46,13 @@ class Entries:
         Raises:
             UnsupportedModelError: it is shared out over processes, or not in memory.
         """
-        value = self.holder[self.name] if isinstance(self.holder, nn.ParameterDict) else getattr(self.holder, self.name)
+        held = isinstance(self.holder, nn.ParameterDict)
+        value = self.holder[self.name] if held else getattr(self.holder, self.name)
+        if not held and self.name not in self.holder._parameters:
+            raise UnsupportedModelError(
+                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight norm or a pruning mask), a parameter "
+                "was expected; take the parametrisation off first"
+            )
         if type(value).__name__ == "DTensor" or value.is_meta:
             raise UnsupportedModelError(
                 f"{self.key}: its {self.kind} is {'off-loaded' if value.is_meta else 'shared out over processes'}, a tensor in memory was "
@@ -85,20 +91,94 @@ def entries_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
         if site.expert is not None:
             experts = model.anatomy.layers[site.layer].experts
             assert experts is not None
+            _experts_module(model, key)
             yield from _of_expert(key, experts, site.expert, site.site, index)
         else:
             place = model.anatomy.places[key]
-            part = projection(_module(model, place)) or place.projection
+            part = current_projection(model, key)
             yield from _of_projection(key, place, part, take(torch.arange(place.features), place.index)[index])
 
 
-def adapted(model: LanguageModel) -> tuple[int, ...]:
-    """What says whether adapters were put on or taken off since: the identities of the modules at the sites."""
-    return tuple(id(_module(model, place)) for place in model.anatomy.places.values())
+def adapted(model: LanguageModel, neurons: NeuronSet) -> tuple[int, ...]:
+    """What says whether adapters were put on or taken off since: the identities of the modules at the set's sites, adapters included."""
+    found: list[int] = []
+    for key in neurons.keys():  # noqa: SIM118 - not a mapping
+        module = _experts_module(model, key) if key not in model.anatomy.places else _module(model, model.anatomy.places[key])
+        while module is not None:
+            found += [id(module), *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name)]
+            module = getattr(module, "base_layer", None)
+    return tuple(found)
+
+
+def current_projection(model: LanguageModel, key: str) -> Projection:
+    """The projection of a dense site as it is now, with whatever was wrapped around it since the anatomy was made.
+
+    Raises:
+        UnsupportedModelError: another module stands there.
+    """
+    place = model.anatomy.places[key]
+    found = projection(_module(model, place))
+    if found is None or (found.in_features, found.out_features) != (place.projection.in_features, place.projection.out_features):
+        raise UnsupportedModelError(f"{key}: another module stands at {place.module_name!r} now, the projection was expected; load the model anew")
+    return found
 
 
 def _module(model: LanguageModel, place: SitePlace) -> nn.Module:
-    found: nn.Module = model.anatomy.model.get_submodule(place.module_name)
+    return _live(model, place.key, place.module_name)
+
+
+def _live(model: LanguageModel, key: str, name: str) -> nn.Module:
+    """The module of this name that the model runs: a copy of a whole sub-layer (`modules_to_save`) stands in for what it was made of.
+
+    Raises:
+        UnsupportedModelError: layers were put in or taken out, so that the name means another module.
+    """
+    here: Any = model.anatomy.model
+    if _n_layers(model) != len(model.anatomy.layers):
+        raise UnsupportedModelError(
+            f"{key}: the model has {_n_layers(model)} layers now and had {len(model.anatomy.layers)} (layer replication?); "
+            "load the model anew, then protect it"
+        )
+    for part in name.split("."):
+        here = _saved(here)
+        here = getattr(here, part)
+    found: nn.Module = here
+    return found
+
+
+def _saved(module: Any) -> Any:
+    """The copy that is trained in a module's place, where PEFT keeps one."""
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return module
+    names = [name for name in getattr(module, "active_adapters", None) or [] if name in module.modules_to_save]
+    return module.modules_to_save[names[0]] if names else module.original_module
+
+
+def _n_layers(model: LanguageModel) -> int:
+    path = model.anatomy.layers[0].module_name.rsplit(".", 1)[0]
+    here: Any = model.anatomy.model
+    for part in path.split("."):
+        here = getattr(_saved(here), part)
+    return len(_saved(here))
+
+
+def _experts_module(model: LanguageModel, key: str) -> nn.Module:
+    """The module that holds the experts' parameters.
+
+    Raises:
+        UnsupportedModelError: something is wrapped around it (a LoRA through `target_parameters`, a saved copy) whose share of an
+            expert's row or column cannot be told apart.
+    """
+    experts = model.anatomy.layers[parse_key(key).layer].experts
+    assert experts is not None
+    found = _live(model, key, experts.module_name)
+    above = [experts.module_name.rsplit(".", cut)[0] for cut in range(experts.module_name.count(".") + 1)]
+    around = [part for part in map(model.anatomy.model.get_submodule, above) if hasattr(part, "adapter_layer_names")]
+    if found is not experts.module or around:
+        raise UnsupportedModelError(
+            f"{key}: a {type(around[0] if around else found).__name__} is around the experts (adapters through target_parameters, modules_to_save), parameters of the "
+            "model's own were expected; leave the experts out of the adapter's targets, or merge the adapter and repair() afterwards"
+        )
     return found
 
 
@@ -111,13 +191,23 @@ def _of_projection(key: str, place: SitePlace, part: Projection, features: Tenso
         yield Entries(key, WEIGHT, part.base, "bias", (features,))
     current: Any = part.module
     while current is not part.base:
+        if _saved(current) is not current:
+            current = _saved(current)
+            continue
         if hasattr(current, "adapter_layer_names"):
             yield from _of_adapters(key, current, rows, features)
+        elif hasattr(current, "base_layer"):
+            raise UnsupportedModelError(
+                f"{key}: a {type(current).__name__} is around its projection, whose share of a neuron cannot be told apart; an adapter of PEFT or "
+                "the projection alone was expected"
+            )
         current = current.base_layer if hasattr(current, "base_layer") else part.base
 
 
 def _of_adapters(key: str, layer: Any, rows: bool, features: Tensor) -> Iterator[Entries]:
     lora, scales = getattr(layer, "lora_A", {}), getattr(layer, "ia3_l", {})
+    if any(not isinstance(part, nn.Linear) for adapter in lora for part in (lora[adapter], layer.lora_B[adapter])):
+        raise UnsupportedModelError(f"{key}: a {type(layer).__name__} adapter is on it; a plain LoRA or (IA)³ was expected")
     for adapter in lora:
         if adapter in getattr(layer, "lora_variant", {}):
             raise UnsupportedModelError(
@@ -136,9 +226,11 @@ def _of_adapters(key: str, layer: Any, rows: bool, features: Tensor) -> Iterator
                 "leave the projection out of the adapter's targets"
             )
         yield Entries(key, SCALE, scales, adapter, _along(rows, features))
-    known = len(lora) + len(scales)
-    if not known and any(len(getattr(layer, name, ())) for name in layer.adapter_layer_names):
-        raise UnsupportedModelError(f"{key}: a {type(layer).__name__} adapter is on it; LoRA or (IA)³ was expected")
+    own = (*(part for adapter in lora for part in (*lora[adapter].parameters(), *layer.lora_B[adapter].parameters())), *scales.values())
+    known = {id(parameter) for parameter in own} | {id(parameter) for parameter in layer.base_layer.parameters()}
+    unknown = [name for name, parameter in layer.named_parameters() if id(parameter) not in known]
+    if unknown:
+        raise UnsupportedModelError(f"{key}: a {type(layer).__name__} adapter is on it (with {unknown[0]}); LoRA or (IA)³ was expected")
 
 
 def _of_expert(key: str, experts: ExpertsAnatomy, expert: int, site: str, index: Tensor) -> Iterator[Entries]:

@@ -9,6 +9,7 @@ holds; so those rows and columns are held at zero. The share is then exactly zer
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from safety_neurons.errors import MismatchError, NeuronError
 from safety_neurons.model import LanguageModel
-from safety_neurons.neurons import NeuronSet
-from safety_neurons.tuning.entries import LORA, WEIGHT, Entries, adapted, entries_of
+from safety_neurons.neurons import NeuronSet, parse_key
+from safety_neurons.tuning.entries import LORA, WEIGHT, Entries, adapted, current_projection, entries_of
 
 
 @dataclass
@@ -39,10 +40,11 @@ class Protection:
     moved_outside: int = 0
     _kept: dict[tuple[str, str, int], tuple[Entries, Tensor]] = field(default_factory=dict, repr=False)
     _adapted: tuple[int, ...] = field(default=(), repr=False)
+    _effective: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
     def start(self) -> None:
         """Remember every entry as it is; hold the set's share of an adapter, which must be zero, at zero."""
-        self._adapted = adapted(self.model)
+        self._adapted = adapted(self.model, self.neurons)
         for entries in entries_of(self.model, self.neurons):
             place = (entries.key, entries.name, id(entries.holder))
             if place in self._kept:
@@ -53,14 +55,24 @@ class Protection:
                 values = torch.zeros_like(values)
                 entries.write(values)
             self._kept[place] = (entries, values)
+        self._effective = self._effective or effective(self.model, self.neurons)
 
     def changed(self) -> int:
-        """How many entries differ now, bit for bit, from what they are kept at."""
-        return sum(int((_bits(entries.read()) != _bits(values)).sum()) for entries, values in self._kept.values())
+        """How many entries of the set differ now from what they are kept at.
+
+        Both are looked at: the tensors that are held, bit for bit, and what the model computes with, adapters, copies and whatever else is
+        around a projection by now counted in. The larger number is told.
+        """
+        held = sum(int((_bits(entries.read()) != _bits(values)).sum()) for entries, values in self._kept.values())
+        return max(held, self._changed_in_effect())
+
+    def _changed_in_effect(self) -> int:
+        now = effective(self.model, self.neurons)
+        return sum(int((now[place] != values.to(now[place].device)).sum()) for place, values in self._effective.items())
 
     def before_step(self, *_: Any) -> None:
         """Keep the gradient of the set out of the optimizer; see adapters that were put on meanwhile."""
-        if adapted(self.model) != self._adapted:
+        if adapted(self.model, self.neurons) != self._adapted:
             self.start()
         for entries, _values in self._kept.values():
             entries.clear_gradient()
@@ -95,8 +107,9 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
     Raises:
         NeuronError: an empty set, or one of another model.
         MismatchError: a LoRA adapter that has already changed the neurons; `repair` it first.
-        UnsupportedModelError: parameters shared out over processes (FSDP, ZeRO-3), or an adapter whose share of a neuron cannot be told
-            apart (DoRA).
+            At the end: entries of the set that differ and could not be put back.
+        UnsupportedModelError: parameters shared out over processes (FSDP, ZeRO-3), weights computed from other tensors (parametrisations),
+            or an adapter whose share of a neuron cannot be told apart (DoRA, LoRA on the parameters of experts).
 
     Source: the aim of RSN-Tune (Zhao et al., ICLR 2025): safety that outlives downstream fine-tuning.
     Differs: held by construction, where RSN-Tune chooses neurons that the task is unlikely to move.
@@ -109,9 +122,16 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         stack.callback(register_optimizer_step_post_hook(protection.after_step).remove)
         stack.callback(protection.restore)  # also where training fails between an optimizer's step and what follows it
         yield protection
-        if adapted(model) != protection._adapted:
+        if adapted(model, neurons) != protection._adapted:
             protection.start()
         protection.moved_outside = protection.changed()
+        protection.restore()
+        left = protection.changed()
+        if left:
+            raise MismatchError(
+                f"{left} entries of the set differ from what they were and cannot be put back: something that is not held reaches them; "
+                "train without what was added to the model, or repair(model, reference, neurons)"
+            )
 
 
 @dataclass(frozen=True)
@@ -197,6 +217,34 @@ def _as_in(reference: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str]
                 continue
             part = whole[members] if place.side == "output" else whole[:, members]
             found[entries.key, entries.name] = (part.T if place.transposed else part).clone()
+    return found
+
+
+def effective(model: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str], Tensor]:
+    """What the model computes with at the neurons, active adapters counted in: rows or columns, and bias entries, by key.
+
+    Weights that can be neither read nor trained (quantised ones of other packages) are left out.
+    """
+    found: dict[tuple[str, str], Tensor] = {}
+    with torch.no_grad():
+        for key, indices in neurons.items():
+            members = torch.from_numpy(indices.copy())
+            site = parse_key(key)
+            if site.expert is not None:
+                experts = model.anatomy.layers[site.layer].experts
+                assert experts is not None
+                whole, bias = experts.weight(site.expert, site.site), experts.bias(site.expert, site.site)
+                rows = site.site != "down"
+            else:
+                part = current_projection(model, key)
+                place = dataclasses.replace(model.anatomy.places[key], projection=part)
+                rows = place.side == "output"
+                if part.quantised and not hasattr(part.base.weight, "quant_state"):
+                    continue
+                whole, bias = place.weight(), place.bias()
+            found[key, "weight"] = (whole[members] if rows else whole[:, members]).clone()
+            if bias is not None:
+                found[key, "bias"] = bias[members].clone()
     return found
 
 
