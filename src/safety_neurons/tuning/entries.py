@@ -50,8 +50,8 @@ class Entries:
         value = self.holder[self.name] if held else getattr(self.holder, self.name)
         if not held and self.name not in self.holder._parameters:
             raise UnsupportedModelError(
-                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight norm or a pruning mask), a parameter "
-                "was expected; take the parametrisation off first"
+                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight norm, a pruning mask), "
+                "a parameter was expected; take the parametrisation off first"
             )
         if type(value).__name__ == "DTensor" or value.is_meta:
             raise UnsupportedModelError(
@@ -119,7 +119,9 @@ def current_projection(model: LanguageModel, key: str) -> Projection:
     place = model.anatomy.places[key]
     found = projection(_module(model, place))
     if found is None or (found.in_features, found.out_features) != (place.projection.in_features, place.projection.out_features):
-        raise UnsupportedModelError(f"{key}: another module stands at {place.module_name!r} now, the projection was expected; load the model anew")
+        raise UnsupportedModelError(
+            f"{key}: another module stands at {place.module_name!r} now, the projection was expected; load the model anew"
+        )
     return found
 
 
@@ -176,8 +178,9 @@ def _experts_module(model: LanguageModel, key: str) -> nn.Module:
     around = [part for part in map(model.anatomy.model.get_submodule, above) if hasattr(part, "adapter_layer_names")]
     if found is not experts.module or around:
         raise UnsupportedModelError(
-            f"{key}: a {type(around[0] if around else found).__name__} is around the experts (adapters through target_parameters, modules_to_save), parameters of the "
-            "model's own were expected; leave the experts out of the adapter's targets, or merge the adapter and repair() afterwards"
+            f"{key}: a {type(around[0] if around else found).__name__} is around the experts (target_parameters, "
+            "modules_to_save), the model's own parameters were expected; leave the experts out of the adapter's targets, or merge the "
+            "adapter and repair() afterwards"
         )
     return found
 
@@ -198,8 +201,8 @@ def _of_projection(key: str, place: SitePlace, part: Projection, features: Tenso
             yield from _of_adapters(key, current, rows, features)
         elif hasattr(current, "base_layer"):
             raise UnsupportedModelError(
-                f"{key}: a {type(current).__name__} is around its projection, whose share of a neuron cannot be told apart; an adapter of PEFT or "
-                "the projection alone was expected"
+                f"{key}: a {type(current).__name__} is around its projection, whose share of a neuron cannot be told apart; "
+                "an adapter of PEFT or the projection alone was expected"
             )
         current = current.base_layer if hasattr(current, "base_layer") else part.base
 
