@@ -8,7 +8,8 @@ import typer
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, Model, listed
-from safety_neurons.cli.session import NOT_A_FILE, Session
+from safety_neurons.cli.inputs import NOT_A_FILE
+from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import UsageError
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from safety_neurons.cli import choices, console
+from safety_neurons.cli.inputs import NOT_A_FILE, inputs_of
 from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common
 
 Result = dict[str, Any]
@@ -26,7 +27,6 @@ PROMPT_OPTIONS = (
 )
 OF_ANOTHER_SHAPE = {"text", "foundation"}
 """Prompt options that `--column` does not name a column of; where there is `--data`, it is of that alone."""
-NOT_A_FILE = ("builtin:", "organism:")
 
 
 class Session:
@@ -50,7 +50,7 @@ class Session:
         from safety_neurons.results import RunFolder
 
         out = self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
-        return RunFolder(out, self.verb, self.config, overwrite=self.common.overwrite)
+        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.common))
 
     @property
     def quiet(self) -> bool:
@@ -59,8 +59,7 @@ class Session:
 
     def run(self, work: Callable[[], Result], show: Callable[[Result], None]) -> Result:
         """Do the work unless this run is finished, keep its result, and show it."""
-        if self.common.overwrite:
-            self.foresee()
+        self.foresee()
         finished = self.folder.finished
         if not finished:
             self._work(work)
@@ -76,7 +75,6 @@ class Session:
     def _work(self, work: Callable[[], Result]) -> None:
         """Do the work and keep its result; a run that fails before it wrote anything leaves nothing behind."""
         try:
-            self.foresee()
             result = work()
         except KeyboardInterrupt:
             self.folder.abandon()

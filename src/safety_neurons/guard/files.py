@@ -27,6 +27,7 @@ from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.results import write_bytes, write_json
+from safety_neurons.results.files import ordered_header
 
 SCHEMA = "safety-neurons-guard/1"
 WEIGHTS, FACTS = "guard.safetensors", "guard.json"
@@ -47,7 +48,7 @@ def save(guard: Guard, folder: str | os.PathLike[str]) -> None:
     arrays = {name: getattr(guard.classifier, name).contiguous() for name in VECTORS}
     arrays |= {MEMBERS + key: torch.from_numpy(indices.copy()) for key, indices in guard.neurons.items()}
     told = header(guard.neurons.provenance, guard.neurons.table)
-    write_bytes(place / WEIGHTS, to_bytes(arrays, metadata={**told, "guard": SCHEMA}))
+    write_bytes(place / WEIGHTS, ordered_header(to_bytes(arrays, metadata={**told, "guard": SCHEMA})))
     write_json(place / FACTS, _facts(guard))
 
 

@@ -1,12 +1,16 @@
-"""Folders of checkpoints as they lie on disk: whether the files are the files, or stand in for them."""
+"""Folders of checkpoints as they lie on disk: whether the files are the files, or stand in for them; and what they hold."""
 
+import re
 from pathlib import Path, PurePosixPath
 
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError
+from safety_neurons.results.content import Contents, contents_of, within
 
 _POINTER = b"version https://git-lfs"
 _KINDS = ("*.safetensors", "*.json", "*.model", "*.jinja")
+READ = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "additional_chat_templates/*", "prompts/*")
+"""Files of a model's folder that can change what it computes or is asked."""
 
 
 def refuse_pointers(folder: Path) -> None:
@@ -49,6 +53,21 @@ def shards_of(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{index}: cannot be read ({str(error)[:80]}); expected an index of shards; download the model again") from error
     return named
+
+
+def model_contents(folder: Path) -> Contents:
+    """What a model's folder holds, weights, configuration, tokenizer, template, adapter: by hash; a snapshot of the hub by its commit.
+
+    An organism's prompts, which lie in its folder or the one above, are part of it.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", folder.name) and folder.parent.name == "snapshots":
+        return {"commit": folder.name}
+    above = folder.parent / "prompts"
+    prompts = {} if (folder / "prompts").is_dir() or not above.is_dir() else within("prompts", contents_of(above))
+    return {**contents_of(folder, READ), **prompts}
 
 
 def _is_pointer(path: Path) -> bool:

@@ -271,6 +271,15 @@ def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
     return found
 
 
+def folders_of(spec: str | Path, *, offline: bool = False, trust_remote_code: bool = False) -> list[Path]:
+    """Local folders of a model's base and its adapters, as `load` would read them.
+
+    Raises:
+        ModelError: One that cannot be found. UsageError: A malformed spec.
+    """
+    return _folders(parse_spec(spec), _options({"offline": offline, "trust_remote_code": trust_remote_code}))
+
+
 def _folder(name: str, revision: str | None, options: _Options) -> Path:
     path = Path(name)
     if path.is_dir() and revision is not None:

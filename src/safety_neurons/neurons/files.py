@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from safety_neurons.errors import NeuronError
 from safety_neurons.neurons.keys import parse_key, sort_keys
-from safety_neurons.results import write_bytes
+from safety_neurons.results.files import safetensors_bytes, write_bytes
 
 
 class Content(NamedTuple):
@@ -30,7 +29,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         RunError: the place cannot be written.
     """
     ordered = {key: np.ascontiguousarray(arrays[key]) for key in sort_keys(arrays)}
-    write_bytes(path, save(ordered, metadata=dict(metadata)))
+    write_bytes(path, safetensors_bytes(ordered, metadata))
 
 
 def read(path: str | os.PathLike[str], name: str) -> Content:

@@ -1,6 +1,5 @@
 """Provenance: where a neuron or score file comes from, as text in the header of the file."""
 
-import datetime
 import functools
 import importlib.metadata
 import json
@@ -11,6 +10,7 @@ from typing import Any
 from safety_neurons import strict_json
 from safety_neurons.errors import NeuronError
 from safety_neurons.results import plain
+from safety_neurons.results.files import now
 
 SCHEMA = "safety-neurons/1"
 KINDS = ("neurons", "scores", "delta")
@@ -22,10 +22,6 @@ def _version() -> str:
         return importlib.metadata.version("safety-neurons")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class Provenance:
     """Options of the method, as JSON values; `sites` and `layers` are what was searched."""
     version: str = field(default_factory=_version)
     """Version of this package."""
-    created: str = field(default_factory=_now)
-    """Time of making, UTC, ISO 8601."""
+    created: str = field(default_factory=now)
+    """Time of making, UTC, ISO 8601; that of SOURCE_DATE_EPOCH where it is set."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

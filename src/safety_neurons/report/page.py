@@ -1,7 +1,6 @@
 """The page: sections put together, written whole, and nothing in it that loads, runs or calls home."""
 
 import base64
-import datetime
 import hashlib
 import importlib.resources
 import os
@@ -20,6 +19,7 @@ from safety_neurons.report.findings import asked
 from safety_neurons.report.reading import Run, guarded, read_runs
 from safety_neurons.report.text import NONE, duration, visible
 from safety_neurons.results import write_bytes
+from safety_neurons.results.files import now
 
 SCRIPTS = ("map.js", "completions.js")
 
@@ -65,7 +65,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
             "csp": _policy(style, script),
             "style": Markup(style),  # noqa: S704 - our own file
             "script": Markup(script),  # noqa: S704 - our own file
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "date": now()[:10],
             "asked": asked(runs),
             "tiles": short_answers(runs),
             "findings": said,

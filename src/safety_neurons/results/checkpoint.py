@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from safety_neurons import strict_json
 from safety_neurons.errors import RunError
-from safety_neurons.results.files import PathLike, plain, write_bytes
+from safety_neurons.results.files import PathLike, plain, safetensors_bytes, write_bytes
 
 EVERY = 5.0
 """Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under way."""
@@ -55,7 +54,7 @@ class Checkpoint:
         """
         start = self._clock()
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_bytes(self.path, save(whole, metadata={"state": json.dumps(plain(state))}))
+        write_bytes(self.path, safetensors_bytes(whole, {"state": json.dumps(plain(state))}))
         self._last = self._clock()
         self._cost = self._last - start
 

@@ -1,21 +1,35 @@
-"""Files written whole or not at all: a crash, a kill or a full disk leaves the old file or the new one, never half of one."""
+"""Files written whole or not at all, and to the same bytes wherever the same is written.
+
+A crash, a kill or a full disk leaves the old file or the new one, never half of one. What is not finished carries a name of its own
+(`PARTIAL`), so that whatever a kill left behind is known for what it is.
+"""
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
 import pathlib
+import re
+import shutil
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 
 PathLike = str | os.PathLike[str]
+PARTIAL = ".safety-neurons-partial"
+"""The end of every temporary's name."""
+_OLD = ".old"
+_RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))})
+_LONGEST_NAME = 200
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -28,7 +42,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL)
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -43,10 +57,100 @@ def write_bytes(path: PathLike, content: bytes) -> None:
                 os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def whole_folder(path: PathLike) -> Iterator[pathlib.Path]:
+    """A folder beside the wanted one that takes its place at the end of the block; after an exception, what was there is as it was.
+
+    Raises:
+        RunError: the place cannot be written.
+    """
+    folder = pathlib.Path(path)
+    partial, old = (folder.with_name(f".{folder.name}{kind}{PARTIAL}") for kind in ("", _OLD))
+    try:
+        _restore(old)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _restore(old)
+    except OSError as error:
+        raise RunError(f"cannot write {str(folder)!r} ({error.strerror or error}); choose a writable place with free space") from error
+
+
+def remove_partial(folder: PathLike) -> None:
+    """Removes what killed processes left unfinished in a folder and below; only for who alone may write there."""
+    for left in sorted(pathlib.Path(folder).rglob(f".*{PARTIAL}")):
+        if left.name.endswith(f"{_OLD}{PARTIAL}"):
+            _restore(left)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _restore(old: pathlib.Path) -> None:
+    """Puts a folder back that was set aside for one which did not come; where that came, it goes."""
+    if old.is_dir():
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(f"{_OLD}{PARTIAL}"))
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def plain_name(name: object, what: str) -> str:
+    """A name out of a file that is to become the name of a file or folder: a name, never a path.
+
+    Raises:
+        InputError: empty, too long, with a separator, a drive, a control character or a leading dot, or reserved by a system.
+    """
+    text = str(name)
+    fits = 0 < len(text.encode(errors="replace")) <= _LONGEST_NAME and text == text.strip() and not text.startswith(".")
+    if not fits or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text) or text.split(".")[0].lower() in _RESERVED:
+        raise InputError(f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', without folders: rename it")
+    return text
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set, so that files can be made again.
+
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is no time.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if not given:
+        return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.datetime.fromtimestamp(int(given), datetime.UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise InputError(f"SOURCE_DATE_EPOCH {given[:40]!r} is no time; expected seconds since 1970: correct or unset it") from None
+
+
+def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file of numpy arrays."""
+    return ordered_header(save(dict(arrays), metadata=dict(metadata)))
+
+
+def ordered_header(content: bytes) -> bytes:
+    """The same safetensors file with the names in its header in order; the library writes metadata in a random one."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header = {name: dict(sorted(entry.items())) if name == "__metadata__" else entry for name, entry in sorted(header.items())}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format wants tensors at multiples of eight
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,10 @@
-"""RunFolder: where one run writes. The same configuration goes on, another is an error, a finished run stays as it is."""
+"""RunFolder: where one run writes. The same run goes on, another is an error, a finished run stays as it is.
+
+Which run it is, is told by what was read and not by how that was called: the verb, the content of every file an argument names, all other
+arguments as they are, and the version of this package.
+"""
 
 import contextlib
-import datetime
 import importlib.metadata
 import pathlib
 import platform
@@ -11,46 +14,75 @@ from typing import Any
 
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results.checkpoint import Checkpoint
-from safety_neurons.results.files import PathLike, plain, read_json, write_json
+from safety_neurons.results.content import Contents
+from safety_neurons.results.files import PathLike, now, plain, read_json, remove_partial, write_json
+from safety_neurons.results.lock import Lock
 
 RECORD = "run.json"
 SCHEMA = "safety-neurons/1"
 IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"})
 """Arguments that cannot change a result, so that they are no part of the configuration."""
-_PACKAGES = ("safety-neurons", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+CONTINUED = ("completions.jsonl", "answered_by.json", "judgements.sqlite", "capability.json", "harmless-answers.jsonl", "seeds.json")
+"""Files in which studies look for what they have done already."""
+PACKAGE = "safety-neurons"
+_PACKAGES = (PACKAGE, "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
 class RunFolder:
     """The folder of one run, with `run.json` in it from the first moment on."""
 
-    def __init__(self, out: PathLike, verb: str, config: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Creates the folder, or goes on in it when it holds a run of the same verb and configuration.
+    def __init__(
+        self,
+        out: PathLike,
+        verb: str,
+        config: Mapping[str, Any],
+        overwrite: bool = False,
+        inputs: Mapping[str, Contents] | None = None,
+    ) -> None:
+        """Creates the folder, or goes on in it when it holds the same run. Until it is finished, no other process may write there.
 
         Args:
             out: the folder.
             verb: what is run, such as `find contrast`.
             config: the arguments; those in `IMMATERIAL` are recorded but not compared.
             overwrite: start anew whatever the folder holds of an earlier run; files the earlier run did not write stay.
+            inputs: by argument the content of what it names, which is compared in the place of its words.
 
         Raises:
-            RunError: unwritable, damaged, or a run of another configuration.
+            RunError: unwritable, damaged, another run's, or another process is at work in it.
         """
         self.folder = pathlib.Path(out)
         self.resumed = False
         self._made: list[pathlib.Path] = []
-        arguments = plain(dict(config))
-        earlier = None if overwrite else self._read()
-        if overwrite:
-            self._clear()
-        if earlier is not None:
-            self._compare(earlier, verb, arguments)
-            self._record = earlier
-            self.resumed = True
-        else:
-            self._record = _first_record(verb, arguments)
+        self._lock = Lock(self.folder)
+        first = _first_record(verb, plain(dict(config)), inputs or {})
+        self._record = first if overwrite else self._read() or first
+        if self._record is not first:
+            self._compare(first)
+        if not self.finished:
             self._make()
-            self._write()
+            self._lock.take()
+            self._begin(first, overwrite=overwrite)
         self._started = time.monotonic()
+
+    def _begin(self, first: dict[str, Any], *, overwrite: bool) -> None:
+        """Go on, or start, in a folder that no other process is in."""
+        try:
+            remove_partial(self.folder)
+            if overwrite:
+                self._clear()
+            earlier = None if overwrite else self._read()  # Once more: until the lock was taken, somebody else may have finished it.
+            if earlier is not None:
+                self._record = earlier
+                self._compare(first)
+            else:
+                self._write()
+            self.resumed = earlier is not None
+        except BaseException:
+            self._lock.release()
+            raise
+        if self.finished:
+            self._lock.release()
 
     # What others use
 
@@ -61,8 +93,8 @@ class RunFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `run.json` says; after a finished run its `result` is what was passed to `finish`."""
-        return dict(self._record)
+        """What `run.json` says; after a finished run its `result` is what was passed to `finish`, its files where the folder lies now."""
+        return {**self._record, "result": _placed(self._record.get("result"), self.folder.absolute(), self._record.get("paths", []))}
 
     def path(self, name: str) -> pathlib.Path:
         """Where the file `name` of this run lies (absolute); it is noted as the run's own, so that starting anew removes it.
@@ -87,23 +119,28 @@ class RunFolder:
         """Marks the run as finished and writes down what it gave.
 
         Args:
-            record: the result, as JSON values; kept under `result`.
+            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so that it may be moved; `paths` says
+                where in the result they are.
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
         seconds = self._record["timings"].get("seconds", 0.0) + time.monotonic() - self._started
-        timings = {**self._record["timings"], "finished": _now(), "seconds": seconds, **plain(about.pop("timings", {}))}
-        self._record |= {**plain(about), "result": plain(dict(record or {})), "status": "finished", "timings": timings}
+        timings = {**self._record["timings"], "finished": now(), "seconds": seconds, **plain(about.pop("timings", {}))}
+        result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
+        self._record |= {**plain(about), "result": result, "paths": paths, "status": "finished", "timings": timings}
         kept = [name for name in self._record["files"] if not name.startswith("checkpoints/")]
         dropped = [name for name in self._record["files"] if name.startswith("checkpoints/")]
         self._record["files"] = kept
         self._write()
         self._remove(dropped)
+        self._lock.release()
 
     def abandon(self) -> None:
         """Takes back a run that has written nothing yet, so that the corrected command may use the same folder."""
         if self.finished or any((self.folder / name).exists() for name in self._record["files"]):
+            self._lock.release()
             return
         self._remove([RECORD])
+        self._lock.release()
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -128,7 +165,7 @@ class RunFolder:
             found = read_json(source)
         except (InputError, OSError) as error:
             raise RunError(f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out") from error
-        shape = {"verb": str, "status": str, "arguments": dict, "files": list, "timings": dict}
+        shape = {"verb": str, "status": str, "arguments": dict, "inputs": dict, "versions": dict, "files": list, "timings": dict}
         whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in shape.items())
         whole = whole and found["status"] in ("running", "finished") and all(isinstance(name, str) for name in found["files"])
         seconds = found["timings"].get("seconds", 0.0) if whole else None
@@ -136,26 +173,40 @@ class RunFolder:
             raise RunError(f"{str(source)!r} is not a run record of this version; pass --overwrite or choose another --out")
         return found
 
-    def _compare(self, earlier: Mapping[str, Any], verb: str, arguments: Mapping[str, Any]) -> None:
-        if earlier["verb"] != verb:
-            raise RunError(
-                f"{str(self.folder)!r} holds a run of {earlier['verb']!r}, not {verb!r}; choose another --out or pass --overwrite"
-            )
-        before, now = _material(earlier["arguments"]), _material(arguments)
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                raise RunError(
-                    f"{str(self.folder)!r} holds a run with {name} {str(before.get(name))[:60]!r}, not {str(now.get(name))[:60]!r}; "
-                    "choose another --out or pass --overwrite"
-                )
+    def _compare(self, now: Mapping[str, Any]) -> None:
+        """Raises an error that says what is not as it was.
+
+        Raises:
+            RunError: the record is another run's.
+        """
+        earlier, where = self._record, f"{str(self.folder)!r} holds a run"
+        advice = "choose another --out, or pass --overwrite to start anew"
+        if earlier["verb"] != now["verb"]:
+            raise RunError(f"{where} of {earlier['verb']!r}, not {now['verb']!r}; {advice}")
+        before, after = _material(earlier), _material(now)
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                raise RunError(f"{where} with {name} {str(before.get(name))[:60]!r}, not {str(after.get(name))[:60]!r}; {advice}")
+        for name in sorted({*earlier["inputs"], *now["inputs"]}):
+            what = _changed(earlier["inputs"].get(name), now["inputs"].get(name))
+            if what is not None:
+                raise RunError(f"{where} on another {name}: {str(now['arguments'].get(name))[:80]!r} {what} since; {advice}")
+        made, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
+        if made != ours:
+            raise RunError(f"{where} of version {made[:20]}, this is version {ours}; {advice}")
 
     def _clear(self) -> None:
-        """Removes what an earlier run noted as its own."""
-        with contextlib.suppress(RunError):
-            earlier = self._read()
-            self._remove([*(earlier or {}).get("files", []), *([RECORD] if earlier else [])])
+        """Removes what an earlier run noted as its own; of one whose notes cannot be read, whatever a run goes on from."""
+        try:
+            earlier = read_json(self.folder / RECORD)
+        except (InputError, OSError):
+            earlier = None
+        noted = earlier.get("files") if isinstance(earlier, dict) else None
+        checkpoints = [str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/*.safetensors")]
+        self._remove([*(noted if isinstance(noted, list) else (*CONTINUED, *checkpoints)), RECORD])
 
     def _remove(self, names: list[str]) -> None:
+        """Removes files of the run, and folders that are empty without them."""
         root = self.folder.resolve()
         for name in names:
             target = (root / str(name)).resolve()
@@ -166,21 +217,68 @@ class RunFolder:
             (root / "checkpoints").rmdir()
 
 
-def _material(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in IMMATERIAL}
+def _material(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are compared by their words: the others cannot change a result, or name what is compared by content."""
+    return {name: value for name, value in record["arguments"].items() if name not in IMMATERIAL and name not in record["inputs"]}
 
 
-def _first_record(verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _changed(before: Any, after: Any) -> str | None:
+    """How the content of an input is another one; None where it is the same."""
+    if before == after:
+        return None
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "was not there" if after is not None else "was there"
+    places = [place for place in sorted({*before, *after}) if before.get(place) != after.get(place)]
+    counted = f" and {len(places) - 1} more files" if len(places) > 1 else ""
+    kind = "new" if places[0] not in before else "gone" if places[0] not in after else "other content"
+    named = f" ({kind}: {places[0]}{counted})" if places[0] else ""
+    return f"has changed{named}"
+
+
+def _unplaced(value: Any, roots: tuple[pathlib.Path, ...]) -> tuple[Any, list[list[str | int]]]:
+    """A JSON value with the paths that lie in a folder relative to it, and where in the value they are."""
+    if isinstance(value, str) and value.startswith("/"):
+        inside = next((pathlib.PurePath(value).relative_to(root) for root in roots if pathlib.PurePath(value).is_relative_to(root)), None)
+        return (value, []) if inside is None else (inside.as_posix(), [[]])
+    items: list[tuple[Any, Any]] = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    if not items:
+        return value, []
+    done = [(key, *_unplaced(item, roots)) for key, item in items]
+    paths: list[list[str | int]] = [[key, *path] for key, _, found in done for path in found]
+    return ({key: item for key, item, _ in done} if isinstance(value, dict) else [item for _, item, _ in done]), paths
+
+
+def _placed(value: Any, root: pathlib.Path, paths: Any) -> Any:
+    """The inverse of `_unplaced` for a folder that may lie elsewhere now; what is no path of the value stays as it is."""
+    for path in paths if isinstance(paths, list) else ():
+        value = _with_root(value, root, path if isinstance(path, list) else [None])
+    return value
+
+
+def _with_root(value: Any, root: pathlib.Path, path: list[Any]) -> Any:
+    if not path:
+        inside = isinstance(value, str) and not value.startswith("/") and ".." not in pathlib.PurePath(value).parts
+        return str(root / value) if inside else value
+    step, rest = path[0], path[1:]
+    if isinstance(value, dict) and isinstance(step, str) and step in value:
+        return {**value, step: _with_root(value[step], root, rest)}
+    if isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value):
+        return [_with_root(item, root, rest) if number == step else item for number, item in enumerate(value)]
+    return value
+
+
+def _first_record(verb: str, arguments: dict[str, Any], inputs: Mapping[str, Contents]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "verb": verb,
         "arguments": arguments,
+        "inputs": {name: dict(contents) for name, contents in inputs.items()},
         "status": "running",
         "versions": {"python": platform.python_version(), "platform": platform.platform(), **_versions()},
         "seeds": {name: value for name, value in arguments.items() if "seed" in name},
         "hashes": {},
         "device": None,
-        "timings": {"started": _now()},
+        "timings": {"started": now()},
         "files": [],
     }
 
@@ -191,7 +289,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -20,7 +20,7 @@ from safety_neurons.model.experts import DOWN, FUSED
 from safety_neurons.model.layouts import take
 from safety_neurons.neurons import NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
-from safety_neurons.results.files import PathLike, write_bytes
+from safety_neurons.results.files import PathLike, ordered_header, write_bytes
 from safety_neurons.tuning.attach import Deltas, positions_of
 from safety_neurons.tuning.deltas import Beside, NeuronDelta, full, summed
 
@@ -85,7 +85,7 @@ def save_delta(folder: PathLike, delta: Delta) -> None:
     arrays = {key: tensor if tensor.dtype == torch.float64 else tensor.float() for key, tensor in arrays.items()}
     arrays |= {_MEMBERS + key: torch.from_numpy(members.copy()) for key, members in delta.neurons.items()}
     told = header(replace(delta.provenance, kind="delta"), delta.neurons.table)
-    write_bytes(Path(folder) / DELTA_FILE, safetensors.torch.save(arrays, metadata={**told, "base": delta.base}))
+    write_bytes(Path(folder) / DELTA_FILE, ordered_header(safetensors.torch.save(arrays, metadata={**told, "base": delta.base})))
     delta.neurons.save(Path(folder) / FILE_NAME)
 
 

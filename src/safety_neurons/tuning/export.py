@@ -6,9 +6,6 @@ whose B is the change. With alpha = rank the product is the change itself, so me
 
 import contextlib
 import copy
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +23,7 @@ from safety_neurons.model.adapters import activate, is_adapted
 from safety_neurons.model.loading import quiet
 from safety_neurons.model.places import SitePlace
 from safety_neurons.neurons import parse_key
-from safety_neurons.results.files import PathLike, read_json, write_bytes, write_json
+from safety_neurons.results.files import PathLike, read_json, whole_folder, write_bytes, write_json
 from safety_neurons.tuning.artefacts import Delta, applied, check_base, check_plain, survival
 from safety_neurons.tuning.attach import positions_of
 from safety_neurons.tuning.deltas import Beside
@@ -251,20 +248,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
         raise RunError(f"{str(folder)!r} holds other things than a checkpoint, which would be replaced; choose an empty folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with whole_folder(folder) as partial:
             yield partial
-            os.chmod(partial, 0o755)
-            if folder.exists():  # a checkpoint, or empty: checked at the start
-                old = partial.with_name(partial.name + ".old")
-                folder.rename(old)
-                partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        why = getattr(error, "strerror", None) or str(error)[:120]
-        raise RunError(f"cannot write {str(folder)!r} ({why}); choose a writable place with free space") from error
+    except SafetensorError as error:  # an error of its own for a full disk
+        raise RunError(f"cannot write {str(folder)!r} ({str(error)[:120]}); choose a writable place with free space") from error

@@ -1,0 +1,141 @@
+"""What a run reads: for every option that names files, the content of what it names, by which runs are told apart."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from safety_neurons.cli.choices import TEMPLATES
+from safety_neurons.cli.options import Common, listed
+
+Contents = dict[str, str]
+"""As in `safety_neurons.results.content`, which is imported when it is needed: it brings numpy along."""
+NOT_A_FILE = ("builtin:", "organism:")
+READS: dict[str, str] = {
+    **dict.fromkeys(("model", "base", "aligned", "donor", "reference", "safety", "helpful", "control"), "model"),
+    **dict.fromkeys(("neurons", "truth", "subtract", "protect", "deactivate", "patch", "foundation_neurons", "scores", "sets"), "sets"),
+    **dict.fromkeys(("prompts", "harmful", "harmless", "unsafe", "safe", "labelled", "text", "foundation", "data", "test_harmful"), "files"),
+    **dict.fromkeys(("test_harmless", "find_harmless", "find_prompts", "test_prompts", "fit_unsafe", "fit_safe", "general"), "files"),
+    **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability", "judge"), "files"),
+    **dict.fromkeys(("detectors", "file", "utility", "guard", "baseline", "tasks_folder"), "files"),
+    **dict.fromkeys(("suite", "over_refusal", "suites"), "suites"),
+    "folder": "suites' folder",
+    "organism": "organism",
+}
+"""For every option that names what is read, what kind of thing it names."""
+WORDS = frozenset(
+    "answer_column arm arms at attacks benign_steps by calibration column compare compliance counts definitions downstream endpoint files form "
+    "gate generate_with goals groups half harmful_steps helpfulness host kv label_column language languages layers leave_out learning_rate "
+    "method methods move name on_unsafe pass_field perturbations pooling positions pruned read_as recipe refusal runs served_name sites sizes "
+    "source_model space tasks title tool top upstream".split()
+)
+"""Options with words of their own, and those of verbs that keep no run."""
+
+
+def inputs_of(options: Mapping[str, Any], common: Common) -> dict[str, Contents]:
+    """By option the content of what it names; what is no file (a built-in list, a suite by name) counts by its name.
+
+    Raises:
+        InputError: a file that cannot be read. ModelError: no such model.
+    """
+    from safety_neurons.results.content import contents_of
+
+    found = {}
+    for name, value in options.items():
+        if name in READS and value is not None:
+            found[name] = {} if READS[name] == "suites' folder" else _contents(READS[name], value, options, common)
+    if common.template not in TEMPLATES:
+        found["template"] = contents_of(pathlib.Path(common.template).expanduser())
+    return found
+
+
+def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common) -> Contents:
+    from safety_neurons.results.content import within
+
+    parts = [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
+    if kind != "model" and not any(pathlib.Path(part).exists() for part in parts):
+        parts = [piece for part in parts for piece in listed(part) or ()]
+    if any("{language}" in part for part in parts):
+        parts = [part.replace("{language}", code) for part in parts for code in listed(options.get("languages")) or ()]
+    found: Contents = {}
+    for number, part in enumerate(parts):
+        label, path = _labelled(part)
+        place = f"{label}={number}" if label else str(number) if len(parts) > 1 else ""
+        contents = _READERS[kind](path, options, common)
+        found |= within(place, contents) if place else contents
+    return found
+
+
+def _labelled(part: str) -> tuple[str, str]:
+    """(label, path) of `NAME=PATH` and `KIND:PATH`; no label for what exists as it is, or is not of such a form."""
+    for sign in "=:":
+        label, found, path = part.partition(sign)
+        if found and not pathlib.Path(part).exists() and not part.startswith(NOT_A_FILE) and "/" not in label:
+            if sign == "=" or pathlib.Path(path).expanduser().exists():
+                return label, path
+    return "", part
+
+
+def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
+    """A file or folder, or words."""
+    from safety_neurons.results.content import contents_of
+
+    source = pathlib.Path(path).expanduser()
+    archive = next((parent for parent in source.parents if parent.is_file()), source)  # ARCHIVE.zip/MEMBER
+    if path.startswith("organism:"):
+        from safety_neurons.organism import spec
+
+        archive = pathlib.Path(spec(path.removeprefix("organism:")))
+    if not archive.exists():
+        return {"": f"named {path}"}
+    if (archive / "config.json").is_file():
+        from safety_neurons.model.folders import model_contents
+
+        return model_contents(archive)
+    return contents_of(archive) if archive == source else {**contents_of(archive), "member": str(source.relative_to(archive))}
+
+
+def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
+    """A neuron or score file; a folder means those in it."""
+    from safety_neurons.results.content import contents_of
+
+    folder = pathlib.Path(path)
+    return contents_of(folder, ("neurons.safetensors", "scores.safetensors")) if folder.is_dir() else _file(path, options, common)
+
+
+def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
+    from safety_neurons.cli.session import resolve
+    from safety_neurons.model.folders import model_contents
+    from safety_neurons.model.loading import folders_of
+    from safety_neurons.results.content import within
+
+    folders = folders_of(resolve(text), offline=common.offline, trust_remote_code=common.trust_remote_code)
+    if len(folders) == 1:
+        return model_contents(folders[0])
+    parts = [within(number or "base", model_contents(folder)) for number, folder in enumerate(folders)]
+    return {place: digest for part in parts for place, digest in part.items()}
+
+
+def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
+    if name == "none" or name.startswith(NOT_A_FILE) or pathlib.Path(name).exists():
+        return _file(name, options, common)
+    from safety_neurons.results.content import within
+    from safety_neurons.suites import suite
+
+    read = suite(name, folder=options.get("folder"), offline=common.offline, column=options.get("column"))
+    return within("suite", {str(number) if number else "": digest for number, digest in enumerate(read.sha256)})
+
+
+def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:
+    from safety_neurons.organism.folder import open_organism
+    from safety_neurons.results.content import contents_of
+
+    return contents_of(open_organism(pathlib.Path(name) if pathlib.Path(name).is_dir() else name).path)
+
+
+_READERS: dict[str, Callable[[str, Mapping[str, Any], Common], Contents]] = {
+    "files": _file,
+    "sets": _set,
+    "model": _model,
+    "suites": _suite,
+    "organism": _organism,
+}
