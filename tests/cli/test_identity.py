@@ -103,16 +103,32 @@ VERBS = {
         "plain neurons others labelled harmless",
     ),
     "evaluate": (
-        lambda p: [*("--model", p.plain, "--suite", f"{p.harmful},mine={p.labelled}", "--over-refusal", p.harmless), "--deactivate", p.neurons,
-                   "--capability", f"perplexity:{p.general}"],
+        lambda p: [
+            *("--model", p.plain, "--suite", f"{p.harmful},mine={p.labelled}", "--over-refusal", p.harmless),
+            "--deactivate",
+            p.neurons,
+            "--capability",
+            f"perplexity:{p.general}",
+        ],
         "plain harmful labelled harmless neurons general",
     ),  # fmt: skip
     "guard fit": (lambda p: ["--model", p.plain, "--neurons", p.neurons, "--labelled", p.labelled], "plain neurons labelled"),
-    "study rsn": (lambda p: ["--model", p.plain, "--prompts", p.harmful, "--data", p.labelled, "--task", p.general], "plain harmful labelled general"),
+    "study rsn": (
+        lambda p: ["--model", p.plain, "--prompts", p.harmful, "--data", p.labelled, "--task", p.general],
+        "plain harmful labelled general",
+    ),
     "analyze layers": (lambda p: [f"one={p.neurons}", p.others], "neurons others"),
     "analyze languages": (
-        lambda p: ["--model", p.plain, "--languages", "harmful,harmless", "--find-prompts", str(p.folder / "{language}.txt"), "--test-prompts",
-                   str(p.folder / "{language}.txt")],
+        lambda p: [
+            "--model",
+            p.plain,
+            "--languages",
+            "harmful,harmless",
+            "--find-prompts",
+            str(p.folder / "{language}.txt"),
+            "--test-prompts",
+            str(p.folder / "{language}.txt"),
+        ],
         "plain harmful harmless",
     ),  # fmt: skip
     "doctor": (lambda p: ["--model", p.plain], "plain"),

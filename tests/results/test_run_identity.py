@@ -95,14 +95,24 @@ def test_a_run_of_another_version_is_not_taken_for_this_ones(tmp_path, prompts):
 
 def test_paths_in_a_result_follow_the_folder(tmp_path):
     run = RunFolder(tmp_path / "a", "find", {})
-    result = {"neurons": str(run.path("neurons.safetensors")), "sets": {"x": [1, str(run.path("x/y.json"))]}, "model": "x/y.json", "o": "/o"}
+    result = {
+        "neurons": str(run.path("neurons.safetensors")),
+        "sets": {"x": [1, str(run.path("x/y.json"))]},
+        "model": "x/y.json",
+        "o": "/o",
+    }
     run.finish(result)
     assert str(tmp_path) not in (tmp_path / "a" / "run.json").read_text()
     (tmp_path / "a").rename(tmp_path / "b")
     moved = tmp_path / "b"
     again = RunFolder(moved, "find", {})
     assert again.finished
-    expected = {"neurons": str(moved / "neurons.safetensors"), "sets": {"x": [1, str(moved / "x" / "y.json")]}, "model": "x/y.json", "o": "/o"}
+    expected = {
+        "neurons": str(moved / "neurons.safetensors"),
+        "sets": {"x": [1, str(moved / "x" / "y.json")]},
+        "model": "x/y.json",
+        "o": "/o",
+    }
     assert again.record["result"] == expected
 
 
@@ -202,9 +212,14 @@ def test_an_exception_leaves_the_old_folder_and_a_success_the_new_one(tmp_path):
     for number in range(2):
         with whole_folder(tmp_path / "model") as partial:
             (partial / "weights").write_text(str(number))
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model") as partial:
-        (partial / "weights").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "weights").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "1"
     remove_partial(tmp_path)
@@ -255,7 +270,26 @@ def test_the_time_is_that_of_source_date_epoch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "/", "/etc", "a/b", "..\\a", "C:", "a\0b", "a\nb", "\x1b[31m", ".hidden", " a", "nul", "COM1.txt", "x" * 300, "a\ud800"]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "/etc",
+        "a/b",
+        "..\\a",
+        "C:",
+        "a\0b",
+        "a\nb",
+        "\x1b[31m",
+        ".hidden",
+        " a",
+        "nul",
+        "COM1.txt",
+        "x" * 300,
+        "a\ud800",
+    ],
 )
 def test_a_name_that_is_a_path_or_no_name_is_refused(name):
     with pytest.raises(InputError, match="is not a plain name") as refused:

@@ -127,7 +127,7 @@ def show_overlap(result: dict[str, Any]) -> None:
         if any(pair["outside"]):
             left = " and ".join(f"{number:,} of {name}" for number, name in zip(pair["outside"], pair["names"], strict=True) if number)
             line = f"{', '.join(pair['names'])}: {left} left out, where the other search did not look"
-            console.out().print(console.plain(line), soft_wrap=True)
+            console.say(line)
 
 
 def span(number: dict[str, Any]) -> str:

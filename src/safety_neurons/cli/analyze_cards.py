@@ -163,7 +163,7 @@ def show_cards(result: dict[str, Any]) -> None:
         alone, odds = result["random"][kind], result["log_odds"][kind]
         spread = f"random neurons {alone['low']:+.3f} to {alone['high']:+.3f}" if alone["n"] else "no random neurons"
         together = odds["change_together"]["value"]
-        console.out().print(f"{kind}: untreated {odds['untreated']:+.2f}, all cards together {together:+.2f}, {spread}", soft_wrap=True)
+        console.say(f"{kind}: untreated {odds['untreated']:+.2f}, all cards together {together:+.2f}, {spread}")
 
 
 def with_star(number: dict[str, Any], alone: dict[str, Any]) -> str:
@@ -190,7 +190,7 @@ def show_progressive(result: dict[str, Any]) -> None:
             for point in band
             if point["harmful_refused"]["low"] is not None
         )
-        console.out().print(f"{kind}, harmful refused: {line}", soft_wrap=True)
+        console.say(f"{kind}, harmful refused: {line}")
 
 
 def from_to(numbers: list[int]) -> str:

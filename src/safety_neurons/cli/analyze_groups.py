@@ -284,9 +284,9 @@ def show_languages(result: dict[str, Any]) -> None:
     )
     show_matrix("\nRefusals of harmful requests while a set is off, minus refusals without", result["matrix"], "change", "set that is off")
     untreated = ", ".join(f"{name} {rate['value']:.2f}" for name, rate in result["untreated"].items() if rate["value"] is not None)
-    console.out().print(f"refused untreated: {untreated}", soft_wrap=True)
+    console.say(f"refused untreated: {untreated}")
     if result["skipped"]:
-        console.out().print(f"empty sets, not measured: {', '.join(result['skipped'])}", soft_wrap=True)
+        console.say(f"empty sets, not measured: {', '.join(result['skipped'])}")
 
 
 def counted(part: dict[str, Any], whole: int) -> str:
@@ -319,7 +319,7 @@ def show_transfer(result: dict[str, Any]) -> None:
     show_matrix("Causal effect: found on (rows), measured on (columns)", result["matrix"], "causal_effect", "found on")
     means = result["own_and_other"]
     shown = {name: "–" if mean["value"] is None else f"{mean['value']:.2f}" for name, mean in means.items()}
-    console.out().print(f"mean causal effect on the set found on {shown['own']}, on others {shown['other']}", soft_wrap=True)
+    console.say(f"mean causal effect on the set found on {shown['own']}, on others {shown['other']}")
     names = list(dict.fromkeys(name for row in result["ability"] for name in row["capability"]))
     rows = [
         [row["name"], digits(row["harmless_refused"]), *(digits(row["capability"].get(name)) for name in names), digits(row["task"])]

@@ -185,7 +185,7 @@ def show(result: dict[str, Any]) -> None:
                 else f" (against random neurons {console.shown(against)}, {'clear' if against['clear'] else 'not clear'})"
             )
             told.append(f"{word} {console.shown(found['change'])}{clear}")
-        console.out().print(f"{receiver} from {donor}: {'; '.join(told)}", soft_wrap=True)
+        console.say(f"{receiver} from {donor}: {'; '.join(told)}")
 
 
 def with_interval(number: dict[str, Any]) -> str | None:

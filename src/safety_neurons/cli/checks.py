@@ -50,12 +50,6 @@ def doctor(common: Common, model: Model) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """One row a check."""
-    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]–[/dim]"}
-    from rich.table import Table
-
-    table = Table(title=f"doctor: {result['model']}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("check", "", "measured", "allowed"):
-        table.add_column(column, header_style=f"bold {console.ACCENT}")
-    for check in result["checks"]:
-        table.add_row(check["check"], marks[check["passed"]], console.shown(check["measured"]), console.shown(check["allowed"]))
-    console.out().print(table)
+    marks = {True: ("green", "pass"), False: ("red", "FAIL"), None: ("dim", "–")}
+    rows = [[check["check"], console.styled(marks[check["passed"]]), check["measured"], check["allowed"]] for check in result["checks"]]
+    console.print_table(f"doctor: {result['model']}", ["check", "", "measured", "allowed"], rows)

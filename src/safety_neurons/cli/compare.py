@@ -132,7 +132,7 @@ def show_ranking(result: dict[str, Any]) -> None:
             [[method, *(_mean(cells[method, measure]) for measure in measures)] for method in methods],
             caption="mean over organisms, in brackets the worst of them",
         )
-    console.out().print(f"\n[dim]figure[/dim] {result['figure']}", soft_wrap=True)
+    console.say(("dim", "\nfigure "), result["figure"])
 
 
 def _mean(row: dict[str, Any]) -> str:
@@ -162,4 +162,4 @@ def show(result: dict[str, Any]) -> None:
         caption="a unit counts once; causal effect: patched into the base; lost when off: share of harmful requests the aligned model\n"
         "no longer refuses; harmless: share of harmless requests refused under patching; [95 % interval]",
     )
-    console.out().print(f"\nceiling {effect(result['ceiling_effect'])}", soft_wrap=True)
+    console.say(f"\nceiling {effect(result['ceiling_effect'])}")

@@ -1,45 +1,220 @@
-"""What a person sees: progress on standard error, results as small tables on standard output."""
+"""What a person sees: results as small tables on standard output, progress and notes on standard error, and nothing of anybody else's.
 
+While a verb works, what other libraries print, log or warn goes nowhere (to standard error with --debug). Every text passes `seen` on its
+way to the terminal: no text is markup, and what a terminal would obey instead of show is named.
+"""
+
+import atexit
 import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 ACCENT = "cyan"
 Report = Callable[[int, int, int], None]
 """Told the prompts done, all prompts, and the tokens done so far."""
+Part = str | tuple[str, object]
+"""A text, or a style and a text in it."""
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GLOG_minloglevel": "3",
+}
+"""What other libraries, and processes that they start, are asked in the environment to keep to themselves."""
+
+
+# Whose streams they are
+
+
+@dataclasses.dataclass
+class Streams:
+    """Where this package's own lines go."""
+
+    out: Any  # Any text stream, and a notebook's or a test's are not `TextIO`.
+    err: Any
+
+    @property
+    def text(self) -> str:
+        """What was caught of standard output."""
+        return self.out.getvalue() if isinstance(self.out, io.StringIO) else ""
+
+    @property
+    def result(self) -> Any:
+        """The object that a command with `--json` printed, where it was caught; otherwise None."""
+        return json.loads(self.text) if self.text else None
+
+
+_OURS: list[Streams] = []
+
+
+def streams() -> Streams:
+    """The streams for this package's own lines."""
+    return _OURS[-1] if _OURS else Streams(sys.stdout, sys.stderr)
+
+
+@contextlib.contextmanager
+def ours(*, debug: bool) -> Iterator[None]:
+    """Keep standard output and error for this package's own lines for a block.
+
+    Python's streams are exchanged and the files behind them are not, so that what a crash in native code writes is still seen.
+
+    Args:
+        debug: send what others write to standard error instead of nowhere.
+    """
+    own, nested = streams(), bool(_OURS)
+    for stream in (own.out, own.err):
+        if isinstance(stream, io.TextIOWrapper):  # A terminal that knows few letters is no reason to lose a result.
+            stream.reconfigure(errors="backslashreplace")
+    foreign = own.err if debug else _nowhere()
+    kept = sys.__stdout__, sys.__stderr__
+    asked = {} if debug or nested else {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(asked)
+    _OURS.append(own)
+    sys.__stdout__ = sys.__stderr__ = foreign  # type: ignore[misc]
+    try:
+        with contextlib.redirect_stdout(foreign), contextlib.redirect_stderr(foreign):
+            yield
+    finally:
+        _OURS.pop()
+        sys.__stdout__, sys.__stderr__ = kept  # type: ignore[misc]
+        for name in asked:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[Streams]:
+    """Catch this package's own standard output for a block: of a command inside a command."""
+    inside = Streams(io.StringIO(), streams().err)
+    _OURS.append(inside)
+    try:
+        yield inside
+    finally:
+        _OURS.pop()
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[Streams]:
+    """The streams as they are, for a command inside a command that is to be seen."""
+    yield streams()
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    """Open for as long as the process lives, because loggers keep the stream that they were made with."""
+    stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed at the end of the process
+    atexit.register(stream.close)
+    return stream
+
+
+# Text
+
+
+def seen(text: object, *, lines: bool = False) -> str:
+    """A text of anybody's for the terminal: controls, escapes and direction marks named instead of sent.
+
+    Args:
+        text: the text.
+        lines: leave line breaks and tabs as they are; otherwise they are named too.
+    """
+    from safety_neurons.results.notebook import visible
+
+    shown = visible(text)
+    return shown if lines else re.sub(r"[\n\t]", lambda match: f"⟨U+{ord(match[0]):04X}⟩", shown)
+
+
+def line_of(text: object) -> str:
+    """A message in one line."""
+    return seen(" ".join(str(text).split()))
+
+
+def json_line(value: Any) -> str:
+    """JSON in one line, in which a terminal finds nothing to obey either; it is read back as the same."""
+    from safety_neurons.results.notebook import UNSEEN
+
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return UNSEEN.sub(lambda match: json.dumps(match[0])[1:-1], text) + "\n"
 
 
 def out() -> "Console":
     """The console of results."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(file=streams().out, highlight=False, markup=False, emoji=False)
 
 
 def err() -> "Console":
     """The console of progress and notes."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(file=streams().err, highlight=False, markup=False, emoji=False)
+
+
+def styled(*parts: Part) -> "Text":
+    """Texts one behind another, each as it is or in a style."""
+    from rich.text import Text
+
+    text = Text()
+    for part in parts:
+        style, content = part if isinstance(part, tuple) else ("", part)
+        text.append(seen(content, lines=True), style or None)
+    return text
+
+
+def say(*parts: Part) -> None:
+    """A line of the result, or several."""
+    out().print(styled(*parts), soft_wrap=True)
+
+
+def rule(title: str = "") -> None:
+    """A line across, with a title."""
+    out().rule(styled(("bold", title)), align="left", style=ACCENT)
+
+
+def tell(text: str) -> None:
+    """Lines on standard error, at once."""
+    stream = streams().err
+    stream.write(text)
+    stream.flush()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
     """A table: the first column is words, the others are numbers. No text in it is markup, and none is cut to fit."""
     from rich.table import Table
 
-    title, caption = plain(title), None if caption is None else plain(caption)
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left", box=None, pad_edge=False)
+    head, below = styled(title), None if caption is None else styled(caption)
+    table = Table(title=head, title_justify="left", title_style="bold", caption=below, caption_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "left" if number == 0 else "right"
-        table.add_column(plain(column), justify=justify, header_style=f"bold {ACCENT}", style=None, overflow="fold")
+        table.add_column(styled(column), justify=justify, header_style=f"bold {ACCENT}", style=None, overflow="fold")
     for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
+        table.add_row(*(cell if _is_text(cell) else styled(shown(cell)) for cell in row))
     out().print(table)
+
+
+def _is_text(cell: object) -> bool:
+    from rich.text import Text
+
+    return isinstance(cell, Text)
 
 
 def shown(value: Any) -> str:
@@ -54,16 +229,7 @@ def shown(value: Any) -> str:
         return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
     if isinstance(value, dict) and "low" in value:
         return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value["value"] is not None else "undefined"
-    return plain(value)
-
-
-def plain(text: object) -> str:
-    """A text of someone's (a name, a token) for the terminal: no markup, and control characters named instead of sent."""
-    from rich.markup import escape
-
-    from safety_neurons.results.notebook import visible
-
-    return escape(visible(text))
+    return seen(value, lines=True)
 
 
 def share(value: float) -> str:
@@ -74,13 +240,13 @@ def share(value: float) -> str:
 @contextlib.contextmanager
 def progress_bar(title: str, *, quiet: bool) -> Iterator[Report | None]:
     """A bar with tokens per second and the time left on a terminal; None in a pipe or when quiet."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not streams().err.isatty():
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [
-        TextColumn(f"[{ACCENT}]{{task.description}}"),
+        TextColumn("{task.description}", style=ACCENT, markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -100,15 +266,14 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Report | None]:
 @contextlib.contextmanager
 def status(title: str, *, quiet: bool) -> Iterator[Callable[[str], None] | None]:
     """A spinner that names the step at work on a terminal; None in a pipe or when quiet."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not streams().err.isatty():
         yield None
         return
-    with err().status(f"[{ACCENT}]{title}") as spinner:
-        yield lambda step: spinner.update(f"[{ACCENT}]{title}: {step}")
+    with err().status(styled((ACCENT, title))) as spinner:
+        yield lambda step: spinner.update(styled((ACCENT, f"{title}: {seen(step)}")))
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Warnings, one line each, on standard error."""
-    console = err()
     for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        err().print(styled(("yellow", f"note: {line_of(note)}")), soft_wrap=True)

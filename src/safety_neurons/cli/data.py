@@ -25,15 +25,15 @@ def list_(common: Common) -> dict[str, Any]:
         console.print_table(
             "Built-in prompts", ["name", "language", "prompts"], [[e["name"], e["language"], e["prompts"]] for e in entries]
         )
-        console.out().print()
+        console.say()
         columns = ["name", "kind", "licence", "prompts", "sha256"]
         rows = [[s["name"], s["kind"], s["licence"], s["prompts"], (s["sha256"] or ["–"])[0][:8]] for s in suites]
         console.print_table("Suites", columns, rows, caption="parts, languages, files and hashes in full: --json")
         for one in suites:
             extra = [*(one["parts"]), *(f"{one['name']}/{tag}" for tag in one["languages"])]
-            console.out().print(f"\n{one['name']}: {one['title']}\n  {one['origin']}", soft_wrap=True)
+            console.say(f"\n{one['name']}: {one['title']}\n  {one['origin']}")
             if extra:
-                console.out().print(f"  also {', '.join(extra)}", soft_wrap=True)
+                console.say(f"  also {', '.join(extra)}")
     return {"prompts": entries, "suites": suites}
 
 
@@ -62,7 +62,7 @@ def verify(
         console.print_table("Suites", ["name", "ready", "prompts", "expected", "hash"], rows)
         for check in checks:
             for line in ([check.problem] if check.problem else []) + [f"{check.name}: {note}" for note in check.notes]:
-                console.out().print(f"  {line}", soft_wrap=True, markup=False)
+                console.say(f"  {line}")
     if failed:
         names = ", ".join(check.name for check in failed)
         raise InputError(f"not ready: {names} ({len(failed)} of {len(checks)}); the first: {failed[0].problem}")

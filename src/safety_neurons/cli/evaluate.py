@@ -1,8 +1,6 @@
 """evaluate: harm, over-refusal and capability of a model as it is or treated, held to a gate."""
 
-import json
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -218,10 +216,10 @@ def gated(result: dict[str, Any], gate: pathlib.Path | None, *, as_json: bool) -
         return result
     if as_json:
         said = {"error": "; ".join(missed), "exit_code": GateError.exit_code}
-        sys.stdout.write(json.dumps({**said, **result}, ensure_ascii=False, allow_nan=False) + "\n")
-        sys.stdout.flush()
+        console.streams().out.write(console.json_line({**said, **result}))
+        console.streams().out.flush()
     else:
-        sys.stderr.write("".join(f"gate not met: {' '.join(line.split())}\n" for line in missed))
+        console.tell("".join(f"gate not met: {console.line_of(line)}\n" for line in missed))
     raise SystemExit(GateError.exit_code)
 
 
@@ -260,9 +258,9 @@ def show(result: dict[str, Any]) -> None:
     for pair in result["agreement"]:
         about = "harmful" if pair["kind"] == "harmful" else "harmless"
         kappa = console.shown(pair["kappa"])
-        console.out().print(f"agreement on {about} requests, {pair['first']} and {pair['second']}: κ {kappa}", soft_wrap=True, markup=False)
+        console.say(f"agreement on {about} requests, {pair['first']} and {pair['second']}: κ {kappa}")
     if result["gate"]:
-        console.out().print("gate: passed" if result["gate"]["passed"] else "gate: not met", soft_wrap=True)
+        console.say("gate: passed" if result["gate"]["passed"] else "gate: not met")
 
 
 def _show_capability(result: Mapping[str, Any], arms: list[tuple[str, Any]]) -> None:

@@ -46,5 +46,5 @@ def neurons(
 
 def show(result: dict[str, Any]) -> None:
     """How many neurons at how many places, and the file."""
-    console.out().print(f"{result['n_neurons']:,} neurons at {len(result['places'])} places of {result['tool']}")
-    console.out().print(f"[dim]names[/dim] {result['names']}", soft_wrap=True)
+    console.say(f"{result['n_neurons']:,} neurons at {len(result['places'])} places of {result['tool']}")
+    console.say(("dim", "names "), result["names"])

@@ -347,7 +347,7 @@ def show(result: dict[str, Any]) -> None:
     searched, all_of_it = console.share(result["share_of_neurons"]), console.share(result["share_of_parameters"])
     shares = f"{searched} of the neurons searched, {all_of_it} of all parameters"
     counts = f"prompts {used['used']:,} used, {used['failed']:,} failed, {used['truncated']:,} truncated"
-    console.out().print(f"[bold]{result['n_neurons']:,} neurons[/bold] by {result['method']}: {shares}; {counts}\n", soft_wrap=True)
+    console.say(("bold", f"{result['n_neurons']:,} neurons"), f" by {result['method']}: {shares}; {counts}\n")
     by_layer: dict[int, dict[str, int]] = {}
     for key, indices in neurons.items():
         parsed = parse_key(key)
@@ -357,7 +357,7 @@ def show(result: dict[str, Any]) -> None:
     rows = [[f"layer {layer}", *(row.get(site, 0) for site in sites), sum(row.values())] for layer, row in sorted(by_layer.items())]
     totals = ["all", *(sum(row.get(site, 0) for row in by_layer.values()) for site in sites), len(neurons)]
     console.print_table("Where they are", ["", *sites, "together"], [*rows, totals])
-    console.out().print(f"\n[dim]neurons[/dim] {result['neurons']}\n[dim]scores [/dim] {result['scores']}", soft_wrap=True)
+    console.say(("dim", "\nneurons "), result["neurons"], ("dim", "\nscores  "), result["scores"])
 
 
 def estimate(session: Session, options: dict[str, Any], specs: dict[str, str]) -> dict[str, Any]:
@@ -369,5 +369,5 @@ def estimate(session: Session, options: dict[str, Any], specs: dict[str, str]) -
     chosen = session.prompts(options["prompts"], first, options["column"], options["limit"])
     plan = estimate_run(list(models.values()), chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size())
     if not session.common.json:
-        console.out().print(str(plan))
+        console.say(str(plan))
     return dataclasses.asdict(plan)

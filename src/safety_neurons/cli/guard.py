@@ -239,10 +239,9 @@ def show(result: dict[str, Any]) -> None:
     """What it was fit on, how well it ranks, its operating points."""
     prompts, before = result["prompts"], result["auroc_before"]
     left = f", {prompts['left_out']:,} left out" if prompts["left_out"] else ""
-    console.out().print(
-        f"[bold]guard on {result['n_neurons']:,} neurons of {result['model']}[/bold], "
-        f"{prompts['unsafe']:,} unsafe and {prompts['safe']:,} safe prompts{left}",
-        soft_wrap=True,
+    console.say(
+        ("bold", f"guard on {result['n_neurons']:,} neurons of {result['model']}"),
+        f", {prompts['unsafe']:,} unsafe and {prompts['safe']:,} safe prompts{left}",
     )
     if len(result["poolings"]) > 1 and before is None:
         chosen = [
@@ -275,15 +274,14 @@ def show(result: dict[str, Any]) -> None:
         rows,
         caption="95 % intervals. FPR: safe prompts flagged, TPR: unsafe ones.\nA point that too few safe prompts support has no threshold.",
     )
-    console.out().print(f"\nthreshold in force {result['threshold']:.4g} ({result['in_force']})", soft_wrap=True)
+    console.say(f"\nthreshold in force {result['threshold']:.4g} ({result['in_force']})")
     if result["recheck"]:
         again = result["recheck"]
-        console.out().print(
+        console.say(
             f"re-checks every {again['every']} tokens: threshold {again['threshold']:.4g}, stops {shown(again['fpr'])} of the answers to "
-            f"safe prompts and {shown(again['tpr'])} of those to unsafe ones",
-            soft_wrap=True,
+            f"safe prompts and {shown(again['tpr'])} of those to unsafe ones"
         )
-    console.out().print(f"guard {result['guard']}", soft_wrap=True)
+    console.say(f"guard {result['guard']}")
 
 
 def shown(rate: Mapping[str, Any] | None) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, Model, listed
 from safety_neurons.cli.inputs import NOT_A_FILE
+from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, Model, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import UsageError
@@ -240,10 +240,9 @@ def _renamed(prompts: Any, name: str) -> Any:
 
 def show(result: dict[str, Any]) -> None:
     """The guard beside the baselines, then every table, then what to take away."""
-    console.out().print(
-        f"[bold]guard on {result['n_neurons']:,} neurons[/bold] ({result['pooling']}), {result['n_unsafe']:,} unsafe and "
-        f"{result['n_safe']:,} safe requests",
-        soft_wrap=True,
+    console.say(
+        ("bold", f"guard on {result['n_neurons']:,} neurons"),
+        f" ({result['pooling']}), {result['n_unsafe']:,} unsafe and {result['n_safe']:,} safe requests",
     )
     ours = {"name": "guard", **{name: result[name] for name in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
     wide = console.out().width >= 120
@@ -267,10 +266,10 @@ def show(result: dict[str, Any]) -> None:
         f"Difference of AUROC: {result['compared']} minus this one, paired; * clear.",
     )
     shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
-    console.out().print(
-        f"\nat threshold {result['threshold']:.4g} ({result['in_force']}) it flags {shown[0]} of the unsafe requests", end=""
+    console.say(
+        f"\nat threshold {result['threshold']:.4g} ({result['in_force']}) it flags {shown[0]} of the unsafe requests "
+        f"and {shown[1]} of the safe ones"
     )
-    console.out().print(f" and {shown[1]} of the safe ones", soft_wrap=True)
     for column, rows in result["tables"].items():
         sliced(f"By {column}", rows, result["compared"])
     for title, name in (

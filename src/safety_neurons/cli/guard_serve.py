@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
+from safety_neurons.cli import console
 from safety_neurons.cli.options import Common, Model
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
@@ -180,8 +180,7 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
 
 def say(rows: list[str]) -> None:
     """Lines on standard error."""
-    sys.stderr.write("".join(f"{row}\n" for row in rows))
-    sys.stderr.flush()
+    console.tell("".join(f"{console.line_of(row) if not row.isprintable() else row}\n" for row in rows))
 
 
 def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
@@ -192,7 +191,7 @@ def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
         if debug and isinstance(error, BaseException):
             import traceback
 
-            traceback.print_exception(error)
+            traceback.print_exception(error, file=console.streams().err)
         if error is not None:
             event = {**event, "error": type(error).__name__}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S")

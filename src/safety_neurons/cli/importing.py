@@ -48,7 +48,7 @@ def attacks(
         rows = [[entry["method"], entry["source_model"] or None, entry["label"], entry["attacks"], entry["goals"]] for entry in counts]
         console.print_table("Attacks", ["method", "source model", "label", "attacks", "with goal"], rows)
         console.print_notes(found.notes)
-        console.out().print(f"\n[dim]attacks[/dim] {path}", soft_wrap=True)
+        console.say(("dim", "\nattacks "), str(path))
     return {"attacks": str(path.absolute()), "n_attacks": len(found), "methods": counts, "notes": found.notes}
 
 
@@ -127,4 +127,4 @@ def _show_neurons(result: dict[str, Any]) -> None:
     console.print_table(
         f"{result['n_neurons']:,} neurons", ["matrix", "neurons"], [[key, count] for key, count in result["counts"].items()]
     )
-    console.out().print(f"\n[dim]neurons[/dim] {result['neurons']}", soft_wrap=True)
+    console.say(("dim", "\nneurons "), result["neurons"])

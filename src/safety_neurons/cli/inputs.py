@@ -13,7 +13,9 @@ NOT_A_FILE = ("builtin:", "organism:")
 READS: dict[str, str] = {
     **dict.fromkeys(("model", "base", "aligned", "donor", "reference", "safety", "helpful", "control"), "model"),
     **dict.fromkeys(("neurons", "truth", "subtract", "protect", "deactivate", "patch", "foundation_neurons", "scores", "sets"), "sets"),
-    **dict.fromkeys(("prompts", "harmful", "harmless", "unsafe", "safe", "labelled", "text", "foundation", "data", "test_harmful"), "files"),
+    **dict.fromkeys(
+        ("prompts", "harmful", "harmless", "unsafe", "safe", "labelled", "text", "foundation", "data", "test_harmful"), "files"
+    ),
     **dict.fromkeys(("test_harmless", "find_harmless", "find_prompts", "test_prompts", "fit_unsafe", "fit_safe", "general"), "files"),
     **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability", "judge"), "files"),
     **dict.fromkeys(("detectors", "file", "utility", "guard", "baseline", "tasks_folder"), "files"),
@@ -23,10 +25,38 @@ READS: dict[str, str] = {
 }
 """For every option that names what is read, what kind of thing it names."""
 WORDS = frozenset(
-    "answer_column arm arms at attacks benign_steps by calibration column compare compliance counts definitions downstream endpoint files form "
-    "gate generate_with goals groups half harmful_steps helpfulness host kv label_column language languages layers leave_out learning_rate "
-    "method methods move name on_unsafe pass_field perturbations pooling positions pruned read_as recipe refusal runs served_name sites sizes "
-    "source_model space tasks title tool top upstream".split()
+    (
+        *(
+            "answer_column",
+            "arm",
+            "arms",
+            "at",
+            "attacks",
+            "benign_steps",
+            "by",
+            "calibration",
+            "column",
+            "compare",
+            "compliance",
+            "counts",
+        ),
+        *("definitions", "downstream", "endpoint", "files", "form", "gate", "generate_with", "goals", "groups", "half", "harmful_steps"),
+        *(
+            "helpfulness",
+            "host",
+            "kv",
+            "label_column",
+            "language",
+            "languages",
+            "layers",
+            "leave_out",
+            "learning_rate",
+            "method",
+            "methods",
+        ),
+        *("move", "name", "on_unsafe", "pass_field", "perturbations", "pooling", "positions", "pruned", "read_as", "recipe", "refusal"),
+        *("runs", "served_name", "sites", "sizes", "source_model", "space", "tasks", "title", "tool", "top", "upstream"),
+    )
 )
 """Options with words of their own, and those of verbs that keep no run."""
 
@@ -67,11 +97,13 @@ def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common)
 
 def _labelled(part: str) -> tuple[str, str]:
     """(label, path) of `NAME=PATH` and `KIND:PATH`; no label for what exists as it is, or is not of such a form."""
-    for sign in "=:":
-        label, found, path = part.partition(sign)
-        if found and not pathlib.Path(part).exists() and not part.startswith(NOT_A_FILE) and "/" not in label:
-            if sign == "=" or pathlib.Path(path).expanduser().exists():
-                return label, path
+    if not pathlib.Path(part).exists() and not part.startswith(NOT_A_FILE):
+        label, found, path = part.partition("=")
+        if found:
+            return label, path
+        label, found, path = part.partition(":")
+        if found and pathlib.Path(path).expanduser().exists():
+            return label, path
     return "", part
 
 

@@ -41,7 +41,7 @@ def build(
     with console.status(f"build {name}", quiet=common.json) as progress:
         built = organism.build(name, seed=common.seed, out=pathlib.Path(out), progress=progress)
     if not common.json:
-        console.out().print(f"{name} is in {built.path}\nbase    {built.base}\naligned {built.aligned}", soft_wrap=True)
+        console.say(f"{name} is in {built.path}\nbase    {built.base}\naligned {built.aligned}")
     return {"organism": str(built.path), "base": built.base, "aligned": built.aligned}
 
 

@@ -70,4 +70,4 @@ def show(result: dict[str, Any]) -> None:
     text = f"{result['n_neurons']:,} neurons put back: {result['changed']:,} of {result['n_entries']:,} weights differed"
     if result["adapter_changed"]:
         text += f", {result['adapter_changed']:,} entries of adapters cleared"
-    console.out().print(f"{text}\n{'adapter' if 'adapter' in result else 'model'} {place}", soft_wrap=True)
+    console.say(f"{text}\n{'adapter' if 'adapter' in result else 'model'} {place}")

@@ -25,5 +25,5 @@ def report(
 
     path = write_report(runs, common.out or pathlib.Path("report.html"), title=title)
     if not common.json:
-        console.out().print(f"[dim]report[/dim] {path}", soft_wrap=True)
+        console.say(("dim", "report "), str(path))
     return {"report": str(path)}

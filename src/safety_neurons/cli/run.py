@@ -1,21 +1,28 @@
-"""run: repeat a run from its run.json, or run a recipe file: one verb, or several in order."""
+"""run: repeat a run from its run.json, or run a recipe file: one verb, or several in order.
 
-import contextlib
-import io
+A file says what is to be done; what it may do is said on the command line alone: run a model's own code, write over what is there, talk to
+a server, choose the folder. Nothing in it becomes a word of the command line that its verb does not declare as an option with a value.
+"""
+
 import pathlib
-import sys
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from safety_neurons import strict_json
+from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.verb import verb
-from safety_neurons.errors import InputError
+from safety_neurons.errors import InputError, UsageError
 
 Step = tuple[str, list[str], dict[str, Any]]
 """Name of its folder, words of the verb, arguments."""
+PERMISSIONS = ("trust_remote_code", "overwrite", "offline", "force", "out", "json", "debug")
+"""Arguments that no file can give."""
+SERVERS = ("endpoint", "upstream")
+"""Arguments that name a server."""
+NOT_FROM_A_FILE = ("run", "demo", "guard serve")
 
 
 def register(app: typer.Typer) -> None:
@@ -28,46 +35,55 @@ def run(
     recipe: Annotated[
         pathlib.Path, typer.Argument(help="run.json of an earlier run, or a recipe with `verb` and `arguments`, or with `steps` of them.")
     ],
+    allow_servers: Annotated[
+        bool, typer.Option("--allow-servers", help="Let the file name servers that get prompts, and the keys of the environment.")
+    ] = False,
 ) -> dict[str, Any] | None:
     """Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own."""
-    from safety_neurons.cli.app import build
     from safety_neurons.cli.session import default_folder
 
     record = parsed(recipe)
     given = {name: value for name, value in vars(common).items() if value != getattr(Common(), name)}
     if "steps" not in record:
         words, arguments = read(record, recipe)
-        build()([*words, *as_words(arguments | given)], standalone_mode=False)
-        return None
+        return _one(command_words(words, arguments, given, recipe, servers=allow_servers), quiet=common.json)
     out = pathlib.Path(given.pop("out", None) or default_folder(recipe.stem, time.strftime("%Y%m%d-%H%M%S")))
     places = {"{out}": str(out), "{recipe}": str(recipe.resolve().parent)}
-    results = {}
-    for name, words, arguments in steps_of(record, recipe):
-        told = {option: _placed(value, places) for option, value in arguments.items()} | given | {"out": out / name}
-        results[name] = _one(build(), [*words, *as_words(told)], quiet=common.json)
-    return {"steps": results, "run": str(out.absolute())}
+    lines = {}
+    for name, words, arguments in steps_of(record, recipe):  # All of them, before the first is run.
+        told = {option: _placed(value, places) for option, value in arguments.items()}
+        lines[name] = command_words(words, told, {**given, "out": out / name}, recipe, servers=allow_servers)
+    return {"steps": {name: _one(line, quiet=common.json) for name, line in lines.items()}, "run": str(out.absolute())}
 
 
-def _one(command: Any, words: list[str], *, quiet: bool) -> Any:
-    """Run one step; with `--json` its object is taken, and printed by the whole recipe at its end, unless the step failed."""
-    caught = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(caught) if quiet else contextlib.nullcontext():
-            command(words, standalone_mode=False)
-    except SystemExit as stop:
-        if stop.code:
-            sys.stdout.write(caught.getvalue())
-            raise
-    return strict_json.loads(caught.getvalue()) if caught.getvalue() else None
+def _one(words: list[str], *, quiet: bool) -> Any:
+    """Run one command; with `--json` its object is taken, and printed by this verb at its end, unless it failed."""
+    from safety_neurons.cli.app import build
+
+    with console.caught() if quiet else console.shared() as said:
+        try:
+            build()(words, standalone_mode=False)
+        except SystemExit as stop:
+            failed = stop.code
+            if not failed:
+                return said.result
+        else:
+            return said.result
+    if quiet:
+        console.streams().out.write(said.text)
+    raise SystemExit(failed)
 
 
 def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file."""
+    from safety_neurons.results.files import read_json
+
+    if not recipe.is_file():
+        what = "is no file" if recipe.exists() else "does not exist"
+        raise InputError(f"{recipe} {what}, expected the run.json of an earlier run or a recipe")
     try:
-        record = strict_json.loads(recipe.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{recipe} does not exist, expected the run.json of an earlier run or a recipe") from None
-    except (ValueError, OSError) as error:
+        record = read_json(recipe)
+    except InputError as error:
         raise InputError(f"{recipe} is not a recipe ({error}), expected JSON with `verb` and `arguments`") from None
     if not isinstance(record, dict):
         raise InputError(f"{recipe} is not a recipe (a {type(record).__name__}), expected JSON with `verb` and `arguments`")
@@ -88,36 +104,81 @@ def read(record: dict[str, Any], recipe: pathlib.Path) -> tuple[list[str], dict[
 
 def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
     """The steps of a recipe; arguments that `shared` holds are every step's, where it has none of its own."""
+    from safety_neurons.results.files import plain_name
+
     steps, shared = record["steps"], record.get("shared", {})
     if not isinstance(steps, list) or not steps or not isinstance(shared, dict) or not all(isinstance(step, dict) for step in steps):
         raise InputError(f"{recipe} is not a recipe, expected `steps` to be a list of objects with `name`, `verb` and `arguments`")
     found = []
     for step in steps:
         words, arguments = read(step, recipe)
-        found.append((str(step.get("name", "-".join(words))), words, shared | arguments))
+        found.append((plain_name(step.get("name", "-".join(words)), f"{recipe} is not a recipe: the step"), words, shared | arguments))
     names = [name for name, _, _ in found]
-    if len(set(names)) < len(names) or not all(name and pathlib.PurePath(name).name == name for name in names):
-        raise InputError(f"{recipe} is not a recipe: its steps are called {', '.join(names)}; expected a plain name of its own for each")
+    if len({name.casefold() for name in names}) < len(names):
+        raise InputError(f"{recipe} is not a recipe: its steps are called {', '.join(names)}; expected a name of its own for each")
     return found
 
 
-def as_words(arguments: dict[str, Any]) -> list[str]:
-    """Arguments as words of a command line."""
-    return [option for name, value in arguments.items() for option in as_options(name, value)]
+def command_words(
+    words: list[str], arguments: Mapping[str, Any], given: Mapping[str, Any], recipe: pathlib.Path, *, servers: bool
+) -> list[str]:
+    """The command line of a verb with the arguments of a file; what was given on the command line takes their place.
+
+    Raises:
+        UsageError: a verb or option that does not exist, or a value that is none.
+        InputError: an argument that a file cannot give.
+    """
+    name = " ".join(words)
+    options = {one.name: one for one in _command(words, recipe).params}
+    wanted = {option.replace("-", "_"): value for option, value in arguments.items() if value is not None and value is not False}
+    for option in PERMISSIONS:
+        if option in wanted and option not in given:
+            flag = f"--{option.replace('_', '-')}"
+            raise InputError(f"{recipe} asks for {flag}, which no file can give; add {flag} to this command if you mean it")
+    named = [option for option in wanted if option in SERVERS or (option == "judge" and "endpoint" in str(wanted[option]))]
+    if named and not servers:
+        raise InputError(
+            f"{recipe} names a server ({named[0]} {str(wanted[named[0]])[:60]!r}), which would get prompts and keys; "
+            "add --allow-servers to this command if you trust it"
+        )
+    line, behind = list(words), list[str]()
+    for option, value in {**wanted, **given}.items():
+        if option not in options:
+            raise UsageError(f"{recipe}: {name} has no option {option[:40]!r}; see `safety-neurons {name} --help`")
+        one = options[option]
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float | pathlib.Path) for part in values):
+            raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected text, a number, true or false, or a list of texts")
+        if one.param_type_name == "argument":
+            behind += [str(part) for part in values]
+        elif getattr(one, "is_flag", False):
+            if value is not True:
+                raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected true or false")
+            line.append(one.opts[0])
+        else:
+            line += [f"{one.opts[0]}={part}" for part in values]
+    return [*line, *(["--", *behind] if behind else [])]
 
 
-def as_options(name: str, value: Any) -> list[str]:
-    """One argument as words of a command line; a list is what stands on it without a name."""
-    if isinstance(value, list):
-        return [str(part) for part in value]
-    option = "--" + name.replace("_", "-")
-    if value is None or value is False:
-        return []
-    return [option] if value is True else [f"{option}={value}"]
+def _command(words: list[str], recipe: pathlib.Path) -> Any:
+    """The command that a file names."""
+    from safety_neurons.cli.app import build
+
+    found: Any = build()
+    name = " ".join(words)
+    for word in words:
+        found = getattr(found, "commands", {}).get(word) if found is not None else None
+    if found is None or hasattr(found, "commands"):
+        raise UsageError(f"{recipe}: no verb {name[:60]!r}; expected one such as find-contrast or evaluate")
+    if name in NOT_FROM_A_FILE:
+        raise InputError(f"{recipe} names {name!r}, which is started by hand; expected a verb that ends by itself and keeps a run")
+    return found
 
 
 def _placed(value: Any, places: dict[str, str]) -> Any:
     """`{out}` and `{recipe}` in a text replaced by the folders they stand for."""
+    if isinstance(value, list):
+        return [_placed(part, places) for part in value]
     if isinstance(value, str):
         for mark, place in places.items():
             value = value.replace(mark, place)

@@ -66,11 +66,23 @@ class Session:
         result, notes = self.folder.record["result"], self.folder.record.get("notes") or []
         if not self.common.json:
             if finished:
-                console.err().print(f"this run is finished: {self.folder.folder} (start it again with --overwrite)", style="dim")
-            show(result)
+                console.tell(f"this run is finished: {console.line_of(self.folder.folder)} (start it again with --overwrite)\n")
+            self._show(result, show)
             console.print_notes(notes)
-            console.out().print(f"\n[dim]run[/dim] {self.folder.folder}", soft_wrap=True)
+            console.say(("dim", "\nrun "), str(self.folder.folder))
         return {**result, "run": str(self.folder.folder.absolute())}
+
+    def _show(self, result: Result, show: Callable[[Result], None]) -> None:
+        """Show a result; it is kept already, so that nothing that goes wrong here may end the run."""
+        try:
+            show(result)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if self.common.debug:
+                raise
+            problem = f"{type(error).__name__}: {error}"
+            console.print_notes([f"the result cannot be shown ({problem}); it is whole in {self.folder.folder / 'run.json'}"])
 
     def _work(self, work: Callable[[], Result]) -> None:
         """Do the work and keep its result; a run that fails before it wrote anything leaves nothing behind."""
@@ -110,7 +122,8 @@ class Session:
         """The model of a `--model` argument."""
         from safety_neurons.organism import load
 
-        model = load(spec, **self._loading())
+        with self.status(f"load {spec}"):
+            model = load(spec, **self._loading())
         self._remember(model)
         return model
 
@@ -118,7 +131,8 @@ class Session:
         """The models of `--base` and `--aligned`; adapters on one base share it."""
         from safety_neurons.organism import load_pair
 
-        pair = load_pair(base, aligned, **self._loading())
+        with self.status(f"load {base} and {aligned}"):
+            pair = load_pair(base, aligned, **self._loading())
         self._remember(pair.base, pair.aligned)
         return pair
 
@@ -126,7 +140,8 @@ class Session:
         """Models that are compared with one another; adapters on one base share it."""
         from safety_neurons.organism.opening import load_several
 
-        models = load_several(specs, **self._loading())
+        with self.status(f"load {' and '.join(specs)}"):
+            models = load_several(specs, **self._loading())
         self._remember(*models)
         return models
 

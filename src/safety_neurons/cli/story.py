@@ -1,11 +1,8 @@
 """The demo: the commands a user would type, run one after another on an organism, ending with a report."""
 
-import io
 import pathlib
-import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from typing import Any
 
 from safety_neurons import strict_json
@@ -105,16 +102,16 @@ def tell(common: Common, out: pathlib.Path, *, quick: bool) -> dict[str, Any]:
     steps = chapters(out, quick=quick, seed=common.seed)
     for number, (question, words) in enumerate(steps, start=1):
         if not common.json:
-            console.out().rule(f"[bold]{number}/{len(steps)} {question}", align="left", style=console.ACCENT)
-            console.out().print(f"[dim]$ safety-neurons {' '.join(words)}[/dim]\n", soft_wrap=True)
+            console.rule(f"{number}/{len(steps)} {question}")
+            console.say(("dim", f"$ safety-neurons {' '.join(words)}\n"))
         call(words, common)
     runs = [words[words.index("--out") + 1] for _, words in steps]
     report = out / "report.html"
     call(["report", *runs, "--title", "Safety neurons of an organism", "--out", str(report)], common, say=False)
     result = {"report": str(report.absolute()), "runs": runs, "seconds": time.monotonic() - started}
     if not common.json:
-        console.out().rule(style=console.ACCENT)
-        console.out().print(f"done in {result['seconds']:.0f} s\n[bold]{result['report']}[/bold]", soft_wrap=True)
+        console.rule()
+        console.say(f"done in {result['seconds']:.0f} s\n", ("bold", result["report"]))
     return result
 
 
@@ -124,15 +121,11 @@ def call(words: list[str], common: Common, *, say: bool = True) -> None:
 
     quiet = common.json or not say
     line = [*words, *(["--json"] if quiet else []), *(["--overwrite"] if common.overwrite else [])]
-    caught = io.StringIO()
-    try:
-        if quiet:
-            with redirect_stdout(caught):
-                build()(line, standalone_mode=False)
-        else:
+    with console.caught() if quiet else console.shared() as said_by:
+        try:
             build()(line, standalone_mode=False)
-    except SystemExit as stop:
-        sys.stdout.flush()
-        if stop.code:
-            said = strict_json.loads(caught.getvalue() or "{}").get("error", "see the line above")
+        except SystemExit as stop:
+            if not stop.code:
+                return
+            said = (said_by.result or {}).get("error", "see the line above") if quiet else "see the line above"
             raise RunError(f"`safety-neurons {' '.join(words[:2])}` failed: {said}; run it alone with --debug") from None

@@ -280,9 +280,7 @@ def show_rsn(result: dict[str, Any]) -> None:
     when = "after" if down["steps"] else "before"
     for name, found in result["differences"].items():
         word = "clear" if found[when]["clear"] else "not clear"
-        console.out().print(
-            f"harmful score{' after the task' if down['steps'] else ''}, {name}: {hundred(found[when])} ({word})", soft_wrap=True
-        )
+        console.say(f"harmful score{' after the task' if down['steps'] else ''}, {name}: {hundred(found[when])} ({word})")
 
 
 def costs(point: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -265,17 +264,17 @@ def own(session: Session, name: str) -> None:
 @contextlib.contextmanager
 def training_bar(*, quiet: bool) -> Iterator[Stage | None]:
     """A bar with loss and the last held-out rates on a terminal; None in a pipe or when quiet."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not console.streams().err.isatty():
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [
-        TextColumn(f"[{console.ACCENT}]{{task.description}}"),
+        TextColumn("{task.description}", style=console.ACCENT, markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("[dim]{task.fields[held]}"),
+        TextColumn("{task.fields[loss]}", markup=False),
+        TextColumn("{task.fields[held]}", style="dim", markup=False),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=console.err(), transient=True) as bars:
@@ -306,10 +305,9 @@ def held_out(checked: Any) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """What was trained, before and after as rows, and the files."""
-    out = console.out()
     steps = f"{result['steps']:,} of {result['planned_steps']:,} steps ({result['stopped']}), state of step {result['kept_step']:,} kept"
     trained = f"{result['trained_parameters']:,} parameters, {console.share(result['share_of_parameters'])} of the model"
-    out.print(f"[bold]{result['n_neurons']:,} neurons tuned[/bold]: {trained}; {steps}\n", soft_wrap=True)
+    console.say(("bold", f"{result['n_neurons']:,} neurons tuned"), f": {trained}; {steps}\n")
     rows = [
         [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
         for name, arm in (("before", result["before"]), ("after", result["after"]))
@@ -329,12 +327,11 @@ def show(result: dict[str, Any]) -> None:
         console.print_table("\nWhile training, on prompts held out of the data", columns, checks)
     survives, frozen = result["survives_cast"], {True: "bit for bit as before", False: "CHANGED", None: "not looked at"}
     cast = "" if survives is None else f"; {console.share(survives)} of the changed weights survive the cast to the model's type"
-    out.print(
+    console.say(
         f"\nrefusals of harmful requests change by {console.shown(result['change'])}, of harmless ones by "
         f"{console.shown(result['harmless_change'])}\n"
-        f"everything outside the set: {frozen[result['frozen_unchanged']]}{cast}",
-        soft_wrap=True,
+        f"everything outside the set: {frozen[result['frozen_unchanged']]}{cast}"
     )
     for name in ("adapter", "delta", "merged"):
         if result[name]:
-            out.print(f"[dim]{name:8}[/dim] {result[name]}", soft_wrap=True)
+            console.say(("dim", f"{name:8} "), result[name])

@@ -3,15 +3,14 @@
 import dataclasses
 import functools
 import inspect
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 
+from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.pages import Page
 from safety_neurons.errors import SafetyNeuronsError
@@ -47,17 +46,19 @@ def verb(app: typer.Typer, name: str) -> Callable[[Verb], Verb]:
 def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
     """Run a verb; turn every failure into one line and an exit code."""
     try:
-        result = call()
-        if as_json and result is not None:
-            sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-        sys.stdout.flush()
+        with console.ours(debug=debug):
+            result = call()
+            stream = console.streams().out
+            if as_json and result is not None:
+                stream.write(console.json_line(result))
+            stream.flush()
     except SafetyNeuronsError as error:
         fail(str(error), error.exit_code, error, as_json=as_json, debug=debug)
     except KeyboardInterrupt as error:
         message = f"interrupted: {error or 'nothing was started'}"
         fail(message, 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.streams().out.fileno())
         raise SystemExit(1) from None
     except Exception as error:
         if is_usage(error):
@@ -76,10 +77,10 @@ def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, d
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    line = " ".join(message.split())
+        traceback.print_exception(error, file=console.streams().err)
+    line = console.line_of(message)
     if as_json:
-        sys.stdout.write(json.dumps({"error": line, "exit_code": exit_code}, ensure_ascii=False) + "\n")
+        console.streams().out.write(console.json_line({"error": line, "exit_code": exit_code}))
     else:
-        sys.stderr.write(f"safety-neurons: {line}\n")
+        console.tell(f"safety-neurons: {line}\n")
     raise SystemExit(exit_code)

@@ -119,7 +119,9 @@ def plain_name(name: object, what: str) -> str:
     text = str(name)
     fits = 0 < len(text.encode(errors="replace")) <= _LONGEST_NAME and text == text.strip() and not text.startswith(".")
     if not fits or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text) or text.split(".")[0].lower() in _RESERVED:
-        raise InputError(f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', without folders: rename it")
+        raise InputError(
+            f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', without folders: rename it"
+        )
     return text
 
 

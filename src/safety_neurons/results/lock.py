@@ -35,7 +35,9 @@ class Lock:
         try:
             lock.acquire()
         except Timeout:
-            raise RunError(f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose another --out") from None
+            raise RunError(
+                f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose another --out"
+            ) from None
         except OSError as error:
             raise RunError(f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error
         self._held = lock

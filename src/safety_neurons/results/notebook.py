@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 # Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are named, never drawn.
-_UNSEEN = re.compile(
+UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
     "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
@@ -17,7 +17,7 @@ def visible(text: object, limit: int | None = None) -> str:
     """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and counted."""
     whole = str(text)
     kept = whole if limit is None or len(whole) <= limit else whole[:limit]
-    shown = _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
+    shown = UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
     cut = len(whole) - len(kept)
     return shown if not cut else f"{shown}… ({cut:,} characters more)"
 

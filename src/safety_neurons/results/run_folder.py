@@ -119,8 +119,8 @@ class RunFolder:
         """Marks the run as finished and writes down what it gave.
 
         Args:
-            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so that it may be moved; `paths` says
-                where in the result they are.
+            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so that it may be moved; `paths`
+                says where in the result they are.
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
         seconds = self._record["timings"].get("seconds", 0.0) + time.monotonic() - self._started
