@@ -32,8 +32,9 @@ def test_a_permission_comes_from_the_command_line_alone(spelled, how, arguments,
     words = ["run", path, *(["--out", tmp_path / "run"] if spelled != "out" else [])]
     if spelled == "out" and how != "single":
         return  # the folder of a step is always that of its name
-    said = refused(*words)
-    assert f"--{spelled.replace('_', '-')}, which no file can give" in said
+    said = command(*words)
+    assert said.code == 1
+    assert f"--{spelled.replace('_', '-')}, which no file can give" in said.err
     assert not (tmp_path / "elsewhere").exists()
     assert not (tmp_path / "run").exists()
 

@@ -6,8 +6,6 @@ memory is halved; a prompt that gives NaN or infinity, or does not fit alone, is
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, said_of_failed, takes_padding, token_budget
 from safety_neurons.neurons import Selection, Votes
 from safety_neurons.prompts import Prompts
@@ -67,16 +66,18 @@ class Stream:
 
     def __init__(self, checkpoint: Checkpoint | None, key: Mapping[str, Any]) -> None:
         self._checkpoint = checkpoint
-        self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._key = {} if checkpoint is None else {name: _told(value) for name, value in key.items()}
         self.arrays: Sums = {}
         self.state: dict[str, Any] = {}
         self._new = False
         stored = checkpoint.load() if checkpoint is not None else None
         if stored is not None:
             arrays, state = stored
-            if state.get("key") != self._key:
+            theirs = state.get("key") if isinstance(state.get("key"), dict) else {}
+            other = sorted(name for name in {*self._key, *theirs} if theirs.get(name) != self._key.get(name))
+            if other:
                 raise RunError(
-                    "the stored partial result belongs to another configuration: use another output folder, or overwrite this one"
+                    f"the stored partial result was made with another {', '.join(other)}: use another output folder, or overwrite this one"
                 )
             self.arrays, self.state = dict(arrays), dict(state)
 
@@ -131,6 +132,13 @@ class Stream:
             del self.arrays[name]
 
 
+def _told(value: Any) -> str:
+    """Hash of an entry of the key; models count by their weights, tokenizers and templates, and not by their names."""
+    if isinstance(value, list):
+        value = [identity(item) if isinstance(item, LanguageModel) else item for item in value]
+    return json_sha256(value)
+
+
 def stream_key(
     method: str,
     models: Sequence[LanguageModel],
@@ -143,10 +151,7 @@ def stream_key(
     return {
         **config,
         "method": method,
-        "models": [model.name for model in models],
-        "templates": [repr(model.template) for model in models],
-        "types": [str(model.dtype) for model in models],
-        "fingerprint": models[0].fingerprint,
+        "models": list(models),
         "prompts": prompts.sha256,
         "selection": selection.config() if selection.agreement is not None else None,
         "batch_size": batch_size,

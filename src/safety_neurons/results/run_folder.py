@@ -22,7 +22,9 @@ RECORD = "run.json"
 SCHEMA = "safety-neurons/1"
 IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"})
 """Arguments that cannot change a result, so that they are no part of the configuration."""
-CONTINUED = ("completions.jsonl", "answered_by.json", "judgements.sqlite", "capability.json", "harmless-answers.jsonl", "seeds.json")
+ANSWERED_BY = "answered_by.json"
+"""What kept answers depend on; it goes with them."""
+CONTINUED = ("completions.jsonl", "judgements.sqlite", "capability.json", "harmless-answers.jsonl", "seeds.json")
 """Files in which studies look for what they have done already."""
 PACKAGE = "safety-neurons"
 _PACKAGES = (PACKAGE, "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -139,7 +141,7 @@ class RunFolder:
         if self.finished or any((self.folder / name).exists() for name in self._record["files"]):
             self._lock.release()
             return
-        self._remove([RECORD])
+        self._remove([ANSWERED_BY, RECORD])
         self._lock.release()
         for folder in self._made:
             with contextlib.suppress(OSError):
@@ -203,7 +205,7 @@ class RunFolder:
             earlier = None
         noted = earlier.get("files") if isinstance(earlier, dict) else None
         checkpoints = [str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/*.safetensors")]
-        self._remove([*(noted if isinstance(noted, list) else (*CONTINUED, *checkpoints)), RECORD])
+        self._remove([*(noted if isinstance(noted, list) else (*CONTINUED, *checkpoints)), ANSWERED_BY, RECORD])
 
     def _remove(self, names: list[str]) -> None:
         """Removes files of the run, and folders that are empty without them."""

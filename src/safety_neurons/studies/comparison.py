@@ -28,6 +28,7 @@ from safety_neurons.results import Checkpoint, Difference, Effect, Rate, causal_
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
+from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.verification import MEASURE
 
 Method = Callable[[LanguageModel, LanguageModel, Prompts, dict[str, Any]], Scores]
@@ -192,6 +193,8 @@ def compare(
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
+    asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
+    hold_answers(completions_file, base=base, aligned=aligned, seed=seed, max_new_tokens=max_new_tokens, **asked)
     bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
     make = _Rows(bench, base, aligned, truth, bench.measure(base, "untreated"), bench.measure(aligned, "aligned"))
     shelf, rows = _Shelf(place), []

@@ -1,24 +1,24 @@
 """Kept: what answers in a folder were written by, so that a study never goes on with another model's answers."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from safety_neurons.capability import Settings, Task
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.endpoint import Endpoint
-from safety_neurons.neurons import NeuronSet
+from safety_neurons.model.identity import identity, json_sha256
+from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.prompts import Prompts
 from safety_neurons.results import plain, read_json, write_json
+from safety_neurons.results.run_folder import ANSWERED_BY
 from safety_neurons.studies.answering import Writing
 
-FILE = "answered_by.json"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ASIDE = ("batch_size", "file", "progress")
+"""Fields that do not change what is written."""
 
 
 def facts_of(
@@ -52,7 +52,7 @@ def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
     """
     if folder is None:
         return
-    file = folder / FILE
+    file = folder / ANSWERED_BY
     before = read_json(file) if file.is_file() else {}
     known: dict[str, Any] = dict(before) if isinstance(before, Mapping) else {}
     other = next((name for name, value in facts.items() if value != known.get(name, value)), None)
@@ -61,26 +61,34 @@ def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
     write_json(file, {**known, **facts})
 
 
+def hold_answers(file: pathlib.Path | None, **facts: Any) -> None:
+    """`hold` for a file of answers, or of results by seed: models, sets, scores and prompts count by their content, others as they are.
+
+    Raises:
+        RunError: what is kept in the file's folder depends on something else.
+    """
+    if file is not None:
+        hold(file.parent, {f"{name} of {file.name}": plain(_of(value)) for name, value in facts.items()})
+
+
 def _of(value: Any) -> Any:
     if isinstance(value, LanguageModel):
-        return {"name": value.name, "weights": weights_hash(value), "system": value.template.system}
+        return identity(value)
     if isinstance(value, Endpoint):
         return {"name": value.name, "system": value.system}
     if isinstance(value, NeuronSet):
-        members = "".join(f"{key}:{','.join(map(str, value[key].tolist()))};" for key in value.keys())  # noqa: SIM118
-        return hashlib.sha256(members.encode()).hexdigest()
-    if isinstance(value, Guard):
+        return json_sha256([[key, value[key].tolist()] for key in value.keys()])  # noqa: SIM118 - not a mapping
+    if isinstance(value, Scores):
+        return json_sha256([[key, vector.tobytes().hex()] for key, vector in value.items()])
+    if isinstance(value, Guard | Prompts):
         return value.sha256
+    if isinstance(value, Mapping):
+        return {str(name): _of(item) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return {name: _of(item) for name, item in fields.items() if name not in _ASIDE}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_of(item) for item in value]
     return "given" if callable(value) else str(value)
-
-
-def weights_hash(model: LanguageModel) -> str:
-    """Hash of the sums of every parameter's bits: exact in any order, and another one after tuning."""
-    digest = hashlib.sha256()
-    for name, parameter in model.model.named_parameters():
-        held = parameter.detach()
-        bits = 0
-        if not held.is_meta and held.numel():
-            bits = int(held.view(_INTEGERS[held.element_size()]).sum(dtype=torch.int64))
-        digest.update(f"{name}:{tuple(held.shape)}:{bits};".encode())
-    return digest.hexdigest()

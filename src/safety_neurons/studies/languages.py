@@ -13,6 +13,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import rate
 from safety_neurons.studies.arms import Bench, Progress
 from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts
+from safety_neurons.studies.kept import hold_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ def deactivation_matrix(
     Differs: refusals in every language are measured for every set, with paired intervals and random sets, not in its own language only.
     """
     groups = Groups(harmful)
+    hold_answers(completions_file, model=model, sets=sets, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(groups.pooled, Prompts([]), None, max_new_tokens, batch_size, seed, completions_file, progress)
     matrix = Matrix(bench, groups, model, lambda neurons: lambda: deactivated(model, neurons), random)
     cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]

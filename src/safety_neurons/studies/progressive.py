@@ -16,6 +16,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, paired_difference
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.groups import mean_outcomes
+from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.vocabulary import Neuron, strongest
 
 FRONT, BACK, ALONE, SCORE = "front to back", "back to front", "one layer alone", "by score"
@@ -147,6 +148,7 @@ def progressive(
     if not len(neurons):
         raise NeuronError("an empty set was given, expected at least one neuron")
     neurons = neurons.on(model.table)
+    hold_answers(completions_file, model=model, neurons=neurons, scores=scores, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     walker = _Walker(bench, model, bench.measure(model, "untreated"))
     blocks = layer_blocks(neurons, points)

@@ -22,6 +22,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
+from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.seeds import difference_over_seeds, mean_of, over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
@@ -234,6 +235,7 @@ def rsn(
     Source: Zhao et al., ICLR 2025, section 4.3 and Table 4.
     Differs: random neurons, no tuning and protection beside it; five seeds with intervals; task accuracy beside safety.
     """
+    hold_answers(shelf, model=model, sets=sets, plan=dataclasses.replace(plan, seeds=(), arms=()), lab=lab)
     done: dict[str, Any] = read_json(shelf) if shelf is not None and shelf.is_file() else {}
     for seed in plan.seeds:
         kept: dict[str, Tuned] = {}

@@ -19,6 +19,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
+from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.rsn import Lab, Plan, Sets, Tell, complied, tuned_twin
 from safety_neurons.studies.seeds import difference_over_seeds, over_seeds
 
@@ -79,6 +80,7 @@ def stress(
     Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign fine-tuning undo safety).
     Differs: the same attacks before and after tuning, random pruning beside it, several seeds with intervals.
     """
+    hold_answers(shelf, model=model, sets=sets, plan=dataclasses.replace(plan, seeds=(), arms=()), attack=attack, lab=lab)
     done: dict[str, Any] = read_json(shelf) if shelf is not None and shelf.is_file() else {}
     say = tell or (lambda _line: None)
     answers = attack.harmful or _own_answers(model, plan, lab)

@@ -28,6 +28,7 @@ from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Changes, Completions, causal_effect, paired_difference, rate
 from safety_neurons.studies.arms import Bench, Treatment
+from safety_neurons.studies.kept import hold_answers
 
 GROUPS = 20
 """Groups of prompts that the intervals draw anew."""
@@ -313,6 +314,7 @@ def cross_patch(
         raise UsageError(f"{len(models)} models given, expected two that are patched into one another")
     if not len(neurons):
         raise NeuronError("the two trainings share no neuron in their top sets, so that there is nothing to patch; take a larger --top")
+    hold_answers(completions_file, models=models, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file)
     names = tuple(models)
     controls = neurons.random_like(seed, table=models[names[0]].table, n=random) if random else []

@@ -16,6 +16,7 @@ from safety_neurons.results import Completions, Difference, paired_difference, r
 from safety_neurons.studies.arms import Bench, Progress
 from safety_neurons.studies.downstream import solved
 from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts
+from safety_neurons.studies.kept import hold_answers
 
 TASKS = ("perplexity", "kl")
 Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -130,6 +131,7 @@ def transfer(
     Differs: a full matrix with paired intervals, random sets for every row, refusals by a named judge instead of a cost model.
     """
     groups = Groups(harmful)
+    hold_answers(completions_file, base=base, aligned=aligned, sets=sets, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(groups.pooled, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
     settings = Settings(limit=limit, batch_size=batch_size, seed=seed, folder=base.prompt_folder)
     lab = _Lab(bench, [task(name) for name in tasks], settings, answers)

@@ -20,6 +20,7 @@ from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench
+from safety_neurons.studies.kept import hold_answers
 from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
 from safety_neurons.tuning.data import read, split, with_own_answers
@@ -140,6 +141,8 @@ def tune(
     """
     chosen, notes = Settings.of(settings), list[str]()
     data, others = _data(model, dataset, harmless, chosen)
+    kept = None if folder is None else folder / "completions.jsonl"
+    hold_answers(kept, model=model, neurons=neurons, protect=protect, data=data, harmless=others, settings=chosen, tokens=max_new_tokens)
     bench = Bench(
         read(test_harmful, model),
         read(test_harmless, model),
@@ -147,7 +150,7 @@ def tune(
         max_new_tokens,
         chosen.batch_size,
         chosen.seed,
-        None if folder is None else folder / "completions.jsonl",
+        kept,
         None if progress is None else lambda arm: progress(f"measure {arm}", None),
     )
     learnt, others, watch = _held_out(model, data, others, check, chosen, notes)

@@ -20,6 +20,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, Effect, causal_effect, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
+from safety_neurons.studies.kept import hold_answers
 
 MEASURE = "refused"
 
@@ -153,6 +154,7 @@ def verify_deactivate(
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is made of, an interval on
     the paired difference, and the ceiling beside it.
     """
+    hold_answers(completions_file, model=model, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     untreated = bench.measure(model, "untreated")
     sets = _sets(neurons, sizes, model)
@@ -183,6 +185,7 @@ def verify_patch(
     Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
     possible; a paired bootstrap interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
     """
+    hold_answers(completions_file, base=base, aligned=aligned, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
     sets = _sets(neurons, sizes, base)
