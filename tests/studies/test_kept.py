@@ -44,7 +44,7 @@ def studies_of(pair, neurons, file):
         "progressive": lambda: studies.progressive(pair.aligned, neurons, *asked, **more),
         "languages": lambda: studies.deactivation_matrix(pair.aligned, {"en": neurons}, {"en": asked[0]}, **more),
         "transfer": lambda: studies.transfer(pair.base, pair.aligned, {"en": neurons}, {"en": asked[0]}, asked[1], **more),
-        "tax": lambda: tax.cross_patch({"a": pair.base, "b": pair.aligned}, neurons, *asked, measure=None, **more),
+        "tax": lambda: tax.cross_patch({"a": pair.base, "b": pair.aligned}, neurons, *asked, measure=lambda *_: [], **more),
     }
 
 

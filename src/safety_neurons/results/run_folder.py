@@ -6,6 +6,7 @@ arguments as they are, and the version of this package.
 
 import contextlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import time
@@ -126,6 +127,8 @@ class RunFolder:
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
         seconds = self._record["timings"].get("seconds", 0.0) + time.monotonic() - self._started
+        if os.environ.get("SOURCE_DATE_EPOCH"):
+            seconds = 0.0  # Files that are to be the same each time cannot say how long it took.
         timings = {**self._record["timings"], "finished": now(), "seconds": seconds, **plain(about.pop("timings", {}))}
         result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
         self._record |= {**plain(about), "result": result, "paths": paths, "status": "finished", "timings": timings}

@@ -17,8 +17,8 @@ from safety_neurons.results import plain, read_json, write_json
 from safety_neurons.results.run_folder import ANSWERED_BY
 from safety_neurons.studies.answering import Writing
 
-_ASIDE = ("batch_size", "file", "progress")
-"""Fields that do not change what is written."""
+_ASIDE = ("batch_size", "file", "progress", "seeds", "arms")
+"""Fields that do not change what is written, or by which it is kept apart."""
 
 
 def facts_of(

@@ -235,7 +235,7 @@ def rsn(
     Source: Zhao et al., ICLR 2025, section 4.3 and Table 4.
     Differs: random neurons, no tuning and protection beside it; five seeds with intervals; task accuracy beside safety.
     """
-    hold_answers(shelf, model=model, sets=sets, plan=dataclasses.replace(plan, seeds=(), arms=()), lab=lab)
+    hold_answers(shelf, model=model, sets=sets, plan=plan, lab=lab)
     done: dict[str, Any] = read_json(shelf) if shelf is not None and shelf.is_file() else {}
     for seed in plan.seeds:
         kept: dict[str, Tuned] = {}

@@ -80,7 +80,7 @@ def stress(
     Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign fine-tuning undo safety).
     Differs: the same attacks before and after tuning, random pruning beside it, several seeds with intervals.
     """
-    hold_answers(shelf, model=model, sets=sets, plan=dataclasses.replace(plan, seeds=(), arms=()), attack=attack, lab=lab)
+    hold_answers(shelf, model=model, sets=sets, plan=plan, attack=attack, lab=lab)
     done: dict[str, Any] = read_json(shelf) if shelf is not None and shelf.is_file() else {}
     say = tell or (lambda _line: None)
     answers = attack.harmful or _own_answers(model, plan, lab)
