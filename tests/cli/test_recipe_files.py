@@ -132,3 +132,29 @@ def test_options_by_another_word_than_their_name_are_repeated_too(tiny_pair, tmp
     first = done("analyze", "layers", f"one={tmp_path / 'neurons.safetensors'}", "--out", tmp_path / "c")
     again = done("run", tmp_path / "c" / "run.json", "--out", tmp_path / "d")
     assert {**first, "figure": 0, "run": 0} == {**again, "figure": 0, "run": 0}
+
+
+@pytest.mark.parametrize("part", ["../plain", "/etc", "..", "a/b"])
+def test_an_organism_names_folders_of_its_own(part, tmp_path):
+    from safety_neurons.errors import InputError
+    from safety_neurons.organism.folder import open_organism
+
+    record = {"name": "x", "stages": {"sft": [part]}, "base": "sft", "aligned": "sft"}
+    (tmp_path / "organism.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is not a plain name"):
+        _ = open_organism(tmp_path).base
+    with pytest.raises(InputError, match="is not a plain name"):
+        open_organism(tmp_path).spec(f"{part}/truth")
+    (tmp_path / "organism.json").write_text(json.dumps(record | {"name": part}))
+    with pytest.raises(InputError, match="is not a plain name"):
+        open_organism(tmp_path)
+
+
+def test_a_language_is_no_path(tmp_path):
+    from safety_neurons import prompts
+    from safety_neurons.errors import InputError
+
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "x.jsonl").write_text('{"prompt": "of another folder"}\n')
+    with pytest.raises(InputError, match="is no language"):
+        prompts("builtin:harmful/../x", folder=tmp_path / "prompts")

@@ -94,7 +94,7 @@ def test_another_batch_size_in_the_same_folder_is_refused_and_loses_nothing(tiny
 def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
     # The process says when it has saved and then waits for the end of a pipe that nobody closes, so no kill falls elsewhere.
     script = (
-        "import sys\n"
+        "import os, sys\n"
         "from safety_neurons.cli import main\n"
         "from safety_neurons.detectors import streaming\n"
         "from safety_neurons.results import Checkpoint\n"
@@ -102,7 +102,7 @@ def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
         "save = streaming.Stream.save\n"
         "def saved(self):\n"
         "    save(self)\n"
-        "    print('saved', file=sys.__stdout__, flush=True)\n"
+        "    os.write(1, b'saved\\n')\n"
         "    sys.__stdin__.read()\n"
         "streaming.Stream.save = saved\n"
         "main()\n"

@@ -28,8 +28,9 @@ def lines(pair, labelled):
 
 
 def test_two_processes_write_the_same_bytes(tiny_pair, tmp_path):
-    rows = [{"prompt": f"{word} the {what}", "label": kind} for word in ("make", "open", "steal", "tell", "show", "write", "lock", "explain")
-            for what, kind in (("bomb", "unsafe"), ("cake", "safe"), ("key", "unsafe"), ("tree", "safe"))]  # fmt: skip
+    words = ("make", "open", "steal", "tell", "show", "write", "lock", "explain")
+    things = (("bomb", "unsafe"), ("cake", "safe"), ("key", "unsafe"), ("tree", "safe"))
+    rows = [{"prompt": f"{word} the {what}", "label": kind} for word in words for what, kind in things]
     labelled = tmp_path / "labelled.jsonl"
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = []
@@ -37,9 +38,9 @@ def test_two_processes_write_the_same_bytes(tiny_pair, tmp_path):
         folder = tmp_path / seed
         folder.mkdir()
         environment = {**os.environ, "PYTHONHASHSEED": seed, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
-        words = json.dumps(lines(tiny_pair, str(labelled)))
+        commands = json.dumps(lines(tiny_pair, str(labelled)))
         run = subprocess.run(
-            [sys.executable, "-c", PROGRAM, words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", PROGRAM, commands], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr[-2000:]
         made.append({str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()})

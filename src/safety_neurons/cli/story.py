@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from safety_neurons import strict_json
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
 from safety_neurons.errors import RunError

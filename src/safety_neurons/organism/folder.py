@@ -8,7 +8,7 @@ from typing import Any
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism.recipes import recipe, recipes
-from safety_neurons.results.files import read_json
+from safety_neurons.results.files import plain_name, read_json
 
 RECORD, CARD, PROMPTS, TRUTH = "organism.json", "README.md", "prompts", "truth"
 
@@ -37,7 +37,8 @@ class OrganismFolder:
             InputError: it has neither of that name.
         """
         if stage in self.record["stages"]:
-            return "+".join(str(self.path / part) for part in self.record["stages"][stage])
+            return "+".join(str(self.path / plain_name(part, "folder of a stage")) for part in self.record["stages"][stage])
+        plain_name(stage, "stage")
         file = self.path / f"{stage}.safetensors"
         if file.is_file():
             return str(file)
@@ -103,6 +104,7 @@ def open_organism(name: str | Path) -> OrganismFolder:
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or "stages" not in record:
         raise InputError(f"{folder / RECORD} has no stages; expected the record of an organism; build it again")
+    plain_name(record.get("name"), f"{folder / RECORD}: the organism")
     return OrganismFolder(folder.absolute(), record)
 
 

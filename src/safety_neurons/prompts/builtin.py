@@ -50,6 +50,8 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
         folder: A folder that may hold lists of its own: `NAME.jsonl`, `NAME.LANG.jsonl` or `NAME/LANG.jsonl`.
     """
     name, _, language = source.removeprefix(PREFIX).partition("/")
+    if not re.fullmatch(r"[\w-]*", language):
+        raise InputError(f"{source}: {language[:40]!r} is no language; expected a code such as {DEFAULT_LANGUAGE}")
     if name in OF_ORGANISMS and (folder is None or _own(name, language, folder) is None):
         raise InputError(f"{source}: only organisms bring a task; give a file with a column of questions and one of answers")
     if name not in NAMES + OF_ORGANISMS:
