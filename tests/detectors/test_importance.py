@@ -10,6 +10,7 @@ from brute_force import brute_force
 from exact64 import Exact64
 from safety_neurons.detectors.importance_readers import ImportanceReaders, Options
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.hooks import reading
 from safety_neurons.model.passes import collate, forward
 
 EVERY = families.FAMILIES + families.MOE_FAMILIES
@@ -51,6 +52,32 @@ def test_scores_equal_brute_force_in_exact_float64(family):
     with Exact64():
         expected = brute_force(lm, ids, lm.table.keys, stride=5)
     close({key: values[::5] for key, values in found.items()}, expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_scores_of_a_prompt_of_a_single_token_equal_brute_force(family):
+    lm, ids = language_model(family), tokens(1, seed=4)
+    found = closed(lm, [ids, tokens(3)])[0]
+    with Exact64():
+        expected = brute_force(lm, ids, lm.table.keys, stride=11)
+    close({key: values[::11] for key, values in found.items()}, expected, 1e-9)
+
+
+@pytest.mark.parametrize("size", [30.0, 1000.0])
+def test_activations_at_the_clamp_of_gpt_oss_are_proved_and_scored(size):
+    model = families.build("gpt_oss", torch.float64)
+    model.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.gate_up_proj.mul_(size)
+    lm, ids, clamped = LanguageModel(model, None), tokens(5), []
+    keys = [key for key in lm.table.keys if ".experts." in key]
+    with reading(lm.anatomy, {"layers.0.experts.*.up": lambda rows: clamped.append(rows.values.abs() > 7)}):
+        found = closed(lm, [ids], keys)[0]
+    assert torch.cat(clamped).double().mean() > 0.5
+    with Exact64():
+        expected = brute_force(lm, ids, keys, stride=11)
+    close({key: values[::11] for key, values in found.items()}, expected, 1e-9)
 
 
 @pytest.mark.parametrize("family", EVERY)

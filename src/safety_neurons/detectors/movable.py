@@ -14,8 +14,10 @@ from torch import Tensor
 from safety_neurons.detectors.gradients import Scored, mask_gradients
 from safety_neurons.detectors.pairs import donated
 from safety_neurons.detectors.swap_attribution import SoftSwap
+from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import Batch
+from safety_neurons.neurons import parse_key
 
 KEPT_DONORS = 2**28
 """Bytes of the aligned model's activations that are kept between rounds; what is beyond is computed again."""
@@ -84,6 +86,11 @@ class Parameters:
     sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
+        routed = [key for key in self.sizes if parse_key(key).expert is not None or parse_key(key).shared]
+        if routed:
+            raise UnsupportedModelError(
+                f"{routed[0]}: experts' parameters cannot be swapped; use --move activations, or --sites q,k,v,o for this model"
+            )
         self._swap = SoftSwap(self.base, self.aligned, self.sizes)
         numbers = self.base.table.units()
         sites = {"mlp": "down"}

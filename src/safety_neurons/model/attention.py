@@ -98,6 +98,8 @@ class AttentionPlan:
     scale: float
     rotary: str
     """`none`, `half` (entry d turns with d + half) or `interleaved` (entry 2d with 2d + 1)."""
+    repeats: bool = False
+    """Whether the cosines given name each pair of entries twice; told on the probe, since those of one token at place 0 are all alike."""
     q_norm: NormFormula | None = None
     k_norm: NormFormula | None = None
     softcap: float | None = None
@@ -123,7 +125,7 @@ class AttentionPlan:
         if found is None:
             return None
         cos, sin = (part.to(like) for part in found)
-        return _rotation(cos, sin, self.rotary, self.head_dim)
+        return _rotation(cos, sin, self.rotary, self.head_dim, self.repeats)
 
     def states(self, capture: AttentionCapture, row: int, length: int) -> AttentionStates:
         """Everything between the projections for one prompt, in float64 for a float64 model and in float32 otherwise."""
@@ -237,7 +239,9 @@ def _candidates(module: nn.Module, plain: AttentionPlan, capture: AttentionCaptu
     arguments = capture.arguments
     table = getattr(module, "embed_positions", None)
     plain = replace(plain, embed_positions=table if isinstance(table, Tensor) and table.ndim == 2 else None)
-    rotary = ("half", "interleaved", "none") if _cos_sin(arguments, plain.embed_positions, 0, 1) is not None else ("none",)
+    turning = _cos_sin(arguments, plain.embed_positions, 0, capture.q.shape[1])
+    rotary = ("half", "interleaved", "none") if turning is not None else ("none",)
+    repeats = {style: turning is not None and _repeats(turning[0], style) for style in rotary}
     sinks = getattr(module, "sinks", None)
     scales = _scales(module, plain.head_dim)
     choices = itertools.product(
@@ -251,7 +255,16 @@ def _candidates(module: nn.Module, plain: AttentionPlan, capture: AttentionCaptu
     )
     for (q_norm, k_norm), softcap, sink, window, alibi, style, scale in choices:
         yield replace(
-            plain, q_norm=q_norm, k_norm=k_norm, softcap=softcap, sinks=sink, window=window, alibi=alibi, rotary=style, scale=scale
+            plain,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            softcap=softcap,
+            sinks=sink,
+            window=window,
+            alibi=alibi,
+            rotary=style,
+            repeats=repeats[style],
+            scale=scale,
         )
 
 
@@ -339,23 +352,29 @@ def _cos_sin(arguments: Mapping[str, Any], table: Tensor | None, row: int, lengt
     return None
 
 
-def _rotation(cos: Tensor, sin: Tensor, style: str, head_dim: int) -> Rotation:
+def _repeats(cos: Tensor, style: str) -> bool:
+    """Whether cosines name each pair of entries twice, in the order of a style."""
+    given = cos.shape[-1]
+    if given % 2 or style == "none":
+        return False
+    halves = (cos[:, : given // 2], cos[:, given // 2 :]) if style == "half" else (cos[:, ::2], cos[:, 1::2])
+    return bool((halves[0] == halves[1]).all())
+
+
+def _rotation(cos: Tensor, sin: Tensor, style: str, head_dim: int, repeats: bool) -> Rotation:
     """The map of single entries; entries beyond the rotary ones stay as they are."""
     given = cos.shape[-1]
     device = cos.device
-    wide = style == "half" and bool((cos[:, : given // 2] == cos[:, given // 2 :]).all()) if given % 2 == 0 else False
-    paired = style == "interleaved" and given % 2 == 0 and bool((cos[:, ::2] == cos[:, 1::2]).all())
-    turning = given if wide or paired else 2 * given
-    turning = min(turning, head_dim)
+    turning = min(given if repeats else 2 * given, head_dim)
     half = turning // 2
     place = torch.arange(turning, device=device)
     if style == "half":
         pair, first, partner = place % half, place < half, (place + half) % turning
-        if wide:
+        if repeats:
             cos, sin = cos[:, :half], sin[:, :half]
     else:
         pair, first, partner = place // 2, place % 2 == 0, place ^ 1
-        if paired:
+        if repeats:
             cos, sin = cos[:, ::2], sin[:, ::2]
     cos, sin = cos[:, pair], sin[:, pair]
     rest = head_dim - turning

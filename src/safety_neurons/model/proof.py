@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from safety_neurons.errors import UnsupportedModelError
@@ -28,6 +29,10 @@ from safety_neurons.model.probe import TOKENS, Probe, Seen, same
 from safety_neurons.model.proof_attention import settle_attention
 from safety_neurons.neurons import MLP_SITES
 
+GATE_ROWS = 64
+"""Rows of drawn values that the gate step of experts is tried on."""
+GATE_SIZES = (1.0, 1e-1, 1e-2)
+"""Their sizes."""
 ROWS_AT_ONCE = 64
 """Rows of a pass in which each row has another site set to zero."""
 
@@ -225,16 +230,27 @@ def _check_rows(part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tup
     faults = [site for site in ("gate", "up") if not same(rows[site].values, expected[site])]
     if faults or not same(part.apply_gate(part.fuse(rows["gate"].values, rows["up"].values)), down.values):
         raise part.unsupported(f"the rows of {' and '.join(faults) or 'down'} are not what the weights of the chosen experts give")
-    _check_gate_step(part, rows["gate"].values.double(), rows["up"].values.double())
+    _check_gate_step(part, down.values)
     if not same(total.to(output.dtype).reshape(output.shape), output):
         raise part.unsupported("the rows of down, weighted by the router, do not add up to the output of the experts")
 
 
-def _check_gate_step(part: ExpertsAnatomy, gate: Tensor, up: Tensor) -> None:
-    """A neuron's gate and up values reach its own down value alone, and that value is straight in up (and so not in gate)."""
+def _check_gate_step(part: ExpertsAnatomy, like: Tensor) -> None:
+    """A neuron's gate and up values reach its own down value alone, and that value is straight in up (and so not in gate).
+
+    Asked of drawn values, since those of a pass may lie where the step clamps them; smaller and smaller ones, down to below any clamp.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = 2 * torch.rand(2, GATE_ROWS, part.width, generator=generator, dtype=torch.float64) - 1
+    found = [_bends(part, *(drawn * size).to(like.device), step=size) for size in GATE_SIZES]
+    if not any(bends["up"] < 1e-6 < bends["gate"] for bends in found):
+        raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
+
+
+def _bends(part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"], step: float) -> dict[str, float]:
+    """How far from straight the last neuron's down value is in its gate and in its up value, between a step down and a step up."""
     plain = part.apply_gate(part.fuse(gate, up))
     last = part.width - 1
-    step = 3 * float(torch.maximum(gate.abs().mean(), up.abs().mean()))
     bends = {}
     for site, values in (("gate", gate), ("up", up)):
         moved = []
@@ -245,8 +261,7 @@ def _check_gate_step(part: ExpertsAnatomy, gate: Tensor, up: Tensor) -> None:
         if any(bool(difference[:, :last].any()) for difference in moved):
             raise part.unsupported(f"layout {part.layout.value!r} fails: the {site} value of a neuron reaches other neurons")
         bends[site] = float((moved[0] + moved[1])[:, last].abs().median() / moved[0][:, last].abs().median().clamp(min=1e-30))
-    if not bends["up"] < 1e-6 < bends["gate"]:
-        raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
+    return bends
 
 
 # Effect on the logits
