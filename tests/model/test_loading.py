@@ -1,5 +1,6 @@
 import json
 import pathlib
+import pickle
 import shutil
 import socket
 
@@ -8,10 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from safety_neurons import model as model_box
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
 from safety_neurons.model import ModelSpec, load, load_pair, parse_spec
 from safety_neurons.model.loading import check_finite
-from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama_folder, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +260,29 @@ def test_weights_that_were_cut_off_say_what_to_do(tmp_path):
     ) as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
+
+
+class _Runs:
+    """An object whose unpickling writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("loader", ["load", "load_classifier", "load_scorer"])
+@pytest.mark.parametrize("shard", ["pytorch_model-00002.bin", "other.pt", "../other.safetensors", "/tmp/x.safetensors", 7])
+def test_a_shard_that_is_no_safetensors_file_is_refused_unread(tmp_path, loader, shard):
+    folder = tiny_llama_folder(tmp_path / "model")
+    tiny_llama().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    ran = tmp_path / "ran"
+    (folder / "pytorch_model-00002.bin").write_bytes(pickle.dumps(_Runs(ran)))
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="names the shard|cannot be read"):
+        getattr(model_box, loader)(str(folder))
+    assert not ran.exists()

@@ -68,8 +68,9 @@ def comparing(base: LanguageModel, aligned: LanguageModel) -> Iterator[None]:
 
 def read(lm: LanguageModel, batch: Batch, readers: Mapping[str, Callable[..., None]]) -> None:
     """One forward pass of one model over the batch, with its adapters active, its head left out and no gradients."""
-    with lm.active(), hooks.reading(lm.anatomy, readers), torch.no_grad():
+    with lm.active(), hooks.reading(lm.anatomy, readers) as firings, torch.no_grad():
         forward(lm.model, batch.to(lm.device))
+        firings.check(ran=True)
 
 
 def donated(lm: LanguageModel, batch: Batch, keys: Iterable[str]) -> dict[str, Any]:

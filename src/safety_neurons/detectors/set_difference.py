@@ -21,7 +21,7 @@ from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, f
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts
-from safety_neurons.model.hooks import around
+from safety_neurons.model.hooks import around, refuse_compiled, skipped
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.layouts import take
 from safety_neurons.model.passes import Batch, BatchSize, evaluating
@@ -72,6 +72,12 @@ class Capture:
         ):
             yield
 
+    def check(self) -> None:
+        """Raise an error where a projection was not called in the pass (a replaced forward or kernel)."""
+        silent = [key for key, place in self.places.items() if place.hooked not in self.inputs]
+        if silent:
+            raise skipped(silent, "in the pass")
+
     def _keeper(self, module: nn.Module) -> Callable[..., None]:
         def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inputs[module] = (args[0] if args else next(iter(kwargs.values()))).detach()
@@ -110,6 +116,7 @@ def find_set_difference(
     batch_size, selection = options.get("batch_size", "auto"), Selection.of(**choice, default_top=0.05)
     if selection.agreement is not None:
         raise UsageError(f"{method} ranks weights by means over prompts: no prompt can vote; leave the agreement out")
+    refuse_compiled(model.model)
     places = _places(model, model.table.select(sites=sites, layers=layers).keys)
     config = {**shares, "harmless_sha256": other.sha256} | searched(sites, layers)
     stream = Stream(options.get("checkpoint"), stream_key(method, [model], asked, config, selection, batch_size))

@@ -53,6 +53,7 @@ def _importances(model: LanguageModel, capture: Capture, batch: Batch, rows: Seq
     with frozen(model.model), model.running(), torch.enable_grad(), capture.on():
         logits = forward(model.model, batch, with_logits=True)
         assert logits is not None
+        capture.check()
         modules = list(capture.zeros)
         slopes = dict(zip(modules, torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())), strict=True))
     found: list[dict[str, Tensor]] = []

@@ -32,6 +32,7 @@ def _importances(model: LanguageModel, capture: Capture, batch: Batch, rows: Seq
     """(weight × norm)²: its mean over answers ranks weights as |weight| × norm over all answers' tokens does."""
     with model.running(), torch.no_grad(), capture.on():
         forward(model.model, batch)
+        capture.check()
     found: list[dict[str, Tensor]] = []
     with model.active(), torch.no_grad():
         weights = {key: place.weight().float() ** 2 for key, place in capture.places.items()}

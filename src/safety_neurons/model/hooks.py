@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy, Routing
 from safety_neurons.model.layouts import Index, take
-from safety_neurons.model.parts import Anatomy
+from safety_neurons.model.parts import Anatomy, unwrapped
 from safety_neurons.model.places import SitePlace
 
 Reader = Callable[[Any], None]
@@ -40,16 +40,23 @@ class Firings:
     shape: tuple[int, int] = (0, 0)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a replaced kernel)."""
+    def check(self, ran: bool = False) -> None:
+        """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a replaced kernel).
+
+        Args:
+            ran: whether the model ran for certain, though nothing was seen of it.
+        """
         silent = [key for key, count in self.counts.items() if count == 0]
-        if silent and self.passes:
-            remedy = "switch off torch.compile, CUDA graphs and replaced kernels for this model"
-            if ".experts." in silent[0]:
-                remedy = "call model.set_experts_implementation('grouped_mm')"
-            raise UnsupportedModelError(
-                f"{silent[0]} never came by in {self.passes} forward passes ({len(silent)} such sites), each was expected to; {remedy}"
-            )
+        if silent and (self.passes or ran):
+            raise skipped(silent, f"in {self.passes} forward passes through the first layer")
+
+
+def skipped(keys: list[str], when: str) -> UnsupportedModelError:
+    """The error that says which sites never came by, and what to do."""
+    remedy = "switch off torch.compile, CUDA graphs and replaced kernels or forwards for this model"
+    if ".experts." in keys[0]:
+        remedy = "call model.set_experts_implementation('grouped_mm')"
+    return UnsupportedModelError(f"{keys[0]} never came by {when} ({len(keys)} such sites), each was expected to; {remedy}")
 
 
 @contextmanager
@@ -66,10 +73,16 @@ def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings
         Counts of what came by.
 
     Raises:
-        UnsupportedModelError: a site the anatomy refuses, a compiled model, or, at the end, a site that never came by.
+        UnsupportedModelError: a site the anatomy refuses, a compiled model, or a site that does not come by in a call of its layer, be it
+            a prefill or a decoding step.
     """
     with _hooked(anatomy, readers, edit=False) as firings:
-        yield firings
+        try:
+            yield firings
+        except LookupError:
+            if not firings.passes:  # what is missing may be what never came by
+                firings.check(ran=True)
+            raise
     firings.check()
 
 
@@ -101,7 +114,7 @@ class Reading:
     """
 
     def __init__(self, anatomy: Anatomy, readers: Mapping[str, Reader]) -> None:
-        _refuse_compiled(anatomy.model)
+        refuse_compiled(anatomy.model)
         dense, self._experts = _sorted_out(anatomy, readers)
         self.firings = Firings(counts=dict.fromkeys(readers, 0))
         self._registrations: list[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = []
@@ -206,23 +219,83 @@ def _put_back(module: nn.Module, name: str, earlier: Any) -> None:
 
 @contextmanager
 def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edit: bool) -> Iterator[Firings]:
-    _refuse_compiled(anatomy.model)
+    refuse_compiled(anatomy.model)
     dense, experts = _sorted_out(anatomy, functions)
     firings = Firings(counts=dict.fromkeys(functions, 0))
     with ExitStack() as stack:
         if functions:
             stack.callback(anatomy.layers[0].module.register_forward_pre_hook(_note_shape(firings), with_kwargs=True).remove)
+            stack.enter_context(_uncompiled(anatomy.model))
         for places in dense.values():
             pairs = [(place, functions[place.key]) for place in places]
             stack.callback(_register(pairs, firings, edit))
         for part, wanted in experts:
             stack.enter_context(_experts_hooked(part, wanted, firings, edit))
+        stack.enter_context(_counted(anatomy, firings))
         yield firings
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        raise UnsupportedModelError("a compiled model arrived, hooks need the plain one; pass it before .compile() or reload it")
+@contextmanager
+def _counted(anatomy: Anatomy, firings: Firings) -> Iterator[None]:
+    """Every call of a layer is held to show all its sites: a kernel may skip hooks only while decoding, or only for some shapes."""
+    by_layer: dict[int, list[str]] = {}
+    for key in firings.counts:
+        by_layer.setdefault(int(key.split(".")[1]), []).append(key)
+    checks = {anatomy.layers[number].module: _LayerCheck(firings, keys) for number, keys in by_layer.items()}
+    before = {module: check.begin for module, check in checks.items()}
+    after = {module: check.end for module, check in checks.items()}
+    with around(before=before, after=after):
+        yield
+
+
+class _LayerCheck:
+    """Whether every site of a layer comes by between its beginning and its end."""
+
+    def __init__(self, firings: Firings, keys: list[str]) -> None:
+        self.firings, self.keys = firings, keys
+        self.seen: list[int] = []
+
+    def begin(self, *_: Any) -> None:
+        """Note how often each site came by so far."""
+        self.seen = [self.firings.counts[key] for key in self.keys]
+
+    def end(self, _: Any) -> None:
+        """Raise an error for sites that did not come by."""
+        silent = [key for key, count in zip(self.keys, self.seen, strict=True) if self.firings.counts[key] == count]
+        if silent:
+            raise skipped(silent, f"in pass {self.firings.passes}, {self.firings.shape[1]} tokens a row")
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """`generate` compiles no step while hooks are on, as it does for static caches on some devices: a captured step runs no hook."""
+    holder: Any = unwrapped(model)
+    if not hasattr(holder, _COMPILES):
+        yield
+        return
+    earlier = vars(holder).get(_COMPILES)
+    setattr(holder, _COMPILES, lambda *_, **__: False)
+    try:
+        yield
+    finally:
+        _put_back(holder, _COMPILES, earlier)
+
+
+_COMPILES = "_valid_auto_compile_criteria"
+"""Of transformers' generation: whether to compile the decoding step."""
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise an error where a model, or a part of it, is compiled: hooks do not reach into it."""
+    for name, module in model.named_modules():
+        facts = vars(module)
+        replaced = facts.get("forward")
+        compiled = facts.get("_compiled_call_impl") is not None or "_orig_mod" in facts.get("_modules", ())
+        if compiled or hasattr(replaced, "_torchdynamo_orig_callable"):
+            where = f" ({name})" if name else ""
+            raise UnsupportedModelError(
+                f"a compiled model arrived{where}, hooks need the plain one; pass it before torch.compile or reload it"
+            )
 
 
 def _note_shape(firings: Firings) -> Callable[..., None]:

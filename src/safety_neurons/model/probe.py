@@ -52,6 +52,15 @@ class Probe:
             raise NumericalError("the model gives NaN or infinity on random tokens, finite logits were expected; check weights and dtype")
         return logits
 
+    def step(self, anatomy: Anatomy, keys: Iterable[str]) -> None:
+        """A decoding step behind a prefill, in which every site has to come by as in a whole pass; nothing where there is no cache."""
+        with reading(anatomy, {key: lambda _: None for key in keys}):
+            prefill = self.model(input_ids=self.ids[:, :-1], attention_mask=torch.ones_like(self.ids[:, :-1]), use_cache=True)
+            cache = getattr(prefill, "past_key_values", None)
+            if cache is not None:
+                ids, mask = self.ids[:, -1:], torch.ones_like(self.ids)
+                self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+
     def see(
         self,
         anatomy: Anatomy,

@@ -6,7 +6,8 @@
    output.
 3. Feed-forward part: what `down` is given is act(gate)·up, or act(up).
 4. Experts: each row of the gate step is the pair of token and expert it is said to be, and the rows add up to the module's output.
-5. Effect: with the neurons of a site set to zero the logits change.
+5. Decoding: a step behind a cache shows every site, as a whole pass does.
+6. Effect: with the neurons of a site set to zero the logits change.
 
 Where the guessed layout of a fused projection fails and another one passes, that one is taken, unless the caller chose it.
 """
@@ -56,6 +57,7 @@ def prove(anatomy: Anatomy, *, seed: int = 0, effects: bool = True) -> Anatomy:
         anatomy = _settle_feed_forward(anatomy, probe)
         _check_projections(anatomy, probe)
         _check_experts(anatomy, probe)
+        probe.step(anatomy, _all_keys(anatomy))
         if effects:
             _check_effects(anatomy, probe)
     return anatomy
@@ -269,8 +271,7 @@ def _bends(part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Te
 
 def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
     """With a site set to zero in one row of the batch, that row's logits differ from those of an untouched row."""
-    keys = list(anatomy.places)
-    keys += [f"layers.{layer.index}.experts.*.{site}" for layer in anatomy.layers if layer.experts for site in MLP_SITES]
+    keys = _all_keys(anatomy)
     for start in range(0, len(keys), ROWS_AT_ONCE):
         group = keys[start : start + ROWS_AT_ONCE]
         edits = {key: _silence(row + 2) for row, key in enumerate(group)}
@@ -283,6 +284,12 @@ def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
                     f"{key}: setting its neurons to zero changes no logit, a change was expected; "
                     "switch off torch.compile and replaced kernels, or leave the site out with --sites"
                 )
+
+
+def _all_keys(anatomy: Anatomy) -> list[str]:
+    """Of every dense site, and of every site of all experts of a layer together."""
+    routed = [f"layers.{layer.index}.experts.*.{site}" for layer in anatomy.layers if layer.experts for site in MLP_SITES]
+    return [*anatomy.places, *routed]
 
 
 def _silence(row: int) -> Callable[[Any], Tensor]:
