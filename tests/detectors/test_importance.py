@@ -8,6 +8,7 @@ import torch
 import families
 from brute_force import brute_force
 from exact64 import Exact64
+from safety_neurons.detectors import importance_readers
 from safety_neurons.detectors.importance_readers import ImportanceReaders, Options
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import reading
@@ -61,6 +62,16 @@ def test_scores_of_a_prompt_of_a_single_token_equal_brute_force(family):
     with Exact64():
         expected = brute_force(lm, ids, lm.table.keys, stride=11)
     close({key: values[::11] for key, values in found.items()}, expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_prompts_scored_together_score_as_one_by_one(family, monkeypatch):
+    lm, lengths = language_model(family), (7, 7, 3, 7, 1, 1, 9)
+    sequences = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    together = closed(lm, sequences)
+    monkeypatch.setattr(importance_readers, "SHORT", 0)
+    for found, expected in zip(together, closed(lm, sequences), strict=True):
+        close(found, expected, 1e-9)
 
 
 @pytest.mark.parametrize("size", [30.0, 1000.0])

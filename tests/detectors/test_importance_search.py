@@ -8,7 +8,7 @@ import torch
 import families
 from safety_neurons.detectors import find_importance, importance
 from safety_neurons.errors import NumericalError, RunError, UsageError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.neurons import Selection
 from safety_neurons.results import Checkpoint
 from tiny import tiny_llama, tiny_tokenizer
@@ -205,3 +205,26 @@ def test_a_partial_result_of_another_template_is_not_taken_up(lm, tmp_path):
     other = LanguageModel(lm.model, lm.tokenizer, template="tulu")
     with pytest.raises(RunError, match="another configuration"):
         find_importance(other, PROMPTS[:2], checkpoint=Checkpoint(tmp_path / "part"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe"])
+def test_experts_without_a_token_vote_for_nothing(family):
+    model = LanguageModel(families.build(family, num_hidden_layers=2), tiny_tokenizer(adds_bos=False), template="none")
+    prompts = ["fire", "water", "red house"]
+    seen = {key: 0 for key in model.table.keys if ".experts." in key}
+    for prompt in prompts:
+        counts = activation_statistics(model, [row.ids for row in model.encode([prompt])]).counts
+        for key in seen:
+            seen[key] += counts[key] > 0
+    assert 0 in seen.values()
+    found = find_importance(model, prompts, sites=["gate", "up", "down"], top_per_matrix=5, agreement=1.0)
+    chosen = dict(found.neurons.items())
+    assert {key for key in chosen if ".experts." in key} <= {key for key, count in seen.items() if count}
+    for key, indices in chosen.items():
+        assert (found.scores[key][indices] > 0).all()
+    for key, count in seen.items():
+        if count == 1:  # one prompt decides alone: its five largest
+            assert len(chosen[key]) == 5
+    idle = find_importance(model, prompts, sites=["gate", "up", "down"], top_per_matrix=5)
+    zeros = sum(int((idle.scores[key][indices] == 0).sum()) for key, indices in idle.neurons.items())
+    assert any(note.startswith(f"{zeros} of the {len(idle.neurons)} chosen neurons have a score of exactly 0") for note in idle.notes)

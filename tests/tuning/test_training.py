@@ -181,10 +181,12 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize(("due", "steps_a_save"), [(False, 2), (True, 1)], ids=["at checks", "at every step of long work"])
 @pytest.mark.parametrize("saves", [1, 3])
-def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path, monkeypatch):
+def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path, monkeypatch, due, steps_a_save):
     whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
+    monkeypatch.setattr(Checkpoint, "due", due)
     save, done = Checkpoint.save, []
 
     def dying(self, *args):
@@ -199,7 +201,7 @@ def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path
     monkeypatch.setattr(Checkpoint, "save", save)
     told = []
     again = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST)
-    assert min(status.step for status in told) == 2 * saves + 1
+    assert min(status.step for status in told) == steps_a_save * saves + 1
     assert same(whole, again)
     assert whole.history == again.history
     assert (whole.before, whole.checks, whole.kept) == (again.before, again.checks, again.kept)

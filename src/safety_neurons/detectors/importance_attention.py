@@ -4,15 +4,15 @@ Every function takes `delta`, what is taken off an activation: the activation it
 other parameters put out on the same input for importance against other parameters. For `o` (columns) the change is in the column.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.detectors.importance_softmax import Attended, LogitChange, squared_norms
+from safety_neurons.detectors.importance_softmax import CPU_CHUNK, Attended, LogitChange, squared_norms
 from safety_neurons.model.attention import AttentionPlan, AttentionStates
 from safety_neurons.model.attention_norm import NormChange, NormFormula
 
@@ -86,6 +86,7 @@ class AttentionScorer:
         factors: of the o projection.
         space: `output` or `probability` (q and k only).
         budget: bytes that one chunk of neurons may take.
+        general: the form of the softmax's change that looks at no number, so that many prompts may be scored at once.
     """
 
     plan: AttentionPlan
@@ -93,6 +94,7 @@ class AttentionScorer:
     factors: OutputFactors
     space: str = "output"
     budget: int = 2**28
+    general: bool = False
 
     def scores(self, site: str, delta: Tensor | None = None) -> Float[Tensor, " neuron"]:
         """Scores of `q`, `k`, `v` or `o`; `delta` (default: the activation itself) is `[token, head, dim]` and not used for `o`."""
@@ -166,7 +168,7 @@ class AttentionScorer:
         passed = None
         if self.space == "output":
             passed = self._passed_of_all if across else self._passed(heads)
-        return squared_norms(attended, change, passed, self.budget).clamp(min=0).sqrt()
+        return squared_norms(attended, change, passed, self.budget, self.general).clamp(min=0).sqrt()
 
     def _passed(self, heads: slice) -> Float[Tensor, "head token rank"]:
         """Value states through the factor of one head's or one group's columns."""
@@ -217,3 +219,41 @@ class AttentionScorer:
 
 def _norm_parts(norm: NormFormula, raw: Tensor) -> tuple[Tensor, Tensor]:
     return norm.without_bias(raw), norm.weight.to(raw).expand_as(raw)
+
+
+def scores_at_once(
+    plan: AttentionPlan,
+    states: Sequence[AttentionStates],
+    factors: OutputFactors,
+    sites: Sequence[str],
+    space: str = "output",
+    budget: int = 2**28,
+) -> list[dict[str, Float[Tensor, " neuron"]]]:
+    """Scores of several prompts of one length: the same closed forms, computed for all of them by every operation.
+
+    A short prompt is little work for many operations; one by one, their calls cost more than what they compute.
+
+    Args:
+        plan: the layer's formula.
+        states: the prompts, all with the same number of tokens.
+        factors: of the o projection.
+        sites: any of `q k v o`.
+        space: as for `AttentionScorer`.
+        budget: bytes that the chunks of all prompts together may take.
+    """
+    names = [entry.name for entry in fields(AttentionStates) if entry.name != "rotation"]
+    turned = states[0].rotation
+    given = {name: torch.stack([getattr(one, name) for one in states]) for name in names}
+    if turned is not None:
+        given |= {name: torch.stack([getattr(one.rotation, name) for one in states]) for name in ("keep", "cross")}
+
+    room = (min(budget, 2 * CPU_CHUNK) if given["q"].device.type == "cpu" else budget) // len(states)
+
+    def scored(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        rotation = None if turned is None else replace(turned, keep=tensors["keep"], cross=tensors["cross"])
+        one = AttentionStates(rotation=rotation, **{name: tensors[name] for name in names})
+        scorer = AttentionScorer(plan, one, factors, space, room, general=True)
+        return tuple(scorer.scores(site) for site in sites)
+
+    found = torch.vmap(scored)(given)
+    return [{site: values[row] for site, values in zip(sites, found, strict=True)} for row in range(len(states))]

@@ -5,7 +5,7 @@ forward pass, as soon as its o or down projection is reached.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,17 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors
+from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors, scores_at_once
 from safety_neurons.detectors.importance_experts import ExpertsReader
 from safety_neurons.detectors.importance_mlp import MlpScorer
 from safety_neurons.detectors.importance_published import published_attention, published_mlp
 from safety_neurons.detectors.sublayers import input_scale
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.attention import AttentionCapture, AttentionPlan, prove_attention, tolerance
+from safety_neurons.model.attention import AttentionCapture, AttentionPlan, AttentionStates, prove_attention, tolerance
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
 from safety_neurons.model.passes import Batch, collate, forward
+
+SHORT = 48
+"""Tokens up to which prompts of one length are scored together."""
+AT_ONCE = 32
+"""How many at most."""
 
 
 @dataclass(frozen=True)
@@ -239,26 +244,41 @@ class _AttentionReader:
 
     def _score(self, capture: AttentionCapture) -> None:
         assert self.plan is not None
+        options, together = self.owner.options, dict[int, list[tuple[int, AttentionStates]]]()
         for row, length in enumerate(self.owner.lengths()):
             states = self.plan.states(capture, row, length)
             error = self.plan.deviation(states, capture, row)
             if not bool(torch.isfinite(capture.o[row, :length]).all()):
-                for site in self.wanted:  # the model's own numbers broke: the prompt counts as failed
-                    self.owner.give(row, f"{self.key}.{site}", states.mixed.new_full((self.part.places[site].size,), torch.nan))
+                # The model's own numbers broke: the prompt counts as failed.
+                self._give(row, {site: states.mixed.new_full((self.part.places[site].size,), torch.nan) for site in self.wanted})
                 continue
             if torch.isfinite(states.mixed).all() and error > 4 * tolerance(capture.q.dtype):
                 raise UnsupportedModelError(
                     f"{self.key}: the attention formula proved on the probe is {error:.1e} off on a prompt of {length} tokens; "
                     "leave q, k and v out with --sites"
                 )
-            options = self.owner.options
             if options.as_published:
-                given = published_attention(self.plan, states, options.budget)
-            else:
+                self._give(row, published_attention(self.plan, states, options.budget))
+            elif length > SHORT:
                 scorer = AttentionScorer(self.plan, states, self.factors(states.q), options.space, options.budget)
-                given = {site: scorer.scores(site) for site in self.wanted}
-            for site in self.wanted:
-                self.owner.give(row, f"{self.key}.{site}", given[site])
+                self._give(row, {site: scorer.scores(site) for site in self.wanted})
+            else:
+                together.setdefault(length, []).append((row, states))
+        for rows in together.values():
+            for start in range(0, len(rows), AT_ONCE):
+                self._score_together(rows[start : start + AT_ONCE])
+
+    def _score_together(self, rows: list[tuple[int, AttentionStates]]) -> None:
+        """Short prompts of one length."""
+        assert self.plan is not None
+        options, factors = self.owner.options, self.factors(rows[0][1].q)
+        found = scores_at_once(self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget)
+        for (row, _), given in zip(rows, found, strict=True):
+            self._give(row, given)
+
+    def _give(self, row: int, given: Mapping[str, Tensor]) -> None:
+        for site in self.wanted:
+            self.owner.give(row, f"{self.key}.{site}", given[site])
 
 
 class _MlpReader:

@@ -15,7 +15,8 @@ SAFE_CHANGE = 25.0
 """Changes of a logit up to this size cannot overflow the ratio form, in float32 either."""
 FLOOR = -60.0
 """Logarithm of a probability that counts as none."""
-_CPU_CHUNK = 2**22
+CPU_CHUNK = 2**22
+"""Bytes of a chunk of neurons that a processor's caches hold."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Attended:
         logarithms = self.log_probabilities.clamp(min=FLOOR)
         return logarithms, logarithms.exp()
 
-    def difference(self, change: LogitChange, chunk: slice, rows: slice, width: int, safe: bool) -> Float[Tensor, "neuron token head key"]:
+    def difference(
+        self, change: LogitChange, chunk: slice, rows: slice, width: int, safe: bool, general: bool = False
+    ) -> Float[Tensor, "neuron token head key"]:
         """New minus old probabilities of a block; exactly 0 where nothing changes or one key alone is seen."""
         sink = None if self.sink is None else self.sink[rows]
         if safe and self.softcap is None:
@@ -100,6 +103,8 @@ class Attended:
         total, whole = weights.sum(-1, keepdim=True), old.sum(-1, keepdim=True)
         if sink is not None and self.sink is not None:
             total, whole = total + sink, whole + self.sink[rows]
+        if general:  # many prompts at once: nothing may be written to memory given
+            return weights.div_(total / whole).sub_(old)
         return torch.addcdiv(-old, weights, total / whole, out=weights)
 
     def _step(self, change: LogitChange, chunk: slice, rows: slice, width: int) -> Tensor:
@@ -115,6 +120,7 @@ def squared_norms(
     change: LogitChange,
     passed: Float[Tensor, "head token rank"] | None,
     budget: int,
+    general: bool = False,
 ) -> Float[Tensor, " neuron"]:
     """‖Σ over heads of dP · passed‖² for every neuron; ‖dP‖² where `passed` is None.
 
@@ -123,10 +129,11 @@ def squared_norms(
         change: one change per neuron.
         passed: value states through a factor of the output projection.
         budget: bytes that a chunk of neurons may take.
+        general: whether to use the form for any change without looking how large this one is.
     """
     n_tokens, n_heads = attended.logits.shape[:2]
     n_neurons = change.left.shape[0]
-    safe = change.bound() <= SAFE_CHANGE
+    safe = not general and change.bound() <= SAFE_CHANGE
     result = change.left.new_zeros(n_neurons)
     triangle = None if passed is None else _triangle(passed)
     for rows, width in row_blocks(n_tokens):
@@ -135,10 +142,10 @@ def squared_norms(
         step = chunk_size(size * result.element_size(), budget, result.device)
         for start in range(0, n_neurons, step):
             chunk = slice(start, min(start + step, n_neurons))
-            moved = attended.difference(change, chunk, rows, width, safe)
+            moved = attended.difference(change, chunk, rows, width, safe, general)
             if factor is not None:
                 moved = moved.reshape(-1, factor.shape[0]) @ factor
-            result[chunk] += torch.linalg.vector_norm(moved.reshape(chunk.stop - start, -1), dim=1).square_()
+            result[chunk] += torch.linalg.vector_norm(moved.reshape(chunk.stop - start, -1), dim=1).square()
     return result
 
 
@@ -162,7 +169,7 @@ def row_blocks(n_tokens: int) -> list[tuple[slice, int]]:
 
 def chunk_size(bytes_per_neuron: int, budget: int, device: torch.device) -> int:
     """Neurons per chunk: as many as the budget holds, on a CPU not more than its caches like."""
-    room = min(budget, _CPU_CHUNK) if device.type == "cpu" else budget
+    room = min(budget, CPU_CHUNK) if device.type == "cpu" else budget
     return max(1, room // max(1, bytes_per_neuron))
 
 

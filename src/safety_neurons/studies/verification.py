@@ -213,6 +213,7 @@ def _verify(
 ) -> Verification:
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
     everything, notes = _ceiling(kind, [members for _, members in sets], NeuronSet.all(model.table).only(sites=sites))
+    notes += [f"{len(members)} neurons: {note}" for _, members in sets for note in members.notes if "exactly 0" in note]
     points = []
     for size, members in sets:
         arm = bench.measure(model, f"treated {len(members)}", treat(members))

@@ -182,8 +182,10 @@ class Loop:
         with self.model.running():
             while self.step < steps and not self.stopped:
                 self._one_step(steps)
-                if self.step % every == 0 or self.step == steps:
+                checked = self.step % every == 0 or self.step == steps
+                if checked:
                     self._look()
+                if checked or (self.checkpoint is not None and self.checkpoint.due):
                     self._save()
         return self.stopped or FINISHED
 
