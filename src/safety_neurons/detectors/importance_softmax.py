@@ -90,12 +90,15 @@ class Attended:
     ) -> Float[Tensor, "neuron token head key"]:
         """New minus old probabilities of a block; exactly 0 where nothing changes or one key alone is seen."""
         sink = None if self.sink is None else self.sink[rows]
+        still: Tensor | None = None
         if safe and self.softcap is None:
             before, old = (part[rows, :, :width] for part in self.floored)
             weights = change.block(chunk, rows, width, before).exp_()
         else:
             before, old = self.log_probabilities[rows, :, :width], self.probabilities[rows, :, :width]
-            weights = self._step(change, chunk, rows, width).add_(before)
+            weights = self._step(change, chunk, rows, width)
+            still = (weights == 0).all(-1, keepdim=True) if general else None
+            weights = weights.add_(before)
             top = weights.amax(-1, keepdim=True)
             top = (top if sink is None else torch.maximum(top, sink.log())).clamp(min=torch.finfo(top.dtype).min)
             weights = weights.sub_(top).exp_()
@@ -103,8 +106,8 @@ class Attended:
         total, whole = weights.sum(-1, keepdim=True), old.sum(-1, keepdim=True)
         if sink is not None and self.sink is not None:
             total, whole = total + sink, whole + self.sink[rows]
-        if general:  # many prompts at once: nothing may be written to memory given
-            return weights.div_(total / whole).sub_(old)
+        if still is not None:  # a row that does not change has no change at all, whatever its quotients round to
+            return torch.where(still, 0.0, weights.mul_(whole / total).sub_(old))
         return torch.addcdiv(-old, weights, total / whole, out=weights)
 
     def _step(self, change: LogitChange, chunk: slice, rows: slice, width: int) -> Tensor:
