@@ -293,7 +293,7 @@ BAD = {
         "a Git LFS pointer of 64 bytes.*git lfs pull",
     ),
     "latin 1": ("a.txt", "one\ntwo caf\u00e9 \n".encode("latin-1"), r"not UTF-8 at byte 11 \(0xe9, line 2\).*iconv"),
-    "utf 16": ("a.csv", "prompt\nhello\n".encode("utf-16"), "UTF-16 text, expected UTF-8"),
+    "half of utf 16": ("a.csv", b"\xff\xfep\x00r\x00o", "begins like UTF-16 text and is not"),
     "nul": ("a.txt", b"one\x00two", "a NUL byte at byte 3"),
     "cut gzip": ("a.txt.gz", gzip.compress(b"hello world, hello you" * 50)[:-12], "cut off or damaged.*download it again"),
     "not gzip": ("a.txt.gz", b"hello", "not gzip data"),

@@ -1,5 +1,6 @@
 """Names of columns: which ones may hold the prompt, the answer, the conversation, the id, the category, what belongs to the request."""
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ LISTS = ("prompts", "examples", "rows", "data", "samples", "records", "items", "
 _KNOWN = frozenset(name.casefold() for name in PROMPT_COLUMNS)
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def folded(name: object) -> str:
     """A name without case, with `_` for spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", str(name).strip()).casefold()

@@ -12,7 +12,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 EXPECTED = "expected .jsonl, .json, .csv, .tsv or .txt, plain or .gz"
 
 LARGEST = 1 << 29
-"""Bytes that a compressed file may unpack to: more is no list of prompts."""
+"""Bytes of a file, of a compressed one unpacked: more is no list of prompts."""
 
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive (or an .xlsx workbook)",
@@ -61,6 +61,8 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
             f"{path}: a Git LFS pointer of {len(data)} bytes, not the data; run `git lfs pull` where it was cloned or download the file"
         )
     data = _uncompressed(path, data)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return _of_utf16(path, data), ["UTF-16 text; read as such"]
     if data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
     if not data.strip():
@@ -76,6 +78,18 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
         ) from None
 
 
+def _of_utf16(path: Path, data: bytes) -> str:
+    try:
+        text = data.decode("utf-32" if data.startswith(b"\xff\xfe\x00\x00") else "utf-16")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: begins like UTF-16 text and is not ({error.reason}); expected UTF-8; convert or repair it") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected at least one prompt")
+    if "\0" in text:
+        raise InputError(f"{path}: NUL characters, so not text; expected text; convert or repair the file")
+    return text
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
@@ -84,6 +98,8 @@ def _read_bytes(path: Path) -> bytes:
             raise InputError(f"{path}: a folder, expected a file; {found}name the file itself")
         if not path.exists():
             raise InputError(_missing(path))
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: more than {LARGEST >> 20} MiB; expected a list of prompts; split it or take the first lines of it")
         return path.read_bytes()
     except OSError as error:
         raise InputError(
@@ -119,8 +135,6 @@ def _uncompressed(path: Path, data: bytes) -> bytes:
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path}: UTF-16 text, expected UTF-8; convert it, e.g. `iconv -f UTF-16 -t UTF-8 {path.name}`")
     for magic, what in _OTHER_FORMATS.items():
         if data.startswith(magic):
             raise InputError(f"{path}: the content is {what}; {EXPECTED}; unpack or convert it first")

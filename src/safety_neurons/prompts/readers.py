@@ -13,7 +13,7 @@ from safety_neurons.prompts.conversations import UnreadableTurnError, is_convers
 from safety_neurons.prompts.files import SUFFIXES, file_format, read_text, text_of
 from safety_neurons.prompts.records import Message, Prompt, Prompts, request_of
 from safety_neurons.prompts.records_from_rows import Row, prompts_of
-from safety_neurons.prompts.tables import Unread, is_one_conversation, parse_rows, rows_of
+from safety_neurons.prompts.tables import MOST_ROWS, Unread, is_one_conversation, parse_rows, rows_of, too_many
 
 Source = str | os.PathLike[str] | Prompt | Prompts | Mapping[str, Any] | Iterable[Any]
 """Whatever names prompts: a name or path, prompts, one record or columns, or texts, records and conversations one after the other."""
@@ -146,6 +146,12 @@ def _read(source: Source, column: str | None, answer_column: str | None, limit: 
         path = Path(source).expanduser()
         text, notes, path = _file(path, source)
         rows = parse_rows(text, file_format(path), str(path), column, notes)
+        if (
+            limit is None
+            and file_format(path) in (".txt", ".jsonl")
+            and text.count("\n{" if file_format(path) == ".jsonl" else "\n") > MOST_ROWS
+        ):
+            raise too_many(str(path))  # before minutes are spent on it
         return Prompts(prompts_of(rows, str(path), column, answer_column, notes, limit=limit), path.name, notes)
     return _in_memory(source, column, answer_column, limit)
 

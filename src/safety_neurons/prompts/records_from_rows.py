@@ -20,7 +20,7 @@ from safety_neurons.prompts.conversations import (
     written_list,
 )
 from safety_neurons.prompts.records import Message, Prompt, request_of
-from safety_neurons.prompts.tables import MOST_ROWS, Unread
+from safety_neurons.prompts.tables import MOST_ROWS, Unread, too_many
 
 Row = Mapping[str, Any] | Unread | Prompt
 _COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
@@ -57,9 +57,7 @@ def prompts_of(
     kept: list[Prompt] = []
     for number, row in enumerate(rows):
         if number >= MOST_ROWS and limit is None:
-            raise InputError(
-                f"{source}: more than {MOST_ROWS:,} rows; expected a list of prompts; read its first ones by a limit, or split it"
-            )
+            raise too_many(source)
         prompt = reader.prompt(row, number)
         if prompt is not None:
             kept.append(prompt)

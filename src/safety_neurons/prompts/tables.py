@@ -57,6 +57,11 @@ def _lines(text: str) -> Iterator[str]:
         start = end
 
 
+def too_many(source: str) -> InputError:
+    """What is said of more rows than are read."""
+    return InputError(f"{source}: more than {MOST_ROWS:,} rows; expected a list of prompts; read its first ones by a limit, or split it")
+
+
 def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
     """The rows that could be read, in one list; the others are counted in `notes`."""
     found: list[dict[str, Any]] = []
@@ -64,7 +69,7 @@ def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
     first = ""
     for number, row in enumerate(rows):
         if number >= MOST_ROWS:
-            raise InputError(f"more than {MOST_ROWS:,} rows; expected a suite; split the file")
+            raise too_many("the suite")
         if isinstance(row, Unread):
             left, first = left + 1, first or f"{row.why} (first: row {number})"
         else:
