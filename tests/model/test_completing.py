@@ -7,6 +7,7 @@ import transformers
 
 from families import build
 from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.model.completing import Decoding, generate
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -217,6 +218,24 @@ def test_a_completion_says_that_its_prompt_opened_a_thinking_part():
     for wanted, meta in ((True, {"thinking": True}), (False, {})):
         lm = LanguageModel(tiny_llama(), tiny_tokenizer(opened), template_args={"enable_thinking": wanted})
         assert lm.complete(["kill"], max_new_tokens=2)[0].meta == meta
+
+
+def test_a_completion_says_which_text_ends_the_thinking_where_the_model_has_one():
+    lm = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), think_end="### ANSWER")
+    assert lm.complete(["kill"], max_new_tokens=2)[0].meta == {"think_end": "### ANSWER"}
+    assert judge_refusal(lm.complete(["kill"], max_new_tokens=2)).refused == (None,)
+
+
+@pytest.mark.parametrize("mark", ["[/THINK]", "</seed:think>", "◁/think▷", "<|END_THINKING|>", "### ANSWER"])
+def test_marks_of_thinking_stay_in_the_text_where_they_are_special_tokens(mark):
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    word = tokenizer("kill", add_special_tokens=False)["input_ids"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark, "<|other|>"]})
+    special = tokenizer.convert_tokens_to_ids([mark, "<|other|>"])
+    lm = LanguageModel(tiny_llama(), tokenizer, think_end="### ANSWER" if mark == "### ANSWER" else None)
+    text = lm.decode([*word, special[0], *word, special[1], tokenizer.eos_token_id])
+    assert text.replace(" ", "") == f"kill{mark}kill".replace(" ", "")
+    assert lm.decode([*word, special[1]]) == "kill"
 
 
 @pytest.mark.parametrize("name", ["do_sample", "generation_config", "input_ids", "max_length"])

@@ -195,6 +195,12 @@ def test_answers_of_another_model_or_treatment_are_never_gone_on_with(model, neu
             weight[0, 0] = kept
 
 
+def test_a_named_end_of_thinking_reaches_the_judges_and_what_never_comes_to_it_is_unscored(tiny_pair, harmless):
+    found = run(load(tiny_pair.plain, think_end="### ANSWER"), harmless, judges=["refusal", "prefix"])
+    judges = found.record()["untreated"]["suites"][0]["judges"]
+    assert [(one["harm"]["value"], one["harm"]["unscored"]) for one in judges.values()] == [(None, len(HARMFUL))] * 2
+
+
 def test_what_is_unscored_is_counted_and_no_part_of_a_rate(model, harmless):
     found = run(model, harmless, judges=[judge_by_length(unscored=True)])
     rate = found.record()["untreated"]["suites"][0]["judges"]["length-1"]["harm"]
