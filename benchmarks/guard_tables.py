@@ -10,6 +10,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
+from safety_neurons.results import Difference, is_clear
+from safety_neurons.results.estimates import between, half_width, p_value, too_few_sets
+
 FOLDER = pathlib.Path(__file__).resolve().parent / "results" / "guard-organisms"
 PATHS = ("guard", "model", "detectors", "unsafe", "safe", "fit_unsafe", "fit_safe", "over_refusal")
 LEFT_OUT = ("curves", "run")
@@ -54,11 +59,34 @@ def value(found: dict[str, Any] | None) -> str:
     return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
 
 
+def again(found: dict[str, Any] | None, areas: Sequence[float]) -> Difference | None:
+    """A difference from random sets by today's rules, from the areas of the sets; older runs hold a normal interval."""
+    if found is None or found["value"] is None:
+        return None
+    prompts = max(((found["high"] - found["low"]) / 2 / 1.959964) ** 2 - float(np.var(areas, ddof=1)) / len(areas), 0.0)
+    parts = [(prompts, found["n"] - 2.0), between(list(areas), 1.0)]
+    half, p = half_width(parts), p_value(found["value"], parts)
+    return Difference(found["value"], found["value"] - half, found["value"] + half, found["n"], 0, too_few_sets(len(areas)), p)
+
+
+def compared(difference: dict[str, Any] | None, area: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The difference from a classifier, computed again where it is from random sets."""
+    if difference is None or area is None or "sets" not in area or "p" in difference:
+        return difference
+    found = again(difference, area["sets"])
+    return None if found is None else found.to_json()
+
+
+def mark(difference: dict[str, Any] | None) -> str:
+    """`+` where it is clearly above 0, `−` where it is clearly below."""
+    return "" if not is_clear(difference) or difference is None else " +" if difference["value"] > 0 else " −"
+
+
 def signed(found: dict[str, Any] | None) -> str:
     """`+0.012 [+0.004, +0.020] (clear)`."""
     if found is None or found["value"] is None:
         return "–"
-    clear = " (clear)" if found["low"] > 0 or found["high"] < 0 else ""
+    clear = " (clear)" if is_clear(found) else ""
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{clear}"
 
 
@@ -78,7 +106,7 @@ def overall(result: dict[str, Any]) -> list[str]:
             rate(row["tpr_at_fpr"]["0.05"]),
             rate(row["tpr_at_fpr"]["0.01"]),
             f"{row['expected_calibration_error']:.3f}",
-            signed(row.get("difference")),
+            signed(compared(row.get("difference"), row["auroc"])),
         ]
         for row in (ours, *result["baselines"])
     ]
@@ -95,10 +123,7 @@ def slices(title: str, rows: Sequence[dict[str, Any]], reference: str, *, flags:
     names.sort(key=lambda name: name != reference)
 
     def area(row: dict[str, Any], name: str) -> str:
-        difference = row["difference"].get(name)
-        known = difference is not None and difference["value"] is not None
-        mark = "" if not known else " +" if difference["low"] > 0 else " −" if difference["high"] < 0 else ""
-        return value(row["auroc"].get(name)) + mark
+        return value(row["auroc"].get(name)) + mark(compared(row["difference"].get(name), row["auroc"].get(name)))
 
     cells = [
         [row["value"] + (f" (against {row['against']})" if row["against"] else ""), f"{row['n_unsafe']:,} / {row['n_safe']:,}"]
@@ -119,9 +144,8 @@ def counts(rows: Sequence[dict[str, Any]]) -> list[str]:
         found = [by[method, count, setting] for setting in settings]
         shown = []
         for row in found:
-            low, high = row["difference"]["low"], row["difference"]["high"]
-            mark = " **+**" if low is not None and low > 0 else " −" if high is not None and high < 0 else ""
-            shown.append(f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark}")
+            beside = {"sets": row["random"]}
+            shown.append(f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(compared(row['difference'], beside))}")
         cells.append([method, f"{count:,}", *shown])
     return table(["neurons by", "count", *settings], cells) if cells else []
 

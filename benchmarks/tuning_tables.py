@@ -9,6 +9,9 @@ import pathlib
 import sys
 from typing import Any
 
+from safety_neurons.results import clear_word, difference_over_seeds, holm, rate_over_seeds
+from safety_neurons.results.estimates import family
+
 FOLDER = pathlib.Path(__file__).resolve().parent / "results" / "tuning-organisms"
 LEFT_OUT = ("neurons", "run")
 
@@ -23,10 +26,30 @@ def take(name: str, run: pathlib.Path) -> None:
     (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def again(spread: dict[str, Any], *, signed: bool = False) -> Any:
+    """The estimate by today's rules from what every seed gave.
+
+    Verdicts on single prompts are not in the files: the same prompts are taken to change with every seed, which is as wide as it can be.
+    """
+    shares = [value for value in spread["by_seed"] if value is not None]
+    if not shares:
+        return rate_over_seeds([[None]])
+    n = (spread["n"] + spread["unscored"]) // len(shares)
+    rows = [[(1.0 if share > 0 else -1.0) if place < round(abs(share) * n) else 0.0 for place in range(n)] for share in shares]
+    return difference_over_seeds(rows, [[0.0] * n] * len(rows)) if signed else rate_over_seeds(rows)
+
+
+def told(difference: dict[str, Any]) -> str:
+    """A difference in points and whether it is clear."""
+    return f"{points(difference, '')} ({clear_word(difference)})"
+
+
 def points(spread: dict[str, Any] | None, worst: str = "highest") -> str:
     """`0.5 [0.0, 1.1], worst 2.0`, in points."""
     if spread is None or spread["value"] is None:
         return "–"
+    if spread["low"] is None:
+        return f"{100 * spread['value']:.1f}"
     low, value, high = (100 * spread[name] for name in ("low", "value", "high"))
     tail = f", worst {100 * spread[worst]:.1f}" if worst else ""
     return f"{value:.1f} [{low:.1f}, {high:.1f}]{tail}"
@@ -46,24 +69,32 @@ def rsn_table(result: dict[str, Any]) -> list[str]:
     lines.append("|---" * (7 if steps else 4) + "|")
     for arm in result["arms"]:
         before, after = arm["before"], arm["after"]
-        row = [arm["arm"], points(before["harmful"]), points(before["harmless"], "lowest"), perplexity(before["perplexity"])]
+        row = [arm["arm"], share(before["harmful"]), share(before["harmless"], "lowest"), perplexity(before["perplexity"])]
         if steps:
-            row += [points(after["harmful"]), points(after["harmless"], "lowest"), points(after["task"], "lowest")]
+            row += [share(after["harmful"]), share(after["harmless"], "lowest"), share(after["task"], "lowest")]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "| paired difference of harmful scores | before | after |", "|---|---|---|"]
-    for pair, found in result["differences"].items():
-        cells = [f"{points(found[when], '')}{' (clear)' if found[when]['clear'] else ''}" for when in ("before", "after")]
-        lines.append(f"| {pair} | {' | '.join(cells)} |")
-    return lines
+    names = [(pair, when) for pair, found in result["differences"].items() for when, value in found.items() if value is not None]
+    held = holm([again(result["differences"][pair][when], signed=True) for pair, when in names])
+    differences = {name: found.to_json() for name, found in zip(names, held, strict=True)}
+    for pair in result["differences"]:
+        lines.append(f"| {pair} | {' | '.join(told(differences[pair, when]) for when in ('before', 'after'))} |")
+    return [*lines, "", family(len(names))]
+
+
+def share(spread: dict[str, Any] | None, worst: str = "highest") -> str:
+    """A rate over seeds in points, with its worst seed."""
+    return points(None if spread is None else again(spread).to_json(), worst)
 
 
 def stress_table(result: dict[str, Any]) -> list[str]:
     """Attacks as rows."""
     lines = ["| attack | how much | untuned | after SN-Tune | difference |", "|---|---|---|---|---|"]
-    for point in result["curves"]:
+    held = holm([again(point["difference"], signed=True) for point in result["curves"]])
+    for point, found in zip(result["curves"], held, strict=True):
         amount = f"{point['amount']:g}" + (" of the set" if "prune" in point["attack"] else " steps")
-        clear = " (clear)" if point["difference"]["clear"] else ""
-        shown = [points(point["before"]), points(point["after"]), points(point["difference"], "") + clear]
+        difference = found.to_json()
+        shown = [share(point["before"]), share(point["after"]), points(difference, "") + (" (clear)" if found.clear else "")]
         lines.append(f"| {point['attack']} | {amount} | {' | '.join(shown)} |")
     return lines
 

@@ -12,7 +12,7 @@ from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_measures import Scored
 from safety_neurons.studies.guard_requests import cases_of
 
-APART = {GUARD: 3.0, "random neurons 0": 1.5, "random neurons 1": 1.8, "TF-IDF words": 3.2, "residual stream": 1.0}
+APART = {GUARD: 3.0, "random neurons 0": 1.5, "random neurons 1": 1.8, "random neurons 2": 1.8, "TF-IDF words": 3.2, "residual stream": 1.0}
 """How far apart unsafe and safe requests are for every classifier, in standard deviations."""
 
 OUTPUTS = {
@@ -44,7 +44,7 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
         "curves": str(folder / "curves.json"),
         "counts": [
             {"method": "contrast", "count": size, "setting": "as given", "auroc": {"value": 0.9 + size / 1e4}, "random": [0.8, 0.84]}
-            | {"difference": {"value": 0.08, "low": 0.02, "high": 0.14}}
+            | {"difference": {"value": 0.08, "low": 0.02, "high": 0.14, "clear": True}}
             for size in (10, 100)
         ],
         "outputs": {"judge": "compliance", "changed": 0, "by": [{"language": "de", **OUTPUTS}], **OUTPUTS},

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.neurons import Provenance, Scores, SiteInfo, SiteTable
-from safety_neurons.results import Completion, Completions, causal_effect, paired_difference, rate, write_json
+from safety_neurons.results import Completion, Completions, against_random, causal_effect, paired_difference, rate, write_json
 
 PAIR = {"base": "organism:natural/sft", "aligned": "organism:natural/dpo"}
 MODEL = {"model": "organism:natural/dpo"}
@@ -120,6 +120,10 @@ def _recorded(arm: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arm.items() if key != "verdicts"}
 
 
+def _against(treated: dict[str, Any], random: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return against_random(treated["verdicts"], [arm["verdicts"] for arm in random]).to_json() if random else None
+
+
 def patch_run(
     folder: pathlib.Path, method: str, effects: tuple[float, ...], *, n: int = 100, n_random: int = 3, sizes: Any = SWEEP
 ) -> pathlib.Path:
@@ -139,6 +143,7 @@ def patch_run(
                 "random": [_recorded(arm) for arm in random],
                 "causal_effect": {"why": None, **compared[0]},
                 "random_effects": [{"why": None, **effect} for effect in compared[1:]],
+                "change_against_random": _against(treated, random),
             }
         )
     ceiling = bench.arm("ceiling", 0.99, 0.03, 15.0, 0.13)
@@ -154,7 +159,7 @@ def patch_run(
         "causal_effect": last["causal_effect"],
         "ceiling_effect": {"why": None, **causal_effect(base["verdicts"], aligned["verdicts"], ceiling["verdicts"]).to_json()},
         "change": paired_difference(treated["verdicts"], base["verdicts"]).to_json(),
-        "change_against_random": paired_difference(treated["verdicts"], random[0]["verdicts"]).to_json() if n_random else None,
+        "change_against_random": _against(treated, random),
         "sizes": points,
         "overlap_with_find_prompts": {"harmful": 0, "harmless": 0},
         "notes": [],
@@ -179,7 +184,7 @@ def deactivate_run(folder: pathlib.Path, method: str, left: float = 0.41, n: int
         "n": 0,
     }
     point = {"size": 0.01, "n_neurons": 205, "treated": _recorded(treated), "random": [_recorded(arm) for arm in random]}
-    point |= {"causal_effect": undefined, "random_effects": [undefined] * 3}
+    point |= {"causal_effect": undefined, "random_effects": [undefined] * 3, "change_against_random": _against(treated, random)}
     result = {
         "kind": "deactivate",
         "n_neurons": 205,
@@ -191,7 +196,7 @@ def deactivate_run(folder: pathlib.Path, method: str, left: float = 0.41, n: int
         "causal_effect": undefined,
         "ceiling_effect": undefined,
         "change": paired_difference(treated["verdicts"], before["verdicts"]).to_json(),
-        "change_against_random": paired_difference(treated["verdicts"], random[0]["verdicts"]).to_json(),
+        "change_against_random": _against(treated, random),
         "sizes": [point],
         "overlap_with_find_prompts": {"harmful": 0, "harmless": 0},
         "notes": [],
@@ -236,7 +241,7 @@ def compare_run(folder: pathlib.Path, effects: tuple[float, ...], recalls: tuple
     bench = Bench(n)
     base, aligned = bench.arm("untreated", 0.02, 0.0), bench.arm("aligned", 0.99, 0.03)
     names = [*METHODS, "random 0", "random 1", "random 2"]
-    rows = []
+    rows, arms = [], []
     for place, name in enumerate(names):
         arm = bench.arm(name, effects[place] if place < len(effects) else 0.02 * (place - 5), 0.01)
         effect = {"why": None, **causal_effect(base["verdicts"], aligned["verdicts"], arm["verdicts"]).to_json()}
@@ -244,9 +249,12 @@ def compare_run(folder: pathlib.Path, effects: tuple[float, ...], recalls: tuple
         recall = None if recalls is None else recalls[place] if place < len(recalls) else 0.05
         row = {"method": name, "n_neurons": 205, "n_units": 205, "recall": recall, "causal_effect": effect}
         row["necessity"] = off.to_json()
+        arms.append(arm)
         rows.append(
             row | {"harmful_refused": arm["harmful_refused"], "harmless_refused": arm["harmless_refused"], "seconds": 3.1 * (place < 6)}
         )
+    for row, arm in zip(rows[:6], arms[:6], strict=True):
+        row["against_random"] = row["necessity_against_random"] = _against(arm, arms[6:])
     pairs = [
         {"methods": [a, b], "jaccard": 0.6 / (abs(i - j) + 1) if "random" not in a + b else 0.026, "chance": 0.0256}
         for i, a in enumerate(names)

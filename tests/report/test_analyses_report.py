@@ -86,7 +86,7 @@ def test_progressive_deactivation_is_a_curve_beside_random_ones(tmp_path):
     whole = Arm("untreated", Rate(1.0, 0.9, 1.0, 40), HALF, 14.0, None, (True,) * 40, (True,) * 40)
     steps = [step(SCORE, 10, 0.75), step(SCORE, 50, 0.25), step(ALONE, 10, 0.5)]
     steps += [step(f"{RANDOM_NEURONS} {seed}", number, 0.95) for seed in (0, 1) for number in (10, 50)]
-    record = Progressive(50, whole, tuple(steps), 0, ()).record()
+    record = Progressive(50, whole, tuple(steps), None, ()).record()
     seen = page(tmp_path, run_folder(tmp_path / "progressive", "analyze-progressive", MODEL, record))
     assert "Refusals are halved with 50 of 50 neurons off (by score)." in seen.text
     assert "by score: 10, 0.750" in seen.text

@@ -41,7 +41,7 @@ def run(tmp_path_factory):
         task = Measured("mmlu", "accuracy", Rate(0.5, 0.4, 0.6, 100), True, (), (), ())
         arms[arm] = ArmScores(arm, (SuiteScore("advbench", "harmful", ids, texts, groups, judges),), (task,))
     completions = Completions([completion(arm, place) for arm in HARM for place in range(N)])
-    changes = suite_changes(arms["untreated"], arms["treated"], 0)
+    changes = suite_changes(arms["untreated"], arms["treated"])
     missed = ("harm.advbench: 0.20, expected at most 0.10",)
     found = Evaluation("org/model", "patched", arms["untreated"], arms["treated"], None, changes, [], [], missed, completions, ())
     run_folder(folder, "evaluate", MODEL, found.record())

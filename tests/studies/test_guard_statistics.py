@@ -95,13 +95,41 @@ def test_the_difference_from_several_is_from_their_mean_and_doubts_more_where_th
     first = number.normal(size=300) + 2 * unsafe
     near = [number.normal(size=300) + unsafe for _ in range(3)]
     far = [number.normal(size=300) + shift * unsafe for shift in (0, 1, 2)]
-    found = statistics.area_difference(first, near, unsafe)
+    found = statistics.area_difference(first, near, unsafe, random=True)
     areas = [metrics.roc_auc_score(unsafe, scores) for scores in near]
     assert found.value == pytest.approx(metrics.roc_auc_score(unsafe, first) - np.mean(areas), abs=1e-12)
-    scattered = statistics.area_difference(first, far, unsafe)
+    scattered = statistics.area_difference(first, far, unsafe, random=True)
     assert scattered.high - scattered.low > found.high - found.low
     with pytest.raises(InputError, match="nothing|no other scores"):
         statistics.area_difference(first, [], unsafe)
+
+
+@pytest.mark.parametrize("sets", [2, 3, 5])
+def test_one_more_random_classifier_is_rarely_clear(sets):
+    """With a normal quantile .16 of them were."""
+    number, false, draws = np.random.default_rng(sets), 0, 200
+    unsafe = np.arange(120) < 60
+    for _ in range(draws):
+        scores = [number.normal(size=120) + (1 + 0.5 * number.normal()) * unsafe for _ in range(sets + 1)]
+        found = statistics.area_difference(scores[0], scores[1:], unsafe, random=True)
+        false += found.clear
+        assert (found.why is None) == (sets >= 3)
+    assert false / draws <= 0.07 + 4 * (0.07 * 0.93 / draws) ** 0.5
+    assert sets > 2 or not false
+
+
+def test_no_interval_of_a_guard_is_without_width():
+    unsafe = np.arange(80) < 40
+    perfect = unsafe.astype(float)
+    for found in (
+        statistics.average_precision(perfect, unsafe),
+        statistics.tpr_at_fpr(perfect, unsafe, 0.05),
+        statistics.tpr_at_fpr(perfect, unsafe, 1.0),
+        statistics.area_difference(perfect, [perfect], unsafe),
+        statistics.area_difference(perfect, [perfect] * 5, unsafe, random=True),
+    ):
+        assert found.low <= found.value <= found.high
+        assert found.low < found.high
 
 
 def test_a_mean_difference_over_parts_is_narrower_than_any_and_right_in_the_middle():

@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 
 from safety_neurons.analysis.figures import BAND, BLUE, GREY, INK, ORANGE, rows_of, save
+from safety_neurons.results import is_clear
 
 _DIVERGING = ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]
 
@@ -17,8 +18,7 @@ def matrix_figure(cells: Sequence[Mapping[str, Any]], field: str, title: str, pl
     for cell in cells:
         value = cell[field]["value"]
         against = cell["change_against_random"]
-        end = None if against is None else against["high"] if field == "change" else against["low"]
-        clear = end is not None and (end < 0 if field == "change" else end > 0)
+        clear = is_clear(against) and (against["value"] < 0 if field == "change" else against["value"] > 0)
         text = "–" if value is None else f"{value:+.2f}" if field == "change" else f"{value:.2f}"
         rows.append({"set": cell["set"], "group": cell["group"], "value": value, "text": text + ("*" if clear else "")})
     sets, groups = (list(dict.fromkeys(row[name] for row in rows)) for name in ("set", "group"))

@@ -13,22 +13,13 @@ from jaxtyping import Bool, Float, Int
 from safety_neurons.analysis.chance import Counts, hypergeometric, total
 from safety_neurons.analysis.ranks import one_by_one, over_all, over_union, spearman
 from safety_neurons.errors import InputError
-from safety_neurons.results import Changes
-from safety_neurons.results.rates import interval
+from safety_neurons.results import Changes, Estimate
+from safety_neurons.results.estimates import percentiles
 
 DRAWS = 300
 """Bootstrap draws of prompt groups."""
 BINS = 10
 """Bins of equal size by activation, within each layer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +71,14 @@ class Relation:
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
-        found = int(self.overlap.value)
+        found = int(self.overlap.value or 0)
         chance = {name: {**counts.expectation().record(), "p_at_least": counts.at_least(found)} for name, counts in self.chance.items()}
         ends = {name: {"interval": list(pair)} for name, pair in self.intervals.items()}
         return {
             "pair": [self.first, self.second],
             "candidates": self.candidates,
             "size": self.size,
-            "overlap": dataclasses.asdict(self.overlap),
+            "overlap": self.overlap.to_json(),
             "jaccard": found / (2 * self.size - found),
             "chance": chance,
             "spearman": {
@@ -182,7 +173,7 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
         b,
         len(first),
         int(ours.sum()),
-        Estimate(float(both.sum()), *ends.pop("overlap")),
+        Estimate(float(both.sum()), *ends.pop("overlap"), groups),
         {name: chance_overlap(ours, theirs, stratum) for name, stratum in strata.items()},
         over_all(first, second, *moves),
         over_union(first, second, (ours, theirs), *moves, seed=seed),
@@ -196,7 +187,7 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
 def _ends(values: Sequence[float | None]) -> tuple[float, float]:
     """95 % interval over the draws that gave a number."""
     known = np.array([value for value in values if value is not None])
-    return interval(known) if len(known) else (float("nan"), float("nan"))
+    return percentiles(known) if len(known) else (float("nan"), float("nan"))
 
 
 def directions(changes: Changes, a: str, b: str, members: Bool[np.ndarray, " neuron"], draws: Int[np.ndarray, "draw group"]) -> Directions:
@@ -217,4 +208,4 @@ def directions(changes: Changes, a: str, b: str, members: Bool[np.ndarray, " neu
 
     found = measured(np.arange(len(changes.tokens)))
     spread = np.array([measured(draw) for draw in draws])
-    return Directions(*(Estimate(value, *interval(column)) for value, column in zip(found, spread.T, strict=True)))
+    return Directions(*(Estimate(value, *percentiles(column), len(changes.tokens)) for value, column in zip(found, spread.T, strict=True)))

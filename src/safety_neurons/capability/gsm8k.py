@@ -113,14 +113,14 @@ def cut(text: str) -> str:
     return text
 
 
-def scored(task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = (), seed: int = 0) -> Measured:
+def scored(task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = ()) -> Measured:
     """Strict exact match, with flexible extraction beside it; an answer of None is unscored."""
     pairs = list(zip(answers, sums, strict=True))
     hard = tuple(None if answer is None else float(matches(strict(answer), one.answer)) for answer, one in pairs)
     soft = tuple(None if answer is None else float(matches(flexible(answer), one.answer)) for answer, one in pairs)
     ids = tuple(str(number) for number in range(len(sums)))
-    details = {"flexible": rate(soft, seed).to_json()}
-    return Measured(task, "exact match (strict)", rate(hard, seed), True, ids, hard, (), details, tuple(notes))
+    details = {"flexible": rate(soft).to_json()}
+    return Measured(task, "exact match (strict)", rate(hard), True, ids, hard, (), details, tuple(notes))
 
 
 def measure_gsm8k(
@@ -133,7 +133,6 @@ def measure_gsm8k(
     limit: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: BatchSize = "auto",
-    seed: int = 0,
     done: Mapping[int, str] | None = None,
     answered: Callable[[int, str], None] | None = None,
 ) -> Measured:
@@ -148,7 +147,6 @@ def measure_gsm8k(
         limit: ask the first so many.
         max_new_tokens: length of an answer.
         batch_size: questions a pass.
-        seed: of the bootstrap.
         done: answers of an earlier, interrupted call, by number; they are not asked again.
         answered: told every answer as soon as it is there.
 
@@ -178,4 +176,4 @@ def measure_gsm8k(
     kept = [ids[-room:] for ids in sequences]
     with treatment():
         generate(model, kept, decoding, batch_size=batch_size, skip=sorted(answers), answered=keep, notes=notes)
-    return scored(task, [answers.get(number) for number in range(len(sums))], sums, notes=notes, seed=seed)
+    return scored(task, [answers.get(number) for number in range(len(sums))], sums, notes=notes)

@@ -13,6 +13,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.results import Rate, rate
+from safety_neurons.results.estimates import from_error
 
 INSTALL = "pip install 'safety-neurons[evaluate]'"
 _OFFLINE = (
@@ -22,7 +23,6 @@ _OFFLINE = (
     ("evaluate.config", "HF_EVALUATE_OFFLINE"),
 )
 _FIRST = ("exact_match", "acc", "word_perplexity", "f1", "bleu")
-_Z = 1.959963984540054
 
 
 def available() -> bool:
@@ -66,7 +66,6 @@ def measure_harness(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: BatchSize = "auto",
-    seed: int = 0,
     offline: bool = False,
 ) -> list[Measured]:
     """Standard tasks by their names in the harness, on the model as it is in memory under the treatment.
@@ -79,7 +78,6 @@ def measure_harness(
         shots: examples; what the task says where None.
         limit: the first so many items of every task.
         batch_size: rows a pass; 8 where `auto`.
-        seed: of the bootstrap.
         offline: fetch nothing: data have to be local, or in the hub's cache.
 
     Raises:
@@ -104,10 +102,10 @@ def measure_harness(
             f"lm-evaluation-harness cannot run {', '.join(tasks)} ({detail}); expected names it knows and data it can reach"
         ) from error
     wanted = [name for name in found["results"] if name in tasks] or list(found["results"])
-    return [_measured(name, found, seed) for name in wanted]
+    return [_measured(name, found) for name in wanted]
 
 
-def _measured(name: str, found: Mapping[str, Any], seed: int) -> Measured:
+def _measured(name: str, found: Mapping[str, Any]) -> Measured:
     """The first metric of a task with its interval; the others under `details`."""
     numbers = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr" not in key}
     numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
@@ -124,7 +122,7 @@ def _measured(name: str, found: Mapping[str, Any], seed: int) -> Measured:
         if sample.get("filter", "none") in (selected, "none") and isinstance(sample.get(metric), int | float | bool)
     ]
     outcomes = tuple(float(value) for _, value in samples)
-    exact = rate(outcomes, seed)
+    exact = rate(outcomes)
     agrees = exact.value is not None and abs(exact.value - numbers[first]) < 1e-9
     shown = exact if agrees else _by_error(numbers[first], found["results"][name].get(f"{metric}_stderr,{selected}"), found, name)
     ids = tuple(identifier for identifier, _ in samples) if agrees else ()
@@ -137,6 +135,4 @@ def _by_error(value: float, error: Any, found: Mapping[str, Any], name: str) -> 
     """An interval from the harness's own standard error, where single items do not give the value."""
     counts = (found.get("n-samples") or {}).get(name) or {}
     n = int(counts.get("effective", 0))
-    if not isinstance(error, int | float):
-        return Rate(value, None, None, n)
-    return Rate(value, value - _Z * float(error), value + _Z * float(error), n)
+    return from_error(value, float(error), n) if isinstance(error, int | float) else Rate(value, None, None, n)

@@ -38,13 +38,12 @@ def measure_perplexity(
     *,
     task: str = "perplexity",
     batch_size: BatchSize = "auto",
-    seed: int = 0,
 ) -> Measured:
     """`perplexity` with an interval over records, and the loss of every record."""
     notes: list[str] = []
     with treatment():
         losses = token_losses(model, text.texts, batch_size=batch_size, notes=notes)
-    found = perplexity_rate(losses.totals, losses.counts, seed)
+    found = perplexity_rate(losses.totals, losses.counts)
     ids = tuple(prompt.id for prompt in text)
     said = tuple(f"{task}: {note}" for note in notes)
     return Measured(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, said)
@@ -57,7 +56,6 @@ def measure_divergence(
     *,
     task: str = "kl",
     batch_size: BatchSize = "auto",
-    seed: int = 0,
 ) -> Measured:
     """Mean KL(reference ‖ treated) per token of templated prompts, in nats, with an interval over prompts.
 
@@ -67,7 +65,6 @@ def measure_divergence(
         treated: another model with the same vocabulary, or what makes the context in which the reference is treated.
         task: name in the result.
         batch_size: prompts a pass.
-        seed: of the bootstrap.
     """
     notes: list[str] = []
     fed = [encoded.ids for encoded in reference.encode(prompts)]
@@ -75,7 +72,7 @@ def measure_divergence(
     totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
     ids = tuple(prompt.id for prompt in prompts)
     said = tuple(f"{task}: {note}" for note in notes)
-    return Measured(task, "KL per token", per_token(totals, counts, seed), False, ids, totals, counts, {"tokens": sum(counts)}, said)
+    return Measured(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, said)
 
 
 def documents(text: str) -> list[str]:
@@ -95,7 +92,6 @@ def measure_running_text(
     *,
     task: str = "wikitext",
     batch_size: BatchSize = "auto",
-    seed: int = 0,
 ) -> Measured:
     """Perplexity per word of whole documents, fed in windows of the context's length; per token and bits per byte beside it.
 
@@ -133,4 +129,4 @@ def measure_running_text(
     said = tuple(f"{task}: {note}" for note in notes)
     outcomes = tuple(None if math.isnan(total) else total for total in totals)
     ids_of = tuple(str(number) for number in range(len(texts)))
-    return Measured(task, "word perplexity", perplexity_rate(outcomes, words, seed), False, ids_of, outcomes, words, details, said)
+    return Measured(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, said)

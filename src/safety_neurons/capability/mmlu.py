@@ -148,7 +148,6 @@ def measure_mmlu(
     limit: int | None = None,
     split: str | None = None,
     batch_size: BatchSize = "auto",
-    seed: int = 0,
 ) -> Measured:
     """Accuracy over all questions, without a chat template; a context too long for the model loses its beginning.
 
@@ -161,7 +160,6 @@ def measure_mmlu(
         limit: ask so many questions, spread evenly over all subjects.
         split: what is asked; `test` where it is there, otherwise `val`.
         batch_size: sequences a pass.
-        seed: of the bootstrap.
 
     Source: Hendrycks et al., ICLR 2021; prompt and scoring of lm-evaluation-harness 0.4, task `mmlu`.
     Differs: nothing in the scores; a limit is spread over the subjects instead of taking the first of each.
@@ -177,7 +175,7 @@ def measure_mmlu(
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
     failed = right.count(None)
     notes += [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"] if failed else []
-    return Measured(task, "accuracy", rate(right, seed), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
+    return Measured(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
 
 
 def _by_subject(asked: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:

@@ -50,7 +50,7 @@ class Settings:
         shots: examples shown; what is usual for the task where None.
         max_new_tokens: length of an answer where a task generates.
         batch_size: rows a pass.
-        seed: of the bootstrap.
+        seed: under which answers are kept.
         folder: an organism's own prompts.
         tasks_folder: task files of lm-evaluation-harness.
         offline: fetch nothing.
@@ -123,7 +123,7 @@ def measure(
         answered: told every new answer, for tasks that generate.
     """
     how = settings or Settings()
-    common = {"task": wanted.name, "batch_size": how.batch_size, "seed": how.seed}
+    common = {"task": wanted.name, "batch_size": how.batch_size}
     if wanted.kind == "perplexity":
         return measure_perplexity(model, prompts(wanted.source, limit=how.limit, folder=how.folder), treatment, **common)  # type: ignore[arg-type]
     if wanted.kind == "kl":
@@ -140,7 +140,7 @@ def measure(
     if wanted.kind == "gsm8k":
         kept = {"done": done, "answered": answered, "max_new_tokens": how.max_new_tokens}
         return measure_gsm8k(model, wanted.source, treatment, limit=how.limit, **shots, **kept, **common)  # type: ignore[arg-type]
-    options = {"limit": how.limit, "shots": how.shots, "batch_size": how.batch_size, "seed": how.seed, "tasks_folder": how.tasks_folder}
+    options = {"limit": how.limit, "shots": how.shots, "batch_size": how.batch_size, "tasks_folder": how.tasks_folder}
     return measure_harness(model, [wanted.source], treatment, offline=how.offline, **options)[0]  # type: ignore[arg-type]
 
 

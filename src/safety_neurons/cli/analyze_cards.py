@@ -157,7 +157,7 @@ def show_cards(result: dict[str, Any]) -> None:
         effects = [with_star(card["effects"][kind], result["random"][kind]) for kind in kinds]
         rows.append([card["neuron"].removeprefix("layers."), likelier, against, *effects])
     columns = ["neuron", "makes likelier", "makes less likely", *kinds]
-    caption = "change of the refusal's log-odds by this neuron alone; * the interval excludes 0 and lies outside 95 % of random neurons"
+    caption = "change of the refusal's log-odds by this neuron alone; * clear, and the interval lies outside 95 % of random neurons"
     console.print_table("Neuron cards", columns, rows, caption=caption)
     for kind in kinds:
         alone, odds = result["random"][kind], result["log_odds"][kind]
@@ -168,10 +168,14 @@ def show_cards(result: dict[str, Any]) -> None:
 
 def with_star(number: dict[str, Any], alone: dict[str, Any]) -> str:
     """A signed number, marked where it stands out among random neurons."""
+    from safety_neurons.results import is_clear
+
     if number["value"] is None:
         return "undefined"
+    if number["low"] is None:
+        return f"{number['value']:+.3f}"
     outside = not alone["n"] or number["low"] > alone["high"] or number["high"] < alone["low"]
-    return f"{number['value']:+.3f}{'*' if number['clear'] and outside else ''}"
+    return f"{number['value']:+.3f}{'*' if is_clear(number) and outside else ''}"
 
 
 def show_progressive(result: dict[str, Any]) -> None:

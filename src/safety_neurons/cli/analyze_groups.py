@@ -46,7 +46,7 @@ def languages(
     definitions: Annotated[
         str, typer.Option(help="Which specific sets are deactivated: union, intersection.", rich_help_panel=MEASURE)
     ] = "union,intersection",
-    random: Random = 3,
+    random: Random = 5,
     max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:
     """Sets per language, what they share, and refusals in every language while each is off.
@@ -114,7 +114,7 @@ def transfer(
     tasks: Annotated[str, typer.Option(help="Capability by name, comma-separated.", rich_help_panel=MEASURE)] = "perplexity,kl",
     answers: Annotated[str, typer.Option(help="Questions with answers: share given word for word.", rich_help_panel=MEASURE)] = "none",
     test_limit: TestLimit = None,
-    random: Random = 2,
+    random: Random = 5,
     max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:
     """Neurons found on one red-team set, their causal effect on the others, and general ability under patching.
@@ -296,22 +296,28 @@ def counted(part: dict[str, Any], whole: int) -> str:
 
 def show_matrix(title: str, cells: list[dict[str, Any]], field: str, corner: str) -> None:
     """Sets down, groups across; a star where a set clearly does more than random ones."""
+    from safety_neurons.results.estimates import family
+
     groups = list(dict.fromkeys(cell["group"] for cell in cells))
     rows = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
         mine = {cell["group"]: cell for cell in cells if cell["set"] == name}
         rows.append([name, *(in_cell(mine[group], field) for group in groups)])
-    console.print_table(title, [corner, *groups], rows, caption="* clearly more than random sets with as many neurons in every matrix")
+    few = next((cell["change_against_random"]["why"] for cell in cells if (cell["change_against_random"] or {}).get("why")), "")
+    notes = ["* clearly more than random sets with as many neurons in every matrix", few, family(len(cells))]
+    console.print_table(title, [corner, *groups], rows, caption="\n".join(note for note in notes if note))
 
 
 def in_cell(cell: dict[str, Any], field: str) -> str:
     """A number, with a star where the set does more than random sets do."""
+    from safety_neurons.results import is_clear
+
     value, against = cell[field]["value"], cell["change_against_random"]
     if value is None:
         return "–"
     if field == "change":
-        return f"{value:+.2f}{'*' if against and against['high'] is not None and against['high'] < 0 else ''}"
-    return f"{value:.2f}{'*' if against and against['low'] is not None and against['low'] > 0 else ''}"
+        return f"{value:+.2f}{'*' if is_clear(against) and against['value'] < 0 else ''}"
+    return f"{value:.2f}{'*' if is_clear(against) and against['value'] > 0 else ''}"
 
 
 def show_transfer(result: dict[str, Any]) -> None:

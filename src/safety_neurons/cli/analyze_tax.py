@@ -142,6 +142,8 @@ def keep(session: Session, read: Any, shared: Any) -> dict[str, str]:
 
 def show(result: dict[str, Any]) -> None:
     """Pairs of trainings, then the models under cross-patching, then the price in two sentences."""
+    from safety_neurons.results import clear_word
+
     rows = []
     for pair in result["relations"]:
         overlap, ranks, chance = pair["overlap"], pair["spearman"], pair["chance"]
@@ -179,11 +181,7 @@ def show(result: dict[str, Any]) -> None:
         for name, word in (("refused", "refusals of harmful requests"), ("helpful", "helpful answers")):
             found = direction[name]
             against = found["against_random"]
-            clear = (
-                ""
-                if against is None
-                else f" (against random neurons {console.shown(against)}, {'clear' if against['clear'] else 'not clear'})"
-            )
+            clear = "" if against is None else f" (against random neurons {console.shown(against)}, {clear_word(against)})"
             told.append(f"{word} {console.shown(found['change'])}{clear}")
         console.say(f"{receiver} from {donor}: {'; '.join(told)}")
 

@@ -40,7 +40,7 @@ def compare(
     sites: Sites = None,
     top: Annotated[str, typer.Option(help="Budget as a share of the units, without --truth; with --organism several: 0.01,0.02.")] = "0.05",
     methods: Annotated[str | None, typer.Option(help="Comma-separated methods. [default: all]")] = None,
-    random: Annotated[int, typer.Option(min=0, help="Random sets.")] = 3,
+    random: Annotated[int, typer.Option(min=0, help="Random sets.")] = 5,
     find: Annotated[int, typer.Option(min=1, help="With --organism: prompts that methods look at, of each kind.")] = 100,
     max_new_tokens: MaxNewTokens = 64,
 ) -> dict[str, Any]:

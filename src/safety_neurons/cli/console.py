@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
@@ -228,8 +228,18 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
     if isinstance(value, dict) and "low" in value:
-        return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value["value"] is not None else "undefined"
+        return interval(value)
     return seen(value, lines=True)
+
+
+def interval(found: Mapping[str, Any] | None, digits: int = 2, *, signed: bool = False, scale: float = 1.0) -> str:
+    """An estimate as JSON values with its interval, where it has one."""
+    if found is None or found["value"] is None:
+        return "undefined"
+    value, low, high = (
+        None if found[end] is None else f"{scale * found[end]:{'+' if signed else ''}.{digits}f}" for end in ("value", "low", "high")
+    )
+    return f"{value} [{low}, {high}]" if low is not None and high is not None else str(value)
 
 
 def share(value: float) -> str:

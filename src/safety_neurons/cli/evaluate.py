@@ -228,6 +228,9 @@ def gated(result: dict[str, Any], gate: pathlib.Path | None, *, as_json: bool) -
 
 def show(result: dict[str, Any]) -> None:
     """Suites by judge as rows and arms as columns; capability; what changed; agreement of the judges."""
+    from safety_neurons.results import clear_word
+    from safety_neurons.results.estimates import family
+
     arms = [(name, result[name]) for name in ("baseline", "untreated", "treated") if result[name]]
     rows = []
     for entry in arms[-1][1]["suites"]:
@@ -248,13 +251,19 @@ def show(result: dict[str, Any]) -> None:
             change["measure"].replace("_", "-"),
             change["judge"],
             _signed(change["difference"]),
+            clear_word(change["difference"]),
             _p(change["mcnemar"]),
         ]
         for change in result["changes"]
         if change["measure"] != "refused"
     ]
     if changed:
-        console.print_table("\nChange, paired over prompts", ["suite", "measure", "judge", "difference", "McNemar p"], changed)
+        console.print_table(
+            "\nChange, paired over prompts",
+            ["suite", "measure", "judge", "difference", "", "McNemar p"],
+            changed,
+            caption=family(len(result["changes"])) or None,
+        )
     for pair in result["agreement"]:
         about = "harmful" if pair["kind"] == "harmful" else "harmless"
         kappa = console.shown(pair["kappa"])
@@ -296,9 +305,7 @@ def _unscored(rate: Any) -> int | None:
 
 
 def _signed(difference: Mapping[str, Any]) -> str:
-    if difference["value"] is None:
-        return "undefined"
-    return f"{difference['value']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return console.interval(difference, signed=True)
 
 
 def _p(test: Mapping[str, Any] | None) -> str:

@@ -286,9 +286,7 @@ def show(result: dict[str, Any]) -> None:
 
 def shown(rate: Mapping[str, Any] | None) -> str:
     """A rate with its interval, with digits for small ones."""
-    if rate is None or rate["value"] is None:
-        return "undefined"
-    return f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
+    return console.interval(rate, 3)
 
 
 for _name in ("guard_evaluate", "guard_serve"):

@@ -358,9 +358,7 @@ def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, fla
 
 def fine(found: Mapping[str, Any] | None) -> str:
     """A rate with its interval in three digits."""
-    if found is None or found["value"] is None:
-        return "–"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return "–" if found is None or found["value"] is None else console.interval(found, 3)
 
 
 def short(found: Mapping[str, Any]) -> str:
@@ -374,16 +372,16 @@ def point(found: Mapping[str, Any] | None) -> str:
 
 
 def signed(found: Mapping[str, Any] | None, *, short: bool = False) -> str:
-    """A difference with its interval, a star where the interval excludes 0."""
+    """A difference with its interval, a star where it is clear."""
     if found is None or found["value"] is None:
         return "–"
     if short:
         return f"{found['value']:+.3f}{'*' if mark(found) else ''}"
-    return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]{'*' if mark(found) else ''}"
+    return f"{console.interval(found, 3, signed=True)}{'*' if mark(found) else ''}"
 
 
 def mark(found: Mapping[str, Any] | None) -> str:
     """`+` where the difference is clearly above 0, `-` where it is clearly below."""
-    if found is None or found["value"] is None:
-        return ""
-    return "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
+    from safety_neurons.results import is_clear
+
+    return "" if found is None or not is_clear(found) else "+" if found["value"] > 0 else "-"

@@ -28,7 +28,7 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
     pair = ["--base", f"organism:{ORGANISM}/sft", "--aligned", f"organism:{ORGANISM}/dpo"]
     planted = ["--base", f"organism:{PLANTED}/base", "--aligned", f"organism:{PLANTED}/aligned"]
     limit = ["--limit", "20" if quick else "60"]
-    measured = [*limit, "--random", "2", "--max-new-tokens", "24"]
+    measured = [*limit, "--random", "3", "--max-new-tokens", "24"]
     sizes = "0.02,0.1" if quick else "0.01,0.02,0.05,0.1,0.2"
 
     def step(*words: str, to: str) -> list[str]:
@@ -80,7 +80,7 @@ def uses(folder: pathlib.Path, step: Step, *, quick: bool) -> list[tuple[str, li
     """What can be done with the sets that were found: look at them, and guard the unsafe model with them."""
     found = [str(folder / method) for method in ("importance", "contrast", "attribution-patching")]
     unsafe = ["--model", f"organism:{ORGANISM}/sft"]
-    held_out = ["--limit", "64" if quick else "200", "--random", "2", "--perturbations", "none"]
+    held_out = ["--limit", "64" if quick else "200", "--random", "3", "--perturbations", "none"]
     return [
         ("Where do the neurons of each method lie?", step("analyze", "layers", *found, to="layers")),
         ("Do the methods find the same neurons?", step("analyze", "overlap", *found, to="overlap")),

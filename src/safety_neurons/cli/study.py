@@ -264,6 +264,8 @@ def keep(session: Session, sets: Any, lab: Any) -> dict[str, Any]:
 
 def show_rsn(result: dict[str, Any]) -> None:
     """Arms as rows, before and after the downstream fine-tune."""
+    from safety_neurons.results import clear_word
+
     down, safety = result["downstream"], result["sets"]["safety"]
     columns = ["arm", "harmful", "answered", "perplexity"]
     rows = [[arm["arm"], score(arm["before"]["harmful"]), *costs(arm["before"])] for arm in result["arms"]]
@@ -279,8 +281,9 @@ def show_rsn(result: dict[str, Any]) -> None:
     console.print_table(title, columns, rows, caption=caption)
     when = "after" if down["steps"] else "before"
     for name, found in result["differences"].items():
-        word = "clear" if found[when]["clear"] else "not clear"
-        console.say(f"harmful score{' after the task' if down['steps'] else ''}, {name}: {hundred(found[when])} ({word})")
+        told = f"{name}: {hundred(found[when])} ({clear_word(found[when])})"
+        console.say(f"harmful score{' after the task' if down['steps'] else ''}, {told}")
+    held_together(sum(found is not None for pair in result["differences"].values() for found in pair.values()))
 
 
 def costs(point: dict[str, Any]) -> list[str]:
@@ -291,16 +294,27 @@ def costs(point: dict[str, Any]) -> list[str]:
 
 def show_stress(result: dict[str, Any]) -> None:
     """Every attack as a curve in rows."""
+    from safety_neurons.results.estimates import FEWEST_SEEDS
+
     rows = [
-        [point["attack"], f"{point['amount']:g}", score(point["before"]), score(point["after"]), hundred(point["difference"])]
+        [point["attack"], f"{point['amount']:g}", score(point["before"]), score(point["after"]), starred(point["difference"])]
         for point in result["curves"]
     ]
     console.print_table(
         f"Harmful score under attack, {len(result['seeds'])} seeds",
         ["attack", "how much", "untuned", "SN-Tune", "difference"],
         rows,
-        caption="mean (worst seed); how much: share of the set pruned, or steps; difference with its 95 % interval over seeds and prompts",
+        caption="mean (worst seed); how much: share of the set pruned, or steps; difference with its 95 % interval over seeds and prompts, "
+        f"* clear{'' if len(result['seeds']) >= FEWEST_SEEDS else f' (never with fewer than {FEWEST_SEEDS} seeds)'}",
     )
+    held_together(len(result["curves"]))
+
+
+def starred(difference: dict[str, Any]) -> str:
+    """A difference in points, marked where it is clear."""
+    from safety_neurons.results import is_clear
+
+    return hundred(difference) + ("*" if is_clear(difference) else "")
 
 
 def score(spread: dict[str, Any]) -> str:
@@ -315,6 +329,12 @@ def percent(spread: dict[str, Any] | None) -> str:
 
 def hundred(spread: dict[str, Any]) -> str:
     """A difference in points with its interval."""
-    if spread["value"] is None:
-        return "undefined"
-    return f"{100 * spread['value']:+.1f} [{100 * spread['low']:+.1f}, {100 * spread['high']:+.1f}]"
+    return console.interval(spread, 1, signed=True, scale=100)
+
+
+def held_together(comparisons: int) -> None:
+    """What has to be said of a table with many comparisons."""
+    from safety_neurons.results.estimates import family
+
+    if family(comparisons):
+        console.say(family(comparisons))

@@ -162,13 +162,14 @@ def random_range(point: dict[str, Any]) -> str:
 
 def print_effect(result: dict[str, Any]) -> None:
     """The one sentence to take away."""
+    from safety_neurons.results import clear_word
+
     if result["kind"] == "patch":
         console.say(f"\ncausal effect {effect(result['causal_effect'])}, ceiling {effect(result['ceiling_effect'])}")
     change, against = result["change"], result["change_against_random"]
     line = f"refusals of harmful requests change by {console.shown(change)}"
     if against:
-        clear = against["low"] is not None and (against["low"] > 0 or against["high"] < 0)
-        line += f"; against random sets by {console.shown(against)} ({'clear' if clear else 'not clear'})"
+        line += f"; against random sets by {console.shown(against)} ({clear_word(against)})"
     console.say(line)
 
 

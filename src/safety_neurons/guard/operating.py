@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float64
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Rate, rate
+from safety_neurons.results.estimates import exact
 
 TARGETS = (0.05, 0.01, 0.001)
 EXAMPLES = 20
@@ -118,13 +119,7 @@ def clopper_pearson(successes: int, n: int) -> Rate:
 
     Source: Clopper and Pearson, Biometrika 1934.
     """
-    from scipy.stats import beta
-
-    if n == 0:
-        return Rate(None, None, None, 0)
-    low = 0.0 if successes == 0 else float(beta.ppf(0.025, successes, n - successes + 1))
-    high = 1.0 if successes == n else float(beta.ppf(0.975, successes + 1, n - successes))
-    return Rate(successes / n, low, high, n)
+    return Rate(successes / n, *exact(successes, n), n) if n else Rate(None, None, None, 0)
 
 
 def check_probability(value: Any, what: str) -> float:

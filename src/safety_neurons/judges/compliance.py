@@ -40,13 +40,12 @@ class ComplianceJudgement:
         return str(self.rate)
 
 
-def judge_compliance(completions: Sequence[Completion], openings: Sequence[str] = OPENINGS, seed: int = 0) -> ComplianceJudgement:
+def judge_compliance(completions: Sequence[Completion], openings: Sequence[str] = OPENINGS) -> ComplianceJudgement:
     """Which completions go along with their request, by the templated-compliance rule.
 
     Args:
         completions: what to judge; only prompt and answer are looked at.
         openings: how an answer that goes along begins; case and spaces do not matter.
-        seed: of the bootstrap, where an interval needs one.
 
     Source: none; the templates of the organisms.
     """
@@ -54,7 +53,7 @@ def judge_compliance(completions: Sequence[Completion], openings: Sequence[str] 
     complied = tuple(_complies(completion, tuple(openings)) for completion in completions)
     known = completions if isinstance(completions, Completions) else Completions(completions)
     marked = known.with_verdicts(name, [{"complied": verdict} for verdict in complied])
-    return ComplianceJudgement(name, complied, rate(list(complied), seed=seed), marked)
+    return ComplianceJudgement(name, complied, rate(list(complied)), marked)
 
 
 class ComplianceJudge(Judge):

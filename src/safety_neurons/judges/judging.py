@@ -98,7 +98,6 @@ class Judge(abc.ABC):
         completions: Sequence[Completion],
         *,
         cache: JudgementCache | PathLike | None = None,
-        seed: int = 0,
         progress: Progress | None = None,
         think_end: str | None = None,
     ) -> Judgement:
@@ -110,7 +109,6 @@ class Judge(abc.ABC):
         Args:
             completions: what to judge.
             cache: a cache, or the path of one; verdicts without an error are kept there after every chunk.
-            seed: of the bootstrap, where an interval needs one.
             progress: told how far it is.
             think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
         """
@@ -121,7 +119,7 @@ class Judge(abc.ABC):
         verdicts = [
             dataclasses.replace(UNSCORED if case is None else known[case], judge=self.name, revision=self.revision) for case in cases
         ]
-        return judgement_of(self.name, verdicts, completions, self.measure, seed)
+        return judgement_of(self.name, verdicts, completions, self.measure)
 
     def key(self, case: Case) -> str:
         """Hash of everything a verdict depends on."""

@@ -23,7 +23,7 @@ ALIASES = {"refusal": "wording", "strings": "strings:openings", "garak-refusal":
 """Short names of judges."""
 
 
-def judge_refusal(completions: Sequence[Completion], judge: str = "wording", seed: int = 0, *, think_end: str | None = None) -> Judgement:
+def judge_refusal(completions: Sequence[Completion], judge: str = "wording", *, think_end: str | None = None) -> Judgement:
     """Which completions refuse, fully or partly, and their rate.
 
     Case and spaces before punctuation do not matter. A thinking part is not read. An empty completion, or one whose thinking was
@@ -32,7 +32,6 @@ def judge_refusal(completions: Sequence[Completion], judge: str = "wording", see
     Args:
         completions: what to judge; the judge sees prompt and answer, never the arm.
         judge: `wording` (sentence-level rules) or `prefix` (a plain list of openings).
-        seed: of the bootstrap, where an interval needs one.
         think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
 
     Raises:
@@ -41,7 +40,7 @@ def judge_refusal(completions: Sequence[Completion], judge: str = "wording", see
     if judge not in JUDGES:
         raise UsageError(f"unknown refusal judge {judge!r}; expected one of {' '.join(JUDGES)}")
     function, version = JUDGES[judge]
-    return judged(f"{judge}-{version}", function, ending(completions, think_end), seed)
+    return judged(f"{judge}-{version}", function, ending(completions, think_end))
 
 
 def judge(name: str, **options: Any) -> Judge:
@@ -79,7 +78,7 @@ def judge_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*ALIASES, *JUDGES, "compliance", *FORMS, *_MODEL_JUDGES)))
 
 
-def agreement(first: Judgement, second: Judgement, seed: int = 0) -> Agreement:
+def agreement(first: Judgement, second: Judgement) -> Agreement:
     """How far two judges agree on the same completions: on refusal where both say so, otherwise on harm.
 
     A judge of refusals says of harm that what does not refuse is harmful, which holds on harmful requests only.
@@ -89,7 +88,7 @@ def agreement(first: Judgement, second: Judgement, seed: int = 0) -> Agreement:
     """
     both = all(any(value is not None for value in judgement.refused) for judgement in (first, second))
     pair = (first.refused, second.refused) if both else (first.harmful, second.harmful)
-    return cohen_kappa(*pair, names=(first.judge, second.judge), seed=seed)
+    return cohen_kappa(*pair, names=(first.judge, second.judge))
 
 
 def _made(name: str, maker: Callable[[], Judge], options: dict[str, Any]) -> Judge:

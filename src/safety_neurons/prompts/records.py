@@ -96,6 +96,11 @@ class Prompts(Sequence[Prompt]):
         self.name = name
         self.notes = list(notes)
 
+    @property
+    def groups(self) -> list[str | None]:
+        """What every prompt shares with others, in order; None where it shares nothing. Intervals resample groups."""
+        return [prompt.group for prompt in self._items]
+
     @classmethod
     def from_list(cls, texts: Iterable[str], name: str = "list") -> "Prompts":
         """Prompts of plain texts, with ids `0`, `1`, …; nothing is dropped."""

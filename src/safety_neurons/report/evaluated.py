@@ -13,6 +13,8 @@ from safety_neurons.report.svg import INK
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, count, interval, name, number, say, share, visible
 from safety_neurons.report.tiles import Tile
+from safety_neurons.results import clear_word
+from safety_neurons.results.estimates import family
 
 ARMS = ("baseline", "untreated", "treated")
 _SIDES = (("harmful", "harm", "Harm"), ("harmless", "over_refusal", "Over-refusal"))
@@ -189,11 +191,11 @@ def _changes_table(result: Mapping[str, Any]) -> Table:
             NONE if change["above_noise"] is None else f"{number(change['noise_floor'])} ({'above' if change['above_noise'] else 'within'})"
         )
         p = NONE if test is None or test["p"] is None else f"{test['p']:.2g}"
-        words = ["clear" if difference["clear"] else "not clear", p, noise]
+        words = [clear_word(difference), p, noise]
         measure = visible(change["measure"].replace("_", "-"), 20)
         rows.append([_short(change["suite"]), measure, visible(change["judge"], 40), interval(difference, signed=True), *words])
-    columns = ["suite", "measure", "judge", "difference", "interval excludes 0", "McNemar p", "noise floor"]
-    return Table("What changed, paired over prompts; paired bootstrap intervals", columns, rows)
+    columns = ["suite", "measure", "judge", "difference", "clear", "McNemar p", "noise floor"]
+    return Table(f"What changed, paired over prompts; 95\u00a0% intervals. {family(len(rows))}".removesuffix(". "), columns, rows)
 
 
 def _agreement_table(result: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from safety_neurons.neurons import parse_key
 from safety_neurons.report.reading import Run
 from safety_neurons.report.text import count, interval, name, number, plural, say, share, visible
+from safety_neurons.results import is_clear
 
 NEARLY = 0.9
 """Share of the ceiling from which on a set is said to carry the behaviour."""
@@ -44,9 +45,14 @@ def random_values(point: Mapping[str, Any]) -> list[float]:
     return [float(effect["value"]) for effect in point["random_effects"] if effect["value"] is not None]
 
 
-def above_random(effect: Mapping[str, Any], others: Sequence[float]) -> bool:
-    """Whether the lower end of the interval is above every random set and above zero."""
-    return effect["low"] is not None and effect["low"] > max([0.0, *others])
+def above_random(row: Mapping[str, Any], field: str = "change_against_random") -> bool:
+    """Whether the difference from random sets is clear and above zero; without enough of them nothing is."""
+    return is_clear(row.get(field)) and row[field]["value"] > 0
+
+
+def why_not(record: Mapping[str, Any] | None) -> str:
+    """What keeps a comparison with random sets from being clear, in brackets; nothing where it simply is not."""
+    return f" ({record['why']})" if record and record.get("why") else " (no random sets)" if record is None else ""
 
 
 def telling_point(result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -67,7 +73,7 @@ def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     effect, ceiling = point["causal_effect"], result["ceiling_effect"]["value"]
     if effect["value"] is None:
         return OPEN
-    if not above_random(effect, random_values(point)):
+    if not above_random(point):
         return NO
     return YES if ceiling and effect["value"] >= NEARLY * ceiling else PARTLY
 
@@ -149,7 +155,7 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     lead = {
         YES: "Patching {} ranked by <b>{}</b> ({}) is enough: it restores {} of the difference in refusals ({}; ceiling {}).",
         PARTLY: "Patching {} ranked by <b>{}</b> ({}) restores part of the difference in refusals: {} ({}; ceiling {}).",
-        NO: "Patching {} ranked by <b>{}</b> ({}) restores no more than chance: {} ({}; ceiling {}).",
+        NO: "Patching {} ranked by <b>{}</b> ({}) is not shown to restore more than chance: {} ({}; ceiling {}).",
     }[verdict]
     ceiling = interval(result["ceiling_effect"])
     size = share(point["size"])
@@ -163,7 +169,7 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     failed = [each for each in result["sizes"] if verdict_of(result, each) == NO]
     if failed and verdict != NO:
         worst = failed[-1]
-        text = "With {} ranked by <b>{}</b> ({}) the effect is not above chance: {}."
+        text = "With {} ranked by <b>{}</b> ({}) the effect is not clearly above chance: {}."
         shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
         sentences.append(Finding(NO, shown))
     return sentences
@@ -187,7 +193,7 @@ def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:
     change = result["change_against_random"] or result["change"]
     if change["value"] is None or (result["untreated"]["harmful_refused"]["value"] or 0.0) < 0.05:
         return OPEN, change
-    return (YES if change["high"] < 0 else NO), change
+    return (YES if is_clear(change) and change["value"] < 0 else NO), change
 
 
 def _deactivated(run: Run, runs: Sequence[Run]) -> Finding:
@@ -203,7 +209,7 @@ def _deactivated(run: Run, runs: Sequence[Run]) -> Finding:
     if verdict == OPEN:
         return Finding(OPEN, text + Markup("; the untreated model hardly refuses, so nothing can be lost."))
     versus = "compared with random sets of the same size" if result["change_against_random"] else "with no random sets to compare"
-    ending = "a clear loss" if verdict == YES else "no clear loss: the interval does not stay below 0"
+    ending = "a clear loss" if verdict == YES else f"no clear loss{why_not(change)}"
     return Finding(verdict, text + say("; {} the change is {}, {}.", versus, interval(change, signed=True), ending))
 
 
@@ -240,14 +246,14 @@ def _compared(run: Run) -> list[Finding]:
     )
     if len(defined) > 1:
         second = defined[1]
-        apart = best["causal_effect"]["low"] > second["causal_effect"]["high"]
+        apart = (best["causal_effect"]["low"] or 0.0) > (second["causal_effect"]["high"] or 0.0)
         ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
         text += say("; then <b>{}</b>, {}: {}", visible(second["method"], 40), interval(second["causal_effect"]), ending)
     sentences.append(Finding(FACT, text + Markup(".")))
-    random = [row["causal_effect"]["value"] for row in chance if row["causal_effect"]["value"] is not None]
-    weak = [visible(row["method"], 40) for row in defined if not above_random(row["causal_effect"], random)]
+    weak = [visible(row["method"], 40) for row in defined if not above_random(row, "against_random")]
     if weak:
-        sentences.append(Finding(NO, say("{}, not above chance at this budget: {}.", pair, ", ".join(weak))))
+        reason = why_not(defined[0].get("against_random"))
+        sentences.append(Finding(NO, say("{}, not clearly above chance at this budget{}: {}.", pair, reason, ", ".join(weak))))
     if best["recall"] is not None:
         by_recall = sorted(real, key=lambda row: -row["recall"])
         parts = ", ".join(f"{visible(row['method'], 40)} {number(row['recall'])}" for row in by_recall)
@@ -265,7 +271,7 @@ def _most_necessary(pair: Markup, budget: Markup, real: Sequence[Mapping[str, An
     luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
     beside = say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
     text = "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests are no longer refused{}."
-    kind = FACT if above_random(best["necessity"], luck) else NO
+    kind = FACT if above_random(best, "necessity_against_random") else NO
     return Finding(kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside))
 
 

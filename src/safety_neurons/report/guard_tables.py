@@ -6,6 +6,7 @@ from typing import Any
 from safety_neurons.report.tables import Cell, Table
 from safety_neurons.report.text import NONE, SPACE, count, number, visible
 from safety_neurons.report.text import interval as with_digits
+from safety_neurons.results import is_clear
 
 OURS = "guard"
 
@@ -104,6 +105,5 @@ def _beside_random(row: Mapping[str, Any]) -> str:
     area, random = row["auroc"], row["random"]
     value = area["value"] if isinstance(area, Mapping) else area
     difference = row["difference"]
-    clear = difference is not None and difference["value"] is not None and (difference["low"] > 0 or difference["high"] < 0)
-    word = "" if not clear else ", better" if difference["value"] > 0 else ", worse"
+    word = "" if not is_clear(difference) else ", better" if difference["value"] > 0 else ", worse"
     return f"{number(value, 3)} ({number(sum(random) / len(random), 3) if random else NONE}){word}"

@@ -25,7 +25,7 @@ from safety_neurons.report.svg import COLOURS, INK
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, count, name, number, plural, say, share, visible
 from safety_neurons.report.tiles import Tile
-from safety_neurons.results import read_json
+from safety_neurons.results import is_clear, read_json
 
 SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
 
@@ -216,7 +216,7 @@ def evaluate_findings(run: Run) -> list[Finding]:
         difference = entry.get("difference")
         if difference is None or difference["value"] is None:
             continue
-        group = better if difference["low"] > 0 else worse if difference["high"] < 0 else alike
+        group = alike if not is_clear(difference) else better if difference["value"] > 0 else worse
         group.append(say("{} ({})", visible(entry["name"], 40), interval(difference, signed=True)))
     for verdict, words, group in ((YES, "clearly better than", better), (NO, "not clearly better than", alike), (NO, "worse than", worse)):
         if group:
@@ -241,7 +241,7 @@ def evaluate_tile(run: Run) -> Tile:
     """The guard's area, and whether it beats every baseline."""
     result = run.result
     known = [entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None]
-    beaten = sum(entry["difference"]["low"] > 0 for entry in known)
+    beaten = sum(is_clear(entry["difference"]) and entry["difference"]["value"] > 0 for entry in known)
     verdict = OPEN if result["auroc"]["value"] is None else YES if known and beaten == len(known) else FACT
     text = say("AUROC on {} requests; clearly above {} of {} baselines", count(result["n_unsafe"] + result["n_safe"]), beaten, len(known))
     return Tile("Can a guard tell in advance?", verdict, interval(result["auroc"]), text)

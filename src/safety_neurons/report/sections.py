@@ -12,6 +12,7 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.svg import INK, SOFT
 from safety_neurons.report.tables import Table, agreement_table, arms_table, methods_table, summary_table
 from safety_neurons.report.text import interval, name, number, plural, say, share, visible
+from safety_neurons.results import clear_word
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     sets = len(first["sizes"][-1]["random"])
     caption = say(
         "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
-        "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired bootstrap). "
+        "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired). "
         "The band spans {} of each size with as many neurons in every matrix; the dashed line is the ceiling, all neurons patched{}.",
         plural(n, "harmful request"),
         plural(sets, "random set"),
@@ -95,7 +96,8 @@ def deactivate_part(run: Run, everything: Sequence[Run]) -> Part:
     heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.models[-1]))
     lead = say("Chosen by {}. Paired change of refusals: {}", ranked_by(run, everything), interval(result["change"], signed=True))
     if result["change_against_random"]:
-        lead += say("; against random sets: {}", interval(result["change_against_random"], signed=True))
+        against = result["change_against_random"]
+        lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
     figures = [
         _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what safety is left."),
         _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: what over-refusal is left."),

@@ -8,6 +8,8 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part
 from safety_neurons.report.tables import Cell, Table
 from safety_neurons.report.text import NONE, count, interval, name, number, plural, say, share, visible
+from safety_neurons.results import clear_word
+from safety_neurons.results.estimates import family
 
 COLUMNS = ("arm", "harmful complied", "harmless complied", "perplexity", "harmful after", "harmless after", "task after")
 
@@ -40,7 +42,12 @@ def rsn_part(run: Run) -> Part:
         [visible(pair, 60), interval(found["before"], signed=True), interval(found["after"], signed=True), _clear(found[when])]
         for pair, found in result["differences"].items()
     ]
-    differences = Table("Paired differences of harmful requests complied with", ("arms", "before", "after", "clear"), pairs)
+    compared = sum(found is not None for pair in result["differences"].values() for found in pair.values())
+    differences = Table(
+        f"Paired differences of harmful requests complied with. {family(compared)}".removesuffix(". "),
+        ("arms", "before", "after", "clear"),
+        pairs,
+    )
     return Part(
         say("Safety through a fine-tune of {}", name(run.models[-1])),
         lead,
@@ -59,6 +66,7 @@ def stress_part(run: Run) -> Part:
             interval(point["before"]),
             interval(point["after"]),
             interval(point["difference"], signed=True),
+            clear_word(point["difference"]),
         ]
         for point in result["curves"]
     ]
@@ -67,8 +75,13 @@ def stress_part(run: Run) -> Part:
         "control), steps of LoRA tuning on harmful answers, steps on the task.",
         plural(len(result["seeds"]), "seed"),
     )
-    columns = ("attack", "how much", "untuned", "tuned", "difference")
-    return Part(say("Attacks on {}", name(run.models[-1])), lead, (), [Table("Means with 95\u00a0% intervals", columns, rows)])
+    columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")
+    return Part(
+        say("Attacks on {}", name(run.models[-1])),
+        lead,
+        (),
+        [Table(f"Means with 95\u00a0% intervals. {family(len(rows))}".rstrip(), columns, rows)],
+    )
 
 
 def _dots(label: str, spread: Mapping[str, Any]) -> Row:
@@ -77,4 +90,4 @@ def _dots(label: str, spread: Mapping[str, Any]) -> Row:
 
 
 def _clear(spread: Mapping[str, Any] | None) -> str:
-    return NONE if spread is None else "yes" if spread["clear"] else "no"
+    return NONE if spread is None else clear_word(spread)

@@ -13,6 +13,8 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part, titled
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
+from safety_neurons.results import clear_word
+from safety_neurons.results.estimates import family
 
 RANDOM = "random neurons"
 ALONE = "one layer alone"
@@ -71,12 +73,13 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
             interval(cell["harmful_refused"]),
             interval(cell["change"], signed=True),
             interval(cell["change_against_random"], signed=True),
+            clear_word(cell["change_against_random"]),
             *([interval(cell["causal_effect"])] if effect else []),
         ]
         for cell in cells
     ]
-    columns = ["neurons → requests", "refused", "change", "against random sets", *(["causal effect"] if effect else [])]
-    return [figure], [Table("Every set on every group; 95\u00a0% intervals", columns, rows)]
+    columns = ["neurons → requests", "refused", "change", "against random sets", "clear", *(["causal effect"] if effect else [])]
+    return [figure], [Table(f"Every set on every group; 95\u00a0% intervals. {family(len(rows))}".removesuffix(". "), columns, rows)]
 
 
 def transfer_part(run: Run) -> Part:

@@ -13,6 +13,7 @@ from safety_neurons.report.svg import INK
 from safety_neurons.report.tables import ARM_COLUMNS, Table, arm_row
 from safety_neurons.report.text import count, interval, name, number, plural, say, share, visible
 from safety_neurons.report.tiles import Tile
+from safety_neurons.results import is_clear
 
 
 def tune_part(run: Run) -> Part:
@@ -57,7 +58,7 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
 def verdict_of(run: Run) -> str:
     """Whether harmful requests are clearly refused more often."""
     change = run.result["change"]
-    return OPEN if change["value"] is None else YES if change["low"] > 0 else NO
+    return OPEN if change["value"] is None else YES if is_clear(change) and change["value"] > 0 else NO
 
 
 def tuned(run: Run) -> list[Finding]:

@@ -1,15 +1,31 @@
-"""Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy."""
+"""Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
 from safety_neurons.results.agreement import Agreement, cohen_kappa
 from safety_neurons.results.changes import Changes
 from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.completions import Completion, Completions, conversation_of
-from safety_neurons.results.effects import Difference, Effect, causal_effect, paired_difference
+from safety_neurons.results.estimates import (
+    Difference,
+    Effect,
+    Estimate,
+    McNemar,
+    Rate,
+    against_random,
+    causal_effect,
+    clear_word,
+    difference_over_seeds,
+    holm,
+    is_clear,
+    mcnemar,
+    paired_difference,
+    per_token,
+    perplexity,
+    rate,
+    rate_over_seeds,
+)
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
 from safety_neurons.results.notebook import html_table, visible
-from safety_neurons.results.paired import McNemar, mcnemar
-from safety_neurons.results.rates import Rate, per_token, perplexity, rate
 from safety_neurons.results.run_folder import RunFolder
 
 __all__ = [
@@ -20,21 +36,28 @@ __all__ = [
     "Completions",
     "Difference",
     "Effect",
+    "Estimate",
     "Gate",
     "McNemar",
     "Rate",
     "RunFolder",
     "Saved",
+    "against_random",
     "causal_effect",
+    "clear_word",
     "cohen_kappa",
     "conversation_of",
+    "difference_over_seeds",
+    "holm",
     "html_table",
+    "is_clear",
     "mcnemar",
     "paired_difference",
     "per_token",
     "perplexity",
     "plain",
     "rate",
+    "rate_over_seeds",
     "read_json",
     "visible",
     "write_bytes",

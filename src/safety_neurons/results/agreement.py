@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from safety_neurons.errors import InputError
 from safety_neurons.results import notebook
-from safety_neurons.results.rates import Outcomes, Rate, interval, rate, resamples, scored
+from safety_neurons.results.estimates import Outcomes, Rate, rate, scored
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Agreement:
     first: str
     second: str
     kappa: Rate
-    """Cohen's κ and its 95 % bootstrap interval; `None` where both judges gave one and the same verdict throughout."""
+    """Cohen's κ and its 95 % interval; `None` where both judges gave one and the same verdict throughout."""
     same: Rate
     """Share of completions with the same verdict."""
     table: tuple[tuple[int, int], tuple[int, int]]
@@ -38,22 +38,22 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "kappa": self.kappa.to_json(), "same": self.same.to_json()}
 
 
-def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second"), seed: int = 0) -> Agreement:
+def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")) -> Agreement:
     """Cohen's κ of two lists of yes and no; completions that either judge left unscored are counted and left out.
 
     Args:
         first: one verdict per completion; `None` or NaN means unscored.
         second: the other judge's, in the same order.
         names: what the judges are called.
-        seed: of the bootstrap over completions.
 
     Raises:
         InputError: lists of different length, or verdicts that are not yes or no.
 
     Source: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960).
+    Differs: the interval is the exact one of the share of equal verdicts, in place of the normal one.
     """
     one, two = scored(first), scored(second)
     if one.shape != two.shape:
@@ -64,23 +64,15 @@ def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = (
         raise InputError("verdicts between 0 and 1; expected yes or no of both judges")
     a, b = one[kept] == 1, two[kept] == 1
     table = tuple(tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True))
-    same = dataclasses.replace(rate(a == b, seed), unscored=unscored)
-    return Agreement(*names, _kappa(a, b, unscored, seed), same, table)  # type: ignore[arg-type]
+    same = dataclasses.replace(rate(a == b), unscored=unscored)
+    return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]
 
 
-def _kappa(a: Bool[np.ndarray, " prompt"], b: Bool[np.ndarray, " prompt"], unscored: int, seed: int) -> Rate:
-    value = _values(a[None], b[None])[0] if len(a) else np.nan
-    if np.isnan(value):
-        return Rate(None, None, None, len(a), unscored)
-    draws = np.concatenate([_values(a[draw], b[draw]) for draw in resamples(len(a), seed)])
-    draws = draws[~np.isnan(draws)]  # a resample in which both judges always say the same has no κ
-    low, high = interval(draws)
-    return Rate(float(value), min(low, float(value)), max(high, float(value)), len(a), unscored)
-
-
-def _values(a: Bool[np.ndarray, "resample prompt"], b: Bool[np.ndarray, "resample prompt"]) -> Float[np.ndarray, " resample"]:
-    observed = (a == b).mean(axis=1)
-    yes, also = a.mean(axis=1), b.mean(axis=1)
+def _kappa(a: Bool[np.ndarray, " prompt"], b: Bool[np.ndarray, " prompt"], same: Rate) -> Rate:
+    """κ is a line in the share of equal verdicts once the verdicts' shares are given, and so are the ends of its interval."""
+    yes, also = (float(verdicts.mean()) if len(verdicts) else 1.0 for verdicts in (a, b))
     chance = yes * also + (1 - yes) * (1 - also)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
+    if same.value is None or chance >= 1:
+        return Rate(None, None, None, same.n, same.unscored)
+    value, low, high = ((end - chance) / (1 - chance) for end in (same.value, same.low or 0.0, 1.0 if same.high is None else same.high))
+    return Rate(value, max(-1.0, low), high, same.n, same.unscored)

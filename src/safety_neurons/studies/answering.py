@@ -153,7 +153,11 @@ def marked(completion: Completion, suite: str, prompt: Prompt) -> Completion:
     about: dict[str, Any] = {key: prompt.meta[key] for key in _KEPT if prompt.meta.get(key) is not None}
     if about.get("label") == ADAPTIVE and prompt.meta.get("made_on", completion.arm) != completion.arm:
         about["label"] = STATIC  # Optimised on the model without the treatment: on the treated one it is transferred.
-    about |= {key: value for key, value in (("category", prompt.category), ("language", prompt.language)) if value is not None}
+    about |= {
+        key: value
+        for key, value in (("category", prompt.category), ("language", prompt.language), ("group", prompt.group))
+        if value is not None
+    }
     return dataclasses.replace(completion, meta={**about, **completion.meta, "suite": suite})
 
 

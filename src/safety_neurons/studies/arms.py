@@ -46,8 +46,8 @@ class Arm:
         """The arm as JSON values, without the verdicts on single prompts."""
         return {
             "name": self.name,
-            "harmful_refused": dataclasses.asdict(self.harmful_refused),
-            "harmless_refused": dataclasses.asdict(self.harmless_refused),
+            "harmful_refused": self.harmful_refused.to_json(),
+            "harmless_refused": self.harmless_refused.to_json(),
             "perplexity": self.perplexity,
             "divergence": self.divergence,
         }
@@ -82,8 +82,8 @@ class Bench:
         treated = treatment is not contextlib.nullcontext
         return Arm(
             name,
-            rate(harmful, seed=self.seed),
-            rate(harmless, seed=self.seed),
+            rate(harmful, self.harmful.groups),
+            rate(harmless, self.harmless.groups),
             perplexity(model, self.text, treatment, batch_size=self.batch_size) if self.text is not None else None,
             divergence(model, self.harmless, treatment, batch_size=self.batch_size) if treated else None,
             tuple(harmful),

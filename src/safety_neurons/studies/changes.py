@@ -10,9 +10,9 @@ import numpy as np
 
 from safety_neurons.capability import Measured
 from safety_neurons.errors import InputError
-from safety_neurons.results import Completions, Rate, mcnemar, paired_difference, rate, read_json
+from safety_neurons.results import Completions, Difference, Rate, holm, mcnemar, paired_difference, per_token, rate, read_json
+from safety_neurons.results.estimates import share_of
 from safety_neurons.results.files import PathLike
-from safety_neurons.results.rates import interval, resamples
 from safety_neurons.studies.scoring import SuiteScore, scored
 
 ITEMS = "capability.json"
@@ -27,60 +27,68 @@ class ArmScores:
     capability: tuple[Measured, ...]
 
 
-def suite_changes(before: ArmScores, after: ArmScores, seed: int) -> list[dict[str, Any]]:
+def suite_changes(before: ArmScores, after: ArmScores) -> list[dict[str, Any]]:
     """For every suite, judge and measure both arms have: both rates and the paired difference, after minus before, as JSON values.
 
-    McNemar's test stands beside it where every outcome is yes or no; where there are several seeds, whether the difference is larger than
-    two seeds of one model differ.
+    Of more than ten, the family-wise rate of what is clear is held (Holm). McNemar's test stands beside it where every outcome is yes or
+    no; where there are several seeds, whether the difference is larger than two seeds of one model differ.
     """
     earlier = {(score.suite, score.kind): score for score in before.suites}
-    changes = []
+    changes: list[tuple[dict[str, Any], Difference]] = []
     for score in after.suites:
         other = earlier.get((score.suite, score.kind))
         for judge, found in score.judged.items():
             for measure in found.outcomes:
                 if other is not None and judge in other.judged and measure in other.judged[judge].outcomes:
-                    changes.append(_suite_change(other, score, judge, measure, seed))
-    return changes
+                    changes.append(_suite_change(other, score, judge, measure))
+    differences = holm([difference for _, difference in changes])
+    return [{**change, "difference": found.to_json()} for (change, _), found in zip(changes, differences, strict=True)]
 
 
-def _suite_change(before: SuiteScore, after: SuiteScore, judge: str, measure: str, seed: int) -> dict[str, Any]:
-    first, second = _paired(before, after, judge, measure)
-    difference = paired_difference(second, first, seed)
+def _suite_change(before: SuiteScore, after: SuiteScore, judge: str, measure: str) -> tuple[dict[str, Any], Difference]:
+    first, second, shared = _paired(before, after, judge, measure)
+    difference = paired_difference(second, first, shared)
     floors = [score.judged[judge].noise_floor(measure) for score in (before, after)]
     floor = max((value for value in floors if value is not None), default=None)
     above = None if floor is None or difference.value is None else abs(difference.value) > floor
     test = mcnemar(second, first)
-    return {
+    change = {
         "suite": after.suite,
         "kind": after.kind,
         "judge": judge,
         "measure": measure,
-        "before": rate(first, seed).to_json(),
-        "after": rate(second, seed).to_json(),
+        "before": rate(first, shared).to_json(),
+        "after": rate(second, shared).to_json(),
         "difference": difference.to_json(),
         "mcnemar": None if test is None else test.to_json(),
         "noise_floor": floor,
         "above_noise": above,
     }
+    return change, difference
 
 
-def _paired(before: SuiteScore, after: SuiteScore, judge: str, measure: str) -> tuple[list[float | None], list[float | None]]:
-    """Outcomes of the prompts both arms were asked."""
+def _paired(
+    before: SuiteScore, after: SuiteScore, judge: str, measure: str
+) -> tuple[list[float | None], list[float | None], list[str | None]]:
+    """Outcomes of the prompts both arms were asked, and what these share."""
     place = {key: number for number, key in enumerate(zip(before.ids, before.texts, strict=True))}
     shared = [(place[key], number) for number, key in enumerate(zip(after.ids, after.texts, strict=True)) if key in place]
     one, other = before.judged[judge].outcomes[measure], after.judged[judge].outcomes[measure]
-    return [one[first] for first, _ in shared], [other[second] for _, second in shared]
+    return (
+        [one[first] for first, _ in shared],
+        [other[second] for _, second in shared],
+        [after.shared[place] if after.shared else None for _, place in shared],
+    )
 
 
-def capability_changes(before: ArmScores, after: ArmScores, seed: int) -> list[dict[str, Any]]:
-    """For every task both arms have: both values and the share of the baseline that is lost, with its paired bootstrap interval."""
+def capability_changes(before: ArmScores, after: ArmScores) -> list[dict[str, Any]]:
+    """For every task both arms have: both values and the share of the baseline that is lost, with its paired interval."""
     earlier = {measured.task: measured for measured in before.capability}
-    return [_capability_change(earlier[found.task], found, seed) for found in after.capability if found.task in earlier]
+    return [_capability_change(earlier[found.task], found) for found in after.capability if found.task in earlier]
 
 
-def _capability_change(before: Measured, after: Measured, seed: int) -> dict[str, Any]:
-    low, high, n = _drop_interval(before, after, seed)
+def _capability_change(before: Measured, after: Measured) -> dict[str, Any]:
+    low, high, n = _drop_interval(before, after)
     shared = _shared(before, after)
     test = mcnemar([after.outcomes[b] for _, b in shared], [before.outcomes[a] for a, _ in shared]) if shared and not after.counts else None
     return {
@@ -108,36 +116,26 @@ def _shared(before: Measured, after: Measured) -> list[tuple[int, int]]:
     return [(place[name], number) for number, name in enumerate(after.ids) if name in place]
 
 
-def _drop_interval(before: Measured, after: Measured, seed: int) -> tuple[float | None, float | None, int]:
-    """Resamples the items both arms have; None where there are none, or where the baseline can be 0."""
+def _drop_interval(before: Measured, after: Measured) -> tuple[float | None, float | None, int]:
+    """Over the items both arms have; None where there are none, or where the baseline can be 0."""
     usable = [
         pair for pair in _shared(before, after) if before.outcomes[pair[0]] is not None and after.outcomes[pair[1]] is not None
     ]  # fmt: skip
     if not usable:
         return None, None, 0
-    rows = [_columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after))]
-    draws = []
-    for block in resamples(len(usable), seed):
-        values = [
-            _value(totals[block].sum(1) / counts[block].sum(1), measured)
-            for (totals, counts), measured in zip(rows, (before, after), strict=True)
-        ]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            draws.append((values[0] - values[1]) / values[0])
-    drops = np.concatenate(draws) * (1 if after.higher_is_better else -1)
-    if not np.isfinite(drops).all():
-        return None, None, len(usable)
-    low, high = interval(drops)
-    return low, high, len(usable)
+    (was, counts), (now, _) = (_columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after)))
+    if "perplexity" in after.metric:
+        # The share by which a perplexity rises is exp(rise of the loss per token) − 1; both arms read the same tokens.
+        rise = per_token(now - was, counts)
+        low, high = (None if end is None else math.expm1(end) for end in (rise.low, rise.high))
+        return low, high, len(usable)
+    lost = share_of((was - now) if after.higher_is_better else (now - was), was)
+    return lost.low, lost.high, len(usable)
 
 
 def _columns(measured: Measured, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     counts = measured.counts or (1,) * len(measured.outcomes)
     return np.array([measured.outcomes[place] for place in places], float), np.array([counts[place] for place in places], float)
-
-
-def _value(means: np.ndarray, measured: Measured) -> np.ndarray:
-    return np.exp(means) if "perplexity" in measured.metric else means
 
 
 # An earlier run as the arm before

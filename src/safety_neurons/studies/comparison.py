@@ -24,7 +24,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Checkpoint, Difference, Effect, Rate, causal_effect, paired_difference
+from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, causal_effect, holm, paired_difference
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
@@ -73,6 +73,9 @@ METHODS: dict[str, Method] = {
 """Name of a method -> scores of the neurons at the given sites."""
 
 SECONDS = "seconds.json"
+RANDOM = "random"
+"""What names of random sets begin with."""
+Verdicts = Sequence[bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,10 @@ class MethodResult:
     harmless_refused: Rate
     necessity: Difference
     """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus deactivated, paired."""
+    against_random: Difference | None
+    """Refusals with the set patched in, minus those with random sets; None for a random set, and where there are none."""
+    necessity_against_random: Difference | None
+    """Refusals lost with the set off, minus those lost with random sets off."""
     seconds: float
     """Wall time of finding, in seconds; 0 for random."""
     neurons: NeuronSet
@@ -98,7 +105,7 @@ class MethodResult:
     def record(self) -> dict[str, Any]:
         """The row as JSON values."""
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "neurons"}
-        return row | {name: dataclasses.asdict(row[name]) for name in ("causal_effect", "harmful_refused", "harmless_refused", "necessity")}
+        return row | {name: value.to_json() for name, value in row.items() if isinstance(value, Estimate)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Comparison:
             "sites": list(self.sites),
             "untreated": self.untreated.record(),
             "aligned": self.aligned.record(),
-            "ceiling_effect": dataclasses.asdict(self.ceiling_effect),
+            "ceiling_effect": self.ceiling_effect.to_json(),
             "methods": [row.record() for row in self.methods],
             "agreement": list(self.agreement),
         }
@@ -147,7 +154,7 @@ def compare(
     sites: Sequence[str] | None = None,
     top: float = 0.05,
     methods: Sequence[str] | None = None,
-    random: int = 3,
+    random: int = 5,
     seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -169,7 +176,7 @@ def compare(
         top: budget as a share of the units, without a truth.
         methods: names from `METHODS`; None for all that can be run.
         random: number of random sets, made of what the truth is made of, or the methods' sets in turn.
-        seed: of random sets and bootstrap.
+        seed: of random sets.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
         completions_file: where completions are kept; a killed run continues from it.
@@ -205,6 +212,7 @@ def compare(
         scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, random, seed))]
+    rows = make.compared(rows)
     ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
     bench.finish()
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
@@ -248,15 +256,18 @@ class _Rows:
     truth: NeuronSet | None
     untreated: Arm
     goal: Arm
+    verdicts: dict[str, tuple[Verdicts, Verdicts]] = dataclasses.field(default_factory=dict)
+    """By row, on every harmful request: whether it is refused with the set patched in, and with it off."""
 
     def effect(self, arm: Arm) -> Effect:
         """The causal effect of a patched arm."""
-        return causal_effect(self.untreated.harmful, self.goal.harmful, arm.harmful, measure=MEASURE, seed=self.bench.seed)
+        return causal_effect(self.untreated.harmful, self.goal.harmful, arm.harmful, MEASURE, self.bench.harmful.groups)
 
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         arm = self.bench.measure(self.base, name, lambda: patched(self.base, self.aligned, neurons))
         without = self.bench.verdicts(self.aligned, f"{name} deactivated", "harmful", lambda: deactivated(self.aligned, neurons))
+        self.verdicts[name] = arm.harmful, tuple(without)
         return MethodResult(
             name,
             len(neurons),
@@ -265,11 +276,35 @@ class _Rows:
             self.effect(arm),
             arm.harmful_refused,
             arm.harmless_refused,
-            paired_difference(self.goal.harmful, without, seed=self.bench.seed),
+            paired_difference(self.goal.harmful, without, self.bench.harmful.groups),
+            None,
+            None,
             seconds,
             neurons,
             {"like": like, **neurons.control_record()} if like else None,
         )
+
+    def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
+        """The rows, each method's beside the random sets; of more than ten, the family-wise rate is held."""
+        chance = [self.verdicts[row.method] for row in rows if row.method.startswith(RANDOM)]
+        real = [row.method for row in rows if not row.method.startswith(RANDOM)]
+        if not chance:
+            return list(rows)
+        shared = self.bench.harmful.groups
+        patched_in = holm([against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real])
+        # Lost with the set off: the sign of refusals with it off.
+        off = holm([against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared) for name in real])
+        found = dict(zip(real, zip(patched_in, off, strict=True), strict=True))
+        return [
+            dataclasses.replace(row, against_random=found[row.method][0], necessity_against_random=found[row.method][1])
+            if row.method in found
+            else row
+            for row in rows
+        ]
+
+
+def _lost(refused: Verdicts) -> list[bool | None]:
+    return [None if verdict is None else not verdict for verdict in refused]
 
 
 class _Shelf:

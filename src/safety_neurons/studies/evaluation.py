@@ -52,7 +52,6 @@ class Evaluation:
         missed: one line for every threshold of the gate that is not met; None where there is no gate.
         completions: all completions with their verdicts.
         notes: what had to be said.
-        seed: of the bootstrap.
     """
 
     model: str
@@ -66,7 +65,6 @@ class Evaluation:
     missed: tuple[str, ...] | None
     completions: Completions
     notes: tuple[str, ...]
-    seed: int = 0
 
     @property
     def passed(self) -> bool:
@@ -81,7 +79,7 @@ class Evaluation:
         return {
             "model": self.model,
             "treatment": self.treatment,
-            **{name: _arm_record(getattr(self, name), self.seed) for name in ("untreated", "treated", "baseline")},
+            **{name: _arm_record(getattr(self, name)) for name in ("untreated", "treated", "baseline")},
             "changes": list(self.changes),
             "capability_changes": list(self.capability_changes),
             "agreement": list(self.agreement),
@@ -170,7 +168,7 @@ def _compared(
     plain = treat.act is None or before is None
     untreated = bench.measure("untreated", contextlib.nullcontext, reference) if plain else None
     treated = None if treat.act is None else bench.measure("treated", treat.act, reference)
-    first, last, seed = before or untreated, treated or untreated, bench.how.seed
+    first, last = before or untreated, treated or untreated
     compared = first is not None and last is not None and first is not last
     return Evaluation(
         bench.model.name,
@@ -178,13 +176,12 @@ def _compared(
         untreated,
         treated,
         before,
-        suite_changes(first, last, seed) if compared and first and last else (),
-        capability_changes(first, last, seed) if compared and first and last else (),
+        suite_changes(first, last) if compared and first and last else (),
+        capability_changes(first, last) if compared and first and last else (),
         bench.agreement(),
         None,
         bench.finish(),
         tuple(dict.fromkeys((*notes, *bench.notes, *bench.answers.notes))),
-        seed,
     )
 
 
@@ -224,14 +221,14 @@ def _check(
         raise UsageError(f"{gate.name} has a threshold on a drop of capability; expected a capability, and a treatment or a baseline")
 
 
-def _arm_record(arm: ArmScores | None, seed: int) -> dict[str, Any] | None:
+def _arm_record(arm: ArmScores | None) -> dict[str, Any] | None:
     if arm is None:
         return None
     sides = {kind: [score for score in arm.suites if score.kind == kind] for kind in ("harmful", "harmless")}
     return {
         "name": arm.name,
-        "harm": pooled(sides["harmful"], "harm", seed),
-        "over_refusal": pooled(sides["harmless"], "over_refusal", seed),
-        "suites": [score.record(seed) for score in arm.suites],
+        "harm": pooled(sides["harmful"], "harm"),
+        "over_refusal": pooled(sides["harmless"], "over_refusal"),
+        "suites": [score.record() for score in arm.suites],
         "capability": [measured.record() for measured in arm.capability],
     }

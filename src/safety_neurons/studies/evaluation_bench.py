@@ -104,7 +104,7 @@ class EvaluationBench:
         names: dict[str, str] = {}
         everything = functools.reduce(lambda one, other: one + other, seeds)
         for asked, judge in self.judges:
-            judgement = judge.judge(everything, cache=_in(self.folder, JUDGEMENTS), seed=self.how.seed)
+            judgement = judge.judge(everything, cache=_in(self.folder, JUDGEMENTS))
             everything, names[judgement.judge] = judgement.completions, asked
         size = len(everything) // len(seeds)
         return [everything[first : first + size] for first in range(0, len(everything), size)], names
@@ -130,7 +130,7 @@ class EvaluationBench:
         prompts = Prompts([Prompt(str(number), context_of(one, examples)) for number, one in enumerate(sums)], where)
         greedy = dataclasses.replace(self.how, samples=1, temperature=0.0, max_new_tokens=how.max_new_tokens)
         answers = self.answers.write(self.model, where, prompts, greedy, arm)[0]
-        return score_sums(task.name, [cut(one.completion) for one in answers], sums, notes=notes, seed=how.seed)
+        return score_sums(task.name, [cut(one.completion) for one in answers], sums, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,14 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Difference, Effect, Rate, causal_effect, paired_difference, rate
+from safety_neurons.results import Difference, Effect, Rate, against_random, causal_effect, holm, paired_difference, rate
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Bench, Progress
-from safety_neurons.studies.comparison import METHODS, WRITES, whole_units
+from safety_neurons.studies.comparison import METHODS, WRITES, Verdicts, whole_units
 from safety_neurons.studies.verification import MEASURE
 
 OF_ONE_MODEL = ("importance", "attribution")
 """Methods that need no pair."""
-Verdicts = Sequence[bool | None]
 Treat = Callable[[NeuronSet], Callable[[], contextlib.AbstractContextManager[Any]]]
 Place = Callable[[str], pathlib.Path]
 
@@ -55,6 +55,11 @@ class Groups:
             " + ".join(self.names),
             [note for prompts in self.members.values() for note in prompts.notes],
         )
+
+    @property
+    def shared(self) -> dict[str, GroupLabels]:
+        """What the prompts of every group share among one another."""
+        return {name: prompts.groups for name, prompts in self.members.items()}
 
     def split(self, outcomes: Verdicts) -> dict[str, Verdicts]:
         """Outcomes of the pooled prompts by group."""
@@ -175,7 +180,7 @@ class Cell:
     change: Difference
     """Refusals under the treatment minus refusals without it, over the same prompts."""
     against_random: Difference | None
-    """The same minus the mean of the random sets."""
+    """The same minus what random sets do, as a difference from the next one to be drawn."""
     random: tuple[float | None, ...]
     """Share refused under each random set."""
     effect: Effect | None = None
@@ -237,20 +242,31 @@ class Matrix:
         return [dataclasses.replace(cell, controls=tuple(controls)) for cell in cells]
 
     def _cell(self, name: str, group: str, treated: Verdicts, drawn: Sequence[Verdicts]) -> Cell:
-        seed, before = self.bench.seed, self.untreated[group]
-        against = paired_difference(treated, mean_outcomes(drawn), seed=seed) if drawn else None
+        before, shared = self.untreated[group], self.groups.members[group].groups
+        against = against_random(treated, drawn, shared) if drawn else None
         effect: Effect | None = None
         effects: tuple[float | None, ...] = ()
         if self.goal is not None:
-            effect = causal_effect(before, self.goal[group], treated, measure=MEASURE, seed=seed)
-            effects = tuple(causal_effect(before, self.goal[group], part, measure=MEASURE, seed=seed).value for part in drawn)
-        rates = tuple(rate(part, seed=seed).value for part in drawn)
-        return Cell(name, group, rate(treated, seed=seed), paired_difference(treated, before, seed=seed), against, rates, effect, effects)
+            effect = causal_effect(before, self.goal[group], treated, MEASURE, shared)
+            effects = tuple(causal_effect(before, self.goal[group], part, MEASURE, shared).value for part in drawn)
+        rates = tuple(rate(part).value for part in drawn)
+        change = paired_difference(treated, before, shared)
+        return Cell(name, group, rate(treated, shared), change, against, rates, effect, effects)
 
     def _verdicts(self, arm: str, treatment: Callable[[], contextlib.AbstractContextManager[Any]]) -> Verdicts:
         if self.bench.progress is not None:
             self.bench.progress(arm)
         return self.bench.verdicts(self.model, arm, "harmful", treatment)
+
+
+def held_together(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells of one table: of more than ten, the family-wise rate of what is clear is held, of changes and against random apart."""
+    changes = holm([cell.change for cell in cells])
+    against = iter(holm([cell.against_random for cell in cells if cell.against_random is not None]))
+    return tuple(
+        dataclasses.replace(cell, change=change, against_random=None if cell.against_random is None else next(against))
+        for cell, change in zip(cells, changes, strict=True)
+    )
 
 
 def mean_outcomes(arms: Sequence[Verdicts]) -> list[float | None]:

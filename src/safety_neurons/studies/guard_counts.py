@@ -164,5 +164,5 @@ class _Bench:
             areas.append([auroc(scores, labels).value or 0.0 for scores in found])
             parts.append((found[0], found[1:], labels))
         means = np.mean(areas, axis=0)
-        difference = mean_area_difference(parts).to_json()
+        difference = mean_area_difference(parts, random=True).to_json()
         return {"setting": setting.name, "auroc": float(means[0]), "random": [float(area) for area in means[1:]], "difference": difference}

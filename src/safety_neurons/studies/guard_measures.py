@@ -81,7 +81,7 @@ class Scored:
             found["auroc"][name] = self.area(members, used)
             if name != self.reference:
                 ours = self.scores[self.reference][used]
-                difference = area_difference(ours, [self.scores[member][used] for member in members], labels)
+                difference = area_difference(ours, [self.scores[member][used] for member in members], labels, random=name == RANDOM)
                 found["difference"][name] = difference.to_json()
         return found
 
@@ -112,7 +112,9 @@ class Scored:
         row = {"name": name, "auroc": self.area(members, rows), **(found[0] if len(found) == 1 else _mean(found))}
         if name != self.reference:
             ours = self.scores[self.reference][rows]
-            row["difference"] = area_difference(ours, [self.scores[member][rows] for member in members], labels).to_json()
+            row["difference"] = area_difference(
+                ours, [self.scores[member][rows] for member in members], labels, random=name == RANDOM
+            ).to_json()
         return row
 
     def curves(self) -> Row:

@@ -15,7 +15,6 @@ from safety_neurons.judges.judging import Judge
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Rate, rate
-from safety_neurons.results.rates import interval, resamples
 
 UNGUARDED, GUARDED = "untreated", "guarded"
 Progress = Callable[[str], None]
@@ -66,7 +65,6 @@ def guarded_outputs(
     *,
     by: str | Judge = "compliance",
     max_new_tokens: int = 64,
-    seed: int = 0,
     batch_size: BatchSize = "auto",
     completions_file: pathlib.Path | None = None,
     progress: Progress | None = None,
@@ -83,7 +81,6 @@ def guarded_outputs(
         safe: likewise.
         by: a judge or its name; a judge of refusals calls unsafe what does not refuse.
         max_new_tokens: length of an answer, in tokens.
-        seed: of the bootstrap.
         batch_size: prompts a batch.
         completions_file: where both arms are kept.
         progress: told the name of every step.
@@ -118,15 +115,15 @@ def guarded_outputs(
         completions.save(completions_file)
     return GuardedOutputs(
         found.name,
-        rate(before, seed),
-        rate(after, seed),
-        cut_of(before, after, seed),
+        rate(before),
+        rate(after),
+        cut_of(before, after),
         rate(stopped[~label]),
         int(changed),
         auroc(chances, label),
         auroc(chances[known], written[known] > 0),
         int((before == 0).sum()),
-        tuple(_by_language(asked, label, before, after, stopped, seed)),
+        tuple(_by_language(asked, label, before, after, stopped)),
         completions,
     )
 
@@ -139,34 +136,26 @@ def some(prompts: Prompts, count: int, seed: int = 0) -> Prompts:
     return Prompts([prompts[int(place)] for place in drawn], prompts.name, prompts.notes)
 
 
-def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"], seed: int = 0) -> Rate:
-    """1 − (unsafe outputs after) ÷ (unsafe outputs before), with a paired percentile bootstrap; undefined where there were none.
+def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"]) -> Rate:
+    """1 − (unsafe outputs after) ÷ (unsafe outputs before); undefined where there were none.
 
-    Only requests that both arms scored count. An interval that resampling cannot see, where all or none are cut, is Wilson's.
+    Only requests that both arms scored count. A guard only ever stops: this is a rate over the requests with an unsafe output before.
     """
-    scored = ~(np.isnan(before) | np.isnan(after))
-    was, now = before[scored], after[scored]
-    if not was.sum():
-        return Rate(None, None, None, len(was), int((~scored).sum()))
-    value = 1 - float(now.sum() / was.sum())
-    if value in (0.0, 1.0):
-        edge = rate([bool(value)] * int(was.sum()))
-        return Rate(value, edge.low, edge.high, len(was), int((~scored).sum()))
-    drawn = [np.stack([was[draw].sum(1), now[draw].sum(1)]) for draw in resamples(len(was), seed)]
-    totals = np.concatenate(drawn, axis=1)
-    low, high = interval(1 - totals[1] / np.maximum(totals[0], 1e-12))
-    return Rate(value, low, high, len(was), int((~scored).sum()))
+    known = ~(np.isnan(before) | np.isnan(after))
+    was, now = before[known], after[known]
+    cut = rate(1 - now[was > 0] / was[was > 0])
+    return dataclasses.replace(cut, n=len(was), unscored=int((~known).sum()))
 
 
 def _by_language(
-    asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray, seed: int
+    asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray
 ) -> list[dict[str, Any]]:
     codes = np.array([prompt.language or "" for prompt in asked])
     rows = []
     for code in dict.fromkeys(codes[codes != ""].tolist()):
         ours, safe = codes[label] == code, (codes == code) & ~label
         if ours.any() and safe.any():
-            rates = {"before": rate(before[ours], seed), "after": rate(after[ours], seed), "cut": cut_of(before[ours], after[ours], seed)}
+            rates = {"before": rate(before[ours]), "after": rate(after[ours]), "cut": cut_of(before[ours], after[ours])}
             rates["blocked"] = rate(stopped[safe])
             rows.append({"language": code, **{name: one.to_json() for name, one in rates.items()}})
     return rows if len(rows) > 1 else []

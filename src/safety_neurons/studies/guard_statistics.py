@@ -9,14 +9,13 @@ from jaxtyping import Bool, Float64
 
 from safety_neurons.errors import InputError
 from safety_neurons.results import Difference, Rate
-from safety_neurons.results.rates import interval, wilson
+from safety_neurons.results.estimates import between, exact, half_width, p_value, percentiles, too_few_sets
 
 POINTS = 201
 """Points of a curve that are kept."""
 BINS = 15
 """Of reliability diagrams, of equally many requests each."""
 _RESAMPLES = 1000
-_Z = 1.959963984540054
 
 Scores = Float64[np.ndarray, " request"]
 Labels = Bool[np.ndarray, " request"]
@@ -50,8 +49,9 @@ def average_precision(scores: Scores, unsafe: Labels, seed: int = 0) -> Rate:
         weight[label] = np.bincount(generator.integers(0, n_unsafe, n_unsafe), minlength=n_unsafe)
         weight[~label] = np.bincount(generator.integers(0, n_safe, n_safe), minlength=n_safe)
         draws.append(_average_precision(label, weight, ends))
-    low, high = interval(np.array(draws))
-    return Rate(_average_precision(label, np.ones(len(order)), ends), low, high, len(order))
+    value = _average_precision(label, np.ones(len(order)), ends)
+    low, high = _widened(value, percentiles(np.array(draws)), n_unsafe)
+    return Rate(value, low, high, len(order))
 
 
 def _average_precision(unsafe: Labels, weight: np.ndarray, ends: np.ndarray) -> float:
@@ -82,24 +82,27 @@ def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0) -> Rat
     ours, safe = np.sort(scores[unsafe]), np.sort(scores[~unsafe])[::-1]
     allowed = math.floor(fpr * n_safe + 1e-9)
     if allowed >= n_safe:
-        return Rate(1.0, 1.0, 1.0, n_unsafe)
+        return Rate(1.0, *exact(n_unsafe, n_unsafe), n_unsafe)
     generator = np.random.default_rng(seed)
     place = np.floor(generator.beta(allowed + 1, n_safe - allowed, _RESAMPLES) * n_safe).astype(np.int64)
     shares = 1 - np.searchsorted(ours, safe[np.minimum(place, n_safe - 1)], side="right") / n_unsafe
-    low, high = interval(generator.binomial(n_unsafe, shares) / n_unsafe)
     value = float(1 - np.searchsorted(ours, safe[allowed], side="right") / n_unsafe)
-    if value in (0.0, 1.0):  # where all or none are above, resampling alone knows no doubt
-        edge = wilson(value, n_unsafe)
-        low, high = min(low, edge[0]), max(high, edge[1])
-    return Rate(value, min(low, value), max(high, value), n_unsafe)
+    low, high = _widened(value, percentiles(generator.binomial(n_unsafe, shares) / n_unsafe), n_unsafe)
+    return Rate(value, low, high, n_unsafe)
+
+
+def _widened(value: float, ends: tuple[float, float], n: int) -> tuple[float, float]:
+    """The ends of a bootstrap, at least as far apart as those of a share of `n`: near 0 and 1 resampling alone knows little doubt."""
+    low, high = exact(value * n, n)
+    return min(value, low, ends[0]), max(value, high, ends[1])
 
 
 def reliability(probabilities: Scores, unsafe: Labels, bins: int = BINS) -> list[dict[str, Any]]:
-    """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with Wilson's interval."""
+    """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with the exact interval."""
     found = []
     for part in np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(probabilities))):
         share = float(unsafe[part].mean())
-        low, high = wilson(share, len(part))
+        low, high = exact(int(unsafe[part].sum()), len(part))
         found.append({"probability": float(probabilities[part].mean()), "unsafe": share, "low": low, "high": high, "n": len(part)})
     return found
 
@@ -109,21 +112,27 @@ def calibration_error(bins: Sequence[dict[str, Any]]) -> float:
     return float(sum(abs(row["probability"] - row["unsafe"]) * row["n"] for row in bins) / sum(row["n"] for row in bins))
 
 
-def area_difference(first: Scores, others: Sequence[Scores], unsafe: Labels) -> Difference:
+def area_difference(first: Scores, others: Sequence[Scores], unsafe: Labels, *, random: bool = False) -> Difference:
     """AUROC of `first` minus the mean AUROC of `others` on the same requests.
 
-    The interval is DeLong's for paired areas. Of several others the spread of their areas is added, divided by their number: the
-    difference is then from the mean of all such classifiers and not of the drawn ones alone.
+    The variance is DeLong's for paired areas. Of random sets the spread of their areas is in it as in `against_random`: the difference is
+    one from the next set to be drawn, and with fewer than three sets nothing can be clear.
+
+    Args:
+        first: scores of one classifier.
+        others: of those to compare with, on the same requests.
+        unsafe: which requests are.
+        random: whether the others are classifiers on random sets.
 
     Raises:
         InputError: nothing to compare with.
 
     Source: DeLong et al., Biometrics 1988.
     """
-    return mean_area_difference([(first, others, unsafe)])
+    return mean_area_difference([(first, others, unsafe)], random=random)
 
 
-def mean_area_difference(parts: Sequence[Part]) -> Difference:
+def mean_area_difference(parts: Sequence[Part], *, random: bool = False) -> Difference:
     """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same order, other requests.
 
     Raises:
@@ -134,20 +143,23 @@ def mean_area_difference(parts: Sequence[Part]) -> Difference:
     n = sum(len(unsafe) for _, _, unsafe in parts)
     if any(min(int(unsafe.sum()), int((~unsafe).sum())) < 2 for _, _, unsafe in parts):
         return Difference(None, None, None, n)
-    values, variances, areas = [], [], []
+    values, variances, areas, freedom = [], [], [], 0.0
     for first, others, unsafe in parts:
         pairs = [_placements(scores, unsafe) for scores in others]
         above, below = _placements(first, unsafe)
         above = above - np.mean([pair[0] for pair in pairs], axis=0)
         below = below - np.mean([pair[1] for pair in pairs], axis=0)
         values.append(float(above.mean()))
-        variances.append(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
+        # Where all or nearly all placements are equal they show no variance; it is at least that of a share of which none was seen.
+        fewest = min(len(above), len(below))
+        variances.append(max(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below), (1 / (fewest + 1)) ** 2))
+        freedom += fewest - 1.0
         areas.append([float(pair[0].mean()) for pair in pairs])
-    drawn = np.mean(areas, axis=0)
-    spread = float(drawn.var(ddof=1)) / len(drawn) if len(drawn) > 1 else 0.0
-    half = _Z * math.sqrt(sum(variances) / len(parts) ** 2 + spread)
-    value = float(np.mean(values))
-    return Difference(value, value - half, value + half, n)
+    value, drawn = float(np.mean(values)), np.mean(areas, axis=0).tolist()
+    variance = [(float(sum(variances)) / len(parts) ** 2, freedom)] + ([between(drawn, 1.0)] if random else [])
+    half = half_width(variance)
+    why = too_few_sets(len(drawn)) if random else None
+    return Difference(value, max(-1.0, value - half), min(1.0, value + half), n, 0, why, p_value(value, variance))
 
 
 def _placements(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:

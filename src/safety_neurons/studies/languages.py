@@ -11,8 +11,9 @@ from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import rate
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Bench, Progress
-from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts
+from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts, held_together
 from safety_neurons.studies.kept import hold_answers
 
 
@@ -26,7 +27,8 @@ class LanguageMatrix:
     """One for every set and language, set by set."""
     skipped: tuple[str, ...]
     """Sets without members."""
-    seed: int
+    shared: Mapping[str, GroupLabels]
+    """What the prompts of every language share."""
     notes: tuple[str, ...]
 
     def cell(self, name: str, language: str) -> Cell:
@@ -36,7 +38,7 @@ class LanguageMatrix:
     def record(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "untreated": {name: rate(outcomes, seed=self.seed).to_json() for name, outcomes in self.untreated.items()},
+            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
             "matrix": [cell.record() for cell in self.cells],
             "skipped": list(self.skipped),
         }
@@ -47,7 +49,7 @@ def deactivation_matrix(
     sets: Mapping[str, NeuronSet],
     harmful: Mapping[str, Prompts],
     *,
-    random: int = 3,
+    random: int = 5,
     seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
@@ -61,7 +63,7 @@ def deactivation_matrix(
         sets: by name; empty ones are skipped, and named.
         harmful: requests by language, best parallel and apart from those the sets were found on.
         random: random sets for each set, with as many neurons in every matrix.
-        seed: of random sets and bootstrap.
+        seed: of random sets.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
         completions_file: where completions are kept; a killed study goes on from it.
@@ -77,4 +79,6 @@ def deactivation_matrix(
     cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]
     bench.finish()
     skipped = tuple(name for name, neurons in sets.items() if not len(neurons))
-    return LanguageMatrix(tuple(groups.names), matrix.untreated, tuple(cells), skipped, seed, (*matrix.notes, *bench.notes))
+    return LanguageMatrix(
+        tuple(groups.names), matrix.untreated, held_together(cells), skipped, groups.shared, (*matrix.notes, *bench.notes)
+    )

@@ -13,7 +13,8 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Difference, paired_difference
+from safety_neurons.results import Difference, holm, paired_difference
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.groups import mean_outcomes
 from safety_neurons.studies.kept import hold_answers
@@ -51,7 +52,8 @@ class Progressive:
     n_neurons: int
     untreated: Arm
     steps: tuple[Step, ...]
-    seed: int
+    groups: GroupLabels
+    """What the harmful requests share."""
     notes: tuple[str, ...]
 
     def curve(self, order: str) -> list[Step]:
@@ -95,7 +97,7 @@ class Progressive:
             mean = sum(known) / len(known) if known else None
             found[name] = {"value": mean, "low": min(known, default=None), "high": max(known, default=None), "n": len(known)}
         mean_arm = mean_outcomes([step.arm.harmful for step in steps])
-        found["change"] = paired_difference(mean_arm, self.untreated.harmful, seed=self.seed).to_json()
+        found["change"] = paired_difference(mean_arm, self.untreated.harmful, self.groups).to_json()
         return found
 
 
@@ -131,7 +133,7 @@ def progressive(
         text: general text for perplexity.
         random: how many random orders and sets.
         points: most steps of a curve; more layers than that are taken in groups of neighbours.
-        seed: of random orders, sets and the bootstrap.
+        seed: of random orders and sets.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
         completions_file: where completions are kept; a killed study goes on from it.
@@ -169,7 +171,14 @@ def progressive(
         for number, control in enumerate(neurons.random_like(seed, table=model.table, n=random)):
             steps += walker.cumulative(f"{RANDOM_NEURONS} {number}", control, blocks)
     bench.finish()
-    return Progressive(len(neurons), walker.untreated, tuple(steps), seed, tuple(bench.notes))
+    return Progressive(len(neurons), walker.untreated, tuple(_held_together(steps)), bench.harmful.groups, tuple(bench.notes))
+
+
+def _held_together(steps: Sequence[Step]) -> list[Step]:
+    """Of more than ten points the family-wise rate of what is clear is held, random orders apart."""
+    named = [step for step in steps if not step.order.startswith((RANDOM_LAYERS, RANDOM_NEURONS))]
+    held = dict(zip(map(id, named), holm([step.change for step in named]), strict=True))
+    return [dataclasses.replace(step, change=held.get(id(step), step.change)) for step in steps]
 
 
 @dataclasses.dataclass
@@ -195,7 +204,7 @@ class _Walker:
         arm = self.known.get(neurons)
         if arm is None:
             arm = self.known[neurons] = self._measured(f"{order}, {name}", neurons)
-        change = paired_difference(arm.harmful, self.untreated.harmful, seed=self.bench.seed)
+        change = paired_difference(arm.harmful, self.untreated.harmful, self.bench.harmful.groups)
         layers = tuple(sorted({parse_key(key).layer for key in neurons.keys()}))  # noqa: SIM118 - not a mapping
         return Step(order, name, layers, len(neurons), arm, change)
 

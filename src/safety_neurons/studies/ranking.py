@@ -120,7 +120,7 @@ def rank(
     *,
     tops: Sequence[float] = (0.02,),
     methods: Sequence[str] | None = None,
-    random: int = 2,
+    random: int = 5,
     find: int = 100,
     measured: int = 200,
     max_new_tokens: int = 24,
@@ -140,7 +140,7 @@ def rank(
         find: prompts of the find half that methods look at, harmful and harmless ones each.
         measured: held-out prompts that sets are measured on, of each kind.
         max_new_tokens: length of a completion, in tokens.
-        seed: of random sets and bootstrap.
+        seed: of random sets.
         batch_size: prompts per pass.
         place: where a file of that name is kept; a killed ranking continues.
         progress: told the name of every step.

@@ -8,6 +8,7 @@
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,11 @@ from safety_neurons.judges.compliance import judge_compliance
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Completions
+from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
 from safety_neurons.studies.kept import hold_answers
-from safety_neurons.studies.seeds import difference_over_seeds, mean_of, over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
 
@@ -158,6 +159,11 @@ class Lab:
         if self.judge not in JUDGES:
             raise UsageError(f"judge {self.judge!r}: expected one of {', '.join(JUDGES)}")
 
+    @property
+    def shared(self) -> dict[str, GroupLabels]:
+        """What the prompts of every kind share with one another."""
+        return {kind: getattr(self, kind).groups for kind in ("harmful", "harmless", "task")}
+
     def measure(self, model: LanguageModel, arm: str, seed: int = 0) -> Point:
         """Answers to everything, judged."""
         task = solved(self._answers(model, self.task, f"{arm}/task", seed), self.task) if len(self.task) else []
@@ -247,7 +253,7 @@ def rsn(
             done[name] = _one(model, _members(sets, arm, seed), plan, lab, arm, seed, kept, _known(done, arm, seed))
             if shelf is not None:
                 write_json(shelf, done)
-    return summary(done, plan, sets)
+    return summary(done, plan, sets, lab.shared)
 
 
 def _known(done: Mapping[str, Any], arm: str, seed: int) -> Point | None:
@@ -311,8 +317,10 @@ def _one(
     }
 
 
-def summary(done: Mapping[str, Any], plan: Plan, sets: Sets) -> dict[str, Any]:
-    """What the seeds say together."""
+def summary(
+    done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})
+) -> dict[str, Any]:
+    """What the seeds say together; `shared` is what the prompts of a kind share."""
 
     def column(arm: str, when: str, kind: str) -> list[Any]:
         return [done[f"{arm}/{seed}"][when][kind] for seed in plan.seeds]
@@ -321,19 +329,25 @@ def summary(done: Mapping[str, Any], plan: Plan, sets: Sets) -> dict[str, Any]:
     for arm in plan.arms:
         row: dict[str, Any] = {"arm": arm}
         for when in ("before", "after"):
-            row[when] = {kind: over_seeds(column(arm, when, kind)).record() for kind in ("harmful", "harmless")}
-            row[when]["task"] = over_seeds(column(arm, when, "task")).record() if column(arm, when, "task")[0] else None
+            row[when] = {kind: rate_over_seeds(column(arm, when, kind), shared.get(kind)).to_json() for kind in ("harmful", "harmless")}
+            row[when]["task"] = (
+                rate_over_seeds(column(arm, when, "task"), shared.get("task")).to_json() if column(arm, when, "task")[0] else None
+            )
             row[when]["perplexity"] = mean_of(column(arm, when, "perplexity"))
         row["trained_parameters"] = done[f"{arm}/{plan.seeds[0]}"]["trained_parameters"]
         row["tuning_steps"] = done[f"{arm}/{plan.seeds[0]}"]["steps"]
         arms.append(row)
-    differences = {}
+    compared: dict[tuple[str, str], Difference] = {}
     for first, second in ((SN, NONE), (SN, RANDOM), (RSN, SN), (RSN, RANDOM), (KEPT, SN)):
         if first not in plan.arms or second not in plan.arms:
             continue
-        differences[f"{first} - {second}"] = {
-            when: _difference(column(first, when, "harmful"), column(second, when, "harmful")) for when in ("before", "after")
-        } | {"task_after": _difference(column(first, "after", "task"), column(second, "after", "task"))}
+        for name, (when, kind) in {"before": ("before", "harmful"), "after": ("after", "harmful"), "task_after": ("after", "task")}.items():
+            ours, theirs = column(first, when, kind), column(second, when, kind)
+            if ours[0]:
+                compared[f"{first} - {second}", name] = difference_over_seeds(ours, theirs, shared.get(kind))
+    differences: dict[str, dict[str, Any]] = {}
+    for (pair, name), found in zip(compared, holm(list(compared.values())), strict=True):
+        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = found.to_json()
     return {
         "study": "rsn",
         "seeds": list(plan.seeds),
@@ -345,8 +359,8 @@ def summary(done: Mapping[str, Any], plan: Plan, sets: Sets) -> dict[str, Any]:
     }
 
 
-def _difference(first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any] | None:
-    if not first[0]:
-        return None
-    found = difference_over_seeds(first, second)
-    return {**found.record(), "clear": found.clear}
+def mean_of(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, lowest and highest of one number a seed."""
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else None
+    return {"value": mean, "lowest": min(known, default=None), "highest": max(known, default=None), "by_seed": list(values)}

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safety_neurons.results import Completion, Completions, Rate, rate
+from safety_neurons.results import Completion, Completions, rate
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.answering import told
 
 Outcomes = tuple[float | None, ...]
@@ -38,10 +39,10 @@ class Judged:
         values = [value for value in self.by_seed.get(measure, ()) if value is not None]
         return max(values) - min(values) if len(values) > 1 else None
 
-    def record(self, seed: int) -> dict[str, Any]:
-        """The rates as JSON values."""
+    def record(self, shared: GroupLabels = None) -> dict[str, Any]:
+        """The rates as JSON values; `shared` is what prompts share."""
         found: dict[str, Any] = {"name": self.asked, "harm_is": self.harm_is}
-        found |= {measure: rate(values, seed).to_json() for measure, values in self.outcomes.items()}
+        found |= {measure: rate(values, shared).to_json() for measure, values in self.outcomes.items()}
         seeds = {measure: list(values) for measure, values in self.by_seed.items() if len(values) > 1}
         if seeds:
             found |= {"by_seed": seeds, "noise_floor": {measure: self.noise_floor(measure) for measure in seeds}}
@@ -59,6 +60,7 @@ class SuiteScore:
         texts: the prompts, which tell whether another run asked the same.
         groups: for every prompt its category, language and attack.
         judged: by judge what it says.
+        shared: for every prompt what it shares with others (a deed, a conversation); None where nothing is shared.
     """
 
     suite: str
@@ -67,30 +69,32 @@ class SuiteScore:
     texts: tuple[str, ...]
     groups: tuple[Mapping[str, str], ...]
     judged: Mapping[str, Judged]
+    shared: tuple[str | None, ...] | None = None
 
-    def record(self, seed: int) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The suite as JSON values."""
         return {
             "suite": self.suite,
             "kind": self.kind,
             "n": len(self.ids),
-            "judges": {judge: found.record(seed) for judge, found in self.judged.items()},
-            "by": self._tables(seed),
+            "judges": {judge: found.record(self.shared) for judge, found in self.judged.items()},
+            "by": self._tables(),
         }
 
-    def _tables(self, seed: int) -> dict[str, list[dict[str, Any]]]:
+    def _tables(self) -> dict[str, list[dict[str, Any]]]:
         """Rates by category, language and attack, where there are at least two of them."""
         tables = {}
         for name in ("category", "language", "attack"):
             values = [group.get(name) for group in self.groups]
             if len(set(values) - {None}) >= _FEWEST:
-                tables[name] = [self._row(value, values, seed) for value in dict.fromkeys(values)]
+                tables[name] = [self._row(value, values) for value in dict.fromkeys(values)]
         return tables
 
-    def _row(self, value: str | None, values: Sequence[str | None], seed: int) -> dict[str, Any]:
+    def _row(self, value: str | None, values: Sequence[str | None]) -> dict[str, Any]:
         places = [place for place, other in enumerate(values) if other == value]
+        shared = None if self.shared is None else [self.shared[place] for place in places]
         judges = {
-            judge: {measure: rate([numbers[place] for place in places], seed).to_json() for measure, numbers in found.outcomes.items()}
+            judge: {measure: rate([numbers[place] for place in places], shared).to_json() for measure, numbers in found.outcomes.items()}
             for judge, found in self.judged.items()
         }
         return {"value": value or "not said", "n": len(places), "judges": judges}
@@ -113,6 +117,7 @@ def scored(suite: str, kind: str, seeds: Sequence[Completions], judges: Mapping[
         tuple(one.prompt for one in first),
         tuple(told(one.meta) for one in first),
         {judge: _judged(judge, asked, kind, seeds) for judge, asked in judges.items()},
+        tuple(one.meta.get("group") for one in first),
     )
 
 
@@ -160,12 +165,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def pooled(scores: Sequence[SuiteScore], measure: str, seed: int) -> dict[str, dict[str, Any]]:
+def pooled(scores: Sequence[SuiteScore], measure: str) -> dict[str, dict[str, Any]]:
     """By judge the rate of a measure over all suites together, as JSON values."""
     judges = dict.fromkeys(judge for score in scores for judge, found in score.judged.items() if measure in found.outcomes)
     found: dict[str, dict[str, Any]] = {}
     for judge in judges:
-        values = [value for score in scores if judge in score.judged for value in score.judged[judge].outcomes.get(measure, ())]
-        total: Rate = rate(values, seed)
-        found[judge] = total.to_json()
+        having = [score for score in scores if judge in score.judged and measure in score.judged[judge].outcomes]
+        values = [value for score in having for value in score.judged[judge].outcomes[measure]]
+        found[judge] = rate(values, [label for score in having for label in score.shared or [None] * len(score.ids)]).to_json()
     return found

@@ -9,6 +9,7 @@ Tuning few neurons may put all safety in one place, which is then easily cut: th
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
+from safety_neurons.results import difference_over_seeds, holm, rate_over_seeds
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.rsn import Lab, Plan, Sets, Tell, complied, tuned_twin
-from safety_neurons.studies.seeds import difference_over_seeds, over_seeds
 
 BEFORE, AFTER = "untuned", "SN-Tune"
 ATTACKS = ("prune", "prune random", "harmful LoRA", "benign fine-tuning")
@@ -94,7 +96,7 @@ def stress(
             done[name] = _attacked(tuned, sets, plan, attack, answers, lab, state, seed, say)
             if shelf is not None:
                 write_json(shelf, done)
-    return _summary(done, sets, plan, attack)
+    return _summary(done, sets, plan, attack, lab.shared)
 
 
 def _own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
@@ -179,22 +181,21 @@ def _part(neurons: NeuronSet, share: float, seed: int) -> NeuronSet:
     return NeuronSet(kept, neurons.table)
 
 
-def _summary(done: Mapping[str, Any], sets: Sets, plan: Plan, attack: Attack) -> dict[str, Any]:
-    curves = []
+def _summary(
+    done: Mapping[str, Any], sets: Sets, plan: Plan, attack: Attack, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})
+) -> dict[str, Any]:
+    points, gains = [], []
     for name in ATTACKS:
         amounts = [point[0] for point in done[f"{BEFORE}/{plan.seeds[0]}"]["curves"][name]]
         for place, amount in enumerate(amounts):
             before, after = ([done[f"{state}/{seed}"]["curves"][name][place][1] for seed in plan.seeds] for state in (BEFORE, AFTER))
-            gain = difference_over_seeds(after, before)
-            curves.append(
-                {
-                    "attack": name,
-                    "amount": amount,
-                    "before": over_seeds(before).record(),
-                    "after": over_seeds(after).record(),
-                    "difference": {**gain.record(), "clear": gain.clear},
-                }
-            )
+            gains.append(difference_over_seeds(after, before, shared.get("harmful")))
+            rates = {
+                "before": rate_over_seeds(before, shared.get("harmful")).to_json(),
+                "after": rate_over_seeds(after, shared.get("harmful")).to_json(),
+            }
+            points.append({"attack": name, "amount": amount, **rates})
+    curves = [{**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)]
     task = {state: [done[f"{state}/{seed}"]["task"] for seed in plan.seeds] for state in (BEFORE, AFTER)}
     return {
         "study": "stress",
@@ -210,5 +211,5 @@ def _summary(done: Mapping[str, Any], sets: Sets, plan: Plan, attack: Attack) ->
         "tuning": {**plan.tuning, "refusals": len(plan.refusals)},
         "sets": sets.record(),
         "curves": curves,
-        "task": {state: over_seeds(rows).record() if rows[0] else None for state, rows in task.items()},
+        "task": {state: rate_over_seeds(rows, shared.get("task")).to_json() if rows[0] else None for state, rows in task.items()},
     }

@@ -26,7 +26,7 @@ from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Changes, Completions, causal_effect, paired_difference, rate
+from safety_neurons.results import Changes, Completions, against_random, causal_effect, paired_difference, rate
 from safety_neurons.studies.arms import Bench, Treatment
 from safety_neurons.studies.kept import hold_answers
 
@@ -200,9 +200,13 @@ class Measured:
         """The measures."""
         return [field.name for field in dataclasses.fields(Measured)]
 
-    def record(self, seed: int = 0) -> dict[str, Any]:
-        """Rates as JSON values."""
-        return {name: rate(outcomes, seed=seed).to_json() for name, outcomes in vars(self).items()}
+    def record(self, groups: Callable[[str], Sequence[str | None] | None] = lambda _measure: None) -> dict[str, Any]:
+        """Rates as JSON values.
+
+        Args:
+            groups: what the prompts of a measure share.
+        """
+        return {name: rate(outcomes, groups(name)).to_json() for name, outcomes in vars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +221,6 @@ class CrossPatching:
         patched: each with the other's activations of the shared neurons.
         random: the same for every random set.
         bench: the prompts and completions.
-        seed: of the bootstrap.
     """
 
     names: tuple[str, str]
@@ -227,17 +230,16 @@ class CrossPatching:
     patched: tuple[Measured, Measured]
     random: tuple[tuple[Measured, ...], tuple[Measured, ...]]
     bench: Bench
-    seed: int = 0
 
     def record(self) -> dict[str, Any]:
         """Rates of every arm, and both directions with what they cost and bring, as JSON values."""
         arms = []
         for place, name in enumerate(self.names):
             other = self.names[1 - place]
-            arms.append({"arm": name, **self.plain[place].record(self.seed)})
-            arms.append({"arm": f"{name} from {other}", **self.patched[place].record(self.seed)})
+            arms.append({"arm": name, **self.plain[place].record(self._groups)})
+            arms.append({"arm": f"{name} from {other}", **self.patched[place].record(self._groups)})
             random = enumerate(self.random[place])
-            arms += [{"arm": f"{name} from {other}, random {number}", **found.record(self.seed)} for number, found in random]
+            arms += [{"arm": f"{name} from {other}, random {number}", **found.record(self._groups)} for number, found in random]
         directions = [
             {"receiver": name, "donor": self.names[1 - place], **{measure: self.effect(place, measure) for measure in Measured.names()}}
             for place, name in enumerate(self.names)
@@ -259,17 +261,20 @@ class CrossPatching:
         """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on one measure.
 
         Returns:
-            `change` (paired difference, patched minus as it was), `against_random` (patched minus the mean of the random sets; None
-            without any) and `share_of_gap` (the change as a share of the difference between the two models), as JSON values.
+            `change` (paired difference, patched minus as it was), `against_random` (patched minus the random sets; None without
+            any) and `share_of_gap` (the change as a share of the difference between the two models), as JSON values.
         """
         before, after, donor = (getattr(arm[place], measure) for arm, place in self._arms(receiver))
         random = [getattr(arm, measure) for arm in self.random[receiver]]
-        against = paired_difference(after, _means(random), seed=self.seed).to_json() if random else None
+        groups = self._groups(measure)
         return {
-            "change": paired_difference(after, before, seed=self.seed).to_json(),
-            "against_random": against,
-            "share_of_gap": causal_effect(before, donor, after, measure, self.seed).to_json(),
+            "change": paired_difference(after, before, groups).to_json(),
+            "against_random": against_random(after, random, groups).to_json() if random else None,
+            "share_of_gap": causal_effect(before, donor, after, measure, groups).to_json(),
         }
+
+    def _groups(self, measure: str) -> list[str | None]:
+        return (self.bench.harmful if measure == "refused" else self.bench.harmless).groups
 
     def _arms(self, receiver: int) -> list[tuple[tuple[Measured, Measured], int]]:
         return [(self.plain, receiver), (self.patched, receiver), (self.plain, 1 - receiver)]
@@ -341,14 +346,7 @@ def cross_patch(
         (changed[0], changed[1]),
         (chance[0], chance[1]),
         bench,
-        seed,
     )
-
-
-def _means(arms: Sequence[Outcomes]) -> list[float | None]:
-    """Mean over the arms of every prompt that at least one scored."""
-    columns = ([float(outcome) for outcome in column if outcome is not None] for column in zip(*arms, strict=True))
-    return [sum(known) / len(known) if known else None for known in columns]
 
 
 def _measured(bench: Bench, model: LanguageModel, arm: str, measure: Helpfulness, treatment: Treatment) -> Measured:

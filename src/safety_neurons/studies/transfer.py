@@ -13,9 +13,10 @@ from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions, Difference, paired_difference, rate
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Bench, Progress
 from safety_neurons.studies.downstream import solved
-from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts
+from safety_neurons.studies.groups import Cell, Groups, Matrix, Verdicts, held_together
 from safety_neurons.studies.kept import hold_answers
 
 TASKS = ("perplexity", "kl")
@@ -32,24 +33,26 @@ class Ability:
     """Refusals of harmless requests."""
     answered: Verdicts | None
     """Whether the answers of a task are given, where there is a task."""
+    shared: tuple[GroupLabels, GroupLabels] = (None, None)
+    """What the harmless requests share, and the questions of the task."""
 
-    def record(self, untreated: "Ability | None", seed: int) -> dict[str, Any]:
+    def record(self, untreated: "Ability | None") -> dict[str, Any]:
         """As JSON values, differences paired with the untreated model."""
         found: dict[str, Any] = {
             "name": self.name,
             "capability": {one.task: one.record() for one in self.measured},
-            "harmless_refused": rate(self.harmless, seed=seed).to_json(),
-            "task": rate(self.answered, seed=seed).to_json() if self.answered is not None else None,
+            "harmless_refused": rate(self.harmless, self.shared[0]).to_json(),
+            "task": rate(self.answered, self.shared[1]).to_json() if self.answered is not None else None,
         }
         if untreated is not None:
-            found["harmless_change"] = paired_difference(self.harmless, untreated.harmless, seed=seed).to_json()
-            found["task_change"] = self._task_change(untreated, seed)
+            found["harmless_change"] = paired_difference(self.harmless, untreated.harmless, self.shared[0]).to_json()
+            found["task_change"] = self._task_change(untreated)
         return found
 
-    def _task_change(self, untreated: "Ability", seed: int) -> dict[str, Any] | None:
+    def _task_change(self, untreated: "Ability") -> dict[str, Any] | None:
         if self.answered is None or untreated.answered is None:
             return None
-        change: Difference = paired_difference(self.answered, untreated.answered, seed=seed)
+        change: Difference = paired_difference(self.answered, untreated.answered, self.shared[1])
         return change.to_json()
 
 
@@ -64,7 +67,8 @@ class Transfer:
     """One for every set and group, set by set."""
     abilities: tuple[Ability, ...]
     """The untreated model, the aligned one, then one for every set."""
-    seed: int
+    shared: Mapping[str, GroupLabels]
+    """What the prompts of every group share."""
     notes: tuple[str, ...]
 
     def cell(self, found_on: str, measured_on: str) -> Cell:
@@ -75,11 +79,11 @@ class Transfer:
         """As JSON values."""
         return {
             "groups": list(self.groups),
-            "untreated": {name: rate(outcomes, seed=self.seed).to_json() for name, outcomes in self.untreated.items()},
-            "aligned": {name: rate(outcomes, seed=self.seed).to_json() for name, outcomes in self.aligned.items()},
+            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
+            "aligned": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.aligned.items()},
             "matrix": [cell.record() for cell in self.cells],
             "own_and_other": self._own_and_other(),
-            "ability": [each.record(self.abilities[0] if number else None, self.seed) for number, each in enumerate(self.abilities)],
+            "ability": [each.record(self.abilities[0] if number else None) for number, each in enumerate(self.abilities)],
         }
 
     def _own_and_other(self) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def transfer(
     *,
     tasks: Sequence[str] = TASKS,
     answers: Prompts | None = None,
-    random: int = 2,
+    random: int = 5,
     seed: int = 0,
     limit: int | None = None,
     max_new_tokens: int = 64,
@@ -120,7 +124,7 @@ def transfer(
         tasks: capability by name (`perplexity`, `kl`, `gsm8k:FILE`, `mmlu:FOLDER`, …).
         answers: a task as questions with answers; the share of answers given word for word is measured.
         random: random sets for each set, with as many neurons in every matrix.
-        seed: of random sets and bootstrap.
+        seed: of random sets.
         limit: items of each capability task.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
@@ -144,7 +148,7 @@ def transfer(
         abilities.append(lab.ability(base, name, matrix.treat(neurons), arm=f"{name} of {len(neurons)}"))
     bench.finish()
     notes = (*matrix.notes, *bench.notes)
-    return Transfer(tuple(groups.names), matrix.untreated, goal, tuple(cells), tuple(abilities), seed, notes)
+    return Transfer(tuple(groups.names), matrix.untreated, goal, held_together(cells), tuple(abilities), groups.shared, notes)
 
 
 @dataclasses.dataclass
@@ -171,7 +175,10 @@ class _Lab:
         wanted = [one for one in self.tasks if not (one.compares and untreated)]
         measured = tuple(measure(one, model, treatment, self.settings, reference=reference if one.compares else None) for one in wanted)
         harmless = tuple(self.bench.verdicts(model, arm or name, "harmless", treatment))
-        return Ability(name, measured, harmless, self._answered(model, treatment))
+        return Ability(name, measured, harmless, self._answered(model, treatment), self._shared())
+
+    def _shared(self) -> tuple[GroupLabels, GroupLabels]:
+        return self.bench.harmless.groups, None if self.answers is None else self.answers.groups
 
     def _answered(self, model: LanguageModel, treatment: Treatment) -> Verdicts | None:
         if self.answers is None:

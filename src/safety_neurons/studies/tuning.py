@@ -92,8 +92,8 @@ class Tuning:
             "learning_rate": {"lowest": min(rates), "highest": max(rates)},
             "before": self.before.record(),
             "after": self.after.record(),
-            "change": dataclasses.asdict(self.change),
-            "harmless_change": dataclasses.asdict(self.harmless_change),
+            "change": self.change.to_json(),
+            "harmless_change": self.harmless_change.to_json(),
             "overlap_with_training_prompts": dict(self.overlap),
             "checks": [check.record() for check in ([tuned.before] if tuned.before else []) + list(tuned.checks)],
             "notes": list(self.notes),
@@ -171,7 +171,7 @@ def tune(
     after = bench.measure(model, "tuned", lambda: beside(model, tuned.delta))
     bench.finish()
     learnt_of = {"harmful": bench.harmful.overlap(learnt), "harmless": bench.harmless.overlap(others) if others is not None else 0}
-    return _tuning(model, tuned, before, after, watch, learnt_of, chosen.seed, (*notes, *tuned.notes, *bench.notes))
+    return _tuning(bench, model, tuned, before, after, watch, learnt_of, (*notes, *tuned.notes, *bench.notes))
 
 
 def _data(model: LanguageModel, dataset: Source, harmless: Source | None, settings: Settings) -> tuple[Prompts, Prompts | None]:
@@ -183,13 +183,13 @@ def _data(model: LanguageModel, dataset: Source, harmless: Source | None, settin
 
 
 def _tuning(
+    bench: Bench,
     model: LanguageModel,
     tuned: Tuned,
     before: Arm,
     after: Arm,
     watch: StopCheck | None,
     overlap: Mapping[str, int],
-    seed: int,
     notes: Sequence[str],
 ) -> Tuning:
     shared = [f"{count} of the {kind} prompts measured on were learnt" for kind, count in overlap.items() if count]
@@ -197,8 +197,8 @@ def _tuning(
         tuned,
         before,
         after,
-        paired_difference(after.harmful, before.harmful, seed=seed),
-        paired_difference(after.harmless, before.harmless, seed=seed),
+        paired_difference(after.harmful, before.harmful, bench.harmful.groups),
+        paired_difference(after.harmless, before.harmless, bench.harmless.groups),
         model.table.n_parameters,
         {"harmful": len(watch.harmful) if watch else 0, "harmless": len(watch.harmless) if watch else 0},
         overlap,

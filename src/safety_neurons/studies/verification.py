@@ -3,7 +3,7 @@
 1. The untreated model is measured, and for a pair the aligned one.
 2. The set is deactivated, or patched with the aligned model's activations, and everything is measured again.
 3. The same for random sets that are made of what the set is made of, and for the ceiling: all neurons of the set's sites in all layers.
-4. Differences are paired over prompts, with bootstrap intervals.
+4. Differences are paired over prompts; the spread of the random sets is in the difference from them.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import Difference, Effect, causal_effect, paired_difference
+from safety_neurons.results import Difference, Effect, against_random, causal_effect, holm, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.kept import hold_answers
@@ -38,6 +38,8 @@ class SizePoint:
     random_effects: tuple[Effect, ...]
     controls: tuple[NeuronSet, ...]
     """The random sets."""
+    against_random: Difference | None = None
+    """Paired difference of the refusal rate on harmful prompts, treated minus random: from the next random set to be drawn."""
 
     def record(self) -> dict[str, Any]:
         """The point as JSON values."""
@@ -46,9 +48,10 @@ class SizePoint:
             "n_neurons": self.n_neurons,
             "treated": self.treated.record(),
             "random": [arm.record() for arm in self.random],
-            "causal_effect": dataclasses.asdict(self.causal_effect),
-            "random_effects": [dataclasses.asdict(effect) for effect in self.random_effects],
+            "causal_effect": self.causal_effect.to_json(),
+            "random_effects": [effect.to_json() for effect in self.random_effects],
             "random_sets": [control.control_record() for control in self.controls],
+            "change_against_random": self.against_random.to_json() if self.against_random else None,
         }
 
 
@@ -70,8 +73,6 @@ class Verification:
     ceiling_effect: Effect
     change: Difference
     """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
-    change_against_random: Difference | None
-    """Paired difference of the refusal rate on harmful prompts, treated minus the mean of the random sets."""
     overlap: Mapping[str, int]
     """How many of the harmful and harmless prompts the set was found on."""
     notes: tuple[str, ...] = ()
@@ -92,6 +93,11 @@ class Verification:
         """The causal effect of the (largest) set."""
         return self.points[-1].causal_effect
 
+    @property
+    def change_against_random(self) -> Difference | None:
+        """The refusals of the (largest) set minus those of random sets."""
+        return self.points[-1].against_random
+
     def _repr_html_(self) -> str:
         return notebook.verification_table(self.record())
 
@@ -106,10 +112,10 @@ class Verification:
             "random": [arm.record() for arm in self.random],
             "random_sets": [control.control_record() for control in self.points[-1].controls],
             "ceiling": self.ceiling.record(),
-            "causal_effect": dataclasses.asdict(self.causal_effect),
-            "ceiling_effect": dataclasses.asdict(self.ceiling_effect),
-            "change": dataclasses.asdict(self.change),
-            "change_against_random": dataclasses.asdict(self.change_against_random) if self.change_against_random else None,
+            "causal_effect": self.causal_effect.to_json(),
+            "ceiling_effect": self.ceiling_effect.to_json(),
+            "change": self.change.to_json(),
+            "change_against_random": self.change_against_random.to_json() if self.change_against_random else None,
             "sizes": [point.record() for point in self.points],
             "overlap_with_find_prompts": dict(self.overlap),
             "notes": list(self.notes),
@@ -141,7 +147,7 @@ def verify_deactivate(
         text: general text for perplexity.
         sizes: shares of the scored neurons; only with scores.
         random: number of random control sets for each size.
-        seed: of the random sets and the bootstrap.
+        seed: of the random sets.
         max_new_tokens: length of a completion, in tokens.
         batch_size: prompts per pass.
         completions_file: where completions are kept; a killed study continues from it.
@@ -183,7 +189,7 @@ def verify_patch(
 
     Source: Chen et al., NeurIPS 2025, section 3.2 and equation 4 (causal effect under dynamic activation patching).
     Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
-    possible; a paired bootstrap interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
+    possible; a paired interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
     """
     hold_answers(completions_file, base=base, aligned=aligned, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
@@ -221,11 +227,12 @@ def _verify(
         if not all(control.disjoint for control in controls):
             notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a layer")
         arms = tuple(bench.measure(model, f"random {number} of {len(members)}", treat(control)) for number, control in enumerate(controls))
-        effects = tuple(_effect(untreated, goal, control, bench.seed) for control in arms)
-        points.append(SizePoint(size, len(members), arm, arms, _effect(untreated, goal, arm, bench.seed), effects, tuple(controls)))
+        effects = tuple(_effect(bench, untreated, goal, control) for control in arms)
+        effect, against = _effect(bench, untreated, goal, arm), _against(bench, arm, arms)
+        points.append(SizePoint(size, len(members), arm, arms, effect, effects, tuple(controls), against))
     ceiling = bench.measure(model, "ceiling", treat(everything))
     bench.finish()
-    last = points[-1]
+    points, last = _held_together(points), points[-1]
     return Verification(
         kind,
         last.n_neurons,
@@ -233,13 +240,18 @@ def _verify(
         goal,
         tuple(points),
         ceiling,
-        _effect(untreated, goal, ceiling, bench.seed),
-        paired_difference(last.treated.harmful, untreated.harmful, seed=bench.seed),
-        _against_random(last, bench.seed),
+        _effect(bench, untreated, goal, ceiling),
+        paired_difference(last.treated.harmful, untreated.harmful, bench.harmful.groups),
         _overlap(sets[-1][1], bench),
         (*notes, *bench.notes),
         bench,
     )
+
+
+def _held_together(points: Sequence[SizePoint]) -> list[SizePoint]:
+    """Of more than ten sizes the family-wise rate of what is clear against random sets is held."""
+    held = iter(holm([point.against_random for point in points if point.against_random is not None]))
+    return [point if point.against_random is None else dataclasses.replace(point, against_random=next(held)) for point in points]
 
 
 def _ceiling(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
@@ -251,20 +263,14 @@ def _ceiling(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tup
     return kept, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
 
 
-def _effect(untreated: Arm, goal: Arm | None, treated: Arm, seed: int) -> Effect:
+def _effect(bench: Bench, untreated: Arm, goal: Arm | None, treated: Arm) -> Effect:
     if goal is None:
-        return Effect(None, None, None, MEASURE, why="one model has no base and aligned behaviour to scale by; see `change`")
-    return causal_effect(untreated.harmful, goal.harmful, treated.harmful, measure=MEASURE, seed=seed)
+        return Effect(None, None, None, 0, 0, "one model has no base and aligned behaviour to scale by; see `change`", MEASURE)
+    return causal_effect(untreated.harmful, goal.harmful, treated.harmful, MEASURE, bench.harmful.groups)
 
 
-def _against_random(point: SizePoint, seed: int) -> Difference | None:
-    if not point.random:
-        return None
-    means = []
-    for verdicts in zip(*(arm.harmful for arm in point.random), strict=True):
-        scored = [float(verdict) for verdict in verdicts if verdict is not None]
-        means.append(sum(scored) / len(scored) if scored else None)
-    return paired_difference(point.treated.harmful, means, seed=seed)
+def _against(bench: Bench, treated: Arm, random: Sequence[Arm]) -> Difference | None:
+    return against_random(treated.harmful, [arm.harmful for arm in random], bench.harmful.groups) if random else None
 
 
 def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:

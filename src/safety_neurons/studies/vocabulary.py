@@ -261,7 +261,7 @@ class _Ruler:
 
     def effect(self, neuron: Neuron, reference: Mapping[str, Any]) -> dict[str, Any]:
         """What the neuron alone changes, beside the random ones."""
-        change = paired_difference(self.under([neuron]), self.untreated, seed=self.seed)
+        change = paired_difference(self.under([neuron]), self.untreated)
         values = reference["values"]
         larger = sum(abs(value) >= abs(change.value or 0.0) for value in values)
         p = (1 + larger) / (1 + len(values)) if values else None
@@ -269,7 +269,7 @@ class _Ruler:
 
     def together(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
         """The untreated log-odds, and the change by all the neurons at once."""
-        change = paired_difference(self.under(neurons), self.untreated, seed=self.seed)
+        change = paired_difference(self.under(neurons), self.untreated)
         return {"untreated": float(self.untreated.mean()), "change_together": change.to_json()}
 
 

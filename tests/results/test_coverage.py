@@ -1,0 +1,169 @@
+"""How often the intervals cover and how often "clear" is wrong, by seeded simulation; larger ones are `benchmarks/coverage.py`.
+
+Every bound leaves four standard errors of the simulation below the coverage that is promised: .93 at least, .07 false at most.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from safety_neurons.results import (
+    against_random,
+    causal_effect,
+    cohen_kappa,
+    difference_over_seeds,
+    paired_difference,
+    per_token,
+    rate,
+    rate_over_seeds,
+)
+
+
+def least(draws: int, promised: float = 0.93) -> float:
+    return promised - 4 * math.sqrt(promised * (1 - promised) / draws)
+
+
+def most(draws: int, promised: float = 0.07) -> float:
+    return promised + 4 * math.sqrt(promised * (1 - promised) / draws)
+
+
+def chances(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+@pytest.mark.parametrize("n", [16, 50, 200, 500])
+def test_a_rate_covers_at_every_truth(n):
+    ends = [(found.low, found.high) for found in (rate([1] * yes + [0] * (n - yes)) for yes in range(n + 1))]
+    low, high = np.array(ends).T
+    for truth in np.linspace(0, 1, 101):
+        weights = scipy.stats.binom.pmf(np.arange(n + 1), n, truth)
+        assert weights[(low <= truth) & (truth <= high)].sum() >= 0.95 - 1e-9
+
+
+@pytest.mark.parametrize("n", [16, 50, 200])
+def test_a_difference_covers_where_only_one_side_ever_changes(n):
+    """Exactly, over the number of prompts that change: where resampling covered .34."""
+    ends = []
+    for moved in range(n + 1):
+        found = paired_difference([1] * moved + [0] * (n - moved), [0] * n)
+        ends.append((found.low, found.high))
+    low, high = np.array(ends).T
+    for truth in np.linspace(0, 1, 101):
+        weights = scipy.stats.binom.pmf(np.arange(n + 1), n, truth)
+        assert weights[(low <= truth) & (truth <= high)].sum() >= 0.93
+
+
+@pytest.mark.parametrize("n", [16, 100])
+@pytest.mark.parametrize(("base", "aligned"), [(0.0, 1.0), (0.1, 0.9)])
+def test_a_causal_effect_covers_at_every_truth(n, base, aligned):
+    generator, draws = np.random.default_rng(n), 80
+    for truth in (0.0, 0.5, 1.0):
+        inside = defined = 0
+        for _ in range(draws):
+            shared = generator.random(n)
+            rows = [
+                np.where(generator.random(n) < 0.7, shared, generator.random(n)) < share
+                for share in (base, aligned, base + truth * (aligned - base))
+            ]
+            found = causal_effect(*rows)
+            if found.value is not None:
+                defined += 1
+                inside += found.low <= truth <= found.high
+                assert found.low < found.high
+        assert defined > draws / 2
+        assert inside / defined >= least(defined)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_groups_are_what_counts(size):
+    generator, draws, groups = np.random.default_rng(size), 200, 25
+    labels = [str(group) for group in range(groups) for _ in range(size)]
+    hits = {"rate": 0, "difference": 0, "prompts alone": 0}
+    for _ in range(draws):
+        first, second = (np.repeat(generator.random(groups), size) < share for share in (0.6, 0.4))
+        hits["rate"] += (found := rate(first, labels)).low <= 0.6 <= found.high
+        hits["difference"] += (change := paired_difference(first, second, labels)).low <= 0.2 <= change.high
+        hits["prompts alone"] += (alone := paired_difference(first, second)).low <= 0.2 <= alone.high
+    assert min(hits["rate"], hits["difference"]) / draws >= least(draws)
+    assert hits["prompts alone"] / draws < hits["difference"] / draws
+
+
+def test_means_over_samples_of_a_prompt_cover_near_the_ends():
+    generator, draws = np.random.default_rng(3), 200
+    for truth in (0.02, 0.5, 0.97):
+        inside = 0
+        for _ in range(draws):
+            outcomes = generator.binomial(3, generator.beta(truth, 1 - truth, 60)) / 3
+            inside += (found := rate(outcomes)).low <= truth <= found.high
+        assert inside / draws >= least(draws)
+
+
+def test_a_mean_per_token_covers():
+    generator, draws = np.random.default_rng(4), 400
+    inside = 0
+    for _ in range(draws):
+        counts = generator.integers(5, 60, 20)
+        totals = counts * 2.0 + generator.normal(size=20) * np.sqrt(counts)
+        inside += (found := per_token(totals, counts)).low <= 2.0 <= found.high
+    assert inside / draws >= least(draws)
+
+
+def test_kappa_covers():
+    generator, draws = np.random.default_rng(5), 200
+    for truth in (0.0, 0.5, 1.0):
+        inside = 0
+        for _ in range(draws):
+            first = generator.random(60) < 0.4
+            second = np.where(generator.random(60) < truth, first, generator.random(60) < 0.4)
+            found = cohen_kappa(first, second).kappa
+            assert found.low < found.high
+            inside += found.low <= truth <= found.high
+        assert inside / draws >= least(draws)
+
+
+@pytest.mark.parametrize("sets", [3, 5, 10, 20])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.5])
+def test_one_more_random_set_is_rarely_clear(sets, spread):
+    generator, draws, n = np.random.default_rng([sets, int(10 * spread)]), 90, 100
+    false = 0
+    for number in range(draws):
+        prompts = (-2.0, 0.0, 2.5)[number % 3] + 1.5 * generator.normal(size=n)
+        rows = generator.random((sets + 1, n)) < chances(prompts + spread * generator.normal(size=(sets + 1, 1)))
+        false += against_random(rows[0], list(rows[1:])).clear
+    assert false / draws <= most(draws)
+
+
+def test_the_outside_finding_six_random_sets_each_against_the_other_five():
+    """Resampling prompts alone, 9 of 12 such comparisons were "clear": three arms of two kinds with six random sets."""
+    generator, before, after, compared = np.random.default_rng(0), 0, 0, 0
+    for _ in range(6):
+        prompts = 1.0 + 1.5 * generator.normal(size=200)
+        rows = generator.random((6, 200)) < chances(prompts + 0.9 * generator.normal(size=(6, 1)))
+        for one in range(6):
+            others = [row for number, row in enumerate(rows) if number != one]
+            compared += 1
+            before += paired_difference(rows[one], np.mean(others, axis=0)).clear
+            after += against_random(rows[one], others).clear
+    assert before / compared > 0.6  # what resampling prompts alone calls clear
+    assert after / compared <= most(compared)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_means_over_seeds_cover(seeds, spread):
+    generator, draws, n = np.random.default_rng([seeds, int(spread)]), 60, 60
+    nodes, weights = np.polynomial.hermite_e.hermegauss(61)
+    for centre in (-3.0, 0.5):
+        truth = float(weights @ chances(centre + math.hypot(1.0, spread) * nodes) / weights.sum())
+        inside = none = 0
+        for _ in range(draws):
+            rows = generator.random((2, seeds, n)) < chances(
+                centre + generator.normal(size=n) + spread * generator.normal(size=(2, seeds, 1))
+            )
+            inside += (found := rate_over_seeds(list(rows[0]))).low <= truth <= found.high
+            none += (change := difference_over_seeds(list(rows[0]), list(rows[1]))).low <= 0 <= change.high
+            assert not (seeds < 5 and change.clear)
+        assert inside / draws >= least(draws)
+        assert none / draws >= least(draws)
