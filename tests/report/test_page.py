@@ -24,7 +24,7 @@ def test_the_first_screen_says_what_was_found_and_what_was_not(outline):
     assert "Which neurons make organism:natural/dpo refuse harmful requests which organism:natural/sft answers" in outline.text
     assert "neurons ranked by attribution-patching (5 %) is enough: it restores" in outline.text
     assert "ranked by contrast (10 %) the effect is not clearly above chance" in outline.text
-    assert "not clearly above chance at this budget: contrast, importance." in outline.text
+    assert "not clearly above chance at this budget: weight-change, contrast, importance." in outline.text
     assert "a clear loss" in outline.text
     assert "share of the planted units found: importance-contrast 1.00" in outline.text
 

@@ -5,6 +5,8 @@ How often the intervals cover is in `test_coverage.py`.
 
 import json
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+import safety_neurons
 from safety_neurons.errors import InputError
 from safety_neurons.results import (
     Difference,
@@ -401,3 +404,15 @@ def test_means_over_seeds_have_no_such_test():
 def test_lists_of_different_length_are_refused():
     with pytest.raises(InputError, match="same prompts"):
         mcnemar([1], [1, 0])
+
+
+# One place
+
+
+def test_nothing_else_decides_what_is_clear_or_makes_intervals_of_its_own():
+    """Ranges of chance (what random draws do) are no intervals of an estimate; DeLong's of an area is `guard/measures.py`."""
+    own = re.compile(r"\[\"high\"\] < 0|\[\"low\"\] > 0 or|\.low > 0 or|\.high < 0|1\.96\b|1\.959963|np\.percentile|\(0\.025, 0\.975\)")
+    allowed = {"results/estimates.py", "guard/measures.py", "analysis/chance.py", "analysis/ranks.py", "studies/vocabulary.py"}
+    source = pathlib.Path(safety_neurons.__file__).parent
+    found = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if own.search(path.read_text(encoding="utf-8"))}
+    assert found <= allowed

@@ -142,6 +142,7 @@ def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another(
         for measured_on in names:
             cell = found.cell(found_on, measured_on)
             assert cell.effect.value >= 0.6
-            assert cell.against_random.low > 0
+            assert cell.against_random.value > 0.3
+            assert not cell.against_random.clear  # one random set
     cost = {each["name"]: each["capability"]["kl"]["value"] for each in found.record()["ability"][1:]}
     assert max(cost["drugs"], cost["theft"]) < cost["aligned"] / 2

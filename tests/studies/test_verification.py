@@ -88,7 +88,7 @@ def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywher
     told = {
         "untreated": [0, 0, 0, 1, 0, 0, 0, 0, None],
         "aligned": [1, 1, 1, 1, 1, 1, 0, 1, 1],
-        "treated 29": [1, 0, 1, 1, 1, 0, 0, None, 1],
+        "treated 29": [1, 0, 1, None, 1, 0, 0, 1, 1],
         "ceiling": [1, 1, 1, 1, 1, 1, 0, 1, 1],
         "else": [0, 0, 0, 1, 0, 0, 1, 0, 0],
     }
@@ -96,13 +96,14 @@ def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywher
     found = verify_patch(pair.base, pair.aligned, scores, *prompts, sizes=[0.3], random=2, **OPTIONS)
     effect = found.causal_effect
     assert (effect.n, effect.unscored) == (7, 2)
-    assert effect.value == pytest.approx((4 / 7 - 1 / 7) / (6 / 7 - 1 / 7))
-    assert effect.low <= effect.value <= effect.high
-    assert found.ceiling_effect.value == 1
-    assert found.ceiling_effect.low == found.ceiling_effect.high == 1
-    assert found.change.value == pytest.approx(3 / 7)
-    pairs = [(1, 0), (0, 0), (1, 0), (1, 1), (1, 0), (0, 0), (0, 1), (1, 0)]
+    assert effect.value == pytest.approx((4 / 7) / (6 / 7))
+    assert effect.low < effect.value < effect.high
+    assert found.ceiling_effect.low < found.ceiling_effect.value == 1 < found.ceiling_effect.high
+    assert found.change.value == pytest.approx(4 / 7)
+    pairs = [(1, 0), (0, 0), (1, 0), (1, 0), (0, 0), (0, 1), (1, 0), (1, 0)]
     assert found.change_against_random.value == pytest.approx(sum(a - b for a, b in pairs) / 8)
+    assert not found.change_against_random.clear
+    assert "2 random sets" in found.record()["change_against_random"]["why"]
     assert found.points[0].random_effects[0].value == pytest.approx((2 / 8 - 1 / 8) / (7 / 8 - 1 / 8))
 
 
