@@ -12,7 +12,8 @@ from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_measures import Scored
 from safety_neurons.studies.guard_requests import cases_of
 
-APART = {GUARD: 3.0, "random neurons 0": 1.0, "random neurons 1": 1.05, "random neurons 2": 1.1, "TF-IDF words": 3.2, "residual stream": 1.0}
+APART = {GUARD: 3.0, "TF-IDF words": 3.2, "residual stream": 1.0}
+APART |= {"random neurons 0": 1.0, "random neurons 1": 1.05, "random neurons 2": 1.1}
 """How far apart unsafe and safe requests are for every classifier, in standard deviations."""
 
 OUTPUTS = {
