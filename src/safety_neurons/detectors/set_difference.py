@@ -144,7 +144,9 @@ def find_set_difference(
         key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], sizes[key], shares[SAFETY], shares[UTILITY]) for key in places
     }
     told: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": asked, "selection": selection, "config": config}
-    found = PromptCounts(counts[SAFETY], len(asked) - counts[SAFETY], 0)
+    found = PromptCounts(
+        counts[SAFETY], len(asked) - counts[SAFETY], sum(row.truncated for row in model.encode(asked, reserve=SCORED_TOKENS))
+    )
     return finish(method, values, counts=found, notes=notes, subtract=options.get("subtract"), **told)
 
 
