@@ -2,13 +2,16 @@ import json
 import shutil
 import warnings
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.errors import MismatchError, ModelError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, load, load_pair, run_batches
+from safety_neurons.prompts import Prompt
 from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 IDS = [[1, 5, 6, 7, 9], [1, 20, 21]]
@@ -222,3 +225,156 @@ def test_recorded_completions_are_reproduced_from_the_prompts(shared):
     for answer, row in zip(answers, sequences, strict=True):
         generated = [int(token) for token in row[prompts.shape[1] :] if int(token) not in (2, 3)]
         assert list(answer.token_ids) == generated
+
+
+def _configured(folder, **entries):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **entries}))
+    return folder
+
+
+def _tuned(base, folder, config):
+    """An adapter of any kind, its parameters moved; its folder and the logits of the model it was saved from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        adapted.eval().save_pretrained(folder)
+        return folder, adapted(torch.arange(5, 15)[None]).logits
+
+
+TARGETS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+KINDS = {
+    "adalora": lambda: peft.AdaLoraConfig(total_step=10, **TARGETS),
+    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=10, **TARGETS),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, **TARGETS),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, **TARGETS),
+    "loha": lambda: peft.LoHaConfig(r=2, **TARGETS),
+    "lokr": lambda: peft.LoKrConfig(r=2, **TARGETS),
+    "hra": lambda: peft.HRAConfig(r=2, **TARGETS),
+    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, **TARGETS),
+    "lora with a head": lambda: peft.LoraConfig(r=2, modules_to_save=["lm_head"], **TARGETS),
+    "lora with tokens": lambda: peft.LoraConfig(r=2, trainable_token_indices=[5], **TARGETS),
+}
+
+
+READ = ("adalora", "lora with a head", "lora with tokens")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_runs_as_it_was_saved_and_its_neurons_are_read_or_refused_by_name(folders, tmp_path, kind):
+    folder, expected = _tuned(folders["base"], tmp_path / kind, KINDS[kind]())
+    for merged in (False, True):
+        lm = load(f"{folders['base']}+{folder}", merge_adapters=merged)
+        with torch.no_grad(), lm.running():
+            assert torch.allclose(lm.model(torch.arange(5, 15)[None]).logits, expected, atol=1e-3)
+        if merged or kind in READ:
+            assert lm.anatomy.coverage().complete
+        else:
+            with pytest.raises(UnsupportedModelError, match="--merge-adapters"):
+                _ = lm.anatomy
+
+
+def test_adapters_that_are_no_change_of_weights_are_refused_by_name(folders, tmp_path):
+    for config in (
+        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"),
+    ):
+        name = config.peft_type.value
+        folder, _ = _tuned(folders["base"], tmp_path / name, config)
+        with pytest.raises(ModelError, match=f"a {name} adapter"):
+            load(f"{folders['base']}+{folder}")
+
+
+def test_an_adapter_that_repeats_layers_runs_unmerged_and_is_not_merged(folders, tmp_path):
+    config = peft.LoraConfig(r=2, layer_replication=[[0, 2], [1, 2]], **TARGETS)
+    folder, expected = _tuned(folders["base"], tmp_path / "repeated", config)
+    lm = load(f"{folders['base']}+{folder}")
+    with torch.no_grad(), lm.running():
+        assert torch.allclose(lm.model(torch.arange(5, 15)[None]).logits, expected)
+    with pytest.raises(ModelError, match="repeats layers cannot be merged"):
+        load(f"{folders['base']}+{folder}", merge_adapters=True)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"target_modules": "(a+)+$"},
+        {"target_modules": r"(.*)*q_projx"},
+        {"target_modules": r"(?:.|\w)+q_projx"},
+        {"target_modules": ".*.*.*.*.*.*.*.*x"},
+        {"target_modules": r"(\w+)\1+\1+x"},
+        {"layers_to_transform": [0], "layers_pattern": ["(a|a)*b"]},
+        {"rank_pattern": {"([a-z_.0-9]+)*x": 4}},
+        {"alpha_pattern": {"([a-z_.0-9]+){1,99}x": 4}},
+        {"exclude_modules": "([a-z]*)*x"},
+        {"modules_to_save": ["([a-z_.]*)*x"]},
+        {"target_modules": "("},
+        {"r": 10**9},
+    ],
+)
+def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(folders, tmp_path, entries):
+    folder = _configured(tiny_adapter_folder(folders["base"], tmp_path / "lora", seed=1, kind="lora"), **entries)
+    with pytest.raises(ModelError, match="expected") as error:
+        load(f"{folders['base']}+{folder}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.layers\.\d+\.mlp\.(up|down)_proj", ".*down_proj", r"model\.layers\.(0|1)\..*(q_proj|down_proj)", r".*(?<!x)down_proj"],
+)
+def test_ordinary_expressions_are_taken(folders, tmp_path, pattern):
+    folder, _ = _tuned(folders["base"], tmp_path / "lora", peft.LoraConfig(r=2, target_modules=pattern, task_type="CAUSAL_LM"))
+    assert load(f"{folders['base']}+{folder}").adapters == ("a0",)
+
+
+def test_the_tokenizer_in_an_adapters_folder_is_used_and_noted_where_it_differs(folders, tmp_path):
+    folder = tiny_adapter_folder(folders["base"], tmp_path / "adapter", seed=1, kind="lora")
+    own = transformers.AutoTokenizer.from_pretrained(folders["base"])
+    own.save_pretrained(folder)
+    assert not load(f"{folders['base']}+{folder}").notes
+    own.chat_template = "{% for m in messages %}{{ m.content }} write {% endfor %}"
+    own.save_pretrained(folder)
+    for lm in (load(f"{folders['base']}+{folder}"), load_pair(folders["base"], f"{folders['base']}+{folder}").aligned):
+        assert lm.template.render(lm.tokenizer, Prompt("0", "tree")) == "tree write "
+        assert lm.notes == ["adapter: the tokenizer in the adapter's folder is used, which differs in its chat template"]
+    assert load_pair(folders["base"], f"{folders['base']}+{folder}").base.tokenizer.chat_template != own.chat_template
+
+
+def test_an_adapter_for_a_model_of_another_name_is_noted(folders, tmp_path):
+    folder = tiny_adapter_folder(folders["base"], tmp_path / "adapter", seed=1, kind="lora")
+    assert not load(f"{folders['base']}+{folder}").notes
+    _configured(folder, base_model_name_or_path="org/another-7b")
+    assert "made for 'org/another-7b'" in load(f"{folders['base']}+{folder}").notes[0]
+    assert "made for 'org/another-7b'" in load_pair(folders["base"], f"{folders['base']}+{folder}").aligned.notes[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_taken_from_the_adapter(tmp_path, tied):
+    base = tiny_llama_folder(tmp_path / "base", tie_word_embeddings=tied)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    plain.resize_token_embeddings(101, mean_resizing=False)
+    torch.nn.init.normal_(plain.get_input_embeddings().weight, std=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(plain, peft.LoraConfig(r=2, **TARGETS)).eval()
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    ids = torch.tensor([[5, 6, 98, 100]])
+    for merged in (False, True):
+        lm = load(f"{base}+{tmp_path / 'adapter'}", merge_adapters=merged)
+        with torch.no_grad(), lm.running():
+            assert torch.allclose(lm.model(ids).logits, adapted(ids).logits, atol=1e-5)
+        assert "an embedding of 101 tokens" in lm.notes[0]
+    pair = load_pair(base, f"{base}+{tmp_path / 'adapter'}")
+    assert (pair.base.n_ids, pair.aligned.n_ids, pair.shared) == (96, 101, False)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    wide = {name: torch.ones(101, 31) if "embed" in name else value for name, value in weights.items()}
+    save_file(wide, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match=r"brings an embedding of \[101, 31\]"):
+        load(f"{base}+{tmp_path / 'adapter'}")

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from families import MOE_FAMILIES, OLD_TRANSFORMERS, build, config_of
-from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model.anatomy import prove, resolve
 from safety_neurons.model.hooks import reading
 
@@ -36,7 +36,7 @@ def test_unknown_names_are_refused_by_site_and_a_mapping_settles_them() -> None:
     assert not coverage.complete
     assert coverage.share < 1
     assert str(coverage).startswith("sites 8/14, ")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.down is not .*\(mlp\.alpha, mlp\.beta, mlp\.gamma\); pass sites="):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.down is not .*\(mlp\.alpha, mlp\.beta, mlp\.gamma\); .* sites="):
         anatomy.place("layers.0.down")
     told = prove(resolve(renamed(), sites={"gate": "mlp.alpha", "up": "mlp.beta", "down": "mlp.gamma"}))
     assert told.coverage().complete
@@ -85,7 +85,8 @@ def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
 
     model.model.layers[0].mlp = Sparse(model.model.layers[0].mlp)
     with pytest.raises(
-        UnsupportedModelError, match=r"layers\.0\.experts: 2 experts as a list of modules .*use transformers 5 or later"
+        UnsupportedModelError,
+        match=r"layers\.0\.experts: 2 experts as a list of modules .*" + ("use transformers 5" if OLD_TRANSFORMERS else "own code"),
     ) as error:
         resolve(model)
     assert "\n" not in str(error.value)
@@ -96,9 +97,21 @@ def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
 def test_without_the_experts_interface_a_mixture_of_experts_is_refused_and_the_version_named(family: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config_of(family))
     with pytest.raises(
-        UnsupportedModelError, match=r"^layers\.\d\.experts: .*; use transformers 5 or later for mixture-of-experts models$"
+        UnsupportedModelError, match=r"^layers\.\d\.experts: .*: use transformers 5 or later for mixture-of-experts models$"
     ):
         resolve(model)
+
+
+def test_no_advice_is_the_word_of_a_placeholder_and_wrong_sites_are_refused() -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.act_fn = None
+    refused = resolve(model).refused["layers.0.down"]
+    assert "Ellipsis" not in refused
+    assert "in Python" in refused
+    for sites in ({"query": "self_attn.q_proj"}, {"q": "self_attn.absent"}, {"q": ""}):
+        with pytest.raises(UsageError, match="expected") as error:
+            resolve(build("llama"), sites=sites)
+        assert "\n" not in str(error.value)
 
 
 def test_a_layer_of_unknown_parts_only_is_an_error() -> None:

@@ -38,6 +38,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             asked.append({**request, "key": self.headers.get("Authorization")})
         if text.startswith("busy") and not seen:
             return self.say(429, {"error": {"message": "slow down"}}, Retry_After="0")
+        if text.startswith("{") and not (seen and json.loads(text).get("once")):
+            wanted = json.loads(text)
+            if not wanted.get("unless") or wanted["unless"] in request:
+                return self.say(wanted.get("status", 200), wanted["record"], **wanted.get("headers", {}))
         if text.startswith("broken"):
             return self.say(400, {"error": {"message": "no such thing"}})
         reason = "length" if text.startswith("long") else "content_filter" if text.startswith("held") else "stop"
@@ -134,3 +138,89 @@ def test_a_server_is_told_to_go_on_with_an_answer_that_is_begun(server):
     first, second = requests_of(server)
     assert (first["continue_final_message"], first["add_generation_prompt"]) == (True, False)
     assert "continue_final_message" not in second
+
+
+def _reply(content=None, reason="stop", **message):
+    return json.dumps({"record": {"choices": [{"message": {"role": "assistant", "content": content, **message}, "finish_reason": reason}]}})
+
+
+OURS = {"error": {"message": "unsafe", "type": "invalid_request_error", "param": "messages", "code": "content_filter"}}
+AZURE = {"error": {"message": "filtered", "code": "400", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}
+TEXTS = {
+    "one part": (_reply([{"type": "text", "text": "yes"}]), "yes", "stop", None),
+    "several parts": (_reply([{"type": "text", "text": "I "}, {"type": "output_text", "text": "can't"}, "."]), "I can't.", "stop", None),
+    "a part of thoughts": (_reply([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]), "yes", "stop", None),
+    "a part that refuses": (_reply([{"type": "refusal", "refusal": "No."}]), "No.", "stop", None),
+    "a refusal": (_reply(None, refusal="No."), "No.", "stop", None),
+    "no parts": (_reply([]), "", "stop", None),
+    "thoughts alone": (_reply(None, "length", reasoning_content="hm"), "", "length", None),
+    "thoughts beside": (_reply("yes", reasoning_content="hm"), "yes", "stop", None),
+    "an end of another name": (_reply("yes", "end_turn"), "yes", "stop", None),
+    "a tool": (_reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "", "stop", "tool_calls"),
+    "a tool without a reason": (_reply(None, None, tool_calls=[{"id": "1"}]), "", "stop", "tool_calls"),
+    "an old filter": (_reply("", "safety"), "", "stop", "content_filter"),
+    "a filter of prompts": (json.dumps({"status": 400, "record": OURS}), "", "stop", "content_filter"),
+    "Azure's filter": (json.dumps({"status": 400, "record": AZURE}), "", "stop", "content_filter"),
+    "a filter at the server's side": (json.dumps({"status": 500, "record": OURS}), "", "stop", "content_filter"),
+    "a filter in an answer": (json.dumps({"record": OURS}), "", "stop", "content_filter"),
+    "no choices": (json.dumps({"record": {"choices": []}}), "", "stop", "unreadable"),
+    "no message": (json.dumps({"record": {"choices": [{"finish_reason": "stop"}]}}), "", "stop", "unreadable"),
+    "a number": (_reply(3), "", "stop", "unreadable"),
+    "a part without text": (_reply([{"type": "text"}]), "", "stop", "unreadable"),
+    "a list": (json.dumps({"record": [1]}), "", "stop", "unreadable"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_every_shape_of_reply_is_read_or_counted_and_ends_nothing(server, kind):
+    prompt, text, reason, meant = TEXTS[kind]
+    notes = []
+    found = Endpoint(f"{server}#m", backoff=0.0).complete(["one", prompt], notes=notes)
+    assert [one.completion for one in found] == ["Sure, here is one", text]
+    assert found[1].finish_reason == reason
+    assert found[1].meta.get("finish_reason") == meant
+    assert len(notes) == (meant is not None)
+
+
+@pytest.mark.parametrize(
+    "error", [{"code": 429}, {"code": "503"}, {"type": "server_error"}, {"code": "rate_limit_exceeded"}, {}, "overloaded"]
+)
+def test_an_error_in_an_answer_of_status_200_is_tried_again_like_its_status(server, error):
+    error = {"message": "later", **error} if isinstance(error, dict) else error
+    asked = json.dumps({"record": {"error": error}, "once": True})
+    (found,) = Endpoint(f"{server}#m", backoff=0.0).complete([asked])
+    assert found.completion.startswith("Sure")
+    assert len(requests_of(server)) == 2
+
+
+def test_an_error_in_an_answer_of_status_200_that_will_not_pass_ends_the_call(server):
+    with pytest.raises(ServerError, match="no such model"):
+        Endpoint(f"{server}#m").complete([json.dumps({"record": {"error": {"message": "no such model", "code": 404}}})])
+    assert len(requests_of(server)) == 1
+
+
+def test_a_server_that_never_gives_an_answer_is_an_error(server):
+    with pytest.raises(ServerError, match="no answer that can be read"):
+        Endpoint(f"{server}#m").complete([_reply(3), json.dumps({"record": {"choices": []}})])
+
+
+def test_fields_can_be_left_out_and_renamed(server):
+    Endpoint(f"{server}#m", request={"max_tokens": None, "temperature": None, "max_completion_tokens": 9}).complete(["one"])
+    (request,) = requests_of(server)
+    assert request["max_completion_tokens"] == 9
+    assert not {"max_tokens", "temperature"} & request.keys()
+
+
+@pytest.mark.parametrize(("field", "new"), [("max_tokens", "max_completion_tokens"), ("temperature", None), ("seed", None)])
+def test_a_field_that_the_server_names_as_unsupported_is_renamed_or_left_out_and_said(server, field, new):
+    error = {"message": f"{field} is not supported", "code": "unsupported_parameter", "param": field}
+    asked = json.dumps({"status": 400, "record": {"error": error}, "unless": field})
+    model, notes = Endpoint(f"{server}#m"), []
+    assert model.complete([asked], max_new_tokens=7, notes=notes)[0].completion.startswith("Sure")
+    assert repr(field) in notes[0]
+    model.complete(["one"])
+    first, *later = requests_of(server)
+    assert field in first
+    assert all(field not in request for request in later)
+    assert all(request.get(new) in (7, 128) for request in later) if new else True
+    assert len(later) == 2

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import socket
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from safety_neurons import model as model_box
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
-from safety_neurons.model import ModelSpec, load, load_pair, parse_spec
-from safety_neurons.model.loading import check_finite
+from safety_neurons.model import LanguageModel, ModelSpec, load, load_pair, parse_spec
+from safety_neurons.model.loading import check_finite, load_as
 from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 
@@ -255,9 +256,7 @@ def test_weights_that_were_cut_off_say_what_to_do(tmp_path):
     folder = tiny_llama_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(
-        ModelError, match=r"cannot be loaded as a causal language model \(.*\); expected whole safetensors files .* again"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"cannot be read \(.*\); expected whole safetensors files.* again") as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -286,3 +285,129 @@ def test_a_shard_that_is_no_safetensors_file_is_refused_unread(tmp_path, loader,
     with pytest.raises(ModelError, match="names the shard|cannot be read"):
         getattr(model_box, loader)(str(folder))
     assert not ran.exists()
+
+
+def _saved(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _configured(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+    return folder
+
+
+LEFT_OVER = {
+    "a bias": {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
+    "a layer": {"model.layers.2.mlp.up_proj.weight": torch.ones(48, 32)},
+    "an adapter": {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+    "a score": {"score.weight": torch.ones(2, 32)},
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OVER)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_the_model_does_not_have_are_an_error(base, tmp_path, kind, sharded):
+    folder = _saved(_copy(base, tmp_path / "model"), lambda weights: weights.update(LEFT_OVER[kind]))
+    if sharded:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+        for file in set(files.values()):
+            save_file({name: weights[name] for name in weights if files[name] == file}, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with pytest.raises(ModelError, match="1 weights of the files are not in the model") as error:
+        load(folder)
+    assert next(iter(LEFT_OVER[kind])) in str(error.value)
+    assert _one_line(error)
+
+
+def test_a_config_of_fewer_layers_than_the_files_is_an_error(base, tmp_path):
+    with pytest.raises(ModelError, match=r"9 weights of the files are not in the model .*layers\.1\."):
+        load(_configured(_copy(base, tmp_path / "short"), num_hidden_layers=1))
+
+
+def test_constants_of_older_checkpoints_are_no_weights_and_a_value_head_is_noted(base, tmp_path):
+    constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    assert not load(_saved(_copy(base, tmp_path / "old"), lambda weights: weights.update(constants))).notes
+    head = {"v_head.summary.weight": torch.ones(1, 32)}
+    assert "v_head" in load(_saved(_copy(base, tmp_path / "valued"), lambda weights: weights.update(head))).notes[0]
+
+
+def test_weights_of_another_shape_are_named_with_both_shapes(base, tmp_path):
+    with pytest.raises(MismatchError, match=r"down_proj\.weight is \[32, 48\] in the files and \[32, 40\] by config\.json"):
+        load(_configured(_copy(base, tmp_path / "wrong"), intermediate_size=40))
+
+
+@pytest.mark.parametrize("kind", ["a bias", "a layer"])
+def test_a_classifier_reads_all_of_its_files_but_another_head(base, tmp_path, kind):
+    model = transformers.LlamaForSequenceClassification(transformers.AutoConfig.from_pretrained(base))
+    folder = tmp_path / "judge"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    _saved(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(96, 32)}))
+    load_as("AutoModelForSequenceClassification", folder)
+    _saved(folder, lambda weights: weights.update(LEFT_OVER[kind]))
+    with pytest.raises(ModelError, match="1 weights of the files are not in the model"):
+        load_as("AutoModelForSequenceClassification", folder)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 4000},
+        {"intermediate_size": 10**9},
+        {"hidden_size": 10**6, "head_dim": 8},
+        {"vocab_size": 10**12},
+        {"num_labels": 10**9},
+        {"text_config": {"num_local_experts": 10**9}},
+    ],
+)
+def test_a_config_that_claims_more_than_its_files_hold_is_refused_before_it_is_built(base, tmp_path, claim):
+    with pytest.raises(ModelError, match="expected") as error:
+        load(_configured(_copy(base, tmp_path / "claims"), **claim))
+    assert _one_line(error)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "pytorch_model.bin"])
+def test_an_index_names_safetensors_files_of_its_folder_only(base, tmp_path, name):
+    folder = _copy(base, tmp_path / "indexed")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name, "x": "part.safetensors"}}))
+    with pytest.raises(ModelError, match="expected .safetensors files in the same folder"):
+        load(folder)
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_refused(base, tmp_path):
+    folder = _copy(base, tmp_path / "both")
+    shutil.copy(tiny_adapter_folder(base, tmp_path / "adapter", seed=1) / "adapter_config.json", folder)
+    with pytest.raises(ModelError, match=r"expected two folders, written MODEL\+ADAPTER"):
+        load(folder)
+
+
+def test_code_of_a_checkpoint_names_the_option_that_runs_it(base, tmp_path):
+    folder = _configured(_copy(base, tmp_path / "own"), auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, model_type="own")
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=r"pass --trust-remote-code \(in Python trust_remote_code=True\)") as error:
+        load(folder)
+    assert _one_line(error)
+
+
+def test_a_model_whose_weights_are_off_loaded_is_refused_in_one_line(base):
+    off_loaded = accelerate.cpu_offload(transformers.AutoModelForCausalLM.from_pretrained(base), execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"21 of 21 weights are off-loaded .* device_map") as error:
+        LanguageModel(off_loaded, tiny_tokenizer())
+    assert _one_line(error)
+    lm = load(base)
+    accelerate.cpu_offload(lm.model, execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match="off-loaded"):
+        lm.complete(["tree"], max_new_tokens=1)
+
+
+def test_a_model_placed_on_a_disk_is_refused_in_one_line(base, tmp_path):
+    with pytest.raises(ModelError, match="off-loaded"):
+        load(base, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=str(tmp_path / "off"))

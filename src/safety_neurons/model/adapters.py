@@ -1,19 +1,25 @@
 """PEFT adapters: stacked, unmerged, switched for a block, with every missing or unknown weight an error."""
 
 import contextlib
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from safety_neurons import strict_json
-from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.errors import MismatchError, ModelError, UsageError
+from safety_neurons.model.folders import read_config, read_headers, weight_files
 
 WEIGHTS = "adapter_model.safetensors"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
+_ROUTED = ("POLY", "XLORA", "ADAPTION_PROMPT")
+"""Adapters whose share depends on the text or on a task: they are neither a change of weights nor can they be merged."""
 
 
 def adapter_config(folder: Path) -> Any:
@@ -31,16 +37,134 @@ def adapter_config(folder: Path) -> Any:
         raise ModelError(
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}; expected the adapter's weights"
         )
+    refuse_patterns(folder / "adapter_config.json", read_config(folder / "adapter_config.json"))
     try:
-        strict_json.loads((folder / "adapter_config.json").read_bytes(), constants=True)
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # of several libraries
         raise ModelError(f"{folder}: adapter_config.json cannot be read ({first_line(error)}); expected a PEFT configuration") from error
     if config.is_prompt_learning:
         raise ModelError(
             f"{folder}: a {kind_of(config)} adapter adds virtual tokens; expected one that changes weights, such as LoRA or (IA)³"
         )
+    if kind_of(config) in _ROUTED:
+        raise ModelError(f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, such as LoRA or (IA)³")
+    rank, weights = getattr(config, "r", 0), read_headers([folder / WEIGHTS])
+    if isinstance(rank, int) and kind_of(config) == "LORA" and rank > max(1, weights.widest):
+        raise ModelError(
+            f"{folder}: adapter_config.json says rank {rank:,}, and no weight of it is wider than {weights.widest}; expected its rank"
+        )
     return config
+
+
+def refuse_patterns(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses expressions in an adapter's configuration that can take longer than any name of a module is worth.
+
+    PEFT matches them against the name of every module, and Python's matching goes back over repetitions inside repetitions without end.
+
+    Raises:
+        ModelError: Names the expression.
+    """
+    named = [config.get(name) for name in ("target_modules", "exclude_modules")]
+    patterns = [value for value in named if isinstance(value, str)]
+    for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        value = config.get(name)
+        patterns += [value] if isinstance(value, str) else [part for part in value or () if isinstance(part, str)]
+    for pattern in patterns:
+        if not _comes_to_an_end(pattern):
+            raise ModelError(
+                f"{path}: matching the expression {pattern[:80]!r} can take for ever; expected names of modules, or no nested repetitions"
+            )
+
+
+def _comes_to_an_end(pattern: str) -> bool:
+    """Whether an expression repeats nothing that itself repeats or branches, and little one after the other."""
+    parser = re._parser  # type: ignore[attr-defined]
+    if len(pattern) > 4096:
+        return False
+    try:
+        parsed = parser.parse(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+    def repeats(item: Any, *, inside: bool) -> int:
+        """Open-ended repetitions that a match may have to combine; a large number where they lie in one another."""
+        total = 0
+        for operation, argument in item:
+            name = str(operation)
+            if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+                low, high, body = argument
+                wide = high == parser.MAXREPEAT or high > 8
+                if inside:
+                    return 1000
+                total += repeats(body, inside=True) + 1 if wide else repeats(body, inside=False) * max(1, int(high)) + (low != high)
+            elif name == "BRANCH":
+                if inside:
+                    return 1000
+                total += max((repeats(branch, inside=False) for branch in argument[1]), default=0)
+            elif name == "SUBPATTERN":
+                total += repeats(argument[3], inside=inside)
+            elif name in ("ASSERT", "ASSERT_NOT"):
+                total += repeats(argument[1], inside=inside)
+            elif name == "ATOMIC_GROUP":
+                total += repeats(argument, inside=inside)
+            elif name.startswith("GROUPREF"):
+                return 1000
+        return total
+
+    return repeats(parsed, inside=False) <= 4
+
+
+def foreign_base(base: str, folder: Path, adapters: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+    """A line for each adapter that says it was made for a model of another name than the one it is put on."""
+    names = {part for part in (Path(base).name, folder.name, folder.parent.name) if part}
+    notes = []
+    for adapter, config in zip(adapters, configs, strict=True):
+        made_for = str(config.base_model_name_or_path or "").rstrip("/")
+        if made_for and Path(made_for).name.casefold() not in {name.casefold() for name in names}:
+            notes.append(f"{adapter.name}: says it was made for {made_for!r} and is put on {base!r}")
+    return notes
+
+
+def resized_rows(folder: Path, base: Path) -> int:
+    """Rows of the embedding that lies among an adapter's weights, where they are more or fewer than the base model's; else 0."""
+    own, others = (
+        next((shape[0] for key, shape in read_headers(files).shapes.items() if key.endswith(_EMBEDDINGS) and len(shape) == 2), 0)
+        for files in ([folder / WEIGHTS], weight_files(base))
+    )
+    return own if own != others else 0
+
+
+def resized_vocabulary(model: Any, folder: Path) -> str:
+    """Gives a model the vocabulary an adapter was saved with, where it has another size than the model's: its embedding and head.
+
+    Returns:
+        A line that says so; empty where there is nothing to do.
+
+    Raises:
+        MismatchError: The saved embedding does not fit, or the head that belongs to it is missing.
+    """
+    embedding = model.get_input_embeddings()
+    before = int(embedding.weight.shape[0])
+    shapes = read_headers([folder / WEIGHTS]).shapes
+    rows = next((shape[0] for key, shape in shapes.items() if key.endswith(_EMBEDDINGS) and len(shape) == 2), before)
+    if rows == before:
+        return ""
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    saved = next(value for key, value in weights.items() if key.endswith(_EMBEDDINGS) and value.ndim == 2)
+    head = next((value for key, value in weights.items() if key.endswith(_HEADS) and value.ndim == 2), None)
+    output = model.get_output_embeddings()
+    tied = output is None or output.weight is embedding.weight
+    if saved.shape[1] != embedding.weight.shape[1] or (head is None and not tied) or (head is not None and head.shape[0] != rows):
+        raise MismatchError(
+            f"{folder}: brings an embedding of {list(saved.shape)} for a model with {list(embedding.weight.shape)}"
+            f"{'' if head is not None or tied else ' and no head of as many tokens'}; expected both for its own vocabulary"
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(saved)
+        if head is not None:
+            model.get_output_embeddings().weight.copy_(head)
+    return f"{folder.name}: brings an embedding of {rows:,} tokens, which is used in the place of the model's {before:,}"
 
 
 def kind_of(config: Any) -> str:
@@ -81,7 +205,7 @@ def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) ->
                     adapted = peft.PeftModel(model, config, adapter_name=name)
                 else:
                     adapted.add_adapter(name, config)
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except Exception as error:  # each kind of adapter fails in its own way
             raise ModelError(f"{folder}: the adapter does not fit the model ({first_line(error)}); expected one made for it") from error
         _load_weights(adapted, name, folder)
     return adapted.eval() if adapted is not None else model
@@ -94,11 +218,15 @@ def merge(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> 
         ModelError: An adapter that does not fit, or weights (quantised ones, say) that cannot take it up.
     """
     for folder, config in zip(folders, configs, strict=True):
+        if getattr(config, "layer_replication", None):
+            raise ModelError(
+                f"{folder}: an adapter that repeats layers cannot be merged, since the copies share weights; leave --merge-adapters out"
+            )
         adapted: Any = attach(model, [folder], [config])
         activate(adapted, ["a0"])
         try:
             model = adapted.merge_and_unload()
-        except (ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # each kind of adapter fails in its own way
             raise ModelError(f"{folder}: the adapter cannot be merged ({first_line(error)}); leave --merge-adapters out") from error
         if hasattr(model, "peft_config"):
             del model.peft_config
@@ -184,7 +312,7 @@ def _load_weights(adapted: Any, name: str, folder: Path) -> None:
 def _same_as_base(adapted: Any, key: str, value: Tensor) -> bool:
     """Whether a weight in an adapter's file is only a copy of the base model's own, as PEFT adds embeddings at times."""
     wanted = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    for name, parameter in adapted.get_base_model().named_parameters():
+    for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
         if name.replace(".base_layer.", ".") == wanted:
             return parameter.shape == value.shape and bool((parameter.detach().cpu() == value.to(parameter.dtype)).all())
     return False

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model.experts import DOWN, FUSED, ExpertsAnatomy, describe_experts, is_experts
 from safety_neurons.model.layouts import Layout, split_gate_up, split_qkv
 from safety_neurons.model.parts import Anatomy, AttentionAnatomy, Coverage, LayerAnatomy, MlpAnatomy, projections_of, unwrapped
 from safety_neurons.model.places import Projection, SitePlace
 from safety_neurons.model.proof import prove
-from safety_neurons.model.vocabulary import ACTIVATIONS, ATTENTION_ROLES, FUSED_LAYOUTS, HEAD_SIZES, MLP_ROLES, ROUTERS, role_of
+from safety_neurons.model.vocabulary import ACTIVATIONS, ATTENTION_ROLES, FUSED_LAYOUTS, HEAD_SIZES, MLP_ROLES, ROUTERS, SAY_SITES, role_of
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES
 
 __all__ = ["Anatomy", "AttentionAnatomy", "Coverage", "LayerAnatomy", "MlpAnatomy", "prove", "resolve"]
@@ -39,19 +39,42 @@ def resolve(model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts
 
     Raises:
         UnsupportedModelError: no list of layers, a compiled model, or a layer in which nothing is known.
+        UsageError: sites that are no mapping of roles to paths, or a path that no layer has.
     """
+    _check_sites(sites)
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("a compiled model arrived, hooks need the plain one; pass model._orig_mod")
     config = unwrapped(model).config.get_text_config()
     chosen = {name: str(Layout(value)) for name, value in (layouts or {}).items()}
     name, stack = _layer_list(model, int(config.num_hidden_layers))
     refused: dict[str, str] = {}
+    if absent := [path for path in (sites or {}).values() if not any(path in projections_of(layer) for layer in stack)]:
+        raise UsageError(f"sites: no layer has a linear map at {absent[0]!r}; expected a path inside a layer, such as self_attn.q_proj")
     layers, total = [], 0
     for number, layer in enumerate(stack):
         builder = _LayerBuilder(number, f"{name}.{number}", layer, config, dict(sites or {}), chosen, refused)
         layers.append(builder.build())
         total += builder.all_parameters
     return Anatomy(model, tuple(layers), refused, total, chosen)
+
+
+def _check_sites(sites: object) -> None:
+    roles = (*ATTENTION_ROLES, *MLP_ROLES)
+    if sites is None:
+        return
+    if not isinstance(sites, Mapping):
+        raise UsageError(f"sites is a {type(sites).__name__}; expected a mapping of roles ({' '.join(roles)}) to paths inside a layer")
+    for role, path in sites.items():
+        if role not in roles or not isinstance(path, str):
+            raise UsageError(f"sites={{{role!r}: {path!r}}}: expected one of {' '.join(roles)} with a path inside a layer")
+
+
+def _experts_advice() -> str:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return f"this is transformers {transformers.__version__}: use transformers 5 or later for mixture-of-experts models"
+    return "the model's own code keeps them so: load it without --trust-remote-code where transformers has the architecture, or use another"
 
 
 def _layer_list(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
@@ -100,7 +123,7 @@ class _LayerBuilder:
             inside = block is not None and (parent == block or parent.startswith(f"{block}.") or block == "")
             part = self._mlp(parent, group, "shared_expert." if inside else "")
             if (shared if inside else dense) is not None:
-                self._refuse(MLP_SITES, f"two feed-forward parts were found ({parent} is the second), one was expected; pass sites={{...}}")
+                self._refuse(MLP_SITES, f"two feed-forward parts were found ({parent} is the second), one was expected; {SAY_SITES}")
             elif inside:
                 shared = part
             else:
@@ -116,9 +139,7 @@ class _LayerBuilder:
         """Refuse what a layer has and the table does not know; complain about a layer of which nothing is known."""
         if not unknown:
             return
-        reason = (
-            f"{self.name} has linear maps of unknown role ({', '.join(unknown)}); pass sites={{'q': PATH, …}} to say which site they are"
-        )
+        reason = f"{self.name} has linear maps of unknown role ({', '.join(unknown)}); {SAY_SITES}"
         if attention is None and dense is None and experts is None:
             raise UnsupportedModelError(f"layers.{self.number}: {reason}")
         if attention is None:
@@ -157,7 +178,7 @@ class _LayerBuilder:
                     continue
                 raise UnsupportedModelError(
                     f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found ({name}), three-dimensional "
-                    "parameters behind the experts interface were expected; use transformers 5 or later for mixture-of-experts models"
+                    f"parameters behind the experts interface were expected; {_experts_advice()}"
                 )
         three = [
             name
@@ -167,7 +188,7 @@ class _LayerBuilder:
         if three and not _experts_of(self.layer):
             raise UnsupportedModelError(
                 f"layers.{self.number}.experts: three-dimensional experts without the experts interface were found ({three[0]}); "
-                "use transformers 5 or later for mixture-of-experts models"
+                f"{_experts_advice()}"
             )
 
     def _groups(self, maps: dict[str, Projection]) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
@@ -212,7 +233,7 @@ class _LayerBuilder:
             found = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 ATTENTION_SITES,
-                f"{self.name} has an incomplete attention ({found}); q, k, v (or qkv) and o were expected: pass sites={{...}}",
+                f"{self.name} has an incomplete attention ({found}); q, k, v (or qkv) and o were expected: {SAY_SITES}",
             )
             return None
         output = self._place("o", paths["o"], "input")
@@ -265,7 +286,7 @@ class _LayerBuilder:
             self._refuse(
                 MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
                 f"{self.name} has an incomplete feed-forward part ({found}; activation function "
-                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: pass sites={...}",
+                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: {SAY_SITES}",
                 prefix,
             )
             return None

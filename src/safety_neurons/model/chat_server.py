@@ -25,8 +25,38 @@ GIVE_UP = 5
 """Requests in a row that could not reach the server after which later ones are tried once only."""
 
 
+FILTERED = "content_filter"
+"""Why a reply ends that the server's filter held back, or whose request it refused."""
+_FILTERS = frozenset({"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "safety", "content_blocked"})
+_UNSUPPORTED = frozenset({"unsupported_parameter", "unsupported_value", "unknown_parameter"})
+_INSTEAD: Mapping[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": None, "seed": None}
+"""What a request is sent with in the place of a field that the server does not take; None leaves it out."""
+_PASSING = frozenset({"rate_limit_exceeded", "server_error", "overloaded", "overloaded_error", "timeout", "internal_server_error"})
+
+
 class ServerError(ModelError):
     """A request that failed for good; the message says why."""
+
+
+class OddReplyError(ServerError):
+    """A reply without an answer in it that could be read."""
+
+
+class _SaidError(Exception):
+    """An error record of the server: its status, what it says, and how it names the reason."""
+
+    def __init__(self, status: int, said: str, record: Any) -> None:
+        super().__init__(said)
+        error = record.get("error") if isinstance(record, dict) else None
+        error = error if isinstance(error, dict) else {}
+        inner = error.get("innererror") if isinstance(error.get("innererror"), dict) else {}
+        self.status, self.field = status, str(error.get("param") or "")
+        self.reasons = {str(value).casefold() for value in (error.get("code"), error.get("type"), inner.get("code")) if value}
+
+    @property
+    def passes(self) -> bool:
+        """Whether to try again: too many requests, or something at the server's side."""
+        return self.status in (408, 409, 425, 429) or self.status >= 500
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,9 @@ class ChatServer:
         offline: Talk to this machine only.
         sleep: How to wait.
 
+    Attributes:
+        changed: Fields of requests that the server does not take, and under which name they are sent instead; None where they are left out.
+
     Raises:
         UsageError: No http or https address, or one of another machine with `offline`.
     """
@@ -95,25 +128,49 @@ class ChatServer:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
         self._unreachable = 0
+        self.changed: dict[str, str | None] = {}
 
     def chat(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> Reply:
         """The server's answer to a conversation.
 
         Args:
             messages: Turns with `role` and `content`.
-            **settings: Further fields of the request, such as `temperature`, `max_tokens` or `seed`.
+            **settings: Further fields of the request, such as `temperature`, `max_tokens` or `seed`; None leaves one out. One that the
+                server names as unsupported is renamed or left out from then on (`changed`).
 
         Raises:
-            ServerError: It did not answer after all tries, refused the request, or answered something else.
+            ServerError: It did not answer after all tries, or refused the request. OddReplyError: It answered something else.
         """
-        record = self._sent(json.dumps({"model": self.model, "messages": [dict(turn) for turn in messages], **settings}).encode())
+        for _ in range(1 + len(_INSTEAD)):
+            fields = {self.changed.get(name, name): value for name, value in settings.items() if value is not None}
+            fields.pop(None, None)  # type: ignore[call-overload]
+            try:
+                record = self._sent(json.dumps({"model": self.model, "messages": [dict(turn) for turn in messages], **fields}).encode())
+            except _SaidError as error:
+                if error.reasons & _FILTERS:
+                    return Reply("", FILTERED)
+                unsupported = error.field in _INSTEAD and error.field in settings and error.field not in self.changed
+                if unsupported and error.reasons & _UNSUPPORTED:
+                    self.changed[error.field] = _INSTEAD[error.field]
+                    continue
+                raise ServerError(str(error)) from None
+            return self._reply(record)
+        raise ServerError(f"{self.url} refuses every form of the request")
+
+    def _reply(self, record: Any) -> Reply:
+        """What a record of the server answers."""
         try:
             choice = record["choices"][0]
             message = choice["message"]
-            text, refusal = message.get("content"), message.get("refusal")
-            return Reply(str(text or ""), str(choice.get("finish_reason") or "stop"), str(refusal or ""))
+            content, refusal, reason = message.get("content"), message.get("refusal"), choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ServerError(f"{self.url} answered without choices[0].message; expected OpenAI's chat completions") from error
+            raise OddReplyError(f"{self.url} answered without choices[0].message; expected OpenAI's chat completions") from error
+        text, refused = _text_of(content)
+        if text is None:
+            raise OddReplyError(f"{self.url} answered with a content of type {type(content).__name__}; expected text or text parts")
+        if not text and message.get("tool_calls") and reason in (None, "stop"):
+            reason = "tool_calls"
+        return Reply(text, str(reason or "stop"), refusal if isinstance(refusal, str) else refused)
 
     def _sent(self, body: bytes) -> Any:
         tries = 1 + (self._retries if self._unreachable < GIVE_UP else 0)
@@ -122,13 +179,21 @@ class ChatServer:
             wait = min(LONGEST_WAIT, self._backoff * 2**attempt)
             try:
                 record = self._once(body)
+                if (error := self._error_within(record)) is not None:
+                    raise error
             except urllib.error.HTTPError as error:
                 self._unreachable = 0
                 with contextlib.closing(error):
-                    why = f"{self.url} answered {error.code} {self._without_key(_said(error))}"
-                    if error.code not in (408, 409, 425, 429) and error.code < 500:
-                        raise ServerError(why) from None
-                    wait = _retry_after(error.headers.get("Retry-After"), wait)
+                    text, record = _said(error)
+                    found = _SaidError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
+                if not found.passes or found.reasons & _FILTERS:
+                    raise found from None
+                why, wait = str(found), _retry_after(error.headers.get("Retry-After"), wait)
+            except _SaidError as error:
+                self._unreachable = 0
+                if not error.passes or error.reasons & _FILTERS:
+                    raise
+                why = str(error)
             except (OSError, http.client.HTTPException) as error:  # lost, refused or late connections
                 self._unreachable += 1
                 reason = getattr(error, "reason", error)
@@ -143,6 +208,18 @@ class ChatServer:
             if attempt + 1 < tries:
                 self._sleep(wait)
         raise ServerError(f"{why}; {tries} tries")
+
+    def _error_within(self, record: Any) -> _SaidError | None:
+        """The error that a reply of status 200 is, with the status that it names itself; one that names none may pass."""
+        if not isinstance(record, dict) or not record.get("error") or record.get("choices"):
+            return None
+        error = record["error"] if isinstance(record["error"], dict) else {}
+        named = [error.get(name) for name in ("status", "code", "status_code")]
+        status = next((int(value) for value in named if str(value).isdigit() and 400 <= int(value) < 600), 0)
+        reasons = {str(error.get(name)).casefold() for name in ("code", "type") if error.get(name)}
+        status = status or (503 if not reasons or reasons & _PASSING else 400)
+        text = self._without_key(_message_of(record, "an error"))
+        return _SaidError(status, f"{self.url} answered 200 with an error: {text}", record)
 
     def _key(self) -> str:
         return os.environ.get(self._key_variable, "").strip()
@@ -170,16 +247,46 @@ def is_local(host: str) -> bool:
         return False
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the server says of an error, in one line."""
+def _text_of(content: Any) -> tuple[str | None, str]:
+    """The text of a reply's content, which may be a list of parts, and what its parts refuse; None where it is neither."""
+    if content is None or isinstance(content, str):
+        return content or "", ""
+    if not isinstance(content, list):
+        return None, ""
+    texts, refusals = [], []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+            refusals.append(part["refusal"])
+        elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
+            inner = part.get("text")
+            inner = inner.get("value") if isinstance(inner, dict) else inner
+            if not isinstance(inner, str):
+                return None, ""
+            texts.append(inner)
+    return "".join(texts), "".join(refusals)  # parts of other kinds are thoughts, tools and images, which are no text
+
+
+def _said(error: urllib.error.HTTPError) -> tuple[str, Any]:
+    """What the server says of an error, in one line, and its record where it is JSON."""
     try:
-        text = error.read(2000).decode("utf-8", "replace")
+        text = error.read(1 << 16).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        return str(error.reason), None
+    try:
         record = strict_json.loads(text, lenient=True)
+    except ValueError:
+        return " ".join(text.split())[:200] or str(error.reason), None
+    return _message_of(record, text) or str(error.reason), record
+
+
+def _message_of(record: Any, otherwise: str) -> str:
+    """The message of an error record, in one line."""
+    text = otherwise
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
         text = str(record["error"]["message"] if isinstance(record.get("error"), dict) else record.get("error") or record["message"])
-    return " ".join(text.split())[:200] or str(error.reason)
+    return " ".join(text.split())[:200]
 
 
 def _retry_after(value: str | None, otherwise: float) -> float:

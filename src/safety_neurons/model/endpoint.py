@@ -1,11 +1,12 @@
 """Endpoint: completions from an OpenAI-compatible server (vLLM, SGLang, …) in the place of a model in memory."""
 
 import concurrent.futures
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from safety_neurons.errors import UsageError
-from safety_neurons.model.chat_server import ChatServer
+from safety_neurons.model.chat_server import FILTERED, ChatServer, OddReplyError
 from safety_neurons.model.language_model import Texts
 from safety_neurons.model.measures import BatchSize, Progress
 from safety_neurons.prompts import Prompt, as_prompts
@@ -14,7 +15,14 @@ from safety_neurons.results import Completion, Completions, conversation_of
 CONCURRENT = 8
 _GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
 """Of vLLM and SGLang: an answer that is begun is gone on with. Other servers refuse the request rather than begin another answer."""
-_FILTERED = frozenset({"content_filter", "safety"})
+_ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_string"})
+_CUT = frozenset({"length", "max_tokens", "model_length"})
+_UNREADABLE = "unreadable"
+_MEANING = {
+    FILTERED: "were held back by the server's content filter",
+    "tool_calls": "call a tool in the place of an answer",
+    _UNREADABLE: "could not be read",
+}
 
 
 class Endpoint:
@@ -24,6 +32,8 @@ class Endpoint:
         url: Up to and with the version, then the model's name on the server: `http://localhost:8000/v1#MODEL`.
         model: Name of the model, where it does not stand behind the address.
         system: System prompt for prompts that bring none.
+        request: Entries of every request that go before those of a call; None leaves one out, such as
+            `{"max_tokens": None, "temperature": None, "max_completion_tokens": 512}`.
         think_end: Text that ends the model's thinking, where it is none of the marks that are known.
         **connection: As `ChatServer` takes them: key_variable, timeout, retries, backoff, offline.
 
@@ -32,13 +42,21 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, model: str | None = None, *, system: str | None = None, think_end: str | None = None, **connection: Any
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        system: str | None = None,
+        request: Mapping[str, Any] | None = None,
+        think_end: str | None = None,
+        **connection: Any,
     ) -> None:
         address, _, named = url.partition("#")
         self.model = model or named
         if not self.model:
             raise UsageError(f"endpoint {url!r} names no model; expected it behind the address, such as http://localhost:8000/v1#MODEL")
         self.system = system
+        self.request = dict(request or {})
         self.think_end = think_end or None
         self._server = ChatServer(address, self.model, **{"timeout": 120.0, **connection})
 
@@ -85,31 +103,36 @@ class Endpoint:
             **settings: Further entries of the request, such as `stop`.
 
         Returns:
-            One completion a prompt, in the order of the prompts; `token_ids` are not known.
+            One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or answer that the server's filter
+            holds back, a call of a tool and a reply that cannot be read are completions without text: `meta` has the server's
+            `finish_reason`, judges leave them unscored, and the notes say how many there are.
 
         Raises:
-            ServerError: The server cannot be reached, refuses a request, or answers in another shape.
+            ServerError: The server cannot be reached, refuses a request for another reason, or gives no answer that can be read.
         """
         asked = as_prompts(prompts)
         before = {completion.prompt_id: completion for completion in done or ()}
         results = {
             index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before and before[prompt.id].answers(prompt)
         }
-        body = {"max_tokens": max_new_tokens, "temperature": temperature if sample else 0.0, "seed": seed, **settings}
+        body = {"max_tokens": max_new_tokens, "temperature": temperature if sample else 0.0, "seed": seed}
         if sample:
             body["top_p"] = top_p
-        filtered = 0
+        body = {**body, **self.request, **settings}
+        unusual: Counter[str] = Counter()
         with concurrent.futures.ThreadPoolExecutor(CONCURRENT if batch_size == "auto" else batch_size) as pool:
             waiting = {pool.submit(self._answer, prompt, body): index for index, prompt in enumerate(asked) if index not in results}
             try:
                 for future in concurrent.futures.as_completed(waiting):
                     index, (text, reason) = waiting[future], future.result()
-                    held = {"finish_reason": reason} if reason in _FILTERED else {}
-                    filtered += bool(held)
+                    odd = {} if reason in _ENDED | _CUT else {"finish_reason": reason}
+                    unusual.update(odd.values())
                     ending = {"think_end": self.think_end} if self.think_end else {}
-                    meta = {**conversation_of(asked[index]), **held, **ending}
-                    cut = "length" if reason == "length" else "stop"
+                    meta = {**conversation_of(asked[index]), **odd, **ending}
+                    cut = "length" if reason in _CUT else "stop"
                     results[index] = Completion(asked[index].id, asked[index].text, text, (), cut, arm, seed, {}, meta)  # type: ignore[arg-type]
+                    if unusual[_UNREADABLE] == len(asked):
+                        raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
                     if answered is not None:
                         answered(results[index])
                     if progress is not None:
@@ -117,8 +140,14 @@ class Endpoint:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if filtered and notes is not None:
-            notes.append(f"{filtered} of {len(asked)} answers were held back by the server's content filter")
+        if notes is not None:
+            notes += [
+                f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}" for reason, count in unusual.items()
+            ]
+            notes += [
+                f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
+                for name, new in self._server.changed.items()
+            ]
         return Completions([results[index] for index in range(len(asked))])
 
     def _turns(self, prompt: Prompt) -> list[dict[str, str]]:
@@ -131,5 +160,8 @@ class Endpoint:
         """Text, and why it ends; a refusal that the server marks as one is the text."""
         turns = self._turns(prompt)
         begun = _GOES_ON if turns[-1]["role"] == "assistant" else {}
-        reply = self._server.chat(turns, **{**begun, **settings})
-        return reply.text or reply.refusal, reply.finish_reason
+        try:
+            reply = self._server.chat(turns, **{**begun, **settings})
+        except OddReplyError:
+            return "", _UNREADABLE
+        return reply.text or reply.refusal, FILTERED if reply.finish_reason == "safety" else reply.finish_reason

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import nn
 
-from safety_neurons.errors import InputError, MismatchError, ModelError
+from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError
 from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.measures import BatchSize, Losses, Progress, Span
 from safety_neurons.model.modes import evaluating
@@ -83,6 +83,7 @@ class LanguageModel:
             raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers, with a config and generate()")
         if adapters is not None and adapters and not is_adapted(model):
             raise ModelError(f"adapters {list(adapters)} of a {type(model).__name__}: expected a PEFT model that holds them")
+        require_weights(model)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.template = template_for(tokenizer, template, system=system, arguments=template_args)
@@ -209,7 +210,12 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """`active`, and in evaluation mode (no dropout) meanwhile."""
+        """`active`, and in evaluation mode (no dropout) meanwhile.
+
+        Raises:
+            UnsupportedModelError: Weights that are not in memory.
+        """
+        require_weights(self.model)
         with self.active(), evaluating(self.model):
             yield
 
@@ -368,3 +374,18 @@ class LanguageModel:
         from safety_neurons.model.likelihood import token_log_probabilities
 
         return token_log_probabilities(self, sequences, spans, batch_size=batch_size)
+
+
+def require_weights(model: nn.Module) -> None:
+    """Refuses a model whose weights accelerate keeps elsewhere and fetches for each layer: here weights are read, hashed and edited.
+
+    Raises:
+        UnsupportedModelError: The message names the first such weight.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if names:
+        count = sum(1 for _ in model.parameters())
+        raise UnsupportedModelError(
+            f"{len(names)} of {count} weights are off-loaded ({names[0]}), and all were expected in memory; load the model without "
+            "cpu_offload or a device_map that off-loads, in a smaller dtype or in 4 bits if it does not fit"
+        )

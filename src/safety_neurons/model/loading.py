@@ -8,12 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
-from safety_neurons.model.adapters import adapter_config, attach, check_one_kind, first_line, kind_of, merge
-from safety_neurons.model.folders import refuse_foreign_shards, refuse_pointers
+from safety_neurons.model.adapters import (
+    adapter_config,
+    attach,
+    check_one_kind,
+    first_line,
+    foreign_base,
+    kind_of,
+    merge,
+    resized_rows,
+    resized_vocabulary,
+)
+from safety_neurons.model.folders import (
+    Weights,
+    read_headers,
+    refuse_claims,
+    refuse_foreign_shards,
+    refuse_pointers,
+    refuse_sizes,
+    weight_files,
+)
 from safety_neurons.model.language_model import LanguageModel
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -134,7 +151,10 @@ def load(
     configs = [adapter_config(folder) for folder in folders[1:]]
     if not merge_adapters:
         check_one_kind(folders[1:], configs)
-    model, tokenizer = _base(folders[0], options)
+    model, tokenizer, notes = _base(folders[0], options)
+    tokenizer = _adapted_tokenizer(tokenizer, folders[1:], options, notes)
+    notes += foreign_base(parsed.base, folders[0], folders[1:], configs)
+    notes += [note for folder in folders[1:] if (note := resized_vocabulary(model, folder))]
     if merge_adapters:
         model = merge(model, folders[1:], configs)
         names: list[str] | None = None
@@ -142,7 +162,7 @@ def load(
         model = attach(model, folders[1:], configs)
         names = [f"a{number}" for number in range(len(configs))] or None
     check_finite(model)
-    return _view(model, tokenizer, parsed, folders, names, view)
+    return _view(model, tokenizer, parsed, folders, names, view, notes)
 
 
 def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -> Pair:
@@ -168,19 +188,31 @@ def load_several(specs: Sequence[str | Path], **options: Any) -> tuple[list[Lang
     settings = _options(options)
     found = [_folders(spec, settings) for spec in parsed]
     kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
-    if len({folders[0] for folders in found}) > 1 or len(kinds) > 1 or settings.merge_adapters:
+    if len({folders[0] for folders in found}) > 1 or len(kinds) > 1 or settings.merge_adapters or _vocabularies(found) > 1:
         models = [load(spec, **options, **view) for spec in specs]
         for other in models[1:]:
             check_pair(models[0], other)
         return models, False
     needed = list(dict.fromkeys(folder for folders in found for folder in folders[1:]))
     names = {folder: f"a{number}" for number, folder in enumerate(needed)}
-    model, tokenizer = _base(found[0][0], settings)
-    model = attach(model, needed, [adapter_config(folder) for folder in needed])
+    model, tokenizer, notes = _base(found[0][0], settings)
+    configs = [adapter_config(folder) for folder in needed]
+    notes += foreign_base(parsed[0].base, found[0][0], needed, configs)
+    notes += [note for folder in needed if (note := resized_vocabulary(model, folder))]
+    model = attach(model, needed, configs)
     check_finite(model)
     adapters = [[names[folder] for folder in folders[1:]] if needed else None for folders in found]
-    views = zip(parsed, found, adapters, strict=True)
-    return [_view(model, tokenizer, spec, folders, mine, view) for spec, folders, mine in views], True
+    views = []
+    for spec, folders, mine in zip(parsed, found, adapters, strict=True):
+        said = list(notes)
+        own_tokenizer = _adapted_tokenizer(tokenizer, folders[1:], settings, said)
+        views.append(_view(model, own_tokenizer, spec, folders, mine, view, said))
+    return views, True
+
+
+def _vocabularies(found: Sequence[Sequence[Path]]) -> int:
+    """How many sizes of vocabulary models have that share a base; more than one cannot be held in one memory."""
+    return len({tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in found})
 
 
 def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:
@@ -231,12 +263,20 @@ def _options(options: dict[str, Any]) -> _Options:
 
 
 def _view(
-    model: nn.Module, tokenizer: Any, spec: ModelSpec, folders: Sequence[Path], names: list[str] | None, view: Mapping[str, Any]
+    model: nn.Module,
+    tokenizer: Any,
+    spec: ModelSpec,
+    folders: Sequence[Path],
+    names: list[str] | None,
+    view: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> LanguageModel:
     folder = folders[0]
     if not (folder / "prompts").is_dir() and (folder.parent / "prompts").is_dir():
         folder = folder.parent
-    return LanguageModel(model, tokenizer, **view, name=str(spec), adapters=names, folder=folder)
+    lm = LanguageModel(model, tokenizer, **view, name=str(spec), adapters=names, folder=folder)
+    lm.notes[:0] = notes
+    return lm
 
 
 def _parts(text: str) -> list[str]:
@@ -320,43 +360,106 @@ def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **o
     if parsed.adapters:
         raise UsageError(f"model {str(parsed)!r}: expected one without adapters here; merge them into a folder first")
     folder = _folders(parsed, settings)[0]
-    model, tokenizer = _base(folder, settings, kind)
+    model, tokenizer, _ = _base(folder, settings, kind)
     check_finite(model)
     return model, tokenizer, folder
 
 
-def _base(folder: Path, options: _Options, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any]:
+def _base(folder: Path, options: _Options, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any, list[str]]:
+    """A model without adapters, its tokenizer, and what is to be noted of its files."""
     _check_folder(folder)
+    weights = read_headers(weight_files(folder))
+    config = refuse_claims(folder / "config.json", weights)
     tokenizer = _tokenizer(folder, options)
     import transformers
 
-    device = _device(options)
-    arguments = _arguments(options)
+    device, arguments, dtype = _device(options), _arguments(options), _dtype(options.dtype)
+    what = "a causal language model" if kind == "AutoModelForCausalLM" else kind.removeprefix("AutoModelFor").removeprefix("Auto")
+    shared = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     try:
         with quiet():
+            with torch.device("meta"):
+                described = transformers.AutoConfig.from_pretrained(str(folder), **shared)
+                planned = getattr(transformers, kind).from_config(described, trust_remote_code=options.trust_remote_code)
+            refuse_sizes(folder, planned, weights, quantised="quantization_config" in config)
             loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
-                dtype=_dtype(options.dtype),
+                dtype=dtype,
                 use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error here, in a line that names them
+                **shared,
                 **arguments,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        what = "a causal language model" if kind == "AutoModelForCausalLM" else kind.removeprefix("AutoModelFor").removeprefix("Auto")
-        raise ModelError(f"{folder}: cannot be loaded as {what} ({first_line(error)}); {_WHOLE}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # a checkpoint's own code, or any of several libraries
+        raise ModelError(f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}") from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}); expected all of them")
-    if wrong := list(info.get("mismatched_keys") or ()):
-        raise MismatchError(f"{folder}: {len(wrong)} weights do not fit config.json ({wrong[0]}); expected the shapes it states")
+    notes = _check_read(folder, info, weights, "" if kind == "AutoModelForCausalLM" else getattr(model, "base_model_prefix", ""))
     if device is not None:
         try:
             model = model.to(device)
         except RuntimeError as error:
             raise ModelError(f"{folder}: cannot be put on {device} ({first_line(error)})") from error
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, notes
+
+
+_HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|embed_positions\.weights)$")
+_VALUE_HEAD = re.compile(r"^v_head\.")
+
+
+def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix: str) -> list[str]:
+    """Refuses weights that are missing, of another shape, or in the files and not in the model; what is harmless there is a note.
+
+    Args:
+        folder: For the message.
+        info: What transformers says of them.
+        weights: The tensors of the files.
+        prefix: Of models that are no language models: where the decoder's weights begin; heads for other uses lie outside it.
+
+    Raises:
+        MismatchError: Another shape. ModelError: Missing or unread ones; the message names the first.
+    """
+    missing, unread = sorted(info["missing_keys"]), sorted(key for key in info["unexpected_keys"] if not _is_mask(key, weights))
+    if wrong := sorted(info.get("mismatched_keys") or ()):
+        name, found, expected = wrong[0]
+        what = f"{name} is {list(found)} in the files and {list(expected)} by config.json"
+        raise MismatchError(f"{folder}: {len(wrong)} weights do not fit config.json ({what}); expected the shapes it states")
+    if missing:
+        also = f", and {len(unread)} are there that it does not have ({unread[0]})" if unread else ""
+        raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}){also}; expected all of them")
+    heads = [key for key in unread if _VALUE_HEAD.match(key) or (prefix and not key.startswith(f"{prefix}."))]
+    lost = [key for key in unread if key not in heads]
+    if lost:
+        adapter = any("lora_" in key or "ia3_" in key for key in lost)
+        advice = (
+            "they are an adapter's: merge it, or keep it in a folder of its own and write MODEL+ADAPTER"
+            if adapter
+            else "expected a config.json that describes every weight (layers, biases); correct it, or take them out of the files"
+        )
+        raise ModelError(
+            f"{folder}: {len(lost)} weights of the files are not in the model that config.json describes ({lost[0]}); {advice}"
+        )
+    return [f"{folder.name}: {len(heads)} weights of a head for another use are left out ({heads[0]})"] if heads else []
+
+
+def _is_mask(key: str, weights: Weights) -> bool:
+    """Whether a tensor that a model does not have is a constant which older checkpoints hold: a causal mask, frequencies, positions."""
+    shape = weights.shapes.get(key) or next((found for name, found in weights.shapes.items() if key.endswith(f".{name}")), ())
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return _HARMLESS.search(key) is not None or (square and key.endswith((".bias", "attn.mask")))
+
+
+def _said(error: Exception) -> str:
+    """What another library says, without its advice where that is not for here."""
+    return "it brings code of its own" if "trust_remote_code" in str(error) else first_line(error)
+
+
+def _advice(error: Exception, otherwise: str) -> str:
+    if "trust_remote_code" not in str(error):
+        return otherwise
+    return "that code is run only where it is asked for: read it, then pass --trust-remote-code (in Python trust_remote_code=True)"
 
 
 _WHOLE = "expected whole safetensors files of an architecture this transformers knows: copy or download the folder again, or update it"
@@ -383,14 +486,46 @@ def _check_folder(folder: Path) -> None:
         adapter = (folder / "adapter_config.json").is_file()
         advice = f"this is an adapter: write BASE+{folder}" if adapter else "expected the folder of a model in Hugging Face layout"
         raise ModelError(f"{folder}: no config.json; {advice}")
-    if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-        why = "its weights are a pickle, which can run code: convert them to safetensors" if pickled else "expected model.safetensors"
-        raise ModelError(f"{folder}: no safetensors file; {why}")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: holds an adapter beside a model, and which is meant cannot be told; expected two folders, written MODEL+ADAPTER"
+        )
+    weight_files(folder)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
+
+
+def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Options, notes: list[str]) -> Any:
+    """The tokenizer to use with adapters: the last one that lies in an adapter's folder, since the adapter was trained with it.
+
+    Notes get a line where it differs from the base model's in its words or its chat template.
+    """
+    for folder in adapters:
+        template = next((path for path in (folder / "chat_template.jinja",) if path.is_file()), None)
+        if not _has_tokenizer(folder):
+            if template is not None:
+                notes.append(f"{folder.name}: its chat template is not used, since no tokenizer lies beside it; pass it with --template")
+            continue
+        if (folder / "config.json").is_file():
+            refuse_claims(folder / "config.json")  # transformers reads it to learn of the tokenizer's kind
+        own = _tokenizer(folder, options)
+        differs = [
+            *(["its words"] if own.get_vocab() != tokenizer.get_vocab() else []),
+            *(["its chat template"] if (own.chat_template or None) != (tokenizer.chat_template or None) else []),
+        ]
+        if differs and own.chat_template is None and tokenizer.chat_template is not None:
+            own.chat_template = tokenizer.chat_template
+            differs.remove("its chat template")
+        if differs:
+            notes.append(f"{folder.name}: the tokenizer in the adapter's folder is used, which differs in {' and '.join(differs)}")
+            tokenizer = own
+    return tokenizer
 
 
 def _tokenizer(folder: Path, options: _Options) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
+    if not _has_tokenizer(folder):
         raise ModelError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model beside the weights")
     import transformers
 
@@ -398,7 +533,7 @@ def _tokenizer(folder: Path, options: _Options) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception
         expected = "expected the tokenizer's whole files: copy or download the folder again"
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); {expected}") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_said(error)}); {_advice(error, expected)}") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

@@ -28,6 +28,7 @@ from safety_neurons.model.parts import Anatomy, AttentionAnatomy, LayerAnatomy, 
 from safety_neurons.model.places import SitePlace, full_bias, full_weight
 from safety_neurons.model.probe import TOKENS, Probe, Seen, same
 from safety_neurons.model.proof_attention import settle_attention
+from safety_neurons.model.vocabulary import SAY_SITES
 from safety_neurons.neurons import MLP_SITES
 
 GATE_ROWS = 64
@@ -164,9 +165,7 @@ def _linear(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fault(place: SitePlace, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{place.key} ({place.module_name}) could not be proved: {what}; pass sites={{...}} or layouts={{...}} that say where it is"
-    )
+    return UnsupportedModelError(f"{place.key} ({place.module_name}) could not be proved: {what}; {SAY_SITES}")
 
 
 def _check_partition(places: list[SitePlace], seen: Seen) -> None:

@@ -16,6 +16,7 @@ from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.layouts import QKV_LAYOUTS, Layout, split_qkv
 from safety_neurons.model.parts import Anatomy, AttentionAnatomy
 from safety_neurons.model.probe import Probe, tolerance
+from safety_neurons.model.vocabulary import SAY_SITES
 
 _CHANGES = ("queries of the first token", "queries of the last token", "keys of the first token")
 
@@ -59,7 +60,7 @@ def _refuse_rest(anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons
                 f"layers.{layer}: {reason}; leave layouts={{'qkv': ...}} out or pass another of {', '.join(QKV_LAYOUTS)}"
             )
         for site in "qkv":
-            refused[attention.places[site].key] = f"{reason}; pass sites={{...}} or layouts={{'qkv': ...}} that say where they are"
+            refused[attention.places[site].key] = f"{reason}; {SAY_SITES}"
     return replace(anatomy, refused=refused)
 
 

@@ -36,3 +36,10 @@ def role_of(name: str, roles: dict[str, tuple[str, ...]]) -> str | None:
     """The role of a projection from the last part of its path."""
     last = name.rpartition(".")[2]
     return next((role for role, names in roles.items() if last in names), None)
+
+
+SAY_SITES = (
+    "the command line has no option for that; in Python say where they are: "
+    "model.anatomy = prove(resolve(model.model, sites={'q': PATH, …})), of safety_neurons.model.anatomy"
+)
+"""What to do about a site whose place cannot be told."""
