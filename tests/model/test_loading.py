@@ -392,7 +392,7 @@ def test_a_model_with_an_adapter_in_its_folder_is_refused(base, tmp_path):
 def test_code_of_a_checkpoint_names_the_option_that_runs_it(base, tmp_path):
     folder = _configured(_copy(base, tmp_path / "own"), auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, model_type="own")
     (folder / "own.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ModelError, match=r"pass --trust-remote-code \(in Python trust_remote_code=True\)") as error:
+    with pytest.raises(ModelError, match=r"pass --trust-remote-code \(trust_remote_code in Python\)") as error:
         load(folder)
     assert _one_line(error)
 
