@@ -49,7 +49,8 @@ class _SaidError(Exception):
         super().__init__(said)
         error = record.get("error") if isinstance(record, dict) else None
         error = error if isinstance(error, dict) else {}
-        inner = error.get("innererror") if isinstance(error.get("innererror"), dict) else {}
+        within = error.get("innererror")
+        inner = within if isinstance(within, dict) else {}
         self.status, self.field = status, str(error.get("param") or "")
         self.reasons = {str(value).casefold() for value in (error.get("code"), error.get("type"), inner.get("code")) if value}
 
@@ -143,7 +144,7 @@ class ChatServer:
         """
         for _ in range(1 + len(_INSTEAD)):
             fields = {self.changed.get(name, name): value for name, value in settings.items() if value is not None}
-            fields.pop(None, None)  # type: ignore[call-overload]
+            fields.pop(None, None)
             try:
                 record = self._sent(json.dumps({"model": self.model, "messages": [dict(turn) for turn in messages], **fields}).encode())
             except _SaidError as error:
@@ -214,8 +215,8 @@ class ChatServer:
         if not isinstance(record, dict) or not record.get("error") or record.get("choices"):
             return None
         error = record["error"] if isinstance(record["error"], dict) else {}
-        named = [error.get(name) for name in ("status", "code", "status_code")]
-        status = next((int(value) for value in named if str(value).isdigit() and 400 <= int(value) < 600), 0)
+        named = [str(error.get(name)) for name in ("status", "code", "status_code")]
+        status = next((int(value) for value in named if value.isascii() and value.isdigit() and 400 <= int(value) < 600), 0)
         reasons = {str(error.get(name)).casefold() for name in ("code", "type") if error.get(name)}
         status = status or (503 if not reasons or reasons & _PASSING else 400)
         text = self._without_key(_message_of(record, "an error"))
