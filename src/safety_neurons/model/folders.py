@@ -1,4 +1,4 @@
-"""Folders of checkpoints as they lie on disk: whether the files are the files and could hold what config.json claims; and what they hold."""
+"""Folders of checkpoints as they lie on disk: whether the files are whole and could hold what config.json claims; and what they hold."""
 
 import math
 import re
