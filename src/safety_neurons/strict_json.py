@@ -102,7 +102,7 @@ class _Reader:
         if len(text) > MOST_VALUES and sum(map(text.count, "[{,")) > MOST_VALUES:
             raise RefusedJSON("too_large", f"more than {MOST_VALUES:,} values")
         self._text, self._depth, self._lenient, self._pass_doubled = text, depth, lenient, doubled
-        numbers = {"parse_int": self._whole, "parse_float": self._decimal} if _LONG_NUMBER.search(text) else {}
+        numbers: dict[str, Any] = {"parse_int": self._whole, "parse_float": self._decimal} if _LONG_NUMBER.search(text) else {}
         self._decoder = json.JSONDecoder(parse_constant=float if constants else self._constant, object_pairs_hook=self._object, **numbers)
 
     def read(self, at: int) -> tuple[Any, int]:

@@ -39,6 +39,15 @@ def test_the_question_is_what_the_model_is_asked_and_loss_is_on_the_answer_and_i
     assert example.ids.count(1) == 1, "one BOS"
 
 
+@pytest.mark.parametrize("answer", ["sorry", " sorry", "sorry \n", "\n sorry i \n\n", "sorry\r\n"])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"), None])
+def test_an_answer_is_learnt_to_the_character(answer, template):
+    model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
+    _, behind, _ = model.template.answered(model.tokenizer, Prompt("0", "how do i", answer=answer), answer)
+    assert behind.endswith(answer)
+    assert not behind.removesuffix(answer).strip()
+
+
 def test_a_base_model_gets_the_stated_plain_template(base):
     (example,) = tuning_examples(Prompts([REFUSAL]), base)
     shown = " ".join(words(base, example.ids))

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from safety_neurons import strict_json
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -61,7 +63,7 @@ class Streams:
     @property
     def result(self) -> Any:
         """The object that a command with `--json` printed, where it was caught; otherwise None."""
-        return json.loads(self.text) if self.text else None
+        return strict_json.loads(self.text) if self.text else None
 
 
 _OURS: list[Streams] = []

@@ -79,6 +79,8 @@ class Template:
         except InputError:  # some templates take the thoughts out of an answer; it is learnt whole all the same
             opened = ""
         behind = opened[len(asked) :] if opened.startswith(asked) and opened.rstrip().endswith(answer.rstrip()) else None
+        if behind is not None and not behind.endswith(answer):  # templates cut white space at the end of an answer, which is part of it
+            behind = behind.rstrip() + answer[len(answer.rstrip()) :]
         if behind is None:
             mark = end_of_opened(asked)
             behind = without_start(answer).lstrip("\n") if mark and answer_alone(answer) else answer

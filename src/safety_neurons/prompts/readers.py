@@ -72,11 +72,10 @@ def as_prompts(source: Source) -> Prompts:
     if isinstance(source, os.PathLike):
         return prompts(source)
     if not isinstance(source, Mapping) and not hasattr(source, "columns"):
-        source = _listed(source)
-        if source and all(isinstance(item, str) for item in source):
-            return _of_texts(source)
-        if not source:
-            return Prompts([])
+        items: list[Any] = _listed(source)
+        if all(isinstance(item, str) for item in items):
+            return _of_texts(items)
+        source = items
     return _in_memory(source, None, None, None, whole=True)
 
 

@@ -115,15 +115,18 @@ class _Reader:
         if isinstance(row, Prompt):
             return row
         if isinstance(row, Unread):
-            return self._leave(row.why, number)
+            self._leave(row.why, number)
+            return None
         row, plan = self._opened(row)
         if not (plan.prompt or plan.conversation or plan.pair):
-            return self._leave("no known column for the prompt", number)
+            self._leave("no known column for the prompt", number)
+            return None
         self._number = number
         try:
             column, turns = self._asked(row, plan)
         except (_Unusable, UnreadableTurnError) as error:
-            return self._leave(str(error), number)
+            self._leave(str(error), number)
+            return None
         turns, answer, answered_by = self._with_answer(row, plan, column, turns)
         text = request_of(turns)
         if not text.strip():

@@ -19,7 +19,6 @@ MOST_ROWS = 1_000_000
 _FIELD_LIMIT = threading.Lock()
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
 _ESCAPED_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
-_NOTHING_QUOTED = csv.QUOTE_NONE
 
 
 class Unread(NamedTuple):
@@ -86,7 +85,8 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> I
         yield from _listed(strict_json.each(text, lenient=True), name, column)
         notes.append("named .jsonl but holds one JSON array; read as such")
         return
-    commas, values = 0, []
+    commas = 0
+    values: list[Any] = []
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
@@ -439,7 +439,7 @@ class _Cells:
             ) from None
         self._give_back()
         self._loose = self._loose or at
-        return self._next(csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=_NOTHING_QUOTED))
+        return self._next(csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=csv.QUOTE_NONE))
 
     def _give_back(self) -> None:
         """Puts back every line of the row but its first."""

@@ -148,7 +148,7 @@ def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) ->
 def ordered_header(content: bytes) -> bytes:
     """The same safetensors file with the names in its header in order; the library writes metadata in a random one."""
     length = struct.unpack("<Q", content[:8])[0]
-    header = json.loads(content[8 : 8 + length])
+    header = strict_json.loads(content[8 : 8 + length])
     header = {name: dict(sorted(entry.items())) if name == "__metadata__" else entry for name, entry in sorted(header.items())}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format wants tensors at multiples of eight
