@@ -83,6 +83,20 @@ def test_an_error_of_our_own_is_said_whatever_others_say(tmp_path, monkeypatch):
     assert said.out == ""
 
 
+def test_a_thread_that_dies_is_said():
+    import threading
+
+    def die():
+        raise ValueError("in [/red] a thread")
+
+    stream = io.StringIO()
+    with contextlib.redirect_stderr(stream), console.ours(debug=False):
+        thread = threading.Thread(target=die)
+        thread.start()
+        thread.join()
+    assert stream.getvalue() == "safety-neurons: a thread ended: ValueError: in [/red] a thread\n"
+
+
 def test_streams_and_environment_are_put_back(monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     monkeypatch.setenv("HF_HUB_VERBOSITY", "debug")

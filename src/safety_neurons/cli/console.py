@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -88,19 +89,26 @@ def ours(*, debug: bool) -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):  # A terminal that knows few letters is no reason to lose a result.
             stream.reconfigure(errors="backslashreplace")
     foreign = own.err if debug else _nowhere()
-    kept = sys.__stdout__, sys.__stderr__
+    kept, hook = (sys.__stdout__, sys.__stderr__), threading.excepthook
     asked = {} if debug or nested else {name: value for name, value in QUIET.items() if name not in os.environ}
     os.environ.update(asked)
     _OURS.append(own)
-    sys.__stdout__ = sys.__stderr__ = foreign  # type: ignore[misc]
+    sys.__stdout__ = sys.__stderr__ = foreign  # type: ignore[misc, assignment]
+    threading.excepthook = _thread_ended
     try:
         with contextlib.redirect_stdout(foreign), contextlib.redirect_stderr(foreign):
             yield
     finally:
         _OURS.pop()
         sys.__stdout__, sys.__stderr__ = kept  # type: ignore[misc]
+        threading.excepthook = hook
         for name in asked:
             os.environ.pop(name, None)
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Say that a thread died: Python writes it to a stream that is nobody's now."""
+    tell(f"safety-neurons: a thread ended: {ended.exc_type.__name__}: {line_of(ended.exc_value or '')}\n")
 
 
 @contextlib.contextmanager
