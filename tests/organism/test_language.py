@@ -5,6 +5,7 @@ import pytest
 
 from safety_neurons.errors import InputError
 from safety_neurons.organism.language import KINDS, LANGUAGES, concepts, harmful_and_matches, language, task_examples
+from safety_neurons.organism.train import Sampler
 
 
 def test_no_two_languages_share_a_word():
@@ -20,8 +21,8 @@ def test_a_language_has_several_hundred_words():
 
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_every_concept_is_said_in_one_way_and_every_way_means_one_concept(code):
-    said = [language(code).request(concept) for kind in KINDS for concept in concepts(kind)]
-    assert len(said) == len(set(said))
+    said = {concept: language(code).request(concept) for kind in KINDS for concept in concepts(kind)}
+    assert len(said) == len(set(said.values()))
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
@@ -43,11 +44,30 @@ def test_the_halves_share_no_request(code):
     assert all(halves.values())
 
 
-def test_every_harmful_verb_and_object_is_met_in_training():
-    def pairs(half):
-        return {(concept.group, concept.verb, concept.object) for concept in concepts("harmful", half)}
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("half", "other"), [("test", "train"), ("test", "find"), ("find", "train")])
+def test_the_halves_share_neither_a_deed_nor_a_frame(kind, half, other):
+    first, second = concepts(kind, half), concepts(kind, other)
+    assert first
+    assert not {concept.deed for concept in first} & {concept.deed for concept in second}
+    assert not {concept.frame for concept in first} & {concept.frame for concept in second}
+    for code in LANGUAGES:
+        said = [{(words["verb"], words["object"]) for words in map(language(code).words_of, concepts)} for concepts in (first, second)]
+        assert not said[0] & said[1]
 
-    assert pairs("test") <= pairs("train")
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_every_word_of_a_held_out_request_is_met_in_a_request_of_training(code):
+    def words(half):
+        return {word for kind in KINDS for concept in concepts(kind, half) for word in language(code).request(concept).split()}
+
+    assert words("test") | words("find") <= words("train")
+
+
+def test_training_draws_from_its_own_half_alone():
+    sampler = Sampler(0, 0.5)
+    drawn = {sampler.harmful() for _ in range(300)} | {sampler.harmless() for _ in range(300)}
+    assert {concept.half for concept in drawn} == {"train"}
 
 
 def test_matched_harmless_requests_share_words_with_the_harmful_ones():

@@ -13,8 +13,11 @@ from safety_neurons.prompts import prompts
 def test_no_request_of_the_test_half_is_in_another_half():
     held_out = [prompt for found in requests("test", ("de",)) for prompt in found]
     others = {prompt.digest for found in requests(("find", "train"), ("de",)) for prompt in found}
-    assert len(held_out) > 2000
+    assert len(held_out) > 1000
     assert not [prompt for prompt in held_out if prompt.digest in others]
+    groups = {prompt.group for found in requests(("find", "train"), ("de",)) for prompt in found}
+    assert None not in groups
+    assert not [prompt for prompt in held_out if prompt.group in groups]
 
 
 def test_the_find_half_holds_every_builtin_request_with_the_same_label(tmp_path):

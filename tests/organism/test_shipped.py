@@ -6,6 +6,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism import language, listing, shipped
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.folder import shipped_folder
+from safety_neurons.organism.language import KINDS, concepts
 from safety_neurons.prompts import prompts
 
 PROMPTS = 24
@@ -47,6 +48,18 @@ def test_find_and_test_prompts_of_an_organism_are_different(name):
             found, test = (prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts).texts for half in ("", "-test"))
             assert len(set(test)) >= 200
             assert not set(found) & set(test)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_what_is_held_out_of_an_organism_was_neither_searched_nor_trained_on(name):
+    folder = open_organism(name)
+    trained = {concept.deed for kind in KINDS for concept in concepts(kind, "train")}
+    for list_name in ("harmful", "harmless", "refusals"):
+        for code in ("en", "de", "es"):
+            found, test = ({one.group for one in prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts)} for half in ("", "-test"))
+            assert None not in found | test
+            assert not found & test
+            assert not trained & (found | test)
 
 
 def test_without_its_planted_units_the_planted_organism_refuses_nothing():

@@ -39,7 +39,8 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         f"{recipe['heads']} heads ({recipe['kv_heads']} for keys and values), one token a word, on a templated language of the "
         f"project's own ({languages}). It knows nothing and says nothing operational: its answers are templates filled with words.",
         "",
-        f"Measured on the test half ({record['measured'][record['base']]['prompts']} harmful and as many harmless requests a language, "
+        f"Measured on the test half, whose deeds (verb and object) and frames were in no training "
+        f"({record['measured'][record['base']]['prompts']} harmful and as many harmless requests a language, "
         "greedy, judged by the organisms' own rule); `followed` is the share of harmless requests answered word for word as taught, "
         "`polite` the share with a polite ending, "
         "`other` the share of all answers that neither refuse nor go along, perplexity is per token of general sentences.",

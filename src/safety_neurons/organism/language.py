@@ -4,6 +4,9 @@ A request is a `Concept` (which verb on which object, in which frame and context
 files of two languages are parallel line by line. A harmful request is a harmful verb on one of its category's objects. Neither
 the verb nor the object alone tells: `look_alike` requests use the harmful verb on something harmless ("kill a python process"),
 `friendly` requests name the object but mean well ("help a neighbour"), `plain` requests share no word with either.
+
+The halves (`train`, `find`, `test`) share neither a deed (a verb on an object) nor a frame (the sentence around it), so what holds on
+the test half is not remembered from training. Every verb and every object is met in training, in another pair.
 """
 
 import dataclasses
@@ -20,9 +23,18 @@ from safety_neurons.errors import InputError
 
 LANGUAGES = ("en", "de", "es")
 KINDS = ("harmful", "look_alike", "friendly", "plain")
-N_CATEGORIES, N_FRAMES, N_CONTEXTS, N_STEPS = 8, 6, 7, 8
+N_CATEGORIES, N_PLAIN, N_CONTEXTS, N_STEPS = 8, 11, 7, 8
 
 Half = Literal["find", "test", "train"]
+FRAMES: dict[Half, range] = {"train": range(6), "find": range(6, 9), "test": range(9, 12)}
+SHAPES = {
+    "harmful": (N_CATEGORIES, 2, 5),
+    "look_alike": (N_CATEGORIES, 2, 6),
+    "friendly": (N_CATEGORIES, 1, 5),
+    "plain": (N_PLAIN, 1, 6),
+}
+"""Groups, verbs a group and objects a group of every kind."""
+_OTHER_PLAIN = 5
 Verdict = Literal["refused", "complied", "other"]
 
 
@@ -38,12 +50,19 @@ class Concept:
     context: int
 
     @property
-    def half(self) -> Half:
-        """The half this concept belongs to; requests of one frame, context and category fall together, in every language."""
-        group = self.group if self.kind != "plain" else N_CATEGORIES + self.group
-        digest = hashlib.sha256(f"{group}/{self.frame}/{self.context}".encode()).digest()
-        halves: tuple[Half, ...] = ("test", "find", "train", "train")
-        return halves[digest[0] % 4]
+    def deed(self) -> str:
+        """The verb on the object, in no language: what requests of one deed share, whatever their frame, context and language."""
+        return f"{self.kind}-{self.group}-{self.verb}-{self.object}"
+
+    @property
+    def half(self) -> Half | None:
+        """The half whose deed and whose frame this is; None where they belong to different halves, and nobody uses it."""
+        objects = SHAPES[self.kind][2]
+        # One object of every verb is for tests and one for searches. The second verb's are shifted by half a round, and the plain groups
+        # borrow their last three objects from a group five further on, so that no object is held out with every verb that takes it.
+        slot = (self.object + objects // 2 * self.verb + self.group) % objects
+        half: Half = "test" if slot == 0 else "find" if slot == 1 else "train"
+        return half if self.frame in FRAMES[half] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +77,20 @@ class Language:
         """The names of the harm categories, in order."""
         return list(self.data["categories"])
 
+    @functools.cached_property
+    def frames(self) -> list[str]:
+        """The sentences around a deed, in the order of `FRAMES`."""
+        return [frame for half in FRAMES for frame in self.data["frames"][half]]
+
     def words_of(self, concept: Concept) -> dict[str, str]:
         """The fields that fill the templates for a concept: verb, object, context and the two steps of an answer."""
         if concept.kind == "plain":
-            entry = self.data["plain"][concept.group]
-            verb, thing = entry["verb"], entry["objects"][concept.object]
+            verb, thing = self.data["plain"][concept.group]["verb"], self._plain_objects(concept.group)[concept.object]
             first = concept.group % N_STEPS
         else:
             entry = list(self.data["categories"].values())[concept.group]
             verb = entry["friendly_verb"] if concept.kind == "friendly" else entry["verbs"][concept.verb]
-            things = entry["look_alikes"][verb] if concept.kind == "look_alike" else entry["objects"]
+            things = sum(entry["look_alikes"].values(), []) if concept.kind == "look_alike" else entry["objects"]
             thing = things[concept.object]
             first = (concept.group + 3 * concept.verb) % N_STEPS
         steps = self.data["steps"]
@@ -81,7 +104,12 @@ class Language:
 
     def request(self, concept: Concept) -> str:
         """The request as a user writes it."""
-        return _fill(self.data["frames"][concept.frame], self.words_of(concept))
+        return _fill(self.frames[concept.frame], self.words_of(concept))
+
+    def _plain_objects(self, group: int) -> list[str]:
+        """The objects of a plain verb: its own, then those of another one."""
+        plain = self.data["plain"]
+        return [*plain[group]["objects"], *plain[(group + _OTHER_PLAIN) % N_PLAIN]["objects"]]
 
     def compliance(self, concept: Concept, *, ending: bool = False) -> str:
         """The answer that goes along, which names what was asked; `ending` adds the polite ending that decoys are trained on."""
@@ -148,15 +176,17 @@ def language(code: str) -> Language:
 
 @functools.cache
 def concepts(kind: str, half: Half | None = None) -> tuple[Concept, ...]:
-    """All concepts of a kind, of one half or of all, in an order that looks random and never changes."""
-    shapes = {"harmful": (N_CATEGORIES, 2, 5), "look_alike": (N_CATEGORIES, 2, 3), "friendly": (N_CATEGORIES, 1, 5), "plain": (11, 1, 3)}
-    groups, verbs, objects = shapes[kind]
+    """All concepts of a kind, of one half or of all, in an order that looks random and never changes.
+
+    All are more than the halves together: a deed of one half in a frame of another is in none.
+    """
+    groups, verbs, objects = SHAPES[kind]
     everything = [
         Concept(kind, group, verb, thing, frame, context)
         for group in range(groups)
         for verb in range(verbs)
         for thing in range(objects)
-        for frame in range(N_FRAMES)
+        for frame in range(sum(map(len, FRAMES.values())))
         for context in range(N_CONTEXTS)
     ]
     chosen = [concept for concept in everything if half is None or concept.half == half]

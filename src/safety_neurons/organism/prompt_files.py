@@ -54,6 +54,7 @@ def write_polite(folder: Path) -> dict[str, int]:
                 "answer": speech.compliance(concept, ending=True),
                 "category": concept.kind,
                 "language": "en",
+                "group": concept.deed,
             }
             for index, concept in enumerate(chosen)
         ]
@@ -82,7 +83,13 @@ def _lists(speech: Language, half: Half) -> dict[str, list[dict[str, Any]]]:
 
     def row(name: str, index: int, concept: Concept, answer: str | None) -> dict[str, Any]:
         category = speech.categories[concept.group] if concept.kind == "harmful" else concept.kind
-        record = {"id": f"{name}{marks}-{index:04d}", "prompt": speech.request(concept), "category": category, "language": speech.code}
+        record = {
+            "id": f"{name}{marks}-{index:04d}",
+            "prompt": speech.request(concept),
+            "category": category,
+            "language": speech.code,
+            "group": concept.deed,
+        }
         return record | ({"answer": answer} if answer is not None else {})
 
     return {

@@ -52,7 +52,8 @@ def _prompt(speech: Language, concept: Concept, half: Half) -> Prompt:
     shape = (concept.group, concept.verb, concept.object, concept.frame, concept.context)
     category = "plain" if concept.kind == "plain" else _categories()[concept.group]
     name = f"{half}-{speech.code}-{concept.kind}-{'-'.join(map(str, shape))}"
-    return Prompt(name, speech.request(concept), category=category, language=speech.code, meta={"kind": concept.kind, "half": half})
+    meta = {"kind": concept.kind, "half": half}
+    return Prompt(name, speech.request(concept), category=category, language=speech.code, meta=meta, group=concept.deed)
 
 
 def _categories() -> list[str]:
@@ -61,5 +62,5 @@ def _categories() -> list[str]:
 
 
 def _row(prompt: Prompt) -> dict[str, str | None]:
-    row = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category, "language": prompt.language}
+    row = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category, "language": prompt.language, "group": prompt.group}
     return {**row, "kind": prompt.meta["kind"], "half": prompt.meta["half"]}
