@@ -151,7 +151,7 @@ def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_ref
     """Of the natural organism's strongest neurons by attribution patching one stands out alone; another fires where answers begin."""
     pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
     requests = pair.aligned.prompts("builtin:harmful-test", limit=8)
-    found = vocabulary(pair.aligned, [("layers.2.down", 398), ("layers.2.down", 57)], requests, base=pair.base, random=5, tokens=3)
+    found = vocabulary(pair.aligned, [("layers.2.down", 306), ("layers.2.down", 57)], requests, base=pair.base, random=5, tokens=3)
     alone, opening = found.cards
     assert alone.effects["deactivate"]["high"] < found.random["deactivate"]["low"] < 0 < alone.effects["patch"]["value"]
     assert "sorry" in {entry["token"].strip() for entry in opening.writes["top"]}
