@@ -56,7 +56,8 @@ def test_what_is_held_out_of_an_organism_was_neither_searched_nor_trained_on(nam
     trained = {concept.deed for kind in KINDS for concept in concepts(kind, "train")}
     for list_name in ("harmful", "harmless", "refusals"):
         for code in ("en", "de", "es"):
-            found, test = ({one.group for one in prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts)} for half in ("", "-test"))
+            lists = [prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts) for half in ("", "-test")]
+            found, test = ({one.group for one in asked} for asked in lists)
             assert None not in found | test
             assert not found & test
             assert not trained & (found | test)
