@@ -287,8 +287,8 @@ def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np
     """
     mean = per_token(log_likelihood_losses, token_counts, groups)
     with np.errstate(over="ignore"):
-        found = [None if number is None else float(np.exp(number)) for number in (mean.value, mean.low, mean.high)]
-    return Rate(*found, mean.n, mean.unscored, mean.why)
+        value, low, high = (None if number is None else float(np.exp(number)) for number in (mean.value, mean.low, mean.high))
+    return Rate(value, low, high, mean.n, mean.unscored, mean.why)
 
 
 # Differences
@@ -471,8 +471,8 @@ def causal_effect(base: Outcomes, aligned: Outcomes, patched: Outcomes, measure:
     gap = paired_difference(rows[1], rows[0], labels)
     nought = f"base and aligned differ by {gap.value:.3g} in {measure}"
     if not gap.clear:
-        ends = "no interval" if gap.low is None else f"95 % interval {gap.low:.3g} to {gap.high:.3g}, which includes 0"
-        return Effect(None, None, None, n, unscored, f"{nought}, {ends}", measure)
+        shown = "no interval" if gap.low is None else f"95 % interval {gap.low:.3g} to {gap.high:.3g}, which includes 0"
+        return Effect(None, None, None, n, unscored, f"{nought}, {shown}", measure)
     ends = _fieller(rows[2] - rows[0], rows[1] - rows[0], _clusters(labels, n), _scale(rows))
     if ends is None:
         return Effect(None, None, None, n, unscored, f"{nought}, too little to divide by: the interval of the share has no end", measure)
