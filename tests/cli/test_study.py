@@ -94,6 +94,7 @@ def test_repair_writes_a_model_with_the_references_neurons(tiny_pair, tmp_path):
     from tiny import tiny_llama_folder
 
     other = tiny_llama_folder(tmp_path / "other", seed=5)
+    (other / "preprocessor_config.json").write_text("{}")
     reference = load(tiny_pair.plain)
     NeuronSet({"layers.0.up": [1, 4], "layers.1.down": [3]}, reference.table).save(tmp_path / "neurons.safetensors")
     line = ["repair", "--model", other, "--reference", tiny_pair.plain, "--neurons", tmp_path / "neurons.safetensors"]
@@ -102,6 +103,7 @@ def test_repair_writes_a_model_with_the_references_neurons(tiny_pair, tmp_path):
     assert done.json["changed"] == done.json["n_entries"] == 3 * 32
     repaired, before = load(done.json["model"]), load(str(other))
     mine, theirs, old = (model.anatomy.place("layers.0.up").weight() for model in (repaired, reference, before))
+    assert (pathlib.Path(done.json["model"]) / "preprocessor_config.json").read_text() == "{}"
     assert mine[[1, 4]].equal(theirs[[1, 4]])
     assert mine[[0, 2, 3]].equal(old[[0, 2, 3]])
     assert "3 neurons put back" in command(*line, "--out", tmp_path / "run").out

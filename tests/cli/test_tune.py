@@ -70,6 +70,23 @@ def test_tuning_gives_the_object_of_the_design(tuned, tiny_pair):
     assert 0 < tuned["survives_cast"] <= 1
 
 
+def test_a_run_that_achieved_nothing_says_so_first_and_a_gate_can_require_it(tiny_pair, data, tmp_path):
+    (tmp_path / "gate.toml").write_text("achieved = true\n")
+    out = tmp_path / "run"
+    words = words_of(tiny_pair, data, "--learning-rate", "1e-9", "--out", out)
+    told = command(*words)
+    assert told.code == 0
+    lines = told.out.strip().splitlines()
+    assert lines[0].startswith("Not achieved: refusals of harmful requests rise by 0 points")
+    gated = command(*words, "--gate", tmp_path / "gate.toml", "--json")
+    assert gated.code == 3
+    assert gated.json["achieved"] is False
+    assert gated.json["gate"]["missed"] == [f"achieved: no ({gated.json['why']})"]
+    kept = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert kept["result"]["achieved"] is False
+    assert kept["result"]["why"] == gated.json["why"]
+
+
 def test_everything_is_in_the_runs_folder(tuned):
     folder = pathlib.Path(tuned["run"])
     assert record(folder)["status"] == "finished"

@@ -45,6 +45,9 @@ def test_refusals_rise_and_over_refusal_is_measured_beside(model, neurons):
     assert tuning.overlap["harmful"] > 0
     assert any(note.endswith("of the harmful prompts measured on were learnt") for note in tuning.notes)
     record = tuning.record()
+    assert record["achieved"] is False
+    assert "no state of the training was sound" in record["why"]
+    assert "Not achieved" in tuning._repr_html_()
     assert record["before"]["divergence"] is None
     assert record["after"]["divergence"] > 0
     assert record["steps"] == tuning.tuned.steps

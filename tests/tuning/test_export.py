@@ -12,10 +12,12 @@ from test_artefacts import changed
 from trained import assert_same_bits, batches, bits, model_of, randomised, some
 
 from families import build
+from safety_neurons import load
 from safety_neurons.errors import MismatchError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.tuning import Delta, applied, apply_delta, attach, delta_of, export_lora, export_merged, merged_base
+from safety_neurons.tuning.export import save_checkpoint
 from tiny import tiny_llama_folder, tiny_tokenizer
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox", "falcon"]
@@ -239,3 +241,55 @@ def changed_tensors(model: LanguageModel, share: float) -> dict[str, torch.Tenso
     with attach(model, some(model, share)) as deltas:
         randomised(deltas.parameters())
         return deltas.tensors()
+
+
+def furnished(folder: pathlib.Path) -> pathlib.Path:
+    """A checkpoint with what real ones hold beside weights."""
+    tiny_llama_folder(folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "USE_POLICY.md", "code/modeling.py", "assets/logo.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    for name in (".git/config", ".cache/x.lock", "__pycache__/a.pyc", "original/consolidated.00.pth", "optimizer.pt", "model.safetensors.index.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"aside")
+    outside = folder.parent / "secret.txt"
+    outside.write_text("not of this folder")
+    (folder / "linked.txt").symlink_to(outside)
+    (folder / "linked").symlink_to(folder.parent)
+    (folder / "inside.md").symlink_to("USE_POLICY.md")
+    return folder
+
+
+def merged_whole(model: LanguageModel, folder: pathlib.Path) -> pathlib.Path:
+    export_merged(folder, model, changed(model))
+    return folder
+
+
+def base_of_lora(model: LanguageModel, folder: pathlib.Path) -> pathlib.Path:
+    adapted = LanguageModel(
+        peft.get_peft_model(model.model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")), model.tokenizer, name=model.name
+    )
+    export_lora(folder, adapted, changed(adapted))
+    return folder / "base"
+
+
+def whole(model: LanguageModel, folder: pathlib.Path) -> pathlib.Path:
+    save_checkpoint(folder, model)
+    return folder
+
+
+@pytest.mark.parametrize("write", [merged_whole, base_of_lora, whole])
+def test_whatever_the_base_holds_beside_weights_comes_along(write: Any, tmp_path: pathlib.Path) -> None:
+    source = furnished(tmp_path / "base")
+    (source / "model.safetensors.index.json").unlink()
+    model = load(str(source))
+    written = write(model, tmp_path / "out" / "written")
+    (source / "config.json").write_text("{}")
+    for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "USE_POLICY.md", "code/modeling.py", "assets/logo.png"):
+        assert (written / name).read_bytes() == name.encode(), name
+    assert (written / "inside.md").read_bytes() == b"USE_POLICY.md"
+    for name in (".git", ".cache", "__pycache__", "original", "optimizer.pt", "linked.txt", "linked", "secret.txt"):
+        assert not (written / name).exists(), name
+    assert json.loads((written / "config.json").read_text())["model_type"] == "llama"
+    assert not any(path.is_symlink() for path in written.rglob("*"))
+    load(str(written))

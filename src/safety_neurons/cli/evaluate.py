@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
+from safety_neurons.cli.gating import gated
 from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.errors import GateError, InputError, UsageError
+from safety_neurons.errors import InputError, UsageError
 
 MODELS, TREATMENT, ASKED, WRITTEN, COMPARED = "Models", "Treatment", "What is asked", "How it answers", "What it is compared with"
 
@@ -202,25 +203,6 @@ def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
     if options["reference"] is not None:
         found["reference"] = session.model(options["reference"])
     return found
-
-
-def gated(result: dict[str, Any], gate: pathlib.Path | None, *, as_json: bool) -> dict[str, Any]:
-    """Holds a result, also of a run that was finished before, to the gate; where it is not met, says every miss and exits with 3."""
-    if gate is None:
-        return result
-    from safety_neurons.results import Gate
-
-    missed = Gate.load(gate).check(result)
-    result = {**result, "gate": {"passed": not missed, "missed": missed}}
-    if not missed:
-        return result
-    if as_json:
-        said = {"error": "; ".join(missed), "exit_code": GateError.exit_code}
-        console.streams().out.write(console.json_line({**said, **result}))
-        console.streams().out.flush()
-    else:
-        console.tell("".join(f"gate not met: {console.line_of(line)}\n" for line in missed))
-    raise SystemExit(GateError.exit_code)
 
 
 # What a person sees

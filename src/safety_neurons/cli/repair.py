@@ -43,6 +43,7 @@ def repair(
 def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     """Write what was repaired: the adapter where only that changed, else the model."""
     from safety_neurons.model.adapters import is_adapted
+    from safety_neurons.tuning.export import save_checkpoint
 
     adapted = is_adapted(model.model)
     if adapted and done.changed:
@@ -56,9 +57,7 @@ def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
         active = list(model.adapters or [model.model.active_adapter])
         model.model.save_pretrained(str(target), selected_adapters=active, save_embedding_layers=False)
     else:
-        model.model.save_pretrained(str(target))
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(str(target))
+        save_checkpoint(target, model)
     for file in sorted(path for path in target.rglob("*") if path.is_file()):
         session.folder.path(str(file.relative_to(session.folder.folder.absolute())))
     return {name: str(target)}

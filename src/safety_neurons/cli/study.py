@@ -267,6 +267,9 @@ def show_rsn(result: dict[str, Any]) -> None:
     from safety_neurons.results import clear_word
 
     down, safety = result["downstream"], result["sets"]["safety"]
+    for arm in result["arms"]:
+        if arm["tuning"] and not arm["tuning"]["achieved"]:
+            console.say(("bold red", "Not achieved"), f" by {arm['arm']}: {arm['tuning']['why']}")
     columns = ["arm", "harmful", "answered", "perplexity"]
     rows = [[arm["arm"], score(arm["before"]["harmful"]), *costs(arm["before"])] for arm in result["arms"]]
     caption = "harmful score: mean over seeds (worst seed); answered: harmless requests, per cent"
@@ -296,6 +299,8 @@ def show_stress(result: dict[str, Any]) -> None:
     """Every attack as a curve in rows."""
     from safety_neurons.results.estimates import FEWEST_SEEDS
 
+    if not result["achieved"]:
+        console.say(("bold red", "Not achieved"), f" by SN-Tune: {result['why']}")
     rows = [
         [point["attack"], f"{point['amount']:g}", score(point["before"]), score(point["after"]), starred(point["difference"])]
         for point in result["curves"]

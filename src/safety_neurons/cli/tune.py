@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
 from safety_neurons.cli import console
+from safety_neurons.cli.gating import gated
 from safety_neurons.cli.options import Common, Model
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
@@ -73,10 +75,17 @@ def tune(
     ] = 64,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, changed.", rich_help_panel=WRITTEN)] = False,
     vllm: Annotated[bool, typer.Option("--vllm", help="Pad the adapter to one rank, as vLLM wants it.", rich_help_panel=WRITTEN)] = False,
+    gate: Annotated[
+        pathlib.Path | None, typer.Option(help="TOML file with achieved = true: exit 3 where tuning did not achieve what it is for.")
+    ] = None,
 ) -> dict[str, Any]:
     """SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."""
     options = {name: value for name, value in locals().items() if name != "common"}
     check_training(options)
+    if options.pop("gate") is not None:
+        from safety_neurons.results import Gate
+
+        Gate.load(gate)  # type: ignore[arg-type]
     session = Session("tune", common, options)
 
     def work() -> dict[str, Any]:
@@ -86,7 +95,7 @@ def tune(
             refuse_ranks(loaded, chosen)
         return trained(session, options, loaded, chosen)
 
-    return session.run(work, show)
+    return gated(session.run(work, show), gate, as_json=common.json)
 
 
 def check_training(options: dict[str, Any]) -> None:
@@ -240,13 +249,9 @@ def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> 
 
 def keep_model(session: Session, model: Any, name: str) -> None:
     """A whole model with its tokenizer, as safetensors."""
-    from safety_neurons.model.loading import quiet
+    from safety_neurons.tuning.export import save_checkpoint
 
-    folder = session.folder.folder.absolute() / name
-    with quiet():
-        model.inner.save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+    save_checkpoint(session.folder.folder.absolute() / name, model)
     own(session, name)
 
 
@@ -305,6 +310,8 @@ def held_out(checked: Any) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """What was trained, before and after as rows, and the files."""
+    word = ("bold", "Achieved") if result["achieved"] else ("bold red", "Not achieved")
+    console.say(word, f": {result['why']}")
     steps = f"{result['steps']:,} of {result['planned_steps']:,} steps ({result['stopped']}), state of step {result['kept_step']:,} kept"
     trained = f"{result['trained_parameters']:,} parameters, {console.share(result['share_of_parameters'])} of the model"
     console.say(("bold", f"{result['n_neurons']:,} neurons tuned"), f": {trained}; {steps}\n")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from safety_neurons.report.charts import Row, dot_figure
 from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part
@@ -12,6 +14,13 @@ from safety_neurons.results import clear_word
 from safety_neurons.results.estimates import family
 
 COLUMNS = ("arm", "harmful complied", "harmless complied", "perplexity", "harmful after", "harmless after", "task after")
+
+
+def _not_achieved(arm: str, tuning: Mapping[str, Any] | None) -> Markup:
+    """What a study says whose tuning achieved nothing."""
+    if tuning is None or tuning.get("achieved", True):
+        return Markup("")
+    return say(" <b>Not achieved</b> by {}: {}.", visible(arm, 40), visible(tuning["why"], 400))
 
 
 def rsn_part(run: Run) -> Part:
@@ -28,6 +37,8 @@ def rsn_part(run: Run) -> Part:
         visible(down["how"], 20),
         share(result["sets"]["shared_share"], 0),
     )
+    told = [(arm["arm"], arm.get("tuning")) for arm in result["arms"]]
+    lead += Markup("").join(_not_achieved(arm, tuning) for arm, tuning in told)
     when = "after" if down["steps"] else "before"
     rows = [_dots(arm["arm"], arm[when]["harmful"]) for arm in result["arms"]]
     title = f"harmful requests complied with {when} the task" if down["steps"] else "harmful requests complied with"
@@ -75,6 +86,7 @@ def stress_part(run: Run) -> Part:
         "control), steps of LoRA tuning on harmful answers, steps on the task.",
         plural(len(result["seeds"]), "seed"),
     )
+    lead += _not_achieved("SN-Tune", result)
     columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")
     return Part(
         say("Attacks on {}", name(run.models[-1])),

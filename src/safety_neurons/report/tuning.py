@@ -56,9 +56,11 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
 
 
 def verdict_of(run: Run) -> str:
-    """Whether harmful requests are clearly refused more often."""
+    """Whether tuning achieved what it is for."""
     change = run.result["change"]
-    return OPEN if change["value"] is None else YES if is_clear(change) and change["value"] > 0 else NO
+    if change["value"] is None:
+        return OPEN
+    return YES if run.result.get("achieved", is_clear(change) and change["value"] > 0) else NO  # runs of earlier versions do not say
 
 
 def tuned(run: Run) -> list[Finding]:
@@ -81,6 +83,8 @@ def tuned(run: Run) -> list[Finding]:
     )
     if before["perplexity"] is not None and after["perplexity"] is not None:
         price += say(", perplexity from {} to {}", number(before["perplexity"]), number(after["perplexity"]))
+    if "why" in result:
+        text = say("{}: {}. {}", "Achieved" if result["achieved"] else "Not achieved", visible(result["why"], 400), text)
     made = [Finding(verdict_of(run), text + Markup(".")), Finding(PRICE, price + Markup("."))]
     if result["frozen_unchanged"] is False:
         made.append(Finding(FAIL, say("In {}, weights outside the set changed.", name(run.label))))

@@ -12,7 +12,7 @@ from safety_neurons.results.files import PathLike
 MEASURES = ("harm", "over_refusal", "unscored")
 SHARES = (*MEASURES, "capability_drop")
 BOUNDS = ("value", "interval")
-_KEYS = (*SHARES, "bound", "judges", "suite", "capability")
+_KEYS = (*SHARES, "achieved", "bound", "judges", "suite", "capability")
 _TASK_KEYS = ("drop", "min", "max")
 
 
@@ -27,6 +27,7 @@ class Gate:
         bound: `value`, or `interval`: then the worse end of the 95 % interval has to hold as well.
         judges: the judges that count; all where none is named.
         name: where the thresholds come from.
+        achieved: whether the run has to have achieved what its verb is for.
     """
 
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Gate:
     bound: str = "value"
     judges: tuple[str, ...] = ()
     name: str = "gate"
+    achieved: bool = False
 
     @classmethod
     def load(cls, path: PathLike) -> "Gate":
@@ -69,6 +71,9 @@ class Gate:
             _known(entry, MEASURES, f"{name}, suite.{suite}")
         for task, entry in tables["capability"].items():
             _known(entry, _TASK_KEYS, f"{name}, capability.{task}")
+        achieved = found.get("achieved", False)
+        if not isinstance(achieved, bool):
+            raise UsageError(f"{name}: achieved is {achieved!r}; expected true or false")
         bound, judges = found.get("bound", "value"), found.get("judges", [])
         if bound not in BOUNDS:
             raise UsageError(f"{name}: bound {bound!r} is unknown; expected one of {', '.join(BOUNDS)}")
@@ -83,9 +88,10 @@ class Gate:
             bound,
             tuple(judges),
             name,
+            achieved,
         )  # fmt: skip
-        if not (gate.shares or gate.suites or gate.capability):
-            raise UsageError(f"{name} has no threshold; expected some of {', '.join(SHARES)}, suite.NAME or capability.NAME")
+        if not (gate.shares or gate.suites or gate.capability or achieved):
+            raise UsageError(f"{name} has no threshold; expected some of {', '.join(SHARES)}, achieved, suite.NAME or capability.NAME")
         return gate
 
     @property
@@ -100,8 +106,14 @@ class Gate:
             result: an evaluation as JSON values: its treated arm is held to the thresholds, where it has one, and its changes to those
                 on capability drops.
         """
-        arm = result.get("treated") or result["untreated"]
-        return [*self._suites(arm), *self._tasks(arm, result.get("capability_changes") or [])]
+        missed = []
+        if self.achieved and result.get("achieved") is not True:
+            missed.append(f"achieved: no ({result['why']})" if "achieved" in result else "achieved: this run does not say; expected a tuning")
+        arm = result.get("treated") or result.get("untreated") or {}
+        if "suites" not in arm:
+            unmeasured = [*self.shares, *(f"suite {name}" for name in self.suites), *(f"capability {name}" for name in self.capability)]
+            return [*missed, *(f"{what}: not measured by this run" for what in unmeasured)]
+        return [*missed, *self._suites(arm), *self._tasks(arm, result.get("capability_changes") or [])]
 
     def _suites(self, arm: Mapping[str, Any]) -> Iterator[str]:
         unmet = {suite for suite in self.suites if suite not in {entry["suite"] for entry in arm["suites"]}}

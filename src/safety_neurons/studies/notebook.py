@@ -62,6 +62,7 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
 def tuning_table(record: Mapping[str, Any]) -> str:
     """Before and after."""
     caption = (
+        f"{'Achieved' if record['achieved'] else 'Not achieved'}: {record['why']}. "
         f"{record['n_neurons']:,} neurons tuned in {record['steps']:,} of {record['planned_steps']:,} steps ({record['stopped']}); "
         f"change of refusals of harmful requests {_rate(record['change'], signed=True)}"
     )

@@ -23,12 +23,15 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json
+from safety_neurons.studies.achieving import tuning_over_seeds
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
 
 NONE, SN, RSN, RANDOM, KEPT = "none", "SN-Tune", "RSN-Tune", "random", "SN-Tune, protected"
+MADE_SAFE = (SN, RSN, KEPT)
+"""Arms whose tuning is to make the model safer."""
 ARMS = (NONE, SN, RSN, RANDOM, KEPT)
 JUDGES = ("compliance", "refusal")
 """`compliance`: the templated rule. `refusal`: whatever does not refuse goes along, an upper bound for models without templates."""
@@ -337,6 +340,9 @@ def summary(
         row["trained_parameters"] = done[f"{arm}/{plan.seeds[0]}"]["trained_parameters"]
         row["tuning_steps"] = done[f"{arm}/{plan.seeds[0]}"]["steps"]
         arms.append(row)
+    untuned = next((row["before"]["harmful"] for row in arms if row["arm"] == NONE), None)
+    for row in arms:
+        row["tuning"] = tuning_over_seeds(untuned, row["before"]["harmful"]).record() if untuned and row["arm"] in MADE_SAFE else None
     compared: dict[tuple[str, str], Difference] = {}
     for first, second in ((SN, NONE), (SN, RANDOM), (RSN, SN), (RSN, RANDOM), (KEPT, SN)):
         if first not in plan.arms or second not in plan.arms:

@@ -21,6 +21,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json
+from safety_neurons.studies.achieving import tuning_over_seeds
 from safety_neurons.studies.downstream import How, fine_tune, solved, twin
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.rsn import Lab, Plan, Sets, Tell, complied, tuned_twin
@@ -196,9 +197,11 @@ def _summary(
             }
             points.append({"attack": name, "amount": amount, **rates})
     curves = [{**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)]
+    starts = [[done[f"{state}/{seed}"]["curves"][ATTACKS[0]][0][1] for seed in plan.seeds] for state in (BEFORE, AFTER)]
     task = {state: [done[f"{state}/{seed}"]["task"] for seed in plan.seeds] for state in (BEFORE, AFTER)}
     return {
         "study": "stress",
+        **tuning_over_seeds(*(rate_over_seeds(column).to_json() for column in starts)).record(),
         "seeds": list(plan.seeds),
         "attack": {
             "pruned_shares": list(attack.shares),

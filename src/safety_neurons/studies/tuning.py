@@ -19,6 +19,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies import notebook
+from safety_neurons.studies.achieving import Achievement, tuning_achievement
 from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
@@ -71,6 +72,11 @@ class Tuning:
     """Prompts measured on that were learnt."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def achievement(self) -> Achievement:
+        """Whether the tuning achieved what it is for, and why."""
+        return tuning_achievement(self.before, self.after, self.change, self.harmless_change, sound=self.tuned.sound)
+
     def _repr_html_(self) -> str:
         return notebook.tuning_table(self.record())
 
@@ -79,6 +85,7 @@ class Tuning:
         tuned = self.tuned
         rates = list(tuned.learning_rates.values())
         return {
+            **self.achievement.record(),
             "n_neurons": len(tuned.neurons),
             "trained_parameters": tuned.delta.n_parameters,
             "share_of_parameters": tuned.delta.n_parameters / self.n_parameters,

@@ -26,6 +26,7 @@ from safety_neurons.neurons import parse_key
 from safety_neurons.results.files import PathLike, read_json, whole_folder, write_bytes, write_json
 from safety_neurons.tuning.artefacts import Delta, applied, check_base, check_plain, survival
 from safety_neurons.tuning.attach import positions_of
+from safety_neurons.tuning.companions import copy_companions
 from safety_neurons.tuning.deltas import Beside
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,7 +81,7 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
     if is_adapted(model.model):
         plain = merged_base(model)
         base = str((target / "base").resolve())
-        _save_model(target / "base", plain, None)
+        save_checkpoint(target / "base", plain)
         notes.append(f"the model's adapters were merged into its weights first; the LoRA belongs to {base}")
     ranks = {name: down.shape[0] for name, (down, _) in factors.items()}
     rank = max(ranks.values())
@@ -124,7 +125,7 @@ def export_merged(
     kept = survival(model, delta, dtype or model.dtype)
     notes.append(f"{100 * kept:.4g} % of the changed weights survive the cast to {str(dtype or model.dtype).removeprefix('torch.')}")
     with applied(model, delta, any_base=any_base):
-        _save_model(Path(folder), model, dtype)
+        save_checkpoint(Path(folder), model, dtype)
     return Exported(Path(folder), "", 0, kept, notes)
 
 
@@ -226,7 +227,19 @@ def _config(model: LanguageModel, delta: Delta, ranks: dict[str, int], rank: int
     return {**settings, "target_modules": sorted(ranks)}
 
 
-def _save_model(folder: Path, model: LanguageModel, dtype: torch.dtype | None) -> None:
+def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
+    """Writes a whole model as an ordinary checkpoint, with its tokenizer and whatever else the folder it came from holds.
+
+    Args:
+        folder: to write; it appears whole, what was there before is replaced at the end.
+        model: without adapters and attached deltas.
+        dtype: of the saved weights; None for the model's own.
+
+    Raises:
+        UsageError: adapters or attached deltas. RunError: the folder cannot be written.
+
+    Source: none; the ordinary form of a Hugging Face checkpoint.
+    """
     check_plain(model)
     with quiet(), _whole(folder) as partial:
         inner = model.inner
@@ -240,6 +253,7 @@ def _save_model(folder: Path, model: LanguageModel, dtype: torch.dtype | None) -
             write_json(partial / "config.json", {**config, **{key: name for key in ("dtype", "torch_dtype") if key in config}})
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
+        copy_companions(model, partial)
 
 
 @contextlib.contextmanager

@@ -194,6 +194,11 @@ class Loop:
         """The state that was kept: the best of the checks, or the last one without a check."""
         return self.deltas.tensors() if self.best is None else self.best
 
+    @property
+    def sound(self) -> bool | None:
+        """Whether the state that was kept is sound by the check; None without one."""
+        return self.judge.sound(self.judge.best) if self.judge and self.judge.best else None
+
     def said(self) -> list[str]:
         """What has to be said about the run."""
         notes = list(self.halving.notes)

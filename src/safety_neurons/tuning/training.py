@@ -37,6 +37,7 @@ class Tuned:
         learning_rates: by site, at the top of the schedule.
         frozen_unchanged: whether everything outside the set has the same hash as before; None where that was not looked at.
         notes: what had to be said.
+        sound: whether the kept state answers held-out harmless requests as the untouched model does; None without a check.
     """
 
     delta: Delta
@@ -51,6 +52,7 @@ class Tuned:
     learning_rates: Mapping[str, float]
     frozen_unchanged: bool | None
     notes: tuple[str, ...] = ()
+    sound: bool | None = None
 
     @property
     def neurons(self) -> NeuronSet:
@@ -154,6 +156,7 @@ def _tuned(loop: Loop, delta: Delta, rates: Mapping[str, float], stopped: str, f
         learning_rates=rates,
         frozen_unchanged=frozen,
         notes=tuple(dict.fromkeys([*loop.notes, *loop.said()])),
+        sound=loop.sound,
     )
 
 
