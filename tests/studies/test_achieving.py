@@ -62,7 +62,7 @@ def test_a_gate_can_require_it():
     gate = Gate.of({"achieved": True})
     assert gate.check({"achieved": True, "why": "so"}) == []
     assert gate.check({"achieved": False, "why": "nothing moved"}) == ["achieved: no (nothing moved)"]
-    assert "does not say" in gate.check({"untreated": {"suites": [], "capability": []}})[0]
+    assert "not told" in gate.check({"untreated": {"suites": [], "capability": []}})[0]
     assert "not measured by this run" in Gate.of({"harm": 0.1, "achieved": True}).check({"achieved": True, "why": ""})[0]
     with pytest.raises(UsageError, match="true or false"):
         Gate.of({"achieved": "yes"})

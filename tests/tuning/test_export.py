@@ -249,7 +249,8 @@ def furnished(folder: pathlib.Path) -> pathlib.Path:
     for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "USE_POLICY.md", "code/modeling.py", "assets/logo.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
-    for name in (".git/config", ".cache/x.lock", "__pycache__/a.pyc", "original/consolidated.00.pth", "optimizer.pt", "model.safetensors.index.json"):
+    aside = (".git/config", ".cache/x.lock", "__pycache__/a.pyc", "original/params.pth", "optimizer.pt", "model.safetensors.index.json")
+    for name in aside:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"aside")
     outside = folder.parent / "secret.txt"
@@ -266,9 +267,8 @@ def merged_whole(model: LanguageModel, folder: pathlib.Path) -> pathlib.Path:
 
 
 def base_of_lora(model: LanguageModel, folder: pathlib.Path) -> pathlib.Path:
-    adapted = LanguageModel(
-        peft.get_peft_model(model.model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")), model.tokenizer, name=model.name
-    )
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = LanguageModel(peft.get_peft_model(model.model, config), model.tokenizer, name=model.name)
     export_lora(folder, adapted, changed(adapted))
     return folder / "base"
 

@@ -108,7 +108,8 @@ class Gate:
         """
         missed = []
         if self.achieved and result.get("achieved") is not True:
-            missed.append(f"achieved: no ({result['why']})" if "achieved" in result else "achieved: this run does not say; expected a tuning")
+            told = "achieved" in result
+            missed.append(f"achieved: no ({result['why']})" if told else "achieved: not told by this run; expected a tuning")
         arm = result.get("treated") or result.get("untreated") or {}
         if "suites" not in arm:
             unmeasured = [*self.shares, *(f"suite {name}" for name in self.suites), *(f"capability {name}" for name in self.capability)]

@@ -1,4 +1,4 @@
-"""Whether a tuning achieved what it is for: more refusals of harmful requests, from a model that is otherwise as it was. All thresholds are here."""
+"""Whether a tuning achieved what it is for: more refusals of harmful requests, from a model that is otherwise as it was."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

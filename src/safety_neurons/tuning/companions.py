@@ -1,4 +1,4 @@
-"""Companions: whatever a model's folder holds beside its weights (processors, templates, licences, code), copied to where it is written anew."""
+"""Companions: whatever a model's folder holds beside weights (processors, templates, licences, code), copied to where it is written."""
 
 import os
 import shutil
