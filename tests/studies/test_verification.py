@@ -45,6 +45,7 @@ def refusals(verification, arm):
 
 def test_rates_are_those_of_the_completions_that_were_kept(verified):
     names = {"untreated": verified.untreated, "aligned": verified.aligned, "ceiling": verified.ceiling}
+    names["ceiling by parameters"] = verified.limits.parameters
     names |= {f"treated {verified.n_neurons}": verified.treated}
     names |= {f"random {number} of {verified.n_neurons}": arm for number, arm in enumerate(verified.random)}
     assert len(verified.bench.completions) == len(names) * (len(HARMFUL) + len(HARMLESS))

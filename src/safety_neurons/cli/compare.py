@@ -162,4 +162,7 @@ def show(result: dict[str, Any]) -> None:
         caption="a unit counts once; causal effect: patched into the base; lost when off: share of harmful requests the aligned model\n"
         "no longer refuses; harmless: share of harmless requests refused under patching; [95 % interval]",
     )
-    console.say(f"\nceiling {effect(result['ceiling_effect'])}")
+    console.say(f"\n{result.get('ceiling_called', 'ceiling')} {effect(result['ceiling_effect'])}")
+    console.say(f"ceiling by parameters {effect(result['ceiling_by_parameters_effect'])}")
+    if result["ceiling_why"]:
+        console.say(result["ceiling_why"])

@@ -135,7 +135,7 @@ def show(result: dict[str, Any]) -> None:
     arms += [(f"random {number}", arm) for number, arm in enumerate(result["random"])]
     rows = [
         [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
-        for name, arm in [*arms, ("ceiling", result["ceiling"])]
+        for name, arm in [*arms, *ceilings(result)]
         if arm
     ]
     verb_word = "patched" if result["kind"] == "patch" else "deactivated"
@@ -154,6 +154,11 @@ def show(result: dict[str, Any]) -> None:
     print_effect(result)
 
 
+def ceilings(result: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All neurons of the sites, by activations and by parameters, with the words they deserve."""
+    return [(result.get("ceiling_called", "ceiling"), result["ceiling"]), ("ceiling by parameters", result.get("ceiling_by_parameters"))]
+
+
 def random_range(point: dict[str, Any]) -> str:
     """Lowest and highest share refused with the random sets of one size."""
     values = [arm["harmful_refused"]["value"] for arm in point["random"] if arm["harmful_refused"]["value"] is not None]
@@ -165,7 +170,10 @@ def print_effect(result: dict[str, Any]) -> None:
     from safety_neurons.results import clear_word
 
     if result["kind"] == "patch":
-        console.say(f"\ncausal effect {effect(result['causal_effect'])}, ceiling {effect(result['ceiling_effect'])}")
+        all_patched = f"{result.get('ceiling_called', 'ceiling')} {effect(result['ceiling_effect'])}"
+        console.say(f"\ncausal effect {effect(result['causal_effect'])}, {all_patched}")
+        if result.get("ceiling_by_parameters_effect"):
+            console.say(f"ceiling by parameters {effect(result['ceiling_by_parameters_effect'])}")
     change, against = result["change"], result["change_against_random"]
     line = f"refusals of harmful requests change by {console.shown(change)}"
     if against:

@@ -68,6 +68,11 @@ def telling_point(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return max(defined, key=lambda point: point["causal_effect"]["value"])
 
 
+def ceiling_called(result: Mapping[str, Any]) -> str:
+    """The word for all neurons patched: no ceiling where a part of them restores more."""
+    return str(result.get("ceiling_called", "ceiling"))
+
+
 def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     """How a point of a patch run came out."""
     effect, ceiling = point["causal_effect"], result["ceiling_effect"]["value"]
@@ -153,13 +158,15 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
         ]
     chance = say("random sets {} to {}", number(min(others)), number(max(others))) if others else Markup("no random sets")
     lead = {
-        YES: "Patching {} ranked by <b>{}</b> ({}) is enough: it restores {} of the difference in refusals ({}; ceiling {}).",
-        PARTLY: "Patching {} ranked by <b>{}</b> ({}) restores part of the difference in refusals: {} ({}; ceiling {}).",
-        NO: "Patching {} ranked by <b>{}</b> ({}) is not shown to restore more than chance: {} ({}; ceiling {}).",
+        YES: "Patching {} ranked by <b>{}</b> ({}) is enough: it restores {} of the difference in refusals ({}; {} {}).",
+        PARTLY: "Patching {} ranked by <b>{}</b> ({}) restores part of the difference in refusals: {} ({}; {} {}).",
+        NO: "Patching {} ranked by <b>{}</b> ({}) is not shown to restore more than chance: {} ({}; {} {}).",
     }[verdict]
     ceiling = interval(result["ceiling_effect"])
     size = share(point["size"])
-    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, interval(effect), chance, ceiling))]
+    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, interval(effect), chance, ceiling_called(result), ceiling))]
+    if result.get("ceiling_why"):
+        sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
     before, after = result["untreated"], point["treated"]
     text = "Its price: refusals of harmless requests go from {} to {}"
     price = say(text, interval(before["harmless_refused"]), interval(after["harmless_refused"]))

@@ -79,7 +79,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
     caption = say(
         "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
         "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired). "
-        "The band spans {} of each size with as many neurons in every matrix; the dashed line is the ceiling, all neurons patched{}.",
+        "The band spans {} of each size with as many neurons in every matrix; the dashed line is all neurons of the sites patched{}.",
         plural(n, "harmful request"),
         plural(sets, "random set"),
         "" if first["ceiling_effect"]["value"] is None else f": {interval(first['ceiling_effect'])}",
@@ -138,7 +138,7 @@ def compare_part(run: Run) -> Part:
     rows, domain = _interval_rows(real, chance, names, "causal_effect")
     ceiling = result["ceiling_effect"]
     caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets")
-    caption += say(", the dashed line is the ceiling {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
+    caption += say(", the dashed line is all neurons of the sites patched, {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     words = "; ".join(f"{row.label} {row.text}" for row in rows)
     figures = [
         Figure(

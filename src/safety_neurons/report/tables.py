@@ -48,8 +48,12 @@ def arms_table(run: Run) -> Table:
             quiet.append(len(rows))
             rows.append(_random_arms(point))
             effects.append([NONE, NONE])
-    rows.append(arm_row(f"all neurons {word} (ceiling)", result["ceiling"]))
+    called = " (ceiling)" if result.get("ceiling_called", "ceiling") == "ceiling" else ""
+    rows.append(arm_row(f"all neurons {word}{called}", result["ceiling"]))
     effects.append([interval(result["ceiling_effect"]), NONE])
+    if result.get("ceiling_by_parameters"):
+        rows.append(arm_row("all parameters of the sites (ceiling)", result["ceiling_by_parameters"]))
+        effects.append([interval(result["ceiling_by_parameters_effect"]), NONE])
     columns = list(ARM_COLUMNS)
     if paired:
         columns += ["causal effect", "same, random sets"]
@@ -69,7 +73,11 @@ def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
         if point["random"]:
             quiet.append(len(rows))
             rows.append([*_random_arms(point), spread(random_values(point))])
-    rows.append([*arm_row("all neurons patched (ceiling)", first["ceiling"]), interval(first["ceiling_effect"])])
+    called = " (ceiling)" if all(run.result.get("ceiling_called", "ceiling") == "ceiling" for _, run in runs) else ""
+    rows.append([*arm_row(f"all neurons patched{called}", first["ceiling"]), interval(first["ceiling_effect"])])
+    if first.get("ceiling_by_parameters"):
+        arm = arm_row("all parameters of the sites (ceiling)", first["ceiling_by_parameters"])
+        rows.append([*arm, interval(first["ceiling_by_parameters_effect"])])
     caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
     return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
 

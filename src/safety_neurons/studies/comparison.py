@@ -28,6 +28,7 @@ from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rat
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
+from safety_neurons.studies.ceilings import Ceiling, by_parameters, columns_differ, named
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.verification import MEASURE
 
@@ -124,6 +125,8 @@ class Comparison:
     agreement: tuple[dict[str, Any], ...]
     """For every two methods: Jaccard index of their units, and what two random sets of the budget would have."""
     bench: Bench
+    limits: Ceiling
+    """The ceiling by activations and by parameters, with the word it deserves."""
 
     def _repr_html_(self) -> str:
         return notebook.comparison_table(self.record())
@@ -137,6 +140,7 @@ class Comparison:
             "untreated": self.untreated.record(),
             "aligned": self.aligned.record(),
             "ceiling_effect": self.ceiling_effect.to_json(),
+            **self.limits.record(),
             "methods": [row.record() for row in self.methods],
             "agreement": list(self.agreement),
         }
@@ -213,9 +217,13 @@ def compare(
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, random, seed))]
     rows = make.compared(rows)
-    ceiling = make.effect(bench.measure(base, "ceiling", lambda: patched(base, aligned, everything)))
+    patched_all = bench.measure(base, "ceiling", lambda: patched(base, aligned, everything))
+    exchanged = by_parameters(bench, base, aligned, everything, make.effect, MEASURE)
+    ceiling, parts = make.effect(patched_all), [row.causal_effect for row in rows]
+    limits = named(patched_all, ceiling, parts, exchanged, columns_differ(base, aligned))
     bench.finish()
-    return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), _agreements(rows, budget, n_units), bench)
+    agreement = _agreements(rows, budget, n_units)
+    return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), agreement, bench, limits)
 
 
 def _options(

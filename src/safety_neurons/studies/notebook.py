@@ -19,7 +19,10 @@ def verification_table(record: Mapping[str, Any]) -> str:
             [*_arm(f"{point['n_neurons']:,} neurons ({100 * point['size']:.3g} %)", point["treated"]), _rate(point["causal_effect"])]
         )
         rows += [[*_arm(arm["name"], arm), _rate(effect)] for arm, effect in zip(point["random"], point["random_effects"], strict=True)]
-    rows.append([*_arm("all neurons (ceiling)", record["ceiling"]), _rate(record["ceiling_effect"])])
+    called = record.get("ceiling_called", "ceiling")
+    rows.append([*_arm("all neurons (ceiling)" if called == "ceiling" else called, record["ceiling"]), _rate(record["ceiling_effect"])])
+    if record.get("ceiling_by_parameters"):
+        rows.append([*_arm("ceiling by parameters", record["ceiling_by_parameters"]), _rate(record["ceiling_by_parameters_effect"])])
     caption = f"{record['kind'].capitalize()}: change of refusals of harmful requests {_rate(record['change'], signed=True)}"
     return html_table(caption, [*_ARM, "causal effect"] if paired else _ARM, rows if paired else [row[:-1] for row in rows])
 
@@ -39,7 +42,8 @@ def comparison_table(record: Mapping[str, Any]) -> str:
         ]
         for row in record["methods"]
     ]
-    caption = f"Methods at {record['budget']:,} of {record['n_units']:,} units; ceiling {_rate(record['ceiling_effect'])}"
+    caption = f"Methods at {record['budget']:,} of {record['n_units']:,} units; "
+    caption += f"{record.get('ceiling_called', 'ceiling')} {_rate(record['ceiling_effect'])}"
     return html_table(caption, columns, rows)
 
 

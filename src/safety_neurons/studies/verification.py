@@ -20,6 +20,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, Effect, against_random, causal_effect, holm, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
+from safety_neurons.studies.ceilings import Ceiling, by_parameters, columns_differ, named
 from safety_neurons.studies.kept import hold_answers
 
 MEASURE = "refused"
@@ -77,6 +78,8 @@ class Verification:
     """How many of the harmful and harmless prompts the set was found on."""
     notes: tuple[str, ...] = ()
     bench: Bench | None = None
+    limits: Ceiling | None = None
+    """Of a pair: the ceiling by activations and by parameters, with the word it deserves."""
 
     @property
     def treated(self) -> Arm:
@@ -114,6 +117,7 @@ class Verification:
             "ceiling": self.ceiling.record(),
             "causal_effect": self.causal_effect.to_json(),
             "ceiling_effect": self.ceiling_effect.to_json(),
+            **(self.limits.record() if self.limits else {}),
             "change": self.change.to_json(),
             "change_against_random": self.change_against_random.to_json() if self.change_against_random else None,
             "sizes": [point.record() for point in self.points],
@@ -195,7 +199,7 @@ def verify_patch(
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
     sets = _sets(neurons, sizes, base)
-    return _verify("patch", bench, base, goal, untreated, sets, random, lambda members: lambda: patched(base, aligned, members))
+    return _verify("patch", bench, base, goal, untreated, sets, random, lambda members: lambda: patched(base, aligned, members), aligned)
 
 
 def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageModel) -> list[tuple[float, NeuronSet]]:
@@ -216,6 +220,7 @@ def _verify(
     sets: Sequence[tuple[float, NeuronSet]],
     random: int,
     treat: Any,
+    donor: LanguageModel | None = None,
 ) -> Verification:
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
     everything, notes = _ceiling(kind, [members for _, members in sets], NeuronSet.all(model.table).only(sites=sites))
@@ -231,6 +236,11 @@ def _verify(
         effect, against = _effect(bench, untreated, goal, arm), _against(bench, arm, arms)
         points.append(SizePoint(size, len(members), arm, arms, effect, effects, tuple(controls), against))
     ceiling = bench.measure(model, "ceiling", treat(everything))
+    limits = None
+    if donor is not None:
+        effect, parts = _effect(untreated, goal, ceiling, bench.seed), [point.causal_effect for point in points]
+        exchanged = by_parameters(bench, model, donor, everything, lambda arm: _effect(untreated, goal, arm, bench.seed), MEASURE)
+        limits = named(ceiling, effect, parts, exchanged, columns_differ(model, donor))
     bench.finish()
     points, last = _held_together(points), points[-1]
     return Verification(
@@ -243,8 +253,9 @@ def _verify(
         _effect(bench, untreated, goal, ceiling),
         paired_difference(last.treated.harmful, untreated.harmful, bench.harmful.groups),
         _overlap(sets[-1][1], bench),
-        (*notes, *bench.notes),
+        (*notes, *([limits.why] if limits and limits.why else []), *bench.notes),
         bench,
+        limits,
     )
 
 
