@@ -1,5 +1,6 @@
 """Tuning data: what is learnt of a question and its answer, and what of the harmless ones."""
 
+import dataclasses
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
@@ -81,6 +82,25 @@ def test_a_thinking_part_that_the_prompt_opens_is_closed_before_the_answer():
     asked, behind, _ = model.template.answered(model.tokenizer, REFUSAL, "sorry")
     assert asked.endswith("<think>\n")
     assert behind == "</think>\n\nsorry"
+
+
+@pytest.mark.parametrize("opens", ["", " <think>\n"], ids=["plain", "opened by the template"])
+@pytest.mark.parametrize("answer", ["<think>\nwhy\n</think>\n\nsorry", "<think>\n\n</think>\n\nsorry", "sorry"])
+def test_answers_with_thoughts_are_learnt_whole_under_templates_that_take_thoughts_out(opens, answer):
+    """As DeepSeek-R1's template does: an assistant turn is written without what is before `</think>`."""
+    template = (
+        "{% for m in messages %}{% set text = m['content'] %}"
+        "{% if m['role'] == 'assistant' and '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
+        "<|{{ m['role'] }}|> {{ text }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>OPENS{% endif %}"
+    ).replace("OPENS", opens)
+    model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
+    (example,) = tuning_examples(Prompts([dataclasses.replace(REFUSAL, answer=answer)]), model)
+    asked, behind, _ = model.template.answered(model.tokenizer, REFUSAL, answer)
+    assert (asked + behind).count("<think>") == (asked + behind).count("</think>") == int(bool(opens) or "<think>" in answer)
+    assert (asked + behind).endswith("sorry")
+    assert ("why" in behind) == ("why" in answer)
+    assert example.n_answer > 0
 
 
 def test_turns_before_the_question_are_part_of_it(chat):

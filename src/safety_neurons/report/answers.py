@@ -72,7 +72,7 @@ def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
     elif run.verb == "guard-evaluate":
         treated = ["guarded"]
     elif run.verb == "compare":
-        treated = [arm for arm in arms if arm not in ("untreated", "aligned", "ceiling", "ceiling by parameters") and not arm.startswith("random")]
+        treated = [arm for arm in arms if arm not in ("untreated", "aligned") and not arm.startswith(("random", "ceiling"))]
     else:
         treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]
     wanted = ["untreated", "unguarded", *treated[:1], "aligned"]

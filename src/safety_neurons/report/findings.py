@@ -164,7 +164,8 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     }[verdict]
     ceiling = interval(result["ceiling_effect"])
     size = share(point["size"])
-    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, interval(effect), chance, ceiling_called(result), ceiling))]
+    told = (interval(effect), chance, ceiling_called(result), ceiling)
+    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, *told))]
     if result.get("ceiling_why"):
         sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
     before, after = result["untreated"], point["treated"]

@@ -138,7 +138,8 @@ def compare_part(run: Run) -> Part:
     rows, domain = _interval_rows(real, chance, names, "causal_effect")
     ceiling = result["ceiling_effect"]
     caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets")
-    caption += say(", the dashed line is all neurons of the sites patched, {}.", interval(ceiling)) if ceiling["value"] is not None else Markup(".")
+    line = ", the dashed line is all neurons of the sites patched, {}."
+    caption += say(line, interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     words = "; ".join(f"{row.label} {row.text}" for row in rows)
     figures = [
         Figure(

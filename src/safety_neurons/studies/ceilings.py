@@ -1,4 +1,4 @@
-"""Ceilings: the most that patching or parameters of some sites can restore, and what to call it where a part of the neurons restores more."""
+"""Ceilings: the most that patching or parameters of some sites can restore, and what to call it where a part restores more."""
 
 import contextlib
 import dataclasses
