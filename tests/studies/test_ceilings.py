@@ -76,7 +76,7 @@ def test_a_comparison_has_both_ceilings(two, prompts):
 
 
 def effect(value):
-    return Effect(value, None, None, "refused", why=None if value is not None else "no gap")
+    return Effect(value, None, None, 1, 0, None if value is not None else "no gap", "refused")
 
 
 ARM = Arm("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))

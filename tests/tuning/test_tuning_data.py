@@ -1,6 +1,7 @@
 """Tuning data: what is learnt of a question and its answer, and what of the harmless ones."""
 
 import dataclasses
+
 import pytest
 
 from safety_neurons.errors import InputError, UsageError

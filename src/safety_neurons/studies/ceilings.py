@@ -75,7 +75,7 @@ def by_parameters(
         plain, other = (merged_base(model) if is_adapted(model.model) else model for model in (base, donor))
         arm = bench.measure(plain, BY_PARAMETERS, lambda: with_parameters(plain, other, everything.on(plain.table)))
     except (UnsupportedModelError, MismatchError) as error:
-        return None, Effect(None, None, None, measure, why=f"the parameters cannot be exchanged: {error}")
+        return None, Effect(None, None, None, 0, 0, f"the parameters cannot be exchanged: {error}", measure)
     return arm, effect(arm)
 
 

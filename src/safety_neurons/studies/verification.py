@@ -238,8 +238,8 @@ def _verify(
     ceiling = bench.measure(model, "ceiling", treat(everything))
     limits = None
     if donor is not None:
-        effect, parts = _effect(untreated, goal, ceiling, bench.seed), [point.causal_effect for point in points]
-        exchanged = by_parameters(bench, model, donor, everything, lambda arm: _effect(untreated, goal, arm, bench.seed), MEASURE)
+        effect, parts = _effect(bench, untreated, goal, ceiling), [point.causal_effect for point in points]
+        exchanged = by_parameters(bench, model, donor, everything, lambda arm: _effect(bench, untreated, goal, arm), MEASURE)
         limits = named(ceiling, effect, parts, exchanged, columns_differ(model, donor))
     bench.finish()
     points, last = _held_together(points), points[-1]
