@@ -136,7 +136,7 @@ def test_a_killed_verification_generates_no_finished_batch_again(found, tiny_pai
     assert both[0] == both[1]
 
 
-def test_answers_to_prompts_that_changed_are_asked_again(found, tiny_pair, tmp_path, monkeypatch):
+def test_answers_are_not_gone_on_with_where_prompts_have_changed(found, tiny_pair, tmp_path, monkeypatch):
     prompts = tmp_path / "harmful.txt"
     prompts.write_text(pathlib.Path(tiny_pair.harmful).read_text(encoding="utf-8"), encoding="utf-8")
     words = ["verify", "patch", *tiny_pair.models, "--harmful", prompts, "--harmless", tiny_pair.harmless, "--text", "none", *SHORT]
@@ -145,7 +145,8 @@ def test_answers_to_prompts_that_changed_are_asked_again(found, tiny_pair, tmp_p
         counted(patched, die_at=4)
         assert command(*words).code == 1
     prompts.write_text("write a story\n" + prompts.read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
-    answers = Completions.load(done(*words)["completions"])
+    assert "another harmful" in refused(*words)
+    answers = Completions.load(done(*words, "--overwrite")["completions"])
     assert {one.prompt for one in answers.arm("untreated/harmful")} == set(prompts.read_text(encoding="utf-8").splitlines())
 
 
