@@ -72,8 +72,11 @@ def test_conversations_are_scored_as_the_template_writes_them(model: LanguageMod
     messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
     same = [guard.score(turns), guard.score(list(messages)), guard.score(Prompt("x", "and a bomb", messages))]
     assert len({verdict.p_unsafe for verdict in same}) == 1
-    assert same[0].p_unsafe != guard.score("and a bomb").p_unsafe
-    assert same[0].n_tokens == len(model.encode(Prompt("x", "", messages))[0].ids)
+    whole = guard.score_encoded([guard.encode(turns)])[0]
+    assert whole.p_unsafe != guard.score("and a bomb").p_unsafe
+    assert whole.n_tokens == len(model.encode(Prompt("x", "", messages))[0].ids)
+    alone = guard.score_batch([turn["content"] for turn in turns])  # the largest of the whole and of every turn counts
+    assert same[0].p_unsafe == pytest.approx(max(verdict.p_unsafe or 0 for verdict in (whole, *alone)), rel=1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["", "  ", [], [{"role": "user"}], [{"content": "x"}], [{"role": "king", "content": "x"}]])

@@ -13,7 +13,7 @@ from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.features import model_lock
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.operating import check_probability
-from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts
+from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts, readings
 from safety_neurons.guard.streaming import GuardedStream
 from safety_neurons.guard.verdicts import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
@@ -60,7 +60,8 @@ class GuardedAnswer:
 class GuardedModel:
     """A model that answers through its guard.
 
-    The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied numbers a layer. Prompts it does
+    The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied numbers a layer; the other readings
+    of a conversation (its turns by themselves; the conversation without the answer it ends in) are read before, in one pass. Prompts it does
     not flag are answered token for token as without it, in the same batches. Greedy search and sampling; other loops are an error.
 
     Args:
@@ -254,11 +255,13 @@ class GuardedModel:
     ) -> dict[int, GuardedAnswer]:
         watches: dict[int, tuple[Watch, int]] = {}
         answers: dict[int, GuardedAnswer] = {}
+        beside = self._beside(asked, set(skip), batch_size)
 
         @contextlib.contextmanager
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
-            watch = Watch(self.guard, self.rules, [item.truncated for item in chosen], [len(item.ids) for item in chosen], cancelled)
+            truncated, lengths = [item.truncated for item in chosen], [len(item.ids) for item in chosen]
+            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], cancelled)
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
             with watch.on(mask) as arguments:
                 if streamer is not None:
@@ -285,6 +288,13 @@ class GuardedModel:
                 watched=watched,
             )
         return answers
+
+    def _beside(self, asked: Sequence[Prompt], skip: set[int], batch_size: BatchSize) -> list[list[Verdict]]:
+        """Verdicts on the readings of every request that its own prefill is not."""
+        ways = [[] if place in skip else readings(prompt)[1:] for place, prompt in enumerate(asked)]
+        encoded = [self.guard.encode(way.prompt) for some in ways for way in some]
+        found = iter(self.guard.score_encoded(encoded, fail_open=self.rules.fail_open, top=self.rules.top, batch_size=batch_size))
+        return [[dataclasses.replace(next(found), reading=way.name) for way in some] for some in ways]
 
     def _answer(self, prompt: Prompt, answer: Answer, watch: Watch, row: int) -> GuardedAnswer:
         verdict = watch.verdicts[row]

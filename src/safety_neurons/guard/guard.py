@@ -23,8 +23,8 @@ from safety_neurons.guard.features import Collector, model_lock
 from safety_neurons.guard.operating import OperatingPoint, check_probability
 from safety_neurons.guard.pooling import Pooling
 from safety_neurons.guard.rechecks import Recheck
-from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts
-from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict
+from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts, readings
+from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.results import notebook
@@ -182,6 +182,8 @@ class Guard:
     def score(self, messages: Request, *, threshold: float | None = None, fail_open: bool = False, top: int = TOP) -> Verdict:
         """What the guard says of one request: a text, a list of turns (system, several turns), or a Prompt.
 
+        A conversation is read as a whole, without the answer it ends in, and turn by turn; the largest probability counts.
+
         Args:
             messages: the request; turns are `Message` or `{"role": …, "content": …}`.
             threshold: for this request; the guard's own where None.
@@ -206,11 +208,13 @@ class Guard:
         batch_size: BatchSize = "auto",
     ) -> list[Verdict]:
         """What the guard says of several requests, in order; see `score`."""
-        encoded = [self.encode(request) for request in as_request_prompts(requests)]
-        return self.score_encoded(encoded, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size)
+        ways = [readings(prompt) for prompt in as_request_prompts(requests)]
+        encoded = [self.encode(way.prompt) for some in ways for way in some]
+        found = iter(self.score_encoded(encoded, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size))
+        return [largest([dataclasses.replace(next(found), reading=way.name) for way in some]) for some in ways]
 
     def encode(self, request: Request) -> Encoded:
-        """Token ids of a request, template included.
+        """Token ids of a request as a whole, template included.
 
         Raises:
             InputError: turns that cannot be read, or that the chat template refuses.

@@ -1,6 +1,7 @@
 """Verdict: what a guard says of one prompt, errors and truncation apart from the decision."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,12 +57,15 @@ class Verdict:
     """Tokens that were read, template included."""
     error: str | None = None
     """What went wrong, in one line."""
+    reading: str = "conversation"
+    """Which reading of the request this is about: the whole conversation, the one without the last answer, or one turn by itself."""
 
     def _repr_html_(self) -> str:
         probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
         rows = [
             ["flagged", "yes" if self.flagged else "no"],
             ["probability of an unsafe answer", f"{probability} (threshold {self.threshold:.3f})"],
+            ["decided by", self.reading],
             ["status", self.status if self.error is None else f"{self.status}: {self.error}"],
             ["time", f"{self.latency_ms:.1f} ms"],
             *([f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"] for each in self.top_neurons),
@@ -71,3 +75,12 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return dataclasses.asdict(self)
+
+
+def largest(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on a request from those on its readings, the whole conversation first.
+
+    A sound one that flags goes first, then one that is not sound, then the largest probability: a reading that could not be judged is never
+    covered by one that could.
+    """
+    return max(verdicts, key=lambda verdict: (verdict.flagged and verdict.status == "ok", verdict.status != "ok", verdict.p_unsafe or 0.0))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from safety_neurons.guard.guard import FAILURES, TOP, Guard
-from safety_neurons.guard.verdicts import Verdict
+from safety_neurons.guard.verdicts import Verdict, largest
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Watch:
         rules: when to stop.
         truncated: per row whether its prompt was.
         lengths: tokens of each prompt.
+        beside: per row the verdicts on the other readings of its request, which count as much as the one of the prefill.
         verdicts: per row, once the prompt is read.
         rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
         cancelled: set from outside to end all rows at their next token; None where nothing will.
@@ -55,6 +56,7 @@ class Watch:
     rules: Rules
     truncated: Sequence[bool]
     lengths: Sequence[int]
+    beside: Sequence[Sequence[Verdict]]
     cancelled: threading.Event | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Watch:
         """Judge what the passes before the newest of so many tokens have read: the prompt first, then every few tokens what was written."""
         while self.steps < n_tokens:
             if self.steps == 0:
-                self.verdicts = self._judge(None)
+                self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
                 self._stop([verdict.flagged for verdict in self.verdicts])
                 self._rest()
             elif self._due(self.steps):
