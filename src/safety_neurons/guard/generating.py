@@ -61,7 +61,7 @@ class GuardedModel:
     """A model that answers through its guard.
 
     The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied numbers a layer; the other readings
-    of a conversation (its turns by themselves; the conversation without the answer it ends in) are read before, in one pass. Prompts it does
+    of a conversation (its turns by themselves; the conversation without the answer it ends in) are read before. Prompts it does
     not flag are answered token for token as without it, in the same batches. Greedy search and sampling; other loops are an error.
 
     Args:
