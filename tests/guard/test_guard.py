@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from guarded import some_neurons, texts, tiny_guard, tiny_model
 
 from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, SafetyNeuronsError, UsageError
 from safety_neurons.guard import Guard, OperatingPoint, bindings_of, read_features
+from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.results import Rate
@@ -195,6 +197,24 @@ def test_a_saved_guard_says_the_same(model: LanguageModel, guard: Guard, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["guard.json", "guard.safetensors"]
     with pytest.raises(ModelError, match="not bound"):
         Guard.load(tmp_path).score("cake")
+
+
+@pytest.mark.parametrize("more", [{}, {"by_seed": []}, {"why": None, "by_seed": [], "later": 1}])
+def test_rates_of_older_and_newer_files_load(guard: Guard, tmp_path: Path, more: dict[str, Any]) -> None:
+    points = (OperatingPoint(0.05, 0.7, RATE, RATE, True),)
+    recheck = Recheck(4, 16, 0.5, 0.05, RATE, RATE, True)
+    dataclasses.replace(guard, operating_points=points, recheck=recheck).save(tmp_path)
+    facts = json.loads((tmp_path / "guard.json").read_text())
+    old = {"value": RATE.value, "low": RATE.low, "high": RATE.high, "n": RATE.n, "unscored": RATE.unscored, **more}
+    for record in (facts["operating_points"][0], facts["recheck"]):
+        record.update({"fpr": old, "tpr": old})
+    (tmp_path / "guard.json").write_text(json.dumps(facts))
+    again = Guard.load(tmp_path)
+    assert (again.operating_points, again.recheck) == (points, recheck)
+    facts["operating_points"][0]["fpr"] = {**old, "low": "x"}
+    (tmp_path / "guard.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="damaged operating point"):
+        Guard.load(tmp_path)
 
 
 @pytest.mark.parametrize(

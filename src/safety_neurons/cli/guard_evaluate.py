@@ -197,7 +197,6 @@ def outputs_of(session: Session, options: Mapping[str, Any], model: Any, guard: 
         *kinds,
         by=options["judge"],
         max_new_tokens=options["max_new_tokens"],
-        seed=session.common.seed,
         batch_size=session.batch_size(),
         completions_file=file,
         progress=progress,

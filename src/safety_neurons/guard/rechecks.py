@@ -35,7 +35,7 @@ class Recheck:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "fpr": self.fpr.to_json(), "tpr": self.tpr.to_json()}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Recheck":

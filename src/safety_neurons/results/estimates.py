@@ -68,10 +68,14 @@ class Estimate:
         """The estimate that `to_json` wrote; other keys are left alone.
 
         Raises:
-            KeyError, TypeError: one of the basic five is missing, or this is no object.
+            KeyError, TypeError: one of the basic five is missing or no number, or this is no object.
         """
-        basic = {name: found[name] for name in _BASIC}
-        return cls(**basic, **{field.name: found[field.name] for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found})
+        more = [field.name for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found]
+        values = {name: found[name] for name in (*_BASIC, *more)}
+        wrong = next((name for name in _BASIC if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)), None)
+        if wrong is not None:
+            raise TypeError(f"{wrong} {str(found[wrong])[:20]!r}; expected a number")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def __str__(self) -> str:
         if self.value is None:
