@@ -93,7 +93,7 @@ def test_a_body_that_cannot_be_taken_is_400_in_one_shape(address, body, code):
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": "x", "name": "a name that holds an attack"}],
-        [{"role": "user", "content": "x", "reasoning_content": "attack"}],
+        [{"role": "user", "content": "x", "secret_content": "attack"}],
         [{"role": "user", "content": "unaskable"}],
         "attack",
         None,
@@ -181,7 +181,7 @@ def test_what_is_not_there_is_said_in_one_shape(address, method, path, status):
 def test_no_page_of_elsewhere_gets_leave_to_ask(address):
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST", "X-Api-Key": TOKEN}
     said = httpx.options(f"{address}/v1/moderations", headers=asked)
-    assert said.status_code == 405
+    assert said.status_code == 204
     assert not [name for name in said.headers if name.startswith("access-control")]
 
 

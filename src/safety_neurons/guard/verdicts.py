@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.results import html_table
@@ -77,7 +77,27 @@ class Verdict:
         return dataclasses.asdict(self)
 
 
-def largest(verdicts: Sequence[Verdict]) -> Verdict:
+@runtime_checkable
+class Comparable(Protocol):
+    """What `largest` compares."""
+
+    @property
+    def flagged(self) -> bool:
+        """Whether to stop."""
+
+    @property
+    def status(self) -> str:
+        """`ok`, or why there is no sound verdict."""
+
+    @property
+    def p_unsafe(self) -> float | None:
+        """Calibrated probability of an unsafe answer."""
+
+
+Found = TypeVar("Found", bound=Comparable)
+
+
+def largest(verdicts: Sequence[Found]) -> Found:
     """The verdict on a request from those on its readings, the whole conversation first.
 
     A sound one that flags goes first, then one that is not sound, then the largest probability: a reading that could not be judged is never

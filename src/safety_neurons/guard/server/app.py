@@ -134,9 +134,13 @@ async def _shown(request: Request, problem: Problem) -> Response:
 
 async def _not_served(request: Request, error: HTTPException) -> Response:
     code = _NAMES.get(error.status_code, "http_error")
-    problem = Problem(
-        error.status_code, f"there is no {request.method[:16]} here; see /openapi.json for the routes", code, headers=error.headers
-    )
+    headers = dict(error.headers or {})
+    if "Allow" in headers:
+        taken = {method.strip() for method in headers["Allow"].split(",")}
+        headers["Allow"] = ", ".join(sorted(taken | {"OPTIONS"} | ({"HEAD"} if "GET" in taken else set())))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+    problem = Problem(error.status_code, f"there is no {request.method[:16]} here; see /openapi.json for the routes", code, headers=headers)
     return await _shown(request, problem)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from safety_neurons.guard.requests import Reading
 from safety_neurons.guard.server.answers import DONE, Envelope, Streamed, usage
-from safety_neurons.guard.server.conversation import INERT, beside, prompt_of
+from safety_neurons.guard.server.conversation import KNOWN, beside, conversation, strange_options
 from safety_neurons.guard.server.door import Log
 from safety_neurons.guard.server.engine import Answering, asked_wrongly
-from safety_neurons.guard.server.gate import Gate, Outcome
+from safety_neurons.guard.server.gate import Gate, Outcome, outcome_of
 from safety_neurons.guard.server.problems import Problem, unfinished
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.shapes import ChatRequest
@@ -27,10 +28,21 @@ _WITHOUT_EFFECT = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "ignore_eos": (False,),
 }
 """Fields the local model does not know, and the values that ask nothing of it."""
 _IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
-_KNOWN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"}
+_TAKEN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"}
 
 
 class Chat:
@@ -61,25 +73,25 @@ class Chat:
         """
         if self.settings.log_prompts:
             noted["prompt"] = body["messages"]
-        conversation = prompt_of(request.messages, self.settings.limits.messages)
+        ways = conversation(request.messages, self.settings.limits.messages)
         if self.upstream is None:
-            return await self._local(request, conversation, body, noted)
-        prompts = [conversation, *beside(body, self.settings.passed)]
+            return await self._local(request, ways, body, noted)
+        ways += beside(body, self.settings.passed)
         if self.settings.shadow:
-            self._watch(prompts, name)
+            self._watch(ways, name)
             return await self._forwarded(request, body)
-        outcomes = await self.gate.judge(prompts, ROUTE, noted)
-        if any(outcome.held for outcome in outcomes):
-            return self._held(request, outcomes)
+        (outcome,) = await self.gate.judge([ways], ROUTE, noted)
+        if outcome.held:
+            return self._held(request, outcome)
         return await self._forwarded(request, body)
 
-    def _watch(self, prompts: list[Any], name: str) -> None:
+    def _watch(self, ways: list[Reading], name: str) -> None:
         """Shadow mode: judged beside the answer, which never waits for it."""
 
         async def look() -> None:
             noted: dict[str, Any] = {}
             try:
-                await self.gate.judge(prompts, ROUTE, noted)
+                await self.gate.judge([ways], ROUTE, noted)
             except Problem as problem:
                 noted["guard"] = problem.code
             self.log({"event": "shadow", "id": name, **noted})
@@ -88,12 +100,11 @@ class Chat:
         self._watching.add(task)
         task.add_done_callback(self._watching.discard)
 
-    def _held(self, request: ChatRequest, outcomes: list[Outcome]) -> Response:
+    def _held(self, request: ChatRequest, outcome: Outcome) -> Response:
         """What is answered in the place of an answer."""
-        self.gate.check_length(outcomes)
-        sound = [outcome for outcome in outcomes if outcome.held and outcome.status == "ok"]
-        if not sound:
-            raise unfinished(next(outcome.status for outcome in outcomes if outcome.held))
+        self.gate.check_length([outcome])
+        if outcome.status != "ok":
+            raise unfinished(outcome.status)
         return refusal(self.settings, request)
 
     async def _forwarded(self, request: ChatRequest, body: dict[str, Any]) -> Response:
@@ -104,20 +115,25 @@ class Chat:
         status, headers, pieces = await self.upstream.stream(body)
         return Streamed(pieces, status, headers, kind=_STREAM if status == 200 else "application/json")
 
-    async def _local(self, request: ChatRequest, prompt: Any, body: Mapping[str, Any], noted: dict[str, Any]) -> Response:
+    async def _local(self, request: ChatRequest, ways: list[Reading], body: Mapping[str, Any], noted: dict[str, Any]) -> Response:
+        """Answers where nothing is flagged: the whole conversation is judged in the prefill of its answer, the other readings before."""
         if request.model != self.settings.name:
             raise Problem(404, f"there is no model of this name here; expected {self.settings.name!r}", "model_not_found", param="model")
         decode = decoding(request, body, self.settings)
         events: asyncio.Queue[Any] = asyncio.Queue()
         started = time.perf_counter()
-        job = self.gate.engine.answer(prompt, decode, events.put_nowait)
+        before = await self.gate.look(ways[1:])
+        if any(outcome.held for outcome in before):
+            self.gate.took(time.perf_counter() - started, ROUTE, noted)
+            return self._held(request, self.gate.settled([before], ROUTE, noted)[0])
+        job = self.gate.engine.answer(ways[0].prompt, decode, events.put_nowait)
         try:
             first = await self._first(events)
             if isinstance(first, Judged):
                 self.gate.took(time.perf_counter() - started, ROUTE, noted)
-                outcome = self.gate.outcome(first.verdict, ROUTE, noted)
+                (outcome,) = self.gate.settled([[outcome_of(first.verdict, self.settings), *before]], ROUTE, noted)
                 if outcome.held:
-                    return self._held(request, [outcome])
+                    return self._held(request, outcome)
             written = self._pieces(events)
             if not request.stream:
                 return await self._whole(request, written)
@@ -209,11 +225,12 @@ def decoding(request: ChatRequest, body: Mapping[str, Any], settings: Settings) 
         Problem: 400 for what the local model cannot do.
     """
     for name, value in body.items():
-        if value is None or name in _KNOWN or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
+        if value is None or name in _TAKEN or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
             continue
-        known = name in INERT or name in _WITHOUT_EFFECT
-        why = "is not supported by the local model" if known else "is not known"
+        why = "is not supported by the local model" if name in KNOWN else "is not known"
         raise Problem(400, f"field {name[:64]!r} {why}; leave it out", "unsupported_parameter", param=name[:64])
+    for name in strange_options(body):
+        raise Problem(400, f"field {name[:64]!r} is not known; leave it out", "unknown_parameter", param=name[:64])
     wanted = request.max_completion_tokens or request.max_tokens or min(256, settings.limits.new_tokens)
     if wanted > settings.limits.new_tokens:
         raise Problem(400, f"{wanted} new tokens; expected at most {settings.limits.new_tokens}", "too_many_tokens", param="max_tokens")

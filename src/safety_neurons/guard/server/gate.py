@@ -1,15 +1,23 @@
 """The gate: verdicts on what a request holds, and what follows from them where the guard cannot judge."""
 
+import hashlib
+import json
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safety_neurons.guard.requests import WHOLE, Reading
 from safety_neurons.guard.server.engine import Engine, asked_wrongly
 from safety_neurons.guard.server.metrics import Metrics
 from safety_neurons.guard.server.problems import too_long
 from safety_neurons.guard.server.settings import Settings
+from safety_neurons.guard.verdicts import largest
+
+_REMEMBERED = 8192
+"""Readings whose outcomes are kept, so that a conversation that grows has only its new turns judged. No text of them is kept."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,13 @@ class Gate:
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
+        self._known: OrderedDict[bytes, Outcome] = OrderedDict()
 
-    async def judge(self, prompts: Sequence[Any], route: str, noted: dict[str, Any]) -> list[Outcome]:
-        """The outcome for each prompt, in order.
+    async def judge(self, asked: Sequence[Sequence[Reading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+        """The outcome for each request, in order: the largest of those of its readings.
 
         Args:
-            prompts: Conversations and texts.
+            asked: The readings of each conversation or text.
             route: The route's name, for metrics.
             noted: Gets what the log line shows.
 
@@ -63,31 +72,52 @@ class Gate:
         """
         started = time.perf_counter()
         try:
-            verdicts: Sequence[Any] = await self.engine.verdicts(prompts, self.settings.limits.seconds)
-        except TimeoutError:
-            verdicts = [None] * len(prompts)
+            found = iter(await self.look([way for ways in asked for way in ways]))
         finally:
             self.took(time.perf_counter() - started, route, noted)
-        for verdict in verdicts:
-            problem = asked_wrongly(verdict) if isinstance(verdict, BaseException) else None
-            if problem is not None:
-                raise problem
-        outcomes = [outcome_of(verdict, self.settings) for verdict in verdicts]
-        self._count(outcomes, route, noted)
-        return outcomes
+        return self.settled([[next(found) for _ in ways] for ways in asked], route, noted)
+
+    async def look(self, ways: Sequence[Reading]) -> list[Outcome]:
+        """The outcome of each reading, in order; nothing is counted. What is no whole conversation and was judged before is not again.
+
+        Half of what may wait is asked at a time, so that a long conversation neither fills the queue nor is refused for its length.
+
+        Raises:
+            Problem: As for `judge`.
+        """
+        keys = [hashlib.sha256(json.dumps([(turn.role, turn.content) for turn in way.prompt.turns]).encode()).digest() for way in ways]
+        found = {place: self._known[key] for place, key in enumerate(keys) if ways[place].name != WHOLE and key in self._known}
+        for place in found:
+            self._known.move_to_end(keys[place])
+        missing = [place for place in range(len(ways)) if place not in found]
+        at_once = max(1, self.settings.limits.waiting // 2)
+        end = time.monotonic() + self.settings.limits.seconds
+        for start in range(0, len(missing), at_once):
+            places = missing[start : start + at_once]
+            try:
+                verdicts: Sequence[Any] = await self.engine.verdicts([ways[place].prompt for place in places], end - time.monotonic())
+            except TimeoutError:
+                break
+            for place, verdict in zip(places, verdicts, strict=True):
+                problem = asked_wrongly(verdict) if isinstance(verdict, BaseException) else None
+                if problem is not None:
+                    raise problem
+                found[place] = outcome_of(verdict, self.settings)
+                if found[place].status == "ok":
+                    self._known[keys[place]] = found[place]
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        late = outcome_of(None, self.settings)
+        return [found.get(place, late) for place in range(len(ways))]
 
     def took(self, seconds: float, route: str, noted: dict[str, Any]) -> None:
         """Notes how long verdicts took, the wait included."""
         noted["guard_ms"] = round(1000 * seconds, 1)
         self.metrics.guard_seconds.labels(route).observe(seconds)
 
-    def outcome(self, verdict: Any, route: str, noted: dict[str, Any]) -> Outcome:
-        """The outcome of a verdict that came from elsewhere (an answer's own prefill), counted like any other."""
-        outcome = outcome_of(verdict, self.settings)
-        self._count([outcome], route, noted)
-        return outcome
-
-    def _count(self, outcomes: Sequence[Outcome], route: str, noted: dict[str, Any]) -> None:
+    def settled(self, found: Sequence[Sequence[Outcome]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+        """One outcome for each request, from those of its readings, counted once."""
+        outcomes = [largest(outcomes) for outcomes in found]
         for outcome in outcomes:
             self.metrics.seen(outcome.p_unsafe, outcome.distance)
             if outcome.status != "ok":
@@ -97,6 +127,7 @@ class Gate:
             if outcome.held:
                 self.metrics.blocked.labels(route).inc()
         noted |= summary(outcomes)
+        return outcomes
 
     def check_length(self, outcomes: Sequence[Outcome]) -> None:
         """Refuses a conversation longer than the guard reads, where that is not let through.

@@ -44,6 +44,8 @@ class StreamOptions(Shape):
     """What a stream ends with."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ChatRequest(Shape):
@@ -75,9 +77,9 @@ class ModerationRequest(Shape):
 
 
 class ClassifyRequest(Shape):
-    """A text, or a list of texts, to judge."""
+    """A text, a list of texts, or the turns of one conversation, to judge."""
 
-    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     model: Name | None = None
 
 

@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from safety_neurons.guard.server.conversation import as_text, prompt_of, text_of
+from safety_neurons.guard.requests import Reading, readings
+from safety_neurons.guard.server.conversation import conversation, text_of, texts_in
 from safety_neurons.guard.server.gate import Gate, Outcome
 from safety_neurons.guard.server.problems import Problem
 from safety_neurons.guard.server.settings import Settings
@@ -35,17 +36,7 @@ class Verdicts:
 
     async def moderate(self, request: ModerationRequest, noted: dict[str, Any]) -> dict[str, Any]:
         """OpenAI's moderations: a string, a list of strings, the parts of a message, or the turns of a conversation."""
-        given = request.input
-        if isinstance(given, str):
-            prompts = [Prompt("0", given)]
-        elif isinstance(given[0], str):
-            prompts = [Prompt(str(number), str(text)) for number, text in enumerate(given)]
-        elif isinstance(given[0], Turn):
-            prompts = [prompt_of([turn for turn in given if isinstance(turn, Turn)], self.settings.limits.messages)]
-        else:
-            texts = [text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)]
-            prompts = [Prompt("0", "\n".join(texts))]
-        outcomes = await self._judged(prompts, MODERATIONS, noted)
+        outcomes = await self._judged(self._asked(request.input), MODERATIONS, noted)
         return {
             "id": f"modr-{secrets.token_hex(12)}",
             "model": self.settings.name,
@@ -54,8 +45,7 @@ class Verdicts:
 
     async def classify(self, request: ClassifyRequest, noted: dict[str, Any]) -> dict[str, Any]:
         """The shape of a classifier that vLLM serves."""
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        outcomes = await self._judged([Prompt(str(number), text) for number, text in enumerate(texts)], CLASSIFY, noted)
+        outcomes = await self._judged(self._asked(request.input), CLASSIFY, noted)
         data = [_classification(number, outcome) for number, outcome in enumerate(outcomes)]
         return {
             "id": f"clsf-{secrets.token_hex(12)}",
@@ -77,20 +67,21 @@ class Verdicts:
         if request.images:
             return self._unread("images are not read by the guard", noted)
         texts = list(request.texts or ())
-        prompts = [Prompt(str(number), text) for number, text in enumerate(texts)]
+        asked = [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
         if request.structured_messages:
             try:
-                whole = prompt_of(request.structured_messages, self.settings.limits.messages)
-                read = "\n".join(turn.content for turn in whole.messages)
-                prompts = [whole, *(prompt for prompt in prompts if prompt.text not in read)]
+                whole = conversation(request.structured_messages, self.settings.limits.messages)
             except Problem as problem:
                 if problem.code != "unreadable_content":
                     raise
                 return self._unread(problem.message, noted)
-        prompts += [Prompt(name, as_text(value)) for name, value in (("tools", request.tools), ("tool_calls", request.tool_calls)) if value]
-        if not prompts:  # what cannot be shown as text, token ids say, comes as nothing
+            read = {turn.content for way in whole for turn in way.prompt.turns}
+            asked = [whole, *(ways for ways in asked if ways[0].prompt.text not in read)]
+        for name, values in (("tools", request.tools), ("tool_calls", request.tool_calls)):
+            asked += [[Reading(name, Prompt(name, text)) for text in texts_in(values)]] if values else []
+        if not asked:  # what cannot be shown as text, token ids say, comes as nothing
             return self._unread("there is nothing that the guard can read", noted)
-        outcomes = await self._judged(prompts, GUARDRAIL, noted)
+        outcomes = await self._judged(asked, GUARDRAIL, noted)
         held = next((outcome for outcome in outcomes if outcome.held), None)
         if held is None:
             return {"action": "NONE", "blocked_reason": None}
@@ -105,13 +96,24 @@ class Verdicts:
         self.gate.metrics.blocked.labels(GUARDRAIL).inc()
         return {"action": "BLOCKED", "blocked_reason": reason}
 
-    async def _judged(self, prompts: Sequence[Prompt], route: str, noted: dict[str, Any]) -> list[Outcome]:
-        if len(prompts) > self.settings.limits.inputs:
-            message = f"{len(prompts)} texts; expected at most {self.settings.limits.inputs}"
+    def _asked(self, given: str | Sequence[str | Part | Turn]) -> list[list[Reading]]:
+        """The readings of each text, or of the one message or conversation, that an input holds."""
+        if isinstance(given, str):
+            return [readings(Prompt("0", given))]
+        turns = [one for one in given if isinstance(one, Turn)]
+        if turns:
+            return [conversation(turns, self.settings.limits.messages)]
+        parts = [text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)]
+        texts = ["\n".join(parts)] if parts else [str(text) for text in given]
+        return [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
+
+    async def _judged(self, asked: Sequence[Sequence[Reading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+        if len(asked) > self.settings.limits.inputs:
+            message = f"{len(asked)} texts; expected at most {self.settings.limits.inputs}"
             raise Problem(400, message, "too_many_inputs", param="texts" if route == GUARDRAIL else "input")
         if self.settings.log_prompts:
-            noted["prompt"] = [[turn.content for turn in prompt.messages] or prompt.text for prompt in prompts]
-        return await self.gate.judge(prompts, route, noted)
+            noted["prompt"] = [[turn.content for turn in ways[0].prompt.messages] or ways[0].prompt.text for ways in asked]
+        return await self.gate.judge(asked, route, noted)
 
 
 def _moderation(outcome: Outcome) -> dict[str, Any]:
