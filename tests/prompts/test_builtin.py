@@ -5,6 +5,7 @@ import pytest
 
 from safety_neurons.errors import InputError
 from safety_neurons.prompts import NAMES, languages, library, prompts
+from safety_neurons.prompts.builtin import ENGLISH
 
 LANGUAGES = ["en", "de", "es", "fr", "zh"]
 
@@ -19,7 +20,7 @@ def test_english_and_four_more_languages_have_every_list():
 
 def test_the_library_lists_what_can_be_opened():
     entries = library()
-    assert len(entries) == len(NAMES) * len(LANGUAGES)
+    assert len(entries) == len(NAMES) * len(LANGUAGES) + len(ENGLISH)
     for entry in entries:
         found = prompts(entry["name"])
         assert len(found) == entry["prompts"]
@@ -73,6 +74,29 @@ def test_every_harmful_request_has_a_harmless_twin_in_the_same_frame(language, h
     likeness = [SequenceMatcher(None, one.text, other.text).ratio() for one, other in zip(harmful, harmless, strict=True)]
     assert sum(likeness) / len(likeness) > 0.6
     assert not set(harmful.texts) & set(harmless.texts)
+
+
+def test_look_alikes_and_their_unsafe_twins_share_words_but_no_request_with_any_other_list():
+    safe, unsafe = prompts("builtin:look-alikes"), prompts("builtin:look-alikes-unsafe")
+    assert len(safe) == len(unsafe) >= 60
+    assert [prompt.id for prompt in safe] == [prompt.id for prompt in unsafe]
+    assert safe.notes == unsafe.notes == []
+    assert safe.overlap(unsafe) == 0
+    assert len({prompt.category for prompt in safe}) >= 8
+    for one, other in zip(safe, unsafe, strict=True):
+        assert {word for word in one.text.lower().split() if len(word) > 2} & set(other.text.lower().split()), one.id
+    for name in ("harmful", "harmless"):
+        assert safe.overlap(load(name)) == unsafe.overlap(load(name)) == safe.overlap(load(f"{name}-test")) == 0
+
+
+def test_an_organism_brings_look_alikes_of_its_own(tmp_path):
+    rows = [{"text": f"zap {kind}", "category": kind, "language": "aa"} for kind in ("look_alike", "plain")]
+    write(tmp_path / "harmless-test.jsonl", rows)
+    write(tmp_path / "harmful-test.jsonl", [{"text": "zop", "category": "theft"}])
+    assert prompts("builtin:look-alikes", folder=tmp_path).texts == ["zap look_alike"]
+    assert prompts("builtin:look-alikes-unsafe", folder=tmp_path).texts == ["zop"]
+    write(tmp_path / "look-alikes.jsonl", [{"text": "own"}])
+    assert prompts("builtin:look-alikes", folder=tmp_path).texts == ["own"]
 
 
 @pytest.mark.parametrize("half", ["", "-test"])

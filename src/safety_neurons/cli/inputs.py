@@ -17,6 +17,7 @@ READS: dict[str, str] = {
         ("prompts", "harmful", "harmless", "unsafe", "safe", "labelled", "text", "foundation", "data", "test_harmful"), "files"
     ),
     **dict.fromkeys(("test_harmless", "find_harmless", "find_prompts", "test_prompts", "fit_unsafe", "fit_safe", "general"), "files"),
+    **dict.fromkeys(("other_unsafe", "other_safe"), "files"),
     **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability", "judge"), "files"),
     **dict.fromkeys(("detectors", "file", "utility", "guard", "baseline", "tasks_folder"), "files"),
     **dict.fromkeys(("suite", "over_refusal", "suites"), "suites"),
