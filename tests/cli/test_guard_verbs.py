@@ -49,6 +49,11 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: 
     assert result["prompts"] == {"unsafe": 30, "safe": 30, "left_out": 0}
     assert [point["supported"] for point in result["operating_points"]] == [False] * 3
     assert result["recheck"]["every"] == 4
+    assert result["achieved"] == (result["caught"]["low"] > 0)
+    assert (result["caught"]["n"], result["false_positives"]["n"]) == (9, 9)
+    assert result["in_force"].startswith("provisional")
+    assert result["other"]["safe"] == "builtin:look-alikes"
+    assert result["other"]["fpr"]["n"] == result["other"]["tpr"]["n"] == 68
     assert (place / "fit" / "guard" / "guard.json").is_file()
     code, out = run(capsys, "guard", "recalibrate", *common, "--guard", result["guard"], "--completions", place / "completions.jsonl",
                     "--judge", "compliance", "--out", place / "again")  # fmt: skip
@@ -69,6 +74,22 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: 
         assert line["meta"]["guard"]["flagged"] == (line["completion"] == "I can't help with that.")
 
 
+def test_conversations_of_a_file_are_fit_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["make", "tell", "write", "steal", "open", "lock"]
+    for name, last in (("unsafe", "bomb"), ("safe", "cake")):
+        turns = [[("user", f"{a} the house"), ("assistant", "yes"), ("user", f"{a} {b} the {last}")] for a in words for b in words]
+        rows = [{"messages": [{"role": role, "content": text} for role, text in one]} for one in turns]
+        (place / f"{name}-talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out = run(capsys, "guard", "fit", "--model", place / "model", "--neurons", place / "neurons.safetensors", "--pooling", "last",
+                    "--unsafe", place / "unsafe-talks.jsonl", "--safe", place / "safe-talks.jsonl", "--other-safe", "none",
+                    "--other-unsafe", "none", "--json", "--out", place / "talks")  # fmt: skip
+    result = json.loads(out)
+    assert code == 0, result
+    assert result["other"] is None
+    told = result["conversations"]
+    assert told["fpr"]["n"] == told["tpr"]["n"] == told["fpr_read_whole"]["n"] == 11
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -79,6 +100,7 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: 
         (["--labelled", "x.jsonl", "--pooling", "best"], "--pooling"),
         (["--labelled", "x.jsonl", "--window", "4"], "only max has windows"),
         (["--labelled", "x.jsonl", "--recheck-every", "90"], "expected no more"),
+        (["--labelled", "x.jsonl", "--other-safe", "none"], "--other-unsafe and --other-safe belong together"),
     ],
 )
 def test_options_that_contradict_one_another_are_usage_errors_before_anything_is_loaded(

@@ -63,8 +63,9 @@ def test_calibration_rises_strictly_and_one_score_gives_what_many_give(seed: int
 
 @given(n=st.integers(1, 60), target=st.sampled_from([0.05, 0.1, 0.5]), levels=st.integers(1, 40), seed=st.integers(0, 99))
 def test_a_threshold_lets_at_most_the_allowed_number_through_and_never_splits_equals(n: int, target: float, levels: int, seed: int) -> None:
-    safe = np.random.default_rng(seed).integers(0, levels, n) / levels
-    threshold = threshold_for(safe, target)
+    both = np.random.default_rng(seed).integers(0, levels, 2 * n) / levels
+    unsafe = np.arange(2 * n) >= n
+    safe, threshold = both[:n], threshold_for(both, unsafe, target)
     flagged = int((safe >= threshold).sum())
     assert flagged <= max(0, target * (n + 1) - 1)
     next_lower = safe[safe < threshold]
@@ -72,14 +73,42 @@ def test_a_threshold_lets_at_most_the_allowed_number_through_and_never_splits_eq
         assert (int((safe >= next_lower.max()).sum()) + 1) / (n + 1) > target
 
 
-def test_the_threshold_keeps_its_false_positive_rate_on_fresh_prompts_in_expectation() -> None:
-    generator = np.random.default_rng(0)
-    rates = []
-    for _ in range(400):
-        threshold = threshold_for(generator.beta(1, 5, 399), 0.05)
-        rates.append(float((generator.beta(1, 5, 2000) >= threshold).mean()))
-    assert np.mean(rates) <= 0.0505
-    assert np.mean(rates) >= 0.045
+@pytest.mark.parametrize(("n", "target"), [(399, 0.05), (40, 0.05), (24, 0.01), (12, 0.25)])
+@pytest.mark.parametrize("unsafe_of", [(5, 1), (1, 5), (40, 1)])
+def test_the_threshold_keeps_its_false_positive_rate_on_fresh_prompts_wherever_the_unsafe_ones_lie(
+    n: int, target: float, unsafe_of: tuple[float, float]
+) -> None:
+    generator, rates = np.random.default_rng(0), []
+    labels = np.arange(n + 60) >= n
+    for _ in range(600):
+        chances = np.concatenate([generator.beta(1, 5, n), generator.beta(*unsafe_of, 60)])
+        threshold = threshold_for(chances, labels, target)
+        rates.append(float((1 - threshold) ** 5))  # the share of Beta(1, 5) above it
+    promised = max(target, 1 / (n + 1))
+    assert np.mean(rates) <= promised + 3 * np.std(rates) / math.sqrt(len(rates))
+    if unsafe_of == (1, 5) and n >= 1 / target:  # where unsafe ones lie like safe ones nothing is given away either
+        assert np.mean(rates) >= promised - 1.5 / (n + 1)
+
+
+@pytest.mark.parametrize("fpr", [0.05, 0.01])
+def test_few_safe_prompts_do_not_keep_a_guard_that_tells_them_apart_from_catching_unsafe_ones(fpr: float) -> None:
+    """Forty held-out prompts, AUROC .97, probabilities drawn in as a calibration on few does: half-way to 1 caught next to none of them."""
+    generator, caught, old, wrong = np.random.default_rng(0), [], [], []
+    labels = np.arange(40) >= 20
+
+    def probability(scores: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-scores / 2))
+
+    for _ in range(300):
+        chances = probability(np.concatenate([generator.normal(-2, 1, 20), generator.normal(0.7, 1, 20)]))
+        threshold = threshold_for(chances, labels, fpr)
+        fresh_unsafe, fresh_safe = (probability(generator.normal(mean, 1, 200)) for mean in (0.7, -2))
+        caught.append(float((fresh_unsafe >= threshold).mean()))
+        wrong.append(float((fresh_safe >= threshold).mean()))
+        old.append(float((fresh_unsafe >= (chances[:20].max() + 1) / 2).mean()))
+    assert np.mean(caught) > 0.6
+    assert np.mean(old) < 0.25
+    assert np.mean(wrong) <= 1 / 21 + 3 * np.std(wrong) / math.sqrt(len(wrong))
 
 
 def test_operating_points_need_twenty_safe_examples_for_each_false_positive() -> None:

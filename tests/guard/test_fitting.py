@@ -14,7 +14,7 @@ from safety_neurons.guard import Guard, fit_guard, recalibrate
 from safety_neurons.guard.fitting import labelled
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Message, Prompt, Prompts
-from tiny import WORDS
+from tiny import WORDS, tiny_llama, tiny_tokenizer
 
 OTHERS = [word for word in WORDS if word not in ("bomb", "cake")][:40]
 
@@ -64,7 +64,7 @@ def test_enough_safe_prompts_support_a_point_and_its_threshold_is_in_force(model
     found = fit_guard(model, neurons.only(sites=["down"]), requests("bomb", 30, 0), requests("cake", 160, 0), pooling="last", fpr=0.5)
     point = found.operating_points[0]
     assert (point.fpr_target, point.supported) == (0.5, True)
-    assert (found.threshold, found.in_force) == (point.threshold, "fpr 0.5")
+    assert (found.threshold, found.in_force) == (point.threshold, "provisional fpr 0.5")  # not measured on the user's traffic yet
     assert found.at(0.5).threshold == found.threshold
     again = fit_guard(model, neurons.only(sites=["down"]), requests("bomb", 30, 0), requests("cake", 160, 0), pooling="last", fpr=0.5)
     assert torch.equal(again.weights, found.weights)
@@ -97,6 +97,102 @@ def test_prompts_that_the_neurons_were_found_on_are_counted(model: LanguageModel
     told = NeuronSet(dict(neurons.items()), model.table, found_on)
     guard = fit_guard(model, told, unsafe, requests("cake", 20, 0), pooling="last")
     assert "7 of the 40 prompts are among those the neurons were found on" in guard.notes
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "auto"])
+def test_features_that_are_the_same_at_every_prompt_are_refused(model: LanguageModel, pooling: str) -> None:
+    dead = tiny_model()
+    down = dead.anatomy.layers[1].module.mlp
+    with torch.no_grad():
+        down.gate_proj.weight.zero_()  # so the input of down is 0 at every token
+    silent = NeuronSet({"layers.1.down": range(20)}, dead.table)
+    with pytest.raises(InputError, match="the same at every prompt") as caught:
+        fit_guard(dead, silent, requests("bomb", 20, 0), requests("cake", 20, 0), pooling=pooling, other=None)
+    assert "\n" not in str(caught.value)
+    alive = fit_guard(model, silent, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None)
+    with pytest.raises(InputError, match="the same at every prompt"):
+        recalibrate(alive, dead, requests("bomb", 20, 1), requests("cake", 20, 1))
+
+
+def test_a_template_that_ignores_the_prompt_cannot_be_fit_on(neurons: NeuronSet) -> None:
+    deaf = LanguageModel(tiny_llama(), tiny_tokenizer("{{ bos_token }}tell me a story"), name="deaf")
+    with pytest.raises(InputError) as caught:
+        fit_guard(deaf, neurons, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_from_elsewhere(guard: Guard, model: LanguageModel) -> None:
+    false, caught = guard.rates or (None, None)
+    assert caught is not None
+    assert false is not None
+    held = np.array(guard.reference["probabilities"]["unsafe"])
+    assert (caught.n, caught.value) == (18, float((held >= guard.threshold).mean()))
+    assert guard.standing["caught"] == caught.to_json()
+    assert guard.why_idle is None
+    assert guard.report["other"]["safe"] == "builtin:look-alikes"
+    assert guard.report["other"]["fpr"]["n"] == guard.report["other"]["tpr"]["n"] == 68
+    assert any("provisional until it was measured on your own traffic" in note for note in guard.notes)
+    other = fit_guard(model, guard.neurons, requests("bomb", 60, 0), requests("cake", 80, 0), pooling="last", fpr=0.05,
+                      other=(requests("bomb", 30, 5), [f"{text} bomb cake" for text in requests("bomb", 30, 6)]))  # fmt: skip
+    told = other.report["other"]
+    flagged = [verdict.flagged for verdict in other.score_batch([f"{text} bomb cake" for text in requests("bomb", 30, 6)])]
+    assert told["fpr"]["value"] == np.mean(flagged)
+    warned = any("of safe requests from another source" in note for note in other.notes)
+    assert warned == (told["fpr"]["low"] > 0.05)
+    unmeasured = fit_guard(model, guard.neurons, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None)
+    assert "other" not in unmeasured.report
+
+
+def test_a_guard_that_flags_look_alikes_is_warned_of(model: LanguageModel, neurons: NeuronSet) -> None:
+    """Safe requests of the other source that are what the fit calls unsafe."""
+    found = fit_guard(model, neurons, requests("bomb", 60, 0), requests("cake", 80, 0), fpr=0.05,
+                      other=(requests("bomb", 30, 5), requests("bomb", 30, 6)))  # fmt: skip
+    assert found.report["other"]["fpr"]["low"] > 0.05
+    assert any("of safe requests from another source (list) it flags" in note for note in found.notes)
+
+
+def test_a_guard_at_a_threshold_that_catches_nothing_says_so(guard: Guard) -> None:
+    highest = max(guard.reference["probabilities"]["unsafe"])
+    idle = guard.with_threshold(float(np.nextafter(highest, 2)))
+    assert idle.why_idle is not None
+    assert "caught 0 of 18 unsafe requests" in idle.why_idle
+    assert guard.with_threshold(highest).why_idle is None  # one of them
+    assert dataclasses.replace(idle, reference={}).rates is None  # an old file and a threshold of one's own: nobody knows
+    old = dataclasses.replace(guard, reference={})
+    assert old.rates == guard.rates  # its operating point knows
+
+
+def test_only_safe_requests_of_ones_own_end_that_a_rate_is_provisional(model: LanguageModel, guard: Guard) -> None:
+    own = recalibrate(guard, model, requests("bomb", 40, 7), requests("cake", 60, 7), fpr=0.5)
+    assert (own.confirmed, own.in_force, own.at(0.5).in_force) == (True, "fpr 0.5", "fpr 0.5")
+    assert not any("your own traffic" in note for note in own.notes)
+    seen = recalibrate(guard, model, requests("bomb", 40, 7), requests("cake", 60, 0), fpr=0.5)
+    built_in = recalibrate(guard, model, model.prompts("builtin:harmful"), model.prompts("builtin:harmless"), fpr=0.5)
+    for one in (seen, built_in):
+        assert (one.confirmed, one.in_force, one.at(0.5).in_force) == (False, "provisional fpr 0.5", "provisional fpr 0.5")
+    assert own.report["other"] is None  # measured at another threshold
+
+
+def test_conversations_are_fit_on_and_the_largest_of_their_readings_sets_the_threshold(model: LanguageModel, neurons: NeuronSet) -> None:
+    def talks(word: str, count: int, seed: int) -> list[list[dict[str, str]]]:
+        return [
+            [{"role": "user", "content": first}, {"role": "assistant", "content": "here is the cake"}, {"role": "user", "content": last}]
+            for first, last in zip(requests("cake", count, seed + 50), requests(word, count, seed), strict=True)
+        ]
+
+    unsafe, safe = talks("bomb", 40, 0), talks("cake", 60, 0)
+    found = fit_guard(model, neurons, unsafe, safe, pooling="last", fpr=0.05, other=None)
+    told = found.report["conversations"]
+    assert (told["fpr"]["n"], told["tpr"]["n"]) == (18, 12)
+    assert told["fpr"]["value"] >= told["fpr_read_whole"]["value"]
+    verdicts = found.score_batch(safe + unsafe, top=0)
+    kept = {word: set(np.round(found.reference["probabilities"][word], 5)) for word in ("safe", "unsafe")}
+    chances = {"safe": {round(one.p_unsafe or 0, 5) for one in verdicts[:60]}, "unsafe": {round(one.p_unsafe or 0, 5) for one in verdicts[60:]}}
+    assert kept["safe"] <= chances["safe"]  # what set the threshold is what verdicts say
+    assert kept["unsafe"] <= chances["unsafe"]
+    assert any(one.reading != "conversation" for one in verdicts)
+    again = recalibrate(found, model, talks("bomb", 20, 3), talks("cake", 20, 3))
+    assert again.report["conversations"]["fpr"]["n"] == 20
 
 
 def test_what_cannot_be_fit_is_one_line(model: LanguageModel, neurons: NeuronSet) -> None:

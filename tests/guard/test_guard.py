@@ -128,7 +128,7 @@ def test_operating_points_are_chosen_by_their_rate_and_unsupported_ones_are_refu
     points = (OperatingPoint(0.05, 0.7, RATE, RATE, True), OperatingPoint(0.001, None, RATE, RATE, False, "400 safe examples"))
     several = dataclasses.replace(guard, operating_points=points)
     assert several.at(0.05).threshold == 0.7
-    assert several.at(0.05).in_force == "fpr 0.05"
+    assert several.at(0.05).in_force == "provisional fpr 0.05"
     with pytest.raises(UsageError, match=r"0\.001 is not supported \(400 safe examples\); supported are 0\.05"):
         several.at(0.001)
     with pytest.raises(UsageError, match="no operating point"):

@@ -1,6 +1,7 @@
 """The command's own words: settings from options and the environment, errors in a line, a log that reads well."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 from safety_neurons.cli import guard_serve
 from safety_neurons.cli.options import Common
 from safety_neurons.errors import RunError, UsageError
+from safety_neurons.guard import OperatingPoint
+from safety_neurons.guard.operating import clopper_pearson
 from safety_neurons.guard.server.serving import address, bound
 
 OPTIONS = {
@@ -79,6 +82,25 @@ def test_an_address_that_is_taken_is_an_error_in_a_line():
             bound("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monkeypatch, old):
+    from guarded import tiny_guard, tiny_model
+
+    model = tiny_model()
+    chances = {"safe": [0.1] * 24, "unsafe": [0.2] * 24}
+    few = OperatingPoint(0.01, None, clopper_pearson(0, 24), clopper_pearson(0, 24), False, "few")
+    idle = dataclasses.replace(tiny_guard(model), threshold=0.973, in_force="provisional fpr 0.01", operating_points=(few,))
+    dataclasses.replace(idle, reference={} if old else {"probabilities": chances}).save(tmp_path)
+    common = Common(json=True)
+    options = {"model": "nowhere", "guard": str(tmp_path), "port": 0}
+    with pytest.raises(UsageError, match=r"caught 0 of 24 unsafe requests .*--force"):
+        guard_serve.serve(common, **options)
+    with pytest.raises(Exception, match="nowhere"):  # went on to the model
+        guard_serve.serve(common, **options, force=True)
+    with pytest.raises(Exception, match="nowhere"):
+        guard_serve.serve(common, **options, threshold=0.15)
+
+
 def test_two_thresholds_are_one_too_many():
     with pytest.raises(UsageError, match="--fpr and --threshold"):
         guard_serve.serve(Common(), model="m", guard="g", fpr=0.01, threshold=0.5)
@@ -104,10 +126,13 @@ def test_the_banner_says_what_is_risky():
         neurons = range(200)
         threshold = 0.5
         in_force = "fpr 0.01"
+        standing = {"caught": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 24, "unscored": 0}, "false_positives": None}
+        why_idle = None
 
     shy = guard_serve.configured(OPTIONS, "m")
     bold = guard_serve.configured({**OPTIONS, "fail_open": True, "shadow": True, "upstream": "http://localhost:1/v1"}, "m")
     assert "what the guard cannot judge is not safe" in " ".join(guard_serve.banner(Tiny(), shy, "http://x"))
+    assert "catches    0.500 [0.300, 0.700] of the unsafe requests" in "\n".join(guard_serve.banner(Tiny(), shy, "http://x"))
     said = " ".join(guard_serve.banner(Tiny(), bold, "http://x"))
     assert "--fail-open" in said
     assert "--shadow" in said

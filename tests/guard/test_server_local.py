@@ -1,6 +1,7 @@
 """The local model behind its own guard: a real tiny model, a real guard on it, a real client."""
 
 import concurrent.futures
+import dataclasses
 import os
 import signal
 import subprocess
@@ -54,6 +55,18 @@ def served(guard):
 def client(served):
     with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+def test_readyz_says_what_the_threshold_in_force_catches(guard):
+    chances = {"safe": [0.1, 0.2, 0.6], "unsafe": [0.4, 0.5, 0.7, 0.9]}
+    with running(serve_guard(dataclasses.replace(guard, reference={"probabilities": chances}), Settings("tiny"))) as address:
+        said = httpx.get(f"{address}/readyz").json()
+    assert said["status"] == "ready"
+    told = said["guard"]
+    assert (told["threshold"], told["in_force"]) == (0.5, "given")
+    assert (told["caught"]["value"], told["caught"]["n"], told["false_positives"]["n"]) == (0.75, 4, 3)
+    assert 0 < told["caught"]["low"] < 0.75 < told["caught"]["high"] < 1
+    assert told["false_positives"]["value"] == pytest.approx(1 / 3)
 
 
 def test_verdicts_over_http_are_the_guards_own(served, guard):

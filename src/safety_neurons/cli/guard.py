@@ -38,6 +38,12 @@ CompletionsFile = Annotated[
 ]
 JudgeName = Annotated[str | None, typer.Option(help="Judge of --completions, as for evaluate.", rich_help_panel=DATA)]
 ArmName = Annotated[str | None, typer.Option(help="The arm of --completions whose answers count.", rich_help_panel=DATA)]
+NONE = "none"
+OTHERS = "builtin:look-alikes-unsafe", "builtin:look-alikes"
+OtherUnsafe = Annotated[
+    str, typer.Option(help="Requests from another source to measure on: a file, builtin:NAME, or none.", rich_help_panel=CHECKS)
+]
+OtherSafe = Annotated[str, typer.Option(help="Likewise, safe ones: what a guard that knows its own lists only flags.", rich_help_panel=CHECKS)]
 PoolingName = Annotated[str, typer.Option(help="last, mean, max, or auto for what validation prefers.", rich_help_panel=FIT)]
 Window = Annotated[int | None, typer.Option(min=1, help="Tokens of a window of --pooling max.", rich_help_panel=FIT)]
 CalibrationName = Annotated[str, typer.Option(help="temperature, isotonic, or auto for the smaller log loss.", rich_help_panel=FIT)]
@@ -66,6 +72,8 @@ def fit(
     window: Window = None,
     calibration: CalibrationName = "auto",
     fpr: FalsePositives = 0.01,
+    other_unsafe: OtherUnsafe = OTHERS[0],
+    other_safe: OtherSafe = OTHERS[1],
     recheck_every: RecheckEvery = 0,
     recheck_tokens: RecheckTokens = 64,
 ) -> dict[str, Any]:
@@ -79,6 +87,11 @@ def fit(
 
         loaded = session.model(model)
         data = examples(session, options, loaded)
+        others = [
+            session.prompts(name, loaded, None if name.startswith("builtin:") else column)
+            for name in (other_unsafe, other_safe)
+            if name != NONE
+        ]
         with session.progress("reading") as progress:
             found = fit_guard(
                 loaded,
@@ -89,6 +102,7 @@ def fit(
                 window=window,
                 calibration=calibration,
                 fpr=fpr,
+                other=(others[0], others[1]) if others else None,
                 seed=common.seed,
                 batch_size=session.batch_size(),
                 progress=progress,
@@ -174,6 +188,8 @@ def check(options: Mapping[str, Any]) -> None:
         Guard.load(options["guard"])
     if options["arm"] is not None and options["completions"] is None:
         raise UsageError("--arm without --completions; expected a completions file whose arm it names")
+    if "other_safe" in options and (options["other_unsafe"] == NONE) != (options["other_safe"] == NONE):
+        raise UsageError("--other-unsafe and --other-safe belong together; expected requests of both kinds, or none twice")
     if options["fpr"] is not None and not 0 < options["fpr"] < 1:
         raise UsageError(f"--fpr {options['fpr']:g}; expected a share between 0 and 1, such as 0.01")
     if options["calibration"] not in ("auto", "temperature", "isotonic"):
@@ -216,6 +232,8 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
     session.notes.extend(guard.notes)
     report = guard.report.get("recalibrated") or guard.report
     return {
+        "achieved": guard.why_idle is None,
+        "why": guard.why_idle or "it catches some of the unsafe requests it was calibrated on",
         "guard": str((session.folder.folder / "guard").absolute()),
         "model": guard.bindings.model,
         "n_neurons": len(guard.neurons),
@@ -225,8 +243,9 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
         "auroc_before": report.get("auroc_before"),
         "expected_calibration_error": report["expected_calibration_error"],
         "calibration": guard.calibration.kind,
-        "threshold": guard.threshold,
-        "in_force": guard.in_force,
+        **guard.standing,
+        "other": guard.report.get("other"),
+        "conversations": guard.report.get("conversations"),
         "operating_points": [point.to_json() for point in guard.operating_points],
         "recheck": None if guard.recheck is None else guard.recheck.to_json(),
         "prompts": report["prompts"],
@@ -236,8 +255,10 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
 
 
 def show(result: dict[str, Any]) -> None:
-    """What it was fit on, how well it ranks, its operating points."""
+    """What it was fit on, how well it ranks, its operating points, what the threshold in force catches."""
     prompts, before = result["prompts"], result["auroc_before"]
+    if not result["achieved"]:
+        console.say(("bold red", "Not achieved"), f": {result['why']}")
     left = f", {prompts['left_out']:,} left out" if prompts["left_out"] else ""
     console.say(
         ("bold", f"guard on {result['n_neurons']:,} neurons of {result['model']}"),
@@ -275,6 +296,20 @@ def show(result: dict[str, Any]) -> None:
         caption="95 % intervals. FPR: safe prompts flagged, TPR: unsafe ones.\nA point that too few safe prompts support has no threshold.",
     )
     console.say(f"\nthreshold in force {result['threshold']:.4g} ({result['in_force']})")
+    flagged = [["held-out requests of the fit", shown(result["caught"]), shown(result["false_positives"])]]
+    if result["conversations"]:
+        told = result["conversations"]
+        flagged.append(["conversations among them", shown(told["tpr"]), shown(told["fpr"])])
+        flagged.append(["the same read as a whole only", shown(told["tpr_read_whole"]), shown(told["fpr_read_whole"])])
+    if result["other"]:
+        told = result["other"]
+        flagged.append([f"another source: {told['unsafe']}, {told['safe']}", shown(told["tpr"]), shown(told["fpr"])])
+    console.print_table(
+        "\nWhat it flags at the threshold in force",
+        ["requests", "unsafe", "safe"],
+        flagged,
+        caption="95 % intervals. What it flags of your own safe requests nobody knows until it was measured on them.",
+    )
     if result["recheck"]:
         again = result["recheck"]
         console.say(

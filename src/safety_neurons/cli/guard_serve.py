@@ -16,6 +16,7 @@ from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import UsageError
 
+RATES = ("caught", "false_positives")
 LISTENING, GUARDING, LIMITS = "Where it listens", "What the guard does", "Limits"
 INSTALL = "pip install 'safety-neurons[serve]'"
 TOKEN_VARIABLE, UPSTREAM_KEY_VARIABLE = "SAFETY_NEURONS_TOKEN", "SAFETY_NEURONS_UPSTREAM_KEY"
@@ -31,6 +32,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is f
 Docs = Annotated[bool, typer.Option("--docs", help="Pages at /docs, whose scripts come from elsewhere.", rich_help_panel=LISTENING)]
 Fpr = Annotated[float | None, typer.Option(help="Operating point: the false-positive rate it was chosen for.", rich_help_panel=GUARDING)]
 Threshold = Annotated[float | None, typer.Option(help="A threshold of your own in its place.", rich_help_panel=GUARDING)]
+Force = Annotated[bool, typer.Option("--force", help="Serve a guard that may stop nothing.", rich_help_panel=GUARDING)]
 OnUnsafe = Annotated[str, typer.Option(help="refuse with a text, or answer with an error.", rich_help_panel=GUARDING)]
 RefusalText = Annotated[str | None, typer.Option(help="Text of the refusal.", rich_help_panel=GUARDING)]
 FailOpen = Annotated[bool, typer.Option("--fail-open", help="Let through what the guard could not judge.", rich_help_panel=GUARDING)]
@@ -67,6 +69,7 @@ def serve(
     docs: Docs = False,
     fpr: Fpr = None,
     threshold: Threshold = None,
+    force: Force = False,
     on_unsafe: OnUnsafe = "refuse",
     refusal: RefusalText = None,
     fail_open: FailOpen = False,
@@ -97,6 +100,8 @@ def serve(
 
         found = Guard.load(guard)
         found = found.at(fpr) if fpr is not None else found.with_threshold(threshold) if threshold is not None else found
+        if found.why_idle is not None and not force:
+            raise UsageError(f"{found.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it all the same: --force")
         bound = found.bind(session.model(resolve(model)))
         service = serve_guard(bound, settings, lines(as_json=common.json, debug=common.debug))
         where = address(sock)
@@ -169,8 +174,12 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
         else f"gets {'a refusal' if settings.on_unsafe == 'refuse' else 'an error'}"
     )
     who = "clients with the token" if settings.token else "this machine only, without a token"
+    standing = guard.standing
+    caught, wrong = (console.interval(standing[name], 3) if standing[name] else "nobody knows what share" for name in RATES)
     return [
         f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
+        f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",
+        *([f"beware     {guard.why_idle}"] if guard.why_idle else []),
         f"answers    {settings.upstream or f'the model itself, as {settings.name}'}",
         f"flagged    {flagged}; what the guard cannot judge {unsure}",
         f"open to    {who}",

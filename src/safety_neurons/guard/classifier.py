@@ -65,6 +65,10 @@ class Classifier:
         """Calibrated probability of being unsafe; NaN where a feature is."""
         return self.log_odds(features).sigmoid()
 
+    def chances(self, scores: Float64[Tensor, " prompt"]) -> Float64[Tensor, " prompt"]:
+        """Calibrated probabilities of scores."""
+        return self.calibration(scores).clamp(-LIMIT, LIMIT).sigmoid()
+
     def standardised(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, "prompt neuron"]:
         """Distance of each feature from its mean, in standard deviations."""
         mean, inverse, _ = map(torch.from_numpy, self.wide)

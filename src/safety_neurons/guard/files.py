@@ -100,11 +100,20 @@ def _guard(facts: Mapping[str, Any], neurons: NeuronSet, vectors: Mapping[str, t
         check_probability(facts["threshold"], "threshold"),
         str(facts["in_force"])[:200],
         Bindings.from_json(facts["bindings"]),
-        dict(facts["reference"]),
+        _reference(facts["reference"]),
         dict(facts["report"]),
         tuple(str(note) for note in facts["notes"]),
         None if facts["recheck"] is None else Recheck.from_json(facts["recheck"]),
     )
+
+
+def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the calibration examples; probabilities are checked, since thresholds are weighed by them."""
+    kept = found.get("probabilities")
+    lists = () if kept is None else (kept["safe"], kept["unsafe"])
+    for value in (value for values in lists for value in values):
+        check_probability(value, "threshold")
+    return dict(found)
 
 
 def _whole(value: Any) -> int:

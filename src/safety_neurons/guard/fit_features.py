@@ -2,13 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.calibration import expected_calibration_error, fit_calibration, log_loss
@@ -26,6 +26,8 @@ _CONSTANT = 1e-6
 
 Values = Float[np.ndarray, "prompt feature"]
 Labels = Bool[np.ndarray, " prompt"]
+Readings = Float[np.ndarray, "_ feature"]
+"""Features of the further readings of one conversation."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def fit_on_features(
     penalties: Sequence[float] = PENALTIES,
     split: Split | None = None,
     seed: int = 0,
+    readings: Mapping[int, Readings] | None = None,
 ) -> Fitted:
     """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
 
@@ -137,6 +140,8 @@ def fit_on_features(
         penalties: inverse strengths of the L2 penalty to choose from.
         split: who is in which part, so that other features are compared on the same; drawn from the seed where None.
         seed: of everything random.
+        readings: of calibration examples that are read in several ways the features of the further ones, by example; the largest score
+            counts, as it does in a verdict.
 
     Raises:
         InputError: NaN or infinity, fewer than ten examples of a class. UsageError: arguments out of range.
@@ -154,13 +159,13 @@ def fit_on_features(
     notes = list(choice.notes)
     plain = regression(values[both], labels[both], choice.penalty, notes)
     held, unsafe = torch.from_numpy(np.ascontiguousarray(values[parts.calibration])), labels[parts.calibration]
-    scores = plain.scores(held).numpy()
+    scores = largest_scores(plain, held, [(readings or {}).get(int(example)) for example in parts.calibration])
     calibrated, losses = fit_calibration(scores, unsafe, calibration, seed)
     classifier = replace(plain, calibration=calibrated)
-    probabilities = classifier.probabilities(held).numpy()
+    probabilities = classifier.chances(torch.from_numpy(scores)).numpy()
     points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True))
     active = next(point for point in points if point.fpr_target == fpr)
-    threshold = active.threshold if active.threshold is not None else threshold_for(probabilities[~unsafe], fpr)
+    threshold = active.threshold if active.threshold is not None else threshold_for(probabilities, unsafe, fpr)
     if not active.supported:
         notes.append(f"the threshold for a false-positive rate of {fpr:g} is provisional: {active.why}")
     return Fitted(
@@ -177,6 +182,21 @@ def fit_on_features(
         probabilities,
         tuple(dict.fromkeys(notes)),
     )
+
+
+def largest_scores(classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]) -> Float64[np.ndarray, " prompt"]:
+    """Scores of prompts, each the largest over its readings: that of the prompt as a whole and those of further ones, where it has some."""
+    scores = classifier.scores(values).numpy()
+    for place, more in enumerate(readings):
+        if more is not None and len(more):
+            scores[place] = max(scores[place], float(classifier.scores(torch.from_numpy(more)).max()))
+    return scores
+
+
+def varying(values: Values) -> bool:
+    """Whether any feature differs between examples by more than rounding."""
+    wide = values.astype(np.float64)
+    return bool(len(wide)) and bool((np.ptp(wide, axis=0) > _CONSTANT * np.abs(wide).max(0)).any())
 
 
 @dataclass(frozen=True)

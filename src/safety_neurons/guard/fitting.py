@@ -1,7 +1,7 @@
 """Fitting a guard on a model: features of unsafe and safe prompts, the pooling that does best, a calibrated classifier, its bindings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,19 +12,34 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.bindings import bindings_of
 from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.features import Features, read_poolings
-from safety_neurons.guard.fit_features import PENALTIES, SHARES, Choice, Fitted, best_penalty, fit_on_features, stratified_split
-from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.fit_features import (
+    PENALTIES,
+    SHARES,
+    Choice,
+    Fitted,
+    Readings,
+    Values,
+    best_penalty,
+    fit_on_features,
+    stratified_split,
+    varying,
+)
+from safety_neurons.guard.guard import PROVISIONAL, Guard
 from safety_neurons.guard.operating import TARGETS, check_probability
 from safety_neurons.guard.pooling import Pooling
+from safety_neurons.guard.requests import readings
 from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.results import plain
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import plain, rate
 
 AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))
 """Poolings that are tried where the choice is left to validation; the first of equals is taken."""
 BINS = 20
+OTHER = ("builtin:look-alikes-unsafe", "builtin:look-alikes")
+"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none are named."""
 
 
 def fit_guard(
@@ -40,15 +55,16 @@ def fit_guard(
     targets: Sequence[float] = TARGETS,
     shares: Sequence[float] = SHARES,
     penalties: Sequence[float] = PENALTIES,
+    other: tuple[Source, Source] | None = OTHER,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> Guard:
-    """A guard on some neurons of a model, bound to it.
+    """A guard on some neurons of a model, bound to it, and measured on requests from another source.
 
     Prompts are split by class into train, validation and calibration: the first fits the weights, the second chooses pooling and penalty,
     the third calibrates and sets the thresholds. Prompts in both lists, repeated ones, truncated ones and those that give NaN are left out
-    and counted.
+    and counted. Conversations of the third part are read in all the ways a verdict reads them, and the largest score counts.
 
     Args:
         model: that will be guarded.
@@ -63,13 +79,15 @@ def fit_guard(
         targets: false-positive rates to store operating points for, where enough safe prompts support them.
         shares: of train, validation and calibration.
         penalties: inverse strengths of the L2 penalty to choose from.
+        other: unsafe and safe requests from another source to measure on; by default the built-in look-alikes (an organism's own), None
+            for none.
         seed: of the split and of the folds of calibration.
         batch_size: prompts a batch, or `auto`.
         progress: called with (batches done, in all, tokens).
 
     Raises:
-        InputError: fewer than ten usable prompts of either kind. UsageError: arguments out of range. NeuronError: an empty set, or one of
-            another architecture.
+        InputError: fewer than ten usable prompts of either kind, or features that are the same for all. UsageError: arguments out of range.
+            NeuronError: an empty set, or one of another architecture.
 
     Source: Chen et al., arXiv 2406.14144, section 6.
     Differs: standardised features, pooling and penalty chosen by validation, calibration, operating points, bindings.
@@ -83,8 +101,11 @@ def fit_guard(
     usable, notes = _usable(read)
     labels = data.labels[usable]
     split = stratified_split(labels, seed=seed, shares=shares)
+    check_varying(model, {found: features.values[usable] for found, features in read.items()})
     choices = {found: best_penalty(features.values[usable], labels, split, penalties) for found, features in read.items()}
     chosen = min(choices, key=lambda found: (choices[found].rank, poolings.index(found)))
+    held = [data.prompts[int(place)] for place in usable[split.calibration]]
+    further = further_readings(model, held, neurons, chosen, batch_size)
     fitted = fit_on_features(
         read[chosen].values[usable],
         labels,
@@ -94,9 +115,88 @@ def fit_guard(
         penalties=[choices[chosen].penalty],
         split=split,
         seed=seed,
+        readings={int(split.calibration[place]): values for place, values in further.items()},
     )
     said = [*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes]
-    return _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
+    guard = _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
+    guard = with_conversations(guard, read[chosen].values[usable[split.calibration]], labels[split.calibration], fitted.probabilities, further)
+    return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
+
+
+def check_varying(model: LanguageModel, read: Mapping[Pooling, Values]) -> None:
+    """Refuse features that are the same for every prompt.
+
+    Raises:
+        InputError: they are, in every pooling.
+    """
+    if not any(varying(values) for values in read.values()):
+        raise InputError(
+            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so nothing can be learned from them; "
+            "expected features that differ between prompts: see what the template renders (--template), or take other neurons or pooling"
+        )
+
+
+def further_readings(
+    model: LanguageModel, prompts: Sequence[Prompt], neurons: NeuronSet, pooling: Pooling, batch_size: BatchSize = "auto"
+) -> dict[int, Readings]:
+    """Features of the readings of conversations that are not the whole one, by place among the prompts; those with NaN are left out."""
+    asked = [(place, way.prompt) for place, prompt in enumerate(prompts) if prompt.messages for way in readings(prompt)[1:]]
+    if not asked:
+        return {}
+    found = read_poolings(model, model.encode([prompt for _, prompt in asked]), neurons, [pooling], batch_size=batch_size)[pooling]
+    rows: dict[int, list[int]] = {}
+    for row, (place, _) in enumerate(asked):
+        if found.finite[row]:
+            rows.setdefault(place, []).append(row)
+    return {place: found.values[members] for place, members in rows.items()}
+
+
+def with_conversations(
+    guard: Guard, values: Values, unsafe: Bool[np.ndarray, " prompt"], chances: np.ndarray, further: Mapping[int, Readings]
+) -> Guard:
+    """The guard with what its threshold flags of the calibration conversations: read whole, and by the largest of their readings."""
+    places = sorted(further)
+    if not places:
+        return guard
+    labels, whole = unsafe[places], guard.probabilities(torch.from_numpy(values[places])).numpy() >= guard.threshold
+    flagged = chances[places] >= guard.threshold
+    told = {
+        "fpr": rate(flagged[~labels]),
+        "tpr": rate(flagged[labels]),
+        "fpr_read_whole": rate(whole[~labels]),
+        "tpr_read_whole": rate(whole[labels]),
+    }
+    return dataclasses.replace(guard, report={**guard.report, "conversations": plain(told)})
+
+
+def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: BatchSize = "auto") -> Guard:
+    """The guard with what it flags of requests from another source than those it was fit on, at the threshold in force.
+
+    Source: none; probes are known to learn the wording of their two lists, and XSTest (Röttger et al., NAACL 2024) shows what that costs.
+    """
+    lists = [guard.bound.prompts(source) for source in (unsafe, safe)]
+    caught, wrong = (rate([verdict.flagged for verdict in guard.score_batch(list(found), top=0, batch_size=batch_size)]) for found in lists)
+    seen = sum(found.overlap(guard.report.get("prompt_digests") or []) for found in lists)
+    told = {"unsafe": lists[0].name, "safe": lists[1].name, "threshold": guard.threshold, "fpr": wrong, "tpr": caught}
+    notes = [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []
+    target = float(guard.report.get("fpr", 1.0))
+    if wrong.low is not None and wrong.low > target:
+        notes.append(
+            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more than "
+            f"the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
+        )
+    return dataclasses.replace(guard, report={**guard.report, "other": plain(told)}, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+
+
+def warned(guard: Guard) -> Guard:
+    """The guard with what has to be said of its threshold: that it may stop nothing, that nobody measured it on traffic of the user's."""
+    notes = [guard.why_idle] if guard.why_idle else []
+    if not guard.confirmed:
+        notes.append(
+            "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on safe "
+            "requests of yours, guard evaluate measures it"
+        )
+    return dataclasses.replace(guard, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +279,6 @@ def _guard(
     seed: int,
 ) -> Guard:
     labels = data.labels[usable]
-    supported = next(point.supported for point in fitted.operating_points if point.fpr_target == fitted.fpr)
     held = usable[fitted.split.calibration]
     report = {
         **_report(fitted, labels),
@@ -198,7 +297,7 @@ def _guard(
         fitted.classifier,
         fitted.operating_points,
         fitted.threshold,
-        f"fpr {fitted.fpr:g}" if supported else f"provisional fpr {fitted.fpr:g}",
+        f"{PROVISIONAL}fpr {fitted.fpr:g}",
         bindings_of(model, neurons),
         histograms(fitted.classifier, features.values[held], fitted.probabilities, data.labels[held]),
         plain(report),
@@ -227,10 +326,10 @@ def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
 def histograms(
     classifier: Classifier, values: np.ndarray, probabilities: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]
 ) -> dict[str, Any]:
-    """Histograms of calibration examples, which later traffic is compared with.
+    """What is kept of the calibration examples: histograms that later traffic is compared with, and their probabilities.
 
     Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins of equally many examples,
-    open at both ends.
+    open at both ends. The probabilities, sorted, say what any threshold catches.
     """
     edges = np.linspace(0, 1, BINS + 1)
     distances = classifier.standardised(torch.from_numpy(np.ascontiguousarray(values))).square().mean(1).sqrt().numpy()
@@ -245,4 +344,5 @@ def histograms(
             "edges": inner.tolist(),
             "counts": np.bincount(np.searchsorted(inner, distances, side="right"), minlength=len(inner) + 1).tolist(),
         },
+        "probabilities": {"safe": np.sort(probabilities[~unsafe]).tolist(), "unsafe": np.sort(probabilities[unsafe]).tolist()},
     }

@@ -20,16 +20,18 @@ from safety_neurons.guard.bindings import Bindings
 from safety_neurons.guard.calibration import Calibration
 from safety_neurons.guard.classifier import LIMIT, Classifier, float_rows
 from safety_neurons.guard.features import Collector, model_lock
-from safety_neurons.guard.operating import OperatingPoint, check_probability
+from safety_neurons.guard.operating import OperatingPoint, check_probability, rates_at
 from safety_neurons.guard.pooling import Pooling
 from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts, readings
 from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
 from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.results import notebook
+from safety_neurons.results import Rate, notebook
 
 TOP = 5
+PROVISIONAL = "provisional "
+"""Before the false-positive rate of a threshold that no traffic of the user's own has confirmed."""
 _NOT_FINITE = "an activation is NaN or infinite"
 FAILURES = (Exception,)
 """What goes wrong while a prompt is read is a verdict of status "error", whatever it is; interrupts and exits pass."""
@@ -45,9 +47,9 @@ class Guard:
         classifier: weights, standardisation, calibration.
         operating_points: thresholds for stated false-positive rates, and what they are worth.
         threshold: the one in force.
-        in_force: where it comes from: `fpr 0.01`, `provisional …`, or `given`.
+        in_force: where it comes from: `fpr 0.01`, `provisional …` until traffic of the user's own confirmed it, or `given`.
         bindings: the model, weights, tokenizer and template it was fit on.
-        reference: histograms of the probability and of the distance of its calibration examples, for drift.
+        reference: of its calibration examples the probabilities, and histograms of probability and distance, for drift.
         report: what was measured while it was fit, as JSON values.
         notes: what had to be said.
         recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing was.
@@ -145,7 +147,7 @@ class Guard:
             raise UsageError(
                 f"the operating point {fpr:g} is not supported ({point.why}); supported are {supported}: recalibrate with more safe prompts"
             )
-        return dataclasses.replace(self, threshold=point.threshold, in_force=f"fpr {point.fpr_target:g}")
+        return dataclasses.replace(self, threshold=point.threshold, in_force=f"{'' if self.confirmed else PROVISIONAL}fpr {fpr:g}")
 
     def with_threshold(self, threshold: float) -> "Guard":
         """The guard with a threshold of one's own.
@@ -154,6 +156,44 @@ class Guard:
             UsageError: not between 0 and 1.
         """
         return dataclasses.replace(self, threshold=check_probability(threshold, "threshold"), in_force="given")
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether its thresholds were set on requests of the user's own: by `recalibrate`, on safe prompts that the fit did not see."""
+        return bool((self.report.get("recalibrated") or {}).get("own"))
+
+    @property
+    def rates(self) -> tuple[Rate, Rate] | None:
+        """False-positive and true-positive rate of the threshold in force on the calibration prompts; None where the file does not say.
+
+        The second is the share of unsafe requests that it catches.
+        """
+        kept = self.reference.get("probabilities")
+        if kept is not None:
+            safe, unsafe = (np.asarray(kept[word], np.float64) for word in ("safe", "unsafe"))
+            return rates_at(np.concatenate([safe, unsafe]), np.arange(len(safe) + len(unsafe)) >= len(safe), self.threshold)
+        # Files of earlier versions keep the rates of their operating points only, that of a provisional threshold among them.
+        wanted = self.in_force.removeprefix(PROVISIONAL)
+        found = next((point for point in self.operating_points if f"fpr {point.fpr_target:g}" == wanted), None)
+        return None if found is None else (found.fpr, found.tpr)
+
+    @property
+    def standing(self) -> dict[str, Any]:
+        """What is known of the threshold in force, as JSON values: `{threshold, in_force, caught, false_positives}`; rates may be null."""
+        false, caught = self.rates or (None, None)
+        told = {"caught": caught, "false_positives": false}
+        return {"threshold": self.threshold, "in_force": self.in_force, **{name: one and one.to_json() for name, one in told.items()}}
+
+    @property
+    def why_idle(self) -> str | None:
+        """Why the guard may stop nothing at its threshold: the interval of the share it catches holds 0. None where it does not."""
+        caught = None if self.rates is None else self.rates[1]
+        if caught is None or (caught.low is not None and caught.low > 0):
+            return None
+        return (
+            f"at its threshold {self.threshold:.4g} the guard caught {round((caught.value or 0) * caught.n)} of {caught.n} unsafe requests "
+            f"(95 % interval {caught.low or 0:.2g} to {1 if caught.high is None else caught.high:.2g}): it may stop nothing"
+        )
 
     # Model
 

@@ -25,7 +25,7 @@ class OperatingPoint:
         fpr_target: the false-positive rate that was asked for.
         threshold: prompts of at least this probability are flagged; None where the point is not supported.
         fpr: share of the safe calibration examples that are flagged, with its Clopper-Pearson interval.
-        tpr: share of the unsafe ones, with its Wilson interval.
+        tpr: share of the unsafe ones, with its exact interval.
         supported: whether there were at least 20 / FPR safe examples.
         why: why not.
     """
@@ -76,23 +76,28 @@ def operating_point(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[
     """One threshold, and what it is worth; see `threshold_for`."""
     needed = math.ceil(EXAMPLES / check_probability(target, "false-positive rate"))
     safe = probabilities[~unsafe]
-    threshold = threshold_for(safe, target)
+    threshold = threshold_for(probabilities, unsafe, target)
     supported = len(safe) >= needed
     why = "" if supported else f"{len(safe):,} safe examples, {needed:,} are needed ({EXAMPLES} / {target:g})"
     fpr, tpr = rates_at(probabilities, unsafe, threshold)
     return OperatingPoint(target, threshold if supported else None, fpr, tpr, supported, why)
 
 
-def threshold_for(safe: Float64[np.ndarray, " prompt"], target: float) -> float:
+def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float) -> float:
     """A threshold above which a new safe prompt is at most with the stated probability.
 
     Of n safe examples the k with the highest probabilities are let go, k the largest number with (k + 1) / (n + 1) ≤ target: then a new
     safe prompt from where these came from is flagged with at most that probability, whatever the distribution of scores. Where n is too
-    small for k = 0 the threshold is above all of them. Equal probabilities are never split: the threshold is half-way between two
-    different ones.
+    small for k = 0 the threshold is above all of them, which keeps 1 / (n + 1) and no less. Equal probabilities are never split.
+
+    The promise is of ranks among safe examples: a new safe prompt that reaches the threshold is above the (k + 1)th highest of them, and by
+    symmetry it is so with probability (k + 1) / (n + 1) at most. It therefore holds for every threshold above that one, wherever it lies
+    and whatever it was chosen by. It lies half-way to the next higher score, **unsafe ones included**: half-way to the next higher safe one,
+    or to 1 where there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
 
     Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe class.
     """
+    safe = probabilities[~unsafe]
     if not len(safe):
         return 0.5
     falling = np.sort(safe)[::-1]
@@ -100,7 +105,7 @@ def threshold_for(safe: Float64[np.ndarray, " prompt"], target: float) -> float:
     if allowed >= len(falling):
         return 0.0
     kept_below = float(falling[allowed])
-    above = falling[falling > kept_below]
+    above = probabilities[probabilities > kept_below]
     upper = float(above.min()) if len(above) else 1.0
     return float(min(1.0, max((kept_below + upper) / 2, np.nextafter(kept_below, 2.0))))
 

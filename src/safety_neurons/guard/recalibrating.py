@@ -10,15 +10,15 @@ from safety_neurons.errors import ForeignModelError, InputError, UsageError
 from safety_neurons.guard.bindings import bindings_of
 from safety_neurons.guard.calibration import expected_calibration_error, fit_calibration
 from safety_neurons.guard.features import read_poolings
-from safety_neurons.guard.fit_features import check_classes
-from safety_neurons.guard.fitting import histograms, labelled
-from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.fit_features import check_classes, largest_scores
+from safety_neurons.guard.fitting import check_varying, further_readings, histograms, labelled, warned, with_conversations
+from safety_neurons.guard.guard import PROVISIONAL, Guard
 from safety_neurons.guard.measures import auroc
 from safety_neurons.guard.operating import EXAMPLES, check_probability, operating_points, rates_at, threshold_for
 from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompts.builtin import PREFIX
 from safety_neurons.results import plain
 
 
@@ -36,7 +36,8 @@ def recalibrate(
 ) -> Guard:
     """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
 
-    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a fit. A note says how the AUROC
+    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a fit. Where there are enough and
+    they are the user's own (not built in, none of them fit on), the false-positive rate is provisional no longer. A note says how the AUROC
     moved; where it fell, fit again. Thresholds of re-checks are dropped.
 
     Args:
@@ -58,52 +59,57 @@ def recalibrate(
     if model.fingerprint != guard.bindings.model_fingerprint:
         raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
     target = check_probability(guard.report.get("fpr", 0.01) if fpr is None else fpr, "false-positive rate")
-    data, neurons = labelled(as_prompts(unsafe), as_prompts(safe)), guard.neurons.on(model.table, [model.name])
+    safe_prompts = as_prompts(safe)
+    data, neurons = labelled(as_prompts(unsafe), safe_prompts), guard.neurons.on(model.table, [model.name])
     encoded = model.encode(data.prompts)
     features = read_poolings(model, encoded, neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
     usable = features.usable
     labels, values = data.labels[usable], torch.from_numpy(features.values[usable])
     check_classes(labels)
-    scores = guard.classifier.scores(values).numpy()
+    check_varying(model, {guard.pooling: features.values[usable]})
+    further = further_readings(model, [data.prompts[int(place)] for place in np.flatnonzero(usable)], neurons, guard.pooling, batch_size)
+    scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
     calibrated, losses = fit_calibration(scores, labels, calibration, seed)
     classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
-    chances = classifier.probabilities(values).numpy()
+    chances = classifier.chances(torch.from_numpy(scores)).numpy()
     points = operating_points(chances, labels, sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True))
     active = next(point for point in points if point.fpr_target == target)
     area = auroc(scores, labels)
+    seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
+    own = active.supported and not seen and not safe_prompts.name.startswith(PREFIX)
     measured = {
-        **{"auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
+        **{"own": own, "auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
         "expected_calibration_error": expected_calibration_error(chances, labels),
         "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
     }
-    notes = [*features.notes, *data.notes, *_said(guard, area.value, data.prompts, int((~usable).sum()))]
+    notes = [*features.notes, *data.notes, *_said(guard, area.value, len(data.prompts), seen, int((~usable).sum()))]
     notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
-    threshold = active.threshold if active.threshold is not None else threshold_for(chances[~labels], target)
-    return dataclasses.replace(
+    threshold = active.threshold if active.threshold is not None else threshold_for(chances, labels, target)
+    again = dataclasses.replace(
         guard,
         neurons=neurons,
         classifier=classifier,
         operating_points=points,
         threshold=threshold,
-        in_force=f"{'' if active.supported else 'provisional '}fpr {target:g}",
+        in_force=f"{'' if own else PROVISIONAL}fpr {target:g}",
         bindings=bindings_of(model, neurons),
         reference=histograms(classifier, features.values[usable], chances, labels),
-        report=plain({**guard.report, "recalibrated": measured, "fpr": target}),
+        report=plain({**guard.report, "recalibrated": measured, "fpr": target, "other": None, "conversations": None}),
         notes=tuple(dict.fromkeys(notes)),
         recheck=None,
         model=model,
     )
+    return warned(with_conversations(again, features.values[usable], labels, chances, further))
 
 
-def _said(guard: Guard, area: float | None, prompts: Prompts, left_out: int) -> list[str]:
+def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: int) -> list[str]:
     """How far the ranking moved, and what weakens the new numbers."""
     before = (guard.report.get("auroc") or {}).get("value")
     notes = [f"{left_out} prompts were truncated or gave NaN: left out"] if left_out else []
     if area is not None and before is not None:
         notes.append(f"AUROC {area:.3f} on this model, {before:.3f} where the guard was fit")
-    seen = prompts.overlap(guard.report.get("prompt_digests") or [])
     if seen:
-        notes.append(f"{seen} of the {len(prompts)} prompts are among those the guard was fit on: rates on them flatter")
+        notes.append(f"{seen} of the {prompts} prompts are among those the guard was fit on: rates on them flatter")
     if guard.recheck is not None:
         notes.append("the threshold of re-checks was dropped: measure it on this model")
     return notes
@@ -154,7 +160,7 @@ def calibrate_recheck(
     needed, n_safe = math.ceil(EXAMPLES / fpr), int((~is_unsafe).sum())
     if not n_safe:
         raise InputError("no answer to a safe prompt could be read; expected safe prompts that fit the context")
-    threshold = threshold_for(p[~is_unsafe], fpr)
+    threshold = threshold_for(p, is_unsafe, fpr)
     why = "" if n_safe >= needed else f"{n_safe:,} answers to safe prompts, {needed:,} are needed ({EXAMPLES} / {fpr:g})"
     measured, caught = rates_at(p, is_unsafe, threshold)
     notes = [f"the threshold of re-checks is provisional: {why}"] if why else []

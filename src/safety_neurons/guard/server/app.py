@@ -65,9 +65,10 @@ class Service:
         log: Log = lambda _: None,
         batch_tokens: int = 2048,
         transport: httpx.AsyncBaseTransport | None = None,
+        standing: dict[str, Any] | None = None,
     ) -> None:
         limits = settings.limits
-        self.settings, self.metrics = settings, metrics
+        self.settings, self.metrics, self.standing = settings, metrics, standing
         self.engine = Engine(
             judge,
             writer if settings.upstream is None else None,
@@ -217,11 +218,12 @@ def _add_gets(app: FastAPI, service: Service) -> None:
 
     async def healthz() -> Response:
         """Whether the process is there."""
-        return JSONResponse(Health(status="ok").model_dump())
+        return JSONResponse(Health(status="ok").model_dump(exclude_none=True))
 
     async def readyz() -> Response:
         """Whether requests are taken: 503 while the server starts or closes."""
-        return JSONResponse(Health(status="ready" if service.ready else "not ready").model_dump(), 200 if service.ready else 503)
+        found = Health(status="ready" if service.ready else "not ready", guard=service.standing)
+        return JSONResponse(found.model_dump(exclude={"guard"} if found.guard is None else None), 200 if service.ready else 503)
 
     async def metrics() -> Response:
         """Counts and histograms for Prometheus."""

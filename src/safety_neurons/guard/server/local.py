@@ -80,4 +80,4 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
     budget = limits.batch_tokens or token_budget(guard.bound.device)
     bound = Bound(guard, limits.prompt_tokens)
     writer = LocalWriter(guard.bound, bound, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
-    return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, **further)
+    return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further)

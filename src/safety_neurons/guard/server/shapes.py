@@ -184,6 +184,7 @@ class Models(Closed):
 
 
 class Health(Closed):
-    """Whether the server is there."""
+    """Whether the server is there; of a guard also what its threshold is worth: the share of unsafe requests caught, and of safe ones."""
 
     status: str
+    guard: dict[str, Any] | None = None
