@@ -187,7 +187,8 @@ def test_conversations_are_fit_on_and_the_largest_of_their_readings_sets_the_thr
     assert told["fpr"]["value"] >= told["fpr_read_whole"]["value"]
     verdicts = found.score_batch(safe + unsafe, top=0)
     kept = {word: set(np.round(found.reference["probabilities"][word], 5)) for word in ("safe", "unsafe")}
-    chances = {"safe": {round(one.p_unsafe or 0, 5) for one in verdicts[:60]}, "unsafe": {round(one.p_unsafe or 0, 5) for one in verdicts[60:]}}
+    parts = {"safe": verdicts[:60], "unsafe": verdicts[60:]}
+    chances = {word: {round(one.p_unsafe or 0, 5) for one in part} for word, part in parts.items()}
     assert kept["safe"] <= chances["safe"]  # what set the threshold is what verdicts say
     assert kept["unsafe"] <= chances["unsafe"]
     assert any(one.reading != "conversation" for one in verdicts)

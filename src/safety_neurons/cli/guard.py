@@ -43,7 +43,7 @@ OTHERS = "builtin:look-alikes-unsafe", "builtin:look-alikes"
 OtherUnsafe = Annotated[
     str, typer.Option(help="Requests from another source to measure on: a file, builtin:NAME, or none.", rich_help_panel=CHECKS)
 ]
-OtherSafe = Annotated[str, typer.Option(help="Likewise, safe ones: what a guard that knows its own lists only flags.", rich_help_panel=CHECKS)]
+OtherSafe = Annotated[str, typer.Option(help="Likewise, safe ones: what a guard that only knows its lists flags.", rich_help_panel=CHECKS)]
 PoolingName = Annotated[str, typer.Option(help="last, mean, max, or auto for what validation prefers.", rich_help_panel=FIT)]
 Window = Annotated[int | None, typer.Option(min=1, help="Tokens of a window of --pooling max.", rich_help_panel=FIT)]
 CalibrationName = Annotated[str, typer.Option(help="temperature, isotonic, or auto for the smaller log loss.", rich_help_panel=FIT)]

@@ -101,7 +101,7 @@ def serve(
         found = Guard.load(guard)
         found = found.at(fpr) if fpr is not None else found.with_threshold(threshold) if threshold is not None else found
         if found.why_idle is not None and not force:
-            raise UsageError(f"{found.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it all the same: --force")
+            raise UsageError(f"{found.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it with --force")
         bound = found.bind(session.model(resolve(model)))
         service = serve_guard(bound, settings, lines(as_json=common.json, debug=common.debug))
         where = address(sock)

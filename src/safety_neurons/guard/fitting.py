@@ -119,7 +119,8 @@ def fit_guard(
     )
     said = [*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes]
     guard = _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
-    guard = with_conversations(guard, read[chosen].values[usable[split.calibration]], labels[split.calibration], fitted.probabilities, further)
+    values = read[chosen].values[usable[split.calibration]]
+    guard = with_conversations(guard, values, labels[split.calibration], fitted.probabilities, further)
     return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
 
 
@@ -131,7 +132,7 @@ def check_varying(model: LanguageModel, read: Mapping[Pooling, Values]) -> None:
     """
     if not any(varying(values) for values in read.values()):
         raise InputError(
-            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so nothing can be learned from them; "
+            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so nothing can be learned; "
             "expected features that differ between prompts: see what the template renders (--template), or take other neurons or pooling"
         )
 
@@ -182,8 +183,8 @@ def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: Batch
     target = float(guard.report.get("fpr", 1.0))
     if wrong.low is not None and wrong.low > target:
         notes.append(
-            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more than "
-            f"the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
+            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more "
+            f"than the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
         )
     return dataclasses.replace(guard, report={**guard.report, "other": plain(told)}, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
 
@@ -193,8 +194,8 @@ def warned(guard: Guard) -> Guard:
     notes = [guard.why_idle] if guard.why_idle else []
     if not guard.confirmed:
         notes.append(
-            "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on safe "
-            "requests of yours, guard evaluate measures it"
+            "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on "
+            "safe requests of yours, guard evaluate measures it"
         )
     return dataclasses.replace(guard, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
 

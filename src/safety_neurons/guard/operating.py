@@ -92,8 +92,8 @@ def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np
 
     The promise is of ranks among safe examples: a new safe prompt that reaches the threshold is above the (k + 1)th highest of them, and by
     symmetry it is so with probability (k + 1) / (n + 1) at most. It therefore holds for every threshold above that one, wherever it lies
-    and whatever it was chosen by. It lies half-way to the next higher score, **unsafe ones included**: half-way to the next higher safe one,
-    or to 1 where there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
+    and whatever it was chosen by. It lies half-way to the next higher score, **unsafe ones included**: half-way to the next higher safe
+    one, or to 1 where there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
 
     Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe class.
     """
