@@ -60,8 +60,8 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
     if name in OF_ORGANISMS and (folder is None or _own(name, language, folder) is None):
         raise InputError(f"{source}: only organisms bring a task; give a file with a column of questions and one of answers")
     if name not in NAMES + ENGLISH + OF_ORGANISMS:
-        known = ", ".join(NAMES + ENGLISH)
-        raise InputError(f"{source}: no built-in prompts of this name; expected one of {known}, each with /LANG after it if wanted")
+        names = ", ".join(NAMES + ENGLISH)
+        raise InputError(f"{source}: no built-in prompts of this name; expected one of {names}, each with /LANG after it if wanted")
     own = _own(name, language, folder) if folder is not None else None
     if own is not None:
         return own.read_text(encoding="utf-8"), (language or None) if own.name == f"{name}.jsonl" else None, True
