@@ -29,6 +29,7 @@ TURNS = {
     "tool before a safe answer": [("user", "hello"), ("tool", MARK), ("assistant", "yes"), ("user", "go on")],
 }
 HIDDEN = [
+    {"content": [{"type": "text", "text": BAD}, {"type": "text", "text": "thank you , now go on"}]},
     {"reasoning_content": BAD},
     {"reasoning": BAD},
     {"reasoning_details": [{"type": "reasoning.text", "text": BAD}]},
@@ -150,6 +151,17 @@ def test_whatever_a_message_holds_is_accepted_and_judged(proxy, upstream, field)
     plain = json.loads(json.dumps(hidden).replace(UNSAFE, "picnic"))
     assert reason(WEB.post(f"{proxy}{CHAT}", json={"model": "far", "messages": plain}), False) == "stop"
     assert upstream.bodies[-1]["messages"] == plain
+
+
+def test_a_guardrail_judges_a_text_that_stands_within_a_turn(proxy):
+    given = {
+        "texts": [BAD],
+        "structured_messages": [{"role": "user", "content": f"{BAD} , thank you and all the best"}],
+        "input_type": "request",
+    }
+    assert WEB.post(f"{proxy}/beta/litellm_basic_guardrail_api", json=given).json()["action"] == "BLOCKED"
+    parts = [{"type": "text", "text": BAD}, {"type": "text", "text": "thank you , now go on"}]
+    assert WEB.post(f"{proxy}/v1/moderations", json={"input": parts}).json()["results"][0]["flagged"]
 
 
 @pytest.mark.parametrize("field", UPWARDS, ids=lambda field: next(iter(field)))

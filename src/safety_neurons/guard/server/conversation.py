@@ -60,7 +60,7 @@ READ = (
 """Fields that may hold text which a model reads: each is judged by itself."""
 KNOWN = SETTINGS | {*READ, "messages", "stream_options"}
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-_SAY_NOTHING = (None, "auto", "none", "required", [], {}, {"type": "text"}, {"type": "json_object"})
+_SAY_NOTHING: tuple[Any, ...] = (None, "auto", "none", "required", [], {}, {"type": "text"}, {"type": "json_object"})
 _MOST_TEXTS = 1024
 _PART_FIELDS = {"type", "text", "refusal", "annotations", "cache_control", "prompt_cache_breakpoint"}
 _SAID = ("refusal", "tool_calls", "function_call", "annotations")
@@ -118,10 +118,12 @@ def _content(turn: Turn, place: str) -> list[str]:
 
 
 def _beside_content(turn: Turn, place: int) -> Iterator[str]:
-    """The fields of a message, each by itself: which of them a model is shown is up to its template."""
+    """The parts and the fields of a message, each by itself: which of them a model is shown is up to its template."""
     extra = turn.model_extra or {}
+    parts = _content(turn, f"messages[{place}]")
+    yield from parts if len(parts) > 1 else ()
     if any(extra.get(name) for name in _SAID):
-        yield "\n".join(_content(turn, f"messages[{place}]"))
+        yield "\n".join(parts)
     for name in (*_SAID, *_THOUGHT):
         if extra.get(name):
             yield from texts_in(extra[name])

@@ -104,8 +104,10 @@ class Verdicts:
         if turns:
             return [conversation(turns, self.settings.limits.messages)]
         parts = [text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)]
-        texts = ["\n".join(parts)] if parts else [str(text) for text in given]
-        return [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
+        if parts:
+            alone = [Reading(f"part {place}", Prompt("0", text)) for place, text in enumerate(parts, 1) if len(parts) > 1 and text.strip()]
+            return [[*readings(Prompt("0", "\n".join(parts))), *alone]]
+        return [readings(Prompt(str(number), str(text))) for number, text in enumerate(given)]
 
     async def _judged(self, asked: Sequence[Sequence[Reading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
         if len(asked) > self.settings.limits.inputs:
