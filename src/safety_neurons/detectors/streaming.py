@@ -73,7 +73,8 @@ class Stream:
         stored = checkpoint.load() if checkpoint is not None else None
         if stored is not None:
             arrays, state = stored
-            theirs = state.get("key") if isinstance(state.get("key"), dict) else {}
+            theirs = state.get("key")
+            theirs = theirs if isinstance(theirs, dict) else {}
             other = sorted(name for name in {*self._key, *theirs} if theirs.get(name) != self._key.get(name))
             if other:
                 raise RunError(

@@ -243,7 +243,10 @@ def _check_gate_step(part: ExpertsAnatomy, like: Tensor) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     drawn = 2 * torch.rand(2, GATE_ROWS, part.width, generator=generator, dtype=torch.float64) - 1
-    found = [_bends(part, *(drawn * size).to(like.device), step=size) for size in GATE_SIZES]
+    found = []
+    for size in GATE_SIZES:
+        gate, up = (drawn * size).to(like.device)
+        found.append(_bends(part, gate, up, step=size))
     if not any(bends["up"] < 1e-6 < bends["gate"] for bends in found):
         raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
 

@@ -30,7 +30,7 @@ def _moved(block: UnitBlock, held: Mapping[str, np.ndarray], generator: np.rando
     """The block's members moved: to units without any where there are enough, else to free neurons, else to whatever there is."""
     slots = np.stack([block.slots(key) for key in held], axis=1)
     counts = np.stack([block.held(key, indices) for key, indices in held.items()], axis=1)
-    touched = counts.any(axis=1)
+    touched = np.asarray(counts.any(axis=1))
     parts = counts[touched]
     crowded = 2 * counts.sum(axis=0) > slots.sum(axis=0)
     wide = np.where(crowded, slots, slots - counts)

@@ -162,7 +162,7 @@ class TreatedModel(ModelAPI):
 
     def _complete(self, prompt: Prompt, config: GenerateConfig, settings: dict[str, Any], stream: str) -> list[tuple[Completion, str]]:
         """The answers, and their texts up to the first stop sequence."""
-        found = []
+        found: list[tuple[Completion, str]] = []
         with self._turn, (self.applied.act or contextlib.nullcontext)():
             for number in range(config.num_choices or 1):
                 if number and not settings["sample"]:  # greedy answers are all the same

@@ -103,7 +103,7 @@ def adapted(model: LanguageModel, neurons: NeuronSet) -> tuple[int, ...]:
     """What says whether adapters were put on or taken off since: the identities of the modules at the set's sites, adapters included."""
     found: list[int] = []
     for key in neurons.keys():  # noqa: SIM118 - not a mapping
-        module = _experts_module(model, key) if key not in model.anatomy.places else _module(model, model.anatomy.places[key])
+        module: Any = _experts_module(model, key) if key not in model.anatomy.places else _module(model, model.anatomy.places[key])
         while module is not None:
             found += [id(module), *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name)]
             module = getattr(module, "base_layer", None)
