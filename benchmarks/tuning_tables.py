@@ -27,7 +27,7 @@ def take(name: str, run: pathlib.Path) -> None:
 
 
 def again(spread: dict[str, Any], *, signed: bool = False) -> Any:
-    """The estimate by today's rules from what every seed gave.
+    """The estimate by today's rules from what every seed gave: of records that were made before these rules and know no deeds.
 
     Verdicts on single prompts are not in the files: the same prompts are taken to change with every seed, which is as wide as it can be.
     """
@@ -69,14 +69,16 @@ def rsn_table(result: dict[str, Any]) -> list[str]:
     lines.append("|---" * (7 if steps else 4) + "|")
     for arm in result["arms"]:
         before, after = arm["before"], arm["after"]
-        row = [arm["arm"], share(before["harmful"]), share(before["harmless"], "lowest"), perplexity(before["perplexity"])]
+        row = [arm["arm"], points(before["harmful"]), points(before["harmless"], "lowest"), perplexity(before["perplexity"])]
         if steps:
-            row += [share(after["harmful"]), share(after["harmless"], "lowest"), share(after["task"], "lowest")]
+            row += [points(after["harmful"]), points(after["harmless"], "lowest"), points(after["task"], "lowest")]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "| paired difference of harmful scores | before | after |", "|---|---|---|"]
     names = [(pair, when) for pair, found in result["differences"].items() for when, value in found.items() if value is not None]
-    held = holm([again(result["differences"][pair][when], signed=True) for pair, when in names])
-    differences = {name: found.to_json() for name, found in zip(names, held, strict=True)}
+    differences = {(pair, when): result["differences"][pair][when] for pair, when in names}
+    if not all("p" in found for found in differences.values()):
+        held = holm([again(found, signed=True) for found in differences.values()])
+        differences = {name: found.to_json() for name, found in zip(names, held, strict=True)}
     for pair in result["differences"]:
         lines.append(f"| {pair} | {' | '.join(told(differences[pair, when]) for when in ('before', 'after'))} |")
     return [*lines, "", family(len(names))]
