@@ -61,6 +61,20 @@ def test_the_guards_numbers_are_those_of_its_verdicts(model, guard, found):
     json.dumps(result, allow_nan=False)
 
 
+def test_conversations_are_judged_as_the_guard_judges_them(guard, found):
+    cases = [case for case in found.scored.cases.items if case.variant == "later-turn"]
+    assert all(case.prompt.messages for case in cases)
+    verdicts = guard.score_batch([case.prompt for case in cases])
+    flagged = {
+        kind: np.mean([one.flagged for one, case in zip(verdicts, cases, strict=True) if case.unsafe == kind]) for kind in (True, False)
+    }
+    row = next(row for row in found.result["attacks"] if row["value"] == "later-turn")
+    assert (row["flagged_unsafe"]["value"], row["flagged_safe"]["value"]) == pytest.approx((flagged[True], flagged[False]))
+    area = metrics.roc_auc_score([case.unsafe for case in cases], [one.log_odds for one in verdicts])
+    assert row["auroc"]["guard"]["value"] == pytest.approx(area, abs=1e-9)
+    assert any("largest of their readings" in note for note in found.notes)
+
+
 def test_every_baseline_has_a_row_with_its_paired_difference(found):
     rows = {row["name"]: row for row in found.result["baselines"]}
     assert list(rows) == ["random neurons", "TF-IDF words", "TF-IDF characters", "residual stream", "refusal direction"]

@@ -47,6 +47,17 @@ def fit_part(run: Run) -> Part:
         number(result["threshold"], 3),
         visible(result["in_force"], 60),
     )
+    if result.get("caught"):
+        flagged = interval(result["caught"]), interval(result["false_positives"])
+        lead += say(" There it catches {} of the unsafe prompts that set it and flags {} of the safe ones.", *flagged)
+    if result.get("other"):
+        told = result["other"]
+        lead += say(
+            " Of requests from another source ({}) it flags {} of the unsafe and ", visible(told["safe"], 60), interval(told["tpr"])
+        )
+        lead += say("{} of the safe ones.", interval(told["fpr"]))
+    if not result.get("achieved", True):
+        lead = say("<b>Not achieved</b>: {}. ", visible(result["why"], 400)) + lead
     if result.get("auroc_before"):
         lead += say(" On the model it was fit on the AUROC was {}.", interval(result["auroc_before"]))
     points = [

@@ -17,7 +17,8 @@ from jaxtyping import Float64, Int
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, stratified_split
-from safety_neurons.guard.fit_features import LEAST
+from safety_neurons.guard.fit_features import LEAST, largest_scores
+from safety_neurons.guard.fitting import further_readings
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
@@ -161,12 +162,18 @@ class _Bench:
     def scored(self) -> Scored:
         """The guard as it is, and every baseline: fit on the fitting requests, or by folds."""
         classifier = self.guard.classifier
-        features = torch.from_numpy(self.read.sets[GUARD])
-        odds = classifier.calibration(classifier.scores(features.nan_to_num())).numpy()
-        scores = {GUARD: np.where(self.usable, odds, np.nan)}
-        chance = classifier.probabilities(features.nan_to_num()).numpy()
-        flagged = (chance >= self.guard.threshold) | ~self.usable
+        features = torch.from_numpy(self.read.sets[GUARD]).nan_to_num()
         others = np.flatnonzero([case.variant != FIT for case in self.cases.items])
+        asked = [self.cases.items[row].prompt for row in others]
+        further = further_readings(self.guard.bound, asked, self.guard.neurons, self.guard.pooling)
+        readings = {int(others[place]): values for place, values in further.items()}
+        found = torch.from_numpy(largest_scores(classifier, features, map(readings.get, range(len(features)))))
+        scores = {GUARD: np.where(self.usable, classifier.calibration(found).numpy(), np.nan)}
+        flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | ~self.usable
+        if further:
+            self.notes.append(
+                f"{len(further)} conversations: the guard judges them by the largest of their readings, the baselines read them as a whole"
+            )
         plan = [(self.fit, others)] if len(self.fit) else self._folds()
         for name, baseline in self.classifiers.items():
             if name == REFITTED and len(self.fit):
