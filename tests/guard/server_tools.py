@@ -17,6 +17,7 @@ from safety_neurons.guard.server.app import Service as _Service
 from safety_neurons.guard.server.drift import Drift
 from safety_neurons.guard.server.metrics import Metrics
 from safety_neurons.guard.server.serving import Server, bound
+from waiting import HANG, until
 
 TOKEN = "a-token-for-tests-only"
 UNSAFE = "attack"
@@ -59,7 +60,7 @@ class Words:
         return Fed(text.split() or ["<empty>"], truncated="endless" in text)
 
     def score(self, prepared: Sequence[Fed]) -> list[Said]:
-        self.hold.wait(10)
+        self.hold.wait()
         time.sleep(self.seconds)
         self.batches.append([fed.ids for fed in prepared])
         if any("poison" in fed.ids for fed in prepared):
@@ -80,10 +81,12 @@ def service(judge: Any = None, *, log: Callable[[Any], None] = lambda _: None, w
 
 
 @contextlib.contextmanager
-def running(served: Service) -> Iterator[str]:
-    """A service that listens; gives its address."""
+def running(served: Service, *, watched: bool = True) -> Iterator[str]:
+    """A service that listens; gives its address. Not watched, it goes on where its engine failed."""
     sock = bound("127.0.0.1", 0)
     server = Server(served, sock)
+    if not watched:
+        server.watch = lambda: None  # type: ignore[method-assign]
     with _threaded(lambda: asyncio.run(server.serve_socket()), lambda: server.started, server):
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
 
@@ -137,7 +140,7 @@ class Upstream:
         self.bodies.append(request)
         if self.mode == "slow":
             try:
-                await asyncio.sleep(5)
+                await asyncio.Event().wait()
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
@@ -192,22 +195,25 @@ def _threaded(run: Callable[[], None], started: Callable[[], bool], server: Any)
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    end = time.monotonic() + 30
-    while not started() and not failed and time.monotonic() < end:
-        time.sleep(0.005)
+    until(lambda: started() or failed, "the start of a server")
     assert started(), failed
     try:
         yield
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(HANG)
         assert not thread.is_alive()
 
 
-def raw(address: str, sent: bytes, seconds: float = 10.0) -> bytes:
-    """What a server answers to bytes."""
+def connected(address: str) -> socket.socket:
+    """A connection to a server."""
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+    return socket.create_connection((host, int(port)), timeout=HANG)
+
+
+def raw(address: str, sent: bytes) -> bytes:
+    """What a server answers to bytes."""
+    with connected(address) as connection:
         connection.sendall(sent)
         parts = []
         while part := connection.recv(65536):

@@ -16,7 +16,7 @@ from safety_neurons import __version__
 from safety_neurons.guard.server import verdicts as judging
 from safety_neurons.guard.server.chat import ROUTE as CHAT
 from safety_neurons.guard.server.chat import Chat
-from safety_neurons.guard.server.door import Door, Log
+from safety_neurons.guard.server.door import OPEN, Door, Log
 from safety_neurons.guard.server.engine import Engine, Judge, Writer
 from safety_neurons.guard.server.gate import Gate
 from safety_neurons.guard.server.metrics import Metrics
@@ -217,8 +217,9 @@ def _add_gets(app: FastAPI, service: Service) -> None:
         return JSONResponse(local.model_dump())
 
     async def healthz() -> Response:
-        """Whether the process is there."""
-        return JSONResponse(Health(status="ok").model_dump(exclude_none=True))
+        """Whether the process is there and can go on: 503 once the engine has failed."""
+        failed = service.engine.failed is not None
+        return JSONResponse(Health(status="failed" if failed else "ok").model_dump(exclude_none=True), 503 if failed else 200)
 
     async def readyz() -> Response:
         """Whether requests are taken: 503 while the server starts or closes."""
@@ -261,9 +262,10 @@ def _document(app: FastAPI, service: Service) -> None:
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                for status in ERRORS if path != "/readyz" else ():
+                for status in ERRORS if path not in OPEN else ():
                     operation["responses"].setdefault(str(status), {"description": "An error.", "content": content})
-        document["paths"]["/readyz"]["get"]["responses"]["503"] = {"description": "Not ready."}
+        for path, text in (("/readyz", "Not ready."), ("/healthz", "The engine failed.")):
+            document["paths"][path]["get"]["responses"]["503"] = {"description": text}
         if service.settings.token is not None:
             components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"token": []}]

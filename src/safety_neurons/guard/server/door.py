@@ -112,9 +112,12 @@ class Door:
             Problem: Whatever speaks against it.
         """
         path = scope["path"]
+        headers = _headers(scope)
+        if {"content-length", "transfer-encoding"} <= headers.keys():  # two readers could see two requests in it
+            message = "Content-Length and Transfer-Encoding in one request; expected one of them"
+            raise Problem(400, message, "two_lengths", headers={"Connection": "close"})
         if path in OPEN:
             return
-        headers = _headers(scope)
         self._check_host(headers)
         self._check_token(headers)
         if self.closing:

@@ -2,6 +2,9 @@
 
 Requests come from an event loop and go back to it. A turn of the thread is one batch of verdicts, then one token of every answer under
 way, so a long answer delays a verdict by one token at most. Nothing waits to fill a batch: what came while the model was busy is the next.
+
+Whatever a request raises is that request's error, a panic of a native library included, which is no `Exception`. What escapes all the same
+ends the thread: then everybody who waits is told, nothing more is taken, and `failed` says why.
 """
 
 import asyncio
@@ -119,6 +122,9 @@ class Counts:
 class Engine:
     """Judges and answers on one thread.
 
+    Attributes:
+        failed: What ended the thread; None while it runs, and where it was closed.
+
     Args:
         judge: A bound guard.
         writer: Answers conversations; None where an upstream does.
@@ -148,6 +154,7 @@ class Engine:
         self._asked: deque[Answering] = deque()
         self._under_way: list[tuple[Iterator[None], list[Answering]]] = []
         self._n_waiting, self._closing, self._per_item = 0, False, 0.02
+        self.failed: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -159,12 +166,12 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the thread runs and takes work."""
-        return self._thread is not None and self._thread.is_alive() and not self._closing
+        return self._thread is not None and self._thread.is_alive() and not self._closing and self.failed is None
 
     def start(self) -> None:
         """Starts the thread; call it in the event loop that asks."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="guard-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="guard-engine", daemon=True)
         self._thread.start()
 
     async def close(self, seconds: float = 60.0) -> bool:
@@ -208,7 +215,7 @@ class Engine:
 
     def _accept(self, items: Sequence[Item | Answering]) -> None:
         with self._changed:
-            if self._closing or self._thread is None or not self._thread.is_alive():
+            if self._closing or self.failed is not None or self._thread is None:
                 raise closing()
             if self._n_waiting + len(items) > self._most:
                 raise busy(self._wait())
@@ -220,6 +227,19 @@ class Engine:
         return max(1, min(60, math.ceil(self._n_waiting * self._per_item)))
 
     # The engine's thread
+
+    def _work(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # nobody above would hear of it
+            with self._changed:
+                self.failed = error
+                left = [*self._arrived, *self._ready, *self._asked]
+                self._n_waiting = 0
+            for item in left:
+                self._refuse(item, error)
+            for _, jobs in self._under_way:
+                self._end(jobs, error)
 
     def _run(self) -> None:
         while True:
@@ -245,7 +265,7 @@ class Engine:
         """Encodes a prompt and puts it where it waits; one that cannot be put to the model is answered at once."""
         try:
             item.fed = None if item.given_up else self.judge.prepare(item.prompt)
-        except Exception as error:  # a template is a program, and a tokenizer meets hostile text: neither may end the thread
+        except BaseException as error:  # a template is a program, and a tokenizer meets hostile text: neither may end the thread
             self._left(1)
             self._refuse(item, error)
             return
@@ -254,11 +274,16 @@ class Engine:
         else:
             self._asked.append(item)
 
-    def _refuse(self, item: "Item | Answering", error: Exception) -> None:
+    def _refuse(self, item: "Item | Answering", error: BaseException) -> None:
         if isinstance(item, Item):
             self._deliver([item], [error])
         else:
             item.tell(error)
+
+    def _end(self, jobs: Iterable[Answering], error: BaseException) -> None:
+        for job in jobs:
+            if not job.ended and not job.given_up:
+                job.tell(error)
 
     def _forget_given_up(self) -> None:
         kept = [item for item in self._ready if not item.given_up]
@@ -300,9 +325,9 @@ class Engine:
         self.counts.largest = max(self.counts.largest, len(batch))
         self.counts.seconds += seconds
         self.counts.sizes.append(len(batch))
+        self._deliver(batch, verdicts)
         if self._observe is not None:
             self._observe(len(batch), seconds)
-        self._deliver(batch, verdicts)
 
     def _scored(self, batch: list[Item]) -> list[Any]:
         """Verdicts, or errors in their place; a prompt that fails is judged alone so that it takes no other with it."""
@@ -311,7 +336,7 @@ class Engine:
             if len(verdicts) != len(batch):
                 raise RuntimeError(f"{len(verdicts)} verdicts on {len(batch)} prompts")
             return verdicts
-        except Exception as error:  # whatever a model raises is this request's error and never the thread's end
+        except BaseException as error:  # whatever a model raises is this request's error and never the thread's end
             if len(batch) == 1:
                 return [error]
         return [self._scored([item])[0] for item in batch]
@@ -332,12 +357,12 @@ class Engine:
         rows = sum(len(jobs) for _, jobs in self._under_way)
         if not self._asked or self.writer is None or rows >= self._batch:
             return
-        first = self._asked.popleft()
-        jobs = [first]
-        for job in list(self._asked):
+        jobs = [self._asked[0]]
+        for job in list(self._asked)[1:]:
             if rows + len(jobs) < self._batch and self.writer.fits(job, jobs):
                 jobs.append(job)
-                self._asked.remove(job)
+        for job in jobs:
+            self._asked.remove(job)
         self._left(len(jobs))
         self.counts.answered += len(jobs)
         self._under_way.append((self.writer.start(jobs), jobs))
@@ -349,10 +374,8 @@ class Engine:
                 continue
             except StopIteration:
                 pass
-            except Exception as error:  # of this group alone
-                for job in jobs:
-                    if not job.ended and not job.given_up:
-                        job.tell(error)
+            except BaseException as error:  # of this group alone
+                self._end(jobs, error)
             self._under_way.remove((steps, jobs))
 
 

@@ -65,12 +65,18 @@ class Server(uvicorn.Server):
             self._until = time.monotonic() + self.service.settings.limits.drain_seconds
         self.service.asgi.closing = True
 
+    def watch(self) -> None:
+        """Drains where the engine has failed: what waited was told, the process ends, and what watches over it starts another."""
+        if self.service.engine.failed is not None:
+            self.drain()
+
     async def main_loop(self) -> None:
         """Runs until drained."""
         counter = 0
         while not await self.on_tick(counter):
             counter += 1
             await asyncio.sleep(_TICK if self._until is not None else 0.1)
+            self.watch()
             done = self._until is not None and (self.service.asgi.in_flight == 0 or time.monotonic() > self._until)
             self.should_exit = self.should_exit or done
 
@@ -94,7 +100,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def run(service: Service, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
-    """Serves until SIGINT or SIGTERM, then drains."""
+    """Serves until SIGINT or SIGTERM, then drains.
+
+    Raises:
+        RunError: The engine's thread failed; what was asked has been told.
+    """
     server = Server(service, sock, started)
     handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -102,6 +112,9 @@ def run(service: Service, sock: socket.socket, started: Callable[[], None] = lam
     finally:
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
+    failed = service.engine.failed
+    if failed is not None:
+        raise RunError(f"the guard's engine failed ({type(failed).__name__}), so the server ended; start it again") from failed
 
 
 def address(sock: socket.socket) -> str:

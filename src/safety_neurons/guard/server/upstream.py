@@ -15,6 +15,8 @@ from safety_neurons.model.chat_server import is_local
 LARGEST = 1 << 26
 """Bytes of an answer that are passed on; a longer one is cut off with an error."""
 _CONNECT_SECONDS = 5.0
+_LONGEST = 16
+"""Bytes of a line that tell whether it is `data: [DONE]`."""
 _PASSED_ON = ("retry-after", "openai-processing-ms")
 
 
@@ -108,24 +110,23 @@ class Upstream:
         return b"".join(parts)
 
     async def _pieces(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        size, ended = 0, False
-        tail = b""
+        size, events = 0, Events()
+        problem: Problem | None = None
         try:
             async for part in response.aiter_raw():
                 size += len(part)
-                tail = (tail + part)[-64:]
+                events.feed(part)
                 yield part
                 if size > LARGEST:
                     break
-            ended = b"data: [DONE]" in tail or b"data:[DONE]" in tail
-            problem = None if ended else self._failed("broken_off", 502, "the upstream broke off its answer")
+            if not events.finished():
+                problem = self._failed("broken_off", 502, "the upstream broke off its answer")
         except httpx.HTTPError as error:
             problem = self._problem(error)
         finally:
             await response.aclose()
         if problem is not None:
-            start = b"" if tail.endswith(b"\n\n") or not tail else b"\n\n"
-            yield start + b"data: " + problem.body + b"\n\n"
+            yield (b"" if events.between else b"\n\n") + b"data: " + problem.body + b"\n\n"
 
     def _checked(self, response: httpx.Response, content: bytes) -> tuple[int, dict[str, str], bytes]:
         """An answer as it is passed on: JSON objects as they are, other errors in the shape of the OpenAI API."""
@@ -158,6 +159,48 @@ class Upstream:
     def _failed(self, kind: str, status: int, message: str, code: str = "upstream_unavailable") -> Problem:
         self.metrics.upstream.labels(kind).inc()
         return Problem(status, message, code, headers={"Retry-After": "2"})
+
+
+class Events:
+    """Finds the end of a stream of server-sent events: an event whose data is `[DONE]`, not these letters inside a text.
+
+    Attributes:
+        between: Whether the last event is complete.
+    """
+
+    def __init__(self) -> None:
+        self.between = True
+        self._line = b""
+        self._data: list[bytes] = []
+        self._done = self._half_break = False
+
+    def feed(self, part: bytes) -> None:
+        """Reads on. Of long lines only the beginning is kept."""
+        if not part:
+            return
+        if self._half_break:
+            part = part.removeprefix(b"\n")
+        self._half_break = part.endswith(b"\r")
+        *lines, rest = part.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for line in lines:
+            self._end_line((self._line + line)[:_LONGEST])
+        self._line = (self._line + rest)[:_LONGEST]
+        self.between = self.between and not self._line
+
+    def finished(self) -> bool:
+        """Whether the end was there, the last line breaks left out or not."""
+        return self._done or [*self._data, *_data_of(self._line)] == [b"[DONE]"]
+
+    def _end_line(self, line: bytes) -> None:
+        self._line, self.between = b"", not line
+        if not line:
+            self._done = self._done or self._data == [b"[DONE]"]
+            self._data = []
+        self._data = [*self._data, *_data_of(line)][:2]
+
+
+def _data_of(line: bytes) -> list[bytes]:
+    return [line[5:].removeprefix(b" ")] if line == b"data" or line.startswith(b"data:") else []
 
 
 async def _once(content: bytes) -> AsyncGenerator[bytes, None]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.guard.server.engine import Answering
-from safety_neurons.guard.server.problems import too_long
+from safety_neurons.guard.server.problems import Problem, too_long
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import takes_padding
 
@@ -161,6 +161,11 @@ class Row:
             return self.end("stop")
         return self.n_new < self.limit or self.end("length")
 
+    def fail(self) -> bool:
+        """Tells the job that there is no next token: the likeliest of what are no numbers would be token 0."""
+        self.job.tell(Problem(500, "the model gave NaN or infinity, so the answer ends here", "model_error"))
+        return False
+
     def end(self, reason: str) -> bool:
         """Tells the job that the answer is complete."""
         rest = self.text.rest() if reason != "content_filter" else ""
@@ -207,6 +212,8 @@ class LocalWriter:
         verdicts = self.watch.verdicts([one.truncated for one in encoded])
         going = [self._admitted(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
         while True:
+            numbers = logits.amax(-1).isfinite().tolist()  # the largest is NaN where any is; −∞ may be a token that is forbidden
+            going = [on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)]
             chosen = [row.choose(scores) if on else 0 for row, scores, on in zip(rows, logits, going, strict=True)]
             going = [on and row.take(token) for row, token, on in zip(rows, chosen, going, strict=True)]
             kept = [place for place, on in enumerate(going) if on]
