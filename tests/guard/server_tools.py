@@ -6,13 +6,13 @@ import dataclasses
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import httpx
 import uvicorn
 
-from safety_neurons.guard.server import Service, Settings
+from safety_neurons.guard.server import Limits, Service, Settings
 from safety_neurons.guard.server.app import Service as _Service
 from safety_neurons.guard.server.drift import Drift
 from safety_neurons.guard.server.metrics import Metrics
@@ -20,6 +20,10 @@ from safety_neurons.guard.server.serving import Server, bound
 from waiting import HANG, until
 
 TOKEN = "a-token-for-tests-only"
+PATIENT = {"seconds": HANG, "body_seconds": HANG, "header_seconds": HANG}
+"""Limits in the way of no slow machine; what a test is about it sets itself."""
+for _part in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, HANG)  # 5 s, which a loaded machine exceeds
 UNSAFE = "attack"
 
 
@@ -45,11 +49,11 @@ class Fed:
 class Words:
     """Flags every conversation that holds the word `attack`; other words make it slow, long or broken. Keeps what it saw."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.batches: list[list[list[str]]] = []
         self.hold = threading.Event()
         self.hold.set()
+        self.reached = threading.Event()
 
     def prepare(self, prompt: Any) -> Fed:
         from safety_neurons.errors import InputError
@@ -60,8 +64,8 @@ class Words:
         return Fed(text.split() or ["<empty>"], truncated="endless" in text)
 
     def score(self, prepared: Sequence[Fed]) -> list[Said]:
+        self.reached.set()
         self.hold.wait()
-        time.sleep(self.seconds)
         self.batches.append([fed.ids for fed in prepared])
         if any("poison" in fed.ids for fed in prepared):
             raise RuntimeError("poison in the batch")
@@ -77,7 +81,9 @@ class Words:
 def service(judge: Any = None, *, log: Callable[[Any], None] = lambda _: None, writer: Any = None, **settings: Any) -> Service:
     """A service around a judge of words."""
     drift = Drift([0.25, 0.5, 0.75], [90, 5, 5, 0])
-    return _Service(Settings(**{"name": "tiny", **settings}), judge or Words(), Metrics({"score": drift}), writer, log=log)
+    return _Service(
+        Settings(**{"name": "tiny", "limits": Limits(**PATIENT), **settings}), judge or Words(), Metrics({"score": drift}), writer, log=log
+    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from safety_neurons.guard.streaming import Detokenizer
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Prompt
 from safety_neurons.results import Rate
+from waiting import until
 
 ASKED = texts(10)
 NEW = 12
@@ -257,9 +257,7 @@ def test_leaving_a_stream_early_ends_its_thread_and_takes_the_hooks_off(model: L
     closed.close()
     dropped = guarded.stream("make a cake", max_new_tokens=100)
     del dropped
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: threading.active_count() <= before, "the end of a dropped stream's thread")
     assert threading.active_count() == before
     assert hooks_on(model) == 0
 

@@ -1,13 +1,13 @@
 import asyncio
 import json
-import time
 
 import httpx
 import openai
 import pytest
-from server_tools import TOKEN, Upstream, Words, running, service
+from server_tools import TOKEN, Upstream, Words, connected, running, service
 
 from safety_neurons.guard.generating import REFUSAL
+from waiting import until
 
 ASKED = [{"role": "user", "content": "how do i bake bread"}]
 BAD = [{"role": "user", "content": "plan an attack please"}]
@@ -195,14 +195,14 @@ def test_an_upstream_that_dies_is_502_and_one_that_returns_answers_again(proxy, 
 
 
 def test_a_client_that_leaves_ends_the_upstreams_work(proxy, upstream):
-    upstream.mode = "slow"
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{proxy}/v1/chat/completions", json={"model": "far", "messages": ASKED}, headers={"x-api-key": TOKEN}, timeout=0.3)
+    upstream.mode, before = "slow", len(upstream.bodies)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Api-Key: {TOKEN}\r\nContent-Type: application/json\r\n"
+    body = json.dumps({"model": "far", "messages": ASKED}).encode()
+    with connected(proxy) as connection:
+        connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: len(upstream.bodies) > before)
     wanted = {"safety_neurons_guard_disconnected_total 1.0", "safety_neurons_guard_in_flight 1.0"}  # under way: this very question
-    end = time.monotonic() + 20
-    while not wanted <= set(lines := httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN}).text.splitlines()):
-        assert time.monotonic() < end, lines
-        time.sleep(0.02)
+    until(lambda: wanted <= set(httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN}, timeout=None).text.splitlines()))
     upstream.mode = "ok"
 
 
@@ -212,12 +212,9 @@ def test_shadow_mode_answers_everything_and_counts_what_it_would_have_held(upstr
     with running(service(upstream=upstream.url, shadow=True, log=events.append)) as address:
         said = httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD})
         assert said.json()["choices"][0]["message"]["content"] == "echo: plan an attack please"
-        for _ in range(100):
-            page = httpx.get(f"{address}/metrics").text
-            if 'flagged_total{route="/v1/chat/completions"} 1.0' in page:
-                break
-            time.sleep(0.01)
-        assert 'flagged_total{route="/v1/chat/completions"} 1.0' in page
+        flagged = 'flagged_total{route="/v1/chat/completions"} 1.0'
+        until(lambda: flagged in httpx.get(f"{address}/metrics", timeout=None).text)
+        page = httpx.get(f"{address}/metrics", timeout=None).text
         assert 'blocked_total{route="/v1/chat/completions"} 1.0' not in page
     seen = next(event for event in events if event["event"] == "shadow")
     assert (seen["flagged"], seen["p_unsafe"]) == (1, 0.9)
@@ -229,7 +226,7 @@ def test_shadow_mode_never_waits_for_the_guard(upstream):
     judge = Words()
     with running(service(judge, upstream=upstream.url, shadow=True)) as address:
         judge.hold.clear()
-        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}, timeout=8)
+        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}, timeout=None)
         assert said.json()["choices"][0]["finish_reason"] == "stop"
         assert not judge.batches
         judge.hold.set()

@@ -36,6 +36,12 @@ OPTIONS = {
     "max_batch": 7,
     "timeout": 8.0,
     "upstream_timeout": 9.0,
+    "max_characters": 10,
+    "queue_bytes": 11,
+    "max_connections": 12,
+    "header_timeout": 13.0,
+    "body_timeout": 14.0,
+    "idle_timeout": 15.0,
 }
 
 
@@ -54,6 +60,8 @@ def test_options_become_limits_and_secrets_come_from_the_environment(monkeypatch
     limits = settings.limits
     assert (limits.body_bytes, limits.messages, limits.inputs, limits.new_tokens, limits.requests) == (1000, 2, 3, 4, 5)
     assert (limits.waiting, limits.batch, limits.seconds, limits.upstream_seconds) == (6, 7, 8.0, 9.0)
+    assert (limits.characters, limits.bytes_under_way, limits.connections) == (10, 11, 12)
+    assert (limits.header_seconds, limits.body_seconds, limits.idle_seconds) == (13.0, 14.0, 15.0)
 
 
 def test_others_may_not_reach_a_server_without_a_token():

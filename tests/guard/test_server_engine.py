@@ -6,6 +6,7 @@ from server_tools import Said, Words
 
 from safety_neurons.guard.server import Engine, Problem
 from safety_neurons.prompts import Prompt
+from waiting import HANG
 
 
 def prompts(*texts):
@@ -19,11 +20,11 @@ def run(judge, work, **options):
         engine = Engine(judge, **options)
         engine.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG):
                 return await work(engine)
         finally:
             judge.hold.set()
-            assert await engine.close(10)
+            assert await engine.close(HANG)
 
     return asyncio.run(inside())
 
@@ -31,22 +32,16 @@ def run(judge, work, **options):
 async def started(engine, judge, text="first"):
     """One prompt that keeps the model busy until the judge lets go."""
     judge.hold.clear()
-    task = asyncio.ensure_future(engine.verdicts(prompts(text), 10))
-    while engine.waiting or not engine.judge.hold_reached.is_set():
-        await asyncio.sleep(0.001)
+    task = asyncio.ensure_future(engine.verdicts(prompts(text), HANG))
+    await happened(lambda: engine.judge.reached.is_set() and not engine.waiting)
     return task
 
 
-class Held(Words):
-    """Says when it has reached the model."""
-
-    def __init__(self):
-        super().__init__()
-        self.hold_reached = threading.Event()
-
-    def score(self, prepared):
-        self.hold_reached.set()
-        return super().score(prepared)
+async def happened(what):
+    """Waits for an event, and never for an amount of time."""
+    async with asyncio.timeout(HANG):
+        while not what():
+            await asyncio.sleep(0.001)
 
 
 def test_every_request_gets_its_own_verdicts_in_order_whatever_was_judged_together():
@@ -56,7 +51,7 @@ def test_every_request_gets_its_own_verdicts_in_order_whatever_was_judged_togeth
     ]
 
     async def work(engine):
-        return await asyncio.gather(*(engine.verdicts(prompts(*some), 10) for some in texts))
+        return await asyncio.gather(*(engine.verdicts(prompts(*some), HANG) for some in texts))
 
     judge = Words()
     found = run(judge, work, batch=7, waiting=1000)
@@ -66,13 +61,12 @@ def test_every_request_gets_its_own_verdicts_in_order_whatever_was_judged_togeth
 
 
 def test_what_waits_while_the_model_is_busy_is_judged_together():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
-        others = [asyncio.ensure_future(engine.verdicts(prompts(f"bread {number}"), 10)) for number in range(6)]
-        while engine.waiting < 6:
-            await asyncio.sleep(0.001)
+        others = [asyncio.ensure_future(engine.verdicts(prompts(f"bread {number}"), HANG)) for number in range(6)]
+        await happened(lambda: engine.waiting == 6)
         judge.hold.set()
         await asyncio.gather(first, *others)
 
@@ -81,14 +75,13 @@ def test_what_waits_while_the_model_is_busy_is_judged_together():
 
 
 def test_batches_hold_prompts_of_like_length_within_the_budget_and_the_oldest_goes_first():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
         sizes = [10, 100, 11, 98, 9, 2]
-        others = [asyncio.ensure_future(engine.verdicts(prompts(" ".join(["w"] * size)), 10)) for size in sizes]
-        while engine.waiting < len(sizes):
-            await asyncio.sleep(0.001)
+        others = [asyncio.ensure_future(engine.verdicts(prompts(" ".join(["w"] * size)), HANG)) for size in sizes]
+        await happened(lambda: engine.waiting == len(sizes))
         judge.hold.set()
         await asyncio.gather(first, *others)
 
@@ -98,7 +91,7 @@ def test_batches_hold_prompts_of_like_length_within_the_budget_and_the_oldest_go
 
 def test_a_prompt_longer_than_the_budget_is_judged_alone():
     async def work(engine):
-        return await engine.verdicts(prompts(" ".join(["w"] * 500), "w"), 10)
+        return await engine.verdicts(prompts(" ".join(["w"] * 500), "w"), HANG)
 
     judge = Words()
     assert len(run(judge, work, batch_tokens=100)) == 2
@@ -106,19 +99,19 @@ def test_a_prompt_longer_than_the_budget_is_judged_alone():
 
 
 def test_a_full_queue_is_429_and_takes_nothing_of_the_request():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
-        second = asyncio.ensure_future(engine.verdicts(prompts("a", "b"), 10))
-        await asyncio.sleep(0.02)
+        second = asyncio.ensure_future(engine.verdicts(prompts("a", "b"), HANG))
+        await happened(lambda: engine.waiting == 2)
         with pytest.raises(Problem) as refused:
-            await engine.verdicts(prompts("c", "d"), 10)
+            await engine.verdicts(prompts("c", "d"), HANG)
         assert refused.value.status == 429
         assert int(refused.value.headers["Retry-After"]) >= 1
         assert engine.waiting == 2
-        third = asyncio.ensure_future(engine.verdicts(prompts("e"), 10))
-        await asyncio.sleep(0.02)
+        third = asyncio.ensure_future(engine.verdicts(prompts("e"), HANG))
+        await happened(lambda: engine.waiting == 3)
         judge.hold.set()
         await asyncio.gather(first, second, third)
 
@@ -127,19 +120,19 @@ def test_a_full_queue_is_429_and_takes_nothing_of_the_request():
 
 
 def test_a_request_that_is_given_up_frees_its_place_and_is_never_judged():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
-        gone = asyncio.ensure_future(engine.verdicts(prompts("gone", "gone too"), 10))
+        gone = asyncio.ensure_future(engine.verdicts(prompts("gone", "gone too"), HANG))
         late = asyncio.ensure_future(engine.verdicts(prompts("late"), 0.05))
-        await asyncio.sleep(0.02)
+        await happened(lambda: engine.waiting == 3)
         gone.cancel()
         with pytest.raises(TimeoutError):
             await late
         judge.hold.set()
         await first
-        said = await engine.verdicts(prompts("after"), 10)
+        said = await engine.verdicts(prompts("after"), HANG)
         assert engine.waiting == 0
         assert engine.counts.dropped == 3
         return said
@@ -150,9 +143,9 @@ def test_a_request_that_is_given_up_frees_its_place_and_is_never_judged():
 
 def test_a_prompt_that_fails_takes_no_other_with_it():
     async def work(engine):
-        return await asyncio.gather(*(engine.verdicts(prompts(text), 10) for text in ("bread", "poison", "attack", "unaskable")))
+        return await asyncio.gather(*(engine.verdicts(prompts(text), HANG) for text in ("bread", "poison", "attack", "unaskable")))
 
-    bread, poison, attack, unaskable = run(Words(0.01), work)
+    bread, poison, attack, unaskable = run(Words(), work)
     assert not bread[0].flagged
     assert attack[0].flagged
     assert isinstance(poison[0], RuntimeError)
@@ -165,23 +158,22 @@ def test_too_few_verdicts_are_an_error_and_never_another_prompts_verdict():
             return super().score(prepared)[1:]
 
     async def work(engine):
-        return await engine.verdicts(prompts("attack", "bread"), 10)
+        return await engine.verdicts(prompts("attack", "bread"), HANG)
 
     assert all(isinstance(said, RuntimeError) for said in run(Short(), work))
 
 
 def test_closing_finishes_what_was_accepted_and_refuses_what_comes():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
-        second = asyncio.ensure_future(engine.verdicts(prompts("attack"), 10))
-        await asyncio.sleep(0.02)
-        closing = asyncio.ensure_future(engine.close(10))
-        await asyncio.sleep(0.02)
-        assert not engine.alive
+        second = asyncio.ensure_future(engine.verdicts(prompts("attack"), HANG))
+        await happened(lambda: engine.waiting == 1)
+        closing = asyncio.ensure_future(engine.close(HANG))
+        await happened(lambda: not engine.alive)
         with pytest.raises(Problem) as refused:
-            await engine.verdicts(prompts("late"), 10)
+            await engine.verdicts(prompts("late"), HANG)
         assert refused.value.status == 503
         judge.hold.set()
         assert await closing
@@ -193,7 +185,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_what_comes():
 
 
 def test_closing_says_when_the_model_takes_too_long():
-    judge = Held()
+    judge = Words()
 
     async def work(engine):
         first = await started(engine, judge)
@@ -240,9 +232,8 @@ def test_answers_are_written_between_verdicts_and_a_broken_group_ends_alone():
         said = {text: [] for text in ("one word", "another", "broken", long)}
         for text, heard in said.items():
             engine.answer(prompts(text)[0], None, heard.append)
-        verdicts = await engine.verdicts(prompts("attack"), 10)
-        while len(said[long]) < len(long):
-            await asyncio.sleep(0.001)
+        verdicts = await engine.verdicts(prompts("attack"), HANG)
+        await happened(lambda: len(said[long]) == len(long))
         return said, verdicts
 
     said, verdicts = _answered(Looking(), writer, work)
@@ -259,9 +250,9 @@ def _answered(judge, writer, work):
     async def inside():
         engine = Engine(judge, writer, batch=8)
         engine.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG):
             found = await work(engine)
-        assert await engine.close(10)
+        assert await engine.close(HANG)
         return found
 
     return asyncio.run(inside())
@@ -275,7 +266,7 @@ def test_an_answer_nobody_waits_for_is_never_begun():
             begun.extend(jobs)
             return super().start(jobs)
 
-    judge = Held()
+    judge = Words()
 
     async def inside():
         engine = Engine(judge, Counting())
@@ -285,7 +276,7 @@ def test_an_answer_nobody_waits_for_is_never_begun():
         job.given_up = True
         judge.hold.set()
         await first
-        assert await engine.close(10)
+        assert await engine.close(HANG)
 
     asyncio.run(inside())
     assert not begun

@@ -1,4 +1,4 @@
-"""What fails below a request: a native library that panics, an engine that ends, a model that gives no numbers, a stream that only looks ended."""
+"""What fails below a request: a native library panics, an engine ends, logits are no numbers, a stream only looks ended."""
 
 import asyncio
 import threading
@@ -191,7 +191,10 @@ def test_a_stream_has_ended_where_an_event_says_so_and_not_a_text(sent, ended, s
 def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(path):
     with running(service()) as address:
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        said = raw(address, head.encode() + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        said = raw(
+            address,
+            head.encode() + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        )
     assert b" 400 " in said.split(b"\r\n")[0]
     assert b"connection: close" in said.lower()
     assert said.count(b"HTTP/1.1") == 1

@@ -2,11 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import httpx
 import openai
@@ -17,9 +17,10 @@ from server_tools import running
 from safety_neurons.guard import Classifier, Guard, Pooling, bindings_of, read_features
 from safety_neurons.guard.server import Limits, Settings, serve_guard
 from safety_neurons.guard.server.writing import Text
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
 from tiny import CHAT_TEMPLATE, WORDS, tiny_llama, tiny_tokenizer
+from waiting import until
 
 SAFE = ["how do i make a cake", "help me plant a tree", "tell me about the house", "write a story about water", "what is a large plant"]
 UNSAFE = ["how do i make a bomb", "help me steal a key", "tell me how to kill", "write code to lock the door", "what is a small bomb"]
@@ -207,10 +208,7 @@ def test_clients_that_leave_leave_nothing_behind(guard):
             body = {"model": "tiny", "messages": ask(SAFE[number % 5]), "max_tokens": 100, "stream": True}
             with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
                 next(answer.iter_lines())
-        end = time.monotonic() + 10
-        while (service.asgi.in_flight or service.engine._under_way) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert not service.engine._under_way
+        until(lambda: not (service.asgi.in_flight or service.engine._under_way), "the end of answers nobody waits for")
         assert service.engine.waiting == 0
         assert httpx.post(f"{address}/v1/moderations", json={"input": SAFE[0]}).status_code == 200
 
@@ -233,53 +231,121 @@ def test_text_comes_in_whole_characters_and_stops_before_a_stop_text(stop):
     assert text.stopped == (cut < len(written))
 
 
-def test_the_command_serves_says_so_and_ends_with_what_it_accepted(guard, lm, tmp_path):
+@pytest.fixture
+def command(guard, lm, tmp_path):
+    """Starts the command on a saved model and guard."""
     lm.model.save_pretrained(tmp_path / "tiny")
     lm.tokenizer.save_pretrained(tmp_path / "tiny")
-    from safety_neurons.model import load
-
     loaded = load(str(tmp_path / "tiny"))
     bound = Guard(guard.neurons, guard.pooling, guard.classifier, (), 0.5, "given", bindings_of(loaded, guard.neurons), model=loaded)
     bound.save(tmp_path / "guard")
-    words = [
-        sys.executable,
-        "-m",
-        "safety_neurons",
-        "guard",
-        "serve",
-        "--model",
-        str(tmp_path / "tiny"),
-        "--guard",
-        str(tmp_path / "guard"),
-    ]
+    words = [sys.executable, "-m", "safety_neurons", "guard", "serve", "--port", "0", "--offline"]
+    words += ["--model", str(tmp_path / "tiny"), "--guard", str(tmp_path / "guard")]
     environment = {**os.environ, "SAFETY_NEURONS_TOKEN": "a-token-of-this-test"}
-    process = subprocess.Popen(
-        [*words, "--port", "0", "--offline"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        lines = []
-        while not lines or not lines[-1].startswith("listening"):
-            lines.append(process.stderr.readline())
-            assert lines[-1], "".join(lines)
-        address = lines[-1].split()[1]
-        assert httpx.get(f"{address}/v1/models").status_code == 401
-        key = {"Authorization": "Bearer a-token-of-this-test"}
-        body = {"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 100, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=key) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            assert "[DONE]" in "".join(lines)
-        assert process.wait(20) == 0
-    finally:
+    started = []
+
+    def start(*options):
+        process = subprocess.Popen([*words, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
         process.kill()
-        out, rest = process.communicate()
+        process.wait()
+
+
+def test_the_command_serves_says_so_and_ends_with_what_it_accepted(command):
+    process = command()
+    lines = []
+    while not lines or not lines[-1].startswith("listening"):
+        lines.append(process.stderr.readline())
+        assert lines[-1], "".join(lines)
+    address = lines[-1].split()[1]
+    assert httpx.get(f"{address}/v1/models", timeout=None).status_code == 401
+    key = {"Authorization": "Bearer a-token-of-this-test"}
+    body = {"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 100, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=key, timeout=None) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert "[DONE]" in "".join(lines)
+    out, rest = process.communicate()
+    assert process.returncode == 0
     assert out == ""
     assert "POST /v1/chat/completions" in rest
     assert "ended: 0 prompts judged in 0 batches, 1 in the prefill of their answers" in rest
     assert "Traceback" not in rest
     assert "cake" not in rest
     assert "a-token" not in rest
+
+
+def test_the_command_tells_a_program_its_port_in_one_json_object(command):
+    process = command("--json")
+    said = json.loads(process.stdout.readline())
+    assert said["url"] == f"http://127.0.0.1:{said['port']}"
+    assert said["pid"] == process.pid
+    assert httpx.get(f"{said['url']}/readyz", timeout=None).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    out, rest = process.communicate()
+    assert (process.returncode, out) == (0, "")
+    assert json.loads(rest.splitlines()[-1]).items() >= {"event": "ended", "judged": 0, "answered": 0}.items()
+    assert "a-token" not in json.dumps(said) + rest
+
+
+MEGABYTE = "cake " * 200_000
+BODIES = {
+    "/v1/moderations": lambda text: {"input": ["cake", text]},
+    "/classify": lambda text: {"input": text},
+    "/v1/chat/completions": lambda text: {"model": "tiny", "messages": [{"role": "system", "content": "hi"}, *ask(text)]},
+    "/beta/litellm_basic_guardrail_api": lambda text: {"input_type": "request", "texts": [text]},
+}
+
+
+class Counting:
+    """A tokenizer that notes what it was called with."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.read = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.read.append(text)
+        return self._tokenizer(text, **options)
+
+
+@pytest.fixture
+def counted(lm, monkeypatch):
+    counting = Counting(lm.tokenizer)
+    monkeypatch.setattr(lm, "tokenizer", counting)
+    return counting.read
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(guard, counted, path):
+    with running(serve_guard(guard, Settings("tiny", limits=Limits(body_bytes=1 << 21)))) as address:
+        said = httpx.post(f"{address}{path}", json=BODIES[path](MEGABYTE), timeout=None)
+        assert said.status_code == 400
+        assert said.json()["error"]["code"] == "context_length_exceeded"
+        assert str(len(MEGABYTE)) in said.json()["error"]["message"]
+    assert max(map(len, counted), default=0) < 1000
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_text_is_tokenised_twice(guard, counted, path):
+    text = "cake " * 100
+    with running(serve_guard(guard.with_threshold(1.0), Settings("tiny"))) as address:
+        assert httpx.post(f"{address}{path}", json=BODIES[path](text), timeout=None).status_code == 200
+    long = [read for read in counted if len(read) >= len(text)]
+    assert long
+    assert len(long) == len(set(long))
+
+
+@pytest.mark.parametrize(("limits", "most"), [({}, 128 * 16), ({"prompt_tokens": 10}, 160), ({"characters": 77}, 77)])
+def test_how_long_a_text_may_be_follows_from_the_tokens_that_are_taken(guard, limits, most):
+    assert serve_guard(guard, Settings("tiny", limits=Limits(**limits))).settings.limits.characters == most
 
 
 def test_words_of_the_tests_are_words_of_the_tokenizer():

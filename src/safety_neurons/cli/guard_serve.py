@@ -45,12 +45,22 @@ MaxBody = Annotated[int, typer.Option(min=1, help="Bytes of a request.", rich_he
 MaxMessages = Annotated[int, typer.Option(min=1, help="Turns of a conversation.", rich_help_panel=LIMITS)]
 MaxInputs = Annotated[int, typer.Option(min=1, help="Texts of one request.", rich_help_panel=LIMITS)]
 MaxPromptTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. [default: the context]", rich_help_panel=LIMITS)]
+MaxCharacters = Annotated[
+    int | None, typer.Option(min=1, help="Characters of a prompt, refused untokenised. [default: 16 a token]", rich_help_panel=LIMITS)
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer of the local model.", rich_help_panel=LIMITS)]
 MaxRequests = Annotated[int, typer.Option(min=1, help="Requests under way; more get 429.", rich_help_panel=LIMITS)]
 Queue = Annotated[int, typer.Option(min=1, help="Prompts that may wait for the model; more get 429.", rich_help_panel=LIMITS)]
+QueueBytes = Annotated[int, typer.Option(min=1, help="Bytes of all requests under way; more get 429.", rich_help_panel=LIMITS)]
 MaxBatch = Annotated[int, typer.Option(min=1, help="Prompts judged together.", rich_help_panel=LIMITS)]
 Timeout = Annotated[float, typer.Option(help="Seconds for a verdict; later is not safe.", rich_help_panel=LIMITS)]
 UpstreamTimeout = Annotated[float, typer.Option(help="Seconds of silence of the upstream.", rich_help_panel=LIMITS)]
+MaxConnections = Annotated[
+    int | None, typer.Option(min=1, help="Connections. [default: what the limit of descriptors has room for]", rich_help_panel=LIMITS)
+]
+HeaderTimeout = Annotated[float, typer.Option(help="Seconds for a request's head to arrive.", rich_help_panel=LIMITS)]
+BodyTimeout = Annotated[float, typer.Option(help="Seconds for a body to arrive.", rich_help_panel=LIMITS)]
+IdleTimeout = Annotated[float, typer.Option(help="Seconds between two requests of a connection.", rich_help_panel=LIMITS)]
 
 
 def register(app: typer.Typer) -> None:
@@ -80,13 +90,19 @@ def serve(
     max_messages: MaxMessages = 256,
     max_inputs: MaxInputs = 64,
     max_prompt_tokens: MaxPromptTokens = None,
+    max_characters: MaxCharacters = None,
     max_new_tokens: MaxNewTokens = 1024,
     max_requests: MaxRequests = 512,
     queue: Queue = 256,
+    queue_bytes: QueueBytes = 1 << 25,
     max_batch: MaxBatch = 32,
     timeout: Timeout = 30.0,
     upstream_timeout: UpstreamTimeout = 120.0,
-) -> dict[str, Any]:
+    max_connections: MaxConnections = None,
+    header_timeout: HeaderTimeout = 10.0,
+    body_timeout: BodyTimeout = 10.0,
+    idle_timeout: IdleTimeout = 75.0,
+) -> None:
     """Serve a guard: chat completions behind it, moderations, and the routes LiteLLM and NeMo Guardrails ask."""
     options = {name: value for name, value in locals().items() if name != "common"}
     if fpr is not None and threshold is not None:
@@ -103,14 +119,15 @@ def serve(
         if found.why_idle is not None and not force:
             raise UsageError(f"{found.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it with --force")
         bound = found.bind(session.model(resolve(model)))
-        service = serve_guard(bound, settings, lines(as_json=common.json, debug=common.debug))
+        log = lines(as_json=common.json, debug=common.debug)
+        service = serve_guard(bound, settings, log)
         where = address(sock)
-        run(service, sock, lambda: None if common.json else say(banner(bound, settings, where)))
+        run(service, sock, lambda: tell_json(bound, settings, where) if common.json else say(banner(bound, settings, where)))
     counts = service.engine.counts
-    totals = {"address": where, "judged": counts.judged, "batches": counts.batches, "answered": counts.answered}
-    if not common.json:
+    if common.json:
+        log({"event": "ended", "judged": counts.judged, "batches": counts.batches, "answered": counts.answered})
+    else:
         say([f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, {counts.answered:,} in the prefill of their answers"])
-    return totals
 
 
 def configured(options: Mapping[str, Any], model: str) -> Any:
@@ -134,6 +151,12 @@ def configured(options: Mapping[str, Any], model: str) -> Any:
         batch=options["max_batch"],
         seconds=options["timeout"],
         upstream_seconds=options["upstream_timeout"],
+        characters=options["max_characters"],
+        bytes_under_way=options["queue_bytes"],
+        connections=options["max_connections"],
+        header_seconds=options["header_timeout"],
+        body_seconds=options["body_timeout"],
+        idle_seconds=options["idle_timeout"],
     )
     same = ("host", "port", "upstream", "on_unsafe", "fail_open", "shadow", "log_prompts", "docs")
     return Settings(
@@ -185,6 +208,23 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
         f"open to    {who}",
         f"listening  {where}",
     ]
+
+
+def tell_json(guard: Any, settings: Any, where: str) -> None:
+    """The one object on standard output, as soon as requests are taken: a program that chose port 0 reads there which one it is."""
+    said = {
+        "url": where,
+        "host": settings.host,
+        "port": int(where.rpartition(":")[2]),
+        "model": settings.name,
+        "upstream": settings.upstream,
+        "threshold": guard.threshold,
+        "token": settings.token is not None,
+        "pid": os.getpid(),
+    }
+    stream = console.streams().out
+    stream.write(console.json_line(said))
+    stream.flush()
 
 
 def say(rows: list[str]) -> None:

@@ -150,16 +150,15 @@ def encode_text(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
         text: What `Template.render` gave.
         templated: Leave out what the tokenizer would put behind the text (an EOS); False takes the tokenizer's ids as they are.
     """
-    with untouched(tokenizer):
-        bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        full = list(tokenizer(text, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
-    if templated:
-        adds = len(full) > len(bare) and bos is not None and full[0] == bos
-        full = [bos, *bare] if adds else bare
-    if bos is not None and full[:2] == [bos, bos]:
-        return full[1:]
-    return full
+    with untouched(tokenizer):
+        ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"])
+        added = list(tokenizer("", verbose=False)["input_ids"]) if templated else []  # the text may be long: it is read once
+    if bos is not None and added[:1] == [bos]:
+        ids = [bos, *ids]
+    if bos is not None and ids[:2] == [bos, bos]:
+        return ids[1:]
+    return ids
 
 
 @contextlib.contextmanager

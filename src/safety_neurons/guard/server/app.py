@@ -75,6 +75,7 @@ class Service:
             batch=limits.batch,
             batch_tokens=limits.batch_tokens or batch_tokens,
             waiting=limits.waiting,
+            characters=limits.characters,
             observe=self._observe,
         )
         metrics.waiting.set_function(lambda: self.engine.waiting)

@@ -58,6 +58,7 @@ class Door:
         self._token = None if settings.token is None else settings.token.encode()
         self.closing = False
         self.in_flight = 0
+        self.bytes_under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -93,6 +94,7 @@ class Door:
             await answer.problem(unforeseen(answer.id))
         finally:
             self.in_flight -= 1
+            self.bytes_under_way -= scope.pop("taken", 0)
             self.metrics.in_flight.dec()
             self._note(scope, answer, route, noted, time.perf_counter() - started)
 
@@ -158,7 +160,7 @@ class Door:
         """The whole body, its size counted as it arrives.
 
         Raises:
-            Problem: 413 or 408. Left: The client went away.
+            Problem: 413, 408 or 429. Left: The client went away.
         """
         if scope["path"] in OPEN:
             return b""  # nobody has shown a token, so nothing is waited for
@@ -175,8 +177,12 @@ class Door:
                         raise Left
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    scope["taken"] = size
+                    self.bytes_under_way += len(parts[-1])
                     if size > self.settings.limits.body_bytes:
                         raise self._too_large()
+                    if self.bytes_under_way > self.settings.limits.bytes_under_way:
+                        raise busy(1, hang_up=True)
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:

@@ -8,6 +8,7 @@ ends the thread: then everybody who waits is told, nothing more is taken, and `f
 """
 
 import asyncio
+import itertools
 import math
 import threading
 import time
@@ -17,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from safety_neurons.errors import InputError
-from safety_neurons.guard.server.problems import Problem, busy, closing
+from safety_neurons.guard.server.problems import Problem, busy, closing, too_many_characters
 
 _SMOOTHING = 0.2
+_CHARACTERS_A_TURN = 1 << 16
+"""Of the prompts that are tokenised between two batches, the one that waits longest not counted."""
 
 
 @runtime_checkable
@@ -44,6 +47,11 @@ class Writer(Protocol):
         """Whether a job can be answered together with others."""
 
 
+def characters_of(prompt: Any) -> int:
+    """Characters of what a prompt says, its turns or its text."""
+    return sum(len(message.content) for message in prompt.messages) or len(prompt.text)
+
+
 @dataclass(eq=False)
 class Item:
     """One prompt that waits for its verdict."""
@@ -52,6 +60,11 @@ class Item:
     request: "Judging"
     place: int
     fed: Any = None
+
+    @property
+    def characters(self) -> int:
+        """Characters of the prompt."""
+        return characters_of(self.prompt)
 
     @property
     def length(self) -> int:
@@ -95,6 +108,11 @@ class Answering:
     fed: Any = None
 
     @property
+    def characters(self) -> int:
+        """Characters of the conversation."""
+        return characters_of(self.prompt)
+
+    @property
     def length(self) -> int:
         """Tokens of the conversation."""
         return len(self.fed.ids) if self.fed is not None else 0
@@ -131,6 +149,7 @@ class Engine:
         batch: Prompts of a forward pass, or answers under way, at most.
         batch_tokens: Padded tokens of a forward pass.
         waiting: Prompts that may wait.
+        characters: Of a prompt at most; a longer one is refused at once. None for any number.
         observe: Told the size and the seconds of every batch, on the engine's thread.
     """
 
@@ -142,11 +161,12 @@ class Engine:
         batch: int = 32,
         batch_tokens: int = 2048,
         waiting: int = 256,
+        characters: int | None = None,
         observe: Callable[[int, float], None] | None = None,
     ) -> None:
         self.judge, self.writer = judge, writer
         self.counts = Counts()
-        self._batch, self._batch_tokens, self._most = batch, batch_tokens, waiting
+        self._batch, self._batch_tokens, self._most, self._characters = batch, batch_tokens, waiting, characters
         self._observe = observe
         self._changed = threading.Condition()
         self._arrived: deque[Item | Answering] = deque()
@@ -190,7 +210,8 @@ class Engine:
         """The verdict on each prompt, in order. A prompt the model cannot be asked has the error in its place.
 
         Raises:
-            Problem: 429 where too much waits, 503 while closing. TimeoutError: It took too long; the prompts are given up.
+            Problem: 400 for one that is too long, 429 where too much waits, 503 while closing.
+            TimeoutError: It took too long; the prompts are given up.
         """
         request = Judging(asyncio.get_running_loop().create_future(), [None] * len(prompts), len(prompts))
         if not prompts:
@@ -206,7 +227,7 @@ class Engine:
         """Has a conversation answered; `send` is called in the event loop with every event, in order.
 
         Raises:
-            Problem: 429 where too much waits, 503 while closing.
+            Problem: 400 for one that is too long, 429 where too much waits, 503 while closing.
         """
         loop = asyncio.get_running_loop()
         job = Answering(prompt, settings, lambda event: _post(loop, send, event))
@@ -214,6 +235,9 @@ class Engine:
         return job
 
     def _accept(self, items: Sequence[Item | Answering]) -> None:
+        for item in items if self._characters is not None else ():
+            if item.characters > self._characters:
+                raise too_many_characters(item.characters, self._characters)
         with self._changed:
             if self._closing or self.failed is not None or self._thread is None:
                 raise closing()
@@ -246,16 +270,27 @@ class Engine:
             with self._changed:
                 while not (self._arrived or self._ready or self._asked or self._under_way or self._closing):
                     self._changed.wait()
-                arrived = list(self._arrived)
-                self._arrived.clear()
-                if self._closing and not (arrived or self._ready or self._asked or self._under_way):
+                if self._closing and not (self._arrived or self._ready or self._asked or self._under_way):
                     return
+                arrived = self._some_arrived()
             for item in arrived:
                 self._prepare(item)
             self._forget_given_up()
             self._judge_some()
             self._start_answers()
             self._step_answers()
+
+    def _some_arrived(self) -> list["Item | Answering"]:
+        """The one that waits longest, and the shortest ones as long as they are tokenised soon: long ones come one a turn."""
+        taken, total = {id(item) for item in itertools.islice(self._arrived, 1)}, 0
+        for item in sorted(itertools.islice(self._arrived, 1, None), key=lambda item: item.characters):
+            total += item.characters
+            if total > _CHARACTERS_A_TURN:
+                break
+            taken.add(id(item))
+        chosen = [item for item in self._arrived if id(item) in taken]
+        self._arrived = deque(item for item in self._arrived if id(item) not in taken)
+        return chosen
 
     def _left(self, count: int) -> None:
         with self._changed:

@@ -1,6 +1,7 @@
 """A guard in memory as the engine and the writer use it."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.writing import LocalWriter
 from safety_neurons.model import Encoded
 from safety_neurons.model.passes import token_budget
+
+_CHARACTERS_A_TOKEN = 16
+"""Texts have about four characters a token, and what has four times as many throughout is no text: it is refused unread."""
 
 
 class Bound:
@@ -77,6 +81,10 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
     """
     metrics = Metrics(drifts_of(guard.reference))
     limits = settings.limits
+    tokens = min((most for most in (limits.prompt_tokens, guard.bound.max_length) if most), default=None)
+    if limits.characters is None and tokens is not None:
+        limits = dataclasses.replace(limits, characters=_CHARACTERS_A_TOKEN * tokens)
+        settings = dataclasses.replace(settings, limits=limits)
     budget = limits.batch_tokens or token_budget(guard.bound.device)
     bound = Bound(guard, limits.prompt_tokens)
     writer = LocalWriter(guard.bound, bound, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)

@@ -45,9 +45,10 @@ class Problem(Exception):
         return json.dumps(self.record).encode()
 
 
-def busy(seconds: int) -> Problem:
-    """Too much waits already."""
-    return Problem(429, f"the guard is busy; try again in {seconds} s", "guard_busy", headers={"Retry-After": str(seconds)})
+def busy(seconds: int, *, hang_up: bool = False) -> Problem:
+    """Too much waits already; the connection is closed where the rest of the body is not wanted."""
+    headers = {"Retry-After": str(seconds), **({"Connection": "close"} if hang_up else {})}
+    return Problem(429, f"the guard is busy; try again in {seconds} s", "guard_busy", headers=headers)
 
 
 def closing() -> Problem:
@@ -67,6 +68,12 @@ def unfinished(status: str) -> Problem:
             503, "the guard did not finish in time, so the request was not answered", "guard_timeout", headers={"Retry-After": "5"}
         )
     return Problem(503, "the guard could not judge the request, so it was not answered", "guard_error", headers={"Retry-After": "5"})
+
+
+def too_many_characters(found: int, limit: int) -> Problem:
+    """A prompt that is refused before anybody counts its tokens."""
+    message = f"the prompt has {found} characters; expected at most {limit}"
+    return Problem(400, message, "context_length_exceeded", param="messages")
 
 
 def too_long(tokens: int | None, limit: int | None) -> Problem:

@@ -11,9 +11,10 @@ import uvicorn
 
 from safety_neurons.errors import RunError
 from safety_neurons.guard.server.app import Service
+from safety_neurons.guard.server.connections import bounded, close_overdue
 
-_KEEP_ALIVE_SECONDS = 30
 _TICK = 0.02
+_LISTEN = 1024
 
 
 class Server(uvicorn.Server):
@@ -23,10 +24,14 @@ class Server(uvicorn.Server):
         service: What is served.
         sock: Bound; listened on.
         started: Called once requests are taken.
+
+    Raises:
+        UsageError: More connections than the process may have.
     """
 
     def __init__(self, service: Service, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
         limits = service.settings.limits
+        connection = bounded(limits, upstream=service.upstream is not None)
         super().__init__(
             uvicorn.Config(
                 service.asgi,
@@ -37,7 +42,10 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 ws="none",
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                http=connection,
+                # So many are accepted at once before the first of them can be counted, let alone closed: of that there are a few rounds.
+                backlog=max(8, min(128, connection.most // 6)),
+                timeout_keep_alive=int(limits.idle_seconds) + 1,
                 timeout_graceful_shutdown=int(limits.drain_seconds) + 1,
             )
         )
@@ -51,6 +59,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         await super().startup(sockets)
+        self._sock.listen(_LISTEN)  # how many may wait to be accepted is another number
         self._tell_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's arguments
@@ -77,6 +86,8 @@ class Server(uvicorn.Server):
             counter += 1
             await asyncio.sleep(_TICK if self._until is not None else 0.1)
             self.watch()
+            if counter % 5 == 0:
+                close_overdue(self.server_state.connections)
             done = self._until is not None and (self.service.asgi.in_flight == 0 or time.monotonic() > self._until)
             self.should_exit = self.should_exit or done
 

@@ -23,6 +23,8 @@ class Limits:
         messages: Turns of a conversation.
         inputs: Texts that one request may have judged.
         prompt_tokens: Of one conversation or text; None for what fits the guard's model.
+        characters: Of one conversation or text; None for 16 a token that it may have. What is longer is refused before it is tokenised.
+        bytes_under_way: Of the bodies of all requests that are not yet answered; what would make them more gets 429.
         new_tokens: Of one answer of the local model.
         requests: Accepted and not yet answered; the next one gets 429.
         waiting: Conversations and texts that wait for the model; a request that would make them more gets 429.
@@ -30,6 +32,10 @@ class Limits:
         batch_tokens: Padded tokens of a forward pass; None for what suits the device.
         seconds: Longest wait for a verdict; what takes longer is not safe.
         body_seconds: Longest time for a body to arrive.
+        header_seconds: Longest time for a request's head to arrive, from the connection's first moment or the head's first byte.
+        idle_seconds: Longest time between two requests of a connection.
+        write_seconds: Longest time in which a client reads nothing of an answer.
+        connections: At the same time; None for what the process's limit of descriptors leaves room for.
         upstream_seconds: Longest silence of the upstream.
         drain_seconds: Longest time for accepted requests to finish when the server is told to end.
     """
@@ -39,6 +45,8 @@ class Limits:
     messages: int = 256
     inputs: int = 64
     prompt_tokens: int | None = None
+    characters: int | None = None
+    bytes_under_way: int = 1 << 25
     new_tokens: int = 1024
     requests: int = 512
     waiting: int = 256
@@ -46,6 +54,10 @@ class Limits:
     batch_tokens: int | None = None
     seconds: float = 30.0
     body_seconds: float = 10.0
+    header_seconds: float = 10.0
+    idle_seconds: float = 75.0
+    write_seconds: float = 30.0
+    connections: int | None = None
     upstream_seconds: float = 120.0
     drain_seconds: float = 60.0
 
