@@ -10,8 +10,9 @@ import pytest
 from running import command, done, record, refused
 from safetensors.numpy import load_file, save_file
 
+from safety_neurons import organism
 from safety_neurons.cli import app
-from safety_neurons.cli.inputs import READS, WORDS
+from safety_neurons.cli.inputs import READS, WORDS, inputs_of
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.session import Session
 from safety_neurons.model import load
@@ -209,3 +210,10 @@ def test_common_options_that_name_no_file_are_compared_as_words():
         *("out", "json", "seed", "batch_size", "overwrite", "debug", "device", "dtype", "offline", "system", "template_args"),
         *("merge_adapters", "trust_remote_code"),
     }
+
+
+@pytest.mark.parametrize("word", ["organism:planted/truth", "organism:planted/planted", "organism:planted/decoys"])
+@pytest.mark.parametrize("option", [name for name, kind in READS.items() if kind == "sets"])
+def test_a_set_of_an_organism_is_read_as_the_file_that_it_stands_for(option, word):
+    file = organism.spec(word.removeprefix("organism:"))
+    assert inputs_of({option: word}, Common()) == inputs_of({option: str(file)}, Common())

@@ -117,7 +117,7 @@ def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     if path.startswith("organism:"):
         from safety_neurons.organism import spec
 
-        archive = pathlib.Path(spec(path.removeprefix("organism:")))
+        source = archive = pathlib.Path(spec(path.removeprefix("organism:")))
     if not archive.exists():
         return {"": f"named {path}"}
     if (archive / "config.json").is_file():
