@@ -42,9 +42,9 @@ def test_any_text_stays_text(text):
     [
         (RATE, "0.50 [0.25, 0.75]"),
         (Rate(None, None, None, 0, 5), "undefined"),
-        (Effect(0.9, 0.8, 1.0, HOSTILE, None, 12), "0.90 [0.80, 1.00]"),
-        (Effect(None, None, None, "refused", HOSTILE), "undefined: </td>"),
-        (Difference(-0.5, -0.6, -0.4, 12), "\u22120.50 [\u22120.60, \u22120.40]"),
+        (Effect(0.9, 0.8, 1.0, 12, 0, HOSTILE, HOSTILE), "0.90 [0.80, 1.00]"),
+        (Effect(None, None, None, 0, 5, HOSTILE, HOSTILE), "undefined: </td>"),
+        (Difference(-0.5, -0.6, -0.4, 12, 0, HOSTILE), "\u22120.50 [\u22120.60, \u22120.40]"),
         (Agreement(HOSTILE, "b", RATE, RATE, ((1, 2), (3, 4))), "0.50 [0.25, 0.75]"),
         (
             Completions([Completion(HOSTILE, HOSTILE, HOSTILE, arm=HOSTILE, verdicts={HOSTILE: {"label": HOSTILE}})] * 30),
