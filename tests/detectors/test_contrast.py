@@ -237,7 +237,7 @@ def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_p
     for key, values in whole.scores.items():
         np.testing.assert_array_equal(values, again.scores[key])
     assert again.neurons == whole.neurons
-    with pytest.raises(RunError, match="another configuration"):
+    with pytest.raises(RunError, match="made with another prompts:"):
         find_contrast(pair.base, pair.aligned, PROMPTS[:3], checkpoint=checkpoint, **options)
 
 
