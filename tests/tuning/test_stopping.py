@@ -91,7 +91,7 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
         expected = kl_divergence(other, [item.ids for item in other.encode(PROMPTS)], model)
     assert found.divergence == pytest.approx(expected, rel=1e-6)
     assert expected > 1e-3
-    assert found.harmful_refused.low == pytest.approx(0.2065, abs=1e-3)
+    assert found.harmful_refused.low == pytest.approx(0.025, abs=1e-9)  # exact: one of one
     assert (found.harmful_refused.value, found.harmful_refused.n, found.harmful_refused.unscored) == (1.0, 1, 1)
     assert np.isfinite(found.divergence)
 
