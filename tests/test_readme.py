@@ -55,8 +55,9 @@ def test_the_tree_in_a_page_is_the_tree(name):
 def test_every_module_of_the_package_is_in_the_tree_with_a_line():
     tree, source = script().tree(), ROOT / "src" / "safety_neurons"
     boxes = {path.parent.name for path in source.glob("*/__init__.py")}
-    assert {line.split()[1].rstrip("/") for line in tree.splitlines() if line[:1].isdigit()} == boxes | {"errors.py"}
-    assert tree.count(".py ") == sum(path.name != "__init__.py" for path in source.glob("*/**/*.py")) + 1
+    alone = {path.name for path in source.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert {line.split()[1].rstrip("/") for line in tree.splitlines() if line[:1].isdigit()} == boxes | alone
+    assert tree.count(".py ") == sum(path.name != "__init__.py" for path in source.glob("*/**/*.py")) + len(alone)
     assert not [line for line in tree.splitlines()[1:-1] if len(line.split(maxsplit=2)) < 2 or line.rstrip().endswith((".py", "/"))]
 
 

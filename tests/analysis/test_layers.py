@@ -112,8 +112,7 @@ def test_the_planted_truth_is_found_to_lie_where_it_was_planted():
     assert [place.members for place in found.by_layer[depth:]] == [0] * (4 - depth)
     answers = {claim["claim"]: claim["holds"] for claim in found.claims}
     assert answers["nearer to the first layer than a random set"]
-    # Layer 0 holds 45 % of the neurons and 25 % are expected: of units that come whole, and so few, that is no more than chance.
-    assert not answers["in the first third of the layers"]
+    assert answers["in the first third of the layers"]
     assert not answers["in the last third of the layers"]
 
 

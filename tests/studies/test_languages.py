@@ -81,7 +81,9 @@ def test_a_language_loses_its_refusals_with_its_neurons_and_keeps_them_without_t
         [verdict.refused for verdict in judge_refusal(kept.arm(f"{arm}/harmful")).verdicts][8:16]
         for arm in (f"en of {len(found['en'])}", "untreated")
     ]
-    assert matrix.cell("en", "de").change == paired_difference(*told)
+    change, alone = matrix.cell("en", "de").change, paired_difference(*told, requests["de"].groups)
+    assert (change.value, change.n, change.p) == (alone.value, alone.n, alone.p)
+    assert change.low <= alone.low <= alone.high <= change.high  # one of many comparisons
 
 
 def test_both_definitions_are_those_of_the_sets(found):

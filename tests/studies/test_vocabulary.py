@@ -150,7 +150,7 @@ def test_members_at_routed_experts_are_left_out_and_counted():
 def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_refusal():
     """Of the natural organism's strongest neurons by attribution patching one stands out alone; another fires where answers begin."""
     pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
-    requests = pair.aligned.prompts("builtin:harmful-test", limit=8)
+    requests = pair.aligned.prompts("builtin:harmful-test", limit=32)  # eight are of too few deeds
     found = vocabulary(pair.aligned, [("layers.2.down", 306), ("layers.2.down", 57)], requests, base=pair.base, random=5, tokens=3)
     alone, opening = found.cards
     assert alone.effects["deactivate"]["high"] < found.random["deactivate"]["low"] < 0 < alone.effects["patch"]["value"]
