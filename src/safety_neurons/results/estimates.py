@@ -71,11 +71,12 @@ class Estimate:
             KeyError, TypeError: one of the basic five is missing or no number, or this is no object.
         """
         more = [field.name for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found]
-        values = {name: found[name] for name in (*_BASIC, *more)}
+        values: dict[str, Any] = {name: found[name] for name in (*_BASIC, *more)}
         wrong = next((name for name in _BASIC if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)), None)
         if wrong is not None:
             raise TypeError(f"{wrong} {str(found[wrong])[:20]!r}; expected a number")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**typed)
 
     def __str__(self) -> str:
         if self.value is None:

@@ -235,9 +235,10 @@ class Engine:
         return job
 
     def _accept(self, items: Sequence[Item | Answering]) -> None:
-        for item in items if self._characters is not None else ():
-            if item.characters > self._characters:
-                raise too_many_characters(item.characters, self._characters)
+        most = self._characters
+        for item in items:
+            if most is not None and item.characters > most:
+                raise too_many_characters(item.characters, most)
         with self._changed:
             if self._closing or self.failed is not None or self._thread is None:
                 raise closing()
