@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import headless
 import pytest
 import report_runs
-from page_text import HOSTILE, Outline
+from page_text import HALF, HOSTILE, Outline
 
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions
@@ -39,7 +39,7 @@ def hostile(tmp_path_factory) -> pathlib.Path:
     runs = report_runs.story(root, n=20)
     verify = root / "verify-contrast"
     completions = list(Completions.load(verify / "completions.jsonl"))
-    for place, text in enumerate([*HOSTILE, "long " * 200_000]):
+    for place, text in enumerate([*HOSTILE, HALF, "long " * 200_000]):
         verdict = {"wording-1": {"label": text, "refused": True}}
         for arm in ("untreated/harmful", "treated 1638/harmful", f"{text[:200]}/harmful"):
             completions.insert(0, Completion(f"bad-{place}{text[:80]}", text, text, (), "stop", arm, 0, verdict))
@@ -58,4 +58,4 @@ def hostile(tmp_path_factory) -> pathlib.Path:
         for row in record["result"].get("methods", []):
             row["method"] = HOSTILE[0] + row["method"] + HOSTILE[-1]
         (run / "run.json").write_text(json.dumps(record))
-    return write_report(runs, root / "out.html", title=HOSTILE[0] + HOSTILE[8])
+    return write_report(runs, root / "out.html", title=HOSTILE[0] + HOSTILE[8] + HALF)

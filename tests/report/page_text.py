@@ -13,9 +13,10 @@ HOSTILE = (
     "<iframe src=https://example.invalid></iframe><meta http-equiv=refresh content=0>",
     "safe\u202eesrever\u2066\u200b\ufeff",
     "nul\x00bell\x07",
-    "half \ud800 of a pair",
 )
 """Text that tries to become markup, script, template or another direction."""
+HALF = "half \ud800 of a pair"
+"""No record of a run may hold it; a title and a completion may."""
 
 
 class Outline(html.parser.HTMLParser):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import report_runs
-from page_text import Outline
+from page_text import HALF, Outline
 
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.report import write_report
@@ -69,6 +69,16 @@ def test_hostile_text_changes_nothing(hostile, outline):
     assert "⟨U+D800⟩" in seen.text
     assert "{{ 7 * 7 }}" in seen.text
     assert len(text) < 2_000_000
+
+
+def test_a_record_with_half_a_pair_is_refused_in_one_line(tmp_path):
+    run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.1, 0.5), n=10)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"notes": [HALF]}))
+    with pytest.raises(InputError, match=r"run\.json' is not JSON \(half a surrogate pair\)") as refused:
+        write_report([run], tmp_path / "out.html")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out.html").exists()
 
 
 def test_the_data_block_holds_no_character_that_ends_it(hostile):
