@@ -207,7 +207,7 @@ def test_a_gate_does_not_pass_on_the_numbers_of_other_weights(tiny_pair, tmp_pat
 
 def test_common_options_that_name_no_file_are_compared_as_words():
     assert {field.name for field in dataclasses.fields(Common)} - {"template"} <= {
-        *("out", "json", "seed", "batch_size", "overwrite", "debug", "device", "dtype", "offline", "system", "template_args"),
+        *("out", "json", "seed", "batch_size", "overwrite", "debug", "device", "dtype", "offline", "system", "template_args", "think_end"),
         *("merge_adapters", "trust_remote_code"),
     }
 
