@@ -13,7 +13,7 @@ from safety_neurons.studies.guard_measures import Scored
 from safety_neurons.studies.guard_requests import cases_of
 
 APART = {GUARD: 3.0, "TF-IDF words": 3.2, "residual stream": 1.0}
-APART |= {"random neurons 0": 1.0, "random neurons 1": 1.05, "random neurons 2": 1.1}
+APART |= {f"random neurons {number}": apart for number, apart in enumerate((1.0, 1.05, 1.1, 1.0, 1.05))}
 """How far apart unsafe and safe requests are for every classifier, in standard deviations."""
 
 OUTPUTS = {
