@@ -194,8 +194,12 @@ class RunFolder:
                 raise RunError(f"{where} with {name} {str(before.get(name))[:60]!r}, not {str(after.get(name))[:60]!r}; {advice}")
         for name in sorted({*earlier["inputs"], *now["inputs"]}):
             what = _changed(earlier["inputs"].get(name), now["inputs"].get(name))
-            if what is not None:
-                raise RunError(f"{where} on another {name}: {str(now['arguments'].get(name))[:80]!r} {what} since; {advice}")
+            if what is None:
+                continue
+            named, given = (str(record["arguments"].get(name)) for record in (earlier, now))
+            if named != given:  # nothing has changed: other things were named
+                raise RunError(f"{where} with {name} {named[:60]!r}, not {given[:60]!r}; {advice}")
+            raise RunError(f"{where} on another {name}: {given[:80]!r} {what} since; {advice}")
         made, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
         if made != ours:
             raise RunError(f"{where} of version {made[:20]}, this is version {ours}; {advice}")
