@@ -47,7 +47,10 @@ def test_patching_a_set_gives_the_object_of_the_design(found, tiny_pair, tmp_pat
     assert result["n_neurons"] == len(NeuronSet.load(found))
     assert result["overlap_with_find_prompts"] == {"harmful": 9, "harmless": 0}
     arms = Completions.load(result["completions"]).arms
-    assert len(arms) == 2 * 6
+    treated = f"treated {result['n_neurons']}"
+    controls = [f"random {number} of {result['n_neurons']}" for number in range(2)]
+    measured = ["untreated", "aligned", treated, *controls, "ceiling", "ceiling by parameters"]
+    assert sorted(arms) == sorted(f"{arm}/{kind}" for arm in measured for kind in ("harmful", "harmless"))
     assert record(tmp_path / "run")["status"] == "finished"
 
 
