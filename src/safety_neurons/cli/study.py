@@ -334,7 +334,7 @@ def percent(spread: dict[str, Any] | None) -> str:
 
 def hundred(spread: dict[str, Any]) -> str:
     """A difference in points with its interval."""
-    return console.interval(spread, 1, signed=True, scale=100)
+    return console.interval(spread, 1, signed=True, scale=100.0)
 
 
 def held_together(comparisons: int) -> None:
