@@ -43,6 +43,16 @@ def test_other_content_under_the_same_name_is_another_run(tmp_path, prompts, fin
         opened(tmp_path / "run", prompts)
 
 
+def test_a_file_deep_down_is_named_by_its_end(tmp_path, prompts):
+    deep = tmp_path.joinpath(*["a folder with a long name"] * 14)
+    deep.mkdir(parents=True)
+    moved = prompts.rename(deep / "harm.txt")
+    opened(tmp_path / "run", moved).finish({})
+    moved.write_text("how do i cook")
+    with pytest.raises(RunError, match=r"….*/harm.txt' has changed since"):
+        opened(tmp_path / "run", moved)
+
+
 def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, prompts):
     opened(tmp_path / "run", prompts).finish({})
     before = prompts.stat()

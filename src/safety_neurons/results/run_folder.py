@@ -191,15 +191,15 @@ class RunFolder:
         before, after = _material(earlier), _material(now)
         for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
-                raise RunError(f"{where} with {name} {str(before.get(name))[:60]!r}, not {str(after.get(name))[:60]!r}; {advice}")
+                raise RunError(f"{where} with {name} {_shown(before.get(name))!r}, not {_shown(after.get(name))!r}; {advice}")
         for name in sorted({*earlier["inputs"], *now["inputs"]}):
             what = _changed(earlier["inputs"].get(name), now["inputs"].get(name))
             if what is None:
                 continue
             named, given = (str(record["arguments"].get(name)) for record in (earlier, now))
             if named != given:  # nothing has changed: other things were named
-                raise RunError(f"{where} with {name} {named[:60]!r}, not {given[:60]!r}; {advice}")
-            raise RunError(f"{where} on another {name}: {given[:80]!r} {what} since; {advice}")
+                raise RunError(f"{where} with {name} {_shown(named)!r}, not {_shown(given)!r}; {advice}")
+            raise RunError(f"{where} on another {name}: {_shown(given)!r} {what} since; {advice}")
         made, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
         if made != ours:
             raise RunError(f"{where} of version {made[:20]}, this is version {ours}; {advice}")
@@ -298,3 +298,9 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def _shown(named: Any) -> str:
+    """What was named, and of a very long one the end: paths that differ mostly do so there."""
+    text = str(named)
+    return text if len(text) <= 300 else f"…{text[-300:]}"
