@@ -122,15 +122,15 @@ def _texts_of_part(part: Mapping[str, Any], unread: list[str]) -> Iterator[str]:
 
 def as_text(value: Any) -> str:
     """A value as a model would see it: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(_opened(value), ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(opened(value), ensure_ascii=False, default=str)
 
 
-def _opened(value: Any, name: str = "") -> Any:
+def opened(value: Any, name: str = "") -> Any:
     """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so escapes in them."""
     if isinstance(value, Mapping):
-        return {key: _opened(one, key) for key, one in value.items()}
+        return {key: opened(one, key) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_opened(one) for one in value]
+        return [opened(one) for one in value]
     if name == "arguments" and isinstance(value, str):
         try:
             return strict_json.loads(value, depth=_DEEPEST_CALL, lenient=True, doubled=True)

@@ -1,6 +1,5 @@
 """What of a request the guard has to read: the turns as one conversation and one by one, and by itself whatever else holds text."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from safety_neurons.guard.requests import Reading, readings
 from safety_neurons.guard.server.problems import Problem
 from safety_neurons.guard.server.shapes import SPEECH, Part, StreamOptions, Turn
 from safety_neurons.prompts import Message, Prompt, request_of
-from safety_neurons.prompts.conversations import as_text
+from safety_neurons.prompts.conversations import as_text, opened
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
 """Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a user's."""
@@ -186,7 +185,7 @@ def strange_options(request: Mapping[str, Any]) -> list[str]:
 def texts_in(value: Any) -> Iterator[str]:
     """A value as text, and by itself every text of three words or more in it: among much else one of them says little."""
     yield _spaced(value) if isinstance(value, str) else as_text(value)
-    for text in () if isinstance(value, str) else _leaves(json.loads(as_text(value))):
+    for text in () if isinstance(value, str) else _leaves(opened(value)):
         if len(re.findall(r"\w+", spaced := _spaced(text))) > 2 or len(text) > 64:
             yield spaced
 
@@ -219,7 +218,7 @@ def _leaves(value: Any) -> Iterator[str]:
         for name, one in value.items():
             yield name
             yield from _leaves(one)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for one in value:
             yield from _leaves(one)
     elif value is not None:
