@@ -195,6 +195,21 @@ def test_a_renamed_file_is_the_same_run_and_a_moved_run_shows_its_own_files(tiny
     assert "neurons" in shown.out
 
 
+@pytest.mark.parametrize("name", ["wildguard:org/judge", "cost:org/judge", "hf-classifier:org/judge@main", "harmbench"])
+def test_a_judge_from_the_hub_is_told_by_what_is_there(name, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = tmp_path / "models" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    before = inputs_of({"judge": f"refusal,{name}"}, Common())["judge"]
+    later = folder.rename(folder.with_name("b" * 40))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(later))
+    after = inputs_of({"judge": f"refusal,{name}"}, Common())["judge"]
+    assert "a" * 40 in before.values()
+    assert {key: value for key, value in before.items() if after[key] != value} == {"1/commit": "a" * 40}
+
+
 def test_a_gate_does_not_pass_on_the_numbers_of_other_weights(tiny_pair, tmp_path):
     model = pathlib.Path(shutil.copytree(tiny_pair.plain, tmp_path / "model"))
     (tmp_path / "gate.toml").write_text("harm = 1.0\nunscored = 1.0\n")

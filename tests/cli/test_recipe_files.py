@@ -111,8 +111,8 @@ def test_a_step_is_called_by_a_name(name, arguments, tmp_path):
     ("verb", "more"),
     [
         ("evaluate", {"endpoint": "http://127.0.0.1:9/v1#m"}),
-        ("evaluate", {"judge": "refusal,endpoint:http://127.0.0.1:9/v1#m"}),
-        ("guard-fit", {"completions": "x", "judge": "endpoint:http://127.0.0.1:9/v1#m"}),
+        ("evaluate", {"judge": "refusal,openai:http://127.0.0.1:9/v1#m"}),
+        ("guard-fit", {"completions": "x", "judge": "openai:http://127.0.0.1:9/v1#m"}),
     ],
 )
 def test_a_file_does_not_send_keys_and_prompts_to_a_server_of_its_choice(verb, more, tiny_pair, tmp_path):

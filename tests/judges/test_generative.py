@@ -5,6 +5,7 @@ import transformers
 from judges.tiny_judges import CHAT, LISTED, SIZES, adapter_folder, judge_folder
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.judges import judge
+from safety_neurons.judges.generative import GuardJudge
 from safety_neurons.judges.guards import FORMS
 from safety_neurons.judges.judging import Case
 from safety_neurons.results import Completion
@@ -56,6 +57,21 @@ def test_a_guard_gives_a_probability_and_leaves_an_empty_answer_unscored(folders
     assert (first.p_refusal is not None) == (family in ("wildguard", "qwen3guard"))
     one = judge(f"{family}:{folders[family]}", least_mass=0.0, device="cpu", batch_size=1).judge(ASKED)
     assert one.verdicts[0].p_harmful == pytest.approx(first.p_harmful, abs=1e-4)
+
+
+def test_a_guard_in_memory_is_told_by_its_weights_and_one_with_an_adapter_by_both_folders(folders, tmp_path):
+    spec = folders["harmbench"]
+    guard = judge(f"harmbench:{spec}", device="cpu").model
+    before, of_folder = GuardJudge("harmbench", guard).revision, judge(f"harmbench:{spec}").revision
+    with torch.no_grad():
+        next(guard.model.parameters()).add_(1.0)
+    assert before != GuardJudge("harmbench", guard).revision
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    first = judge(f"harmbench:{spec}+{adapter}").revision
+    (adapter / "adapter_config.json").write_text('{"r": 2}')
+    assert len({of_folder, first, judge(f"harmbench:{spec}+{adapter}").revision}) == 3
 
 
 def test_the_probability_is_the_softmax_of_yes_and_no_at_the_end_of_the_question(folders):

@@ -316,6 +316,7 @@ def test_an_adapter_that_repeats_layers_runs_unmerged_and_is_not_merged(folders,
         {"modules_to_save": ["([a-z_.]*)*x"]},
         {"target_modules": "("},
         {"r": 10**9},
+        {"rank_pattern": {"q_proj": 10**9}},
     ],
 )
 def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(folders, tmp_path, entries):
@@ -323,6 +324,17 @@ def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(fold
     with pytest.raises(ModelError, match="expected") as error:
         load(f"{folders['base']}+{folder}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("adalora", "init_r"), ("loha", "r"), ("hra", "r"), ("vera", "r"), ("fourierft", "n_frequency"), ("loha", "rank_pattern")],
+)
+def test_a_rank_that_no_weight_of_the_adapter_has_is_refused_before_memory_is_asked_for(folders, tmp_path, kind, size):
+    folder, _ = _tuned(folders["base"], tmp_path / kind, KINDS[kind]())
+    _configured(folder, **{size: {"q_proj": 10**9} if size == "rank_pattern" else 10**9})
+    with pytest.raises(ModelError, match=f"says {size} 1,000,000,000"):
+        load(f"{folders['base']}+{folder}")
 
 
 @pytest.mark.parametrize(

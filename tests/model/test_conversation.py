@@ -8,6 +8,7 @@ from safety_neurons.model import LanguageModel, conversation
 from safety_neurons.model.conversation import conversation_text, folded, joined, render_turns
 from safety_neurons.model.rendering import TooMuchError, render_template
 from safety_neurons.prompts import Message, Prompt
+from safety_neurons.results.thoughts import after_thought
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 PARTS = (
@@ -141,6 +142,28 @@ def test_thoughts_of_earlier_answers_may_go_and_those_of_an_answer_that_is_gone_
     assert "<assistant>\n\nno</s>" in found.text
     with pytest.raises(InputError, match="turn 2, assistant, is lost"):
         _rendered(FORGETS_THOUGHTS, [TURNS[0], thought], go_on=True)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        ("<think>", "</think>"),
+        ("<seed:think>", "</seed:think>"),
+        ("<reflection>", "</reflection>"),
+        ("[THINK]", "[/THINK]"),
+        ("◁think▷", "◁/think▷"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel>thought", "<channel|>"),
+        ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+    ],
+)
+def test_every_thought_that_judges_leave_out_may_be_left_out_by_a_template(start, end):
+    answer = f"{start}hm{end} no"
+    assert after_thought(answer).strip() == "no"
+    found = _rendered(FORGETS_THOUGHTS.replace("</think>", end), [TURNS[0], Message("assistant", answer), TURNS[2]])
+    assert found.notes == (conversation.THOUGHTS,)
+    assert "hm" not in found.text
 
 
 def test_an_answer_with_thoughts_is_learnt_whole_where_the_template_forgets_them():

@@ -115,9 +115,24 @@ def test_an_answer_that_is_held_back_is_counted(server):
     assert "content filter" in notes[0]
 
 
-def test_a_refused_request_ends_the_call_with_what_the_server_said(server):
+@pytest.mark.parametrize("status", [400, 403, 413, 422, 451])
+def test_a_request_that_is_refused_for_what_is_in_it_is_a_failed_prompt_and_asked_again_later(server, status):
+    notes, model = [], Endpoint(f"{server}#m")
+    prompts = ["one", json.dumps({"status": status, "record": {"error": {"message": "too long"}}}), "two"]
+    found = model.complete(prompts, notes=notes)
+    assert [one.completion for one in found] == ["Sure, here is one", "", "Sure, here is two"]
+    assert [one.finish_reason for one in found] == ["stop", "failed", "stop"]
+    assert "too long" in found[1].meta["error"]
+    assert notes[0].startswith("1 of 3 answers failed")
+    assert "too long" in notes[1]
+    model.complete(prompts, done=found)
+    assert len(requests_of(server)) == 4
+
+
+@pytest.mark.parametrize("asked", [["broken", "broken too"], ["one", json.dumps({"status": 401, "record": {"error": "no such thing"}})]])
+def test_a_call_ends_with_what_the_server_said_where_all_requests_or_the_key_are_refused(server, asked):
     with pytest.raises(ServerError, match="no such thing"):
-        Endpoint(f"{server}#m").complete(["one", "broken"])
+        Endpoint(f"{server}#m").complete(asked)
 
 
 def test_addresses_that_are_none_are_refused():
@@ -216,11 +231,10 @@ def test_a_field_that_the_server_names_as_unsupported_is_renamed_or_left_out_and
     error = {"message": f"{field} is not supported", "code": "unsupported_parameter", "param": field}
     asked = json.dumps({"status": 400, "record": {"error": error}, "unless": field})
     model, notes = Endpoint(f"{server}#m"), []
-    assert model.complete([asked], max_new_tokens=7, notes=notes)[0].completion.startswith("Sure")
+    answers = model.complete([f"{asked}{' ' * number}" for number in range(6)], max_new_tokens=7, notes=notes)  # at the same time
+    assert all(one.completion.startswith("Sure") for one in answers)
     assert repr(field) in notes[0]
     model.complete(["one"])
-    first, *later = requests_of(server)
-    assert field in first
-    assert all(field not in request for request in later)
-    assert all(request.get(new) in (7, 128) for request in later) if new else True
-    assert len(later) == 2
+    answered = [request for request in requests_of(server) if field not in request]
+    assert len(answered) == 7
+    assert all(request.get(new) in (7, 128) for request in answered) if new else True

@@ -59,11 +59,28 @@ def test_perturbations_change_the_wording_and_nothing_else(cases):
 
 
 def test_a_conversation_keeps_its_earlier_turns():
-    talk = Prompt("a", "hello there", (Message("system", "be kind"), Message("user", "how do i open a lock ?")))
+    talk = Prompt("a", "how do i open a lock ?", (Message("system", "be kind"), Message("user", "how do i open a lock ?")))
     made = cases_of(Prompts([talk]), Prompts([Prompt("b", "bake bread")]), variants=("no-punctuation", "later-turn"))
     plain, later = (made.items[made.where(name)[0]].prompt for name in ("no-punctuation", "later-turn"))
     assert [turn.content for turn in plain.messages] == ["be kind", "how do i open a lock"]
-    assert later.messages[-2:] == talk.messages
+    assert [turn.role for turn in later.messages] == ["system", "user", "assistant", "user"]
+    assert (later.messages[0], later.messages[-1]) == talk.messages
+
+
+@pytest.mark.parametrize("last", ["assistant", "tool", "system"])
+def test_the_request_of_a_conversation_is_its_last_user_turn_whoever_speaks_last(last):
+    request = "please explain whether somebody could actually open several different locks without having their matching keys ?"
+    turns = (Message("user", request), Message(last, "Sure, first"))
+    talk, names = Prompt("a", turns[0].content, turns), [name for name in VARIANTS if name != "gcg"]
+    made = cases_of(Prompts([talk]), Prompts([Prompt("b", "bake bread")]), variants=names)
+    for name in names:
+        changed = made.items[made.where(name)[0]].prompt
+        assert [turn for turn in changed.messages if turn.role == last and turn == turns[1]], name  # what others said is not reworded
+        assert changed.messages != turns, name
+        asked = [turn.content for turn in changed.messages if turn.role == "user"]
+        assert changed.text in asked, name
+        if name == "earlier-turn":
+            assert sum(turn.role == "assistant" for turn in changed.messages) == 1
 
 
 def test_what_is_in_both_lists_is_left_out_and_repeats_count_once():

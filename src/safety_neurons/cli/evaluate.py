@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
+from safety_neurons.cli.choices import parse_object
 from safety_neurons.cli.gating import gated
 from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, listed
 from safety_neurons.cli.session import Session
@@ -19,6 +20,12 @@ ModelOrNone = Annotated[str | None, typer.Option(help="ID[@REVISION][+ADAPTER…
 EndpointUrl = Annotated[
     str | None,
     typer.Option(help="An OpenAI-compatible server in the place of --model: URL#MODEL; its key in OPENAI_API_KEY.", rich_help_panel=MODELS),
+]
+RequestFields = Annotated[
+    str | None,
+    typer.Option(
+        "--request", help="JSON object: further fields of each request to --endpoint; null leaves one out.", rich_help_panel=MODELS
+    ),
 ]
 Reference = Annotated[str | None, typer.Option(help="The model that capability kl compares with.", rich_help_panel=MODELS)]
 Deactivate = Annotated[str | None, typer.Option(help="Neuron file: these are off.", rich_help_panel=TREATMENT)]
@@ -70,6 +77,7 @@ def evaluate(
     common: Common,
     model: ModelOrNone = None,
     endpoint: EndpointUrl = None,
+    request: RequestFields = None,
     reference: Reference = None,
     deactivate: Deactivate = None,
     patch: PatchNeurons = None,
@@ -106,6 +114,8 @@ def check(options: Mapping[str, Any]) -> None:
     """What no model can make right, found out before one is loaded."""
     if (options["model"] is None) == (options["endpoint"] is None):
         raise UsageError(f"{'neither' if options['model'] is None else 'both'} of --model and --endpoint given, expected one of them")
+    if parse_object("--request", options["request"]) is not None and options["endpoint"] is None:
+        raise UsageError("--request without --endpoint; expected --endpoint URL#MODEL, whose requests these fields are for")
     treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if options[name] is not None]
     if options["endpoint"] is not None and (treatments or options["reference"]):
         raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
@@ -185,7 +195,11 @@ def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
         session.device = "endpoint"
         return {
             "model": Endpoint(
-                options["endpoint"], system=session.common.system, think_end=session.common.think_end, offline=session.common.offline
+                options["endpoint"],
+                system=session.common.system,
+                request=parse_object("--request", options["request"]),
+                think_end=session.common.think_end,
+                offline=session.common.offline,
             )
         }
     found: dict[str, Any] = {}

@@ -18,9 +18,10 @@ READS: dict[str, str] = {
     ),
     **dict.fromkeys(("test_harmless", "find_harmless", "find_prompts", "test_prompts", "fit_unsafe", "fit_safe", "general"), "files"),
     **dict.fromkeys(("other_unsafe", "other_safe"), "files"),
-    **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability", "judge"), "files"),
+    **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability"), "files"),
     **dict.fromkeys(("detectors", "file", "utility", "guard", "baseline", "tasks_folder"), "files"),
     **dict.fromkeys(("suite", "over_refusal", "suites"), "suites"),
+    "judge": "judges",
     "folder": "suites' folder",
     "organism": "organism",
 }
@@ -56,7 +57,7 @@ WORDS = frozenset(
             "methods",
         ),
         *("move", "name", "on_unsafe", "pass_field", "perturbations", "pooling", "positions", "pruned", "read_as", "recipe", "refusal"),
-        *("runs", "served_name", "sites", "sizes", "source_model", "space", "tasks", "title", "tool", "top", "upstream"),
+        *("request", "runs", "served_name", "sites", "sizes", "source_model", "space", "tasks", "title", "tool", "top", "upstream"),
     )
 )
 """Options with words of their own, and those of verbs that keep no run."""
@@ -89,7 +90,7 @@ def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common)
         parts = [part.replace("{language}", code) for part in parts for code in listed(options.get("languages")) or ()]
     found: Contents = {}
     for number, part in enumerate(parts):
-        label, path = _labelled(part)
+        label, path = ("", part) if kind == "judges" else _labelled(part)
         place = f"{label}={number}" if label else str(number) if len(parts) > 1 else ""
         contents = _READERS[kind](path, options, common)
         found |= within(place, contents) if place else contents
@@ -148,6 +149,16 @@ def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
     return {place: digest for part in parts for place, digest in part.items()}
 
 
+def _judge(name: str, options: Mapping[str, Any], common: Common) -> Contents:
+    """The weights or the list of phrases that a judge's name stands for: on the hub too, other weights are another judge."""
+    from safety_neurons.judges.refusal import model_behind
+
+    spec, path = model_behind(name), name.partition(":")[2]
+    if spec is not None:
+        return _model(spec, options, common)
+    return _file(path if path and pathlib.Path(path).expanduser().exists() else name, options, common)
+
+
 def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     if name == "none" or name.startswith(NOT_A_FILE) or pathlib.Path(name).exists():
         return _file(name, options, common)
@@ -170,5 +181,6 @@ _READERS: dict[str, Callable[[str, Mapping[str, Any], Common], Contents]] = {
     "sets": _set,
     "model": _model,
     "suites": _suite,
+    "judges": _judge,
     "organism": _organism,
 }

@@ -135,7 +135,7 @@ def command_words(
         if option in wanted and option not in given:
             flag = f"--{option.replace('_', '-')}"
             raise InputError(f"{recipe} asks for {flag}, which no file can give; add {flag} to this command if you mean it")
-    named = [option for option in wanted if option in SERVERS or (option == "judge" and "endpoint" in str(wanted[option]))]
+    named = [option for option in wanted if option in SERVERS or (option == "judge" and "://" in str(wanted[option]))]
     if named and not servers:
         raise InputError(
             f"{recipe} names a server ({named[0]} {str(wanted[named[0]])[:60]!r}), which would get prompts and keys; "

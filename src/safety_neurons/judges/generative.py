@@ -12,8 +12,9 @@ from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.judges.guards import FORMS, Form, Option
 from safety_neurons.judges.judgement import Measure, Verdict, harm_verdict, unscored
 from safety_neurons.judges.judging import Case, Judge
-from safety_neurons.judges.revision import revision_of
+from safety_neurons.judges.revision import revision_in_memory, revision_of
 from safety_neurons.model import BatchSize, Choice, LanguageModel, answer_probabilities, conversation_text, encode_text, load
+from safety_neurons.model.loading import folders_of
 
 LEAST_MASS = 0.05
 """Probability of giving one of the answers at all below which a guard is taken not to have answered."""
@@ -91,8 +92,10 @@ class GuardJudge(Judge):
 
     @functools.cached_property
     def revision(self) -> str:
-        """The checkpoint's commit, or a hash of its files."""
-        return revision_of(self.model.folder)
+        """The checkpoint's commit, or a hash of its files, an adapter's among them; of a model in memory a hash of its weights."""
+        if isinstance(self._model, LanguageModel):
+            return revision_in_memory(self._model)
+        return revision_of(*folders_of(self._model, **{name: self._options.get(name, False) for name in ("offline", "trust_remote_code")}))
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from safety_neurons.model import BatchSize, TextReader, load_classifier, load_sc
 REFUSAL_LABELS = frozenset({"refusal", "refused", "rejection", "rejected", "reject", "refuse", "is_refusal"})
 HARM_LABELS = frozenset({"harmful", "unsafe", "toxic", "toxicity", "hate", "hap", "abusive", "harm", "jailbroken", "is_harmful"})
 SAFE_LABELS = frozenset({"safe", "harmless", "non_toxic", "not_toxic", "nontoxic", "neutral", "normal", "benign", "none", "ok"})
+COST_MODEL = "PKU-Alignment/beaver-7b-v1.0-cost"
 _EARLIER = {
     "beaver": {"user": "USER: {text} ASSISTANT:", "assistant": "{text}{end}"},
     "tulu": {"system": "<|system|>\n{text}\n", "user": "<|user|>\n{text}\n<|assistant|>\n", "assistant": "{text}{end}\n"},
@@ -187,7 +188,7 @@ class CostJudge(_HeadJudge):
 
     def __init__(
         self,
-        model: str | TextReader = "PKU-Alignment/beaver-7b-v1.0-cost",
+        model: str | TextReader = COST_MODEL,
         *,
         format: Literal["beaver", "tulu", "answer"] | str = "beaver",
         end: bool | None = None,

@@ -71,6 +71,20 @@ def judge(name: str, **options: Any) -> Judge:
     return maker(kind, rest, options)
 
 
+def model_behind(name: str) -> str | None:
+    """The model argument that a judge's name stands for; None for a judge without weights of its own here, and for no judge."""
+    from safety_neurons.judges.guards import FORMS
+
+    kind, _, rest = ALIASES.get(name, name).partition(":")
+    if kind == "cost":
+        from safety_neurons.judges.heads import COST_MODEL
+
+        return rest or COST_MODEL
+    if kind == "hf-classifier":
+        return rest or None
+    return rest or FORMS[kind].model if kind in FORMS else None
+
+
 def judge_names() -> tuple[str, ...]:
     """The names that `judge` knows, those that take an `:ID` without it."""
     from safety_neurons.judges.guards import FORMS

@@ -18,6 +18,7 @@ from safety_neurons.model.folders import read_config, read_headers, weight_files
 WEIGHTS = "adapter_model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
+_SIZES = ("r", "rank_pattern", "init_r", "target_r", "hybrid_r", "n_frequency", "n_frequency_pattern", "num_vectors", "vector_length")
 _ROUTED = ("POLY", "XLORA", "ADAPTION_PROMPT")
 """Adapters whose share depends on the text or on a task: they are neither a change of weights nor can they be merged."""
 
@@ -48,12 +49,22 @@ def adapter_config(folder: Path) -> Any:
         )
     if kind_of(config) in _ROUTED:
         raise ModelError(f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, such as LoRA or (IA)³")
-    rank, weights = getattr(config, "r", 0), read_headers([folder / WEIGHTS])
-    if isinstance(rank, int) and kind_of(config) == "LORA" and rank > max(1, weights.widest):
-        raise ModelError(
-            f"{folder}: adapter_config.json says rank {rank:,}, and no weight of it is wider than {weights.widest}; expected its rank"
-        )
+    widest = max(1, read_headers([folder / WEIGHTS]).widest)
+    name, size = max(_sizes(config), key=lambda entry: entry[1], default=("", 0))
+    if size > widest:
+        raise ModelError(f"{folder}: adapter_config.json says {name} {size:,}, and no weight of it is wider than {widest}; expected its")
     return config
+
+
+def _sizes(config: Any) -> Iterator[tuple[str, int]]:
+    """The numbers of a configuration that PEFT makes parts of weights by, of which each is as wide as some weight of the adapter."""
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if kind_of(config) == "LOKR" and name in ("r", "rank_pattern"):  # a rank beyond half the matrix means the whole matrix there
+            continue
+        for one in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(one, int):
+                yield name, one
 
 
 def refuse_patterns(path: Path, config: Mapping[str, Any]) -> None:

@@ -42,6 +42,10 @@ class OddReplyError(ServerError):
     """A reply without an answer in it that could be read."""
 
 
+class RefusedRequestError(ServerError):
+    """A request that the server refuses for what is in it, such as a conversation that is too long; others it may answer."""
+
+
 class _SaidError(Exception):
     """An error record of the server: its status, what it says, and how it names the reason."""
 
@@ -58,6 +62,11 @@ class _SaidError(Exception):
     def passes(self) -> bool:
         """Whether to try again: too many requests, or something at the server's side."""
         return self.status in (408, 409, 425, 429) or self.status >= 500
+
+    @property
+    def of_request(self) -> bool:
+        """Whether it is about this request, and not about the key, the bill, the address or the server."""
+        return 400 <= self.status < 500 and not self.passes and self.status not in (401, 402, 404, 405, 407, 410)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ class ChatServer:
                 server names as unsupported is renamed or left out from then on (`changed`).
 
         Raises:
-            ServerError: It did not answer after all tries, or refused the request. OddReplyError: It answered something else.
+            ServerError: It did not answer after all tries, or refused the request: RefusedRequestError where that is for what is in it.
+            OddReplyError: It answered something else.
         """
         for _ in range(1 + len(_INSTEAD)):
             fields = {self.changed.get(name, name): value for name, value in settings.items() if value is not None}
@@ -150,11 +160,10 @@ class ChatServer:
             except _SaidError as error:
                 if error.reasons & _FILTERS:
                     return Reply("", FILTERED)
-                unsupported = error.field in _INSTEAD and error.field in settings and error.field not in self.changed
-                if unsupported and error.reasons & _UNSUPPORTED:
-                    self.changed[error.field] = _INSTEAD[error.field]
+                if error.field in _INSTEAD and error.field in fields and error.reasons & _UNSUPPORTED:
+                    self.changed[error.field] = _INSTEAD[error.field]  # another thread may have done so since this request was sent
                     continue
-                raise ServerError(str(error)) from None
+                raise (RefusedRequestError if error.of_request else ServerError)(str(error)) from None
             return self._reply(record)
         raise ServerError(f"{self.url} refuses every form of the request")
 

@@ -17,6 +17,7 @@ from safety_neurons.model.adapters import first_line
 from safety_neurons.model.rendering import TooMuchError, render_template
 from safety_neurons.prompts.conversations import merge_turns
 from safety_neurons.prompts.records import Message
+from safety_neurons.results.thoughts import behind_thoughts, ends_thought
 
 Turns = Sequence[Message]
 JOINED = "turns of one role that follow one another were joined by a blank line, since the chat template refuses or loses them"
@@ -24,7 +25,6 @@ FOLDED = "the system text was put before the user's turn, a blank line between, 
 TRIMMED = "the chat template takes white space off the ends of turns"
 ESCAPED = "the chat template writes a turn as a JSON string"
 THOUGHTS = "the chat template leaves the thoughts of earlier answers out"
-_ENDS_OF_THOUGHT = re.compile(r"</(?:think|thinking|reasoning|thought|seed:think)>|◁/think▷|\[/THINK\]|<\|channel\|>final<\|message\|>")
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ def conversation_text(tokenizer: Any, turns: Sequence[tuple[str, str]], *, parts
     """
     messages = [Message(role, text) for role, text in turns]
     return render_turns(tokenizer, messages, arguments=arguments, parts=parts, reshape=False).text
-
-
-def answer_alone(text: str) -> str:
-    """An answer without the thoughts before it; empty where it brings none, or nothing but thoughts."""
-    return _ENDS_OF_THOUGHT.split(text)[-1].strip() if _ENDS_OF_THOUGHT.search(text) else ""
 
 
 def joined(turns: Turns) -> list[Message]:
@@ -255,8 +250,8 @@ def _found(text: str, turns: list[Message], absent: Sequence[bool], *, go_on: bo
         forms = {turn.content: ""}
         forms.setdefault(turn.content.strip(), TRIMMED)
         forms.setdefault(json.dumps(turn.content, ensure_ascii=False)[1:-1], ESCAPED)
-        if turn.role == "assistant" and _ENDS_OF_THOUGHT.search(turn.content) and not (go_on and number == len(turns) - 1):
-            forms.setdefault(answer_alone(turn.content), THOUGHTS)
+        if turn.role == "assistant" and ends_thought(turn.content) and not (go_on and number == len(turns) - 1):
+            forms.setdefault(behind_thoughts(turn.content), THOUGHTS)
         start = 0 if turn.role == "system" else place
         form = next((form for form in forms if form in text[start:]), None)
         if form is None or (absent[number] and forms[form] != THOUGHTS and form):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safety_neurons.errors import UsageError
-from safety_neurons.model.chat_server import FILTERED, ChatServer, OddReplyError
+from safety_neurons.model.chat_server import FILTERED, ChatServer, OddReplyError, RefusedRequestError, ServerError
 from safety_neurons.model.language_model import Texts
 from safety_neurons.model.measures import BatchSize, Progress
 from safety_neurons.prompts import Prompt, as_prompts
@@ -17,11 +17,12 @@ _GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
 """Of vLLM and SGLang: an answer that is begun is gone on with. Other servers refuse the request rather than begin another answer."""
 _ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_string"})
 _CUT = frozenset({"length", "max_tokens", "model_length"})
-_UNREADABLE = "unreadable"
+_UNREADABLE, _REFUSED = "unreadable", "refused_request"
 _MEANING = {
     FILTERED: "were held back by the server's content filter",
     "tool_calls": "call a tool in the place of an answer",
     _UNREADABLE: "could not be read",
+    _REFUSED: "failed, since the server refused the request",
 }
 
 
@@ -104,35 +105,39 @@ class Endpoint:
 
         Returns:
             One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or answer that the server's filter
-            holds back, a call of a tool and a reply that cannot be read are completions without text: `meta` has the server's
-            `finish_reason`, judges leave them unscored, and the notes say how many there are.
+            holds back, a call of a tool, a reply that cannot be read and a request that is refused for what is in it (too long, say) are
+            completions without text: `meta` has the server's `finish_reason`, or what it said under `error`, judges leave them unscored,
+            and the notes say how many there are. What was refused is asked again by a later call.
 
         Raises:
-            ServerError: The server cannot be reached, refuses a request for another reason, or gives no answer that can be read.
+            ServerError: The server cannot be reached, takes no key or address, refuses every request, or gives no answer that can be read.
         """
         asked = as_prompts(prompts)
         before = {completion.prompt_id: completion for completion in done or ()}
         results = {
-            index: before[prompt.id] for index, prompt in enumerate(asked) if prompt.id in before and before[prompt.id].answers(prompt)
+            index: one
+            for index, prompt in enumerate(asked)
+            if (one := before.get(prompt.id)) is not None and one.answers(prompt) and one.finish_reason != "failed"
         }
         body = {"max_tokens": max_new_tokens, "temperature": temperature if sample else 0.0, "seed": seed}
         if sample:
             body["top_p"] = top_p
         body = {**body, **self.request, **settings}
         unusual: Counter[str] = Counter()
+        why: dict[str, int] = {}
         with concurrent.futures.ThreadPoolExecutor(CONCURRENT if batch_size == "auto" else batch_size) as pool:
             waiting = {pool.submit(self._answer, prompt, body): index for index, prompt in enumerate(asked) if index not in results}
             try:
                 for future in concurrent.futures.as_completed(waiting):
-                    index, (text, reason) = waiting[future], future.result()
-                    odd = {} if reason in _ENDED | _CUT else {"finish_reason": reason}
-                    unusual.update(odd.values())
-                    ending = {"think_end": self.think_end} if self.think_end else {}
-                    meta = {**conversation_of(asked[index]), **odd, **ending}
-                    cut = "length" if reason in _CUT else "stop"
-                    results[index] = Completion(asked[index].id, asked[index].text, text, (), cut, arm, seed, {}, meta)  # type: ignore[arg-type]
+                    index = waiting[future]
+                    results[index] = one = self._completion(asked[index], future, arm, seed)
+                    unusual.update([one.meta["finish_reason"]] if "finish_reason" in one.meta else [])
+                    if "error" in one.meta:
+                        why[one.meta["error"]] = why.get(one.meta["error"], 0) + 1
                     if unusual[_UNREADABLE] == len(asked):
                         raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
+                    if unusual[_REFUSED] and unusual[_REFUSED] + unusual[_UNREADABLE] == len(asked):
+                        raise ServerError(f"{next(iter(why))}; {len(asked)} of {len(asked)} requests failed, expected answers")
                     if answered is not None:
                         answered(results[index])
                     if progress is not None:
@@ -148,7 +153,23 @@ class Endpoint:
                 f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
                 for name, new in self._server.changed.items()
             ]
+            notes += [f"{count} requests refused: {said}" for said, count in sorted(why.items(), key=lambda entry: -entry[1])[:3]]
         return Completions([results[index] for index in range(len(asked))])
+
+    def _completion(self, prompt: Prompt, future: concurrent.futures.Future[tuple[str, str]], arm: str, seed: int) -> Completion:
+        """What came back for a prompt, a request that was refused for what is in it among it.
+
+        Raises:
+            ServerError: Any other failure.
+        """
+        meta: dict[str, Any] = {**conversation_of(prompt), **({"think_end": self.think_end} if self.think_end else {})}
+        try:
+            text, reason = future.result()
+        except RefusedRequestError as error:
+            meta |= {"finish_reason": _REFUSED, "error": str(error)}
+            return Completion(prompt.id, prompt.text, "", (), "failed", arm, seed, {}, meta)
+        odd = {} if reason in _ENDED | _CUT else {"finish_reason": reason}
+        return Completion(prompt.id, prompt.text, text, (), "length" if reason in _CUT else "stop", arm, seed, {}, {**meta, **odd})
 
     def _turns(self, prompt: Prompt) -> list[dict[str, str]]:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages] or [{"role": "user", "content": prompt.text}]

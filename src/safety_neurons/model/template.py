@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, ModelError, UsageError
-from safety_neurons.model.conversation import Turns, answer_alone, render_turns
+from safety_neurons.model.conversation import Turns, render_turns
 from safety_neurons.prompts.records import Message, Prompt
-from safety_neurons.results.thoughts import end_of_opened, without_start
+from safety_neurons.results.thoughts import behind_thoughts, end_of_opened, without_start
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Template:
             behind = behind.rstrip() + answer[len(answer.rstrip()) :]
         if behind is None:
             mark = end_of_opened(asked)
-            behind = without_start(answer).lstrip("\n") if mark and answer_alone(answer) else answer
-            behind = f"{mark}\n\n{answer}" if mark and not answer_alone(answer) else behind
-        return asked, behind, self._end(tokenizer, (*turns, Message("assistant", answer_alone(answer) or answer)))
+            behind = without_start(answer).lstrip("\n") if mark and behind_thoughts(answer) else answer
+            behind = f"{mark}\n\n{answer}" if mark and not behind_thoughts(answer) else behind
+        return asked, behind, self._end(tokenizer, (*turns, Message("assistant", behind_thoughts(answer) or answer)))
 
     def _end(self, tokenizer: Any, turns: Turns) -> str:
         """What the template writes behind an answer, the last of the turns."""

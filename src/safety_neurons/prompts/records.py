@@ -52,12 +52,11 @@ class Prompt:
         return self.messages or (Message("user", self.text),)
 
     def asking(self, text: str) -> "Prompt":
-        """The prompt with another request: its text, and the last user turn of its messages."""
+        """The prompt with another request: its text, and the last user turn of its messages; where there is none, their last turn."""
         turns = list(self.messages)
-        for place in reversed(range(len(turns))):
-            if turns[place].role == "user":
-                turns[place] = Message("user", text)
-                break
+        if turns:
+            place = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
+            turns[place] = Message(turns[place].role, text)
         return replace(self, text=text, messages=tuple(turns))
 
     @property

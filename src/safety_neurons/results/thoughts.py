@@ -17,6 +17,7 @@ def _unless_quoted(marks: str) -> re.Pattern[str]:
     return re.compile(rf"(?!(?<=[`\"'“‘])(?:{marks})[`\"'”’])(?:{marks})", re.IGNORECASE)
 
 
+_ENDED = re.compile(rf"{_ENDS}|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 _START, _END = _unless_quoted(_STARTS), _unless_quoted(_ENDS)
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]{0,80}<\|message\|>")
 _CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
@@ -44,6 +45,17 @@ def without_start(text: str) -> str:
 def is_mark(text: str) -> bool:
     """Whether a text is a mark that starts or ends a thinking part, and nothing else."""
     return re.fullmatch(f"{_STARTS}|{_ENDS}", text, re.IGNORECASE) is not None
+
+
+def behind_thoughts(text: str) -> str:
+    """What stands behind the last end of a thinking part, as chat templates cut it out: marks in quotes count; empty where none ends."""
+    *_, end = (None, *_ENDED.finditer(text))
+    return "" if end is None else text[end.end() :].strip()
+
+
+def ends_thought(text: str) -> bool:
+    """Whether a thinking part ends in a text."""
+    return _ENDED.search(text) is not None
 
 
 def after_thought(text: str, *, opened: bool = False, end: str | None = None) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompts import Message, Prompt, Prompts, request_of
 from safety_neurons.suites import attack
 from safety_neurons.suites.mechanical import MECHANICAL
 
@@ -172,30 +172,28 @@ def _companions(written: Sequence[Case]) -> Mapping[str | None, list[Prompt]]:
     return found
 
 
-def _said(prompt: Prompt, text: str, turns: Sequence[Message] = ()) -> Prompt:
-    """The prompt with another last turn, or with these turns."""
-    if turns:
-        return dataclasses.replace(prompt, text=text, messages=tuple(turns))
-    messages = (*prompt.messages[:-1], Message(prompt.messages[-1].role, text)) if prompt.messages else ()
-    return dataclasses.replace(prompt, text=text, messages=messages)
-
-
 def _asked(prompt: Prompt) -> str:
-    return prompt.messages[-1].content if prompt.messages else prompt.text
+    """The request, which `Prompt.asking` exchanges."""
+    return request_of(prompt.turns) or prompt.turns[-1].content
 
 
 def _reworded(function: Callable[[str, str, random.Random], str]) -> Change:
-    return lambda prompt, other, chance: _said(prompt, function(_asked(prompt), _asked(other), chance))
+    return lambda prompt, other, chance: prompt.asking(function(_asked(prompt), _asked(other), chance))
 
 
 def _later_turn(prompt: Prompt, other: Prompt, _chance: random.Random) -> Prompt:
+    """The request behind a safe exchange; system turns stay in front, where templates take them."""
+    first = next((place for place, turn in enumerate(prompt.turns) if turn.role != "system"), len(prompt.turns))
     earlier = (Message("user", _asked(other)), Message("assistant", other.answer or _EXCHANGE))
-    return _said(prompt, _asked(prompt), (*earlier, *(prompt.messages or (Message("user", prompt.text),))))
+    turns = (*prompt.turns[:first], *earlier, *prompt.turns[first:])
+    return dataclasses.replace(prompt, text=_asked(prompt), messages=turns)
 
 
 def _earlier_turn(prompt: Prompt, other: Prompt, _chance: random.Random) -> Prompt:
-    turns = prompt.messages or (Message("user", prompt.text),)
-    return _said(prompt, _asked(prompt), (*turns, Message("assistant", _EXCHANGE), Message("user", _asked(other))))
+    """The request before a safe one; an answer that was begun for the model is the one between them."""
+    answer = () if prompt.turns[-1].role == "assistant" else (Message("assistant", _EXCHANGE),)
+    turns = (*prompt.turns, *answer, Message("user", _asked(other)))
+    return dataclasses.replace(prompt, text=_asked(prompt), messages=turns)
 
 
 def _mechanical(name: str) -> Change:

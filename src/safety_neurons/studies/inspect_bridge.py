@@ -136,7 +136,7 @@ class TreatedModel(ModelAPI):
             raise UsageError(f"{len(tools)} tools for a model that calls none; expected a task without tools")
         settings = settings_of(config) | (stops(self.lm, config.stop_seqs) if config.stop_seqs else {})
         turns = tuple(_turn(message) for message in input)
-        prompt = Prompt("0", request_of(turns), turns)
+        prompt = Prompt("0", request_of(turns) or turns[-1].content, turns)
         answers = await asyncio.to_thread(self._complete, prompt, config, settings, self._stream(config, turns))
         first, _ = answers[0]
         outputs = [
@@ -241,9 +241,11 @@ def judged(judge: str = "refusal", think_end: str | None = None) -> Scorer:
         turns = [turn for turn in state.messages if turn.role in ("system", "user", "assistant")]
         if turns and turns[-1].role == "assistant":
             turns = turns[:-1]
-        if len(turns) > 1:
-            about["messages"] = [{"role": turn.role, "content": turn.text} for turn in turns]
-        completion = Completion(str(state.sample_id), state.input_text, state.output.completion, meta=about)
+        spoken = [Message(turn.role, turn.text) for turn in turns]
+        if len(spoken) > 1:
+            about["messages"] = [{"role": turn.role, "content": turn.content} for turn in spoken]
+        asked = request_of(spoken) or (spoken[-1].content if spoken else state.input_text)
+        completion = Completion(str(state.sample_id), asked, state.output.completion, meta=about)
         judgement = await asyncio.to_thread(verdicts.judge, [completion], think_end=think_end)
         found = judgement.harmful[0] if target.text == "harmful" else judgement.refused[0]
         verdict = judgement.verdicts[0]
