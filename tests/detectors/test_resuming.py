@@ -15,6 +15,7 @@ SECONDS = 0.4
 """What a forward pass takes, by the test's clock."""
 WORDS = ("red", "green", "blue", "small", "large", "water")
 PROMPTS = Prompts.from_list([f"tell me about the {word} tree {'please ' * (n % 3)}" for n, word in enumerate(WORDS)])
+MORE = Prompts.from_list([f"write {word} words about a {other} tree" for word in WORDS for other in WORDS])
 HARMLESS = Prompts.from_list([f"write a story about {word}" for word in WORDS[:2]])
 
 FINDERS = {
@@ -28,6 +29,8 @@ FINDERS = {
         base, aligned, PROMPTS, compare="swap-attribution", **kept
     ),
     "mask": lambda base, aligned, **kept: sn.find_mask(base, aligned, PROMPTS, harmless=HARMLESS, rounds=3, **kept),
+    "probe_weights": lambda base, _, **kept: sn.find_probe_weights(base, PROMPTS, harmless=MORE, **kept),
+    "refusal_direction": lambda base, _, **kept: sn.find_refusal_direction(base, PROMPTS, harmless=MORE, **kept),
     "snip": lambda base, _, **kept: sn.find_snip(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
     "wanda": lambda base, _, **kept: sn.find_wanda(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
 }

@@ -183,6 +183,11 @@ def test_every_field_that_goes_upstream_is_judged(proxy, upstream, field):
         ("logit_bias", {UNSAFE: 1}),
         ("verbosity", {"plan": UNSAFE}),
         ("min_p", f"plan:an:{UNSAFE}"),
+        ("chat_template_kwargs", {"system": BAD}),
+        ("chat_template_kwargs", {"note": ["plan", UNSAFE]}),
+        ("chat_template_kwargs", {BAD: True}),
+        ("chat_template_kwargs", {"continue_final_message": True}),
+        ("chat_template_kwargs", BAD),
         ("stream_options", {"prompt": BAD}),
         ("stream_options", {"include_usage": True, "x": 1}),
     ],
@@ -194,6 +199,13 @@ def test_what_is_not_judged_holds_one_word_or_is_refused(proxy, upstream, local,
         assert said.status_code == 400
         assert said.json()["error"]["param"].partition(".")[0] == field
     assert len(upstream.bodies) == before
+
+
+def test_arguments_of_a_template_that_hold_no_text_go_upstream(proxy, upstream):
+    given = {"enable_thinking": False, "thinking_budget": 512, "reasoning_effort": "high", "thinking": None}
+    asked = {"model": "far", "messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": given}
+    assert WEB.post(f"{proxy}{CHAT}", json=asked).status_code == 200
+    assert upstream.bodies[-1]["chat_template_kwargs"] == given
 
 
 def test_identifiers_of_machines_are_not_judged_and_words_are():
@@ -236,6 +248,7 @@ NO_OPS = [
     {"top_p": 1},
     {"prediction": None},
     {"reasoning_effort": None},
+    {"chat_template_kwargs": {}},
 ]
 
 

@@ -281,7 +281,7 @@ def test_an_error_that_nobody_foresaw_is_a_500_without_its_words():
 
 def test_more_requests_than_are_taken_get_429_and_what_is_judged_too_late_is_not_safe():
     judge = Words()
-    limits = Limits(requests=3, waiting=2, seconds=0.4)
+    limits = Limits(**PATIENT | {"seconds": 0.01}, requests=3, waiting=2)
     served = service(judge, limits=limits)
     with running(served) as address:
         judge.hold.clear()

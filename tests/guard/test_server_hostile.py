@@ -1,9 +1,9 @@
 """Requests made to pass the guard unread, or to keep others from being served."""
 
 import asyncio
-import time
 
 import httpx
+import pydantic
 import pytest
 import torch
 from server_tools import TOKEN, Upstream, Words, running, service
@@ -42,6 +42,10 @@ def address(upstream):
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "assistant", "content": None, "tool_calls": [TWICE]},
         {"role": "user", "content": "hello", "name": "attack"},
+        {"role": "user", "content": "hello", "name": "how,to:an\u200battack"},
+        {"role": "user", "content": "hello", "name": "howToPlanAn,attackNow"},
+        {"role": "user", "content": [{"type": "text", "text": "an att"}, {"type": "text", "text": "ack now"}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": ""}, {"type": "text", "text": "an attack now"}]},
     ],
 )
 def test_whatever_an_upstream_may_show_its_model_is_judged(address, upstream, turn):
@@ -76,10 +80,12 @@ def test_a_guardrail_that_is_shown_nothing_or_two_different_things_does_not_wave
 
 @pytest.mark.parametrize(("shape", "field"), [(ClassifyRequest, "input"), (ModerationRequest, "input"), (ChatRequest, "messages")])
 def test_a_body_of_nothing_but_mistakes_is_refused_at_the_first(shape, field):
-    started = time.process_time()
+    body = {"model": "m", field: [0] * 2000}
     with pytest.raises(Problem, match=field):
-        validated({"model": "m", field: [0] * 200_000}, shape)
-    assert time.process_time() - started < 1  # 5 to 20 s where each is noted
+        validated(body, shape)
+    with pytest.raises(pydantic.ValidationError) as noted:
+        shape.model_validate(body)
+    assert noted.value.error_count() <= 4  # one for each kind that the field may be of, and not one for each entry
 
 
 def test_nobody_without_a_token_keeps_a_place_by_a_body_that_never_comes(address):

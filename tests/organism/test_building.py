@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -117,3 +120,25 @@ def test_training_that_diverges_says_so():
     weight = torch.zeros(1, requires_grad=True)
     with pytest.raises(NumericalError, match="stage base"):
         train([weight], lambda: (weight / 0).sum(), stage="base", steps=1, learning_rate=0.1)
+
+
+def test_one_process_at_a_time_builds_into_a_folder_and_nothing_of_it_is_left(tmp_path):
+    held: list[str] = []
+
+    def another(line):
+        if not held:
+            code = "import sys; from test_building import MICRO, build; build(MICRO, out=sys.argv[1])"
+            paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / "one")], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+            )
+            held.append(done.stderr)
+
+    (tmp_path / "one.partial" / "organism").mkdir(parents=True)
+    (tmp_path / "one.partial" / "organism" / "left.bin").write_text("of a process that was killed")
+    built = build(MICRO, out=tmp_path / "one", progress=another)
+    assert f"is in use by process {os.getpid()} on" in held[0]
+    assert (built.path / "organism.json").is_file()
+    assert not (built.path / "left.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert not [path for path in built.path.iterdir() if path.name.startswith(".")]

@@ -18,6 +18,7 @@ from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.prompts.builtin import LOOK_ALIKES
 
 app = typer.Typer(
     help="Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons.",
@@ -39,7 +40,6 @@ CompletionsFile = Annotated[
 JudgeName = Annotated[str | None, typer.Option(help="Judge of --completions, as for evaluate.", rich_help_panel=DATA)]
 ArmName = Annotated[str | None, typer.Option(help="The arm of --completions whose answers count.", rich_help_panel=DATA)]
 NONE = "none"
-OTHERS = "builtin:look-alikes-unsafe", "builtin:look-alikes"
 OtherUnsafe = Annotated[
     str, typer.Option(help="Requests from another source to measure on: a file, builtin:NAME, or none.", rich_help_panel=CHECKS)
 ]
@@ -72,8 +72,8 @@ def fit(
     window: Window = None,
     calibration: CalibrationName = "auto",
     fpr: FalsePositives = 0.01,
-    other_unsafe: OtherUnsafe = OTHERS[0],
-    other_safe: OtherSafe = OTHERS[1],
+    other_unsafe: OtherUnsafe = LOOK_ALIKES[0],
+    other_safe: OtherSafe = LOOK_ALIKES[1],
     recheck_every: RecheckEvery = 0,
     recheck_tokens: RecheckTokens = 64,
 ) -> dict[str, Any]:

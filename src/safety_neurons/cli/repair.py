@@ -43,6 +43,7 @@ def repair(
 def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     """Write what was repaired: the adapter where only that changed, else the model."""
     from safety_neurons.model.adapters import is_adapted
+    from safety_neurons.results.files import whole_folder
     from safety_neurons.tuning.export import save_checkpoint
 
     adapted = is_adapted(model.model)
@@ -55,7 +56,8 @@ def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     target = session.folder.folder.absolute() / name
     if adapted:
         active = list(model.adapters or [model.model.active_adapter])
-        model.model.save_pretrained(str(target), selected_adapters=active, save_embedding_layers=False)
+        with whole_folder(target) as partial:
+            model.model.save_pretrained(str(partial), selected_adapters=active, save_embedding_layers=False)
     else:
         save_checkpoint(target, model)
     for file in sorted(path for path in target.rglob("*") if path.is_file()):

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safety_neurons.detectors.found import PromptCounts
+from safety_neurons.detectors.streaming import Stream
 from safety_neurons.errors import NumericalError, UnsupportedModelError
 from safety_neurons.model import Encoded, LanguageModel, hooks
 from safety_neurons.model.passes import Batch, BatchSize, run_batches, said_of_failed
@@ -16,9 +17,27 @@ Pool = Callable[[Tensor, Batch], Tensor]
 
 
 def pooled_activations(
-    model: LanguageModel, prompts: Sequence[Encoded], keys: Iterable[str], pool: Pool, *, batch_size: BatchSize = "auto"
+    model: LanguageModel,
+    prompts: Sequence[Encoded],
+    keys: Iterable[str],
+    pool: Pool,
+    *,
+    stream: Stream,
+    name: str,
+    residual: bool = False,
+    batch_size: BatchSize = "auto",
 ) -> dict[str, Float[Tensor, "prompt neuron"]]:
     """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host; NaN where the model gives NaN.
+
+    Args:
+        model: whose activations.
+        prompts: encoded.
+        keys: of sites.
+        pool: makes one row of a prompt's tokens.
+        stream: keeps the rows of finished batches; a resumed one goes on behind them.
+        name: of these rows in the stream.
+        residual: also what every layer puts out, under `residual.{layer}`.
+        batch_size: prompts a batch, or "auto".
 
     Raises:
         UnsupportedModelError: a key of a routed expert.
@@ -28,24 +47,34 @@ def pooled_activations(
     if routed:
         raise UnsupportedModelError(f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o")
     seen: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    found = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
     encoded = [row.ids for row in prompts]
+    done = f"{name}/batches"
 
     def keep(key: str) -> Callable[[Any], None]:
-        def reader(values: Tensor) -> None:
-            seen[key] = values
+        def reader(values: Any) -> None:
+            seen[key] = values if isinstance(values, Tensor) else values[0]
 
         return reader
 
     def take(batch: Batch) -> None:
-        for key in names:
+        for key in list(seen):
             values = pool(seen.pop(key), batch)
             if key not in found:
                 found[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
             found[key][batch.indices] = values
 
-    with hooks.reading(model.anatomy, {key: keep(key) for key in names}):
-        run_batches(model, encoded, take, batch_size)
+    def prepare() -> None:
+        stream.put(name, {key: values.numpy() for key, values in found.items()})
+
+    def finished(count: int) -> None:
+        stream.state[done] = count
+        stream.went_on(prepare)
+
+    layers = {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
+    with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
+        run_batches(model, encoded, take, batch_size, start=int(stream.state.get(done, 0)), finished=finished)
+        prepare()
     return found
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,11 +11,12 @@ from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import comparing
 from safety_neurons.detectors.pooling import largest, pooled_activations, sorted_out, whole_rows
-from safety_neurons.detectors.streaming import Progress
+from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.model import LanguageModel, as_prompts
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import BatchSize
 from safety_neurons.neurons import NeuronSet, Selection
+from safety_neurons.results import Checkpoint
 
 SAME = 1e-5
 """Share of its size below which a feature's spread is rounding: the largest activation is often that of a token all prompts begin with."""
@@ -32,6 +32,7 @@ def find_probe_weights(
     sites: Sequence[str] = ("gate", "up"),
     layers: range | str | None = None,
     batch_size: BatchSize = "auto",
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     subtract: NeuronSet | None = None,
     **choice: Unpack[Choice],
@@ -48,6 +49,7 @@ def find_probe_weights(
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
         batch_size: prompts a batch, or "auto".
+        checkpoint: partial state; a killed run continues behind its last finished batch or probe.
         progress: called with (probes fitted, in all, 0).
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold` (3 in the paper); the largest 5 % by default.
@@ -63,21 +65,28 @@ def find_probe_weights(
     asked, other = as_prompts(prompts), as_prompts(harmless)
     selection = Selection.of(**choice, default_top=0.05)
     keys = model.table.select(sites=sites, layers=layers).keys
+    config = searched(sites, layers) | {"penalty": PENALTY, "harmless_sha256": other.sha256}
+    stream = Stream(checkpoint, stream_key("probe-weights", [model], asked, config, selection, batch_size))
     with comparing(model, model):
         encoded = [model.encode(text) for text in (asked, other)]
-        seen = [pooled_activations(model, text, keys, largest, batch_size=batch_size) for text in encoded]
+        seen = [
+            pooled_activations(model, text, keys, largest, stream=stream, name=name, batch_size=batch_size)
+            for name, text in zip(("harmful", "harmless"), encoded, strict=True)
+        ]
     whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
     labels = torch.cat(
         [torch.full((int(kept.sum()),), float(label), dtype=torch.float64) for kept, label in zip(whole, (1, 0), strict=True)]
     )
-    values: dict[str, np.ndarray] = {}
-    for number, key in enumerate(keys):
-        weights = probe(torch.cat([part[key][kept] for part, kept in zip(seen, whole, strict=True)]).double(), labels)
-        scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
-        values[key] = (weights.sign() * scores.abs()).numpy()
-        if progress is not None:
-            progress(number + 1, len(keys), 0)
-    config = searched(sites, layers) | {"penalty": PENALTY, "harmless_sha256": other.sha256}
+    with stream.kept():
+        for number, key in enumerate(keys):
+            if f"scores/{key}" not in stream.arrays:
+                weights = probe(torch.cat([part[key][kept] for part, kept in zip(seen, whole, strict=True)]).double(), labels)
+                scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
+                stream.put("scores", {key: (weights.sign() * scores.abs()).numpy()})
+                stream.went_on()
+            if progress is not None:
+                progress(number + 1, len(keys), 0)
+    values = {key: stream.arrays[f"scores/{key}"] for key in keys}
     names = (model.name,)
     return finish(
         "probe-weights",

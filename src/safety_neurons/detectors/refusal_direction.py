@@ -4,21 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from safety_neurons.detectors.finishing import Choice, finish, searched
 from safety_neurons.detectors.found import Found
 from safety_neurons.detectors.pairs import comparing
 from safety_neurons.detectors.pooling import at_last, pooled_activations, sorted_out, whole_rows
-from safety_neurons.detectors.streaming import Progress
+from safety_neurons.detectors.streaming import Progress, Stream, stream_key
 from safety_neurons.errors import UsageError
-from safety_neurons.model import Encoded, LanguageModel, as_prompts
-from safety_neurons.model.hooks import around
+from safety_neurons.model import LanguageModel, as_prompts
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.parts import AttentionAnatomy
-from safety_neurons.model.passes import Batch, BatchSize, run_batches
+from safety_neurons.model.passes import BatchSize
 from safety_neurons.neurons import MLP_SITES, NeuronSet, Selection, parse_key
+from safety_neurons.results import Checkpoint
 
 SEARCHED_LAYERS = 0.8
 """Share of the layers, from the first, among which the direction is taken where no layer is named."""
@@ -33,6 +32,7 @@ def find_refusal_direction(
     sites: Sequence[str] = ("down",),
     layers: range | str | None = None,
     batch_size: BatchSize = "auto",
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
     subtract: NeuronSet | None = None,
     **choice: Unpack[Choice],
@@ -53,6 +53,7 @@ def find_refusal_direction(
         sites: any of `q k v o gate up down`.
         layers: a range or "A:B"; None for all.
         batch_size: prompts a batch, or "auto".
+        checkpoint: partial state; a killed run continues behind its last finished batch.
         progress: called with (sites done, in all, 0).
         subtract: neurons taken away after selection.
         **choice: `top`, `count`, `top_per_matrix` or `threshold`; the largest 5 % by default.
@@ -70,16 +71,18 @@ def find_refusal_direction(
     if layer is not None and not 0 <= layer < n_layers:
         raise UsageError(f"layer {layer}: expected 0 to {n_layers - 1}")
     keys = model.table.select(sites=sites, layers=layers).keys
+    config = searched(sites, layers) | {"layer": layer, "harmless_sha256": other.sha256}
+    stream = Stream(checkpoint, stream_key("refusal-direction", [model], asked, config, selection, batch_size))
     writers = list(dict.fromkeys(_writer(key) for key in keys if _writer(key)))
     with comparing(model, model), torch.no_grad():
         encoded = [model.encode(text) for text in (asked, other)]
-        streams = [residual_streams(model, text, batch_size=batch_size) for text in encoded]
-        seen = [pooled_activations(model, text, writers, at_last, batch_size=batch_size) for text in encoded]
-        whole, counts, notes = sorted_out(
-            encoded, [whole_rows([*part.values(), *stream]) for part, stream in zip(seen, streams, strict=True)]
-        )
-        streams = [[values[kept] for values in stream] for stream, kept in zip(streams, whole, strict=True)]
+        seen = [
+            pooled_activations(model, text, writers, at_last, stream=stream, name=name, residual=True, batch_size=batch_size)
+            for name, text in zip(("harmful", "harmless"), encoded, strict=True)
+        ]
+        whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
         seen = [{key: values[kept] for key, values in part.items()} for part, kept in zip(seen, whole, strict=True)]
+        streams = [[part[f"residual.{number}"] for number in range(n_layers)] for part in seen]
         chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
         direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)
         direction = direction / direction.norm().clamp(min=1e-30)
@@ -92,34 +95,7 @@ def find_refusal_direction(
                 progress(number + 1, len(writers), 0)
     values = {key: _of_site(model, key, written).double().numpy() for key in keys}
     made: dict[str, Any] = {"table": model.table, "models": (model.name,), "selection": selection, "prompts": asked}
-    config = searched(sites, layers) | {"layer": chosen, "harmless_sha256": other.sha256}
-    return finish("refusal-direction", values, config=config, counts=counts, notes=notes, subtract=subtract, **made)
-
-
-def residual_streams(
-    model: LanguageModel, prompts: Sequence[Encoded], *, batch_size: BatchSize = "auto"
-) -> list[Float[Tensor, "prompt hidden"]]:
-    """What every layer puts out at the last token of every prompt."""
-    seen: dict[int, Tensor] = {}
-    encoded = [row.ids for row in prompts]
-    streams: list[Tensor] = []
-
-    def keeper(number: int) -> Any:
-        def keep(output: Any) -> None:
-            seen[number] = output if isinstance(output, Tensor) else output[0]
-
-        return keep
-
-    def take(batch: Batch) -> None:
-        for number in range(len(model.anatomy.layers)):
-            values = at_last(seen[number], batch)
-            if len(streams) == number:
-                streams.append(torch.zeros(len(encoded), values.shape[1], dtype=values.dtype))
-            streams[number][batch.indices] = values
-
-    with around(after={layer.module: keeper(layer.index) for layer in model.anatomy.layers}):
-        run_batches(model, encoded, take, batch_size)
-    return streams
+    return finish("refusal-direction", values, config=config | {"layer": chosen}, counts=counts, notes=notes, subtract=subtract, **made)
 
 
 def _most_apart(harmful: Sequence[Tensor], harmless: Sequence[Tensor], n_layers: int) -> int:

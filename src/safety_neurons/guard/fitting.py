@@ -32,14 +32,13 @@ from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompts.builtin import LOOK_ALIKES
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import plain, rate
 
 AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))
 """Poolings that are tried where the choice is left to validation; the first of equals is taken."""
 BINS = 20
-OTHER = ("builtin:look-alikes-unsafe", "builtin:look-alikes")
-"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none are named."""
 
 
 def fit_guard(
@@ -55,7 +54,7 @@ def fit_guard(
     targets: Sequence[float] = TARGETS,
     shares: Sequence[float] = SHARES,
     penalties: Sequence[float] = PENALTIES,
-    other: tuple[Source, Source] | None = OTHER,
+    other: tuple[Source, Source] | None = LOOK_ALIKES,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,

@@ -1,10 +1,11 @@
 """Building an organism from its recipe: train, measure, write the folder whole or not at all."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from safety_neurons.organism.tokenizer import make_tokenizer
 from safety_neurons.organism.train import Progress
 from safety_neurons.organism.truth import Truth, measure_truth
 from safety_neurons.results.files import write_json
+from safety_neurons.results.lock import Lock
 
 Say = Callable[[str], None]
 
@@ -55,11 +57,10 @@ def build(name: str | Recipe, seed: int = 0, out: str | Path = "organism", progr
     """
     recipe = name if isinstance(name, Recipe) else recipe_of(name)
     folder = Path(out)
-    partial = _partial_folder(folder)
     say = progress if progress is not None else lambda _line: None
     makers = {"natural": _build_natural, "planted": _build_planted, "unsafe": _build_unsafe, "tax": _build_tax}
     started = time.monotonic()
-    try:
+    with _building(folder) as partial:
         record = makers[recipe.kind](recipe, seed, partial, say)
         say("prompts")
         record = {
@@ -75,26 +76,43 @@ def build(name: str | Recipe, seed: int = 0, out: str | Path = "organism", progr
         }
         write_json(partial / RECORD, record)
         write_card(partial, record)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return open_organism(folder)
 
 
-def _partial_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} is there already; expected a new or empty folder; choose another --out")
-    partial = folder.with_name(f"{folder.name}.partial")
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """A folder that takes the wanted one's place at the end of the block, which one process at a time is in.
+
+    It lies in a workshop beside the wanted one, with the lock: in the organism itself nothing of either may be left.
+    """
+    workshop = folder.with_name(f"{folder.name}.partial")
+    lock = Lock(workshop)
     try:
+        _refuse_full(folder)
+        workshop.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        _refuse_full(folder)  # once more: whoever held the lock until now may have finished it
+        partial = workshop / "organism"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
+        try:
+            yield partial
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from error
-    return partial
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            workshop.rmdir()
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there already; expected a new or empty folder; choose another --out")
 
 
 def _steps(say: Say) -> Progress:

@@ -8,6 +8,7 @@ from typing import get_args
 from safety_neurons.errors import UsageError
 from safety_neurons.organism.language import KINDS, LANGUAGES, Concept, Half, Language, concepts, language
 from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.results.files import write_bytes
 
 HALVES: tuple[Half, ...] = get_args(Half)
 UNSAFE, SAFE = "unsafe.jsonl", "safe.jsonl"
@@ -41,10 +42,9 @@ def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LA
 
 def write_requests(folder: Path, halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> dict[str, int]:
     """Write `unsafe.jsonl` and `safe.jsonl`, one request a line; returns how many there are of each."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = dict(zip((UNSAFE, SAFE), requests(halves, languages), strict=True))
     for file, found in files.items():
-        (folder / file).write_text("".join(f"{json.dumps(_row(prompt), ensure_ascii=False)}\n" for prompt in found), encoding="utf-8")
+        write_bytes(folder / file, "".join(f"{json.dumps(_row(prompt), ensure_ascii=False)}\n" for prompt in found).encode())
     return {file: len(found) for file, found in files.items()}
 
 

@@ -13,6 +13,8 @@ PREFIX = "builtin:"
 NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
 ENGLISH = ("look-alikes", "look-alikes-unsafe")
 """Lists in English only, of which there are no two halves: nothing is found or tuned on them."""
+LOOK_ALIKES = (f"{PREFIX}look-alikes-unsafe", f"{PREFIX}look-alikes")
+"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none are named."""
 OF_ORGANISMS = ("task", "task-test", "polite", "polite-test")
 """Lists that only an organism brings."""
 PARTS = {"look-alikes": ("harmless-test", "look_alike"), "look-alikes-unsafe": ("harmful-test", None)}

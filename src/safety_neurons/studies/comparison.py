@@ -35,7 +35,7 @@ from safety_neurons.studies.verification import MEASURE
 Method = Callable[[LanguageModel, LanguageModel, Prompts, dict[str, Any]], Scores]
 WRITES = ("importance-contrast", "contrast")
 """Methods that generate text; its length is then the comparison's."""
-IN_ONE_GO = ("weight-change", "weight-magnitude", "refusal-direction", "probe-weights")
+IN_ONE_GO = ("weight-change", "weight-magnitude")
 """Methods too short to keep a partial state."""
 SETS = ("mask",)
 """Methods that search one set of a given size: they are told the budget in units, and found again for every budget."""

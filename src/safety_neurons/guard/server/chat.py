@@ -39,6 +39,7 @@ _WITHOUT_EFFECT = {
     "min_tokens": (0,),
     "repetition_penalty": (1,),
     "ignore_eos": (False,),
+    "chat_template_kwargs": ({},),
 }
 """Fields the local model does not know, and the values that ask nothing of it."""
 _IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}

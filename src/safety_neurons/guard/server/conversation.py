@@ -38,9 +38,14 @@ SETTINGS = frozenset(
         "parallel_tool_calls",
         "ignore_eos",
         "modalities",
+        "chat_template_kwargs",
     ]
 )
 """Fields of a chat request that may hold a number or a word, and nothing that a model could follow."""
+_OF_THE_TEMPLATE = frozenset(
+    ["messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"]
+)
+"""Arguments of a template that would put other text than the guard read, or end it elsewhere."""
 READ = (
     "tools",
     "functions",
@@ -73,6 +78,8 @@ _OPAQUE = re.compile(r"(?!.*[a-z]{8})(?:(?=.*[0-9]).{1,8}|(?=.*[0-9].*[0-9]).{9,
 _OF_IDENTIFIERS = frozenset(
     {"call", "chatcmpl", "tool", "toolu", "fc", "user", "session", "thread", "msg", "req", "org", "id", "key", "cache"}
 )
+_JOINTS = re.compile(r"[_\-.,:;/+*~|=&\u00ad\u200b-\u200d\u2060\ufeff]+|(?<=[a-z])(?=[A-Z])")
+"""What holds words together where there is no white space."""
 _SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_]{1,16}\|?>|\[/?[A-Z_]{1,16}\]")
 
 
@@ -120,7 +127,9 @@ def _beside_content(turn: Turn, place: int) -> Iterator[str]:
     """The parts and the fields of a message, each by itself: which of them a model is shown is up to its template."""
     extra = turn.model_extra or {}
     parts = _content(turn, f"messages[{place}]")
-    yield from parts if len(parts) > 1 else ()
+    if len(parts) > 1:
+        yield from parts
+        yield "".join(parts)  # many templates put nothing between parts, so that half a word in each of two is a word to the model
     if any(extra.get(name) for name in _SAID):
         yield "\n".join(parts)
     for name in (*_SAID, *_THOUGHT):
@@ -226,8 +235,8 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _spaced(text: str) -> str:
-    """A text whose words hang together by other signs than white space (`how_to-do.it`) as words; every other one as it is."""
-    return text if re.search(r"\s", text.strip()) else re.sub(r"[_\-.:/+]+", " ", text)
+    """A text whose words hang together otherwise than by white space (`how_to-do.it`, `howToDoIt`) as words; every other one as it is."""
+    return text if re.search(r"\s", text.strip()) else _JOINTS.sub(" ", text)
 
 
 def _alone(texts: Sequence[tuple[str, str]]) -> list[Reading]:
@@ -241,6 +250,11 @@ def _is_setting(name: str, value: Any) -> bool:
     """Whether a value is a number, or one word too short to hold a prompt."""
     if name == "logit_bias" and isinstance(value, dict):
         return all(re.fullmatch(r"[0-9]{1,9}", token) and isinstance(bias, int | float) for token, bias in value.items())
+    if name == "chat_template_kwargs" and isinstance(value, dict):
+        return all(
+            re.fullmatch(r"[a-z][a-z0-9_]{0,63}", argument) and argument not in _OF_THE_TEMPLATE and _is_setting("", one)
+            for argument, one in value.items()
+        )
     if name == "modalities" and isinstance(value, list):
         return all(one in ("text", "audio") for one in value) and len(value) <= 2
     return value is None or isinstance(value, int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
