@@ -2,10 +2,12 @@
 
     python benchmarks/guard_server.py proxy --repetitions 201
     python benchmarks/guard_server.py throughput --repetitions 5
+    python benchmarks/guard_server.py long
 
 `proxy` starts `safety-neurons guard serve` on the organism `natural/base` as a process of its own, with a guard on 200 of its neurons, in
 front of an upstream (a third process) that answers at once. `throughput` serves a random Llama with layers of a 1B model's shape in this
-process, so that the same model can be asked for plain batched prefills in turns.
+process, so that the same model can be asked for plain batched prefills in turns. `long` sends 32 prompts of one megabyte at once, which the
+server refuses by their length, or tokenises where it is told to, and meanwhile asks for verdicts on short ones, one after the other.
 """
 
 import asyncio
@@ -26,15 +28,67 @@ from paired import CLOCKS, Row, finish, median, parser
 def main() -> None:
     """Measure one of the two, print and write the record."""
     options_parser = parser(__doc__ or "")
-    options_parser.add_argument("what", choices=("proxy", "throughput"))
+    options_parser.add_argument("what", choices=("proxy", "throughput", "long"))
     options_parser.add_argument("--clients", type=int, default=64)
     options_parser.add_argument("--tokens", type=int, default=256)
     options_parser.add_argument("--layers", type=int, default=2)
     options = options_parser.parse_args()
     load = os.getloadavg()[0]
     torch.set_num_threads(options.threads)
-    rows, detail = {"proxy": proxy, "throughput": throughput}[options.what](options)
+    rows, detail = {"proxy": proxy, "throughput": throughput, "long": long_prompts}[options.what](options)
     finish(f"guard_{options.what}", rows, options, detail, load)
+
+
+def long_prompts(options: Any) -> tuple[list[Row], dict[str, Any]]:
+    """What short requests wait, and how the server's memory grows, while many long prompts arrive at once."""
+    guard = organism_guard()
+    rows: list[Row] = []
+    detail: dict[str, Any] = {}
+    tokenised = ("--max-characters", "2000000", "--queue-bytes", str(1 << 26))
+    for name, further in {"refused by length": (), "tokenised": tokenised}.items():
+        port = free_port()
+        with served(guard, port, *further) as process:
+            found = asyncio.run(_beside_long(port, process.pid))
+        alone, beside = (median([1000 * value for value in found[part]]) for part in ("alone", "beside"))
+        rows += [Row(f"{name}: a short request alone", alone, unit="ms"), Row(f"{name}: beside 32 long ones", beside, unit="ms")]
+        rows.append(Row(f"{name}: the slowest beside them", median([1000 * max(found["beside"])]), unit="ms"))
+        rows.append(Row(f"{name}: memory, peak ÷ before", median([found["peak"] / found["before"]])))
+        detail[name] = found
+    return rows, detail
+
+
+async def _beside_long(port: int, pid: int, count: int = 32) -> dict[str, Any]:
+    url, word = f"http://127.0.0.1:{port}/classify", "water "
+    body = {"input": word * (1_000_000 // len(word))}
+    asked = {"input": "tell me about the tree"}
+    async with httpx.AsyncClient(timeout=None) as client:
+
+        async def short() -> float:
+            started = time.perf_counter()
+            assert (await client.post(url, json=asked)).status_code == 200
+            return time.perf_counter() - started
+
+        alone = [await short() for _ in range(50)][10:]
+        before, started, statuses = _resident(pid, "VmRSS"), time.perf_counter(), []
+
+        async def long() -> None:
+            statuses.append((await client.post(url, json=body)).status_code)
+
+        many = [asyncio.ensure_future(long()) for _ in range(count)]
+        beside = []
+        while not all(task.done() for task in many):
+            beside.append(await short())
+        await asyncio.gather(*many)
+        seconds = time.perf_counter() - started
+    counted = {str(status): statuses.count(status) for status in sorted(set(statuses))}
+    told = {"alone": alone, "beside": beside, "before": before, "peak": _resident(pid, "VmHWM"), "after": _resident(pid, "VmRSS")}
+    return {**told, "seconds": seconds, "statuses": counted}
+
+
+def _resident(pid: int, name: str) -> float:
+    """MiB of a process."""
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def proxy(options: Any) -> tuple[list[Row], dict[str, Any]]:
