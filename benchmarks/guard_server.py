@@ -11,6 +11,7 @@ server refuses by their length, or tokenises where it is told to, and meanwhile 
 """
 
 import asyncio
+import json
 import os
 import pathlib
 import random
@@ -39,7 +40,7 @@ def main() -> None:
     finish(f"guard_{options.what}", rows, options, detail, load)
 
 
-def long_prompts(options: Any) -> tuple[list[Row], dict[str, Any]]:
+def long_prompts(_: Any) -> tuple[list[Row], dict[str, Any]]:
     """What short requests wait, and how the server's memory grows, while many long prompts arrive at once."""
     guard = organism_guard()
     rows: list[Row] = []
@@ -59,7 +60,8 @@ def long_prompts(options: Any) -> tuple[list[Row], dict[str, Any]]:
 
 async def _beside_long(port: int, pid: int, count: int = 32) -> dict[str, Any]:
     url, word = f"http://127.0.0.1:{port}/classify", "water "
-    body = {"input": word * (1_000_000 // len(word))}
+    body = json.dumps({"input": word * (1_000_000 // len(word))}).encode()
+    kind = {"Content-Type": "application/json"}
     asked = {"input": "tell me about the tree"}
     async with httpx.AsyncClient(timeout=None) as client:
 
@@ -72,7 +74,7 @@ async def _beside_long(port: int, pid: int, count: int = 32) -> dict[str, Any]:
         before, started, statuses = _resident(pid, "VmRSS"), time.perf_counter(), []
 
         async def long() -> None:
-            statuses.append((await client.post(url, json=body)).status_code)
+            statuses.append((await client.post(url, content=body, headers=kind)).status_code)
 
         many = [asyncio.ensure_future(long()) for _ in range(count)]
         beside = []
