@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from safety_neurons.errors import MismatchError, ModelError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, load, load_pair, run_batches
 from safety_neurons.prompts import Prompt
+from safety_neurons.tuning import merged_base
 from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 IDS = [[1, 5, 6, 7, 9], [1, 20, 21]]
@@ -280,6 +281,23 @@ def test_every_kind_of_adapter_runs_as_it_was_saved_and_its_neurons_are_read_or_
                 _ = lm.anatomy
 
 
+def test_an_adapter_on_weights_that_two_layers_share_runs_unmerged_and_is_not_merged(folders, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["base"], tie_word_embeddings=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    transformers.AutoTokenizer.from_pretrained(folders["base"]).save_pretrained(tmp_path / "tied")
+    for number, layers in enumerate((["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", *layers], task_type="CAUSAL_LM")
+        folder, expected = _tuned(tmp_path / "tied", tmp_path / str(number), config)
+        lm = load(f"{tmp_path / 'tied'}+{folder}")
+        with torch.no_grad(), lm.running():
+            assert torch.allclose(lm.model(torch.arange(5, 15)[None]).logits, expected, atol=1e-5)
+        with pytest.raises(ModelError, match="cannot be merged, since it would change two layers"):
+            load(f"{tmp_path / 'tied'}+{folder}", merge_adapters=True)
+        with pytest.raises(ModelError, match="cannot be merged, since it would change two layers"):
+            merged_base(lm)
+
+
 def test_adapters_that_are_no_change_of_weights_are_refused_by_name(folders, tmp_path):
     for config in (
         peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
@@ -297,7 +315,7 @@ def test_an_adapter_that_repeats_layers_runs_unmerged_and_is_not_merged(folders,
     lm = load(f"{folders['base']}+{folder}")
     with torch.no_grad(), lm.running():
         assert torch.allclose(lm.model(torch.arange(5, 15)[None]).logits, expected)
-    with pytest.raises(ModelError, match="repeats layers cannot be merged"):
+    with pytest.raises(ModelError, match="cannot be merged, since it would change two layers"):
         load(f"{folders['base']}+{folder}", merge_adapters=True)
 
 

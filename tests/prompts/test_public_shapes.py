@@ -68,6 +68,11 @@ ROWS = {
     ),
     "another case": ({"Behavior": "label", "Goal": "Hi"}, None),
     "spaces in the name": ({"Forbidden Prompt": "Hi"}, None),
+    "FLAN": ({"inputs": "Hi", "targets": "No"}, "No"),
+    "BeaverTails": ({"prompt": "Hi", "response": "No", "category": {"theft": True}, "is_safe": False}, "No"),
+    "RealToxicityPrompts": ({"prompt": {"text": "Hi", "toxicity": 0.1}, "continuation": {"text": "No"}}, None),
+    "Anthropic batch": ({"custom_id": "x", "params": {"model": "m", "messages": USER}}, None),
+    "Open Assistant": ({"text": "Hi", "role": "prompter", "lang": "en"}, None),
     "viewer": ({"row_idx": 0, "row": {"prompt": "Hi"}}, None),
 }
 
@@ -117,6 +122,7 @@ ODD = {
     "not turns": {"messages": "text"},
     "texts": {"prompt": ["a", "b"]},
     "setup": {"entry_type": "start_run setup"},
+    "an answer by itself": {"text": "No", "role": "assistant"},
     "a number": 7,
     "a list": [1],
 }
@@ -155,6 +161,21 @@ def test_system_and_context_are_used_and_said():
     found = prompts([{"instruction": "Sum up.", "context": "A text.", "response": "ok"}])
     assert (found[0].text, found[0].answer) == ("Sum up.\n\nA text.", "ok")
     assert any("'context' is put behind the request" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": {"instructions": "Be kind.", "input": USER}},
+        {"systemInstruction": {"parts": [{"text": "Be kind."}]}, "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+        {"preamble": "Be kind.", "prompt": "Hi"},
+        {"custom_id": "x", "params": {"system": [{"type": "text", "text": "Be kind."}], "messages": USER}},
+    ],
+)
+def test_system_texts_of_servers_requests_are_used_and_said(row):
+    found = prompts([row])
+    assert found[0].messages == (Message("system", "Be kind."), Message("user", "Hi"))
+    assert any("is the system prompt of 1 rows" in note for note in found.notes)
 
 
 def test_a_row_is_read_from_the_column_that_it_has_and_the_group_is_kept():

@@ -229,19 +229,54 @@ def merge(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> 
         ModelError: An adapter that does not fit, or weights (quantised ones, say) that cannot take it up.
     """
     for folder, config in zip(folders, configs, strict=True):
-        if getattr(config, "layer_replication", None):
-            raise ModelError(
-                f"{folder}: an adapter that repeats layers cannot be merged, since the copies share weights; leave --merge-adapters out"
-            )
         adapted: Any = attach(model, [folder], [config])
         activate(adapted, ["a0"])
-        try:
-            model = adapted.merge_and_unload()
-        except Exception as error:  # each kind of adapter fails in its own way
-            raise ModelError(f"{folder}: the adapter cannot be merged ({first_line(error)}); leave --merge-adapters out") from error
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        model = merged(adapted, f"{folder}: the adapter")
     return model
+
+
+def merged(adapted: Any, what: str) -> nn.Module:
+    """The plain model of a PEFT model, with the adapters that act merged into its own weights.
+
+    Args:
+        adapted: The PEFT model, which is used up.
+        what: What is merged, as an error calls it.
+
+    Raises:
+        ModelError: Weights that two layers share, as where an adapter repeats layers, or that cannot take up an adapter.
+    """
+    if shared := _shared(adapted):
+        raise ModelError(
+            f"{what} cannot be merged, since it would change two layers: {' and '.join(shared)} share their weights; keep it unmerged "
+            "(without --merge-adapters)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain: Any = adapted.merge_and_unload()
+    except Exception as error:  # each kind of adapter fails in its own way
+        raise ModelError(f"{what} cannot be merged ({first_line(error)}); keep it unmerged (without --merge-adapters)") from error
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
+    return plain
+
+
+def _shared(adapted: Any) -> tuple[str, str] | None:
+    """A layer that adapters add to, and another one that has the same weights, such as an embedding and the head that is tied to it."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer  # it changes both where both are one, merged or not
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    changed = {
+        id(value): (name, layer.get_base_layer())
+        for name, layer in adapted.get_base_model().named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)
+        for value in layer.get_base_layer().parameters(recurse=False)
+    }
+    for name, module in adapted.get_base_model().named_modules():
+        for value in module.parameters(recurse=False):
+            if id(value) in changed and changed[id(value)][1] is not module:
+                return changed[id(value)][0], name.removesuffix(".base_layer")
+    return None
 
 
 def is_adapted(model: Any) -> bool:

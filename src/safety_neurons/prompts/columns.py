@@ -26,9 +26,11 @@ PROMPT_COLUMNS = (
     "problem",
     "sentence",
     "input",
+    "inputs",
     "content",
     "user",
     "human",
+    "behaviour",
 )
 """Columns of the request, the first one first, whatever their case."""
 ANSWER_COLUMNS = (
@@ -47,13 +49,14 @@ ANSWER_COLUMNS = (
     "completions",
     "answers",
     "best_answer",
+    "targets",
 )
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "conversation_a", "turns", "dialog", "dialogue", "contents", "data")
 PAIR_COLUMNS = ("chosen", "rejected")
 """Columns of preference pairs: whole conversations, where no other column holds the request."""
 REQUESTS_ONLY = "turns"
 """A list of texts in a column of this name is requests, one after the other; in the others requests and answers take turns."""
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "instructions", "preamble")
 INPUT_COLUMNS = ("input", "context")
 CONTEXT_COLUMNS = ("ContextString", "context_string")
 ID_COLUMNS = ("id", "prompt_id", "BehaviorID", "behavior_id", "uid", "custom_id", "question_id")

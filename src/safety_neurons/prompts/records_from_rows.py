@@ -10,6 +10,7 @@ from typing import Any
 from safety_neurons.errors import InputError
 from safety_neurons.prompts import columns as names
 from safety_neurons.prompts.conversations import (
+    ROLES,
     UnreadableTurnError,
     is_conversation,
     is_transcript,
@@ -122,6 +123,10 @@ class _Reader:
             self._leave("no known column for the prompt", number)
             return None
         self._number = number
+        role = ROLES.get(str(row.get("role")).casefold()) if self._column is None and not plan.conversation else None
+        if role not in (None, "user"):
+            self._leave(f"a turn of role {role} by itself, which is no request", number)
+            return None
         try:
             column, turns = self._asked(row, plan)
         except (_Unusable, UnreadableTurnError) as error:

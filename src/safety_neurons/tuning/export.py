@@ -6,7 +6,6 @@ whose B is the change. With alpha = rank the product is the change itself, so me
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.adapters import activate, is_adapted
+from safety_neurons.model.adapters import activate, is_adapted, merged
 from safety_neurons.model.loading import quiet
 from safety_neurons.model.places import SitePlace
 from safety_neurons.neurons import parse_key
@@ -134,6 +133,7 @@ def merged_base(model: LanguageModel) -> LanguageModel:
 
     Raises:
         UnsupportedModelError: quantised weights, which cannot take up an adapter exactly.
+        ModelError: weights that two layers share, such as those of a tied embedding with an adapter.
 
     Source: PEFT's `merge_and_unload`.
     """
@@ -144,12 +144,7 @@ def merged_base(model: LanguageModel) -> LanguageModel:
     adapted: Any = copy.deepcopy(model.model)
     if model.adapters is not None:
         activate(adapted, model.adapters)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = adapted.merge_and_unload()
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
-    other = LanguageModel(plain, model.tokenizer, name=model.name, folder=model.folder)
+    other = LanguageModel(merged(adapted, f"{model.name}: its adapter"), model.tokenizer, name=model.name, folder=model.folder)
     other.template = model.template
     return other
 
