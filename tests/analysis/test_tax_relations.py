@@ -126,7 +126,7 @@ def test_scores_that_only_follow_activation_overlap_by_chance_and_no_more():
     assert pair.spearman_given_activation < pair.spearman_all["value"]
 
 
-def test_intervals_hold_their_numbers_and_shrink_with_nothing_to_draw(found):
+def test_intervals_hold_their_numbers_and_none_is_without_width(found):
     for each in found:
         record = each.record()
         for name in ("all", "union", "given_activation"):
@@ -136,14 +136,20 @@ def test_intervals_hold_their_numbers_and_shrink_with_nothing_to_draw(found):
     values = np.random.default_rng(6).random((1, 20)).repeat(4, 0)
     same = Changes({"a": values, "b": values**2}, {("a", "b"): values}, np.ones(4), np.zeros(20, int), np.ones(20))
     (pair,) = relations(same, top=0.2)
-    assert pair.overlap.low == pair.overlap.value == pair.overlap.high
+    assert pair.overlap.low < pair.overlap.value <= pair.overlap.high
+    assert pair.intervals["all"] == (None, None)
+    for moved in (pair.others, *(each.shared for each in found if each.shared)):
+        for number in (moved.cosine, moved.opposed, moved.difference):
+            assert number.low is None or number.low < number.high, number
+    assert found[0].shared.opposed.value == 1.0 > found[0].shared.opposed.low
 
 
 def test_directions_of_models_that_did_not_move_are_undefined():
     nothing = np.zeros((3, 5))
     still = Changes({"a": nothing, "b": nothing}, {("a", "b"): nothing}, np.ones(3), np.zeros(5, int), np.ones(5))
     found = directions(still, "a", "b", np.ones(5, bool), np.zeros((4, 3), int))
-    assert np.isnan(found.cosine.value)
+    assert found.cosine.value is None
+    assert found.opposed.why
     assert found.difference.value == 0
 
 

@@ -203,7 +203,7 @@ def test_unmerged_adapters_score_as_the_merged_weights_do(kind, targets):
 def test_a_partial_result_of_another_template_is_not_taken_up(lm, tmp_path):
     find_importance(lm, PROMPTS[:2], checkpoint=Checkpoint(tmp_path / "part"))
     other = LanguageModel(lm.model, lm.tokenizer, template="tulu")
-    with pytest.raises(RunError, match="made with another models:"):
+    with pytest.raises(RunError, match="made with different models:"):
         find_importance(other, PROMPTS[:2], checkpoint=Checkpoint(tmp_path / "part"))
 
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.guard import Calibration, auroc, expected_calibration_error, fit_on_features, operating_points, stratified_split
+from safety_neurons.guard import Calibration, expected_calibration_error, fit_on_features, operating_points, stratified_split
 from safety_neurons.guard.calibration import fit_calibration, log_loss
 from safety_neurons.guard.fit_features import regression
-from safety_neurons.guard.operating import clopper_pearson, threshold_for
+from safety_neurons.guard.operating import rates_at, threshold_for
+from safety_neurons.results import auroc
 
 
 def planted(n: int, seed: int = 0, share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +131,9 @@ def test_clopper_pearson_is_the_inverted_binomial_test() -> None:
     from scipy.stats import binomtest
 
     for successes, n in ((0, 20), (3, 50), (50, 50)):
-        found, expected = clopper_pearson(successes, n), binomtest(successes, n).proportion_ci(0.95, "exact")
+        chances = np.append(np.arange(n) < successes, [1.0, 1.0])
+        (found, caught), expected = rates_at(chances, np.arange(n + 2) >= n, 0.5), binomtest(successes, n).proportion_ci(0.95, "exact")
+        assert caught.value == 1.0
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
@@ -225,3 +228,17 @@ def test_what_cannot_be_fit_is_an_error_that_says_why() -> None:
         fit_on_features(values, labels, calibration="magic")
     with pytest.raises(InputError, match="at least one feature"):
         fit_on_features(values[:, :0], labels)
+
+
+def test_a_split_keeps_groups_together_and_their_number_apart() -> None:
+    labels = np.arange(120) < 60
+    groups = [f"deed {place % 24}" for place in range(120)]  # every deed in both classes
+    split = stratified_split(labels, groups=groups)
+    parts = [{groups[place] for place in part} for part in (split.train, split.validation, split.calibration)]
+    assert sum(map(len, parts)) == len(set(groups)) == 24
+    assert all(len(set(labels[part].tolist())) == 2 for part in (split.train, split.validation, split.calibration))
+    alone, plain = stratified_split(labels, groups=[None] * 120), stratified_split(labels)
+    assert np.array_equal(alone.train, plain.train)
+    assert np.array_equal(alone.calibration, plain.calibration)
+    with pytest.raises(InputError, match="groups among 120 examples leave the"):
+        stratified_split(labels, groups=["one"] * 60 + ["other"] * 60)

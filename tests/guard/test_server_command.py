@@ -11,8 +11,8 @@ from safety_neurons.cli import guard_serve
 from safety_neurons.cli.options import Common
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.guard import OperatingPoint
-from safety_neurons.guard.operating import clopper_pearson
 from safety_neurons.guard.server.serving import address, bound
+from safety_neurons.results import rate
 
 OPTIONS = {
     "served_name": None,
@@ -96,7 +96,7 @@ def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monke
 
     model = tiny_model()
     chances = {"safe": [0.1] * 24, "unsafe": [0.2] * 24}
-    few = OperatingPoint(0.01, None, clopper_pearson(0, 24), clopper_pearson(0, 24), False, "few")
+    few = OperatingPoint(0.01, None, rate([0] * 24), rate([0] * 24), False, "few")
     idle = dataclasses.replace(tiny_guard(model), threshold=0.973, in_force="provisional fpr 0.01", operating_points=(few,))
     dataclasses.replace(idle, reference={} if old else {"probabilities": chances}).save(tmp_path)
     common = Common(json=True)

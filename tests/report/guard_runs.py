@@ -20,6 +20,7 @@ OUTPUTS = {
     part: {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 200, "unscored": 0}
     for part, value in {"before": 0.9, "after": 0.05, "cut": 0.944, "blocked": 0.03}.items()
 }
+OUTPUTS["change"] = {"value": -0.85, "low": -0.9, "high": -0.8, "n": 200, "unscored": 0, "p": 1e-9, "clear": True}
 
 
 def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.Path:

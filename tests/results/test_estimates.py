@@ -21,10 +21,14 @@ from safety_neurons.results import (
     Effect,
     Rate,
     against_random,
+    captioned,
     causal_effect,
     clear_word,
+    comparisons,
     difference_over_seeds,
+    family,
     holm,
+    holm_in,
     is_clear,
     mcnemar,
     paired_difference,
@@ -376,6 +380,20 @@ def test_a_table_of_more_than_ten_holds_the_family_wise_rate_and_a_short_one_is_
     assert holm([weak] * 11 + [Difference(None, None, None, 0)])[-1].p_holm is None
 
 
+def test_a_table_of_json_values_is_held_however_it_is_nested_and_its_caption_says_so():
+    weak, strong = paired_difference([1] * 7 + [0] * 93, [0] * 100), paired_difference([1] * 40 + [0] * 60, [0] * 100)
+    cells = [{"name": "a", "by": {"x": weak.to_json(), "y": None}, "rate": rate([1, 0]).to_json(), "more": (weak.to_json(),)}] * 5
+    table = [*cells, {"name": "b", "difference": strong.to_json(), "mcnemar": mcnemar([1], [0]).to_json()}]
+    held = holm_in(table)
+    assert [one["p_holm"] for one in comparisons(held)] == [one.p_holm for one in holm([weak] * 10 + [strong])]
+    assert [is_clear(one) for one in comparisons(held)] == [False] * 10 + [True]
+    assert family(held) == "Of 11 comparisons the family-wise rate is held (Holm)."
+    assert (held[0]["name"], held[0]["rate"], held[-1]["mcnemar"]) == ("a", cells[0]["rate"], table[-1]["mcnemar"])
+    assert holm_in(cells) == [{**cell, "more": list(cell["more"])} for cell in cells]
+    assert family(cells) == family(holm_in(cells)) == ""
+    assert (captioned("Rates", held), captioned("Rates", cells), captioned("", cells)) == (f"Rates. {family(held)}", "Rates", "")
+
+
 # McNemar's test
 
 
@@ -410,9 +428,9 @@ def test_lists_of_different_length_are_refused():
 
 
 def test_nothing_else_decides_what_is_clear_or_makes_intervals_of_its_own():
-    """Ranges of chance (what random draws do) are no intervals of an estimate; DeLong's of an area is `guard/measures.py`."""
-    own = re.compile(r"\[\"high\"\] < 0|\[\"low\"\] > 0 or|\.low > 0 or|\.high < 0|1\.96\b|1\.959963|np\.percentile|\(0\.025, 0\.975\)")
-    allowed = {"results/estimates.py", "guard/measures.py", "analysis/chance.py", "analysis/ranks.py", "studies/vocabulary.py"}
+    """Ranges of chance (what random draws do) are no intervals of an estimate."""
+    own = re.compile(r"\[\"high\"\] < 0|\[\"low\"\] > 0|\.low > 0 or|\.high < 0|1\.96\b|1\.959963|np\.percentile|\(0\.025, 0\.975\)")
+    allowed = {"results/estimates.py", "analysis/chance.py", "analysis/ranks.py", "studies/vocabulary.py"}
     source = pathlib.Path(safety_neurons.__file__).parent
     found = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if own.search(path.read_text(encoding="utf-8"))}
     assert found <= allowed

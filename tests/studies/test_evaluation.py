@@ -179,16 +179,16 @@ def test_answers_of_another_model_or_treatment_are_never_gone_on_with(model, neu
     run(model, harmless, deactivate=neurons, out=tmp_path)
     run(model, harmless, deactivate=neurons, out=tmp_path, batch_size=1)
     other = NeuronSet({"layers.0.down": list(range(24)), "layers.1.gate": list(range(1, 21))}, model.table)
-    with pytest.raises(RunError, match="another treatment"):
+    with pytest.raises(RunError, match="different treatment"):
         run(model, harmless, deactivate=other, out=tmp_path)
-    with pytest.raises(RunError, match="another writing"):
+    with pytest.raises(RunError, match="different writing"):
         run(model, harmless, deactivate=neurons, out=tmp_path, max_new_tokens=5)
     weight = model.model.get_input_embeddings().weight
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] += 1e-3
     try:
-        with pytest.raises(RunError, match="another model"):
+        with pytest.raises(RunError, match="different model"):
             run(model, harmless, deactivate=neurons, out=tmp_path)
     finally:
         with torch.no_grad():

@@ -68,7 +68,7 @@ def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, mon
         studies_of(pair, ours, file)[name]()
     with torch.no_grad():
         pair.base.inner.get_input_embeddings().weight.data[3, 3] += 1  # reached through .data, which counts no version
-    with pytest.raises(RunError, match=r"answers of another (model|models|base|aligned) of completions.jsonl"):
+    with pytest.raises(RunError, match=r"made with different (model|models|base|aligned) of completions.jsonl"):
         studies_of(pair, ours, file)[name]()
 
 
@@ -85,13 +85,13 @@ def test_a_partial_sum_is_gone_on_with_by_the_same_weights_alone(pair, tmp_path)
     Stream(checkpoint, key_of(both))
     pair.base.name = "renamed"
     Stream(checkpoint, key_of(both))
-    with pytest.raises(RunError, match="made with another models: use another output folder"):
+    with pytest.raises(RunError, match="made with different models: use another output folder"):
         Stream(checkpoint, key_of([pair.aligned, pair.base]))
-    with pytest.raises(RunError, match="made with another layers:"):
+    with pytest.raises(RunError, match="made with different layers:"):
         Stream(checkpoint, key_of(both, layers="0:1"))
     with torch.no_grad():
         next(value for name, value in pair.base.inner.named_parameters() if "ia3" in name)[:] += 1
-    with pytest.raises(RunError, match="made with another models"):
+    with pytest.raises(RunError, match="made with different models"):
         Stream(checkpoint, key_of(both))
 
 

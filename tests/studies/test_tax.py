@@ -10,7 +10,7 @@ from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism.opening import load_several
 from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.results import Completion, Completions
+from safety_neurons.results import Completion, Completions, comparisons
 from safety_neurons.studies import cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tax import Measured
 from tiny import tiny_adapter_folder
@@ -113,6 +113,20 @@ def test_effects_are_paired_differences_of_the_verdicts(crossed):
     assert [each["arm"] for each in record["arms"]] == [
         "safety", "safety from helpful", "safety from helpful, random 0", "safety from helpful, random 1", "helpful", "helpful from safety",
     ]  # fmt: skip
+
+
+def test_both_directions_all_measures_and_both_comparisons_are_one_family(crossed):
+    found = list(comparisons(crossed.record()["cross_patching"]))
+    assert len(found) == 12
+    assert all(one["p_holm"] >= one["p"] for one in found)
+    assert all(one["p_holm"] is not None for one in found)
+
+
+def test_prompts_that_share_a_group_are_drawn_together(models):
+    every = Prompts.from_list([*HARMFUL, *HARMLESS])
+    shared = Prompts([dataclasses.replace(one, group=str(place // 2)) for place, one in enumerate(every)])
+    pairs, alone = (read_trainings(models[0], models[1], asked, groups=20, **OPTIONS) for asked in (shared, Prompts(list(shared)[::2])))
+    assert len(pairs.changes.tokens) == len(alone.changes.tokens)
 
 
 def test_nothing_shared_is_an_error_that_names_the_way_out(models):

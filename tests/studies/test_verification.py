@@ -1,6 +1,7 @@
 """verify: every number recomputed from the completions that were kept, controls and ceiling held to what they are."""
 
 import numpy as np
+import pandas
 import pytest
 
 from families import build
@@ -9,7 +10,10 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompts import Prompts
-from safety_neurons.studies import arms, verify_deactivate, verify_patch
+from safety_neurons.studies import arms, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
+from safety_neurons.studies.arms import Bench
+from safety_neurons.studies.guard_requests import cases_of
+from safety_neurons.studies.requests import requests_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
@@ -167,6 +171,50 @@ def test_routed_experts_are_left_out_of_the_ceiling_of_a_patch_and_that_is_said(
     chosen = NeuronSet({"layers.0.down": [1, 2]}, dense.table)
     found = verify_patch(dense, dense, chosen, *few, random=1, **OPTIONS)
     assert any("routed experts" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        list,
+        lambda texts: [{"goal": text} for text in texts],
+        lambda texts: [[{"role": "user", "content": text}] for text in texts],
+        pandas.DataFrame,
+        lambda texts: (text for text in texts),
+    ],
+    ids=["texts", "records", "conversations", "table", "generator"],
+)
+def test_studies_take_requests_as_finders_do(pair, scores, monkeypatch, given):
+    """Every public study of a pair or a model: whatever form requests come in, its bench has the same ones."""
+
+    class Reached(Exception):  # noqa: N818 - the end of what is tested
+        pass
+
+    def reached(bench):
+        raise Reached(bench.harmful.texts, bench.harmless.texts)
+
+    monkeypatch.setattr(Bench, "__post_init__", reached)
+
+    def asked(texts=HARMFUL):
+        return given({"prompt": texts} if given is pandas.DataFrame else texts)
+
+    members = scores.top(0.3)
+    find = {"find_prompts": asked(), "methods": ["contrast"], "random": 0}
+    models = {"a": pair.base, "b": pair.aligned}
+    for study in (
+        lambda: verify_deactivate(pair.aligned, members, asked(), asked(HARMLESS), text=asked()),
+        lambda: verify_patch(pair.base, pair.aligned, members, asked(), asked(HARMLESS)),
+        lambda: compare(pair.base, pair.aligned, asked(), asked(HARMLESS), **find),
+        lambda: progressive(pair.aligned, members, asked(), asked(HARMLESS)),
+        lambda: cross_patch(models, members, asked(), asked(HARMLESS), measure=helpfulness("answered")),
+    ):
+        with pytest.raises(Reached) as found:
+            study()
+        assert found.value.args == (HARMFUL, HARMLESS)
+    (harmful, harmless) = requests_of([asked()], asked(HARMLESS)).requests
+    assert (harmful.prompts.texts, harmless.prompts.texts) == (HARMFUL, HARMLESS)
+    cases = cases_of(asked(), asked(HARMLESS))
+    assert [case.prompt.text for case in cases.items] == [*HARMFUL, *HARMLESS]
 
 
 def test_an_empty_set_and_one_of_another_model_are_refused(pair, prompts, scores):

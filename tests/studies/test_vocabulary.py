@@ -114,7 +114,7 @@ def test_random_neurons_are_of_the_same_matrices_and_give_a_range(made):
     for card in made.cards:
         effect = card.effects["deactivate"]
         assert effect["as_large_among_random"] == sum(abs(value) >= abs(effect["value"]) for value in reference["values"])
-        assert effect["p"] == (1 + effect["as_large_among_random"]) / 5
+        assert effect["p_among_random"] == (1 + effect["as_large_among_random"]) / 5
 
 
 def test_a_pair_is_patched_too_and_writes_its_own_texts(tiny_pair):
@@ -122,7 +122,7 @@ def test_a_pair_is_patched_too_and_writes_its_own_texts(tiny_pair):
     found = vocabulary(pair.aligned, [("layers.1.down", 0)], Prompts.from_list(HARMFUL[:3]), base=pair.base, random=0, tokens=2)
     assert set(found.cards[0].effects) == {"deactivate", "patch"}
     assert found.texts["refusal"] == "the aligned model's"
-    assert found.cards[0].effects["patch"]["p"] is None
+    assert found.cards[0].effects["patch"]["p_among_random"] is None
     assert found.record()["cards"][0]["neuron"] == "layers.1.down:0"
 
 

@@ -4,7 +4,7 @@ Everything is computed from sums over tokens, one row for each group of prompts,
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from safety_neurons.analysis.chance import Counts, hypergeometric, total
 from safety_neurons.analysis.ranks import one_by_one, over_all, over_union, spearman
 from safety_neurons.errors import InputError
 from safety_neurons.results import Changes, Estimate
-from safety_neurons.results.estimates import percentiles
+from safety_neurons.results.estimates import resampled
 
 DRAWS = 300
 """Bootstrap draws of prompt groups."""
@@ -35,6 +35,10 @@ class Directions:
     cosine: Estimate
     opposed: Estimate
     difference: Estimate
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {name: estimate.to_json() for name, estimate in vars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Relation:
     spearman_all: Mapping[str, Any]
     spearman_union: Mapping[str, Any]
     spearman_given_activation: float | None
-    intervals: Mapping[str, tuple[float, float]]
+    intervals: Mapping[str, tuple[float | None, float | None]]
     shared: Directions | None
     others: Directions
 
@@ -86,8 +90,8 @@ class Relation:
                 "union": {**self.spearman_union, **ends["union"]},
                 "given_activation": {"value": self.spearman_given_activation, **ends["given_activation"]},
             },
-            "shared": dataclasses.asdict(self.shared) if self.shared else None,
-            "others": dataclasses.asdict(self.others),
+            "shared": self.shared.record() if self.shared else None,
+            "others": self.others.record(),
         }
 
 
@@ -162,32 +166,33 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
         spread["all"].append(spearman(x, y))
         spread["union"].append(spearman(x[mine | other], y[mine | other]))
         spread["given_activation"].append(partial_spearman(x, y, changes.activation))
-    ends = {name: _ends(values) for name, values in spread.items()}
     strata = {
         "all": np.zeros(len(first), np.int64),
         "in_layers": changes.layers,
         "in_activation": activation_bins(changes.activation, changes.layers),
     }
+    size, whole, union = int(ours.sum()), over_all(first, second, *moves), over_union(first, second, (ours, theirs), *moves, seed=seed)
+    partial = partial_spearman(first, second, changes.activation)
+    values = {"all": whole["value"], "union": union["value"], "given_activation": partial}
+    correlations = {name: resampled(value, spread[name], groups, (-1.0, 1.0)) for name, value in values.items()}
+    share = resampled(
+        float(both.sum()) / size, [count / size for count in spread["overlap"] if count is not None], groups, (0.0, 1.0), size
+    )
+    overlap = Estimate(float(both.sum()), *(None if end is None else size * end for end in (share.low, share.high)), groups)
     return Relation(
         a,
         b,
         len(first),
-        int(ours.sum()),
-        Estimate(float(both.sum()), *ends.pop("overlap"), groups),
+        size,
+        overlap,
         {name: chance_overlap(ours, theirs, stratum) for name, stratum in strata.items()},
-        over_all(first, second, *moves),
-        over_union(first, second, (ours, theirs), *moves, seed=seed),
-        partial_spearman(first, second, changes.activation),
-        ends,
+        whole,
+        union,
+        partial,
+        {name: (one.low, one.high) for name, one in correlations.items()},
         directions(changes, a, b, both, draws) if both.any() else None,
         directions(changes, a, b, ~both, draws),
     )
-
-
-def _ends(values: Sequence[float | None]) -> tuple[float, float]:
-    """95 % interval over the draws that gave a number."""
-    known = np.array([value for value in values if value is not None])
-    return percentiles(known) if len(known) else (float("nan"), float("nan"))
 
 
 def directions(changes: Changes, a: str, b: str, members: Bool[np.ndarray, " neuron"], draws: Int[np.ndarray, "draw group"]) -> Directions:
@@ -206,6 +211,12 @@ def directions(changes: Changes, a: str, b: str, members: Bool[np.ndarray, " neu
         before = float((size**2).sum())
         return cosine, opposed, float(np.sqrt(gap.sum() / max(changes.tokens[draw].sum(), 1) / before)) if before > 0 else float("nan")
 
-    found = measured(np.arange(len(changes.tokens)))
-    spread = np.array([measured(draw) for draw in draws])
-    return Directions(*(Estimate(value, *percentiles(column), len(changes.tokens)) for value, column in zip(found, spread.T, strict=True)))
+    groups = len(changes.tokens)
+    cosine, opposed, difference = measured(np.arange(groups))
+    spread = np.array([measured(draw) for draw in draws]).T.tolist()
+    moving = int(((first.sum(0) > 0) & (second.sum(0) > 0)).sum())
+    return Directions(
+        resampled(cosine, spread[0], groups, (-1.0, 1.0)),
+        resampled(opposed, spread[1], groups, (0.0, 1.0), moving),
+        resampled(difference, spread[2], groups, (0.0, float("inf"))),
+    )

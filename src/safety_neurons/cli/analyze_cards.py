@@ -158,7 +158,7 @@ def show_cards(result: dict[str, Any]) -> None:
         rows.append([card["neuron"].removeprefix("layers."), likelier, against, *effects])
     columns = ["neuron", "makes likelier", "makes less likely", *kinds]
     caption = "change of the refusal's log-odds by this neuron alone; * clear, and the interval lies outside 95 % of random neurons"
-    console.print_table("Neuron cards", columns, rows, caption=caption)
+    console.print_table("Neuron cards", columns, rows, caption, result["cards"])
     for kind in kinds:
         alone, odds = result["random"][kind], result["log_odds"][kind]
         spread = f"random neurons {alone['low']:+.3f} to {alone['high']:+.3f}" if alone["n"] else "no random neurons"
@@ -168,14 +168,13 @@ def show_cards(result: dict[str, Any]) -> None:
 
 def with_star(number: dict[str, Any], alone: dict[str, Any]) -> str:
     """A signed number, marked where it stands out among random neurons."""
-    from safety_neurons.results import is_clear
+    from safety_neurons.results import stands_out
 
     if number["value"] is None:
         return "undefined"
     if number["low"] is None:
         return f"{number['value']:+.3f}"
-    outside = not alone["n"] or number["low"] > alone["high"] or number["high"] < alone["low"]
-    return f"{number['value']:+.3f}{'*' if is_clear(number) and outside else ''}"
+    return f"{number['value']:+.3f}{'*' if stands_out(number, alone) else ''}"
 
 
 def show_progressive(result: dict[str, Any]) -> None:
@@ -187,7 +186,7 @@ def show_progressive(result: dict[str, Any]) -> None:
             rows.append([curve["order"] if place == 0 else "", point["step"], point["n_neurons"], *measured(point)])
     columns = ["order", "off last", "off", "harmful refused", "harmless", "perplexity", "KL"]
     caption = "off: neurons switched off so far; harmless: harmless requests refused; KL: per token on harmless requests, in nats"
-    console.print_table(f"{result['n_neurons']:,} neurons switched off bit by bit", columns, rows, caption=caption)
+    console.print_table(f"{result['n_neurons']:,} neurons switched off bit by bit", columns, rows, caption, result["curves"])
     for kind, band in result["random"].items():
         line = ", ".join(
             f"{from_to(point['n_neurons'])} off {point['harmful_refused']['low']:.2f} to {point['harmful_refused']['high']:.2f}"

@@ -296,16 +296,14 @@ def counted(part: dict[str, Any], whole: int) -> str:
 
 def show_matrix(title: str, cells: list[dict[str, Any]], field: str, corner: str) -> None:
     """Sets down, groups across; a star where a set clearly does more than random ones."""
-    from safety_neurons.results.estimates import family
-
     groups = list(dict.fromkeys(cell["group"] for cell in cells))
     rows = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
         mine = {cell["group"]: cell for cell in cells if cell["set"] == name}
         rows.append([name, *(in_cell(mine[group], field) for group in groups)])
     few = next((cell["change_against_random"]["why"] for cell in cells if (cell["change_against_random"] or {}).get("why")), "")
-    notes = ["* clearly more than random sets with as many neurons in every matrix", few, family(len(cells))]
-    console.print_table(title, [corner, *groups], rows, caption="\n".join(note for note in notes if note))
+    notes = ["* clearly more than random sets with as many neurons in every matrix", few]
+    console.print_table(title, [corner, *groups], rows, caption="\n".join(note for note in notes if note), compared=cells)
 
 
 def in_cell(cell: dict[str, Any], field: str) -> str:

@@ -174,6 +174,7 @@ def show(result: dict[str, Any]) -> None:
         f"\nCross-patching of {result['n_shared']} shared neurons ({result['helpfulness']})",
         ["model", "harmful refused", "helpful", "harmless refused"],
         rows,
+        compared=result["cross_patching"],
     )
     for direction in result["cross_patching"]:
         receiver, donor = direction["receiver"], direction["donor"]
@@ -188,4 +189,5 @@ def show(result: dict[str, Any]) -> None:
 
 def with_interval(number: dict[str, Any]) -> str | None:
     """A correlation with its interval over prompts."""
-    return None if number["value"] is None else f"{number['value']:.2f} [{number['interval'][0]:.2f}, {number['interval'][1]:.2f}]"
+    low, high = number["interval"]
+    return None if number["value"] is None else console.shown({"value": number["value"], "low": low, "high": high})

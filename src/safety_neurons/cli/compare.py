@@ -161,6 +161,7 @@ def show(result: dict[str, Any]) -> None:
         [[cell(row) for cell in columns.values()] for row in result["methods"]],
         caption="a unit counts once; causal effect: patched into the base; lost when off: share of harmful requests the aligned model\n"
         "no longer refuses; harmless: share of harmless requests refused under patching; [95 % interval]",
+        compared=result["methods"],
     )
     console.say(f"\n{result.get('ceiling_called', 'ceiling')} {effect(result['ceiling_effect'])}")
     console.say(f"ceiling by parameters {effect(result['ceiling_by_parameters_effect'])}")

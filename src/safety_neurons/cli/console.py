@@ -207,11 +207,18 @@ def tell(text: str) -> None:
     stream.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str | None = None) -> None:
-    """A table: the first column is words, the others are numbers. No text in it is markup, and none is cut to fit."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", compared: Any = ()) -> None:
+    """A table: the first column is words, the others are numbers. No text in it is markup, and none is cut to fit.
+
+    Of the comparisons in `compared`, the JSON values the table is made of, the caption says what is held where they are many.
+    """
     from rich.table import Table
 
-    head, below = styled(title), None if caption is None else styled(caption)
+    from safety_neurons.results import captioned
+
+    caption = captioned(caption, compared, "\n")
+
+    head, below = styled(title), styled(caption) if caption else None
     table = Table(title=head, title_justify="left", title_style="bold", caption=below, caption_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "left" if number == 0 else "right"

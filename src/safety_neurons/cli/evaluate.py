@@ -225,7 +225,6 @@ def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Suites by judge as rows and arms as columns; capability; what changed; agreement of the judges."""
     from safety_neurons.results import clear_word
-    from safety_neurons.results.estimates import family
 
     arms = [(name, result[name]) for name in ("baseline", "untreated", "treated") if result[name]]
     rows = []
@@ -258,7 +257,7 @@ def show(result: dict[str, Any]) -> None:
             "\nChange, paired over prompts",
             ["suite", "measure", "judge", "difference", "", "McNemar p"],
             changed,
-            caption=family(len(result["changes"])) or None,
+            compared=result["changes"],
         )
     for pair in result["agreement"]:
         about = "harmful" if pair["kind"] == "harmful" else "harmless"

@@ -263,6 +263,7 @@ def show(result: dict[str, Any]) -> None:
         rows,
         caption="[95 % interval]; of random sets mean, lowest, highest. TPR at a false-positive rate.\n"
         f"Difference of AUROC: {result['compared']} minus this one, paired; * clear.",
+        compared=result["baselines"],
     )
     shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
     console.say(
@@ -314,6 +315,7 @@ def counted(rows: Sequence[Mapping[str, Any]]) -> None:
             ["", *settings],
             cells,
             caption="AUROC (mean of random sets with as many in every matrix); + or -: clearly better or worse than these",
+            compared=rows,
         )
 
 
@@ -352,6 +354,7 @@ def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, fla
         caption=f"AUROC; + or -: {SHORT.get(reference, reference)} clearly better or worse than this one (95 % interval, paired)"
         + ("; caught, blocked: unsafe and safe requests it flags" if flags else "")
         + ("\n* one kind alone, held against all requests of the other" if any(row["against"] for row in rows) else ""),
+        compared=rows,
     )
 
 

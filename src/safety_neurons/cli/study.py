@@ -281,12 +281,11 @@ def show_rsn(result: dict[str, Any]) -> None:
     title = (
         f"{len(result['seeds'])} seeds, {safety['n_neurons']} neurons ({console.share(safety['share_of_parameters'])} of the parameters)"
     )
-    console.print_table(title, columns, rows, caption=caption)
+    console.print_table(title, columns, rows, caption, result["differences"])
     when = "after" if down["steps"] else "before"
     for name, found in result["differences"].items():
         told = f"{name}: {hundred(found[when])} ({clear_word(found[when])})"
         console.say(f"harmful score{' after the task' if down['steps'] else ''}, {told}")
-    held_together(sum(found is not None for pair in result["differences"].values() for found in pair.values()))
 
 
 def costs(point: dict[str, Any]) -> list[str]:
@@ -311,8 +310,8 @@ def show_stress(result: dict[str, Any]) -> None:
         rows,
         caption="mean (worst seed); how much: share of the set pruned, or steps; difference with its 95 % interval over seeds and prompts, "
         f"* clear{'' if len(result['seeds']) >= FEWEST_SEEDS else f' (never with fewer than {FEWEST_SEEDS} seeds)'}",
+        compared=result["curves"],
     )
-    held_together(len(result["curves"]))
 
 
 def starred(difference: dict[str, Any]) -> str:
@@ -335,11 +334,3 @@ def percent(spread: dict[str, Any] | None) -> str:
 def hundred(spread: dict[str, Any]) -> str:
     """A difference in points with its interval."""
     return console.interval(spread, 1, signed=True, scale=100.0)
-
-
-def held_together(comparisons: int) -> None:
-    """What has to be said of a table with many comparisons."""
-    from safety_neurons.results.estimates import family
-
-    if family(comparisons):
-        console.say(family(comparisons))

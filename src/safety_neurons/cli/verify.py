@@ -150,7 +150,8 @@ def show(result: dict[str, Any]) -> None:
             [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], random_range(p), p["causal_effect"]]
             for p in result["sizes"]
         ]
-        console.print_table("\nSweep", ["size", "neurons", "harmful refused", "random sets", "causal effect"], sweep)
+        columns = ["size", "neurons", "harmful refused", "random sets", "causal effect"]
+        console.print_table("\nSweep", columns, sweep, compared=result["sizes"])
     print_effect(result)
 
 

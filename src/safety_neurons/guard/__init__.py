@@ -9,7 +9,6 @@ from safety_neurons.guard.classifier import Classifier
 from safety_neurons.guard.features import Features, read_features, read_poolings
 from safety_neurons.guard.generating import REFUSAL, GuardedAnswer, GuardedModel, guarding
 from safety_neurons.guard.guard import Guard
-from safety_neurons.guard.measures import auroc
 from safety_neurons.guard.operating import OperatingPoint, operating_points
 from safety_neurons.guard.pooling import Pooling
 from safety_neurons.guard.rechecks import Recheck
@@ -44,7 +43,6 @@ __all__ = [
     "Split",
     "TopNeuron",
     "Verdict",
-    "auroc",
     "bindings_of",
     "calibrate_recheck",
     "expected_calibration_error",

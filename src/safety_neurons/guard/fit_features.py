@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.calibration import expected_calibration_error, fit_calibration, log_loss
 from safety_neurons.guard.classifier import Classifier
-from safety_neurons.guard.measures import auroc
 from safety_neurons.guard.operating import TARGETS, OperatingPoint, operating_points, threshold_for
-from safety_neurons.results import Rate
+from safety_neurons.results import Rate, auroc
+from safety_neurons.results.estimates import GroupLabels, clusters_of
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the L2 penalty that are tried."""
@@ -45,16 +45,17 @@ class Split:
     calibration: Int[np.ndarray, " calibration"]
 
 
-def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES) -> Split:
-    """A split that gives each part its share of either class.
+def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES, groups: GroupLabels = None) -> Split:
+    """A split that gives each part its share of either class; what shares a group stays together.
 
     Args:
         labels: which examples are unsafe.
         seed: of the draw.
         shares: of train, validation and calibration.
+        groups: what examples share.
 
     Raises:
-        InputError: fewer than ten examples of a class.
+        InputError: fewer than ten examples of a class, or groups so large that a part is left with one class.
         UsageError: shares that do not sum to 1.
 
     Source: none of the papers, which fit and choose on the same prompts.
@@ -63,14 +64,26 @@ def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] =
         raise UsageError(f"shares {tuple(shares)}; expected three positive numbers that sum to 1: train, validation, calibration")
     check_classes(labels)
     generator = np.random.default_rng(seed)
-    parts: list[list[np.ndarray]] = [[], [], []]
-    for members in (np.flatnonzero(labels), np.flatnonzero(~labels)):
-        drawn = generator.permutation(members)
-        first = round(shares[0] * len(drawn))
-        second = first + max(1, round(shares[1] * len(drawn)))
-        for part, found in zip(parts, (drawn[:first], drawn[first:second], drawn[second:]), strict=True):
-            part.append(found)
-    return Split(*(np.sort(np.concatenate(part)) for part in parts))
+    clusters = clusters_of(groups, len(labels))
+    numbers, first = np.unique(clusters, return_index=True)
+    kind = np.where(np.isin(numbers, clusters[labels]), np.where(np.isin(numbers, clusters[~labels]), 2, 0), 1)
+    part_of = np.zeros(len(numbers), np.int64)
+    for each in np.unique(kind):
+        drawn = generator.permutation(np.flatnonzero(kind == each)[np.argsort(first[kind == each])])
+        sizes = np.bincount(np.searchsorted(numbers, clusters), minlength=len(numbers))[drawn]
+        cuts = np.cumsum([round(shares[0] * sizes.sum()), max(1, round(shares[1] * sizes.sum()))])
+        part_of[drawn] = np.searchsorted(cuts, np.cumsum(sizes) - sizes, side="right")
+    own = part_of[np.searchsorted(numbers, clusters)]
+    parts = [np.flatnonzero(own == place) for place in range(3)]
+    lacking = [
+        name for name, part in zip(("train", "validation", "calibration"), parts, strict=True) if len(set(labels[part].tolist())) < 2
+    ]
+    if lacking and len(numbers) < len(labels):
+        raise InputError(
+            f"{len(numbers)} groups among {len(labels)} examples leave the {lacking[0]} part without one class; expected more groups of "
+            "either kind, or none"
+        )
+    return Split(*parts)
 
 
 def check_classes(labels: Labels) -> None:
@@ -125,6 +138,7 @@ def fit_on_features(
     split: Split | None = None,
     seed: int = 0,
     readings: Mapping[int, Readings] | None = None,
+    groups: GroupLabels = None,
 ) -> Fitted:
     """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
 
@@ -142,6 +156,7 @@ def fit_on_features(
         seed: of everything random.
         readings: of calibration examples that are read in several ways the features of the further ones, by example; the largest score
             counts, as it does in a verdict.
+        groups: what examples share.
 
     Raises:
         InputError: NaN or infinity, fewer than ten examples of a class. UsageError: arguments out of range.
@@ -153,8 +168,9 @@ def fit_on_features(
         raise InputError(f"features of shape {values.shape} and {len(labels)} labels; expected one row of at least one feature per label")
     if not np.isfinite(values).all():
         raise InputError(f"{int((~np.isfinite(values).all(1)).sum())} examples hold NaN or infinity; leave them out before fitting")
-    parts = split or stratified_split(labels, seed=seed)
-    choice = best_penalty(values, labels, parts, penalties)
+    parts = split or stratified_split(labels, seed=seed, groups=groups)
+    shared = None if groups is None else np.array(groups, object)
+    choice = best_penalty(values, labels, parts, penalties, shared)
     both = np.sort(np.concatenate([parts.train, parts.validation]))
     notes = list(choice.notes)
     plain = regression(values[both], labels[both], choice.penalty, notes)
@@ -163,7 +179,8 @@ def fit_on_features(
     calibrated, losses = fit_calibration(scores, unsafe, calibration, seed)
     classifier = replace(plain, calibration=calibrated)
     probabilities = classifier.chances(torch.from_numpy(scores)).numpy()
-    points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True))
+    held_groups = None if shared is None else shared[parts.calibration].tolist()
+    points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True), held_groups)
     active = next(point for point in points if point.fpr_target == fpr)
     threshold = active.threshold if active.threshold is not None else threshold_for(probabilities, unsafe, fpr)
     if not active.supported:
@@ -175,7 +192,7 @@ def fit_on_features(
         fpr,
         choice.penalty,
         choice.auroc,
-        auroc(scores, unsafe),
+        auroc(scores, unsafe, held_groups),
         expected_calibration_error(probabilities, unsafe),
         losses,
         parts,
@@ -221,13 +238,16 @@ class Choice:
         return (-round(self.auroc.value or 0.0, 6), self.loss)
 
 
-def best_penalty(values: Values, labels: Labels, split: Split, penalties: Sequence[float] = PENALTIES) -> Choice:
+def best_penalty(
+    values: Values, labels: Labels, split: Split, penalties: Sequence[float] = PENALTIES, shared: np.ndarray | None = None
+) -> Choice:
     """The penalty with the largest AUROC on the validation split, the smallest log loss among equals."""
     unsafe, held = labels[split.validation], torch.from_numpy(np.ascontiguousarray(values[split.validation]))
     choices, notes = [], list[str]()
+    groups = None if shared is None else shared[split.validation].tolist()
     for penalty in penalties:
         scores = regression(values[split.train], labels[split.train], penalty, notes).scores(held).numpy()
-        choices.append(Choice(penalty, auroc(scores, unsafe), log_loss(scores, unsafe)))
+        choices.append(Choice(penalty, auroc(scores, unsafe, groups), log_loss(scores, unsafe)))
     return replace(min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes)))
 
 

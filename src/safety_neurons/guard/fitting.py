@@ -99,9 +99,11 @@ def fit_guard(
     read = read_poolings(model, model.encode(data.prompts), neurons, poolings, batch_size=batch_size, progress=progress)
     usable, notes = _usable(read)
     labels = data.labels[usable]
-    split = stratified_split(labels, seed=seed, shares=shares)
+    shared = [data.prompts[int(place)].group for place in usable]
+    split = stratified_split(labels, seed=seed, shares=shares, groups=shared)
     check_varying(model, {found: features.values[usable] for found, features in read.items()})
-    choices = {found: best_penalty(features.values[usable], labels, split, penalties) for found, features in read.items()}
+    grouped = np.array(shared, object)
+    choices = {found: best_penalty(features.values[usable], labels, split, penalties, grouped) for found, features in read.items()}
     chosen = min(choices, key=lambda found: (choices[found].rank, poolings.index(found)))
     held = [data.prompts[int(place)] for place in usable[split.calibration]]
     further = further_readings(model, held, neurons, chosen, batch_size)
@@ -115,6 +117,7 @@ def fit_guard(
         split=split,
         seed=seed,
         readings={int(split.calibration[place]): values for place, values in further.items()},
+        groups=shared,
     )
     said = [*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes]
     guard = _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
@@ -175,7 +178,8 @@ def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: Batch
     Source: none; probes are known to learn the wording of their two lists, and XSTest (Röttger et al., NAACL 2024) shows what that costs.
     """
     lists = [guard.bound.prompts(source) for source in (unsafe, safe)]
-    caught, wrong = (rate([verdict.flagged for verdict in guard.score_batch(list(found), top=0, batch_size=batch_size)]) for found in lists)
+    verdicts = [guard.score_batch(list(found), top=0, batch_size=batch_size) for found in lists]
+    caught, wrong = (rate([one.flagged for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True))
     seen = sum(found.overlap(guard.report.get("prompt_digests") or []) for found in lists)
     told = {"unsafe": lists[0].name, "safe": lists[1].name, "threshold": guard.threshold, "fpr": wrong, "tpr": caught}
     notes = [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []

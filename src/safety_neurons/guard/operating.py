@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Rate, rate
-from safety_neurons.results.estimates import exact
+from safety_neurons.results.estimates import GroupLabels
 
 TARGETS = (0.05, 0.01, 0.001)
 EXAMPLES = 20
@@ -58,7 +58,10 @@ class OperatingPoint:
 
 
 def operating_points(
-    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], targets: Sequence[float] = TARGETS
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Bool[np.ndarray, " prompt"],
+    targets: Sequence[float] = TARGETS,
+    groups: GroupLabels = None,
 ) -> tuple[OperatingPoint, ...]:
     """Thresholds for false-positive rates, on examples that the classifier was not fit on.
 
@@ -66,20 +69,23 @@ def operating_points(
         probabilities: of being unsafe.
         unsafe: which examples are.
         targets: false-positive rates.
+        groups: what examples share; intervals are over these.
 
     Source: as `threshold_for`.
     """
-    return tuple(operating_point(probabilities, unsafe, target) for target in targets)
+    return tuple(operating_point(probabilities, unsafe, target, groups) for target in targets)
 
 
-def operating_point(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float) -> OperatingPoint:
+def operating_point(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float, groups: GroupLabels = None
+) -> OperatingPoint:
     """One threshold, and what it is worth; see `threshold_for`."""
     needed = math.ceil(EXAMPLES / check_probability(target, "false-positive rate"))
     safe = probabilities[~unsafe]
     threshold = threshold_for(probabilities, unsafe, target)
     supported = len(safe) >= needed
     why = "" if supported else f"{len(safe):,} safe examples, {needed:,} are needed ({EXAMPLES} / {target:g})"
-    fpr, tpr = rates_at(probabilities, unsafe, threshold)
+    fpr, tpr = rates_at(probabilities, unsafe, threshold, groups)
     return OperatingPoint(target, threshold if supported else None, fpr, tpr, supported, why)
 
 
@@ -110,21 +116,16 @@ def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np
     return float(min(1.0, max((kept_below + upper) / 2, np.nextafter(kept_below, 2.0))))
 
 
-def rates_at(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], threshold: float) -> tuple[Rate, Rate]:
-    """False-positive and true-positive rate of a threshold, with intervals."""
-    flagged = probabilities >= threshold
-    return clopper_pearson(int(flagged[~unsafe].sum()), int((~unsafe).sum())), rate(flagged[unsafe])
+def rates_at(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], threshold: float, groups: GroupLabels = None
+) -> tuple[Rate, Rate]:
+    """False-positive and true-positive rate of a threshold, with intervals.
 
-
-def clopper_pearson(successes: int, n: int) -> Rate:
-    """A share with its exact 95 % interval.
-
-    It holds for a threshold that was set on the same examples too: the rate above the k-th highest of n is Beta(k, n - k + 1), whose
-    quantiles the interval encloses.
-
-    Source: Clopper and Pearson, Biometrika 1934.
+    Clopper and Pearson's holds for a threshold that was set on the same examples too: the rate above the k-th highest of n is
+    Beta(k, n - k + 1), whose quantiles the interval encloses.
     """
-    return Rate(successes / n, *exact(successes, n), n) if n else Rate(None, None, None, 0)
+    flagged, shared = probabilities >= threshold, np.array([None] * len(unsafe) if groups is None else list(groups), object)
+    return rate(flagged[~unsafe], shared[~unsafe].tolist()), rate(flagged[unsafe], shared[unsafe].tolist())
 
 
 def check_probability(value: Any, what: str) -> float:

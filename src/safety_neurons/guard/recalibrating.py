@@ -13,13 +13,12 @@ from safety_neurons.guard.features import read_poolings
 from safety_neurons.guard.fit_features import check_classes, largest_scores
 from safety_neurons.guard.fitting import check_varying, further_readings, histograms, labelled, warned, with_conversations
 from safety_neurons.guard.guard import PROVISIONAL, Guard
-from safety_neurons.guard.measures import auroc
 from safety_neurons.guard.operating import EXAMPLES, check_probability, operating_points, rates_at, threshold_for
 from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.prompts.builtin import PREFIX
-from safety_neurons.results import plain
+from safety_neurons.results import auroc, plain
 
 
 def recalibrate(
@@ -72,9 +71,11 @@ def recalibrate(
     calibrated, losses = fit_calibration(scores, labels, calibration, seed)
     classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
     chances = classifier.chances(torch.from_numpy(scores)).numpy()
-    points = operating_points(chances, labels, sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True))
+    shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
+    targets = sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True)
+    points = operating_points(chances, labels, targets, shared)
     active = next(point for point in points if point.fpr_target == target)
-    area = auroc(scores, labels)
+    area = auroc(scores, labels, shared)
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
     own = active.supported and not seen and not safe_prompts.name.startswith(PREFIX)
     measured = {

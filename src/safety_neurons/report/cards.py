@@ -10,6 +10,7 @@ from safety_neurons.report.reading import Run, guarded
 from safety_neurons.report.sections import Part, titled
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, interval, number, plural, say, visible
+from safety_neurons.results import stands_out
 
 VERB = "analyze-vocabulary"
 TOKENS = 12
@@ -99,7 +100,7 @@ def cards_findings(run: Run) -> list[Finding]:
     for treatment, chance in run.result["random"].items():
         effects = [card["effects"][treatment] for card in run.result["cards"] if treatment in card["effects"]]
         known = [effect for effect in effects if effect["value"] is not None and chance["n"]]
-        beyond = [effect for effect in known if not chance["low"] <= effect["value"] <= chance["high"]]
+        beyond = [effect for effect in known if stands_out(effect, chance)]
         if known:
             text = "{} of {} change the refusal’s log-odds more than random neurons do ({}, {} to {})."
             ends = number(chance["low"]), number(chance["high"])

@@ -13,8 +13,7 @@ from safety_neurons.report.svg import INK
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, count, interval, name, number, say, share, visible
 from safety_neurons.report.tiles import Tile
-from safety_neurons.results import clear_word
-from safety_neurons.results.estimates import family
+from safety_neurons.results import captioned, clear_word
 
 ARMS = ("baseline", "untreated", "treated")
 _SIDES = (("harmful", "harm", "Harm"), ("harmless", "over_refusal", "Over-refusal"))
@@ -195,7 +194,7 @@ def _changes_table(result: Mapping[str, Any]) -> Table:
         measure = visible(change["measure"].replace("_", "-"), 20)
         rows.append([_short(change["suite"]), measure, visible(change["judge"], 40), interval(difference, signed=True), *words])
     columns = ["suite", "measure", "judge", "difference", "clear", "McNemar p", "noise floor"]
-    return Table(f"What changed, paired over prompts; 95\u00a0% intervals. {family(len(rows))}".removesuffix(". "), columns, rows)
+    return Table(captioned("What changed, paired over prompts; 95\u00a0% intervals", result["changes"]), columns, rows)
 
 
 def _agreement_table(result: Mapping[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from typing import Any
 from safety_neurons.report.tables import Cell, Table
 from safety_neurons.report.text import NONE, SPACE, count, number, visible
 from safety_neurons.report.text import interval as with_digits
-from safety_neurons.results import is_clear
+from safety_neurons.results import captioned, is_clear
 
 OURS = "guard"
 
@@ -48,7 +48,8 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
     columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
     caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
     lacking = [percent(float(target)) for target in every if target not in targets]
-    return Table(caption + (f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""), columns, rows)
+    caption += f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""
+    return Table(captioned(caption, result["baselines"]), columns, rows)
 
 
 def _supported(rate: Mapping[str, Any]) -> str:
@@ -74,7 +75,7 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             ]
         )
     columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
-    return Table(title, [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
+    return Table(captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
 
 
 def outputs_table(found: Mapping[str, Any]) -> Table:
@@ -98,7 +99,8 @@ def counts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         shown = [NONE if row is None else _beside_random(row) for row in found]
         cells.append([f"{visible(method, 40)}, {count(size)}", *shown])
     columns = ["neurons by", *(visible(setting, 40) for setting in settings)]
-    return Table("How many neurons, and which: AUROC (mean of random sets with as many in every matrix)", columns, cells)
+    caption = "How many neurons, and which: AUROC (mean of random sets with as many in every matrix)"
+    return Table(captioned(caption, rows), columns, cells)
 
 
 def _beside_random(row: Mapping[str, Any]) -> str:

@@ -219,7 +219,7 @@ def evaluate_findings(run: Run) -> list[Finding]:
             "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe requests. It blocks {} of the safe ones."
         )
         rates = (interval(outputs[part]) for part in ("cut", "before", "after", "blocked"))
-        found.append(Finding(YES if outputs["cut"]["low"] > 0 else NO, say(lead, visible(outputs["judge"], 40), *rates)))
+        found.append(Finding(YES if is_clear(outputs.get("change")) else NO, say(lead, visible(outputs["judge"], 40), *rates)))
     better: list[Markup] = []
     alike: list[Markup] = []
     worse: list[Markup] = []

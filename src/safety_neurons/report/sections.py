@@ -12,7 +12,7 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.svg import INK, SOFT
 from safety_neurons.report.tables import Table, agreement_table, arms_table, methods_table, summary_table
 from safety_neurons.report.text import interval, name, number, plural, say, share, visible
-from safety_neurons.results import clear_word
+from safety_neurons.results import captioned, clear_word
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,14 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> Part:
         words.append(f"{method}: " + ", ".join(each))
         table = arms_table(run)
         named.append((method, run))
-        tables.append(Table(f"Every arm, ranked by {method}; 95\u00a0% intervals", table.columns, table.rows, table.quiet))
+        tables.append(
+            Table(
+                captioned(f"Every arm, ranked by {method}; 95\u00a0% intervals", points),
+                table.columns,
+                table.rows,
+                table.quiet,
+            )
+        )
     first = group[0].result
     undefined = [point["causal_effect"].get("why") for sweep in sweeps for point in sweep.points if point["causal_effect"]["value"] is None]
     if undefined and not any(point["causal_effect"]["value"] is not None for sweep in sweeps for point in sweep.points):

@@ -10,8 +10,7 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part
 from safety_neurons.report.tables import Cell, Table
 from safety_neurons.report.text import NONE, count, interval, name, number, plural, say, share, visible
-from safety_neurons.results import clear_word
-from safety_neurons.results.estimates import family
+from safety_neurons.results import captioned, clear_word
 
 COLUMNS = ("arm", "harmful complied", "harmless complied", "perplexity", "harmful after", "harmless after", "task after")
 
@@ -53,9 +52,8 @@ def rsn_part(run: Run) -> Part:
         [visible(pair, 60), interval(found["before"], signed=True), interval(found["after"], signed=True), _clear(found[when])]
         for pair, found in result["differences"].items()
     ]
-    compared = sum(found is not None for pair in result["differences"].values() for found in pair.values())
     differences = Table(
-        f"Paired differences of harmful requests complied with. {family(compared)}".removesuffix(". "),
+        captioned("Paired differences of harmful requests complied with", result["differences"]),
         ("arms", "before", "after", "clear"),
         pairs,
     )
@@ -92,7 +90,7 @@ def stress_part(run: Run) -> Part:
         say("Attacks on {}", name(run.models[-1])),
         lead,
         (),
-        [Table(f"Means with 95\u00a0% intervals. {family(len(rows))}".rstrip(), columns, rows)],
+        [Table(captioned("Means with 95\u00a0% intervals", result["curves"]), columns, rows)],
     )
 
 

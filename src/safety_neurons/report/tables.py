@@ -11,6 +11,7 @@ from safety_neurons.neurons import parse_key
 from safety_neurons.report.findings import methods_of, random_values, telling_point
 from safety_neurons.report.reading import Run
 from safety_neurons.report.text import NONE, count, duration, interval, number, share, visible
+from safety_neurons.results import captioned
 
 Cell = str | Markup
 ARM_COLUMNS = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
@@ -129,7 +130,7 @@ def methods_table(run: Run) -> Table:
         "harmless refused",
         "time to find",
     ]
-    return Table("Every method at the same number of units; 95\u00a0% intervals", columns, rows)
+    return Table(captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]), columns, rows)
 
 
 def agreement_table(run: Run) -> Table:

@@ -13,8 +13,7 @@ from safety_neurons.report.reading import Run
 from safety_neurons.report.sections import Figure, Part, titled
 from safety_neurons.report.tables import Table
 from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
-from safety_neurons.results import clear_word
-from safety_neurons.results.estimates import family
+from safety_neurons.results import captioned, clear_word
 
 RANDOM = "random neurons"
 ALONE = "one layer alone"
@@ -79,7 +78,7 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
         for cell in cells
     ]
     columns = ["neurons → requests", "refused", "change", "against random sets", "clear", *(["causal effect"] if effect else [])]
-    return [figure], [Table(f"Every set on every group; 95\u00a0% intervals. {family(len(rows))}".removesuffix(". "), columns, rows)]
+    return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
 def transfer_part(run: Run) -> Part:
@@ -163,7 +162,11 @@ def tax_part(run: Run) -> Part:
         for each in result["cross_patching"]
     ]
     tables.append(
-        Table("What each model gains by the other’s activations", ["direction", "refusals of harmful requests", "helpful answers"], moved)
+        Table(
+            captioned("What each model gains by the other’s activations", result["cross_patching"]),
+            ["direction", "refusals of harmful requests", "helpful answers"],
+            moved,
+        )
     )
     lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
     figures = [
@@ -265,7 +268,13 @@ def progressive_part(run: Run) -> Part:
     lead = (
         say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
     )
-    return Part(titled("Off bit by bit", run), lead, [figure], (), [Table("Every step; shares with 95\u00a0% intervals", columns, rows)])
+    return Part(
+        titled("Off bit by bit", run),
+        lead,
+        [figure],
+        (),
+        [Table(captioned("Every step; shares with 95\u00a0% intervals", result["curves"]), columns, rows)],
+    )
 
 
 def progressive_findings(run: Run) -> list[Finding]:

@@ -1,6 +1,7 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
 from safety_neurons.results.agreement import Agreement, cohen_kappa
+from safety_neurons.results.areas import AreaPart, area_difference, auroc, mean_area_difference
 from safety_neurons.results.changes import Changes
 from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.completions import Completion, Completions, conversation_of
@@ -11,10 +12,14 @@ from safety_neurons.results.estimates import (
     McNemar,
     Rate,
     against_random,
+    captioned,
     causal_effect,
     clear_word,
+    comparisons,
     difference_over_seeds,
+    family,
     holm,
+    holm_in,
     is_clear,
     mcnemar,
     paired_difference,
@@ -22,6 +27,7 @@ from safety_neurons.results.estimates import (
     perplexity,
     rate,
     rate_over_seeds,
+    stands_out,
 )
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
@@ -30,6 +36,7 @@ from safety_neurons.results.run_folder import RunFolder
 
 __all__ = [
     "Agreement",
+    "AreaPart",
     "Changes",
     "Checkpoint",
     "Completion",
@@ -43,15 +50,22 @@ __all__ = [
     "RunFolder",
     "Saved",
     "against_random",
+    "area_difference",
+    "auroc",
+    "captioned",
     "causal_effect",
     "clear_word",
     "cohen_kappa",
+    "comparisons",
     "conversation_of",
     "difference_over_seeds",
+    "family",
     "holm",
+    "holm_in",
     "html_table",
     "is_clear",
     "mcnemar",
+    "mean_area_difference",
     "paired_difference",
     "per_token",
     "perplexity",
@@ -59,6 +73,7 @@ __all__ = [
     "rate",
     "rate_over_seeds",
     "read_json",
+    "stands_out",
     "visible",
     "write_bytes",
     "write_json",

@@ -6,7 +6,7 @@ in words what is computed here, and how often each interval covered in simulatio
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -86,6 +86,8 @@ class Estimate:
 
 
 _BASIC = ("value", "low", "high", "n", "unscored")
+_COMPARED = {*_BASIC, "p", "clear"}
+"""By which a difference is known among JSON values."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,13 @@ def is_clear(record: Mapping[str, Any] | None) -> bool:
     return bool(record and record.get("clear"))
 
 
+def stands_out(record: Mapping[str, Any], chance: Mapping[str, Any]) -> bool:
+    """Whether a difference is clear and its interval lies outside the range that chance has; of no range, whether it is clear."""
+    if not is_clear(record) or chance.get("low") is None:
+        return is_clear(record)
+    return bool(record["low"] > chance["high"] or record["high"] < chance["low"])
+
+
 def clear_word(record: Mapping[str, Any] | None) -> str:
     """`clear`, `not clear`, or why nothing can be said, of a difference as JSON values."""
     if record is None:
@@ -199,7 +208,7 @@ def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
     Source: Korn and Graubard, Survey Methodology 1998 (effective number of outcomes in Clopper and Pearson's interval).
     """
     values = scored(outcomes)
-    clusters, usable = _clusters(groups, len(values)), ~np.isnan(values)
+    clusters, usable = clusters_of(groups, len(values)), ~np.isnan(values)
     return _rate(values[None, usable], clusters[usable], int((~usable).sum()))
 
 
@@ -211,7 +220,7 @@ def rate_over_seeds(outcomes: Sequence[Outcomes], groups: GroupLabels = None) ->
         groups: what prompts share.
     """
     rows = _rows(outcomes)
-    return _rate(rows, _clusters(groups, rows.shape[1]), int(np.isnan(rows).sum()), seeds=True)
+    return _rate(rows, clusters_of(groups, rows.shape[1]), int(np.isnan(rows).sum()), seeds=True)
 
 
 def _rate(rows: Float[np.ndarray, "seed prompt"], clusters: Int[np.ndarray, " prompt"], unscored: int, seeds: bool = False) -> Rate:
@@ -269,7 +278,7 @@ def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups
     if losses.shape != counts.shape:
         raise InputError(f"{len(losses)} losses and {len(counts)} token counts; expected one of each per text")
     usable = ~np.isnan(losses) & (counts > 0)
-    clusters = _clusters(groups, len(losses))[usable]
+    clusters = clusters_of(groups, len(losses))[usable]
     losses, counts, unscored = losses[usable], counts[usable], int((~usable).sum())
     if not len(losses):
         return Rate(None, None, None, 0, unscored)
@@ -320,13 +329,16 @@ def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = N
     return _difference((rows[0] - rows[1])[None], groups, _scale(rows), [])
 
 
-def difference_over_seeds(first: Sequence[Outcomes], second: Sequence[Outcomes], groups: GroupLabels = None) -> Difference:
+def difference_over_seeds(
+    first: Sequence[Outcomes], second: Sequence[Outcomes], groups: GroupLabels = None, what: str = "seed"
+) -> Difference:
     """The mean of first − second over seeds and prompts: both vary, Student's quantile over the seeds; clear from five seeds on.
 
     Args:
         first: one list a seed, in each one outcome a prompt in the same order.
         second: the same seeds and prompts under the other treatment.
         groups: what prompts share.
+        what: the word for a seed, where something else is drawn anew.
     """
     ours, theirs = _rows(first), _rows(second)
     if ours.shape != theirs.shape:
@@ -334,7 +346,7 @@ def difference_over_seeds(first: Sequence[Outcomes], second: Sequence[Outcomes],
     rows = ours - theirs
     means = tuple(_mean(row) for row in rows)
     spread = [between([mean for mean in means if mean is not None], 0.0)]
-    found = _difference(rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows)))
+    found = _difference(rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows), what))
     return dataclasses.replace(found, by_seed=means)
 
 
@@ -374,8 +386,8 @@ def too_few_sets(sets: int) -> str | None:
     return None if sets >= FEWEST_SETS else f"not shown: {many}, at least {FEWEST_SETS} are needed to know how much they differ"
 
 
-def _too_few_seeds(seeds: int) -> str | None:
-    many = f"{seeds} seed{'' if seeds == 1 else 's'}"
+def _too_few_seeds(seeds: int, what: str = "seed") -> str | None:
+    many = f"{seeds} {what}{'' if seeds == 1 else 's'}"
     return None if seeds >= FEWEST_SEEDS else f"not shown: {many}, at least {FEWEST_SEEDS} are needed"
 
 
@@ -397,7 +409,7 @@ def _difference(
         why: what keeps it from being clear.
         least: the p-value of another test that has to reject too.
     """
-    clusters = _clusters(groups, rows.shape[1])
+    clusters = clusters_of(groups, rows.shape[1])
     sample = _sample(rows, clusters)
     known = ~np.isnan(rows).all(axis=0)
     n, unscored = int(known.sum()), int((~known).sum())
@@ -441,9 +453,42 @@ def holm(found: Sequence[Difference]) -> list[Difference]:
     return [one if one.p is None else dataclasses.replace(one, p_holm=adjusted[one.p]) for one in found]
 
 
-def family(comparisons: int) -> str:
-    """What a caption says of a table with so many comparisons; empty where nothing is to be said."""
-    return f"Of {comparisons} comparisons the family-wise rate is held (Holm)." if comparisons > MANY else ""
+def comparisons(table: Any) -> Iterator[Mapping[str, Any]]:
+    """The differences in what was written as JSON values, however deep they lie, in order."""
+    if isinstance(table, Mapping):
+        if table.keys() >= _COMPARED:
+            yield table
+        else:
+            for part in table.values():
+                yield from comparisons(part)
+    elif isinstance(table, Sequence) and not isinstance(table, str):
+        for part in table:
+            yield from comparisons(part)
+
+
+def holm_in(table: Any) -> Any:
+    """`holm` of all differences in a table of JSON values; everything else stays as it is."""
+    held = iter(holm([Difference.from_json(record) for record in comparisons(table)]))
+
+    def written(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            if part.keys() >= _COMPARED:
+                return {**part, **next(held).to_json()}
+            return {name: written(value) for name, value in part.items()}
+        return [written(value) for value in part] if isinstance(part, list | tuple) else part
+
+    return written(table)
+
+
+def family(table: Any) -> str:
+    """What a caption says of a table of JSON values; empty where its comparisons are few and nothing was held."""
+    held = sum(record.get("p_holm") is not None for record in comparisons(table))
+    return f"Of {held} comparisons the family-wise rate is held (Holm)." if held else ""
+
+
+def captioned(words: str, table: Any, between: str = ". ") -> str:
+    """The words of a caption, and behind them what is to be said of many comparisons."""
+    return between.join(part for part in (words, family(table)) if part)
 
 
 # Causal effects
@@ -478,7 +523,7 @@ def causal_effect(base: Outcomes, aligned: Outcomes, patched: Outcomes, measure:
     if not gap.clear:
         shown = "no interval" if gap.low is None else f"95 % interval {gap.low:.3g} to {gap.high:.3g}, which includes 0"
         return Effect(None, None, None, n, unscored, f"{nought}, {shown}", measure)
-    ends = _fieller(rows[2] - rows[0], rows[1] - rows[0], _clusters(labels, n), _scale(rows))
+    ends = _fieller(rows[2] - rows[0], rows[1] - rows[0], clusters_of(labels, n), _scale(rows))
     if ends is None:
         return Effect(None, None, None, n, unscored, f"{nought}, too little to divide by: the interval of the share has no end", measure)
     value = float((rows[2] - rows[0]).mean() / (rows[1] - rows[0]).mean())
@@ -493,7 +538,7 @@ def share_of(change: Outcomes, whole: Outcomes, groups: GroupLabels = None) -> E
     rows = rows[:, usable]
     if not n or not rows[1].sum():
         return Estimate(None, None, None, n, unscored, "there is nothing to take a share of")
-    ends = _fieller(rows[0], rows[1], _clusters(groups, len(usable))[usable], _scale(rows))
+    ends = _fieller(rows[0], rows[1], clusters_of(groups, len(usable))[usable], _scale(rows))
     value = float(rows[0].sum() / rows[1].sum())
     if ends is None:
         return Estimate(value, None, None, n, unscored, "the whole may be 0: the interval of the share has no end")
@@ -709,10 +754,38 @@ def _quantile(freedom: float, level: float = LEVEL) -> float:
     return float(-ndtri(level / 2) if math.isinf(freedom) else -stdtrit(freedom, level / 2))
 
 
-def percentiles(draws: Float[np.ndarray, " resample"]) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % points of resampled values, where no better interval is known."""
-    low, high = np.quantile(draws, (LEVEL / 2, 1 - LEVEL / 2))
-    return float(low), float(high)
+def resampled(value: float | None, draws: Sequence[float | None], clusters: int, ends: tuple[float, float], members: int = 0) -> Estimate:
+    """A number of which resamples of clusters alone say how much it varies: Student's interval with the spread they have.
+
+    Percentiles would not do: two clusters have three different resamples, and a top set drawn anew agrees less with itself, so that they
+    need not hold the value.
+
+    Args:
+        value: the number; None or NaN is undefined.
+        draws: the same of every resample; those without a number are left out.
+        clusters: how many were drawn from.
+        ends: the least and the most it can be.
+        members: of a share, how many it is a share of; it then has at least the exact interval of that share.
+    """
+    if value is None or math.isnan(value):
+        return Estimate(None, None, None, clusters, 0, "undefined on these data")
+    known = np.array([draw for draw in draws if draw is not None and not math.isnan(draw)], np.float64)
+    spread = float(np.var(known, ddof=1)) * clusters / max(clusters - 1, 1) if len(known) > 1 else 0.0
+    half = half_width([(spread, clusters - 1.0)])
+    low, high = value - half, value + half
+    if members:
+        shared = exact(value * members, members)
+        low, high = min(low, shared[0]), max(high, shared[1])
+    if not math.isfinite(low) or high - low <= 1e-12 * max(1.0, abs(value)):
+        return Estimate(value, None, None, clusters, 0, "no spread to tell an interval from")
+    return Estimate(value, max(ends[0], low), min(ends[1], high), clusters)
+
+
+def resampled_share(value: float, draws: Float[np.ndarray, " resample"], clusters: int) -> tuple[float, float]:
+    """Percentiles of resamples of a share, at least as far apart as its exact interval: near 0 and 1 resamples alone know little doubt."""
+    low, high = exact(value * clusters, clusters)
+    few, many = np.quantile(draws, (LEVEL / 2, 1 - LEVEL / 2)) if len(draws) else (low, high)
+    return min(value, low, float(few)), max(value, high, float(many))
 
 
 def scored(outcomes: Outcomes) -> Float[np.ndarray, " prompt"]:
@@ -740,7 +813,7 @@ def _rows(outcomes: Sequence[Outcomes]) -> Float[np.ndarray, "seed prompt"]:
     return _stack(**{f"seed {number}": row for number, row in enumerate(outcomes)})
 
 
-def _clusters(groups: GroupLabels, n: int) -> Int[np.ndarray, " prompt"]:
+def clusters_of(groups: GroupLabels, n: int) -> Int[np.ndarray, " prompt"]:
     """A number for the group of every prompt; those without a group have one of their own."""
     if groups is None:
         return np.arange(n)

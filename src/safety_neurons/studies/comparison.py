@@ -23,7 +23,8 @@ from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, causal_effect, holm, paired_difference
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
@@ -149,11 +150,11 @@ class Comparison:
 def compare(
     base: LanguageModel,
     aligned: LanguageModel,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: Source,
+    harmless: Source,
     *,
-    find_prompts: Prompts,
-    find_harmless: Prompts | None = None,
+    find_prompts: Source,
+    find_harmless: Source | None = None,
     truth: NeuronSet | None = None,
     sites: Sequence[str] | None = None,
     top: float = 0.05,
@@ -191,6 +192,9 @@ def compare(
     Raises:
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
+    harmful, find_prompts = as_prompts(harmful), as_prompts(find_prompts)
+    harmless = None if harmless is None else as_prompts(harmless)
+    find_harmless = None if find_harmless is None else as_prompts(find_harmless)
     methods = check_methods(methods, find_harmless is not None)
     if not methods and truth is None:
         raise UsageError("no method and no truth was given; expected one of them at least, for random sets to be like it")
@@ -299,10 +303,11 @@ class _Rows:
         if not chance:
             return list(rows)
         shared = self.bench.harmful.groups
-        patched_in = holm([against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real])
+        patched_in = [against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real]
         # Lost with the set off: the sign of refusals with it off.
-        off = holm([against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared) for name in real])
-        found = dict(zip(real, zip(patched_in, off, strict=True), strict=True))
+        off = [against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared) for name in real]
+        held = holm([*patched_in, *off])
+        found = dict(zip(real, zip(held[: len(real)], held[len(real) :], strict=True), strict=True))
         return [
             dataclasses.replace(row, against_random=found[row.method][0], necessity_against_random=found[row.method][1])
             if row.method in found

@@ -90,7 +90,7 @@ class Evaluation:
 
 def evaluate(
     model: LanguageModel | Endpoint,
-    suites: Sequence[Any] = SUITES,
+    suites: Any = SUITES,
     judges: Sequence[str | Judge] = DEFAULT_JUDGES,
     capability: Sequence[str] = (),
     *,
@@ -118,7 +118,7 @@ def evaluate(
 
     Args:
         model: the model, or an endpoint that writes in its place.
-        suites: names, files, `Prompts` (harmful ones) or suites; see `safety_neurons.suites.suite`.
+        suites: names, files, suites, or harmful prompts in whatever form the finders take them; see `safety_neurons.suites.suite`.
         judges: names, or judges.
         capability: tasks by name; see `safety_neurons.capability.tasks`.
         over_refusal: harmless requests, asked where no suite has any; None leaves them out.

@@ -260,19 +260,8 @@ class Matrix:
 
 
 def held_together(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells of one table: of more than ten, the family-wise rate of what is clear is held, of changes and against random apart."""
-    changes = holm([cell.change for cell in cells])
-    against = iter(holm([cell.against_random for cell in cells if cell.against_random is not None]))
+    """The cells of one table: of more than ten comparisons, changes and those against random alike, the family-wise rate is held."""
+    held = iter(holm([one for cell in cells for one in (cell.change, cell.against_random) if one is not None]))
     return tuple(
-        dataclasses.replace(cell, change=change, against_random=None if cell.against_random is None else next(against))
-        for cell, change in zip(cells, changes, strict=True)
+        dataclasses.replace(cell, change=next(held), against_random=None if cell.against_random is None else next(held)) for cell in cells
     )
-
-
-def mean_outcomes(arms: Sequence[Verdicts]) -> list[float | None]:
-    """Prompt by prompt the mean over arms, of those that are scored."""
-    means: list[float | None] = []
-    for outcomes in zip(*arms, strict=True):
-        known = [float(outcome) for outcome in outcomes if outcome is not None]
-        means.append(sum(known) / len(known) if known else None)
-    return means

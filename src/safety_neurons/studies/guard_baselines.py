@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
-from safety_neurons.guard import Calibration, auroc, fit_on_features, read_poolings, stratified_split
+from safety_neurons.guard import Calibration, fit_on_features, read_poolings, stratified_split
 from safety_neurons.guard.calibration import fit_calibration
 from safety_neurons.guard.fit_features import regression
 from safety_neurons.guard.pooling import Pooling
@@ -18,6 +18,7 @@ from safety_neurons.model.hooks import around
 from safety_neurons.model.passes import Batch, run_batches
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
+from safety_neurons.results import auroc
 
 GUARD, WORDS, CHARACTERS, RANDOM = "guard", "TF-IDF words", "TF-IDF characters", "random neurons"
 RESIDUAL, DIRECTION = "residual stream", "refusal direction"

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int
 
 from safety_neurons.errors import UsageError
-from safety_neurons.guard import Pooling, auroc, read_poolings
+from safety_neurons.guard import Pooling, read_poolings
 from safety_neurons.guard.fit_features import regression
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
 from safety_neurons.studies.guard_requests import AS_WRITTEN, Cases, Sources, cases_of
-from safety_neurons.studies.guard_statistics import mean_area_difference
 
 COUNTS = (10, 30, 100, 300, 1000)
 PENALTY = 0.03
@@ -88,7 +88,7 @@ def neuron_counts(
         progress(f"read {len(everything):,} neurons on {len(cases):,} requests")
     last = Pooling("last")
     values = read_poolings(model, model.encode(cases.prompts), everything, [last], batch_size=batch_size)[last].values
-    bench = _Bench(values, everything, cases.unsafe, seed)
+    bench = _Bench(values, everything, cases, seed)
     settings = _settings(cases, attacks, leave_out, fit_limit, seed)
     rows = []
     for name, one in scores.items():
@@ -99,7 +99,7 @@ def neuron_counts(
             sets = [members, *members.random_like(seed, table=model.table, n=random)]
             rows += [{"method": name, "count": count, **bench.row(setting, sets)} for setting in settings]
             bench.forget()
-    return rows
+    return list(holm_in(rows))
 
 
 def _settings(cases: Cases, attacks: Sequence[str], leave_out: Sequence[str], limit: int, seed: int) -> list[Setting]:
@@ -136,10 +136,8 @@ def _fewest(labels: Bool[np.ndarray, " row"]) -> int:
 class _Bench:
     """Fits a set of neurons on some cases, scores others, and remembers what it did."""
 
-    def __init__(
-        self, values: Float32[np.ndarray, "case neuron"], neurons: NeuronSet, unsafe: Bool[np.ndarray, " case"], seed: int
-    ) -> None:
-        self.values, self.unsafe, self.seed = values, unsafe, seed
+    def __init__(self, values: Float32[np.ndarray, "case neuron"], neurons: NeuronSet, cases: Cases, seed: int) -> None:
+        self.values, self.unsafe, self.groups, self.seed = values, cases.unsafe, cases.groups, seed
         self.place = {member: column for column, member in enumerate(neurons)}
         self._known: dict[tuple[int, bytes], Any] = {}
 
@@ -162,7 +160,7 @@ class _Bench:
             labels = self.unsafe[test]
             found = [self.scores(members, fit, test) for members in sets]
             areas.append([auroc(scores, labels).value or 0.0 for scores in found])
-            parts.append((found[0], found[1:], labels))
+            parts.append(AreaPart(found[0], found[1:], labels, self.groups(test)))
         means = np.mean(areas, axis=0)
         difference = mean_area_difference(parts, random=True).to_json()
         return {"setting": setting.name, "auroc": float(means[0]), "random": [float(area) for area in means[1:]], "difference": difference}

@@ -22,6 +22,7 @@ from safety_neurons.guard.fitting import further_readings
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
+from safety_neurons.results import holm_in
 from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
 from safety_neurons.studies.guard_measures import Row, Scored
@@ -197,7 +198,7 @@ class _Bench:
             f"no requests to fit baselines on were given: they and the guard's neurons were fit by {FOLDS} folds of the evaluated requests"
         )
         third = (1 / FOLDS, 1 / FOLDS, 1 - 2 / FOLDS)
-        split = stratified_split(self.labels[self.written], seed=self.seed, shares=third)
+        split = stratified_split(self.labels[self.written], seed=self.seed, shares=third, groups=self.cases.groups(self.written))
         fold = np.zeros(len(self.cases), np.int64)
         for number, part in enumerate((split.train, split.validation, split.calibration)):
             fold[self.written[part]] = number
@@ -232,7 +233,7 @@ class _Bench:
             raise UsageError(
                 f"--leave-out {column}: no value that both kinds of requests have; expected a column such as source or language"
             )
-        return rows
+        return holm_in(rows)
 
     def _can_fit(self, rows: Rows) -> bool:
         n_unsafe = int(self.labels[rows].sum())
@@ -262,12 +263,12 @@ def _result(guard: Guard, scored: Scored, read: Read, attacks: Sequence[str], pe
         "flagged_unsafe": flagged["flagged_unsafe"],
         "flagged_safe": flagged["flagged_safe"],
         "compared": scored.reference,
-        "baselines": [scored.summary(name, members) for name, members in groups.items() if name != GUARD],
-        "tables": {column: scored.by(column) for column in COLUMNS if len(scored.cases.values(column)) > 1},
-        "over_refusal": scored.over_refusal(),
-        "attacks": scored.by_variant(attacks) if attacks else [],
-        "perturbations": scored.by_variant(perturbations) if perturbations else [],
-        "lengths": scored.by_length(read.lengths),
+        "baselines": holm_in([scored.summary(name, members) for name, members in groups.items() if name != GUARD]),
+        "tables": {column: holm_in(scored.by(column)) for column in COLUMNS if len(scored.cases.values(column)) > 1},
+        "over_refusal": holm_in(scored.over_refusal()),
+        "attacks": holm_in(scored.by_variant(attacks)) if attacks else [],
+        "perturbations": holm_in(scored.by_variant(perturbations)) if perturbations else [],
+        "lengths": holm_in(scored.by_length(read.lengths)),
     }
 
 

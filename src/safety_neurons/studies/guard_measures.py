@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from safety_neurons.guard import auroc
-from safety_neurons.results import Rate, rate
+from safety_neurons.results import AreaPart, Rate, area_difference, auroc, rate
+from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.guard_baselines import RANDOM
 from safety_neurons.studies.guard_requests import AS_WRITTEN, OVER_REFUSAL, Cases
 from safety_neurons.studies.guard_statistics import (
-    area_difference,
     average_precision,
     calibration_error,
     precision_recall_curve,
@@ -74,21 +73,25 @@ class Scored:
         labels, own = unsafe[used], rows if flags is None else flags
         enough = min(int(labels.sum()), int((~labels).sum())) >= FEWEST
         found: Row = {"value": value, "n_unsafe": int(unsafe[own].sum()), "n_safe": int((~unsafe[own]).sum()), "against": against}
-        found["flagged_unsafe"] = rate(self.flagged[own[unsafe[own]]]).to_json()
-        found["flagged_safe"] = rate(self.flagged[own[~unsafe[own]]]).to_json()
+        for kind, some in (("flagged_unsafe", own[unsafe[own]]), ("flagged_safe", own[~unsafe[own]])):
+            found[kind] = rate(self.flagged[some], self.cases.groups(some)).to_json()
         found["auroc"], found["difference"] = {}, {}
         for name, members in self.groups().items() if enough else ():
             found["auroc"][name] = self.area(members, used)
             if name != self.reference:
-                ours = self.scores[self.reference][used]
-                difference = area_difference(ours, [self.scores[member][used] for member in members], labels, random=name == RANDOM)
-                found["difference"][name] = difference.to_json()
+                found["difference"][name] = self.difference(name, members, used)
         return found
+
+    def difference(self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> Row:
+        """The reference's area minus that of a classifier, or of random sets."""
+        ours, others = self.scores[self.reference][rows], [self.scores[member][rows] for member in members]
+        part = AreaPart(ours, others, self.cases.unsafe[rows], self.cases.groups(rows))
+        return area_difference(part, random=name == RANDOM).to_json()
 
     def area(self, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> Row:
         """AUROC with its interval; of several sets their mean, lowest and highest."""
         labels = self.cases.unsafe[rows]
-        areas = [auroc(self.scores[member][rows], labels) for member in members]
+        areas = [auroc(self.scores[member][rows], labels, self.cases.groups(rows)) for member in members]
         if len(areas) == 1:
             return areas[0].to_json()
         values = [area.value for area in areas if area.value is not None]
@@ -97,24 +100,21 @@ class Scored:
     def summary(self, name: str, members: Sequence[str]) -> Row:
         """What a classifier does on the requests as written; of random sets the mean of each number."""
         rows = self.usable(self.cases.where(AS_WRITTEN))
-        labels = self.cases.unsafe[rows]
+        labels, shared = self.cases.unsafe[rows], self.cases.groups(rows)
         found: list[Row] = []
         for member in members:
             scores = self.scores[member][rows]
-            bins = reliability(1 / (1 + np.exp(-np.clip(scores, -30, 30))), labels)
+            bins = reliability(1 / (1 + np.exp(-np.clip(scores, -30, 30))), labels, groups=shared)
             found.append(
                 {
-                    "average_precision": average_precision(scores, labels, self.seed).to_json(),
-                    "tpr_at_fpr": {str(fpr): at(scores, labels, fpr, self.seed) for fpr in RATES},
+                    "average_precision": average_precision(scores, labels, self.seed, shared).to_json(),
+                    "tpr_at_fpr": {str(fpr): at(scores, labels, fpr, self.seed, shared) for fpr in RATES},
                     "expected_calibration_error": calibration_error(bins),
                 }
             )
         row = {"name": name, "auroc": self.area(members, rows), **(found[0] if len(found) == 1 else _mean(found))}
         if name != self.reference:
-            ours = self.scores[self.reference][rows]
-            row["difference"] = area_difference(
-                ours, [self.scores[member][rows] for member in members], labels, random=name == RANDOM
-            ).to_json()
+            row["difference"] = self.difference(name, members, rows)
         return row
 
     def curves(self) -> Row:
@@ -127,7 +127,7 @@ class Scored:
             found["roc"][name] = roc_curve(scores, labels)
             found["precision_recall"][name] = precision_recall_curve(scores, labels)
         chances = {name: 1 / (1 + np.exp(-np.clip(self.scores[members[0]][rows], -30, 30))) for name, members in self.groups().items()}
-        found["reliability"] = {name: reliability(values, labels) for name, values in chances.items()}
+        found["reliability"] = {name: reliability(values, labels, groups=self.cases.groups(rows)) for name, values in chances.items()}
         edges = np.linspace(0, 1, 21)
         ours = chances[self.reference]
         found["histogram"] = {
@@ -185,13 +185,13 @@ class Scored:
         return found
 
 
-def at(scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fpr: float, seed: int) -> Row:
+def at(scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fpr: float, seed: int, groups: GroupLabels = None) -> Row:
     """True-positive rate at a false-positive rate as JSON values; without a value where safe requests are too few to tell."""
     n_safe = int((~labels).sum())
     if n_safe * fpr < EXAMPLES - 1e-9:
         why = f"{n_safe} safe requests; a false-positive rate of {fpr:g} needs {round(EXAMPLES / fpr):,}"
         return {**Rate(None, None, None, int(labels.sum())).to_json(), "why": why}
-    return tpr_at_fpr(scores, labels, fpr, seed).to_json()
+    return tpr_at_fpr(scores, labels, fpr, seed, groups).to_json()
 
 
 def _mean(found: Sequence[Row]) -> Row:

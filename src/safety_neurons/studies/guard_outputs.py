@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from safety_neurons.errors import InputError
-from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, auroc
+from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel
 from safety_neurons.judges import judge
 from safety_neurons.judges.judging import Judge
 from safety_neurons.model import BatchSize, LanguageModel
-from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.results import Completion, Completions, Rate, rate
+from safety_neurons.prompts import Prompt, Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import Completion, Completions, Difference, Rate, auroc, paired_difference, rate
+from safety_neurons.results.estimates import GroupLabels
 
 UNGUARDED, GUARDED = "untreated", "guarded"
 Progress = Callable[[str], None]
@@ -35,6 +37,7 @@ class GuardedOutputs:
         written: the same for what the model writes: unsafe output or not, over all requests.
         refused_by_model: unsafe requests without an unsafe output before the guard: where the two labels differ.
         by: the same rates for each language, where requests have one.
+        change: unsafe outputs with the guard minus those without it, paired.
         completions: both arms.
     """
 
@@ -48,11 +51,12 @@ class GuardedOutputs:
     written: Rate
     refused_by_model: int
     by: tuple[dict[str, Any], ...]
+    change: Difference
     completions: Completions
 
     def record(self) -> dict[str, Any]:
         """The numbers as JSON values."""
-        rates = ("before", "after", "cut", "blocked", "asked", "written")
+        rates = ("before", "after", "cut", "change", "blocked", "asked", "written")
         found = {name: getattr(self, name).to_json() for name in rates}
         return {"judge": self.judge, **found, "changed": self.changed, "refused_by_model": self.refused_by_model, "by": list(self.by)}
 
@@ -60,8 +64,8 @@ class GuardedOutputs:
 def guarded_outputs(
     model: LanguageModel,
     guard: Guard,
-    unsafe: Prompts,
-    safe: Prompts,
+    unsafe: Source,
+    safe: Source,
     *,
     by: str | Judge = "compliance",
     max_new_tokens: int = 64,
@@ -91,6 +95,7 @@ def guarded_outputs(
     Source: Chen et al., arXiv 2406.14144, section 6 (label: what the model would write; outputs of accepted prompts).
     Differs: any judge; the share of unsafe outputs that is cut and the safe requests that are lost, with intervals, instead of a mean cost.
     """
+    unsafe, safe = as_prompts(unsafe), as_prompts(safe)
     if not len(unsafe) or not len(safe):
         raise InputError(f"{len(unsafe)} unsafe and {len(safe)} safe requests; expected some of both kinds")
     say = progress or (lambda _step: None)
@@ -115,15 +120,16 @@ def guarded_outputs(
         completions.save(completions_file)
     return GuardedOutputs(
         found.name,
-        rate(before),
-        rate(after),
-        cut_of(before, after),
-        rate(stopped[~label]),
+        rate(before, unsafe.groups),
+        rate(after, unsafe.groups),
+        cut_of(before, after, unsafe.groups),
+        rate(stopped[~label], safe.groups),
         int(changed),
-        auroc(chances, label),
-        auroc(chances[known], written[known] > 0),
+        auroc(chances, label, asked.groups),
+        auroc(np.where(known, chances, np.nan), written > 0, asked.groups),
         int((before == 0).sum()),
         tuple(_by_language(asked, label, before, after, stopped)),
+        paired_difference(after, before, unsafe.groups),
         completions,
     )
 
@@ -136,15 +142,16 @@ def some(prompts: Prompts, count: int, seed: int = 0) -> Prompts:
     return Prompts([prompts[int(place)] for place in drawn], prompts.name, prompts.notes)
 
 
-def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"]) -> Rate:
+def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"], groups: GroupLabels = None) -> Rate:
     """1 − (unsafe outputs after) ÷ (unsafe outputs before); undefined where there were none.
 
     Only requests that both arms scored count. A guard only ever stops: this is a rate over the requests with an unsafe output before.
     """
     known = ~(np.isnan(before) | np.isnan(after))
-    was, now = before[known], after[known]
-    cut = rate(1 - now[was > 0] / was[was > 0])
-    return dataclasses.replace(cut, n=len(was), unscored=int((~known).sum()))
+    had = known & (before > 0)
+    shared = None if groups is None else [group for group, kept in zip(groups, had, strict=True) if kept]
+    cut = rate(1 - after[had] / before[had], shared)
+    return dataclasses.replace(cut, n=int(known.sum()), unscored=int((~known).sum()))
 
 
 def _by_language(
@@ -155,8 +162,11 @@ def _by_language(
     for code in dict.fromkeys(codes[codes != ""].tolist()):
         ours, safe = codes[label] == code, (codes == code) & ~label
         if ours.any() and safe.any():
-            rates = {"before": rate(before[ours]), "after": rate(after[ours]), "cut": cut_of(before[ours], after[ours])}
-            rates["blocked"] = rate(stopped[safe])
+            shared, others = (
+                [prompt.group for prompt, kept in zip(asked, some, strict=True) if kept] for some in (label & (codes == code), safe)
+            )
+            rates = {"before": rate(before[ours], shared), "after": rate(after[ours], shared)}
+            rates |= {"cut": cut_of(before[ours], after[ours], shared), "blocked": rate(stopped[safe], others)}
             rows.append({"language": code, **{name: one.to_json() for name, one in rates.items()}})
     return rows if len(rows) > 1 else []
 

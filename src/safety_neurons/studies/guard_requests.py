@@ -3,12 +3,14 @@
 import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts, request_of
+from safety_neurons.prompts import Message, Prompt, Prompts, as_prompts, request_of
+from safety_neurons.prompts.readers import Source
 from safety_neurons.suites import attack
 from safety_neurons.suites.mechanical import MECHANICAL
 
@@ -71,6 +73,10 @@ class Cases:
         """All that a request says, every turn of it, for classifiers that read words."""
         return [" ".join(turn.content for turn in one.messages) if one.messages else one.text for one in self.prompts]
 
+    def groups(self, rows: Int[np.ndarray, " row"]) -> list[str | None]:
+        """What some cases share."""
+        return [self.items[row].prompt.group for row in rows]
+
     def where(self, variant: str) -> np.ndarray:
         """Indices of the cases of a variant."""
         return np.array([place for place, case in enumerate(self.items) if case.variant == variant], np.int64)
@@ -86,7 +92,8 @@ class Cases:
         return np.array([case.column(column) == value for case in self.items], bool)
 
 
-Sources = Prompts | Sequence[Prompts]
+Sources = Source
+"""Prompts in whatever form they come, or a list of `Prompts`, one a data set."""
 
 
 def cases_of(
@@ -136,7 +143,8 @@ def cases_of(
 
 
 def _lists(sources: Sources) -> Sequence[Prompts]:
-    return [sources] if isinstance(sources, Prompts) else sources
+    lists = isinstance(sources, list | tuple) and all(isinstance(one, Prompts) for one in sources)
+    return list(cast("Sequence[Prompts]", sources)) if lists else [as_prompts(sources)]
 
 
 def _pool(sources: Sources) -> list[tuple[Prompt, str]]:

@@ -57,7 +57,8 @@ def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
     known: dict[str, Any] = dict(before) if isinstance(before, Mapping) else {}
     other = next((name for name, value in facts.items() if value != known.get(name, value)), None)
     if other is not None:
-        raise RunError(f"{str(folder)!r} holds answers of another {other}; expected the same one, or another folder: choose one with out")
+        told = f"{str(folder)!r} holds answers made with different {other}"
+        raise RunError(f"{told}: expected the same, or another folder; choose one with out")
     write_json(file, {**known, **facts})
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from safety_neurons.results import html_table
+from safety_neurons.results import captioned, html_table
 from safety_neurons.results.notebook import interval, number
 
 _ARM = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
@@ -24,7 +24,9 @@ def verification_table(record: Mapping[str, Any]) -> str:
     if record.get("ceiling_by_parameters"):
         rows.append([*_arm("ceiling by parameters", record["ceiling_by_parameters"]), _rate(record["ceiling_by_parameters_effect"])])
     caption = f"{record['kind'].capitalize()}: change of refusals of harmful requests {_rate(record['change'], signed=True)}"
-    return html_table(caption, [*_ARM, "causal effect"] if paired else _ARM, rows if paired else [row[:-1] for row in rows])
+    return html_table(
+        captioned(caption, record["sizes"]), [*_ARM, "causal effect"] if paired else _ARM, rows if paired else [row[:-1] for row in rows]
+    )
 
 
 def comparison_table(record: Mapping[str, Any]) -> str:
@@ -44,7 +46,7 @@ def comparison_table(record: Mapping[str, Any]) -> str:
     ]
     caption = f"Methods at {record['budget']:,} of {record['n_units']:,} units; "
     caption += f"{record.get('ceiling_called', 'ceiling')} {_rate(record['ceiling_effect'])}"
-    return html_table(caption, columns, rows)
+    return html_table(captioned(caption, record["methods"]), columns, rows)
 
 
 def evaluation_table(record: Mapping[str, Any]) -> str:
@@ -86,7 +88,7 @@ def guard_table(record: Mapping[str, Any]) -> str:
         f"{_rate(record['flagged_safe'])} of {record['n_safe']:,} safe requests ({record['in_force']})"
     )
     columns = ["classifier", "AUROC", f"{record['compared']} minus it", "average precision", "calibration error"]
-    return html_table(caption, columns, rows)
+    return html_table(captioned(caption, record["baselines"]), columns, rows)
 
 
 def examination_table(record: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.prompts import Prompts
-from safety_neurons.results import Difference, holm, paired_difference
+from safety_neurons.prompts import as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import Difference, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Arm, Bench, Progress
-from safety_neurons.studies.groups import mean_outcomes
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.vocabulary import Neuron, strongest
 
@@ -96,19 +96,19 @@ class Progressive:
             known = [number for number in numbers if number is not None]
             mean = sum(known) / len(known) if known else None
             found[name] = {"value": mean, "low": min(known, default=None), "high": max(known, default=None), "n": len(known)}
-        mean_arm = mean_outcomes([step.arm.harmful for step in steps])
-        found["change"] = paired_difference(mean_arm, self.untreated.harmful, self.groups).to_json()
+        arms = [step.arm.harmful for step in steps]
+        found["change"] = difference_over_seeds(arms, [self.untreated.harmful] * len(arms), self.groups, "random order").to_json()
         return found
 
 
 def progressive(
     model: LanguageModel,
     neurons: NeuronSet,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: Source,
+    harmless: Source,
     *,
     scores: Scores | None = None,
-    text: Prompts | None = None,
+    text: Source | None = None,
     random: int = 3,
     points: int = 8,
     seed: int = 0,
@@ -150,6 +150,8 @@ def progressive(
     if not len(neurons):
         raise NeuronError("an empty set was given, expected at least one neuron")
     neurons = neurons.on(model.table)
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
+    text = None if text is None else as_prompts(text)
     hold_answers(completions_file, model=model, neurons=neurons, scores=scores, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     walker = _Walker(bench, model, bench.measure(model, "untreated"))

@@ -1,14 +1,15 @@
 """Requests: suites by name as lists of harmful and of harmless prompts, attacks put around the harmful ones."""
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.endpoint import Endpoint
-from safety_neurons.prompts import Prompt, Prompts, prompts
+from safety_neurons.prompts import Prompt, Prompts, as_prompts, prompts
 from safety_neurons.results.files import PathLike
 from safety_neurons.studies.answering import UNTREATED, unique
 from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
@@ -41,7 +42,7 @@ class Asked:
 
 
 def requests_of(
-    sources: Sequence[Any],
+    sources: Any,
     harmless: Any = HARMLESS,
     attacks: Sequence[str] = ("direct",),
     *,
@@ -54,7 +55,7 @@ def requests_of(
     """The requests of suites.
 
     Args:
-        sources: names, files, `Prompts` (harmful ones) or suites.
+        sources: names, files, suites, or harmful prompts in whatever form `as_prompts` takes; a list of records is one suite.
         harmless: what over-refusal is measured on where no suite has harmless requests; None for nothing.
         attacks: put around harmful requests; `direct` is none.
         data: folder of the suites' files.
@@ -68,6 +69,7 @@ def requests_of(
         UsageError: no suite, or one that is named twice.
         InputError: a suite that cannot be read.
     """
+    sources = _one_by_one(sources)
     if not sources:
         raise UsageError("no suite was named; expected at least one, such as builtin:harmful-test")
     in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
@@ -91,6 +93,12 @@ def requests_of(
     return Asked(tuple(found), tuple(notes))
 
 
+def _one_by_one(sources: Any) -> Sequence[Any]:
+    """The suites in a list; rows of one list, a table or a single name are one suite."""
+    rows = isinstance(sources, list | tuple) and sources and all(isinstance(one, Mapping | Prompt) for one in sources)
+    return sources if isinstance(sources, list | tuple) and not rows else [sources]
+
+
 def _suite(
     source: Any,
     kind: str | None,
@@ -105,8 +113,10 @@ def _suite(
     if isinstance(source, str) and source.startswith(_BUILTIN):
         about = "harmless" if source.removeprefix(_BUILTIN).startswith(("harmless", "general")) else "harmful"
         return _stamped(prompts(source, folder=own, limit=limit), source, kind or about)
-    if isinstance(source, Prompts):
-        return _stamped(source[:limit] if limit else source, source.name, kind or "harmful")
+    if not isinstance(source, str | os.PathLike):
+        found, kind = as_prompts(source), kind or "harmful"
+        name = found.name if isinstance(source, Prompts) else f"{kind} {found.name}"
+        return _stamped(found[:limit] if limit else found, name, kind)
     folder = None if data is None else str(data)
     return suite(source, folder=folder, offline=offline, limit=limit, column=column, kind=kind)
 

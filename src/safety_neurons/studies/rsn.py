@@ -19,7 +19,8 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.compliance import judge_compliance
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json
@@ -68,8 +69,8 @@ class Sets:
 
 def find_sets(
     model: LanguageModel,
-    harmful: Prompts,
-    general: Prompts,
+    harmful: Source,
+    general: Source,
     *,
     share: float = 0.0099,
     foundation: float = 0.1,
@@ -94,6 +95,7 @@ def find_sets(
     Differs: sets are the highest scores up to a share of the parameters; RSN is filled up to the same size, so that a difference between
     the arms is not one of size.
     """
+    harmful, general = as_prompts(harmful), as_prompts(general)
     finders: Mapping[str, Callable[..., Any]] = {"importance": find_importance, "attribution": find_attribution}
     if method not in finders:
         raise UsageError(f"method {method!r}: expected one of {', '.join(finders)}")

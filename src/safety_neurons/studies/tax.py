@@ -25,8 +25,10 @@ from safety_neurons.judges.judgement import normalised
 from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
-from safety_neurons.prompts import Prompts
-from safety_neurons.results import Changes, Completions, against_random, causal_effect, paired_difference, rate
+from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import Changes, Completions, against_random, causal_effect, holm_in, paired_difference, rate
+from safety_neurons.results.estimates import clusters_of
 from safety_neurons.studies.arms import Bench, Treatment
 from safety_neurons.studies.kept import hold_answers
 
@@ -60,7 +62,7 @@ class Trainings:
 def read_trainings(
     before: LanguageModel,
     trained: Mapping[str, LanguageModel],
-    prompts: Prompts,
+    prompts: Source,
     *,
     sites: Sequence[str] = ("down",),
     layers: range | str | None = None,
@@ -94,6 +96,7 @@ def read_trainings(
     tell = progress or (lambda _line: None)
     for model in trained.values():
         check_pair(before, model)
+    prompts = as_prompts(prompts)
     table = before.table.select(sites=sites, layers=layers)
     sizes = {key: size for key, size in table.sizes.items() if parse_key(key).expert is None}
     left = len(table.sizes) - len(sizes)
@@ -101,7 +104,7 @@ def read_trainings(
     tell("write")
     with comparing(before, before):
         text = texts(before, prompts, positions=positions, max_new_tokens=max_new_tokens, stream=Stream(None, {}), batch_size=batch_size)
-    parts = _groups(text, groups)
+    parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
     models = {"": before, **trained}
     read: dict[tuple[str, str], list[ContrastStatistics]] = {}
     for first, second in itertools.combinations(models, 2):
@@ -113,10 +116,12 @@ def read_trainings(
     return Trainings(changes, _scores(changes, before, trained, sizes, prompts), text.counts.used, (*text.notes, *dict.fromkeys(notes)))
 
 
-def _groups(text: Texts, groups: int) -> list[Texts]:
-    """The sequences dealt out in turn, so that every group has some of every kind."""
-    count = max(2, min(groups, len(text.spans)))
-    return [Texts(text.spans[place::count], text.counts) for place in range(count) if text.spans[place::count]]
+def _groups(text: Texts, groups: int, shared: Mapping[str, str | None]) -> list[Texts]:
+    """The sequences dealt out in turn, those of prompts that share something together, so that every group has some of every kind."""
+    clusters = clusters_of([shared.get(span.prompt_id) for span in text.spans], len(text.spans))
+    count = max(2, min(groups, len(set(clusters.tolist()))))
+    parts = [tuple(span for span, cluster in zip(text.spans, clusters, strict=True) if cluster % count == place) for place in range(count)]
+    return [Texts(part, text.counts) for part in parts if part]
 
 
 def _changes(read: Mapping[tuple[str, str], Sequence[ContrastStatistics]], names: Sequence[str], sizes: Mapping[str, int]) -> Changes:
@@ -232,7 +237,10 @@ class CrossPatching:
     bench: Bench
 
     def record(self) -> dict[str, Any]:
-        """Rates of every arm, and both directions with what they cost and bring, as JSON values."""
+        """Rates of every arm, and both directions with what they cost and bring, as JSON values.
+
+        Both directions, measures and comparisons are one family: of more than ten the family-wise rate of what is clear is held (Holm).
+        """
         arms = []
         for place, name in enumerate(self.names):
             other = self.names[1 - place]
@@ -249,7 +257,7 @@ class CrossPatching:
             "random_disjoint": self.disjoint,
             "random_sets": [control.control_record() for control in self.controls],
             "arms": arms,
-            "cross_patching": directions,
+            "cross_patching": holm_in(directions),
         }
 
     @property
@@ -283,8 +291,8 @@ class CrossPatching:
 def cross_patch(
     models: Mapping[str, LanguageModel],
     neurons: NeuronSet,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: Source,
+    harmless: Source,
     *,
     measure: Helpfulness,
     random: int = 5,
@@ -319,6 +327,7 @@ def cross_patch(
         raise UsageError(f"{len(models)} models given, expected two that are patched into one another")
     if not len(neurons):
         raise NeuronError("the two trainings share no neuron in their top sets, so that there is nothing to patch; take a larger --top")
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
     hold_answers(completions_file, models=models, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file)
     names = tuple(models)

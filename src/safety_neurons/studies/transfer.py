@@ -11,7 +11,8 @@ from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completions, Difference, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Bench, Progress
@@ -100,11 +101,11 @@ def transfer(
     base: LanguageModel,
     aligned: LanguageModel,
     sets: Mapping[str, NeuronSet],
-    harmful: Mapping[str, Prompts],
-    harmless: Prompts,
+    harmful: Mapping[str, Source],
+    harmless: Source,
     *,
     tasks: Sequence[str] = TASKS,
-    answers: Prompts | None = None,
+    answers: Source | None = None,
     random: int = 5,
     seed: int = 0,
     limit: int | None = None,
@@ -134,7 +135,9 @@ def transfer(
     Source: Chen et al., NeurIPS 2025, section 4 (change-score neurons found on one red-team set and patched on others; general ability).
     Differs: a full matrix with paired intervals, random sets for every row, refusals by a named judge instead of a cost model.
     """
-    groups = Groups(harmful)
+    harmless = as_prompts(harmless)
+    answers = None if answers is None else as_prompts(answers)
+    groups = Groups({name: as_prompts(asked) for name, asked in harmful.items()})
     hold_answers(completions_file, base=base, aligned=aligned, sets=sets, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(groups.pooled, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
     settings = Settings(limit=limit, batch_size=batch_size, seed=seed, folder=base.prompt_folder)

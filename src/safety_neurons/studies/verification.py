@@ -16,7 +16,8 @@ from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompts import as_prompts
+from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Difference, Effect, against_random, causal_effect, holm, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.arms import Arm, Bench, Progress
@@ -129,10 +130,10 @@ class Verification:
 def verify_deactivate(
     model: LanguageModel,
     neurons: NeuronSet | Scores,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: Source,
+    harmless: Source,
     *,
-    text: Prompts | None = None,
+    text: Source | None = None,
     sizes: Sequence[float] = (),
     random: int = 5,
     seed: int = 0,
@@ -164,6 +165,8 @@ def verify_deactivate(
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is made of, an interval on
     the paired difference, and the ceiling beside it.
     """
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
+    text = None if text is None else as_prompts(text)
     hold_answers(completions_file, model=model, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     untreated = bench.measure(model, "untreated")
@@ -175,10 +178,10 @@ def verify_patch(
     base: LanguageModel,
     aligned: LanguageModel,
     neurons: NeuronSet | Scores,
-    harmful: Prompts,
-    harmless: Prompts,
+    harmful: Source,
+    harmless: Source,
     *,
-    text: Prompts | None = None,
+    text: Source | None = None,
     sizes: Sequence[float] = (),
     random: int = 5,
     seed: int = 0,
@@ -195,6 +198,8 @@ def verify_patch(
     Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
     possible; a paired interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
     """
+    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
+    text = None if text is None else as_prompts(text)
     hold_answers(completions_file, base=base, aligned=aligned, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
     bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
     untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")

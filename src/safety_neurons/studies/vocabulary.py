@@ -17,8 +17,9 @@ from safety_neurons.model.measures import BatchSize
 from safety_neurons.model.parts import AttentionAnatomy
 from safety_neurons.model.unembedding import vocabulary_scores
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts import Prompts
-from safety_neurons.results import paired_difference
+from safety_neurons.prompts import as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import holm_in, paired_difference
 from safety_neurons.studies.vocabulary_activity import Activity, activity
 from safety_neurons.studies.vocabulary_odds import RefusalOdds
 
@@ -72,16 +73,16 @@ class Cards:
     notes: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values; of more than ten effects of single neurons the family-wise rate of what is clear is held (Holm)."""
         found = {"log_odds": dict(self.log_odds), "random": dict(self.random), "texts": dict(self.texts)}
-        return {"cards": [card.record() for card in self.cards], **found}
+        return {"cards": holm_in([card.record() for card in self.cards]), **found}
 
 
 def vocabulary(
     model: LanguageModel,
     neurons: Sequence[Neuron],
-    harmful: Prompts,
-    harmless: Prompts | None = None,
+    harmful: Source,
+    harmless: Source | None = None,
     *,
     base: LanguageModel | None = None,
     scores: Scores | None = None,
@@ -118,6 +119,8 @@ def vocabulary(
 
     Source: Chen et al., NeurIPS 2025, section 5.3 (tokens of output directions); the effect of one neuron is measured, not estimated.
     """
+    harmful = as_prompts(harmful)
+    harmless = None if harmless is None else as_prompts(harmless)
     chosen = _checked(model, neurons)
     tell = progress or (lambda _: None)
     tell("vocabulary")
@@ -261,15 +264,15 @@ class _Ruler:
 
     def effect(self, neuron: Neuron, reference: Mapping[str, Any]) -> dict[str, Any]:
         """What the neuron alone changes, beside the random ones."""
-        change = paired_difference(self.under([neuron]), self.untreated)
+        change = paired_difference(self.under([neuron]), self.untreated, self.odds.groups)
         values = reference["values"]
         larger = sum(abs(value) >= abs(change.value or 0.0) for value in values)
         p = (1 + larger) / (1 + len(values)) if values else None
-        return {**change.to_json(), "as_large_among_random": larger, "n_random": len(values), "p": p}
+        return {**change.to_json(), "as_large_among_random": larger, "n_random": len(values), "p_among_random": p}
 
     def together(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
         """The untreated log-odds, and the change by all the neurons at once."""
-        change = paired_difference(self.under(neurons), self.untreated)
+        change = paired_difference(self.under(neurons), self.untreated, self.odds.groups)
         return {"untreated": float(self.untreated.mean()), "change_together": change.to_json()}
 
 

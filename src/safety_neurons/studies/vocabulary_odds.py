@@ -27,12 +27,14 @@ class RefusalOdds:
         texts: what they are, as JSON values.
         batch_size: rows per pass.
         notes: prompts that were left out.
+        groups: what the prompts share.
     """
 
     rows: tuple[tuple[Scored, ...], ...]
     texts: dict[str, Any]
     batch_size: BatchSize = "auto"
     notes: tuple[str, ...] = ()
+    groups: tuple[str | None, ...] | None = None
 
     @staticmethod
     def of(
@@ -52,18 +54,22 @@ class RefusalOdds:
         if base is None:
             sides = [[refusal] if refusal else list(REFUSALS), [compliance] if compliance else list(COMPLIANCES)]
             rows = [explained(one.ids, *([_tokens(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
-            return RefusalOdds(tuple(map(tuple, rows)), {"refusal": sides[0], "compliance": sides[1]}, batch_size)
+            texts = {"refusal": sides[0], "compliance": sides[1]}
+            return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))
         written = [
             [list(answer.token_ids) for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)]
             for writer in (model, base)
         ]
-        pairs = zip(encoded, *written, strict=True)
-        rows = [explained(one.ids, [mine], [theirs]) for one, mine, theirs in pairs if mine and theirs and mine != theirs]
+        parted = [bool(mine and theirs and mine != theirs) for mine, theirs in zip(*written, strict=True)]
+        pairs = zip(encoded, *written, parted, strict=True)
+        rows = [explained(one.ids, [mine], [theirs]) for one, mine, theirs, apart in pairs if apart]
         if not rows:
             raise InputError(f"both models answer all {len(encoded)} prompts alike; expected prompts that only the aligned model refuses")
         left = len(encoded) - len(rows)
         notes = (f"{left} of {len(encoded)} prompts are answered alike by both models and say nothing of log-odds",) if left else ()
-        return RefusalOdds(tuple(map(tuple, rows)), {"refusal": "the aligned model's", "compliance": "the base model's"}, batch_size, notes)
+        texts = {"refusal": "the aligned model's", "compliance": "the base model's"}
+        shared = tuple(group for group, apart in zip(prompts.groups, parted, strict=True) if apart)
+        return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, notes, shared)
 
     def measure(self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext) -> Float64[np.ndarray, " prompt"]:
         """Log-odds of every prompt that counts, in nats per token."""
