@@ -14,11 +14,40 @@ SafetyNeuronsError               exit code 1
 └── GateError                    a stated threshold was not met (exit code 3)
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+_OPTION = re.compile(r"`[^`]*`|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![^\s(,])--([a-z][a-z-]*[a-z])(?![\w-])")
+"""An option of the command line; what stands in quotes is a user's text or a whole command, and is no option."""
+_on_command_line = False
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Messages of errors name options as the command line has them; outside of this context as Python's arguments."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
 
 class SafetyNeuronsError(Exception):
-    """Root of everything this package raises on purpose."""
+    """Root of everything this package raises on purpose.
+
+    Its message names an option as `--top-per-matrix`. Every verb is a Python call with the same words, so that outside of the command
+    line the same message names the argument, `top_per_matrix`: advice is never in words that are not there.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if _on_command_line:
+            return text
+        return _OPTION.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], text)
 
 
 class InputError(SafetyNeuronsError):

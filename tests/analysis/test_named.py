@@ -38,7 +38,7 @@ def test_scores_give_sets_of_any_size(runs):
     assert item.neurons == random_scores(TABLE, 1).count(4)
     (item,) = read_named([str(runs / "first")], top=0.1)
     assert len(item.neurons) == round(0.1 * TABLE.n_neurons)
-    with pytest.raises(UsageError, match="--top or --count"):
+    with pytest.raises(UsageError, match="top or count"):
         read_named([str(runs / "first" / "scores.safetensors")])
 
 

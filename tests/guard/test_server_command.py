@@ -101,7 +101,7 @@ def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monke
     dataclasses.replace(idle, reference={} if old else {"probabilities": chances}).save(tmp_path)
     common = Common(json=True)
     options = {"model": "nowhere", "guard": str(tmp_path), "port": 0}
-    with pytest.raises(UsageError, match=r"caught 0 of 24 unsafe requests .*--force"):
+    with pytest.raises(UsageError, match=r"caught 0 of 24 unsafe requests .*force"):
         guard_serve.serve(common, **options)
     with pytest.raises(Exception, match="nowhere"):  # went on to the model
         guard_serve.serve(common, **options, force=True)
@@ -110,7 +110,7 @@ def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monke
 
 
 def test_two_thresholds_are_one_too_many():
-    with pytest.raises(UsageError, match="--fpr and --threshold"):
+    with pytest.raises(UsageError, match="fpr and threshold"):
         guard_serve.serve(Common(), model="m", guard="g", fpr=0.01, threshold=0.5)
 
 

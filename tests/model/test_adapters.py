@@ -94,7 +94,7 @@ def test_low_rank_adapters_add_up(folders):
 
 def test_a_mix_of_types_names_the_option_that_merges_and_merging_follows_the_order(folders):
     spec = f"{folders['base']}+{folders['lora']}+{folders['first']}"
-    with pytest.raises(UsageError, match=r"lora is LORA.*first is IA3.*--merge-adapters"):
+    with pytest.raises(UsageError, match=r"lora is LORA.*first is IA3.*merge_adapters"):
         load(spec)
     merged = load(spec, merge_adapters=True)
     other = load(f"{folders['base']}+{folders['first']}+{folders['lora']}", merge_adapters=True)
@@ -277,7 +277,7 @@ def test_every_kind_of_adapter_runs_as_it_was_saved_and_its_neurons_are_read_or_
         if merged or kind in READ:
             assert lm.anatomy.coverage().complete
         else:
-            with pytest.raises(UnsupportedModelError, match="--merge-adapters"):
+            with pytest.raises(UnsupportedModelError, match="merge_adapters"):
                 _ = lm.anatomy
 
 

@@ -56,7 +56,7 @@ def test_an_attention_that_does_something_else_is_refused_by_layer_and_site(monk
     lm = LanguageModel(families.build("llama", attn_implementation="eager"), None)
     layers = list(lm.anatomy.layers)
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", lambda module, query, key, value, mask, **rest: (query, None))
-    with pytest.raises(UnsupportedModelError, match=r"layers.0: q, k, v are unsupported.*--sites"):
+    with pytest.raises(UnsupportedModelError, match=r"layers.0: q, k, v are unsupported.*sites"):
         prove_layers(lm, layers)
 
 

@@ -232,7 +232,7 @@ def test_a_template_without_an_end_is_stopped(kind):
 
 
 def test_what_stops_a_template_is_one_line_of_our_own():
-    with pytest.raises(InputError, match=r"cannot be used: it makes texts .*; choose another --template") as error:
+    with pytest.raises(InputError, match=r"cannot be used: it makes texts .*; choose another template") as error:
         _rendered(ENDLESS["a text that doubles"], [Message("user", "kill")])
     assert "\n" not in str(error.value)
 

@@ -79,7 +79,7 @@ def test_offline_loading_opens_no_socket(base, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     lm = load(f"{base}+{adapter}", offline=True)
     assert lm.complete(["tree"], max_new_tokens=2)
-    with pytest.raises(ModelError, match=r"no such folder, and not found in the local cache \(--offline\)") as error:
+    with pytest.raises(ModelError, match=r"no such folder, and not found in the local cache \(offline\)") as error:
         load("some-org/some-model@v2", offline=True)
     assert _one_line(error)
 
@@ -156,7 +156,7 @@ def test_weights_whose_sum_overflows_are_still_finite():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_absent_is_a_one_line_error(base):
-    with pytest.raises(ModelError, match="device cuda: this machine has 0 CUDA devices; use --device cpu") as error:
+    with pytest.raises(ModelError, match="device cuda: this machine has 0 CUDA devices; use device cpu") as error:
         load(base, device="cuda")
     assert _one_line(error)
 
@@ -392,7 +392,7 @@ def test_a_model_with_an_adapter_in_its_folder_is_refused(base, tmp_path):
 def test_code_of_a_checkpoint_names_the_option_that_runs_it(base, tmp_path):
     folder = _configured(_copy(base, tmp_path / "own"), auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, model_type="own")
     (folder / "own.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ModelError, match=r"pass --trust-remote-code \(trust_remote_code in Python\)") as error:
+    with pytest.raises(ModelError, match=r"pass trust_remote_code$") as error:
         load(folder)
     assert _one_line(error)
 

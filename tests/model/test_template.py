@@ -92,7 +92,7 @@ def test_a_system_prompt_that_the_template_refuses_goes_before_the_users_turn_or
     refuses = NO_SYSTEM.replace(
         "{{ messages[0]['content'] }}", "{% if 'help' in messages[0].content %}{{ raise_exception('no help') }}{% endif %}"
     )
-    with pytest.raises(InputError, match="System role not supported.*leave --system out") as caught:
+    with pytest.raises(InputError, match="System role not supported.*leave system out") as caught:
         _lm(refuses, system="help").encode("kill")
     assert "\n" not in str(caught.value)
 

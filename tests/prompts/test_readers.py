@@ -285,8 +285,8 @@ BAD = {
     "header only": ("a.csv", b"prompt,label\n", "no rows"),
     "empty list": ("a.json", b"[]", "no rows"),
     "all empty": ("a.csv", b"prompt,label\n,1\n,2\n", "empty in all 2 rows"),
-    "wrong columns": ("a.csv", b"frage,label\nx,1\n", "it has 'frage', 'label'; expected one of prompt, goal.*--column"),
-    "no header": ("a.csv", b"How do I knit a scarf,With two needles\nHow do I sew,With one\n", "for a file without a header .* --column 1"),
+    "wrong columns": ("a.csv", b"frage,label\nx,1\n", "it has 'frage', 'label'; expected one of prompt, goal.*column"),
+    "no header": ("a.csv", b"How do I knit a scarf,With two needles\nHow do I sew,With one\n", "for a file without a header .* column 1"),
     "git lfs": (
         "a.jsonl.gz",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
@@ -336,9 +336,9 @@ def test_bad_files_are_refused_in_one_line_that_names_the_file(write, case):
 
 def test_a_named_column_that_is_absent_lists_those_there_are(write):
     path = write("a.csv", "en,de\nhello,hallo\n")
-    with pytest.raises(InputError, match="no column 'fr'; it has 'en', 'de'; name one of them with --column"):
+    with pytest.raises(InputError, match="no column 'fr'; it has 'en', 'de'; name one of them with column"):
         prompts(path, column="fr")
-    with pytest.raises(InputError, match="no column 'answer'; it has 'en', 'de'; name one of them with --answer-column"):
+    with pytest.raises(InputError, match="no column 'answer'; it has 'en', 'de'; name one of them with answer_column"):
         prompts(path, column="en", answer_column="answer")
 
 

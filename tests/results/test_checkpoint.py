@@ -47,7 +47,7 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
     whole = (tmp_path / "c").read_bytes()
     for content in (b"", whole[:-1], whole[: len(whole) // 2], b"\x00" * 40):
         (tmp_path / "c").write_bytes(content)
-        with pytest.raises(RunError, match="--overwrite"):
+        with pytest.raises(RunError, match="overwrite"):
             checkpoint.load()
 
 

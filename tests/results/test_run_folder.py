@@ -93,7 +93,7 @@ def test_a_name_outside_the_folder_is_refused(tmp_path, name):
 )
 def test_a_damaged_record_is_an_error_until_it_is_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunError, match="--overwrite"):
+    with pytest.raises(RunError, match="overwrite"):
         RunFolder(tmp_path, "find", CONFIG)
     assert not RunFolder(tmp_path, "find", CONFIG, overwrite=True).finished
 

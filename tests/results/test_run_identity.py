@@ -39,7 +39,7 @@ def test_other_content_under_the_same_name_is_another_run(tmp_path, prompts, fin
         run.finish({"n": 1})
     del run
     prompts.write_text("how do i cook")
-    with pytest.raises(RunError, match=r"another prompts: .*harm.txt.* has changed since; choose another --out, or pass --overwrite"):
+    with pytest.raises(RunError, match=r"another prompts: .*harm.txt.* has changed since; choose another out, or pass overwrite"):
         opened(tmp_path / "run", prompts)
 
 

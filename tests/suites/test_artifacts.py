@@ -84,7 +84,7 @@ def test_plain_lists_are_prompts_suffixes_or_templates(tmp_path):
     assert [item.prompt for item in templates] == ["You are X. Do two Now!"]
     with pytest.raises(InputError, match="have no place for the goal"):
         import_attacks(path, goals=GOALS, read_as="templates")
-    with pytest.raises(InputError, match="expected --goals"):
+    with pytest.raises(InputError, match="expected goals"):
         import_attacks(path, read_as="suffixes")
     with pytest.raises(UsageError, match="read_as 'riddles'"):
         import_attacks(path, read_as="riddles")

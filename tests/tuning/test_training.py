@@ -216,7 +216,7 @@ def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
     assert state["step"] == 4
     for changed in ({"epochs": 2}, {"seed": 1}, {"dataset": HARMFUL[:4]}):
         options = {"epochs": 1, "dataset": HARMFUL, **FAST, **changed}
-        with pytest.raises(RunError, match="the checkpoint was written with another (settings|dataset), .* pass --overwrite"):
+        with pytest.raises(RunError, match="the checkpoint was written with another (settings|dataset), .* pass overwrite"):
             tune(fresh(), some(fresh()), checkpoint=checkpoint, **options)
 
 

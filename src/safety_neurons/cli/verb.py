@@ -13,7 +13,7 @@ import typer
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.pages import Page
-from safety_neurons.errors import SafetyNeuronsError
+from safety_neurons.errors import SafetyNeuronsError, command_line
 
 Verb = Callable[..., dict[str, Any] | None]
 
@@ -45,6 +45,11 @@ def verb(app: typer.Typer, name: str) -> Callable[[Verb], Verb]:
 
 def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
     """Run a verb; turn every failure into one line and an exit code."""
+    with command_line():
+        _run_guarded(call, as_json=as_json, debug=debug)
+
+
+def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
     try:
         with console.ours(debug=debug):
             result = call()

@@ -459,7 +459,7 @@ def _said(error: Exception) -> str:
 def _advice(error: Exception, otherwise: str) -> str:
     if "trust_remote_code" not in str(error):
         return otherwise
-    return "that code is run only where it is asked for: read it, then pass --trust-remote-code (trust_remote_code in Python)"
+    return "that code is run only where it is asked for: read it, then pass --trust-remote-code"
 
 
 _WHOLE = "expected whole safetensors files of an architecture this transformers knows: copy or download the folder again, or update it"

@@ -100,7 +100,7 @@ def open_organism(name: str | Path) -> OrganismFolder:
         recipe(name)
         folder = shipped_folder(name)
         if not (folder / RECORD).is_file():
-            raise InputError(f"organism {name!r} is not in the package; safety-neurons organism build --name {name} --out DIR makes it")
+            raise InputError(f"organism {name!r} is not in the package; `safety-neurons organism build --name {name} --out DIR` makes it")
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or "stages" not in record:
         raise InputError(f"{folder / RECORD} has no stages; expected the record of an organism; build it again")
