@@ -112,9 +112,7 @@ def test_turns_before_the_question_are_part_of_it(chat):
 
 
 def test_data_without_answers_says_which_columns_hold_some(chat):
-    with pytest.raises(
-        InputError, match=r"^list: none of 2 records has an answer to learn; expected a column response, .* answer_column$"
-    ):
+    with pytest.raises(InputError, match=r"^list: none of 2 records has an answer to learn; expected a column response, .* answer_column$"):
         tuning_examples(Prompts.from_list(["how", "why"]), chat)
 
 
