@@ -1,6 +1,7 @@
 import gzip
 import importlib
 import json
+import os
 import sys
 import zipfile
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import safety_neurons
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Message, Prompt, Prompts, archives, files, prompts
+from safety_neurons.results.content import contents_of
 
 RECORDS = [{"prompt": "How do I knit?", "response": "With two needles."}, {"prompt": "How do I sew?", "response": "With one."}]
 TEXTS = [record["prompt"] for record in RECORDS]
@@ -354,6 +356,16 @@ def test_a_folder_is_refused_with_the_files_in_it(write):
     path = write("behaviors.csv", table(","))
     with pytest.raises(InputError, match=r"a folder, expected a file; it holds behaviors\.csv"):
         prompts(path.parent)
+
+
+def test_what_has_no_end_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zeros.txt").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zeros.txt"):
+        with pytest.raises(InputError, match="a pipe or a device; expected a file that can be read twice"):
+            prompts(tmp_path / name)
+        with pytest.raises(InputError, match="a pipe or a device; expected a file that can be read twice"):
+            contents_of(tmp_path / name)
 
 
 def test_a_question_as_source_is_refused_with_advice():

@@ -52,6 +52,7 @@ def test_a_finished_run_says_so_keeps_its_result_and_drops_its_checkpoints(tmp_p
     run = RunFolder(tmp_path, "find", CONFIG)
     run.checkpoint("sums").save({}, {})
     run.path("scores.safetensors").write_bytes(b"x")
+    run.path("never-written.json")
     run.finish({"n_neurons": 5}, device="cpu", hashes={"prompts": "ab"})
     again = RunFolder(tmp_path, "find", CONFIG)
     assert again.finished
@@ -59,6 +60,16 @@ def test_a_finished_run_says_so_keeps_its_result_and_drops_its_checkpoints(tmp_p
     assert again.record["device"] == "cpu"
     assert again.record["timings"]["seconds"] >= 0
     assert sorted(os.listdir(tmp_path)) == ["run.json", "scores.safetensors"]
+
+
+def test_a_finished_run_whose_files_are_gone_is_not_taken_for_whole(tmp_path):
+    run = RunFolder(tmp_path, "find", CONFIG)
+    run.path("scores.safetensors").write_bytes(b"x")
+    run.finish({})
+    (tmp_path / "scores.safetensors").rename(tmp_path / "away")
+    with pytest.raises(RunError, match=r"its file 'scores\.safetensors' is not there; put it back"):
+        RunFolder(tmp_path, "find", CONFIG)
+    assert not RunFolder(tmp_path, "find", CONFIG, overwrite=True).finished
 
 
 def test_overwriting_starts_anew_and_removes_only_what_the_run_wrote(tmp_path):
@@ -133,6 +144,11 @@ def test_a_full_disk_while_finishing_leaves_a_run_that_goes_on(tmp_path, monkeyp
         {"files": [["a"]]},
         {"status": "paused"},
         {"arguments": [1]},
+        {"notes": 5},
+        {"notes": "a"},
+        {"notes": [["a"]]},
+        {"status": "finished", "result": [1]},
+        {"status": "finished", "result": None},
     ],
     ids=str,
 )

@@ -98,6 +98,8 @@ def _read_bytes(path: Path) -> bytes:
             raise InputError(f"{path}: a folder, expected a file; {found}name the file itself")
         if not path.exists():
             raise InputError(_missing(path))
+        if not path.is_file():  # it may have no end, and is empty when it is read again for its hash
+            raise InputError(f"{path}: a pipe or a device; expected a file that can be read twice; write it to one")
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path}: more than {LARGEST >> 20} MiB; expected a list of prompts; split it or take the first lines of it")
         return path.read_bytes()

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,10 +37,12 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is no regular file.
     """
     try:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end, and is empty when it is read again
+            raise InputError(f"{str(path)!r} is a pipe or a device; expected a file that can be read twice: write it to one")
         seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return _digest(os.path.abspath(path), seen)
     except OSError as error:

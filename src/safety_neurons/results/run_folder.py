@@ -132,7 +132,7 @@ class RunFolder:
         timings = {**self._record["timings"], "finished": now(), "seconds": seconds, **plain(about.pop("timings", {}))}
         result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
         self._record |= {**plain(about), "result": result, "paths": paths, "status": "finished", "timings": timings}
-        kept = [name for name in self._record["files"] if not name.startswith("checkpoints/")]
+        kept = [name for name in self._record["files"] if not name.startswith("checkpoints/") and (self.folder / name).exists()]
         dropped = [name for name in self._record["files"] if name.startswith("checkpoints/")]
         self._record["files"] = kept
         self._write()
@@ -172,7 +172,10 @@ class RunFolder:
             raise RunError(f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out") from error
         shape = {"verb": str, "status": str, "arguments": dict, "inputs": dict, "versions": dict, "files": list, "timings": dict}
         whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in shape.items())
-        whole = whole and found["status"] in ("running", "finished") and all(isinstance(name, str) for name in found["files"])
+        whole = whole and found["status"] in ("running", "finished")
+        lists = [found.get("files"), found.get("notes", [])] if whole else []
+        whole = whole and all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+        whole = whole and (found["status"] == "running" or isinstance(found.get("result"), dict))
         seconds = found["timings"].get("seconds", 0.0) if whole else None
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or found.get("schema") != SCHEMA:
             raise RunError(f"{str(source)!r} is not a run record of this version; pass --overwrite or choose another --out")
@@ -203,6 +206,9 @@ class RunFolder:
         made, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
         if made != ours:
             raise RunError(f"{where} of version {made[:20]}, this is version {ours}; {advice}")
+        gone = next((name for name in earlier["files"] if self.finished and not (self.folder / name).exists()), None)
+        if gone is not None:
+            raise RunError(f"{where} that is finished, but its file {_shown(gone)!r} is not there; put it back, or {advice}")
 
     def _clear(self) -> None:
         """Removes what an earlier run noted as its own; of one whose notes cannot be read, whatever a run goes on from."""
