@@ -5,10 +5,9 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 
 import pytest
-from running import command, done, record
+from running import command, done, interruptible, record
 
 from safety_neurons.detectors import streaming
 from safety_neurons.model import completing
@@ -110,7 +109,7 @@ def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
     words = [str(word) for word in words_of("importance", tiny_pair, tmp_path / "run")]
     for kill, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        running = subprocess.Popen([sys.executable, "-c", script, *words], text=True, **pipes)
+        running = subprocess.Popen([*interruptible(script), *words], text=True, **pipes)
         assert running.stdout.readline() == "saved\n", running.communicate()
         os.kill(running.pid, kill)
         out, err = running.communicate()
