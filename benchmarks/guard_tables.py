@@ -10,10 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from safety_neurons.results import Difference, is_clear
-from safety_neurons.results.estimates import between, half_width, p_value, too_few_sets
+from safety_neurons.results import family, holm_in, is_clear
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "results" / "guard-organisms"
 PATHS = ("guard", "model", "detectors", "unsafe", "safe", "fit_unsafe", "fit_safe", "over_refusal")
@@ -59,24 +56,6 @@ def value(found: dict[str, Any] | None) -> str:
     return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
 
 
-def again(found: dict[str, Any] | None, areas: Sequence[float]) -> Difference | None:
-    """A difference from random sets by today's rules, from the areas of the sets; older runs hold a normal interval."""
-    if found is None or found["value"] is None:
-        return None
-    prompts = max(((found["high"] - found["low"]) / 2 / 1.959964) ** 2 - float(np.var(areas, ddof=1)) / len(areas), 0.0)
-    parts = [(prompts, found["n"] - 2.0), between(list(areas), 1.0)]
-    half, p = half_width(parts), p_value(found["value"], parts)
-    return Difference(found["value"], found["value"] - half, found["value"] + half, found["n"], 0, too_few_sets(len(areas)), p)
-
-
-def compared(difference: dict[str, Any] | None, area: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The difference from a classifier, computed again where it is from random sets."""
-    if difference is None or area is None or "sets" not in area or "p" in difference:
-        return difference
-    found = again(difference, area["sets"])
-    return None if found is None else found.to_json()
-
-
 def mark(difference: dict[str, Any] | None) -> str:
     """`+` where it is clearly above 0, `−` where it is clearly below."""
     return "" if not is_clear(difference) or difference is None else " +" if difference["value"] > 0 else " −"
@@ -106,7 +85,7 @@ def overall(result: dict[str, Any]) -> list[str]:
             rate(row["tpr_at_fpr"]["0.05"]),
             rate(row["tpr_at_fpr"]["0.01"]),
             f"{row['expected_calibration_error']:.3f}",
-            signed(compared(row.get("difference"), row["auroc"])),
+            signed(row.get("difference")),
         ]
         for row in (ours, *result["baselines"])
     ]
@@ -116,14 +95,15 @@ def overall(result: dict[str, Any]) -> list[str]:
 
 
 def slices(title: str, rows: Sequence[dict[str, Any]], reference: str, *, flags: bool = True) -> list[str]:
-    """One row a slice: areas, a mark where the reference is clearly better (+) or worse (−)."""
+    """One row a slice: areas, a mark where the reference is clearly better (+) or worse (−), held over the table where it is long."""
     if not rows:
         return []
+    rows = holm_in(rows)
     names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
     names.sort(key=lambda name: name != reference)
 
     def area(row: dict[str, Any], name: str) -> str:
-        return value(row["auroc"].get(name)) + mark(compared(row["difference"].get(name), row["auroc"].get(name)))
+        return value(row["auroc"].get(name)) + mark(row["difference"].get(name))
 
     cells = [
         [row["value"] + (f" (against {row['against']})" if row["against"] else ""), f"{row['n_unsafe']:,} / {row['n_safe']:,}"]
@@ -132,11 +112,17 @@ def slices(title: str, rows: Sequence[dict[str, Any]], reference: str, *, flags:
         for row in rows
     ]
     head = [title, "unsafe / safe", *(SHORT.get(name, name) for name in names), *(["unsafe flagged", "safe flagged"] if flags else [])]
-    return table(head, cells)
+    return [*table(head, cells), *said(rows)]
+
+
+def said(rows: Any) -> list[str]:
+    """The line under a table of many comparisons."""
+    return [family(rows), ""] if family(rows) else []
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Sizes by setting: area (mean of the random sets), and whether the difference is clear."""
+    rows = holm_in(rows)
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     by = {(row["method"], row["count"], row["setting"]): row for row in rows}
     cells = []
@@ -144,10 +130,9 @@ def counts(rows: Sequence[dict[str, Any]]) -> list[str]:
         found = [by[method, count, setting] for setting in settings]
         shown = []
         for row in found:
-            beside = {"sets": row["random"]}
-            shown.append(f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(compared(row['difference'], beside))}")
+            shown.append(f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}")
         cells.append([method, f"{count:,}", *shown])
-    return table(["neurons by", "count", *settings], cells) if cells else []
+    return [*table(["neurons by", "count", *settings], cells), *said(rows)] if cells else []
 
 
 def outputs(found: dict[str, Any]) -> list[str]:
