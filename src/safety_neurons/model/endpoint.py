@@ -137,7 +137,10 @@ class Endpoint:
                     if unusual[_UNREADABLE] == len(asked):
                         raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
                     if unusual[_REFUSED] and unusual[_REFUSED] + unusual[_UNREADABLE] == len(asked):
-                        raise ServerError(f"{next(iter(why))}; {len(asked)} of {len(asked)} requests failed, expected answers")
+                        raise ServerError(
+                            f"{max(why, key=lambda said: why[said])}; all of {len(asked)} requests failed, expected answers: "
+                            "rename or leave out the fields that it names with --request"
+                        )
                     if answered is not None:
                         answered(results[index])
                     if progress is not None:
