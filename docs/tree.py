@@ -10,7 +10,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "safety_neurons"
 FLOORS = (
-    "errors.py strict_json.py",
+    "errors.py strict_json.py declarations.py",
     "prompts neurons results",
     "model",
     "organism detectors interventions tuning guard judges suites capability",

@@ -13,6 +13,7 @@ import safety_neurons
 SOURCE = pathlib.Path(safety_neurons.__file__).parent
 FLOORS = [
     {"errors", "strict_json"},
+    {"declarations"},
     {"prompts", "neurons", "results"},
     {"model"},
     {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},
@@ -21,7 +22,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-READERS, WORKERS = FLOORS[5], FLOORS[2] | FLOORS[3] | FLOORS[4]
+READERS, WORKERS = FLOORS[6], FLOORS[3] | FLOORS[4] | FLOORS[5]
 FLOOR = {box: level for level, boxes in enumerate(FLOORS) for box in boxes}
 HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_backward_hook")
 
@@ -41,7 +42,7 @@ def imports(tree: ast.AST) -> set[str]:
             seen.add("a relative import")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safety_neurons":
             parts = (node.module or "").split(".")
-            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__"}
+            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__", "lazily"}
         elif isinstance(node, ast.Import):
             seen |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("safety_neurons.")}
     return seen
@@ -52,7 +53,7 @@ def breaks_the_floors(box: str, seen: str) -> bool:
         return False
     if seen not in FLOOR:
         return True
-    return FLOOR[seen] > FLOOR[box] or (FLOOR[seen] == FLOOR[box] and FLOOR[box] != 1) or (box in READERS and seen in WORKERS)
+    return FLOOR[seen] > FLOOR[box] or (FLOOR[seen] == FLOOR[box] and FLOOR[box] != 2) or (box in READERS and seen in WORKERS)
 
 
 def test_imports_only_go_down():
@@ -107,7 +108,7 @@ def test_hooks_live_in_one_file():
 def test_the_nouns_import_neither_torch_nor_transformers():
     heavy = {"torch", "transformers", "peft"}
     for path, box in MODULES.items():
-        if FLOOR.get(box, 9) > 1:
+        if FLOOR.get(box, 9) > 2:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
@@ -155,6 +156,8 @@ def test_every_method_of_a_paper_names_its_source():
         module = importlib.import_module(f"safety_neurons.{box}")
         for name in module.__all__:
             thing = getattr(module, name)
+            if box == "detectors" and not name.startswith("find_"):
+                continue  # The runner and the registry: what they run names its own source.
             if callable(thing) and not isinstance(thing, type) and "Source:" not in (thing.__doc__ or ""):
                 missing.append(f"{box}.{name}")
     assert not missing, missing

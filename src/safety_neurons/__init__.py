@@ -4,6 +4,8 @@ Every public name is imported on first use, so that `import safety_neurons` and 
 """
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ _HOME = {
     "find_refusal_direction": "detectors",
     "find_snip": "detectors",
     "find_wanda": "detectors",
+    "find_swap_attribution": "detectors",
     "find_weight_change": "detectors",
     "find_weight_magnitude": "detectors",
     "fit_guard": "guard",
@@ -91,16 +94,26 @@ _BOXES = (
 __all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
 
 
+def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose names are imported on first use.
+
+    Args:
+        package: its full name.
+        homes: by public name the module below the package that defines it.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return getattribute, lambda: sorted({*vars(sys.modules[package]), *homes})
+
+
+_named, __dir__ = lazily(__name__, _HOME | dict.fromkeys(_BOXES, ""))
+
+
 def __getattr__(name: str) -> Any:
-    if name in _BOXES:
-        return importlib.import_module(f"safety_neurons.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'safety_neurons' has no attribute {name!r}")
-    home = importlib.import_module(f"safety_neurons.{_HOME[name]}")
-    value = getattr(home, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_BOXES})
+    return importlib.import_module(f"{__name__}.{name}") if name in _BOXES else _named(name)

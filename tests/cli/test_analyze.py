@@ -166,16 +166,6 @@ def test_what_no_model_can_make_right_is_said_at_once(line, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_neurons_named_at_are_no_choice_of_another_verb():
-    from safety_neurons.cli.choices import check
-    from safety_neurons.cli.options import Common
-    from safety_neurons.errors import UsageError
-
-    check({"at": "layers.0.down:1", "cards": 8}, Common())
-    with pytest.raises(UsageError, match="expected one of path, base"):
-        check({"at": "layers.0.down:1"}, Common())
-
-
 def test_an_empty_specific_set_keeps_its_chance_and_orders_their_range():
     from safety_neurons.cli.analyze_cards import from_to
     from safety_neurons.cli.analyze_groups import counted

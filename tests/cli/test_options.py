@@ -6,12 +6,8 @@ import json
 import pytest
 from running import command, done, refused
 
-from safety_neurons.cli import choices, options
+from safety_neurons.cli import options
 from safety_neurons.cli.app import build
-from safety_neurons.detectors.importance import SPACES
-from safety_neurons.detectors.text import POSITIONS
-from safety_neurons.model.loading import DTYPES
-from safety_neurons.studies import METHODS
 
 CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]
 VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]
@@ -76,18 +72,6 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(words, said):
     assert said in refused(*words, code=2)
-
-
-def test_the_names_that_are_checked_early_are_those_of_the_workers():
-    from safety_neurons.detectors import importance_contrast, mask_search
-
-    assert choices.CHOICES["positions"] == POSITIONS
-    assert choices.CHOICES["space"] == SPACES
-    assert choices.CHOICES["dtype"] == DTYPES
-    assert tuple(METHODS) == choices.METHODS
-    assert choices.CHOICES["compare"] == importance_contrast.COMPARISONS
-    assert choices.CHOICES["move"] == mask_search.MOVES
-    assert choices.CHOICES["aim"] == mask_search.AIMS
 
 
 def test_help_names_every_verb_and_every_option_has_words():

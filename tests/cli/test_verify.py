@@ -8,10 +8,10 @@ import re
 import pytest
 from running import command, done, record, refused
 
+from safety_neurons.detectors import METHODS
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import Completions
-from safety_neurons.studies import METHODS
 
 ARM = {"harmful_refused", "harmless_refused", "perplexity"}
 RATE = {"value", "low", "high", "n", "unscored"}
@@ -196,9 +196,9 @@ def test_a_killed_comparison_takes_up_the_methods_that_were_done(tiny_pair, tmp_
         raise MemoryError("killed here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("safety_neurons.detectors.find_contrast", dies)
+        patched.setattr("safety_neurons.detectors.contrast.score", dies)
         assert command(*words, "--out", tmp_path / "killed").code == 1
-    monkeypatch.setattr("safety_neurons.detectors.find_weight_change", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr("safety_neurons.detectors.weights.change", lambda *_, **__: pytest.fail("found again"))
     result = done(*words, "--out", tmp_path / "killed")
     for one in (expected, result):
         del one["run"], one["completions"]

@@ -8,8 +8,9 @@ from safety_neurons.detectors import find_attribution, find_attribution_patching
 from safety_neurons.detectors import gradients as module
 from safety_neurons.detectors.attribution import _ids
 from safety_neurons.detectors.attribution_patching import own_completions, patching_gradients
-from safety_neurons.detectors.gradients import Scored, explained, mask_gradients, midpoints_of, score_rows
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.gradients import ScoredRow, explained, mask_gradients, midpoints_of, score_rows
+from safety_neurons.detectors.methods import AttributionPatching
+from safety_neurons.detectors.runner import Run
 from safety_neurons.errors import InputError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import editing, reading
@@ -20,7 +21,7 @@ from safety_neurons.results import Checkpoint
 TEXTS = {"refusal": "sorry i cannot help", "compliance": ["sure here is", "yes you can make"]}
 
 
-def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, list[Scored]]:
+def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, list[ScoredRow]]:
     """All scored rows of some prompts in one batch."""
     sides = [[TEXTS["refusal"]], TEXTS["compliance"]]
     rows = [
@@ -29,7 +30,7 @@ def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, l
     return collate([row.ids for row in rows], range(len(rows))), rows
 
 
-def score(lm: LanguageModel, batch: Batch, rows: list[Scored], editors: dict | None = None) -> float:
+def score(lm: LanguageModel, batch: Batch, rows: list[ScoredRow], editors: dict | None = None) -> float:
     with torch.no_grad(), editing(lm.anatomy, editors or {}):
         return float(score_rows(forward(lm.model, batch, with_logits=True), batch, rows).sum())
 
@@ -101,7 +102,7 @@ def test_patching_gradients_equal_finite_differences_in_one_neurons_mask(mask):
     base, aligned = separate(torch.float64)
     sizes, step = base.table.select(sites=("down", "v")).sizes, 1e-5
     with Exact64():
-        units, _, _ = own_completions(base, aligned, PROMPTS[:2], stream=Stream(None, {}))
+        units, _ = own_completions(Run((base, aligned), PROMPTS[:2], AttributionPatching()))
         rows = [row for unit in units for row in unit]
         batch = collate([row.ids for row in rows], range(len(rows)))
         donors = donors_of(aligned, batch, sizes)
@@ -125,7 +126,7 @@ def test_patching_gradients_equal_finite_differences_in_one_neurons_mask(mask):
 
 def test_the_path_sums_to_what_patching_every_neuron_does():
     pair = adapted()
-    units, counts, _ = own_completions(pair.base, pair.aligned, PROMPTS, stream=Stream(None, {}))
+    units, counts = own_completions(Run((pair.base, pair.aligned), PROMPTS, AttributionPatching()))
     rows = [row for unit in units for row in unit]
     batch = collate([row.ids for row in rows], range(len(rows)))
     found = find_attribution_patching(pair.base, pair.aligned, PROMPTS, midpoints=32).scores
@@ -228,7 +229,7 @@ def test_bad_arguments_and_nan_are_errors_in_one_line():
         find_attribution(lm, PROMPTS, integrated=-1)
     with pytest.raises(InputError, match="has no tokens"):
         find_attribution(lm, PROMPTS, refusal="  ")
-    with pytest.raises(UsageError, match="expected at 'path'"):
+    with pytest.raises(UsageError, match="expected one of path, base"):
         find_attribution_patching(pair.base, pair.aligned, PROMPTS, at="middle")
     assert lm.anatomy
     with torch.no_grad():

@@ -65,12 +65,13 @@ def test_change_scores_equal_those_of_the_naive_way(positions):
         np.testing.assert_allclose(found.scores[key], values, rtol=0, atol=1e-5 * values.max())
 
 
-def test_batch_size_order_and_memory_budget_change_nothing():
+def test_batch_size_order_and_memory_budget_change_nothing(monkeypatch):
     pair = adapted()
     whole = find_contrast(pair.base, pair.aligned, PROMPTS, sites=ALL, max_new_tokens=6, count=30)
     turned = Prompts(list(PROMPTS)[::-1])
-    for prompts, options in ((PROMPTS, {"batch_size": 1}), (turned, {"batch_size": 4}), (PROMPTS, {"memory_budget": 2000})):
-        other = find_contrast(pair.base, pair.aligned, prompts, sites=ALL, max_new_tokens=6, count=30, **options)
+    for prompts, batch_size, memory in ((PROMPTS, 1, 2**30), (turned, 4, 2**30), (PROMPTS, "auto", 2000)):
+        monkeypatch.setattr(module, "MEMORY_BUDGET", memory)
+        other = find_contrast(pair.base, pair.aligned, prompts, sites=ALL, max_new_tokens=6, count=30, batch_size=batch_size)
         assert dict(other.neurons.items()).keys() == dict(whole.neurons.items()).keys()
         for key, values in whole.scores.items():
             np.testing.assert_allclose(other.scores[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-9))
@@ -237,7 +238,7 @@ def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_p
     for key, values in whole.scores.items():
         np.testing.assert_array_equal(values, again.scores[key])
     assert again.neurons == whole.neurons
-    with pytest.raises(RunError, match="made with another prompts:"):
+    with pytest.raises(RunError, match="made with different prompts:"):
         find_contrast(pair.base, pair.aligned, PROMPTS[:3], checkpoint=checkpoint, **options)
 
 

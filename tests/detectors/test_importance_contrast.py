@@ -8,13 +8,15 @@ from twins import PROMPTS, adapted, model, separate, untouched
 from exact64 import Exact64
 from safety_neurons.detectors import find_importance_contrast, find_weight_change
 from safety_neurons.detectors.importance_contrast import Comparison
+from safety_neurons.detectors.methods import ImportanceContrast
+from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Span, texts
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import around
 from safety_neurons.model.passes import collate, forward
-from safety_neurons.neurons import NeuronSet, Selection
+from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Checkpoint
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -22,7 +24,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 def measured(base: LanguageModel, aligned: LanguageModel, spans: tuple[Span, ...], compare: str) -> dict[str, np.ndarray]:
     comparison = Comparison(base, aligned, base.table.sizes, compare)
-    return comparison.run(spans, stream=Stream(None, {}), selection=Selection(count=1))[0]
+    return comparison.run(Run((base, aligned), PROMPTS, ImportanceContrast(count=1)), spans)[0]
 
 
 def sub_layer(model_: LanguageModel, layer: int, site: str) -> torch.nn.Module:

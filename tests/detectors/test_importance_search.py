@@ -152,7 +152,7 @@ def test_published_scores_have_no_gate(lm):
 
 
 def test_an_unknown_space_is_an_error(lm):
-    with pytest.raises(UsageError, match="unknown: use one of output, probability"):
+    with pytest.raises(UsageError, match="expected one of output, probability"):
         find_importance(lm, PROMPTS, space="logits")
 
 

@@ -9,10 +9,12 @@ from exact64 import Exact64
 from safety_neurons.detectors import find_attribution_patching, find_mask
 from safety_neurons.detectors import mask_search as module
 from safety_neurons.detectors.attribution_patching import own_completions
-from safety_neurons.detectors.gradients import Scored, score_rows
+from safety_neurons.detectors.gradients import ScoredRow, score_rows
 from safety_neurons.detectors.mask import _asked
-from safety_neurons.detectors.mask_search import Course, Plan, Search
+from safety_neurons.detectors.mask_search import Course, Search
+from safety_neurons.detectors.methods import Mask
 from safety_neurons.detectors.movable import Activations, Parameters
+from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.swap_attribution import contested, parting
 from safety_neurons.errors import UsageError
@@ -24,7 +26,7 @@ SIZES = ("down", "up")
 
 
 def rows_of(lm, n=2):
-    rows = [Scored((*row.ids, 20), len(row.ids), 1.0, 21) for row in lm.encode(PROMPTS[:n])]
+    rows = [ScoredRow((*row.ids, 20), len(row.ids), 1.0, 21) for row in lm.encode(PROMPTS[:n])]
     return collate([row.ids for row in rows], range(len(rows))), rows
 
 
@@ -63,7 +65,7 @@ def test_with_every_entry_one_the_patched_log_odds_are_the_aligned_models_and_wi
 
 def test_one_contested_row_scores_as_its_two_parted_rows_do():
     base, aligned = separate()
-    told, _, _ = own_completions(base, aligned, PROMPTS, stream=Stream(None, {}))
+    told, _ = own_completions(Run((base, aligned), PROMPTS, Mask()))
 
     def score(rows):
         batch = collate([row.ids for row in rows], range(len(rows)))
@@ -76,14 +78,14 @@ def test_one_contested_row_scores_as_its_two_parted_rows_do():
 
 def test_any_refusals_token_counts_and_no_compliances():
     told = [
-        [Scored((7, 8, 20, 1), 2, 1.0), Scored((7, 8, 30, 1), 2, -1.0)],
-        [Scored((9, 21, 1), 1, 1.0), Scored((9, 20, 1), 1, -1.0)],
-        [Scored((9, 22, 1), 1, 1.0), Scored((9, 22, 1), 1, -1.0)],  # the same text: nothing to turn
-        [Scored((9, 40, 23), 1, 1.0), Scored((9, 40, 24), 1, -1.0)],  # parts one token later, where other tokens begin a refusal
+        [ScoredRow((7, 8, 20, 1), 2, 1.0), ScoredRow((7, 8, 30, 1), 2, -1.0)],
+        [ScoredRow((9, 21, 1), 1, 1.0), ScoredRow((9, 20, 1), 1, -1.0)],
+        [ScoredRow((9, 22, 1), 1, 1.0), ScoredRow((9, 22, 1), 1, -1.0)],  # the same text: nothing to turn
+        [ScoredRow((9, 40, 23), 1, 1.0), ScoredRow((9, 40, 24), 1, -1.0)],  # parts one token later, where other tokens begin a refusal
     ]
     rows = _asked(told, "refusal")
     assert [row.instead for row in rows] == [(20, 21), (21,), (23,)]
-    many = [[Scored((9, 21), 1, 1.0), Scored((9, 25), 1, -1.0)]] * 30 + [[Scored((9, 33), 1, 1.0), Scored((9, 25), 1, -1.0)]]
+    many = [[ScoredRow((9, 21), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]] * 30 + [[ScoredRow((9, 33), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]]
     assert [row.instead for row in _asked(many, "refusal")[-2:]] == [(21,), (21, 33)]  # what one in 31 says is its own
     assert [row.rival for row in _asked(told, "odds")] == [30, 20, 24]
     base, _ = separate()
@@ -120,9 +122,9 @@ class Game:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_set_found_is_close_to_the_best_of_all_sets_of_its_size(seed):
     game = Game(seed)
-    rows = [Scored((1,) * length, 1, 1.0) for length in (3, 2, 4)]
+    rows = [ScoredRow((1,) * length, 1, 1.0) for length in (3, 2, 4)]
     course = Course(rows, [], adapted().base, 2)
-    search = Search(game, course, Plan("activations", "odds", 60, 0.8, 0.0), Stream(None, {}))
+    search = Search(game, course, Mask(move="activations", aim="odds", rounds=60, keep=0.8, caution=0.0), Stream(None, {}))
     members, _ = search.run(4)
     assert members.sum() == 4
 
@@ -207,8 +209,8 @@ def test_a_search_starts_from_attribution_patching_where_one_round_is_all():
 def test_what_names_no_size_or_makes_no_sense_is_refused():
     pair = adapted()
     for options, said in (
-        ({"threshold": 0.1}, "one set of a given size"),
-        ({"agreement": 1.0, "count": 3}, "one set of a given size"),
+        ({"threshold": 0.1}, "no option 'threshold'"),
+        ({"agreement": 1.0, "count": 3}, "no option 'agreement'"),
         ({"units": 0}, "units 0"),
         ({"units": 3, "top": 0.1}, "neither top nor count"),
         ({"units": 97}, "97 units asked"),

@@ -56,9 +56,7 @@ FINDERS = {
     "importance": lambda base, _, prompts: sn.find_importance(base, prompts),
     "importance, agreement": lambda base, _, prompts: sn.find_importance(base, prompts, top=0.2, agreement=1.0),
     "importance-contrast": lambda base, aligned, prompts: sn.find_importance_contrast(base, aligned, prompts),
-    "importance-contrast, attribution": lambda base, aligned, prompts: sn.find_importance_contrast(
-        base, aligned, prompts, compare="swap-attribution"
-    ),
+    "swap-attribution": lambda base, aligned, prompts: sn.find_swap_attribution(base, aligned, prompts),
     "mask": lambda base, aligned, prompts: sn.find_mask(base, aligned, prompts, harmless=HARMLESS, rounds=2),
     "probe-weights": lambda base, _, prompts: sn.find_probe_weights(base, prompts, harmless=HARMLESS),
     "refusal-direction": lambda base, _, prompts: sn.find_refusal_direction(base, prompts, harmless=HARMLESS),

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 
 from safety_neurons.detectors import find_contrast
 from safety_neurons.detectors.contrast import contrast_statistics
-from safety_neurons.detectors.found import PromptCounts
+from safety_neurons.detectors.methods import Contrast
 from safety_neurons.detectors.pairs import read
+from safety_neurons.detectors.runner import PromptCounts, Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Span, Texts, texts
 from safety_neurons.model import load_pair
@@ -65,7 +66,7 @@ def test_recorded_scores_and_ranks_come_out(positions, recorded, pair, asked):
 @pytest.mark.parametrize("positions", RUNS)
 def test_recorded_means_and_deviations_come_out(positions, recorded, pair, asked):
     text = texts(pair.base, asked, positions=positions, max_new_tokens=24, stream=Stream(None, {}))
-    statistics, _ = contrast_statistics(pair.base, pair.aligned, text, pair.base.table.select(sites=("down",)).sizes)
+    statistics, _ = contrast_statistics(Run((pair.base, pair.aligned), asked, Contrast()), text)
     names = {"aligned": "first", "base": "second"}
     for ours, theirs in names.items():
         for values, kind in ((statistics.mean(ours), "mean"), (statistics.standard_deviation(ours), "std")):
@@ -90,7 +91,7 @@ def test_the_very_ids_and_masks_that_were_recorded_give_the_recorded_scores(posi
             spans.append(Span(f"{batch}/{row}", tuple(tokens), int(where[0]), int(where[-1]) + 1))
     text = Texts(tuple(spans), PromptCounts(len(spans)))
     assert text.n_tokens == (363 if positions == "completion" else 16)
-    statistics, _ = contrast_statistics(pair.base, pair.aligned, text, pair.base.table.select(sites=("down",)).sizes)
+    statistics, _ = contrast_statistics(Run((pair.base, pair.aligned), read_prompts(["any"]), Contrast()), text)
     expected = recorded[f"{RUNS[positions]}/change_scores"]
     np.testing.assert_allclose(stacked(statistics.scores()), expected, rtol=0, atol=1e-5 * expected.max())
 

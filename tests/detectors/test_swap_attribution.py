@@ -8,7 +8,7 @@ from twins import PROMPTS, adapted, separate, untouched
 
 from exact64 import Exact64
 from safety_neurons.detectors import find_importance_contrast
-from safety_neurons.detectors.gradients import Scored, midpoints_of, score_rows
+from safety_neurons.detectors.gradients import ScoredRow, midpoints_of, score_rows
 from safety_neurons.detectors.swap_attribution import SoftSwap, parting
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
@@ -19,19 +19,19 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 SITE_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def rows_of(lm: LanguageModel) -> list[Scored]:
+def rows_of(lm: LanguageModel) -> list[ScoredRow]:
     """A refusal and a compliance of two prompts of different length, invented."""
     found = []
     for number, row in enumerate(lm.encode(PROMPTS[:2])):
-        found += [Scored((*row.ids, 9, 11 + number), len(row.ids), 1.0), Scored((*row.ids, 12), len(row.ids), -1.0)]
+        found += [ScoredRow((*row.ids, 9, 11 + number), len(row.ids), 1.0), ScoredRow((*row.ids, 12), len(row.ids), -1.0)]
     return found
 
 
-def batch_of(lm: LanguageModel, rows: list[Scored]) -> Batch:
+def batch_of(lm: LanguageModel, rows: list[ScoredRow]) -> Batch:
     return collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id)
 
 
-def score(lm: LanguageModel, rows: list[Scored]) -> torch.Tensor:
+def score(lm: LanguageModel, rows: list[ScoredRow]) -> torch.Tensor:
     with torch.no_grad():
         batch = batch_of(lm, rows)
         return score_rows(forward(lm.model, batch, with_logits=True), batch, rows)
@@ -125,7 +125,7 @@ def test_adapters_on_one_base_are_the_base_models_at_zero_and_the_aligned_models
 
 def test_completions_are_scored_at_the_token_where_they_part():
     def parted(refusal, compliance):
-        rows = [Scored((1, 2, *refusal), 2, 1.0), Scored((1, 2, *compliance), 2, -1.0)]
+        rows = [ScoredRow((1, 2, *refusal), 2, 1.0), ScoredRow((1, 2, *compliance), 2, -1.0)]
         return [(row.ids, row.start, row.weight) for row in parting(rows)]
 
     assert parted((5, 6, 7), (8, 6, 7)) == [((1, 2, 5), 2, 1.0), ((1, 2, 8), 2, -1.0)]
@@ -163,7 +163,7 @@ def test_a_unit_that_moves_its_sub_layer_but_not_the_answer_is_left_out():
         column = aligned.model.model.layers[1].mlp.down_proj.weight
         column[:, matters] += 0.5 * read / read.norm()
         column[:, idle] += 0.5 * unread
-    rows = [Scored((*row.ids, token), len(row.ids), sign) for row in base.encode(PROMPTS[:3]) for token, sign in ((20, 1.0), (21, -1.0))]
+    rows = [ScoredRow((*row.ids, token), len(row.ids), sign) for row in base.encode(PROMPTS[:3]) for token, sign in ((20, 1.0), (21, -1.0))]
     found = SoftSwap(base, aligned, base.table.sizes).gradients(batch_of(base, rows), rows, midpoints_of(8))
     effect = found["layers.1.down"].sum(0).abs()
     moved = find_importance_contrast(base, aligned, PROMPTS[:3], sites=("down",), layers="1:2").scores["layers.1.down"]

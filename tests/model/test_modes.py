@@ -80,7 +80,7 @@ CALLS: dict[str, Call] = {
     "find_contrast": lambda one, other: sn.find_contrast(one, other, BAD, max_new_tokens=3),
     "find_importance": lambda one, _: sn.find_importance(one, BAD),
     "find_importance_contrast": lambda one, other: sn.find_importance_contrast(one, other, BAD),
-    "find_importance_contrast, attribution": lambda one, other: sn.find_importance_contrast(one, other, BAD, compare="swap-attribution"),
+    "find_swap_attribution": lambda one, other: sn.find_swap_attribution(one, other, BAD),
     "find_mask": lambda one, other: sn.find_mask(one, other, BAD, harmless=GOOD, rounds=1),
     "find_probe_weights": lambda one, _: sn.find_probe_weights(one, BAD, harmless=GOOD),
     "find_refusal_direction": lambda one, _: sn.find_refusal_direction(one, BAD, harmless=GOOD),

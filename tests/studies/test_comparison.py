@@ -1,5 +1,7 @@
 """compare: equal budgets, recall in units, agreement beside chance, and files a killed comparison takes up."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -82,21 +84,18 @@ def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pai
     truth = NeuronSet({"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}, table)
     keys = table.keys
 
-    def planted(sign):
-        def find(_base, _aligned, _prompts, options):
-            assert options["sites"] == SITES  # no method is told where the truth lies
-            values = {key: np.random.default_rng(1).uniform(0, 0.5, table[key].size) for key in keys}
-            for key, indices in truth.items():
-                values[key][indices] = sign
-            for key in ("gate", "up", "down"):
-                values[f"layers.0.{key}"][[3, 9]] = sign
-                values[f"layers.1.{key}"][40] = sign
-            return Scores(values, table)
+    def planted(method, _models, _prompts, **_):
+        assert tuple(method.sites) == SITES  # no method is told where the truth lies
+        sign = 1.0 if method.NAME == "contrast" else -1.0
+        values = {key: np.random.default_rng(1).uniform(0, 0.5, table[key].size) for key in keys}
+        for key, indices in truth.items():
+            values[key][indices] = sign
+        for key in ("gate", "up", "down"):
+            values[f"layers.0.{key}"][[3, 9]] = sign
+            values[f"layers.1.{key}"][40] = sign
+        return types.SimpleNamespace(scores=Scores(values, table))
 
-        return find
-
-    monkeypatch.setitem(comparison.METHODS, "contrast", planted(1.0))
-    monkeypatch.setitem(comparison.METHODS, "importance", planted(-1.0))
+    monkeypatch.setattr(comparison, "find", planted)
     found = compare(
         *(pair.base, pair.aligned, *prompts), find_prompts=prompts[0], truth=truth, methods=["contrast", "importance"], random=0, **OPTIONS
     )
@@ -141,8 +140,8 @@ def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):
 
 def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair, prompts, tmp_path, monkeypatch):
     calls = []
-    real = comparison.METHODS["weight-change"]
-    monkeypatch.setitem(comparison.METHODS, "weight-change", lambda *words: (calls.append(1), real(*words))[1])
+    real = comparison.find
+    monkeypatch.setattr(comparison, "find", lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1])
     names = ["weight-change", "importance"]
 
     def run(find_prompts):
@@ -151,15 +150,12 @@ def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair
         )
 
     first = run(prompts[0])
-    looked = []
-    importance = comparison.METHODS["importance"]
-    monkeypatch.setitem(comparison.METHODS, "importance", lambda *words: (looked.append(1), importance(*words))[1])
     again = run(prompts[0])
-    assert (len(calls), len(looked)) == (1, 0)
+    assert calls == names
     assert [row.neurons for row in again.methods] == [row.neurons for row in first.methods]
     assert [row.seconds for row in again.methods] == [row.seconds for row in first.methods]
     run(prompts[1])
-    assert len(looked) == 1
+    assert calls == [*names, "importance"]
 
 
 def test_what_cannot_be_compared_is_refused(pair, prompts):

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from safety_neurons import studies
-from safety_neurons.detectors.streaming import Stream, stream_key
+from safety_neurons.detectors.methods import Importance
+from safety_neurons.detectors.runner import Run, _resume_key
+from safety_neurons.detectors.streaming import Stream
 from safety_neurons.errors import RunError, UnsupportedModelError
 from safety_neurons.model import load, load_pair
 from safety_neurons.model.identity import identity
-from safety_neurons.neurons import NeuronSet, Selection
+from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Checkpoint
 from safety_neurons.studies import arms, tax
 from tiny_pair import tiny_pair
@@ -75,7 +77,7 @@ def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, mon
 def key_of(models, **config):
     from safety_neurons.prompts import prompts
 
-    return stream_key("importance", models, prompts(["x"]), config, Selection.of(default_top=0.1), 2)
+    return _resume_key(Run(tuple(models), prompts(["x"]), Importance(top=0.1), batch_size=2), config)
 
 
 def test_a_partial_sum_is_gone_on_with_by_the_same_weights_alone(pair, tmp_path):

@@ -103,17 +103,17 @@ OPTIONS = {
 
 
 def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_again(folder, tmp_path, monkeypatch):
-    from safety_neurons import detectors
+    from safety_neurons.studies import comparison
 
     calls = []
-    real = detectors.find_refusal_direction
-    monkeypatch.setattr(detectors, "find_refusal_direction", lambda *words, **more: (calls.append(1), real(*words, **more))[1])
+    real = comparison.find
+    monkeypatch.setattr(comparison, "find", lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1])
     first = rank([folder], place=tmp_path.joinpath, **OPTIONS)
     assert [entry.group for entry in first.entries] == ["natural 0.05", "natural 0.1"]
     assert [entry.comparison.budget for entry in first.entries] == [5, 10]
-    assert len(calls) == 1
+    assert calls == OPTIONS["methods"]
     again = rank([folder], place=tmp_path.joinpath, **OPTIONS)
-    assert len(calls) == 1
+    assert calls == OPTIONS["methods"]
     assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(first.record(), sort_keys=True, default=str)
     assert (tmp_path / "tiny-3" / "completions-0.05.jsonl").exists()
 

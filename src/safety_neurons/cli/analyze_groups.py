@@ -10,6 +10,7 @@ from safety_neurons.cli.analyze import app, figure
 from safety_neurons.cli.options import Aligned, Base, Common, Harmless, MaxNewTokens, Model, Sites, listed
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
+from safety_neurons.detectors.methods import by_name
 from safety_neurons.errors import UsageError
 
 FIND, MEASURE = "Which neurons", "What is measured"
@@ -160,12 +161,9 @@ def transfer(
 
 def check(options: dict[str, Any], codes: tuple[str, ...], method: str, *, pair: bool = False) -> None:
     """Refuse what no model can make right."""
-    from safety_neurons.cli.choices import METHODS
-
-    if method not in METHODS:
-        raise UsageError(f"--method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if not pair and options["base"] is None and method not in ("importance", "attribution"):
+    if not pair and options["base"] is None and by_name(method).PAIR:
         raise UsageError(f"--method {method} needs a pair; give --base, or choose importance or attribution")
+    by_name(method)
     if not 0 < options["top"] <= 1:
         raise UsageError(f"--top {options['top']} is not a share; expected above 0 and at most 1 (0.02 for two per cent)")
     if not pair and len(codes) < 2:

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from safety_neurons.cli import console
-from safety_neurons.cli.choices import parse_object
 from safety_neurons.cli.gating import gated
-from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, listed
+from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, listed, parse_object
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import InputError, UsageError

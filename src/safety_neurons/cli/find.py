@@ -1,314 +1,180 @@
-"""find: score neurons by one method and keep the ones that a selection takes."""
+"""find: score neurons by one method and keep the ones that a selection takes; one command a registered method."""
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import (
-    Agreement,
-    Aligned,
-    Base,
-    Column,
-    Common,
-    Count,
-    DryRun,
-    GenerateWith,
-    Layers,
-    Limit,
-    MaxNewTokens,
-    Model,
-    Positions,
-    PromptSource,
-    Sites,
-    Subtract,
-    Threshold,
-    Top,
-    TopPerMatrix,
-    listed,
-)
-from safety_neurons.cli.pages import Contents
+from safety_neurons.cli.options import OneModel, OtherText, PromptFile, Some, TwoModels
+from safety_neurons.cli.pages import Contents, Page
 from safety_neurons.cli.session import Session
-from safety_neurons.cli.verb import verb
+from safety_neurons.cli.verb import command_of
+from safety_neurons.declarations import Declaration, Reads
+from safety_neurons.detectors.methods import METHODS, Method, installed
+
+
+class Methods(Contents):
+    """The group of commands of all methods, those registered later included."""
+
+    made: dict[str, Any] = {}
+
+    @property
+    def commands(self) -> dict[str, Any]:  # type: ignore[override]
+        """One command a registered method."""
+        installed()
+        self.made |= {name: command(method) for name, method in METHODS.items() if name not in self.made}
+        return self.made
+
+    @commands.setter
+    def commands(self, _: Any) -> None:
+        """The registry is where they come from."""
+
 
 app = typer.Typer(
-    help="Score neurons by one method and keep the ones a selection takes.", no_args_is_help=True, cls=Contents, rich_markup_mode=None
+    help="Score neurons by one method and keep the ones a selection takes.", no_args_is_help=True, cls=Methods, rich_markup_mode=None
 )
-
-Foundation = Annotated[str, typer.Option(help="General text of --subtract foundation: a file or builtin:NAME[/LANG].")]
-Steps = Annotated[int, typer.Option(min=0, help="Points at which the gradient is averaged; 0 takes it at the model itself.")]
+app.callback(help=app.info.help, cls=Methods, no_args_is_help=True)(lambda: None)  # A group without commands of its own.
 
 
-@verb(app, "importance")
-def importance(
-    common: Common,
-    model: Model,
-    prompts: PromptSource = "builtin:harmful",
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    top_per_matrix: TopPerMatrix = None,
-    threshold: Threshold = None,
-    agreement: Agreement = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    foundation: Foundation = "builtin:general",
-    space: Annotated[str, typer.Option(help="output, or probability for the paper's literal Q and K scores.")] = "output",
-    as_published: Annotated[bool, typer.Option("--as-published", help="Compute what the public code computes.")] = False,
-    memory_budget: Annotated[int, typer.Option(min=1, help="Memory of one chunk of neurons, in MiB.")] = 256,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """Paper 1: how much each row or column changes its sub-layer's output on harmful requests."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    session = Session("find-importance", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompted(Declaration):
+    """The prompts a method looks at."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_importance
+    PANEL = "Prompts"
 
-        return find_importance(
-            own.pop("model"), own.pop("prompts"), space=space, as_published=as_published, memory_budget=memory_budget * 2**20, **own
-        )
-
-    return find(session, options, {"model": model}, work, dry_run=dry_run)
+    prompts: PromptFile = "builtin:harmful"
+    """A file or builtin:NAME[/LANG]."""
 
 
-@verb(app, "attribution")
-def attribution(
-    common: Common,
-    model: Model,
-    prompts: PromptSource = "builtin:harmful",
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    top_per_matrix: TopPerMatrix = None,
-    threshold: Threshold = None,
-    agreement: Agreement = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    foundation: Foundation = "builtin:general",
-    refusal: Annotated[str | None, typer.Option(help="Text of a refusal. [default: built in]")] = None,
-    compliance: Annotated[str | None, typer.Option(help="Text of a compliance. [default: built in]")] = None,
-    integrated: Steps = 0,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """First-order effect of each neuron on the log-odds of refusing: activation times gradient."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    session = Session("find-attribution", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harmless(Declaration):
+    """The harmless prompts that some methods look at too."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_attribution
-
-        return find_attribution(own.pop("model"), own.pop("prompts"), refusal=refusal, compliance=compliance, integrated=integrated, **own)
-
-    return find(session, options, {"model": model}, work, dry_run=dry_run)
+    harmless: Annotated[str, Reads("prompts", column=True, words=("none",))] = "builtin:harmless"
+    """Prompts whose answers are to stay: a file or builtin:NAME[/LANG]; none for none."""
 
 
-@verb(app, "contrast")
-def contrast(
-    common: Common,
-    base: Base,
-    aligned: Aligned,
-    prompts: PromptSource = "builtin:harmful",
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    top_per_matrix: TopPerMatrix = None,
-    threshold: Threshold = None,
-    agreement: Agreement = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    positions: Positions = "completion",
-    generate_with: GenerateWith = "base",
-    max_new_tokens: MaxNewTokens = 128,
-    completions: Annotated[str | None, typer.Option(help="Completions file to use instead of generating.")] = None,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """Paper 2: root mean square difference of each activation between two models on the same text."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    session = Session("find-contrast", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given(Declaration):
+    """Completions that take the place of those that would be generated."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_contrast
-        from safety_neurons.results import Completions
-
-        return find_contrast(
-            own.pop("base"),
-            own.pop("aligned"),
-            own.pop("prompts"),
-            positions=positions,
-            generate_with=generate_with,
-            max_new_tokens=max_new_tokens,
-            **{"completions": Completions.load(completions) if completions else None, **own},
-        )
-
-    return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
+    completions: Annotated[str, Reads("files")] | None = None
+    """Completions file to use instead of generating."""
 
 
-@verb(app, "importance-contrast")
-def importance_contrast(
-    common: Common,
-    base: Base,
-    aligned: Aligned,
-    prompts: PromptSource = "builtin:harmful",
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    top_per_matrix: TopPerMatrix = None,
-    threshold: Threshold = None,
-    agreement: Agreement = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    compare: Annotated[str, typer.Option(help="swap, swap-attribution, absolute, relative or same-input.")] = "swap",
-    positions: Positions = "prompt",
-    generate_with: GenerateWith = "base",
-    max_new_tokens: MaxNewTokens = 128,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """Exact importance against the base model's parameters instead of against zero."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    session = Session("find-importance-contrast", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subtracting(Declaration):
+    """What is taken away from the chosen set."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_importance_contrast
+    PANEL = Method.PANEL
 
-        return find_importance_contrast(
-            own.pop("base"),
-            own.pop("aligned"),
-            own.pop("prompts"),
-            compare=compare,
-            positions=positions,
-            generate_with=generate_with,
-            max_new_tokens=max_new_tokens,
-            **own,
-        )
-
-    return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
+    subtract: Annotated[str, Reads("neurons", words=("foundation",))] | None = None
+    """Neuron file, or foundation, to subtract afterwards."""
 
 
-@verb(app, "attribution-patching")
-def attribution_patching(
-    common: Common,
-    base: Base,
-    aligned: Aligned,
-    prompts: PromptSource = "builtin:harmful",
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    top_per_matrix: TopPerMatrix = None,
-    threshold: Threshold = None,
-    agreement: Agreement = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    at: Annotated[str, typer.Option(help="path: averaged from base to aligned; base: at the base model alone.")] = "path",
-    midpoints: Annotated[int, typer.Option(min=1, help="Midpoints of the path.")] = 8,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """First-order estimate of what patching each neuron from the aligned model would do."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    session = Session("find-attribution-patching", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foundation(Subtracting):
+    """Also where foundation neurons are found."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_attribution_patching
+    PANEL = None
 
-        return find_attribution_patching(own.pop("base"), own.pop("aligned"), own.pop("prompts"), at=at, midpoints=midpoints, **own)
-
-    return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
+    foundation: OtherText = "builtin:general"
+    """General text of --subtract foundation: a file or builtin:NAME[/LANG]."""
 
 
-@verb(app, "mask")
-def mask(
-    common: Common,
-    base: Base,
-    aligned: Aligned,
-    prompts: PromptSource = "builtin:harmful",
-    harmless: Annotated[str, typer.Option(help="Prompts whose answers are to stay: a file or builtin:NAME[/LANG]; none for none.")] = (
-        "builtin:harmless"
-    ),
-    column: Column = None,
-    limit: Limit = None,
-    top: Top = None,
-    count: Count = None,
-    sites: Sites = None,
-    layers: Layers = None,
-    subtract: Subtract = None,
-    move: Annotated[str, typer.Option(help="activations (patching), parameters (swapping), or auto.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="How often the set is looked at.")] = 30,
-    caution: Annotated[float, typer.Option(min=0, help="Weight of the harmless answers.")] = 0.5,
-    dry_run: DryRun = False,
-) -> dict[str, Any] | None:
-    """Learned mask: the set of a given size that refuses the most when it is moved from base to aligned."""
-    options = {name: value for name, value in locals().items() if name not in ("common", "dry_run")}
-    options |= dict.fromkeys(("top_per_matrix", "threshold", "agreement"))
-    session = Session("find-mask", common, options)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(Declaration):
+    """A look ahead."""
 
-    def work(own: dict[str, Any]) -> Any:
-        from safety_neurons.detectors import find_mask
+    PANEL = "Running"
 
-        kept = session.prompts(harmless, own["base"], column, limit) if harmless != "none" else None
-        models = (own.pop("base"), own.pop("aligned"), own.pop("prompts"))
-        return find_mask(*models, harmless=kept, move=move, rounds=rounds, caution=caution, **own)
-
-    return find(session, options, {"base": base, "aligned": aligned}, work, dry_run=dry_run)
+    dry_run: bool = False
+    """Print memory, time and disk, then stop."""
 
 
-def find(
-    session: Session, options: dict[str, Any], specs: dict[str, str], work: Callable[[dict[str, Any]], Any], *, dry_run: bool
-) -> dict[str, Any] | None:
-    """Load what a detector needs, run it, write scores and neurons, show them."""
+def declared(method: type[Method]) -> dict[str, type[Declaration]]:
+    """The declarations of a method's command."""
+    return {
+        "models": TwoModels if method.PAIR else OneModel,
+        **({"shown": Prompted, "some": Some} if method.PROMPTS else {}),
+        "method": method,
+        "subtracting": Foundation if method.PROMPTS else Subtracting,
+        **({"other": Harmless} if method.HARMLESS != "none" else {}),
+        **({"given": Given} if method.COMPLETIONS else {}),
+        "planned": Planned,
+    }
+
+
+def command(method: type[Method]) -> Any:
+    """The command of a method."""
+    holder = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made = command_of(f"find-{method.NAME}", find, declared(method))
+    sentence = (inspect.getdoc(method) or "").split("\n\n")[0]
+    holder.command(method.NAME, cls=Page, help=sentence, no_args_is_help=False)(made)
+    return get_command(holder)
+
+
+def find(session: Session, method: Method, models: Declaration, planned: Planned, **_: Declaration) -> dict[str, Any] | None:
+    """Load what a method needs, run it, write scores and neurons, show them."""
+    options, specs = session.options, list(models.values().values())
 
     def run() -> dict[str, Any]:
-        models = load(session, specs)
-        first = next(iter(models.values()))
-        own: dict[str, Any] = dict(models)
-        own["prompts"] = session.prompts(options["prompts"], first, options["column"], options["limit"])
-        if options["sites"] is not None:
-            own["sites"] = listed(options["sites"])
-        own |= {name: options[name] for name in ("top", "count", "top_per_matrix", "threshold", "agreement", "layers")}
-        own["batch_size"] = session.batch_size()
-        own["checkpoint"] = session.folder.checkpoint("find")
-        own["subtract"] = subtracted(session, options, first, work, own)
+        from safety_neurons.detectors import find as search
+
+        loaded = load(session, specs)
+        shown = looked_at(session, options, loaded[0])
+        kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("find")}
+        subtract = subtracted(session, method, loaded, shown)
         with session.progress("find") as progress:
-            found = work({**own, "progress": progress})
+            found = search(method, loaded, **shown, subtract=subtract, progress=progress, **kept)
         session.notes.extend(found.notes)
         return keep(session, found)
 
-    if dry_run:
+    if planned.dry_run:
         return estimate(session, options, specs)
     return session.run(run, show)
 
 
-def load(session: Session, specs: dict[str, str]) -> dict[str, Any]:
+def load(session: Session, specs: Sequence[str]) -> list[Any]:
     """One model, or a pair that shares its base where it can."""
-    if "model" in specs:
-        return {"model": session.model(specs["model"])}
-    pair = session.pair(specs["base"], specs["aligned"])
-    return {"base": pair.base, "aligned": pair.aligned}
+    if len(specs) == 1:
+        return [session.model(specs[0])]
+    pair = session.pair(*specs)
+    return [pair.base, pair.aligned]
 
 
-def subtracted(session: Session, options: dict[str, Any], model: Any, work: Callable[[dict[str, Any]], Any], own: dict[str, Any]) -> Any:
+def looked_at(session: Session, options: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The prompts and completions of a run, as `detectors.find` takes them."""
+    found = {}
+    for name in ("prompts", "harmless"):
+        if options.get(name, "none") != "none":
+            found[name] = session.prompts(options[name], model, options["column"], options["limit"])
+    if options.get("completions"):
+        from safety_neurons.results import Completions
+
+        found["completions"] = Completions.load(options["completions"])
+    return found
+
+
+def subtracted(session: Session, method: Method, models: Sequence[Any], shown: Mapping[str, Any]) -> Any:
     """The set to subtract: a file, or the foundation neurons found by the same method and selection on general text."""
-    if options["subtract"] is None:
-        return None
-    if options["subtract"] != "foundation":
-        return session.neurons(options["subtract"], model)
-    general = session.prompts(options.get("foundation", "builtin:general"), model)
-    own = {**own, "prompts": general, "checkpoint": session.folder.checkpoint("foundation")}
-    if "completions" in options:
-        own["completions"] = None
+    wanted = session.options["subtract"]
+    if wanted != "foundation":
+        return None if wanted is None else session.neurons(wanted, models[0])
+    from safety_neurons.detectors import find as search
+    from safety_neurons.errors import UsageError
+
+    if not method.PROMPTS:
+        raise UsageError(f"{method.NAME} looks at no prompts, so it has no foundation neurons; expected a neuron file to subtract")
+    general = session.prompts(session.options["foundation"], models[0])
+    kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
+    told = {name: value for name, value in shown.items() if name == "harmless"}
     with session.progress("find foundation neurons") as progress:
-        found = work({**own, "progress": progress})
+        found = search(method, models, general, progress=progress, **told, **kept)
     found.neurons.save(session.folder.path("foundation.safetensors"))
     session.notes.extend(found.notes)
     return found.neurons
@@ -360,14 +226,15 @@ def show(result: dict[str, Any]) -> None:
     console.say(("dim", "\nneurons "), result["neurons"], ("dim", "\nscores  "), result["scores"])
 
 
-def estimate(session: Session, options: dict[str, Any], specs: dict[str, str]) -> dict[str, Any]:
+def estimate(session: Session, options: Mapping[str, Any], specs: Sequence[str]) -> dict[str, Any]:
     """Memory, time and disk of a run that is not started."""
     from safety_neurons.model import estimate as estimate_run
+    from safety_neurons.prompts import prompts
 
     models = load(session, specs)
-    first = next(iter(models.values()))
-    chosen = session.prompts(options["prompts"], first, options["column"], options["limit"])
-    plan = estimate_run(list(models.values()), chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size())
+    asked = options.get("prompts")
+    chosen = prompts([""]) if asked is None else session.prompts(asked, models[0], options["column"], options["limit"])
+    plan = estimate_run(models, chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size())
     if not session.common.json:
         console.say(str(plan))
     return dataclasses.asdict(plan)

@@ -4,8 +4,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safety_neurons.cli.choices import TEMPLATES
-from safety_neurons.cli.options import Common, listed
+from safety_neurons.cli.options import TEMPLATES, Common, listed
 
 Contents = dict[str, str]
 """As in `safety_neurons.results.content`, which is imported when it is needed: it brings numpy along."""
@@ -29,6 +28,7 @@ READS: dict[str, str] = {
 WORDS = frozenset(
     (
         *(
+            "aim",
             "answer_column",
             "arm",
             "arms",
@@ -63,7 +63,7 @@ WORDS = frozenset(
 """Options with words of their own, and those of verbs that keep no run."""
 
 
-def inputs_of(options: Mapping[str, Any], common: Common) -> dict[str, Contents]:
+def inputs_of(options: Mapping[str, Any], common: Common, kinds: Mapping[str, str] = READS) -> dict[str, Contents]:
     """By option the content of what it names; what is no file (a built-in list, a suite by name) counts by its name.
 
     Raises:
@@ -73,8 +73,8 @@ def inputs_of(options: Mapping[str, Any], common: Common) -> dict[str, Contents]
 
     found = {}
     for name, value in options.items():
-        if name in READS and value is not None:
-            found[name] = {} if READS[name] == "suites' folder" else _contents(READS[name], value, options, common)
+        if name in kinds and value is not None:
+            found[name] = {} if kinds[name] == "suites' folder" else _contents(kinds[name], value, options, common)
     if common.template not in TEMPLATES:
         found["template"] = contents_of(pathlib.Path(common.template).expanduser())
     return found
@@ -178,7 +178,10 @@ def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Conten
 
 _READERS: dict[str, Callable[[str, Mapping[str, Any], Common], Contents]] = {
     "files": _file,
+    "prompts": _file,
     "sets": _set,
+    "neurons": _set,
+    "scores": _set,
     "model": _model,
     "suites": _suite,
     "judges": _judge,

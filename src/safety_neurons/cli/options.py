@@ -2,44 +2,133 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-RUNNING, MODEL = "Running", "Model and template"
+from safety_neurons import strict_json
+from safety_neurons.declarations import Declaration, OneOf, Positive, Reads
+from safety_neurons.errors import UsageError
+
+RUNNING = "Running"
+TEMPLATES = ("auto", "none", "tulu")
 
 
 @dataclasses.dataclass(frozen=True)
-class Common:
+class Run(Declaration):
+    """Where a run is kept and how it is shown."""
+
+    PANEL = "Running"
+
+    out: pathlib.Path | None = None
+    """Folder of this run. [default: runs/VERB-TIME]"""
+    json: bool = False
+    """Print one JSON object on stdout and nothing else."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    batch_size: str = "auto"
+    """Prompts per forward pass: auto or a number."""
+    overwrite: bool = False
+    """Start a finished run again."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Common(Run):
     """What every verb accepts."""
 
-    out: Annotated[pathlib.Path | None, typer.Option(help="Folder of this run. [default: runs/VERB-TIME]", rich_help_panel=RUNNING)] = None
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=RUNNING)] = False
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.", rich_help_panel=RUNNING)] = 0
-    batch_size: Annotated[str, typer.Option(help="Prompts per forward pass: auto or a number.", rich_help_panel=RUNNING)] = "auto"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a finished run again.", rich_help_panel=RUNNING)] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RUNNING)] = False
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … [default: the fastest present]", rich_help_panel=MODEL)] = (
-        None
-    )
-    dtype: Annotated[str, typer.Option(help="auto, float32, float64, bfloat16 or float16.", rich_help_panel=MODEL)] = "auto"
-    offline: Annotated[bool, typer.Option("--offline", help="Never open a socket.", rich_help_panel=MODEL)] = False
-    template: Annotated[str, typer.Option(help="auto, none, tulu or a Jinja file.", rich_help_panel=MODEL)] = "auto"
-    system: Annotated[str | None, typer.Option(help="System prompt put before every prompt.", rich_help_panel=MODEL)] = None
-    template_args: Annotated[str | None, typer.Option(help="JSON object for the chat template.", rich_help_panel=MODEL)] = None
-    think_end: Annotated[
-        str | None, typer.Option(help="Text that ends the model's thinking; what follows is judged.", rich_help_panel=MODEL)
-    ] = None
-    merge_adapters: Annotated[bool, typer.Option("--merge-adapters", help="Merge adapters into the weights.", rich_help_panel=MODEL)] = (
-        False
-    )
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL)
-    ] = False
+    PANEL = "Model and template"
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps … [default: the fastest present]"""
+    dtype: Annotated[str, OneOf("auto", "float32", "float64", "bfloat16", "float16")] = "auto"
+    """auto, float32, float64, bfloat16 or float16."""
+    offline: bool = False
+    """Never open a socket."""
+    template: str = "auto"
+    """auto, none, tulu or a Jinja file."""
+    system: str | None = None
+    """System prompt put before every prompt."""
+    template_args: str | None = None
+    """JSON object for the chat template."""
+    think_end: str | None = None
+    """Text that ends the model's thinking; what follows is judged."""
+    merge_adapters: bool = False
+    """Merge adapters into the weights."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def check(self) -> None:
+        """Also seed, batch size, template and its arguments."""
+        super().check()
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative; expected 0 or more")
+        batch_size(self.batch_size)
+        parse_object("--template-args", self.template_args)
+        if self.template not in TEMPLATES and not pathlib.Path(self.template).expanduser().is_file():
+            raise UsageError(f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path of a Jinja template")
 
 
-HOW_A_RUN_IS_SHOWN = ("out", "json", "overwrite", "debug", "device", "offline")
+HOW_A_RUN_IS_SHOWN = ("out", "json", "overwrite", "debug", "device", "offline", "dry_run")
 """Options that cannot change a result: two runs that differ only in these are the same run."""
+
+
+ModelName = Annotated[str, Reads("model")]
+PromptFile = Annotated[str, Reads("prompts", column=True)]
+OtherText = Annotated[str, Reads("prompts", words=("none",))]
+"""Prompts that `--column` does not name a column of; `none` for none."""
+NeuronFile = Annotated[str, Reads("neurons")]
+ScoreFile = Annotated[str, Reads("scores")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneModel(Declaration):
+    """The model."""
+
+    PANEL = "Models"
+
+    model: ModelName
+    """ID[@REVISION][+ADAPTER…], a folder, or organism:NAME."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoModels(Declaration):
+    """A base and an aligned model."""
+
+    PANEL = "Models"
+
+    base: ModelName
+    """The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base."""
+    aligned: ModelName
+    """The safer model of the same architecture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Some(Declaration):
+    """How prompts are taken from a file."""
+
+    PANEL = "Prompts"
+
+    column: str | None = None
+    """Column that holds the prompts."""
+    limit: Positive | None = None
+    """Use the first N prompts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured(Declaration):
+    """What a model is measured on."""
+
+    PANEL = "Prompts"
+
+    harmful: PromptFile = "builtin:harmful-test"
+    """Harmful requests: a file or builtin:NAME[/LANG]."""
+    harmless: PromptFile = "builtin:harmless-test"
+    """Harmless requests: a file or builtin:NAME[/LANG]."""
+    text: OtherText = "builtin:general-test"
+    """General text for perplexity: a file or builtin:NAME[/LANG]."""
+
 
 PROMPTS, SELECTION = "Prompts", "Which neurons are kept"
 Model = Annotated[str, typer.Option(help="ID[@REVISION][+ADAPTER…], a folder, or organism:NAME.", rich_help_panel="Models")]
@@ -70,3 +159,25 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print memory, time and 
 def listed(text: str | None) -> tuple[str, ...] | None:
     """A comma-separated option as a tuple; None stays None."""
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def batch_size(text: str) -> int | Annotated[str, OneOf("auto")]:
+    """`auto`, or a positive number."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise UsageError(f"--batch-size {text}: expected auto or a number of at least 1")
+    return int(text)
+
+
+def parse_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """An option that holds a JSON object."""
+    if text is None:
+        return None
+    try:
+        value = strict_json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text[:200]!r} is not JSON ({str(error)[:100]}); expected an object such as {{}}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{option} {text!r} is a {type(value).__name__}, expected a JSON object such as {{}}")
+    return value

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from safety_neurons.cli import choices, console
-from safety_neurons.cli.inputs import NOT_A_FILE, inputs_of
-from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common
+from safety_neurons.cli.inputs import NOT_A_FILE, READS, inputs_of
+from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common, batch_size, parse_object
+from safety_neurons.declarations import Declaration, Reads
 
 Result = dict[str, Any]
 PROMPT_OPTIONS = (
@@ -32,8 +33,13 @@ OF_ANOTHER_SHAPE = {"text", "foundation"}
 class Session:
     """Everything around one verb. `options` are the verb's own options: with the common ones they are the run's configuration."""
 
-    def __init__(self, verb: str, common: Common, options: Mapping[str, Any]) -> None:
-        choices.check(options, common)
+    def __init__(self, verb: str, common: Common, options: Mapping[str, Any] | Sequence[Declaration]) -> None:
+        self.reads: dict[str, Reads] | None = None
+        if isinstance(options, Mapping):
+            choices.check(options)
+        else:
+            self.reads = {one.name: one.reads for part in options for one in part.options() if one.reads is not None}
+            options = {name: value for part in options for name, value in part.values().items() if name not in HOW_A_RUN_IS_SHOWN}
         self.common = common
         self.options = options
         self.verb = verb
@@ -50,7 +56,8 @@ class Session:
         from safety_neurons.results import RunFolder
 
         out = self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
-        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.common))
+        kinds = READS if self.reads is None else {name: reads.kind for name, reads in self.reads.items()}
+        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.common, kinds))
 
     @property
     def quiet(self) -> bool:
@@ -102,6 +109,9 @@ class Session:
         from safety_neurons.neurons import NeuronSet, Scores
         from safety_neurons.prompts import prompts
 
+        if self.reads is not None:
+            self._foresee(self.reads)
+            return
         for name in PROMPT_OPTIONS:
             source = self.options.get(name)
             unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (
@@ -115,6 +125,23 @@ class Session:
             path = self.options.get(name)
             if path is not None and path != "foundation" and not path.startswith(NOT_A_FILE):
                 (Scores if name == "scores" else NeuronSet).load(path)
+
+    def _foresee(self, declared: Mapping[str, Reads]) -> None:
+        """The same for declared options; words such as `none` name no file, nor what other options leave unused."""
+        from safety_neurons.neurons import NeuronSet, Scores
+        from safety_neurons.prompts import prompts
+
+        for name, reads in declared.items():
+            source = self.options[name]
+            if name == "foundation" and self.options.get("subtract") != "foundation":
+                continue
+            if not isinstance(source, str) or source in reads.words or source.startswith(NOT_A_FILE):
+                continue
+            if reads.kind == "prompts":
+                answers = self.options.get("answer_column") if reads.answers else None
+                prompts(source, column=self.options.get("column") if reads.column else None, answer_column=answers)
+            elif reads.kind in ("neurons", "scores"):
+                (NeuronSet if reads.kind == "neurons" else Scores).load(source)
 
     # Models and prompts
 
@@ -176,7 +203,7 @@ class Session:
 
     def batch_size(self) -> int | Literal["auto"]:
         """`auto`, or a positive number."""
-        return choices.batch_size(self.common.batch_size)
+        return batch_size(self.common.batch_size)
 
     def progress(self, title: str) -> contextlib.AbstractContextManager[console.Report | None]:
         """A progress bar on a terminal, None elsewhere."""
@@ -198,7 +225,7 @@ class Session:
             "dtype": None if common.dtype == "auto" else common.dtype,
             "template": common.template,
             "system": common.system,
-            "template_args": choices.parse_object("--template-args", common.template_args),
+            "template_args": parse_object("--template-args", common.template_args),
             "think_end": common.think_end,
             "offline": common.offline,
             "merge_adapters": common.merge_adapters,

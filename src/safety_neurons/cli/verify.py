@@ -1,15 +1,18 @@
 """verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, beside controls."""
 
+import dataclasses
+import functools
 from typing import Annotated, Any
 
 import typer
 
 from safety_neurons.cli import console
 from safety_neurons.cli.choices import parse_sizes
-from safety_neurons.cli.options import Aligned, Base, Column, Common, Harmful, Harmless, Limit, MaxNewTokens, Model, Text
+from safety_neurons.cli.options import Measured, NeuronFile, OneModel, ScoreFile, Some, TwoModels
 from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Count, Declaration, Panel, Positive
 from safety_neurons.errors import UsageError
 
 app = typer.Typer(
@@ -19,76 +22,75 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Neurons = Annotated[str | None, typer.Option(help="Neuron file (or the folder of a find run).")]
-ScoresFile = Annotated[str | None, typer.Option(help="Score file (or the folder of a find run), with --sizes.")]
-Sizes = Annotated[str | None, typer.Option(help="Comma-separated shares of the scored neurons: 0.005,0.01,0.05")]
-Random = Annotated[int, typer.Option(min=0, help="Random control sets for each size.")]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verified(Declaration):
+    """The set, or the scores whose largest are taken."""
+
+    neurons: NeuronFile | None = None
+    """Neuron file (or the folder of a find run)."""
+    scores: ScoreFile | None = None
+    """Score file (or the folder of a find run), with --sizes."""
+    sizes: str | None = None
+    """Comma-separated shares of the scored neurons: 0.005,0.01,0.05"""
+
+    def check(self) -> None:
+        """Also that there is a set, or scores with sizes."""
+        super().check()
+        if (self.neurons is None) == (self.scores is None):
+            which = "neither" if self.neurons is None else "both"
+            raise UsageError(f"{which} of --neurons and --scores given, expected one of them")
+        if self.neurons is not None and self.sizes is not None:
+            raise UsageError("--sizes needs --scores: a neuron file has one size")
+        parse_sizes(self.sizes)
 
 
-@verb(app, "deactivate")
-def deactivate(
-    common: Common,
-    model: Model,
-    neurons: Neurons = None,
-    scores: ScoresFile = None,
-    sizes: Sizes = None,
-    harmful: Harmful = "builtin:harmful-test",
-    harmless: Harmless = "builtin:harmless-test",
-    text: Text = "builtin:general-test",
-    column: Column = None,
-    limit: Limit = None,
-    random: Random = 5,
-    max_new_tokens: MaxNewTokens = 64,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measuring(Declaration):
+    """How it is measured."""
+
+    random: Count = 5
+    """Random control sets for each size."""
+    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
+    """Length of a completion, in tokens."""
+
+
+@verb(app, "deactivate", run="verify-deactivate")
+def deactivate(session: Session, models: OneModel, verified: Verified, on: Measured, some: Some, how: Measuring) -> dict[str, Any]:
     """Necessity: what the model loses while these neurons are off."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("verify-deactivate", common, options)
 
     def work() -> dict[str, Any]:
         from safety_neurons.studies import verify_deactivate
 
-        loaded = session.model(model)
-        return measured(session, options, loaded, lambda *args, **kwargs: verify_deactivate(loaded, *args, **kwargs))
+        model = session.model(models.model)
+        return measured(session, verified, (on, some, how), model, functools.partial(verify_deactivate, model))
 
     return session.run(work, show)
 
 
-@verb(app, "patch")
-def patch(
-    common: Common,
-    base: Base,
-    aligned: Aligned,
-    neurons: Neurons = None,
-    scores: ScoresFile = None,
-    sizes: Sizes = None,
-    harmful: Harmful = "builtin:harmful-test",
-    harmless: Harmless = "builtin:harmless-test",
-    text: Text = "builtin:general-test",
-    column: Column = None,
-    limit: Limit = None,
-    random: Random = 5,
-    max_new_tokens: MaxNewTokens = 64,
-) -> dict[str, Any]:
+@verb(app, "patch", run="verify-patch")
+def patch(session: Session, models: TwoModels, verified: Verified, on: Measured, some: Some, how: Measuring) -> dict[str, Any]:
     """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the base model."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("verify-patch", common, options)
 
     def work() -> dict[str, Any]:
         from safety_neurons.studies import verify_patch
 
-        pair = session.pair(base, aligned)
-        return measured(session, options, pair.base, lambda *args, **kwargs: verify_patch(pair.base, pair.aligned, *args, **kwargs))
+        pair = session.pair(models.base, models.aligned)
+        study = functools.partial(verify_patch, pair.base, pair.aligned)
+        return measured(session, verified, (on, some, how), pair.base, study)
 
     return session.run(work, show)
 
 
-def measured(session: Session, options: dict[str, Any], model: Any, study: Any) -> dict[str, Any]:
+def measured(session: Session, verified: Verified, told: tuple[Measured, Some, Measuring], model: Any, study: Any) -> dict[str, Any]:
     """Load what both kinds need, measure, and keep the completions."""
-    chosen, sizes = what_is_verified(session, options, model)
-    harmful, harmless = (session.prompts(options[name], model, options["column"], options["limit"]) for name in ("harmful", "harmless"))
-    text = None if options["text"] == "none" else session.prompts(options["text"], model, limit=options["limit"])
+    on, some, how = told
+    if verified.neurons is not None:
+        chosen, sizes = session.neurons(verified.neurons, model), []
+    else:
+        chosen, sizes = session.scores(verified.scores, model), parse_sizes(verified.sizes)
+    harmful, harmless = (session.prompts(source, model, some.column, some.limit) for source in (on.harmful, on.harmless))
+    text = None if on.text == "none" else session.prompts(on.text, model, limit=some.limit)
     completions = session.folder.path("completions.jsonl")
     with session.status("verify") as progress:
         verification = study(
@@ -97,9 +99,9 @@ def measured(session: Session, options: dict[str, Any], model: Any, study: Any) 
             harmless,
             text=text,
             sizes=sizes,
-            random=options["random"],
+            random=how.random,
             seed=session.common.seed,
-            max_new_tokens=options["max_new_tokens"],
+            max_new_tokens=how.max_new_tokens,
             batch_size=session.batch_size(),
             completions_file=completions,
             progress=progress,
@@ -109,24 +111,6 @@ def measured(session: Session, options: dict[str, Any], model: Any, study: Any) 
         if shared:
             session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
     return {**verification.record(), "completions": str(completions)}
-
-
-def check(options: dict[str, Any]) -> None:
-    """A set, or scores with sizes; found out before anything is loaded."""
-    neurons, scores, sizes = options["neurons"], options["scores"], options["sizes"]
-    if (neurons is None) == (scores is None):
-        raise UsageError(f"{'neither' if neurons is None else 'both'} of --neurons and --scores given, expected one of them")
-    if neurons is not None and sizes is not None:
-        raise UsageError("--sizes needs --scores: a neuron file has one size")
-    parse_sizes(sizes)
-
-
-def what_is_verified(session: Session, options: dict[str, Any], model: Any) -> tuple[Any, list[float]]:
-    """A neuron set, or scores with the sizes to sweep."""
-    neurons, scores, sizes = options["neurons"], options["scores"], options["sizes"]
-    if neurons is not None:
-        return session.neurons(neurons, model), []
-    return session.scores(scores, model), parse_sizes(sizes)
 
 
 def show(result: dict[str, Any]) -> None:

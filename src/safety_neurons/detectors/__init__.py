@@ -1,36 +1,32 @@
-"""Detectors: each scores every neuron of the searched sites and chooses a set; one method a file."""
+"""Detectors: each scores every neuron of the searched sites and chooses a set; a name is imported when it is first used."""
 
-from safety_neurons.detectors.activation_magnitude import find_activation_magnitude
-from safety_neurons.detectors.attribution import find_attribution
-from safety_neurons.detectors.attribution_patching import find_attribution_patching
-from safety_neurons.detectors.contrast import ContrastStatistics, find_contrast
-from safety_neurons.detectors.found import Found, PromptCounts
-from safety_neurons.detectors.importance import find_importance
-from safety_neurons.detectors.importance_contrast import find_importance_contrast
-from safety_neurons.detectors.mask import find_mask
-from safety_neurons.detectors.probe_weights import find_probe_weights
-from safety_neurons.detectors.random_neurons import find_random
-from safety_neurons.detectors.refusal_direction import find_refusal_direction
-from safety_neurons.detectors.snip import find_snip
-from safety_neurons.detectors.wanda import find_wanda
-from safety_neurons.detectors.weight_change import find_weight_change, find_weight_magnitude
+from safety_neurons import lazily
 
-__all__ = [
-    "ContrastStatistics",
-    "Found",
-    "PromptCounts",
-    "find_activation_magnitude",
-    "find_attribution",
-    "find_attribution_patching",
-    "find_contrast",
-    "find_importance",
-    "find_importance_contrast",
-    "find_mask",
-    "find_probe_weights",
-    "find_random",
-    "find_refusal_direction",
-    "find_snip",
-    "find_wanda",
-    "find_weight_change",
-    "find_weight_magnitude",
-]
+_HOME = {
+    "ContrastStatistics": "contrast",
+    "Found": "runner",
+    "METHODS": "methods",
+    "Method": "methods",
+    "PromptCounts": "runner",
+    "Run": "runner",
+    "Scored": "runner",
+    "find": "runner",
+    "find_activation_magnitude": "runner",
+    "find_attribution": "runner",
+    "find_attribution_patching": "runner",
+    "find_contrast": "runner",
+    "find_importance": "runner",
+    "find_importance_contrast": "runner",
+    "find_mask": "runner",
+    "find_probe_weights": "runner",
+    "find_random": "random_neurons",
+    "find_refusal_direction": "runner",
+    "find_snip": "runner",
+    "find_swap_attribution": "runner",
+    "find_wanda": "runner",
+    "find_weight_change": "runner",
+    "find_weight_magnitude": "runner",
+    "register": "methods",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -4,19 +4,19 @@ import collections
 from collections.abc import Sequence
 from dataclasses import replace
 
-from safety_neurons.detectors.gradients import Scored
+from safety_neurons.detectors.gradients import ScoredRow
 from safety_neurons.detectors.swap_attribution import contested
 
 USUAL = 0.05
 """Share of the refusals that must go on with a token for it to count as a refusal's for other prompts too."""
 
 
-def different(told: Sequence[Sequence[Scored]]) -> list[Sequence[Scored]]:
+def different(told: Sequence[Sequence[ScoredRow]]) -> list[Sequence[ScoredRow]]:
     """The prompts that the two models complete differently."""
     return [pair for pair in told if pair[0].ids != pair[1].ids]
 
 
-def beginnings(told: Sequence[Sequence[Scored]]) -> list[Scored]:
+def beginnings(told: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
     """One row for every prompt that the two models complete differently: its score is log p(going on as refusals do) where they part.
 
     As refusals do: with its own refusal's token, or one with which at least a twentieth of the refusals go on after the same beginning

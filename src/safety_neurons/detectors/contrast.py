@@ -2,23 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found
-from safety_neurons.detectors.pairs import Rows, chosen_rows, comparing, in_both, read, rows_at, writer_of
-from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, Sums, fold, stream_key, to_numpy
-from safety_neurons.detectors.text import Span, Texts, text_config, texts
-from safety_neurons.model import LanguageModel, as_prompts, check_pair
-from safety_neurons.model.language_model import Texts as Asked
-from safety_neurons.model.passes import Batch, BatchSize, token_budget
-from safety_neurons.neurons import NeuronSet, Selection
-from safety_neurons.results import Checkpoint, Completions
+from safety_neurons.detectors.methods import Contrast
+from safety_neurons.detectors.pairs import Rows, chosen_rows, in_both, read, rows_at
+from safety_neurons.detectors.runner import Run, Scored
+from safety_neurons.detectors.streaming import Folded, Part, Sums, to_numpy
+from safety_neurons.detectors.text import Span, Texts, texts_of
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.passes import Batch, token_budget
 
 MEMORY_BUDGET = 2**30
 """Bytes of one model's activations that are kept while the other model reads the same batch."""
@@ -72,133 +69,36 @@ class ContrastStatistics:
         )
 
 
-def find_contrast(
-    base: LanguageModel,
-    aligned: LanguageModel,
-    prompts: Asked,
-    *,
-    sites: Sequence[str] = ("down",),
-    layers: range | str | None = None,
-    positions: str = "completion",
-    generate_with: str = "base",
-    max_new_tokens: int = 128,
-    completions: Completions | None = None,
-    batch_size: BatchSize = "auto",
-    memory_budget: int = MEMORY_BUDGET,
-    checkpoint: Checkpoint | None = None,
-    progress: Progress | None = None,
-    subtract: NeuronSet | None = None,
-    **choice: Unpack[Choice],
-) -> Found:
-    """Change scores: root mean square over tokens of the activation difference between two models.
+def score(method: Contrast, run: Run) -> Scored:
+    """The change score of every neuron of two models that read the same text."""
+    text = texts_of(method, run)
+    statistics, folded = contrast_statistics(run, text)
+    tokens = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
+    return Scored(statistics.scores(), text.counts.without(len(folded.failed)), folded.votes, {"tokens": tokens})
 
-    One model writes greedy completions; then both read the same ids once, and per neuron Σd², Σa, Σa² and the token count are kept.
+
+def contrast_statistics(run: Run, text: Texts, memory_budget: int | None = None) -> tuple[ContrastStatistics, Folded]:
+    """Sums over the tokens that count, of two models that read the same text; with an agreement every prompt votes by its own.
 
     Args:
-        base: the less safe model.
-        aligned: the safer one; two adapters on one base keep it in memory once.
-        prompts: usually harmful requests.
-        sites: any of `q k v o gate up down`.
-        layers: a range or "A:B"; None for all. No layer is left out silently.
-        positions: `completion`, `completion-predicting`, `prompt` or `prompt-last`.
-        generate_with: `base` or `aligned`: which model writes.
-        max_new_tokens: length limit of a completion.
-        completions: used instead of generating.
-        batch_size: sequences a batch, or "auto".
-        memory_budget: bytes of activations kept of one model while the other reads.
-        checkpoint: partial state; a killed run continues behind its last finished batch.
-        progress: called with (done, in all, tokens).
-        subtract: neurons taken away after selection.
-        **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
-
-    Raises:
-        MismatchError: the models have other shapes or tokenizers.
-        NumericalError: NaN or infinity; the message names the site.
-        UsageError: unknown site, positions or writer.
-
-    Source: Chen et al. (arXiv 2406.14144), eq. 3 and section 3.1.
-    Differs: completion tokens keep the ids that were generated (the public code re-tokenises decoded text); sums stream in O(neurons)
-    memory; the layer range is explicit (the paper leaves the last layer out, the public code by a name filter that fits 32 layers only).
-    """
-    prompts = as_prompts(prompts)
-    selection = Selection.of(**choice, default_top=0.05)
-    writer = writer_of(base, aligned, generate_with)
-    check_pair(base, aligned)
-    sizes = base.table.select(sites=sites, layers=layers).sizes
-    config = text_config(positions, generate_with, max_new_tokens, completions) | searched(sites, layers)
-    stream = Stream(checkpoint, stream_key("contrast", (base, aligned), prompts, config, selection, batch_size))
-    options: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "progress": progress}
-    with comparing(base, aligned):
-        text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
-        notes = list(text.notes)
-        statistics, folded = contrast_statistics(
-            base, aligned, text, sizes, selection=selection, memory_budget=memory_budget, notes=notes, **options
-        )
-    made: dict[str, Any] = {
-        "table": base.table,
-        "models": (base.name, aligned.name),
-        "prompts": prompts,
-        "selection": selection,
-        "votes": folded.votes,
-    }
-    config["tokens"] = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
-    counts = text.counts.without(len(folded.failed))
-    return finish("contrast", statistics.scores(), config=config, counts=counts, notes=notes, subtract=subtract, **made)
-
-
-def contrast_statistics(
-    base: LanguageModel,
-    aligned: LanguageModel,
-    text: Texts,
-    sizes: Mapping[str, int],
-    *,
-    stream: Stream | None = None,
-    selection: Selection | None = None,
-    batch_size: BatchSize = "auto",
-    memory_budget: int = MEMORY_BUDGET,
-    progress: Progress | None = None,
-    notes: list[str] | None = None,
-) -> tuple[ContrastStatistics, Folded]:
-    """Sums over the tokens that count, of two models that read the same text.
-
-    Args:
-        base: first model.
-        aligned: second model.
+        run: the models, the searched sites and the resumable state.
         text: sequences and the positions that count.
-        sizes: neurons of every site key to read.
-        stream: partial sums; None starts anew and keeps nothing on disk.
-        selection: with an agreement, every prompt votes by its own root mean square.
-        batch_size: sequences a batch, or "auto" (as many as keep the activations within `memory_budget`).
-        memory_budget: bytes; sites are read in several passes where one sequence alone needs more.
-        progress: called with (batches done, in all, tokens).
-        notes: gets a line for every batch that was halved, and one for the prompts that were left out.
+        memory_budget: bytes; sites are read in several passes where one sequence alone needs more. By default `MEMORY_BUDGET`.
 
     Returns:
         The statistics, and what became of the prompts (with their votes, where they vote).
     """
-    bytes_per_token = sum(sizes.values()) * _row_bytes(base)
-    budget = min(token_budget(base.device), max(memory_budget // max(bytes_per_token, 1), 1))
-    per_prompt = selection is not None and selection.agreement is not None
+    base, aligned, sizes, budget = run.base, run.aligned, run.sizes, memory_budget or MEMORY_BUDGET
 
     def reduce(batch: Batch) -> Part:
         spans = [text.spans[index] for index in batch.indices]
-        part = Part(scores=[{} for _ in spans] if per_prompt else [])
-        for keys in _chunks(sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), memory_budget):
+        part = Part(scores=[{} for _ in spans] if run.votes else [])
+        for keys in _chunks(sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
             _compare(base, aligned, batch, spans, keys, part)
         return part
 
-    folded = fold(
-        base,
-        stream if stream is not None else Stream(None, {}),
-        [span.ids for span in text.spans],
-        reduce,
-        sizes=sizes,
-        batch_size=batch_size,
-        budget=budget,
-        selection=selection,
-        progress=progress,
-        notes=notes,
-    )
+    tokens = min(token_budget(base.device), max(budget // max(sum(sizes.values()) * _row_bytes(base), 1), 1))
+    folded = run.fold([span.ids for span in text.spans], reduce, base, tokens)
     return ContrastStatistics.from_sums(folded.sums), folded
 
 

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, to_numpy
+from safety_neurons.detectors.runner import Run
+from safety_neurons.detectors.streaming import Folded, Part, to_numpy
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.experts import ExpertRows
-from safety_neurons.model.passes import Batch, BatchSize, collate, forward
-from safety_neurons.neurons import Selection
+from safety_neurons.model.passes import Batch, collate, forward
 
 SCORED_TOKENS = 16
 """Tokens of a refusal or compliance text that are scored."""
@@ -27,7 +27,7 @@ TOKEN_BUDGET = 1024
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRow:
     """One teacher-forced sequence and its share of the explained score.
 
     Attributes:
@@ -45,13 +45,13 @@ class Scored:
     instead: tuple[int, ...] = ()
 
 
-def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[Scored]:
+def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[ScoredRow]:
     """The sequences whose weighted sum is mean log p(refusal) − mean log p(compliance) of one prompt, first 16 tokens of each text."""
     sides = ((refusals, 1.0), (compliances, -1.0))
-    return [Scored((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts)) for texts, sign in sides for text in texts]
+    return [ScoredRow((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts)) for texts, sign in sides for text in texts]
 
 
-def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[Scored]) -> Float[Tensor, " batch"]:
+def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[ScoredRow]) -> Float[Tensor, " batch"]:
     """Each row's weight times the mean log-probability of its scored tokens, in float32 or wider."""
     scores = []
     for number, row in enumerate(rows):
@@ -67,7 +67,7 @@ def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: S
 def mask_gradients(
     lm: LanguageModel,
     batch: Batch,
-    rows: Sequence[Scored],
+    rows: Sequence[ScoredRow],
     sizes: Mapping[str, int],
     *,
     mask: float | Mapping[str, Tensor],
@@ -133,29 +133,18 @@ def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron
 
 
 def attribute(
+    run: Run,
     lm: LanguageModel,
-    units: Sequence[Sequence[Scored]],
-    sizes: Mapping[str, int],
-    gradients: Callable[[Batch, Sequence[Scored]], dict[str, Tensor]],
-    *,
-    stream: Stream,
-    selection: Selection,
-    batch_size: BatchSize = "auto",
-    progress: Progress | None = None,
-    notes: list[str] | None = None,
+    units: Sequence[Sequence[ScoredRow]],
+    gradients: Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]],
 ) -> tuple[dict[str, np.ndarray], Folded]:
-    """Mean over prompts of the summed gradients of each prompt's rows.
+    """Mean over prompts of the summed gradients of each prompt's rows; with an agreement, every prompt votes.
 
     Args:
+        run: the searched sites and the resumable state.
         lm: model to differentiate.
         units: the scored rows of each prompt.
-        sizes: neurons of every site key.
         gradients: rows in a batch to one gradient per row and neuron.
-        stream: partial sums.
-        selection: with an agreement, every prompt votes.
-        batch_size: prompts a batch, or "auto".
-        progress: called with (batches done, in all, tokens).
-        notes: gets a line for every batch that was halved, and one for the prompts that were left out.
 
     Returns:
         One signed number per neuron, and what became of the prompts (with their votes, where they vote).
@@ -176,18 +165,7 @@ def attribute(
 
     longest = [max(unit, key=lambda row: len(row.ids)).ids for unit in units]
     budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)
-    folded = fold(
-        lm,
-        stream,
-        longest,
-        reduce,
-        sizes=sizes,
-        batch_size=batch_size,
-        budget=budget,
-        selection=selection,
-        progress=progress,
-        notes=notes,
-    )
+    folded = run.fold(longest, reduce, lm, budget)
     used = len(units) - len(folded.failed)
     return {name.split("/", 1)[1]: values / used for name, values in folded.sums.items()}, folded
 

@@ -2,122 +2,45 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found
+from safety_neurons.detectors import swap_attribution
 from safety_neurons.detectors.importance_attention import OutputFactors
 from safety_neurons.detectors.importance_readers import prove_layers
-from safety_neurons.detectors.pairs import comparing, writer_of
-from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, stream_key, to_numpy
+from safety_neurons.detectors.methods import ImportanceContrast
+from safety_neurons.detectors.runner import Run, Scored
+from safety_neurons.detectors.streaming import Folded, Part, to_numpy
 from safety_neurons.detectors.sublayers import Shown, columns, under, watching
-from safety_neurons.detectors.swap_attribution import MIDPOINTS, attribute_swaps
 from safety_neurons.detectors.swapping import AttentionPart, Columns, MlpPart, attention_columns
-from safety_neurons.detectors.text import Span, text_config, texts
-from safety_neurons.errors import UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.detectors.text import Span, texts_of
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionPlan
-from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.parts import LayerAnatomy
-from safety_neurons.model.passes import Batch, BatchSize, forward
-from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, SITES, NeuronSet, Selection, parse_key
-from safety_neurons.results import Checkpoint, Completions
+from safety_neurons.model.passes import Batch, forward
+from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, parse_key
 
-COMPARISONS = ("swap", "swap-attribution", "absolute", "relative", "same-input")
-METHOD = "importance-contrast"
 SMALL = 1e-3
 """Share of the site's mean importance that keeps `relative` from dividing by zero."""
 
 
-def find_importance_contrast(
-    base: LanguageModel,
-    aligned: LanguageModel,
-    prompts: Asked,
-    *,
-    compare: str = "swap",
-    positions: str = "prompt",
-    generate_with: str = "base",
-    max_new_tokens: int = 128,
-    completions: Completions | None = None,
-    sites: Sequence[str] = SITES,
-    layers: range | str | None = None,
-    batch_size: BatchSize = "auto",
-    checkpoint: Checkpoint | None = None,
-    progress: Progress | None = None,
-    subtract: NeuronSet | None = None,
-    **choice: Unpack[Choice],
-) -> Found:
-    """How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base model's.
-
-    L2 norm over the tokens that count and all output dimensions of the sub-layer, mean over prompts, exact. A `gate` row, its `up` row and
-    its `down` column are swapped together and share the score; so do a `v` row and the `o` columns it feeds. `q` and `k` rows are alone.
-
-    Args:
-        base: the less safe model, whose parameters are put in.
-        aligned: the safer one, whose stream is fed.
-        prompts: usually harmful requests.
-        compare: `swap`; `swap-attribution`, what it does to the refusal, to first order, signed; or differences of importance against
-            zero, every neuron alone: `absolute` (aligned − base), `relative` (over their sum), `same-input` (on the aligned stream).
-        positions: `prompt` (every token fed, as importance), or `completion`, `completion-predicting`, `prompt-last`.
-        generate_with: `base` or `aligned`: which model writes, where completions are read.
-        max_new_tokens: length limit of a completion.
-        completions: used instead of generating.
-        sites: any of `q k v o gate up down`.
-        layers: a range or "A:B"; None for all.
-        batch_size: sequences a batch, or "auto".
-        checkpoint: a killed run continues behind its last finished batch.
-        progress: called with (done, in all, tokens).
-        subtract: neurons taken away after selection.
-        **choice: `top`, `count`, `top_per_matrix` or `threshold`, and `agreement`; the largest 5 % by default.
-
-    Raises:
-        MismatchError: the models have other shapes or tokenizers.
-        NumericalError: NaN or infinity; the message names the site.
-        UnsupportedModelError: routed experts, or an attention formula not proved.
-        UsageError: unknown `compare`, site or positions; positions or completions with `swap-attribution`, which writes its own.
-
-    Source: importance of Zhao et al. (ICLR 2025) between the models of Chen et al. (arXiv 2406.14144).
-    Differs: neither paper compares parameters on one stream.
-    """
-    own_text = _writes_its_own(compare, positions, completions)
-    prompts = as_prompts(prompts)
-    selection = Selection.of(**choice, default_top=0.05)
-    writer = writer_of(base, aligned, generate_with)
-    check_pair(base, aligned)
-    said = {"midpoints": MIDPOINTS} if own_text else text_config(positions, generate_with, max_new_tokens, completions)
-    config: dict[str, Any] = {"compare": compare} | said | searched(sites, layers)
-    key = stream_key(METHOD, (base, aligned), prompts, config, selection, batch_size)
-    options: dict[str, Any] = {"stream": Stream(checkpoint, key), "batch_size": batch_size, "progress": progress}
-    comparison = Comparison(base, aligned, base.table.select(sites=sites, layers=layers).sizes, compare)
+def score(method: ImportanceContrast, run: Run) -> Scored:
+    """How much every neuron's sub-layer changes when its parameters are the base model's, or another of the comparisons."""
+    comparison = Comparison(run.base, run.aligned, run.sizes, method.compare)
     comparison.check()
-    made: dict[str, Any] = {"table": base.table, "models": (base.name, aligned.name), "prompts": prompts}
-    made |= {"selection": selection, "subtract": subtract}
-    with comparing(base, aligned):
-        if own_text:
-            found = attribute_swaps(base, aligned, prompts, comparison.sizes, selection=selection, **options)
-            return finish(METHOD, found.values, config=config, counts=found.counts, notes=found.notes, votes=found.votes, **made)
-        text = texts(writer, prompts, positions=positions, max_new_tokens=max_new_tokens, completions=completions, **options)
-        values, folded = comparison.run(text.spans, selection=selection, notes=(notes := list(text.notes)), **options)
-    config["tokens"] = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
-    counts = text.counts.without(len(folded.failed))
-    return finish(METHOD, values, config=config, counts=counts, notes=notes, votes=folded.votes, **made)
+    if method.compare == "swap-attribution":
+        return swap_attribution.score(method, run)
+    text = texts_of(method, run)
+    values, folded = comparison.run(run, text.spans)
+    tokens = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
+    return Scored(values, text.counts.without(len(folded.failed)), folded.votes, {"tokens": tokens})
 
 
-def _writes_its_own(compare: str, positions: str, completions: Completions | None) -> bool:
-    """Whether the comparison explains completions of its own; refuses what would be without effect."""
-    if compare not in COMPARISONS:
-        raise UsageError(f"compare {compare!r} is unknown: use one of {', '.join(COMPARISONS)}")
-    own_text = compare == "swap-attribution"
-    if own_text and (positions != "prompt" or completions is not None):
-        raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt' and give no completions")
-    return own_text
-
-
-Scored = list[dict[str, np.ndarray]]
+Each = list[dict[str, np.ndarray]]
+"""Scores of every prompt, by site key."""
 
 
 @dataclass
@@ -128,7 +51,7 @@ class Comparison:
         base: whose parameters are put in.
         aligned: whose stream is fed.
         sizes: neurons of every site key that is searched.
-        compare: one of `COMPARISONS`.
+        compare: as `methods.ImportanceContrast` names it.
     """
 
     base: LanguageModel
@@ -158,21 +81,21 @@ class Comparison:
                     f"{key}: importance-contrast is defined for attention and dense feed-forward parts only; use --sites q,k,v,o here"
                 )
 
-    def run(self, spans: Sequence[Span], *, stream: Stream, selection: Selection, **options: Any) -> tuple[dict[str, np.ndarray], Folded]:
-        """Mean over prompts of the scores, and what became of the prompts; the options are those of `fold`."""
+    def run(self, run: Run, spans: Sequence[Span]) -> tuple[dict[str, np.ndarray], Folded]:
+        """Mean over prompts of the scores, and what became of the prompts."""
 
         def reduce(batch: Batch) -> Part:
             mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
             part = Part({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
             if theirs:
                 part.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
-            if selection.agreement is not None:
+            if run.votes:
                 part.scores = [self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)]
             return part
 
         with torch.no_grad():
             self._prove()
-            folded = fold(self.aligned, stream, [span.ids for span in spans], reduce, sizes=self.sizes, selection=selection, **options)
+            folded = run.fold([span.ids for span in spans], reduce)
         used = len(spans) - len(folded.failed)
         mine = {key: folded.sums[f"mine/{key}"] / used for key in self.sizes}
         theirs = {key: folded.sums[f"theirs/{key}"] / used for key in self.sizes} if self.compare != "swap" else None
@@ -186,16 +109,16 @@ class Comparison:
             return {key: (a - theirs[key]) / np.maximum(a + theirs[key] + SMALL * a.mean(), 1e-300) for key, a in mine.items()}
         return {key: a - theirs[key] for key, a in mine.items()}
 
-    def scores(self, batch: Batch, spans: Sequence[Span]) -> tuple[Scored, Scored]:
+    def scores(self, batch: Batch, spans: Sequence[Span]) -> tuple[Each, Each]:
         """Scores of every row: swapped, or importance in the aligned and in the base model."""
-        mine: Scored = [{} for _ in spans]
-        theirs: Scored = [] if self.compare == "swap" else [{} for _ in spans]
+        mine: Each = [{} for _ in spans]
+        theirs: Each = [] if self.compare == "swap" else [{} for _ in spans]
         self._pass(self.aligned, batch, spans, mine, theirs if self.compare == "same-input" else [])
         if self.compare in ("absolute", "relative"):
             self._pass(self.base, batch, spans, theirs, [])
         return mine, theirs
 
-    def _pass(self, lm: LanguageModel, batch: Batch, spans: Sequence[Span], into: Scored, other: Scored) -> None:
+    def _pass(self, lm: LanguageModel, batch: Batch, spans: Sequence[Span], into: Each, other: Each) -> None:
         """One forward pass of one model; `other` gets the base model's importance on the same input."""
         layers = [layer for layer in lm.anatomy.layers if layer.index in {one.index for one in self.layers}]
 
@@ -216,7 +139,7 @@ class Comparison:
         into.update({f"layers.{layer.index}.{site}": to_numpy(given[site]) for site in self.wanted(layer, among)})
 
     def _attention(
-        self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Scored
+        self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each
     ) -> list[dict[str, Tensor]]:
         anatomy, found = layer.attention, []
         assert anatomy is not None
@@ -249,7 +172,7 @@ class Comparison:
         counted[span.start : span.stop] = True
         return AttentionPart(self._plans[self._side(lm)][layer.index], states, counted, self._factors[name])
 
-    def _mlp(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Scored) -> list[dict[str, Tensor]]:
+    def _mlp(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each) -> list[dict[str, Tensor]]:
         anatomy, found = layer.mlp, []
         assert anatomy is not None
         swap = self.compare == "swap"

@@ -10,43 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.detectors.gradients import TOKEN_BUDGET, Scored, midpoints_of
+from safety_neurons.detectors.gradients import TOKEN_BUDGET, ScoredRow, midpoints_of
+from safety_neurons.detectors.methods import Mask
 from safety_neurons.detectors.movable import Movable
 from safety_neurons.detectors.streaming import Progress, Stream
-from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.errors import NumericalError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import Batch, BatchSize, collate, plan, takes_padding, token_budget
 
-MOVES = ("auto", "activations", "parameters")
-AIMS = ("refusal", "odds")
 MIDPOINTS = 8
 """Points of the straight path whose mean gradient the search starts from."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of the search."""
-
-    move: str
-    aim: str
-    rounds: int
-    keep: float
-    caution: float
-
-    def __post_init__(self) -> None:
-        if self.move not in MOVES:
-            raise UsageError(f"move {self.move!r} is unknown: use one of {', '.join(MOVES)}")
-        if self.aim not in AIMS:
-            raise UsageError(f"aim {self.aim!r} is unknown: use one of {', '.join(AIMS)}")
-        if self.rounds < 1 or not 0 <= self.keep < 1 or not 0 <= self.caution < math.inf:
-            raise UsageError(
-                f"rounds {self.rounds}, keep {self.keep}, caution {self.caution}: expected at least 1 round, a keep from 0 to below 1 "
-                "and a caution of at least 0"
-            )
-
-    def config(self) -> dict[str, Any]:
-        """As written to the provenance."""
-        return {"move": self.move, "aim": self.aim, "rounds": self.rounds, "keep": self.keep, "caution": self.caution}
 
 
 @dataclass(frozen=True)
@@ -68,10 +41,10 @@ class Course:
     """The rows that masks are judged on, in batches that stay the same from round to round."""
 
     def __init__(
-        self, asked: Sequence[Scored], answers: Sequence[Scored], lm: LanguageModel, batch_size: BatchSize, first: int = 0
+        self, asked: Sequence[ScoredRow], answers: Sequence[ScoredRow], lm: LanguageModel, batch_size: BatchSize, first: int = 0
     ) -> None:
         self.n_harmful, self.n_harmless = len(asked), len(answers)
-        self.batches: list[tuple[Batch, list[Scored], bool]] = []
+        self.batches: list[tuple[Batch, list[ScoredRow], bool]] = []
         for rows, harmful in ((asked, True), (answers, False)):
             lengths = [len(row.ids) for row in rows]
             for group in plan(lengths, batch_size, token_budget(lm.device, TOKEN_BUDGET), padded=takes_padding(lm)):
@@ -82,8 +55,8 @@ class Course:
 class Search:
     """Iterated hard thresholding over the units of a mover."""
 
-    def __init__(self, mover: Movable, course: Course, plan_: Plan, stream: Stream) -> None:
-        self.mover, self.course, self.plan, self.stream = mover, course, plan_, stream
+    def __init__(self, mover: Movable, course: Course, method: Mask, stream: Stream) -> None:
+        self.mover, self.course, self.method, self.stream = mover, course, method, stream
         numbers, places = torch.unique(torch.cat(list(mover.units.values())), return_inverse=True)
         self.numbers = numbers
         self._places = dict(zip(mover.units, places.split([len(part) for part in mover.units.values()]), strict=True))
@@ -101,17 +74,17 @@ class Search:
         each = begun.get("each", torch.zeros(self.course.n_harmful, dtype=torch.float64))
         value = float(state.get("look value", 0.0))
         for number, (batch, rows, harmful) in enumerate(self.course.batches):
-            if number < int(state.get("looked", 0)) or (not harmful and not self.plan.caution):
+            if number < int(state.get("looked", 0)) or (not harmful and not self.method.caution):
                 continue
             found, scores = self.mover.slopes(batch, rows, masks)
             scores = scores.double().cpu()
             if harmful:
-                by_odds = self.plan.aim == "odds"
+                by_odds = self.method.aim == "odds"
                 gained = -torch.nn.functional.softplus(-scores) if by_odds else scores
                 weights = ((-scores).sigmoid() if by_odds else torch.ones_like(scores)) / self.course.n_harmful
             else:
-                weights = torch.full_like(scores, self.plan.caution / self.course.n_harmless)
-                gained = scores * self.plan.caution
+                weights = torch.full_like(scores, self.method.caution / self.course.n_harmless)
+                gained = scores * self.method.caution
             with self.stream.changing():
                 if harmful:
                     each[batch.indices] = scores
@@ -130,7 +103,7 @@ class Search:
         with self.stream.kept():
             state = self._begin()
             best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
-            for number in range(int(self.stream.state.get("rounds", 0)), self.plan.rounds):
+            for number in range(int(self.stream.state.get("rounds", 0)), self.method.rounds):
                 chosen = torch.zeros(len(state), dtype=torch.float64)
                 chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
                 look = self.look(chosen)
@@ -138,12 +111,12 @@ class Search:
                     if best is None or look.value > self.stream.state["value"]:
                         best = chosen.bool()
                         self.stream.state |= {"value": look.value, "round": number + 1}
-                    state = self.plan.keep * state + (1 - self.plan.keep) * look.slope
+                    state = self.method.keep * state + (1 - self.method.keep) * look.slope
                     self.stream.put("mask", {"state": state.numpy(), "best": best.numpy().astype(np.int64)})
                     self._looked(rounds=number + 1)
                 self.stream.went_on()
                 if progress is not None:
-                    progress(number + 1, self.plan.rounds, size)
+                    progress(number + 1, self.method.rounds, size)
         assert best is not None
         self.stream.save()
         return best.numpy(), state.numpy()

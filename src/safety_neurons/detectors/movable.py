@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safety_neurons.detectors.gradients import Scored, mask_gradients
+from safety_neurons.detectors.gradients import ScoredRow, mask_gradients
 from safety_neurons.detectors.pairs import donated
 from safety_neurons.detectors.swap_attribution import SoftSwap
 from safety_neurons.errors import UnsupportedModelError
@@ -33,7 +33,7 @@ class Movable(Protocol):
         ...
 
     def slopes(
-        self, batch: Batch, rows: Sequence[Scored], masks: Mapping[str, Tensor]
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
     ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
         """Derivative of each row's score with respect to each entry, and the scores; one forward and one backward pass."""
         ...
@@ -61,7 +61,7 @@ class Activations:
         return {key: torch.as_tensor(numbers[key]) for key in self.sizes}
 
     def slopes(
-        self, batch: Batch, rows: Sequence[Scored], masks: Mapping[str, Tensor]
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
     ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
         """As the protocol says; `batch.number` must be the same for the same rows."""
         return mask_gradients(self.base, batch, rows, self.sizes, mask=masks, donors=self._donated(batch))
@@ -98,7 +98,7 @@ class Parameters:
         self.units = {name: torch.as_tensor(numbers[f"{layer}.{sites.get(site, site)}"]) for name, (layer, site) in parts.items()}
 
     def slopes(
-        self, batch: Batch, rows: Sequence[Scored], masks: Mapping[str, Tensor]
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
     ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
         """As the protocol says."""
         return self._swap.slopes(batch, rows, masks)

@@ -7,41 +7,31 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safety_neurons.detectors.found import PromptCounts
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import PromptCounts, Run
 from safety_neurons.errors import NumericalError, UnsupportedModelError
-from safety_neurons.model import Encoded, LanguageModel, hooks
-from safety_neurons.model.passes import Batch, BatchSize, run_batches, said_of_failed
+from safety_neurons.model import Encoded, hooks
+from safety_neurons.model.passes import Batch, run_batches, said_of_failed
 
 Pool = Callable[[Tensor, Batch], Tensor]
 
 
 def pooled_activations(
-    model: LanguageModel,
-    prompts: Sequence[Encoded],
-    keys: Iterable[str],
-    pool: Pool,
-    *,
-    stream: Stream,
-    name: str,
-    residual: bool = False,
-    batch_size: BatchSize = "auto",
+    run: Run, prompts: Sequence[Encoded], keys: Iterable[str], pool: Pool, name: str, *, residual: bool = False
 ) -> dict[str, Float[Tensor, "prompt neuron"]]:
     """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host; NaN where the model gives NaN.
 
     Args:
-        model: whose activations.
+        run: whose aligned model's activations, and the state in which the rows of finished batches are kept.
         prompts: encoded.
         keys: of sites.
         pool: makes one row of a prompt's tokens.
-        stream: keeps the rows of finished batches; a resumed one goes on behind them.
-        name: of these rows in the stream.
+        name: of these rows in the state.
         residual: also what every layer puts out, under `residual.{layer}`.
-        batch_size: prompts a batch, or "auto".
 
     Raises:
         UnsupportedModelError: a key of a routed expert.
     """
+    model, stream = run.aligned, run.stream
     names = list(keys)
     routed = [key for key in names if ".experts." in key]
     if routed:
@@ -73,7 +63,7 @@ def pooled_activations(
 
     layers = {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
     with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
-        run_batches(model, encoded, take, batch_size, start=int(stream.state.get(done, 0)), finished=finished)
+        run_batches(model, encoded, take, run.batch_size, start=int(stream.state.get(done, 0)), finished=finished)
         prepare()
     return found
 

@@ -1,14 +1,14 @@
-"""Random neurons: the control for every other detector."""
+"""Random neurons: the control for every other method."""
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any
 
 import numpy as np
 
-from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found, PromptCounts
+from safety_neurons.detectors.methods import Ranked
+from safety_neurons.detectors.runner import Found, chosen_from
 from safety_neurons.errors import UsageError
-from safety_neurons.neurons import SITES, NeuronSet, Selection, SiteTable
+from safety_neurons.neurons import SITES, NeuronSet, SiteTable
 
 
 def find_random(
@@ -18,7 +18,7 @@ def find_random(
     seed: int = 0,
     sites: Sequence[str] = SITES,
     layers: range | str | None = None,
-    **choice: Unpack[Choice],
+    **choice: Any,
 ) -> Found:
     """Random neurons, seeded: made of what a given set is made of (`NeuronSet.random_like`), or the largest of uniform scores.
 
@@ -42,19 +42,20 @@ def find_random(
     if choice.get("agreement") is not None or (like is not None and any(value is not None for value in choice.values())):
         raise UsageError("a random set has no prompts to agree and is matched to the set given: leave the selection out, or the set")
     generator = np.random.default_rng(seed)
-    values: dict[str, np.ndarray] = {}
     if like is None:
         sizes = table.select(sites=sites, layers=layers).sizes
         values = {key: generator.random(size, dtype=np.float32) for key, size in sizes.items()}
-        config = {"seed": seed} | searched(sites, layers)
-        selection = Selection.of(**choice, default_top=0.05)
-        return finish("random", values, table=table, models=(), selection=selection, config=config, counts=PromptCounts(0))
+        selection = Ranked.of(**{name: value for name, value in choice.items() if name != "agreement"}).selection
+        config = {"seed": seed, "sites": list(sites), "layers": list(layers) if isinstance(layers, range) else layers}
+        return chosen_from(values, table, selection, {"method": "random", "config": config})
     drawn = like.random_like(seed, table)[0]
+    values = {}
     for key in like.keys():  # noqa: SIM118 - a set of neurons is not a mapping
         values[key] = generator.random(table.sizes[key], dtype=np.float32) / 2
         values[key][drawn[key]] += 0.5
-    keys = searched(sorted({key.rsplit(".", 1)[1] for key in values}, key=SITES.index), None)
-    config = {"seed": seed, "like": like.provenance.method if like.provenance else "", "disjoint": drawn.disjoint} | keys
-    made = finish("random", values, table=table, models=(), selection=Selection(count=len(drawn)), config=config, counts=PromptCounts(0))
+    searched = sorted({key.rsplit(".", 1)[1] for key in values}, key=SITES.index)
+    made_of = {"seed": seed, "like": like.provenance.method if like.provenance else "", "disjoint": drawn.disjoint}
+    config = made_of | {"sites": searched, "layers": None}
+    made = chosen_from(values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config})
     notes = () if drawn.disjoint else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
     return Found(made.scores, drawn, made.prompts, notes)

@@ -1,86 +1,36 @@
 """The refusal direction: what each neuron adds to the difference of harmful and harmless requests in the residual stream."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found
-from safety_neurons.detectors.pairs import comparing
+from safety_neurons.detectors.methods import RefusalDirection
 from safety_neurons.detectors.pooling import at_last, pooled_activations, sorted_out, whole_rows
-from safety_neurons.detectors.streaming import Progress, Stream, stream_key
+from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.errors import UsageError
-from safety_neurons.model import LanguageModel, as_prompts
-from safety_neurons.model.language_model import Texts as Asked
+from safety_neurons.model import LanguageModel
 from safety_neurons.model.parts import AttentionAnatomy
-from safety_neurons.model.passes import BatchSize
-from safety_neurons.neurons import MLP_SITES, NeuronSet, Selection, parse_key
-from safety_neurons.results import Checkpoint
+from safety_neurons.neurons import MLP_SITES, parse_key
 
 SEARCHED_LAYERS = 0.8
 """Share of the layers, from the first, among which the direction is taken where no layer is named."""
 
 
-def find_refusal_direction(
-    model: LanguageModel,
-    prompts: Asked,
-    *,
-    harmless: Asked,
-    layer: int | None = None,
-    sites: Sequence[str] = ("down",),
-    layers: range | str | None = None,
-    batch_size: BatchSize = "auto",
-    checkpoint: Checkpoint | None = None,
-    progress: Progress | None = None,
-    subtract: NeuronSet | None = None,
-    **choice: Unpack[Choice],
-) -> Found:
-    """Mean contribution of each neuron along the refusal direction, harmful minus harmless prompts, at the prompt's last token.
-
-    The direction is the difference of the mean residual streams after a layer. An `o` or `down` neuron writes its activation times its
-    column; a `v` row what the `o` columns it feeds write, `gate` and `up` rows what their `down` column writes; `q` and `k` rows write
-    nothing and score 0. Over all writers up to the layer (no norm behind them), contributions add up to the length of the difference,
-    less what the embedding brings.
-
-    Args:
-        model: usually the aligned model.
-        prompts: harmful requests.
-        harmless: harmless ones.
-        layer: whose output the direction is taken from; None for the one, among the first 80 %, along whose direction the two kinds of
-            prompts differ most, in pooled standard deviations.
-        sites: any of `q k v o gate up down`.
-        layers: a range or "A:B"; None for all.
-        batch_size: prompts a batch, or "auto".
-        checkpoint: partial state; a killed run continues behind its last finished batch.
-        progress: called with (sites done, in all, 0).
-        subtract: neurons taken away after selection.
-        **choice: `top`, `count`, `top_per_matrix` or `threshold`; the largest 5 % by default.
-
-    Raises:
-        NumericalError: NaN or infinity; the message names the site.
-        UsageError: a layer that the model does not have.
-
-    Source: Arditi et al. (arXiv 2406.11717), section 2.3, the difference of means.
-    Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
-    """
-    asked, other = as_prompts(prompts), as_prompts(harmless)
-    selection = Selection.of(**choice, default_top=0.05)
+def score(method: RefusalDirection, run: Run) -> Scored:
+    """What every searched neuron writes along the difference of the two kinds of prompts."""
+    model, layer = run.aligned, method.layer
+    assert run.harmless is not None
     n_layers = len(model.anatomy.layers)
     if layer is not None and not 0 <= layer < n_layers:
         raise UsageError(f"layer {layer}: expected 0 to {n_layers - 1}")
-    keys = model.table.select(sites=sites, layers=layers).keys
-    config = searched(sites, layers) | {"layer": layer, "harmless_sha256": other.sha256}
-    stream = Stream(checkpoint, stream_key("refusal-direction", [model], asked, config, selection, batch_size))
-    writers = list(dict.fromkeys(_writer(key) for key in keys if _writer(key)))
-    with comparing(model, model), torch.no_grad():
-        encoded = [model.encode(text) for text in (asked, other)]
-        seen = [
-            pooled_activations(model, text, writers, at_last, stream=stream, name=name, residual=True, batch_size=batch_size)
-            for name, text in zip(("harmful", "harmless"), encoded, strict=True)
-        ]
+    writers = list(dict.fromkeys(_writer(key) for key in run.sizes if _writer(key)))
+    with torch.no_grad():
+        encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
+        names = ("harmful", "harmless")
+        seen = [pooled_activations(run, text, writers, at_last, name, residual=True) for name, text in zip(names, encoded, strict=True)]
         whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
+        run.notes += notes
         seen = [{key: values[kept] for key, values in part.items()} for part, kept in zip(seen, whole, strict=True)]
         streams = [[part[f"residual.{number}"] for number in range(n_layers)] for part in seen]
         chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
@@ -91,11 +41,9 @@ def find_refusal_direction(
             with model.active():
                 along = direction @ model.anatomy.place(key).weight().detach().cpu().to(direction)
             written[key] = (seen[0][key].mean(0) - seen[1][key].mean(0)).to(along) * along
-            if progress is not None:
-                progress(number + 1, len(writers), 0)
-    values = {key: _of_site(model, key, written).double().numpy() for key in keys}
-    made: dict[str, Any] = {"table": model.table, "models": (model.name,), "selection": selection, "prompts": asked}
-    return finish("refusal-direction", values, config=config | {"layer": chosen}, counts=counts, notes=notes, subtract=subtract, **made)
+            if run.progress is not None:
+                run.progress(number + 1, len(writers), 0)
+    return Scored({key: _of_site(model, key, written).double().numpy() for key in run.sizes}, counts, config={"layer": chosen})
 
 
 def _most_apart(harmful: Sequence[Tensor], harmless: Sequence[Tensor], n_layers: int) -> int:

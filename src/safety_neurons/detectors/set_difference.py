@@ -8,44 +8,29 @@ weights that were kept.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safety_neurons.detectors.finishing import Choice, finish, searched
-from safety_neurons.detectors.found import Found, PromptCounts
-from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored
-from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold, stream_key
+from safety_neurons.detectors.gradients import SCORED_TOKENS, ScoredRow, frozen, score_rows
+from safety_neurons.detectors.methods import SetDifference
+from safety_neurons.detectors.runner import PromptCounts, Run, Scored
+from safety_neurons.detectors.streaming import Folded, Part
 from safety_neurons.detectors.text import generate
-from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel, as_prompts
+from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError
+from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
-from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.layouts import take
-from safety_neurons.model.passes import Batch, BatchSize, evaluating
+from safety_neurons.model.passes import Batch, forward
 from safety_neurons.model.places import SitePlace
-from safety_neurons.neurons import SITES, NeuronSet, Selection
 from safety_neurons.neurons.weights import kept_share
-from safety_neurons.results import Checkpoint
+from safety_neurons.prompts import Prompts
 
 SAFETY, UTILITY = "safety", "utility"
-Importances = Callable[[LanguageModel, "Capture", Batch, Sequence[Scored]], list[dict[str, Tensor]]]
+Importances = Callable[[LanguageModel, "Capture", Batch, Sequence[ScoredRow]], list[dict[str, Tensor]]]
 """What one batch gives: for each of its rows, by site key, one number per weight `[neuron, weight]`."""
-
-
-class Options(TypedDict, total=False):
-    """What both methods take."""
-
-    safety: float
-    utility: float
-    sites: Sequence[str]
-    layers: range | str | None
-    batch_size: BatchSize
-    checkpoint: Checkpoint | None
-    progress: Progress | None
-    subtract: NeuronSet | None
 
 
 @dataclass
@@ -97,57 +82,41 @@ class Capture:
         return take(values, place.index) if place.side == "input" else values
 
 
-def find_set_difference(
-    method: str,
-    model: LanguageModel,
-    prompts: Asked,
-    harmless: Asked,
-    importances: Importances,
-    differentiate: bool,
-    choice: Choice,
-    **options: Unpack[Options],
-) -> Found:
-    """Scores by one importance of weights; arguments as the two methods explain them."""
-    asked, other = as_prompts(prompts), as_prompts(harmless)
-    shares = {SAFETY: options.get("safety", 0.05), UTILITY: options.get("utility", 0.05)}
-    if not all(0 < share < 1 for share in shares.values()):
-        raise UsageError(f"shares {shares} of the weights: expected numbers above 0 and below 1 (0.05 for five per cent)")
-    sites, layers = options.get("sites", SITES), options.get("layers")
-    batch_size, selection = options.get("batch_size", "auto"), Selection.of(**choice, default_top=0.05)
-    if selection.agreement is not None:
-        raise UsageError(f"{method} ranks weights by means over prompts: no prompt can vote; leave the agreement out")
+def snip(method: SetDifference, run: Run) -> Scored:
+    """The set difference by |weight × gradient of the loss of the model's own answer|."""
+    return _difference(method, run, _by_gradient, differentiate=True)
+
+
+def wanda(method: SetDifference, run: Run) -> Scored:
+    """The set difference by |weight| × norm of the input feature."""
+    return _difference(method, run, _by_input, differentiate=False)
+
+
+def _difference(method: SetDifference, run: Run, importances: Importances, *, differentiate: bool) -> Scored:
+    """Share of each neuron's weights that are important on one text and not on the other."""
+    model = run.aligned
     refuse_compiled(model.model)
-    places = _places(model, model.table.select(sites=sites, layers=layers).keys)
-    config = {**shares, "harmless_sha256": other.sha256} | searched(sites, layers)
-    stream = Stream(options.get("checkpoint"), stream_key(method, [model], asked, config, selection, batch_size))
-    notes: list[str] = []
-    with evaluating(model.model):
-        rows = [_answers(model, text, name, stream, batch_size, notes) for name, text in ((SAFETY, asked), (UTILITY, other))]
-        counts = {SAFETY: len(rows[0]), UTILITY: len(rows[1])}
-        everything = [*rows[0], *rows[1]]
+    places = _places(model, list(run.sizes))
+    assert run.harmless is not None
+    rows = [_answers(run, text, name) for name, text in ((SAFETY, run.prompts), (UTILITY, run.harmless))]
+    counts = {SAFETY: len(rows[0]), UTILITY: len(rows[1])}
+    everything = [*rows[0], *rows[1]]
 
-        def reduce(batch: Batch) -> Part:
-            capture, part = Capture(places, differentiate), Part()
-            found = importances(model, capture, batch, [everything[index] for index in batch.indices])
-            for index, of_row in zip(batch.indices, found, strict=True):
-                name = SAFETY if index < counts[SAFETY] else UTILITY
-                for key, values in of_row.items():
-                    each = values.double().cpu().numpy().ravel()
-                    part.sums[f"{name}/{key}"] = part.sums.get(f"{name}/{key}", 0.0) + each
-            return part
+    def reduce(batch: Batch) -> Part:
+        capture, part = Capture(places, differentiate), Part()
+        found = importances(model, capture, batch, [everything[index] for index in batch.indices])
+        for index, of_row in zip(batch.indices, found, strict=True):
+            name = SAFETY if index < counts[SAFETY] else UTILITY
+            for key, values in of_row.items():
+                each = values.double().cpu().numpy().ravel()
+                part.sums[f"{name}/{key}"] = part.sums.get(f"{name}/{key}", 0.0) + each
+        return part
 
-        sizes = {key: model.table.sizes[key] for key in places}
-        made: dict[str, Any] = {"batch_size": batch_size, "progress": options.get("progress"), "notes": notes}
-        folded = fold(model, stream, [row.ids for row in everything], reduce, sizes=sizes, **made)
-    means = _means(folded, counts)
-    values = {
-        key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], sizes[key], shares[SAFETY], shares[UTILITY]) for key in places
-    }
-    told: dict[str, Any] = {"table": model.table, "models": (model.name,), "prompts": asked, "selection": selection, "config": config}
-    found = PromptCounts(
-        counts[SAFETY], len(asked) - counts[SAFETY], sum(row.truncated for row in model.encode(asked, reserve=SCORED_TOKENS))
-    )
-    return finish(method, values, counts=found, notes=notes, subtract=options.get("subtract"), **told)
+    means = _means(run.fold([row.ids for row in everything], reduce), counts)
+    shares = method.safety, method.utility
+    values = {key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], run.sizes[key], *shares) for key in places}
+    truncated = sum(row.truncated for row in model.encode(run.prompts, reserve=SCORED_TOKENS))
+    return Scored(values, PromptCounts(counts[SAFETY], len(run.prompts) - counts[SAFETY], truncated))
 
 
 def _means(folded: Folded, counts: dict[str, int]) -> dict[str, np.ndarray]:
@@ -171,17 +140,55 @@ def _places(model: LanguageModel, keys: Sequence[str]) -> dict[str, SitePlace]:
     return {key: model.anatomy.place(key) for key in keys}
 
 
-def _answers(model: LanguageModel, prompts: Any, name: str, stream: Stream, batch_size: BatchSize, notes: list[str]) -> list[Scored]:
+def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
     """The model's own greedy answers, their first tokens scored."""
-    written = generate(model, prompts, name, SCORED_TOKENS, stream, batch_size=batch_size)
+    model = run.aligned
+    written = generate(model, prompts, name, SCORED_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = model.encode(prompts, reserve=SCORED_TOKENS)
-    rows = [Scored((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    rows = [ScoredRow((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
     broken = sum(answer is None for answer in written)
     if broken == len(prompts):
         raise NumericalError(f"all {broken} {name} prompts gave NaN or infinity: check the model's weights, or use --dtype float32")
     if not rows:
         raise InputError(f"all {len(prompts)} {name} prompts got an empty answer: there is nothing to weigh; use other prompts")
     empty = len(prompts) - len(rows) - broken
-    notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
-    notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
+    run.notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
+    run.notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
     return rows
+
+
+def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
+    with frozen(model.model), model.running(), torch.enable_grad(), capture.on():
+        logits = forward(model.model, batch, with_logits=True)
+        assert logits is not None
+        capture.check()
+        modules = list(capture.zeros)
+        slopes = dict(zip(modules, torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())), strict=True))
+    found: list[dict[str, Tensor]] = []
+    for row in range(len(rows)):
+        each = {}
+        with model.active(), torch.no_grad():
+            for key, place in capture.places.items():
+                slope, fed, weight = slopes[place.hooked][row].float(), capture.fed(place, row), place.weight().float()
+                gradient = slope.T @ fed if place.side == "input" else take(slope, place.index).T @ fed
+                product = (weight * gradient).abs()
+                each[key] = product.T if place.side == "input" else product
+        found.append(each)
+    return found
+
+
+def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
+    """(weight × norm)²: its mean over answers ranks weights as |weight| × norm over all answers' tokens does."""
+    with model.running(), torch.no_grad(), capture.on():
+        forward(model.model, batch)
+        capture.check()
+    found: list[dict[str, Tensor]] = []
+    with model.active(), torch.no_grad():
+        weights = {key: place.weight().float() ** 2 for key, place in capture.places.items()}
+        for number, row in enumerate(rows):
+            each = {}
+            for key, place in capture.places.items():
+                squares = (capture.fed(place, number)[row.start : len(row.ids)] ** 2).sum(0)
+                each[key] = (weights[key] * squares).T if place.side == "input" else weights[key] * squares
+            found.append(each)
+    return found

@@ -18,7 +18,6 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, said_of_failed, takes_padding, token_budget
 from safety_neurons.neurons import Selection, Votes
-from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
 
 Sums = dict[str, np.ndarray]
@@ -137,25 +136,6 @@ def _told(value: Any) -> str:
     if isinstance(value, list):
         value = [identity(item) if isinstance(item, LanguageModel) else item for item in value]
     return json_sha256(value)
-
-
-def stream_key(
-    method: str,
-    models: Sequence[LanguageModel],
-    prompts: Prompts,
-    config: Mapping[str, Any],
-    selection: Selection,
-    batch_size: BatchSize,
-) -> dict[str, Any]:
-    """What a partial state must have been made with to be continued (a selection without agreement acts only at the end)."""
-    return {
-        **config,
-        "method": method,
-        "models": list(models),
-        "prompts": prompts.sha256,
-        "selection": selection.config() if selection.agreement is not None else None,
-        "batch_size": batch_size,
-    }
 
 
 def fold(

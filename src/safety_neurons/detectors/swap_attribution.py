@@ -9,80 +9,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from safety_neurons.detectors.attribution_patching import own_completions
-from safety_neurons.detectors.found import PromptCounts
-from safety_neurons.detectors.gradients import Scored, attribute, frozen, mean_of, midpoints_of, score_rows, spread
-from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.detectors.gradients import ScoredRow, attribute, frozen, mean_of, midpoints_of, score_rows, spread
+from safety_neurons.detectors.methods import ImportanceContrast, SwapAttribution
+from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.detectors.sublayers import projected
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import around
 from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy
-from safety_neurons.model.passes import Batch, BatchSize, forward
+from safety_neurons.model.passes import Batch, forward
 from safety_neurons.model.places import SitePlace
-from safety_neurons.neurons import MLP_SITES, Selection, Votes, parse_key
-from safety_neurons.prompts import Prompts
+from safety_neurons.neurons import MLP_SITES, parse_key
 
-MIDPOINTS = 8
-"""Points of the path at which the gradient is taken."""
 Masks = dict[str, Float[Tensor, "batch unit"]]
 
 
-@dataclass(frozen=True)
-class Swapped:
-    """Scores of every neuron, votes of the prompts (None without agreement), and what became of the prompts."""
+def score(_: SwapAttribution | ImportanceContrast, run: Run) -> Scored:
+    """Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along the path."""
+    units, counts = own_completions(run)
+    swap, steps = SoftSwap(run.base, run.aligned, run.sizes), midpoints_of(SwapAttribution.MIDPOINTS)
 
-    values: dict[str, np.ndarray]
-    votes: Votes | None
-    counts: PromptCounts
-    notes: tuple[str, ...]
-
-
-def attribute_swaps(
-    base: LanguageModel,
-    aligned: LanguageModel,
-    prompts: Prompts,
-    sizes: Mapping[str, int],
-    *,
-    stream: Stream,
-    selection: Selection,
-    batch_size: BatchSize = "auto",
-    progress: Progress | None = None,
-) -> Swapped:
-    """Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along the path.
-
-    The log-odds are log p(refusal) − log p(compliance) at the first token where the aligned model's greedy completion (refusal) and the
-    base model's (compliance) part. Positive: the aligned parameters push towards refusal.
-
-    Args:
-        base: the less safe model.
-        aligned: the safer one, which runs.
-        prompts: usually harmful requests.
-        sizes: neurons of every searched site key.
-        stream: keeps what a killed run goes on from.
-        selection: with an agreement, every prompt votes.
-        batch_size: prompts a batch, or "auto".
-        progress: called with (done, in all, tokens).
-
-    Raises:
-        InputError: both models complete every prompt with the same text, or with none.
-    """
-    options: dict[str, Any] = {"stream": stream, "batch_size": batch_size, "progress": progress}
-    units, counts, notes = own_completions(base, aligned, prompts, **options)
-    swap, steps = SoftSwap(base, aligned, sizes), midpoints_of(MIDPOINTS)
-
-    def gradients(batch: Batch, rows: Sequence[Scored]) -> dict[str, Tensor]:
+    def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
         return swap.gradients(batch, rows, steps)
 
-    values, folded = attribute(aligned, [parting(rows) for rows in units], sizes, gradients, selection=selection, notes=notes, **options)
-    return Swapped(values, folded.votes, counts.without(len(folded.failed)), tuple(notes))
+    values, folded = attribute(run, run.aligned, [parting(rows) for rows in units], gradients)
+    return Scored(values, counts.without(len(folded.failed)), folded.votes)
 
 
-def parting(rows: Sequence[Scored]) -> list[Scored]:
+def parting(rows: Sequence[ScoredRow]) -> list[ScoredRow]:
     """The rows of one prompt cut behind the first token at which its refusal and its compliance differ, which alone is scored.
 
     Later tokens say how a refusal or a compliance goes on, not whether there is one. Texts of which one begins with the other are cut at
@@ -113,16 +71,16 @@ class SoftSwap:
     _inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     _busy: bool = False
 
-    def gradients(self, batch: Batch, rows: Sequence[Scored], steps: Sequence[float]) -> dict[str, Float[Tensor, "batch neuron"]]:
+    def gradients(self, batch: Batch, rows: Sequence[ScoredRow], steps: Sequence[float]) -> dict[str, Float[Tensor, "batch neuron"]]:
         """Derivative of each row's score with respect to that row's mask, mean over the steps; a unit's neurons share it."""
         return mean_of([self.at(batch, rows, step)[0] for step in steps])
 
-    def at(self, batch: Batch, rows: Sequence[Scored], step: float) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
+    def at(self, batch: Batch, rows: Sequence[ScoredRow], step: float) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
         """One forward and one backward pass with all masks at `step`: gradients by site key, and the rows' scores."""
         found, scores = self.slopes(batch, rows, step)
         return {key: self._of_site(key, found) for key in self.sizes}, scores
 
-    def slopes(self, batch: Batch, rows: Sequence[Scored], step: float | Mapping[str, Tensor]) -> tuple[Masks, Tensor]:
+    def slopes(self, batch: Batch, rows: Sequence[ScoredRow], step: float | Mapping[str, Tensor]) -> tuple[Masks, Tensor]:
         """The same by name of a mask; `step` is one number, or by name a number for each of its units."""
         wide = torch.float64 if self.aligned.dtype == torch.float64 else torch.float32
         device, shapes = batch.input_ids.device, {name: (len(rows), size) for name, size in self.sizes_of_masks.items()}
@@ -226,7 +184,7 @@ class SoftSwap:
         return place
 
 
-def contested(rows: Sequence[Scored]) -> Scored:
+def contested(rows: Sequence[ScoredRow]) -> ScoredRow:
     """The same as one row, since both tokens are told by the same position: log p(refusal's token) − log p(compliance's)."""
     refusal, compliance = parting(rows)
     return replace(refusal, weight=1.0, rival=compliance.ids[-1])

@@ -4,14 +4,14 @@ One model writes (greedily), both read: the ids are kept as they were generated,
 to both models.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from safety_neurons.detectors.found import PromptCounts
+from safety_neurons.detectors.pairs import writer_of
+from safety_neurons.detectors.runner import PromptCounts
 from safety_neurons.detectors.streaming import Progress, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
@@ -59,14 +59,6 @@ class Texts:
     def n_tokens(self) -> int:
         """How many positions count, over all prompts."""
         return sum(span.n_tokens for span in self.spans)
-
-
-def text_config(positions: str, generate_with: str, max_new_tokens: int, completions: Completions | None) -> dict[str, Any]:
-    """The options of the text, as they are written to the provenance; given completions by their hash."""
-    if completions is None:
-        return {"positions": positions, "generate_with": generate_with, "max_new_tokens": max_new_tokens}
-    told = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in completions]).encode()).hexdigest()
-    return {"positions": positions, "completions_sha256": told}
 
 
 def cut_at_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
@@ -219,6 +211,20 @@ def short(text: str, limit: int = 40) -> str:
     """A text in quotes on one line, its end left out where it is long."""
     line = normalised(text)
     return repr(line if len(line) <= limit else f"{line[: limit - 1]}…")
+
+
+def texts_of(method: Any, run: Any) -> Texts:
+    """What the two models of a run read, by the options of the method (`methods.Writing`); it is noted what is left out and why."""
+    text = texts(
+        writer_of(run.base, run.aligned, method.generate_with),
+        run.prompts,
+        positions=method.positions,
+        max_new_tokens=method.max_new_tokens,
+        completions=run.completions,
+        **run.told(),
+    )
+    run.notes += text.notes
+    return text
 
 
 def texts(

@@ -2,7 +2,7 @@
 
 from safety_neurons.studies.answering import Writing
 from safety_neurons.studies.arms import Arm, Bench
-from safety_neurons.studies.comparison import METHODS, Comparison, MethodResult, compare
+from safety_neurons.studies.comparison import Comparison, MethodResult, compare
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
 from safety_neurons.studies.groups import Groups, find_by_group
@@ -19,7 +19,6 @@ from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary
 
 __all__ = [
     "ARMS",
-    "METHODS",
     "Arm",
     "Attack",
     "Bench",

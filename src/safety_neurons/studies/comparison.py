@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from safety_neurons import detectors
+from safety_neurons.detectors import find
+from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
@@ -32,47 +33,6 @@ from safety_neurons.studies.arms import Arm, Bench, Progress
 from safety_neurons.studies.ceilings import Ceiling, by_parameters, columns_differ, named
 from safety_neurons.studies.kept import hold_answers
 from safety_neurons.studies.verification import MEASURE
-
-Method = Callable[[LanguageModel, LanguageModel, Prompts, dict[str, Any]], Scores]
-WRITES = ("importance-contrast", "contrast")
-"""Methods that generate text; its length is then the comparison's."""
-IN_ONE_GO = ("weight-change", "weight-magnitude")
-"""Methods too short to keep a partial state."""
-SETS = ("mask",)
-"""Methods that search one set of a given size: they are told the budget in units, and found again for every budget."""
-CONTRASTING = ("mask", "snip", "wanda", "refusal-direction", "probe-weights")
-"""Methods that are shown harmless prompts too, where there are some."""
-
-
-def _pair_method(name: str, **fixed: Any) -> Method:
-    return lambda base, aligned, prompts, options: getattr(detectors, name)(base, aligned, prompts, **fixed, **options).scores
-
-
-def _aligned_method(name: str) -> Method:
-    return lambda _base, aligned, prompts, options: getattr(detectors, name)(aligned, prompts, **options).scores
-
-
-def _weight_magnitude(_base: LanguageModel, aligned: LanguageModel, _prompts: Prompts, options: dict[str, Any]) -> Scores:
-    return detectors.find_weight_magnitude(aligned, sites=options["sites"]).scores
-
-
-METHODS: dict[str, Method] = {
-    "mask": _pair_method("find_mask"),
-    "importance": _aligned_method("find_importance"),
-    "importance-contrast": _pair_method("find_importance_contrast"),
-    "swap-attribution": _pair_method("find_importance_contrast", compare="swap-attribution"),
-    "contrast": _pair_method("find_contrast"),
-    "attribution": _aligned_method("find_attribution"),
-    "attribution-patching": _pair_method("find_attribution_patching"),
-    "snip": _aligned_method("find_snip"),
-    "wanda": _aligned_method("find_wanda"),
-    "refusal-direction": _aligned_method("find_refusal_direction"),
-    "probe-weights": _aligned_method("find_probe_weights"),
-    "weight-change": _pair_method("find_weight_change"),
-    "weight-magnitude": _weight_magnitude,
-    "activation-magnitude": _aligned_method("find_activation_magnitude"),
-}
-"""Name of a method -> scores of the neurons at the given sites."""
 
 SECONDS = "seconds.json"
 RANDOM = "random"
@@ -216,8 +176,9 @@ def compare(
     for name in methods:
         if progress is not None:
             progress(f"find {name}")
-        options = _options(name, sites, batch_size, max_new_tokens, find_harmless, budget)
-        scores, seconds = shelf.scores(name, base, aligned, find_prompts, options)
+        method = with_options(name, sites=sites, max_new_tokens=max_new_tokens, units=budget)
+        shown = {"harmless": find_harmless} if method.HARMLESS != "none" and find_harmless is not None else {}
+        scores, seconds = shelf.scores(method, (base, aligned), find_prompts, **shown, batch_size=batch_size)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, random, seed))]
     rows = make.compared(rows)
@@ -230,29 +191,15 @@ def compare(
     return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), agreement, bench, limits)
 
 
-def _options(
-    name: str, sites: Sequence[str], batch_size: BatchSize, max_new_tokens: int, harmless: Prompts | None, budget: int
-) -> dict[str, Any]:
-    """What a method is told beside models and prompts."""
-    options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
-    options |= {"max_new_tokens": max_new_tokens} if name in WRITES else {}
-    options |= {"harmless": harmless} if name in CONTRASTING and harmless is not None else {}
-    return options | ({"units": budget} if name in SETS else {})
-
-
 def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[str]:
     """The methods asked for, or all that can be run.
 
     Raises:
         UsageError: an unknown name, or a method that needs harmless prompts where there are none.
     """
-    without = [name for name in METHODS if with_harmless or name not in CONTRASTING or name in SETS]
     if methods is None:
-        return without
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise UsageError(f"unknown method {unknown[0]!r}; expected some of {', '.join(METHODS)}")
-    lacking = [name for name in methods if name not in without]
+        return [name for name, method in METHODS.items() if with_harmless or method.HARMLESS != "needed"]
+    lacking = [name for name in methods if by_name(name).HARMLESS == "needed" and not with_harmless]
     if lacking:
         raise UsageError(f"{lacking[0]} reads harmless prompts too; give some, or leave it out")
     return list(methods)
@@ -329,32 +276,29 @@ class _Shelf:
         if place is not None and place(SECONDS).exists():
             self.seconds = read_json(place(SECONDS))
 
-    def scores(
-        self, name: str, base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any]
-    ) -> tuple[Scores, float]:
+    def scores(self, method: Method, pair: tuple[LanguageModel, LanguageModel], prompts: Prompts, **options: Any) -> tuple[Scores, float]:
         """What an earlier, killed run found by this method on the same prompts, or what the method finds now."""
+        models = pair if method.PAIR else pair[1:]
         if self.place is None:
-            return self._timed(name, base, aligned, prompts, options)
-        kept_as = f"{name}-{options['units']}" if name in SETS else name
+            return self._timed(method, models, prompts, options)
+        units = getattr(method, "units", None)  # A set of another size is another search.
+        kept_as = method.NAME if units is None else f"{method.NAME}-{units}"
         file = self.place(f"{kept_as}.scores.safetensors")
         if kept_as in self.seconds and file.exists():
-            kept = Scores.load(file, table=base.table)
+            kept = Scores.load(file, table=pair[0].table)
             if kept.provenance.prompts_sha256 in ("", prompts.sha256):
                 return kept, self.seconds[kept_as]
-        checkpoint = None if name in IN_ONE_GO else Checkpoint(self.place(f"checkpoints/{kept_as}.safetensors"))
-        found, self.seconds[kept_as] = self._timed(
-            name, base, aligned, prompts, options | ({"checkpoint": checkpoint} if checkpoint is not None else {})
-        )
+        checkpoint = Checkpoint(self.place(f"checkpoints/{kept_as}.safetensors"))
+        found, self.seconds[kept_as] = self._timed(method, models, prompts, {**options, "checkpoint": checkpoint})
         found.save(file)
         write_json(self.place(SECONDS), self.seconds)
-        if checkpoint is not None:
-            checkpoint.delete()
+        checkpoint.delete()
         return found, self.seconds[kept_as]
 
     @staticmethod
-    def _timed(name: str, base: LanguageModel, aligned: LanguageModel, prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:
+    def _timed(method: Method, models: Sequence[LanguageModel], prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:
         started = time.perf_counter()
-        return METHODS[name](base, aligned, prompts, options), time.perf_counter() - started
+        return find(method, models, prompts, **options).scores, time.perf_counter() - started
 
 
 def _controls(

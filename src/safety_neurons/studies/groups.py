@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safety_neurons.detectors import find
+from safety_neurons.detectors.methods import METHODS, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
@@ -18,11 +20,9 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, Effect, Rate, against_random, causal_effect, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.arms import Bench, Progress
-from safety_neurons.studies.comparison import METHODS, WRITES, Verdicts, whole_units
+from safety_neurons.studies.comparison import Verdicts, whole_units
 from safety_neurons.studies.verification import MEASURE
 
-OF_ONE_MODEL = ("importance", "attribution")
-"""Methods that need no pair."""
 Treat = Callable[[NeuronSet], Callable[[], contextlib.AbstractContextManager[Any]]]
 Place = Callable[[str], pathlib.Path]
 
@@ -113,7 +113,7 @@ def find_by_group(
         base: the less safe model; None where the method needs one model.
         aligned: the safer model.
         groups: prompts to find on.
-        method: a name from `METHODS`.
+        method: the name of a registered method.
         units: how many units; a feed-forward index or a `v` row with its `o` columns counts once.
         top: share of the units, where no number is given.
         sites: where to look; by default everywhere.
@@ -129,8 +129,8 @@ def find_by_group(
     table = aligned.table
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
     budget = units or max(1, round(top * NeuronSet.all(table).only(sites=sites).n_units))
-    options: dict[str, Any] = {"sites": sites, "batch_size": batch_size}
-    options |= {"max_new_tokens": max_new_tokens} if method in WRITES else {}
+    searching = with_options(method, sites=sites, max_new_tokens=max_new_tokens)
+    models = [base or aligned, aligned] if searching.PAIR else [aligned]
     found = {}
     for name, prompts in groups.members.items():
         if progress is not None:
@@ -138,7 +138,7 @@ def find_by_group(
         file = place(f"{_file_name(name)}.scores.safetensors") if place is not None else None
         scores = _kept(file, aligned, prompts)
         if scores is None:
-            scores = METHODS[method](base or aligned, aligned, prompts, options)
+            scores = find(searching, models, prompts, batch_size=batch_size).scores
             if file is not None:
                 scores.save(file)
         found[name] = whole_units(scores.top_units(budget), sites)
@@ -151,10 +151,11 @@ def check_method(method: str, base: object | None, units: int | None, top: float
     Raises:
         UsageError: an unknown method, one that needs a pair, or a budget that is none.
     """
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if base is None and method not in OF_ONE_MODEL:
-        raise UsageError(f"{method} needs a pair; give --base and --aligned, or one of {', '.join(OF_ONE_MODEL)}")
+    if by_name(method).HARMLESS == "needed":
+        raise UsageError(f"{method} reads harmless prompts too, which groups have none of; expected another method")
+    if base is None and by_name(method).PAIR:
+        of_one = [name for name, one in METHODS.items() if not one.PAIR and one.HARMLESS != "needed"]
+        raise UsageError(f"{method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}")
     if units is None and not 0 < top <= 1:
         raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.02 for two per cent)")
 

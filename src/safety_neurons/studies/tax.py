@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
-from safety_neurons.detectors.pairs import comparing
+from safety_neurons.detectors.methods import Contrast
+from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.errors import NeuronError, UsageError
@@ -24,6 +25,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.judgement import normalised
 from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.passes import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source
@@ -102,16 +104,19 @@ def read_trainings(
     left = len(table.sizes) - len(sizes)
     notes = [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"] if left else []
     tell("write")
-    with comparing(before, before):
+    with evaluating(before.model):
         text = texts(before, prompts, positions=positions, max_new_tokens=max_new_tokens, stream=Stream(None, {}), batch_size=batch_size)
     parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
     models = {"": before, **trained}
     read: dict[tuple[str, str], list[ContrastStatistics]] = {}
     for first, second in itertools.combinations(models, 2):
         tell(f"read {first or 'before'} and {second}")
-        with comparing(models[first], models[second]):
-            options: dict[str, Any] = {"batch_size": batch_size, "notes": notes}
-            read[first, second] = [contrast_statistics(models[first], models[second], part, sizes, **options)[0] for part in parts]
+        with evaluating(models[first].model), evaluating(models[second].model):
+            read[first, second] = []
+            for part in parts:
+                run = Run((models[first], models[second]), prompts, Contrast(), batch_size=batch_size, notes=notes)
+                run.sizes = sizes
+                read[first, second].append(contrast_statistics(run, part)[0])
     changes = _changes(read, list(trained), sizes)
     return Trainings(changes, _scores(changes, before, trained, sizes, prompts), text.counts.used, (*text.notes, *dict.fromkeys(notes)))
 

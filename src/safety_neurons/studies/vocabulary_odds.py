@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from safety_neurons.detectors.attribution import COMPLIANCES, REFUSALS
-from safety_neurons.detectors.gradients import SCORED_TOKENS, Scored, explained
+from safety_neurons.detectors.gradients import SCORED_TOKENS, ScoredRow, explained
+from safety_neurons.detectors.methods import Attribution
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
@@ -30,7 +30,7 @@ class RefusalOdds:
         groups: what the prompts share.
     """
 
-    rows: tuple[tuple[Scored, ...], ...]
+    rows: tuple[tuple[ScoredRow, ...], ...]
     texts: dict[str, Any]
     batch_size: BatchSize = "auto"
     notes: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class RefusalOdds:
         """
         encoded = model.encode(prompts, reserve=SCORED_TOKENS)
         if base is None:
-            sides = [[refusal] if refusal else list(REFUSALS), [compliance] if compliance else list(COMPLIANCES)]
+            sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
             rows = [explained(one.ids, *([_tokens(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
             texts = {"refusal": sides[0], "compliance": sides[1]}
             return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))

@@ -1,0 +1,573 @@
+"""The methods that score neurons: each with its options, what it is shown, and where its formula is computed.
+
+Nothing here imports torch or numpy, so that the command line can name every method at once. A method of one's own is such a class, with
+`score` written in its body, registered by `register`; it may lie in any file.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from safety_neurons.declarations import Between, Declaration, OneOf, Positive
+from safety_neurons.errors import UsageError
+
+RULES = ("top", "count", "top_per_matrix", "threshold")
+Sites = str | Sequence[str] | None
+
+
+def listed(value: Sites) -> tuple[str, ...] | None:
+    """Names separated by commas, or a sequence of them, as a tuple; None stays None."""
+    if value is None or not isinstance(value, str):
+        return None if value is None else tuple(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized(Declaration):
+    """How many neurons are kept."""
+
+    PANEL = "Which neurons are kept"
+    DEFAULT_TOP: ClassVar[float] = 0.05
+
+    top: float | int | None = None
+    """Keep this fraction of the neurons searched."""
+    count: Positive | None = None
+    """Keep this many neurons."""
+
+    @property
+    def selection(self) -> Any:
+        """The rule as a `neurons.Selection`; by default the method's own share.
+
+        Raises:
+            UsageError: two rules together, or one out of its range.
+        """
+        from safety_neurons.neurons import Selection
+
+        given = {name: value for name, value in self.values().items() if name in (*RULES, "agreement") and value is not None}
+        return Selection.of(**given, default_top=self.DEFAULT_TOP)
+
+    def check(self) -> None:
+        """Also that one rule is given at most."""
+        super().check()
+        rules = {one.flag: getattr(self, one.name) for one in self.options() if one.name in RULES}
+        given = [flag for flag, value in rules.items() if value is not None]
+        if len(given) > 1:
+            *first, last = rules
+            raise UsageError(f"{' and '.join(given)} given together; expected one rule: {', '.join(first)} or {last}")
+        _ = self.selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked(Sized):
+    """Every rule that acts on the scores."""
+
+    PANEL = Sized.PANEL
+
+    top_per_matrix: Positive | None = None
+    """Keep this many of every matrix."""
+    threshold: float | int | None = None
+    """Keep scores of at least this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Voted(Ranked):
+    """Every rule, and agreement among prompts."""
+
+    PANEL = Sized.PANEL
+
+    agreement: float | int | None = None
+    """Choose on every prompt and keep what this share of prompts chose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Declaration):
+    """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it scores."""
+
+    PANEL = Sized.PANEL
+    NAME: ClassVar[str]
+    PAIR: ClassVar[bool] = False
+    """Whether it looks at a base and an aligned model, not at one."""
+    DEFAULT_SITES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
+    PROMPTS: ClassVar[bool] = True
+    """Whether it looks at prompts; without it, only at weights."""
+    HARMLESS: ClassVar[Literal["none", "optional", "needed"]] = "none"
+    """Whether it is shown harmless prompts too."""
+    COMPLETIONS: ClassVar[bool] = False
+    """Whether completions can be given to it in place of those it would generate."""
+    SCORER: ClassVar[str] = ""
+    """`module:function` of the formula, imported when it is needed; a method of one's own defines `score` instead."""
+
+    sites: str | Sequence[str] | None = None
+    """Comma-separated sites: q,k,v,o,gate,up,down."""
+    layers: str | range | None = None
+    """Layers A:B, B excluded."""
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The sites that are searched."""
+        return self.DEFAULT_SITES if self.sites is None else listed(self.sites) or ()
+
+    def check(self) -> None:
+        """Also sites and the form of a layer range; whether a model has these layers is known later."""
+        from safety_neurons.neurons import SITES, check_sites, parse_layers
+
+        super().check()
+        if not self.searched:
+            raise UsageError(f"--sites names no site; expected some of {', '.join(SITES)}")
+        check_sites(self.searched)
+        if isinstance(self.layers, str) and ":" in self.layers:
+            parse_layers(self.layers, 10**6)
+        elif isinstance(self.layers, str) and not self.layers.strip().lstrip("-").isdigit():
+            raise UsageError(f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number")
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """What decides the scores, beside models and prompts; it stands in the provenance and in the resume key."""
+        shared = {field.name for base in (Method, Voted) for field in dataclasses.fields(base)}
+        own = {name: value for name, value in self.values().items() if name not in shared}
+        return own | ({} if run.harmless is None else {"harmless_sha256": run.harmless.sha256}) | self.searched_config()
+
+    def searched_config(self) -> dict[str, Any]:
+        """What is searched, as it stands in the provenance."""
+        return {"sites": list(self.searched), "layers": list(self.layers) if isinstance(self.layers, range) else self.layers}
+
+    def score(self, run: Any) -> Any:
+        """Scores of the searched neurons (`runner.Scored`) of what is to be looked at (`runner.Run`)."""
+        module, _, function = self.SCORER.partition(":")
+        return getattr(importlib.import_module(f"safety_neurons.detectors.{module}"), function)(self, run)
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by name."""
+
+
+Registered = TypeVar("Registered", bound=type[Method])
+
+
+def register(method: Registered) -> Registered:
+    """Make a method known by its `NAME`: to `find`, to `compare`, and to their help.
+
+    Raises:
+        UsageError: another method has the name.
+    """
+    if METHODS.setdefault(method.NAME, method) is not method:
+        raise UsageError(f"a method {method.NAME!r} is registered already; expected another name")
+    return method
+
+
+@functools.cache
+def installed() -> None:
+    """Register the methods of installed packages, which name their modules as entry points of `safety_neurons.methods`."""
+    for entry in importlib.metadata.entry_points(group="safety_neurons.methods"):
+        entry.load()
+
+
+def by_name(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in METHODS:
+        installed()
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; expected some of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def with_options(name: str, **options: Any) -> Method:
+    """The method of a name with those of some options that it has.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    kind = by_name(name)
+    own = {one.name for one in kind.options()}
+    return kind(**{option: value for option, value in options.items() if option in own})
+
+
+Positions = Annotated[str, OneOf("completion", "completion-predicting", "prompt", "prompt-last")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing(Declaration):
+    """What text the two models read."""
+
+    PANEL = "Prompts"
+
+    positions: Positions = "completion"
+    """completion, completion-predicting, prompt or prompt-last."""
+    generate_with: Annotated[str, OneOf("base", "aligned")] = "base"
+    """Which model writes the completions: base or aligned."""
+    max_new_tokens: Positive = 128
+    """Length of a completion, in tokens."""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Mask(Method, Sized):
+    """Learned mask: the set of a given size that refuses the most when it is moved from base to aligned.
+
+    The state s starts as the mean gradient along the straight path (attribution). In every round the units of the largest s are
+    moved whole, the value is differentiated there, and s ← keep·s + (1 − keep)·gradient. The set of the highest value met is the
+    result. The value: `aim`, mean over prompts, plus `caution` times the mean log-probability of the base's own answers to
+    harmless prompts. Scores: s, scaled into [−1, 1], and 2 added for the members of the set.
+
+    Raises InputError: both models complete every prompt with the same text, or with none.
+
+    Source: iterative hard thresholding (Blumensath and Davies 2009) on the mask of attribution patching (Nanda 2023).
+    Differs: the mask is a set in every round, so that nothing is rounded at the end; no relaxation or penalty is tuned.
+    """
+
+    NAME, PAIR, HARMLESS, SCORER = "mask", True, "optional", "mask:score"
+    PANEL = None
+    DEFAULT_TOP = 0.02
+    DEFAULT_SITES = ("down",)
+
+    move: Annotated[str, OneOf("auto", "activations", "parameters")] = "auto"
+    """activations (patching), parameters (swapping), or auto."""
+    aim: Annotated[str, OneOf("refusal", "odds")] = "refusal"
+    """refusal: log-probability of going on as refusals do where the models part; odds: of the two tokens there."""
+    units: Positive | None = None
+    """Size of the set in units, each counted once; without --top and --count."""
+    rounds: Positive = 30
+    """How often the set is looked at."""
+    keep: Annotated[float | int, Between(0, 1, below=True)] = 0.8
+    """Share of the state that a round leaves."""
+    caution: Annotated[float | int, Between(0)] = 0.5
+    """Weight of the harmless answers."""
+
+    def check(self) -> None:
+        """Also that the size is given once."""
+        super().check()
+        if self.units is not None and (self.top is not None or self.count is not None):
+            raise UsageError(f"units {self.units}: expected neither top nor count beside it")
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """Without the size, which the search adds as it was found."""
+        own = {name: getattr(self, name) for name in ("move", "aim", "rounds", "keep", "caution")}
+        return own | {"harmless_sha256": run.harmless.sha256 if run.harmless is not None else ""} | self.searched_config()
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Importance(Method, Voted):
+    """Paper 1: how much each row or column changes its sub-layer's output on harmful requests.
+
+    L2 norm of the change of the sub-layer's output when the neuron's parameters are zero, mean over prompts, exact. One forward
+    pass without the output head; scores are computed inside it in closed form, for every prompt with its exact length. Memory
+    does not grow with the number of prompts.
+
+    Raises UnsupportedModelError: a site that this model does not have, or an attention formula that cannot be proved.
+
+    Source: Zhao et al. (ICLR 2025), eq. 1-9 and 11-14.
+    Differs: norms are of the sub-layer's output for all sites (the paper leaves q and k in probability space, one threshold for
+    all); heads, rotary embedding, mask, biases, norms and soft-caps are exact; o and gate are scored; the score of a prompt sums
+    over all tokens fed, special ones included; a set is chosen from the mean over prompts unless an agreement asks for the
+    paper's intersection.
+    """
+
+    NAME, SCORER = "importance", "importance:score"
+    PANEL = None
+    DEFAULT_TOP = 0.01
+
+    space: Annotated[str, OneOf("output", "probability")] = "output"
+    """output, or probability for the paper's literal Q and K scores."""
+    as_published: bool = False
+    """Compute what the public code computes."""
+    memory_budget: Positive = 256
+    """Memory of one chunk of neurons, in MiB."""
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """Without the memory, which changes nothing."""
+        return {name: value for name, value in super().config(run).items() if name != "memory_budget"}
+
+    def searched_config(self) -> dict[str, Any]:
+        """Without the site that the public code does not score."""
+        searched = super().searched_config()
+        return searched | {"sites": [site for site in searched["sites"] if not (self.as_published and site == "gate")]}
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ImportanceContrast(Writing, Method, Voted):
+    """Exact importance against the base model's parameters instead of against zero.
+
+    How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base model's: L2 norm over the
+    tokens that count and all output dimensions of the sub-layer, mean over prompts. A `gate` row, its `up` row and its `down`
+    column are swapped together and share the score; so do a `v` row and the `o` columns it feeds. `q` and `k` rows are alone.
+    `absolute` (aligned − base), `relative` (over their sum) and `same-input` (on the aligned stream) are differences of
+    importance against zero, every neuron alone; `swap-attribution` is the method of that name.
+
+    Raises UnsupportedModelError: routed experts, or an attention formula not proved.
+
+    Source: importance of Zhao et al. (ICLR 2025) between the models of Chen et al. (arXiv 2406.14144).
+    Differs: neither paper compares parameters on one stream.
+    """
+
+    NAME, PAIR, COMPLETIONS, SCORER = "importance-contrast", True, True, "importance_contrast:score"
+    PANEL = None
+
+    compare: Annotated[str, OneOf("swap", "swap-attribution", "absolute", "relative", "same-input")] = "swap"
+    """swap, swap-attribution, absolute, relative or same-input."""
+    positions: Positions = "prompt"
+
+    def check(self) -> None:
+        """Also that nothing is given which would have no effect."""
+        super().check()
+        if self.compare == "swap-attribution" and self.positions != "prompt":
+            raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt'")
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """The comparison and the text."""
+        text = {"midpoints": SwapAttribution.MIDPOINTS} if self.compare == "swap-attribution" else run.text_config()
+        return {"compare": self.compare} | text | self.searched_config()
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SwapAttribution(Method, Voted):
+    """First-order effect on the refusal of swapping each unit's parameters from base to aligned.
+
+    Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along the path. The
+    log-odds are log p(refusal) − log p(compliance) at the first token where the aligned model's greedy completion (refusal) and
+    the base model's (compliance) part. Positive: the aligned parameters push towards refusal.
+
+    Raises InputError: both models complete every prompt with the same text, or with none.
+
+    Source: the swap of importance-contrast, differentiated as in attribution patching (Nanda 2023).
+    Differs: parameters are moved, not activations, and the score is read at one token.
+    """
+
+    NAME, PAIR, SCORER = "swap-attribution", True, "swap_attribution:score"
+    PANEL = None
+    MIDPOINTS: ClassVar[int] = 8
+    """Points of the path at which the gradient is taken."""
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """With the number of points of the path."""
+        return {"midpoints": self.MIDPOINTS} | super().config(run)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Contrast(Writing, Method, Voted):
+    """Paper 2: root mean square difference of each activation between two models on the same text.
+
+    One model writes greedy completions; then both read the same ids once, and per neuron Σd², Σa, Σa² and the token count are
+    kept. No layer is left out silently.
+
+    Source: Chen et al. (arXiv 2406.14144), eq. 3 and section 3.1.
+    Differs: completion tokens keep the ids that were generated (the public code re-tokenises decoded text); sums stream in
+    O(neurons) memory; the layer range is explicit (the paper leaves the last layer out, the public code by a name filter that
+    fits 32 layers only).
+    """
+
+    NAME, PAIR, COMPLETIONS, SCORER = "contrast", True, True, "contrast:score"
+    DEFAULT_SITES = ("down",)
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """The text."""
+        return run.text_config() | self.searched_config()
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Attribution(Method, Voted):
+    """First-order effect of each neuron on the log-odds of refusing: activation times gradient.
+
+    Σ over tokens of activation × gradient of mean log p(refusal) − mean log p(compliance), mean over prompts (positive: refusal).
+    One forward and one backward pass give every neuron of every site.
+
+    Raises InputError: a text without tokens.
+
+    Source: gradient × activation and its path integral (Sundararajan et al. 2017), on the score that this project defines.
+    Differs: the integral scales all searched activations together, so that the attributions of all neurons sum to the score's
+    change between everything deactivated and nothing.
+    """
+
+    NAME, SCORER = "attribution", "attribution:score"
+    PANEL = None
+    DEFAULT_TOP = 0.01
+
+    refusal: str | Sequence[str] | None = None
+    """Text of a refusal. [default: built in]"""
+    compliance: str | Sequence[str] | None = None
+    """Text of a compliance. [default: built in]"""
+    integrated: Annotated[int, Between(0)] = 0
+    """Points at which the gradient is averaged; 0 takes it at the model itself."""
+
+    REFUSALS: ClassVar[tuple[str, ...]] = ("I'm sorry, but I can't help with that.", "I cannot help with this request.")
+    COMPLIANCES: ClassVar[tuple[str, ...]] = ("Sure, here is what you asked for.", "Of course, here is how to do it.")
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """The refusals and the compliances, several of which are averaged."""
+        given = {"refusal": self.refusal or self.REFUSALS, "compliance": self.compliance or self.COMPLIANCES}
+        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in given.items()}
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """The texts as they are used."""
+        return super().config(run) | self.texts
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class AttributionPatching(Method, Voted):
+    """First-order estimate of what patching each neuron from the aligned model would do.
+
+    Gradient of the explained score with respect to a soft mask m in `base + m·(aligned − base)`, mean over prompts. The score is
+    mean log p(refusal) − mean log p(compliance) over the first 16 tokens, teacher-forced in the base model; refusal is the
+    aligned model's own greedy completion of the prompt, compliance the base model's. Positive pushes towards refusal.
+
+    Raises InputError: both models complete every prompt with the same text, or with none.
+
+    Source: attribution patching (Nanda 2023; Syed et al. 2023) with the path average of integrated gradients (Sundararajan 2017).
+    Differs: the activation that is moved is the running one, as in patching during generation: earlier neurons' moves reach it.
+    """
+
+    NAME, PAIR, SCORER = "attribution-patching", True, "attribution_patching:score"
+    PANEL = None
+    DEFAULT_SITES = ("down",)
+
+    at: Annotated[str, OneOf("path", "base")] = "path"
+    """path: averaged from base to aligned; base: at the base model alone."""
+    midpoints: Positive = 8
+    """Midpoints of the path."""
+
+    def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
+        """No midpoints where there is no path."""
+        return {"at": self.at, "midpoints": self.midpoints if self.at == "path" else 0} | self.searched_config()
+
+
+@dataclasses.dataclass(frozen=True)
+class SetDifference(Method, Ranked):
+    """Weights among the largest on the model's answers to harmful requests and not on those to harmless ones (Wei et al.).
+
+    Both texts give every weight an importance; a neuron's score is the share of its weights in the set difference. The text is
+    the model's own answers, the first 16 tokens of each. Importances of both texts (two numbers per weight) are held in memory.
+    """
+
+    PANEL = None
+    HARMLESS = "needed"
+
+    safety: Annotated[float | int, Between(0, 1, above=True, below=True)] = 0.05
+    """Share of each matrix's weights that counts as important on harmful requests."""
+    utility: Annotated[float | int, Between(0, 1, above=True, below=True)] = 0.05
+    """Share of each matrix's weights that counts as important on harmless ones."""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Snip(SetDifference):
+    """SNIP set difference: weights whose change would alter the loss of refusals and not that of harmless answers.
+
+    |weight × gradient of the loss of the model's own answer|, mean over prompts; then the set difference.
+
+    Source: Wei et al. (ICML 2024, arXiv 2402.05162), sections 3.1 and 3.3; SNIP: Lee et al. (ICLR 2019).
+    Differs: they take single weights away; here a neuron's score is the share of its weights in the set difference.
+    """
+
+    NAME, SCORER = "snip", "set_difference:snip"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Wanda(SetDifference):
+    """Wanda set difference: large weights on features that are large while refusing and not in harmless answers.
+
+    |weight| × root mean square over answers of the norm of its input feature over an answer's tokens; then the set difference.
+
+    Source: Wei et al. (ICML 2024, arXiv 2402.05162), sections 3.1 and 3.3; Wanda: Sun et al. (ICLR 2024).
+    Differs: a neuron's score is the share of its weights in the set difference; as in Wei et al. the largest weights are taken of
+    the whole matrix (Wanda itself compares within one output).
+    """
+
+    NAME, SCORER = "wanda", "set_difference:wanda"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class RefusalDirection(Method, Ranked):
+    """What each neuron writes along the refusal direction, harmful minus harmless requests, at the prompt's last token.
+
+    The direction is the difference of the mean residual streams after a layer. An `o` or `down` neuron writes its activation
+    times its column; a `v` row what the `o` columns it feeds write, `gate` and `up` rows what their `down` column writes; `q` and
+    `k` rows write nothing and score 0. Over all writers up to the layer (no norm behind them), contributions add up to the length
+    of the difference, less what the embedding brings.
+
+    Source: Arditi et al. (arXiv 2406.11717), section 2.3, the difference of means.
+    Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
+    """
+
+    NAME, HARMLESS, SCORER = "refusal-direction", "needed", "refusal_direction:score"
+    PANEL = None
+    DEFAULT_SITES = ("down",)
+
+    layer: int | None = None
+    """Layer whose output the direction is taken from. [default: where the two kinds of prompts differ most, of the first 80 %]"""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ProbeWeights(Method, Ranked):
+    """How much a linear classifier of harmful against harmless requests leans on each neuron.
+
+    |z-score| of each neuron's weight in a logistic regression, with the sign of the weight. There is one regression per site of
+    each layer; its features are the activations, the largest over a prompt's tokens, standardised; the z-score is over the site's
+    neurons. Positive: fires for harmful requests.
+
+    Raises UnsupportedModelError: routed experts at the searched sites.
+
+    Source: NeuroStrike (Wu et al., NDSS 2026, arXiv 2509.11864), the probe of safety neurons: positive probe weights with |z|
+    above 3, on the outputs of the gate and up projections.
+    Differs: features are standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
+    """
+
+    NAME, HARMLESS, SCORER = "probe-weights", "needed", "probe_weights:score"
+    DEFAULT_SITES = ("gate", "up")
+    PENALTY: ClassVar[float] = 1.0
+    """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""
+
+    def config(self, run: Any) -> dict[str, Any]:
+        """With the penalty."""
+        return self.searched_config() | {"penalty": self.PENALTY, "harmless_sha256": run.harmless.sha256}
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class WeightChange(Method, Ranked):
+    """L2 norm of the change of each neuron's parameters between two models: its row and bias entry, or its column.
+
+    Adapters count with what they do to the parameters: a LoRA with its product, an (IA)³ scale on what a projection reads as a
+    scale of its columns.
+
+    Source: the plain weight difference, the baseline that planted decoys are made to fool.
+    Differs: the bias entry of a row belongs to its neuron.
+    """
+
+    NAME, PAIR, PROMPTS, SCORER = "weight-change", True, False, "weights:change"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class WeightMagnitude(Method, Ranked):
+    """L2 norm of each neuron's parameters in one model: its row and bias entry, or its column.
+
+    Source: magnitude, the usual baseline of pruning.
+    """
+
+    NAME, PROMPTS, SCORER = "weight-magnitude", False, "weights:magnitude"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ActivationMagnitude(Method, Ranked):
+    """Root mean square of each neuron's activation over all tokens of the prompts; an expert's over the tokens routed to it.
+
+    Source: activation size, the usual baseline of pruning.
+    """
+
+    NAME, SCORER = "activation-magnitude", "activation_magnitude:score"

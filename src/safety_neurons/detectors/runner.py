@@ -1,0 +1,335 @@
+"""Run a method: encode, write text, score batch by batch with a resumable state, select, subtract, and say what became of the prompts.
+
+Everything that methods share is here; a method (`detectors.methods`) brings its options and a function from `Run` to `Scored`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from safety_neurons.detectors import methods
+from safety_neurons.detectors.methods import Method
+from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold
+from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.model.language_model import Texts as Asked
+from safety_neurons.model.passes import Batch, BatchSize, evaluating
+from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
+from safety_neurons.neurons.selection import said_of_zeros
+from safety_neurons.prompts import Prompts
+from safety_neurons.results import Completions, html_table
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCounts:
+    """What became of the prompts."""
+
+    used: int
+    """Prompts that are in the scores."""
+    failed: int = 0
+    """Prompts that could not be used; the notes say why."""
+    truncated: int = 0
+    """Prompts that were cut to the context length."""
+
+    def without(self, n: int) -> "PromptCounts":
+        """The same with so many of the used prompts failed after all."""
+        return dataclasses.replace(self, used=self.used - n, failed=self.failed + n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The result of a detector: a score for every neuron searched, and the set chosen from them."""
+
+    scores: Scores
+    """One number per neuron of every searched site: mean over prompts, signed where the method is."""
+    neurons: NeuronSet
+    """The chosen set; may be empty with an agreement, and the notes then say which agreement gives one neuron."""
+    prompts: PromptCounts
+    """Prompts used, failed and truncated."""
+    notes: tuple[str, ...] = ()
+    """Counted warnings, one sentence each."""
+
+    def _repr_html_(self) -> str:
+        counts = f"{self.prompts.used:,} used, {self.prompts.failed:,} failed, {self.prompts.truncated:,} truncated"
+        rows = [["prompts", counts], ["scored", f"{len(self.scores):,} neurons"], *(["note", note] for note in self.notes)]
+        return self.neurons._repr_html_() + html_table("Found", ["what", "how many"], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What a method's formula returns."""
+
+    values: Mapping[str, np.ndarray]
+    """One number per neuron of every searched site."""
+    counts: PromptCounts
+    votes: Votes | None = None
+    """Of the prompts, where they vote."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the provenance says beside the options: numbers that were found on the way."""
+    selection: Selection | None = None
+    """Takes the place of the method's own, where the formula chose the size."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What a method's formula works with."""
+
+    models: tuple[LanguageModel, ...]
+    """The base and the aligned model, or one."""
+    prompts: Prompts
+    method: Method
+    harmless: Prompts | None = None
+    completions: Completions | None = None
+    stream: Stream = dataclasses.field(default_factory=lambda: Stream(None, {}))
+    batch_size: BatchSize = "auto"
+    progress: Progress | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What has to be said; each is one sentence with a count."""
+
+    @property
+    def base(self) -> LanguageModel:
+        """The less safe model of a pair."""
+        return self.models[0]
+
+    @property
+    def aligned(self) -> LanguageModel:
+        """The safer model of a pair, or the only one."""
+        return self.models[-1]
+
+    @functools.cached_property
+    def selection(self) -> Selection:
+        """The rule of selection, or the method's default."""
+        selection: Selection = self.method.selection
+        return selection
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """Neurons of every searched site key."""
+        return dict(self.base.table.select(sites=self.method.searched, layers=self.method.layers).sizes)
+
+    @property
+    def votes(self) -> bool:
+        """Whether every prompt votes."""
+        return self.selection.agreement is not None
+
+    def text_config(self) -> dict[str, Any]:
+        """The options of the text that both models read; given completions count by their content."""
+        method: Any = self.method
+        if self.completions is None:
+            return {name: getattr(method, name) for name in ("positions", "generate_with", "max_new_tokens")}
+        told = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in self.completions]).encode()).hexdigest()
+        return {"positions": method.positions, "completions_sha256": told}
+
+    def fold(
+        self,
+        sequences: Sequence[Sequence[int]],
+        reduce: Callable[[Batch], Part],
+        lm: LanguageModel | None = None,
+        budget: int | None = None,
+    ) -> Folded:
+        """Sum what `reduce` returns over all batches of `sequences`, in the run's resumable state.
+
+        Args:
+            sequences: token ids.
+            reduce: batch to part; called again on the halves of a batch that does not fit.
+            lm: model for whose device and padding batches are made; by default the aligned one.
+            budget: padded tokens of a batch whose size is `auto`.
+        """
+        options: dict[str, Any] = {"sizes": self.sizes, "batch_size": self.batch_size, "budget": budget, "progress": self.progress}
+        return fold(lm or self.aligned, self.stream, sequences, reduce, selection=self.selection, notes=self.notes, **options)
+
+    def told(self) -> dict[str, Any]:
+        """Resumable state, batch size and progress, for steps that write text."""
+        return {"stream": self.stream, "batch_size": self.batch_size, "progress": self.progress}
+
+
+def find(
+    method: Method,
+    models: Sequence[LanguageModel],
+    prompts: Asked | None = None,
+    *,
+    harmless: Asked | None = None,
+    completions: Completions | None = None,
+    subtract: NeuronSet | None = None,
+    batch_size: BatchSize = "auto",
+    **kept: Any,
+) -> Found:
+    """Score the neurons of the searched sites by a method, and choose a set.
+
+    Args:
+        method: which, with its options.
+        models: base and aligned for a method of a pair, else one.
+        prompts: usually harmful requests, or a general corpus for foundation neurons.
+        harmless: harmless prompts, for methods that are shown some.
+        completions: used instead of generating, by methods that read completions.
+        subtract: neurons taken away after selection.
+        batch_size: prompts a batch, or "auto".
+        **kept: `checkpoint`, the partial state from which a killed run goes on, and `progress`, called with (done, in all, tokens).
+
+    Raises:
+        MismatchError: the models have other shapes or tokenizers.
+        NumericalError: NaN or infinity in a score; the message names the site.
+        UsageError: an option that is none, or of the wrong kind for the method.
+    """
+    checkpoint, progress = kept.pop("checkpoint", None), kept.pop("progress", None)
+    if kept:
+        raise UsageError(f"unknown option {next(iter(kept))!r} of {method.NAME}")
+    method.check()
+    _check_what_is_shown(method, models, prompts, harmless, completions)
+    if method.PAIR:
+        check_pair(*models)
+    asked = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
+    other = as_prompts(harmless) if harmless is not None else None
+    run = Run(tuple(models), asked, method, other, completions, batch_size=batch_size, progress=progress)
+    config = method.config(run)
+    run.stream = Stream(checkpoint, _resume_key(run, config))
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model.model))
+        scored = method.score(run)
+    return _chosen(run, config, scored, subtract)
+
+
+def _check_what_is_shown(
+    method: Method, models: Sequence[LanguageModel], prompts: Any, harmless: Any, completions: Completions | None
+) -> None:
+    """Whether a method gets what it looks at, and nothing that would have no effect."""
+    if len(models) != 1 + method.PAIR:
+        raise UsageError(f"{method.NAME} looks at {'a base and an aligned model' if method.PAIR else 'one model'}; {len(models)} given")
+    if method.PROMPTS and prompts is None:
+        raise UsageError(f"{method.NAME} looks at prompts; give some")
+    if method.HARMLESS == "needed" and harmless is None:
+        raise UsageError(f"{method.NAME} reads harmless prompts too; give some, or leave it out")
+    if method.HARMLESS == "none" and harmless is not None:
+        raise UsageError(f"{method.NAME} is shown no harmless prompts; leave them out")
+    if completions is not None and (not method.COMPLETIONS or getattr(method, "compare", "") == "swap-attribution"):
+        raise UsageError(f"{method.NAME} explains both models' own completions: give no completions")
+
+
+def _resume_key(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a partial state must have been made with to be continued (a selection without agreement acts only at the end)."""
+    return {
+        **config,
+        "method": run.method.NAME,
+        "models": list(run.models),
+        "prompts": run.prompts.sha256,
+        # A method that has no other rule than a size searches for a set of that size.
+        "selection": run.selection.config() if run.votes or not isinstance(run.method, methods.Ranked) else None,
+        "units": getattr(run.method, "units", None),
+        "batch_size": run.batch_size,
+    }
+
+
+def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: NeuronSet | None) -> Found:
+    """Scores and the chosen set, with the provenance of the run."""
+    prompts = run.prompts if len(run.prompts) else None
+    origin = {
+        "method": run.method.NAME,
+        "models": tuple(model.name for model in run.models),
+        "prompts_sha256": prompts.sha256 if prompts is not None else "",
+        "config": {**config, **scored.config, "prompt_digests": prompts.digests if prompts is not None else []},
+    }
+    selection = scored.selection or run.selection
+    found = chosen_from(scored.values, run.base.table, selection, origin, scored.votes)
+    run.notes += found.notes
+    neurons = found.neurons
+    if subtract is not None:
+        before = len(neurons)
+        neurons = NeuronSet(dict((neurons - subtract).items()), run.base.table, neurons.provenance)
+        run.notes.append(f"{before - len(neurons)} of {before} chosen neurons were subtracted")
+    return Found(found.scores, neurons, scored.counts, tuple(run.notes))
+
+
+def chosen_from(
+    values: Mapping[str, np.ndarray], table: SiteTable, selection: Selection, origin: Mapping[str, Any], votes: Votes | None = None
+) -> Found:
+    """Scores, and the set that a selection takes from them.
+
+    Args:
+        values: one number per neuron of every searched site.
+        table: the model's whole site table (shares are counted against it).
+        selection: acts on the scores, or, with an agreement, on the votes.
+        origin: entries of the provenance.
+        votes: of the prompts.
+
+    Raises:
+        NumericalError: a score is not a number.
+    """
+    config = {**origin["config"], "selection": selection.config()}
+    told = {**origin, "config": {"prompt_digests": [], **config}, "model_fingerprint": table.fingerprint}
+    scores, notes = Scores(finite(values), table, Provenance(kind="scores", **told)), []
+    if votes is None:
+        chosen: Mapping[str, np.ndarray] = {key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()}
+    else:
+        chosen = votes.members(float(selection.agreement or 1.0))
+        if not chosen:
+            one = votes.agreement_for_one()
+            notes.append(f"no neuron was chosen in that share of the prompts; an agreement of {one:.4g} gives one")
+        notes += votes.said_of(chosen.keys())
+    notes += said_of_zeros(dict(scores.items()), chosen)
+    return Found(scores, NeuronSet(chosen, table, Provenance(kind="neurons", **told)), PromptCounts(0), tuple(notes))
+
+
+def finite(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values as float32.
+
+    Raises:
+        NumericalError: a site holds NaN or infinity.
+    """
+    for key, scores in values.items():
+        if not np.isfinite(scores).all():
+            raise NumericalError(f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32")
+    return {key: np.asarray(scores, dtype=np.float32) for key, scores in values.items()}
+
+
+def caller(kind: type[Method]) -> Callable[..., Found]:
+    """The Python call of a method: models and prompts, then the method's options and those of `find` by keyword."""
+
+    def find_by(*given: Any, **options: Any) -> Found:
+        unknown = next((name for name in options if name not in signature.parameters), None)
+        if unknown is not None:
+            known = ", ".join(list(signature.parameters)[len(names) :])
+            raise UsageError(f"{kind.NAME} has no option {unknown!r}; expected some of {known}")
+        bound = signature.bind(*given, **options)
+        models = [bound.arguments.pop(name) for name in names]
+        prompts = bound.arguments.pop("prompts", None)
+        own = {one.name: bound.arguments.pop(one.name) for one in kind.options() if one.name in bound.arguments}
+        return find(kind(**own), models, prompts, **bound.arguments)
+
+    names = ["base", "aligned"] if kind.PAIR else ["model"]
+    shown = {"harmless": kind.HARMLESS != "none", "completions": kind.COMPLETIONS}
+    keywords = [*kind.options(), *(name for name, wanted in shown.items() if wanted), "subtract", "batch_size", "checkpoint", "progress"]
+    behind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, behind) for name in names]
+    parameters.append(inspect.Parameter("prompts", behind, default=inspect.Parameter.empty if kind.PROMPTS else None))
+    for one in keywords:
+        name, default = (one, "auto" if one == "batch_size" else None) if isinstance(one, str) else (one.name, one.default)
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    signature = inspect.Signature(parameters, return_annotation=Found)
+    find_by.__name__ = find_by.__qualname__ = f"find_{kind.NAME.replace('-', '_')}"
+    find_by.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "".join(f"    {one.name}: {one.help}\n" for one in kind.options())
+    find_by.__doc__ += "    Others as for `find`, which also says what is raised.\n"
+    find_by.__signature__ = signature  # type: ignore[attr-defined]
+    return find_by
+
+
+find_activation_magnitude = caller(methods.ActivationMagnitude)
+find_attribution = caller(methods.Attribution)
+find_attribution_patching = caller(methods.AttributionPatching)
+find_contrast = caller(methods.Contrast)
+find_importance = caller(methods.Importance)
+find_importance_contrast = caller(methods.ImportanceContrast)
+find_mask = caller(methods.Mask)
+find_probe_weights = caller(methods.ProbeWeights)
+find_refusal_direction = caller(methods.RefusalDirection)
+find_snip = caller(methods.Snip)
+find_swap_attribution = caller(methods.SwapAttribution)
+find_wanda = caller(methods.Wanda)
+find_weight_change = caller(methods.WeightChange)
+find_weight_magnitude = caller(methods.WeightMagnitude)
