@@ -9,14 +9,14 @@ import pytest
 import tokenizers
 import transformers
 
-from safety_neurons.capability import harness, measure_gsm8k, measure_harness, measure_mmlu, mmlu, task
+from safety_neurons.capability import measure_gsm8k, measure_harness, measure_mmlu, questions, task, tasks
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama
 
-needs_harness = pytest.mark.skipif(not harness.available(), reason="lm-evaluation-harness is not installed")
+needs_harness = pytest.mark.skipif(not tasks.available(), reason="lm-evaluation-harness is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -67,7 +67,7 @@ def write_task(folder, name, include, data, **more):
 @pytest.mark.parametrize("treated", [False, True])
 def test_multiple_choice_is_scored_as_the_harness_scores_it(model, shared, tmp_path, monkeypatch, treated):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    data = mmlu.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
+    data = questions.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
     subject = "anatomy"
     rows = {
         split: [{"question": one.text, "choices": list(one.choices), "answer": one.answer} for one in part if one.subject == subject]
@@ -78,7 +78,7 @@ def test_multiple_choice_is_scored_as_the_harness_scores_it(model, shared, tmp_p
     head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
     files = {split: tmp_path / f"{split}.jsonl" for split in rows}
     write_task(tmp_path, "own_anatomy", "mmlu/default/_default_template_yaml", files, description=head)
-    monkeypatch.setattr(mmlu, "read_mmlu", lambda *_: data._replace(asked=[one for one in data.asked if one.subject == subject]))
+    monkeypatch.setattr(questions, "read_mmlu", lambda *_: data._replace(asked=[one for one in data.asked if one.subject == subject]))
     neurons = NeuronSet({"layers.0.down": list(range(30)), "layers.1.up": list(range(20))}, model.table)
     context = {"treatment": lambda: deactivated(model, neurons)} if treated else {}
     for shots in (0, 2):
@@ -113,8 +113,6 @@ def test_given_answers_get_the_scores_the_harness_gives_them(sums, tmp_path, mon
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from safety_neurons.capability import gsm8k
-
     answers = ["#### 8", "It is $10.", "#### 12.", "14", "#### 15\n#### 16", "eighteen", "#### 20,", "#### 2,2"]
 
     class Given(LM):
@@ -131,7 +129,7 @@ def test_given_answers_get_the_scores_the_harness_gives_them(sums, tmp_path, mon
     write_task(tmp_path, "given_sums", "gsm8k/gsm8k.yaml", {"train": sums / "train.jsonl", "test": sums / "test.jsonl"})
     manager = TaskManager(include_path=str(tmp_path))
     found = simple_evaluate(model=Given(), tasks=["given_sums"], num_fewshot=2, task_manager=manager, bootstrap_iters=0)["results"]
-    ours = gsm8k.scored("gsm8k", answers, gsm8k.read_sums(sums))
+    ours = questions.score_sums("gsm8k", answers, questions.read_sums(sums))
     assert ours.rate.value == found["given_sums"]["exact_match,strict-match"]
     assert ours.details["flexible"]["value"] == found["given_sums"]["exact_match,flexible-extract"]
     assert 0 < ours.rate.value < ours.details["flexible"]["value"] < 1
@@ -141,19 +139,17 @@ def test_given_answers_get_the_scores_the_harness_gives_them(sums, tmp_path, mon
 def test_numbers_are_read_as_the_harness_reads_them(tmp_path):
     from lm_eval.filters.extraction import RegexFilter
 
-    from safety_neurons.capability import gsm8k
-
     texts = [
         "so 3.\n#### 1,234", "#### 5 and #### 6", "The answer is $18.", "it is -7", "####7", "#### -0.5 dollars", "none", "", "..", "1.5.2",
         "#### .", "#### ,", "$1,000.00", "12 - 5", "x=3, y=-4.", "#### $5", "½", "٣ is three", "a\n#### 9\n#### 10.", "-$3", "--7",
     ]  # fmt: skip
     hard = RegexFilter(regex_pattern="#### (\\-?[0-9\\.\\,]+)")
     soft = RegexFilter(regex_pattern="(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
-    assert [gsm8k.strict(text) for text in texts] == [row[0] for row in hard.apply([[text] for text in texts], [{}] * len(texts))]
-    assert [gsm8k.flexible(text) for text in texts] == [row[0] for row in soft.apply([[text] for text in texts], [{}] * len(texts))]
+    assert [questions.strict(text) for text in texts] == [row[0] for row in hard.apply([[text] for text in texts], [{}] * len(texts))]
+    assert [questions.flexible(text) for text in texts] == [row[0] for row in soft.apply([[text] for text in texts], [{}] * len(texts))]
 
 
-@pytest.mark.skipif(harness.available(), reason="lm-evaluation-harness is installed")
+@pytest.mark.skipif(tasks.available(), reason="lm-evaluation-harness is installed")
 def test_without_the_harness_its_tasks_are_refused_with_what_to_install(model):
     for name in ("arc_challenge", "lm-eval:wikitext", "gsm8k"):
         with pytest.raises(UsageError, match="not installed"):
@@ -172,7 +168,7 @@ def test_a_task_is_named_with_what_it_is_measured_on():
 
 def test_offline_is_a_state_of_the_block_only():
     before = huggingface_hub.constants.HF_HUB_OFFLINE
-    with harness.without_hub():
+    with tasks.without_hub():
         assert huggingface_hub.constants.HF_HUB_OFFLINE is True
     assert huggingface_hub.constants.HF_HUB_OFFLINE is before
 

@@ -1,15 +1,58 @@
-"""Perplexity and divergence: what a treatment costs on text that has nothing to do with safety."""
+"""Perplexity and KL divergence of a treated model on text that has nothing to do with safety; the form of every measurement."""
 
 import contextlib
+import dataclasses
 import math
 import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
-from safety_neurons.capability.measured import Measured, Treatment
 from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.prompts import Prompts
-from safety_neurons.results import per_token
+from safety_neurons.results import Rate, per_token
 from safety_neurons.results import perplexity as perplexity_rate
+
+Treatment = Callable[[], AbstractContextManager[Any]]
+"""Makes the context manager inside which a model is treated; called once for every pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One task, measured on one model.
+
+    Attributes:
+        task: its name, as it was asked for.
+        metric: what the value is, such as `accuracy` or `perplexity`.
+        rate: the value with its interval and how many items it rests on.
+        higher_is_better: whether more of it is good.
+        ids: one name for every item.
+        outcomes: one number for every item: 0 or 1, or a sum over tokens; None is unscored.
+        counts: tokens of every item, where outcomes are sums over tokens; otherwise empty.
+        details: further numbers, such as the accuracy of every subject.
+        notes: what had to be said.
+    """
+
+    task: str
+    metric: str
+    rate: Rate
+    higher_is_better: bool = True
+    ids: tuple[str, ...] = ()
+    outcomes: tuple[float | None, ...] = ()
+    counts: tuple[int, ...] = ()
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The measurement as JSON values, without single items."""
+        about = {"task": self.task, "metric": self.metric, "higher_is_better": self.higher_is_better}
+        return {**about, **self.rate.to_json(), "details": dict(self.details)}
+
+    def items(self) -> dict[str, Any]:
+        """Single items, from which a later run can be compared item by item."""
+        return {"ids": list(self.ids), "outcomes": list(self.outcomes), "counts": list(self.counts)}
+
 
 _HEADING = re.compile(r"\s*= [^=].*[^=] =\s*")
 

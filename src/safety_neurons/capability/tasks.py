@@ -1,19 +1,26 @@
-"""Capability by name: `perplexity[:FILE]`, `kl[:PROMPTS]`, `wikitext:FILE`, `gsm8k:FILE`, `mmlu:FOLDER`, `[lm-eval:]TASK`."""
+"""Capability by name: `perplexity[:FILE]`, `kl[:PROMPTS]`, `wikitext:FILE`, `gsm8k:FILE`, `mmlu:FOLDER`, `[lm-eval:]TASK`.
+
+Tasks of lm-evaluation-harness run on the model in memory, so that interventions act on them; the library is the optional extra
+`evaluate`.
+"""
 
 import contextlib
+import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from safety_neurons.capability.gsm8k import measure_gsm8k, read_sums
-from safety_neurons.capability.harness import INSTALL, available, measure_harness
-from safety_neurons.capability.language import documents, measure_divergence, measure_perplexity, measure_running_text
-from safety_neurons.capability.measured import Measured, Treatment
-from safety_neurons.capability.mmlu import measure_mmlu, read_mmlu
+from safety_neurons.capability.language import Measured, Treatment, documents, measure_divergence, measure_perplexity, measure_running_text
+from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu, read_mmlu, read_sums
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.prompts import prompts
+from safety_neurons.results import Rate, rate
+from safety_neurons.results.estimates import from_error
 
 OWN = ("perplexity", "kl", "wikitext", "gsm8k", "mmlu")
 _NEEDS_FILE = ("wikitext", "gsm8k", "mmlu")
@@ -153,3 +160,126 @@ def _document_texts(source: str) -> list[str]:
     if not found:
         raise InputError(f"{source!r} is empty; expected running text")
     return found
+
+
+INSTALL = "pip install 'safety-neurons[evaluate]'"
+_OFFLINE = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),
+    ("evaluate.config", "HF_EVALUATE_OFFLINE"),
+)
+_FIRST = ("exact_match", "acc", "word_perplexity", "f1", "bleu")
+
+
+def available() -> bool:
+    """Whether lm-evaluation-harness is installed."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """The hub's libraries, as far as they are loaded, open no connection for a block."""
+    with contextlib.ExitStack() as stack:
+        for place, name in _OFFLINE:
+            module = sys.modules.get(place)
+            if module is not None and hasattr(module, name):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, True)
+        yield
+
+
+def harness_model(model: LanguageModel, *, batch_size: BatchSize = "auto") -> Any:
+    """The model in memory as the harness wants it (`lm_eval.models.huggingface.HFLM`); hooks on the model act.
+
+    Raises:
+        UsageError: the harness is not installed.
+    """
+    if not available():
+        raise UsageError(f"tasks of lm-evaluation-harness need the package lm_eval, which is not installed; {INSTALL}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8 if batch_size == "auto" else batch_size)
+
+
+def measure_harness(
+    model: LanguageModel,
+    tasks: Sequence[str],
+    treatment: Treatment = contextlib.nullcontext,
+    *,
+    tasks_folder: str | pathlib.Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: BatchSize = "auto",
+    offline: bool = False,
+) -> list[Measured]:
+    """Standard tasks by their names in the harness, on the model as it is in memory under the treatment.
+
+    Args:
+        model: the model.
+        tasks: names such as `arc_challenge`, or of a group such as `mmlu`.
+        treatment: what the model is under.
+        tasks_folder: a folder of task files (YAML) beside those of the harness.
+        shots: examples; what the task says where None.
+        limit: the first so many items of every task.
+        batch_size: rows a pass; 8 where `auto`.
+        offline: fetch nothing: data have to be local, or in the hub's cache.
+
+    Raises:
+        UsageError: the harness is not installed.
+        InputError: it does not know a task, or cannot get its data.
+    """
+    runner = harness_model(model, batch_size=batch_size)
+    importlib.import_module("datasets.config")  # Loaded before it is told to stay offline.
+    try:
+        with warnings.catch_warnings(), without_hub() if offline else contextlib.nullcontext(), model.running(), treatment():
+            warnings.simplefilter("ignore")
+            from lm_eval import simple_evaluate
+            from lm_eval.tasks import TaskManager
+
+            manager = TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
+            found = simple_evaluate(
+                model=runner, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0
+            )
+    except (KeyError, ValueError, OSError, ConnectionError) as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(
+            f"lm-evaluation-harness cannot run {', '.join(tasks)} ({detail}); expected names it knows and data it can reach"
+        ) from error
+    wanted = [name for name in found["results"] if name in tasks] or list(found["results"])
+    return [_measured(name, found) for name in wanted]
+
+
+def _measured(name: str, found: Mapping[str, Any]) -> Measured:
+    """The first metric of a task with its interval; the others under `details`."""
+    numbers = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr" not in key}
+    numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+    if not numbers:
+        raise InputError(f"lm-evaluation-harness gives no number for {name!r}; expected a task with a metric")
+    first = min(numbers, key=lambda key: next((place for place, part in enumerate(_FIRST) if key.startswith(part)), len(_FIRST)))
+    metric, _, selected = first.partition(",")
+    better = bool(((found.get("higher_is_better") or {}).get(name) or {}).get(metric, True))
+    leaves = [name] if name in found.get("samples", {}) else (found.get("group_subtasks") or {}).get(name, [])
+    samples = [
+        (f"{leaf} {sample['doc_id']}", sample[metric])
+        for leaf in leaves
+        for sample in found.get("samples", {}).get(leaf, [])
+        if sample.get("filter", "none") in (selected, "none") and isinstance(sample.get(metric), int | float | bool)
+    ]
+    outcomes = tuple(float(value) for _, value in samples)
+    exact = rate(outcomes)
+    agrees = exact.value is not None and abs(exact.value - numbers[first]) < 1e-9
+    shown = exact if agrees else _by_error(numbers[first], found["results"][name].get(f"{metric}_stderr,{selected}"), found, name)
+    ids = tuple(identifier for identifier, _ in samples) if agrees else ()
+    label = metric if selected == "none" else f"{metric} ({selected})"
+    details = {"engine": "lm-evaluation-harness", "version": str(found.get("lm_eval_version", "")), **numbers}
+    return Measured(f"lm-eval:{name}", label, shown, better, ids, outcomes if agrees else (), (), details)
+
+
+def _by_error(value: float, error: Any, found: Mapping[str, Any], name: str) -> Rate:
+    """An interval from the harness's own standard error, where single items do not give the value."""
+    counts = (found.get("n-samples") or {}).get(name) or {}
+    n = int(counts.get("effective", 0))
+    return from_error(value, float(error), n) if isinstance(error, int | float) else Rate(value, None, None, n)

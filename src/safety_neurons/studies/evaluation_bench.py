@@ -8,8 +8,7 @@ from typing import Any
 
 from safety_neurons.capability import Measured, Settings, Task
 from safety_neurons.capability import measure as measure_task
-from safety_neurons.capability.gsm8k import asked_and_shown, context_of, cut
-from safety_neurons.capability.gsm8k import scored as score_sums
+from safety_neurons.capability.questions import asked_and_shown, cut, score_sums, sum_context
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
@@ -127,7 +126,7 @@ class EvaluationBench:
         how = self.settings
         shots = {} if how.shots is None else {"shots": how.shots}
         sums, examples, notes = asked_and_shown(task.source, limit=how.limit, **shots)
-        prompts = Prompts([Prompt(str(number), context_of(one, examples)) for number, one in enumerate(sums)], where)
+        prompts = Prompts([Prompt(str(number), sum_context(one, examples)) for number, one in enumerate(sums)], where)
         greedy = dataclasses.replace(self.how, samples=1, temperature=0.0, max_new_tokens=how.max_new_tokens)
         answers = self.answers.write(self.model, where, prompts, greedy, arm)[0]
         return score_sums(task.name, [cut(one.completion) for one in answers], sums, notes=notes)
