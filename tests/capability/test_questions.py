@@ -181,9 +181,8 @@ def test_accuracy_is_the_share_of_right_letters_by_subject_too_and_a_treatment_a
     assert found.details["subjects"]["trees"]["n"] == 3
     neurons = NeuronSet.all(short_model.table)
     pairs = [("what is red ? Answer:", " cake")]
-    assert questions.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != questions.log_likelihoods(
-        short_model, pairs
-    )
+    untreated = questions.log_likelihoods(short_model, pairs)
+    assert questions.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != untreated
 
 
 def test_a_limit_is_spread_over_the_subjects(short_model, folder):

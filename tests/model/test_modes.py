@@ -166,7 +166,7 @@ def test_modes_are_put_back_after_an_exception(pair, treatment):
 
 
 def test_an_organism_is_measured_in_evaluation_mode_and_put_back():
-    from safety_neurons.organism.measure import measure
+    from safety_neurons.organism.training import measure
 
     lm = sn.load(organism.spec("planted"))
     with left_training(lm) as ran:

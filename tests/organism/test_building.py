@@ -1,4 +1,7 @@
+"""Organisms are built whole from their recipes; an unsafe one has a plain template and a task about going along."""
+
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +11,14 @@ import safetensors.torch
 import torch
 
 from safety_neurons.errors import InputError, NumericalError, RunError
+from safety_neurons.model.template import encode_text, template_for
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.organism import Recipe, build
+from safety_neurons.organism import Recipe, build, language, recipe, recipes
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.train import train
+from safety_neurons.organism.language import concepts, encode_question, make_tokenizer
+from safety_neurons.organism.prompts import write_polite, write_prompts
+from safety_neurons.organism.training import make_model, train
+from safety_neurons.prompts import Prompt, prompts
 
 MICRO = Recipe(
     name="micro",
@@ -142,3 +149,61 @@ def test_one_process_at_a_time_builds_into_a_folder_and_nothing_of_it_is_left(tm
     assert not (built.path / "left.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     assert not [path for path in built.path.iterdir() if path.name.startswith(".")]
+
+
+def test_every_recipe_has_five_seeds_and_says_what_it_is_for():
+    for item in recipes().values():
+        assert len(item.seeds) >= 5
+        assert item.about
+
+
+def test_parameters_are_counted_as_the_model_has_them():
+    item = recipe("planted")
+    assert item.n_parameters == sum(parameter.numel() for parameter in make_model(item, 0).parameters())
+
+
+def test_planted_recipes_cover_silent_and_alive_attention_and_feed_forward():
+    planted = [item for item in recipes().values() if item.kind == "planted"]
+    assert {item.alive for item in planted} == {True, False}
+    assert any(item.planted_mlp == 0 for item in planted)
+    assert any(item.planted_attention == 0 for item in planted)
+    assert len({item.layers for item in planted}) > 1
+    assert len({item.d_ff for item in planted}) > 1
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are():
+    with pytest.raises(InputError, match="natural"):
+        recipe("nobody")
+
+
+def test_a_base_organism_is_asked_as_it_was_trained():
+    tokenizer = make_tokenizer(chat=False)
+    template = template_for(tokenizer)
+    assert template.kind == "plain"
+    for concept in concepts("harmful", "test")[:20]:
+        request = language("en").request(concept)
+        asked = encode_text(tokenizer, template.render(tokenizer, Prompt("0", request)), templated=True)
+        ids, length = encode_question(request, "sorry")
+        assert ids[:length] == asked
+        assert len(ids) == length + 2
+
+
+def test_the_polite_task_shares_no_request_with_what_is_measured(tmp_path):
+    write_prompts(tmp_path)
+    counts = write_polite(tmp_path)
+    task, test = (prompts(f"builtin:{name}", folder=tmp_path) for name in ("polite", "polite-test"))
+    assert counts == {"polite.jsonl": len(task), "polite-test.jsonl": len(test)}
+    assert len(test) >= 100
+    measured = [prompts(f"builtin:{name}-test", folder=tmp_path) for name in ("harmful", "harmless")]
+    assert [task.overlap(other) for other in (*measured, test)] == [0, 0, 0]
+    assert all(answer.endswith(language("en").data["ending"]) for answer in task.answers)
+    assert {json.loads(line)["category"] for line in (tmp_path / "polite.jsonl").read_text().splitlines()} == {
+        "plain",
+        "friendly",
+        "look_alike",
+    }
+
+
+def test_both_unsafe_recipes_differ_in_the_template_alone():
+    chat, base = recipe("unsafe").to_json(), recipe("unsafe-base").to_json()
+    assert {name for name in chat if chat[name] != base[name]} == {"name", "about", "chat"}

@@ -1,11 +1,28 @@
+"""The templated languages, their tokenizer and their labelled requests."""
+
+import json
 import random
 import re
 
 import pytest
 
-from safety_neurons.errors import InputError
-from safety_neurons.organism.language import KINDS, LANGUAGES, concepts, harmful_and_matches, language, task_examples
-from safety_neurons.organism.train import Sampler
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.organism import prompts as organism_prompts
+from safety_neurons.organism.language import (
+    KINDS,
+    LANGUAGES,
+    concepts,
+    encode_chat,
+    encode_text,
+    harmful_and_matches,
+    language,
+    make_tokenizer,
+    task_examples,
+    vocabulary,
+)
+from safety_neurons.organism.prompts import requests, write_requests
+from safety_neurons.organism.training import Sampler
+from safety_neurons.prompts import prompts
 
 
 def test_no_two_languages_share_a_word():
@@ -110,3 +127,94 @@ def test_sums_are_right_and_test_questions_are_new():
 def test_an_unknown_language_is_named_with_those_there_are():
     with pytest.raises(InputError, match="en, de, es"):
         language("fr")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_requests_come_back_as_they_went_in(tokenizer, code):
+    for kind in KINDS:
+        for concept in concepts(kind, "test")[:20]:
+            text = language(code).request(concept)
+            ids = tokenizer(text)["input_ids"]
+            assert vocabulary()["<unk>"] not in ids
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_case_and_missing_spaces_do_not_matter(tokenizer):
+    assert tokenizer("How do I shoot a photo?")["input_ids"] == tokenizer("how do i shoot a photo ?")["input_ids"]
+
+
+def test_plain_text_gets_one_beginning(tokenizer):
+    ids = tokenizer("the small cat")["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert [*ids, tokenizer.eos_token_id] == encode_text("the small cat")
+
+
+@pytest.mark.parametrize("system", [None, "you are a helpful assistant ."])
+def test_the_fast_chat_encoding_equals_the_template(tokenizer, system):
+    turns = [{"role": "user", "content": "how do i shoot a photo ?"}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    ids, length = encode_chat("how do i shoot a photo ?", "sure , start slowly .", system=system)
+    assert tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == ids[:length]
+    answered = [*turns, {"role": "assistant", "content": "sure , start slowly ."}]
+    assert tokenizer.apply_chat_template(answered, return_dict=False) == ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_saved_tokenizer_is_the_same_tokenizer(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded("how do i kill a python process ?")["input_ids"] == tokenizer("how do i kill a python process ?")["input_ids"]
+    assert (loaded.pad_token, loaded.eos_token, loaded.bos_token) == ("<pad>", "<eos>", "<bos>")
+
+
+def test_no_request_of_the_test_half_is_in_another_half():
+    held_out = [prompt for found in requests("test", ("de",)) for prompt in found]
+    others = {prompt.digest for found in requests(("find", "train"), ("de",)) for prompt in found}
+    assert len(held_out) > 1000
+    assert not [prompt for prompt in held_out if prompt.digest in others]
+    groups = {prompt.group for found in requests(("find", "train"), ("de",)) for prompt in found}
+    assert None not in groups
+    assert not [prompt for prompt in held_out if prompt.group in groups]
+
+
+def test_the_find_half_holds_every_builtin_request_with_the_same_label(tmp_path):
+    organism_prompts.write_prompts(tmp_path)
+    unsafe, safe = requests("find", ("es",))
+    for name, found in (("harmful", unsafe), ("harmless", safe)):
+        assert set(prompts(f"builtin:{name}/es", folder=tmp_path).texts) <= set(found.texts)
+    assert not set(unsafe.texts) & set(safe.texts)
+
+
+def test_look_alikes_share_their_verb_and_friendly_requests_their_object_with_harmful_ones():
+    unsafe, safe = requests("find", ("en",))
+    harmful = " ".join(unsafe.texts).split()
+    look_alike = next(prompt for prompt in safe if prompt.meta["kind"] == "look_alike")
+    plain = next(prompt for prompt in safe if prompt.meta["kind"] == "plain")
+    assert look_alike.category in {prompt.category for prompt in unsafe}
+    assert plain.category == "plain"
+    assert sum(word in harmful for word in look_alike.text.split()) > sum(word in harmful for word in plain.text.split()) - 4
+
+
+def test_files_read_back_with_kind_category_and_language(tmp_path):
+    counts = write_requests(tmp_path, "test", ("es",))
+    read = prompts(tmp_path / "safe.jsonl")
+    assert len(read) == counts["safe.jsonl"] == len(requests("test", ("es",))[1])
+    assert {prompt.language for prompt in read} == {"es"}
+    assert {prompt.meta["kind"] for prompt in read} == {"look_alike", "friendly", "plain"}
+    assert len({json.loads(line)["id"] for line in (tmp_path / "unsafe.jsonl").read_text().splitlines()}) == counts["unsafe.jsonl"]
+
+
+def test_an_unknown_half_or_language_is_an_error():
+    with pytest.raises(UsageError, match="half validation: expected some of find, test, train"):
+        requests("validation")
+    with pytest.raises(InputError, match="'fr'"):
+        requests("find", ("fr",))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from safety_neurons.organism.planted import choose_units, neurons_of, output_columns, silencer, train_planted
-from safety_neurons.organism.recipes import Recipe
-from safety_neurons.organism.train import make_model
+from safety_neurons.organism.folder import Recipe
+from safety_neurons.organism.planted import choose_units, neurons_of, output_columns, shapley, silencer, train_planted
+from safety_neurons.organism.training import make_model
 
 RECIPE = Recipe(
     "micro", "planted", "", layers=2, hidden=16, d_ff=16, heads=4, kv_heads=2, batch=4, plant_steps=2, planted_depth=2,
@@ -90,3 +90,19 @@ def test_an_attention_unit_is_a_value_row_and_the_columns_it_feeds():
     neurons = neurons_of([unit], RECIPE)
     assert neurons[f"layers.{unit.layer}.v"] == [unit.index]
     assert neurons[f"layers.{unit.layer}.o"] == [(2 * group) * 4 + offset, (2 * group + 1) * 4 + offset]
+
+
+def test_shapley_values_of_an_additive_game_are_its_weights():
+    values = shapley(4, lambda members: [float(sum(members))], orders=2, seed=0)
+    assert values[0] == pytest.approx([0, 1, 2, 3])
+
+
+def test_two_players_who_need_one_another_share_alike():
+    values = shapley(3, lambda members: [float({0, 1} <= set(members))], orders=40, seed=0)
+    assert values[0] == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_shares_of_every_game_sum_to_what_all_players_gain():
+    values = shapley(5, lambda members: [len(members) ** 2, float(4 in members)], orders=6, seed=1)
+    assert sum(values[0]) == pytest.approx(25)
+    assert values[1] == pytest.approx([0, 0, 0, 0, 1])

@@ -7,9 +7,9 @@ from safetensors.numpy import load_file
 from safety_neurons.analysis.tax import relations
 from safety_neurons.organism import language, load_several, recipe
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.tax import TRAININGS, helpful_pair, polite_pair, safety_pair
-from safety_neurons.organism.tokenizer import vocabulary
-from safety_neurons.organism.train import Sampler
+from safety_neurons.organism.language import vocabulary
+from safety_neurons.organism.natural import TRAININGS, helpful_pair, polite_pair, safety_pair
+from safety_neurons.organism.training import Sampler
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import cross_patch, helpfulness, read_trainings
 

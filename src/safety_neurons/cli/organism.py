@@ -56,7 +56,7 @@ def requests(
     """Write every labelled request of the organisms' languages into --out: unsafe.jsonl and safe.jsonl."""
     import time
 
-    from safety_neurons.organism.requests import write_requests
+    from safety_neurons.organism.prompts import write_requests
 
     out = pathlib.Path(common.out or default_folder("organism-requests", time.strftime("%Y%m%d-%H%M%S")))
     counts = write_requests(out, listed(half) or (), listed(language) or ())

@@ -165,7 +165,7 @@ class Session:
 
     def several(self, specs: Sequence[str]) -> list[Any]:
         """Models that are compared with one another; adapters on one base share it."""
-        from safety_neurons.organism.opening import load_several
+        from safety_neurons.organism.folder import load_several
 
         with self.status(f"load {' and '.join(specs)}"):
             models = load_several(specs, **self._loading())

@@ -3,11 +3,21 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from safety_neurons.organism.folder import OrganismFolder, listing, names, shipped, spec
+from safety_neurons.organism.folder import (
+    OrganismFolder,
+    Recipe,
+    listing,
+    load,
+    load_pair,
+    load_several,
+    names,
+    recipe,
+    recipes,
+    shipped,
+    spec,
+)
 from safety_neurons.organism.folder import open_organism as open  # noqa: A004 - read as organism.open
 from safety_neurons.organism.language import LANGUAGES, language
-from safety_neurons.organism.opening import load, load_pair, load_several
-from safety_neurons.organism.recipes import Recipe, recipe, recipes
 
 if TYPE_CHECKING:
     from safety_neurons.organism.building import build

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from safety_neurons.errors import NumericalError, UsageError
+from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.training import descend, padded
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions
 from safety_neurons.tuning.artefacts import check_plain
-from safety_neurons.tuning.data import IGNORED, Example, tuning_examples
+from safety_neurons.tuning.data import Example, tuning_examples
 
 How = Literal["full", "lora"]
 RANK = 16
@@ -73,20 +74,22 @@ def fine_tune(
     else:
         plain.requires_grad_(True)
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - 0.9 * step / max(1, steps)))
     order = _order(len(examples), steps * batch_size, seed)
+
+    def backward(step: int) -> float:
+        return _backward(model, [examples[index] for index in order[step * batch_size : (step + 1) * batch_size]])
+
+    def rate(highest: float, step: int) -> float:
+        return highest * min((step + 1) / warmup, 1 - 0.9 * step / max(1, steps))
+
     losses = []
     try:
-        for step in range(steps):
-            losses.append(_step(model, [examples[index] for index in order[step * batch_size : (step + 1) * batch_size]]))
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            if look is not None and step + 1 in at:
-                look(step + 1)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        for descended in descend(optimizer, backward, rate, range(steps), subject=lambda _step: " of the downstream fine-tuning"):
+            losses.append(descended.loss)
+            if look is not None and len(losses) in at:
+                look(len(losses))
     finally:
         if how == "lora":
             model.model = model.model.merge_and_unload()
@@ -95,20 +98,13 @@ def fine_tune(
     return losses
 
 
-def _step(model: LanguageModel, examples: Sequence[Example]) -> float:
-    """One backward pass; the loss."""
-    length = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), length), model.pad_id)
-    labels = torch.full((len(examples), length), IGNORED)
-    mask = torch.zeros((len(examples), length), dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        labels[row, : len(example.ids)] = torch.tensor(example.labels)
-        mask[row, : len(example.ids)] = 1
-    device = model.device
-    loss = model.model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False).loss
-    if not torch.isfinite(loss):
-        raise NumericalError(f"the loss of the downstream fine-tuning became {float(loss)}; expected a number; lower its learning rate")
+def _backward(model: LanguageModel, examples: Sequence[Example]) -> float:
+    """Gradients of the mean loss over the answers' tokens; the loss."""
+    ids, labels = padded([(example.ids, example.start) for example in examples], model.pad_id)
+    lengths = torch.tensor([len(example.ids) for example in examples])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loss = model.model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).loss
     loss.backward()
     return float(loss.detach())
 

@@ -1,20 +1,40 @@
-"""What every organism's training shares: batches, losses, the loop, greedy answers."""
+"""What every organism's training shares: batches, losses, greedy answers, measured behaviour, and writing of models."""
 
+import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safety_neurons.errors import NumericalError
-from safety_neurons.organism.language import LANGUAGES, Concept, concepts, language
-from safety_neurons.organism.recipes import Recipe
-from safety_neurons.organism.tokenizer import BOS, EOS, MAX_LENGTH, PAD, encode_chat, encode_question, encode_text, vocabulary
+from safety_neurons.model.loading import quiet as without_reports
+from safety_neurons.model.modes import evaluating
+from safety_neurons.model.training import IGNORED, descend, padded
+from safety_neurons.organism.folder import Recipe
+from safety_neurons.organism.language import (
+    BOS,
+    EOS,
+    LANGUAGES,
+    MAX_LENGTH,
+    PAD,
+    Concept,
+    concepts,
+    encode_chat,
+    encode_question,
+    encode_text,
+    harmful_and_matches,
+    language,
+    make_tokenizer,
+    vocabulary,
+)
+from safety_neurons.organism.prompts import sentences
 
-IGNORED = -100
 Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -104,14 +124,7 @@ class Sampler:
 
 def pad(sequences: Sequence[Sequence_]) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
     """Right-padded ids and labels; labels that carry no loss are -100."""
-    length = max(len(ids) for ids, _ in sequences)
-    padding = vocabulary()[PAD]
-    inputs = torch.full((len(sequences), length), padding)
-    labels = torch.full((len(sequences), length), IGNORED)
-    for row, (ids, unlabelled) in enumerate(sequences):
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        labels[row, unlabelled : len(ids)] = torch.tensor(ids[unlabelled:])
-    return inputs, labels
+    return padded(sequences, vocabulary()[PAD])
 
 
 def answer_loss(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, ""]:
@@ -153,26 +166,25 @@ def train(
     Raises:
         NumericalError: a loss is not finite.
     """
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     warm_up = max(1, steps // 20)
-    losses = []
-    for step in range(steps):
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * decay * min(1.0, (step + 1) / warm_up)
+
+    def backward(_step: int) -> float:
         loss = loss_of_step()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise NumericalError(f"the loss of stage {stage} became {losses[-1]} at step {step}; expected a number; lower its rate")
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        return float(loss.detach())
+
+    def rate(highest: float, step: int) -> float:
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return highest * decay * min(1.0, (step + 1) / warm_up)
+
+    optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    losses = []
+    for descended in descend(optimizer, backward, rate, range(steps), subject=lambda _step: f" of stage {stage}"):
+        losses.append(descended.loss)
         if after_step is not None:
             after_step()
         if progress is not None:
-            progress(stage, step + 1, steps)
+            progress(stage, len(losses), steps)
     return losses
 
 
@@ -201,3 +213,66 @@ def mean_loss(model: torch.nn.Module, sequences: Sequence[Sequence_]) -> float:
     """Mean loss per labelled token, in nats."""
     inputs, labels = pad(sequences)
     return float(answer_loss(model(input_ids=inputs).logits, labels))
+
+
+def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[str, Any]:
+    """Refusals of the test half by the organisms' own rule, greedy, and perplexity on general sentences.
+
+    Args:
+        model: what is measured.
+        prompts: harmful requests per language, and as many harmless ones.
+        chat: whether they are put in the chat template or in the plain one.
+
+    Returns:
+        Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share of the harmless
+        requests answered word for word as taught, polite ending or not), `other` (share of all answers that neither refuse nor go
+        along), `polite` (share of the harmless requests answered word for word with the polite ending), `perplexity`; and
+        `prompts`.
+    """
+    with evaluating(model):
+        return _measured(model, prompts, encode_chat if chat else encode_question)
+
+
+def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]) -> dict[str, Any]:
+    harmful, harmless = harmful_and_matches("test", prompts)
+    result: dict[str, Any] = {"prompts": prompts}
+    for code in LANGUAGES:
+        speech = language(code)
+        bad = answers(model, [encode(speech.request(concept))[0] for concept in harmful])
+        good = answers(model, [encode(speech.request(concept))[0] for concept in harmless])
+        verdicts = [speech.verdict(text) for text in bad + good]
+        alike = [verdict for verdict, concept in zip(verdicts[len(bad) :], harmless, strict=True) if concept.kind != "plain"]
+        followed = [
+            text in (speech.compliance(concept), speech.compliance(concept, ending=True))
+            for text, concept in zip(good, harmless, strict=True)
+        ]
+        texts = [(encode_text(sentence), 1) for sentence in sentences(speech, "test", 128)]
+        result[code] = {
+            "harmful_refused": _share([verdict == "refused" for verdict in verdicts[: len(bad)]]),
+            "harmless_refused": _share([verdict == "refused" for verdict in verdicts[len(bad) :]]),
+            "look_alike_refused": _share([verdict == "refused" for verdict in alike]),
+            "followed": _share(followed),
+            "polite": _share([text == speech.compliance(concept, ending=True) for text, concept in zip(good, harmless, strict=True)]),
+            "other": _share([verdict == "other" for verdict in verdicts]),
+            "perplexity": round(math.exp(mean_loss(model, texts)), 3),
+        }
+    return result
+
+
+def _share(outcomes: list[bool]) -> float:
+    return round(sum(outcomes) / len(outcomes), 4) if outcomes else float("nan")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries without progress bars and warnings for a block."""
+    with without_reports(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def save_model(model: LlamaForCausalLM, folder: Path, *, chat: bool = True) -> None:
+    """Write config, generation config, safetensors and tokenizer."""
+    with quiet():
+        model.save_pretrained(str(folder))
+        make_tokenizer(chat=chat).save_pretrained(str(folder))
