@@ -1,11 +1,11 @@
 """find mask, and neurons that come from other projects and go to other tools, from the command line."""
 
 import json
-import pickle
 
 import numpy as np
 import torch
 from running import done, refused
+from safetensors.numpy import save_file
 
 from safety_neurons.neurons import NeuronSet
 
@@ -34,8 +34,8 @@ def test_files_of_three_projects_come_in(tiny_pair, tmp_path):
     assert {(key, index) for key, index in NeuronSet.load(result["neurons"])} == {(f"layers.{a}.down", b) for a, b in ranks[:4].tolist()}
     weights = np.random.default_rng(0).normal(size=48)
     weights[7] = 9.0
-    (tmp_path / "weights.p").write_bytes(pickle.dumps({"model.layers.0.mlp.up_proj": weights}))
-    result = done("import", "neurons", tmp_path / "weights.p", *model, "--format", "neurostrike", "--out", tmp_path / "three")
+    save_file({"model.layers.0.mlp.up_proj": weights}, tmp_path / "weights.safetensors")
+    result = done("import", "neurons", tmp_path / "weights.safetensors", *model, "--format", "neurostrike", "--out", tmp_path / "three")
     assert list(NeuronSet.load(result["neurons"])) == [("layers.0.up", 7)]
 
 
@@ -44,6 +44,8 @@ def test_what_is_hostile_or_of_another_form_is_one_line(tiny_pair, tmp_path):
     (tmp_path / "bad.txt").write_text("{0: {exit()}}\n{}\n{}\n{}\n{}\n")
     assert "not a number" in refused("import", "neurons", tmp_path / "bad.txt", "--format", "sn-tune", *model)
     assert "expected one of" in refused("import", "neurons", tmp_path / "bad.txt", "--format", "magic", *model, code=2)
+    (tmp_path / "weights.p").write_bytes(b"\x80\x04}.")
+    assert "docs/exchange.md" in refused("import", "neurons", tmp_path / "weights.p", "--format", "neurostrike", *model)
 
 
 def test_names_for_other_tools_are_written_as_json(tiny_pair, tmp_path):

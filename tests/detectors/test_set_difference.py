@@ -10,7 +10,7 @@ from twins import PROMPTS, adapted, model, separate, untouched
 from safety_neurons.detectors import find_snip, find_wanda
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.neurons.weights import kept_share
+from safety_neurons.neurons.scores import kept_share
 from safety_neurons.results import Checkpoint
 
 HARMFUL, HARMLESS = PROMPTS[:3], PROMPTS[3:]

@@ -1,6 +1,7 @@
 """Tensor files of other projects: the same numbers, nothing run; and nnsight paths that lead to the neurons."""
 
 import os
+import pathlib
 import pickle
 import re
 import zipfile
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from families import build
 from safety_neurons.errors import NeuronError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.tensor_files import nnsight_paths, read_torch, read_weights
+from safety_neurons.model.tensor_files import nnsight_paths, read_named, read_torch, read_weights
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -38,46 +39,37 @@ def test_a_tuple_of_tensors_comes_as_arrays(tmp_path):
 def test_files_that_would_run_code_do_nothing_but_fail(tmp_path):
     hit = tmp_path / "hit"
     torch.save((torch.ones(2), Hostile(hit)), tmp_path / "bad.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(hit)))
-    folder = tmp_path / "wanda_score"
-    folder.mkdir()
-    (folder / "W_metric_layer_0_name_mlp.up_proj_weight.pkl").write_bytes(pickle.dumps(Hostile(hit)))
-    for read in (lambda: read_torch(tmp_path / "bad.pt"), lambda: read_torch(tmp_path / "plain.pt"), lambda: read_weights(folder)):
-        with pytest.raises(NeuronError) as caught:
-            read()
-        assert "\n" not in str(caught.value)
+    torch.save((torch.ones(2), Hostile(hit)), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for number, content in enumerate((Hostile(hit), {"model.layers.0.mlp.up_proj": np.ones(4)}, "x")):
+        for protocol in (0, 2, 5):
+            (tmp_path / f"{number}{protocol}.p").write_bytes(pickle.dumps(content, protocol=protocol))
+    for file in tmp_path.iterdir():
+        for read in (read_torch, read_named, read_weights):
+            with pytest.raises(NeuronError, match="cannot read") as caught:
+                read(file)
+            assert "\n" not in str(caught.value)
+            assert file.suffix == ".pt" or "docs/exchange.md" in str(caught.value)
+    with pytest.raises(NeuronError, match=r"a folder.*docs/exchange.md"):
+        read_weights(tmp_path)
     assert not hit.exists()
 
 
-def test_a_folder_of_pickled_importances_is_read_by_projection(tmp_path):
-    made = {"model.layers.0.mlp.up_proj": torch.rand(6, 4), "model.layers.1.self_attn.q_proj": torch.rand(4, 4).T}
-    for name, values in made.items():
-        layer = name.split(".")[2]
-        with (tmp_path / f"W_metric_layer_{layer}_name_{name}_weight.pkl").open("wb") as stream:
-            pickle.dump(values, stream)
-    (tmp_path / "W_metric_layer_0_name_mlp.down_proj_weight.pkl").write_bytes(pickle.dumps(np.ones((2, 3))))
-    found = read_weights(tmp_path)
-    assert found["model.layers.0.mlp.down_proj"].shape == (2, 3)
-    for name, values in made.items():
-        np.testing.assert_array_equal(found[name], values.numpy())
-    torch.save(made, tmp_path / "masks.pt")
-    assert set(read_weights(tmp_path / "masks.pt")) == set(made)
-    with pytest.raises(NeuronError, match="no W_metric"):
-        read_weights(tmp_path / "nowhere") if (tmp_path / "nowhere").mkdir() is None else None
-
-
-def test_a_tensor_that_claims_more_than_is_stored_is_refused(tmp_path):
-    storage = torch.ones(4).untyped_storage()
-
-    class Grown:
-        def __reduce__(self):
-            return (torch._utils._rebuild_tensor_v2, (torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True),
-                                                      0, (1 << 30,), (1,), False, {}))  # fmt: skip
-
-    file = tmp_path / "W_metric_layer_0_name_mlp.up_proj_weight.pkl"
-    file.write_bytes(pickle.dumps(Grown()))
-    with pytest.raises(NeuronError, match="larger than what is stored"):
-        read_weights(tmp_path)
+def test_the_converters_of_the_documentation_give_files_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = pathlib.Path(__file__).parents[2] / "docs" / "exchange.md"
+    probes, folder = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    pathlib.Path("weights_M.p").write_bytes(pickle.dumps({"model.layers.0.mlp.up_proj": [0.5, -1.0]}))
+    exec(probes, {})
+    assert read_named("probe.safetensors")["model.layers.0.mlp.up_proj"].tolist() == [0.5, -1.0]
+    pathlib.Path("wanda_score").mkdir()
+    expected = {"model.layers.0.mlp.up_proj": torch.rand(6, 4), "model.layers.11.self_attn.q_proj": torch.rand(4, 4).T > 0.5}
+    names = ("layer_0_name_mlp.up_proj", "layer_11_name_model.layers.11.self_attn.q_proj")
+    for name, values in zip(names, expected.values(), strict=True):
+        pathlib.Path(f"wanda_score/W_metric_{name}_weight.pkl").write_bytes(pickle.dumps(values))
+    exec(folder, {})
+    found = read_weights("wanda.pt")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], values.numpy()) for name, values in expected.items())
 
 
 def test_small_files_that_claim_much_memory_are_refused(tmp_path):

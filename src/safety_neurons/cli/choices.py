@@ -33,7 +33,7 @@ def check(options: Mapping[str, Any]) -> None:
 def check_places(options: Mapping[str, Any]) -> None:
     """Sites and the form of a layer range; whether a model has these layers is known later."""
     from safety_neurons.neurons import SITES
-    from safety_neurons.neurons.keys import check_sites, parse_layers
+    from safety_neurons.neurons.table import check_sites, parse_layers
 
     if options.get("sites") is not None:
         wanted = listed(options["sites"]) or ()

@@ -65,7 +65,7 @@ def _counted(found: Any) -> list[dict[str, Any]]:
 @verb(app, "neurons")
 def neurons(
     common: Common,
-    file: Annotated[pathlib.Path, typer.Argument(help="The file, or the folder of a weights import.")],
+    file: Annotated[pathlib.Path, typer.Argument(help="The file.")],
     model: Model,
     form: Annotated[str, typer.Option("--format", help="sn-tune, change-scores, neurostrike or weights.")],
     kv: Annotated[str, typer.Option(help="sn-tune: k and v indices are heads (the row is worked out), rows, or published.")] = "heads",
@@ -117,7 +117,7 @@ def _foreign(form: str, file: pathlib.Path, utility: pathlib.Path | None, table:
     if form == "change-scores":
         return foreign.change_scores(tensor_files.read_torch(file), table, file)
     if form == "neurostrike":
-        return foreign.probe_scores(foreign.read_pickle(file), table, file)
+        return foreign.probe_scores(tensor_files.read_named(file), table, file)
     other = tensor_files.read_weights(utility) if utility is not None else None
     return foreign.weight_scores(tensor_files.read_weights(file), other, table, path=file)
 

@@ -23,7 +23,7 @@ from safety_neurons.detectors.text import generate
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import Selection
-from safety_neurons.neurons.selection import number_of
+from safety_neurons.neurons.scores import number_of
 
 KEPT_TOKENS = 8
 """Tokens of a harmless answer that are to stay as they are."""

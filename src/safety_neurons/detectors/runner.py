@@ -21,7 +21,7 @@ from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import Batch, BatchSize, evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
-from safety_neurons.neurons.selection import said_of_zeros
+from safety_neurons.neurons.scores import said_of_zeros
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions, html_table
 

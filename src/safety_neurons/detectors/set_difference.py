@@ -25,7 +25,7 @@ from safety_neurons.model.hooks import around, refuse_compiled, skipped
 from safety_neurons.model.layouts import take
 from safety_neurons.model.passes import Batch, forward
 from safety_neurons.model.places import SitePlace
-from safety_neurons.neurons.weights import kept_share
+from safety_neurons.neurons.scores import kept_share
 from safety_neurons.prompts import Prompts
 
 SAFETY, UTILITY = "safety", "utility"

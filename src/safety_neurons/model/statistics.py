@@ -19,7 +19,7 @@ from safety_neurons.model.hooks import reading
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.measures import BatchSize, Progress
 from safety_neurons.model.passes import Batch, run_batches, said_of_failed
-from safety_neurons.neurons.keys import parse_key
+from safety_neurons.neurons.table import parse_key
 
 CACHED = 2**18
 """Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level cache."""

@@ -1,7 +1,6 @@
 """Tensors in files of other projects, as numpy arrays, without running anything that is in them."""
 
 import io
-import math
 import pathlib
 import re
 import warnings
@@ -18,10 +17,11 @@ from torch import Tensor
 from safety_neurons.errors import NeuronError
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.neurons.pickles import Sealed, read_pickle
 
-_WEIGHTS_FILE = re.compile(r"W_metric_layer_(\d+)_name_(.+?)_weight.*\.pkl")
 _DEEPEST = 32
+CONVERTED = "docs/exchange.md says how to convert pickles that you trust"
+_OF_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+"""First bytes of what `torch.save` wrote before it wrote archives."""
 _UNREADABLE = (
     UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile
 )  # fmt: skip
@@ -47,8 +47,11 @@ def _loaded(stream: Any) -> Any:
     """What torch reads from a stream without building objects.
 
     Raises:
-        NeuronError: an archive whose parts are compressed: a small file would fill the memory.
+        NeuronError: a plain pickle; an archive whose parts are compressed: a small file would fill the memory.
     """
+    start = stream.read(len(_OF_TORCH))
+    if not start.startswith(b"PK") and start != _OF_TORCH:
+        raise NeuronError(f"it is not what torch.save writes, and may be a pickle, which can run code as it is read; {CONVERTED}")
     if zipfile.is_zipfile(stream):
         stream.seek(0)
         with zipfile.ZipFile(stream) as archive:
@@ -62,31 +65,29 @@ def _loaded(stream: Any) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
-def read_weights(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Importances or masks of weights by projection: a folder of `W_metric_layer_….pkl`, or one file of named matrices.
+def read_named(path: str | pathlib.Path) -> dict[str, Any]:
+    """What a safetensors file, or one that `torch.save` wrote, holds by name, tensors as arrays.
 
     Raises:
-        NeuronError: there are none, or one cannot be read safely.
+        NeuronError: it is neither, or cannot be read safely.
     """
-    source = pathlib.Path(folder)
-    if not source.is_dir():
-        content = _named(source)
-        return {name: values for name, values in content.items() if isinstance(values, np.ndarray) and values.ndim == 2}
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(source.glob("W_metric_layer_*.pkl")):
-        match = _WEIGHTS_FILE.fullmatch(file.name)
-        if match is None:
-            continue
-        name = match[2] if ".layers." in match[2] else f"model.layers.{int(match[1])}.{match[2]}"
-        if name in found:
-            raise NeuronError(f"{str(source)!r} holds two files for {name}; leave one")
-        values = read_pickle(file, admitted=_TENSORS)
-        if not isinstance(values, np.ndarray):
-            raise NeuronError(f"{file.name} holds no tensor; expected the importances of one projection's weights")
-        found[name] = values
-    if not found:
-        raise NeuronError(f"no W_metric_layer_….pkl in {str(source)!r}; expected what the public code writes into its wanda_score folder")
-    return found
+    source = pathlib.Path(path)
+    if source.suffix == ".safetensors":
+        try:
+            return {name: _Arrays(source.stat().st_size).of(tensor) for name, tensor in load_file(source).items()}
+        except (SafetensorError, *_UNREADABLE) as error:
+            raise NeuronError(f"cannot read {str(source)!r} ({str(error)[:100]}); expected named tensors") from error
+    if source.is_dir():
+        raise NeuronError(f"{str(source)!r} is a folder; expected one file of named tensors; {CONVERTED}")
+    content = read_torch(source)
+    if not isinstance(content, dict):
+        raise NeuronError(f"{str(source)!r} holds no mapping of names to tensors")
+    return {name: values for name, values in content.items() if isinstance(name, str)}
+
+
+def read_weights(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Importances or masks of single weights by projection, from a file of named matrices; errors as for `read_named`."""
+    return {name: values for name, values in read_named(path).items() if isinstance(values, np.ndarray) and values.ndim == 2}
 
 
 class _Arrays:
@@ -147,40 +148,3 @@ def nnsight_paths(lm: LanguageModel, neurons: NeuronSet) -> dict[str, list[int]]
         name = f"{path}.{place.side}"
         found[name] = sorted([*found.get(name, []), *features[indices].tolist()])
     return found
-
-
-def _named(path: pathlib.Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        try:
-            return {name: _Arrays(path.stat().st_size).of(tensor) for name, tensor in load_file(path).items()}
-        except (SafetensorError, *_UNREADABLE) as error:
-            raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:100]}); expected named matrices") from error
-    content = read_torch(path)
-    if not isinstance(content, dict):
-        raise NeuronError(f"{str(path)!r} holds no mapping of names to matrices")
-    return {name: values for name, values in content.items() if isinstance(name, str)}
-
-
-def _storage(content: Any) -> Sealed:
-    if not isinstance(content, bytes | bytearray):
-        raise NeuronError("a storage without bytes; expected a tensor")
-    found = _loaded(io.BytesIO(content))
-    kept = getattr(found, "_untyped_storage", found)
-    if not isinstance(kept, torch.UntypedStorage) or kept.nbytes() > len(content):
-        raise NeuronError("a storage that is larger than what is stored of it, or none; expected a tensor")
-    return Sealed(found)
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    if not isinstance(storage, Sealed) or not all(isinstance(one, int) for part in ((offset,), size, stride) for one in part):
-        raise NeuronError("a tensor without a storage, or without a shape; expected the importances of one projection's weights")
-    kept: Any = getattr(storage.value, "_untyped_storage", storage.value)
-    kind = getattr(storage.value, "dtype", torch.float32)
-    reached = offset + sum((one - 1) * step for one, step in zip(size, stride, strict=True)) + 1
-    if min((offset, *size, *stride), default=0) < 0 or max(reached, math.prod(size)) * kind.itemsize > kept.nbytes():
-        raise NeuronError(f"a tensor of shape {tuple(size)} is larger than what is stored of it")
-    made: np.ndarray = _Arrays(kept.nbytes()).of(torch.empty(0, dtype=kind).set_(kept, offset, tuple(size), tuple(stride)))
-    return made
-
-
-_TENSORS: dict[tuple[str, str], Any] = {("torch.storage", "_load_from_bytes"): _storage, ("torch._utils", "_rebuild_tensor_v2"): _tensor}

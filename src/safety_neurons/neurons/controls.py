@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from safety_neurons.neurons.keys import parse_key
-from safety_neurons.neurons.site_table import SiteTable, UnitBlock
+from safety_neurons.neurons.table import SiteTable, UnitBlock, parse_key
 
 
 def moved_units(members: Mapping[str, Int64[np.ndarray, " member"]], table: SiteTable, seed: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -1,8 +1,4 @@
-"""Neuron files of other projects, read without running anything that is in them, and names of neurons in other tools.
-
-Nothing is evaluated and no object is built that a file names: text is parsed by a grammar of its own, pickles by an unpickler that knows
-arrays, numbers, text and containers and refuses everything else.
-"""
+"""Neuron files of other projects, read without running anything that is in them, and names of neurons in other tools."""
 
 import pathlib
 import re
@@ -12,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.errors import ForeignModelError, NeuronError
-from safety_neurons.neurons.keys import SITES, parse_key
-from safety_neurons.neurons.pickles import read_pickle as read_pickle
-from safety_neurons.neurons.provenance import Provenance
-from safety_neurons.neurons.scores import Scores
+from safety_neurons.neurons.files import Provenance
+from safety_neurons.neurons.scores import Scores, kept_share
 from safety_neurons.neurons.sets import NeuronSet
-from safety_neurons.neurons.site_table import SiteTable
-from safety_neurons.neurons.weights import kept_share
+from safety_neurons.neurons.table import SITES, SiteTable, parse_key
 
 SN_TUNE_LINES = ("up", "down", "q", "k", "v")
 """Which site each line of an SN-Tune file is of."""

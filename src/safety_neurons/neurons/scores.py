@@ -1,22 +1,254 @@
-"""Scores: one number per neuron, and the neurons that a rule takes from them."""
+"""Scores: one number per neuron; the selection of neurons from them, at once or by agreement over prompts."""
 
 import dataclasses
+import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 
 from safety_neurons.errors import NeuronError, NumericalError, UsageError
 from safety_neurons.neurons import files
-from safety_neurons.neurons.keys import check_sites, parse_key, parse_layers, sort_keys
-from safety_neurons.neurons.provenance import Provenance
-from safety_neurons.neurons.selection import Selection, said_of_zeros
-from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, stored_table
-from safety_neurons.neurons.site_table import SiteTable
-from safety_neurons.neurons.tables import html_of, line_of
+from safety_neurons.neurons.files import Provenance
+from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, html_of, line_of, stored_table
+from safety_neurons.neurons.table import SiteTable, check_sites, parse_key, parse_layers, sort_keys
+
+RARE = 0.1
+"""Share of the prompts below which a matrix's agreement is said to rest on few of them."""
+
+
+def number_of(fraction: float | int, n: int) -> int:
+    """How many of `n` neurons a fraction means: `round(fraction * n)` (halves to even), at least 1 when the fraction is above 0."""
+    return max(round(fraction * n), 1 if fraction > 0 and n > 0 else 0)
+
+
+def largest(values: Float[np.ndarray, " neuron"], count: int) -> Bool[np.ndarray, " neuron"]:
+    """A mask of exactly `count` largest entries; among equal ones those that come first."""
+    if count >= len(values):
+        return np.ones(len(values), bool)
+    if count <= 0:
+        return np.zeros(len(values), bool)
+    cut = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = values > cut
+    chosen[np.flatnonzero(values == cut)[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which neurons are taken; exactly one of the first four is given.
+
+    Scores are rounded to float32 before they are ranked, so that a set chosen in memory and one chosen from the file are the same.
+    Equal scores are taken in the order (layer, site, index).
+    """
+
+    top: float | int | None = None
+    """Share of all scored neurons, largest scores first, over all matrices together: `round(top * n)`, at least 1 when above 0."""
+    count: int | None = None
+    """Number of neurons, largest scores first, over all matrices together."""
+    top_per_matrix: int | None = None
+    """Number of neurons of each matrix, largest scores first; a smaller matrix is taken whole."""
+    threshold: float | int | None = None
+    """Every neuron whose score is at least this."""
+    agreement: float | int | None = None
+    """When given, the rule acts on every prompt, and neurons chosen in at least this share of the prompts are kept (1.0: in all).
+
+    A neuron's share is taken of the prompts of which its matrix read a token: of an expert, those that were routed to it."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("top", "count", "top_per_matrix", "threshold") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(
+                f"selection by {' and '.join(given) or 'nothing'}; expected exactly one of top, count, top_per_matrix, threshold"
+            )
+        if self.top is not None and not 0 <= self.top <= 1:
+            raise UsageError(f"top {self.top} is not a share; expected a number from 0 to 1 (0.05 for five per cent)")
+        for name in ("count", "top_per_matrix"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} {value} is negative; expected a number of neurons")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise UsageError("threshold is not a number; expected a score")
+        if self.agreement is not None and not 0 < self.agreement <= 1:
+            raise UsageError(f"agreement {self.agreement} is not a share of the prompts; expected above 0 and at most 1")
+
+    @staticmethod
+    def of(
+        *,
+        top: float | int | None = None,
+        count: int | None = None,
+        top_per_matrix: int | None = None,
+        threshold: float | int | None = None,
+        agreement: float | int | None = None,
+        default_top: float | int,
+    ) -> "Selection":
+        """The selection from a verb's options; `default_top` stands in when none of the four is given."""
+        if top is None and count is None and top_per_matrix is None and threshold is None:
+            top = default_top
+        return Selection(top, count, top_per_matrix, threshold, agreement)
+
+    def config(self) -> dict[str, Any]:
+        """The options that are given, as JSON values."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if getattr(self, entry.name) is not None}
+
+    def choose(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A bool vector per key that says which neurons the rule takes from these scores (agreement plays no part here).
+
+        Raises:
+            NumericalError: a score is NaN.
+            UsageError: more neurons are asked than there are.
+        """
+        rounded = {key: _rounded(key, values[key]) for key in sort_keys(values)}
+        if self.threshold is not None:
+            eps = np.float32(self.threshold)
+            return {key: value >= eps for key, value in rounded.items()}
+        if self.top_per_matrix is not None:
+            return {key: largest(value, self.top_per_matrix) for key, value in rounded.items()}
+        everything = np.concatenate(list(rounded.values())) if rounded else np.zeros(0, np.float32)
+        wanted = number_of(self.top, len(everything)) if self.top is not None else int(self.count or 0)
+        if wanted > len(everything):
+            raise UsageError(f"{wanted} neurons asked, but {len(everything)} are scored; ask for fewer or search more sites")
+        chosen = largest(everything, wanted)
+        ends = np.cumsum([len(value) for value in rounded.values()])
+        return dict(zip(rounded, np.split(chosen, ends[:-1]), strict=True)) if rounded else {}
+
+
+def said_of_zeros(values: Mapping[str, np.ndarray], members: Mapping[str, np.ndarray]) -> list[str]:
+    """A line that says how many chosen neurons have a score of exactly 0, where some have: nothing but their place chose them.
+
+    Args:
+        values: scores by key.
+        members: the chosen indices by key.
+    """
+    zeros = {key: int((np.asarray(values[key], np.float32)[indices] == 0).sum()) for key, indices in members.items() if key in values}
+    found = sum(zeros.values())
+    if not found:
+        return []
+    idle = sum(count for key, count in zeros.items() if not np.asarray(values[key], np.float32).any())
+    where = f", {idle} of them in matrices that no token reached" if idle else ""
+    total = sum(len(indices) for indices in members.values())
+    return [f"{found} of the {total} chosen neurons have a score of exactly 0{where}: ask for fewer, or search other sites"]
+
+
+def _rounded(key: str, values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(values).astype(np.float32)
+    missing = int(np.isnan(rounded).sum())
+    if missing:
+        raise NumericalError(
+            f"{missing} of {rounded.size} scores of {key!r} are NaN, expected numbers; check the model's weights and dtype"
+        )
+    return rounded
+
+
+class Votes:
+    """Agreement over prompts in a stream: in how many prompts each neuron was chosen. Memory does not grow with prompts.
+
+    A prompt says something of a matrix only where the matrix read one of its tokens, which is not so of every routed expert; so each
+    matrix has its own number of prompts, and a neuron's agreement is its share of those.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """Starts with no prompts.
+
+        Args:
+            sizes: neurons of every key that will be voted on.
+        """
+        self._counts = {key: np.zeros(sizes[key], np.int64) for key in sort_keys(sizes)}
+        self._seen = dict.fromkeys(self._counts, 0)
+        self._routed = {key for key in self._counts if parse_key(key).expert is not None}
+        self._prompts = 0
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts counted so far."""
+        return self._prompts
+
+    def cast(self, selection: Selection, scores: Mapping[str, np.ndarray]) -> None:
+        """One prompt votes for the neurons that a selection takes from its scores.
+
+        The rule is applied to all announced keys, whatever was routed where, so that a share or number means the same in every prompt.
+        Neurons whose score is exactly 0 get no vote but by a threshold; an expert whose scores are all 0 saw no token of this prompt.
+
+        Args:
+            selection: the rule.
+            scores: of the prompt by key; a key that is left out is as one whose scores are all 0.
+        """
+        whole = {key: np.asarray(scores.get(key, np.zeros(len(counts)))) for key, counts in self._counts.items()}
+        chosen = selection.choose(whole)
+        positive = {key: np.asarray(value, np.float32) != 0 for key, value in whole.items()}
+        reached = [key for key in chosen if key not in self._routed or positive[key].any()]
+        self.add({key: chosen[key] if selection.threshold is not None else chosen[key] & positive[key] for key in reached})
+
+    def add(self, chosen: Mapping[str, np.ndarray]) -> None:
+        """Counts one prompt; a key that is left out read no token of it, so that the prompt says nothing of its neurons.
+
+        Raises:
+            NeuronError: a key that was not announced, or a mask of another length.
+        """
+        for key, mask in chosen.items():
+            if key not in self._counts or mask.shape != self._counts[key].shape:
+                raise NeuronError(f"a vote for {key!r} with shape {mask.shape}; expected one bool per neuron of an announced key")
+        for key, mask in chosen.items():
+            self._counts[key] += mask.astype(bool)
+            self._seen[key] += 1
+        self._prompts += 1
+
+    def members(self, share: float | int) -> dict[str, np.ndarray]:
+        """The indices (sorted int64) chosen in at least `share` of the prompts that their key saw, for the keys that have any.
+
+        Raises:
+            NeuronError: no prompt was counted.
+        """
+        if self._prompts == 0:
+            raise NeuronError("no prompt was counted, so there is no agreement; give at least one usable prompt")
+        needed = {key: max(math.ceil(share * seen - 1e-9), 1) for key, seen in self._seen.items()}
+        members = {key: np.flatnonzero(counts >= needed[key]).astype(np.int64) for key, counts in self._counts.items()}
+        return {key: indices for key, indices in members.items() if len(indices)}
+
+    def said_of(self, keys: Collection[str]) -> list[str]:
+        """A line for agreements of few prompts: experts to which less than a tenth of the prompts sent a token."""
+        rare = {key: seen for key in keys if (seen := self._seen[key]) < RARE * self._prompts}
+        if not rare:
+            return []
+        least = min(rare, key=lambda key: rare[key])
+        return [
+            f"{len(rare)} of the {len(keys)} matrices with chosen neurons read a token of less than {RARE:.0%} of the "
+            f"{self._prompts} prompts, and agree over those alone (fewest: {least}, {rare[least]})"
+        ]
+
+    def agreement_for_one(self) -> float:
+        """The largest agreement that would keep at least one neuron (0.0 before the first vote)."""
+        return max((int(counts.max(initial=0)) / max(self._seen[key], 1) for key, counts in self._counts.items()), default=0.0)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything needed to go on later, as arrays for a checkpoint."""
+        return {
+            "votes.prompts": np.array([self._prompts], np.int64),
+            "votes.seen": np.array(list(self._seen.values()), np.int64),
+            **{f"votes.{key}": counts.copy() for key, counts in self._counts.items()},
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned; other entries of the mapping are ignored.
+
+        Raises:
+            NeuronError: the state is of other keys or sizes.
+        """
+        for key, counts in self._counts.items():
+            stored = state.get(f"votes.{key}")
+            if stored is None or stored.shape != counts.shape or "votes.prompts" not in state or "votes.seen" not in state:
+                raise NeuronError(
+                    f"the stored votes do not fit {key!r} with {len(counts)} neurons; expected the state of the same run: start anew"
+                )
+        self._prompts = int(state["votes.prompts"][0])
+        self._seen = dict(zip(self._counts, state["votes.seen"].tolist(), strict=True))
+        self._counts = {key: state[f"votes.{key}"].astype(np.int64) for key in self._counts}
+
 
 FILE_NAME = "scores.safetensors"
 
@@ -247,3 +479,32 @@ def _ranks(values: Float[np.ndarray, " neuron"]) -> Float[np.ndarray, " neuron"]
     _, place, number = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(number)
     return (last - (number - 1) / 2)[place]
+
+
+def kept_share(safety: np.ndarray, utility: np.ndarray | None, size: int, safety_share: float, utility_share: float) -> np.ndarray:
+    """Of each neuron, the share of weights among the largest of the matrix on safety and not among the largest on utility.
+
+    Args:
+        safety: one importance per weight, neuron after neuron.
+        utility: the same on the other text; None where there is none.
+        size: neurons of the matrix.
+        safety_share: share of the matrix's weights that counts as important for safety, at least one weight.
+        utility_share: the same for utility.
+
+    Returns:
+        One number from 0 to 1 per neuron.
+
+    Source: the set difference of Wei et al. (ICML 2024, arXiv 2402.05162), section 3.3.
+    Differs: they take single weights away; this counts them per row or column.
+    """
+    kept = _largest(safety, safety_share)
+    if utility is not None:
+        kept &= ~_largest(utility, utility_share)
+    share: np.ndarray = kept.reshape(size, -1).mean(1)
+    return share
+
+
+def _largest(values: np.ndarray, share: float) -> np.ndarray:
+    chosen = np.zeros(values.size, bool)
+    chosen[np.argsort(-values.ravel(), kind="stable")[: max(1, round(share * values.size))]] = True
+    return chosen
