@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-from safety_neurons.detectors.importance_readers import ImportanceReaders
+from safety_neurons.detectors.importance import ImportanceReaders
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.passes import collate, forward
 

@@ -198,7 +198,7 @@ def test_a_killed_comparison_takes_up_the_methods_that_were_done(tiny_pair, tmp_
     with monkeypatch.context() as patched:
         patched.setattr("safety_neurons.detectors.contrast.score", dies)
         assert command(*words, "--out", tmp_path / "killed").code == 1
-    monkeypatch.setattr("safety_neurons.detectors.weights.change", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr("safety_neurons.detectors.baselines.change", lambda *_, **__: pytest.fail("found again"))
     result = done(*words, "--out", tmp_path / "killed")
     for one in (expected, result):
         del one["run"], one["completions"]

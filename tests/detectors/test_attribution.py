@@ -4,11 +4,18 @@ import torch
 from twins import PROMPTS, adapted, model, separate, untouched
 
 from exact64 import Exact64
+from safety_neurons.detectors import attribution as module
 from safety_neurons.detectors import find_attribution, find_attribution_patching
-from safety_neurons.detectors import gradients as module
-from safety_neurons.detectors.attribution import _ids
-from safety_neurons.detectors.attribution_patching import own_completions, patching_gradients
-from safety_neurons.detectors.gradients import ScoredRow, explained, mask_gradients, midpoints_of, score_rows
+from safety_neurons.detectors.attribution import (
+    ScoredRow,
+    _ids,
+    explained,
+    mask_gradients,
+    midpoints_of,
+    own_completions,
+    patching_gradients,
+    score_rows,
+)
 from safety_neurons.detectors.methods import AttributionPatching
 from safety_neurons.detectors.runner import Run
 from safety_neurons.errors import InputError, NumericalError, UsageError

@@ -8,8 +8,8 @@ import torch
 import families
 from brute_force import brute_force
 from exact64 import Exact64
-from safety_neurons.detectors import importance_readers
-from safety_neurons.detectors.importance_readers import ImportanceReaders, Options
+from safety_neurons.detectors import importance as importance_readers
+from safety_neurons.detectors.importance import ImportanceReaders, Options
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import reading
 from safety_neurons.model.passes import collate, forward

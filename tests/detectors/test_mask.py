@@ -7,13 +7,10 @@ from twins import PROMPTS, adapted, separate, untouched
 
 from exact64 import Exact64
 from safety_neurons.detectors import find_attribution_patching, find_mask
-from safety_neurons.detectors import mask_search as module
-from safety_neurons.detectors.attribution_patching import own_completions
-from safety_neurons.detectors.gradients import ScoredRow, score_rows
-from safety_neurons.detectors.mask import _asked
-from safety_neurons.detectors.mask_search import Course, Search
+from safety_neurons.detectors import mask as module
+from safety_neurons.detectors.attribution import ScoredRow, own_completions, score_rows
+from safety_neurons.detectors.mask import Activations, Course, Parameters, Search, _asked
 from safety_neurons.detectors.methods import Mask
-from safety_neurons.detectors.movable import Activations, Parameters
 from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.swap_attribution import contested, parting

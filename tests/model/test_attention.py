@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 import families
-from safety_neurons.detectors.importance_readers import prove_layers
+from safety_neurons.detectors.importance import prove_layers
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention_norm import norm_candidates

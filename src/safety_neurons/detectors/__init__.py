@@ -19,7 +19,7 @@ _HOME = {
     "find_importance_contrast": "runner",
     "find_mask": "runner",
     "find_probe_weights": "runner",
-    "find_random": "random_neurons",
+    "find_random": "baselines",
     "find_refusal_direction": "runner",
     "find_snip": "runner",
     "find_swap_attribution": "runner",

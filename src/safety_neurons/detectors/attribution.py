@@ -1,18 +1,203 @@
-"""Attribution: activation × gradient of the refusal score, for every neuron of one model at once."""
+"""Attribution and attribution patching: gradients of an explained score with respect to a soft mask on activations.
 
-from collections.abc import Sequence
+Every neuron k gets a mask entry m_k: its activation a becomes `donor + m·(a − donor)` towards itself or `a + m·(donor − a)` towards a
+donor, and the derivative of the score with respect to m_k, summed over all tokens, is the first-order effect of that neuron.
+"""
 
-from torch import Tensor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from safety_neurons.detectors.gradients import SCORED_TOKENS, ScoredRow, attribute, explained, mask_gradients, mean_of, midpoints_of
-from safety_neurons.detectors.methods import Attribution
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from safety_neurons.detectors.methods import Attribution, AttributionPatching
+from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.errors import InputError
-from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch
+from safety_neurons.detectors.streaming import Folded, Part, to_numpy
+from safety_neurons.detectors.text import generate
+from safety_neurons.errors import InputError, NumericalError
+from safety_neurons.model import LanguageModel, hooks
+from safety_neurons.model.experts import ExpertRows
+from safety_neurons.model.passes import Batch, collate, forward
+
+SCORED_TOKENS = 16
+"""Tokens of a refusal or compliance text that are scored."""
+TOKEN_BUDGET = 1024
+"""Padded tokens of an "auto" batch whose activations are kept for the backward pass."""
 
 
-def score(method: Attribution, run: Run) -> Scored:
+@dataclass(frozen=True)
+class ScoredRow:
+    """One teacher-forced sequence and its share of the explained score.
+
+    Attributes:
+        ids: prompt and scored text.
+        start: position of the first scored token.
+        weight: what the mean log-probability of the scored tokens is multiplied by.
+        rival: a token whose log-probability at the same positions is taken away; None for none.
+        instead: tokens any of which may stand in place of a scored one; empty for the scored one alone.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    weight: float
+    rival: int | None = None
+    instead: tuple[int, ...] = ()
+
+
+def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[ScoredRow]:
+    """The sequences whose weighted sum is mean log p(refusal) − mean log p(compliance) of one prompt, first 16 tokens of each text."""
+    sides = ((refusals, 1.0), (compliances, -1.0))
+    return [ScoredRow((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts)) for texts, sign in sides for text in texts]
+
+
+def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[ScoredRow]) -> Float[Tensor, " batch"]:
+    """Each row's weight times the mean log-probability of its scored tokens, in float32 or wider."""
+    scores = []
+    for number, row in enumerate(rows):
+        targets = batch.input_ids[number, row.start : len(row.ids)].to(logits.device)
+        predicting = logits[number, row.start - 1 : len(row.ids) - 1]
+        predicting = predicting if predicting.dtype == torch.float64 else predicting.float()
+        chances = predicting.log_softmax(-1)
+        log_probabilities = chances[:, list(row.instead)].logsumexp(1) if row.instead else chances.gather(1, targets[:, None])
+        scores.append(row.weight * (log_probabilities.mean() - (0.0 if row.rival is None else chances[:, row.rival].mean())))
+    return torch.stack(scores)
+
+
+def mask_gradients(
+    lm: LanguageModel,
+    batch: Batch,
+    rows: Sequence[ScoredRow],
+    sizes: Mapping[str, int],
+    *,
+    mask: float | Mapping[str, Tensor],
+    donors: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
+    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, at `mask`.
+
+    Without donors an activation is `m·a` (1 leaves the model as it is, 0 deactivates); with donors it is `a + m·(donor − a)`.
+    The activation is the one of the running pass, so what earlier sites' masks change reaches later sites.
+
+    Args:
+        lm: model to differentiate; parameters are frozen meanwhile.
+        batch: the rows, padded.
+        rows: what is scored.
+        sizes: neurons of every site key.
+        mask: value of all mask entries, or of each neuron's (site key to `[neuron]`), the same in every row.
+        donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per routed token for an expert).
+
+    Returns:
+        Gradients per row, and the rows' scores.
+    """
+    widest = torch.float64 if lm.dtype == torch.float64 else torch.float32
+    masks = {key: spread(mask, key, (len(rows), size)).to(batch.input_ids.device, widest) for key, size in sizes.items()}
+
+    def edit(key: str) -> Callable[[Any], Tensor]:
+        def editor(activation: Any) -> Tensor:
+            values = activation if isinstance(activation, Tensor) else activation.values
+            masks[key] = masks[key].to(values.device).requires_grad_()
+            routed = not isinstance(activation, Tensor)
+            share = masks[key][activation.token_index // batch.width] if routed else masks[key][:, None, :]
+            wide = values.to(widest)
+            if donors is None:
+                return (wide * share).to(values.dtype)
+            donor = matched(donors[key], activation, wide) if routed else donors[key].to(wide)
+            return (wide + share * (donor - wide)).to(values.dtype)
+
+        return editor
+
+    with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}):
+        logits = forward(lm.model, batch, with_logits=True)
+        assert logits is not None
+        scores = score_rows(logits, batch, rows)
+        # An expert that no token was sent to is not in the graph.
+        gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes], allow_unused=True)
+    found = {key: masks[key].new_zeros(masks[key].shape) if slope is None else slope for key, slope in zip(sizes, gradients, strict=True)}
+    return found, scores.detach()
+
+
+def spread(mask: float | Mapping[str, Tensor], key: str, shape: tuple[int, int]) -> Float[Tensor, "batch neuron"]:
+    """The mask of one site in every row of a batch, in memory of its own."""
+    if isinstance(mask, Mapping):
+        return mask[key].detach().expand(shape).clone()
+    return torch.full(shape, mask, dtype=torch.float64)
+
+
+def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron"]) -> Float[Tensor, "row neuron"]:
+    """The donor's activations of one expert in the order of `rows`; a token that the donor sent elsewhere keeps its own (`wide`)."""
+    if len(donor) == 0 or len(rows) == 0:
+        return wide
+    tokens, order = donor.token_index.to(wide.device).sort()
+    place = torch.searchsorted(tokens, rows.token_index).clamp(max=len(tokens) - 1)
+    return torch.where((tokens[place] == rows.token_index)[:, None], donor.values.to(wide)[order[place]], wide)
+
+
+def attribute(
+    run: Run,
+    lm: LanguageModel,
+    units: Sequence[Sequence[ScoredRow]],
+    gradients: Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]],
+) -> tuple[dict[str, np.ndarray], Folded]:
+    """Mean over prompts of the summed gradients of each prompt's rows; with an agreement, every prompt votes.
+
+    Args:
+        run: the searched sites and the resumable state.
+        lm: model to differentiate.
+        units: the scored rows of each prompt.
+        gradients: rows in a batch to one gradient per row and neuron.
+
+    Returns:
+        One signed number per neuron, and what became of the prompts (with their votes, where they vote).
+    """
+
+    def reduce(batch: Batch) -> Part:
+        rows = [row for index in batch.indices for row in units[index]]
+        owner = torch.tensor([number for number, index in enumerate(batch.indices) for _ in units[index]])
+        found = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
+        part = Part(scores=[{} for _ in batch.indices])
+        for key, values in found.items():
+            summed = torch.zeros(len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device)
+            each = to_numpy(summed.index_add_(0, owner.to(values.device), values.double()))
+            part.sums[f"gradient/{key}"] = each.sum(0)
+            for scores, prompt in zip(part.scores, each, strict=True):
+                scores[key] = prompt
+        return part
+
+    longest = [max(unit, key=lambda row: len(row.ids)).ids for unit in units]
+    budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)
+    folded = run.fold(longest, reduce, lm, budget)
+    used = len(units) - len(folded.failed)
+    return {name.split("/", 1)[1]: values / used for name, values in folded.sums.items()}, folded
+
+
+def mean_of(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean over steps, per site key."""
+    return {key: torch.stack([step[key] for step in gradients]).mean(0) for key in gradients[0]}
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients for a block; each is as it was afterwards."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def midpoints_of(number: int) -> list[float]:
+    """Midpoints of `number` equal steps from 0 to 1."""
+    return [(step + 0.5) / number for step in range(number)]
+
+
+def score_attribution(method: Attribution, run: Run) -> Scored:
     """Activation times gradient of every neuron, at the model itself or averaged along the scaling of all activations."""
     model = run.aligned
     encoded = model.encode(run.prompts, reserve=SCORED_TOKENS)
@@ -36,3 +221,59 @@ def _ids(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
     if not ids:
         raise InputError(f"the text {text!r} has no tokens; expected a sentence to score")
     return [int(token) for token in ids]
+
+
+def score_patching(method: AttributionPatching, run: Run) -> Scored:
+    """What patching each neuron would do to the score, to first order."""
+    units, counts = own_completions(run)
+    gradients = patching_gradients(run.base, run.aligned, run.sizes, steps(method.at, method.midpoints))
+    values, folded = attribute(run, run.base, units, gradients)
+    return Scored(values, counts.without(len(folded.failed)), folded.votes)
+
+
+def steps(at: str, number: int) -> list[float]:
+    """Values of the mask at which the gradient is taken."""
+    return [0.0] if at == "base" else midpoints_of(number)
+
+
+def patching_gradients(
+    base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], masks: Sequence[float]
+) -> Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]]:
+    """The function that gives each row's gradients, averaged over the mask values."""
+
+    def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
+        donors = donated(aligned, batch, sizes)
+        return mean_of([mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0] for mask in masks])
+
+    return gradients
+
+
+def own_completions(run: Run) -> tuple[list[list[ScoredRow]], PromptCounts]:
+    """The scored rows of each prompt, from both models' own greedy completions; prompts without a difference are counted as failed."""
+    base, aligned, prompts, stream = run.base, run.aligned, run.prompts, run.stream
+    options: dict[str, Any] = {"batch_size": run.batch_size, "progress": run.progress}
+    refusals = generate(aligned, prompts, "aligned", SCORED_TOKENS, stream, **options)
+    compliances = generate(base, prompts, "base", SCORED_TOKENS, stream, **options)
+    encoded = base.encode(prompts, reserve=SCORED_TOKENS)
+    units, empty, broken, same = [], 0, 0, 0
+    for row, refusal, compliance in zip(encoded, refusals, compliances, strict=True):
+        if refusal is None or compliance is None:
+            broken += 1
+            continue
+        if not refusal or not compliance:
+            empty += 1
+            continue
+        same += refusal == compliance
+        units.append(explained(row.ids, [refusal], [compliance]))
+    if broken == len(encoded):
+        raise NumericalError(f"all {broken} prompts gave NaN or infinity: check the models' weights, or use --dtype float32")
+    if not units or same == len(units):
+        what = "the same text from both models" if units else "an empty completion"
+        raise InputError(
+            f"all {len(encoded)} prompts gave {what}: there is nothing to explain; use prompts that only the aligned model refuses"
+        )
+    run.notes += [f"{empty} prompts have an empty completion and were left out"] if empty else []
+    run.notes += [f"{broken} prompts gave NaN or infinity and were left out"] if broken else []
+    alike = f"{same} prompts are completed with the same first {SCORED_TOKENS} tokens by both models and add nothing"
+    run.notes += [alike] if same else []
+    return units, PromptCounts(len(units), empty + broken, sum(row.truncated for row in encoded))

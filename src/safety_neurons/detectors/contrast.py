@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_neurons.detectors.methods import Contrast
-from safety_neurons.detectors.pairs import Rows, chosen_rows, in_both, read, rows_at
+from safety_neurons.detectors.reading import Rows, chosen_rows, in_both, read, rows_at
 from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.detectors.streaming import Folded, Part, Sums, to_numpy
 from safety_neurons.detectors.text import Span, Texts, texts_of

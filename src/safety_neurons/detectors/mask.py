@@ -1,29 +1,281 @@
-"""The learned mask: the fewest units whose move from the base model to the aligned one makes refusals and leaves harmless answers alone.
+"""The learned mask: the set of units whose move from the base model to the aligned one makes refusals and leaves harmless answers alone.
 
 Detectors that score every unit by itself take two units that do the same twice, and miss units that only work together. Here a set is
 searched as a set: the gradient of what the set is for, at the set that is there, says which members to keep and which units to add.
 """
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from safety_neurons.detectors.attribution_patching import own_completions
-from safety_neurons.detectors.beginnings import beginnings, different
-from safety_neurons.detectors.gradients import ScoredRow
-from safety_neurons.detectors.mask_search import Course, Search
+from safety_neurons.detectors.attribution import TOKEN_BUDGET, ScoredRow, mask_gradients, midpoints_of, own_completions
 from safety_neurons.detectors.methods import Mask
-from safety_neurons.detectors.movable import Activations, Movable, Parameters
+from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.swap_attribution import contested
+from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.detectors.swap_attribution import SoftSwap, contested
 from safety_neurons.detectors.text import generate
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.neurons import Selection
+from safety_neurons.model.passes import Batch, BatchSize, collate, plan, takes_padding, token_budget
+from safety_neurons.neurons import Selection, parse_key
 from safety_neurons.neurons.scores import number_of
+
+USUAL = 0.05
+"""Share of the refusals that must go on with a token for it to count as a refusal's for other prompts too."""
+
+
+def different(told: Sequence[Sequence[ScoredRow]]) -> list[Sequence[ScoredRow]]:
+    """The prompts that the two models complete differently."""
+    return [pair for pair in told if pair[0].ids != pair[1].ids]
+
+
+def beginnings(told: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
+    """One row for every prompt that the two models complete differently: its score is log p(going on as refusals do) where they part.
+
+    As refusals do: with its own refusal's token, or one with which at least a twentieth of the refusals go on after the same beginning
+    and no compliance does.
+
+    Args:
+        told: of every prompt its refusal and its compliance.
+    """
+    pairs = different(told)
+    rows = [contested(pair) for pair in pairs]
+    starts = [row.ids[pair[0].start : -1] for row, pair in zip(rows, pairs, strict=True)]
+    refusing, complying = (collections.defaultdict[tuple[int, ...], collections.Counter[int]](collections.Counter) for _ in range(2))
+    for start, row in zip(starts, rows, strict=True):
+        refusing[start][row.ids[-1]] += 1
+        complying[start][int(row.rival or 0)] += 1
+    found = []
+    for start, row in zip(starts, rows, strict=True):
+        least = USUAL * refusing[start].total()
+        usual = {token for token, count in refusing[start].items() if count >= least and token not in complying[start]}
+        found.append(replace(row, rival=None, instead=tuple(sorted(usual | {row.ids[-1]}))))
+    return found
+
+
+KEPT_DONORS = 2**28
+"""Bytes of the aligned model's activations that are kept between rounds; what is beyond is computed again."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """Something with a mask."""
+
+    @property
+    def units(self) -> Mapping[str, Int[Tensor, " entry"]]:
+        """By name of a part of the mask, the number (in the model's site table) of the unit that each of its entries moves."""
+        ...
+
+    def slopes(
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
+        """Derivative of each row's score with respect to each entry, and the scores; one forward and one backward pass."""
+        ...
+
+
+@dataclass
+class Activations:
+    """`base + m·(aligned − base)` for the activations of the searched neurons, at every token, in the running base model.
+
+    Attributes:
+        base, aligned: the models.
+        sizes: neurons of every searched site key.
+    """
+
+    base: LanguageModel
+    aligned: LanguageModel
+    sizes: Mapping[str, int]
+    _donors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _bytes: int = 0
+
+    @property
+    def units(self) -> dict[str, Int[Tensor, " entry"]]:
+        """One part of the mask a site."""
+        numbers = self.base.table.units()
+        return {key: torch.as_tensor(numbers[key]) for key in self.sizes}
+
+    def slopes(
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
+        """As the protocol says; `batch.number` must be the same for the same rows."""
+        return mask_gradients(self.base, batch, rows, self.sizes, mask=masks, donors=self._donated(batch))
+
+    def _donated(self, batch: Batch) -> dict[str, Any]:
+        if batch.number in self._donors:
+            return self._donors[batch.number]
+        donors = donated(self.aligned, batch, self.sizes)
+        size = sum(_values(donor).nbytes for donor in donors.values())
+        if self._bytes + size <= KEPT_DONORS:
+            self._donors[batch.number] = donors
+            self._bytes += size
+        return donors
+
+
+@dataclass
+class Parameters:
+    """`base + m·(aligned − base)` for the parameters of the searched units; everything else is the aligned model's."""
+
+    base: LanguageModel
+    aligned: LanguageModel
+    sizes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        routed = [key for key in self.sizes if parse_key(key).expert is not None or parse_key(key).shared]
+        if routed:
+            raise UnsupportedModelError(
+                f"{routed[0]}: experts' parameters cannot be swapped; use --move activations, or --sites q,k,v,o for this model"
+            )
+        self._swap = SoftSwap(self.base, self.aligned, self.sizes)
+        numbers = self.base.table.units()
+        sites = {"mlp": "down"}
+        parts = {name: name.rsplit(".", 1) for name in self._swap.sizes_of_masks}
+        self.units = {name: torch.as_tensor(numbers[f"{layer}.{sites.get(site, site)}"]) for name, (layer, site) in parts.items()}
+
+    def slopes(
+        self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
+        """As the protocol says."""
+        return self._swap.slopes(batch, rows, masks)
+
+
+def _values(donor: Any) -> Tensor:
+    values: Tensor = donor if isinstance(donor, Tensor) else donor.values
+    return values
+
+
+MIDPOINTS = 8
+"""Points of the straight path whose mean gradient the search starts from."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a mask is worth.
+
+    Attributes:
+        slope: derivative of the value with respect to every unit's entry.
+        value: what is made large.
+        scores: per prompt: log-odds, or log-probability.
+    """
+
+    slope: Float[Tensor, " unit"]
+    value: float
+    scores: Float[Tensor, " prompt"]
+
+
+class Course:
+    """The rows that masks are judged on, in batches that stay the same from round to round."""
+
+    def __init__(
+        self, asked: Sequence[ScoredRow], answers: Sequence[ScoredRow], lm: LanguageModel, batch_size: BatchSize, first: int = 0
+    ) -> None:
+        self.n_harmful, self.n_harmless = len(asked), len(answers)
+        self.batches: list[tuple[Batch, list[ScoredRow], bool]] = []
+        for rows, harmful in ((asked, True), (answers, False)):
+            lengths = [len(row.ids) for row in rows]
+            for group in plan(lengths, batch_size, token_budget(lm.device, TOKEN_BUDGET), padded=takes_padding(lm)):
+                batch = collate([row.ids for row in rows], group, number=first + len(self.batches), pad_id=lm.pad_id).to(lm.device)
+                self.batches.append((batch, [rows[index] for index in group], harmful))
+
+
+class Search:
+    """Iterated hard thresholding over the units of a mover."""
+
+    def __init__(self, mover: Movable, course: Course, method: Mask, stream: Stream) -> None:
+        self.mover, self.course, self.method, self.stream = mover, course, method, stream
+        numbers, places = torch.unique(torch.cat(list(mover.units.values())), return_inverse=True)
+        self.numbers = numbers
+        self._places = dict(zip(mover.units, places.split([len(part) for part in mover.units.values()]), strict=True))
+        self._found: dict[str, Any] = {}
+
+    def masks(self, mask: Float[Tensor, " unit"]) -> dict[str, Tensor]:
+        """The mask as its mover wants it."""
+        return {name: mask[places] for name, places in self._places.items()}
+
+    def look(self, mask: Float[Tensor, " unit"]) -> Look:
+        """What a mask is worth, and which way it should change; goes on behind the last batch that the stream holds of this look."""
+        masks, state = self.masks(mask), self.stream.state
+        begun = {name: torch.from_numpy(values.copy()) for name, values in self.stream.named("look").items()}
+        slope = begun.get("slope", torch.zeros(len(self.numbers), dtype=torch.float64))
+        each = begun.get("each", torch.zeros(self.course.n_harmful, dtype=torch.float64))
+        value = float(state.get("look value", 0.0))
+        for number, (batch, rows, harmful) in enumerate(self.course.batches):
+            if number < int(state.get("looked", 0)) or (not harmful and not self.method.caution):
+                continue
+            found, scores = self.mover.slopes(batch, rows, masks)
+            scores = scores.double().cpu()
+            if harmful:
+                by_odds = self.method.aim == "odds"
+                gained = -torch.nn.functional.softplus(-scores) if by_odds else scores
+                weights = ((-scores).sigmoid() if by_odds else torch.ones_like(scores)) / self.course.n_harmful
+            else:
+                weights = torch.full_like(scores, self.method.caution / self.course.n_harmless)
+                gained = scores * self.method.caution
+            with self.stream.changing():
+                if harmful:
+                    each[batch.indices] = scores
+                value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
+                for name, gradients in found.items():
+                    slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
+                self.stream.put("look", {"slope": slope.numpy(), "each": each.numpy()})
+                state |= {"looked": number + 1, "look value": value}
+            self.stream.went_on()
+        if not (math.isfinite(value) and bool(slope.isfinite().all())):
+            raise NumericalError("the value of a mask is NaN or infinity: check the models' weights, or use --dtype float32")
+        return Look(slope, value, each.float())
+
+    def run(self, size: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The members of the best set, and the state at the end; both by unit."""
+        with self.stream.kept():
+            state = self._begin()
+            best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
+            for number in range(int(self.stream.state.get("rounds", 0)), self.method.rounds):
+                chosen = torch.zeros(len(state), dtype=torch.float64)
+                chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
+                look = self.look(chosen)
+                with self.stream.changing():
+                    if best is None or look.value > self.stream.state["value"]:
+                        best = chosen.bool()
+                        self.stream.state |= {"value": look.value, "round": number + 1}
+                    state = self.method.keep * state + (1 - self.method.keep) * look.slope
+                    self.stream.put("mask", {"state": state.numpy(), "best": best.numpy().astype(np.int64)})
+                    self._looked(rounds=number + 1)
+                self.stream.went_on()
+                if progress is not None:
+                    progress(number + 1, self.method.rounds, size)
+        assert best is not None
+        self.stream.save()
+        return best.numpy(), state.numpy()
+
+    def _looked(self, **done: int) -> None:
+        """A look is over and in the state: the next one begins at its first batch."""
+        self.stream.drop("look")
+        self.stream.state |= {"looked": 0, "look value": 0.0, **done}
+
+    def _begin(self) -> Tensor:
+        """The state to go on from: the stored one, or the mean gradient along the straight path."""
+        if "mask/state" in self.stream.arrays:
+            return torch.from_numpy(self.stream.arrays["mask/state"].copy())
+        everywhere = torch.ones(len(self.numbers), dtype=torch.float64)
+        points = midpoints_of(MIDPOINTS)
+        stored = self.stream.arrays.get("begin/slope")
+        total = torch.zeros(len(self.numbers), dtype=torch.float64) if stored is None else torch.from_numpy(stored.copy())
+        for number in range(int(self.stream.state.get("begun", 0)), len(points)):
+            slope = self.look(everywhere * points[number]).slope
+            with self.stream.changing():
+                total += slope
+                self.stream.put("begin", {"slope": total.numpy()})
+                self._looked(begun=number + 1)
+            self.stream.went_on()
+        return total / len(points)
+
 
 KEPT_TOKENS = 8
 """Tokens of a harmless answer that are to stay as they are."""

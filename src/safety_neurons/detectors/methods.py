@@ -388,7 +388,7 @@ class Attribution(Method, Voted):
     change between everything deactivated and nothing.
     """
 
-    NAME, SCORER = "attribution", "attribution:score"
+    NAME, SCORER = "attribution", "attribution:score_attribution"
     PANEL = None
     DEFAULT_TOP = 0.01
 
@@ -428,7 +428,7 @@ class AttributionPatching(Method, Voted):
     Differs: the activation that is moved is the running one, as in patching during generation: earlier neurons' moves reach it.
     """
 
-    NAME, PAIR, SCORER = "attribution-patching", True, "attribution_patching:score"
+    NAME, PAIR, SCORER = "attribution-patching", True, "attribution:score_patching"
     PANEL = None
     DEFAULT_SITES = ("down",)
 
@@ -502,7 +502,7 @@ class RefusalDirection(Method, Ranked):
     Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
     """
 
-    NAME, HARMLESS, SCORER = "refusal-direction", "needed", "refusal_direction:score"
+    NAME, HARMLESS, SCORER = "refusal-direction", "needed", "separation:score_direction"
     PANEL = None
     DEFAULT_SITES = ("down",)
 
@@ -526,7 +526,7 @@ class ProbeWeights(Method, Ranked):
     Differs: features are standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
     """
 
-    NAME, HARMLESS, SCORER = "probe-weights", "needed", "probe_weights:score"
+    NAME, HARMLESS, SCORER = "probe-weights", "needed", "separation:score_probe"
     DEFAULT_SITES = ("gate", "up")
     PENALTY: ClassVar[float] = 1.0
     """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""
@@ -548,7 +548,7 @@ class WeightChange(Method, Ranked):
     Differs: the bias entry of a row belongs to its neuron.
     """
 
-    NAME, PAIR, PROMPTS, SCORER = "weight-change", True, False, "weights:change"
+    NAME, PAIR, PROMPTS, SCORER = "weight-change", True, False, "baselines:change"
 
 
 @register
@@ -559,7 +559,7 @@ class WeightMagnitude(Method, Ranked):
     Source: magnitude, the usual baseline of pruning.
     """
 
-    NAME, PROMPTS, SCORER = "weight-magnitude", False, "weights:magnitude"
+    NAME, PROMPTS, SCORER = "weight-magnitude", False, "baselines:magnitude"
 
 
 @register
@@ -570,4 +570,4 @@ class ActivationMagnitude(Method, Ranked):
     Source: activation size, the usual baseline of pruning.
     """
 
-    NAME, SCORER = "activation-magnitude", "activation_magnitude:score"
+    NAME, SCORER = "activation-magnitude", "baselines:activations"

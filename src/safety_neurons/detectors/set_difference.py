@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safety_neurons.detectors.gradients import SCORED_TOKENS, ScoredRow, frozen, score_rows
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, frozen, score_rows
 from safety_neurons.detectors.methods import SetDifference
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
 from safety_neurons.detectors.streaming import Folded, Part

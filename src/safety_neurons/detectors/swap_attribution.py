@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safety_neurons.detectors.attribution_patching import own_completions
-from safety_neurons.detectors.gradients import ScoredRow, attribute, frozen, mean_of, midpoints_of, score_rows, spread
+from safety_neurons.detectors.attribution import ScoredRow, attribute, frozen, mean_of, midpoints_of, own_completions, score_rows, spread
 from safety_neurons.detectors.methods import ImportanceContrast, SwapAttribution
 from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.detectors.sublayers import projected

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from safety_neurons.detectors.pairs import writer_of
+from safety_neurons.detectors.reading import writer_of
 from safety_neurons.detectors.runner import PromptCounts
 from safety_neurons.detectors.streaming import Progress, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from safety_neurons.detectors.gradients import SCORED_TOKENS, ScoredRow, explained
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained
 from safety_neurons.detectors.methods import Attribution
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
