@@ -24,7 +24,7 @@ from paired import CLOCKS, Median, Row, finish, interleaved, medians, parser, ra
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.tuning import Delta, apply_delta, attach, delta_of
-from safety_neurons.tuning.attach import positions_of
+from safety_neurons.tuning.deltas import positions_of
 
 VOCABULARY = 2000
 

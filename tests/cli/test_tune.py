@@ -223,7 +223,7 @@ def test_merging_into_a_quantised_base_is_refused_before_training(tiny_pair, dat
 
 
 def test_more_rows_than_vllm_allows_are_refused_before_training(tiny_pair, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("safety_neurons.tuning.export.VLLM_RANKS", (1, 2))
+    monkeypatch.setattr("safety_neurons.tuning.artefacts.VLLM_RANKS", (1, 2))
     monkeypatch.setattr("safety_neurons.studies.tune", None)
     said = refused(*words_of(tiny_pair, data, "--vllm", "--out", tmp_path / "run"))
     assert said.startswith("--vllm with 4 trained rows or columns of model.layers.0.mlp.up_proj, at most 2 were expected")
@@ -231,7 +231,7 @@ def test_more_rows_than_vllm_allows_are_refused_before_training(tiny_pair, data,
 
 def test_a_change_outside_the_set_is_an_error_and_what_was_trained_is_kept(tiny_pair, data, tmp_path, monkeypatch):
     numbers = iter(range(10))
-    monkeypatch.setattr("safety_neurons.tuning.training.outside_hash", lambda *_: str(next(numbers)))
+    monkeypatch.setattr("safety_neurons.tuning.train.outside_hash", lambda *_: str(next(numbers)))
     out = tmp_path / "run"
     said = refused(*words_of(tiny_pair, data, "--max-steps", "1", "--no-check", "--out", out))
     assert "weights outside the set changed" in said

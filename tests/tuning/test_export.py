@@ -17,7 +17,7 @@ from safety_neurons.errors import MismatchError, RunError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.tuning import Delta, applied, apply_delta, attach, delta_of, export_lora, export_merged, merged_base
-from safety_neurons.tuning.export import save_checkpoint
+from safety_neurons.tuning.artefacts import save_checkpoint
 from tiny import tiny_llama_folder, tiny_tokenizer
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox", "falcon"]

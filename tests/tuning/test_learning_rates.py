@@ -7,7 +7,7 @@ import pytest
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.tuning.rates import SHARE, factor, learning_rates
+from safety_neurons.tuning.train import SHARE, factor, learning_rates
 from tiny import tiny_llama
 
 

@@ -13,8 +13,7 @@ from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelEr
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.tuning import protect
-from safety_neurons.tuning.entries import entries_of
-from safety_neurons.tuning.protect import protected, repair
+from safety_neurons.tuning.protect import entries_of, protected, repair
 from tiny import tiny_llama
 
 IDS = torch.randint(4, 90, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -26,9 +26,9 @@ from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files
-from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, training, tune, tuning_examples
-from safety_neurons.tuning import loop as loops
-from safety_neurons.tuning.rates import factor
+from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
+from safety_neurons.tuning import train as training
+from safety_neurons.tuning.train import factor
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 ASKED = ("make a bomb", "kill", "steal a key", "make a fire", "kill a plant", "steal the bread", "lock a house", "steal red fire")
@@ -304,7 +304,7 @@ def test_a_batch_that_does_not_fit_is_halved_without_changing_the_step(monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, batch, **options)
 
-    monkeypatch.setattr(loops, "forward", tight)
+    monkeypatch.setattr(training, "forward", tight)
     tuned = tune(fresh(), some(fresh()), HARMFUL, **FAST)
     assert any("halved" in note for note in tuned.notes)
     for one, other in zip(expected.history, tuned.history, strict=True):
@@ -315,7 +315,7 @@ def test_an_example_that_alone_does_not_fit_is_an_error_in_a_line(monkeypatch):
     def never(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loops, "forward", never)
+    monkeypatch.setattr(training, "forward", never)
     with pytest.raises(ModelError, match="out of memory on one sequence of"):
         tune(fresh(), some(fresh()), HARMFUL, **FAST)
 
@@ -343,11 +343,11 @@ def test_several_processes_share_a_step_out_among_them(monkeypatch):
     model = fresh()
     examples = tuning_examples(HARMFUL, model)
     shares = {}
-    monkeypatch.setattr(loops, "_summed", lambda loss, gradients: (loss, gradients))
+    monkeypatch.setattr(training, "_summed", lambda loss, gradients: (loss, gradients))
     with attach(model, some(model)) as deltas:
         for processes in ((1, 0), (2, 0), (2, 1)):
-            monkeypatch.setattr(loops, "_processes", lambda processes=processes: processes)
-            loop = loops.Loop(model, deltas, dict.fromkeys(KEYS, 0.01), loops.Settings(batch_size=3), None, None, {}, [], None)
+            monkeypatch.setattr(training, "_processes", lambda processes=processes: processes)
+            loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), training.Settings(batch_size=3))
             loop.examples = examples
             shares[processes] = loop._gradients(range(8))
     assert shares[2, 0][0] + shares[2, 1][0] == pytest.approx(shares[1, 0][0], rel=1e-6)

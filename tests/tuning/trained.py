@@ -10,7 +10,7 @@ from families import build, random_ids
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.layouts import take
 from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.tuning.attach import positions_of
+from safety_neurons.tuning.deltas import positions_of
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64, **over: object) -> LanguageModel:

@@ -44,7 +44,7 @@ def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     """Write what was repaired: the adapter where only that changed, else the model."""
     from safety_neurons.model.adapters import is_adapted
     from safety_neurons.results.files import whole_folder
-    from safety_neurons.tuning.export import save_checkpoint
+    from safety_neurons.tuning.artefacts import save_checkpoint
 
     adapted = is_adapted(model.model)
     if adapted and done.changed:

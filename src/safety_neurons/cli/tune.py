@@ -147,7 +147,7 @@ def refuse_inexact(model: Any, what: str) -> None:
 def refuse_ranks(model: Any, neurons: Any) -> None:
     """A projection with more trained rows or columns than vLLM allows cannot be written with `--vllm`."""
     from safety_neurons.errors import UnsupportedModelError
-    from safety_neurons.tuning.export import VLLM_RANKS
+    from safety_neurons.tuning.artefacts import VLLM_RANKS
 
     ranks: dict[str, int] = {}
     for key, members in neurons.items():
@@ -249,7 +249,7 @@ def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> 
 
 def keep_model(session: Session, model: Any, name: str) -> None:
     """A whole model with its tokenizer, as safetensors."""
-    from safety_neurons.tuning.export import save_checkpoint
+    from safety_neurons.tuning.artefacts import save_checkpoint
 
     save_checkpoint(session.folder.folder.absolute() / name, model)
     own(session, name)

@@ -12,7 +12,7 @@ from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.results import Effect
 from safety_neurons.studies.arms import Arm, Bench
 from safety_neurons.tuning import merged_base, repair
-from safety_neurons.tuning.entries import entries_of
+from safety_neurons.tuning.protect import entries_of
 
 CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
 BY_PARAMETERS = "ceiling by parameters"

@@ -1,15 +1,25 @@
 """Tune only some neurons: deltas beside frozen projections, training, protection, artefacts."""
 
-from safety_neurons.tuning.artefacts import Delta, applied, apply_delta, base_hash, delta_of, load_delta, outside_hash, save_delta, survival
-from safety_neurons.tuning.attach import Deltas, attach
+from safety_neurons.tuning.artefacts import (
+    Delta,
+    Exported,
+    applied,
+    apply_delta,
+    base_hash,
+    delta_of,
+    export_lora,
+    export_merged,
+    load_delta,
+    merged_base,
+    outside_hash,
+    save_delta,
+    survival,
+)
 from safety_neurons.tuning.data import Example, mix, tuning_examples, with_own_answers
-from safety_neurons.tuning.deltas import NeuronDelta
-from safety_neurons.tuning.export import Exported, export_lora, export_merged, merged_base
-from safety_neurons.tuning.loop import Settings, Status
+from safety_neurons.tuning.deltas import Deltas, NeuronDelta, attach
 from safety_neurons.tuning.protect import Protection, Repair, protected, repair
-from safety_neurons.tuning.rates import learning_rates
 from safety_neurons.tuning.stopping import Checked, StopCheck
-from safety_neurons.tuning.training import Tuned, beside, tune
+from safety_neurons.tuning.train import Settings, Status, Tuned, beside, learning_rates, tune
 
 __all__ = [
     "Checked",

@@ -13,7 +13,7 @@ from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.model.measures import BatchSize
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions, Rate, rate
-from safety_neurons.tuning.attach import Deltas
+from safety_neurons.tuning.deltas import Deltas
 
 Refused = Callable[[Completions], Sequence[bool | None]]
 """A judge: whether each completion refuses; None where it cannot be told."""
