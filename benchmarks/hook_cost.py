@@ -20,7 +20,7 @@ import transformers
 
 import patching_cost
 from paired import Row, finish, median, parser
-from safety_neurons.interventions.stacked import StackedPass
+from safety_neurons.interventions.patch import StackedPass
 from safety_neurons.interventions.targets import Subject, indices
 from safety_neurons.model.hooks import editing
 

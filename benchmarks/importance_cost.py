@@ -18,7 +18,7 @@ import transformers
 
 from safety_neurons.detectors.importance import ImportanceReaders
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import collate, forward
+from safety_neurons.model.batches import collate, forward
 
 
 def build(layers: int, dtype: torch.dtype, device: str) -> LanguageModel:

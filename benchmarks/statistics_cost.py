@@ -18,7 +18,7 @@ import transformers
 
 from paired import CLOCKS, Row, finish, interleaved, medians, parser, ratio
 from safety_neurons.model import LanguageModel, activation_statistics, run_batches
-from safety_neurons.model.passes import Batch, batches
+from safety_neurons.model.batches import Batch, batches
 
 MLP = ["down"]
 

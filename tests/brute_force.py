@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import collate, forward
 from safety_neurons.model.hooks import around
-from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import parse_key
 
 

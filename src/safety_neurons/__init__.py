@@ -14,7 +14,7 @@ _HOME = {
     "Completion": "results",
     "Completions": "results",
     "Effect": "results",
-    "Endpoint": "model.endpoint",
+    "Endpoint": "model",
     "Evaluation": "studies",
     "Found": "detectors",
     "Gate": "results",

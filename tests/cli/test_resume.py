@@ -10,7 +10,7 @@ import pytest
 from running import command, done, interruptible, record
 
 from safety_neurons.detectors import streaming
-from safety_neurons.model import completing
+from safety_neurons.model import language_model
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import checkpoint
 
@@ -31,7 +31,7 @@ def words_of(method, pair, out):
 def counted(monkeypatch, die_after=None):
     """Counts batches that are fed and batches of text that are written; saves after each and dies right after a state was saved."""
     seen = collections.Counter()
-    collate, save, write = streaming.collate, streaming.Stream.save, completing._generate_rows
+    collate, save, write = streaming.collate, streaming.Stream.save, language_model._generate_rows
 
     def counting_collate(*args, **options):
         seen["fed"] += 1
@@ -48,7 +48,7 @@ def counted(monkeypatch, die_after=None):
             raise MemoryError("killed here")
 
     monkeypatch.setattr(streaming, "collate", counting_collate)
-    monkeypatch.setattr(completing, "_generate_rows", counting_write)
+    monkeypatch.setattr(language_model, "_generate_rows", counting_write)
     monkeypatch.setattr(checkpoint.Checkpoint, "due", True)
     monkeypatch.setattr(streaming.Stream, "save", saving)
     return seen

@@ -214,7 +214,7 @@ def test_an_empty_set_and_one_of_another_model_are_said(tiny_pair, data, tmp_pat
 
 
 def test_merging_into_a_quantised_base_is_refused_before_training(tiny_pair, data, tmp_path, monkeypatch):
-    from safety_neurons.model.places import Projection
+    from safety_neurons.model.sites import Projection
 
     monkeypatch.setattr(Projection, "quantised", property(lambda self: True))
     monkeypatch.setattr("safety_neurons.studies.tune", None)

@@ -20,8 +20,8 @@ from safety_neurons.detectors.methods import AttributionPatching
 from safety_neurons.detectors.runner import Run
 from safety_neurons.errors import InputError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.hooks import editing, reading
-from safety_neurons.model.passes import Batch, collate, forward
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Checkpoint
 

@@ -11,8 +11,8 @@ from exact64 import Exact64
 from safety_neurons.detectors import importance as importance_readers
 from safety_neurons.detectors.importance import ImportanceReaders, Options
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import collate, forward
 from safety_neurons.model.hooks import reading
-from safety_neurons.model.passes import collate, forward
 
 EVERY = families.FAMILIES + families.MOE_FAMILIES
 

@@ -14,8 +14,8 @@ from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Span, texts
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import collate, forward
 from safety_neurons.model.hooks import around
-from safety_neurons.model.passes import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Checkpoint
 

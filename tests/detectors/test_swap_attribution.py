@@ -12,7 +12,7 @@ from safety_neurons.detectors.attribution import ScoredRow, midpoints_of, score_
 from safety_neurons.detectors.swap_attribution import SoftSwap, parting
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch, collate, forward
+from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.neurons import NeuronSet
 
 BIASED = {"attention_bias": True, "mlp_bias": True}

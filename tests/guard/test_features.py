@@ -12,7 +12,7 @@ from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.guard import Pooling, read_features, read_poolings
 from safety_neurons.guard.features import Collector
 from safety_neurons.model import Encoded, LanguageModel
-from safety_neurons.model.passes import collate
+from safety_neurons.model.batches import collate
 
 LAYOUTS = ("llama", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "bloom", "falcon", "opt")
 """Families that differ in how projections hold their neurons: apart, fused in a row, grouped by head, transposed, without a gate."""

@@ -8,7 +8,7 @@ from families import build, random_ids
 from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.places import projection
+from safety_neurons.model.sites import projection
 from safety_neurons.neurons import NeuronSet
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3", "gemma2", "bloom", "opt", "falcon", "olmo2", "granite", "phi"]

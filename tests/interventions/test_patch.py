@@ -7,9 +7,9 @@ from naive import alone, full, generated, greedy, lm, no_hooks, patched_logits, 
 from families import build, random_ids
 from safety_neurons.errors import DecodeError, ForeignModelError, MismatchError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import patched
-from safety_neurons.interventions.stacked import can_stack
+from safety_neurons.interventions.patch import can_stack
 from safety_neurons.interventions.targets import Subject
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, token_losses
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -393,8 +393,8 @@ def test_teacher_forced_losses_under_all_neurons_are_the_donors(shared: bool) ->
     views = shared_pair("ia3-down")
     base, donor = views if shared else (alone(views[0]), alone(views[1]))
     texts = [random_ids((9,), seed=1).tolist(), random_ids((4,), seed=2).tolist()]
-    expected, plain = donor.token_losses(texts), base.token_losses(texts)
+    expected, plain = token_losses(donor, texts), token_losses(base, texts)
     with patched(base, donor, some(base, 1.0, sites=("down",))):
-        losses = base.token_losses(texts)
+        losses = token_losses(base, texts)
     assert losses.total == pytest.approx(expected.total, abs=1e-4)
     assert losses.total != pytest.approx(plain.total, abs=1e-2)

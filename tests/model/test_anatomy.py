@@ -7,8 +7,9 @@ from torch import nn
 
 from families import MOE_FAMILIES, OLD_TRANSFORMERS, build, config_of
 from safety_neurons.errors import UnsupportedModelError, UsageError
-from safety_neurons.model.anatomy import prove, resolve
+from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.hooks import reading
+from safety_neurons.model.proof import prove
 
 
 class Renamed(nn.Module):

@@ -8,7 +8,7 @@ import families
 from safety_neurons.detectors.importance import prove_layers
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.attention_norm import norm_candidates
+from safety_neurons.model.attention import norm_candidates
 
 
 def proved(family, **over):

@@ -9,7 +9,7 @@ from families import build
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load
-from safety_neurons.model.completing import Decoding, generate
+from safety_neurons.model.language_model import Decoding, generate
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 PROMPTS = ["kill a tree", "how do i make a cake", "help", "tell me about the water and the fire please", "why"]

@@ -4,9 +4,18 @@ import pytest
 import transformers
 
 from safety_neurons.errors import InputError
-from safety_neurons.model import LanguageModel, conversation
-from safety_neurons.model.conversation import conversation_text, folded, joined, render_turns
-from safety_neurons.model.rendering import TooMuchError, render_template
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.template import (
+    FOLDED,
+    THOUGHTS,
+    TRIMMED,
+    TooMuchError,
+    conversation_text,
+    folded,
+    joined,
+    render_template,
+    render_turns,
+)
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.results.thoughts import after_thought
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -77,7 +86,7 @@ def test_a_system_text_that_a_template_drops_goes_before_the_users_and_is_noted(
     lm = LanguageModel(tiny_llama(), tiny_tokenizer(NO_SYSTEM), system="be kind")
     assert lm.template.render(lm.tokenizer, Prompt("0", "kill")) == "[INST] be kind\n\nkill [/INST]"
     lm.encode(["kill", "tree"])
-    assert lm.notes == [conversation.FOLDED]
+    assert lm.notes == [FOLDED]
 
 
 @pytest.mark.parametrize(
@@ -131,14 +140,14 @@ def test_a_template_that_loses_a_system_text_within_another_turn_is_found_out():
 def test_trimming_is_noted_where_there_is_something_to_trim():
     assert not _rendered(ALTERNATES, [Message("user", "kill")]).notes
     trimmed = _rendered(ALTERNATES, [Message("user", " kill\n")])
-    assert (trimmed.text, trimmed.notes) == ("<user>kill<assistant>", (conversation.TRIMMED,))
+    assert (trimmed.text, trimmed.notes) == ("<user>kill<assistant>", (TRIMMED,))
     assert _rendered(NO_SYSTEM, [Message("user", " kill\n")]).text == "[INST]  kill\n [/INST]"
 
 
 def test_thoughts_of_earlier_answers_may_go_and_those_of_an_answer_that_is_gone_on_with_may_not():
     thought = Message("assistant", "<think>\nhm\n</think>\n\nno")
     found = _rendered(FORGETS_THOUGHTS, [TURNS[0], thought, TURNS[2]])
-    assert found.notes == (conversation.THOUGHTS,)
+    assert found.notes == (THOUGHTS,)
     assert "<assistant>\n\nno</s>" in found.text
     with pytest.raises(InputError, match="turn 2, assistant, is lost"):
         _rendered(FORGETS_THOUGHTS, [TURNS[0], thought], go_on=True)
@@ -162,7 +171,7 @@ def test_every_thought_that_judges_leave_out_may_be_left_out_by_a_template(start
     answer = f"{start}hm{end} no"
     assert after_thought(answer).strip() == "no"
     found = _rendered(FORGETS_THOUGHTS.replace("</think>", end), [TURNS[0], Message("assistant", answer), TURNS[2]])
-    assert found.notes == (conversation.THOUGHTS,)
+    assert found.notes == (THOUGHTS,)
     assert "hm" not in found.text
 
 

@@ -9,8 +9,7 @@ import urllib.request
 import pytest
 
 from safety_neurons.errors import UsageError
-from safety_neurons.model.chat_server import ServerError
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint, ServerError
 from safety_neurons.prompts import Message, Prompt, Prompts
 from safety_neurons.results import Completions
 

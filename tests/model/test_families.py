@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from families import FAMILIES, MOE_FAMILIES, build, random_ids
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.anatomy import Anatomy, prove, resolve
-from safety_neurons.model.experts import ExpertRows
+from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.hooks import editing, reading
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.proof import prove
+from safety_neurons.model.sites import Anatomy, ExpertRows, SitePlace
 
 ALL = FAMILIES + MOE_FAMILIES
 

@@ -6,7 +6,7 @@ import pytest
 
 from safety_neurons.errors import ModelError
 from safety_neurons.model import load
-from safety_neurons.model.folders import refuse_foreign_shards
+from safety_neurons.model.files import refuse_foreign_shards
 
 DEEP = "[" * 5000 + "]" * 5000
 

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from families import build, random_ids
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.anatomy import Anatomy, prove, resolve
+from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.hooks import around, editing, reading, with_forwards
+from safety_neurons.model.proof import prove
+from safety_neurons.model.sites import Anatomy
 
 
 @pytest.fixture

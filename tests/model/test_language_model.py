@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safety_neurons.errors import ModelError
-from safety_neurons.model import LanguageModel, run_batches
+from safety_neurons.model import LanguageModel, run_batches, token_losses
 from safety_neurons.model.hooks import around
 from safety_neurons.prompts import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -37,7 +37,7 @@ def test_nothing_of_the_callers_is_left_changed_also_after_an_exception(training
     lm = LanguageModel(model, tokenizer)
     lm.complete(["help", "kill a tree"], max_new_tokens=3)
     lm.complete(["help"], max_new_tokens=3, sample=True)
-    lm.token_losses(["kill a tree"])
+    token_losses(lm, ["kill a tree"])
     _ = lm.table
     run_batches(lm, [[1, 5, 6]], len, last_layer=0)
     _same(before, _everything(model, tokenizer))

@@ -41,7 +41,7 @@ def test_log_probabilities_are_those_of_the_given_tokens(lm, batch_size):
 
 def test_spans_choose_tokens_and_are_checked(lm):
     every = token_log_probabilities(lm, SEQUENCES)
-    some = lm.token_log_probabilities(SEQUENCES, [(3, 5), (1, 2), (1, 1), (1, 1)])
+    some = token_log_probabilities(lm, SEQUENCES, [(3, 5), (1, 2), (1, 1), (1, 1)])
     np.testing.assert_array_equal(some[0], every[0][2:4])
     assert [len(row) for row in some] == [2, 1, 0, 0]
     with pytest.raises(InputError, match="span 0:2 of sequence 0"):
@@ -61,7 +61,7 @@ def test_losses_of_texts_give_the_perplexity(lm):
     assert losses.n_tokens == 4
     assert losses.total == pytest.approx(sum(losses.totals))
     assert token_losses(lm, SEQUENCES).counts == (4, 1, 2, 0)
-    assert lm.token_losses(["help"]).counts == (1,)
+    assert token_losses(lm, ["help"]).counts == (1,)
 
 
 def test_the_divergence_is_that_of_the_treated_distribution_and_zero_for_none(lm):

@@ -10,7 +10,7 @@ import torch
 
 import safety_neurons as sn
 from safety_neurons import organism
-from safety_neurons.model import LanguageModel, kl_divergence
+from safety_neurons.model import LanguageModel, kl_divergence, token_losses
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -88,7 +88,7 @@ CALLS: dict[str, Call] = {
     "find_wanda": lambda one, _: sn.find_wanda(one, BAD, harmless=GOOD, sites=["down"]),
     "activation_statistics": lambda one, _: sn.activation_statistics(one, [[3, 4, 5]]),
     "complete": lambda one, _: one.complete(BAD, **SHORT),
-    "token_losses": lambda one, _: one.token_losses(["how do i grow a tree"]),
+    "token_losses": lambda one, _: token_losses(one, ["how do i grow a tree"]),
     "kl_divergence": lambda one, other: kl_divergence(one, [[3, 4, 5]], other),
     "anatomy": lambda one, _: LanguageModel(one.model, one.tokenizer).table,
     "deactivated": lambda one, _: inside(sn.deactivated(one, neurons(one)), one),

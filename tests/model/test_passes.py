@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from families import build
 from safety_neurons.errors import InputError, ModelError
 from safety_neurons.model import Halving, LanguageModel, batches, run_batches
+from safety_neurons.model.batches import collate, is_out_of_memory, next_token_rows, plan
 from safety_neurons.model.hooks import around
-from safety_neurons.model.passes import collate, is_out_of_memory, next_token_rows, plan
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from families import build, random_ids
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.anatomy import prove, resolve
+from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.hooks import editing, reading
-from safety_neurons.model.places import full_weight, projection
+from safety_neurons.model.proof import prove
+from safety_neurons.model.sites import full_weight, projection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks a deprecated question
 

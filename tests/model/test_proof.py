@@ -8,10 +8,9 @@ from torch import nn
 
 from families import build, random_ids
 from safety_neurons.errors import NumericalError, UnsupportedModelError
-from safety_neurons.model.anatomy import Anatomy, prove, resolve
-from safety_neurons.model.layouts import Layout, split_qkv
-from safety_neurons.model.parts import unwrapped
-from safety_neurons.model.vocabulary import FUSED_LAYOUTS
+from safety_neurons.model.anatomy import FUSED_LAYOUTS, resolve
+from safety_neurons.model.proof import prove
+from safety_neurons.model.sites import Anatomy, Layout, split_qkv, unwrapped
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from rounding import additions, of_a_sum
 from safety_neurons.errors import MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, activation_statistics
 from safety_neurons.model.hooks import around, reading
-from safety_neurons.model.passes import run_batches
-from safety_neurons.model.statistics import FEW, reduced, reduced_by_group
+from safety_neurons.model.passes import FEW, reduced, reduced_by_group, run_batches
 from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from families import build
 from safety_neurons.errors import NeuronError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.tensor_files import nnsight_paths, read_named, read_torch, read_weights
+from safety_neurons.model.files import read_named, read_torch, read_weights
+from safety_neurons.model.sites import nnsight_paths
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -102,7 +103,7 @@ def test_the_path_leads_to_the_neurons_values(family):
     lm = LanguageModel(model, tiny_tokenizer())
     keys = ["layers.1.q", "layers.1.v", "layers.0.down"]
     neurons = NeuronSet({key: [1, 5] for key in keys}, lm.table)
-    paths = nnsight_paths(lm, neurons)
+    paths = nnsight_paths(lm.anatomy, neurons)
     from safety_neurons.model.hooks import reading
 
     seen, outside = {}, {}

@@ -6,7 +6,7 @@ import torch
 from families import build
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.unembedding import final_norm, vocabulary_scores
+from safety_neurons.model.likelihood import final_norm, vocabulary_scores
 from tiny import tiny_tokenizer
 
 NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "falcon": "transformer.ln_f"}

@@ -9,7 +9,7 @@ from safety_neurons.capability import Settings
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.judges import FunctionJudge, Verdict
 from safety_neurons.model import LanguageModel, load
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder

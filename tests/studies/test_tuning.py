@@ -73,6 +73,6 @@ def test_own_answers_that_refuse_are_not_learnt_and_answers_in_the_folder_are_us
     def never(*_, **__):
         raise AssertionError("nothing is asked twice")
 
-    monkeypatch.setattr("safety_neurons.model.completing._generate_rows", never)
+    monkeypatch.setattr("safety_neurons.model.language_model._generate_rows", never)
     again = tune(model, neurons, HARMFUL, harmless=asked, **options)
     assert again.tuned.history == tuning.tuned.history

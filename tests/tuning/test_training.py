@@ -22,7 +22,7 @@ from safety_neurons.errors import (
     UsageError,
 )
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import collate, forward
+from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from families import build, random_ids
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.layouts import take
+from safety_neurons.model.sites import take
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.tuning.deltas import positions_of
 

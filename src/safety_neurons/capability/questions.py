@@ -18,10 +18,9 @@ from safety_neurons import strict_json
 from safety_neurons.capability.language import Measured, Treatment
 from safety_neurons.errors import InputError
 from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
-from safety_neurons.model.completing import Answer, Decoding, generate
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.language_model import Answer, Decoding, generate, stops
 from safety_neurons.model.likelihood import logits_budget, widened
-from safety_neurons.model.measures import BatchSize
-from safety_neurons.model.stopping import stops
 from safety_neurons.prompts.archives import members, read_member
 from safety_neurons.results import rate
 

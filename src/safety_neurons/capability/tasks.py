@@ -17,7 +17,7 @@ from safety_neurons.capability.language import Measured, Treatment, documents, m
 from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu, read_mmlu, read_sums
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompts import prompts
 from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import from_error

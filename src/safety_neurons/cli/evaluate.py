@@ -189,7 +189,7 @@ def work(session: Session, options: dict[str, Any]) -> dict[str, Any]:
 def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
     """The model, its treatment and its reference, as the study takes them."""
     if options["endpoint"] is not None:
-        from safety_neurons.model.endpoint import Endpoint
+        from safety_neurons.model.chat_server import Endpoint
 
         session.device = "endpoint"
         return {

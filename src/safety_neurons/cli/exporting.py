@@ -30,13 +30,13 @@ def neurons(
     session = Session("export-neurons", common, options)
 
     def work() -> dict[str, Any]:
-        from safety_neurons.model.tensor_files import nnsight_paths
+        from safety_neurons.model.sites import nnsight_paths
         from safety_neurons.neurons.foreign import transformer_lens_names
         from safety_neurons.results.files import write_json
 
         loaded = session.model(model)
         chosen = session.neurons(neurons, loaded)
-        names = nnsight_paths(loaded, chosen) if tool == "nnsight" else transformer_lens_names(chosen, loaded.table)
+        names = nnsight_paths(loaded.anatomy, chosen) if tool == "nnsight" else transformer_lens_names(chosen, loaded.table)
         path = session.folder.path(f"{tool}.json").absolute()
         write_json(path, names)
         return {"names": str(path), "tool": tool, "n_neurons": len(chosen), "places": list(names)}

@@ -109,17 +109,17 @@ def neurons(
 
 
 def _foreign(form: str, file: pathlib.Path, utility: pathlib.Path | None, table: Any, kv: str) -> Any:
-    from safety_neurons.model import tensor_files
+    from safety_neurons.model import files
     from safety_neurons.neurons import foreign
 
     if form == "sn-tune":
         return foreign.read_sn_tune(file, table, kv=kv)
     if form == "change-scores":
-        return foreign.change_scores(tensor_files.read_torch(file), table, file)
+        return foreign.change_scores(files.read_torch(file), table, file)
     if form == "neurostrike":
-        return foreign.probe_scores(tensor_files.read_named(file), table, file)
-    other = tensor_files.read_weights(utility) if utility is not None else None
-    return foreign.weight_scores(tensor_files.read_weights(file), other, table, path=file)
+        return foreign.probe_scores(files.read_named(file), table, file)
+    other = files.read_weights(utility) if utility is not None else None
+    return foreign.weight_scores(files.read_weights(file), other, table, path=file)
 
 
 def _show_neurons(result: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     if not archive.exists():
         return {"": f"named {path}"}
     if (archive / "config.json").is_file():
-        from safety_neurons.model.folders import model_contents
+        from safety_neurons.model.files import model_contents
 
         return model_contents(archive)
     return contents_of(archive) if archive == source else {**contents_of(archive), "member": str(source.relative_to(archive))}
@@ -138,7 +138,7 @@ def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
 
 def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.cli.session import resolve
-    from safety_neurons.model.folders import model_contents
+    from safety_neurons.model.files import model_contents
     from safety_neurons.model.loading import folders_of
     from safety_neurons.results.content import within
 

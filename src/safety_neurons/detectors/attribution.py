@@ -21,8 +21,8 @@ from safety_neurons.detectors.streaming import Folded, Part, to_numpy
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks
-from safety_neurons.model.experts import ExpertRows
-from safety_neurons.model.passes import Batch, collate, forward
+from safety_neurons.model.batches import Batch, collate, forward
+from safety_neurons.model.sites import ExpertRows
 
 SCORED_TOKENS = 16
 """Tokens of a refusal or compliance text that are scored."""

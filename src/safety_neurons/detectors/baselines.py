@@ -14,7 +14,7 @@ from safety_neurons.detectors.streaming import Part, to_numpy
 from safety_neurons.detectors.sublayers import columns
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch
+from safety_neurons.model.batches import Batch
 from safety_neurons.neurons import SITES, NeuronSet, SiteTable, parse_key
 
 

@@ -15,7 +15,7 @@ from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.detectors.streaming import Folded, Part, Sums, to_numpy
 from safety_neurons.detectors.text import Span, Texts, texts_of
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch, token_budget
+from safety_neurons.model.batches import Batch, token_budget
 
 MEMORY_BUDGET = 2**30
 """Bytes of one model's activations that are kept while the other model reads the same batch."""

@@ -23,10 +23,9 @@ from safety_neurons.detectors.sublayers import input_scale
 from safety_neurons.errors import InputError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionCapture, AttentionPlan, AttentionStates, prove_attention, tolerance
-from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy
+from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.hooks import around, reading
-from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
-from safety_neurons.model.passes import Batch, collate, forward
+from safety_neurons.model.sites import AttentionAnatomy, ExpertRows, ExpertsAnatomy, LayerAnatomy, MlpAnatomy
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.model.attention import AttentionPlan, AttentionStates
-from safety_neurons.model.attention_norm import NormChange, NormFormula
+from safety_neurons.model.attention import AttentionPlan, AttentionStates, NormChange, NormFormula
 
 SAFE_CHANGE = 25.0
 """Changes of a logit up to this size cannot overflow the ratio form, in float32 either."""

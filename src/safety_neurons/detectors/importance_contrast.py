@@ -19,8 +19,8 @@ from safety_neurons.detectors.text import Span, texts_of
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionPlan, AttentionStates
-from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
-from safety_neurons.model.passes import Batch, forward
+from safety_neurons.model.batches import Batch, forward
+from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy, MlpAnatomy
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, parse_key
 
 

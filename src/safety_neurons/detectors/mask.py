@@ -24,7 +24,8 @@ from safety_neurons.detectors.swap_attribution import SoftSwap, contested
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import Batch, BatchSize, collate, plan, takes_padding, token_budget
+from safety_neurons.model.batches import Batch, BatchSize, collate, plan, token_budget
+from safety_neurons.model.language_model import takes_padding
 from safety_neurons.neurons import Selection, parse_key
 from safety_neurons.neurons.scores import number_of
 

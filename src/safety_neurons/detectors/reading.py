@@ -11,7 +11,8 @@ from torch import Tensor
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel, hooks
-from safety_neurons.model.passes import Batch, evaluating, forward
+from safety_neurons.model.batches import Batch, forward
+from safety_neurons.model.hooks import evaluating
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from safety_neurons.detectors.methods import Method
 from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold
 from safety_neurons.errors import NumericalError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.model.batches import Batch, BatchSize
+from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.language_model import Texts as Asked
-from safety_neurons.model.passes import Batch, BatchSize, evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
 from safety_neurons.neurons.scores import said_of_zeros
 from safety_neurons.prompts import Prompts

@@ -11,8 +11,9 @@ from safety_neurons.detectors.methods import ProbeWeights, RefusalDirection
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import Encoded, LanguageModel, hooks
-from safety_neurons.model.parts import AttentionAnatomy
-from safety_neurons.model.passes import Batch, run_batches, said_of_failed
+from safety_neurons.model.batches import Batch, said_of_failed
+from safety_neurons.model.passes import run_batches
+from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import MLP_SITES, parse_key
 
 Pool = Callable[[Tensor, Batch], Tensor]

@@ -21,10 +21,9 @@ from safety_neurons.detectors.streaming import Folded, Part
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, forward
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
-from safety_neurons.model.layouts import take
-from safety_neurons.model.passes import Batch, forward
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import SitePlace, take
 from safety_neurons.neurons.scores import kept_share
 from safety_neurons.prompts import Prompts
 

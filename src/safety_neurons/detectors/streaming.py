@@ -15,8 +15,9 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, plan, said_of_failed, token_budget
 from safety_neurons.model.identity import identity, json_sha256
-from safety_neurons.model.passes import Batch, BatchSize, Halving, collate, plan, said_of_failed, takes_padding, token_budget
+from safety_neurons.model.language_model import takes_padding
 from safety_neurons.neurons import Selection, Votes
 from safety_neurons.results import Checkpoint
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionCapture
 from safety_neurons.model.hooks import around, reading
-from safety_neurons.model.layouts import take
-from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy, MlpAnatomy
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy, MlpAnatomy, SitePlace, take
 
 Part = AttentionAnatomy | MlpAnatomy
 

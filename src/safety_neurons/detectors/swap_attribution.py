@@ -18,10 +18,9 @@ from safety_neurons.detectors.methods import ImportanceContrast, SwapAttribution
 from safety_neurons.detectors.runner import Run, Scored
 from safety_neurons.detectors.sublayers import projected
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, forward
 from safety_neurons.model.hooks import around
-from safety_neurons.model.parts import AttentionAnatomy, LayerAnatomy
-from safety_neurons.model.passes import Batch, forward
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy, SitePlace
 from safety_neurons.neurons import MLP_SITES, parse_key
 
 Masks = dict[str, Float[Tensor, "batch unit"]]

@@ -15,9 +15,9 @@ from safety_neurons.detectors.runner import PromptCounts
 from safety_neurons.detectors.streaming import Progress, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.completing import Answer, Decoding
-from safety_neurons.model.completing import generate as complete
-from safety_neurons.model.passes import BatchSize
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.language_model import Answer, Decoding
+from safety_neurons.model.language_model import generate as complete
 from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.records import normalised
 from safety_neurons.results import Completion, Completions

@@ -18,12 +18,11 @@ from torch import Tensor
 from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.guard.pooling import Pool, Pooling
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
-from safety_neurons.model.experts import ExpertRows
+from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
 from safety_neurons.model.language_model import Texts
-from safety_neurons.model.layouts import Index
-from safety_neurons.model.parts import Anatomy
-from safety_neurons.model.passes import Batch, run_batches
+from safety_neurons.model.passes import run_batches
+from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
 
 

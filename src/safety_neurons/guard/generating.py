@@ -18,8 +18,7 @@ from safety_neurons.guard.streaming import GuardedStream
 from safety_neurons.guard.verdicts import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
-from safety_neurons.model.completing import Answer, Decoding, end_ids, generate
-from safety_neurons.model.language_model import Texts
+from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, conversation_of
 

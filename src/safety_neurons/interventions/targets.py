@@ -1,20 +1,20 @@
-"""What an intervention acts on: the model behind a view, its decoder stack, and the neurons as index tensors."""
+"""What an intervention acts on: a view's model, its decoder stack, its neurons as index tensors, its rows of a pass."""
 
 import contextlib
 import dataclasses
 import functools
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError
+from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.anatomy import Anatomy
+from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
 
 # Views of one model share its anatomy, so that a model is never probed while another view's intervention acts on it.
@@ -184,3 +184,49 @@ def per_site(values: Any, key: str, index: Int[Tensor, " neuron"], size: int) ->
     if vector.shape == index.shape:
         return vector
     raise NeuronError(f"{key}: {tuple(vector.shape)} values arrived, expected {size} (the site's neurons) or {len(index)} (those chosen)")
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A running patch whose passes may carry rows that are not the caller's."""
+
+    def rows(self, subject: Subject) -> tuple[int, int, int] | None:
+        """First and last (excluded) row of the batch that belong to a view, and the tokens of each row; None where all do."""
+
+
+_RUNNING: "weakref.WeakKeyDictionary[nn.Module, Sharing]" = weakref.WeakKeyDictionary()
+
+
+def own_rows(subject: Subject, activation: Float[Tensor, "batch token neuron"] | ExpertRows) -> Bool[Tensor, "*rows 1"] | None:
+    """Which rows of an activation belong to a view of the model; None stands for all of them."""
+    running = _RUNNING.get(subject.body)
+    span = None if running is None else running.rows(subject)
+    if span is None:
+        return None
+    first, last, tokens = span
+    if isinstance(activation, ExpertRows):
+        token = activation.token_index[:, None]
+        return (token >= first * tokens) & (token < last * tokens)
+    row = torch.arange(activation.shape[0], device=activation.device)[:, None, None]
+    return (row >= first) & (row < last)
+
+
+def active(subject: Subject) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a view's own adapters act; nothing while a patch on the model decides which of them act where."""
+    return contextlib.nullcontext() if subject.body in _RUNNING else subject.active()
+
+
+def announce(body: nn.Module, running: Sharing) -> None:
+    """Announces a patch on a decoder stack.
+
+    Raises:
+        UsageError: One is running already.
+    """
+    if body in _RUNNING:
+        raise UsageError("this model is being patched already; join the neuron sets (a | b) and patch once")
+    _RUNNING[body] = running
+
+
+def withdraw(body: nn.Module) -> None:
+    """Takes the announcement back."""
+    _RUNNING.pop(body, None)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.folders import model_contents
+from safety_neurons.model.files import model_contents
 from safety_neurons.model.identity import identity
 
 

@@ -1,23 +1,32 @@
 """The only floor that knows transformers and torch hooks: loading, anatomy, passes, completions."""
 
-from safety_neurons.model.chat_server import ChatServer, Reply, ServerError
-from safety_neurons.model.choices import Choice, answer_probabilities
-from safety_neurons.model.conversation import conversation_text
-from safety_neurons.model.heads import TextReader, load_classifier, load_scorer
+from safety_neurons.model.batches import Batch, BatchSize, Halving, Progress, batches, forward
+from safety_neurons.model.chat_server import ChatServer, Endpoint, Reply, ServerError
 from safety_neurons.model.language_model import Encoded, LanguageModel
 from safety_neurons.model.likelihood import (
+    Choice,
+    Losses,
+    answer_probabilities,
     kl_divergence,
     log_probabilities_of_next,
     token_divergences,
     token_log_probabilities,
     token_losses,
 )
-from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, load_several, parse_spec
-from safety_neurons.model.measures import BatchSize, Losses, Progress
-from safety_neurons.model.memory import Estimate, estimate
-from safety_neurons.model.passes import Batch, Halving, batches, forward, run_batches
-from safety_neurons.model.statistics import Statistics, activation_statistics
-from safety_neurons.model.template import encode_text
+from safety_neurons.model.loading import (
+    ModelSpec,
+    Pair,
+    TextReader,
+    check_pair,
+    load,
+    load_classifier,
+    load_pair,
+    load_scorer,
+    load_several,
+    parse_spec,
+)
+from safety_neurons.model.passes import Estimate, Statistics, activation_statistics, estimate, run_batches
+from safety_neurons.model.template import conversation_text, encode_text
 from safety_neurons.prompts import as_prompts
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "ChatServer",
     "Choice",
     "Encoded",
+    "Endpoint",
     "Estimate",
     "Halving",
     "LanguageModel",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from safety_neurons.errors import MismatchError, ModelError, UsageError
-from safety_neurons.model.folders import read_config, read_headers, weight_files
+from safety_neurons.model.files import read_config, read_headers, weight_files
 
 WEIGHTS = "adapter_model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")

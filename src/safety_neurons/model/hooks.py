@@ -7,6 +7,7 @@ no parameter is touched, and reading leaves every number of the model's output a
 Cost: one hook per projection, whatever the number of sites in it; views wherever the neurons are evenly spaced.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy, Routing
-from safety_neurons.model.layouts import Index, take
-from safety_neurons.model.parts import Anatomy, unwrapped
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import Anatomy, ExpertRows, ExpertsAnatomy, Index, Routing, SitePlace, take, unwrapped
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout) for a block; modules that were training train again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
 
 Reader = Callable[[Any], None]
 """Gets a site's activation `[batch, token, neuron]` (never to be written into), or `ExpertRows` for the key of an expert."""
+
 Editor = Callable[[Any], Tensor]
 """Gets the same and returns the new activation, of the same shape."""
 
@@ -156,6 +169,7 @@ class Reading:
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Called with (args, kwargs) before a module runs; returns a new (args, kwargs), or None to leave them."""
+
 After = Callable[[Any], Any]
 """Called with the output after a module ran; returns a new output, or None to leave it."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.adapters import is_adapted
-from safety_neurons.model.folders import model_contents
+from safety_neurons.model.files import model_contents
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.template import encode_text, require_tokenizer
 

@@ -1,293 +1,42 @@
-"""Forward passes over many sequences: right-padded batches sorted by length, halved when memory runs out."""
+"""Forward passes over many sequences: feeding them, summing activations, estimating a run.
+
+A reader of activations reduces what it gets while it is still in the cache, so that nothing but two numbers
+per neuron outlives a hook. On a processor the rows of one sequence at a time are multiplied by ones (two
+matrix-vector products), without a copy of the activations; elsewhere the whole batch is reduced by two
+kernels. Padding is never read, so NaN in it harms nothing.
+"""
 
 import contextlib
-import gc
-import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from safety_neurons.errors import InputError, ModelError, NumericalError
-from safety_neurons.model.hooks import around
-from safety_neurons.model.language_model import LanguageModel
-from safety_neurons.model.measures import BatchSize, Progress
-from safety_neurons.model.modes import evaluating
-from safety_neurons.model.parts import unwrapped
-
-__all__ = [
-    "CPU_TOKEN_BUDGET",
-    "GPU_TOKEN_BUDGET",
-    "Batch",
-    "BatchSize",
-    "Halving",
-    "batches",
-    "collate",
-    "decoder_of",
-    "evaluating",
-    "forward",
-    "is_out_of_memory",
-    "next_token_rows",
-    "plan",
-    "release_memory",
-    "run_batches",
-    "said_of_failed",
-    "stopping_after",
-    "takes_padding",
-    "token_budget",
-]
+from safety_neurons.errors import InputError, MismatchError, NumericalError
+from safety_neurons.model.batches import (
+    Batch,
+    BatchSize,
+    Halving,
+    Progress,
+    collate,
+    forward,
+    has_hooks,
+    plan,
+    said_of_failed,
+    token_budget,
+)
+from safety_neurons.model.hooks import around, reading
+from safety_neurons.model.language_model import LanguageModel, takes_padding
+from safety_neurons.model.sites import ExpertRows
+from safety_neurons.neurons.table import parse_key
+from safety_neurons.prompts import Prompts
 
 T = TypeVar("T")
-
-CPU_TOKEN_BUDGET = 2048
-GPU_TOKEN_BUDGET = 16384
-
-
-@dataclass
-class Batch:
-    """Sequences of similar length, padded on the right.
-
-    Attributes:
-        input_ids: Token ids; padding holds some valid id that nothing may read.
-        attention_mask: 1 for tokens, 0 for padding.
-        position_ids: 0, 1, 2, … in every row.
-        lengths: Number of tokens of every row.
-        indices: Which of the caller's sequences each row is.
-        number: Place of the (unsplit) batch in its plan.
-        output: What the forward pass gave: final hidden states `[batch, token, hidden]`, or logits `[batch, token, vocab]`; None where
-            the pass stopped early or hooks on the whole model made it run as a whole.
-    """
-
-    input_ids: Int[Tensor, "batch token"]
-    attention_mask: Int[Tensor, "batch token"]
-    position_ids: Int[Tensor, "batch token"]
-    lengths: list[int]
-    indices: list[int]
-    number: int = 0
-    output: Tensor | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest row."""
-        return int(self.input_ids.shape[1])
-
-    @property
-    def n_tokens(self) -> int:
-        """Real tokens, padding excluded."""
-        return sum(self.lengths)
-
-    @property
-    def rows(self) -> Int[Tensor, " row"]:
-        """Indices of the real tokens in the flattened `batch × token` axis, sequence by sequence.
-
-        Select with these (`values.flatten(0, 1)[batch.rows]`) and never multiply by the mask: padding may hold NaN.
-        """
-        return self.attention_mask.flatten().nonzero().squeeze(1)
-
-    @property
-    def row_lengths(self) -> Int[Tensor, " batch"]:
-        """Lengths as a tensor on the batch's device, to split what `rows` selected."""
-        return torch.tensor(self.lengths, device=self.input_ids.device)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on another device."""
-        tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.position_ids.to(device))
-        return Batch(*tensors, self.lengths, self.indices, self.number)
-
-    def split(self) -> tuple["Batch", "Batch"]:
-        """Two halves of the rows, each no wider than its longest row."""
-        middle = (len(self) + 1) // 2
-        return self._part(slice(None, middle)), self._part(slice(middle, None))
-
-    def _part(self, rows: slice) -> "Batch":
-        lengths = self.lengths[rows]
-        width = slice(0, max(lengths))
-        tensors = (self.input_ids[rows, width], self.attention_mask[rows, width], self.position_ids[rows, width])
-        return Batch(*tensors, lengths, self.indices[rows], self.number)
-
-
-def token_budget(device: torch.device, budget: int | None = None) -> int:
-    """Padded tokens that one batch may hold when its size is left to the package."""
-    return budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
-
-
-def takes_padding(lm: LanguageModel) -> bool:
-    """Whether rows of a batch may be of different lengths.
-
-    transformers' eager attention casts its mask to float32, where the lowest float64 becomes −∞: a padding token that sees no key at all
-    (left padding, a sliding window) turns into NaN there and spoils the tokens that follow, so float64 goes without padding.
-    """
-    return lm.dtype is not torch.float64 or getattr(lm.config, "_attn_implementation", None) in ("sdpa", "flex_attention")
-
-
-def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = CPU_TOKEN_BUDGET, *, padded: bool = True) -> list[list[int]]:
-    """Indices of every batch: longest sequences first (what does not fit shows at once), ties by index.
-
-    Args:
-        lengths: Tokens of every sequence.
-        batch_size: Rows of a batch, or `auto` for as many as `budget` padded tokens allow.
-        budget: Padded tokens of a batch where the size is `auto`.
-        padded: Whether a batch may hold sequences of different lengths.
-
-    Raises:
-        InputError: A batch size below one.
-    """
-    if batch_size != "auto" and batch_size < 1:
-        raise InputError(f"batch size {batch_size}: expected a number of at least 1, or 'auto'")
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        limit = max(1, budget // max(1, lengths[groups[-1][0]])) if groups and batch_size == "auto" else batch_size
-        fits = padded or not groups or lengths[groups[-1][0]] == lengths[index]
-        if groups and fits and len(groups[-1]) < int(limit):
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def collate(sequences: Sequence[Sequence[int]], indices: Sequence[int], *, number: int = 0, pad_id: int = 0) -> Batch:
-    """One right-padded batch of the sequences at `indices`."""
-    lengths = [len(sequences[index]) for index in indices]
-    if not lengths or min(lengths) == 0:
-        raise InputError("a sequence without tokens: expected at least one token in each; drop empty prompts first")
-    shape = (len(lengths), max(lengths))
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    for row, index in enumerate(indices):
-        input_ids[row, : lengths[row]] = torch.tensor(list(sequences[index]), dtype=torch.long)
-    positions = torch.arange(shape[1]).expand(shape).contiguous()
-    mask = (positions < torch.tensor(lengths)[:, None]).long()
-    return Batch(input_ids, mask, positions, lengths, list(indices), number)
-
-
-def batches(
-    sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", token_budget: int = CPU_TOKEN_BUDGET, pad_id: int = 0
-) -> list[Batch]:
-    """All sequences as right-padded batches, sorted by length; the same input always gives the same batches.
-
-    Raises:
-        InputError: An empty sequence, or a batch size below one.
-    """
-    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget)
-    return [collate(sequences, group, number=number, pad_id=pad_id) for number, group in enumerate(groups)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-
-
-class Halving:
-    """Runs work on batches and halves those that do not fit in memory, and all larger ones after them.
-
-    Args:
-        failed: Gets, by its index, the reason why a sequence is left out: it alone does not fit in memory, or gives numbers that are not
-            finite (then `work` raises a `NumericalError`, and the batch is halved until the sequence is alone). None: both end the run.
-
-    Attributes:
-        notes: One line for each time a batch was halved because it did not fit.
-    """
-
-    def __init__(self, failed: dict[int, str] | None = None) -> None:
-        self.notes: list[str] = []
-        self._failed = failed
-        self._largest: int | None = None
-
-    def run(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
-        """Results of `work` for the batch, or for its parts in order.
-
-        Args:
-            batch: Anything with `len`, `width`, `indices` and `split()`.
-            work: Must leave nothing behind when it raises, for it is called again on each half.
-
-        Raises:
-            ModelError: One row alone does not fit. NumericalError: One gives numbers that are not finite.
-        """
-        if self._largest is not None and len(batch) > 1 and len(batch) * batch.width > self._largest:
-            return self._halves(batch, work)
-        try:
-            return [work(batch)]
-        except NumericalError as error:
-            if self._failed is None:
-                raise
-            reason = str(error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = f"out of memory on one sequence of {batch.width} tokens: use a shorter text, --dtype bfloat16 or a larger device"
-            release_memory()
-            if len(batch) > 1:
-                self._halve(len(batch), batch.width)
-        if len(batch) > 1:
-            return self._halves(batch, work)
-        if self._failed is None:
-            raise ModelError(reason)
-        self._failed[batch.indices[0]] = reason
-        return []
-
-    def _halve(self, rows: int, width: int) -> None:
-        self._largest = rows * width // 2
-        self.notes.append(f"out of memory on a batch of {rows} × {width} tokens: halved, going on with at most {self._largest} tokens")
-
-    def _halves(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
-        return [result for part in batch.split() for result in self.run(part, work)]
-
-
-def said_of_failed(failed: Mapping[int, str], n: int, what: str = "prompts") -> list[str]:
-    """A line about the sequences that were left out, where there are some.
-
-    Args:
-        failed: The reason by index.
-        n: How many there were.
-        what: What they are.
-    """
-    first = next(iter(failed.values()), "")
-    return [f"{len(failed)} of {n} {what} failed (not-a-number or out of memory) and are left out; the first: {first}"] if failed else []
-
-
-def release_memory() -> None:
-    """Gives unused memory back after a failed allocation."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The causal LM's decoder without its head, adapters included; the model itself where it has no head."""
-    inner = unwrapped(model)
-    decoder = getattr(inner, "base_model", inner)
-    if decoder is inner and callable(getattr(inner, "get_decoder", None)):  # a prefix that names no attribute, as some text models have
-        decoder = inner.get_decoder()
-    return decoder if isinstance(decoder, nn.Module) else inner
-
-
-def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Float[Tensor, "batch token width"] | None:
-    """One forward pass without cache: final hidden states, or logits where they are asked for.
-
-    The head is left out where logits are not needed, unless something is hooked on the whole model: an intervention that drives
-    another model from there must see the pass, and None is returned then. Gradients flow if the caller enabled them.
-    """
-    inner = unwrapped(model)
-    whole = with_logits or any(_hooked(module) for module in (model, inner))
-    module = model if whole else decoder_of(model)
-    accepted = inspect.signature(inner.forward if whole else module.forward).parameters
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if "position_ids" in accepted:
-        arguments["position_ids"] = batch.position_ids
-    if whole and not with_logits and "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = 1
-    output = module(**arguments, return_dict=True)
-    if with_logits:
-        return output.logits
-    return None if whole else output.last_hidden_state
 
 
 def run_batches(
@@ -374,7 +123,7 @@ def stopping_after(lm: LanguageModel, layer: int | None) -> Iterator[None]:
 
     The pass runs to its end where something is hooked on the whole model, or weights are moved in and out by accelerate.
     """
-    if layer is None or any(_hooked(module) for module in (lm.model, lm.inner)) or hasattr(lm.inner, "hf_device_map"):
+    if layer is None or any(has_hooks(module) for module in (lm.model, lm.inner)) or hasattr(lm.inner, "hf_device_map"):
         yield
         return
     layers = lm.anatomy.layers
@@ -388,14 +137,420 @@ def stopping_after(lm: LanguageModel, layer: int | None) -> Iterator[None]:
         yield
 
 
-def next_token_rows(batch: Batch) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
-    """Flat indices of the tokens that predict another one, and the ids they are to predict, sequence by sequence."""
-    width = batch.width
-    predicts: Bool[Tensor, "batch token"] = batch.position_ids + 1 < batch.row_lengths[:, None]
-    rows = predicts.flatten().nonzero().squeeze(1)
-    return rows, batch.input_ids.flatten()[rows + 1] if width > 1 else batch.input_ids.new_empty(0)
+CACHED = 2**18
+"""Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level cache."""
+
+FEW = 2**15
+"""Below so many numbers a sequence, calls cost more than the copy that joins the sequences of a batch."""
+
+VIEWS = 512
+"""Shapes of working memory that are remembered."""
 
 
-def _hooked(module: nn.Module) -> bool:
-    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate replaces every forward, harmlessly
-    return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
+@dataclass(frozen=True)
+class Statistics:
+    """What is kept of the activations of every site: two numbers per neuron, whatever the number of tokens.
+
+    Attributes:
+        counts: tokens by site key (an expert counts the tokens routed to it).
+        sums: Σx of every neuron, by site key.
+        sums_of_squares: Σx² of every neuron.
+        failed: sequences that are not in them, because they gave NaN or infinity or did not fit in memory.
+    """
+
+    counts: Mapping[str, int]
+    sums: Mapping[str, Float[np.ndarray, " neuron"]]
+    sums_of_squares: Mapping[str, Float[np.ndarray, " neuron"]]
+    failed: int = 0
+
+    def mean(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Mean activation; 0 for an expert that got no token."""
+        return {key: values / max(self.counts[key], 1) for key, values in self.sums.items()}
+
+    def root_mean_square(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Root of the mean squared activation; 0 for an expert that got no token."""
+        return {key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.sums_of_squares.items()}
+
+    def standard_deviation(self) -> dict[str, Float[np.ndarray, " neuron"]]:
+        """Standard deviation (n − 1); NaN below two tokens."""
+        result = {}
+        for key, values in self.sums.items():
+            n = self.counts[key]
+            centred = np.maximum(self.sums_of_squares[key] - values**2 / max(n, 1), 0)
+            result[key] = np.sqrt(centred / (n - 1)) if n > 1 else np.full(len(values), np.nan)
+        return result
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """The statistics of both corpora together.
+
+        Raises:
+            MismatchError: They are of other sites.
+        """
+        sizes, others = ({key: len(values) for key, values in one.sums.items()} for one in (self, other))
+        if sizes != others:
+            raise MismatchError(f"statistics of {len(others)} sites were added to those of {len(sizes)}: expected the same sites and sizes")
+        return Statistics(
+            {key: count + other.counts[key] for key, count in self.counts.items()},
+            {key: values + other.sums[key] for key, values in self.sums.items()},
+            {key: values + other.sums_of_squares[key] for key, values in self.sums_of_squares.items()},
+            self.failed + other.failed,
+        )
+
+
+def activation_statistics(
+    lm: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    sites: Sequence[str] | None = None,
+    layers: range | str | None = None,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+    notes: list[str] | None = None,
+) -> Statistics:
+    """Count, Σx and Σx² of every neuron over all tokens of a corpus, special tokens included.
+
+    Sums of one batch are in float32 (in float64 where the model is), sums over batches in float64.
+
+    Args:
+        lm: the model; its adapters are made the active ones meanwhile.
+        sequences: token ids, each sequence fed once.
+        sites: any of `q k v o gate up down`; None for all. Activations are taken as `hooks.reading` hands them out.
+        layers: a range or "A:B"; None for all. The pass stops behind the last one.
+        batch_size: sequences a batch, or "auto" for a token budget.
+        progress: called with (batches done, in all, tokens).
+        notes: gets a line for every batch that was halved, and one for the sequences that were left out.
+
+    Raises:
+        NumericalError: no sequence gives finite numbers; the message names the first one's site.
+        UsageError: an unknown site, or layers outside the model.
+    """
+    sizes = lm.table.select(sites, layers).sizes
+    sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
+    failed: dict[int, str] = {}
+    with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
+        run_batches(
+            lm,
+            sequences,
+            lambda _: sums.take(),
+            batch_size,
+            progress=progress,
+            before=sums.start,
+            last_layer=max(parse_key(key).layer for key in sizes),
+            notes=notes,
+            failed=failed,
+        )
+    if len(failed) == len(sequences) > 0:
+        raise NumericalError(f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}")
+    if notes is not None:
+        notes += said_of_failed(failed, len(sequences), "sequences")
+    return replace(sums.finished(), failed=len(failed))
+
+
+def _source(key: str) -> tuple[str, int]:
+    """The key that a site is read by, and its row there: the experts of a layer are read together."""
+    parsed = parse_key(key)
+    if parsed.expert is None:
+        return key, 0
+    return f"layers.{parsed.layer}.experts.*.{parsed.site}", parsed.expert
+
+
+@dataclass
+class _Sum:
+    """Sums of one source: of one site, or of one site of all experts of a layer."""
+
+    counts: Int[Tensor, " expert"]
+    sums: Float[Tensor, "expert 2 neuron"]
+
+    def add(self, other: "_Sum") -> None:
+        self.counts += other.counts
+        self.sums += other.sums
+
+
+class _Sums:
+    """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches before it."""
+
+    def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+        self.sizes, self.dtype, self.scratch = sizes, dtype, Scratch(dtype)
+        self.sources: dict[str, int] = {}
+        for key in sizes:
+            source, row = _source(key)
+            self.sources[source] = max(self.sources.get(source, 0), row + 1)
+        self.totals: dict[str, _Sum] = {}
+        self.batch: Batch | None = None
+        self.rows: Tensor | None = None
+        self.parts: dict[str, _Sum] = {}
+
+    def start(self, batch: Batch) -> None:
+        self.batch, self.rows, self.parts = batch, None, {}
+
+    def reader(self, source: str) -> Callable[[Tensor | ExpertRows], None]:
+        def read(values: Tensor | ExpertRows) -> None:
+            part = self._experts(values, self.sources[source]) if isinstance(values, ExpertRows) else self._site(values)
+            if source in self.parts:  # experts may come by one after the other
+                self.parts[source].add(part)
+            else:
+                self.parts[source] = part
+
+        return read
+
+    def take(self) -> None:
+        """Add the batch's sums: on the device in float64, where it has float64.
+
+        Raises:
+            NumericalError: one is not finite; nothing is added.
+        """
+        whole = {source: part.sums.isfinite().all() for source, part in self.parts.items()}
+        where = next((flag.device for flag in whole.values()), None)
+        if whole and not bool(torch.stack([flag.to(where) for flag in whole.values()]).all()):  # one question to the device
+            source = next(source for source, flag in whole.items() if not flag)
+            raise NumericalError(f"site {source} gave NaN or infinity: check the model's weights, or use --dtype float32")
+        for source, part in self.parts.items():
+            host = part.sums.device.type == "mps"
+            wide = _Sum(part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double())
+            if source in self.totals:
+                self.totals[source].add(wide)
+            else:
+                self.totals[source] = wide
+        self.batch, self.parts = None, {}
+
+    def finished(self) -> Statistics:
+        host = {source: (total.counts.tolist(), total.sums.cpu().numpy()) for source, total in self.totals.items()}
+        counts: dict[str, int] = {}
+        sums: dict[str, np.ndarray] = {}
+        squares: dict[str, np.ndarray] = {}
+        for key, size in self.sizes.items():
+            source, row = _source(key)
+            found, values = host.get(source, ([0] * (row + 1), np.zeros((row + 1, 2, size))))
+            counts[key], (sums[key], squares[key]) = found[row], values[row]
+        return Statistics(counts, sums, squares)
+
+    def _site(self, values: Float[Tensor, "batch token neuron"]) -> _Sum:
+        assert self.batch is not None
+        sums = reduced(self._pieces(values, self.batch), values.shape[2], self.dtype, self.scratch)
+        return _Sum(torch.tensor([self.batch.n_tokens]), sums[None])
+
+    def _pieces(self, values: Tensor, batch: Batch) -> list[Tensor]:
+        """The rows of real tokens: views of single sequences, or one selection by index where there are many short ones."""
+        if batch.n_tokens == len(batch) * batch.width:
+            return [values.flatten(0, 1)]
+        if values.device.type == "cpu" and batch.n_tokens * values.shape[2] >= FEW * len(batch):
+            return [row.narrow(0, 0, length) for row, length in zip(values.unbind(0), batch.lengths, strict=True)]
+        if self.rows is None:
+            self.rows = batch.rows
+        return [values.flatten(0, 1).index_select(0, self.rows.to(values.device))]
+
+    def _experts(self, rows: ExpertRows, n_experts: int) -> _Sum:
+        """Routed rows whose token is not padding, sorted by expert."""
+        assert self.batch is not None
+        real = self.batch.attention_mask.flatten().to(rows.token_index.device)[rows.token_index].nonzero().squeeze(1)
+        expert, order = rows.expert_index[real].sort(stable=True)
+        counts = torch.bincount(expert, minlength=n_experts)
+        values = rows.values.index_select(0, real[order])
+        if values.device.type in ("cpu", "mps"):
+            pieces = values.split(counts.tolist())
+            return _Sum(counts, torch.stack([reduced([piece], values.shape[1], self.dtype, self.scratch) for piece in pieces]))
+        return _Sum(counts, reduced_by_group(values, counts, self.dtype))
+
+
+def reduced_by_group(
+    values: Float[Tensor, "row neuron"], counts: Int[Tensor, " group"], dtype: torch.dtype
+) -> Float[Tensor, "group 2 neuron"]:
+    """Σx and Σx² of every group of consecutive rows, in two kernels whatever the number of groups.
+
+    Args:
+        values: rows in the order of their groups.
+        counts: rows of each group.
+        dtype: type of the sums.
+    """
+    wide = values.to(dtype)
+    parts = [torch.segment_reduce(part, "sum", lengths=counts, axis=0, initial=0) for part in (wide, wide.square())]
+    return torch.stack(parts, dim=1)
+
+
+def reduced(
+    pieces: Sequence[Float[Tensor, "_ neuron"]], size: int, dtype: torch.dtype, scratch: "Scratch | None" = None
+) -> Float[Tensor, "2 neuron"]:
+    """Σx and Σx² over the rows of all pieces.
+
+    Args:
+        pieces: activations; never written into.
+        size: neurons.
+        dtype: type of the sums.
+        scratch: working memory, to be used again for the next call.
+    """
+    if pieces[0].device.type != "cpu":
+        sums = [torch.stack([piece.sum(0, dtype=dtype), torch.linalg.vector_norm(piece, dim=0, dtype=dtype).square()]) for piece in pieces]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    scratch = scratch or Scratch(dtype)
+    result = torch.zeros(2, size, dtype=dtype)
+    total, squares = result.unbind(0)
+    limit = max(1, CACHED // max(size, 1))
+    for piece in pieces:
+        for rows in piece.split(limit) if len(piece) > limit else (piece,):
+            columns = rows.to(dtype).t()
+            ones, product = scratch(len(rows), size)
+            total.addmv_(columns, ones)
+            squares.addmv_(torch.mul(columns, columns, out=product), ones)
+    return result
+
+
+class Scratch:
+    """Ones to sum with and memory for squares, made once and handed out in the shape that is asked for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._ones = torch.ones(0, dtype=dtype)
+        self._memory = torch.empty(0, dtype=dtype)
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: int, size: int) -> tuple[Float[Tensor, " row"], Float[Tensor, "neuron row"]]:
+        """Ones, and memory for the squares of transposed rows."""
+        if (rows, size) not in self._views:
+            if rows > len(self._ones):
+                self._ones = self._ones.new_ones(rows)
+            if rows * size > len(self._memory) or len(self._views) >= VIEWS:
+                self._memory = self._memory.new_empty(max(rows * size, len(self._memory)))
+                self._views.clear()
+            self._views[rows, size] = (self._ones[:rows], self._memory[: rows * size].view(rows, size).t())
+        return self._views[rows, size]
+
+
+_TRIAL_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Needs of a run; bytes and seconds.
+
+    Attributes:
+        weights_bytes: Weights of the models, a shared base once.
+        activations_bytes: Largest batch while it is fed (a rough upper figure: attention, feed-forward and readers of one layer).
+        cache_bytes: Keys and values of the largest batch while it is completed; 0 where nothing is generated.
+        statistics_bytes: Sums over all neurons, in float64.
+        disk_bytes: Scores and neuron sets, and completions where some are written.
+        seconds: Passes over all prompts (and generation), measured on a short trial.
+        prompts: Number of prompts.
+        tokens: Tokens that are fed.
+        new_tokens: Tokens that are generated at most.
+        batches: Batches of one sweep.
+        truncated: Prompts that do not fit the context.
+        device: Where the first model is.
+        dtype: What it computes in.
+    """
+
+    weights_bytes: int
+    activations_bytes: int
+    cache_bytes: int
+    statistics_bytes: int
+    disk_bytes: int
+    seconds: float
+    prompts: int
+    tokens: int
+    new_tokens: int
+    batches: int
+    truncated: int
+    device: str
+    dtype: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that is in memory at once."""
+        return self.weights_bytes + self.activations_bytes + self.cache_bytes + self.statistics_bytes
+
+    def __str__(self) -> str:
+        parts = [
+            f"weights {_size(self.weights_bytes)}",
+            f"activations {_size(self.activations_bytes)}",
+            f"cache {_size(self.cache_bytes)}",
+            f"statistics {_size(self.statistics_bytes)}",
+        ]
+        text = f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to generate, {self.batches:,} batches"
+        cut = f"; {self.truncated:,} prompts longer than the context" if self.truncated else ""
+        memory = f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} ({', '.join(parts)})"
+        return f"{text}{cut}\n{memory}\ntime about {_duration(self.seconds)}\ndisk about {_size(self.disk_bytes)}"
+
+
+def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> Estimate:
+    """Estimates a `find` over prompts without running it; only two short passes are fed, to measure the time.
+
+    Args:
+        models: The models of the run, one or a pair.
+        prompts: The prompts.
+        max_new_tokens: Longest completion, 0 where nothing is generated.
+        batch_size: Rows of a batch, or `auto`.
+    """
+    first = models[0]
+    encoded = first.encode(prompts, reserve=max_new_tokens)
+    lengths = [len(item.ids) + max_new_tokens for item in encoded]
+    groups = plan(lengths, batch_size, token_budget(first.device))
+    widest = max((len(group) * lengths[group[0]] for group in groups), default=0)
+    neurons = first.table.n_neurons
+    fed, written = sum(lengths), max_new_tokens * len(lengths)
+    per_token, per_step = _trial(first, [item.ids for item in encoded])
+    steps = len(groups) * max_new_tokens
+    return Estimate(
+        weights_bytes=_weights(models),
+        activations_bytes=widest * _width(first) * first.dtype.itemsize,
+        cache_bytes=widest * _cache_width(first) * first.dtype.itemsize if max_new_tokens else 0,
+        statistics_bytes=neurons * 8 * 3 * len(models),
+        disk_bytes=neurons * 4 * 2 + written * 16,
+        seconds=fed * per_token * len(models) + steps * per_step,
+        prompts=len(lengths),
+        tokens=fed,
+        new_tokens=written,
+        batches=len(groups),
+        truncated=sum(item.truncated for item in encoded),
+        device=str(first.device),
+        dtype=str(first.dtype).removeprefix("torch."),
+    )
+
+
+def _weights(models: Sequence[LanguageModel]) -> int:
+    tensors = {id(tensor): tensor for lm in models for tensor in (*lm.model.parameters(), *lm.model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _width(lm: LanguageModel) -> int:
+    """Numbers a token needs at the widest point of a pass: residual streams, and inputs and outputs of all sites of one layer."""
+    sizes = [sum(info.size for info in lm.table.sites if info.key.startswith(f"layers.{number}.")) for number in range(lm.table.n_layers)]
+    return 4 * int(lm.config.hidden_size) + 2 * max(sizes, default=0)
+
+
+def _cache_width(lm: LanguageModel) -> int:
+    return sum(info.size for info in lm.table.sites if info.key.endswith((".k", ".v")))
+
+
+def _trial(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Seconds a token of a long pass, and seconds a pass of one token."""
+    if not sequences:
+        return 0.0, 0.0
+    ids = [token for sequence in sequences for token in sequence]
+    limit = min(_TRIAL_TOKENS, lm.max_length or _TRIAL_TOKENS)
+    long = (ids * (limit // len(ids) + 1))[:limit]
+    seconds = []
+    with lm.running(), torch.no_grad():
+        for sequence in (long, long[:1]):
+            batch = collate([sequence], [0]).to(lm.device)
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                forward(lm.model, batch)
+                if lm.device.type == "cuda":
+                    torch.cuda.synchronize(lm.device)
+                taken.append(time.perf_counter() - start)
+            seconds.append(min(taken))
+    return seconds[0] / len(long), seconds[1]
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

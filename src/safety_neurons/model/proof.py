@@ -1,6 +1,10 @@
-"""Proof of an anatomy by algebra, on short probe passes of random tokens through the loaded model, for every layer by itself.
+"""Proof of an anatomy by algebra, on probe passes of random tokens through the loaded model, layer by layer.
 
-1. Queries, keys and values are where they are said to be (`proof_attention`).
+1. Queries, keys and values are where they are said to be, without a formula of the attention, so that it holds for any rotary style, norm,
+   scale or mask. With one token, attention is the value itself: what `o` is given must be the `v` slice, head by head. In a fused
+   projection, a change of the first token's queries must change nothing (there is one key to look at); a change of the last token's
+   queries of one head must change that token and that head only; a change of the first token's keys of one group must change later
+   tokens and this group's heads only.
 2. Weights and indices: `weight()` and `bias()` of every site, applied to what the projection was given, are what it put out; the slices of
    a fused projection, put together, are its output bit for bit; `down` and `o` applied to the captured activation give the sub-layer's
    output.
@@ -9,32 +13,291 @@
 5. Decoding: a step behind a cache shows every site, as a whole pass does.
 6. Effect: with the neurons of a site set to zero the logits change.
 
-Where the guessed layout of a fused projection fails and another one passes, that one is taken, unless the caller chose it.
+Where the guessed layout of a fused projection fails and another one passes, that one is taken, unless the
+caller chose it.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.experts import ExpertRows, ExpertsAnatomy
-from safety_neurons.model.layouts import GATE_UP_LAYOUTS, covers, split_gate_up
-from safety_neurons.model.modes import evaluating
-from safety_neurons.model.parts import Anatomy, AttentionAnatomy, LayerAnatomy, MlpAnatomy
-from safety_neurons.model.places import SitePlace, full_bias, full_weight
-from safety_neurons.model.probe import TOKENS, Probe, Seen, same
-from safety_neurons.model.proof_attention import settle_attention
-from safety_neurons.model.vocabulary import SAY_SITES
+from safety_neurons.errors import NumericalError, UnsupportedModelError
+from safety_neurons.model.hooks import Editor, around, editing, evaluating, reading
+from safety_neurons.model.sites import (
+    GATE_UP_LAYOUTS,
+    QKV_LAYOUTS,
+    SAY_SITES,
+    Anatomy,
+    AttentionAnatomy,
+    ExpertRows,
+    ExpertsAnatomy,
+    LayerAnatomy,
+    Layout,
+    MlpAnatomy,
+    SitePlace,
+    covers,
+    full_bias,
+    full_weight,
+    split_gate_up,
+    split_qkv,
+    unwrapped,
+)
 from safety_neurons.neurons import MLP_SITES
+
+TOKENS = 6
+"""Tokens of a probe row."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass showed: activations by key, and by module what it was given and what it put out."""
+
+    values: dict[str, Any]
+    boundaries: dict[nn.Module, tuple[tuple[Any, ...], Any]]
+    logits: Tensor
+
+
+class Probe:
+    """Random tokens and passes over them. Nothing global is seeded."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model = model
+        body: Any = unwrapped(model)
+        vocabulary = int(body.config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, vocabulary, (2, TOKENS), generator=generator).to(body.get_input_embeddings().weight.device)
+
+    def rows(self, n: int) -> Int[Tensor, "row token"]:
+        """The first row of tokens `n` times."""
+        return self.ids[:1].expand(n, -1).contiguous()
+
+    def run(self, ids: Int[Tensor, "batch token"] | None = None) -> Float[Tensor, "batch token vocab"]:
+        """Logits of a pass without cache.
+
+        Raises:
+            NumericalError: they are not finite.
+        """
+        ids = self.ids if ids is None else ids
+        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        if not bool(torch.isfinite(logits).all()):
+            raise NumericalError("the model gives NaN or infinity on random tokens, finite logits were expected; check weights and dtype")
+        return logits
+
+    def step(self, anatomy: Anatomy, keys: Iterable[str]) -> None:
+        """A decoding step behind a prefill, in which every site has to come by as in a whole pass; nothing where there is no cache."""
+        with reading(anatomy, {key: lambda _: None for key in keys}):
+            prefill = self.model(input_ids=self.ids[:, :-1], attention_mask=torch.ones_like(self.ids[:, :-1]), use_cache=True)
+            cache = getattr(prefill, "past_key_values", None)
+            if cache is not None:
+                ids, mask = self.ids[:, -1:], torch.ones_like(self.ids)
+                self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    def see(
+        self,
+        anatomy: Anatomy,
+        keys: Iterable[str],
+        modules: Iterable[nn.Module] = (),
+        edits: Mapping[str, Editor] | None = None,
+        ids: Int[Tensor, "batch token"] | None = None,
+    ) -> Seen:
+        """One pass; activations are kept after the edits acted."""
+        values: dict[str, Any] = {}
+        boundaries: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
+        with ExitStack() as stack:
+            stack.enter_context(editing(anatomy, edits or {}))
+            stack.enter_context(reading(anatomy, {key: _keep(values, key) for key in keys}))
+            for module in dict.fromkeys(modules):
+                before, after = _boundary(boundaries, module)
+                stack.enter_context(around(module, before=before, after=after))
+            logits = self.run(ids)
+        return Seen(values, boundaries, logits)
+
+
+def _keep(into: dict[str, Any], name: str) -> Callable[[Any], None]:
+    def reader(values: Any) -> None:
+        if isinstance(values, Tensor):
+            into[name] = values.clone()
+        else:
+            into.setdefault(name, []).append(values)
+
+    return reader
+
+
+def _boundary(into: dict[nn.Module, tuple[tuple[Any, ...], Any]], module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+    given: list[tuple[Any, ...]] = []
+
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(tuple(value.clone() if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())))
+
+    def after(output: Any) -> None:
+        into[module] = (given[-1], output.clone() if isinstance(output, Tensor) else output)
+
+    return before, after
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to the same numbers may be apart, relative to the largest of them."""
+    return {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype, 1e-1)
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree within what their type can tell."""
+    if found.shape != expected.shape:
+        return False
+    difference = (found.double() - expected.double()).abs().max()
+    return bool(difference <= tolerance(expected.dtype) * expected.double().abs().max().clamp(min=1e-30))
+
+
+_CHANGES = ("queries of the first token", "queries of the last token", "keys of the first token")
+
+
+def settle_attention(anatomy: Anatomy, probe: Probe) -> Anatomy:
+    """The anatomy with the place of q, k and v proved in every layer; other layouts are tried where the guess fails.
+
+    Where none passes, q, k and v of that layer are refused, with the reason.
+
+    Raises:
+        UnsupportedModelError: a layout that the caller chose fails.
+    """
+    pending = {
+        layer.index: layer.attention
+        for layer in anatomy.layers
+        if layer.attention is not None and not any(place.key in anatomy.refused for place in layer.attention.places.values())
+    }
+    reasons: dict[int, list[str]] = {}
+    for attempt in range(len(QKV_LAYOUTS)):
+        trial = {layer: _candidate(attention, attempt) for layer, attention in pending.items()}
+        tried = {layer: attention for layer, attention in trial.items() if attention is not None}
+        if not tried or (attempt and "qkv" in anatomy.chosen):
+            break
+        proposed = _with_attention(anatomy, tried)
+        faults = _faults(proposed, probe, tried)
+        for layer, attention in tried.items():
+            if faults.get(layer) is None:
+                pending.pop(layer)
+            else:
+                reasons.setdefault(layer, []).append(f"{attention.layout}: {faults[layer]}" if attention.layout else str(faults[layer]))
+        anatomy = _with_attention(anatomy, {layer: attention for layer, attention in tried.items() if layer not in pending})
+    return _refuse_rest(anatomy, pending, reasons)
+
+
+def _refuse_rest(anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons: dict[int, list[str]]) -> Anatomy:
+    refused = dict(anatomy.refused)
+    for layer, attention in pending.items():
+        reason = f"q, k and v could not be proved ({'; '.join(reasons[layer])})"
+        if "qkv" in anatomy.chosen and attention.layout is not None:
+            raise UnsupportedModelError(
+                f"layers.{layer}: {reason}; leave layouts={{'qkv': ...}} out or pass another of {', '.join(QKV_LAYOUTS)}"
+            )
+        for site in "qkv":
+            refused[attention.places[site].key] = f"{reason}; {SAY_SITES}"
+    return replace(anatomy, refused=refused)
+
+
+def _candidate(attention: AttentionAnatomy, attempt: int) -> AttentionAnatomy | None:
+    """The attention with its guessed layout first, then with the other ones."""
+    if attempt == 0 or attention.layout is None:
+        return attention if attempt == 0 else None
+    layout: Layout = sorted(QKV_LAYOUTS, key=lambda each: each != attention.layout)[attempt]
+    indices = split_qkv(layout, attention.n_heads, attention.n_kv_heads, attention.head_dim)
+    places = {site: place.at(indices[site]) if site in indices else place for site, place in attention.places.items()}
+    return replace(attention, places=places, layout=layout)
+
+
+def _with_attention(anatomy: Anatomy, attentions: dict[int, AttentionAnatomy]) -> Anatomy:
+    layers = [replace(layer, attention=attentions.get(layer.index, layer.attention)) for layer in anatomy.layers]
+    return replace(anatomy, layers=tuple(layers))
+
+
+def _faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]) -> dict[int, str | None]:
+    """By layer, why its q, k and v indices cannot be right, or None. Two passes, whatever the number of layers."""
+    keys = [attention.places["v"].key for attention in attentions.values()]
+    outputs = [attention.places["o"].module for attention in attentions.values()]
+    alone = probe.see(anatomy, keys, outputs, ids=probe.ids[:, :1])
+    faults: dict[int, str | None] = {}
+    for layer, attention in attentions.items():
+        value = alone.values[attention.places["v"].key]
+        mixed = alone.boundaries[attention.places["o"].module][0][0].view(*value.shape[:2], -1)  # before an (IA)³ scale
+        if not _is_value(attention, value, mixed):
+            faults[layer] = "with one token the input of o is not the value"
+    fused = [layer for layer, attention in attentions.items() if attention.layout is not None and layer not in faults]
+    if fused:
+        faults.update(_fused_faults(anatomy, probe, {layer: attentions[layer] for layer in fused}))
+    return faults
+
+
+def _is_value(attention: AttentionAnatomy, value: Tensor, mixed: Tensor) -> bool:
+    """Whether `o` is given the values of each head's group, up to a factor of at most one (an attention sink takes a share)."""
+    heads, groups = attention.n_heads, attention.n_kv_heads
+    expected = value.double().unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)
+    found = mixed.double().unflatten(-1, (heads, -1))
+    if found.shape != expected.shape:
+        return False
+    factor = (found * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    close = (found - factor * expected).abs().max() <= tolerance(mixed.dtype) * expected.abs().max().clamp(min=1e-30)
+    return bool(close and (factor <= 1.1).all() and (factor >= 0).all())
+
+
+def _fused_faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]) -> dict[int, str | None]:
+    """One pass with a clean row and three changed rows for each layer."""
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    for number, attention in enumerate(attentions.values()):
+        row, size = 1 + 3 * number, attention.head_dim
+        head, group = attention.n_heads - 1, attention.n_kv_heads - 1
+        queries = [(row, 0, slice(None)), (row + 1, -1, slice(head * size, (head + 1) * size))]
+        edits[attention.places["q"].key] = _changed(queries)
+        edits[attention.places["k"].key] = _changed([(row + 2, 0, slice(group * size, (group + 1) * size))])
+    outputs = [attention.places["o"].key for attention in attentions.values()]
+    seen = probe.see(anatomy, outputs, edits=edits, ids=probe.rows(1 + 3 * len(attentions))).values
+    return {
+        layer: _leak(attention, seen[attention.places["o"].key], 1 + 3 * number)
+        for number, (layer, attention) in enumerate(attentions.items())
+    }
+
+
+def _changed(changes: list[tuple[int, int, slice]]) -> Callable[[Tensor], Tensor]:
+    """An edit that turns the given (row, token, features) into other numbers of the same size."""
+
+    def edit(values: Tensor) -> Tensor:
+        new = values.clone()
+        for row, token, features in changes:
+            part = values[row, token, features]
+            new[row, token, features] = part.flip(-1) * 1.5 - part.abs().mean()
+        return new
+
+    return edit
+
+
+def _leak(attention: AttentionAnatomy, mixed: Float[Tensor, "row token mixed"], first: int) -> str | None:
+    """What changed that should not have, or did not change that should have."""
+    heads, per_group = attention.n_heads, attention.n_heads // attention.n_kv_heads
+    clean = mixed[0]
+    scale = tolerance(mixed.dtype) * float(clean.abs().max())
+    for number, what in enumerate(_CHANGES):
+        changed = (mixed[first + number] - clean).abs().unflatten(-1, (heads, -1)).amax(-1)
+        allowed = torch.zeros_like(changed, dtype=torch.bool)
+        if number == 1:
+            allowed[-1, heads - 1] = True
+        elif number == 2:
+            allowed[1:, heads - per_group :] = True
+        if bool((changed[~allowed] > scale).any()):
+            return f"a change of the {what} reaches other tokens or heads than it can"
+        if number and not bool((changed[allowed] > 0).any()):
+            return f"a change of the {what} reaches nothing"
+    return None
+
 
 GATE_ROWS = 64
 """Rows of drawn values that the gate step of experts is tried on."""
+
 GATE_SIZES = (1.0, 1e-1, 1e-2)
 """Their sizes."""
+
 ROWS_AT_ONCE = 64
 """Rows of a pass in which each row has another site set to zero."""
 

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from safety_neurons.model.batches import IGNORED, descend, padded
+from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.loading import quiet as without_reports
-from safety_neurons.model.modes import evaluating
-from safety_neurons.model.training import IGNORED, descend, padded
 from safety_neurons.organism.folder import Recipe
 from safety_neurons.organism.language import (
     BOS,

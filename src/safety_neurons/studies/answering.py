@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.endpoint import Endpoint
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import ADAPTIVE, STATIC

@@ -13,7 +13,7 @@ from typing import Any
 from safety_neurons.capability import divergence, perplexity
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completion, Completions, Rate, rate
 

@@ -22,7 +22,7 @@ from safety_neurons.detectors.methods import METHODS, Method, by_name, with_opti
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source

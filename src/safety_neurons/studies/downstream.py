@@ -10,7 +10,7 @@ import torch
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.training import descend, padded
+from safety_neurons.model.batches import descend, padded
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions
 from safety_neurons.tuning.artefacts import check_plain

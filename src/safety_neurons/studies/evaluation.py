@@ -20,7 +20,7 @@ from safety_neurons.guard import Guard
 from safety_neurons.judges import DEFAULT_JUDGES, Judge
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Completions, Gate
 from safety_neurons.results.files import PathLike

@@ -14,7 +14,7 @@ from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.judges import Judge
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, cohen_kappa, write_json

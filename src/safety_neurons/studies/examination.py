@@ -14,8 +14,8 @@ from safety_neurons.detectors import find_importance
 from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, batches, forward
-from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import around, editing, reading
+from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import notebook

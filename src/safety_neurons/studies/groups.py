@@ -14,7 +14,7 @@ from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, parse_key
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Difference, Effect, Rate, against_random, causal_effect, holm, paired_difference, rate

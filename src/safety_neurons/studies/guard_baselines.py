@@ -14,8 +14,9 @@ from safety_neurons.guard.calibration import fit_calibration
 from safety_neurons.guard.fit_features import regression
 from safety_neurons.guard.pooling import Pooling
 from safety_neurons.model import BatchSize, LanguageModel
+from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import around
-from safety_neurons.model.passes import Batch, run_batches
+from safety_neurons.model.passes import run_batches
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import auroc

@@ -40,7 +40,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel, load, load_pair
-from safety_neurons.model.stopping import stops
+from safety_neurons.model.language_model import stops
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.prompts.records import request_of

@@ -9,7 +9,7 @@ from safety_neurons.capability import Settings, Task
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts

@@ -7,7 +7,7 @@ from typing import Any
 
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import rate

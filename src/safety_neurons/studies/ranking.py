@@ -12,7 +12,7 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.organism import OrganismFolder, load_pair
 from safety_neurons.organism import open as open_organism
 from safety_neurons.prompts import prompts

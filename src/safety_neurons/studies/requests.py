@@ -8,7 +8,7 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.endpoint import Endpoint
+from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.prompts import Prompt, Prompts, as_prompts, prompts
 from safety_neurons.results.files import PathLike
 from safety_neurons.studies.answering import UNTREATED, unique

@@ -24,8 +24,8 @@ from safety_neurons.interventions import patched
 from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.judgement import normalised
 from safety_neurons.model import LanguageModel, check_pair
-from safety_neurons.model.measures import BatchSize
-from safety_neurons.model.passes import evaluating
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.hooks import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source

@@ -9,7 +9,7 @@ from typing import Any
 from safety_neurons.capability import Measured, Settings, Task, measure, task
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source

@@ -14,7 +14,7 @@ from typing import Any
 from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts import as_prompts
 from safety_neurons.prompts.readers import Source

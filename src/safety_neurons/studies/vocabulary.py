@@ -13,9 +13,9 @@ from torch import Tensor
 from safety_neurons.errors import NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
-from safety_neurons.model.parts import AttentionAnatomy
-from safety_neurons.model.unembedding import vocabulary_scores
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.likelihood import vocabulary_scores
+from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts import as_prompts
 from safety_neurons.prompts.readers import Source

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from safety_neurons.model import LanguageModel, run_batches
+from safety_neurons.model.batches import Batch, BatchSize
 from safety_neurons.model.hooks import reading
-from safety_neurons.model.measures import BatchSize
-from safety_neurons.model.passes import Batch
 from safety_neurons.prompts import Prompts
 
 BEFORE, AFTER = 8, 4

@@ -11,8 +11,8 @@ from jaxtyping import Float64
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained
 from safety_neurons.detectors.methods import Attribution
 from safety_neurons.errors import InputError
-from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model import LanguageModel, token_log_probabilities
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompts import Prompts
 
 Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -76,7 +76,7 @@ class RefusalOdds:
         flat = [row for rows in self.rows for row in rows]
         spans = [(row.start, len(row.ids)) for row in flat]
         with treatment():
-            found = model.token_log_probabilities([list(row.ids) for row in flat], spans, batch_size=self.batch_size)
+            found = token_log_probabilities(model, [list(row.ids) for row in flat], spans, batch_size=self.batch_size)
         values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
         ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
         return np.array([part.sum() for part in np.split(np.array(values), ends)])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
+from safety_neurons.model.batches import Batch, collate
 from safety_neurons.model.likelihood import logits_budget, widened
-from safety_neurons.model.passes import Batch, collate
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.suites.artifacts import Attack, Attacks
 from safety_neurons.suites.mechanical import DEFAULT_OPENING

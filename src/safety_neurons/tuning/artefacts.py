@@ -24,10 +24,8 @@ from torch import Tensor
 from safety_neurons.errors import MismatchError, NeuronError, NumericalError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import activate, is_adapted, merged
-from safety_neurons.model.experts import DOWN, FUSED
-from safety_neurons.model.layouts import take
 from safety_neurons.model.loading import quiet
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import DOWN, FUSED, SitePlace, take
 from safety_neurons.neurons import NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
 from safety_neurons.results.files import PathLike, ordered_header, read_json, whole_folder, write_bytes, write_json

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.measures import BatchSize, Progress
-from safety_neurons.model.passes import Batch
+from safety_neurons.model.batches import Batch, BatchSize, Progress
 from safety_neurons.model.template import encode_text, require_tokenizer, untouched
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.prompts import prompts as read_prompts

@@ -32,11 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.experts import ExpertRows
 from safety_neurons.model.hooks import around, editing, reading
-from safety_neurons.model.layouts import take
-from safety_neurons.model.parts import Anatomy, LayerAnatomy
-from safety_neurons.model.places import SitePlace
+from safety_neurons.model.sites import Anatomy, ExpertRows, LayerAnatomy, SitePlace, take
 from safety_neurons.neurons import NeuronSet, parse_key
 
 

@@ -20,9 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.experts import DOWN, FUSED, ExpertsAnatomy
-from safety_neurons.model.layouts import take
-from safety_neurons.model.places import Projection, SitePlace, projection
+from safety_neurons.model.sites import DOWN, FUSED, ExpertsAnatomy, Projection, SitePlace, projection, take
 from safety_neurons.neurons import NeuronSet, parse_key
 
 Where = tuple[Any, ...]

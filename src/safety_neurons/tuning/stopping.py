@@ -10,7 +10,7 @@ import numpy as np
 
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel, token_divergences
-from safety_neurons.model.measures import BatchSize
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Completions, Rate, rate
 from safety_neurons.tuning.deltas import Deltas

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, descend, forward, plan
+from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
-from safety_neurons.model.measures import BatchSize
-from safety_neurons.model.passes import Batch, Halving, collate, forward, plan, takes_padding
-from safety_neurons.model.training import descend
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.readers import Source

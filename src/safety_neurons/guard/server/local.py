@@ -20,7 +20,7 @@ from safety_neurons.guard.server.problems import too_long
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.writing import LocalWriter
 from safety_neurons.model import Encoded
-from safety_neurons.model.passes import token_budget
+from safety_neurons.model.batches import token_budget
 
 _CHARACTERS_A_TOKEN = 16
 """Texts have about four characters a token, and what has four times as many throughout is no text: it is refused unread."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.problems import Problem, too_long
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.passes import takes_padding
+from safety_neurons.model.language_model import takes_padding
 
 _COLDEST = 1e-6
 _HALF_CHARACTER = "�"
