@@ -12,7 +12,7 @@ from running import command, done, interruptible, record
 from safety_neurons.detectors import streaming
 from safety_neurons.model import language_model
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.results import checkpoint
+from safety_neurons.results import run as run_files
 
 METHODS = {
     "importance": ["--agreement", "0.5"],
@@ -49,7 +49,7 @@ def counted(monkeypatch, die_after=None):
 
     monkeypatch.setattr(streaming, "collate", counting_collate)
     monkeypatch.setattr(language_model, "_generate_rows", counting_write)
-    monkeypatch.setattr(checkpoint.Checkpoint, "due", True)
+    monkeypatch.setattr(run_files.Checkpoint, "due", True)
     monkeypatch.setattr(streaming.Stream, "save", saving)
     return seen
 

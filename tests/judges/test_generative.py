@@ -5,9 +5,8 @@ import transformers
 from judges.tiny_judges import CHAT, LISTED, SIZES, adapter_folder, judge_folder
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.judges import judge
-from safety_neurons.judges.generative import GuardJudge
-from safety_neurons.judges.guards import FORMS
-from safety_neurons.judges.judging import Case
+from safety_neurons.judges.guards import FORMS, GuardJudge
+from safety_neurons.judges.judgement import Case
 from safety_neurons.results import Completion
 
 ASKED = [

@@ -2,7 +2,7 @@ import pytest
 
 from safety_neurons.judges import answer_of
 from safety_neurons.judges.judgement import normalised, sentences
-from safety_neurons.results.thoughts import end_of_opened
+from safety_neurons.results.completions import end_of_opened
 
 
 @pytest.mark.parametrize(

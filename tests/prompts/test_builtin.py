@@ -5,7 +5,7 @@ import pytest
 
 from safety_neurons.errors import InputError
 from safety_neurons.prompts import NAMES, languages, library, prompts
-from safety_neurons.prompts.builtin import ENGLISH
+from safety_neurons.prompts.readers import ENGLISH
 
 LANGUAGES = ["en", "de", "es", "fr", "zh"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, records_from_rows, tables
+from safety_neurons.prompts import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 USER, CHAT = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -291,7 +291,7 @@ def test_one_request_keeps_a_last_turn_of_the_assistant():
 
 
 def test_rows_are_bounded_and_a_limit_reads_the_first(tmp_path, monkeypatch):
-    for module in (records_from_rows, tables):
+    for module in (rows, tables):
         monkeypatch.setattr(module, "MOST_ROWS", 1000)
     for name, content in (("a.csv.gz", "prompt,x\n" + "a,1\n" * 3000), ("a.json.gz", json.dumps(["a"] * 3000)), ("a.txt.gz", "a\n" * 3000)):
         path = written(tmp_path, name, gzip.compress(content.encode()))

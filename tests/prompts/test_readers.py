@@ -3,7 +3,6 @@ import importlib
 import json
 import os
 import sys
-import zipfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 import safety_neurons
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts, archives, files, prompts
-from safety_neurons.results.content import contents_of
+from safety_neurons.prompts import Message, Prompt, Prompts, prompts, readers
+from safety_neurons.results.files import contents_of
 
 RECORDS = [{"prompt": "How do I knit?", "response": "With two needles."}, {"prompt": "How do I sew?", "response": "With one."}]
 TEXTS = [record["prompt"] for record in RECORDS]
@@ -409,26 +408,9 @@ def test_an_empty_list_is_refused():
         prompts([])
 
 
-@pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.zip"])
-def test_a_file_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(files, "LARGEST", 1 << 20)
-    monkeypatch.setattr(archives, "LARGEST", 1 << 20)
-    path, large = tmp_path / name, b"a\n" * (1 << 20)
-    if name.endswith(".gz"):
-        path.write_bytes(gzip.compress(large))
-    else:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("a.txt", large)
+def test_a_file_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST", 1 << 20)
+    path = tmp_path / "bomb.txt.gz"
+    path.write_bytes(gzip.compress(b"a\n" * (1 << 20)))
     with pytest.raises(InputError, match="unpacks to more than 1 MiB"):
-        prompts(path)
-
-
-def test_a_zip_whose_data_are_damaged_is_refused(tmp_path):
-    path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.txt", "".join(f"question {n} of many\n" for n in range(500)))
-    data = bytearray(path.read_bytes())
-    data[40:60] = b"\xff" * 20
-    path.write_bytes(data)
-    with pytest.raises(InputError, match="damaged"):
         prompts(path)

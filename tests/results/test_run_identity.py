@@ -13,8 +13,7 @@ import pytest
 
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import RunFolder
-from safety_neurons.results.content import contents_of
-from safety_neurons.results.files import PARTIAL, plain_name, remove_partial, safetensors_bytes, whole_folder
+from safety_neurons.results.files import PARTIAL, contents_of, plain_name, remove_partial, safetensors_bytes, whole_folder
 
 CONFIG = {"prompts": "harm.txt", "top": 0.05}
 

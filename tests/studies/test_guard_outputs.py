@@ -8,8 +8,7 @@ from guard_tools import requests, some_neurons, tiny_model
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard import fit_guard
-from safety_neurons.judges.judgement import harm_verdict
-from safety_neurons.judges.judging import Judge
+from safety_neurons.judges.judgement import Judge, harm_verdict
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies.guard_outputs import GUARDED, UNGUARDED, cut_of, guarded_outputs, some
 

@@ -9,7 +9,7 @@ from safety_neurons.model import LanguageModel, load, token_log_probabilities
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Message, Prompt, Prompts, prompts
 from safety_neurons.suites import Attacks, attack, gcg
-from safety_neurons.suites.suffixes import changed, encoded, initial, located, printable_ids
+from safety_neurons.suites.gradient_search import changed, encoded, initial, located, printable_ids
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 SMALL = {"width": 24, "top_k": 16, "suffix_tokens": 6}

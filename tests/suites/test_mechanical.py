@@ -7,7 +7,7 @@ import pytest
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Message, Prompt, Prompts
 from safety_neurons.suites import ATTACKS, STATIC, attack
-from safety_neurons.suites.mechanical import DEFAULT_OPENING, MECHANICAL, past
+from safety_neurons.suites.attacks import DEFAULT_OPENING, MECHANICAL, past
 
 ASKED = Prompts(
     [

@@ -9,14 +9,12 @@ import json
 import pathlib
 import socket
 import threading
-import zipfile
 
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.suites import catalogue, suite, verify
-from safety_neurons.suites.catalogue import Place, entries, names, wanted
-from safety_neurons.suites.sources import find
+from safety_neurons.suites.catalogue import Location, entries, find, names, wanted
 
 GOALS = [f"Invent request number {number} of this test" for number in range(6)]
 TARGETS = [f"Sure, here is answer number {number}" for number in range(6)]
@@ -68,17 +66,12 @@ EDITIONS = {
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
-@pytest.mark.parametrize("wrapping", ["plain", "gz", "zip"])
+@pytest.mark.parametrize("wrapping", ["plain", "gz"])
 def test_every_edition_of_a_suite_gives_the_same_prompts(tmp_path, edition, wrapping):
     name, text = EDITIONS[edition]
     path = write(tmp_path / name, text)
     if wrapping == "gz":
         path = write(tmp_path / f"{name}.gz", gzip.compress(path.read_bytes()))
-    if wrapping == "zip":
-        path = tmp_path / "archive.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"folder/{name}", text.encode())
-            archive.writestr("__MACOSX/folder/._a.csv", b"\x00")
     found = suite(f"advbench={path}", offline=True)
     assert found.prompts.texts == GOALS
     assert [prompt.meta["target"] for prompt in found.prompts] == TARGETS
@@ -289,15 +282,15 @@ def test_a_file_from_the_web_is_held_to_its_hash_and_kept(web, monkeypatch, tmp_
     folder, address, asked = web
     path = write(folder / "harmful_behaviors.csv", EDITIONS["a header"][1])
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    place = Place(("harmful_behaviors.csv",), (digest,), None, f"{address}/harmful_behaviors.csv")
+    place = Location(("harmful_behaviors.csv",), (digest,), None, f"{address}/harmful_behaviors.csv")
     assert (found := find(place, "advbench", None, offline=False)).sha256 == digest
     assert find(place, "advbench", tmp_path / "web", offline=True).path == path
     assert asked == ["/harmful_behaviors.csv"]
     assert find(place, "advbench", None, offline=True) == found, "what was fetched once is there offline"
-    other = Place(place.files, ("0" * 64,), None, place.url)
+    other = Location(place.files, ("0" * 64,), None, place.url)
     with pytest.raises(InputError, match="it was not kept"):
         find(other, "advbench", None, offline=False)
     with pytest.raises(InputError, match="offline forbids"):
         find(other, "advbench", None, offline=True)
     with pytest.raises(InputError, match="cannot be fetched"):
-        find(Place(place.files, ("1" * 64,), None, f"{address}/absent.csv"), "advbench", None, offline=False)
+        find(Location(place.files, ("1" * 64,), None, f"{address}/absent.csv"), "advbench", None, offline=False)

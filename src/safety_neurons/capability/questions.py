@@ -8,6 +8,8 @@ import csv
 import io
 import pathlib
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.language_model import Answer, Decoding, generate, stops
 from safety_neurons.model.likelihood import logits_budget, widened
-from safety_neurons.prompts.archives import members, read_member
+from safety_neurons.prompts.readers import LARGEST
 from safety_neurons.results import rate
 
 SHOTS, MAX_NEW_TOKENS = 5, 256
@@ -234,8 +236,13 @@ def _files(source: pathlib.Path) -> dict[str, str]:
         if source.is_dir():
             found = [path for path in source.rglob("*.csv") if not path.name.startswith("._")]
             return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in found}
-        names = [name for name in members(source) if name.endswith(".csv") and not pathlib.PurePath(name).name.startswith("._")]
-        return {name: read_member(source, name).decode("utf-8-sig") for name in names}
+        with zipfile.ZipFile(source) as archive:
+            tables = [item for item in archive.infolist() if re.search(r"(?:^|/)(?!\._)[^/]+\.csv$", item.filename)]
+            if any(item.file_size > LARGEST for item in tables):  # zipfile reads no more than the size that is named
+                raise InputError(f"{str(source)!r} unpacks to more than {LARGEST >> 20} MiB a table; expected MMLU: look at it first")
+            return {item.filename: archive.read(item).decode("utf-8-sig") for item in tables}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise InputError(f"{str(source)!r} is a damaged or locked zip archive ({error}); expected a whole one: get it again") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {str(source)!r} ({error}); expected MMLU as a folder or zip of CSV files") from error
 

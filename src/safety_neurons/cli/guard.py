@@ -18,7 +18,7 @@ from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts.builtin import LOOK_ALIKES
+from safety_neurons.prompts.readers import LOOK_ALIKES
 
 app = typer.Typer(
     help="Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons.",

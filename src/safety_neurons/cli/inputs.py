@@ -7,7 +7,7 @@ from typing import Any
 from safety_neurons.cli.options import TEMPLATES, Common, listed
 
 Contents = dict[str, str]
-"""As in `safety_neurons.results.content`, which is imported when it is needed: it brings numpy along."""
+"""As in `safety_neurons.results.files`, which is imported when it is needed: it brings numpy along."""
 NOT_A_FILE = ("builtin:", "organism:")
 READS: dict[str, str] = {
     **dict.fromkeys(("model", "base", "aligned", "donor", "reference", "safety", "helpful", "control"), "model"),
@@ -69,7 +69,7 @@ def inputs_of(options: Mapping[str, Any], common: Common, kinds: Mapping[str, st
     Raises:
         InputError: a file that cannot be read. ModelError: no such model.
     """
-    from safety_neurons.results.content import contents_of
+    from safety_neurons.results.files import contents_of
 
     found = {}
     for name, value in options.items():
@@ -81,7 +81,7 @@ def inputs_of(options: Mapping[str, Any], common: Common, kinds: Mapping[str, st
 
 
 def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common) -> Contents:
-    from safety_neurons.results.content import within
+    from safety_neurons.results.files import within
 
     parts = [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
     if kind != "model" and not any(pathlib.Path(part).exists() for part in parts):
@@ -111,26 +111,25 @@ def _labelled(part: str) -> tuple[str, str]:
 
 def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     """A file or folder, or words."""
-    from safety_neurons.results.content import contents_of
+    from safety_neurons.results.files import contents_of
 
     source = pathlib.Path(path).expanduser()
-    archive = next((parent for parent in source.parents if parent.is_file()), source)  # ARCHIVE.zip/MEMBER
     if path.startswith("organism:"):
         from safety_neurons.organism import spec
 
-        source = archive = pathlib.Path(spec(path.removeprefix("organism:")))
-    if not archive.exists():
+        source = pathlib.Path(spec(path.removeprefix("organism:")))
+    if not source.exists():
         return {"": f"named {path}"}
-    if (archive / "config.json").is_file():
+    if (source / "config.json").is_file():
         from safety_neurons.model.files import model_contents
 
-        return model_contents(archive)
-    return contents_of(archive) if archive == source else {**contents_of(archive), "member": str(source.relative_to(archive))}
+        return model_contents(source)
+    return contents_of(source)
 
 
 def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
     """A neuron or score file; a folder means those in it."""
-    from safety_neurons.results.content import contents_of
+    from safety_neurons.results.files import contents_of
 
     folder = pathlib.Path(path)
     return contents_of(folder, ("neurons.safetensors", "scores.safetensors")) if folder.is_dir() else _file(path, options, common)
@@ -140,7 +139,7 @@ def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.cli.session import resolve
     from safety_neurons.model.files import model_contents
     from safety_neurons.model.loading import folders_of
-    from safety_neurons.results.content import within
+    from safety_neurons.results.files import within
 
     folders = folders_of(resolve(text), offline=common.offline, trust_remote_code=common.trust_remote_code)
     if len(folders) == 1:
@@ -151,7 +150,7 @@ def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
 
 def _judge(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     """The weights or the list of phrases that a judge's name stands for: on the hub too, other weights are another judge."""
-    from safety_neurons.judges.refusal import model_behind
+    from safety_neurons.judges.registry import model_behind
 
     spec, path = model_behind(name), name.partition(":")[2]
     if spec is not None:
@@ -162,7 +161,7 @@ def _judge(name: str, options: Mapping[str, Any], common: Common) -> Contents:
 def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     if name == "none" or name.startswith(NOT_A_FILE) or pathlib.Path(name).exists():
         return _file(name, options, common)
-    from safety_neurons.results.content import within
+    from safety_neurons.results.files import within
     from safety_neurons.suites import suite
 
     read = suite(name, folder=options.get("folder"), offline=common.offline, column=options.get("column"))
@@ -171,7 +170,7 @@ def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
 
 def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     from safety_neurons.organism.folder import open_organism
-    from safety_neurons.results.content import contents_of
+    from safety_neurons.results.files import contents_of
 
     return contents_of(open_organism(pathlib.Path(name) if pathlib.Path(name).is_dir() else name).path)
 

@@ -32,8 +32,7 @@ from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.prompts.builtin import LOOK_ALIKES
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompts.readers import LOOK_ALIKES, Source
 from safety_neurons.results import plain, rate
 
 AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))

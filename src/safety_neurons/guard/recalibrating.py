@@ -17,7 +17,7 @@ from safety_neurons.guard.operating import EXAMPLES, check_probability, operatin
 from safety_neurons.guard.rechecks import Recheck
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
-from safety_neurons.prompts.builtin import PREFIX
+from safety_neurons.prompts.readers import PREFIX
 from safety_neurons.results import auroc, plain
 
 

@@ -1,9 +1,11 @@
 """Judges: completions in, verdicts and rates out. A judge cannot tell which treatment a completion comes from."""
 
-from safety_neurons.judges.cache import JudgementCache
-from safety_neurons.judges.compliance import ComplianceJudgement, judge_compliance
 from safety_neurons.judges.judgement import (
+    Case,
+    FunctionJudge,
+    Judge,
     Judgement,
+    JudgementCache,
     RefusalJudge,
     Verdict,
     answer_of,
@@ -12,9 +14,8 @@ from safety_neurons.judges.judgement import (
     refusal_verdict,
     unscored,
 )
-from safety_neurons.judges.judging import Case, FunctionJudge, Judge
-from safety_neurons.judges.refusal import DEFAULT_JUDGES, JUDGES, agreement, judge, judge_names, judge_refusal
-from safety_neurons.judges.strings import PhraseList, StringJudge, string_judge
+from safety_neurons.judges.registry import DEFAULT_JUDGES, JUDGES, agreement, judge, judge_names, judge_refusal
+from safety_neurons.judges.strings import ComplianceJudgement, PhraseList, StringJudge, judge_compliance, string_judge
 
 __all__ = [
     "DEFAULT_JUDGES",

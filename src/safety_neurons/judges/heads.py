@@ -1,9 +1,11 @@
-"""Judges with a head of their own: sequence classifiers, and the cost model of Safe RLHF."""
+"""Judges with a head of their own, sequence classifiers and the cost model of Safe RLHF; and which version of a judge's weights judges."""
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
-import re
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,10 +13,26 @@ import numpy as np
 from jaxtyping import Float64
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.judges.judgement import Measure, Verdict, harm_verdict, refusal_verdict, unscored
-from safety_neurons.judges.judging import Case, Judge
-from safety_neurons.judges.revision import revision_of
-from safety_neurons.model import BatchSize, TextReader, load_classifier, load_scorer
+from safety_neurons.judges.judgement import Case, Judge, Measure, Verdict, harm_verdict, refusal_verdict, unscored
+from safety_neurons.model import BatchSize, LanguageModel, TextReader, load_classifier, load_scorer
+from safety_neurons.model.files import model_contents
+from safety_neurons.model.identity import identity
+
+
+def revision_of(folder: pathlib.Path, *adapters: pathlib.Path) -> str:
+    """The commit of a snapshot of the hub; for other folders, and several, a hash of what they hold."""
+    held = [model_contents(one) for one in (folder, *adapters)]
+    return held[0]["commit"] if len(held) == 1 and "commit" in held[0] else _hash(held[0] if len(held) == 1 else held)
+
+
+def revision_in_memory(model: LanguageModel) -> str:
+    """A hash of what a model in memory computes with: its name says nothing of that."""
+    return _hash(identity(model))
+
+
+def _hash(value: dict[str, str] | Sequence[dict[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
 
 REFUSAL_LABELS = frozenset({"refusal", "refused", "rejection", "rejected", "reject", "refuse", "is_refusal"})
 HARM_LABELS = frozenset({"harmful", "unsafe", "toxic", "toxicity", "hate", "hap", "abusive", "harm", "jailbroken", "is_harmful"})
@@ -149,7 +167,7 @@ class ClassifierJudge(_HeadJudge):
     def _text(self, case: Case) -> str | tuple[str, str]:
         if self._reads == "pair":
             return case.prompt, case.answer
-        return case.answer if self._reads == "answer" else _filled(self._reads, case)
+        return case.answer if self._reads == "answer" else case.put_into(self._reads)
 
     def _verdict(self, found: Float64[np.ndarray, "window label"] | str) -> Verdict:
         if isinstance(found, str):
@@ -220,11 +238,11 @@ class CostJudge(_HeadJudge):
     def _text(self, case: Case, mark: str) -> str:
         """The words with the case in them, and in a format of conversations the earlier turns before the prompt."""
         if not case.before or not self._earlier:
-            return _filled(self._words, case)
+            return case.put_into(self._words)
         *turns, (_, asked), _ = [*(turn for turn in case.before if turn[0] == "system"), *case.turns]
         earlier = "".join(self._earlier[role].format(text=text, end=mark) for role, text in turns if role in self._earlier)
         place = min((self._words.index(start) for start in ("USER:", "<|user|>") if start in self._words), default=0)
-        return self._words[:place] + earlier + _filled(self._words[place:], dataclasses.replace(case, prompt=asked))
+        return self._words[:place] + earlier + dataclasses.replace(case, prompt=asked).put_into(self._words[place:])
 
 
 def _cost_verdict(found: Float64[np.ndarray, "window label"] | str) -> Verdict:
@@ -248,14 +266,3 @@ def _place(labels: Sequence[str], name: str) -> int:
     if not wanted:
         raise UsageError(f"the judge has no class {name!r}; expected one of {', '.join(labels)[:200]}")
     return wanted[0]
-
-
-def _filled(words: str, case: Case) -> str:
-    before, _, after = words.partition("{answer}")
-    return _asked(before, case) + case.answer + _asked(after, case)
-
-
-def _asked(words: str, case: Case) -> str:
-    """The words with what was asked in its places, all at once: what stands in a text is never taken for a place."""
-    places = {"{prompt}": case.prompt, "{conversation}": case.transcript}
-    return re.sub(r"\{(?:prompt|conversation)\}", lambda found: places[found[0]], words)

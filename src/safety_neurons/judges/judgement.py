@@ -1,14 +1,27 @@
-"""Judgement: what a judge says of completions, and the text every judge reads."""
+"""Judgements: what a judge sees of a completion and says of it, what all judges share, and the cache of their verdicts.
 
+Equal texts are judged once, verdicts are cached by content, and what could not be judged is counted.
+"""
+
+import abc
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
 import re
+import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from safety_neurons import strict_json
+from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Completion, Completions, Rate, notebook, rate
-from safety_neurons.results.thoughts import after_thought
+from safety_neurons.results.completions import after_thought
+from safety_neurons.results.files import PathLike
 
 Label = Literal["full", "partial", "compliance", "harmful", "safe", "unscored"]
 Measure = Literal["refused", "harmful"]
@@ -151,7 +164,7 @@ def answer_of(text: str, *, thinking: bool = False, think_end: str | None = None
     Args:
         text: What the model wrote.
         thinking: Whether the prompt opened a thinking part: without an end mark all of the text is a thought that was cut off.
-        think_end: The text that ends a thought, in the place of the marks that are known (see `safety_neurons.results.thoughts`).
+        think_end: The text that ends a thought, in the place of the marks that are known (see `safety_neurons.results.completions`).
     """
     rest = after_thought(text, opened=thinking, end=think_end)
     return rest if rest is not None and any(letter.isalnum() for letter in rest) else None
@@ -217,3 +230,248 @@ def sentences(text: str) -> list[str]:
     """The sentences of normalised text; a line break ends one too."""
     parts = re.split(r"(?<=[.!?。！？؟।])\s+|(?<=[。！？।])|(?<=[!?])(?=[\u3040-\u9fff\uac00-\ud7af])|\n+", text)
     return [part.strip() for part in parts if part.strip()]
+
+
+class JudgementCache:
+    """Verdicts in a file, under a hash of the judge, its revision and settings, and the text judged. A context manager.
+
+    Raises:
+        RunError: the place cannot be written.
+        InputError: the file is something else.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = pathlib.Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._store = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise RunError(f"cannot write {str(path)!r} ({error}); choose a writable place for the judgements") from error
+        try:
+            self._store.execute("CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+            self._store.execute("SELECT key, verdict FROM judgements LIMIT 1")
+        except sqlite3.OperationalError as error:
+            self._store.close()
+            raise RunError(f"cannot write {str(path)!r} ({error}); choose a writable place for the judgements") from error
+        except sqlite3.DatabaseError as error:
+            self._store.close()
+            raise InputError(f"{str(path)!r} is no file of judgements ({error}); expected one this package wrote, or a new name") from error
+
+    def __enter__(self) -> "JudgementCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return int(self._store.execute("SELECT count(*) FROM judgements").fetchone()[0])
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._store.close()
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict under a key; None where there is none, or where it cannot be read."""
+        row = self._store.execute("SELECT verdict FROM judgements WHERE key = ?", (key,)).fetchone()
+        return None if row is None else verdict_of(row[0])
+
+    def put(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Keeps verdicts, all in one step.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        rows = [(key, json.dumps(verdict.to_json(), ensure_ascii=True)) for key, verdict in verdicts.items()]
+        try:
+            self._store.execute("BEGIN IMMEDIATE")
+            self._store.executemany("INSERT OR REPLACE INTO judgements VALUES (?, ?)", rows)
+            self._store.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._store.in_transaction:
+                self._store.execute("ROLLBACK")
+            raise RunError(f"cannot write {str(self.path)!r} ({error}); choose a writable place with free space") from error
+
+
+def verdict_of(text: str) -> Verdict | None:
+    """A verdict from its JSON; None where it is not one."""
+    try:
+        record: dict[str, Any] = strict_json.loads(text)
+        return Verdict(**{**record, "categories": tuple(record.get("categories") or ())})
+    except (ValueError, TypeError):
+        return None
+
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(completions judged, completions in all)`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a judge sees of a completion: never the arm, the seed or another judge's verdict."""
+
+    prompt: str
+    """What the model was asked, an attack around the request included; of a conversation the last user turn."""
+    answer: str
+    """The answer without its thinking part, behind what was begun for the model where its `meta` has an `opening`."""
+    behavior: str
+    """The request itself, where the completion's `meta` has it under `behavior` or `goal`; otherwise the prompt."""
+    context: str = ""
+    """Text the request refers to (`meta["context"]`)."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Role and content of the turns before the last user turn, where there are any."""
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Role and content of the turns up to the answer in alternation, from a user on, as guards' templates take them.
+
+        Turns of other roles than user and assistant are left out, and neighbours of one role are joined by a blank line.
+        """
+        turns: list[tuple[str, str]] = []
+        for role, text in (*self.before, ("user", self.prompt), ("assistant", self.answer)):
+            if role not in ("user", "assistant") or (not turns and role == "assistant"):
+                continue
+            if turns and turns[-1][0] == role:
+                turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
+            else:
+                turns.append((role, text))
+        return turns
+
+    @property
+    def transcript(self) -> str:
+        """The turns before the last user turn as lines `role: content`, every role among them; empty where there are none."""
+        return "\n".join(f"{role}: {text}" for role, text in self.before)
+
+    def put_into(self, words: str) -> str:
+        """The words with the texts in `{prompt}`, `{behavior}`, `{answer}`, `{context}` and `{conversation}`.
+
+        All at once: what stands in a text is never taken for a place.
+        """
+        texts = {name: getattr(self, name) for name in ("prompt", "behavior", "answer", "context")} | {"conversation": self.transcript}
+        return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda match: texts[match[1]], words)
+
+
+class Judge(abc.ABC):
+    """A judge of refusals or of harm.
+
+    A new one sets `name`, `measure` and `revision` and writes `verdicts`.
+    """
+
+    name: str
+    """Kept beside the verdicts; another judge has another name."""
+    measure: Measure
+    """`refused` or `harmful`."""
+    chunk: int = 1 << 30
+    """Completions after which verdicts are written to the cache."""
+
+    @property
+    @abc.abstractmethod
+    def revision(self) -> str:
+        """Which version of the judge's rules or weights."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What else changes verdicts, as JSON values."""
+        return {}
+
+    @abc.abstractmethod
+    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
+        """One verdict for each case, in the same order. Cases have an answer."""
+
+    def judge(
+        self,
+        completions: Sequence[Completion],
+        *,
+        cache: JudgementCache | PathLike | None = None,
+        progress: Progress | None = None,
+        think_end: str | None = None,
+    ) -> Judgement:
+        """The verdicts on completions and their rate.
+
+        A thinking part is not read. An empty completion, or one whose thinking was cut off, is unscored, and so is one the judge gave no
+        readable answer on: counted, and never safe.
+
+        Args:
+            completions: what to judge.
+            cache: a cache, or the path of one; verdicts without an error are kept there after every chunk.
+            progress: told how far it is.
+            think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
+        """
+        completions = ending(completions, think_end)
+        cases = [case_of(completion) for completion in completions]
+        with _opened(cache) as store:
+            known = self._judged({case for case in cases if case is not None}, cases, store, progress)
+        verdicts = [
+            dataclasses.replace(UNSCORED if case is None else known[case], judge=self.name, revision=self.revision) for case in cases
+        ]
+        return judgement_of(self.name, verdicts, completions, self.measure)
+
+    def key(self, case: Case) -> str:
+        """Hash of everything a verdict depends on."""
+        facts = [self.name, self.revision, dict(self.settings), dataclasses.astuple(case)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _judged(
+        self, wanted: set[Case], order: Sequence[Case | None], store: JudgementCache | None, progress: Progress | None
+    ) -> dict[Case, Verdict]:
+        known: dict[Case, Verdict] = {}
+        if store is not None:
+            known = {case: found for case in wanted if (found := store.get(self.key(case))) is not None}
+        left = [case for case in dict.fromkeys(order) if case is not None and case not in known]
+        for first in range(0, len(left), self.chunk):
+            part = left[first : first + self.chunk]
+            fresh = dict(zip(part, self.verdicts(part), strict=True))
+            known |= fresh
+            if store is not None:
+                store.put({self.key(case): verdict for case, verdict in fresh.items() if verdict.error is None})
+            if progress is not None:
+                progress(len(known), len(wanted))
+        return known
+
+
+class FunctionJudge(Judge):
+    """A judge of refusals from a function of one completion.
+
+    Args:
+        name: Name and version.
+        function: One completion in, one verdict out.
+        revision: Which version of the rules.
+    """
+
+    measure: Measure = "refused"
+
+    def __init__(self, name: str, function: RefusalJudge, revision: str = "") -> None:
+        self.name = name
+        self._function = function
+        self._revision = revision
+
+    @property
+    def revision(self) -> str:
+        """The version given."""
+        return self._revision
+
+    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
+        """What the function says of each."""
+        return [self._function(Completion("", case.prompt, case.answer)) for case in cases]
+
+
+def case_of(completion: Completion) -> Case | None:
+    """What a judge sees of a completion; None where there is no answer."""
+    answer = answer_in(completion)
+    if answer is None:
+        return None
+    meta = completion.meta
+    request, turns = request_in(completion), conversation_in(completion)
+    behavior = meta.get("behavior") or meta.get("goal") or request
+    asked = max((place for place, (role, _) in enumerate(turns) if role == "user"), default=0)
+    opening = str(meta.get("opening") or "")
+    gap = "" if not opening or opening[-1:].isspace() or answer[:1].isspace() else " "
+    return Case(request, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""), turns[:asked])
+
+
+@contextlib.contextmanager
+def _opened(cache: JudgementCache | PathLike | None) -> Iterator[JudgementCache | None]:
+    if cache is None or isinstance(cache, JudgementCache):
+        yield cache
+        return
+    with JudgementCache(cache) as store:
+        yield store

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, NeuronError
-from safety_neurons.results.content import Contents, contents_of, within
+from safety_neurons.results.files import Contents, contents_of, within
 
 _POINTER = b"version https://git-lfs"
 

@@ -24,7 +24,7 @@ from safety_neurons.neurons import SiteTable
 from safety_neurons.prompts import Prompts, as_prompts, prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completion, Completions, conversation_of
-from safety_neurons.results.thoughts import is_mark
+from safety_neurons.results.completions import is_mark
 
 Texts = Source
 

@@ -26,9 +26,8 @@ from jinja2.visitor import NodeTransformer
 
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model.adapters import first_line
-from safety_neurons.prompts.conversations import merge_turns
-from safety_neurons.prompts.records import Message, Prompt
-from safety_neurons.results.thoughts import behind_thoughts, end_of_opened, ends_thought, without_start
+from safety_neurons.prompts.records import Message, Prompt, merge_turns
+from safety_neurons.results.completions import behind_thoughts, end_of_opened, ends_thought, without_start
 
 STEPS, CHARACTERS, LONGEST = 50_000, 1 << 23, 1 << 20
 """Turns of loops and calls, characters of texts on the way, and characters of the result that any conversation may take."""

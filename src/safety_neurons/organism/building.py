@@ -23,7 +23,7 @@ from safety_neurons.organism.planted import Planted, Truth, Unit, choose_units, 
 from safety_neurons.organism.prompts import write_polite, write_prompts
 from safety_neurons.organism.training import Progress, measure, save_model
 from safety_neurons.results.files import write_json
-from safety_neurons.results.lock import Lock
+from safety_neurons.results.run import Lock
 
 Say = Callable[[str], None]
 

@@ -8,14 +8,13 @@ import sys
 import types
 from typing import Any
 
-from safety_neurons.prompts.builtin import DEFAULT_LANGUAGE, NAMES, Entry, languages, library
-from safety_neurons.prompts.readers import as_prompt, as_prompts, prompts
+from safety_neurons.prompts.readers import DEFAULT_LANGUAGE, NAMES, BuiltinList, as_prompt, as_prompts, languages, library, prompts
 from safety_neurons.prompts.records import Message, Prompt, Prompts, normalised, request_of
 
 __all__ = [
     "DEFAULT_LANGUAGE",
     "NAMES",
-    "Entry",
+    "BuiltinList",
     "Message",
     "Prompt",
     "Prompts",

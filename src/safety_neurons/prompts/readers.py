@@ -1,19 +1,243 @@
-"""`prompts`: one door for files, built-in lists and lists in memory."""
+"""`prompts`: one function for files (compressed, in any encoding), built-in lists and lists in memory."""
 
 import dataclasses
+import difflib
+import gzip
+import io
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts.archives import located, read_member
-from safety_neurons.prompts.builtin import PREFIX, builtin_text
-from safety_neurons.prompts.conversations import UnreadableTurnError, is_conversation, read_turns
-from safety_neurons.prompts.files import SUFFIXES, file_format, read_text, text_of
-from safety_neurons.prompts.records import Message, Prompt, Prompts, request_of
-from safety_neurons.prompts.records_from_rows import Row, prompts_of
+from safety_neurons.prompts.records import Message, Prompt, Prompts, UnreadableTurnError, is_conversation, read_turns, request_of
+from safety_neurons.prompts.rows import Row, prompts_of
 from safety_neurons.prompts.tables import MOST_ROWS, Unread, is_one_conversation, parse_rows, rows_of, too_many
+
+PREFIX = "builtin:"
+NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
+ENGLISH = ("look-alikes", "look-alikes-unsafe")
+"""Lists in English only, of which there are no two halves: nothing is found or tuned on them."""
+LOOK_ALIKES = (f"{PREFIX}look-alikes-unsafe", f"{PREFIX}look-alikes")
+"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none are named."""
+OF_ORGANISMS = ("task", "task-test", "polite", "polite-test")
+"""Lists that only an organism brings."""
+PARTS = {"look-alikes": ("harmless-test", "look_alike"), "look-alikes-unsafe": ("harmful-test", None)}
+"""Lists that an organism has as a category of another of its lists (None: all of it)."""
+DEFAULT_LANGUAGE = "en"
+
+_FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
+
+
+class BuiltinList(TypedDict):
+    """One built-in list: its name as it is asked for, its language and its number of prompts."""
+
+    name: str
+    language: str
+    prompts: int
+
+
+def library() -> list[BuiltinList]:
+    """Every built-in list of the package, English first under each name."""
+    entries = []
+    for name in NAMES + ENGLISH:
+        for language in languages(name):
+            lines = _data(f"{name}.{language}.jsonl").read_text(encoding="utf-8").count("\n")
+            address = f"{PREFIX}{name}" + ("" if language == DEFAULT_LANGUAGE else f"/{language}")
+            entries.append(BuiltinList(name=address, language=language, prompts=lines))
+    return entries
+
+
+def languages(name: str) -> list[str]:
+    """Languages that the package has the list in, English first."""
+    found = [match["language"] for entry in _data().iterdir() if (match := _FILE.fullmatch(entry.name)) and match["name"] == name]
+    return sorted(found, key=lambda language: (language != DEFAULT_LANGUAGE, language))
+
+
+def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, bool]:
+    """Text of a built-in list, the language its rows are to be limited to (None: all), and whether it is the folder's own.
+
+    Args:
+        source: `builtin:NAME` or `builtin:NAME/LANG`.
+        folder: A folder that may hold lists of its own: `NAME.jsonl`, `NAME.LANG.jsonl` or `NAME/LANG.jsonl`.
+    """
+    name, _, language = source.removeprefix(PREFIX).partition("/")
+    if not re.fullmatch(r"[\w-]*", language):
+        raise InputError(f"{source}: {language[:40]!r} is no language; expected a code such as {DEFAULT_LANGUAGE}")
+    if name in OF_ORGANISMS and (folder is None or _own(name, language, folder) is None):
+        raise InputError(f"{source}: only organisms bring a task; give a file with a column of questions and one of answers")
+    if name not in NAMES + ENGLISH + OF_ORGANISMS:
+        names = ", ".join(NAMES + ENGLISH)
+        raise InputError(f"{source}: no built-in prompts of this name; expected one of {names}, each with /LANG after it if wanted")
+    own = _own(name, language, folder) if folder is not None else None
+    if own is not None:
+        return own.read_text(encoding="utf-8"), (language or None) if own.name == f"{name}.jsonl" else None, True
+    if folder is not None and name in PARTS and (whole := _own(PARTS[name][0], language, folder)) is not None:
+        kept = [line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])]
+        if kept:
+            return "\n".join(kept), (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None, True
+    known = languages(name)
+    if (language or DEFAULT_LANGUAGE) not in known:
+        raise InputError(f"{source}: not there in {language!r}; expected {name} in one of {', '.join(known)}; choose one of them")
+    return _data(f"{name}.{language or DEFAULT_LANGUAGE}.jsonl").read_text(encoding="utf-8"), None, False
+
+
+def _own(name: str, language: str, folder: Path) -> Path | None:
+    candidates = [folder / f"{name}.{language}.jsonl", folder / name / f"{language}.jsonl"] if language else []
+    return next((path for path in [*candidates, folder / f"{name}.jsonl"] if path.is_file()), None)
+
+
+def _is_of(line: str, category: str | None) -> bool:
+    return category is None or strict_json.loads(line).get("category") == category
+
+
+def _data(*parts: str) -> Traversable:
+    return resources.files("safety_neurons.prompts").joinpath("data", *parts)
+
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+EXPECTED = "expected .jsonl, .json, .csv, .tsv or .txt, plain or .gz"
+
+LARGEST = 1 << 29
+"""Bytes of a file, of a compressed one unpacked: more is no list of prompts."""
+
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive (or an .xlsx workbook)",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "gzip data",
+    b"%PDF": "a PDF",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"SQLite format 3": "a database",
+}
+
+
+def file_format(path: Path) -> str:
+    """The suffix that says how to read the file, without `.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    suffix = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".text": ".txt"}.get(suffix, suffix)
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: the ending {suffix or '(none)'!r} says no known format; {EXPECTED}; unpack, convert or rename the file")
+    return suffix
+
+
+def read_text(path: Path) -> tuple[str, list[str]]:
+    """The whole file as text, and notes on what was removed.
+
+    Raises:
+        InputError: Absent, a folder, empty, a Git LFS pointer, damaged, binary or not UTF-8.
+    """
+    return text_of(_read_bytes(path), path)
+
+
+def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
+    """A file's bytes as text, and notes on what was removed.
+
+    Args:
+        data: The bytes as they are stored.
+        path: The file, or the archive and member as one path; its ending says whether the bytes are compressed.
+
+    Raises:
+        InputError: Empty, a Git LFS pointer, damaged, binary or not UTF-8.
+    """
+    notes: list[str] = []
+    if data.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path}: a Git LFS pointer of {len(data)} bytes, not the data; run `git lfs pull` where it was cloned or download the file"
+        )
+    data = _uncompressed(path, data)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return _of_utf16(path, data), ["UTF-16 text; read as such"]
+    if data.startswith(b"\xef\xbb\xbf"):
+        data = data[3:]
+    if not data.strip():
+        raise InputError(f"{path}: the file is empty; expected at least one prompt")
+    _refuse_binary(path, data)
+    try:
+        return data.decode("utf-8"), notes
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected UTF-8; "
+            f"convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
+        ) from None
+
+
+def _of_utf16(path: Path, data: bytes) -> str:
+    try:
+        text = data.decode("utf-32" if data.startswith(b"\xff\xfe\x00\x00") else "utf-16")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: begins like UTF-16 text and is not ({error.reason}); expected UTF-8; convert or repair it") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected at least one prompt")
+    if "\0" in text:
+        raise InputError(f"{path}: NUL characters, so not text; expected text; convert or repair the file")
+    return text
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            files = sorted(entry.name for entry in path.iterdir() if any(suffix in entry.name for suffix in SUFFIXES))
+            found = f"it holds {', '.join(files[:5])}{' …' if len(files) > 5 else ''}; " if files else ""
+            raise InputError(f"{path}: a folder, expected a file; {found}name the file itself")
+        if not path.exists():
+            raise InputError(_missing(path))
+        if not path.is_file():  # it may have no end, and is empty when it is read again for its hash
+            raise InputError(f"{path}: a pipe or a device; expected a file that can be read twice; write it to one")
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: more than {LARGEST >> 20} MiB; expected a list of prompts; split it or take the first lines of it")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check the path and its permissions"
+        ) from None
+
+
+def _missing(path: Path) -> str:
+    near: list[str] = []
+    if path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path, or use builtin:harmful"
+    else:
+        hint = f"its folder {path.parent} does not exist either; check the path"
+    return f"{path}: no such file; expected a prompt file or a builtin: name; {hint}"
+
+
+def _uncompressed(path: Path, data: bytes) -> bytes:
+    if path.suffix.lower() != ".gz":
+        return data
+    if not data:
+        raise InputError(f"{path}: the file is empty; expected at least one prompt")
+    if not data.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path}: named .gz but not gzip data; expected gzip; remove .gz from its name or download it again")
+    try:
+        with gzip.open(io.BytesIO(data)) as stream:
+            unpacked = stream.read(LARGEST + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: the gzip data is cut off or damaged ({error}); expected a whole file; download it again") from None
+    if len(unpacked) > LARGEST:
+        raise InputError(f"{path}: unpacks to more than {LARGEST >> 20} MiB; expected a list of prompts; unpack and look at it first")
+    return unpacked
+
+
+def _refuse_binary(path: Path, data: bytes) -> None:
+    for magic, what in _OTHER_FORMATS.items():
+        if data.startswith(magic):
+            raise InputError(f"{path}: the content is {what}; {EXPECTED}; unpack or convert it first")
+    at = data.find(b"\x00")
+    if at >= 0:
+        raise InputError(
+            f"{path}: a NUL byte at byte {at} ({data.count(0)} in all), so not UTF-8 text; expected text; convert or repair the file"
+        )
+
 
 Source = str | os.PathLike[str] | Prompt | Prompts | Mapping[str, Any] | Iterable[Any]
 """Whatever names prompts: a name or path, prompts, one record or columns, or texts, records and conversations one after the other."""
@@ -31,7 +255,7 @@ def prompts(
 
     Args:
         source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`,
-            also inside a zip archive (`FILE.zip/MEMBER`); or, in memory, texts, records, conversations (lists of `Message` or
+            or, in memory, texts, records, conversations (lists of `Message` or
             `{role, content}`) or `Prompt` in a list, tuple, generator, array, data frame or `datasets.Dataset`; or columns,
             `{"goal": [...]}`; or one record.
         column: Column of the prompt; by default the first of the known names. In a table without a
@@ -82,7 +306,7 @@ def as_prompts(source: Source) -> Prompts:
 def _refuse_name(text: str) -> None:
     if text.startswith(PREFIX):
         raise InputError(f"{text!r} names a list, expected prompts: pass model.prompts({text!r}) or safety_neurons.prompts({text!r})")
-    if len(text) < 300 and text.lower().endswith((*SUFFIXES, ".gz", ".zip")) and "\n" not in text and Path(text).is_file():
+    if len(text) < 300 and text.lower().endswith((*SUFFIXES, ".gz")) and "\n" not in text and Path(text).is_file():
         raise InputError(f"{text!r} is a file, expected prompts: pass safety_neurons.prompts({text!r})")
 
 
@@ -159,11 +383,6 @@ def _file(path: Path, source: str | os.PathLike[str]) -> tuple[str, list[str], P
     """The text of a file, notes, and the path whose ending says its format (of an archive the member's)."""
     if isinstance(source, str) and ("\n" in source or len(source) > 1000):
         raise InputError(f"{source[:40]!r}…: a text, expected a path or a builtin: name; for prompts in memory pass a list, [text]")
-    inside = located(path)
-    if inside is not None:
-        path = inside[0] / inside[1]
-        file_format(path)
-        return (*text_of(read_member(*inside), path), path)
     if path.is_file():
         file_format(path)
     return (*read_text(path), path)

@@ -1,9 +1,7 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
-from safety_neurons.results.agreement import Agreement, cohen_kappa
-from safety_neurons.results.areas import AreaPart, area_difference, auroc, mean_area_difference
+from safety_neurons.results.areas import Agreement, AreaPart, area_difference, auroc, cohen_kappa, mean_area_difference
 from safety_neurons.results.changes import Changes
-from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.completions import Completion, Completions, conversation_of
 from safety_neurons.results.estimates import (
     Difference,
@@ -32,7 +30,7 @@ from safety_neurons.results.estimates import (
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
 from safety_neurons.results.notebook import html_table, visible
-from safety_neurons.results.run_folder import RunFolder
+from safety_neurons.results.run import Checkpoint, RunFolder, Saved
 
 __all__ = [
     "Agreement",

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and to the same bytes wherever the same is written.
+"""Files written whole or not at all, to the same bytes wherever the same is written, and the hashes of what files hold.
 
 A crash, a kill or a full disk leaves the old file or the new one, never half of one. What is not finished carries a name of its own
 (`PARTIAL`), so that whatever a kill left behind is known for what it is.
@@ -7,15 +7,19 @@ A crash, a kill or a full disk leaves the old file or the new one, never half of
 import contextlib
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
+import stat
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -205,3 +209,56 @@ def read_json(path: PathLike, *, constants: bool = False) -> Any:
         raise InputError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a JSON file: check the path") from error
     except ValueError as error:
         raise InputError(f"{str(source)!r} is not JSON ({str(error)[:100]}); expected a file this package wrote: make it again") from error
+
+
+Contents = dict[str, str]
+"""SHA-256 by the file's place in what was named; a single file's place is empty."""
+
+
+def contents_of(path: str | os.PathLike[str], wanted: Sequence[str] = ("**/*",)) -> Contents:
+    """Hashes of a file, or of the files of a folder that fit a pattern; hidden ones (locks, temporaries, caches) are no content.
+
+    A file is read once in a process as long as its size, times and inode stay the same.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    source = pathlib.Path(path)
+    places = {"": source} if not source.is_dir() else dict(_files(source, wanted))
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(places, pool.map(file_sha256, places.values()), strict=True))
+
+
+def within(place: object, contents: Mapping[str, str]) -> Contents:
+    """The same contents one level deeper: of one of several things that were named together."""
+    return {f"{place}/{name}" if name else str(place): digest for name, digest in contents.items()}
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        InputError: it cannot be read, or is no regular file.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end, and is empty when it is read again
+            raise InputError(f"{str(path)!r} is a pipe or a device; expected a file that can be read twice: write it to one")
+        seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return _digest(os.path.abspath(path), seen)
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r} ({error.strerror or error}); expected a readable file: check the path") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: str, _seen: tuple[int, ...]) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(folder: pathlib.Path, wanted: Sequence[str]) -> Iterator[tuple[str, pathlib.Path]]:
+    """Sorted by place, so that the order in which a disk lists them does not matter."""
+    for path in sorted({path for pattern in wanted for path in folder.glob(pattern)}):
+        place = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in place.parts):
+            yield place.as_posix(), path

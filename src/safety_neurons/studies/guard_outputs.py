@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from safety_neurons.errors import InputError
 from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel
 from safety_neurons.judges import judge
-from safety_neurons.judges.judging import Judge
+from safety_neurons.judges.judgement import Judge
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.prompts import Prompt, Prompts, as_prompts
 from safety_neurons.prompts.readers import Source

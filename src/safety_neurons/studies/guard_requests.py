@@ -12,7 +12,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Message, Prompt, Prompts, as_prompts, request_of
 from safety_neurons.prompts.readers import Source
 from safety_neurons.suites import attack
-from safety_neurons.suites.mechanical import MECHANICAL
+from safety_neurons.suites.attacks import MECHANICAL
 
 AS_WRITTEN = "as written"
 OVER_REFUSAL = "over-refusal"

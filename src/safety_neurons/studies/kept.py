@@ -14,7 +14,7 @@ from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import plain, read_json, write_json
-from safety_neurons.results.run_folder import ANSWERED_BY
+from safety_neurons.results.run import ANSWERED_BY
 from safety_neurons.studies.answering import Writing
 
 _ASIDE = ("batch_size", "file", "progress", "seeds", "arms")

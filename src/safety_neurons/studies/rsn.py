@@ -16,7 +16,7 @@ from safety_neurons.capability import perplexity
 from safety_neurons.detectors import find_attribution, find_importance
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.judges import judge_refusal
-from safety_neurons.judges.compliance import judge_compliance
+from safety_neurons.judges.strings import judge_compliance
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts, as_prompts

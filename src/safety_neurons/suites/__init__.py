@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from safety_neurons.suites.artifacts import Attack, Attacks, import_attacks
-from safety_neurons.suites.attacking import ATTACKS, attack
-from safety_neurons.suites.mechanical import ADAPTIVE, STATIC
-from safety_neurons.suites.suite import Check, Suite, catalogue, suite, verify
+from safety_neurons.suites.attacks import ADAPTIVE, ATTACKS, STATIC, Attack, Attacks, attack, import_attacks
+from safety_neurons.suites.suite import Suite, SuiteCheck, catalogue, suite, verify
 
 __all__ = [
     "ADAPTIVE",
@@ -13,8 +11,8 @@ __all__ = [
     "STATIC",
     "Attack",
     "Attacks",
-    "Check",
     "Suite",
+    "SuiteCheck",
     "attack",
     "catalogue",
     "gcg",

@@ -1,10 +1,16 @@
-"""The named suites: what each is, where it comes from, what its file looks like; the data are in `registry.json`."""
+"""The named suites and where their files lie: what each is, in `registry.json`; a folder of the user's, the hub, or the web."""
 
 import difflib
 import functools
-from collections.abc import Mapping
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from safety_neurons import strict_json
@@ -26,11 +32,11 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where one file of a suite is found.
 
     Attributes:
-        files: Names it goes by in a folder, the original one first; each may also be gzipped or inside a zip archive.
+        files: Names it goes by in a folder, the original one first; each may also be gzipped.
         sha256: Hashes of the known editions; empty where none is known.
         hub: Where it is on the hub.
         url: Where it is on the web; only files of known hash are fetched from there.
@@ -48,7 +54,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class Selection:
     """A named selection of a suite's rows.
 
     Attributes:
@@ -63,7 +69,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SuiteEntry:
     """One suite of the catalogue.
 
     Attributes:
@@ -86,11 +92,11 @@ class Entry:
     licence: str
     rows: int | None
     home: str
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
     columns: Mapping[str, tuple[str, ...]]
     wide: tuple[str, ...]
     kinds: Mapping[str, str]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Selection]
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -102,7 +108,7 @@ class Entry:
 class Wanted:
     """What a suite's name asks for: the entry, a part of it and a language of it, each None for all."""
 
-    entry: Entry
+    entry: SuiteEntry
     part: str | None = None
     language: str | None = None
 
@@ -128,14 +134,14 @@ class Wanted:
         return self.entry.kind
 
     @property
-    def places(self) -> Mapping[str, Place]:
+    def places(self) -> Mapping[str, Location]:
         """The files that have to be read."""
         places = self.entry.places
         return {self.language: places[self.language]} if self.language in places and self.language else places
 
 
 @functools.cache
-def entries() -> Mapping[str, Entry]:
+def entries() -> Mapping[str, SuiteEntry]:
     """Every suite of the catalogue by name."""
     raw = strict_json.loads(resources.files("safety_neurons.suites").joinpath("registry.json").read_text(encoding="utf-8"))["suites"]
     by_name = {item["name"]: item for item in raw}
@@ -186,9 +192,9 @@ def is_name(text: str) -> bool:
     return True
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
+def _entry(item: Mapping[str, Any]) -> SuiteEntry:
     places = {language: _place(place) for language, place in item.get("languages", {"": item}).items()}
-    return Entry(
+    return SuiteEntry(
         name=item["name"],
         title=item["title"],
         kind=item["kind"],
@@ -199,10 +205,183 @@ def _entry(item: Mapping[str, Any]) -> Entry:
         columns={key: tuple(columns) for key, columns in item["columns"].items()},
         wide=tuple(item.get("wide") or ()),
         kinds=item.get("kinds") or {},
-        parts={part: Part(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
+        parts={part: Selection(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
     )
 
 
-def _place(item: Mapping[str, Any]) -> Place:
+def _place(item: Mapping[str, Any]) -> Location:
     hub = Hub(**item["hub"]) if item.get("hub") else None
-    return Place(tuple(item["files"]), tuple(item.get("sha256") or ()), hub, item.get("url"))
+    return Location(tuple(item["files"]), tuple(item.get("sha256") or ()), hub, item.get("url"))
+
+
+FOLDER_VARIABLE = "SAFETY_NEURONS_DATA"
+_DEPTH = 5
+_HUB = re.compile(r"hub:(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?:(?P<file>.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that was found.
+
+    Attributes:
+        path: The file.
+        origin: Where it came from: the path, a hub address or a web address.
+        sha256: Hash of the file as it is.
+        revision: The hub's commit, where it came from there.
+    """
+
+    path: Path
+    origin: str
+    sha256: str
+    revision: str | None = None
+
+
+def data_folder(folder: str | Path | None) -> Path | None:
+    """The folder to look into: the given one, else the one the environment names."""
+    named = folder if folder is not None else os.environ.get(FOLDER_VARIABLE) or None
+    return None if named is None else Path(named).expanduser()
+
+
+def find(place: Location, suite: str, folder: str | Path | None, *, offline: bool) -> Source:
+    """The file of a place: in the folder, else in what was fetched before, else fetched.
+
+    Raises:
+        InputError: It is nowhere, or cannot be fetched; the message says where it was looked for and where it can be had.
+    """
+    where = data_folder(folder)
+    if where is not None and not where.is_dir():
+        raise InputError(f"{where}: no such folder; expected the folder of the suites' files; check --folder or {FOLDER_VARIABLE}")
+    found = None if where is None else in_folder(place, where)
+    if found is not None:
+        return found
+    if place.hub is not None:
+        return from_hub(place.hub, offline=offline)
+    if place.url is not None:
+        return _from_web(place, suite, offline=offline)
+    looked = f"not in {where}" if where is not None else f"no folder given (--folder or {FOLDER_VARIABLE})"
+    raise InputError(f"{suite}: {looked}; expected {place.files[0]}; get it from its page and give its folder with --folder")
+
+
+def in_folder(place: Location, folder: Path) -> Source | None:
+    """The place's file in a folder or below it: an edition of known hash before any other, then the least deep."""
+    candidates = [source_of(path) for path in _candidates(place, folder)]
+    known = [source for source in candidates if source.sha256 in place.sha256]
+    return next(iter([*known, *candidates]), None)
+
+
+def hub_address(text: str) -> Hub:
+    """The hub file that `hub:ORG/NAME[@REVISION]:FILE` names."""
+    match = _HUB.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text}: expected hub:ORG/NAME[@REVISION]:FILE, such as hub:bench-llm/or-bench:or-bench-toxic.csv")
+    return Hub(match["id"], match["file"], match["revision"])
+
+
+def from_hub(hub: Hub, *, offline: bool) -> Source:
+    """A file of a data set on the hub, from the hub's own cache where it is there.
+
+    Raises:
+        InputError: Not in the cache and offline, gated, absent, or the hub cannot be reached.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(f"{hub}: reading from the hub needs huggingface_hub; install it, or give the file's folder") from None
+    try:
+        path = huggingface_hub.hf_hub_download(hub.id, hub.file, repo_type="dataset", revision=hub.revision, local_files_only=offline)
+    except Exception as error:  # the hub client raises its own, httpx's and the system's errors
+        raise InputError(_hub_failure(hub, error, offline)) from None
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix())
+    return source_of(Path(path), str(hub), commit[1] if commit else hub.revision)
+
+
+def _candidates(place: Location, folder: Path) -> list[Path]:
+    """Files below a folder that go by one of the place's names, the original name first, the least deep first."""
+    names = [name.casefold() for name in place.files]
+    found: list[tuple[int, int, str, Path]] = []
+    for path in _walk(folder):
+        relative = path.relative_to(folder).as_posix()
+        rank = _rank(relative, names)
+        if rank is not None:
+            found.append((rank, relative.count("/"), relative, path))
+    return [path for *_, path in sorted(found)]
+
+
+def _rank(relative: str, names: list[str]) -> int | None:
+    """Which of the names a path ends with; `.gz` behind it does not matter."""
+    text = relative.casefold()
+    bare = text.removesuffix(".gz")
+    for number, name in enumerate(names):
+        wanted = name.removesuffix(".gz")
+        if bare == wanted or bare.endswith(f"/{wanted}"):
+            return number
+    return None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        depth = len(Path(root).relative_to(folder).parts)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < _DEPTH else []
+        yield from (Path(root) / name for name in sorted(files))
+
+
+def source_of(path: Path, origin: str | None = None, revision: str | None = None) -> Source:
+    """A file that is there; of one that is not the hash is that of nothing, and its reader says what is wrong."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    return Source(path, origin or str(path), digest.hexdigest(), revision)
+
+
+def _hub_failure(hub: Hub, error: Exception, offline: bool) -> str:
+    kind = type(error).__name__
+    if offline or kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        how = "and --offline forbids to fetch it" if offline else "and the hub cannot be reached"
+        return f"{hub}: not in the hub's cache, {how}; fetch it once with `data verify`, or give its folder with --folder"
+    reasons = {
+        "GatedRepoError": "gated: accept its terms on the hub and log in",
+        "RepositoryNotFoundError": "no such data set, or one that needs a login",
+        "RevisionNotFoundError": "no such revision",
+        "EntryNotFoundError": "no such file in it",
+        "RemoteEntryNotFoundError": "no such file in it",
+    }
+    why = reasons.get(kind, f"{kind}: {' '.join(str(error).split())[:120]}")
+    return f"{hub}: cannot be had from the hub ({why}); download the file and give its folder with --folder"
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "safety-neurons" / "data"
+
+
+def _from_web(place: Location, suite: str, *, offline: bool) -> Source:
+    """A file of known hash from the web, kept; whatever arrives with another hash is refused."""
+    assert place.url is not None
+    assert place.sha256
+    target = _cache() / place.sha256[0][:16] / place.files[0]
+    if target.is_file():
+        kept = source_of(target, place.url)
+        if kept.sha256 in place.sha256:
+            return kept
+    if offline:
+        raise InputError(
+            f"{suite}: {place.files[0]} is not on this machine and --offline forbids to fetch it; "
+            f"fetch it once with `data verify {suite}`, or give its folder with --folder"
+        )
+    try:
+        with urllib.request.urlopen(place.url, timeout=60) as answer:  # noqa: S310 - addresses of the registry, https
+            data = answer.read()
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InputError(f"{suite}: {place.url} cannot be fetched ({error}); download it and give its folder with --folder") from None
+    arrived = hashlib.sha256(data).hexdigest()
+    if arrived not in place.sha256:
+        raise InputError(
+            f"{suite}: {place.url} gave a file of hash {arrived[:12]}…, expected {place.sha256[0][:12]}…; "
+            "it was not kept; download it yourself and give its folder with --folder"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    partial.write_bytes(data)
+    partial.replace(target)
+    return source_of(target, place.url)

@@ -1,21 +1,169 @@
-"""GCG: greedy coordinate gradient, a suffix optimised on the model in hand, whatever is done to it meanwhile."""
+"""GCG: greedy coordinate gradient, a suffix optimised on the model in hand, whatever is done to it meanwhile.
+
+Tokenizers merge across the borders of a suffix and do not give every token back when its text is tokenised again. So a changed suffix is
+always written as text, the whole prompt is encoded anew, and the tokens that may be changed next are looked up in the result.
+"""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
 from safety_neurons.model.batches import Batch, collate
 from safety_neurons.model.likelihood import logits_budget, widened
 from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.suites.artifacts import Attack, Attacks
-from safety_neurons.suites.mechanical import DEFAULT_OPENING
-from safety_neurons.suites.suffixes import Suffixed, changed, encoded, initial, located, printable_ids
+from safety_neurons.suites.attacks import DEFAULT_OPENING, Attack, Attacks
+
+_WORDS = ("!", "x", "*", "the")
+
+
+@dataclass(frozen=True)
+class Suffixed:
+    """A request with a suffix, as the model gets it.
+
+    Attributes:
+        prompt: The request with its suffix.
+        suffix: The suffix's text, the space before it included.
+        ids: Token ids of the whole prompt, template included.
+        start: First token that lies wholly inside the suffix.
+        stop: The token behind the last one.
+        head: The suffix's text before the first such token.
+        tail: The suffix's text behind the last.
+    """
+
+    prompt: Prompt
+    suffix: str
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+    head: str = ""
+    tail: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that can be changed."""
+        return self.stop - self.start
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def appended(prompt: Prompt, suffix: str) -> Prompt:
+    """The prompt with a text behind its request."""
+    last = prompt.turns[-1]
+    if last.role != "user":
+        kind = "an assistant's" if last.role == "assistant" else f"a {last.role}"
+        raise UsageError(f"prompt {prompt.id!r} ends with {kind} turn; expected a request; attack it before the answer is begun")
+    return prompt.asking(last.content + suffix)
+
+
+def encoded(lm: LanguageModel, prompt: Prompt, suffixes: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of the prompt with each of the suffixes.
+
+    Raises:
+        UsageError: The prompt does not fit the model's context.
+    """
+    found = lm.encode([appended(prompt, suffix) for suffix in suffixes])
+    if any(item.truncated for item in found):
+        raise UsageError(f"prompt {prompt.id!r} with its suffix does not fit the context of {lm.max_length} tokens; shorten the suffix")
+    return [tuple(item.ids) for item in found]
+
+
+def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], bare: Sequence[int]) -> Suffixed | None:
+    """The suffix's tokens in an encoded prompt; None where the tokenizer does not give its text back.
+
+    Args:
+        lm: The model.
+        prompt: The request without the suffix.
+        suffix: The suffix's text.
+        ids: Token ids of the prompt with the suffix.
+        bare: Token ids of the prompt without, whose common beginning is not decoded again.
+    """
+    common = next((place for place, (one, other) in enumerate(zip(ids, bare, strict=False)) if one != other), min(len(ids), len(bare)))
+    anchor = max(0, common - 2)
+    lengths = [len(decoded(lm, ids[anchor:stop])) for stop in range(anchor, len(ids) + 1)]
+    at = decoded(lm, ids[anchor:]).rfind(suffix)
+    if at < 0:
+        return None
+    end = at + len(suffix)
+    inside = [
+        place
+        for place in range(len(ids) - anchor)
+        if at <= lengths[place] < lengths[place + 1] <= end and ids[anchor + place] not in _special(lm)
+    ]
+    if not inside or inside != list(range(inside[0], inside[-1] + 1)):
+        return None
+    return Suffixed(
+        appended(prompt, suffix),
+        suffix,
+        tuple(ids),
+        anchor + inside[0],
+        anchor + inside[-1] + 1,
+        suffix[: lengths[inside[0]] - at],
+        suffix[len(suffix) - (end - lengths[inside[-1] + 1]) :] if end > lengths[inside[-1] + 1] else "",
+    )
+
+
+def initial(lm: LanguageModel, prompt: Prompt, n_tokens: int, allowed: torch.Tensor, generator: torch.Generator) -> Suffixed:
+    """A suffix of so many tokens to begin with: exclamation marks where the tokenizer knows them, else drawn words.
+
+    Raises:
+        ModelError: The tokenizer gives back none of the suffixes that were tried.
+    """
+    bare = encoded(lm, prompt, [""])[0]
+    drawn = allowed[torch.randint(len(allowed), (8, n_tokens), generator=generator)].tolist()
+    texts = [" " + " ".join([word] * n_tokens) for word in _WORDS] + [" " + decoded(lm, ids).strip() for ids in drawn]
+    tried = [located(lm, prompt, text, ids, bare) for text, ids in zip(texts, encoded(lm, prompt, texts), strict=True)]
+    fitting = [
+        item for item in tried if item is not None and all(token in set(allowed.tolist()) for token in item.ids[item.start : item.stop])
+    ]
+    if not fitting:
+        raise ModelError(
+            f"{lm.name}: its tokenizer gives no suffix back as it was written; expected one that keeps text; use another attack"
+        )
+    return min(fitting, key=lambda item: abs(item.n_tokens - n_tokens))
+
+
+def changed(lm: LanguageModel, current: Suffixed, ids: Sequence[int]) -> str:
+    """The suffix's text with other tokens in place of those that can be changed."""
+    before = list(current.ids[max(0, current.start - 1) : current.start])
+    return current.head + decoded(lm, [*before, *ids])[len(decoded(lm, before)) :] + current.tail
+
+
+def printable_ids(lm: LanguageModel) -> torch.Tensor:
+    """Tokens a suffix may be made of: printable ASCII with something to see, no special ones."""
+    tokenizer = lm.tokenizer
+    size = min(len(tokenizer), lm.n_ids)
+    texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
+    special = _special(lm)
+    kept = [token for token, text in enumerate(texts) if token not in special and text.strip() and text.isascii() and text.isprintable()]
+    if len(kept) < 2:
+        raise InputError(f"{lm.name}: its tokenizer has {len(kept)} printable tokens; expected some; use another attack")
+    return torch.tensor(kept)
+
+
+def decoded(lm: LanguageModel, ids: Sequence[int]) -> str:
+    """Text of ids, special tokens and all spaces kept."""
+    return str(lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def _special(lm: LanguageModel) -> set[int]:
+    known = getattr(lm.tokenizer, "all_special_ids", None) or []
+    added = getattr(lm.tokenizer, "added_tokens_decoder", None) or {}
+    unknown = getattr(lm.tokenizer, "unk_token_id", None)
+    return {
+        int(token)
+        for token in (*known, *(token for token, entry in added.items() if getattr(entry, "special", False)), unknown)
+        if token is not None
+    }
+
 
 GCG, RANDOM = "GCG", "random-search"
 SEARCHES = ("gradient", "random")
@@ -23,8 +171,8 @@ AttackProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long and how widely is searched.
+class Search:
+    """How a suffix is searched, and for how long.
 
     Attributes:
         steps: Steps for each prompt.
@@ -32,6 +180,9 @@ class Budget:
         top_k: Tokens a position's replacement is drawn from, the most promising by the gradient.
         suffix_tokens: Length of the suffix.
         stop: End once the model's most likely answer begins with the target.
+        search: `gradient`, or `random`, which draws from all tokens and keeps what is better: the control at equal cost.
+        seed: Of the draws; each prompt has its own, so that order changes nothing.
+        batch_size: Candidates fed at once, or `auto`.
     """
 
     steps: int = 100
@@ -39,11 +190,24 @@ class Budget:
     top_k: int = 256
     suffix_tokens: int = 20
     stop: bool = True
+    search: str = "gradient"
+    seed: int = 0
+    batch_size: BatchSize = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "top_k", "suffix_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.search not in SEARCHES:
+            raise UsageError(f"search {self.search!r}: expected gradient or random")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Search":
+        """The search of these settings; UsageError where one is unknown or out of range."""
+        unknown = sorted(settings.keys() - {entry.name for entry in dataclasses.fields(cls)})
+        if unknown:
+            raise UsageError(f"gcg takes no {', '.join(unknown)}; leave them away")
+        return cls(**settings)
 
 
 def gcg(
@@ -51,17 +215,10 @@ def gcg(
     prompts: Prompts,
     *,
     targets: Mapping[str, str] | None = None,
-    steps: int = 100,
-    width: int = 256,
-    top_k: int = 256,
-    suffix_tokens: int = 20,
-    stop: bool = True,
-    search: str = "gradient",
-    seed: int = 0,
-    batch_size: BatchSize = "auto",
     done: Attacks | None = None,
     made: Callable[[Attack], None] | None = None,
     progress: AttackProgress | None = None,
+    **settings: Any,
 ) -> Attacks:
     """Suffixes that make the model in hand begin its answer with a target, one search for each prompt.
 
@@ -78,17 +235,10 @@ def gcg(
         model: The model under attack.
         prompts: The requests.
         targets: Beginning of the wanted answer by behaviour or prompt id; by default `meta["target"]`, else a plain opening.
-        steps: Steps for each prompt.
-        width: Candidates tried in a step.
-        top_k: Tokens a replacement is drawn from.
-        suffix_tokens: Length of the suffix.
-        stop: End once the model's most likely answer begins with the target.
-        search: `random` draws from all tokens and keeps what is better: the control at equal cost.
-        seed: Of the draws; each prompt has its own, so that order changes nothing.
-        batch_size: Candidates fed at once, or `auto`.
         done: Attacks of an earlier, interrupted call; their prompts are not attacked again.
         made: Called with every attack as soon as it is there.
         progress: Called as `progress(prompts done, prompts in all, steps done)`.
+        **settings: The fields of `Search`.
 
     Returns:
         One attack a prompt, `adaptive`, on `model.name`; `meta` holds target, suffix, loss before and after, steps and whether the target
@@ -98,9 +248,7 @@ def gcg(
         UsageError: An argument out of range, or a prompt that does not fit the context.
         ModelError: A tokenizer that does not give text back.
     """
-    budget = Budget(steps, width, top_k, suffix_tokens, stop)
-    if search not in SEARCHES:
-        raise UsageError(f"search {search!r}: expected gradient or random")
+    how = Search.of(settings)
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
     found: list[Attack] = []
@@ -108,7 +256,7 @@ def gcg(
     for number, prompt in enumerate(prompts, 1):
         attack = before.get(prompt.id)
         if attack is None:
-            hunt = _Hunt(model, prompt, _target(prompt, targets), budget, search, allowed, seed, batch_size)
+            hunt = _Hunt(model, prompt, _target(prompt, targets), how, allowed)
             attack = hunt.run()
             if made is not None:
                 made(attack)
@@ -116,46 +264,35 @@ def gcg(
         found.append(attack)
         if progress is not None:
             progress(number, len(prompts), steps_done)
-    return Attacks(found, f"{prompts.name} under {GCG if search == 'gradient' else RANDOM}", prompts.notes)
+    return Attacks(found, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes)
 
 
 class _Hunt:
     """The search for one prompt's suffix."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        prompt: Prompt,
-        target: str,
-        budget: Budget,
-        search: str,
-        allowed: Int[Tensor, " token"],
-        seed: int,
-        batch_size: BatchSize,
-    ) -> None:
-        self.lm, self.prompt, self.target, self.budget, self.search = lm, prompt, target, budget, search
-        self.allowed, self.batch_size, self.seed = allowed, batch_size, seed
-        self.generator = torch.Generator().manual_seed((int(prompt.sha256[:12], 16) + seed) % 2**63)
+    def __init__(self, lm: LanguageModel, prompt: Prompt, target: str, how: Search, allowed: Int[Tensor, " token"]) -> None:
+        self.lm, self.prompt, self.target, self.how, self.allowed = lm, prompt, target, how, allowed
+        self.generator = torch.Generator().manual_seed((int(prompt.sha256[:12], 16) + how.seed) % 2**63)
         self.target_ids = _target_ids(lm, prompt, target)
         self.bare = encoded(lm, prompt, [""])[0]
 
     def run(self) -> Attack:
         """Search and return the best suffix there was."""
-        current = initial(self.lm, self.prompt, self.budget.suffix_tokens, self.allowed, self.generator)
+        current = initial(self.lm, self.prompt, self.how.suffix_tokens, self.allowed, self.generator)
         losses, matches = self.losses([current.ids])
         first = best_loss = losses[0]
         best, matched, step = current, matches[0], 0
-        while step < self.budget.steps and not (matched and self.budget.stop):
+        while step < self.how.steps and not (matched and self.how.stop):
             step += 1
             candidates = self.candidates(current)
             if not candidates:
                 continue
             losses, matches = self.losses([item.ids for item in candidates])
             chosen = min(range(len(candidates)), key=losses.__getitem__)
-            if self.search == "gradient" or losses[chosen] < best_loss:
+            if self.how.search == "gradient" or losses[chosen] < best_loss:
                 current = candidates[chosen]
             hit = next((place for place in sorted(range(len(candidates)), key=losses.__getitem__) if matches[place]), None)
-            if hit is not None and self.budget.stop:
+            if hit is not None and self.how.stop:
                 best, best_loss, matched = candidates[hit], losses[hit], True
             elif losses[chosen] < best_loss:
                 best, best_loss, matched = candidates[chosen], losses[chosen], matches[chosen]
@@ -163,11 +300,11 @@ class _Hunt:
 
     def candidates(self, current: Suffixed) -> list[Suffixed]:
         """Suffixes that differ from the current one in one token and are as long; drawn evenly over positions."""
-        n, width = current.n_tokens, self.budget.width
+        n, width = current.n_tokens, self.how.width
         places = torch.arange(width) * n // width if width >= n else torch.randperm(n, generator=self.generator)[:width]
-        if self.search == "gradient":
+        if self.how.search == "gradient":
             slopes = self.slopes(current)[:, self.allowed]
-            pool = self.allowed[slopes.topk(min(self.budget.top_k, len(self.allowed)), largest=False).indices]
+            pool = self.allowed[slopes.topk(min(self.how.top_k, len(self.allowed)), largest=False).indices]
         else:
             pool = self.allowed.expand(n, -1)
         draws = torch.randint(pool.shape[1], (width,), generator=self.generator)
@@ -217,14 +354,14 @@ class _Hunt:
                 found[index] = (loss, same)
 
         whole = [[*ids, *self.target_ids] for ids in sequences]
-        run_batches(self.lm, whole, per_batch, self.batch_size, True, budget=logits_budget(self.lm))
+        run_batches(self.lm, whole, per_batch, self.how.batch_size, True, budget=logits_budget(self.lm))
         return [found[index][0] for index in range(len(whole))], [found[index][1] for index in range(len(whole))]
 
     def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> Attack:
         prompt = self.prompt
         meta = {key: value for key, value in prompt.meta.items() if key not in ("goal", "behavior_id", "method", "label")}
         meta |= {"prompt_id": prompt.id, "target": self.target, "suffix": best.suffix, "loss_before": first, "loss": last}
-        meta |= {"steps": steps, "matched": matched, "seed": self.seed}
+        meta |= {"steps": steps, "matched": matched, "seed": self.how.seed}
         meta |= {"category": prompt.category} if prompt.category else {}
         meta |= {"language": prompt.language} if prompt.language else {}
         if best.prompt.messages:
@@ -233,7 +370,7 @@ class _Hunt:
             behavior_id=str(prompt.meta.get("behavior_id", prompt.id)),
             goal=str(prompt.meta.get("goal", prompt.text)),
             prompt=best.prompt.text,
-            method=GCG if self.search == "gradient" else RANDOM,
+            method=GCG if self.how.search == "gradient" else RANDOM,
             source_model=self.lm.name,
             adaptive=True,
             meta=meta,

@@ -1,21 +1,262 @@
-"""`suite`: one door to the named suites, to files in their formats and to files of the user's own; `verify` looks before a run starts."""
+"""`suite`: prompts of the named suites in whichever edition, and of files of the user's own; `verify` looks before a run starts."""
 
+import ast
 import contextlib
+import csv
 import dataclasses
 import gzip
 import hashlib
+import io
+import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Prompts, prompts
-from safety_neurons.suites.catalogue import KINDS, Entry, Place, Wanted, entries, is_name, wanted
-from safety_neurons.suites.reading import read, table_rows
-from safety_neurons.suites.sources import Source, content, find, from_hub, hub_address, local
+from safety_neurons.prompts import Prompt, Prompts, prompts
+from safety_neurons.prompts.readers import file_format, read_text
+from safety_neurons.prompts.rows import prompts_of
+from safety_neurons.prompts.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
+from safety_neurons.suites.catalogue import (
+    KINDS,
+    Location,
+    Source,
+    SuiteEntry,
+    Wanted,
+    entries,
+    find,
+    from_hub,
+    hub_address,
+    is_name,
+    source_of,
+    wanted,
+)
+
+Row = dict[str, Any]
+_COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
+_NATIVE = {"category": "category", "id": "id", "language": "language", "input": "input", "context": "ContextString"}
+"""Names here that the prompt reader knows by a name of its own; the others travel as `meta`."""
+
+
+def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = None) -> Prompts:
+    """The prompts of a suite.
+
+    Args:
+        wanted: The suite, its part and its language.
+        sources: Its files by language, one under "" where a single file holds everything.
+        column: Column of the prompts, where the file names it in a way of its own.
+
+    Raises:
+        InputError: A file that cannot be read, or that is not what the suite's file looks like.
+    """
+    notes: list[str] = []
+    found: list[Prompt] = []
+    for language, source in sources.items():
+        rows = _rows(wanted.entry, source, notes)
+        for tag, canonical in _by_language(wanted, rows, source, column, notes).items():
+            found += _prompts(wanted, canonical, source, tag or language, notes)
+    kept = [prompt for prompt in found if _is_of(prompt, wanted)]
+    if not kept:
+        part = wanted.entry.parts[wanted.part or ""]
+        raise InputError(f"{wanted.name}: no row of the file is of this part; expected {part.column} {part.value!r}; check the file")
+    return Prompts(kept, wanted.name, list(dict.fromkeys(notes)))
+
+
+def table_rows(source: Source, notes: list[str], header: Sequence[str] = (), known: Sequence[str] = ()) -> list[Row]:
+    """Rows of a file in any format that is read.
+
+    Args:
+        source: The file.
+        notes: Receives one line for each thing that was repaired.
+        header: Columns of a table that comes without a header row.
+        known: Every name a header may hold; a first row with none of them is a row of data.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    path, shown = source.path, str(source.path)
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path.read_bytes(), shown)
+    suffix = file_format(path)
+    text, found = read_text(path)
+    notes += found
+    if suffix in (".csv", ".tsv") and header:
+        text = _with_header(text, "," if suffix == ".csv" else "\t", header, known, notes)
+    return readable(parse_rows(text, suffix, shown, None, notes), notes)
+
+
+def _rows(entry: SuiteEntry, source: Source, notes: list[str]) -> list[Row]:
+    columns = [names[0] for names in entry.columns.values()] + list(entry.wide)
+    known = [name for names in entry.columns.values() for name in names] + list(entry.wide)
+    return table_rows(source, notes, columns, known)
+
+
+def _with_header(text: str, delimiter: str, header: Sequence[str], known: Sequence[str], notes: list[str]) -> str:
+    """The table with a header row, which some editions lack."""
+    try:
+        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    except csv.Error:
+        return text
+    names = {name.casefold() for name in (*known, *PROMPT_COLUMNS, *CONVERSATION_COLUMNS)}
+    words = {cell.strip().casefold() for cell in first} | ({*re.split("[,;\t|]", first[0].casefold())} if len(first) == 1 else set())
+    looks_like_data = any(len(cell) > 40 or " " in cell.strip() for cell in first)
+    if words & names or not looks_like_data or len(first) > max(1, len(header)):
+        return text
+    columns = list(header[: len(first)]) if len(first) > 1 else ["text"]
+    notes.append(f"no header row; read as {', '.join(columns)}")
+    return delimiter.join(columns) + "\n" + text
+
+
+def _parquet(data: bytes, shown: str) -> list[Row]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise InputError(f"{shown}: reading Parquet needs pyarrow; install it, or convert the file to CSV or JSON Lines") from None
+    try:
+        return parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown}: not a Parquet file that can be read ({error}); expected a whole one; download it again") from None
+
+
+def _by_language(wanted: Wanted, rows: list[Row], source: Source, column: str | None, notes: list[str]) -> dict[str, list[Row]]:
+    """Rows under the names used here; one list for each language of a wide table."""
+    entry = wanted.entry
+    if not entry.wide:
+        return {"": _canonical(entry, rows, _column_of(entry, rows, source, column, "prompt"), notes)}
+    languages = [wanted.language] if wanted.language else entry.wide
+    present = _present(rows)
+    there = {tag: present[tag] for tag in languages if tag in present}
+    if column is not None or not there:
+        return {wanted.language or "": _canonical(entry, rows, _column_of(entry, rows, source, column, "prompt"), notes)}
+    missing = [tag for tag in languages if tag not in there]
+    if missing:
+        notes.append(f"languages {', '.join(missing)} are not in the file")
+    return {tag: _canonical(entry, rows, name, notes) for tag, name in there.items()}
+
+
+def _present(rows: Sequence[Row]) -> dict[str, str]:
+    """Columns by their name in small letters, the first of those that differ in case only."""
+    present: dict[str, str] = {}
+    for row in rows:
+        for key in row:
+            present.setdefault(str(key).strip().casefold(), key)
+    return present
+
+
+def _column_of(entry: SuiteEntry, rows: Sequence[Row], source: Source, column: str | None, name: str) -> str:
+    """The column of the prompts: as named, as in an edition that is known, or as prompt columns are usually called."""
+    present = _present(rows)
+    if column is not None:
+        if column.strip().casefold() not in present:
+            raise InputError(f"{source.path}: no column {column!r}; it has {', '.join(present)}; name one of them with --column")
+        return present[column.strip().casefold()]
+    usual = (*entry.columns.get(name, ()), "prompt", "goal", "instruction", "question", "text", "query", "behavior", "forbidden_prompt")
+    found = next((present[candidate.casefold()] for candidate in usual if candidate.casefold() in present), None)
+    if found is None:
+        raise InputError(
+            f"{source.path}: no column that holds the prompts of {entry.name}; it has {', '.join(present)}; "
+            f"expected {', '.join(entry.columns.get(name, entry.wide))}; name one with --column"
+        )
+    return found
+
+
+def _canonical(entry: SuiteEntry, rows: list[Row], prompt: str, notes: list[str]) -> list[Row]:
+    """Rows under the names used here, columns nobody asked for left out."""
+    present = _present(rows)
+    chosen: dict[str, str] = {}
+    for name, candidates in entry.columns.items():
+        column = next((present[key.casefold()] for key in candidates if key.casefold() in present), None)
+        if name != "prompt" and column is not None and column != prompt:
+            chosen[name] = column
+    if "target" in chosen and _exchanged(rows, prompt, chosen["target"]):
+        notes.append(f"the columns {prompt} and {chosen['target']} are exchanged (“Sure, here is …” stood for prompts); read the other way")
+        prompt, chosen["target"] = chosen["target"], prompt
+    called = _called(prompt, chosen)
+    languages = {} if "language" in chosen else {key: present[key] for key in ("language", "lang") if key in present}
+    return [
+        {
+            called: row.get(prompt),
+            "row": number,
+            **{_NATIVE.get(name, name): row.get(column) for name, column in (*chosen.items(), *languages.items())},
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def _called(prompt: str, chosen: Mapping[str, str]) -> str:
+    """What the prompt reader takes the column for: it joins a context to `Behavior` and an Alpaca input to `prompt`."""
+    if prompt.casefold() in (*CONVERSATION_COLUMNS, "chosen"):
+        return prompt.casefold()
+    return "Behavior" if "context" in chosen else "prompt"
+
+
+def _exchanged(rows: Sequence[Row], prompt: str, target: str) -> bool:
+    def share(column: str) -> float:
+        texts = [row[column] for row in rows if isinstance(row.get(column), str)]
+        return sum(_COMPLIES.match(text) is not None for text in texts) / max(1, len(texts))
+
+    return share(prompt) > 0.5 and share(target) < 0.25
+
+
+def _prompts(wanted: Wanted, rows: list[Row], source: Source, language: str, notes: list[str]) -> list[Prompt]:
+    entry = wanted.entry
+    targets = {row["row"]: row.pop("target") for row in rows if "target" in row}
+    column = next(iter(rows[0])) if rows else "prompt"
+    own: list[str] = []
+    read = prompts_of(rows, str(source.path), column, None, own)
+    notes += [note if not language else f"{language}: {note}" for note in own]
+    unknown: Counter[str] = Counter()
+    found = [_finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read]
+    for word, count in unknown.items():
+        notes.append(f"{count} rows say {word!r} where {' or '.join(entry.kinds)} was expected; taken as harmful")
+    return found
+
+
+def _finished(prompt: Prompt, entry: SuiteEntry, row: Row, targets: Mapping[int, Any], language: str, unknown: Counter[str]) -> Prompt:
+    """The prompt with the names that attacks, judges and tables go by."""
+    number = prompt.meta["row"]
+    meta: Row = {key: value for key, value in prompt.meta.items() if key not in ("row", "rejected", "kind") and value != ""}
+    kind = entry.kind
+    if entry.kinds:
+        word = str(row.get("kind", "")).strip().casefold()
+        kind = entry.kinds.get(word, "harmful")
+        if word not in entry.kinds:
+            unknown[word] += 1
+    context = row.get("ContextString")
+    goal = row["Behavior"] if isinstance(row.get("Behavior"), str) else prompt.text
+    category, sub = _category(prompt.category, meta.pop("subcategory", None), nested="subcategory" in entry.columns)
+    target = targets.get(number)
+    tag = prompt.language or language or None
+    name = f"{prompt.id}/{tag}" if language and len(entry.languages) > 1 else prompt.id
+    meta |= {"suite": entry.name, "kind": kind, "goal": goal, "behavior_id": str(meta.get("behavior_id", prompt.id)), "method": "direct"}
+    meta |= {"target": target} if isinstance(target, str) and target.strip() else {}
+    meta |= {"context": context} if isinstance(context, str) and context.strip() else {}
+    meta |= {"subcategory": sub} if sub else {}
+    return replace(prompt, id=name, answer=None, category=category, language=tag, meta=meta)
+
+
+def _category(category: str | None, sub: Any, *, nested: bool) -> tuple[str | None, str | None]:
+    """Category and subcategory: `['a', 'b']` written as text is a list, and of nested keys `A/b` the last is the subcategory."""
+    if category and category.startswith("[") and category.endswith("]"):
+        try:
+            return ", ".join(map(str, ast.literal_eval(category))) or None, sub
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return category, sub
+    if nested and category and "/" in category and sub is None:
+        category, _, sub = category.rpartition("/")
+    return category, str(sub) if sub else None
+
+
+def _is_of(prompt: Prompt, wanted: Wanted) -> bool:
+    if wanted.part is None:
+        return True
+    part = wanted.entry.parts[wanted.part]
+    return str(prompt.meta.get(part.column, "")).strip().casefold() == part.value
+
 
 HUB, BUILTIN = "hub:", "builtin:"
 
@@ -66,7 +307,7 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class Check:
+class SuiteCheck:
     """What `verify` saw of one suite.
 
     Attributes:
@@ -131,7 +372,7 @@ def suite(
     return found if limit is None else dataclasses.replace(found, prompts=_evenly(found.prompts, limit))
 
 
-def verify(source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False) -> Check:
+def verify(source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False) -> SuiteCheck:
     """Look whether a suite is there and is what it should be; never raises for a suite that is not.
 
     Where a hash is known the file has to have it; compression and the kind of line ends do not matter.
@@ -147,7 +388,7 @@ def verify(source: str | Path, *, folder: str | Path | None = None, offline: boo
         asked, sources = _located(source, folder, offline)
         found = _own(source, sources, None, None) if asked is None else _named(asked, sources, None)
     except InputError as error:
-        return Check(name, ok=False, problem=str(error))
+        return SuiteCheck(name, ok=False, problem=str(error))
     hashes = tuple(_hash_of(asked.places.get(language), item) for language, item in sources.items()) if asked else ("unknown",)
     missing = [] if asked is None else [language for language in asked.places if language not in sources]
     expected = found.rows if not missing else None
@@ -156,8 +397,8 @@ def verify(source: str | Path, *, folder: str | Path | None = None, offline: boo
         problem = f"{found.name}: {len(found)} prompts, expected {expected}; the file is not the whole original; get it again"
     elif "other" in hashes and not any_edition:
         problem = f"{found.name}: not an edition that is known (hash {found.sha256[0][:12]}…); get the original, or allow --any-edition"
-    shown = tuple(item.shown for item in sources.values()) or (found.source,)
-    return Check(found.name, problem is None, shown, hashes, len(found), found.rows, problem, tuple(found.notes))
+    shown = tuple(str(item.path) for item in sources.values()) or (found.source,)
+    return SuiteCheck(found.name, problem is None, shown, hashes, len(found), found.rows, problem, tuple(found.notes))
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -165,7 +406,7 @@ def catalogue() -> list[dict[str, Any]]:
     return [_described(entry) for entry in entries().values()]
 
 
-def _described(entry: Entry) -> dict[str, Any]:
+def _described(entry: SuiteEntry) -> dict[str, Any]:
     places = list(entry.places.values())
     return {
         "name": entry.name,
@@ -192,11 +433,11 @@ def _located(source: str | Path, folder: str | Path | None, offline: bool) -> tu
         return named, {language if not named.entry.wide else "": _file(rest, offline)}
     if text.startswith(BUILTIN):
         return None, {}
-    if text.startswith(HUB) or Path(text).expanduser().exists() or (isinstance(source, Path)) or _is_member(text):
+    if text.startswith(HUB) or Path(text).expanduser().exists() or isinstance(source, Path):
         return None, {"": _file(text, offline)}
     asked = wanted(text) if not _looks_like_a_file(text) else None
     if asked is None:
-        return None, {"": local(Path(text).expanduser())}
+        return None, {"": source_of(Path(text).expanduser())}
     return asked, _files(asked, folder, offline)
 
 
@@ -204,12 +445,8 @@ def _looks_like_a_file(text: str) -> bool:
     return not is_name(text) and (Path(text).suffix != "" or text.startswith((".", "~", "/")))
 
 
-def _is_member(text: str) -> bool:
-    return any(part.suffix.lower() == ".zip" and part.is_file() for part in Path(text).expanduser().parents)
-
-
 def _file(text: str, offline: bool) -> Source:
-    return from_hub(hub_address(text), offline=offline) if text.startswith(HUB) else local(Path(text).expanduser())
+    return from_hub(hub_address(text), offline=offline) if text.startswith(HUB) else source_of(Path(text).expanduser())
 
 
 def _files(asked: Wanted, folder: str | Path | None, offline: bool) -> dict[str, Source]:
@@ -249,13 +486,11 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     if not sources:
         found = prompts(text, column=column)
         guessed = "harmless" if text.removeprefix(BUILTIN).startswith(("harmless", "general")) else "harmful"
-        return _stamped(found, text, kind or guessed, Source(Path(), None, text, found.sha256))
+        return _stamped(found, text, kind or guessed, Source(Path(), text, found.sha256))
     file = sources[""]
-    if file.path.suffix.lower() == ".parquet" or (file.member or "").lower().endswith(".parquet"):
-        found = prompts(table_rows(file, []), column=column)
-    else:
-        found = prompts(file.path / file.member if file.member else file.path, column=column)
-    name = file.origin if text.startswith(HUB) else Path(file.member or file.path).name
+    parquet = file.path.suffix.lower() == ".parquet"
+    found = prompts(table_rows(file, []) if parquet else file.path, column=column)
+    name = file.origin if text.startswith(HUB) else file.path.name
     return _stamped(found, name, kind or "harmful", file)
 
 
@@ -293,13 +528,13 @@ def _evenly(found: Prompts, limit: int) -> Prompts:
     return Prompts([found[index] for index in sorted(kept)], found.name, found.notes)
 
 
-def _hash_of(place: Place | None, source: Source) -> str:
+def _hash_of(place: Location | None, source: Source) -> str:
     """Whether the file is a known edition, whatever its compression and its line ends."""
     if place is None or not place.sha256:
         return "unknown"
     if source.sha256 in place.sha256:
         return "match"
-    data = content(source)
+    data = source.path.read_bytes()
     with contextlib.suppress(OSError, EOFError, zlib.error):
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     plain = data.replace(b"\r\n", b"\n")

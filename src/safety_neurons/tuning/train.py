@@ -28,8 +28,8 @@ from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompts import Prompts
 from safety_neurons.prompts.readers import Source
-from safety_neurons.results.checkpoint import Checkpoint, Saved
 from safety_neurons.results.files import plain
+from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
 from safety_neurons.tuning.data import MAX_LENGTH, Example, label_rows, mix, read, tuning_examples, with_own_answers
 from safety_neurons.tuning.deltas import Deltas, attach, weight_of

@@ -9,7 +9,7 @@ from safety_neurons.guard.requests import Reading, readings
 from safety_neurons.guard.server.problems import Problem
 from safety_neurons.guard.server.shapes import SPEECH, Part, StreamOptions, Turn
 from safety_neurons.prompts import Message, Prompt, request_of
-from safety_neurons.prompts.conversations import as_text, opened
+from safety_neurons.prompts.records import as_text, opened
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
 """Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a user's."""

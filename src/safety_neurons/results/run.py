@@ -1,23 +1,163 @@
-"""RunFolder: where one run writes. The same run goes on, another is an error, a finished run stays as it is.
+"""Run folders: the record of a run, the lock that keeps other processes out, and the checkpoints that the run goes on from.
 
-Which run it is, is told by what was read and not by how that was called: the verb, the content of every file an argument names, all other
-arguments as they are, and the version of this package.
+The same run goes on, another is an error, a finished run stays as it is. Which run it is, is told by what was read and not by how that
+was called: the verb, the content of every file an argument names, all other arguments as they are, and the version of this package.
 """
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
+import socket
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
-from safety_neurons.results.checkpoint import Checkpoint
-from safety_neurons.results.content import Contents
-from safety_neurons.results.files import PathLike, now, plain, read_json, remove_partial, write_json
-from safety_neurons.results.lock import Lock
+from safety_neurons.results.files import (
+    Contents,
+    PathLike,
+    now,
+    plain,
+    read_json,
+    remove_partial,
+    safetensors_bytes,
+    write_bytes,
+    write_json,
+)
+
+_LOCK, _HOLDER = ".lock", ".lock.json"
+
+
+class Lock:
+    """A lock of the operating system, which ends with its process however that ends; who holds it is written beside it.
+
+    Within one process it may be taken again: a process does not stand in its own way.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Names the lock; nothing is taken yet."""
+        self.folder = folder
+        self._held: FileLock | None = None
+
+    def take(self) -> None:
+        """Takes the lock without waiting.
+
+        Raises:
+            RunError: another process holds it, or the folder is not writable.
+        """
+        place = self.folder.resolve() / _LOCK
+        lock = FileLock(place, timeout=0, thread_local=False, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error
+        self._held = lock
+        if lock.lock_counter == 1:
+            write_json(place.with_name(_HOLDER), {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
+
+    def release(self) -> None:
+        """Gives the lock back, where it is held; the last to do so leaves nothing of it in the folder."""
+        lock, self._held = self._held, None
+        if lock is None:
+            return
+        if lock.lock_counter == 1:  # While it is held, so that nobody's but our own is removed.
+            for name in (_HOLDER, _LOCK):
+                with contextlib.suppress(OSError):
+                    (pathlib.Path(lock.lock_file).parent / name).unlink()
+        lock.release()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.release()
+
+    def _holder(self) -> str:
+        try:
+            found = read_json(self.folder / _HOLDER)
+            return f"process {int(found['pid'])} on {str(found['host'])[:60]} since {str(found['since'])[:30]}"
+        except (InputError, LookupError, TypeError, ValueError):
+            return "another process"
+
+
+EVERY = 5.0
+"""Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under way."""
+SHARE = 0.1
+"""Share of the time that saving may take: a state that takes longer to write is written less often."""
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    arrays: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+class Checkpoint:
+    """Arrays and a small state under one path; saving replaces both in one step."""
+
+    def __init__(self, path: PathLike, clock: Callable[[], float] = time.monotonic) -> None:
+        """Names the file; nothing is written yet.
+
+        Args:
+            path: of the file.
+            clock: seconds, by which `due` goes.
+        """
+        self.path = pathlib.Path(path)
+        self._clock = clock
+        self._last, self._cost = clock(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time went by since the last save, or since this object was made, for the next one."""
+        return self._clock() - self._last >= max(EVERY, self._cost / SHARE)
+
+    def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        """Writes arrays and state (JSON values) in one step.
+
+        Raises:
+            RunError: the place cannot be written; the previous checkpoint is untouched.
+        """
+        start = self._clock()
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_bytes(self.path, safetensors_bytes(whole, {"state": json.dumps(plain(state))}))
+        self._last = self._clock()
+        self._cost = self._last - start
+
+    def load(self) -> Saved | None:
+        """The last state saved, or `None` where there is none.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="numpy") as opened:
+                state = strict_json.loads((opened.metadata() or {})["state"])
+                if not isinstance(state, dict):
+                    raise ValueError(f"its state is a {type(state).__name__}")
+                return Saved({name: opened.get_tensor(name) for name in opened.keys()}, state)  # noqa: SIM118  # not a mapping
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"cannot read checkpoint {str(self.path)!r} ({str(error)[:80]}); delete it or pass --overwrite to start anew"
+            ) from error
+
+    def delete(self) -> None:
+        """Removes the file, where there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
 
 RECORD = "run.json"
 SCHEMA = "safety-neurons/1"

@@ -8,20 +8,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.errors import InputError
-from safety_neurons.prompts import columns as names
-from safety_neurons.prompts.conversations import (
+from safety_neurons.prompts.records import (
     ROLES,
+    Message,
+    Prompt,
     UnreadableTurnError,
     is_conversation,
     is_transcript,
     merge_turns,
     read_transcript,
     read_turns,
+    request_of,
     texts_of,
     written_list,
 )
-from safety_neurons.prompts.records import Message, Prompt, request_of
-from safety_neurons.prompts.tables import MOST_ROWS, Unread, too_many
+from safety_neurons.prompts.tables import (
+    METADATA,
+    MOST_ROWS,
+    PROMPT_COLUMNS,
+    REQUESTS_ONLY,
+    ColumnPlan,
+    Unread,
+    find_column,
+    folded,
+    listed,
+    plan_for,
+    too_many,
+)
 
 Row = Mapping[str, Any] | Unread | Prompt
 _COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
@@ -54,7 +67,7 @@ def prompts_of(
     Raises:
         InputError: No rows, no column for the prompt, no row with a text, or more rows than are read.
     """
-    reader = _Reader(source, column, answer_column)
+    reader = _RowReader(source, column, answer_column)
     kept: list[Prompt] = []
     for number, row in enumerate(rows):
         if number >= MOST_ROWS and limit is None:
@@ -96,12 +109,12 @@ class _Unusable(Exception):
     """Why a value is no prompt."""
 
 
-class _Reader:
+class _RowReader:
     """Reads rows and remembers what happened to them."""
 
     def __init__(self, source: str, column: str | None, answer_column: str | None) -> None:
         self._source, self._column, self._answer_column = source, column, answer_column
-        self._plans: dict[tuple[str, ...], names.Plan] = {}
+        self._plans: dict[tuple[str, ...], ColumnPlan] = {}
         self._present: dict[str, None] = {}
         self._tally, self._left, self._used, self._joined, self._systems = _Tally(), _Tally(), _Tally(), _Tally(), _Tally()
         self._reasons: dict[str, str] = {}
@@ -151,7 +164,7 @@ class _Reader:
         self._reasons.setdefault(kind, why)
         self._left.add(kind, number)
 
-    def _opened(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], names.Plan]:
+    def _opened(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ColumnPlan]:
         """The row that holds the prompt: itself, or a record within it; and its plan."""
         plan = self._plan(row)
         if plan.prompt or plan.conversation or plan.pair:
@@ -161,7 +174,7 @@ class _Reader:
             beside = {key: value for key, value in row.items() if key not in _ARGUMENTS}
             row = {**beside, "prompt": asked, "id": row.get("doc_id")} if asked is not None else row
             return row, self._plan(row)
-        inner = [(key, value) for key, value in row.items() if isinstance(value, Mapping) and names.folded(key) not in names.METADATA]
+        inner = [(key, value) for key, value in row.items() if isinstance(value, Mapping) and folded(key) not in METADATA]
         inner = [(key, value) for key, value in inner if (found := self._plan(value, note=False)).prompt or found.conversation]
         if len(inner) == 1:
             key, value = inner[0]
@@ -169,11 +182,11 @@ class _Reader:
             return row, self._plan(row)
         return row, plan
 
-    def _plan(self, row: Mapping[str, Any], note: bool = True) -> names.Plan:
+    def _plan(self, row: Mapping[str, Any], note: bool = True) -> ColumnPlan:
         present = tuple(row)
         plan = self._plans.get(present)
         if plan is None:
-            plan = names.plan_for(present, self._column, self._answer_column)
+            plan = plan_for(present, self._column, self._answer_column)
             if len(self._plans) < 1000:
                 self._plans[present] = plan
             if note:
@@ -182,7 +195,7 @@ class _Reader:
 
     # What is asked
 
-    def _asked(self, row: Mapping[str, Any], plan: names.Plan) -> tuple[str, list[Message]]:
+    def _asked(self, row: Mapping[str, Any], plan: ColumnPlan) -> tuple[str, list[Message]]:
         """The column that holds the request, and its turns."""
         why: Exception | None = None
         empty = ""
@@ -254,7 +267,7 @@ class _Reader:
         said = "".join(texts_of(value, unread))
         if said or not inner.prompt:
             if not said:
-                raise _Unusable(f"the column {column!r} holds an object without text; it has {names.listed(value)}")
+                raise _Unusable(f"the column {column!r} holds an object without text; it has {listed(value)}")
             return [Message("user", self._clean(said))]
         return self._asked(value, inner)[1]
 
@@ -263,31 +276,31 @@ class _Reader:
         texts = [self._clean(one) for one in value]
         if len(texts) == 1:
             return [Message("user", texts[0])]
-        if names.folded(column) == names.REQUESTS_ONLY:
+        if folded(column) == REQUESTS_ONLY:
             self._tally.add("further", self._number)
             return [Message("user", texts[0])]
         if conversation:
             return [Message("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)]
         raise _Unusable(f"the column {column!r} holds a list of {len(value)} texts; expected one text or turns")
 
-    def _with_input(self, row: Mapping[str, Any], plan: names.Plan, column: str, text: str) -> tuple[str, set[str | None]]:
+    def _with_input(self, row: Mapping[str, Any], plan: ColumnPlan, column: str, text: str) -> tuple[str, set[str | None]]:
         """The text with its input or context behind it, or its HarmBench context before it; and the columns that were joined."""
         joined: set[str | None] = set()
         for name in plan.input:
             extra = row.get(name)
-            if name == column or (names.folded(name) == "input" and names.folded(column) not in ("instruction", "prompt")):
+            if name == column or (folded(name) == "input" and folded(column) not in ("instruction", "prompt")):
                 continue
             if isinstance(extra, str) and extra.strip():
                 text = f"{text}\n\n{self._clean(extra)}"
                 joined.add(name)
                 self._joined.add(name, self._number)
         context = next((row[name] for name in plan.context if isinstance(row.get(name), str) and row[name].strip()), None)
-        if context is not None and names.folded(column) == "behavior":
+        if context is not None and folded(column) == "behavior":
             text = f"{self._clean(context)}\n\n---\n\n{text}"
             joined.update(plan.context)
         return text, joined
 
-    def _with_system(self, row: Mapping[str, Any], plan: names.Plan, turns: list[Message]) -> tuple[list[Message], str | None]:
+    def _with_system(self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message]) -> tuple[list[Message], str | None]:
         """The turns with the system prompt of the row before them, unless they bring one."""
         for name in plan.system:
             said = "".join(texts_of(_plain(row.get(name)), [])) if not isinstance(row.get(name), int | float) else ""
@@ -299,7 +312,7 @@ class _Reader:
     # What is answered
 
     def _with_answer(
-        self, row: Mapping[str, Any], plan: names.Plan, column: str, turns: list[Message]
+        self, row: Mapping[str, Any], plan: ColumnPlan, column: str, turns: list[Message]
     ) -> tuple[list[Message], str | None, str | None]:
         """The turns up to the one that is to be answered, the answer, and the column that it is from."""
         answer, name = None, None
@@ -307,7 +320,7 @@ class _Reader:
             value = _plain(row.get(name))
             if name != column and not _is_blank(value) and (answer := self._answer(value)) is not None:
                 break
-        if names.folded(column) == "chosen" and is_transcript(row.get(column)) and is_transcript(other := row.get("rejected")):
+        if folded(column) == "chosen" and is_transcript(row.get(column)) and is_transcript(other := row.get("rejected")):
             self._tally.add("diverged", self._number, _before_last(str(other)) != _before_last(str(row[column])))
         if turns and turns[-1].role == "assistant":
             said = turns[-1].content
@@ -342,7 +355,7 @@ class _Reader:
 
     # The record
 
-    def _record(self, row: Mapping[str, Any], plan: names.Plan, turns: list[Message], answer: str | None, used: set[str | None]) -> Prompt:
+    def _record(self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message], answer: str | None, used: set[str | None]) -> Prompt:
         category = _first(row, plan.category)
         own = {*used, *plan.id[:1], *plan.category[:1], *plan.language[:1], *plan.group[:1]}
         meta = {
@@ -373,8 +386,8 @@ class _Reader:
     def check_names(self) -> None:
         """Refuse a column that the user named and no row has."""
         for name, option in ((self._column, "--column"), (self._answer_column, "--answer-column")):
-            if name is not None and self._present and names.find_column(self._present, [name]) is None:
-                shown = names.listed(self._present)
+            if name is not None and self._present and find_column(self._present, [name]) is None:
+                shown = listed(self._present)
                 raise InputError(f"{self._source}: no column {name!r}; it has {shown}; name one of them with {option}")
 
     def refusal(self, rows: int, of_last: bool = False) -> InputError:
@@ -392,7 +405,7 @@ class _Reader:
         if of_last:
             return InputError(f"{self._source}: row {rows - 1} holds no request; expected text or turns with one of the user; leave it out")
         if self._tally.counts["empty"] or self._tally.counts["no request"]:
-            present = names.plan_for(tuple(self._present), self._column, None)
+            present = plan_for(tuple(self._present), self._column, None)
             column = next(iter((*present.conversation, *present.prompt, *present.pair)), "")
             return InputError(
                 f"{self._source}: the column {column!r} is empty in all {rows} rows; expected text; name another with --column"
@@ -405,8 +418,8 @@ class _Reader:
             else ""
         )
         return InputError(
-            f"{self._source}: no column for the prompt; it has {names.listed(present_names)}{hint}; "
-            f"expected one of {', '.join(names.PROMPT_COLUMNS)} or messages; name one with --column"
+            f"{self._source}: no column for the prompt; it has {listed(present_names)}{hint}; "
+            f"expected one of {', '.join(PROMPT_COLUMNS)} or messages; name one with --column"
         )
 
     def notes(self, kept: list[Prompt]) -> list[str]:

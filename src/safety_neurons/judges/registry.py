@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from safety_neurons.errors import UsageError
-from safety_neurons.judges import prefix, wording
-from safety_neurons.judges.compliance import ComplianceJudge
-from safety_neurons.judges.judgement import Judgement, RefusalJudge, ending, judged
-from safety_neurons.judges.judging import FunctionJudge, Judge
-from safety_neurons.judges.strings import string_judge
+from safety_neurons.judges.judgement import FunctionJudge, Judge, Judgement, RefusalJudge, ending, judged
+from safety_neurons.judges.strings import PREFIX_VERSION, ComplianceJudge, judge_by_prefix, string_judge
+from safety_neurons.judges.wording import VERSION as WORDING_VERSION
+from safety_neurons.judges.wording import judge_by_wording
 from safety_neurons.results import Agreement, Completion, cohen_kappa
 
 JUDGES: dict[str, tuple[RefusalJudge, int]] = {
-    "wording": (wording.judge_by_wording, wording.VERSION),
-    "prefix": (prefix.judge_by_prefix, prefix.VERSION),
+    "wording": (judge_by_wording, WORDING_VERSION),
+    "prefix": (judge_by_prefix, PREFIX_VERSION),
 }
 """The built-in refusal judges that need no model, and their versions."""
 DEFAULT_JUDGES = ("refusal", "strings:advbench")
@@ -163,7 +162,7 @@ def _guard_maker(kind: str) -> Callable[[str, str, dict[str, Any]], Judge]:
         raise UsageError(f"unknown judge {kind!r}; expected one of {' '.join(judge_names())}")
 
     def make(family: str, rest: str, options: dict[str, Any]) -> Judge:
-        from safety_neurons.judges.generative import GuardJudge
+        from safety_neurons.judges.guards import GuardJudge
 
         return _called(family, GuardJudge, (family, rest or None), options)
 
