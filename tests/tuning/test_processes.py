@@ -78,9 +78,7 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ranks:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sharded_over_two_processes_the_deltas_train_as_in_one(
-    dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]
-) -> None:
+def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
     results = [rank[str(dtype)] for rank in ranks]
     assert_same_bits(*results)
     expected = alone(model_of("llama", dtype), 0.1)
