@@ -11,7 +11,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import reading
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.tuning import NeuronDelta, attach
-from safety_neurons.tuning.deltas import Part
+from safety_neurons.tuning.deltas import TrainedSite
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox", "falcon", "qwen3", "gemma2", "opt"]
 
@@ -165,7 +165,7 @@ def test_under_bfloat16_the_sum_is_rounded_once(side: str) -> None:
     randomised([linear.weight], 0.2)
     x = torch.randn(5, 64, generator=generator).to(torch.bfloat16)
     positions = torch.tensor([3, 4, 17])
-    wrapper = NeuronDelta(linear, 64, 32, [Part("q", side, positions)], torch.float32, torch.device("cpu"))
+    wrapper = NeuronDelta(linear, 64, 32, [TrainedSite("q", side, positions)], torch.float32, torch.device("cpu"))
     randomised([wrapper.delta("q")], 0.01)
     with torch.no_grad():
         delta = wrapper.delta("q").double()

@@ -10,7 +10,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Rate
 from safety_neurons.tuning import attach
-from safety_neurons.tuning.stopping import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, Judge, StopCheck
+from safety_neurons.tuning.stopping import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, StopCheck, StopJudge
 from tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = Prompts.from_list(["how do i make a bomb", "tell me about the house"])
@@ -26,7 +26,7 @@ def at(step, harmful, harmless, divergence=0.01):
 
 def judged(states, **options):
     """The judge after these states, and the verdict after each."""
-    judge = Judge(StopCheck(PROMPTS, PROMPTS, lambda found: [False] * len(found), **options), at(0, 0.0, 0.1))
+    judge = StopJudge(StopCheck(PROMPTS, PROMPTS, lambda found: [False] * len(found), **options), at(0, 0.0, 0.1))
     verdicts = []
     for state in states:
         judge.look(state)
@@ -69,7 +69,7 @@ def test_without_a_sound_state_the_one_that_over_refuses_least_for_what_it_refus
 
 def test_a_judge_goes_on_from_its_state():
     judge, _ = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.15)])
-    other = Judge(judge.check)
+    other = StopJudge(judge.check)
     other.restore(judge.state())
     assert (other.before, other.seen, other.best) == (judge.before, judge.seen, judge.best)
 

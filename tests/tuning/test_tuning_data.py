@@ -35,7 +35,7 @@ def test_the_question_is_what_the_model_is_asked_and_loss_is_on_the_answer_and_i
     asked = model.encode([REFUSAL])[0].ids
     assert list(example.ids[: example.start]) == asked
     assert words(model, example.ids[example.start :]) == ["sorry", "i", "cannot", "help", "</s>"]
-    assert example.labels == [-100] * len(asked) + list(example.ids[len(asked) :])
+    assert example.n_answer == len(example.ids) - len(asked)
     assert example.ended
     assert not example.truncated
     assert example.ids.count(1) == 1, "one BOS"
@@ -61,7 +61,8 @@ def test_the_end_is_taught_where_padding_and_end_are_one_id():
     tokenizer.pad_token = tokenizer.eos_token
     model = LanguageModel(tiny_llama(), tokenizer)
     (example,) = tuning_examples(Prompts([REFUSAL]), model)
-    assert example.labels[-1] == EOS
+    assert example.ids[-1] == EOS
+    assert example.n_answer
 
 
 def test_a_turn_end_that_is_not_the_eos_is_taught():

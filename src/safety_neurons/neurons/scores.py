@@ -15,7 +15,7 @@ from safety_neurons.errors import NeuronError, NumericalError, UsageError
 from safety_neurons.neurons import files
 from safety_neurons.neurons.files import Provenance
 from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, html_of, line_of, stored_table
-from safety_neurons.neurons.table import SiteTable, check_sites, parse_key, parse_layers, sort_keys
+from safety_neurons.neurons.table import SiteTable, check_sites, keys_within, parse_key, sort_keys
 
 RARE = 0.1
 """Share of the prompts below which a matrix's agreement is said to rest on few of them."""
@@ -386,16 +386,10 @@ class Scores:
         Raises:
             NeuronError: nothing is left.
         """
-        wanted = None if sites is None else check_sites(sites)
-        n_layers = self.table.n_layers if self.table else max((parse_key(key).layer for key in self._values), default=0) + 1
-        numbers = set(parse_layers(layers, n_layers))
-        kept = {
-            key: value
-            for key, value in self.items()
-            if parse_key(key).layer in numbers and (wanted is None or parse_key(key).site in wanted)
-        }
-        if not kept:
-            raise NeuronError(f"no score is left at sites {list(wanted or [])} of layers {layers}; choose others")
+        names = keys_within(self._values, sites, layers, self.table.n_layers if self.table else None)
+        if not names:
+            raise NeuronError(f"no score is left at sites {list(check_sites(sites or []))} of layers {layers}; choose others")
+        kept = {key: self[key] for key in names}
         config = dict(self.provenance.config) | {
             "sites": list(check_sites({parse_key(key).site for key in kept})),
             "layers": sorted({parse_key(key).layer for key in kept}),

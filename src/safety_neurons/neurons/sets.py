@@ -14,7 +14,7 @@ from safety_neurons.errors import ForeignModelError, NeuronError, SafetyNeuronsE
 from safety_neurons.neurons import files
 from safety_neurons.neurons.controls import moved_units
 from safety_neurons.neurons.files import Provenance
-from safety_neurons.neurons.table import SITES, SiteTable, check_sites, parse_key, parse_layers, sort_keys
+from safety_neurons.neurons.table import SITES, SiteTable, check_sites, keys_within, layers_within, parse_key, sort_keys
 from safety_neurons.results import html_table
 
 FILE_NAME = "neurons.safetensors"
@@ -144,20 +144,14 @@ class NeuronSet:
 
     def only(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "NeuronSet":
         """The members at these sites (of experts too) and layers; `None` keeps all."""
-        wanted = None if sites is None else check_sites(sites)
-        n_layers = self.table.n_layers if self.table else max((parse_key(key).layer for key in self._members), default=0) + 1
-        numbers = set(parse_layers(layers, n_layers))
-        kept = {
-            key: indices
-            for key, indices in self.items()
-            if parse_key(key).layer in numbers and (wanted is None or parse_key(key).site in wanted)
-        }
+        n_layers = self.table.n_layers if self.table else None
+        kept = keys_within(self._members, sites, layers, n_layers)
         config = dict(self.provenance.config)
-        if wanted is not None:
-            config["sites"] = list(wanted)
+        if sites is not None:
+            config["sites"] = list(check_sites(sites))
         if layers is not None:
-            config["layers"] = sorted(numbers)
-        return NeuronSet(kept, self.table, dataclasses.replace(self.provenance, config=config))
+            config["layers"] = list(layers_within(self._members, layers, n_layers))
+        return NeuronSet({key: self[key] for key in kept}, self.table, dataclasses.replace(self.provenance, config=config))
 
     # Counts
 

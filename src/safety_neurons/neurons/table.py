@@ -124,14 +124,10 @@ class SiteTable:
             UsageError: an unknown site, or layers outside the model.
             NeuronError: nothing is left.
         """
-        wanted = None if sites is None else set(check_sites(sites))
-        numbers = set(parse_layers(layers, self.n_layers))
-        kept = [
-            info for info in self.sites if parse_key(info.key).layer in numbers and (wanted is None or parse_key(info.key).site in wanted)
-        ]
+        kept = [self[key] for key in keys_within(self.keys, sites, layers, self.n_layers)]
         if not kept:
             raise NeuronError(
-                f"no matrix of this {self.architecture} is among sites {sorted(wanted or [])} of layers {layers}; choose others"
+                f"no matrix of this {self.architecture} is among sites {sorted(check_sites(sites or []))} of layers {layers}; choose others"
             )
         return SiteTable(self.architecture, self.n_parameters, tuple(kept))
 
@@ -316,3 +312,22 @@ def _layers_of_text(text: str, n_layers: int) -> tuple[int, ...]:
     if not chosen:
         raise UsageError(f"layers {text!r} selects none of the layers 0 to {n_layers - 1}; widen the range")
     return chosen
+
+
+def layers_within(keys: Iterable[str], layers: "range | str | int | Iterable[int] | None", n_layers: int | None) -> tuple[int, ...]:
+    """The layer numbers that `layers` means, in a model of `n_layers` layers or, where None, one as deep as the keys."""
+    depth = n_layers if n_layers is not None else max((parse_key(key).layer for key in keys), default=0) + 1
+    return parse_layers(layers, depth)
+
+
+def keys_within(
+    keys: Iterable[str],
+    sites: Iterable[str] | None,
+    layers: "range | str | int | Iterable[int] | None",
+    n_layers: int | None,
+) -> list[str]:
+    """The keys at these sites (of experts too) and layers; `None` keeps all. Errors as for `check_sites` and `parse_layers`."""
+    known = list(keys)
+    wanted = SITES if sites is None else check_sites(sites)
+    numbers = set(layers_within(known, layers, n_layers))
+    return [key for key in known if parse_key(key).layer in numbers and parse_key(key).site in wanted]

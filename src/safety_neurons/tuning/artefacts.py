@@ -13,11 +13,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,11 +24,12 @@ from safety_neurons.errors import MismatchError, NeuronError, NumericalError, Ru
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import activate, is_adapted, merged
 from safety_neurons.model.loading import quiet
-from safety_neurons.model.sites import DOWN, FUSED, SitePlace, take
-from safety_neurons.neurons import NeuronSet, Provenance, parse_key
+from safety_neurons.model.sites import SitePlace
+from safety_neurons.neurons import INPUT_SITES, NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
 from safety_neurons.results.files import PathLike, ordered_header, read_json, whole_folder, write_bytes, write_json
 from safety_neurons.tuning.deltas import Deltas, NeuronDelta, full, positions_of, refuse_attached, summed, weight_of
+from safety_neurons.tuning.entries import Entries, Where, weights_of
 
 DELTA_FILE = "delta.safetensors"
 _MEMBERS, _TENSOR = "members/", "delta/"
@@ -141,8 +141,8 @@ def apply_delta(model: LanguageModel, delta: Delta, *, any_base: bool = False) -
     """
     _check_fits(model, delta, any_base)
     with torch.no_grad():
-        for place in _stored(model, delta.neurons):
-            place.weight.index_copy_(place.axis, place.positions, summed(_taken(place), delta.tensors[place.key]))
+        for entries in _writable(model, delta.neurons):
+            entries.write(summed(entries.read(), _change(delta, entries)))
 
 
 @contextlib.contextmanager
@@ -152,14 +152,13 @@ def applied(model: LanguageModel, delta: Delta, *, any_base: bool = False) -> It
     Source: as `apply_delta`.
     """
     _check_fits(model, delta, any_base)
-    before = [(place, _taken(place)) for place in _stored(model, delta.neurons)]
+    before = [(entries, entries.read()) for entries in _writable(model, delta.neurons)]
     try:
         apply_delta(model, delta, any_base=True)
         yield model
     finally:
-        with torch.no_grad():
-            for place, values in before:
-                place.weight.index_copy_(place.axis, place.positions, values)
+        for entries, values in before:
+            entries.write(values)
 
 
 def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
@@ -174,10 +173,10 @@ def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
     """
     changed = survived = 0
     with torch.no_grad():
-        for place in _stored(model, delta.neurons):
-            before = _taken(place)
-            moved = delta.tensors[place.key].to(before.device) != 0
-            after = summed(before, delta.tensors[place.key], dtype)
+        for entries in _writable(model, delta.neurons):
+            before, change = entries.read(), _change(delta, entries)
+            moved = change.to(before.device) != 0
+            after = summed(before, change, dtype)
             changed += int(moved.sum())
             survived += int((moved & (after != before.to(dtype))).sum())
     return survived / changed if changed else 0.0
@@ -215,13 +214,9 @@ def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
 
     Source: the check that users of masked training asked for (is the rest really unchanged?).
     """
-    holes: dict[int, list[tuple[int, Int[Tensor, " neuron"]]]] = {}
-    expert_holes: dict[int, list[tuple[int, int, Tensor]]] = {}
-    for place in _located(model, neurons):
-        if place.expert is None:
-            holes.setdefault(id(place.tensor), []).append((place.stored_axis, place.positions))
-        else:
-            expert_holes.setdefault(id(place.tensor), []).append((place.expert, place.stored_axis, place.positions))
+    holes: dict[int, list[Where]] = {}
+    for entries in weights_of(model, neurons):
+        holes.setdefault(id(getattr(entries.holder, entries.name)), []).append(entries.where)
     digest = hashlib.sha256()
     trained = {
         id(parameter) for module in model.model.modules() if isinstance(module, NeuronDelta) for parameter in module.deltas().values()
@@ -230,11 +225,10 @@ def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
         if id(tensor) in trained:
             continue
         values = full(tensor.detach())
-        for axis, positions in holes.get(id(tensor), []):
-            values = values.index_fill(axis, positions.to(values.device), 0)
-        for expert, axis, positions in expert_holes.get(id(tensor), []):
+        if id(tensor) in holes:
             values = values.clone()
-            values[expert].index_fill_(axis, positions.to(values.device), 0)
+            for where in holes[id(tensor)]:
+                values[where] = 0
         digest.update(f"{name.replace('.base_layer.', '.')} {values.dtype} {list(values.shape)}".encode())
         _feed(digest, values)
     return digest.hexdigest()
@@ -253,77 +247,34 @@ def _feed(digest: Any, values: Tensor) -> None:
     digest.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
 
 
-# Where the weights are
-
-
-class _Place(NamedTuple):
-    """Some rows or columns of a weight as the model stores it."""
-
-    key: str
-    weight: Float[Tensor, "out in"]
-    """A view as `[out, in]`; writing into it writes into the model."""
-    positions: Int[Tensor, " neuron"]
-    side: str
-    tensor: Tensor
-    """The stored parameter."""
-    expert: int | None
-    stored_axis: int
-
-    @property
-    def axis(self) -> int:
-        """Of the view."""
-        return 0 if self.side == "output" else 1
-
-
 def _side(key: str) -> str:
-    return "input" if parse_key(key).site in ("o", "down") else "output"
+    return "input" if parse_key(key).site in INPUT_SITES else "output"
 
 
-def _located(model: LanguageModel, neurons: NeuronSet) -> Iterator[_Place]:
-    """Places of the set without reading a weight."""
-    model.anatomy.check(neurons.keys())
-    for key, members in neurons.items():
-        parsed, side = parse_key(key), _side(key)
-        index = torch.from_numpy(members.copy())
-        if parsed.expert is not None:
-            experts = model.anatomy.layers[parsed.layer].experts
-            assert experts is not None
-            tensor = getattr(experts.module, DOWN if side == "input" else FUSED)
-            positions = index if side == "input" else take(torch.arange(2 * experts.width), experts.index[parsed.site])[index]
-            transposed = experts.transposed
-        else:
-            place = model.anatomy.places[key]
-            tensor, positions, transposed = getattr(place.projection.base, "weight", None), positions_of(place, neurons), place.transposed
-            if tensor is None or place.projection.quantised:
-                continue
-        axis = (0 if side == "output" else 1) ^ int(transposed)
-        whole = tensor.detach() if parsed.expert is None else tensor.detach()[parsed.expert]
-        yield _Place(key, whole.T if transposed else whole, positions.to(tensor.device), side, tensor, parsed.expert, axis)
-
-
-def _stored(model: LanguageModel, neurons: NeuronSet) -> list[_Place]:
-    """Places of the set whose weights can be written to; all of them, or an error."""
-    found = list(_located(model, neurons))
-    missing = [key for key in neurons.keys() if key not in {place.key for place in found}]  # noqa: SIM118 - iterates over neurons
+def _writable(model: LanguageModel, neurons: NeuronSet) -> list[Entries]:
+    """The set's rows and columns in plain weights in memory; all of them, or an error."""
+    found = list(weights_of(model, neurons))
+    missing = [key for key in neurons.keys() if key not in {entries.key for entries in found}]  # noqa: SIM118 - iterates over neurons
     if missing:
         raise UnsupportedModelError(
             f"{missing[0]}: quantised weights cannot take up a change exactly, plain ones were expected; export a LoRA (export_lora), "
             "or load the model unquantised"
         )
-    for place in found:
-        if place.tensor.is_meta or hasattr(place.tensor, "full_tensor"):
-            raise UnsupportedModelError(f"{place.key}: its weight is off-loaded or sharded, a whole weight in memory was expected")
+    for entries in found:
+        entries.tensor  # noqa: B018 - raises where the tensor is not a whole one in memory
     return found
 
 
-def _taken(place: _Place) -> Tensor:
-    return place.weight.index_select(place.axis, place.positions)
+def _change(delta: Delta, entries: Entries) -> Tensor:
+    """The delta of some entries, in the order of axes that they are stored in."""
+    change = delta.tensors[entries.key]
+    return change.T if entries.transposed else change
 
 
 def _check_fits(model: LanguageModel, delta: Delta, any_base: bool) -> None:
     delta.neurons.check(model.table)
     check_plain(model)
-    _stored(model, delta.neurons)
+    _writable(model, delta.neurons)
     for key, members in delta.neurons.items():
         n, length = len(members), model.table[key].weights_per_neuron
         wanted = (n, length) if _side(key) == "output" else (length, n)

@@ -19,8 +19,6 @@ from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Completion, Completions
 
 Kind = Literal["harmful", "harmless"]
-IGNORED = -100
-"""Label of a token that carries no loss."""
 MAX_LENGTH = 512
 """Tokens of an example, question and answer together, where nothing else is asked for (the paper's)."""
 OPEN_END = "open_end"
@@ -46,11 +44,6 @@ class Example:
     kind: Kind = "harmful"
     ended: bool = True
     truncated: bool = False
-
-    @property
-    def labels(self) -> list[int]:
-        """The ids, with -100 for every token of the question."""
-        return [IGNORED] * self.start + list(self.ids[self.start :])
 
     @property
     def n_answer(self) -> int:

@@ -37,7 +37,7 @@ from safety_neurons.model.sites import Anatomy, ExpertRows, LayerAnatomy, SitePl
 from safety_neurons.neurons import NeuronSet, parse_key
 
 
-class Part(NamedTuple):
+class TrainedSite(NamedTuple):
     """One site of a projection: which of its features are trained."""
 
     site: str
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     """Features of the projection on that side, in the order of the set's members."""
 
 
-class Beside(nn.Module):
+class DeltaModule(nn.Module):
     """Trainable deltas beside frozen weights.
 
     Attributes:
@@ -66,7 +66,7 @@ class Beside(nn.Module):
         raise AssertionError("every kind of deltas has its own")
 
 
-class NeuronDelta(Beside):
+class NeuronDelta(DeltaModule):
     """A projection with trainable deltas beside it; `base_layer` is the projection, untouched.
 
     Args:
@@ -83,7 +83,7 @@ class NeuronDelta(Beside):
         base_layer: nn.Module,
         in_features: int,
         out_features: int,
-        parts: Sequence[Part],
+        parts: Sequence[TrainedSite],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -128,7 +128,7 @@ class NeuronDelta(Beside):
         for site, side in self.sites.items():
             delta, positions = self.delta(site), self.positions(site)
             given = x if x.device == delta.device else x.to(delta.device)
-            function = _Rows if side == "output" else _Columns
+            function = _AddRows if side == "output" else _AddColumns
             y = function.apply(given, y, delta, positions)
         return y
 
@@ -194,7 +194,7 @@ def _full_precision(values: Tensor) -> Iterator[None]:
         yield
 
 
-class _Rows(torch.autograd.Function):
+class _AddRows(torch.autograd.Function):
     """`y` with `x @ delta.T` added to the features at `positions`; of the activations, only `x` is kept, in its own type."""
 
     @staticmethod
@@ -221,7 +221,7 @@ class _Rows(torch.autograd.Function):
         return for_x, grad if needs_y else None, for_delta, None
 
 
-class _Columns(torch.autograd.Function):
+class _AddColumns(torch.autograd.Function):
     """`y` with `x[..., positions] @ delta.T` added; of the activations, only those features of `x` are kept."""
 
     @staticmethod
@@ -280,7 +280,7 @@ class ExpertPart(NamedTuple):
     neurons: Int[Tensor, " neuron"]
 
 
-class ExpertDeltas(Beside):
+class ExpertDeltas(DeltaModule):
     """The deltas of one layer's experts: `[n, hidden]` for gate and up, `[hidden, n]` for down.
 
     Args:
@@ -414,7 +414,7 @@ class Deltas:
 
     def __init__(self, model: LanguageModel, neurons: NeuronSet) -> None:
         self.model, self.neurons = model, neurons
-        self.modules: dict[str, Beside] = {}
+        self.modules: dict[str, DeltaModule] = {}
         self._where: dict[str, tuple[str, str]] = {}
         self._experts: list[tuple[int, str]] = []
         self._hooks = contextlib.ExitStack()
@@ -567,7 +567,7 @@ def refuse_attached(model: LanguageModel) -> None:
     Raises:
         UsageError: it has some.
     """
-    if any(isinstance(module, Beside) for module in model.model.modules()):
+    if any(isinstance(module, DeltaModule) for module in model.model.modules()):
         raise UsageError(f"{model.name} has deltas attached, a model without was expected; detach() them first")
 
 
@@ -597,7 +597,7 @@ def weight_of(model: LanguageModel, key: str) -> Tensor:
 def _wrapper(places: list[SitePlace], neurons: NeuronSet) -> NeuronDelta:
     part = places[0].projection
     kind, device = _type_and_device(part.base)
-    parts = [Part(parse_key(place.key).site, place.side, positions_of(place, neurons)) for place in places]
+    parts = [TrainedSite(parse_key(place.key).site, place.side, positions_of(place, neurons)) for place in places]
     return NeuronDelta(part.module, part.in_features, part.out_features, parts, kind, device)
 
 

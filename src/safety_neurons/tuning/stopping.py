@@ -130,7 +130,7 @@ def _enabled(deltas: Deltas) -> Iterator[None]:
 
 
 @dataclasses.dataclass
-class Judge:
+class StopJudge:
     """Which of the states seen so far is best, and whether to go on."""
 
     check: StopCheck

@@ -33,7 +33,7 @@ from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
 from safety_neurons.tuning.data import MAX_LENGTH, Example, label_rows, mix, read, tuning_examples, with_own_answers
 from safety_neurons.tuning.deltas import Deltas, attach, weight_of
-from safety_neurons.tuning.stopping import FINISHED, Checked, Judge, StopCheck
+from safety_neurons.tuning.stopping import FINISHED, Checked, StopCheck, StopJudge
 
 BATCH = 8
 """Examples of a pass where nothing else is asked for."""
@@ -100,7 +100,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One optimizer step.
 
     Attributes:
@@ -154,12 +154,12 @@ class Loop:
         self.model, self.deltas, self.settings = deltas.model, deltas, settings
         self.checkpoint, self.identity = checkpoint, plain(dict(identity or {}))
         self.notes = [] if notes is None else notes
-        self.judge = None if check is None else Judge(check)
+        self.judge = None if check is None else StopJudge(check)
         self.named = deltas.named_parameters()
         groups = [{"params": [parameter], "lr": rates[key]} for key, parameter in self.named.items()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, foreach=False)
         self.examples: list[Example] = []
-        self.history: list[Step] = []
+        self.history: list[TrainingStep] = []
         self.step, self.kept_step, self.stopped = 0, 0, ""
         self.best: dict[str, Tensor] | None = None
         self.halving = Halving()
@@ -209,7 +209,7 @@ class Loop:
         with self.model.running():
             todo = range(self.step, steps)
             for loss, norm in descend(self.optimizer, self._backward, self._rate, todo, clip=self._clip, subject=self._subject):
-                self.history.append(Step(self.step + 1, loss, norm, factor(self.step, steps, self.settings.warmup)))
+                self.history.append(TrainingStep(self.step + 1, loss, norm, factor(self.step, steps, self.settings.warmup)))
                 self.step += 1
                 self._tell(loss, None)
                 checked = self.step % every == 0 or self.step == steps
@@ -353,7 +353,7 @@ class Loop:
         if f"best/{next(iter(self.named))}" in arrays:
             self.best = {key: torch.from_numpy(arrays[f"best/{key}"]) for key in self.named}
         self.step, self.kept_step, self.stopped = state["step"], state["kept_step"], state["stopped"]
-        self.history = [Step(**step) for step in state["history"]]
+        self.history = [TrainingStep(**step) for step in state["history"]]
         if self.judge is not None:
             self.judge.restore(state["judge"])
         self.examples = _examples(arrays, state["prompts"])
@@ -408,7 +408,7 @@ class Tuned:
     """
 
     delta: Delta
-    history: tuple[Step, ...]
+    history: tuple[TrainingStep, ...]
     before: Checked | None
     checks: tuple[Checked, ...]
     kept: int
