@@ -14,7 +14,10 @@ from safety_neurons.model.sites import full_weight, projection
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks a deprecated question
 
+
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 CASES = {
     "lora": ("llama", peft.LoraConfig(r=3, lora_alpha=5, target_modules=LLAMA, lora_bias=True)),
     "lora on transposed weights": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),

@@ -159,7 +159,11 @@ def _reply(content=None, reason="stop", **message):
 
 
 OURS = {"error": {"message": "unsafe", "type": "invalid_request_error", "param": "messages", "code": "content_filter"}}
+
+
 AZURE = {"error": {"message": "filtered", "code": "400", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}
+
+
 TEXTS = {
     "one part": (_reply([{"type": "text", "text": "yes"}]), "yes", "stop", None),
     "several parts": (_reply([{"type": "text", "text": "I "}, {"type": "output_text", "text": "can't"}, "."]), "I can't.", "stop", None),

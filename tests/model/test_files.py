@@ -1,5 +1,6 @@
-"""Tensor files of other projects: the same numbers, nothing run; and nnsight paths that lead to the neurons."""
+"""Shards that an index may name; tensor files of other projects: the same numbers, nothing run; nnsight paths."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -12,12 +13,46 @@ import torch
 from safetensors.torch import save_file
 
 from families import build
-from safety_neurons.errors import NeuronError
-from safety_neurons.model import LanguageModel
-from safety_neurons.model.files import read_named, read_torch, read_weights
+from safety_neurons.errors import ModelError, NeuronError
+from safety_neurons.model import LanguageModel, load
+from safety_neurons.model.files import read_named, read_torch, read_weights, refuse_foreign_shards
 from safety_neurons.model.sites import nnsight_paths
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+BAD = [
+    "../other/model.safetensors",
+    "/etc/model.safetensors",
+    "a/../../model.safetensors",
+    "..\\model.safetensors",
+    "model-00001.bin",
+    "x.pt",
+]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_shard_elsewhere_or_of_another_format_is_refused(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors", "b": name}}))
+    with pytest.raises(ModelError, match="names the shard"):
+        refuse_foreign_shards(tmp_path)
+    with pytest.raises(ModelError, match="names the shard"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', DEEP], ids=lambda text: text[:16])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match="cannot be read"):
+        refuse_foreign_shards(tmp_path)
+
+
+def test_shards_of_the_folder_pass(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    refuse_foreign_shards(tmp_path)
 
 
 class Hostile:
