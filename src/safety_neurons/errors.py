@@ -96,3 +96,9 @@ class GateError(SafetyNeuronsError):
     """A stated threshold was not met."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, short enough for one line of our own."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -291,6 +291,16 @@ def _joined(layer: Any, names: Sequence[str]) -> tuple[Tensor | None, Tensor | N
     return down, up, sum(shifts[1:], shifts[0]) if shifts else None
 
 
+def _inputs(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The arguments of a pass by name, and the ids or embeddings among them."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    source = given.get("input_ids")
+    source = given.get("inputs_embeds") if source is None else source
+    if not isinstance(source, Tensor):
+        raise DecodeError("a patched pass needs input_ids or inputs_embeds; none arrived")
+    return given, source
+
+
 class StackedPass:
     """The state of a patched context whose passes carry both halves.
 
@@ -327,11 +337,7 @@ class StackedPass:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Doubles the inputs of a pass and follows its cache."""
         self.base.check_active()
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        source = given.get("input_ids")
-        source = given.get("inputs_embeds") if source is None else source
-        if not isinstance(source, Tensor):
-            raise DecodeError("a patched pass needs input_ids or inputs_embeds; none arrived")
+        given, source = _inputs(self._names, args, kwargs)
         if given.get("past_key_values") is not None:
             self.follower.check(given["past_key_values"], source.shape[0])
         for name in _ROW_FIRST:
@@ -455,11 +461,7 @@ class TwinPass:
         if self._recording:
             return None
         self.base.check_active()
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        source = given.get("input_ids")
-        source = given.get("inputs_embeds") if source is None else source
-        if not isinstance(source, Tensor):
-            raise DecodeError("a patched pass needs input_ids or inputs_embeds; none arrived")
+        given, source = _inputs(self._names, args, kwargs)
         if given.get("inputs_embeds") is not None and not self.shared:
             raise DecodeError("two separate models embed tokens each on their own; pass input_ids instead of inputs_embeds")
         if given.get("use_cache") is None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from safety_neurons.errors import MismatchError, ModelError, UsageError
+from safety_neurons.errors import MismatchError, ModelError, UsageError, first_line
 from safety_neurons.model.files import read_config, read_headers, weight_files
 
 WEIGHTS = "adapter_model.safetensors"
@@ -138,11 +138,13 @@ def foreign_base(base: str, folder: Path, adapters: Sequence[Path], configs: Seq
 
 def resized_rows(folder: Path, base: Path) -> int:
     """Rows of the embedding that lies among an adapter's weights, where they are more or fewer than the base model's; else 0."""
-    own, others = (
-        next((shape[0] for key, shape in read_headers(files).shapes.items() if key.endswith(_EMBEDDINGS) and len(shape) == 2), 0)
-        for files in ([folder / WEIGHTS], weight_files(base))
-    )
+    own, others = (_embedding_rows(files, 0) for files in ([folder / WEIGHTS], weight_files(base)))
     return own if own != others else 0
+
+
+def _embedding_rows(files: list[Path], otherwise: int) -> int:
+    shapes = read_headers(files).shapes.items()
+    return next((shape[0] for key, shape in shapes if key.endswith(_EMBEDDINGS) and len(shape) == 2), otherwise)
 
 
 def resized_vocabulary(model: Any, folder: Path) -> str:
@@ -156,8 +158,7 @@ def resized_vocabulary(model: Any, folder: Path) -> str:
     """
     embedding = model.get_input_embeddings()
     before = int(embedding.weight.shape[0])
-    shapes = read_headers([folder / WEIGHTS]).shapes
-    rows = next((shape[0] for key, shape in shapes.items() if key.endswith(_EMBEDDINGS) and len(shape) == 2), before)
+    rows = _embedding_rows([folder / WEIGHTS], before)
     if rows == before:
         return ""
     weights = safetensors.torch.load_file(folder / WEIGHTS)
@@ -362,9 +363,3 @@ def _same_as_base(adapted: Any, key: str, value: Tensor) -> bool:
         if name.replace(".base_layer.", ".") == wanted:
             return parameter.shape == value.shape and bool((parameter.detach().cpu() == value.to(parameter.dtype)).all())
     return False
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, short enough for one line of our own."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -93,6 +93,32 @@ class Batch:
         return Batch(*tensors, lengths, self.indices[rows], self.number)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some of the caller's sequences, by index, where `Batch` does not fit; can be halved.
+
+    Attributes:
+        lengths: Tokens of every sequence, of those of other rows too.
+        indices: Which of them these rows are.
+    """
+
+    lengths: Sequence[int]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths[index] for index in self.indices)
+
+    def split(self) -> tuple["Rows", "Rows"]:
+        """Two halves."""
+        middle = (len(self) + 1) // 2
+        return Rows(self.lengths, self.indices[:middle]), Rows(self.lengths, self.indices[middle:])
+
+
 def token_budget(device: torch.device, budget: int | None = None) -> int:
     """Padded tokens that one batch may hold when its size is left to the package."""
     return budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)

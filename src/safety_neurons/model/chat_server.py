@@ -404,20 +404,9 @@ class Endpoint:
     ) -> Completions:
         """Answers prompts as `LanguageModel.complete` does, greedy unless `sample` is set; several requests are under way at a time.
 
-        Args:
-            prompts: Prompts, or plain texts; a prompt's own turns are sent as they are.
-            max_new_tokens: Longest answer.
-            sample: Draw tokens.
-            temperature: Of sampling.
-            top_p: Of sampling.
-            seed: Of sampling, where the server knows seeds.
-            batch_size: Requests at a time; 8 where `auto`.
-            arm: Recorded in every completion.
-            progress: Called as `progress(prompts done, prompts in all, 0)`: tokens are not known.
-            done: Completions of an earlier, interrupted call; their prompts are not asked again.
-            answered: Called with every completion as soon as it is there.
-            notes: Gets a line for what had to be said.
-            **settings: Further entries of the request, such as `stop`.
+        Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server knows seeds, `batch_size` are
+        requests at a time (8 where `auto`), `progress` gets 0 for the tokens, which are not known, and `settings` are further entries of
+        the request, such as `stop`. A prompt's own turns are sent as they are.
 
         Returns:
             One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or answer that the server's filter

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safety_neurons import strict_json
-from safety_neurons.errors import ModelError, NeuronError
+from safety_neurons.errors import ModelError, NeuronError, first_line
 from safety_neurons.results.files import Contents, contents_of, within
 
 _POINTER = b"version https://git-lfs"
@@ -176,7 +176,7 @@ def read_headers(files: list[Path]) -> Weights:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     shapes[name] = tuple(opened.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: cannot be read ({str(error).splitlines()[0][:200]}); {WHOLE}") from error
+            raise ModelError(f"{file}: cannot be read ({first_line(error)}); {WHOLE}") from error
     return Weights(shapes, sum(file.stat().st_size for file in files))
 
 
@@ -261,8 +261,7 @@ def read_torch(path: str | pathlib.Path) -> Any:
     except NeuronError as error:
         raise NeuronError(f"cannot read {str(path)!r} safely: {error}") from error
     except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise NeuronError(f"cannot read {str(path)!r} safely ({reason}); expected tensors in plain containers") from error
+        raise NeuronError(f"cannot read {str(path)!r} safely ({first_line(error)[:100]}); expected tensors in plain containers") from error
 
 
 def _loaded(stream: Any) -> Any:
@@ -321,7 +320,6 @@ class _Arrays:
 
     def __init__(self, stored: int) -> None:
         self._left = stored
-        self._held: dict[int, Tensor] = {}
         self._known: dict[int, tuple[Any, Any]] = {}
 
     def of(self, content: Any, depth: int = 0) -> Any:

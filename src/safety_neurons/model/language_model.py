@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError, UsageError
 from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.anatomy import resolve
-from safety_neurons.model.batches import BatchSize, Halving, Progress, plan, token_budget
+from safety_neurons.model.batches import BatchSize, Halving, Progress, Rows, plan, token_budget
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.proof import prove
 from safety_neurons.model.sites import Anatomy, unwrapped
@@ -436,27 +436,6 @@ class Answer:
     finish_reason: Literal["stop", "length", "failed"]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Prompts that are completed together; can be halved."""
-
-    sequences: list[list[int]]
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def width(self) -> int:
-        """Tokens of the longest row."""
-        return max(len(self.sequences[index]) for index in self.indices)
-
-    def split(self) -> tuple["Rows", "Rows"]:
-        """Two halves."""
-        middle = (len(self) + 1) // 2
-        return Rows(self.sequences, self.indices[:middle]), Rows(self.sequences, self.indices[middle:])
-
-
 def generate(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
@@ -494,7 +473,11 @@ def generate(
         wanted = [index for index in group if index not in skipped]
         if not wanted:
             continue
-        for part in halving.run(Rows(kept, wanted), lambda rows, number=number: _generate_rows(lm, rows, decoding, number, watched)):  # type: ignore[misc]
+
+        def work(rows: Rows, number: int = number) -> dict[int, Answer]:
+            return _generate_rows(lm, kept, rows, decoding, number, watched)
+
+        for part in halving.run(Rows([len(sequence) for sequence in kept], wanted), work):
             answers.update(part)
             for index, answer in part.items():
                 tokens += len(answer.token_ids)
@@ -508,12 +491,14 @@ def generate(
     return answers
 
 
-def _generate_rows(lm: LanguageModel, rows: Rows, decoding: Decoding, number: int, watched: Watched | None = None) -> dict[int, Answer]:
-    sequences = [rows.sequences[index] for index in rows.indices]
+def _generate_rows(
+    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int, watched: Watched | None
+) -> dict[int, Answer]:
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
+    for row, index in enumerate(rows.indices):
+        sequence = sequences[index]
         input_ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = 1
     others = dict(decoding.others or {})

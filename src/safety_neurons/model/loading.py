@@ -13,19 +13,18 @@ from jaxtyping import Float, Float64
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from safety_neurons.errors import InputError, MismatchError, ModelError, NumericalError, UsageError
+from safety_neurons.errors import InputError, MismatchError, ModelError, NumericalError, UsageError, first_line
 from safety_neurons.model.adapters import (
     adapter_config,
     attach,
     check_one_kind,
-    first_line,
     foreign_base,
     kind_of,
     merge,
     resized_rows,
     resized_vocabulary,
 )
-from safety_neurons.model.batches import BatchSize, Halving, plan, token_budget
+from safety_neurons.model.batches import BatchSize, Halving, Rows, plan, token_budget
 from safety_neurons.model.files import (
     Weights,
     read_headers,
@@ -611,25 +610,6 @@ Text = str | tuple[str, str]
 
 
 @dataclass
-class _Rows:
-    """Encoded texts of similar length, as the halving of batches needs them."""
-
-    rows: list[dict[str, list[int]]]
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def width(self) -> int:
-        return max(len(row["input_ids"]) for row in self.rows)
-
-    def split(self) -> tuple["_Rows", "_Rows"]:
-        middle = (len(self) + 1) // 2
-        return _Rows(self.rows[:middle], self.indices[:middle]), _Rows(self.rows[middle:], self.indices[middle:])
-
-
-@dataclass
 class TextReader:
     """A model that gives numbers for a text.
 
@@ -696,15 +676,15 @@ class TextReader:
         lengths = [len(row["input_ids"]) for row in encoded]
         found: dict[int, Float64[np.ndarray, " label"]] = {}
 
-        def work(rows: _Rows) -> None:
-            inputs = _padded(rows, 0 if pad is None else pad, device)
+        def work(rows: Rows) -> None:
+            inputs = _padded([encoded[index] for index in rows.indices], 0 if pad is None else pad, device)
             values = self.model(**inputs).logits.double().cpu().numpy()
             found.update(zip(rows.indices, values, strict=True))
 
         halving = Halving()
         with evaluating(self.model), torch.no_grad():
             for group in plan(lengths, batch_size if takes_padding else 1, token_budget(device)):
-                halving.run(_Rows([encoded[index] for index in group], list(group)), work)
+                halving.run(Rows(lengths, group), work)
         self.notes += halving.notes
         return np.stack([found[index] for index in range(len(encoded))])
 
@@ -813,14 +793,14 @@ def _lists(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: list(encoding[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoding}
 
 
-def _padded(rows: _Rows, pad: int, device: torch.device) -> dict[str, Tensor]:
-    width = rows.width
+def _padded(rows: Sequence[Mapping[str, list[int]]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
     padded: dict[str, Tensor] = {}
-    for name in rows.rows[0]:
+    for name in rows[0]:
         filling = pad if name == "input_ids" else 0
-        lists = [row[name] + [filling] * (width - len(row[name])) for row in rows.rows]
+        lists = [row[name] + [filling] * (width - len(row[name])) for row in rows]
         padded[name] = torch.tensor(lists, dtype=torch.long, device=device)
     if "attention_mask" not in padded:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows.rows], device=device)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
         padded["attention_mask"] = (torch.arange(width, device=device) < lengths[:, None]).long()
     return padded

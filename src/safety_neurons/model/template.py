@@ -24,8 +24,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from safety_neurons.errors import InputError, ModelError, UsageError
-from safety_neurons.model.adapters import first_line
+from safety_neurons.errors import InputError, ModelError, UsageError, first_line
 from safety_neurons.prompts.records import Message, Prompt, merge_turns
 from safety_neurons.results.completions import behind_thoughts, end_of_opened, ends_thought, without_start
 
