@@ -18,9 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/safety-neurons demo
 
-# Where bytecode is not kept (as in many containers), every process that a test starts would compile the package and its imports again.
 test: $(STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -31,6 +30,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python docs/tree.py --write
+	$(BIN)/python docs/options.py --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -52,16 +52,30 @@ class Reads:
     """An option that names something a run reads; its content is then part of the run's identity.
 
     Attributes:
-        kind: `model`, `neurons`, `scores`, `prompts`, `files`, `suites` or `organism`.
+        kind: `model`, `neurons`, `scores`, `sets` (either), `prompts`, `files`, `suites`, `judges`, `organism` or
+            `folder` (of suites).
         column: whether `--column` names the column of these prompts.
         answers: whether `--answer-column` names the column of their answers.
         words: values that name nothing to read, such as `none`.
+        several: whether it is a comma-separated list of FILE, NAME=FILE and builtin:NAME.
     """
 
     kind: str
     column: bool = False
     answers: bool = False
     words: tuple[str, ...] = ()
+    several: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """The flag of an option whose field has another name, such as one that is a word of Python."""
+
+    text: str
+
+
+class Incidental:
+    """Mark of a field that cannot change a result: two runs that differ only in it are the same run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,7 @@ Declared = TypeVar("Declared", bound="Declaration")
 Positive = Annotated[int, Between(1)]
 Count = Annotated[int, Between(0)]
 Share = Annotated[float | int, Between(0, 1, above=True)]
+OpenShare = Annotated[float | int, Between(0, 1, above=True, below=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,8 @@ class Option:
     """What a field says of an option."""
 
     name: str
+    flag: str
+    """As it is typed on the command line."""
     type: Any
     """The type without `None` and without marks: `str`, `int`, `float`, `bool`, `pathlib.Path` or a `list` of one."""
     default: Any
@@ -92,11 +109,7 @@ class Option:
     between: Between | None
     reads: Reads | None
     positional: bool
-
-    @property
-    def flag(self) -> str:
-        """As it is typed on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+    incidental: bool
 
     def check(self, value: Any) -> None:
         """Refuse a value that is none of the choices or outside of the range; None is taken where the field takes it.
@@ -176,6 +189,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | Non
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return Option(
         field.name,
+        getattr(mark(Flag), "text", f"--{field.name.replace('_', '-')}"),
         hint,
         default,
         doc,
@@ -184,6 +198,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | Non
         mark(Between),
         mark(Reads),
         mark(Positional) is not None,
+        mark(Incidental) is not None,
     )
 
 

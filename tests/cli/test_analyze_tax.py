@@ -52,7 +52,7 @@ def test_both_directions_are_measured_and_the_figure_is_drawn(result):
     [
         (["--control", "nothing"], "NAME=MODEL"),
         (["--control", "safety=x"], "no other training"),
-        (["--top", "0"], "share above 0"),
+        (["--top", "0"], "expected above 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(arguments, extra, told, tmp_path):

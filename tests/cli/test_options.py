@@ -1,7 +1,9 @@
 """Options: what can be refused before anything is loaded is, with exit code 2 and what may be said instead."""
 
+import importlib.util
 import inspect
 import json
+import pathlib
 
 import pytest
 from running import command, done, refused
@@ -90,6 +92,13 @@ def test_help_names_every_verb_and_every_option_has_words():
 def test_every_verb_has_the_common_options_of_the_design():
     names = {field for field in inspect.signature(options.Common).parameters}
     assert names >= {"out", "json", "seed", "device", "dtype", "batch_size", "offline", "template", "system", "template_args", "debug"}
+
+
+def test_the_page_of_options_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("options_page", pathlib.Path(__file__).parents[2] / "docs" / "options.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.page() == script.PAGE.read_text(encoding="utf-8"), "run `python docs/options.py --write`"
 
 
 def test_no_words_at_all_print_the_help_and_exit_with_2():

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from safety_neurons.cli.app import VERBS, build
+from safety_neurons.cli.app import build
 from safety_neurons.cli.pages import sentence
+from safety_neurons.cli.verb import VERBS
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess[str]:

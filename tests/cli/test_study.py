@@ -7,7 +7,7 @@ import pytest
 from running import command
 
 from safety_neurons import load
-from safety_neurons.cli import app, run
+from safety_neurons.cli import app, runs
 from safety_neurons.neurons import NeuronSet
 from tiny_pair import HARMFUL, HARMLESS
 
@@ -64,12 +64,12 @@ def test_stress_is_one_command(words, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--downstream", "half"], "full or lora"),
+        (["--downstream", "half"], "expected one of full, lora"),
         (["--arms", "all"], "unknown 'all'"),
-        (["--judge", "me"], "compliance or refusal"),
-        (["--share", 2], "between 0 and 1"),
+        (["--judge", "me"], "expected one of auto, compliance, refusal"),
+        (["--share", 2], "above 0 and below 1"),
         (["--neurons", "n.safetensors"], "both files"),
-        (["--method", "luck"], "importance or attribution"),
+        (["--method", "luck"], "expected one of importance, attribution"),
     ],
 )
 def test_what_no_model_can_make_right_is_said_at_once(more, said):
@@ -158,8 +158,8 @@ def test_steps_that_are_none_are_refused(steps, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_that_ships_uses_verbs_and_options_that_exist(path):
-    record = run.parsed(path)
-    steps = run.steps_of(record, path)
+    record = runs.parsed(path)
+    steps = runs.steps_of(record, path)
     assert [name for name, _, _ in steps] == ["foundation", "safety", "robust", "sn-tune", "rsn-tune"]
     for _, words, arguments in steps:
         page = app.build()

@@ -9,40 +9,27 @@ import pytest
 
 from safety_neurons.cli import guard_serve
 from safety_neurons.cli.options import Common
+from safety_neurons.cli.session import Session
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.guard import OperatingPoint
 from safety_neurons.guard.server.serving import address, bound
 from safety_neurons.results import rate
 
-OPTIONS = {
-    "served_name": None,
-    "host": "127.0.0.1",
-    "port": 0,
-    "upstream": None,
-    "on_unsafe": "refuse",
-    "refusal": None,
-    "fail_open": False,
-    "shadow": False,
-    "log_prompts": False,
-    "docs": False,
-    "pass_field": None,
-    "max_body": 1000,
-    "max_messages": 2,
-    "max_inputs": 3,
-    "max_prompt_tokens": None,
-    "max_new_tokens": 4,
-    "max_requests": 5,
-    "queue": 6,
-    "max_batch": 7,
-    "timeout": 8.0,
-    "upstream_timeout": 9.0,
-    "max_characters": 10,
-    "queue_bytes": 11,
-    "max_connections": 12,
-    "header_timeout": 13.0,
-    "body_timeout": 14.0,
-    "idle_timeout": 15.0,
+LIMITS = {
+    **{"max_body": 1000, "max_messages": 2, "max_inputs": 3, "max_new_tokens": 4, "max_requests": 5, "queue": 6, "max_batch": 7},
+    **{"timeout": 8.0, "upstream_timeout": 9.0, "max_characters": 10, "queue_bytes": 11, "max_connections": 12},
+    **{"header_timeout": 13.0, "body_timeout": 14.0, "idle_timeout": 15.0},
 }
+
+
+def served(model="m", guard="g", **changes):
+    return guard_serve.Served(model=model, guard=guard, port=0, **LIMITS, **changes)
+
+
+def serve(**changes):
+    options = served(**changes)
+    options.check()
+    guard_serve.serve(Session("guard-serve", Common(json=True), [options]), options)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +40,7 @@ def no_secrets(monkeypatch):
 
 def test_options_become_limits_and_secrets_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("SAFETY_NEURONS_TOKEN", "sixteen characters and more")
-    settings = guard_serve.configured({**OPTIONS, "host": "0.0.0.0", "refusal": "No."}, "organism:natural/base")
+    settings = guard_serve.configured(served("organism:natural/base", host="0.0.0.0", refusal="No."))
     assert settings.name == "natural/base"
     assert settings.refusal == "No."
     assert settings.token == "sixteen characters and more"
@@ -66,13 +53,13 @@ def test_options_become_limits_and_secrets_come_from_the_environment(monkeypatch
 
 def test_others_may_not_reach_a_server_without_a_token():
     with pytest.raises(UsageError, match="SAFETY_NEURONS_TOKEN"):
-        guard_serve.configured({**OPTIONS, "host": "0.0.0.0"}, "m")
+        guard_serve.configured(served(host="0.0.0.0"))
 
 
 def test_a_missing_extra_is_one_line_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "safety_neurons.guard.server.settings", None)
     with pytest.raises(UsageError, match=r"pip install 'safety-neurons\[serve\]'"):
-        guard_serve.configured(OPTIONS, "m")
+        guard_serve.configured(served())
 
 
 def test_no_path_of_this_machine_becomes_the_models_name(tmp_path):
@@ -99,19 +86,18 @@ def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monke
     few = OperatingPoint(0.01, None, rate([0] * 24), rate([0] * 24), False, "few")
     idle = dataclasses.replace(tiny_guard(model), threshold=0.973, in_force="provisional fpr 0.01", operating_points=(few,))
     dataclasses.replace(idle, reference={} if old else {"probabilities": chances}).save(tmp_path)
-    common = Common(json=True)
-    options = {"model": "nowhere", "guard": str(tmp_path), "port": 0}
+    options = {"model": "nowhere", "guard": str(tmp_path)}
     with pytest.raises(UsageError, match=r"caught 0 of 24 unsafe requests .*force"):
-        guard_serve.serve(common, **options)
+        serve(**options)
     with pytest.raises(Exception, match="nowhere"):  # went on to the model
-        guard_serve.serve(common, **options, force=True)
+        serve(**options, force=True)
     with pytest.raises(Exception, match="nowhere"):
-        guard_serve.serve(common, **options, threshold=0.15)
+        serve(**options, threshold=0.15)
 
 
 def test_two_thresholds_are_one_too_many():
     with pytest.raises(UsageError, match="fpr and threshold"):
-        guard_serve.serve(Common(), model="m", guard="g", fpr=0.01, threshold=0.5)
+        serve(fpr=0.01, threshold=0.5)
 
 
 def test_the_log_is_a_line_of_words_or_of_json_and_breaks_at_nothing_a_client_wrote(capsys):
@@ -137,8 +123,8 @@ def test_the_banner_says_what_is_risky():
         standing = {"caught": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 24, "unscored": 0}, "false_positives": None}
         why_idle = None
 
-    shy = guard_serve.configured(OPTIONS, "m")
-    bold = guard_serve.configured({**OPTIONS, "fail_open": True, "shadow": True, "upstream": "http://localhost:1/v1"}, "m")
+    shy = guard_serve.configured(served())
+    bold = guard_serve.configured(served(fail_open=True, shadow=True, upstream="http://localhost:1/v1"))
     assert "what the guard cannot judge is not safe" in " ".join(guard_serve.banner(Tiny(), shy, "http://x"))
     assert "catches    0.500 [0.300, 0.700] of the unsafe requests" in "\n".join(guard_serve.banner(Tiny(), shy, "http://x"))
     said = " ".join(guard_serve.banner(Tiny(), bold, "http://x"))

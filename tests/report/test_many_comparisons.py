@@ -8,7 +8,7 @@ import guard_runs
 import pytest
 import report_runs
 
-from safety_neurons.cli import analyze_cards, compare, guard_evaluate, verify
+from safety_neurons.cli import analyze_effects, compare, guard, verify
 from safety_neurons.report import read_runs
 from safety_neurons.report.guard_tables import baselines_table, counts_table, slices_table
 from safety_neurons.report.sections import patch_parts
@@ -84,7 +84,7 @@ def test_a_guard_slice_by_slice_beside_its_baselines_and_by_number_of_neurons(ru
     assert HELD in notebook.guard_table(result)
     for part in ({"baselines": result["baselines"]}, {"lengths": result["lengths"]}, {"counts": result["counts"]}):
         lone = {**plain, "tables": {}, "leave_out": {}, "outputs": None, "counts": [], "lengths": [], **part}
-        assert HELD in told(capsys, guard_evaluate.show, lone), part.keys()
+        assert HELD in told(capsys, guard.show_worth, lone), part.keys()
 
 
 def test_a_set_that_is_switched_off_bit_by_bit(runs, capsys):
@@ -93,6 +93,6 @@ def test_a_set_that_is_switched_off_bit_by_bit(runs, capsys):
     point = {**POINT, "harmful_refused": rate, "harmless_refused": rate, "change": change}
     curves = holm_in([{"order": "by score", "points": [point] * 12, "neurons_for_half": 5}])
     result = {"n_neurons": 5, "untreated": point, "curves": curves, "random": {}}
-    assert HELD in told(capsys, analyze_cards.show_progressive, result)
+    assert HELD in told(capsys, analyze_effects.show_progressive, result)
     part = progressive_part(with_result(runs["patch"], json.loads(json.dumps(result))))
     assert HELD in captions(*part.tables, *part.details)

@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,11 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.tuning import Deltas, attach
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-DTYPES = (torch.float64, torch.bfloat16)
+
+
+def joined(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
 
 
 def steps(model: torch.nn.Module, deltas: Deltas, rank: int | None) -> None:
@@ -21,14 +27,17 @@ def steps(model: torch.nn.Module, deltas: Deltas, rank: int | None) -> None:
         optimizer.step()
 
 
-def with_ddp(rank: int) -> dict[str, torch.Tensor]:
+def with_ddp(rank: int, folder: str) -> None:
+    joined(rank, folder)
     model = model_of("phi3")
     deltas = attach(model, some(model))
     steps(DistributedDataParallel(model.model), deltas, rank)
-    return deltas.tensors()
+    torch.save(deltas.tensors(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
-def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def with_fsdp(rank: int, folder: str, dtype: torch.dtype) -> None:
+    joined(rank, folder)
     model = model_of("llama", dtype)
     before = bits(model.model)
     deltas = attach(model, some(model, 0.1))
@@ -45,13 +54,7 @@ def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     whole = {name.replace(".base_layer.", "."): parameter.full_tensor().detach() for name, parameter in model.model.named_parameters()}
     for name, tensor in before.items():
         assert name not in whole or torch.equal(whole[name], tensor), name
-    return tensors
-
-
-def trained(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.save({"ddp": with_ddp(rank), **{str(dtype): with_fsdp(rank, dtype) for dtype in DTYPES}}, f"{folder}/{rank}.pt")
+    torch.save(tensors, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -61,25 +64,22 @@ def alone(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
         return deltas.tensors()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What each of two processes has trained, one group of them for every way: a process takes longer to start than to train."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(trained, (str(folder),), nprocs=2)
+def run(function: object, folder: pathlib.Path, *arguments: object) -> list[dict[str, torch.Tensor]]:
+    torch.multiprocessing.spawn(function, (str(folder), *arguments), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
-    results = [rank["ddp"] for rank in ranks]
+def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(tmp_path: pathlib.Path) -> None:
+    results = run(with_ddp, tmp_path)
     expected = alone(model_of("phi3"), 0.3)
     assert_same_bits(*results)
     for key, tensor in expected.items():
         assert (results[0][key] - tensor).abs().max() <= 1e-10, key
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
-    results = [rank[str(dtype)] for rank in ranks]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    results = run(with_fsdp, tmp_path, dtype)
     assert_same_bits(*results)
     expected = alone(model_of("llama", dtype), 0.1)
     for key, tensor in expected.items():

@@ -9,40 +9,9 @@ from typer.main import get_command
 
 from safety_neurons import __version__
 from safety_neurons.cli.pages import SETTINGS, Contents
-from safety_neurons.cli.verb import fail, is_usage
+from safety_neurons.cli.verb import APPS, VERBS, fail, is_usage
 
 HELP = "Find the neurons which make a language model safe, prove that they do, and put them to use."
-
-
-VERBS = {
-    "demo": ("checks", "The whole story on a small organism; ends with the path of a report."),
-    "doctor": ("checks", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
-    "compare": (
-        "compare",
-        "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms.",
-    ),
-    "report": ("report", "One self-contained HTML page from finished runs; --out names the file."),
-    "run": (
-        "run",
-        "Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own.",
-    ),
-    "find": ("find", "Score neurons by one method and keep the ones a selection takes."),
-    "verify": ("verify", "Measure what a set of neurons does, beside random sets and the ceiling."),
-    "tune": ("tune", "SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."),
-    "repair": (
-        "repair",
-        "Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned.",
-    ),
-    "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
-    "evaluate": ("evaluate", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
-    "analyze": ("analyze", "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive."),
-    "guard": ("guard", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
-    "organism": ("organism", "Small models whose safety behaviour is known."),
-    "data": ("data", "The built-in prompts and the named suites."),
-    "import": ("importing", "Bring in what others made: prompts, neurons."),
-    "export": ("exporting", "Give neurons the names they have in other tools."),
-}
-"""For every verb the module it lives in, which is imported when the verb is asked for, and the sentence that describes it there."""
 
 
 class Verbs(dict[str, Any]):
@@ -70,17 +39,10 @@ class Shelf(Contents):
 
 
 def load(name: str) -> Any:
-    """Import the module of a verb and make its command."""
-    module = importlib.import_module(f"safety_neurons.cli.{VERBS[name][0]}")
-    holder = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    holder.callback()(lambda: None)
-    if hasattr(module, "app"):
-        holder.add_typer(module.app, name=name)
-    else:
-        module.register(holder)
-    command = get_command(holder)
-    assert isinstance(command, typer.core.TyperGroup)
-    return command.commands[name]
+    """Import the modules of a verb and make its command."""
+    for module in VERBS[name][0].split():
+        importlib.import_module(f"safety_neurons.cli.{module}")
+    return get_command(APPS[name])
 
 
 def build() -> typer.core.TyperGroup:

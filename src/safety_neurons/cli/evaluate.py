@@ -1,221 +1,230 @@
 """evaluate: harm, over-refusal and capability of a model as it is or treated, held to a gate."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
-from safety_neurons.cli.gating import gated
-from safety_neurons.cli.options import Column, Common, Limit, MaxNewTokens, listed, parse_object
+from safety_neurons.cli.options import ModelName, NeuronFile, Some, listed, parse_object
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Between, Count, Declaration, Panel, Positive, Reads, Share
 from safety_neurons.errors import InputError, UsageError
 
-MODELS, TREATMENT, ASKED, WRITTEN, COMPARED = "Models", "Treatment", "What is asked", "How it answers", "What it is compared with"
-
-ModelOrNone = Annotated[str | None, typer.Option(help="ID[@REVISION][+ADAPTER…], a folder, or organism:NAME.", rich_help_panel=MODELS)]
-EndpointUrl = Annotated[
-    str | None,
-    typer.Option(help="An OpenAI-compatible server in the place of --model: URL#MODEL; its key in OPENAI_API_KEY.", rich_help_panel=MODELS),
-]
-RequestFields = Annotated[
-    str | None,
-    typer.Option(
-        "--request", help="JSON object: further fields of each request to --endpoint; null leaves one out.", rich_help_panel=MODELS
-    ),
-]
-Reference = Annotated[str | None, typer.Option(help="The model that capability kl compares with.", rich_help_panel=MODELS)]
-Deactivate = Annotated[str | None, typer.Option(help="Neuron file: these are off.", rich_help_panel=TREATMENT)]
-PatchNeurons = Annotated[str | None, typer.Option("--patch", help="Neuron file: patched from --donor.", rich_help_panel=TREATMENT)]
-Donor = Annotated[str | None, typer.Option(help="The model that gives the activations of --patch.", rich_help_panel=TREATMENT)]
-GuardFolder = Annotated[
-    pathlib.Path | None, typer.Option("--guard", help="Folder of a guard: flagged prompts get its refusal.", rich_help_panel=TREATMENT)
-]
-SuiteNames = Annotated[
-    str, typer.Option(help="Comma-separated: builtin:NAME, names of `data list`, files, NAME=FILE, hub:…", rich_help_panel=ASKED)
-]
-OverRefusal = Annotated[
-    str, typer.Option(help="Harmless requests, asked where no suite has any; none leaves them out.", rich_help_panel=ASKED)
-]
-JudgeNames = Annotated[str | None, typer.Option(help="Comma-separated judges. [default: refusal,strings:advbench]", rich_help_panel=ASKED)]
-Capability = Annotated[
-    str | None,
-    typer.Option(
-        help="Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER, lm-eval:TASK",
-        rich_help_panel=ASKED,
-    ),
-]
-AttackNames = Annotated[
-    str, typer.Option(help="Comma-separated attacks put around harmful requests; direct is none.", rich_help_panel=ASKED)
-]
-DataFolder = Annotated[
-    pathlib.Path | None, typer.Option(help="Folder of the suites' files. [default: SAFETY_NEURONS_DATA]", rich_help_panel=ASKED)
-]
-TaskLimit = Annotated[int | None, typer.Option(min=1, help="Items of each capability task.", rich_help_panel=ASKED)]
-Shots = Annotated[int | None, typer.Option(min=0, help="Examples shown by tasks. [default: what is usual]", rich_help_panel=ASKED)]
-TasksFolder = Annotated[pathlib.Path | None, typer.Option(help="Task files of lm-evaluation-harness.", rich_help_panel=ASKED)]
-Samples = Annotated[int, typer.Option(min=1, help="Completions of every prompt, each with its own seed.", rich_help_panel=WRITTEN)]
-Temperature = Annotated[float, typer.Option(min=0, help="Of sampling; 0 is greedy.", rich_help_panel=WRITTEN)]
-TopP = Annotated[float, typer.Option(help="Of sampling.", rich_help_panel=WRITTEN)]
-TaskTokens = Annotated[int, typer.Option(min=1, help="Length of an answer in tasks that generate.", rich_help_panel=WRITTEN)]
-BaselineRun = Annotated[
-    pathlib.Path | None,
-    typer.Option(help="Folder of an earlier evaluate run, in place of the untreated arm.", rich_help_panel=COMPARED),
-]
-GateFile = Annotated[pathlib.Path | None, typer.Option(help="Thresholds in TOML; exit 3 where one is not met.", rich_help_panel=COMPARED)]
+AtLeastNone = Annotated[float, Between(0)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    verb(app, "evaluate")(evaluate)
+@dataclasses.dataclass(frozen=True)
+class Evaluated(Declaration):
+    """The model that is evaluated, or a server in its place, and what is done to it."""
+
+    PANEL = "Treatment"
+    MODELS = Panel("Models")
+
+    model: Annotated[ModelName | None, MODELS] = None
+    """ID[@REVISION][+ADAPTER…], a folder, or organism:NAME."""
+    endpoint: Annotated[str | None, MODELS] = None
+    """An OpenAI-compatible server in the place of --model: URL#MODEL; its key in OPENAI_API_KEY."""
+    request: Annotated[str | None, MODELS] = None
+    """JSON object: further fields of each request to --endpoint; null leaves one out."""
+    reference: Annotated[ModelName | None, MODELS] = None
+    """The model that capability kl compares with."""
+    deactivate: NeuronFile | None = None
+    """Neuron file: these are off."""
+    patch: NeuronFile | None = None
+    """Neuron file: patched from --donor."""
+    donor: ModelName | None = None
+    """The model that gives the activations of --patch."""
+    guard: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Folder of a guard: flagged prompts get its refusal."""
+
+    def check(self) -> None:
+        """Also that there is one model with one treatment."""
+        super().check()
+        if (self.model is None) == (self.endpoint is None):
+            raise UsageError(f"{'neither' if self.model is None else 'both'} of --model and --endpoint given, expected one of them")
+        if parse_object("--request", self.request) is not None and self.endpoint is None:
+            raise UsageError("--request without --endpoint; expected --endpoint URL#MODEL, whose requests these fields are for")
+        treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if getattr(self, name) is not None]
+        if self.endpoint is not None and (treatments or self.reference):
+            raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
+        if len(treatments) > 1:
+            raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
+        if (self.patch is None) != (self.donor is None):
+            raise UsageError("--patch and --donor belong together; expected both, or neither")
+        if self.guard is not None:
+            from safety_neurons.guard import Guard
+
+            Guard.load(self.guard)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked(Declaration):
+    """What the model is asked, and who judges."""
+
+    PANEL = "What is asked"
+
+    suite: Annotated[str, Reads("suites")] = "builtin:harmful-test"
+    """Comma-separated: builtin:NAME, names of `data list`, files, NAME=FILE, hub:…"""
+    over_refusal: Annotated[str, Reads("suites")] = "builtin:harmless-test"
+    """Harmless requests, asked where no suite has any; none leaves them out."""
+    attack: str = "direct"
+    """Comma-separated attacks put around harmful requests; direct is none."""
+    judge: Annotated[str | None, Reads("judges")] = None
+    """Comma-separated judges. [default: refusal,strings:advbench]"""
+    capability: Annotated[str | None, Reads("files")] = None
+    """Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER, lm-eval:TASK"""
+    folder: Annotated[pathlib.Path | None, Reads("folder")] = None
+    """Folder of the suites' files. [default: SAFETY_NEURONS_DATA]"""
+
+    def check(self) -> None:
+        """Also that something is asked."""
+        super().check()
+        for name in ("suite", "attack"):
+            if not listed(getattr(self, name)):
+                raise UsageError(f"--{name} names nothing; expected at least one, comma-separated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks(Declaration):
+    """How capability is measured."""
+
+    PANEL = "What is asked"
+
+    capability_limit: Positive | None = None
+    """Items of each capability task."""
+    shots: Count | None = None
+    """Examples shown by tasks. [default: what is usual]"""
+    tasks_folder: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Task files of lm-evaluation-harness."""
+
+    def check(self) -> None:
+        """Also that the folder is one."""
+        super().check()
+        if self.tasks_folder is not None and not self.tasks_folder.is_dir():
+            raise InputError(f"--tasks-folder {str(self.tasks_folder)!r} is no folder; expected task files of lm-evaluation-harness")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions(Declaration):
+    """How the model answers."""
+
+    PANEL = "How it answers"
+
+    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 128
+    """Length of a completion, in tokens."""
+    answer_tokens: Positive = 256
+    """Length of an answer in tasks that generate."""
+    samples: Positive = 1
+    """Completions of every prompt, each with its own seed."""
+    temperature: AtLeastNone = 0.0
+    """Of sampling; 0 is greedy."""
+    top_p: Share = 1.0
+    """Of sampling."""
+
+    def check(self) -> None:
+        """Also that samples differ."""
+        super().check()
+        if self.samples > 1 and not self.temperature:
+            raise UsageError(f"--samples {self.samples} at --temperature 0 are all the same; expected a temperature above 0, such as 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(Declaration):
+    """What the result is held against."""
+
+    PANEL = "What it is compared with"
+
+    baseline: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Folder of an earlier evaluate run, in place of the untreated arm."""
+    gate: pathlib.Path | None = None
+    """Thresholds in TOML; exit 3 where one is not met."""
+
+    def check(self) -> None:
+        """Also that the gate can be read."""
+        super().check()
+        if self.gate is not None:
+            from safety_neurons.results import Gate
+
+            Gate.load(self.gate)
+
+
+@verb("evaluate")
 def evaluate(
-    common: Common,
-    model: ModelOrNone = None,
-    endpoint: EndpointUrl = None,
-    request: RequestFields = None,
-    reference: Reference = None,
-    deactivate: Deactivate = None,
-    patch: PatchNeurons = None,
-    donor: Donor = None,
-    guard: GuardFolder = None,
-    suite: SuiteNames = "builtin:harmful-test",
-    over_refusal: OverRefusal = "builtin:harmless-test",
-    attack: AttackNames = "direct",
-    judge: JudgeNames = None,
-    capability: Capability = None,
-    folder: DataFolder = None,
-    column: Column = None,
-    limit: Limit = None,
-    capability_limit: TaskLimit = None,
-    shots: Shots = None,
-    tasks_folder: TasksFolder = None,
-    max_new_tokens: MaxNewTokens = 128,
-    answer_tokens: TaskTokens = 256,
-    samples: Samples = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    baseline: BaselineRun = None,
-    gate: GateFile = None,
-) -> dict[str, Any] | None:
+    session: Session, evaluated: Evaluated, requests: Asked, some: Some, tasks: Tasks, answers: AnswerOptions, held: Held
+) -> dict[str, Any]:
     """Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("evaluate", common, options)
-    result = session.run(lambda: work(session, options), show)
-    return gated(result, gate, as_json=common.json)
 
+    def work() -> dict[str, Any]:
+        from safety_neurons.capability import Settings
+        from safety_neurons.studies import evaluate as study
 
-def check(options: Mapping[str, Any]) -> None:
-    """What no model can make right, found out before one is loaded."""
-    if (options["model"] is None) == (options["endpoint"] is None):
-        raise UsageError(f"{'neither' if options['model'] is None else 'both'} of --model and --endpoint given, expected one of them")
-    if parse_object("--request", options["request"]) is not None and options["endpoint"] is None:
-        raise UsageError("--request without --endpoint; expected --endpoint URL#MODEL, whose requests these fields are for")
-    treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if options[name] is not None]
-    if options["endpoint"] is not None and (treatments or options["reference"]):
-        raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
-    if len(treatments) > 1:
-        raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
-    if (options["patch"] is None) != (options["donor"] is None):
-        raise UsageError("--patch and --donor belong together; expected both, or neither")
-    if options["samples"] > 1 and not options["temperature"]:
-        raise UsageError(f"--samples {options['samples']} at --temperature 0 are all the same; expected a temperature above 0, such as 1")
-    if not 0 < options["top_p"] <= 1:
-        raise UsageError(f"--top-p {options['top_p']}: expected above 0 and at most 1")
-    for name in ("suite", "attack"):
-        if not listed(options[name]):
-            raise UsageError(f"--{name} names nothing; expected at least one, comma-separated")
-    if options["gate"] is not None:
-        from safety_neurons.results import Gate
-
-        Gate.load(options["gate"])
-    if options["guard"] is not None:
-        from safety_neurons.guard import Guard
-
-        Guard.load(options["guard"])
-    if options["tasks_folder"] is not None and not options["tasks_folder"].is_dir():
-        raise InputError(f"--tasks-folder {str(options['tasks_folder'])!r} is no folder; expected task files of lm-evaluation-harness")
-
-
-def work(session: Session, options: dict[str, Any]) -> dict[str, Any]:
-    """Load the models, evaluate, and say where everything is."""
-    from safety_neurons.capability import Settings
-    from safety_neurons.studies import evaluate as study
-
-    common, found = session.common, models(session, options)
-    for name in ("completions.jsonl", "judgements.sqlite", "capability.json", "answered_by.json"):
-        session.folder.path(name)
-    settings = Settings(
-        options["capability_limit"],
-        options["shots"],
-        options["answer_tokens"],
-        session.batch_size(),
-        common.seed,
-        tasks_folder=options["tasks_folder"],
-        offline=common.offline,
-    )
-    judges: dict[str, Any] = {"judges": listed(options["judge"])} if options["judge"] else {}
-    with session.status("evaluate") as progress:
-        evaluation = study(
-            found.pop("model"),
-            listed(options["suite"]) or (),
-            capability=listed(options["capability"]) or (),
-            over_refusal=None if options["over_refusal"] == "none" else options["over_refusal"],
-            attacks=listed(options["attack"]) or (),
-            baseline=options["baseline"],
-            gate=options["gate"],
-            limit=options["limit"],
-            data=options["folder"],
-            column=options["column"],
+        common, loaded = session.common, models(session, evaluated)
+        for name in ("completions.jsonl", "judgements.sqlite", "capability.json", "answered_by.json"):
+            session.folder.path(name)
+        settings = Settings(
+            tasks.capability_limit,
+            tasks.shots,
+            answers.answer_tokens,
+            session.batch_size(),
+            common.seed,
+            tasks_folder=tasks.tasks_folder,
             offline=common.offline,
-            settings=settings,
-            judge_options={name: value for name, value in (("device", common.device), ("offline", common.offline)) if value},
-            out=session.folder.folder,
-            progress=progress,
-            batch_size=session.batch_size(),
-            seed=common.seed,
-            **{name: options[name] for name in ("max_new_tokens", "samples", "temperature", "top_p")},
-            **judges,
-            **found,
         )
-    session.notes.extend(evaluation.notes)
-    return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
+        judges: dict[str, Any] = {"judges": listed(requests.judge)} if requests.judge else {}
+        with session.status("evaluate") as progress:
+            evaluation = study(
+                loaded.pop("model"),
+                listed(requests.suite) or (),
+                capability=listed(requests.capability) or (),
+                over_refusal=None if requests.over_refusal == "none" else requests.over_refusal,
+                attacks=listed(requests.attack) or (),
+                limit=some.limit,
+                data=requests.folder,
+                column=some.column,
+                offline=common.offline,
+                settings=settings,
+                judge_options=session.judging,
+                out=session.folder.folder,
+                progress=progress,
+                **{name: value for name, value in answers.values().items() if name != "answer_tokens"},
+                **held.values(),
+                **session.running,
+                **judges,
+                **loaded,
+            )
+        session.notes.extend(evaluation.notes)
+        return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
+
+    return session.gated(session.run(work, show), held.gate)
 
 
-def models(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
+def models(session: Session, evaluated: Evaluated) -> dict[str, Any]:
     """The model, its treatment and its reference, as the study takes them."""
-    if options["endpoint"] is not None:
+    common = session.common
+    if evaluated.endpoint is not None:
         from safety_neurons.model.chat_server import Endpoint
 
         session.device = "endpoint"
-        return {
-            "model": Endpoint(
-                options["endpoint"],
-                system=session.common.system,
-                request=parse_object("--request", options["request"]),
-                think_end=session.common.think_end,
-                offline=session.common.offline,
-            )
-        }
-    found: dict[str, Any] = {}
-    if options["patch"] is not None:
-        pair = session.pair(options["model"], options["donor"])
-        found = {"model": pair.base, "donor": pair.aligned, "patch": session.neurons(options["patch"], pair.base)}
+        request = parse_object("--request", evaluated.request)
+        endpoint = Endpoint(evaluated.endpoint, system=common.system, request=request, think_end=common.think_end, offline=common.offline)
+        return {"model": endpoint}
+    assert evaluated.model is not None
+    if evaluated.patch is not None and evaluated.donor is not None:
+        pair = session.pair(evaluated.model, evaluated.donor)
+        loaded = {"model": pair.base, "donor": pair.aligned, "patch": session.neurons(evaluated.patch, pair.base)}
     else:
-        found["model"] = session.model(options["model"])
-        if options["deactivate"] is not None:
-            found["deactivate"] = session.neurons(options["deactivate"], found["model"])
-    if options["guard"] is not None:
+        loaded = {"model": session.model(evaluated.model)}
+        if evaluated.deactivate is not None:
+            loaded["deactivate"] = session.neurons(evaluated.deactivate, loaded["model"])
+    if evaluated.guard is not None:
         from safety_neurons.guard import Guard
 
-        found["guard"] = Guard.load(options["guard"], found["model"])
-    if options["reference"] is not None:
-        found["reference"] = session.model(options["reference"])
-    return found
+        loaded["guard"] = Guard.load(evaluated.guard, loaded["model"])
+    if evaluated.reference is not None:
+        loaded["reference"] = session.model(evaluated.reference)
+    return loaded
 
 
 # What a person sees

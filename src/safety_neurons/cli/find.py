@@ -10,10 +10,10 @@ from typer.main import get_command
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import OneModel, OtherText, PromptFile, Some, TwoModels
-from safety_neurons.cli.pages import Contents, Page
+from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
-from safety_neurons.cli.verb import command_of
-from safety_neurons.declarations import Declaration, Reads
+from safety_neurons.cli.verb import add, group
+from safety_neurons.declarations import Declaration, Incidental, Reads
 from safety_neurons.detectors.methods import METHODS, Method, installed
 
 
@@ -27,17 +27,14 @@ class Methods(Contents):
         """One command a registered method."""
         installed()
         self.made |= {name: command(method) for name, method in METHODS.items() if name not in self.made}
-        return self.made
+        return {name: self.made[name] for name in METHODS}
 
     @commands.setter
     def commands(self, _: Any) -> None:
         """The registry is where they come from."""
 
 
-app = typer.Typer(
-    help="Score neurons by one method and keep the ones a selection takes.", no_args_is_help=True, cls=Methods, rich_markup_mode=None
-)
-app.callback(help=app.info.help, cls=Methods, no_args_is_help=True)(lambda: None)  # A group without commands of its own.
+group("find", Methods)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ class Planned(Declaration):
 
     PANEL = "Running"
 
-    dry_run: bool = False
+    dry_run: Annotated[bool, Incidental] = False
     """Print memory, time and disk, then stop."""
 
 
@@ -112,21 +109,20 @@ def declared(method: type[Method]) -> dict[str, type[Declaration]]:
 def command(method: type[Method]) -> Any:
     """The command of a method."""
     holder = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    made = command_of(f"find-{method.NAME}", find, declared(method))
     sentence = (inspect.getdoc(method) or "").split("\n\n")[0]
-    holder.command(method.NAME, cls=Page, help=sentence, no_args_is_help=False)(made)
+    add(holder, f"find {method.NAME}", find, declared(method), sentence)
     return get_command(holder)
 
 
 def find(session: Session, method: Method, models: Declaration, planned: Planned, **_: Declaration) -> dict[str, Any] | None:
     """Load what a method needs, run it, write scores and neurons, show them."""
-    options, specs = session.options, list(models.values().values())
+    specs = list(models.values().values())
 
     def run() -> dict[str, Any]:
         from safety_neurons.detectors import find as search
 
         loaded = load(session, specs)
-        shown = looked_at(session, options, loaded[0])
+        shown = looked_at(session, loaded[0])
         kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("find")}
         subtract = subtracted(session, method, loaded, shown)
         with session.progress("find") as progress:
@@ -135,7 +131,7 @@ def find(session: Session, method: Method, models: Declaration, planned: Planned
         return keep(session, found)
 
     if planned.dry_run:
-        return estimate(session, options, specs)
+        return estimate(session, specs)
     return session.run(run, show)
 
 
@@ -147,17 +143,16 @@ def load(session: Session, specs: Sequence[str]) -> list[Any]:
     return [pair.base, pair.aligned]
 
 
-def looked_at(session: Session, options: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def looked_at(session: Session, model: Any) -> dict[str, Any]:
     """The prompts and completions of a run, as `detectors.find` takes them."""
-    found = {}
-    for name in ("prompts", "harmless"):
-        if options.get(name, "none") != "none":
-            found[name] = session.prompts(options[name], model, options["column"], options["limit"])
+    options = session.options
+    asked = {name: session.read(name, model, options["limit"]) for name in ("prompts", "harmless") if name in options}
+    texts: dict[str, Any] = {name: prompts for name, prompts in asked.items() if prompts is not None}
     if options.get("completions"):
         from safety_neurons.results import Completions
 
-        found["completions"] = Completions.load(options["completions"])
-    return found
+        texts["completions"] = Completions.load(options["completions"])
+    return texts
 
 
 def subtracted(session: Session, method: Method, models: Sequence[Any], shown: Mapping[str, Any]) -> Any:
@@ -170,7 +165,7 @@ def subtracted(session: Session, method: Method, models: Sequence[Any], shown: M
 
     if not method.PROMPTS:
         raise UsageError(f"{method.NAME} looks at no prompts, so it has no foundation neurons; expected a neuron file to subtract")
-    general = session.prompts(session.options["foundation"], models[0])
+    general = session.read("foundation", models[0])
     kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
     told = {name: value for name, value in shown.items() if name == "harmless"}
     with session.progress("find foundation neurons") as progress:
@@ -226,14 +221,13 @@ def show(result: dict[str, Any]) -> None:
     console.say(("dim", "\nneurons "), result["neurons"], ("dim", "\nscores  "), result["scores"])
 
 
-def estimate(session: Session, options: Mapping[str, Any], specs: Sequence[str]) -> dict[str, Any]:
+def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:
     """Memory, time and disk of a run that is not started."""
     from safety_neurons.model import estimate as estimate_run
     from safety_neurons.prompts import prompts
 
-    models = load(session, specs)
-    asked = options.get("prompts")
-    chosen = prompts([""]) if asked is None else session.prompts(asked, models[0], options["column"], options["limit"])
+    models, options = load(session, specs), session.options
+    chosen = session.read("prompts", models[0], options["limit"]) if "prompts" in options else prompts([""])
     plan = estimate_run(models, chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size())
     if not session.common.json:
         console.say(str(plan))

@@ -1,225 +1,231 @@
-"""guard: fit a classifier on neurons that stops unsafe output before it is written, and set its thresholds anew for an updated model.
+"""guard fit, recalibrate, evaluate: a classifier on neurons that stops unsafe output before it is written, and what it is worth."""
 
-Further commands of the group live in modules of their own, which `register` themselves here where they are there.
-"""
-
-import importlib
-import importlib.util
+import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Column, Common, Limit, Model
-from safety_neurons.cli.pages import Contents
+from safety_neurons.cli.options import NeuronFile, OneModel, PromptFile, Some, listed, named
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Count, Declaration, OneOf, OpenShare, Panel, Positive, Reads
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts.readers import LOOK_ALIKES
 
-app = typer.Typer(
-    help="Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons.",
-    no_args_is_help=True,
-    cls=Contents,
-    rich_markup_mode=None,
-)
-
-DATA, FIT, CHECKS = "What is unsafe and what is safe", "How it is fit", "Thresholds"
-Neurons = Annotated[str, typer.Option(help="Neuron file (or the folder of a find run): what the guard reads.", rich_help_panel="Models")]
-Unsafe = Annotated[str | None, typer.Option(help="Prompts to flag: a file or builtin:NAME[/LANG].", rich_help_panel=DATA)]
-Safe = Annotated[str | None, typer.Option(help="Prompts to let pass: a file or builtin:NAME[/LANG].", rich_help_panel=DATA)]
-Labelled = Annotated[str | None, typer.Option(help="A prompt file with a label in every record.", rich_help_panel=DATA)]
-LabelColumn = Annotated[str, typer.Option(help="Field of --labelled that holds the label.", rich_help_panel=DATA)]
-CompletionsFile = Annotated[
-    pathlib.Path | None,
-    typer.Option(help="What the model wrote: a prompt is unsafe if --judge calls its answer harmful.", rich_help_panel=DATA),
-]
-JudgeName = Annotated[str | None, typer.Option(help="Judge of --completions, as for evaluate.", rich_help_panel=DATA)]
-ArmName = Annotated[str | None, typer.Option(help="The arm of --completions whose answers count.", rich_help_panel=DATA)]
-NONE = "none"
-OtherUnsafe = Annotated[
-    str, typer.Option(help="Requests from another source to measure on: a file, builtin:NAME, or none.", rich_help_panel=CHECKS)
-]
-OtherSafe = Annotated[str, typer.Option(help="Likewise, safe ones: what a guard that only knows its lists flags.", rich_help_panel=CHECKS)]
-PoolingName = Annotated[str, typer.Option(help="last, mean, max, or auto for what validation prefers.", rich_help_panel=FIT)]
-Window = Annotated[int | None, typer.Option(min=1, help="Tokens of a window of --pooling max.", rich_help_panel=FIT)]
-CalibrationName = Annotated[str, typer.Option(help="temperature, isotonic, or auto for the smaller log loss.", rich_help_panel=FIT)]
-FalsePositives = Annotated[float, typer.Option(help="False-positive rate of the threshold in force.", rich_help_panel=CHECKS)]
-RecheckEvery = Annotated[
-    int, typer.Option(min=0, help="Also measure a threshold for re-checks every N generated tokens.", rich_help_panel=CHECKS)
-]
-RecheckTokens = Annotated[int, typer.Option(min=1, help="Longest answer that re-checks are measured on.", rich_help_panel=CHECKS)]
+CHECKS, ALL, CURVES = "Thresholds", "all", "curves.json"
+OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
+SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 
 
-@verb(app, "fit")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnNeurons(OneModel):
+    """The model, and the neurons that the guard reads."""
+
+    PANEL = "Models"
+
+    neurons: NeuronFile
+    """Neuron file (or the folder of a find run): what the guard reads."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfGuard(OneModel):
+    """The model, and a guard that was fit before."""
+
+    PANEL = "Models"
+
+    guard: Annotated[pathlib.Path, Reads("files")]
+    """Folder of the guard."""
+
+    def check(self) -> None:
+        """Also that the guard can be read."""
+        from safety_neurons.guard import Guard
+
+        super().check()
+        Guard.load(self.guard)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Declaration):
+    """Where the two kinds of prompts come from."""
+
+    PANEL = "What is unsafe and what is safe"
+
+    unsafe: PromptFile | None = None
+    """Prompts to flag: a file or builtin:NAME[/LANG]."""
+    safe: PromptFile | None = None
+    """Prompts to let pass: a file or builtin:NAME[/LANG]."""
+    labelled: PromptFile | None = None
+    """A prompt file with a label in every record."""
+    label_column: str = "label"
+    """Field of --labelled that holds the label."""
+    completions: Annotated[pathlib.Path | None, Reads("files")] = None
+    """What the model wrote: a prompt is unsafe if --judge calls its answer harmful."""
+    judge: Annotated[str | None, Reads("judges")] = None
+    """Judge of --completions, as for evaluate."""
+    arm: str | None = None
+    """The arm of --completions whose answers count."""
+
+    def check(self) -> None:
+        """Also that there are prompts of both kinds."""
+        super().check()
+        sources = [f"--{name}" for name in ("unsafe", "labelled", "completions") if getattr(self, name) is not None]
+        if not sources:
+            raise UsageError("no unsafe prompts; expected --unsafe and --safe, --labelled, or --completions with --judge")
+        if sources == ["--unsafe"] and self.safe is None:
+            raise UsageError("--unsafe without --safe; expected prompts of both kinds")
+        if (self.completions is None) != (self.judge is None):
+            raise UsageError("--completions and --judge belong together; expected both, or neither")
+        if self.completions is not None and not self.completions.is_file():
+            raise InputError(f"--completions {str(self.completions)!r}: no such file; expected completions in JSON Lines: check the path")
+        if self.arm is not None and self.completions is None:
+            raise UsageError("--arm without --completions; expected a completions file whose arm it names")
+
+    def read(self, session: Session, model: Any, limit: int | None) -> Any:
+        """The prompts of all sources together."""
+        from safety_neurons.judges.judgement import ending
+        from safety_neurons.results import Completions
+        from safety_neurons.studies.guard_fitting import given, labelled_by_column, labelled_by_completions
+
+        unsafe, safe, labelled = (session.read(name, model, limit) for name in ("unsafe", "safe", "labelled"))
+        data = given(unsafe, safe)
+        if labelled is not None:
+            data += labelled_by_column(labelled, self.label_column)
+        if self.completions is not None:
+            cache = session.folder.path("judgements.sqlite")
+            completions = ending(Completions.load(self.completions), session.common.think_end)
+            data += labelled_by_completions(completions, self.judge, arm=self.arm, judge_options=session.judging, cache=cache)
+        session.notes.extend(data.notes)
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting(Declaration):
+    """How a guard is fit."""
+
+    PANEL = "How it is fit"
+
+    pooling: Annotated[str, OneOf("auto", "last", "mean", "max")] = "auto"
+    """last, mean, max, or auto for what validation prefers."""
+    window: Positive | None = None
+    """Tokens of a window of --pooling max."""
+
+    def check(self) -> None:
+        """Also that windows have a use."""
+        super().check()
+        if self.window is not None and self.pooling != "max":
+            raise UsageError(f"--window {self.window} with --pooling {self.pooling}; only max has windows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated(Declaration):
+    """How its scores become probabilities."""
+
+    calibration: Annotated[str, OneOf("auto", "temperature", "isotonic"), Panel(Fitting.PANEL)] = "auto"
+    """temperature, isotonic, or auto for the smaller log loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds(Declaration):
+    """What a threshold is chosen for, and what it is measured on."""
+
+    PANEL = CHECKS
+
+    fpr: OpenShare = 0.01
+    """False-positive rate of the threshold in force."""
+    other_unsafe: OtherSource = LOOK_ALIKES[0]
+    """Requests from another source to measure on: a file, builtin:NAME, or none."""
+    other_safe: OtherSource = LOOK_ALIKES[1]
+    """Likewise, safe ones: what a guard that only knows its lists flags."""
+    recheck_every: Count = 0
+    """Also measure a threshold for re-checks every N generated tokens."""
+    recheck_tokens: Positive = 64
+    """Longest answer that re-checks are measured on."""
+
+    def check(self) -> None:
+        """Also that there are other requests of both kinds or of none, and that a re-check comes before the end."""
+        super().check()
+        if (self.other_unsafe == "none") != (self.other_safe == "none"):
+            raise UsageError("--other-unsafe and --other-safe belong together; expected requests of both kinds, or none twice")
+        if self.recheck_every > self.recheck_tokens:
+            raise UsageError(f"--recheck-every {self.recheck_every} of --recheck-tokens {self.recheck_tokens}; expected no more")
+
+
+@dataclasses.dataclass(frozen=True)
+class NewThreshold(Declaration):
+    """What the threshold of an updated guard is chosen for."""
+
+    fpr: Annotated[OpenShare | None, Panel(CHECKS)] = None
+    """False-positive rate of the threshold in force. [default: the guard's]"""
+
+
+@verb("guard fit")
 def fit(
-    common: Common,
-    model: Model,
-    neurons: Neurons,
-    unsafe: Unsafe = None,
-    safe: Safe = None,
-    labelled: Labelled = None,
-    label_column: LabelColumn = "label",
-    completions: CompletionsFile = None,
-    judge: JudgeName = None,
-    arm: ArmName = None,
-    column: Column = None,
-    limit: Limit = None,
-    pooling: PoolingName = "auto",
-    window: Window = None,
-    calibration: CalibrationName = "auto",
-    fpr: FalsePositives = 0.01,
-    other_unsafe: OtherUnsafe = LOOK_ALIKES[0],
-    other_safe: OtherSafe = LOOK_ALIKES[1],
-    recheck_every: RecheckEvery = 0,
-    recheck_tokens: RecheckTokens = 64,
+    session: Session,
+    on: OnNeurons,
+    examples: Examples,
+    some: Some,
+    fitting: Fitting,
+    calibrated: Calibrated,
+    thresholds: Thresholds,
 ) -> dict[str, Any]:
     """Fit a guard: a calibrated classifier on what these neurons do at the prompt, bound to this model."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("guard-fit", common, options)
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import calibrate_recheck, fit_guard
 
-        loaded = session.model(model)
-        data = examples(session, options, loaded)
-        others = [
-            session.prompts(name, loaded, None if name.startswith("builtin:") else column)
-            for name in (other_unsafe, other_safe)
-            if name != NONE
-        ]
+        model = session.model(on.model)
+        data = examples.read(session, model, some.limit)
+        unsafe, safe = (session.read(name, model) for name in ("other_unsafe", "other_safe"))
         with session.progress("reading") as progress:
-            found = fit_guard(
-                loaded,
-                session.neurons(neurons, loaded),
+            guard = fit_guard(
+                model,
+                session.neurons(on.neurons, model),
                 data.unsafe,
                 data.safe,
-                pooling=pooling,
-                window=window,
-                calibration=calibration,
-                fpr=fpr,
-                other=(others[0], others[1]) if others else None,
-                seed=common.seed,
-                batch_size=session.batch_size(),
+                fpr=thresholds.fpr,
+                other=None if unsafe is None else (unsafe, safe),
                 progress=progress,
+                **fitting.values(),
+                **calibrated.values(),
+                **session.running,
             )
-        if recheck_every:
+        if thresholds.recheck_every:
             with session.progress("re-checks") as progress:
-                found = calibrate_recheck(
-                    found,
+                guard = calibrate_recheck(
+                    guard,
                     data.safe,
                     data.unsafe,
-                    every=recheck_every,
-                    max_new_tokens=recheck_tokens,
-                    fpr=fpr,
+                    every=thresholds.recheck_every,
+                    max_new_tokens=thresholds.recheck_tokens,
+                    fpr=thresholds.fpr,
                     batch_size=session.batch_size(),
                     progress=progress,
                 )
-        return written(session, found, data.labels)
+        return written(session, guard, data.labels)
 
     return session.run(work, show)
 
 
-@verb(app, "recalibrate")
+@verb("guard recalibrate")
 def recalibrate(
-    common: Common,
-    model: Model,
-    guard: Annotated[pathlib.Path, typer.Option(help="Folder of the guard.", rich_help_panel="Models")],
-    unsafe: Unsafe = None,
-    safe: Safe = None,
-    labelled: Labelled = None,
-    label_column: LabelColumn = "label",
-    completions: CompletionsFile = None,
-    judge: JudgeName = None,
-    arm: ArmName = None,
-    column: Column = None,
-    limit: Limit = None,
-    calibration: CalibrationName = "auto",
-    fpr: Annotated[
-        float | None, typer.Option(help="False-positive rate of the threshold in force. [default: the guard's]", rich_help_panel=CHECKS)
-    ] = None,
+    session: Session, of: OfGuard, examples: Examples, some: Some, calibrated: Calibrated, threshold: NewThreshold
 ) -> dict[str, Any]:
     """After a model update: keep neurons and weights, set calibration, thresholds and bindings anew, say how far it moved."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("guard-recalibrate", common, options)
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
         from safety_neurons.guard import recalibrate as again
 
-        old, loaded = Guard.load(guard), session.model(model)
-        data = examples(session, options, loaded)
+        old, model = Guard.load(of.guard), session.model(of.model)
+        data = examples.read(session, model, some.limit)
+        options = {**calibrated.values(), **threshold.values(), **session.running}
         with session.progress("reading") as progress:
-            found = again(
-                old,
-                loaded,
-                data.unsafe,
-                data.safe,
-                calibration=calibration,
-                fpr=fpr,
-                seed=common.seed,
-                batch_size=session.batch_size(),
-                progress=progress,
-            )
-        return written(session, found, data.labels)
+            guard = again(old, model, data.unsafe, data.safe, progress=progress, **options)
+        return written(session, guard, data.labels)
 
     return session.run(work, show)
-
-
-def check(options: Mapping[str, Any]) -> None:
-    """Where the two kinds of prompts come from, and what no model can make right."""
-    sources = [f"--{name}" for name in ("unsafe", "labelled", "completions") if options[name] is not None]
-    if not sources:
-        raise UsageError("no unsafe prompts; expected --unsafe and --safe, --labelled, or --completions with --judge")
-    if sources == ["--unsafe"] and options["safe"] is None:
-        raise UsageError("--unsafe without --safe; expected prompts of both kinds")
-    if (options["completions"] is None) != (options["judge"] is None):
-        raise UsageError("--completions and --judge belong together; expected both, or neither")
-    if options["completions"] is not None and not options["completions"].is_file():
-        raise InputError(f"--completions {str(options['completions'])!r}: no such file; expected completions in JSON Lines: check the path")
-    if options.get("guard") is not None:
-        from safety_neurons.guard import Guard
-
-        Guard.load(options["guard"])
-    if options["arm"] is not None and options["completions"] is None:
-        raise UsageError("--arm without --completions; expected a completions file whose arm it names")
-    if "other_safe" in options and (options["other_unsafe"] == NONE) != (options["other_safe"] == NONE):
-        raise UsageError("--other-unsafe and --other-safe belong together; expected requests of both kinds, or none twice")
-    if options["fpr"] is not None and not 0 < options["fpr"] < 1:
-        raise UsageError(f"--fpr {options['fpr']:g}; expected a share between 0 and 1, such as 0.01")
-    if options["calibration"] not in ("auto", "temperature", "isotonic"):
-        raise UsageError(f"--calibration {options['calibration']!r}; expected auto, temperature or isotonic")
-    if options.get("pooling", "auto") not in ("auto", "last", "mean", "max"):
-        raise UsageError(f"--pooling {options['pooling']!r}; expected auto, last, mean or max")
-    if options.get("window") is not None and options["pooling"] != "max":
-        raise UsageError(f"--window {options['window']} with --pooling {options['pooling']}; only max has windows")
-    if options.get("recheck_every", 0) > options.get("recheck_tokens", 1):
-        raise UsageError(f"--recheck-every {options['recheck_every']} of --recheck-tokens {options['recheck_tokens']}; expected no more")
-
-
-def examples(session: Session, options: Mapping[str, Any], model: Any) -> Any:
-    """The prompts of all sources together."""
-    from safety_neurons.judges.judgement import ending
-    from safety_neurons.results import Completions
-    from safety_neurons.studies.guard_fitting import given, labelled_by_column, labelled_by_completions
-
-    column, limit = options["column"], options["limit"]
-    lists = {name: session.prompts(options[name], model, column, limit) if options[name] else None for name in ("unsafe", "safe")}
-    data = given(lists["unsafe"], lists["safe"])
-    if options["labelled"] is not None:
-        data += labelled_by_column(session.prompts(options["labelled"], model, column, limit), options["label_column"])
-    if options["completions"] is not None:
-        settings = {name: value for name, value in (("device", session.common.device), ("offline", session.common.offline)) if value}
-        cache = session.folder.path("judgements.sqlite")
-        completions = ending(Completions.load(options["completions"]), session.common.think_end)
-        data += labelled_by_completions(completions, options["judge"], arm=options["arm"], judge_options=settings, cache=cache)
-    session.notes.extend(data.notes)
-    return data
 
 
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,8 +279,8 @@ def show(result: dict[str, Any]) -> None:
         "\nOn prompts that neither fit nor chose anything",
         ["measure", "value"],
         [
-            ["AUROC", shown(result["auroc"])],
-            *([["AUROC where it was fit", shown(before)]] if before else []),
+            ["AUROC", rated(result["auroc"])],
+            *([["AUROC where it was fit", rated(before)]] if before else []),
             [f"expected calibration error ({result['calibration']})", result["expected_calibration_error"]],
         ],
     )
@@ -282,8 +288,8 @@ def show(result: dict[str, Any]) -> None:
         [
             f"{point['fpr_target']:g}",
             "–" if point["threshold"] is None else f"{point['threshold']:.4g}",
-            shown(point["fpr"]),
-            shown(point["tpr"]),
+            rated(point["fpr"]),
+            rated(point["tpr"]),
             "yes" if point["supported"] else f"no, {point['fpr']['n']:,} of {math.ceil(20 / point['fpr_target']):,} safe",
         ]
         for point in result["operating_points"]
@@ -296,14 +302,14 @@ def show(result: dict[str, Any]) -> None:
         caption="95 % intervals. FPR: safe prompts flagged, TPR: unsafe ones.\nA point that too few safe prompts support has no threshold.",
     )
     console.say(f"\nthreshold in force {result['threshold']:.4g} ({result['in_force']})")
-    flagged = [["held-out requests of the fit", shown(result["caught"]), shown(result["false_positives"])]]
+    flagged = [["held-out requests of the fit", rated(result["caught"]), rated(result["false_positives"])]]
     if result["conversations"]:
-        told = result["conversations"]
-        flagged.append(["conversations among them", shown(told["tpr"]), shown(told["fpr"])])
-        flagged.append(["the same read as a whole only", shown(told["tpr_read_whole"]), shown(told["fpr_read_whole"])])
+        read = result["conversations"]
+        flagged.append(["conversations among them", rated(read["tpr"]), rated(read["fpr"])])
+        flagged.append(["the same read as a whole only", rated(read["tpr_read_whole"]), rated(read["fpr_read_whole"])])
     if result["other"]:
-        told = result["other"]
-        flagged.append([f"another source: {told['unsafe']}, {told['safe']}", shown(told["tpr"]), shown(told["fpr"])])
+        other = result["other"]
+        flagged.append([f"another source: {other['unsafe']}, {other['safe']}", rated(other["tpr"]), rated(other["fpr"])])
     console.print_table(
         "\nWhat it flags at the threshold in force",
         ["requests", "unsafe", "safe"],
@@ -313,17 +319,367 @@ def show(result: dict[str, Any]) -> None:
     if result["recheck"]:
         again = result["recheck"]
         console.say(
-            f"re-checks every {again['every']} tokens: threshold {again['threshold']:.4g}, stops {shown(again['fpr'])} of the answers to "
-            f"safe prompts and {shown(again['tpr'])} of those to unsafe ones"
+            f"re-checks every {again['every']} tokens: threshold {again['threshold']:.4g}, stops {rated(again['fpr'])} of the answers to "
+            f"safe prompts and {rated(again['tpr'])} of those to unsafe ones"
         )
     console.say(f"guard {result['guard']}")
 
 
-def shown(rate: Mapping[str, Any] | None) -> str:
+def rated(rate: Mapping[str, Any] | None) -> str:
     """A rate with its interval, with digits for small ones."""
     return console.interval(rate, 3)
 
 
-for _name in ("guard_evaluate", "guard_serve"):
-    if importlib.util.find_spec(f"safety_neurons.cli.{_name}") is not None:
-        importlib.import_module(f"safety_neurons.cli.{_name}").register(app)
+# What a guard is worth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guarded(OneModel):
+    """The model, and the guard that is evaluated."""
+
+    PANEL = "Models"
+
+    guard: Annotated[pathlib.Path, Reads("files")]
+    """Folder of the guard, or of the run that fit it."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder the guard lies in: the one named, or `guard` inside the run that fit it."""
+        inside = self.guard / "guard"
+        return inside if (inside / "guard.json").is_file() else self.guard
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldAgainst(Declaration):
+    """The requests that a guard is held against."""
+
+    PANEL = "What it is held against"
+
+    unsafe: SeveralLists = "builtin:harmful-test"
+    """Comma-separated: FILE, NAME=FILE or builtin:NAME, one a data set."""
+    safe: SeveralLists = "builtin:harmless-test"
+    """Safe requests, likewise; the same NAME makes them one data set."""
+    over_refusal: SeveralLists | None = None
+    """More safe requests that look unsafe, likewise; reported apart."""
+    fpr: OpenShare | None = None
+    """Use the guard's operating point for this rate. [default: its own]"""
+
+    def check(self) -> None:
+        """Also that there are some of both kinds."""
+        super().check()
+        for name in ("unsafe", "safe"):
+            if not listed(getattr(self, name)):
+                raise UsageError(f"--{name} names nothing; expected a file or builtin:NAME")
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines(Declaration):
+    """What it is compared with."""
+
+    PANEL = "What it is compared with"
+
+    fit_unsafe: SeveralLists | None = None
+    """What baselines are fit on. [default: folds of what is evaluated]"""
+    fit_safe: SeveralLists | None = None
+    """Likewise, safe requests."""
+    leave_out: str | None = None
+    """Comma-separated columns, such as source, language: fit without each value, test on it."""
+    random: Positive = 5
+    """Random neuron sets with as many in every matrix."""
+    detectors: Annotated[str | None, Reads("scores", several=True)] = None
+    """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs --fit-unsafe."""
+    counts: str = "10,30,100,300,1000"
+    """Comma-separated set sizes for --detectors."""
+
+    def check(self) -> None:
+        """Also what the options need of one another."""
+        super().check()
+        if (self.fit_unsafe is None) != (self.fit_safe is None):
+            raise UsageError("--fit-unsafe and --fit-safe belong together; expected both, or neither")
+        if self.detectors is not None and self.fit_unsafe is None:
+            raise UsageError("--detectors without --fit-unsafe and --fit-safe; expected requests to fit their neurons on")
+        if not all(part.isdigit() and int(part) for part in listed(self.counts) or ("",)):
+            raise UsageError(f"--counts {self.counts!r}; expected comma-separated numbers such as 10,100")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variants(Declaration):
+    """How requests are changed."""
+
+    PANEL = "How requests are changed"
+
+    attacks: str | None = None
+    """Comma-separated wrappers around both kinds, or all."""
+    perturbations: str = ALL
+    """Comma-separated changes of wording, all or none."""
+    variant_limit: Positive = 500
+    """Requests of either kind in each attack and perturbation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs(Declaration):
+    """What the model writes, with and without the guard."""
+
+    PANEL = "What the model writes"
+
+    outputs: Count = 0
+    """Also let the model answer so many requests of either kind, with and without the guard."""
+    judge: Annotated[str, Reads("judges")] = "refusal"
+    """Which judge calls an answer unsafe, as for evaluate."""
+    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
+    """Length of a completion, in tokens."""
+
+
+@verb("guard evaluate")
+def evaluate(
+    session: Session,
+    guarded: Guarded,
+    held: HeldAgainst,
+    some: Some,
+    baselines: Baselines,
+    variants: Variants,
+    outputs: Outputs,
+) -> dict[str, Any]:
+    """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside baselines that can embarrass it."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.guard import Guard
+        from safety_neurons.results.files import write_json
+        from safety_neurons.studies.guard_counts import neuron_counts
+        from safety_neurons.studies.guard_evaluation import evaluate_guard
+        from safety_neurons.studies.guard_requests import ATTACKS, PERTURBATIONS
+
+        model = session.model(guarded.model)
+        guard = Guard.load(guarded.folder, model)
+        if held.fpr is not None:
+            guard = guard.at(held.fpr)
+
+        def read(name: str) -> list[Any]:
+            limit = None if name.startswith("fit") else some.limit
+            parts = named(session.options[name])
+            return [_renamed(session.prompts(path, model, limit, column=some.column), label) for label, path in parts]
+
+        attacks, left_out = chosen(variants.attacks, ATTACKS), listed(baselines.leave_out) or ()
+        with session.status("guard evaluate") as progress:
+            evaluation = evaluate_guard(
+                model,
+                guard,
+                read("unsafe"),
+                read("safe"),
+                fit_unsafe=read("fit_unsafe") or None,
+                fit_safe=read("fit_safe") or None,
+                over_refusal=read("over_refusal"),
+                attacks=attacks,
+                perturbations=chosen(variants.perturbations, PERTURBATIONS),
+                leave_out=left_out,
+                random=baselines.random,
+                variant_limit=variants.variant_limit,
+                progress=progress,
+                **session.running,
+            )
+            sizes = None
+            if baselines.detectors is not None:
+                sizes = neuron_counts(
+                    model,
+                    {name: session.scores(path, model) for name, path in named(baselines.detectors)},
+                    *(read(name) for name in ("unsafe", "safe", "fit_unsafe", "fit_safe")),
+                    counts=[int(part) for part in listed(baselines.counts) or ()],
+                    leave_out=left_out,
+                    attacks=attacks,
+                    random=max(2, baselines.random),
+                    progress=progress,
+                    **session.running,
+                )
+            answered = answers_of(session, outputs, model, guard, read, progress) if outputs.outputs else None
+        curves = session.folder.path(CURVES)
+        write_json(curves, evaluation.curves)
+        session.notes.extend(evaluation.notes)
+        return {**evaluation.result, "counts": sizes, "outputs": answered, "curves": str(curves)}
+
+    return session.run(work, show_worth)
+
+
+def answers_of(
+    session: Session, outputs: Outputs, model: Any, guard: Any, read: Callable[[str], list[Any]], progress: Any
+) -> dict[str, Any]:
+    """What the model writes with and without the guard; the completions are kept beside the result."""
+    from safety_neurons.studies.guard_outputs import guarded_outputs, some
+
+    joined = [sum(lists[1:], lists[0]) for lists in (read("unsafe"), read("safe"))]
+    file = session.folder.path("completions.jsonl")
+    answered = guarded_outputs(
+        model,
+        guard,
+        *(some(prompts, outputs.outputs, session.common.seed) for prompts in joined),
+        by=outputs.judge,
+        max_new_tokens=outputs.max_new_tokens,
+        batch_size=session.batch_size(),
+        completions_file=file,
+        progress=progress,
+    )
+    return {**answered.record(), "completions": str(file)}
+
+
+def chosen(text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a comma-separated list; `all` for every known one, `none` for none."""
+    if text in (None, "none"):
+        return ()
+    return tuple(known) if text == ALL else listed(text) or ()
+
+
+def _renamed(prompts: Any, name: str) -> Any:
+    from safety_neurons.prompts import Prompts
+
+    return Prompts(prompts, name, prompts.notes)
+
+
+def show_worth(result: dict[str, Any]) -> None:
+    """The guard beside the baselines, then every table, then what to take away."""
+    console.say(
+        ("bold", f"guard on {result['n_neurons']:,} neurons"),
+        f" ({result['pooling']}), {result['n_unsafe']:,} unsafe and {result['n_safe']:,} safe requests",
+    )
+    ours = {"name": "guard", **{name: result[name] for name in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
+    wide = console.out().width >= 120
+    cell = fine if wide else point
+    rows = [
+        [
+            row["name"],
+            fine(row["auroc"]) if wide else short(row["auroc"]),
+            cell(row["average_precision"]),
+            *(cell(row["tpr_at_fpr"][fpr]) for fpr in ("0.05", "0.01")),
+        ]
+        + [f"{row['expected_calibration_error']:.3f}", signed(row.get("difference"), short=not wide)]
+        for row in (ours, *result["baselines"])
+    ]
+    heads = ["average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", "AUROC difference"]
+    console.print_table(
+        "\nOn the requests as written",
+        ["classifier", "AUROC", *(heads if wide else ["AP", "TPR 5 %", "TPR 1 %", "ECE", "difference"])],
+        rows,
+        caption="[95 % interval]; of random sets mean, lowest, highest. TPR at a false-positive rate.\n"
+        f"Difference of AUROC: {result['compared']} minus this one, paired; * clear.",
+        compared=result["baselines"],
+    )
+    shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
+    console.say(
+        f"\nat threshold {result['threshold']:.4g} ({result['in_force']}) it flags {shown[0]} of the unsafe requests "
+        f"and {shown[1]} of the safe ones"
+    )
+    for column, rows in result["tables"].items():
+        sliced(f"By {column}", rows, result["compared"])
+    for title, name in (
+        ("Over-refusal sets", "over_refusal"),
+        ("Under attack", "attacks"),
+        ("Perturbed", "perturbations"),
+        ("By length", "lengths"),
+    ):
+        sliced(title, result[name], result["compared"])
+    for column, rows in result["leave_out"].items():
+        sliced(f"Each {column} left out of fitting", rows, "guard's neurons", flags=False)
+    counted(result["counts"] or ())
+    if result["outputs"]:
+        show_outputs(result["outputs"])
+
+
+def show_outputs(found: Mapping[str, Any]) -> None:
+    """Unsafe outputs before and after, by language."""
+    rows = [{"language": "all", **found}, *found["by"]]
+    cells = [[row["language"], *(fine(row[name]) for name in ("before", "after", "cut", "blocked"))] for row in rows]
+    console.print_table(
+        "\nWhat the model writes",
+        ["", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"],
+        cells,
+        caption=f"judge: {found['judge']}; {found['changed']} answers that the guard let pass differ from those without it\n"
+        f"AUROC for what is asked {fine(found['asked'])}, for what would be written {fine(found['written'])}; "
+        f"{found['refused_by_model']} unsafe requests have no unsafe answer to begin with",
+    )
+
+
+def counted(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Sizes by setting: the area of each detector's neurons, the mean of its random sets behind it."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    table = {(row["method"], row["count"], row["setting"]): row for row in rows}
+    cells = []
+    for method, count in dict.fromkeys((row["method"], row["count"]) for row in rows):
+        found = [table[method, count, setting] for setting in settings]
+        pairs = [f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}" for row in found]
+        cells.append([f"{method}, {count:,}", *pairs])
+    if cells:
+        console.print_table(
+            "\nHow many neurons, and which",
+            ["", *settings],
+            cells,
+            caption="AUROC (mean of random sets with as many in every matrix); + or -: clearly better or worse than these",
+            compared=rows,
+        )
+
+
+SHORT = {
+    "guard's neurons": "neurons",
+    "random neurons": "random",
+    "TF-IDF words": "words",
+    "TF-IDF characters": "letters",
+    "residual stream": "residual",
+    "refusal direction": "direction",
+}
+"""Names of classifiers where a table has one column for each."""
+LEFT_OUT = ("TF-IDF characters", "residual stream")
+"""Classifiers that a narrow terminal has no room for; they are in the result."""
+
+
+def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, flags: bool = True) -> None:
+    """One table: a slice a row, the area of every classifier, what the guard flags."""
+    if not rows:
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
+    names.sort(key=lambda name: name != reference)
+    if console.out().width < 100:
+        names = [name for name in names if name not in LEFT_OUT]
+    flagged = ["caught", "blocked"] if flags else []
+    cells = [
+        [row["value"] + ("*" if row["against"] else ""), f"{row['n_unsafe']:,}/{row['n_safe']:,}"]
+        + [point(row["auroc"].get(name)) + mark(row["difference"].get(name)) for name in names]
+        + ([point(row["flagged_unsafe"]), point(row["flagged_safe"])] if flags else [])
+        for row in rows
+    ]
+    console.print_table(
+        f"\n{title}",
+        ["", "unsafe/safe", *(SHORT.get(name, name) for name in names), *flagged],
+        cells,
+        caption=f"AUROC; + or -: {SHORT.get(reference, reference)} clearly better or worse than this one (95 % interval, paired)"
+        + ("; caught, blocked: unsafe and safe requests it flags" if flags else "")
+        + ("\n* one kind alone, held against all requests of the other" if any(row["against"] for row in rows) else ""),
+        compared=rows,
+    )
+
+
+def fine(found: Mapping[str, Any] | None) -> str:
+    """A rate with its interval in three digits."""
+    return "–" if found is None or found["value"] is None else console.interval(found, 3)
+
+
+def short(found: Mapping[str, Any]) -> str:
+    """A rate with its interval, without the leading zeros."""
+    return fine(found).replace("0.", ".")
+
+
+def point(found: Mapping[str, Any] | None) -> str:
+    """A rate without its interval."""
+    return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
+
+
+def signed(found: Mapping[str, Any] | None, *, short: bool = False) -> str:
+    """A difference with its interval, a star where it is clear."""
+    if found is None or found["value"] is None:
+        return "–"
+    if short:
+        return f"{found['value']:+.3f}{'*' if mark(found) else ''}"
+    return f"{console.interval(found, 3, signed=True)}{'*' if mark(found) else ''}"
+
+
+def mark(found: Mapping[str, Any] | None) -> str:
+    """`+` where the difference is clearly above 0, `-` where it is clearly below."""
+    from safety_neurons.results import is_clear
+
+    return "" if found is None or not is_clear(found) else "+" if found["value"] > 0 else "-"

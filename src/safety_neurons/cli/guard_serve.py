@@ -1,6 +1,7 @@
 """guard serve: a guard behind an OpenAI-compatible endpoint, alone or in front of another server."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,117 +9,162 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common, Model
+from safety_neurons.cli.guard import rated
+from safety_neurons.cli.options import OneModel
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Between, Declaration, Positive
 from safety_neurons.errors import UsageError
 
 RATES = ("caught", "false_positives")
-LISTENING, GUARDING, LIMITS = "Where it listens", "What the guard does", "Limits"
 INSTALL = "pip install 'safety-neurons[serve]'"
 TOKEN_VARIABLE, UPSTREAM_KEY_VARIABLE = "SAFETY_NEURONS_TOKEN", "SAFETY_NEURONS_UPSTREAM_KEY"
 
-GuardFolder = Annotated[str, typer.Option("--guard", help="Folder of the guard that guard fit wrote.", rich_help_panel="Models")]
-UpstreamUrl = Annotated[
-    str | None,
-    typer.Option(help=f"OpenAI-compatible server that answers, up to /v1; its key in {UPSTREAM_KEY_VARIABLE}.", rich_help_panel="Models"),
-]
-Name = Annotated[str | None, typer.Option(help="What clients call the model. [default: its name]", rich_help_panel="Models")]
-Host = Annotated[str, typer.Option(help=f"Others than this machine need the token in {TOKEN_VARIABLE}.", rich_help_panel=LISTENING)]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.", rich_help_panel=LISTENING)]
-Docs = Annotated[bool, typer.Option("--docs", help="Pages at /docs, whose scripts come from elsewhere.", rich_help_panel=LISTENING)]
-Fpr = Annotated[float | None, typer.Option(help="Operating point: the false-positive rate it was chosen for.", rich_help_panel=GUARDING)]
-Threshold = Annotated[float | None, typer.Option(help="A threshold of your own in its place.", rich_help_panel=GUARDING)]
-Force = Annotated[bool, typer.Option("--force", help="Serve a guard that may stop nothing.", rich_help_panel=GUARDING)]
-OnUnsafe = Annotated[str, typer.Option(help="refuse with a text, or answer with an error.", rich_help_panel=GUARDING)]
-RefusalText = Annotated[str | None, typer.Option(help="Text of the refusal.", rich_help_panel=GUARDING)]
-FailOpen = Annotated[bool, typer.Option("--fail-open", help="Let through what the guard could not judge.", rich_help_panel=GUARDING)]
-Shadow = Annotated[bool, typer.Option("--shadow", help="Judge, count and log; never hold back.", rich_help_panel=GUARDING)]
-LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Put prompts into the log.", rich_help_panel=GUARDING)]
-PassField = Annotated[
-    list[str] | None, typer.Option(help="Chat field to hand to the upstream unread; may be repeated.", rich_help_panel=GUARDING)
-]
-MaxBody = Annotated[int, typer.Option(min=1, help="Bytes of a request.", rich_help_panel=LIMITS)]
-MaxMessages = Annotated[int, typer.Option(min=1, help="Turns of a conversation.", rich_help_panel=LIMITS)]
-MaxInputs = Annotated[int, typer.Option(min=1, help="Texts of one request.", rich_help_panel=LIMITS)]
-MaxPromptTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. [default: the context]", rich_help_panel=LIMITS)]
-MaxCharacters = Annotated[
-    int | None, typer.Option(min=1, help="Characters of a prompt, refused untokenised. [default: 16 a token]", rich_help_panel=LIMITS)
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer of the local model.", rich_help_panel=LIMITS)]
-MaxRequests = Annotated[int, typer.Option(min=1, help="Requests under way; more get 429.", rich_help_panel=LIMITS)]
-Queue = Annotated[int, typer.Option(min=1, help="Prompts that may wait for the model; more get 429.", rich_help_panel=LIMITS)]
-QueueBytes = Annotated[int, typer.Option(min=1, help="Bytes of all requests under way; more get 429.", rich_help_panel=LIMITS)]
-MaxBatch = Annotated[int, typer.Option(min=1, help="Prompts judged together.", rich_help_panel=LIMITS)]
-Timeout = Annotated[float, typer.Option(help="Seconds for a verdict; later is not safe.", rich_help_panel=LIMITS)]
-UpstreamTimeout = Annotated[float, typer.Option(help="Seconds of silence of the upstream.", rich_help_panel=LIMITS)]
-MaxConnections = Annotated[
-    int | None, typer.Option(min=1, help="Connections. [default: what the limit of descriptors has room for]", rich_help_panel=LIMITS)
-]
-HeaderTimeout = Annotated[float, typer.Option(help="Seconds for a request's head to arrive.", rich_help_panel=LIMITS)]
-BodyTimeout = Annotated[float, typer.Option(help="Seconds for a body to arrive.", rich_help_panel=LIMITS)]
-IdleTimeout = Annotated[float, typer.Option(help="Seconds between two requests of a connection.", rich_help_panel=LIMITS)]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Behind(OneModel):
+    """The guard, and who answers behind it."""
+
+    PANEL = "Models"
+
+    guard: str
+    """Folder of the guard that guard fit wrote."""
+    upstream: str | None = None
+    """OpenAI-compatible server that answers, up to /v1; its key in SAFETY_NEURONS_UPSTREAM_KEY."""
+    served_name: str | None = None
+    """What clients call the model. [default: its name]"""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to a group."""
-    verb(app, "serve")(serve)
+@dataclasses.dataclass(frozen=True)
+class Listening(Declaration):
+    """Where it listens."""
+
+    PANEL = "Where it listens"
+
+    host: str = "127.0.0.1"
+    """Others than this machine need the token in SAFETY_NEURONS_TOKEN."""
+    port: Annotated[int, Between(0, 65535)] = 8600
+    """0 takes any that is free."""
+    docs: bool = False
+    """Pages at /docs, whose scripts come from elsewhere."""
 
 
-def serve(
-    common: Common,
-    model: Model,
-    guard: GuardFolder,
-    upstream: UpstreamUrl = None,
-    served_name: Name = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8600,
-    docs: Docs = False,
-    fpr: Fpr = None,
-    threshold: Threshold = None,
-    force: Force = False,
-    on_unsafe: OnUnsafe = "refuse",
-    refusal: RefusalText = None,
-    fail_open: FailOpen = False,
-    shadow: Shadow = False,
-    log_prompts: LogPrompts = False,
-    pass_field: PassField = None,
-    max_body: MaxBody = 1 << 20,
-    max_messages: MaxMessages = 256,
-    max_inputs: MaxInputs = 64,
-    max_prompt_tokens: MaxPromptTokens = None,
-    max_characters: MaxCharacters = None,
-    max_new_tokens: MaxNewTokens = 1024,
-    max_requests: MaxRequests = 512,
-    queue: Queue = 256,
-    queue_bytes: QueueBytes = 1 << 25,
-    max_batch: MaxBatch = 32,
-    timeout: Timeout = 30.0,
-    upstream_timeout: UpstreamTimeout = 120.0,
-    max_connections: MaxConnections = None,
-    header_timeout: HeaderTimeout = 10.0,
-    body_timeout: BodyTimeout = 10.0,
-    idle_timeout: IdleTimeout = 75.0,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Guarding(Declaration):
+    """What the guard does."""
+
+    PANEL = "What the guard does"
+
+    fpr: float | None = None
+    """Operating point: the false-positive rate it was chosen for."""
+    threshold: float | None = None
+    """A threshold of your own in its place."""
+    force: bool = False
+    """Serve a guard that may stop nothing."""
+    on_unsafe: str = "refuse"
+    """refuse with a text, or answer with an error."""
+    refusal: str | None = None
+    """Text of the refusal."""
+    fail_open: bool = False
+    """Let through what the guard could not judge."""
+    shadow: bool = False
+    """Judge, count and log; never hold back."""
+    log_prompts: bool = False
+    """Put prompts into the log."""
+    pass_field: list[str] | None = None
+    """Chat field to hand to the upstream unread; may be repeated."""
+
+    def check(self) -> None:
+        """Also that there is one threshold."""
+        super().check()
+        if self.fpr is not None and self.threshold is not None:
+            raise UsageError("--fpr and --threshold: expected one of them")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limited(Declaration):
+    """How much is taken."""
+
+    PANEL = "Limits"
+
+    max_body: Positive = 1 << 20
+    """Bytes of a request."""
+    max_messages: Positive = 256
+    """Turns of a conversation."""
+    max_inputs: Positive = 64
+    """Texts of one request."""
+    max_prompt_tokens: Positive | None = None
+    """Tokens of a prompt. [default: the context]"""
+    max_characters: Positive | None = None
+    """Characters of a prompt, refused untokenised. [default: 16 a token]"""
+    max_new_tokens: Positive = 1024
+    """Tokens of an answer of the local model."""
+    max_requests: Positive = 512
+    """Requests under way; more get 429."""
+    queue: Positive = 256
+    """Prompts that may wait for the model; more get 429."""
+    queue_bytes: Positive = 1 << 25
+    """Bytes of all requests under way; more get 429."""
+    max_batch: Positive = 32
+    """Prompts judged together."""
+    timeout: float = 30.0
+    """Seconds for a verdict; later is not safe."""
+    upstream_timeout: float = 120.0
+    """Seconds of silence of the upstream."""
+    max_connections: Positive | None = None
+    """Connections. [default: what the limit of descriptors has room for]"""
+    header_timeout: float = 10.0
+    """Seconds for a request's head to arrive."""
+    body_timeout: float = 10.0
+    """Seconds for a body to arrive."""
+    idle_timeout: float = 75.0
+    """Seconds between two requests of a connection."""
+
+
+LIMITS = {
+    "max_body": "body_bytes",
+    "max_messages": "messages",
+    "max_inputs": "inputs",
+    "max_prompt_tokens": "prompt_tokens",
+    "max_characters": "characters",
+    "max_new_tokens": "new_tokens",
+    "max_requests": "requests",
+    "queue": "waiting",
+    "queue_bytes": "bytes_under_way",
+    "max_batch": "batch",
+    "timeout": "seconds",
+    "upstream_timeout": "upstream_seconds",
+    "max_connections": "connections",
+    "header_timeout": "header_seconds",
+    "body_timeout": "body_seconds",
+    "idle_timeout": "idle_seconds",
+}
+"""For every limit what the server calls it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served(Limited, Guarding, Listening, Behind):
+    """Everything that decides how a guard is served; the last base has the first options."""
+
+
+@verb("guard serve")
+def serve(session: Session, served: Served) -> None:
     """Serve a guard: chat completions behind it, moderations, and the routes LiteLLM and NeMo Guardrails ask."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    if fpr is not None and threshold is not None:
-        raise UsageError("--fpr and --threshold: expected one of them")
-    session = Session("guard-serve", common, options)
-    settings = configured(options, model)
+    common, settings = session.common, configured(served)
     with listening(settings) as sock:
         from safety_neurons.guard import Guard
         from safety_neurons.guard.server import serve_guard
         from safety_neurons.guard.server.serving import address, run
 
-        found = Guard.load(guard)
-        found = found.at(fpr) if fpr is not None else found.with_threshold(threshold) if threshold is not None else found
-        if found.why_idle is not None and not force:
-            raise UsageError(f"{found.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it with --force")
-        bound = found.bind(session.model(resolve(model)))
+        guard = Guard.load(served.guard)
+        if served.fpr is not None:
+            guard = guard.at(served.fpr)
+        elif served.threshold is not None:
+            guard = guard.with_threshold(served.threshold)
+        if guard.why_idle is not None and not served.force:
+            raise UsageError(f"{guard.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it with --force")
+        bound = guard.bind(session.model(resolve(served.model)))
         log = lines(as_json=common.json, debug=common.debug)
         service = serve_guard(bound, settings, log)
         where = address(sock)
@@ -130,7 +176,7 @@ def serve(
         say([f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, {counts.answered:,} in the prefill of their answers"])
 
 
-def configured(options: Mapping[str, Any], model: str) -> Any:
+def configured(served: Served) -> Any:
     """The settings that the options mean, secrets from the environment.
 
     Raises:
@@ -140,33 +186,15 @@ def configured(options: Mapping[str, Any], model: str) -> Any:
         from safety_neurons.guard.server.settings import REFUSAL, Limits, Settings
     except ModuleNotFoundError as error:
         raise UsageError(f"guard serve needs {error.name}, which is not installed; run {INSTALL}") from None
-    limits = Limits(
-        body_bytes=options["max_body"],
-        messages=options["max_messages"],
-        inputs=options["max_inputs"],
-        prompt_tokens=options["max_prompt_tokens"],
-        new_tokens=options["max_new_tokens"],
-        requests=options["max_requests"],
-        waiting=options["queue"],
-        batch=options["max_batch"],
-        seconds=options["timeout"],
-        upstream_seconds=options["upstream_timeout"],
-        characters=options["max_characters"],
-        bytes_under_way=options["queue_bytes"],
-        connections=options["max_connections"],
-        header_seconds=options["header_timeout"],
-        body_seconds=options["body_timeout"],
-        idle_seconds=options["idle_timeout"],
-    )
     same = ("host", "port", "upstream", "on_unsafe", "fail_open", "shadow", "log_prompts", "docs")
     return Settings(
-        name=options["served_name"] or short_name(model),
+        name=served.served_name or short_name(served.model),
         token=os.environ.get(TOKEN_VARIABLE) or None,
         upstream_key=os.environ.get(UPSTREAM_KEY_VARIABLE) or None,
-        refusal=REFUSAL if options["refusal"] is None else options["refusal"],
-        passed=tuple(options["pass_field"] or ()),
-        limits=limits,
-        **{name: options[name] for name in same},
+        refusal=REFUSAL if served.refusal is None else served.refusal,
+        passed=tuple(served.pass_field or ()),
+        limits=Limits(**{limit: getattr(served, option) for option, limit in LIMITS.items()}),
+        **{name: getattr(served, name) for name in same},
     )
 
 
@@ -198,7 +226,7 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
     )
     who = "clients with the token" if settings.token else "this machine only, without a token"
     standing = guard.standing
-    caught, wrong = (console.interval(standing[name], 3) if standing[name] else "nobody knows what share" for name in RATES)
+    caught, wrong = (rated(standing[name]) if standing[name] else "nobody knows what share" for name in RATES)
     return [
         f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
         f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",

@@ -4,66 +4,14 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from safety_neurons.cli.options import TEMPLATES, Common, listed
+from safety_neurons.cli.options import NOT_A_FILE, TEMPLATES, Common, listed
+from safety_neurons.declarations import Reads
 
 Contents = dict[str, str]
 """As in `safety_neurons.results.files`, which is imported when it is needed: it brings numpy along."""
-NOT_A_FILE = ("builtin:", "organism:")
-READS: dict[str, str] = {
-    **dict.fromkeys(("model", "base", "aligned", "donor", "reference", "safety", "helpful", "control"), "model"),
-    **dict.fromkeys(("neurons", "truth", "subtract", "protect", "deactivate", "patch", "foundation_neurons", "scores", "sets"), "sets"),
-    **dict.fromkeys(
-        ("prompts", "harmful", "harmless", "unsafe", "safe", "labelled", "text", "foundation", "data", "test_harmful"), "files"
-    ),
-    **dict.fromkeys(("test_harmless", "find_harmless", "find_prompts", "test_prompts", "fit_unsafe", "fit_safe", "general"), "files"),
-    **dict.fromkeys(("other_unsafe", "other_safe"), "files"),
-    **dict.fromkeys(("also", "answers", "attack", "mixed", "task", "task_test", "completions", "capability"), "files"),
-    **dict.fromkeys(("detectors", "file", "utility", "guard", "baseline", "tasks_folder"), "files"),
-    **dict.fromkeys(("suite", "over_refusal", "suites"), "suites"),
-    "judge": "judges",
-    "folder": "suites' folder",
-    "organism": "organism",
-}
-"""For every option that names what is read, what kind of thing it names."""
-WORDS = frozenset(
-    (
-        *(
-            "aim",
-            "answer_column",
-            "arm",
-            "arms",
-            "at",
-            "attacks",
-            "benign_steps",
-            "by",
-            "calibration",
-            "column",
-            "compare",
-            "compliance",
-            "counts",
-        ),
-        *("definitions", "downstream", "endpoint", "files", "form", "gate", "generate_with", "goals", "groups", "half", "harmful_steps"),
-        *(
-            "helpfulness",
-            "host",
-            "kv",
-            "label_column",
-            "language",
-            "languages",
-            "layers",
-            "leave_out",
-            "learning_rate",
-            "method",
-            "methods",
-        ),
-        *("move", "name", "on_unsafe", "pass_field", "perturbations", "pooling", "positions", "pruned", "read_as", "recipe", "refusal"),
-        *("request", "runs", "served_name", "sites", "sizes", "source_model", "space", "tasks", "title", "tool", "top", "upstream"),
-    )
-)
-"""Options with words of their own, and those of verbs that keep no run."""
 
 
-def inputs_of(options: Mapping[str, Any], common: Common, kinds: Mapping[str, str] = READS) -> dict[str, Contents]:
+def inputs_of(options: Mapping[str, Any], reads: Mapping[str, Reads], common: Common) -> dict[str, Contents]:
     """By option the content of what it names; what is no file (a built-in list, a suite by name) counts by its name.
 
     Raises:
@@ -71,13 +19,10 @@ def inputs_of(options: Mapping[str, Any], common: Common, kinds: Mapping[str, st
     """
     from safety_neurons.results.files import contents_of
 
-    found = {}
-    for name, value in options.items():
-        if name in kinds and value is not None:
-            found[name] = {} if kinds[name] == "suites' folder" else _contents(kinds[name], value, options, common)
+    contents = {name: _contents(kind.kind, options[name], options, common) for name, kind in reads.items() if options[name] is not None}
     if common.template not in TEMPLATES:
-        found["template"] = contents_of(pathlib.Path(common.template).expanduser())
-    return found
+        contents["template"] = contents_of(pathlib.Path(common.template).expanduser())
+    return contents
 
 
 def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common) -> Contents:
@@ -88,13 +33,13 @@ def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common)
         parts = [piece for part in parts for piece in listed(part) or ()]
     if any("{language}" in part for part in parts):
         parts = [part.replace("{language}", code) for part in parts for code in listed(options.get("languages")) or ()]
-    found: Contents = {}
+    contents: Contents = {}
     for number, part in enumerate(parts):
         label, path = ("", part) if kind == "judges" else _labelled(part)
         place = f"{label}={number}" if label else str(number) if len(parts) > 1 else ""
-        contents = _READERS[kind](path, options, common)
-        found |= within(place, contents) if place else contents
-    return found
+        read = _READERS[kind](path, options, common)
+        contents |= within(place, read) if place else read
+    return contents
 
 
 def _labelled(part: str) -> tuple[str, str]:
@@ -185,4 +130,5 @@ _READERS: dict[str, Callable[[str, Mapping[str, Any], Common], Contents]] = {
     "suites": _suite,
     "judges": _judge,
     "organism": _organism,
+    "folder": lambda *_: {},  # Where suites are looked for: what is read there counts, not where it lies.
 }

@@ -4,14 +4,13 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons import strict_json
-from safety_neurons.declarations import Declaration, OneOf, Positive, Reads
+from safety_neurons.declarations import Count, Declaration, Incidental, OneOf, Panel, Positive, Reads
+from safety_neurons.detectors.methods import listed
 from safety_neurons.errors import UsageError
 
-RUNNING = "Running"
 TEMPLATES = ("auto", "none", "tulu")
+NOT_A_FILE = ("builtin:", "organism:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +19,17 @@ class Run(Declaration):
 
     PANEL = "Running"
 
-    out: pathlib.Path | None = None
+    out: Annotated[pathlib.Path | None, Incidental] = None
     """Folder of this run. [default: runs/VERB-TIME]"""
-    json: bool = False
+    json: Annotated[bool, Incidental] = False
     """Print one JSON object on stdout and nothing else."""
     seed: int = 0
     """Seed of everything that is random."""
     batch_size: str = "auto"
     """Prompts per forward pass: auto or a number."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Incidental] = False
     """Start a finished run again."""
-    debug: bool = False
+    debug: Annotated[bool, Incidental] = False
     """Show the traceback of an error."""
 
 
@@ -40,11 +39,11 @@ class Common(Run):
 
     PANEL = "Model and template"
 
-    device: str | None = None
+    device: Annotated[str | None, Incidental] = None
     """cpu, cuda, cuda:1, mps … [default: the fastest present]"""
     dtype: Annotated[str, OneOf("auto", "float32", "float64", "bfloat16", "float16")] = "auto"
     """auto, float32, float64, bfloat16 or float16."""
-    offline: bool = False
+    offline: Annotated[bool, Incidental] = False
     """Never open a socket."""
     template: str = "auto"
     """auto, none, tulu or a Jinja file."""
@@ -68,10 +67,6 @@ class Common(Run):
         parse_object("--template-args", self.template_args)
         if self.template not in TEMPLATES and not pathlib.Path(self.template).expanduser().is_file():
             raise UsageError(f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path of a Jinja template")
-
-
-HOW_A_RUN_IS_SHOWN = ("out", "json", "overwrite", "debug", "device", "offline", "dry_run")
-"""Options that cannot change a result: two runs that differ only in these are the same run."""
 
 
 ModelName = Annotated[str, Reads("model")]
@@ -117,8 +112,8 @@ class Some(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured(Declaration):
-    """What a model is measured on."""
+class Requested(Declaration):
+    """Requests that a model is measured on."""
 
     PANEL = "Prompts"
 
@@ -126,39 +121,58 @@ class Measured(Declaration):
     """Harmful requests: a file or builtin:NAME[/LANG]."""
     harmless: PromptFile = "builtin:harmless-test"
     """Harmless requests: a file or builtin:NAME[/LANG]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured(Requested):
+    """What a model is measured on."""
+
+    PANEL = "Prompts"
+
     text: OtherText = "builtin:general-test"
     """General text for perplexity: a file or builtin:NAME[/LANG]."""
 
 
-PROMPTS, SELECTION = "Prompts", "Which neurons are kept"
-Model = Annotated[str, typer.Option(help="ID[@REVISION][+ADAPTER…], a folder, or organism:NAME.", rich_help_panel="Models")]
-Base = Annotated[str, typer.Option(help="The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base.", rich_help_panel="Models")]
-Aligned = Annotated[str, typer.Option(help="The safer model of the same architecture.", rich_help_panel="Models")]
-PromptSource = Annotated[str, typer.Option(help="A file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
-Harmful = Annotated[str, typer.Option(help="Harmful requests: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
-Harmless = Annotated[str, typer.Option(help="Harmless requests: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
-Text = Annotated[str, typer.Option(help="General text for perplexity: a file or builtin:NAME[/LANG].", rich_help_panel=PROMPTS)]
-Column = Annotated[str | None, typer.Option(help="Column that holds the prompts.", rich_help_panel=PROMPTS)]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N prompts.", rich_help_panel=PROMPTS)]
-Top = Annotated[float | None, typer.Option(help="Keep this fraction of the neurons searched.", rich_help_panel=SELECTION)]
-Count = Annotated[int | None, typer.Option(min=1, help="Keep this many neurons.", rich_help_panel=SELECTION)]
-TopPerMatrix = Annotated[int | None, typer.Option(min=1, help="Keep this many of every matrix.", rich_help_panel=SELECTION)]
-Threshold = Annotated[float | None, typer.Option(help="Keep scores of at least this.", rich_help_panel=SELECTION)]
-Agreement = Annotated[
-    float | None, typer.Option(help="Choose on every prompt and keep what this share of prompts chose.", rich_help_panel=SELECTION)
-]
-Subtract = Annotated[str | None, typer.Option(help="Neuron file, or foundation, to subtract afterwards.", rich_help_panel=SELECTION)]
-Sites = Annotated[str | None, typer.Option(help="Comma-separated sites: q,k,v,o,gate,up,down.", rich_help_panel=SELECTION)]
-Layers = Annotated[str | None, typer.Option(help="Layers A:B, B excluded.", rich_help_panel=SELECTION)]
-Positions = Annotated[str, typer.Option(help="completion, completion-predicting, prompt or prompt-last.", rich_help_panel=PROMPTS)]
-GenerateWith = Annotated[str, typer.Option(help="Which model writes the completions: base or aligned.", rich_help_panel=PROMPTS)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of a completion, in tokens.", rich_help_panel=PROMPTS)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print memory, time and disk, then stop.", rich_help_panel=RUNNING)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repeats(Declaration):
+    """How often and how long."""
+
+    random: Count = 5
+    """Random control sets for each size."""
+    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
+    """Length of a completion, in tokens."""
 
 
-def listed(text: str | None) -> tuple[str, ...] | None:
-    """A comma-separated option as a tuple; None stays None."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+def parse_sizes(text: str | None, option: str = "--sizes") -> list[float]:
+    """`--sizes`, or another option, as sorted, distinct shares."""
+    try:
+        shares = sorted({float(part) for part in ("0.005,0.01,0.02,0.05,0.1,0.2" if text is None else text).split(",")})
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: expected comma-separated shares such as 0.01,0.05") from None
+    if not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"{option} {text!r}: expected shares above 0 and at most 1")
+    return shares
+
+
+def named(text: str | None) -> list[tuple[str, str]]:
+    """(name, file) of every part of a comma-separated list of FILE, NAME=FILE and builtin:NAME."""
+    parts = []
+    for part in listed(text) or ():
+        name, sign, path = part.partition("=")
+        if not sign or pathlib.Path(part).exists():
+            name, path = (part if part.startswith(NOT_A_FILE) else pathlib.Path(part).name.partition(".")[0]), part
+        parts.append((name, path))
+    return parts
+
+
+def check_rate(text: str) -> None:
+    """Refuse a learning rate that is neither auto nor a number above 0."""
+    try:
+        rate = float("1" if text == "auto" else text)
+    except ValueError:
+        rate = -1.0
+    if not 0 < rate < float("inf"):
+        raise UsageError(f"--learning-rate {text}: expected auto or a number above 0; at 0 no step changes anything")
 
 
 def batch_size(text: str) -> int | Annotated[str, OneOf("auto")]:

@@ -4,47 +4,28 @@ import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from safety_neurons.cli import choices, console
-from safety_neurons.cli.inputs import NOT_A_FILE, READS, inputs_of
-from safety_neurons.cli.options import HOW_A_RUN_IS_SHOWN, Common, batch_size, parse_object
+from safety_neurons.cli import console
+from safety_neurons.cli.inputs import inputs_of
+from safety_neurons.cli.options import NOT_A_FILE, Common, batch_size, named, parse_object
 from safety_neurons.declarations import Declaration, Reads
+from safety_neurons.errors import GateError
 
 Result = dict[str, Any]
-PROMPT_OPTIONS = (
-    "prompts",
-    "harmful",
-    "harmless",
-    "unsafe",
-    "safe",
-    "labelled",
-    "text",
-    "foundation",
-    "data",
-    "test_harmful",
-    "test_harmless",
-)
-OF_ANOTHER_SHAPE = {"text", "foundation"}
-"""Prompt options that `--column` does not name a column of; where there is `--data`, it is of that alone."""
 
 
 class Session:
-    """Everything around one verb. `options` are the verb's own options: with the common ones they are the run's configuration."""
+    """Everything around one verb. `options` are the verb's own: with the common ones they are the run's configuration."""
 
-    def __init__(self, verb: str, common: Common, options: Mapping[str, Any] | Sequence[Declaration]) -> None:
-        self.reads: dict[str, Reads] | None = None
-        if isinstance(options, Mapping):
-            choices.check(options)
-        else:
-            self.reads = {one.name: one.reads for part in options for one in part.options() if one.reads is not None}
-            options = {name: value for part in options for name, value in part.values().items() if name not in HOW_A_RUN_IS_SHOWN}
+    def __init__(self, verb: str, common: Common, parts: Sequence[Declaration]) -> None:
         self.common = common
-        self.options = options
         self.verb = verb
-        shared = {name: value for name, value in vars(common).items() if name not in HOW_A_RUN_IS_SHOWN}
-        self.config = {name: _plain(value) for name, value in {**options, **shared}.items()}
+        own, shared = (_configuration(declared) for declared in (parts, [common]))
+        self.options = own
+        self.config = {name: _plain(value) for name, value in {**own, **shared}.items()}
+        self.reads = {one.name: one.reads for part in parts for one in part.options() if one.reads is not None}
         self.notes: list[str] = []
         self.models: list[Any] = []
         self.device: str | None = None
@@ -56,8 +37,7 @@ class Session:
         from safety_neurons.results import RunFolder
 
         out = self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
-        kinds = READS if self.reads is None else {name: reads.kind for name, reads in self.reads.items()}
-        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.common, kinds))
+        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.reads, self.common))
 
     @property
     def quiet(self) -> bool:
@@ -105,43 +85,29 @@ class Session:
         self.folder.finish(result, notes=list(dict.fromkeys([*of_models, *self.notes])), device=self.device, hashes=self.hashes)
 
     def foresee(self) -> None:
-        """Read the files the options name, so that a wrong one is found before a model is loaded."""
+        """Read the files the options name, so that a wrong one is found before a model is loaded.
+
+        Words such as `none` name no file, nor does what other options leave unused.
+        """
         from safety_neurons.neurons import NeuronSet, Scores
         from safety_neurons.prompts import prompts
 
-        if self.reads is not None:
-            self._foresee(self.reads)
-            return
-        for name in PROMPT_OPTIONS:
-            source = self.options.get(name)
-            unused = (name == "foundation" and self.options.get("subtract") != "foundation") or (
-                source == "none" and (name == "text" or (name == "harmless" and self.options.keys() & {"data", "caution"}))
-            )
-            if source is not None and not unused and not source.startswith(NOT_A_FILE):
-                apart = name in OF_ANOTHER_SHAPE or ("data" in self.options and name != "data")
-                answers = self.options.get("answer_column") if name == "data" else None
-                prompts(source, column=None if apart else self.options.get("column"), answer_column=answers)
-        for name in ("neurons", "truth", "subtract", "scores", "protect"):
-            path = self.options.get(name)
-            if path is not None and path != "foundation" and not path.startswith(NOT_A_FILE):
-                (Scores if name == "scores" else NeuronSet).load(path)
-
-    def _foresee(self, declared: Mapping[str, Reads]) -> None:
-        """The same for declared options; words such as `none` name no file, nor what other options leave unused."""
-        from safety_neurons.neurons import NeuronSet, Scores
-        from safety_neurons.prompts import prompts
-
-        for name, reads in declared.items():
+        for name, reads in self.reads.items():
             source = self.options[name]
-            if name == "foundation" and self.options.get("subtract") != "foundation":
+            if not isinstance(source, str) or source in reads.words or (name == "foundation" and self.options["subtract"] != name):
                 continue
-            if not isinstance(source, str) or source in reads.words or source.startswith(NOT_A_FILE):
-                continue
-            if reads.kind == "prompts":
-                answers = self.options.get("answer_column") if reads.answers else None
-                prompts(source, column=self.options.get("column") if reads.column else None, answer_column=answers)
-            elif reads.kind in ("neurons", "scores"):
-                (NeuronSet if reads.kind == "neurons" else Scores).load(source)
+            for path in [path for _, path in named(source)] if reads.several else [source]:
+                if path.startswith(NOT_A_FILE):
+                    continue
+                if reads.kind == "prompts":
+                    prompts(path, **self._columns(reads))
+                elif reads.kind in ("neurons", "scores"):
+                    (NeuronSet if reads.kind == "neurons" else Scores).load(path)
+
+    def _columns(self, reads: Reads) -> dict[str, Any]:
+        """The columns that `--column` and `--answer-column` name, where they are meant for these prompts."""
+        asked = {"column": reads.column, "answer_column": reads.answers}
+        return {name: self.options.get(name) if wanted else None for name, wanted in asked.items()}
 
     # Models and prompts
 
@@ -172,18 +138,19 @@ class Session:
         self._remember(*models)
         return models
 
-    def prompts(
-        self, source: str, model: Any, column: str | None = None, limit: int | None = None, answer_column: str | None = None
-    ) -> Any:
-        """The prompts of an argument; `builtin:` names mean the organism's own where the model is one."""
+    def read(self, name: str, model: Any, limit: int | None = None) -> Any:
+        """The prompts that an option names, by the columns that are meant for it; None where it names none."""
+        source, reads = self.options[name], self.reads[name]
+        return None if source is None or source in reads.words else self.prompts(source, model, limit=limit, **self._columns(reads))
+
+    def prompts(self, source: str, model: Any, limit: int | None = None, **columns: str | None) -> Any:
+        """Prompts by name or file; `builtin:` names mean the organism's own where the model is one."""
         from safety_neurons.prompts import prompts
 
-        found = prompts(
-            source, column=column, answer_column=answer_column, limit=limit, folder=None if model is None else model.prompt_folder
-        )
-        self.notes.extend(f"{source}: {note}" for note in found.notes)
-        self.hashes[f"prompts {source}"] = found.sha256
-        return found
+        read = prompts(source, limit=limit, folder=None if model is None else model.prompt_folder, **columns)
+        self.notes.extend(f"{source}: {note}" for note in read.notes)
+        self.hashes[f"prompts {source}"] = read.sha256
+        return read
 
     def neurons(self, path: str, model: Any) -> Any:
         """A neuron file, checked against the model."""
@@ -204,6 +171,40 @@ class Session:
     def batch_size(self) -> int | Literal["auto"]:
         """`auto`, or a positive number."""
         return batch_size(self.common.batch_size)
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """Seed and batch size, as studies take them."""
+        return {"seed": self.common.seed, "batch_size": self.batch_size()}
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """Where judges run, as they take it."""
+        return {name: value for name, value in (("device", self.common.device), ("offline", self.common.offline)) if value}
+
+    def own(self, name: str) -> None:
+        """Note the files of a folder inside the run's as its own."""
+        root = self.folder.folder.absolute()
+        for file in sorted(path for path in (root / name).rglob("*") if path.is_file()):
+            self.folder.path(str(file.relative_to(root)))
+
+    def gated(self, result: Result, gate: pathlib.Path | None) -> Result:
+        """Hold a result, also of a run that was finished before, to a gate; where it is not met, say every miss and exit with 3."""
+        if gate is None:
+            return result
+        from safety_neurons.results import Gate
+
+        missed = Gate.load(gate).check(result)
+        result = {**result, "gate": {"passed": not missed, "missed": missed}}
+        if not missed:
+            return result
+        if self.common.json:
+            failure = {"error": "; ".join(missed), "exit_code": GateError.exit_code}
+            console.streams().out.write(console.json_line({**failure, **result}))
+            console.streams().out.flush()
+        else:
+            console.tell("".join(f"gate not met: {console.line_of(line)}\n" for line in missed))
+        raise SystemExit(GateError.exit_code)
 
     def progress(self, title: str) -> contextlib.AbstractContextManager[console.Report | None]:
         """A progress bar on a terminal, None elsewhere."""
@@ -231,6 +232,12 @@ class Session:
             "merge_adapters": common.merge_adapters,
             "trust_remote_code": common.trust_remote_code,
         }
+
+
+def _configuration(parts: Sequence[Declaration]) -> dict[str, Any]:
+    """What tells runs apart, by name of the option."""
+    incidental = {one.name for part in parts for one in part.options() if one.incidental}
+    return {name: value for part in parts for name, value in part.values().items() if name not in incidental}
 
 
 def default_folder(verb: str, stamp: str) -> pathlib.Path:

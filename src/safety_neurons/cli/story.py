@@ -1,13 +1,17 @@
-"""The demo: the commands a user would type, run one after another on an organism, ending with a report."""
+"""doctor and demo: is a model of one's own understood, and the commands a user would type, one after another on an organism."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common
-from safety_neurons.errors import RunError
+from safety_neurons.cli.options import Common, OneModel
+from safety_neurons.cli.session import Session, default_folder
+from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Declaration
+from safety_neurons.errors import ModelError, RunError
 
 ORGANISM = "natural"
 PLANTED = "planted"
@@ -16,6 +20,46 @@ Step = Callable[..., list[str]]
 """Words of a command and the name of its folder -> the words with seed and folder."""
 METHODS = ["--methods", "mask,attribution-patching,swap-attribution,contrast,importance-contrast,importance,attribution,weight-change"]
 """Those of the comparison that the demo has time for."""
+
+
+@verb("doctor")
+def doctor(session: Session, models: OneModel) -> dict[str, Any]:
+    """Check on your own model: coverage, identity, padding, self-patch, exactness, cost."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import doctor as examine
+
+        loaded = session.model(models.model)
+        with session.status("doctor") as progress:
+            return examine(loaded, seed=session.common.seed, progress=progress).record()
+
+    result = session.run(work, show_checks)
+    if not result["healthy"]:
+        failed = [check["check"] for check in result["checks"] if check["passed"] is False]
+        raise ModelError(f"{len(failed)} checks failed ({', '.join(failed)}); numbers found on this model are not to be trusted")
+    return result
+
+
+def show_checks(result: dict[str, Any]) -> None:
+    """One row a check."""
+    marks = {True: ("green", "pass"), False: ("red", "FAIL"), None: ("dim", "–")}
+    rows = [[check["check"], console.styled(marks[check["passed"]]), check["measured"], check["allowed"]] for check in result["checks"]]
+    console.print_table(f"doctor: {result['model']}", ["check", "", "measured", "allowed"], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hurried(Declaration):
+    """How long the story is."""
+
+    quick: bool = False
+    """Fewer prompts and sizes: a minute instead of five."""
+
+
+@verb("demo")
+def tell_story(session: Session, hurried: Hurried) -> dict[str, Any]:
+    """The whole story on a small organism; ends with the path of a report."""
+    common = session.common
+    return tell(common, common.out or default_folder("demo", time.strftime("%Y%m%d-%H%M%S")), quick=hurried.quick)
 
 
 def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:

@@ -1,254 +1,289 @@
 """study: whole experiments around tuning, as one command each."""
 
+import dataclasses
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common, Harmful, Harmless, Limit, MaxNewTokens, Model, Text, listed
-from safety_neurons.cli.pages import Contents
+from safety_neurons.cli.options import Measured, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Between, Count, Declaration, OneOf, OpenShare, Positive, Reads
 from safety_neurons.errors import UsageError
 
-app = typer.Typer(
-    help="Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress).",
-    no_args_is_help=True,
-    cls=Contents,
-    rich_markup_mode=None,
-)
-
-SETS, TUNING, TASK, ATTACK = "Which neurons", "Tuning", "Downstream task", "Attacks"
-Neurons = Annotated[str | None, typer.Option(help="Safety neurons; found here where none are given.", rich_help_panel=SETS)]
-Foundation = Annotated[str | None, typer.Option(help="Foundation neurons, with --neurons.", rich_help_panel=SETS)]
-Share = Annotated[float, typer.Option(help="Share of all parameters that is tuned.", rich_help_panel=SETS)]
-FoundationShare = Annotated[float, typer.Option(help="Share of all neurons that are foundation neurons.", rich_help_panel=SETS)]
-Method = Annotated[str, typer.Option(help="importance or attribution.", rich_help_panel=SETS)]
-Find = Annotated[str, typer.Option(help="Harmful requests to find on.", rich_help_panel=SETS)]
-General = Annotated[str, typer.Option(help="General text to find foundation neurons on.", rich_help_panel=SETS)]
-NoFill = Annotated[bool, typer.Option("--no-fill", help="Leave RSN smaller than SN by what is taken out of it.", rich_help_panel=SETS)]
-Data = Annotated[str, typer.Option(help="Harmful requests with refusals.", rich_help_panel=TUNING)]
-DataLimit = Annotated[int, typer.Option(min=1, help="Use the first N of them.", rich_help_panel=TUNING)]
-Mixed = Annotated[str, typer.Option(help="Harmless requests with answers, mixed in; or none.", rich_help_panel=TUNING)]
-Mix = Annotated[float, typer.Option(min=0, help="Harmless examples for each harmful one.", rich_help_panel=TUNING)]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the examples.", rich_help_panel=TUNING)]
-LearningRate = Annotated[str, typer.Option(help="auto or a number.", rich_help_panel=TUNING)]
-TaskData = Annotated[str, typer.Option(help="Task to fine-tune on: questions with answers.", rich_help_panel=TASK)]
-TaskTest = Annotated[str, typer.Option(help="Held-out part of it.", rich_help_panel=TASK)]
-Downstream = Annotated[str, typer.Option(help="full or lora.", rich_help_panel=TASK)]
-TaskRate = Annotated[float, typer.Option(help="Learning rate on the task (and of attacks).", rich_help_panel=TASK)]
-TaskBatch = Annotated[int, typer.Option(min=1, help="Examples a step.", rich_help_panel=TASK)]
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")]
-Judge = Annotated[str, typer.Option(help="compliance (templates), refusal, or auto: compliance for organisms.")]
+TaskFile = Annotated[str, Reads("prompts")]
+ARMS = {"none": "none", "sn-tune": "SN-Tune", "rsn-tune": "RSN-Tune", "random": "random", "protected": "SN-Tune, protected"}
 
 
-@verb(app, "rsn")
-def rsn(
-    common: Common,
-    model: Model,
-    neurons: Neurons = None,
-    foundation_neurons: Foundation = None,
-    share: Share = 0.0099,
-    foundation_share: FoundationShare = 0.1,
-    method: Method = "importance",
-    prompts: Find = "builtin:harmful",
-    general: General = "builtin:general",
-    no_fill: NoFill = False,
-    data: Data = "builtin:refusals",
-    data_limit: DataLimit = 50,
-    mixed: Mixed = "builtin:harmless",
-    mix: Mix = 2.0,
-    epochs: Epochs = 6,
-    learning_rate: LearningRate = "auto",
-    task: TaskData = "builtin:task",
-    task_test: TaskTest = "builtin:task-test",
-    downstream: Downstream = "full",
-    steps: Annotated[int, typer.Option(min=0, help="Steps on the task.", rich_help_panel=TASK)] = 100,
-    task_rate: TaskRate = 1e-3,
-    task_batch: TaskBatch = 16,
-    arms: Annotated[str | None, typer.Option(help="Comma-separated: none,SN-Tune,RSN-Tune,random,protected.")] = None,
-    seeds: Seeds = 5,
-    judge: Judge = "auto",
-    harmful: Harmful = "builtin:harmful-test",
-    harmless: Harmless = "builtin:harmless-test",
-    text: Text = "builtin:general-test",
-    limit: Limit = None,
-    max_new_tokens: MaxNewTokens = 64,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class WhichNeurons(Declaration):
+    """The sets that are tuned: given, or found here."""
+
+    PANEL = "Which neurons"
+
+    neurons: NeuronFile | None = None
+    """Safety neurons; found here where none are given."""
+    foundation_neurons: NeuronFile | None = None
+    """Foundation neurons, with --neurons."""
+    share: OpenShare = 0.0099
+    """Share of all parameters that is tuned."""
+    foundation_share: Annotated[float, Between(0, 1, below=True)] = 0.1
+    """Share of all neurons that are foundation neurons."""
+    method: Annotated[str, OneOf("importance", "attribution")] = "importance"
+    """importance or attribution."""
+    prompts: TaskFile = "builtin:harmful"
+    """Harmful requests to find on."""
+    general: TaskFile = "builtin:general"
+    """General text to find foundation neurons on."""
+    no_fill: bool = False
+    """Leave RSN smaller than SN by what is taken out of it."""
+
+    def check(self) -> None:
+        """Also that both files are given, or neither."""
+        super().check()
+        if (self.neurons is None) != (self.foundation_neurons is None):
+            raise UsageError("one of --neurons and --foundation-neurons given alone; expected both files, or neither")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunings(Declaration):
+    """How safety is tuned."""
+
+    PANEL = "Tuning"
+
+    data: TaskFile = "builtin:refusals"
+    """Harmful requests with refusals."""
+    data_limit: Positive = 50
+    """Use the first N of them."""
+    mixed: OtherText = "builtin:harmless"
+    """Harmless requests with answers, mixed in; or none."""
+    mix: Annotated[float, Between(0)] = 2.0
+    """Harmless examples for each harmful one."""
+    epochs: Positive = 6
+    """Passes over the examples."""
+    learning_rate: str = "auto"
+    """auto or a number."""
+
+    def check(self) -> None:
+        """Also the learning rate."""
+        super().check()
+        check_rate(self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Downstream(Declaration):
+    """The task that the model is fine-tuned on afterwards."""
+
+    PANEL = "Downstream task"
+
+    task: TaskFile = "builtin:task"
+    """Task to fine-tune on: questions with answers."""
+    task_test: TaskFile = "builtin:task-test"
+    """Held-out part of it."""
+    downstream: Annotated[str, OneOf("full", "lora")] = "full"
+    """full or lora."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HowLong(Declaration):
+    """How long it is fine-tuned on the task."""
+
+    PANEL = Downstream.PANEL
+
+    steps: Count = 100
+    """Steps on the task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSteps(Declaration):
+    """A step on the task."""
+
+    PANEL = Downstream.PANEL
+
+    task_rate: float = 1e-3
+    """Learning rate on the task (and of attacks)."""
+    task_batch: Positive = 16
+    """Examples a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WhichArms(Declaration):
+    """Which arms are compared."""
+
+    arms: str | None = None
+    """Comma-separated: none,SN-Tune,RSN-Tune,random,protected."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As the study calls them; by default all."""
+        return tuple(ARMS[name.lower()] for name in listed(self.arms) or ARMS)
+
+    def check(self) -> None:
+        """Also their names."""
+        super().check()
+        unknown = [name for name in listed(self.arms) or () if name.lower() not in ARMS]
+        if unknown:
+            raise UsageError(f"--arms: unknown {unknown[0].lower()!r}; expected some of none, SN-Tune, RSN-Tune, random, protected")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackOptions(Declaration):
+    """How hard safety is attacked."""
+
+    PANEL = "Attacks"
+
+    attack: TaskFile | None = None
+    """Harmful requests with answers that go along. [default: the model's own]"""
+    pruned: str = "0.05,0.1,0.25,0.5,1"
+    """Shares of the set to prune."""
+    harmful_steps: str = "1,2,5,10"
+    """LoRA steps on harmful answers."""
+    benign_steps: str = "10,30,100"
+    """Steps on the task."""
+
+    def amounts(self, name: str) -> list[float]:
+        """One of the comma-separated options as numbers, in order."""
+        text, expected = getattr(self, name), "shares above 0 and at most 1" if name == "pruned" else "whole numbers of steps"
+        try:
+            numbers = sorted({float(part) for part in text.split(",")})
+        except ValueError:
+            numbers = [0.0]
+        if numbers[0] <= 0 or (name == "pruned" and numbers[-1] > 1) or (name != "pruned" and any(value % 1 for value in numbers)):
+            raise UsageError(f"--{name.replace('_', '-')} {text!r}: expected comma-separated {expected}")
+        return numbers
+
+    def counts(self, name: str) -> list[int]:
+        """The same of an option that counts steps."""
+        return [int(number) for number in self.amounts(name)]
+
+    def check(self) -> None:
+        """Also the numbers."""
+        super().check()
+        for name in ("pruned", "harmful_steps", "benign_steps"):
+            self.amounts(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated(Declaration):
+    """How often, and who judges."""
+
+    seeds: Positive = 5
+    """How many seeds, from --seed on."""
+    judge: Annotated[str, OneOf("auto", "compliance", "refusal")] = "auto"
+    """compliance (templates), refusal, or auto: compliance for organisms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths(Declaration):
+    """How many prompts are measured on, and how long answers are."""
+
+    PANEL = "Prompts"
+
+    limit: Positive | None = None
+    """Use the first N prompts."""
+    max_new_tokens: Positive = 64
+    """Length of a completion, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RsnStudy(Lengths, Measured, Repeated, WhichArms, TaskSteps, HowLong, Downstream, Tunings, WhichNeurons, OneModel):
+    """Everything that decides the first study; the last base has the first options."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StressStudy(Lengths, Requested, Repeated, AttackOptions, TaskSteps, Downstream, Tunings, WhichNeurons, OneModel):
+    """Everything that decides the second study."""
+
+
+@verb("study rsn")
+def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
     """Does tuned safety outlive a downstream fine-tune? SN-Tune, RSN-Tune, random neurons, protection and no tuning side by side."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check(options)
-    session = Session("study-rsn", common, options)
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
 
-        loaded = session.model(model)
-        plan, lab, sets = parts(session, options, loaded, arms=arms_of(options["arms"]))
+        model = session.model(study.model)
+        plan, lab, sets = parts(session, study, model, arms=study.names, steps=study.steps)
         with session.status("study rsn") as tell:
-            found = studies.rsn(loaded, sets, plan, lab, shelf=session.folder.path("seeds.json"), tell=tell)
-        return {**found, "judge": lab.judge, **keep(session, sets, lab)}
+            result = studies.rsn(model, sets, plan, lab, shelf=session.folder.path("seeds.json"), tell=tell)
+        return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
     return session.run(work, show_rsn)
 
 
-@verb(app, "stress")
-def stress(
-    common: Common,
-    model: Model,
-    neurons: Neurons = None,
-    foundation_neurons: Foundation = None,
-    share: Share = 0.0099,
-    foundation_share: FoundationShare = 0.1,
-    method: Method = "importance",
-    prompts: Find = "builtin:harmful",
-    general: General = "builtin:general",
-    no_fill: NoFill = False,
-    data: Data = "builtin:refusals",
-    data_limit: DataLimit = 50,
-    mixed: Mixed = "builtin:harmless",
-    mix: Mix = 2.0,
-    epochs: Epochs = 6,
-    learning_rate: LearningRate = "auto",
-    task: TaskData = "builtin:task",
-    task_test: TaskTest = "builtin:task-test",
-    downstream: Downstream = "full",
-    task_rate: TaskRate = 1e-3,
-    task_batch: TaskBatch = 16,
-    attack: Annotated[
-        str | None,
-        typer.Option(help="Harmful requests with answers that go along. [default: the model's own]", rich_help_panel=ATTACK),
-    ] = None,
-    pruned: Annotated[str, typer.Option(help="Shares of the set to prune.", rich_help_panel=ATTACK)] = "0.05,0.1,0.25,0.5,1",
-    harmful_steps: Annotated[str, typer.Option(help="LoRA steps on harmful answers.", rich_help_panel=ATTACK)] = "1,2,5,10",
-    benign_steps: Annotated[str, typer.Option(help="Steps on the task.", rich_help_panel=ATTACK)] = "10,30,100",
-    seeds: Seeds = 5,
-    judge: Judge = "auto",
-    harmful: Harmful = "builtin:harmful-test",
-    harmless: Harmless = "builtin:harmless-test",
-    limit: Limit = None,
-    max_new_tokens: MaxNewTokens = 64,
-) -> dict[str, Any]:
+@verb("study stress")
+def stress(session: Session, study: StressStudy) -> dict[str, Any]:
     """How easily is safety cut out, before and after SN-Tune? Pruning, harmful LoRA tuning, benign fine-tuning."""
-    options = {name: value for name, value in locals().items() if name != "common"} | {"steps": 1, "text": "none"}
-    check(options)
-    amounts = {name: numbers(name, options[name]) for name in ("pruned", "harmful_steps", "benign_steps")}
-    session = Session("study-stress", common, {name: value for name, value in options.items() if name not in ("steps", "text")})
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
 
-        loaded = session.model(model)
-        plan, lab, sets = parts(session, options, loaded, arms=("none", "SN-Tune"))
-        answers = None if attack is None else session.prompts(attack, loaded)
-        hard = studies.Attack(
-            amounts["pruned"],
-            answers,
-            [int(step) for step in amounts["harmful_steps"]],
-            [int(step) for step in amounts["benign_steps"]],
-            task_rate,
-            task_batch,
-            downstream,  # type: ignore[arg-type]
+        model = session.model(study.model)
+        plan, lab, sets = parts(session, study, model, arms=("none", "SN-Tune"), steps=1)
+        attack = studies.Attack(
+            study.amounts("pruned"),
+            session.read("attack", model),
+            study.counts("harmful_steps"),
+            study.counts("benign_steps"),
+            study.task_rate,
+            study.task_batch,
+            study.downstream,  # type: ignore[arg-type]
         )
         with session.status("study stress") as tell:
-            found = studies.stress(loaded, sets, plan, hard, lab, shelf=session.folder.path("seeds.json"), tell=tell)
-        return {**found, "judge": lab.judge, **keep(session, sets, lab)}
+            result = studies.stress(model, sets, plan, attack, lab, shelf=session.folder.path("seeds.json"), tell=tell)
+        return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
     return session.run(work, show_stress)
 
 
-def check(options: dict[str, Any]) -> None:
-    """Refuse what no model can make right."""
-    if options["downstream"] not in ("full", "lora"):
-        raise UsageError(f"--downstream {options['downstream']!r}: expected full or lora")
-    if options["judge"] not in ("auto", "compliance", "refusal"):
-        raise UsageError(f"--judge {options['judge']!r}: expected auto, compliance or refusal")
-    if options["method"] not in ("importance", "attribution"):
-        raise UsageError(f"--method {options['method']!r}: expected importance or attribution")
-    if not 0 < options["share"] < 1 or not 0 <= options["foundation_share"] < 1:
-        raise UsageError("--share and --foundation-share: expected shares between 0 and 1 (0.0099 for just below one per cent)")
-    if (options["neurons"] is None) != (options["foundation_neurons"] is None):
-        raise UsageError("one of --neurons and --foundation-neurons given alone; expected both files, or neither")
-    arms_of(options.get("arms"))
-
-
-def arms_of(text: str | None) -> tuple[str, ...]:
-    """`--arms` as the study calls them."""
-    known = {"none": "none", "sn-tune": "SN-Tune", "rsn-tune": "RSN-Tune", "random": "random", "protected": "SN-Tune, protected"}
-    wanted = [name.lower() for name in listed(text) or ()] or list(known)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise UsageError(f"--arms: unknown {unknown[0]!r}; expected some of none, SN-Tune, RSN-Tune, random, protected")
-    return tuple(known[name] for name in wanted)
-
-
-def numbers(name: str, text: str) -> list[float]:
-    """A comma-separated option of positive numbers, in order."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or found[0] <= 0 or (name == "pruned" and found[-1] > 1) or (name != "pruned" and any(value % 1 for value in found)):
-        expected = "shares above 0 and at most 1" if name == "pruned" else "whole numbers of steps"
-        raise UsageError(f"--{name.replace('_', '-')} {text!r}: expected comma-separated {expected}")
-    return found
-
-
-def parts(session: Session, options: dict[str, Any], model: Any, *, arms: tuple[str, ...]) -> tuple[Any, Any, Any]:
+def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: tuple[str, ...], steps: int) -> tuple[Any, Any, Any]:
     """What is trained, what is measured, and which neurons."""
     from safety_neurons import studies
 
-    def read(name: str, limit: int | None = None) -> Any:
-        return None if options[name] == "none" else session.prompts(options[name], model, limit=limit)
-
-    limit = options["limit"]
-    mixed = read("mixed") if options["mix"] else None
-    tuning = {"mix": options["mix"], "epochs": options["epochs"], "learning_rate": options["learning_rate"]}
-    first = session.common.seed
+    first, judge = session.common.seed, study.judge
     plan = studies.Plan(
-        read("data", options["data_limit"]),
-        mixed,
-        read("task"),
+        session.read("data", model, study.data_limit),
+        session.read("mixed", model) if study.mix else None,
+        session.read("task", model),
         arms,
-        tuple(range(first, first + options["seeds"])),
-        tuning,
-        options["downstream"],
-        options["steps"],
-        options["task_rate"],
-        options["task_batch"],
+        tuple(range(first, first + study.seeds)),
+        {"mix": study.mix, "epochs": study.epochs, "learning_rate": study.learning_rate},
+        study.downstream,  # type: ignore[arg-type]
+        steps,
+        study.task_rate,
+        study.task_batch,
     )
-    judge = options["judge"]
     if judge == "auto":
         judge = "compliance" if model.prompt_folder is not None else "refusal"
+    harmful, harmless, task = (session.read(name, model, study.limit) for name in ("harmful", "harmless", "task_test"))
     lab = studies.Lab(
-        read("harmful", limit),
-        read("harmless", limit),
-        read("task_test", limit),
-        read("text", limit),
+        harmful,
+        harmless,
+        task,
+        session.read("text", model, study.limit) if isinstance(study, Measured) else None,
         judge,
-        options["max_new_tokens"],
+        study.max_new_tokens,
         session.batch_size(),
         session.folder.path("completions.jsonl"),
     )
-    return plan, lab, neurons_of(session, options, model)
+    return plan, lab, neurons_of(session, study, model)
 
 
-def neurons_of(session: Session, options: dict[str, Any], model: Any) -> Any:
+def neurons_of(session: Session, study: WhichNeurons, model: Any) -> Any:
     """The sets of the arms: from files, or found here."""
     from safety_neurons import studies
 
-    if options["neurons"] is None:
+    if study.neurons is None or study.foundation_neurons is None:
         with session.status("find") as _:
             return studies.find_sets(
                 model,
-                session.prompts(options["prompts"], model),
-                session.prompts(options["general"], model),
-                share=options["share"],
-                foundation=options["foundation_share"],
-                method=options["method"],
-                fill=not options["no_fill"],
+                session.read("prompts", model),
+                session.read("general", model),
+                share=study.share,
+                foundation=study.foundation_share,
+                method=study.method,
+                fill=not study.no_fill,
             )
-    safety, foundation = (session.neurons(options[name], model) for name in ("neurons", "foundation_neurons"))
+    safety, foundation = (session.neurons(path, model) for path in (study.neurons, study.foundation_neurons))
     robust = safety - foundation
     return studies.Sets(safety, foundation, robust, len(safety) - len(robust))
 

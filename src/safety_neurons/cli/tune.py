@@ -1,4 +1,4 @@
-"""tune: train only the neurons of a set to refuse, watched on held-out prompts; an ordinary adapter comes out."""
+"""tune and repair: train only the neurons of a set to refuse, as an ordinary adapter; put a set back after someone else's tuning."""
 
 import contextlib
 import dataclasses
@@ -6,116 +6,174 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
-from safety_neurons.cli.gating import gated
-from safety_neurons.cli.options import Common, Model
+from safety_neurons.cli.options import ModelName, NeuronFile, OneModel, OtherText, check_rate
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
-from safety_neurons.errors import RunError, UsageError
+from safety_neurons.declarations import Between, Declaration, Incidental, Panel, Positive, Reads
+from safety_neurons.errors import RunError, UnsupportedModelError
 
-DATA, TRAINING, CHECKS, WRITTEN = "Data", "Training", "Checks while training", "What is written"
 Stage = Callable[[str, Any], None]
+AtLeastNone = Annotated[float, Between(0)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    verb(app, "tune")(tune)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained(OneModel):
+    """The model, and which of its neurons are trained."""
+
+    PANEL = "Models"
+
+    neurons: NeuronFile
+    """Neuron file (or the folder of a find run): what is trained."""
+    protect: NeuronFile | None = None
+    """Neuron file: neurons that stay as they are."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Taught(Declaration):
+    """What is learnt."""
+
+    PANEL = "Data"
+
+    data: Annotated[str, Reads("prompts", column=True, answers=True)] = "builtin:refusals"
+    """Harmful requests with refusals: a file or builtin:NAME[/LANG]."""
+    column: str | None = None
+    """Column of --data that holds the requests."""
+    answer_column: str | None = None
+    """Column of --data that holds the refusals."""
+    limit: Positive | None = None
+    """Use the first N records of --data."""
+    harmless: OtherText = "builtin:harmless"
+    """Harmless requests mixed in: a file, builtin:NAME[/LANG] or none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Declaration):
+    """How it is learnt, by the names of `tuning.Settings`."""
+
+    PANEL = "Training"
+
+    mix: Annotated[AtLeastNone, Panel("Data")] = 1.0
+    """Harmless examples for each harmful one."""
+    learning_rate: str = "auto"
+    """auto (relative to the size of the weights) or a number."""
+    epochs: Positive = 6
+    """Passes over the examples."""
+    max_steps: Positive | None = None
+    """End after so many steps."""
+    accumulate: Positive = 1
+    """Batches of a step."""
+    warmup: Annotated[float, Between(0, 1)] = 0.1
+    """Share of the steps over which the rate rises."""
+    clip: Annotated[float, Between(0, above=True)] = 1.0
+    """Largest norm of the trained entries' gradient."""
+    weight_decay: float = 0.0
+    """Pull towards the base."""
+    max_length: int = 512
+    """Tokens of an example."""
+
+    def check(self) -> None:
+        """Also the learning rate."""
+        super().check()
+        check_rate(self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(Declaration):
+    """How training is watched."""
+
+    PANEL = "Checks while training"
+
+    no_check: bool = False
+    """Train to the end on all data, without held-out prompts."""
+    check_every: Positive | None = None
+    """Steps between checks. [default: a tenth of all]"""
+    tolerance: AtLeastNone = 0.05
+    """Share of harmless prompts that may be refused beyond before."""
+    max_divergence: AtLeastNone | None = None
+    """Largest KL per token on harmless prompts, in nats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BeforeAndAfter(Declaration):
+    """What the model is measured on before and after."""
+
+    PANEL = "Measured before and after"
+
+    test_harmful: Annotated[str, Reads("prompts")] = "builtin:harmful-test"
+    """Harmful requests to measure on."""
+    test_harmless: Annotated[str, Reads("prompts")] = "builtin:harmless-test"
+    """Harmless requests to measure on."""
+    text: OtherText = "builtin:general-test"
+    """General text for perplexity, or none."""
+    max_new_tokens: Positive = 64
+    """Length of an answer, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written(Declaration):
+    """What is written beside the adapter, and what it is held to."""
+
+    PANEL = "What is written"
+
+    merge: bool = False
+    """Also write the whole model, changed."""
+    vllm: bool = False
+    """Pad the adapter to one rank, as vLLM wants it."""
+    gate: Annotated[pathlib.Path | None, Incidental, Panel("Options")] = None
+    """TOML file with achieved = true: exit 3 where tuning did not achieve what it is for."""
+
+    def check(self) -> None:
+        """Also that the gate can be read."""
+        super().check()
+        if self.gate is not None:
+            from safety_neurons.results import Gate
+
+            Gate.load(self.gate)
+
+
+@verb("tune")
 def tune(
-    common: Common,
-    model: Model,
-    neurons: Annotated[str, typer.Option(help="Neuron file (or the folder of a find run): what is trained.", rich_help_panel="Models")],
-    protect: Annotated[str | None, typer.Option(help="Neuron file: neurons that stay as they are.", rich_help_panel="Models")] = None,
-    data: Annotated[
-        str, typer.Option(help="Harmful requests with refusals: a file or builtin:NAME[/LANG].", rich_help_panel=DATA)
-    ] = "builtin:refusals",
-    column: Annotated[str | None, typer.Option(help="Column of --data that holds the requests.", rich_help_panel=DATA)] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Column of --data that holds the refusals.", rich_help_panel=DATA)] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records of --data.", rich_help_panel=DATA)] = None,
-    harmless: Annotated[
-        str, typer.Option(help="Harmless requests mixed in: a file, builtin:NAME[/LANG] or none.", rich_help_panel=DATA)
-    ] = "builtin:harmless",
-    mix: Annotated[float, typer.Option(min=0, help="Harmless examples for each harmful one.", rich_help_panel=DATA)] = 1.0,
-    learning_rate: Annotated[
-        str, typer.Option(help="auto (relative to the size of the weights) or a number.", rich_help_panel=TRAINING)
-    ] = "auto",
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.", rich_help_panel=TRAINING)] = 6,
-    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.", rich_help_panel=TRAINING)] = None,
-    accumulate: Annotated[int, typer.Option(help="Batches of a step.", rich_help_panel=TRAINING)] = 1,
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which the rate rises.", rich_help_panel=TRAINING)] = 0.1,
-    clip: Annotated[float, typer.Option(help="Largest norm of the trained entries' gradient.", rich_help_panel=TRAINING)] = 1.0,
-    weight_decay: Annotated[float, typer.Option(help="Pull towards the base.", rich_help_panel=TRAINING)] = 0.0,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example.", rich_help_panel=TRAINING)] = 512,
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Train to the end on all data, without held-out prompts.", rich_help_panel=CHECKS)
-    ] = False,
-    check_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checks. [default: a tenth of all]", rich_help_panel=CHECKS)
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0, help="Share of harmless prompts that may be refused beyond before.", rich_help_panel=CHECKS)
-    ] = 0.05,
-    max_divergence: Annotated[
-        float | None, typer.Option(min=0, help="Largest KL per token on harmless prompts, in nats.", rich_help_panel=CHECKS)
-    ] = None,
-    test_harmful: Annotated[
-        str, typer.Option(help="Harmful requests to measure on.", rich_help_panel="Measured before and after")
-    ] = "builtin:harmful-test",
-    test_harmless: Annotated[
-        str, typer.Option(help="Harmless requests to measure on.", rich_help_panel="Measured before and after")
-    ] = "builtin:harmless-test",
-    text: Annotated[
-        str, typer.Option(help="General text for perplexity, or none.", rich_help_panel="Measured before and after")
-    ] = "builtin:general-test",
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of an answer, in tokens.", rich_help_panel="Measured before and after")
-    ] = 64,
-    merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, changed.", rich_help_panel=WRITTEN)] = False,
-    vllm: Annotated[bool, typer.Option("--vllm", help="Pad the adapter to one rank, as vLLM wants it.", rich_help_panel=WRITTEN)] = False,
-    gate: Annotated[
-        pathlib.Path | None, typer.Option(help="TOML file with achieved = true: exit 3 where tuning did not achieve what it is for.")
-    ] = None,
+    session: Session,
+    models: Trained,
+    taught: Taught,
+    training: Training,
+    watched: Watched,
+    measured: BeforeAndAfter,
+    written: Written,
 ) -> dict[str, Any]:
     """SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."""
-    options = {name: value for name, value in locals().items() if name != "common"}
-    check_training(options)
-    if options.pop("gate") is not None:
-        from safety_neurons.results import Gate
-
-        Gate.load(gate)  # type: ignore[arg-type]
-    session = Session("tune", common, options)
 
     def work() -> dict[str, Any]:
-        loaded = base_of(session, model, merge)
-        chosen = session.neurons(neurons, loaded)
-        if vllm:
+        from safety_neurons.studies import Checking
+        from safety_neurons.studies import tune as train
+
+        loaded = base_of(session, models.model, written.merge)
+        chosen = session.neurons(models.neurons, loaded)
+        if written.vllm:
             refuse_ranks(loaded, chosen)
-        return trained(session, options, loaded, chosen)
-
-    return gated(session.run(work, show), gate, as_json=common.json)
-
-
-def check_training(options: dict[str, Any]) -> None:
-    """Refuse what would train nothing, before anything is loaded."""
-    for name in ("epochs", "max_steps", "accumulate"):
-        if options[name] is not None and options[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {options[name]}: expected at least 1; with less there would be no step")
-    if options["learning_rate"] != "auto":
-        try:
-            rate = float(options["learning_rate"])
-        except ValueError:
-            rate = -1.0
-        if not 0 < rate < float("inf"):
-            raise UsageError(
-                f"--learning-rate {options['learning_rate']}: expected auto or a number above 0; at 0 no step changes anything"
+        for name in ("completions.jsonl", "harmless-answers.jsonl", "checkpoints/tune.safetensors"):
+            session.folder.path(name)
+        check = None if watched.no_check else Checking(watched.check_every, watched.tolerance, watched.max_divergence)
+        others = ("harmless", "test_harmful", "test_harmless", "text")
+        with training_bar(quiet=session.quiet) as progress:
+            tuning = train(
+                loaded,
+                chosen,
+                session.read("data", loaded, taught.limit),
+                protect=session.neurons(models.protect, loaded) if models.protect else None,
+                folder=session.folder.folder.absolute(),
+                check=check,
+                max_new_tokens=measured.max_new_tokens,
+                progress=progress,
+                **{name: session.read(name, loaded) for name in others},
+                **training.values(),
+                **session.running,
             )
-    if not options["clip"] > 0:
-        raise UsageError(f"--clip {options['clip']}: expected a norm above 0; at 0 no step changes anything")
-    if not 0 <= options["warmup"] <= 1:
-        raise UsageError(f"--warmup {options['warmup']}: expected a share from 0 to 1")
+        session.notes.extend(tuning.notes)
+        return keep(session, written, loaded, tuning)
+
+    return session.gated(session.run(work, show), written.gate)
 
 
 def base_of(session: Session, spec: str, merge: bool) -> Any:
@@ -134,8 +192,6 @@ def base_of(session: Session, spec: str, merge: bool) -> Any:
 
 def refuse_inexact(model: Any, what: str) -> None:
     """A quantised base cannot take up a change exactly."""
-    from safety_neurons.errors import UnsupportedModelError
-
     for key, place in model.anatomy.places.items():
         if place.projection.quantised:
             raise UnsupportedModelError(
@@ -146,7 +202,6 @@ def refuse_inexact(model: Any, what: str) -> None:
 
 def refuse_ranks(model: Any, neurons: Any) -> None:
     """A projection with more trained rows or columns than vLLM allows cannot be written with `--vllm`."""
-    from safety_neurons.errors import UnsupportedModelError
     from safety_neurons.tuning.artefacts import VLLM_RANKS
 
     ranks: dict[str, int] = {}
@@ -161,54 +216,7 @@ def refuse_ranks(model: Any, neurons: Any) -> None:
             )
 
 
-def trained(session: Session, options: dict[str, Any], model: Any, neurons: Any) -> dict[str, Any]:
-    """Train, measure, and write what came out."""
-    from safety_neurons.studies import Checking
-    from safety_neurons.studies import tune as train
-
-    def read(name: str, **columns: Any) -> Any:
-        return None if options[name] == "none" else session.prompts(options[name], model, **columns)
-
-    folder = session.folder.folder.absolute()
-    for name in ("completions.jsonl", "harmless-answers.jsonl", "checkpoints/tune.safetensors"):
-        session.folder.path(name)
-    with training_bar(quiet=session.quiet) as progress:
-        tuning = train(
-            model,
-            neurons,
-            read("data", column=options["column"], answer_column=options["answer_column"], limit=options["limit"]),
-            harmless=read("harmless"),
-            test_harmful=read("test_harmful"),
-            test_harmless=read("test_harmless"),
-            text=read("text"),
-            protect=session.neurons(options["protect"], model) if options["protect"] else None,
-            folder=folder,
-            check=Checking(options["check_every"], options["tolerance"], options["max_divergence"]) if not options["no_check"] else None,
-            batch_size=session.batch_size(),
-            seed=session.common.seed,
-            progress=progress,
-            **{name: options[name] for name in PASSED_ON},
-        )
-    session.notes.extend(tuning.notes)
-    return keep(session, options, model, tuning)
-
-
-PASSED_ON = (
-    "mix",
-    "learning_rate",
-    "epochs",
-    "max_steps",
-    "accumulate",
-    "warmup",
-    "clip",
-    "weight_decay",
-    "max_length",
-    "max_new_tokens",
-)
-"""Options that go to the study under the same name."""
-
-
-def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> dict[str, Any]:
+def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[str, Any]:
     """Write delta, adapter and, where it was asked for, the merged model; the result."""
     from safety_neurons.neurons import parse_key
     from safety_neurons.results import write_json
@@ -222,17 +230,17 @@ def keep(session: Session, options: dict[str, Any], model: Any, tuning: Any) -> 
     if routed:
         session.notes.append("no LoRA module holds routed experts: there is no adapter, and the whole model is in merged/")
     else:
-        exported.append(export_lora(folder / "adapter", model, delta, vllm=options["vllm"]))
-    if options["merge"] or routed:
+        exported.append(export_lora(folder / "adapter", model, delta, vllm=written.vllm))
+    if written.merge or routed:
         exported.append(export_merged(folder / "merged", model, delta))
     session.notes.extend(note for each in exported for note in each.notes)
     for name in ("delta", "adapter", "merged"):
-        own(session, name)
+        session.own(name)
     readable = not any(expert is None and model.anatomy.place(key).projection.quantised for expert, key in parts)
     result = {
         "adapter": None if routed else str(folder / "adapter"),
         "delta": str(folder / "delta"),
-        "merged": str(folder / "merged") if options["merge"] or routed else None,
+        "merged": str(folder / "merged") if written.merge or routed else None,
         **tuning.record(),
         "survives_cast": survival(model, delta, model.dtype) if readable else None,
         "completions": str(folder / "completions.jsonl"),
@@ -252,15 +260,60 @@ def keep_model(session: Session, model: Any, name: str) -> None:
     from safety_neurons.tuning.artefacts import save_checkpoint
 
     save_checkpoint(session.folder.folder.absolute() / name, model)
-    own(session, name)
+    session.own(name)
 
 
-def own(session: Session, name: str) -> None:
-    """Note the files of a folder as the run's own."""
-    root = session.folder.folder.absolute()
-    for file in sorted((root / name).rglob("*")):
-        if file.is_file():
-            session.folder.path(str(file.relative_to(root)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repaired(OneModel):
+    """The model to repair, and what is put back from which one."""
+
+    PANEL = "Models"
+
+    reference: ModelName
+    """The model whose neurons are as they should be."""
+    neurons: NeuronFile
+    """Neuron file (or the folder of a find run): what is put back."""
+
+
+@verb("repair")
+def repair(session: Session, repaired: Repaired) -> dict[str, Any]:
+    """Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.tuning import repair as put_back
+
+        loaded, before = session.model(repaired.model), session.model(repaired.reference)
+        members = session.neurons(repaired.neurons, loaded)
+        done = put_back(loaded, before, members)
+        if done.rounded:
+            session.notes.append(f"{done.rounded:,} of {done.n_entries:,} entries of the reference were rounded to {loaded.dtype}")
+        return {**dataclasses.asdict(done), **saved(session, loaded, done)}
+
+    return session.run(work, show_repair)
+
+
+def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
+    """Write what was repaired: the adapter where only that changed, else the model."""
+    from safety_neurons.model.adapters import is_adapted
+    from safety_neurons.results.files import whole_folder
+    from safety_neurons.tuning.artefacts import save_checkpoint
+
+    adapted = is_adapted(model.model)
+    if adapted and done.changed:
+        raise UnsupportedModelError(
+            f"{done.changed} entries of the base below the adapter differ from the reference's, an adapter can only be cleared of its own "
+            "share; pass --merge-adapters to repair the merged model"
+        )
+    name = "adapter" if adapted else "model"
+    target = session.folder.folder.absolute() / name
+    if adapted:
+        active = list(model.adapters or [model.model.active_adapter])
+        with whole_folder(target) as partial:
+            model.model.save_pretrained(str(partial), selected_adapters=active, save_embedding_layers=False)
+    else:
+        save_checkpoint(target, model)
+    session.own(name)
+    return {name: str(target)}
 
 
 # What a person sees
@@ -342,3 +395,12 @@ def show(result: dict[str, Any]) -> None:
     for name in ("adapter", "delta", "merged"):
         if result[name]:
             console.say(("dim", f"{name:8} "), result[name])
+
+
+def show_repair(result: dict[str, Any]) -> None:
+    """What was put back, and where it is."""
+    place = result.get("model") or result.get("adapter")
+    text = f"{result['n_neurons']:,} neurons put back: {result['changed']:,} of {result['n_entries']:,} weights differed"
+    if result["adapter_changed"]:
+        text += f", {result['adapter_changed']:,} entries of adapters cleared"
+    console.say(f"{text}\n{'adapter' if 'adapter' in result else 'model'} {place}")

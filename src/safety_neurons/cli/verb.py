@@ -1,7 +1,6 @@
 """How a verb is declared: by the declarations that its function takes; errors in one line, an exit code, JSON on request."""
 
 import dataclasses
-import functools
 import inspect
 import os
 import signal
@@ -12,35 +11,84 @@ import typer
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
-from safety_neurons.cli.pages import Page
+from safety_neurons.cli.pages import Contents, Page
 from safety_neurons.cli.session import Session
 from safety_neurons.declarations import Declaration, Option
 from safety_neurons.errors import SafetyNeuronsError, command_line
 
 Verb = Callable[..., dict[str, Any] | None]
+VERBS = {
+    "demo": ("story", "The whole story on a small organism; ends with the path of a report."),
+    "doctor": ("story", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
+    "compare": (
+        "compare",
+        "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms.",
+    ),
+    "report": ("runs", "One self-contained HTML page from finished runs; --out names the file."),
+    "run": (
+        "runs",
+        "Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own.",
+    ),
+    "find": ("find", "Score neurons by one method and keep the ones a selection takes."),
+    "verify": ("verify", "Measure what a set of neurons does, beside random sets and the ceiling."),
+    "tune": ("tune", "SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."),
+    "repair": (
+        "tune",
+        "Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned.",
+    ),
+    "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
+    "evaluate": ("evaluate", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
+    "analyze": (
+        "analyze analyze_effects",
+        "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive.",
+    ),
+    "guard": ("guard guard_serve", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
+    "organism": ("shipped", "Small models whose safety behaviour is known."),
+    "data": ("shipped", "The built-in prompts and the named suites."),
+    "import": ("exchange", "Bring in what others made: prompts, neurons."),
+    "export": ("exchange", "Give neurons the names they have in other tools."),
+}
+"""For every verb or group of verbs the modules it lives in, imported when it is asked for, and the sentence that describes it."""
+APPS: dict[str, typer.Typer] = {}
+"""Those that are imported."""
+DECLARED: dict[str, tuple[type[Declaration], ...]] = {}
+"""By words of a verb that is imported, the declarations of its own options."""
 
 
-def verb(app: typer.Typer, name: str, run: str | None = None) -> Callable[[Verb], Verb]:
+def group(name: str, cls: type[Contents] = Contents) -> typer.Typer:
+    """The group of verbs of a name, made when its first verb is."""
+    if name in APPS:
+        return APPS[name]
+    app = APPS[name] = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback(help=VERBS[name][1], cls=cls, no_args_is_help=True)(lambda: None)  # Without it, a lone verb would take its place.
+    return app
+
+
+def verb(words: str) -> Callable[[Verb], Verb]:
     """Register a function as a command.
 
     The function takes a session and declarations, whose fields become flags, and returns the object that `--json` prints.
 
     Args:
-        app: group of commands.
-        name: of the command.
-        run: what its runs are called; by default the name.
+        words: as they are typed, such as `verify patch`; its runs are called `verify-patch`.
     """
+    first, _, last = words.partition(" ")
 
     def register(function: Verb) -> Verb:
         signature = inspect.signature(function, eval_str=True).parameters.values()
-        if any(parameter.name == "common" for parameter in signature):
-            return _by_signature(app, name, function)
         taken = {parameter.name: parameter.annotation for parameter in signature if parameter.name != "session"}
-        command = command_of(run or name, function, taken)
-        app.command(name, cls=Page, help=inspect.getdoc(function), no_args_is_help=False)(command)
-        return function
+        app = group(first) if last else typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        add(app, words, function, taken, inspect.getdoc(function))
+        return APPS.setdefault(first, app) and function
 
     return register
+
+
+def add(app: typer.Typer, words: str, function: Verb, taken: dict[str, type[Declaration]], sentence: str | None) -> None:
+    """Add a command to a group."""
+    DECLARED[words] = tuple(taken.values())
+    command = command_of(words.replace(" ", "-"), function, taken)
+    app.command(words.split()[-1], cls=Page, help=sentence, no_args_is_help=False)(command)
 
 
 def command_of(run: str, function: Callable[..., Any], taken: dict[str, type[Declaration]]) -> Callable[..., None]:
@@ -73,33 +121,14 @@ def _parameter(option: Option) -> inspect.Parameter:
     """An option as typer wants it: an annotated keyword argument."""
     optional = option.type | None if option.default is None else option.type
     limits: dict[str, Any] = {}
-    if option.type is int and option.between is not None:
+    if option.between is not None and not (option.between.above or option.between.below):
         limits = {"min": option.between.low, "max": option.between.high}
     default = inspect.Parameter.empty if option.default is dataclasses.MISSING else option.default
     if option.positional:
         mark = typer.Argument(help=option.help)
     else:
-        words = [option.flag] if option.type is bool else []  # A switch is off unless it is given: no --no-… beside it.
-        mark = typer.Option(*words, help=option.help, rich_help_panel=option.panel, **limits)
+        mark = typer.Option(option.flag, help=option.help, rich_help_panel=option.panel, **limits)
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, mark])
-
-
-def _by_signature(app: typer.Typer, name: str, function: Verb) -> Verb:
-    """A verb whose options are still the parameters of its function."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "common"]
-    shared = [_parameter(option) for option in Common.options()]
-
-    @functools.wraps(function)
-    def command(**options: Any) -> None:
-        common = Common(**{option.name: options.pop(option.name) for option in Common.options()})
-        run_guarded(lambda: function(common, **options), as_json=common.json, debug=common.debug)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    del command.__wrapped__
-    app.command(name, cls=Page, help=inspect.getdoc(function), no_args_is_help=False)(command)
-    return function
 
 
 def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:

@@ -2,25 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.choices import parse_sizes
-from safety_neurons.cli.options import Measured, NeuronFile, OneModel, ScoreFile, Some, TwoModels
-from safety_neurons.cli.pages import Contents
+from safety_neurons.cli.options import Measured, NeuronFile, OneModel, Repeats, ScoreFile, Some, TwoModels, parse_sizes
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Count, Declaration, Panel, Positive
+from safety_neurons.declarations import Declaration
 from safety_neurons.errors import UsageError
-
-app = typer.Typer(
-    help="Measure what a set of neurons does, beside random sets and the ceiling.",
-    no_args_is_help=True,
-    cls=Contents,
-    rich_markup_mode=None,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,30 +35,25 @@ class Verified(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measuring(Declaration):
-    """How it is measured."""
-
-    random: Count = 5
-    """Random control sets for each size."""
-    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
-    """Length of a completion, in tokens."""
+class VerifiedOn(Repeats, Some, Measured):
+    """What it is measured on, and beside how many random sets; the last base has the first options."""
 
 
-@verb(app, "deactivate", run="verify-deactivate")
-def deactivate(session: Session, models: OneModel, verified: Verified, on: Measured, some: Some, how: Measuring) -> dict[str, Any]:
+@verb("verify deactivate")
+def deactivate(session: Session, models: OneModel, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
     """Necessity: what the model loses while these neurons are off."""
 
     def work() -> dict[str, Any]:
         from safety_neurons.studies import verify_deactivate
 
         model = session.model(models.model)
-        return measured(session, verified, (on, some, how), model, functools.partial(verify_deactivate, model))
+        return measured(session, verified, beside, model, functools.partial(verify_deactivate, model))
 
     return session.run(work, show)
 
 
-@verb(app, "patch", run="verify-patch")
-def patch(session: Session, models: TwoModels, verified: Verified, on: Measured, some: Some, how: Measuring) -> dict[str, Any]:
+@verb("verify patch")
+def patch(session: Session, models: TwoModels, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
     """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the base model."""
 
     def work() -> dict[str, Any]:
@@ -77,20 +61,18 @@ def patch(session: Session, models: TwoModels, verified: Verified, on: Measured,
 
         pair = session.pair(models.base, models.aligned)
         study = functools.partial(verify_patch, pair.base, pair.aligned)
-        return measured(session, verified, (on, some, how), pair.base, study)
+        return measured(session, verified, beside, pair.base, study)
 
     return session.run(work, show)
 
 
-def measured(session: Session, verified: Verified, told: tuple[Measured, Some, Measuring], model: Any, study: Any) -> dict[str, Any]:
+def measured(session: Session, verified: Verified, beside: VerifiedOn, model: Any, study: Any) -> dict[str, Any]:
     """Load what both kinds need, measure, and keep the completions."""
-    on, some, how = told
     if verified.neurons is not None:
         chosen, sizes = session.neurons(verified.neurons, model), []
     else:
         chosen, sizes = session.scores(verified.scores, model), parse_sizes(verified.sizes)
-    harmful, harmless = (session.prompts(source, model, some.column, some.limit) for source in (on.harmful, on.harmless))
-    text = None if on.text == "none" else session.prompts(on.text, model, limit=some.limit)
+    harmful, harmless, text = (session.read(name, model, beside.limit) for name in ("harmful", "harmless", "text"))
     completions = session.folder.path("completions.jsonl")
     with session.status("verify") as progress:
         verification = study(
@@ -99,12 +81,11 @@ def measured(session: Session, verified: Verified, told: tuple[Measured, Some, M
             harmless,
             text=text,
             sizes=sizes,
-            random=how.random,
-            seed=session.common.seed,
-            max_new_tokens=how.max_new_tokens,
-            batch_size=session.batch_size(),
+            random=beside.random,
+            max_new_tokens=beside.max_new_tokens,
             completions_file=completions,
             progress=progress,
+            **session.running,
         )
     session.notes.extend(verification.notes)
     for name, shared in verification.overlap.items():

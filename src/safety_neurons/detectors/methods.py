@@ -83,7 +83,47 @@ class Voted(Ranked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Declaration):
+class AtSites(Declaration):
+    """At which sites neurons are searched."""
+
+    PANEL = Sized.PANEL
+
+    sites: str | Sequence[str] | None = None
+    """Comma-separated sites: q,k,v,o,gate,up,down."""
+
+    def check(self) -> None:
+        """Also that there are such sites."""
+        from safety_neurons.neurons import SITES, check_sites
+
+        super().check()
+        wanted = listed(self.sites)
+        if wanted is not None and not wanted:
+            raise UsageError(f"--sites names no site; expected some of {', '.join(SITES)}")
+        check_sites(wanted or ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(AtSites):
+    """At which sites of which layers."""
+
+    PANEL = Sized.PANEL
+
+    layers: str | range | None = None
+    """Layers A:B, B excluded."""
+
+    def check(self) -> None:
+        """Also the form of a layer range; whether a model has these layers is known later."""
+        from safety_neurons.neurons import parse_layers
+
+        super().check()
+        if isinstance(self.layers, str) and ":" in self.layers:
+            parse_layers(self.layers, 10**6)
+        elif isinstance(self.layers, str) and not self.layers.strip().lstrip("-").isdigit():
+            raise UsageError(f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Searched):
     """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it scores."""
 
     PANEL = Sized.PANEL
@@ -100,28 +140,10 @@ class Method(Declaration):
     SCORER: ClassVar[str] = ""
     """`module:function` of the formula, imported when it is needed; a method of one's own defines `score` instead."""
 
-    sites: str | Sequence[str] | None = None
-    """Comma-separated sites: q,k,v,o,gate,up,down."""
-    layers: str | range | None = None
-    """Layers A:B, B excluded."""
-
     @property
     def searched(self) -> tuple[str, ...]:
         """The sites that are searched."""
         return self.DEFAULT_SITES if self.sites is None else listed(self.sites) or ()
-
-    def check(self) -> None:
-        """Also sites and the form of a layer range; whether a model has these layers is known later."""
-        from safety_neurons.neurons import SITES, check_sites, parse_layers
-
-        super().check()
-        if not self.searched:
-            raise UsageError(f"--sites names no site; expected some of {', '.join(SITES)}")
-        check_sites(self.searched)
-        if isinstance(self.layers, str) and ":" in self.layers:
-            parse_layers(self.layers, 10**6)
-        elif isinstance(self.layers, str) and not self.layers.strip().lstrip("-").isdigit():
-            raise UsageError(f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number")
 
     def config(self, run: Any) -> dict[str, Any]:
         """What decides the scores, beside models and prompts; it stands in the provenance and in the resume key."""

@@ -1,19 +1,21 @@
-"""run: repeat a run from its run.json, or run a recipe file: one verb, or several in order.
+"""run and report: repeat a run from its run.json or follow a recipe of several verbs; one page of HTML from finished runs.
 
-A file says what is to be done; what it may do is said on the command line alone: run a model's own code, write over what is there, talk to
-a server, choose the folder. Nothing in it becomes a word of the command line that its verb does not declare as an option with a value.
+A recipe says what is to be done; what it may do is said on the command line alone: run a model's own code, write over
+what is there, talk to a server, choose the folder. Nothing in the file becomes a word of the command line that its verb
+does not declare as an option with a value.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import typer
-
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
+from safety_neurons.cli.session import Session, default_folder
 from safety_neurons.cli.verb import verb
+from safety_neurons.declarations import Declaration, Positional
 from safety_neurons.errors import InputError, UsageError
 
 Step = tuple[str, list[str], dict[str, Any]]
@@ -25,34 +27,52 @@ SERVERS = ("endpoint", "upstream")
 NOT_FROM_A_FILE = ("run", "demo", "guard serve")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    verb(app, "run")(run)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepeatedFile(Declaration):
+    """What is repeated."""
+
+    recipe: Annotated[pathlib.Path, Positional]
+    """run.json of an earlier run, or a recipe with `verb` and `arguments`, or with `steps` of them."""
+    allow_servers: bool = False
+    """Let the file name servers that get prompts, and the keys of the environment."""
 
 
-def run(
-    common: Common,
-    recipe: Annotated[
-        pathlib.Path, typer.Argument(help="run.json of an earlier run, or a recipe with `verb` and `arguments`, or with `steps` of them.")
-    ],
-    allow_servers: Annotated[
-        bool, typer.Option("--allow-servers", help="Let the file name servers that get prompts, and the keys of the environment.")
-    ] = False,
-) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reported(Declaration):
+    """What stands in a report."""
+
+    runs: Annotated[list[pathlib.Path], Positional]
+    """Folders of finished runs."""
+    title: str = "Safety neurons"
+    """Title of the page."""
+
+
+@verb("report")
+def report(session: Session, reported: Reported) -> dict[str, Any]:
+    """One self-contained HTML page from finished runs; --out names the file."""
+    from safety_neurons.report import write_report
+
+    path = write_report(reported.runs, session.common.out or pathlib.Path("report.html"), title=reported.title)
+    if not session.quiet:
+        console.say(("dim", "report "), str(path))
+    return {"report": str(path)}
+
+
+@verb("run")
+def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
     """Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own."""
-    from safety_neurons.cli.session import default_folder
-
+    common, recipe, servers = session.common, repeated.recipe, repeated.allow_servers
     record = parsed(recipe)
     given = {name: value for name, value in vars(common).items() if value != getattr(Common(), name)}
     if "steps" not in record:
         words, arguments = read(record, recipe)
-        return _one(command_words(words, arguments, given, recipe, servers=allow_servers), quiet=common.json)
+        return _one(command_words(words, arguments, given, recipe, servers=servers), quiet=common.json)
     out = pathlib.Path(given.pop("out", None) or default_folder(recipe.stem, time.strftime("%Y%m%d-%H%M%S")))
     places = {"{out}": str(out), "{recipe}": str(recipe.resolve().parent)}
     lines = {}
     for name, words, arguments in steps_of(record, recipe):  # All of them, before the first is run.
         told = {option: _placed(value, places) for option, value in arguments.items()}
-        lines[name] = command_words(words, told, {**given, "out": out / name}, recipe, servers=allow_servers)
+        lines[name] = command_words(words, told, {**given, "out": out / name}, recipe, servers=servers)
     return {"steps": {name: _one(line, quiet=common.json) for name, line in lines.items()}, "run": str(out.absolute())}
 
 
