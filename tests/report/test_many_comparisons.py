@@ -10,10 +10,9 @@ import report_runs
 
 from safety_neurons.cli import analyze_effects, compare, guard, verify
 from safety_neurons.report import read_runs
-from safety_neurons.report.guard_tables import baselines_table, counts_table, slices_table
-from safety_neurons.report.sections import patch_parts
-from safety_neurons.report.tables import methods_table
-from safety_neurons.report.transfers import progressive_part
+from safety_neurons.report.analyses import progressive_part
+from safety_neurons.report.guards import baselines_table, counts_table, slices_table
+from safety_neurons.report.parts import methods_table, patch_parts
 from safety_neurons.results import comparisons, holm_in, paired_difference
 from safety_neurons.studies import notebook
 

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.report.ranking import ranking_figure
+from safety_neurons.report.charts import ranking_figure
 from safety_neurons.results.files import write_json
 from safety_neurons.studies.comparison import Comparison, MethodResult
 from safety_neurons.studies.ranking import Entry, Ranking, rank, standings

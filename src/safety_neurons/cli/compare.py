@@ -125,7 +125,7 @@ def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodB
     """All methods over several organisms, with a figure beside the table."""
 
     def work() -> dict[str, Any]:
-        from safety_neurons.report.ranking import ranking_figure
+        from safety_neurons.report.charts import ranking_figure
         from safety_neurons.results import write_bytes
         from safety_neurons.studies import rank
 

@@ -37,7 +37,7 @@ from safety_neurons.prompts.tables import (
 )
 
 Row = Mapping[str, Any] | Unread | Prompt
-_COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
+COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ARGUMENTS = {"doc", "arguments"}
 """What a sample of lm-evaluation-harness has: the document, and the texts that were put to the model."""
@@ -446,8 +446,8 @@ class _RowReader:
 
     def _suspicions(self, kept: list[Prompt]) -> list[str]:
         copies = len(kept) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in kept})
-        complying = sum(_COMPLIES.match(prompt.text) is not None for prompt in kept)
-        targets = sum(prompt.answer is not None and _COMPLIES.match(prompt.answer) is not None for prompt in kept)
+        complying = sum(COMPLIES.match(prompt.text) is not None for prompt in kept)
+        targets = sum(prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in kept)
         lines = [f"{copies} duplicate prompts, kept"] if copies else []
         if complying > len(kept) / 4:
             column = next(iter(self._used.counts), "prompt")

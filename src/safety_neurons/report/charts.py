@@ -1,16 +1,139 @@
-"""The charts of a report. Every one comes with its labels in words; tables beside it carry the same numbers."""
+"""The charts of a report as static SVG that follows the page's colours: drawn by Vega-Lite, then rewritten through a list of what may stay.
 
+The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they become classes, so that light, dark and print are one drawing.
+Every chart comes with its labels in words; tables beside it carry the same numbers.
+"""
+
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from xml.etree import ElementTree
 
 import altair as alt
 import numpy as np
+import vl_convert
 from markupsafe import Markup
 
 from safety_neurons.neurons import SITES
-from safety_neurons.report.svg import BAND, COLOURS, FAINT, INK, ON_RAMP, PAPER, RAMP, SOFT, drawing
 from safety_neurons.report.text import interval, visible
+
+INK, SOFT, FAINT, GRID, PAPER, BAND = "#f0a001", "#f0a002", "#f0a003", "#f0a004", "#f0a005", "#f0a006"
+COLOURS = tuple(f"#f0b{number:03x}" for number in range(1, 9))
+"""Categories; colour-blind-safe in both schemes, and never the only mark of a category."""
+RAMP = tuple(f"#f0c{number:03x}" for number in range(9))
+"""From little to much."""
+ON_RAMP = ("#f0d001", "#f0d002")
+"""Text on the lower and on the upper part of the ramp."""
+
+_CLASSES = {
+    **{INK: "ink", SOFT: "soft", FAINT: "faint", GRID: "grid", PAPER: "paper", BAND: "band"},
+    **{colour: f"c{number}" for number, colour in enumerate(COLOURS)},
+    **{colour: f"r{number}" for number, colour in enumerate(RAMP)},
+    **{colour: f"on{number}" for number, colour in enumerate(ON_RAMP)},
+}
+_TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan", "circle"}
+_ATTRIBUTES = {
+    *("d", "x", "y", "x1", "x2", "y1", "y2", "dx", "dy", "cx", "cy", "r", "width", "height", "transform", "text-anchor", "opacity"),
+    *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
+    *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
+}
+ROOM = 16
+_NAMESPACE = "{http://www.w3.org/2000/svg}"
+
+
+_CONFIG = {
+    "font": "Helvetica, Arial, sans-serif",
+    "background": "transparent",
+    "view": {"stroke": None},
+    "text": {"fontSize": 12, "color": INK},
+    "legend": {"labelFontSize": 12, "labelColor": INK, "symbolStrokeWidth": 2.4, "symbolSize": 260, "labelLimit": 200, "title": None},
+    "axis": {
+        **{
+            "labelColor": SOFT,
+            "titleColor": SOFT,
+            "labelFontSize": 12,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "labelLimit": 260,
+        },
+        **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
+    },
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(specification: str) -> str:
+    return vl_convert.vegalite_to_svg(specification)
+
+
+def drawing(
+    chart: Any,
+    width: float | int,
+    height: float | int,
+    *,
+    step: bool = False,
+    size: str = "",
+    places: Mapping[str, str] | None = None,
+) -> Markup:
+    """The chart as an SVG element without scripts, styles, links or colours of its own.
+
+    Args:
+        chart: what to draw.
+        width: of the plot, in pixels.
+        height: of the plot, or with `step` of one of its rows, in pixels.
+        step: whether the height is that of a row.
+        size: an additional class, `wide`, `narrow` or `map`.
+        places: names that a script finds marks by, keyed by what the mark says.
+    """
+    around = {"width": width, "height": {"step": height} if step else height, "padding": 2, "config": _CONFIG}
+    specification = chart.to_dict(validate=False) | around
+    root = ElementTree.fromstring(_drawn(json.dumps(specification)))
+    clean = _cleaned(root, places or {})
+    assert clean is not None
+    whole, tall = float(root.get("width", "0")) + 3 * ROOM, float(root.get("height", "0"))
+    clean.set("viewBox", f"{-ROOM} 0 {whole:g} {tall:g}")  # Fonts of the reader may be wider than those measured here.
+    clean.set("width", f"{whole:g}")
+    clean.set("class", f"chart {size}".strip())
+    clean.set("aria-hidden", "true")
+    clean.set("focusable", "false")
+    return Markup(ElementTree.tostring(clean, encoding="unicode"))  # noqa: S704 - rebuilt from allowed tags and attributes
+
+
+def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> ElementTree.Element | None:
+    tag = element.tag.removeprefix(_NAMESPACE)
+    if tag not in _TAGS or element.get("display") == "none":
+        return None
+    if tag == "path" and element.get("class") in ("background", "foreground") and element.get("stroke") is None:
+        return None
+    kept = ElementTree.Element(tag)
+    classes = []
+    for attribute, value in element.attrib.items():
+        if attribute not in _ATTRIBUTES:
+            continue
+        if attribute in ("fill", "stroke") and value.lower() in _CLASSES:
+            classes.append(f"{attribute[0]}-{_CLASSES[value.lower()]}")
+        else:
+            kept.set(attribute, value)
+    if classes:
+        kept.set("class", " ".join(classes))
+    if (
+        element.get("role") == "graphics-symbol"
+        and (label := element.get("aria-label"))
+        and element.get("aria-roledescription") not in ("axis", "legend", "title")
+    ):
+        said = visible(label, 300)
+        ElementTree.SubElement(kept, "title").text = said
+        if said in places:
+            kept.set("data-cell", places[said])
+    kept.text = visible(element.text, 300) if element.text else None
+    for child in element:
+        clean = _cleaned(child, places)
+        if clean is not None and (clean.tag != "g" or len(clean)):
+            kept.append(clean)
+    return kept
+
 
 METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "mask")
 SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-left", "triangle-right")
@@ -51,26 +174,33 @@ def site_map(
     largest = max((abs(value) for value in cells.values()), default=0.0) or 1.0
     rows = []
     for (layer, site), value in cells.items():
-        step = min(int(abs(value) / largest * len(RAMP)), len(RAMP) - 1)
         row = {"layer": layer, "site": site, "label": labels[layer, site], "tip": tips[layer, site]}
-        rows.append(row | {"colour": RAMP[step], "text": ON_RAMP[step >= 5]})
+        rows.append(row | _on_ramp(value, largest))
     across = max(30, min(64, 300 // max(len(sites), 1)))
     gap = alt.Scale(paddingInner=0.07, paddingOuter=0.03)
-    base = alt.Chart(data(rows)).encode(
-        x=alt.X("site:N", sort=sites, title=None, axis=alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False), scale=gap),
-        y=alt.Y(
-            "layer:O",
-            sort=layers,
-            title="layer",
-            axis=alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8),
-            scale=gap,
-        ),
-        description="tip:N",
+    top = alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False)
+    left = alt.Axis(ticks=False, domain=False, titleAngle=0, titleAlign="right", titleY=-8)
+    chart = _heat_map(
+        rows,
+        alt.X("site:N", sort=sites, title=None, axis=top, scale=gap),
+        alt.Y("layer:O", sort=layers, title="layer", axis=left, scale=gap),
     )
-    tiles = base.mark_rect(cornerRadius=2).encode(color=alt.Color("colour:N", scale=None))
-    text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
     named = {visible(tips[cell], 300): places[cell] for cell in cells}
-    return drawing(alt.layer(tiles, text), across * len(sites), 26 if len(layers) <= 24 else 17, step=True, size="map", places=named)
+    return drawing(chart, across * len(sites), 26 if len(layers) <= 24 else 17, step=True, size="map", places=named)
+
+
+def _on_ramp(value: float, largest: float = 1.0) -> dict[str, str]:
+    """Colours of a cell and of its text, from little to much of the largest."""
+    step = min(int(abs(value) / (largest or 1.0) * len(RAMP)), len(RAMP) - 1)
+    return {"colour": RAMP[step], "text": ON_RAMP[step >= 5]}
+
+
+def _heat_map(rows: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y, **edges: Any) -> Any:
+    """A tile for every row, its label on it."""
+    base = alt.Chart(data(rows)).encode(x=x, y=y, description="tip:N")
+    tiles = base.mark_rect(cornerRadius=2, **edges).encode(color=alt.Color("colour:N", scale=None))
+    text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
+    return alt.layer(tiles, text)
 
 
 def sweep_figure(sweeps: Sequence[Sweep]) -> Markup:
@@ -213,7 +343,7 @@ def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y
 
 
 @dataclass(frozen=True)
-class Row:
+class DotRow:
     """One row of a dot plot."""
 
     label: str
@@ -228,7 +358,9 @@ class Row:
     """Further values drawn faintly, such as single random sets."""
 
 
-def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None) -> Markup:
+def dot_figure(
+    rows: Sequence[DotRow], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None
+) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
     sizes = (("wide", 228, 150), ("narrow", 88, 132))
     return Markup("").join(
@@ -237,7 +369,7 @@ def dot_figure(rows: Sequence[Row], title: str, *, domain: tuple[float | int, fl
 
 
 def _dots(
-    rows: Sequence[Row], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
+    rows: Sequence[DotRow], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
 ) -> Any:
     order = [visible(row.label, 40) for row in rows]
     shown = [
@@ -281,24 +413,204 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
             value = jaccard.get((first, second), jaccard.get((second, first)))
             if value is None:
                 continue
-            step = min(int(value * len(RAMP)), len(RAMP) - 1)
-            row = {
-                "row": visible(first, 40),
-                "column": visible(second, 40),
-                "label": f"{value:.2f}",
-                "tip": f"{first} and {second}: {value:.2f}",
-            }
-            rows.append(row | {"colour": RAMP[step], "text": ON_RAMP[step >= 5]})
+            row = {"row": visible(first, 40), "column": visible(second, 40), "label": f"{value:.2f}"}
+            rows.append(row | {"tip": f"{first} and {second}: {value:.2f}"} | _on_ramp(value))
     order = [visible(each, 40) for each in names]
-    base = alt.Chart(data(rows)).encode(
-        x=alt.X("column:N", sort=order, title=None, axis=alt.Axis(orient="bottom", labelAngle=-40, ticks=False, domain=False)),
-        y=alt.Y("row:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK)),
-        description="tip:N",
-    )
-    tiles = base.mark_rect(cornerRadius=2, stroke=PAPER, strokeWidth=2).encode(color=alt.Color("colour:N", scale=None))
-    text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
-
+    bottom = alt.Axis(orient="bottom", labelAngle=-40, ticks=False, domain=False)
+    left = alt.Axis(ticks=False, domain=False, labelColor=INK)
+    x, y = alt.X("column:N", sort=order, title=None, axis=bottom), alt.Y("row:N", sort=order, title=None, axis=left)
+    chart = _heat_map(rows, x, y, stroke=PAPER, strokeWidth=2)
     columns = max(len(order) - 1, 1)
-    chart = alt.layer(tiles, text)
     narrow = max(20, 190 // columns) * columns
     return drawing(chart, 46 * columns, 32, step=True, size="wide") + drawing(chart, narrow, 32, step=True, size="narrow")
+
+
+PHONE = NARROW - 30
+DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [5, 2], [3, 5], [12, 4], [1, 3])
+"""Every line has a pattern of its own beside its colour."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One named curve."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """x and y."""
+    ends: Sequence[tuple[float, float]] = ()
+    """Lower and upper end of the interval of every point."""
+    marked: bool = False
+    """Whether every point is a measurement, to be drawn as one."""
+    step: bool = False
+    """Whether the value holds up to the next point."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """What the axes are."""
+
+    x: str
+    y: str
+    x_range: tuple[float, float] = (0.0, 1.0)
+    y_range: tuple[float, float] = (0.0, 1.0)
+    diagonal: bool = False
+    """Whether the diagonal is what chance (or perfection) gives."""
+
+
+def line_figure(lines: Sequence[Line], plane: Plane, *, band: Sequence[tuple[float, float, float]] = (), size: int = 330) -> Markup:
+    """Curves in one plane, with a key. `band` is x, lower and upper end of what random choices give."""
+    kept = [line for line in lines if line.points][: len(COLOURS)]
+    wide = drawing(_curves(kept, plane, band, size), size, size * 0.8, size="wide")
+    return wide + drawing(_curves(kept, plane, band, PHONE), PHONE, 210, size="narrow")
+
+
+def _curves(lines: Sequence[Line], plane: Plane, band: Sequence[tuple[float, float, float]], width: int) -> Any:
+    def axis(title: str, ends: tuple[float, float]) -> dict[str, Any]:
+        return {
+            "title": title,
+            "scale": alt.Scale(domain=list(ends), nice=False, clamp=True),
+            "axis": alt.Axis(tickCount=5, format=".2~f" if ends[1] <= 2 else ",~r", domain=False, grid=True),
+        }
+
+    x, y = alt.X("x:Q", **axis(plane.x, plane.x_range)), alt.Y("y:Q", **axis(plane.y, plane.y_range))
+    layers: list[Any] = []
+    if band:
+        rows = [{"x": at, "y": low, "high": high} for at, low, high in band]
+        layers.append(alt.Chart(data(rows)).mark_area(color=BAND, opacity=0.6, aria=False).encode(x=x, y=y, y2="high:Q"))
+    if plane.diagonal:
+        (left, right), (low, high) = plane.x_range, plane.y_range
+        ends = data([{"x": left, "y": low}, {"x": right, "y": high}])
+        layers.append(alt.Chart(ends).mark_line(color=FAINT, strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(x=x, y=y))
+    names = [visible(line.name, 40) for line in lines]
+    legend = None
+    if len(lines) > 1:
+        legend = alt.Legend(title=None, orient="bottom" if width == PHONE else "right", columns=1)
+    colour = alt.Color("line:N", scale=alt.Scale(domain=names, range=list(COLOURS[: len(names)])), legend=legend)
+    dash = alt.StrokeDash("line:N", scale=alt.Scale(domain=names, range=list(DASHES[: len(names)])), legend=legend)
+    for name, line in zip(names, lines, strict=True):
+        made: list[dict[str, Any]] = [{"x": at, "y": value, "line": name} for at, value in line.points]
+        mark = alt.Chart(data(made)).mark_line(strokeWidth=2, aria=False, interpolate="step-after" if line.step else "linear")
+        layers.append(mark.encode(x=x, y=y, color=colour, strokeDash=dash))
+        if line.ends:
+            rules = [{"x": at, "y": low, "high": high, "line": name} for (at, _), (low, high) in zip(line.points, line.ends, strict=True)]
+            layers.append(
+                alt.Chart(data(rules)).mark_rule(strokeWidth=1.4, opacity=0.7, aria=False).encode(x=x, y=y, y2="high:Q", color=colour)
+            )
+        if line.marked:
+            dots = [row | {"tip": f"{name}: {row['x']:.4g}, {row['y']:.3f}"} for row in made]
+            shape = SHAPES[names.index(name) % len(SHAPES)]
+            points = alt.Chart(data(dots)).mark_point(filled=True, size=46, opacity=1, shape=shape)
+            layers.append(points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N"))
+    return alt.layer(*layers)
+
+
+@dataclass(frozen=True)
+class BesideChance:
+    """A number beside the range that chance gives for it."""
+
+    label: str
+    value: float | int | None
+    low: float | int | None
+    high: float | int | None
+    text: str
+
+
+def beside_figure(rows: Sequence[BesideChance], title: str, *, domain: tuple[float, float]) -> Markup:
+    """A dot for every number on a grey bar for the range of chance, and the numbers at the right."""
+    sizes = (("wide", 240, 190), ("narrow", 96, 110))
+    return Markup("").join(drawing(_beside(rows, title, domain, labels), width, 24, step=True, size=size) for size, width, labels in sizes)
+
+
+def _beside(rows: Sequence[BesideChance], title: str, domain: tuple[float, float], labels: int) -> Any:
+    order = [visible(row.label, 48) for row in rows]
+    shown = [
+        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "tip": f"{label}: {row.text}"}
+        for label, row in zip(order, rows, strict=True)
+    ]
+    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels))
+    x_axis = alt.Axis(tickCount=4, format=".2~f", domain=False)
+    x = alt.X("value:Q", title=title, scale=alt.Scale(domain=list(domain), nice=False, clamp=True), axis=x_axis)
+    ranged = alt.Chart(data([row for row in shown if row["low"] is not None]))
+    dotted = alt.Chart(data([row for row in shown if row["value"] is not None]))
+    narrow = labels < 150
+    return alt.layer(
+        ranged.mark_rule(color=BAND, strokeWidth=11, aria=False).encode(y=y, x=alt.X("low:Q"), x2="high:Q"),
+        dotted.mark_point(filled=True, size=72, opacity=1, color=COLOURS[0]).encode(y=y, x=x, description="tip:N"),
+        alt.Chart(data(shown)).mark_text(align="left", dx=8, aria=False).encode(y=y, x=alt.value(96 if narrow else 240), text="text:N"),
+    )
+
+
+def matrix_figure(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float | None],
+    titles: tuple[str, str],
+    *,
+    largest: float = 1.0,
+) -> Markup:
+    """A heat map with a number in every cell; rows and columns are named, in their order."""
+    cells = []
+    for row in rows:
+        for column in columns:
+            value = values.get((row, column))
+            if value is None:
+                continue
+            named = {"row": visible(row, 30), "column": visible(column, 30), "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}")}
+            tip = f"{titles[0]} {named['row']}, {titles[1]} {named['column']}: {named['label']}"
+            cells.append(named | {"tip": tip} | _on_ramp(value, largest))
+    gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
+    across = [visible(each, 30) for each in columns]
+    down = [visible(each, 30) for each in rows]
+    tilted = max(map(len, across), default=0) > 5
+    top = alt.Axis(orient="top", labelAngle=-35 if tilted else 0, ticks=False, domain=False, titleColor=SOFT)
+    left = alt.Axis(ticks=False, domain=False, labelColor=INK)
+    chart = _heat_map(
+        cells,
+        alt.X("column:N", sort=across, title=titles[1], axis=top, scale=gap),
+        alt.Y("row:N", sort=down, title=titles[0], axis=left, scale=gap),
+    )
+    count = max(len(across), 1)
+    return drawing(chart, 50 * count, 30, step=True, size="wide") + drawing(
+        chart, max(34, 190 // count) * count, 30, step=True, size="narrow"
+    )
+
+
+SHOWN = {"recall": "planted units found", "causal_effect": "causal effect", "harmless_refused": "harmless refused"}
+"""Measures that have a panel, and what it says above."""
+DOT, BAR, GREY = "#0072b2", "#d55e00", "#5b6470"
+
+
+def ranking_figure(record: Mapping[str, Any]) -> str:
+    """A standalone SVG with one panel per group of organisms and measure: dots are organisms, the bar is their mean."""
+    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for standing in record["ranking"]:
+        if standing["measure"] in SHOWN and standing["mean"] is not None:
+            panels.setdefault((standing["measure"], standing["group"]), []).append(standing)
+    drawn = [_panel(measure, group, rows) for (measure, group), rows in panels.items() if _tells(measure, group)]
+    chart = alt.hconcat(*drawn, spacing=28).configure_view(stroke=None).configure_axis(labelFontSize=12, titleFontSize=12)
+    svg: str = vl_convert.vegalite_to_svg(chart.to_json())
+    return svg
+
+
+def _tells(measure: str, group: str) -> bool:
+    """Patching cannot restore what is silent in the base, so planted organisms have no panel of causal effects."""
+    return group != "planted" or measure == "recall"
+
+
+def _panel(measure: str, group: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    methods = [row["method"] for row in rows]
+    dots = [
+        {"method": row["method"], "organism": name, "value": value}
+        for row in rows
+        for name, value in row["by_organism"].items()
+        if value is not None
+    ]
+    means = [{"method": row["method"], "value": row["mean"]} for row in rows]
+    y = alt.Y("method:N", sort=methods, title=None)
+    highest = max([1.0, *(dot["value"] for dot in dots)])
+    lowest = min([0.0, *(dot["value"] for dot in dots)])
+    x = alt.X("value:Q", title=SHOWN[measure], scale=alt.Scale(domain=[lowest, highest]))
+    title = f"{group.split()[0]} organisms" + (f", {float(group.split()[1]):.0%} of the units" if " " in group else ", as many as are true")
+    points = alt.Chart(alt.Data(values=dots)).mark_circle(size=42, opacity=0.55, color=DOT).encode(x=x, y=y)
+    ticks = alt.Chart(alt.Data(values=means)).mark_tick(thickness=3, size=16, color=BAR).encode(x=x, y=y)
+    return (points + ticks).properties(width=230, height=alt.Step(20), title=alt.Title(title, fontSize=12, color=GREY, anchor="start"))

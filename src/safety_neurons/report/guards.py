@@ -1,4 +1,4 @@
-"""What a report says of guards: how they were fit, what they are worth, and what the baselines are worth beside them, whatever it says."""
+"""What a report says of guards: their fit, what they catch and miss, what they cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,31 +6,121 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.errors import InputError
-from safety_neurons.report.charts import Row, dot_figure
-from safety_neurons.report.curves import Line, Plane, line_figure
-from safety_neurons.report.findings import CAUTION, FACT, NO, OPEN, YES, Finding
-from safety_neurons.report.guard_tables import (
-    OURS,
-    baselines_table,
-    counts_table,
-    interval,
-    interval_of,
-    outputs_table,
-    percent,
-    slices_table,
-)
+from safety_neurons.report.charts import COLOURS, INK, DotRow, Line, Plane, dot_figure, line_figure
+from safety_neurons.report.findings import CAUTION, FACT, NO, OPEN, YES, Finding, Tile
+from safety_neurons.report.parts import Cell, Figure, ReportPart, Table
 from safety_neurons.report.reading import Run
-from safety_neurons.report.sections import Figure, Part
-from safety_neurons.report.svg import COLOURS, INK
-from safety_neurons.report.tables import Table
-from safety_neurons.report.text import NONE, count, name, number, plural, say, share, visible
-from safety_neurons.report.tiles import Tile
-from safety_neurons.results import is_clear, read_json
+from safety_neurons.report.text import NONE, SPACE, count, name, number, plural, say, share, visible
+from safety_neurons.report.text import interval as with_digits
+from safety_neurons.results import captioned, is_clear, read_json
+
+OURS = "guard"
+
+
+def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """Areas and rates near 1 need a third digit."""
+    return with_digits(record, signed=signed, digits=3)
+
+
+def percent(rate: float) -> str:
+    """A rate that somebody chose: 5\u202f%, 0.1\u202f%."""
+    return f"{100 * rate:g}{SPACE}%"
+
+
+def interval_of(value: Any) -> str:
+    """A rate with its interval, or a bare number."""
+    return interval(value) if isinstance(value, Mapping) else number(value, 3)
+
+
+def baselines_table(result: Mapping[str, Any]) -> Table:
+    """The guard and every classifier that needs no safety neurons."""
+    entries = [{"name": OURS, **result}, *result["baselines"]]
+    every = list(result["tpr_at_fpr"])
+    targets = [target for target in every if any(entry["tpr_at_fpr"][target]["value"] is not None for entry in entries)]
+    rows = []
+    for entry in entries:
+        difference = entry.get("difference") if entry["name"] != OURS else None
+        rows.append(
+            [
+                visible(entry["name"], 40),
+                interval(entry["auroc"]),
+                NONE if difference is None else interval(difference, signed=True),
+                interval(entry["average_precision"]),
+                *(_supported(entry["tpr_at_fpr"][target]) for target in targets),
+                number(entry["expected_calibration_error"], 3),
+            ]
+        )
+    rates = [f"unsafe flagged at {percent(float(target))} of the safe" for target in targets]
+    columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
+    caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
+    lacking = [percent(float(target)) for target in every if target not in targets]
+    caption += f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""
+    return Table(captioned(caption, result["baselines"]), columns, rows)
+
+
+def _supported(rate: Mapping[str, Any]) -> str:
+    return "too few safe requests" if rate["value"] is None and rate.get("why") else interval(rate)
+
+
+def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a slice: what is flagged, the guard's area, and its difference from every other classifier."""
+    names = list(dict.fromkeys(label for row in rows for label in row["auroc"]))
+    others = list(dict.fromkeys(label for row in rows for label in row["difference"]))
+    ours = [label for label in names if label not in others]
+    cells = []
+    for row in rows:
+        against = f" (against {visible(row['against'], 20)})" if row["against"] else ""
+        cells.append(
+            [
+                visible(row["value"], 60) + against,
+                f"{count(row['n_unsafe'])} / {count(row['n_safe'])}",
+                interval(row["flagged_unsafe"]) if row["n_unsafe"] else NONE,
+                interval(row["flagged_safe"]) if row["n_safe"] else NONE,
+                *(interval(row["auroc"].get(label)) for label in ours),
+                *(interval(row["difference"].get(label), signed=True) for label in others),
+            ]
+        )
+    columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
+    return Table(captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
+
+
+def outputs_table(found: Mapping[str, Any]) -> Table:
+    """Unsafe outputs without and with the guard, by language."""
+    rows: list[Sequence[Cell]] = [
+        [visible(row["language"], 40), *(interval(row[part]) for part in ("before", "after", "cut", "blocked"))]
+        for row in [{"language": "all", **found}, *found["by"]]
+    ]
+    columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
+    caption = f"What the model writes, by {visible(found['judge'], 40)}; {count(found['changed'])} answers that were let pass differ"
+    return Table(caption, columns, rows)
+
+
+def counts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How many neurons, and whether it matters which."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    known = {(row["method"], row["count"], row["setting"]): row for row in rows}
+    cells: list[Sequence[Cell]] = []
+    for method, size in dict.fromkeys((row["method"], row["count"]) for row in rows):
+        found = [known.get((method, size, setting)) for setting in settings]
+        shown = [NONE if row is None else _beside_random(row) for row in found]
+        cells.append([f"{visible(method, 40)}, {count(size)}", *shown])
+    columns = ["neurons by", *(visible(setting, 40) for setting in settings)]
+    caption = "How many neurons, and which: AUROC (mean of random sets with as many in every matrix)"
+    return Table(captioned(caption, rows), columns, cells)
+
+
+def _beside_random(row: Mapping[str, Any]) -> str:
+    area, random = row["auroc"], row["random"]
+    value = area["value"] if isinstance(area, Mapping) else area
+    difference = row["difference"]
+    word = "" if not is_clear(difference) else ", better" if difference["value"] > 0 else ", worse"
+    return f"{number(value, 3)} ({number(sum(random) / len(random), 3) if random else NONE}){word}"
+
 
 SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
 
 
-def fit_part(run: Run) -> Part:
+def fit_part(run: Run) -> ReportPart:
     """A guard as it was fit, or set anew after an update of the model."""
     result = run.result
     prompts = result["prompts"]
@@ -76,10 +166,10 @@ def fit_part(run: Run) -> Part:
     if len(result["poolings"]) > 1:
         rows = [[visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)] for each in result["poolings"]]
         details.append(Table("How the prompt’s tokens are pooled, by validation", ["pooling", "AUROC", "log loss"], rows))
-    return Part(say("Guard on {}", name(result["model"])), lead, (), tables, details)
+    return ReportPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
-def evaluate_part(run: Run) -> Part:
+def evaluate_part(run: Run) -> ReportPart:
     """A guard beside its baselines."""
     result = run.result
     lead = say(
@@ -104,13 +194,13 @@ def evaluate_part(run: Run) -> Part:
         tables.append(outputs_table(result["outputs"]))
     if result.get("counts"):
         tables.append(counts_table(result["counts"]))
-    return Part(say("Guard of {}", name(run.models[-1] if run.models else run.label)), lead, _figures(run), tables, details)
+    return ReportPart(say("Guard of {}", name(run.models[-1] if run.models else run.label)), lead, _figures(run), tables, details)
 
 
 def _figures(run: Run) -> list[Figure]:
     areas = _areas(run.result)
     rows = [
-        Row(
+        DotRow(
             visible(label, 30),
             area["value"],
             area["low"],

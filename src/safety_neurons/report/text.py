@@ -1,5 +1,6 @@
 """Text of the page: numbers with their intervals, and foreign text made harmless and visible."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,8 @@ from markupsafe import Markup
 
 from safety_neurons.results import visible
 
-__all__ = ["HOLD", "MINUS", "NONE", "SPACE", "count", "duration", "interval", "name", "number", "plural", "say", "share", "visible"]
+__all__ = ["HOLD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number", "plural", "say", "share"]
+__all__ += ["visible"]
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 HOLD = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
@@ -71,3 +73,9 @@ def duration(seconds: float | int | None) -> str:
 def plural(quantity: int, word: str) -> str:
     """`1 layer`, `3 layers`."""
     return f"{quantity:,}{SPACE}{word}{'' if quantity == 1 else 's'}"
+
+
+def in_script(value: Any) -> str:
+    """JSON that cannot end a script element or open a comment: <, > and & are escapes; unseen characters were named before."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

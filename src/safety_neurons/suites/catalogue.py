@@ -54,7 +54,7 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SuitePart:
     """A named selection of a suite's rows.
 
     Attributes:
@@ -96,7 +96,7 @@ class SuiteEntry:
     columns: Mapping[str, tuple[str, ...]]
     wide: tuple[str, ...]
     kinds: Mapping[str, str]
-    parts: Mapping[str, Selection]
+    parts: Mapping[str, SuitePart]
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def _entry(item: Mapping[str, Any]) -> SuiteEntry:
         columns={key: tuple(columns) for key, columns in item["columns"].items()},
         wide=tuple(item.get("wide") or ()),
         kinds=item.get("kinds") or {},
-        parts={part: Selection(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
+        parts={part: SuitePart(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
     )
 
 

@@ -171,7 +171,7 @@ AttackProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
-class Search:
+class SuffixSearch:
     """How a suffix is searched, and for how long.
 
     Attributes:
@@ -202,7 +202,7 @@ class Search:
             raise UsageError(f"search {self.search!r}: expected gradient or random")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Search":
+    def of(cls, settings: Mapping[str, Any]) -> "SuffixSearch":
         """The search of these settings; UsageError where one is unknown or out of range."""
         unknown = sorted(settings.keys() - {entry.name for entry in dataclasses.fields(cls)})
         if unknown:
@@ -238,7 +238,7 @@ def gcg(
         done: Attacks of an earlier, interrupted call; their prompts are not attacked again.
         made: Called with every attack as soon as it is there.
         progress: Called as `progress(prompts done, prompts in all, steps done)`.
-        **settings: The fields of `Search`.
+        **settings: The fields of `SuffixSearch`.
 
     Returns:
         One attack a prompt, `adaptive`, on `model.name`; `meta` holds target, suffix, loss before and after, steps and whether the target
@@ -248,7 +248,7 @@ def gcg(
         UsageError: An argument out of range, or a prompt that does not fit the context.
         ModelError: A tokenizer that does not give text back.
     """
-    how = Search.of(settings)
+    how = SuffixSearch.of(settings)
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
     found: list[Attack] = []
@@ -270,14 +270,14 @@ def gcg(
 class _Hunt:
     """The search for one prompt's suffix."""
 
-    def __init__(self, lm: LanguageModel, prompt: Prompt, target: str, how: Search, allowed: Int[Tensor, " token"]) -> None:
+    def __init__(self, lm: LanguageModel, prompt: Prompt, target: str, how: SuffixSearch, allowed: Int[Tensor, " token"]) -> None:
         self.lm, self.prompt, self.target, self.how, self.allowed = lm, prompt, target, how, allowed
         self.generator = torch.Generator().manual_seed((int(prompt.sha256[:12], 16) + how.seed) % 2**63)
         self.target_ids = _target_ids(lm, prompt, target)
         self.bare = encoded(lm, prompt, [""])[0]
 
     def run(self) -> Attack:
-        """Search and return the best suffix there was."""
+        """SuffixSearch and return the best suffix there was."""
         current = initial(self.lm, self.prompt, self.how.suffix_tokens, self.allowed, self.generator)
         losses, matches = self.losses([current.ids])
         first = best_loss = losses[0]

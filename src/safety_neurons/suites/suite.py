@@ -19,7 +19,7 @@ from typing import Any
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Prompt, Prompts, prompts
 from safety_neurons.prompts.readers import file_format, read_text
-from safety_neurons.prompts.rows import prompts_of
+from safety_neurons.prompts.rows import COMPLIES, prompts_of
 from safety_neurons.prompts.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
 from safety_neurons.suites.catalogue import (
     KINDS,
@@ -37,7 +37,6 @@ from safety_neurons.suites.catalogue import (
 )
 
 Row = dict[str, Any]
-_COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 _NATIVE = {"category": "category", "id": "id", "language": "language", "input": "input", "context": "ContextString"}
 """Names here that the prompt reader knows by a name of its own; the others travel as `meta`."""
 
@@ -197,7 +196,7 @@ def _called(prompt: str, chosen: Mapping[str, str]) -> str:
 def _exchanged(rows: Sequence[Row], prompt: str, target: str) -> bool:
     def share(column: str) -> float:
         texts = [row[column] for row in rows if isinstance(row.get(column), str)]
-        return sum(_COMPLIES.match(text) is not None for text in texts) / max(1, len(texts))
+        return sum(COMPLIES.match(text) is not None for text in texts) / max(1, len(texts))
 
     return share(prompt) > 0.5 and share(target) < 0.25
 
