@@ -14,8 +14,7 @@ import uvicorn
 
 from safety_neurons.guard.server import Limits, Service, Settings
 from safety_neurons.guard.server.app import Service as _Service
-from safety_neurons.guard.server.drift import Drift
-from safety_neurons.guard.server.metrics import Metrics
+from safety_neurons.guard.server.door import Drift, Metrics
 from safety_neurons.guard.server.serving import Server, bound
 from waiting import HANG, until
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Calibration, expected_calibration_error, fit_on_features, operating_points, stratified_split
-from safety_neurons.guard.calibration import fit_calibration, log_loss
-from safety_neurons.guard.fit_features import regression
-from safety_neurons.guard.operating import rates_at, threshold_for
+from safety_neurons.guard.calibration import fit_calibration, log_loss, rates_at, threshold_for
+from safety_neurons.guard.fit import regression
 from safety_neurons.results import auroc
 
 

@@ -11,7 +11,7 @@ from guarded import some_neurons, tiny_model
 from safety_neurons import NeuronSet, Provenance
 from safety_neurons.errors import ForeignModelError, InputError, UsageError
 from safety_neurons.guard import Guard, fit_guard, recalibrate
-from safety_neurons.guard.fitting import labelled
+from safety_neurons.guard.fit import labelled
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Message, Prompt, Prompts
 from tiny import WORDS, tiny_llama, tiny_tokenizer

@@ -10,8 +10,8 @@ from guarded import texts, tiny_guard, tiny_model
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard import REFUSAL, FlaggedError, Guard, GuardedModel, Recheck, Verdict
-from safety_neurons.guard.recalibrating import calibrate_recheck
-from safety_neurons.guard.streaming import Detokenizer
+from safety_neurons.guard.fit import calibrate_recheck
+from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Prompt
 from safety_neurons.results import Rate

@@ -13,7 +13,7 @@ from guarded import some_neurons, texts, tiny_guard, tiny_model
 
 from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, SafetyNeuronsError, UsageError
 from safety_neurons.guard import Guard, OperatingPoint, bindings_of, read_features
-from safety_neurons.guard.rechecks import Recheck
+from safety_neurons.guard.calibration import Recheck
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.results import Rate

@@ -6,10 +6,10 @@ from guarded import texts, tiny_guard, tiny_model
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard import Guard, GuardedModel
-from safety_neurons.guard.requests import MOST_TURNS, as_prompt, readings
-from safety_neurons.guard.verdicts import Verdict, largest
+from safety_neurons.guard.features import MOST_TURNS, readings
+from safety_neurons.guard.guard import Verdict, largest
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message
+from safety_neurons.prompts import Message, as_prompt
 
 UNSAFE = "UNSAFE"
 SHAPES = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Pooling
-from safety_neurons.guard.pooling import Pool
+from safety_neurons.guard.features import Pool
 
 
 def brute(values: np.ndarray, pooling: Pooling) -> np.ndarray:

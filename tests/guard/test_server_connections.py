@@ -14,7 +14,7 @@ from server_tools import TOKEN, Words, connected, raw, running, service
 
 from safety_neurons.errors import UsageError
 from safety_neurons.guard.server import Limits
-from safety_neurons.guard.server.connections import Connection, bounded
+from safety_neurons.guard.server.serving import Connection, bounded
 from waiting import HANG, until
 
 KEY = f"X-Api-Key: {TOKEN}\r\n".encode()

@@ -12,7 +12,7 @@ from server_tools import UNSAFE, Fed, Upstream, Words, running, service
 from test_guarded_conversations import SHAPES
 from test_guarded_conversations import UNSAFE as MARK
 
-from safety_neurons.guard.requests import readings
+from safety_neurons.guard.features import readings
 from safety_neurons.guard.server import Limits, Settings, serve_guard
 from safety_neurons.guard.server.conversation import is_identifier
 from safety_neurons.model import LanguageModel
@@ -345,9 +345,9 @@ def test_a_conversation_with_more_readings_than_may_wait_is_judged():
 
 
 def test_no_more_readings_are_kept_than_fit(monkeypatch):
-    from safety_neurons.guard.server import gate
+    from safety_neurons.guard.server import engine
 
-    monkeypatch.setattr(gate, "_REMEMBERED", 3)
+    monkeypatch.setattr(engine, "_REMEMBERED", 3)
     served = service()
 
     async def ask():

@@ -14,8 +14,8 @@ from server_tools import PATIENT, TOKEN, Words, raw, running, service
 
 from safety_neurons.errors import UsageError
 from safety_neurons.guard.server import Limits, Problem, Settings
-from safety_neurons.guard.server.reading import parse
 from safety_neurons.guard.server.serving import bound
+from safety_neurons.guard.server.shapes import parse
 from waiting import until
 
 JSON = b"Content-Type: application/json\r\n"

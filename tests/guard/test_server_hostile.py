@@ -8,10 +8,8 @@ import pytest
 import torch
 from server_tools import TOKEN, Upstream, Words, running, service
 
-from safety_neurons.guard.server.problems import Problem
-from safety_neurons.guard.server.reading import validated
-from safety_neurons.guard.server.shapes import ChatRequest, ClassifyRequest, ModerationRequest
-from safety_neurons.guard.server.writing import Decode, Row
+from safety_neurons.guard.server.local import Decode, Row
+from safety_neurons.guard.server.shapes import ChatRequest, ClassifyRequest, ModerationRequest, Problem, validated
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now"}'}}

@@ -16,7 +16,7 @@ from server_tools import running
 
 from safety_neurons.guard import Classifier, Guard, Pooling, bindings_of, read_features
 from safety_neurons.guard.server import Limits, Settings, serve_guard
-from safety_neurons.guard.server.writing import Text
+from safety_neurons.guard.server.local import Text
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
 from tiny import CHAT_TEMPLATE, WORDS, tiny_llama, tiny_tokenizer

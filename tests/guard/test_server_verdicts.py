@@ -9,7 +9,7 @@ import openai
 import pytest
 from server_tools import TOKEN, running, service
 
-from safety_neurons.guard.server.drift import Drift, drifts_of, population_stability
+from safety_neurons.guard.server.door import Drift, drifts_of, population_stability
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "serve.md"
 

@@ -5,12 +5,12 @@ import pathlib
 import numpy as np
 from report_runs import MODEL, run_folder
 
-from safety_neurons.guard.operating import operating_points
+from safety_neurons.guard.calibration import operating_points
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import write_json
 from safety_neurons.studies.guard_baselines import GUARD
-from safety_neurons.studies.guard_measures import Scored
-from safety_neurons.studies.guard_requests import cases_of
+from safety_neurons.studies.guard_data import cases_of
+from safety_neurons.studies.guard_evaluation import Scored
 
 APART = {GUARD: 3.0, "TF-IDF words": 3.2, "residual stream": 1.0}
 APART |= {f"random neurons {number}": apart for number, apart in enumerate((1.0, 1.05, 1.1, 1.0, 1.05))}

@@ -12,10 +12,9 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import fit_guard
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import guard_evaluation
-from safety_neurons.studies.guard_counts import neuron_counts
-from safety_neurons.studies.guard_evaluation import evaluate_guard
-from safety_neurons.studies.guard_measures import Scored, at
-from safety_neurons.studies.guard_requests import cases_of
+from safety_neurons.studies.guard_baselines import neuron_counts
+from safety_neurons.studies.guard_data import cases_of
+from safety_neurons.studies.guard_evaluation import Scored, at, evaluate_guard
 
 
 @pytest.fixture(scope="module")

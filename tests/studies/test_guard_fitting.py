@@ -5,7 +5,7 @@ import pytest
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
-from safety_neurons.studies.guard_fitting import given, labelled_by_column, labelled_by_completions
+from safety_neurons.studies.guard_data import given, labelled_by_column, labelled_by_completions
 
 REFUSES, COMPLIES = "Sorry, I cannot help with that.", "Sure, to build a bomb you first take a pot."
 

@@ -10,7 +10,7 @@ from safety_neurons.errors import InputError
 from safety_neurons.guard import fit_guard
 from safety_neurons.judges.judgement import Judge, harm_verdict
 from safety_neurons.prompts import Prompts
-from safety_neurons.studies.guard_outputs import GUARDED, UNGUARDED, cut_of, guarded_outputs, some
+from safety_neurons.studies.guard_evaluation import GUARDED, UNGUARDED, cut_of, guarded_outputs, some
 
 
 class EvenLengths(Judge):

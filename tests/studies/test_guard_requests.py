@@ -8,7 +8,7 @@ from guard_tools import requests
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompts import Message, Prompt, Prompts
-from safety_neurons.studies.guard_requests import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, VARIANTS, cases_of
+from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, VARIANTS, cases_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from sklearn import metrics
 from safety_neurons.errors import InputError
 from safety_neurons.guard import expected_calibration_error
 from safety_neurons.results import AreaPart, area_difference, auroc, mean_area_difference
-from safety_neurons.studies import guard_statistics as statistics
+from safety_neurons.studies import guard_evaluation as statistics
 
 
 @pytest.fixture(scope="module", params=[0, 1])

@@ -12,7 +12,7 @@ from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import arms, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
 from safety_neurons.studies.arms import Bench
-from safety_neurons.studies.guard_requests import cases_of
+from safety_neurons.studies.guard_data import cases_of
 from safety_neurons.studies.requests import requests_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS

@@ -86,7 +86,7 @@ class Examples(Declaration):
         """The prompts of all sources together."""
         from safety_neurons.judges.judgement import ending
         from safety_neurons.results import Completions
-        from safety_neurons.studies.guard_fitting import given, labelled_by_column, labelled_by_completions
+        from safety_neurons.studies.guard_data import given, labelled_by_column, labelled_by_completions
 
         unsafe, safe, labelled = (session.read(name, model, limit) for name in ("unsafe", "safe", "labelled"))
         data = given(unsafe, safe)
@@ -230,7 +230,7 @@ def recalibrate(
 
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
     """Save the guard into the run's folder and say what it is worth."""
-    from safety_neurons.guard.files import FACTS, WEIGHTS
+    from safety_neurons.guard.guard import FACTS, WEIGHTS
 
     for name in (FACTS, WEIGHTS):
         session.folder.path(f"guard/{name}")
@@ -445,9 +445,9 @@ def evaluate(
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
         from safety_neurons.results.files import write_json
-        from safety_neurons.studies.guard_counts import neuron_counts
+        from safety_neurons.studies.guard_baselines import neuron_counts
         from safety_neurons.studies.guard_evaluation import evaluate_guard
-        from safety_neurons.studies.guard_requests import ATTACKS, PERTURBATIONS
+        from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
 
         model = session.model(guarded.model)
         guard = Guard.load(guarded.folder, model)
@@ -503,7 +503,7 @@ def answers_of(
     session: Session, outputs: Outputs, model: Any, guard: Any, read: Callable[[str], list[Any]], progress: Any
 ) -> dict[str, Any]:
     """What the model writes with and without the guard; the completions are kept beside the result."""
-    from safety_neurons.studies.guard_outputs import guarded_outputs, some
+    from safety_neurons.studies.guard_evaluation import guarded_outputs, some
 
     joined = [sum(lists[1:], lists[0]) for lists in (read("unsafe"), read("safe"))]
     file = session.folder.path("completions.jsonl")

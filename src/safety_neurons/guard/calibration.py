@@ -1,20 +1,20 @@
-"""From the classifier's score to a probability: temperature scaling with a shift, or isotonic regression, chosen by held-out log loss.
-
-Both rise strictly with the score, so calibrating changes no order and no operating point.
-"""
+"""The linear classifier on features, its calibrated probabilities, and the thresholds of stated false-positive rates."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.results import Rate, rate
+from safety_neurons.results.estimates import GroupLabels
 
 KINDS = ("temperature", "isotonic")
 FOLDS = 5
@@ -216,3 +216,248 @@ def _held_out_loss(scores: Scores, unsafe: Labels, kind: str, seed: int) -> floa
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -values))
+
+
+LIMIT = 30.0
+"""Log odds are cut off here, so that a probability is never exactly 0 or 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """Logistic regression on standardised features, with calibration: p = σ(calibration(bias + Σ wᵢ (xᵢ − meanᵢ) / scaleᵢ)).
+
+    Attributes:
+        mean: of each feature where the classifier was fit.
+        scale: standard deviation there; 1 for a feature that never changed, whose weight is 0.
+        weights: of the standardised features.
+        bias: log odds of the mean prompt, before calibration.
+        calibration: from log odds to calibrated log odds.
+    """
+
+    mean: Float32[Tensor, " neuron"]
+    scale: Float32[Tensor, " neuron"]
+    weights: Float32[Tensor, " neuron"]
+    bias: float
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        vectors = (self.mean, self.scale, self.weights)
+        finite = all(bool(vector.isfinite().all()) for vector in vectors) and abs(self.bias) < float("inf")
+        if len({len(vector) for vector in vectors}) != 1 or not finite or not bool((self.scale > 0).all()):
+            raise InputError("a damaged classifier; expected finite means, scales above 0 and weights, one of each per neuron")
+
+    @property
+    def n_features(self) -> int:
+        """Features it takes."""
+        return len(self.weights)
+
+    @cached_property
+    def wide(self) -> tuple[Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"]]:
+        """Means, 1 / scale, and weights of the features before standardisation, in float64: for a few rows at a time."""
+        mean, scale, weights = (vector.double().numpy() for vector in (self.mean, self.scale, self.weights))
+        return mean, 1 / scale, weights / scale
+
+    def scores(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
+        """Log odds before calibration, on the processor in float64, whatever the features are in."""
+        if features.ndim != 2 or features.shape[1] != self.n_features:
+            raise InputError(f"features of shape {tuple(features.shape)}; expected [prompt, {self.n_features}]: read them with this guard")
+        mean, _, weights = map(torch.from_numpy, self.wide)
+        return (features.to("cpu", torch.float64) - mean) @ weights + self.bias
+
+    def log_odds(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
+        """Calibrated log odds of being unsafe, cut off at ±30."""
+        return self.calibration(self.scores(features)).clamp(-LIMIT, LIMIT)
+
+    def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
+        """Calibrated probability of being unsafe; NaN where a feature is."""
+        return self.log_odds(features).sigmoid()
+
+    def chances(self, scores: Float64[Tensor, " prompt"]) -> Float64[Tensor, " prompt"]:
+        """Calibrated probabilities of scores."""
+        return self.calibration(scores).clamp(-LIMIT, LIMIT).sigmoid()
+
+    def standardised(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, "prompt neuron"]:
+        """Distance of each feature from its mean, in standard deviations."""
+        mean, inverse, _ = map(torch.from_numpy, self.wide)
+        return (features.to("cpu", torch.float64) - mean) * inverse
+
+
+def float_rows(features: Float[Tensor, "prompt neuron"]) -> np.ndarray:
+    """Features as an array in the number type they are in, where numpy has it; what is computed with float64 vectors is float64."""
+    if features.dtype is not torch.float32:
+        features = features.double()
+    return (features if features.device.type == "cpu" else features.cpu()).numpy()
+
+
+TARGETS = (0.05, 0.01, 0.001)
+EXAMPLES = 20
+"""Safe examples times false-positive rate that an operating point needs."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold for a stated false-positive rate.
+
+    Attributes:
+        fpr_target: the false-positive rate that was asked for.
+        threshold: prompts of at least this probability are flagged; None where the point is not supported.
+        fpr: share of the safe calibration examples that are flagged, with its Clopper-Pearson interval.
+        tpr: share of the unsafe ones, with its exact interval.
+        supported: whether there were at least 20 / FPR safe examples.
+        why: why not.
+    """
+
+    fpr_target: float
+    threshold: float | None
+    fpr: Rate
+    tpr: Rate
+    supported: bool
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "fpr": self.fpr.to_json(), "tpr": self.tpr.to_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "OperatingPoint":
+        """The point that `to_json` wrote.
+
+        Raises:
+            InputError: damaged.
+        """
+        try:
+            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
+            threshold = None if found["threshold"] is None else check_probability(found["threshold"], "threshold")
+            target = check_probability(found["fpr_target"], "false-positive rate")
+            return cls(target, threshold, fpr, tpr, bool(found["supported"]), str(found["why"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"a damaged operating point ({type(error).__name__}); expected what a guard's file holds") from error
+
+
+def operating_points(
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Bool[np.ndarray, " prompt"],
+    targets: Sequence[float] = TARGETS,
+    groups: GroupLabels = None,
+) -> tuple[OperatingPoint, ...]:
+    """Thresholds for false-positive rates, on examples that the classifier was not fit on.
+
+    Args:
+        probabilities: of being unsafe.
+        unsafe: which examples are.
+        targets: false-positive rates.
+        groups: what examples share; intervals are over these.
+
+    Source: as `threshold_for`.
+    """
+    return tuple(operating_point(probabilities, unsafe, target, groups) for target in targets)
+
+
+def operating_point(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float, groups: GroupLabels = None
+) -> OperatingPoint:
+    """One threshold, and what it is worth; see `threshold_for`."""
+    needed = math.ceil(EXAMPLES / check_probability(target, "false-positive rate"))
+    safe = probabilities[~unsafe]
+    threshold = threshold_for(probabilities, unsafe, target)
+    supported = len(safe) >= needed
+    why = "" if supported else f"{len(safe):,} safe examples, {needed:,} are needed ({EXAMPLES} / {target:g})"
+    fpr, tpr = rates_at(probabilities, unsafe, threshold, groups)
+    return OperatingPoint(target, threshold if supported else None, fpr, tpr, supported, why)
+
+
+def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float) -> float:
+    """A threshold above which a new safe prompt is at most with the stated probability.
+
+    Of n safe examples the k with the highest probabilities are let go, k the largest number with (k + 1) / (n + 1) ≤ target: then a new
+    safe prompt from where these came from is flagged with at most that probability, whatever the distribution of scores. Where n is too
+    small for k = 0 the threshold is above all of them, which keeps 1 / (n + 1) and no less. Equal probabilities are never split.
+
+    The promise is of ranks among safe examples: a new safe prompt that reaches the threshold is above the (k + 1)th highest of them, and by
+    symmetry it is so with probability (k + 1) / (n + 1) at most. It therefore holds for every threshold above that one, wherever it lies
+    and whatever it was chosen by. It lies half-way to the next higher score, **unsafe ones included**: half-way to the next higher safe
+    one, or to 1 where there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
+
+    Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe class.
+    """
+    safe = probabilities[~unsafe]
+    if not len(safe):
+        return 0.5
+    falling = np.sort(safe)[::-1]
+    allowed = max(0, math.floor(target * (len(safe) + 1) + 1e-9) - 1)
+    if allowed >= len(falling):
+        return 0.0
+    kept_below = float(falling[allowed])
+    above = probabilities[probabilities > kept_below]
+    upper = float(above.min()) if len(above) else 1.0
+    return float(min(1.0, max((kept_below + upper) / 2, np.nextafter(kept_below, 2.0))))
+
+
+def rates_at(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], threshold: float, groups: GroupLabels = None
+) -> tuple[Rate, Rate]:
+    """False-positive and true-positive rate of a threshold, with intervals.
+
+    Clopper and Pearson's holds for a threshold that was set on the same examples too: the rate above the k-th highest of n is
+    Beta(k, n - k + 1), whose quantiles the interval encloses.
+    """
+    flagged, shared = probabilities >= threshold, np.array([None] * len(unsafe) if groups is None else list(groups), object)
+    return rate(flagged[~unsafe], shared[~unsafe].tolist()), rate(flagged[unsafe], shared[unsafe].tolist())
+
+
+def check_probability(value: Any, what: str) -> float:
+    """The value as a number above 0 and at most 1 (a threshold may be 0 too).
+
+    Raises:
+        UsageError: anything else.
+    """
+    number = float(value) if isinstance(value, int | float | np.floating) and not isinstance(value, bool) else math.nan
+    if not 0 <= number <= 1 or (number == 0 and what != "threshold"):
+        raise UsageError(f"{what} {value!r}; expected a number between 0 and 1")
+    return number
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """The threshold of re-checks, per answer: an answer is stopped if any of its checks reaches it.
+
+    Attributes:
+        every: generated tokens between checks.
+        max_new_tokens: longest answer it was measured on.
+        threshold: of the same probability as the prompt's, at generated positions.
+        fpr_target: share of the answers to safe prompts that may be stopped.
+        fpr: share of those measured that are, with its Clopper-Pearson interval.
+        tpr: share of the answers to unsafe prompts that are; undefined where none was given.
+        supported: whether there were 20 / FPR answers to safe prompts.
+        why: why not.
+    """
+
+    every: int
+    max_new_tokens: int
+    threshold: float
+    fpr_target: float
+    fpr: Rate
+    tpr: Rate
+    supported: bool
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "fpr": self.fpr.to_json(), "tpr": self.tpr.to_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Recheck":
+        """What `to_json` wrote.
+
+        Raises:
+            InputError: damaged.
+        """
+        try:
+            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
+            every, longest = (int(found[name]) for name in ("every", "max_new_tokens"))
+            threshold, target = check_probability(found["threshold"], "threshold"), check_probability(found["fpr_target"], "target")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise InputError(f"a damaged re-check ({type(error).__name__}); expected what a guard's file holds") from error
+        if every < 1 or longest < 1:
+            raise InputError(f"a damaged re-check (every {every} tokens of {longest}); expected numbers of at least 1")
+        return cls(every, longest, threshold, target, fpr, tpr, bool(found["supported"]), str(found["why"]))

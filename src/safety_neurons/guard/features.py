@@ -1,9 +1,7 @@
-"""Features of prompts: the activations of a set of neurons, gathered while the model reads the prompt.
-
-Only the chosen columns are copied, and for the last token only that token's: what a hook does does not grow with the width of the model.
-"""
+"""Features of a request: the ways it is read, and the activations of a set of neurons pooled over each of them while the model runs."""
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,8 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from safety_neurons.errors import InputError, NeuronError
-from safety_neurons.guard.pooling import Pool, Pooling
+from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
@@ -24,6 +21,172 @@ from safety_neurons.model.language_model import Texts
 from safety_neurons.model.passes import run_batches
 from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
+from safety_neurons.prompts import Message, Prompt, as_prompts
+from safety_neurons.prompts.readers import Source
+
+Request = Source
+WHOLE, ASKED = "conversation", "conversation without the last answer"
+MOST_TURNS = 1024
+"""Turns of a conversation that are read; each costs a reading."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestReading:
+    """One way to read a request.
+
+    Attributes:
+        name: `conversation`, `conversation without the last answer`, or `turn N`, counted from 1.
+        prompt: what the model is fed.
+    """
+
+    name: str
+    prompt: Prompt
+
+
+def as_request_prompts(requests: Sequence[Request] | Source) -> list[Prompt]:
+    """Prompts of whatever names some; plain texts and turns are numbered.
+
+    Raises:
+        InputError: an empty text, or turns that cannot be read.
+    """
+    asked = list(as_prompts(requests))
+    empty = next((prompt.id for prompt in asked if not any(turn.content.strip() for turn in prompt.turns)), None)
+    if empty is not None:
+        raise InputError(f"request {empty!r}: an empty text arrived; expected a request to score")
+    return asked
+
+
+def readings(prompt: Prompt) -> list[RequestReading]:
+    """How a request is read: as a whole, without the answer it ends in, and every turn by itself, as if a user had asked that alone.
+
+    An answer that is put into the model's mouth, or harmless turns behind a harmful one, can make the whole look safe; they cannot change
+    what a turn says alone. What is the same for the model (one user turn, say) is read once; turns without text are not read alone.
+
+    Raises:
+        InputError: more turns than are read.
+
+    Source: none of the papers, which judge single requests.
+    """
+    turns = tuple(prompt.messages) or (Message("user", prompt.text),)
+    if len(turns) > MOST_TURNS:
+        raise InputError(f"a conversation of {len(turns):,} turns; the guard reads at most {MOST_TURNS:,}: give it the last ones")
+    found, seen = [RequestReading(WHOLE, prompt)], {turns}
+    end = next((number for number in range(len(turns), 0, -1) if turns[number - 1].role != "assistant"), 0)
+    asked = end < len(turns) and any(turn.role == "user" for turn in turns[:end])
+    parts: list[tuple[str, tuple[Message, ...]]] = [(ASKED, turns[:end])] if asked else []
+    parts += [(f"turn {number}", (Message("user", turn.content),)) for number, turn in enumerate(turns, 1) if turn.content.strip()]
+    for name, part in parts:
+        if part not in seen:
+            seen.add(part)
+            text = next((turn.content for turn in reversed(part) if turn.role == "user"), part[-1].content)
+            found.append(RequestReading(name, Prompt(prompt.id, text, part)))
+    return found
+
+
+KINDS = ("last", "mean", "max")
+WINDOW = 8
+
+
+@dataclass(frozen=True, order=True)
+class Pooling:
+    """How the activations of a neuron at the tokens of a text become one number.
+
+    Attributes:
+        kind: `last`: at the last token. `mean`: over all tokens, special ones and those of the template included. `max`: the largest mean
+            over `window` consecutive tokens; of a text that is shorter, the mean over all its tokens.
+        window: tokens of a window of `max`; 0 for the others.
+    """
+
+    kind: str = "last"
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"pooling {self.kind!r} is unknown; expected one of {', '.join(KINDS)}")
+        if self.kind == "max" and self.window < 1:
+            raise UsageError(f"a window of {self.window} tokens; expected at least 1")
+        if self.kind != "max" and self.window:
+            raise UsageError(f"a window of {self.window} tokens with pooling {self.kind!r}; only max has windows")
+
+    @classmethod
+    def of(cls, pooling: "Pooling | str", window: int | None = None) -> "Pooling":
+        """The pooling that a word means, with a window where it is `max` (8 tokens where none is named)."""
+        if isinstance(pooling, Pooling):
+            return pooling
+        return cls(pooling, (window or WINDOW) if pooling == "max" else 0)
+
+    def __str__(self) -> str:
+        return f"max over windows of {self.window}" if self.kind == "max" else self.kind
+
+
+class Pool:
+    """Pools activations that arrive pass by pass: a whole prompt, its chunks, or one token after another.
+
+    Args:
+        pooling: how.
+    """
+
+    def __init__(self, pooling: Pooling) -> None:
+        self.pooling = pooling
+        self._last: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._count: Tensor | None = None
+        self._largest: Tensor | None = None
+        self._tail: tuple[Tensor, Tensor] | None = None
+
+    def add(self, values: Float[Tensor, "batch token neuron"], real: Bool[Tensor, "batch token"] | None) -> None:
+        """The activations of the tokens that came next.
+
+        Args:
+            values: padding may hold anything, NaN too.
+            real: which tokens are no padding; None where all are.
+        """
+        if self.pooling.kind == "last":
+            self._last = values[:, -1] if real is None else _last_real(values, real, self._last)
+            return
+        if real is not None:
+            values = torch.where(real[:, :, None], values, 0)
+        count = values.new_full((len(values),), values.shape[1]) if real is None else real.sum(1).to(values.dtype)
+        total = values.sum(1)
+        self._sum = total if self._sum is None else self._sum + total
+        self._count = count if self._count is None else self._count + count
+        if self.pooling.kind == "max":
+            self._add_windows(values, real)
+
+    def _add_windows(self, values: Tensor, real: Tensor | None) -> None:
+        window = self.pooling.window
+        here = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if real is None else real
+        if self._tail is not None:
+            values, here = torch.cat([self._tail[0], values], 1), torch.cat([self._tail[1], here], 1)
+        if window > 1:
+            self._tail = (values[:, 1 - window :], here[:, 1 - window :])
+        if values.shape[1] < window:
+            return
+        means = values.unfold(1, window, 1).mean(-1)
+        whole = here.unfold(1, window, 1).all(-1)
+        largest = torch.where(whole[:, :, None], means, -torch.inf).amax(1)
+        # A NaN inside a whole window has to come through: amax keeps it.
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def result(self) -> Float[Tensor, "batch neuron"]:
+        """One number a row and neuron, over all tokens so far; more may be added afterwards."""
+        if self.pooling.kind == "last":
+            assert self._last is not None
+            return self._last
+        assert self._sum is not None
+        assert self._count is not None
+        mean = self._sum / self._count[:, None]
+        if self._largest is None:
+            return mean
+        return torch.where((self._count >= self.pooling.window)[:, None], self._largest, mean)
+
+
+def _last_real(values: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
+    """The values at each row's last real token; those of an earlier pass where this one holds none."""
+    places = torch.arange(1, real.shape[1] + 1, device=real.device)
+    last = (real * places).amax(1) - 1
+    found = values[torch.arange(len(values), device=values.device), last.clamp(min=0)]
+    return found if before is None else torch.where((last >= 0)[:, None], found, before)
 
 
 @dataclass(frozen=True)

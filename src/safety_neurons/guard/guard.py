@@ -1,33 +1,236 @@
-"""Guard: a calibrated classifier on neurons of one model, and what it says of prompts before the model answers them."""
+"""Guard: a calibrated classifier on neurons of one model, its verdicts on prompts, what it is bound to, and its files."""
 
 import dataclasses
 import hashlib
 import math
 import os
+import pathlib
+import struct
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from safety_neurons.errors import ModelError, UsageError
-from safety_neurons.guard.bindings import Bindings
-from safety_neurons.guard.calibration import Calibration
-from safety_neurons.guard.classifier import LIMIT, Classifier, float_rows
-from safety_neurons.guard.features import Collector, model_lock
-from safety_neurons.guard.operating import OperatingPoint, check_probability, rates_at
-from safety_neurons.guard.pooling import Pooling
-from safety_neurons.guard.rechecks import Recheck
-from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts, readings
-from safety_neurons.guard.verdicts import Status, TopNeuron, Verdict, largest
+from safety_neurons import strict_json
+from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, NeuronError, SafetyNeuronsError, UsageError
+from safety_neurons.guard.calibration import (
+    LIMIT,
+    Calibration,
+    Classifier,
+    OperatingPoint,
+    Recheck,
+    check_probability,
+    float_rows,
+    rates_at,
+)
+from safety_neurons.guard.features import Collector, Pooling, Request, as_request_prompts, model_lock, readings
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
-from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.results import Rate, notebook
+from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
+from safety_neurons.neurons import NeuronSet, Provenance, parse_key
+from safety_neurons.neurons.sets import header, stored_table
+from safety_neurons.prompts import as_prompt
+from safety_neurons.results import Rate, html_table, notebook, write_bytes, write_json
+from safety_neurons.results.files import ordered_header
+
+SCHEMA = "safety-neurons-guard/1"
+WEIGHTS, FACTS = "guard.safetensors", "guard.json"
+VECTORS = ("weights", "mean", "scale")
+MEMBERS = "neurons/"
+MOST_NEURONS = 5_000_000
+MOST_JSON = 32 * 2**20
+MOST_HEADER = 16 * 2**20
+Status = Literal["ok", "truncated", "error"]
+
+
+class FlaggedError(SafetyNeuronsError):
+    """A guarded model was asked something its guard flags, and told to raise an error on that.
+
+    Attributes:
+        verdict: on the first such prompt.
+    """
+
+    def __init__(self, message: str, verdict: "Verdict") -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+@dataclass(frozen=True)
+class TopNeuron:
+    """A neuron with what it adds to the log odds of one prompt, against the mean prompt of the fit, before calibration."""
+
+    key: str
+    index: int
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of one prompt. No text of the prompt is in it."""
+
+    p_unsafe: float | None
+    """Calibrated probability of an unsafe answer; None where there is none (`status` is "error")."""
+    flagged: bool
+    """Whether to stop: the probability reaches the threshold, or the status is not "ok" and nothing said to fail open."""
+    threshold: float
+    """That flagged is about."""
+    status: Status = "ok"
+    """`truncated`: the middle of the prompt was not read, so that a low probability says nothing. `error`: see `error`."""
+    latency_ms: float = 0.0
+    """Wall time from the start of the batch that the prompt was read in to this verdict; in guarded generation what the guard itself took
+    behind the prefill."""
+    top_neurons: tuple[TopNeuron, ...] = ()
+    """Neurons that raise the log odds most, largest first."""
+    log_odds: float | None = None
+    """The probability as calibrated log odds."""
+    distance: float | None = None
+    """Root mean square of the standardised features: about 1 for prompts like those of the fit."""
+    n_tokens: int | None = None
+    """Tokens that were read, template included."""
+    error: str | None = None
+    """What went wrong, in one line."""
+    reading: str = "conversation"
+    """Which reading of the request this is about: the whole conversation, the one without the last answer, or one turn by itself."""
+
+    def _repr_html_(self) -> str:
+        probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
+        rows = [
+            ["flagged", "yes" if self.flagged else "no"],
+            ["probability of an unsafe answer", f"{probability} (threshold {self.threshold:.3f})"],
+            ["decided by", self.reading],
+            ["status", self.status if self.error is None else f"{self.status}: {self.error}"],
+            ["time", f"{self.latency_ms:.1f} ms"],
+            *([f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"] for each in self.top_neurons),
+        ]
+        return html_table("Verdict of a guard", ["what", "value"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self)
+
+
+@runtime_checkable
+class Comparable(Protocol):
+    """What `largest` compares."""
+
+    @property
+    def flagged(self) -> bool:
+        """Whether to stop."""
+
+    @property
+    def status(self) -> str:
+        """`ok`, or why there is no sound verdict."""
+
+    @property
+    def p_unsafe(self) -> float | None:
+        """Calibrated probability of an unsafe answer."""
+
+
+Found = TypeVar("Found", bound=Comparable)
+
+
+def largest(verdicts: Sequence[Found]) -> Found:
+    """The verdict on a request from those on its readings, the whole conversation first.
+
+    A sound one that flags goes first, then one that is not sound, then the largest probability: a reading that could not be judged is never
+    covered by one that could.
+    """
+    return max(verdicts, key=lambda verdict: (verdict.flagged and verdict.status == "ok", verdict.status != "ok", verdict.p_unsafe or 0.0))
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """What a guard belongs to.
+
+    Attributes:
+        model: name, for people.
+        model_fingerprint: of the architecture.
+        weights_sha256: of the weights that reach the guard's neurons: embeddings and layers up to the last neuron's, adapters included.
+        dtype: what these weights are in.
+        tokenizer_sha256: of its vocabulary, special tokens, and what it makes of some texts.
+        template_sha256: of the template, system prompt and template arguments.
+    """
+
+    model: str
+    model_fingerprint: str
+    weights_sha256: str
+    dtype: str
+    tokenizer_sha256: str
+    template_sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Any) -> "Bindings":
+        """The bindings that `to_json` wrote.
+
+        Raises:
+            InputError: damaged.
+        """
+        names = list(cls.__dataclass_fields__)
+        if not isinstance(found, Mapping) or not all(isinstance(found.get(name), str) for name in names):
+            raise InputError(f"a guard without whole bindings; expected the strings {', '.join(names)}: fit or copy it again")
+        return cls(**{name: found[name] for name in names})
+
+    def check(self, model: LanguageModel, neurons: NeuronSet) -> None:
+        """Raise an error unless the model is the one that the guard was fit on.
+
+        Cost: one SHA-256 over the weights, a second for two gigabytes and core.
+
+        Raises:
+            ForeignModelError: another architecture. MismatchError: other weights, number type, adapters, tokenizer or template.
+        """
+        if model.fingerprint != self.model_fingerprint:
+            raise ForeignModelError(
+                f"the guard was fit on {self.model} (fingerprint {self.model_fingerprint[:12]}), expected {model.name} "
+                f"({model.fingerprint[:12]}); fit a guard on this model"
+            )
+        found = bindings_of(model, neurons)
+        for name, words, advice in (
+            ("tokenizer_sha256", "another tokenizer", "load the model with the tokenizer it was fit with, or recalibrate it"),
+            ("template_sha256", "another template or system prompt", "use the same --template and --system, or recalibrate it"),
+            ("dtype", f"weights in {self.dtype}, this model's are in {found.dtype}", "load the model with that --dtype, or recalibrate it"),
+            ("weights_sha256", "other weights or adapters", "load the model it was fit on, or recalibrate it (guard recalibrate)"),
+        ):
+            ours, theirs = getattr(self, name), getattr(found, name)
+            if ours != theirs:
+                hashes = "" if name == "dtype" else f" ({ours[:12]}, not {theirs[:12]})"
+                raise MismatchError(f"the guard was fit on {self.model} with {words}{hashes}; {advice}")
+
+
+def bindings_of(model: LanguageModel, neurons: NeuronSet) -> Bindings:
+    """The bindings of a guard on these neurons of a model as it is now.
+
+    Source: none of the papers; a probe fit on one model says nothing of another (arXiv 2604.28129).
+    """
+    last = max(parse_key(key).layer for key in neurons.keys())  # noqa: SIM118 - not a mapping
+    with model.active():
+        weights, dtypes = weights_sha256(model, _reaching(model, last))
+    return Bindings(model.name, model.fingerprint, weights, "+".join(dtypes), tokenizer_sha256(model.tokenizer), template_sha256(model))
+
+
+def _reaching(model: LanguageModel, last_layer: int) -> Callable[[str, Tensor], bool]:
+    """Whether a weight can reach neurons of layers up to the last one: the head and later layers cannot."""
+    prefixes = {f"{plain_name(part.module_name)}.": part.index for part in model.anatomy.layers}
+    inner = model.inner
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    embedding = inner.get_input_embeddings().weight
+    heads = {id(value) for value in head.parameters() if value is not embedding} if head is not None else set()
+
+    def wanted(name: str, value: Tensor) -> bool:
+        return id(value) not in heads and next((index for prefix, index in prefixes.items() if name.startswith(prefix)), -1) <= last_layer
+
+    return wanted
+
 
 TOP = 5
 PROVISIONAL = "provisional "
@@ -394,18 +597,154 @@ class Guard:
         Raises:
             RunError: the folder cannot be written.
         """
-        from safety_neurons.guard.files import save
-
-        save(self, folder)
+        place = pathlib.Path(folder)
+        arrays = {name: getattr(self.classifier, name).contiguous() for name in VECTORS}
+        arrays |= {MEMBERS + key: torch.from_numpy(indices.copy()) for key, indices in self.neurons.items()}
+        metadata = {**header(self.neurons.provenance, self.neurons.table), "guard": SCHEMA}
+        write_bytes(place / WEIGHTS, ordered_header(to_bytes(arrays, metadata=metadata)))
+        write_json(place / FACTS, _facts(self))
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
         """The guard in a folder, bound to a model where one is given.
 
-        Raises:
-            InputError: missing, damaged, or not a guard. ForeignModelError, MismatchError: another model; see `bind`.
-        """
-        from safety_neurons.guard.files import load
+        Anyone may have written such a folder, so sizes are looked at before anything is allocated, and whatever does not fit is one line.
 
-        guard = load(folder)
+        Raises:
+            InputError: a file is missing, too large, damaged, or of another version. NeuronError: a damaged set.
+            ForeignModelError, MismatchError: another model; see `bind`.
+        """
+        place = pathlib.Path(folder)
+        facts = _read_facts(place / FACTS)
+        neurons, vectors = _read_weights(place / WEIGHTS)
+        try:
+            guard = _from_file(facts, neurons, vectors)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise InputError(
+                f"{str(place / FACTS)!r} is damaged ({_one_line(error)}); expected what Guard.save wrote: copy it again"
+            ) from error
         return guard if model is None else guard.bind(model)
+
+
+def _facts(guard: Guard) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "n_neurons": len(guard.neurons),
+        "pooling": {"kind": guard.pooling.kind, "window": guard.pooling.window},
+        "bias": guard.bias,
+        "calibration": guard.calibration.to_json(),
+        "threshold": guard.threshold,
+        "in_force": guard.in_force,
+        "operating_points": [point.to_json() for point in guard.operating_points],
+        "recheck": None if guard.recheck is None else guard.recheck.to_json(),
+        "bindings": guard.bindings.to_json(),
+        "reference": dict(guard.reference),
+        "report": dict(guard.report),
+        "notes": list(guard.notes),
+    }
+
+
+def _from_file(facts: Mapping[str, Any], neurons: NeuronSet, vectors: Mapping[str, torch.Tensor]) -> Guard:
+    pooling = facts["pooling"]
+    bias = facts["bias"]
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise InputError(f"a guard with bias {str(bias)[:20]!r}; expected a finite number")
+    if not isinstance(facts["operating_points"], list) or not isinstance(facts["notes"], list):
+        raise InputError("a guard whose operating points or notes are no list; expected what Guard.save wrote")
+    return Guard(
+        neurons,
+        Pooling(str(pooling["kind"]), _whole(pooling["window"])),
+        Classifier(vectors["mean"], vectors["scale"], vectors["weights"], float(bias), Calibration.from_json(facts["calibration"])),
+        tuple(OperatingPoint.from_json(point) for point in facts["operating_points"]),
+        check_probability(facts["threshold"], "threshold"),
+        str(facts["in_force"])[:200],
+        Bindings.from_json(facts["bindings"]),
+        _reference(facts["reference"]),
+        dict(facts["report"]),
+        tuple(str(note) for note in facts["notes"]),
+        None if facts["recheck"] is None else Recheck.from_json(facts["recheck"]),
+    )
+
+
+def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the calibration examples; probabilities are checked, since thresholds are weighed by them."""
+    kept = found.get("probabilities")
+    lists = () if kept is None else (kept["safe"], kept["unsafe"])
+    for value in (value for values in lists for value in values):
+        check_probability(value, "threshold")
+    return dict(found)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10**6:
+        raise InputError(f"a window of {str(value)[:20]!r} tokens; expected a whole number")
+    return value
+
+
+def _read_facts(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{str(path)!r} has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}: this is no guard")
+        found = strict_json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: check the path"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is not the JSON of a guard ({_one_line(error)}); expected what Guard.save wrote") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = str(found.get("schema"))[:40] if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"{str(path)!r} is of schema {schema!r}; expected {SCHEMA!r}: update the package or fit the guard again")
+    return found
+
+
+def _read_weights(path: pathlib.Path) -> tuple[NeuronSet, dict[str, torch.Tensor]]:
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            names = list(opened.keys())
+            if metadata.get("guard") != SCHEMA:
+                raise InputError(f"{str(path)!r} holds no weights of a guard; expected the {WEIGHTS} that Guard.save wrote")
+            sizes = {name: opened.get_slice(name).get_shape() for name in names}
+            _check_sizes(path, sizes)
+            arrays = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {str(path)!r} ({_one_line(error)}); expected a whole safetensors file: copy it again") from error
+    members = {name.removeprefix(MEMBERS): value.numpy() for name, value in arrays.items() if name.startswith(MEMBERS)}
+    vectors = {name: arrays[name] for name in VECTORS}
+    if any(vector.dtype != torch.float32 for vector in vectors.values()):
+        raise InputError(f"{str(path)!r} holds weights in {vectors['weights'].dtype}; expected float32")
+    told = Provenance.from_metadata(metadata, "neurons")
+    neurons = NeuronSet(members, stored_table(metadata, told), told)
+    if len(neurons) != sum(len(indices) for indices in members.values()) or any(np.any(np.diff(part) <= 0) for part in members.values()):
+        raise NeuronError(f"{str(path)!r} names neurons twice or out of order, so weights cannot be told apart; copy it again")
+    return neurons, vectors
+
+
+def _check_header(path: pathlib.Path) -> None:
+    """Refuse a file whose header alone is larger than a guard's can be, before anything parses it."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+    except OSError as error:
+        raise InputError(
+            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: check the path"
+        ) from error
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(MOST_HEADER, path.stat().st_size - 8):
+        raise InputError(f"{str(path)!r} is no safetensors file of a guard (its header is said to have {length:,} bytes); copy it again")
+
+
+def _check_sizes(path: pathlib.Path, sizes: Mapping[str, Any]) -> None:
+    """One axis each, as many weights as neurons, and no more than a guard can have."""
+    wrong = next((name for name, shape in sizes.items() if len(shape) != 1 or not (name in VECTORS or name.startswith(MEMBERS))), None)
+    if wrong is not None or not all(name in sizes for name in VECTORS):
+        raise InputError(f"{str(path)!r} holds {str(wrong)[:60]!r}; expected vectors {', '.join(VECTORS)} and {MEMBERS}KEY: copy it again")
+    count = sum(shape[0] for name, shape in sizes.items() if name.startswith(MEMBERS))
+    if not 0 < count <= MOST_NEURONS or any(sizes[name][0] != count for name in VECTORS):
+        raise InputError(f"{str(path)!r} holds {count:,} neurons and {sizes['weights'][0]:,} weights; expected one weight a neuron")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]

@@ -1,8 +1,11 @@
-"""The application: routes behind the door, the engine's life, and an OpenAPI document that says what is understood."""
+"""The application: an OpenAPI document that says what is understood, and its routes: chat completions, verdicts for others, health."""
 
+import asyncio
 import contextlib
+import dataclasses
+import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -13,20 +16,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from safety_neurons import __version__
-from safety_neurons.guard.server import verdicts as judging
-from safety_neurons.guard.server.chat import ROUTE as CHAT
-from safety_neurons.guard.server.chat import Chat
-from safety_neurons.guard.server.door import OPEN, Door, Log
-from safety_neurons.guard.server.engine import Engine, Judge, Writer
-from safety_neurons.guard.server.gate import Gate
-from safety_neurons.guard.server.metrics import Metrics
-from safety_neurons.guard.server.problems import Problem, unforeseen
-from safety_neurons.guard.server.reading import parse, validated
+from safety_neurons.guard.features import RequestReading, readings
+from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.server.conversation import KNOWN, beside, conversation, strange_options, text_of, texts_in
+from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, drifts_of
+from safety_neurons.guard.server.engine import Answering, Engine, Gate, Judge, Outcome, Writer, asked_wrongly, outcome_of
+from safety_neurons.guard.server.local import Bound, Decode, Ended, Judged, LocalWriter, Piece
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.shapes import (
+    DONE,
     ChatRequest,
     ClassifyAnswer,
     ClassifyRequest,
+    Envelope,
     ErrorAnswer,
     GuardrailAnswer,
     GuardrailRequest,
@@ -35,8 +37,373 @@ from safety_neurons.guard.server.shapes import (
     Models,
     ModerationAnswer,
     ModerationRequest,
+    Part,
+    Problem,
+    Streamed,
+    Turn,
+    parse,
+    unfinished,
+    unforeseen,
+    usage,
+    validated,
 )
 from safety_neurons.guard.server.upstream import Upstream
+from safety_neurons.model.batches import token_budget
+from safety_neurons.prompts import Prompt
+
+CHAT = "/v1/chat/completions"
+_STREAM = "text/event-stream; charset=utf-8"
+_CHARACTERS_A_TOKEN = 16
+"""Texts have about four characters a token, and what has four times as many throughout is no text: it is refused unread."""
+_WITHOUT_EFFECT = {
+    "n": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "ignore_eos": (False,),
+    "chat_template_kwargs": ({},),
+}
+"""Fields the local model does not know, and the values that ask nothing of it."""
+_IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
+_TAKEN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"}
+
+
+class Chat:
+    """Answers conversations.
+
+    Args:
+        settings: What to do with flagged ones.
+        gate: Judges.
+        upstream: Answers; None for the local model.
+        log: Told what shadow mode saw, which may be known after the answer.
+    """
+
+    def __init__(self, settings: Settings, gate: Gate, upstream: Upstream | None, log: Log) -> None:
+        self.settings, self.gate, self.upstream, self.log = settings, gate, upstream, log
+        self._watching: set[asyncio.Task[Any]] = set()
+
+    async def answer(self, request: ChatRequest, body: dict[str, Any], noted: dict[str, Any], name: str) -> Response:
+        """The answer to a request.
+
+        Args:
+            request: Checked.
+            body: The same as it arrived; this is what an upstream gets, written anew.
+            noted: For the log line.
+            name: Of the request, in the log.
+
+        Raises:
+            Problem: Whatever speaks against an answer.
+        """
+        if self.settings.log_prompts:
+            noted["prompt"] = body["messages"]
+        ways = conversation(request.messages, self.settings.limits.messages)
+        if self.upstream is None:
+            return await self._local(request, ways, body, noted)
+        ways += beside(body, self.settings.passed)
+        if self.settings.shadow:
+            self._watch(ways, name)
+            return await self._forwarded(request, body)
+        (outcome,) = await self.gate.judge([ways], CHAT, noted)
+        if outcome.held:
+            return self._held(request, outcome)
+        return await self._forwarded(request, body)
+
+    def _watch(self, ways: list[RequestReading], name: str) -> None:
+        """Shadow mode: judged beside the answer, which never waits for it."""
+
+        async def look() -> None:
+            noted: dict[str, Any] = {}
+            try:
+                await self.gate.judge([ways], CHAT, noted)
+            except Problem as problem:
+                noted["guard"] = problem.code
+            self.log({"event": "shadow", "id": name, **noted})
+
+        task = asyncio.ensure_future(look())
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
+
+    def _held(self, request: ChatRequest, outcome: Outcome) -> Response:
+        """What is answered in the place of an answer."""
+        self.gate.check_length([outcome])
+        if outcome.status != "ok":
+            raise unfinished(outcome.status)
+        return refusal(self.settings, request)
+
+    async def _forwarded(self, request: ChatRequest, body: dict[str, Any]) -> Response:
+        assert self.upstream is not None
+        if not request.stream:
+            status, headers, content = await self.upstream.chat(body)
+            return Response(content, status, headers, media_type="application/json")
+        status, headers, pieces = await self.upstream.stream(body)
+        return Streamed(pieces, status, headers, kind=_STREAM if status == 200 else "application/json")
+
+    async def _local(self, request: ChatRequest, ways: list[RequestReading], body: Mapping[str, Any], noted: dict[str, Any]) -> Response:
+        """Answers where nothing is flagged: the whole conversation is judged in the prefill of its answer, the other readings before."""
+        if request.model != self.settings.name:
+            raise Problem(404, f"there is no model of this name here; expected {self.settings.name!r}", "model_not_found", param="model")
+        decode = decoding(request, body, self.settings)
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        started = time.perf_counter()
+        before = await self.gate.look(ways[1:])
+        if any(outcome.held for outcome in before):
+            self.gate.took(time.perf_counter() - started, CHAT, noted)
+            return self._held(request, self.gate.settled([before], CHAT, noted)[0])
+        job = self.gate.engine.answer(ways[0].prompt, decode, events.put_nowait)
+        try:
+            first = await self._first(events)
+            if isinstance(first, Judged):
+                self.gate.took(time.perf_counter() - started, CHAT, noted)
+                (outcome,) = self.gate.settled([[outcome_of(first.verdict, self.settings), *before]], CHAT, noted)
+                if outcome.held:
+                    return self._held(request, outcome)
+            written = self._pieces(events)
+            if not request.stream:
+                return await self._whole(request, written)
+        except BaseException:
+            job.given_up = True
+            raise
+        return Streamed(self._streamed(request, written, job), kind=_STREAM)
+
+    async def _first(self, events: "asyncio.Queue[Any]") -> Any:
+        try:
+            async with asyncio.timeout(self.settings.limits.seconds):
+                first = await events.get()
+        except TimeoutError:
+            self.gate.metrics.errors.labels("timeout").inc()
+            raise unfinished("timeout") from None
+        if isinstance(first, BaseException):
+            problem = asked_wrongly(first)
+            if problem is None:
+                self.gate.metrics.errors.labels("error").inc()
+            raise problem or unfinished("error")
+        return first
+
+    async def _pieces(self, events: "asyncio.Queue[Any]") -> AsyncIterator[Piece | Ended]:
+        while True:
+            event = await events.get()
+            if isinstance(event, BaseException):
+                raise asked_wrongly(event) or Problem(500, "the model failed while it answered", "model_error")
+            if isinstance(event, (Piece, Ended)):
+                yield event
+            if isinstance(event, Ended):
+                return
+
+    async def _whole(self, request: ChatRequest, written: AsyncIterator[Piece | Ended]) -> Response:
+        text, ended = "", Ended("stop")
+        async for event in written:
+            if isinstance(event, Piece):
+                text += event.text
+            else:
+                ended = event
+        return JSONResponse(Envelope(request.model).whole(text, ended.reason, usage(ended.prompt_tokens, ended.tokens)))
+
+    async def _streamed(self, request: ChatRequest, written: AsyncIterator[Piece | Ended], job: Answering) -> AsyncGenerator[bytes, None]:
+        counted = wants_usage(request)
+        envelope = Envelope(request.model)
+        try:
+            yield envelope.piece({"role": "assistant", "content": "", "refusal": None}, with_usage=counted)
+            async for event in written:
+                if isinstance(event, Piece):
+                    yield envelope.piece({"content": event.text}, with_usage=counted)
+                    continue
+                yield envelope.piece({}, event.reason, with_usage=counted)
+                if counted:
+                    yield envelope.usage(usage(event.prompt_tokens, event.tokens))
+                yield DONE
+        except Problem as problem:
+            yield b"data: " + problem.body + b"\n\n"
+        finally:
+            job.given_up = True
+
+
+def refusal(settings: Settings, request: ChatRequest) -> Response:
+    """What a flagged conversation is answered with.
+
+    Raises:
+        Problem: 400, where that is what is wanted.
+    """
+    if settings.on_unsafe == "error":
+        raise Problem(400, "the guard expects an unsafe answer to this conversation", "content_filter", param="messages")
+    envelope = Envelope(request.model)
+    if request.stream:
+        return Streamed(_each(envelope.refused(settings.refusal, usage() if wants_usage(request) else None)), kind=_STREAM)
+    return JSONResponse(envelope.whole(settings.refusal, "content_filter", usage()))
+
+
+async def _each(events: Any) -> AsyncGenerator[bytes, None]:
+    for one in events:
+        yield one
+
+
+def wants_usage(request: ChatRequest) -> bool:
+    """Whether a stream ends with counts of tokens."""
+    return bool(request.stream_options and request.stream_options.include_usage)
+
+
+def decoding(request: ChatRequest, body: Mapping[str, Any], settings: Settings) -> Decode:
+    """How the local model decodes an answer: greedily unless the request names a temperature above zero.
+
+    Raises:
+        Problem: 400 for what the local model cannot do.
+    """
+    for name, value in body.items():
+        if value is None or name in _TAKEN or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
+            continue
+        why = "is not supported by the local model" if name in KNOWN else "is not known"
+        raise Problem(400, f"field {name[:64]!r} {why}; leave it out", "unsupported_parameter", param=name[:64])
+    for name in strange_options(body):
+        raise Problem(400, f"field {name[:64]!r} is not known; leave it out", "unknown_parameter", param=name[:64])
+    wanted = request.max_completion_tokens or request.max_tokens or min(256, settings.limits.new_tokens)
+    if wanted > settings.limits.new_tokens:
+        raise Problem(400, f"{wanted} new tokens; expected at most {settings.limits.new_tokens}", "too_many_tokens", param="max_tokens")
+    stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    if any(not text or len(text) > 256 for text in stop):
+        raise Problem(400, "stop: expected texts of 1 to 256 characters", "invalid_value", param="stop")
+    temperature = request.temperature or 0.0
+    return Decode(wanted, temperature, request.top_p if request.top_p is not None else 1.0, request.seed, tuple(stop))
+
+
+MODERATIONS, CLASSIFY, GUARDRAIL = "/v1/moderations", "/classify", "/beta/litellm_basic_guardrail_api"
+REASONS = {
+    "ok": "the guard expects an unsafe answer",
+    "truncated": "the prompt is longer than the guard reads",
+    "error": "the guard could not judge the prompt",
+    "timeout": "the guard did not finish in time",
+}
+"""Why a prompt is held back, in words that say nothing about how nearly it was not."""
+
+
+class Verdicts:
+    """Judges texts and conversations for others.
+
+    Args:
+        settings: Limits, and the name the guard answers as.
+        gate: Judges.
+    """
+
+    def __init__(self, settings: Settings, gate: Gate) -> None:
+        self.settings, self.gate = settings, gate
+
+    async def moderate(self, request: ModerationRequest, noted: dict[str, Any]) -> dict[str, Any]:
+        """OpenAI's moderations: a string, a list of strings, the parts of a message, or the turns of a conversation."""
+        outcomes = await self._judged(self._asked(request.input), MODERATIONS, noted)
+        return {
+            "id": f"modr-{secrets.token_hex(12)}",
+            "model": self.settings.name,
+            "results": [_moderation(outcome) for outcome in outcomes],
+        }
+
+    async def classify(self, request: ClassifyRequest, noted: dict[str, Any]) -> dict[str, Any]:
+        """The shape of a classifier that vLLM serves."""
+        outcomes = await self._judged(self._asked(request.input), CLASSIFY, noted)
+        data = [_classification(number, outcome) for number, outcome in enumerate(outcomes)]
+        return {
+            "id": f"clsf-{secrets.token_hex(12)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": self.settings.name,
+            "data": data,
+        }
+
+    async def guardrail(self, request: GuardrailRequest, noted: dict[str, Any]) -> dict[str, Any]:
+        """LiteLLM's generic guardrail: the conversation where it is given, else the texts; tools by themselves."""
+        if request.input_type == "response":
+            raise Problem(
+                400,
+                "this guard reads prompts, not answers; expected mode pre_call or during_call",
+                "unsupported_input_type",
+                param="input_type",
+            )
+        if request.images:
+            return self._unread("images are not read by the guard", noted)
+        texts = list(request.texts or ())
+        asked = [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
+        if request.structured_messages:
+            try:
+                whole = conversation(request.structured_messages, self.settings.limits.messages)
+            except Problem as problem:
+                if problem.code != "unreadable_content":
+                    raise
+                return self._unread(problem.message, noted)
+            read = {turn.content for way in whole for turn in way.prompt.turns}
+            asked = [whole, *(ways for ways in asked if ways[0].prompt.text not in read)]
+        for name, values in (("tools", request.tools), ("tool_calls", request.tool_calls)):
+            asked += [[RequestReading(name, Prompt(name, text)) for text in texts_in(values)]] if values else []
+        if not asked:  # what cannot be shown as text, token ids say, comes as nothing
+            return self._unread("there is nothing that the guard can read", noted)
+        outcomes = await self._judged(asked, GUARDRAIL, noted)
+        held = next((outcome for outcome in outcomes if outcome.held), None)
+        if held is None:
+            return {"action": "NONE", "blocked_reason": None}
+        return {"action": "BLOCKED", "blocked_reason": REASONS.get(held.status, REASONS["error"])}
+
+    def _unread(self, reason: str, noted: dict[str, Any]) -> dict[str, Any]:
+        """What the guard cannot read is not safe, unless the server fails open or only watches."""
+        noted["guard"] = "unreadable"
+        self.gate.metrics.errors.labels("unreadable").inc()
+        if self.settings.fail_open or self.settings.shadow:
+            return {"action": "NONE", "blocked_reason": None}
+        self.gate.metrics.blocked.labels(GUARDRAIL).inc()
+        return {"action": "BLOCKED", "blocked_reason": reason}
+
+    def _asked(self, given: str | Sequence[str | Part | Turn]) -> list[list[RequestReading]]:
+        """The readings of each text, or of the one message or conversation, that an input holds."""
+        if isinstance(given, str):
+            return [readings(Prompt("0", given))]
+        turns = [one for one in given if isinstance(one, Turn)]
+        if turns:
+            return [conversation(turns, self.settings.limits.messages)]
+        parts = [text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)]
+        if parts:
+            alone = [
+                RequestReading(f"part {place}", Prompt("0", text)) for place, text in enumerate(parts, 1) if len(parts) > 1 and text.strip()
+            ]
+            return [[*readings(Prompt("0", "\n".join(parts))), *alone]]
+        return [readings(Prompt(str(number), str(text))) for number, text in enumerate(given)]
+
+    async def _judged(self, asked: Sequence[Sequence[RequestReading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+        if len(asked) > self.settings.limits.inputs:
+            message = f"{len(asked)} texts; expected at most {self.settings.limits.inputs}"
+            raise Problem(400, message, "too_many_inputs", param="texts" if route == GUARDRAIL else "input")
+        if self.settings.log_prompts:
+            noted["prompt"] = [[turn.content for turn in ways[0].prompt.messages] or ways[0].prompt.text for ways in asked]
+        return await self.gate.judge(asked, route, noted)
+
+
+def _moderation(outcome: Outcome) -> dict[str, Any]:
+    score = _probability(outcome)
+    return {
+        "flagged": outcome.held,
+        "categories": {"unsafe": outcome.held},
+        "category_scores": {"unsafe": score},
+        "category_applied_input_types": {"unsafe": ["text"]},
+        "guard": outcome.record,
+    }
+
+
+def _classification(number: int, outcome: Outcome) -> dict[str, Any]:
+    score = _probability(outcome)
+    label = "unsafe" if outcome.held else "safe"
+    return {"index": number, "label": label, "probs": [1.0 - score, score], "num_classes": 2, "guard": outcome.record}
+
+
+def _probability(outcome: Outcome) -> float:
+    """A probability for places that must have one: certainty of what is done where the guard could not judge."""
+    return outcome.p_unsafe if outcome.p_unsafe is not None else float(outcome.held)
+
 
 ERRORS = (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 502, 503, 504)
 _NAMES = {404: "not_found", 405: "method_not_allowed"}
@@ -82,7 +449,7 @@ class Service:
         self.gate = Gate(self.engine, settings, metrics)
         self.upstream = None if settings.upstream is None else Upstream(settings, metrics, transport)
         self.chat = Chat(settings, self.gate, self.upstream, log)
-        self.verdicts = judging.Verdicts(settings, self.gate)
+        self.verdicts = Verdicts(settings, self.gate)
         self.created = int(time.time())
         self.app = _application(self)
         self.asgi = Door(self.app, settings, metrics, log)
@@ -108,6 +475,27 @@ class Service:
             await self.engine.close(self.settings.limits.drain_seconds)
             if self.upstream is not None:
                 await self.upstream.close()
+
+
+def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **further: Any) -> Service:
+    """A service around a guard that is bound to its model.
+
+    Args:
+        guard: Bound.
+        settings: How the service behaves.
+        log: Told one event a request.
+        **further: As `Service` takes them.
+    """
+    metrics = Metrics(drifts_of(guard.reference))
+    limits = settings.limits
+    tokens = min((most for most in (limits.prompt_tokens, guard.bound.max_length) if most), default=None)
+    if limits.characters is None and tokens is not None:
+        limits = dataclasses.replace(limits, characters=_CHARACTERS_A_TOKEN * tokens)
+        settings = dataclasses.replace(settings, limits=limits)
+    budget = limits.batch_tokens or token_budget(guard.bound.device)
+    bound = Bound(guard, limits.prompt_tokens)
+    writer = LocalWriter(guard.bound, bound, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
+    return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further)
 
 
 def _application(service: Service) -> FastAPI:
@@ -176,9 +564,9 @@ def _add_posts(app: FastAPI, service: Service) -> None:
     verdicts = service.verdicts
     _post(app, CHAT, "chat", chat, ChatRequest, None)
     for path, name, shape, judge, answer in (
-        (judging.MODERATIONS, "moderations", ModerationRequest, verdicts.moderate, ModerationAnswer),
-        (judging.CLASSIFY, "classify", ClassifyRequest, verdicts.classify, ClassifyAnswer),
-        (judging.GUARDRAIL, "guardrail", GuardrailRequest, verdicts.guardrail, GuardrailAnswer),
+        (MODERATIONS, "moderations", ModerationRequest, verdicts.moderate, ModerationAnswer),
+        (CLASSIFY, "classify", ClassifyRequest, verdicts.classify, ClassifyAnswer),
+        (GUARDRAIL, "guardrail", GuardrailRequest, verdicts.guardrail, GuardrailAnswer),
     ):
         _post(app, path, name, judging_route(shape, judge), shape, answer)
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.errors import InputError
-from safety_neurons.guard.requests import Reading, readings
-from safety_neurons.guard.server.problems import Problem
-from safety_neurons.guard.server.shapes import SPEECH, Part, StreamOptions, Turn
+from safety_neurons.guard.features import RequestReading, readings
+from safety_neurons.guard.server.shapes import SPEECH, Part, Problem, StreamOptions, Turn
 from safety_neurons.prompts import Message, Prompt, request_of
 from safety_neurons.prompts.records import as_text, opened
 
@@ -83,7 +82,7 @@ _JOINTS = re.compile(r"[_\-.,:;/+*~|=&\u00ad\u200b-\u200d\u2060\ufeff]+|(?<=[a-z
 _SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_]{1,16}\|?>|\[/?[A-Z_]{1,16}\]")
 
 
-def conversation(turns: Sequence[Turn], limit: int) -> list[Reading]:
+def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
     """How the guard reads a conversation: as a whole, turn by turn, and what a message holds beside its content by itself.
 
     In the whole, parts of a message are joined by line breaks, and calls of tools and what the assistant refused count as said; thoughts
@@ -157,7 +156,7 @@ def text_of(part: Part, place: str) -> str:
     return "\n".join(texts)
 
 
-def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reading]:
+def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[RequestReading]:
     """Further texts of a chat request that a model may read, each by itself.
 
     Args:
@@ -239,11 +238,11 @@ def _spaced(text: str) -> str:
     return text if re.search(r"\s", text.strip()) else _JOINTS.sub(" ", text)
 
 
-def _alone(texts: Sequence[tuple[str, str]]) -> list[Reading]:
+def _alone(texts: Sequence[tuple[str, str]]) -> list[RequestReading]:
     if len(texts) > _MOST_TEXTS:
         raise Problem(400, f"{len(texts)} texts beside the turns; expected at most {_MOST_TEXTS}", "too_many_texts", param=texts[0][0])
     once = {text: name for name, text in reversed(texts) if text.strip()}
-    return [Reading(name, Prompt(id=name, text=text)) for text, name in once.items()]
+    return [RequestReading(name, Prompt(id=name, text=text)) for text, name in once.items()]
 
 
 def _is_setting(name: str, value: Any) -> bool:

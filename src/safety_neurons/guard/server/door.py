@@ -1,23 +1,156 @@
-"""The door: what every request passes before anything looks at it, and what every answer passes on its way out.
+"""Outermost ASGI layer: authentication, sizes and rates of requests, the presence of the client, errors, logs and metrics.
 
-Outermost part of the application, and without a framework: who asks, how much arrives and how fast, how much is under way, whether the
-client is still there, whether the server is closing. Whatever raises inside leaves as an error in the shape of the OpenAI API.
+Without a framework. Whatever raises inside leaves as an error in the shape of the OpenAI API.
 """
 
 import asyncio
+import bisect
 import contextlib
 import hmac
+import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from safety_neurons.guard.server.metrics import Metrics
-from safety_neurons.guard.server.problems import Problem, busy, closing, unforeseen
 from safety_neurons.guard.server.settings import Settings
+from safety_neurons.guard.server.shapes import Problem, busy, closing, unforeseen
 from safety_neurons.model.chat_server import is_local
+
+FEWEST = 100
+"""Scores below which a comparison says more about chance than about drift."""
+_SMALLEST_SHARE = 1e-4
+Numbers = Sequence[int | float]
+
+
+def population_stability(counts: Numbers, reference: Numbers) -> float:
+    """Population stability index, Σ (p − q) ln(p ÷ q) over the bins of two histograms; 0 where they are alike.
+
+    Below 0.1 is commonly read as no change, above 0.25 as a change to look into. Shares are at least 1e-4, so an empty bin is finite.
+
+    Args:
+        counts: Of recent scores.
+        reference: Of validation, over the same bins.
+
+    Raises:
+        ValueError: Histograms of different lengths, or without any count.
+    """
+    if len(counts) != len(reference) or sum(counts) <= 0 or sum(reference) <= 0:
+        raise ValueError(f"histograms of {len(counts)} and {len(reference)} bins: expected two of the same bins with counts")
+    total = 0.0
+    for found, known in zip(counts, reference, strict=True):
+        p = max(found / sum(counts), _SMALLEST_SHARE)
+        q = max(known / sum(reference), _SMALLEST_SHARE)
+        total += (p - q) * math.log(p / q)
+    return total
+
+
+class Drift:
+    """Values of late, against a histogram of validation.
+
+    Args:
+        bounds: Between the bins, rising; the first and the last bin are open.
+        reference: Counts of validation, one more than bounds.
+        window: Values that are remembered.
+    """
+
+    def __init__(self, bounds: Numbers, reference: Numbers, window: int = 2000) -> None:
+        self._bounds, self._reference = list(bounds), list(reference)
+        self._recent: deque[int] = deque(maxlen=window)
+        self._counts = [0] * len(self._reference)
+
+    def add(self, value: int | float) -> None:
+        """Takes a value in; the oldest falls out."""
+        if len(self._recent) == self._recent.maxlen:
+            self._counts[self._recent[0]] -= 1
+        place = bisect.bisect_right(self._bounds, value)
+        self._recent.append(place)
+        self._counts[place] += 1
+
+    @property
+    def index(self) -> float:
+        """The population stability index; NaN as long as there are fewer than 100 values, or none of validation."""
+        if len(self._recent) < FEWEST or sum(self._reference) <= 0:
+            return math.nan
+        return population_stability(self._counts, self._reference)
+
+
+def drifts_of(reference: Mapping[str, Any]) -> dict[str, Drift]:
+    """What a guard's traffic is compared with, by name; what the guard has no histogram of is left out.
+
+    `score`: all scores of validation. `score_of_safe`: those of safe prompts, for traffic is mostly safe. `distance`: how far validation's
+    prompts were from the mean of the fit.
+    """
+    found: dict[str, Drift] = {}
+    scores, distances = reference.get("p_unsafe"), reference.get("distance")
+    if scores:
+        bounds = scores["edges"][1:-1]
+        found["score"] = Drift(bounds, [safe + unsafe for safe, unsafe in zip(scores["safe"], scores["unsafe"], strict=True)])
+        found["score_of_safe"] = Drift(bounds, scores["safe"])
+    if distances:
+        found["distance"] = Drift(distances["edges"], distances["counts"])
+    return found
+
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SCORES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999)
+ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_PREFIX = "safety_neurons_guard"
+
+
+class Metrics:
+    """Counts and histograms of one server, in a registry of their own.
+
+    Args:
+        drifts: Recent values against those of validation, by name.
+    """
+
+    def __init__(self, drifts: Mapping[str, Drift] | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self.drifts = dict(drifts or {})
+        self.requests = self._counter("requests", "Requests, by route and status.", "route", "status")
+        self.seconds = self._histogram("request_seconds", "From the request's first byte to the answer's last.", SECONDS, "route")
+        self.guard_seconds = self._histogram(
+            "verdict_seconds", "From a prompt's arrival to its verdict, the wait included.", SECONDS, "route"
+        )
+        self.scores = self._histogram("score", "Calibrated probability that the answer would be unsafe.", SCORES)
+        self.flagged = self._counter("flagged", "Prompts the guard flagged, by route.", "route")
+        self.blocked = self._counter("blocked", "Prompts that were held back, by route; none in shadow mode.", "route")
+        self.errors = self._counter("errors", "Prompts without a sound verdict, by kind: truncated, error, timeout.", "kind")
+        self.rejected = self._counter("rejected", "Requests turned away, by the code of the error.", "code")
+        self.upstream = self._counter("upstream_errors", "Requests the upstream failed, by kind.", "kind")
+        self.disconnected = self._counter("disconnected", "Requests whose client went away before the answer.")
+        self.batches = self._histogram("batch_rows", "Prompts judged together.", ROWS)
+        self.batch_seconds = self._histogram("batch_seconds", "Seconds of the model for a batch.", SECONDS)
+        self.waiting = Gauge(f"{_PREFIX}_waiting", "Prompts that wait for the model.", registry=self.registry)
+        self.in_flight = Gauge(f"{_PREFIX}_in_flight", "Requests accepted and not yet answered.", registry=self.registry)
+        psi = Gauge(f"{_PREFIX}_drift_psi", "Population stability index against validation; NaN below 100.", ["of"], registry=self.registry)
+        for name, drift in self.drifts.items():
+            psi.labels(name).set_function(lambda drift=drift: drift.index)  # type: ignore[misc]
+
+    def seen(self, score: float | None, distance: float | None) -> None:
+        """Takes a verdict's numbers in."""
+        if score is not None:
+            self.scores.observe(score)
+        for name, drift in self.drifts.items():
+            value = distance if name == "distance" else score
+            if value is not None:
+                drift.add(value)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def text(self) -> bytes:
+        """The page that is scraped."""
+        return generate_latest(self.registry)
+
 
 Log = Callable[[Mapping[str, Any]], None]
 OPEN = frozenset({"/healthz", "/readyz"})

@@ -1,29 +1,259 @@
-"""A guard in memory as the engine and the writer use it."""
+"""A guard in memory as a service: verdicts in batches, and answers of the local model written step by step.
+
+One step is one forward pass of all rows of a group, so the engine can judge others in between. Rows end for themselves: at an end token, at
+their own length, at a stop text, when their client goes away; what remains of the group goes on without them.
+"""
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import inspect
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import model_lock
 from safety_neurons.guard.guard import Guard
-from safety_neurons.guard.server.app import Service
-from safety_neurons.guard.server.door import Log
-from safety_neurons.guard.server.drift import drifts_of
-from safety_neurons.guard.server.gate import outcome_of
-from safety_neurons.guard.server.metrics import Metrics
-from safety_neurons.guard.server.problems import too_long
-from safety_neurons.guard.server.settings import Settings
-from safety_neurons.guard.server.writing import LocalWriter
-from safety_neurons.model import Encoded
-from safety_neurons.model.batches import token_budget
+from safety_neurons.guard.server.engine import Answering
+from safety_neurons.guard.server.shapes import Problem, too_long
+from safety_neurons.model import Encoded, LanguageModel
+from safety_neurons.model.language_model import takes_padding
 
-_CHARACTERS_A_TOKEN = 16
-"""Texts have about four characters a token, and what has four times as many throughout is no text: it is refused unread."""
+_COLDEST = 1e-6
+_HALF_CHARACTER = "�"
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How one answer is decoded.
+
+    Attributes:
+        new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Of sampling.
+        seed: Of sampling; None for one that nobody knows.
+        stop: Texts that end the answer; they are not part of it.
+    """
+
+    new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The guard's verdict, before the first token."""
+
+    verdict: Any
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of an answer, and why: `stop`, `length`, `content_filter`."""
+
+    reason: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """A guard that looks on during a prefill."""
+
+    def during(self, mask: Int[Tensor, "batch token"]) -> contextlib.AbstractContextManager[Any]:
+        """Reads the left-padded pass inside the context."""
+
+    def verdicts(self, truncated: Sequence[bool]) -> Sequence[Any]:
+        """A verdict for each row of it."""
+
+
+class Text:
+    """The text of an answer as it grows: whole characters only, and nothing that could become a stop text.
+
+    Args:
+        decode: Ids to text.
+        stop: Texts that end the answer.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, stop
+        self._ids: list[int] = []
+        self._before, self._read = 0, 0
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Text that is certain once this token is there."""
+        self._ids.append(token)
+        known = self._decode(self._ids[self._before : self._read])
+        text = self._decode(self._ids[self._before :])
+        if text.endswith(_HALF_CHARACTER) or len(text) <= len(known):
+            return ""
+        self._before, self._read = self._read, len(self._ids)
+        return self._checked(text[len(known) :])
+
+    def rest(self) -> str:
+        """What was held back, at the end of the answer."""
+        known = self._decode(self._ids[self._before : self._read])
+        text = self._checked(self._decode(self._ids[self._before :])[len(known) :])
+        held, self._held = ("", "") if self.stopped else (self._held, "")
+        return text + held
+
+    def _checked(self, text: str) -> str:
+        whole = self._held + text
+        places = [place for stop in self._stop if (place := whole.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return whole[: min(places)]
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep]
+
+
+class Row:
+    """One answer under way."""
+
+    def __init__(self, job: Answering, ids: list[int], limit: int, lm: LanguageModel) -> None:
+        decode: Decode = job.settings
+        self.job, self.n_prompt, self.limit = job, len(ids), min(limit, decode.new_tokens)
+        self.ids = ids
+        self.n_new = 0
+        self.text = Text(lm.decode, decode.stop)
+        self._settings = decode
+        self._ends = set(lm.eos_ids)
+        self._random = None
+        if decode.temperature > 0:
+            self._random = torch.Generator().manual_seed(secrets.randbits(63) if decode.seed is None else decode.seed % 2**63)
+
+    def choose(self, logits: Float[Tensor, " vocab"]) -> int:
+        """The next token."""
+        if self._random is None:
+            return int(logits.argmax())
+        scores = logits.double().cpu()
+        scores = ((scores - scores.max()) / max(self._settings.temperature, _COLDEST)).softmax(0)  # colder, quotients are no numbers
+        if self._settings.top_p < 1:
+            order = scores.sort(descending=True)
+            outside = order.values.cumsum(0) - order.values >= self._settings.top_p
+            scores = scores.index_fill(0, order.indices[outside], 0.0)
+        return int(torch.multinomial(scores, 1, generator=self._random))
+
+    def take(self, token: int) -> bool:
+        """Tells the job about a token; True where the answer goes on."""
+        if self.job.given_up:
+            return False
+        if token in self._ends:
+            return self.end("stop")
+        self.n_new += 1
+        piece = self.text.add(token)
+        if piece:
+            self.job.tell(Piece(piece))
+        if self.text.stopped:
+            return self.end("stop")
+        return self.n_new < self.limit or self.end("length")
+
+    def fail(self) -> bool:
+        """Tells the job that there is no next token: the likeliest of what are no numbers would be token 0."""
+        self.job.tell(Problem(500, "the model gave NaN or infinity, so the answer ends here", "model_error"))
+        return False
+
+    def end(self, reason: str) -> bool:
+        """Tells the job that the answer is complete."""
+        rest = self.text.rest() if reason != "content_filter" else ""
+        if rest:
+            self.job.tell(Piece(rest))
+        self.job.ended = True
+        self.job.tell(Ended("stop" if self.text.stopped else reason, self.n_prompt, self.n_new))
+        return False
+
+
+class LocalWriter:
+    """Answers with a model in memory.
+
+    Args:
+        lm: The model.
+        watch: The guard that looks on, bound to the model.
+        holds: Whether a verdict ends an answer before it begins.
+        batch_tokens: Padded tokens of a prefill.
+    """
+
+    def __init__(self, lm: LanguageModel, watch: Watch, holds: Callable[[Any], bool], *, batch_tokens: int = 2048) -> None:
+        self.lm, self.watch, self.holds, self._batch_tokens = lm, watch, holds, batch_tokens
+        forward = inspect.signature(lm.inner.forward).parameters
+        self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in forward}
+
+    def fits(self, job: Answering, others: Sequence[Answering]) -> bool:
+        """Whether a prompt goes with others into one prefill."""
+        lengths = [job.length, *(other.length for other in others)]
+        return (takes_padding(self.lm) or len(set(lengths)) == 1) and max(lengths) * len(lengths) <= self._batch_tokens
+
+    def start(self, jobs: Sequence[Answering]) -> Iterator[None]:
+        """Writes answers together, a token a step."""
+        encoded = [job.fed for job in jobs]
+        room = [self.lm.max_length - len(one.ids) if self.lm.max_length else 1 << 30 for one in encoded]
+        rows = [Row(job, one.ids, left, self.lm) for job, one, left in zip(jobs, encoded, room, strict=True)]
+        width = max(row.n_prompt for row in rows)
+        ids = torch.full((len(rows), width), self.lm.pad_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids[place, width - row.n_prompt :] = torch.tensor(row.ids)
+            mask[place, width - row.n_prompt :] = 1
+        with self.watch.during(mask):
+            logits, cache = self._pass(ids, mask, None)
+        verdicts = self.watch.verdicts([one.truncated for one in encoded])
+        going = [self._admitted(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+        while True:
+            numbers = logits.amax(-1).isfinite().tolist()  # the largest is NaN where any is; −∞ may be a token that is forbidden
+            going = [on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)]
+            chosen = [row.choose(scores) if on else 0 for row, scores, on in zip(rows, logits, going, strict=True)]
+            going = [on and row.take(token) for row, token, on in zip(rows, chosen, going, strict=True)]
+            kept = [place for place, on in enumerate(going) if on]
+            if not kept:
+                return
+            if len(kept) < len(rows):
+                cache.batch_select_indices(torch.tensor(kept, device=self.lm.device))
+                rows, mask, going = [rows[place] for place in kept], mask[kept], [True] * len(kept)
+            yield None
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            logits, cache = self._pass(torch.tensor([[chosen[place]] for place in kept]), mask, cache)
+
+    def _admitted(self, row: Row, verdict: Any) -> bool:
+        """Hands the verdict on; True where the answer may begin."""
+        held = self.holds(verdict)
+        if row.limit < 1 and not held:
+            row.job.tell(too_long(row.n_prompt, row.n_prompt - 1))
+            return False
+        row.job.tell(Judged(verdict))
+        row.job.ended = held
+        return not held
+
+    def _pass(self, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row all"], cache: Any) -> tuple[Float[Tensor, "row vocab"], Any]:
+        """Logits behind the last token of every row, and the cache."""
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        further = {"position_ids": places.to(self.lm.device), "logits_to_keep": 1}
+        given = {name: value for name, value in further.items() if name in self._accepts}
+        with self.lm.running(), torch.no_grad():
+            output = self.lm.model(
+                input_ids=ids.to(self.lm.device),
+                attention_mask=mask.to(self.lm.device),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **given,
+            )
+        return output.logits[:, -1].float(), output.past_key_values
 
 
 class Bound:
@@ -68,24 +298,3 @@ class Bound:
     def verdicts(self, truncated: Sequence[bool]) -> Sequence[Any]:
         """Verdicts on the rows of that pass."""
         return self.guard.verdicts(self._features, truncated, top=0)
-
-
-def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **further: Any) -> Service:
-    """A service around a guard that is bound to its model.
-
-    Args:
-        guard: Bound.
-        settings: How the service behaves.
-        log: Told one event a request.
-        **further: As `Service` takes them.
-    """
-    metrics = Metrics(drifts_of(guard.reference))
-    limits = settings.limits
-    tokens = min((most for most in (limits.prompt_tokens, guard.bound.max_length) if most), default=None)
-    if limits.characters is None and tokens is not None:
-        limits = dataclasses.replace(limits, characters=_CHARACTERS_A_TOKEN * tokens)
-        settings = dataclasses.replace(settings, limits=limits)
-    budget = limits.batch_tokens or token_budget(guard.bound.device)
-    bound = Bound(guard, limits.prompt_tokens)
-    writer = LocalWriter(guard.bound, bound, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
-    return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further)

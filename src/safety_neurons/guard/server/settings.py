@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from safety_neurons.errors import UsageError
-from safety_neurons.guard.generating import REFUSAL
+from safety_neurons.guard.generate import REFUSAL
 from safety_neurons.model.chat_server import is_local
 
 TOKEN_VARIABLE = "SAFETY_NEURONS_TOKEN"

@@ -1,26 +1,328 @@
-"""GuardedModel: generation that reads the guard's neurons during its own prefill and stops flagged rows before their first token."""
+"""Generate behind a guard: verdicts during the prefill and while answers grow, rows stopped one by one, answers whole or streamed."""
 
 import contextlib
 import dataclasses
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
-from safety_neurons.guard.features import model_lock
-from safety_neurons.guard.guard import Guard
-from safety_neurons.guard.operating import check_probability
-from safety_neurons.guard.requests import Request, as_prompt, as_request_prompts, readings
-from safety_neurons.guard.streaming import GuardedStream
-from safety_neurons.guard.verdicts import FlaggedError, Verdict
-from safety_neurons.guard.watching import Rules, Watch
+from safety_neurons.guard.calibration import check_probability
+from safety_neurons.guard.features import Request, as_request_prompts, model_lock, readings
+from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompts import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions, conversation_of
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When rows are stopped.
+
+    Attributes:
+        fail_open: whether a prompt that was truncated or could not be scored goes on.
+        shadow: whether everything goes on.
+        every: generated tokens between re-checks; 0 for none.
+        threshold: of the re-checks.
+        top: neurons to name in the verdict on a flagged row.
+    """
+
+    fail_open: bool = False
+    shadow: bool = False
+    every: int = 0
+    threshold: float = 1.0
+    top: int = TOP
+
+
+@dataclass
+class Watch:
+    """Reads the guard's neurons in one batch and says which rows to stop.
+
+    The verdicts are there before anyone sees a token. A flagged row ends with its first token, which is thrown away: the other rows of the
+    batch go on, and nothing they see has changed.
+
+    Attributes:
+        guard: bound.
+        rules: when to stop.
+        truncated: per row whether its prompt was.
+        lengths: tokens of each prompt.
+        beside: per row the verdicts on the other readings of its request, which count as much as the one of the prefill.
+        verdicts: per row, once the prompt is read.
+        rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
+        cancelled: set from outside to end all rows at their next token; None where nothing will.
+    """
+
+    guard: Guard
+    rules: Rules
+    truncated: Sequence[bool]
+    lengths: Sequence[int]
+    beside: Sequence[Sequence[Verdict]]
+    cancelled: threading.Event | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
+    steps: int = 0
+    _reading: bool = False
+
+    @contextlib.contextmanager
+    def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
+        """Watch the batch that is generated inside the context; gives the arguments of `generate` that do it."""
+        self.collector = self.guard.collector
+        self.collector.start(mask if len(mask) > 1 else None, left=True)  # a row alone has no padding
+        self.width = int(mask.shape[1])
+        self.stopped = torch.zeros(len(mask), dtype=torch.bool)
+        self.rechecks = [[] for _ in range(len(mask))]
+        try:
+            self._open()
+            yield {"stopping_criteria": [self]}
+        finally:
+            self._close()
+
+    def __call__(self, ids: Int[Tensor, "batch token"], *_: Any, **__: Any) -> Bool[Tensor, " batch"]:
+        """Called by `generate` with every new token of all rows, before anyone has seen it: which rows end here."""
+        self.advance(int(ids.shape[1]) - self.width)
+        ends = self.stopped if self.cancelled is None or not self.cancelled.is_set() else torch.ones_like(self.stopped)
+        return ends if ends.device == ids.device else ends.to(ids.device)
+
+    def advance(self, n_tokens: int) -> None:
+        """Judge what the passes before the newest of so many tokens have read: the prompt first, then every few tokens what was written."""
+        while self.steps < n_tokens:
+            if self.steps == 0:
+                self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
+                self._stop([verdict.flagged for verdict in self.verdicts])
+                self._rest()
+            elif self._due(self.steps):
+                found = self._judge(self.rules.threshold)
+                for row, verdict in enumerate(found):
+                    self.rechecks[row].append((self.steps, verdict))
+                self._stop([verdict.flagged for verdict in found])
+                self._rest()
+            self.steps += 1
+            if self._due(self.steps):
+                self._open()
+
+    def stopped_at(self, row: int, n_tokens: int) -> tuple[int, Verdict] | None:
+        """Where a row that gave so many tokens was stopped: the number of tokens before that, and the verdict; None where it was not.
+
+        A re-check behind the end of a row's answer, which only a longer row of its batch made happen, does not count.
+        """
+        if self.rules.shadow:
+            return None
+        checks = [(0, self.verdicts[row]), *self.rechecks[row]]
+        return next(((count, verdict) for count, verdict in checks if verdict.flagged and count <= n_tokens), None)
+
+    def _due(self, step: int) -> bool:
+        return self.rules.every > 0 and step % self.rules.every == 0
+
+    def _stop(self, flagged: Sequence[bool]) -> None:
+        if any(flagged) and not self.rules.shadow:
+            self.stopped |= torch.tensor(flagged)
+
+    def _judge(self, threshold: float | None) -> list[Verdict]:
+        started = time.perf_counter()
+        options: dict[str, Any] = {"threshold": threshold, "fail_open": self.rules.fail_open}
+        lengths = [length + self.steps for length in self.lengths]
+        try:
+            features = self.collector.result()[self.guard.pooling]
+            return self.guard.verdicts(
+                features, self.truncated, **options, top=self.rules.top, only_flagged=True, lengths=lengths, started=started
+            )
+        except FAILURES as error:
+            return [self.guard.failed(error, **options, n_tokens=length) for length in lengths]
+
+    def _open(self) -> None:
+        """Read from now on, unless reading never ended: what pools over all tokens must see all of them."""
+        if not self._reading:
+            self._reading = True
+            if self.steps:
+                self.collector.start(left=True)
+            self.collector.__enter__()
+
+    def _rest(self) -> None:
+        """Take the hooks off until the next check; a pooling over all tokens keeps them while there is one."""
+        if self.rules.every and self.guard.pooling.kind != "last":
+            return
+        self._close()
+
+    def _close(self) -> None:
+        """Hooks off; a site that never came by is in the verdict already, as an error."""
+        if self._reading:
+            self._reading = False
+            self.collector.off()
+
+
+_REPLACEMENT = "�"
+_END = object()
+
+
+class GuardedStream:
+    """Pieces of one answer, in order. Iterate; or use it as a context manager, which ends the generation on the way out.
+
+    Args:
+        answer: generates with a streamer and an event that cancels.
+        model: decodes.
+        every: tokens between re-checks, before which they are held back; 0 for none.
+        ends: ids that end an answer.
+    """
+
+    def __init__(
+        self, answer: Callable[[Any, threading.Event], "GuardedAnswer"], model: LanguageModel, every: int = 0, ends: Sequence[int] = ()
+    ) -> None:
+        self._channel = _Channel(model, every, ends)
+        self._thread = threading.Thread(target=_run, args=(answer, self._channel), name="guarded-stream", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        item = self._channel.pieces.get() if not self._channel.over else _END
+        if isinstance(item, str):
+            return item
+        self._channel.over = True
+        self._thread.join()
+        if isinstance(item, BaseException):
+            raise item
+        raise StopIteration
+
+    def __enter__(self) -> "GuardedStream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        channel = getattr(self, "_channel", None)
+        if channel is not None:
+            channel.cancelled.set()
+
+    def close(self) -> None:
+        """End the generation at its next token and wait for that; may be called at any time, and again."""
+        self._channel.cancelled.set()
+        self._channel.over = True
+        self._thread.join()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """On the prompt; None until it is read."""
+        watch = self._channel.watch
+        return watch.verdicts[0] if watch is not None and watch.verdicts else None
+
+    @property
+    def answer(self) -> "GuardedAnswer | None":
+        """The whole answer; None until the stream has ended, and after a failure."""
+        return self._channel.answer
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop`, `length` or `guard`; None until the stream has ended, and where it was closed before."""
+        return None if self.answer is None or self._channel.cancelled.is_set() else self.answer.finish_reason
+
+
+class _Channel:
+    """What the thread that generates and the one that reads share; the streamer of `generate`."""
+
+    def __init__(self, model: LanguageModel, every: int, ends: Sequence[int]) -> None:
+        self.every, self.ends = every, frozenset(ends)
+        self.pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
+        self.watch: Watch | None = None
+        self.answer: Any = None
+        self.over = False
+        self._text = Detokenizer(model.decode)
+        self._tokens: list[int] = []
+        self._released = 0
+        self._started = False
+
+    def put(self, value: Any) -> None:
+        """The prompt first, then one token after another."""
+        if not self._started:
+            self._started = True
+            return
+        self._tokens.append(int(value.reshape(-1)[0]))
+        if self.watch is not None:
+            self.watch.advance(len(self._tokens))
+        passed = len(self._tokens) - 1
+        self._release(passed - passed % self.every if self.every else passed + 1)
+
+    def end(self) -> None:
+        """The last token was put."""
+
+    def _release(self, count: int) -> None:
+        """Give out the text of the first tokens, unless the row was stopped."""
+        if self.watch is None or bool(self.watch.stopped.any()):
+            return
+        fresh = self._tokens[self._released : count]
+        self._released = max(self._released, count)
+        for token in fresh:
+            if token not in self.ends and (piece := self._text.add(token)):
+                self.pieces.put(piece)
+
+    def finish(self, answer: "GuardedAnswer") -> None:
+        """Give out the rest: of the answer, or what takes its place."""
+        self.answer = answer
+        if answer.stopped:
+            if answer.stopped_at == 0 and answer.text:
+                self.pieces.put(answer.text)
+            return
+        for token in answer.token_ids[self._text.count :]:
+            if piece := self._text.add(token):
+                self.pieces.put(piece)
+        if piece := self._text.rest():
+            self.pieces.put(piece)
+
+
+def _run(answer: Callable[[Any, threading.Event], "GuardedAnswer"], channel: _Channel) -> None:
+    try:
+        channel.finish(answer(channel, channel.cancelled))
+    except BaseException as error:
+        channel.pieces.put(error)
+    finally:
+        channel.pieces.put(_END)
+
+
+class Detokenizer:
+    """Text of tokens one after another; a character of several tokens comes out whole.
+
+    Each piece is what the text of a few tokens gains by the next one, so that tokenizers which look at their neighbours (spaces at the
+    start of a word, joined bytes) give what they give for the whole.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._start = self._read = 0
+
+    @property
+    def count(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
+
+    def add(self, token: int) -> str:
+        """What the text gains by a token; empty while a character is not whole."""
+        self._ids.append(token)
+        return self._gained(final=False)
+
+    def rest(self) -> str:
+        """What is left of a character that stays incomplete."""
+        return self._gained(final=True)
+
+    def _gained(self, *, final: bool) -> str:
+        before = self._decode(self._ids[self._start : self._read])
+        after = self._decode(self._ids[self._start :])
+        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
 
 REFUSAL = "I can't help with that."
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]

@@ -1,0 +1,780 @@
+"""Fit a guard on labelled prompts, calibrate it again for an updated model, and set thresholds for re-checks of answers under way."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+
+from safety_neurons.errors import ForeignModelError, InputError, UsageError
+from safety_neurons.guard.calibration import (
+    EXAMPLES,
+    TARGETS,
+    Classifier,
+    OperatingPoint,
+    Recheck,
+    check_probability,
+    expected_calibration_error,
+    fit_calibration,
+    log_loss,
+    operating_points,
+    rates_at,
+    threshold_for,
+)
+from safety_neurons.guard.features import Features, Pooling, read_poolings, readings
+from safety_neurons.guard.guard import PROVISIONAL, Guard, bindings_of
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
+from safety_neurons.model.language_model import Texts
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompts.readers import LOOK_ALIKES, PREFIX, Source
+from safety_neurons.results import Rate, auroc, plain, rate
+from safety_neurons.results.estimates import GroupLabels, clusters_of
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse strengths of the L2 penalty that are tried."""
+SHARES = (0.5, 0.2, 0.3)
+LEAST = 10
+"""Examples of either kind that are needed."""
+_CONSTANT = 1e-6
+
+Values = Float[np.ndarray, "prompt feature"]
+Labels = Bool[np.ndarray, " prompt"]
+Readings = Float[np.ndarray, "_ feature"]
+"""Features of the further readings of one conversation."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which examples the weights are fit on, which choose among fits, and which calibrate and set thresholds.
+
+    Attributes:
+        train: indices.
+        validation: indices.
+        calibration: indices.
+    """
+
+    train: Int[np.ndarray, " train"]
+    validation: Int[np.ndarray, " validation"]
+    calibration: Int[np.ndarray, " calibration"]
+
+
+def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES, groups: GroupLabels = None) -> Split:
+    """A split that gives each part its share of either class; what shares a group stays together.
+
+    Args:
+        labels: which examples are unsafe.
+        seed: of the draw.
+        shares: of train, validation and calibration.
+        groups: what examples share.
+
+    Raises:
+        InputError: fewer than ten examples of a class, or groups so large that a part is left with one class.
+        UsageError: shares that do not sum to 1.
+
+    Source: none of the papers, which fit and choose on the same prompts.
+    """
+    if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
+        raise UsageError(f"shares {tuple(shares)}; expected three positive numbers that sum to 1: train, validation, calibration")
+    check_classes(labels)
+    generator = np.random.default_rng(seed)
+    clusters = clusters_of(groups, len(labels))
+    numbers, first = np.unique(clusters, return_index=True)
+    kind = np.where(np.isin(numbers, clusters[labels]), np.where(np.isin(numbers, clusters[~labels]), 2, 0), 1)
+    part_of = np.zeros(len(numbers), np.int64)
+    for each in np.unique(kind):
+        drawn = generator.permutation(np.flatnonzero(kind == each)[np.argsort(first[kind == each])])
+        sizes = np.bincount(np.searchsorted(numbers, clusters), minlength=len(numbers))[drawn]
+        cuts = np.cumsum([round(shares[0] * sizes.sum()), max(1, round(shares[1] * sizes.sum()))])
+        part_of[drawn] = np.searchsorted(cuts, np.cumsum(sizes) - sizes, side="right")
+    own = part_of[np.searchsorted(numbers, clusters)]
+    parts = [np.flatnonzero(own == place) for place in range(3)]
+    lacking = [
+        name for name, part in zip(("train", "validation", "calibration"), parts, strict=True) if len(set(labels[part].tolist())) < 2
+    ]
+    if lacking and len(numbers) < len(labels):
+        raise InputError(
+            f"{len(numbers)} groups among {len(labels)} examples leave the {lacking[0]} part without one class; expected more groups of "
+            "either kind, or none"
+        )
+    return Split(*parts)
+
+
+def check_classes(labels: Labels) -> None:
+    """Raise an error unless there are enough examples of both kinds."""
+    n_unsafe = int(labels.sum())
+    for count, word in ((n_unsafe, "unsafe"), (len(labels) - n_unsafe, "safe")):
+        if count < LEAST:
+            raise InputError(f"{count} {word} examples among {len(labels)}; expected at least {LEAST} of either kind to fit a guard")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A classifier with what is known of it.
+
+    Attributes:
+        classifier: calibrated.
+        operating_points: for the false-positive rates asked for.
+        threshold: the one in force: that of the wanted false-positive rate, provisional where too few safe examples support it.
+        fpr: the false-positive rate that was wanted.
+        penalty: the inverse strength of the L2 penalty that was chosen.
+        validation_auroc: of the chosen penalty, on the split that chose it.
+        auroc: on the calibration split, which chose nothing.
+        calibration_error: expected calibration error there; in sample for the calibration's own few numbers.
+        log_losses: cross-validated log loss of each calibration that was tried.
+        split: who was in which part.
+        probabilities: calibrated, of the calibration split, in its order.
+        notes: what had to be said.
+    """
+
+    classifier: Classifier
+    operating_points: tuple[OperatingPoint, ...]
+    threshold: float
+    fpr: float
+    penalty: float
+    validation_auroc: Rate
+    auroc: Rate
+    calibration_error: float
+    log_losses: Mapping[str, float]
+    split: Split
+    probabilities: Float[np.ndarray, " example"]
+    notes: tuple[str, ...] = ()
+
+
+def fit_on_features(
+    values: Values,
+    labels: Labels,
+    *,
+    calibration: str = "auto",
+    fpr: float = 0.01,
+    targets: Sequence[float] = TARGETS,
+    penalties: Sequence[float] = PENALTIES,
+    split: Split | None = None,
+    seed: int = 0,
+    readings: Mapping[int, Readings] | None = None,
+    groups: GroupLabels = None,
+) -> Fitted:
+    """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
+
+    Weights are fit on the train split for every penalty, the validation split chooses among them (AUROC, then log loss), the chosen
+    penalty is fit again on both, and the calibration split calibrates and sets thresholds. Classes are weighted to count alike.
+
+    Args:
+        values: one row an example; finite.
+        labels: which examples are unsafe.
+        calibration: `auto`, `temperature` or `isotonic`.
+        fpr: the false-positive rate whose threshold is in force.
+        targets: further false-positive rates to set operating points for.
+        penalties: inverse strengths of the L2 penalty to choose from.
+        split: who is in which part, so that other features are compared on the same; drawn from the seed where None.
+        seed: of everything random.
+        readings: of calibration examples that are read in several ways the features of the further ones, by example; the largest score
+            counts, as it does in a verdict.
+        groups: what examples share.
+
+    Raises:
+        InputError: NaN or infinity, fewer than ten examples of a class. UsageError: arguments out of range.
+
+    Source: Chen et al., arXiv 2406.14144, section 6 (logistic regression on safety neurons).
+    Differs: standardised, with a chosen penalty, calibrated, and with thresholds from safe examples that nothing was fit on.
+    """
+    if values.ndim != 2 or len(values) != len(labels) or not values.shape[1]:
+        raise InputError(f"features of shape {values.shape} and {len(labels)} labels; expected one row of at least one feature per label")
+    if not np.isfinite(values).all():
+        raise InputError(f"{int((~np.isfinite(values).all(1)).sum())} examples hold NaN or infinity; leave them out before fitting")
+    parts = split or stratified_split(labels, seed=seed, groups=groups)
+    shared = None if groups is None else np.array(groups, object)
+    choice = best_penalty(values, labels, parts, penalties, shared)
+    both = np.sort(np.concatenate([parts.train, parts.validation]))
+    notes = list(choice.notes)
+    plain = regression(values[both], labels[both], choice.penalty, notes)
+    held, unsafe = torch.from_numpy(np.ascontiguousarray(values[parts.calibration])), labels[parts.calibration]
+    scores = largest_scores(plain, held, [(readings or {}).get(int(example)) for example in parts.calibration])
+    calibrated, losses = fit_calibration(scores, unsafe, calibration, seed)
+    classifier = replace(plain, calibration=calibrated)
+    probabilities = classifier.chances(torch.from_numpy(scores)).numpy()
+    held_groups = None if shared is None else shared[parts.calibration].tolist()
+    points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True), held_groups)
+    active = next(point for point in points if point.fpr_target == fpr)
+    threshold = active.threshold if active.threshold is not None else threshold_for(probabilities, unsafe, fpr)
+    if not active.supported:
+        notes.append(f"the threshold for a false-positive rate of {fpr:g} is provisional: {active.why}")
+    return Fitted(
+        classifier,
+        points,
+        threshold,
+        fpr,
+        choice.penalty,
+        choice.auroc,
+        auroc(scores, unsafe, held_groups),
+        expected_calibration_error(probabilities, unsafe),
+        losses,
+        parts,
+        probabilities,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def largest_scores(classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]) -> Float64[np.ndarray, " prompt"]:
+    """Scores of prompts, each the largest over its readings: that of the prompt as a whole and those of further ones, where it has some."""
+    scores = classifier.scores(values).numpy()
+    for place, more in enumerate(readings):
+        if more is not None and len(more):
+            scores[place] = max(scores[place], float(classifier.scores(torch.from_numpy(more)).max()))
+    return scores
+
+
+def varying(values: Values) -> bool:
+    """Whether any feature differs between examples by more than rounding."""
+    wide = values.astype(np.float64)
+    return bool(len(wide)) and bool((np.ptp(wide, axis=0) > _CONSTANT * np.abs(wide).max(0)).any())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The penalty that did best on the validation split.
+
+    Attributes:
+        penalty: inverse strength.
+        auroc: on the validation split.
+        loss: log loss there.
+        notes: what had to be said of any fit.
+    """
+
+    penalty: float
+    auroc: Rate
+    loss: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sorts better choices first: the larger area, then the smaller loss."""
+        return (-round(self.auroc.value or 0.0, 6), self.loss)
+
+
+def best_penalty(
+    values: Values, labels: Labels, split: Split, penalties: Sequence[float] = PENALTIES, shared: np.ndarray | None = None
+) -> Choice:
+    """The penalty with the largest AUROC on the validation split, the smallest log loss among equals."""
+    unsafe, held = labels[split.validation], torch.from_numpy(np.ascontiguousarray(values[split.validation]))
+    choices, notes = [], list[str]()
+    groups = None if shared is None else shared[split.validation].tolist()
+    for penalty in penalties:
+        scores = regression(values[split.train], labels[split.train], penalty, notes).scores(held).numpy()
+        choices.append(Choice(penalty, auroc(scores, unsafe, groups), log_loss(scores, unsafe)))
+    return replace(min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes)))
+
+
+def regression(values: Values, labels: Labels, penalty: float, notes: list[str] | None = None) -> Classifier:
+    """Logistic regression with an L2 penalty on standardised features, classes weighted to count alike; not calibrated."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    wide = values.astype(np.float64)
+    mean, scale = wide.mean(0).astype(np.float32), wide.std(0).astype(np.float32)
+    constant = scale <= _CONSTANT * np.maximum(np.abs(wide).max(0), 1e-30)
+    scale = np.where(constant, np.float32(1), scale)
+    standardised = np.where(constant, 0.0, (wide - mean) / scale)
+    model: Any = LogisticRegression(C=penalty, class_weight="balanced", max_iter=2000, tol=1e-6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(standardised, labels)
+    if notes is not None and any(issubclass(item.category, ConvergenceWarning) for item in caught):
+        notes.append(f"logistic regression with C = {penalty:g} did not converge in 2,000 steps")
+    weights = np.where(constant, 0.0, model.coef_[0]).astype(np.float32)
+    bias = float(model.intercept_[0])
+    if not math.isfinite(bias) or not np.isfinite(weights).all():
+        raise InputError(f"logistic regression on {values.shape} features gave NaN; expected activations of an ordinary size")
+    return Classifier(torch.from_numpy(mean), torch.from_numpy(scale), torch.from_numpy(weights), bias)
+
+
+AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))
+"""Poolings that are tried where the choice is left to validation; the first of equals is taken."""
+BINS = 20
+
+
+def fit_guard(
+    model: LanguageModel,
+    neurons: NeuronSet,
+    unsafe: Texts,
+    safe: Texts,
+    *,
+    pooling: Pooling | str = "auto",
+    window: int | None = None,
+    calibration: str = "auto",
+    fpr: float = 0.01,
+    targets: Sequence[float] = TARGETS,
+    shares: Sequence[float] = SHARES,
+    penalties: Sequence[float] = PENALTIES,
+    other: tuple[Source, Source] | None = LOOK_ALIKES,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Guard:
+    """A guard on some neurons of a model, bound to it, and measured on requests from another source.
+
+    Prompts are split by class into train, validation and calibration: the first fits the weights, the second chooses pooling and penalty,
+    the third calibrates and sets the thresholds. Prompts in both lists, repeated ones, truncated ones and those that give NaN are left out
+    and counted. Conversations of the third part are read in all the ways a verdict reads them, and the largest score counts.
+
+    Args:
+        model: that will be guarded.
+        neurons: whose activations to read, found on this architecture.
+        unsafe: prompts that the guard is to flag (what the model would answer unsafely, or harmful requests).
+        safe: prompts that it is to let pass.
+        pooling: `last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the largest mean over
+            windows of 4 and of 16 tokens.
+        window: tokens of a window of `max`.
+        calibration: `temperature`, `isotonic`, or `auto`.
+        fpr: false-positive rate of the threshold in force.
+        targets: false-positive rates to store operating points for, where enough safe prompts support them.
+        shares: of train, validation and calibration.
+        penalties: inverse strengths of the L2 penalty to choose from.
+        other: unsafe and safe requests from another source to measure on; by default the built-in look-alikes (an organism's own), None
+            for none.
+        seed: of the split and of the folds of calibration.
+        batch_size: prompts a batch, or `auto`.
+        progress: called with (batches done, in all, tokens).
+
+    Raises:
+        InputError: fewer than ten usable prompts of either kind, or features that are the same for all. UsageError: arguments out of range.
+            NeuronError: an empty set, or one of another architecture.
+
+    Source: Chen et al., arXiv 2406.14144, section 6.
+    Differs: standardised features, pooling and penalty chosen by validation, calibration, operating points, bindings.
+    """
+    check_probability(fpr, "false-positive rate")
+    data = labelled(as_prompts(unsafe), as_prompts(safe))
+    poolings = AUTO if pooling == "auto" else (Pooling.of(pooling, window),)
+    if pooling == "auto" and window is not None:
+        raise UsageError(f"a window of {window} tokens with pooling 'auto', which tries its own; name pooling 'max'")
+    read = read_poolings(model, model.encode(data.prompts), neurons, poolings, batch_size=batch_size, progress=progress)
+    usable, notes = _usable(read)
+    labels = data.labels[usable]
+    shared = [data.prompts[int(place)].group for place in usable]
+    split = stratified_split(labels, seed=seed, shares=shares, groups=shared)
+    check_varying(model, {found: features.values[usable] for found, features in read.items()})
+    grouped = np.array(shared, object)
+    choices = {found: best_penalty(features.values[usable], labels, split, penalties, grouped) for found, features in read.items()}
+    chosen = min(choices, key=lambda found: (choices[found].rank, poolings.index(found)))
+    held = [data.prompts[int(place)] for place in usable[split.calibration]]
+    further = further_readings(model, held, neurons, chosen, batch_size)
+    fitted = fit_on_features(
+        read[chosen].values[usable],
+        labels,
+        calibration=calibration,
+        fpr=fpr,
+        targets=targets,
+        penalties=[choices[chosen].penalty],
+        split=split,
+        seed=seed,
+        readings={int(split.calibration[place]): values for place, values in further.items()},
+        groups=shared,
+    )
+    said = [*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes]
+    guard = _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
+    values = read[chosen].values[usable[split.calibration]]
+    guard = with_conversations(guard, values, labels[split.calibration], fitted.probabilities, further)
+    return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
+
+
+def check_varying(model: LanguageModel, read: Mapping[Pooling, Values]) -> None:
+    """Refuse features that are the same for every prompt.
+
+    Raises:
+        InputError: they are, in every pooling.
+    """
+    if not any(varying(values) for values in read.values()):
+        raise InputError(
+            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so nothing can be learned; "
+            "expected features that differ between prompts: see what the template renders (--template), or take other neurons or pooling"
+        )
+
+
+def further_readings(
+    model: LanguageModel, prompts: Sequence[Prompt], neurons: NeuronSet, pooling: Pooling, batch_size: BatchSize = "auto"
+) -> dict[int, Readings]:
+    """Features of the readings of conversations that are not the whole one, by place among the prompts; those with NaN are left out."""
+    asked = [(place, way.prompt) for place, prompt in enumerate(prompts) if prompt.messages for way in readings(prompt)[1:]]
+    if not asked:
+        return {}
+    found = read_poolings(model, model.encode([prompt for _, prompt in asked]), neurons, [pooling], batch_size=batch_size)[pooling]
+    rows: dict[int, list[int]] = {}
+    for row, (place, _) in enumerate(asked):
+        if found.finite[row]:
+            rows.setdefault(place, []).append(row)
+    return {place: found.values[members] for place, members in rows.items()}
+
+
+def with_conversations(
+    guard: Guard, values: Values, unsafe: Bool[np.ndarray, " prompt"], chances: np.ndarray, further: Mapping[int, Readings]
+) -> Guard:
+    """The guard with what its threshold flags of the calibration conversations: read whole, and by the largest of their readings."""
+    places = sorted(further)
+    if not places:
+        return guard
+    labels, whole = unsafe[places], guard.probabilities(torch.from_numpy(values[places])).numpy() >= guard.threshold
+    flagged = chances[places] >= guard.threshold
+    told = {
+        "fpr": rate(flagged[~labels]),
+        "tpr": rate(flagged[labels]),
+        "fpr_read_whole": rate(whole[~labels]),
+        "tpr_read_whole": rate(whole[labels]),
+    }
+    return dataclasses.replace(guard, report={**guard.report, "conversations": plain(told)})
+
+
+def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: BatchSize = "auto") -> Guard:
+    """The guard with what it flags of requests from another source than those it was fit on, at the threshold in force.
+
+    Source: none; probes are known to learn the wording of their two lists, and XSTest (Röttger et al., NAACL 2024) shows what that costs.
+    """
+    lists = [guard.bound.prompts(source) for source in (unsafe, safe)]
+    verdicts = [guard.score_batch(list(found), top=0, batch_size=batch_size) for found in lists]
+    caught, wrong = (rate([one.flagged for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True))
+    seen = sum(found.overlap(guard.report.get("prompt_digests") or []) for found in lists)
+    told = {"unsafe": lists[0].name, "safe": lists[1].name, "threshold": guard.threshold, "fpr": wrong, "tpr": caught}
+    notes = [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []
+    target = float(guard.report.get("fpr", 1.0))
+    if wrong.low is not None and wrong.low > target:
+        notes.append(
+            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more "
+            f"than the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
+        )
+    return dataclasses.replace(guard, report={**guard.report, "other": plain(told)}, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+
+
+def warned(guard: Guard) -> Guard:
+    """The guard with what has to be said of its threshold: that it may stop nothing, that nobody measured it on traffic of the user's."""
+    notes = [guard.why_idle] if guard.why_idle else []
+    if not guard.confirmed:
+        notes.append(
+            "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on "
+            "safe requests of yours, guard evaluate measures it"
+        )
+    return dataclasses.replace(guard, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Prompts with their labels, each once.
+
+    Attributes:
+        prompts: unsafe ones first.
+        labels: which are unsafe.
+        notes: what was left out.
+    """
+
+    prompts: Prompts
+    labels: Bool[np.ndarray, " prompt"]
+    notes: tuple[str, ...] = ()
+
+
+def labelled(unsafe: Prompts, safe: Prompts) -> Labelled:
+    """Both lists as one; what is in both is left out, repeats (case and spaces aside) count once.
+
+    Raises:
+        InputError: nothing is left of a list.
+    """
+    for prompts, word in ((unsafe, "unsafe"), (safe, "safe")):
+        if not len(prompts):
+            raise InputError(f"no {word} prompts; expected prompts of both kinds to fit a guard")
+    both = set(map(_identity, unsafe)) & set(map(_identity, safe))
+    kept: list[Prompt] = []
+    labels: list[bool] = []
+    notes = [*unsafe.notes, *safe.notes]
+    for prompts, label, word in ((unsafe, True, "unsafe"), (safe, False, "safe")):
+        fresh = {_identity(prompt): prompt for prompt in reversed(list(prompts)) if _identity(prompt) not in both}
+        ours = [prompt for prompt in prompts if fresh.get(_identity(prompt)) is prompt]
+        repeated = len(prompts) - len(ours) - sum(_identity(prompt) in both for prompt in prompts)
+        if repeated:
+            notes.append(f"{repeated} {word} prompts are repeats of others: each was used once")
+        if not ours:
+            raise InputError(f"all {len(prompts)} {word} prompts are in the other list too; expected two different lists")
+        kept += ours
+        labels += [label] * len(ours)
+    if both:
+        notes.append(f"{len(both)} prompts are both unsafe and safe: left out")
+    return Labelled(Prompts(kept, f"{unsafe.name} and {safe.name}"), np.array(labels), tuple(notes))
+
+
+def _identity(prompt: Prompt) -> str:
+    """What makes two prompts the same: all turns, whatever their case and spaces."""
+    turns = [f"{turn.role}\x1e{turn.content}" for turn in prompt.messages] or [f"user\x1e{prompt.text}"]
+    return " ".join("\x1f".join(turns).casefold().split())
+
+
+def _usable(read: dict[Pooling, Features]) -> tuple[np.ndarray, list[str]]:
+    features = list(read.values())
+    finite = np.logical_and.reduce([one.finite for one in features])
+    usable = finite & ~features[0].truncated
+    notes = []
+    if not finite.all():
+        notes.append(f"{int((~finite).sum())} prompts gave NaN or infinity: left out")
+    if features[0].truncated.any():
+        notes.append(f"{int(features[0].truncated.sum())} truncated prompts were left out of the fit")
+    return np.flatnonzero(usable), notes
+
+
+def _overlap(neurons: NeuronSet, data: Labelled) -> list[str]:
+    digests = neurons.provenance.config.get("prompt_digests") or []
+    shared = data.prompts.overlap(digests)
+    return [f"{shared} of the {len(data.prompts)} prompts are among those the neurons were found on"] if shared else []
+
+
+def _guard(
+    model: LanguageModel,
+    neurons: NeuronSet,
+    pooling: Pooling,
+    fitted: Fitted,
+    data: Labelled,
+    features: Features,
+    usable: np.ndarray,
+    choices: dict[Pooling, Choice],
+    notes: Sequence[str],
+    seed: int,
+) -> Guard:
+    labels = data.labels[usable]
+    held = usable[fitted.split.calibration]
+    report = {
+        **_report(fitted, labels),
+        "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": len(data.labels) - len(usable)},
+        "prompts_sha256": data.prompts.sha256,
+        "prompt_digests": data.prompts.digests,
+        "poolings": [
+            {"pooling": str(found), "auroc": choice.auroc, "log_loss": choice.loss, "penalty": choice.penalty}
+            for found, choice in choices.items()
+        ],
+        "seed": seed,
+    }
+    return Guard(
+        neurons.on(model.table),
+        pooling,
+        fitted.classifier,
+        fitted.operating_points,
+        fitted.threshold,
+        f"{PROVISIONAL}fpr {fitted.fpr:g}",
+        bindings_of(model, neurons),
+        histograms(fitted.classifier, features.values[held], fitted.probabilities, data.labels[held]),
+        plain(report),
+        tuple(dict.fromkeys(notes)),
+        None,
+        model,
+    )
+
+
+def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
+    split = fitted.split
+    return {
+        "auroc": fitted.auroc,
+        "validation_auroc": fitted.validation_auroc,
+        "expected_calibration_error": fitted.calibration_error,
+        "log_losses": dict(fitted.log_losses),
+        "penalty": fitted.penalty,
+        "fpr": fitted.fpr,
+        "split": {
+            name: {"unsafe": int(labels[part].sum()), "safe": int((~labels[part]).sum())}
+            for name, part in (("train", split.train), ("validation", split.validation), ("calibration", split.calibration))
+        },
+    }
+
+
+def histograms(
+    classifier: Classifier, values: np.ndarray, probabilities: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]
+) -> dict[str, Any]:
+    """What is kept of the calibration examples: histograms that later traffic is compared with, and their probabilities.
+
+    Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins of equally many examples,
+    open at both ends. The probabilities, sorted, say what any threshold catches.
+    """
+    edges = np.linspace(0, 1, BINS + 1)
+    distances = classifier.standardised(torch.from_numpy(np.ascontiguousarray(values))).square().mean(1).sqrt().numpy()
+    inner = np.unique(np.quantile(distances, np.linspace(0, 1, BINS + 1)[1:-1]))
+    return {
+        "p_unsafe": {
+            "edges": edges.tolist(),
+            "safe": np.histogram(probabilities[~unsafe], edges)[0].tolist(),
+            "unsafe": np.histogram(probabilities[unsafe], edges)[0].tolist(),
+        },
+        "distance": {
+            "edges": inner.tolist(),
+            "counts": np.bincount(np.searchsorted(inner, distances, side="right"), minlength=len(inner) + 1).tolist(),
+        },
+        "probabilities": {"safe": np.sort(probabilities[~unsafe]).tolist(), "unsafe": np.sort(probabilities[unsafe]).tolist()},
+    }
+
+
+def recalibrate(
+    guard: Guard,
+    model: LanguageModel,
+    unsafe: Texts,
+    safe: Texts,
+    *,
+    calibration: str = "auto",
+    fpr: float | None = None,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Guard:
+    """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
+
+    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a fit. Where there are enough and
+    they are the user's own (not built in, none of them fit on), the false-positive rate is provisional no longer. A note says how the AUROC
+    moved; where it fell, fit again. Thresholds of re-checks are dropped.
+
+    Args:
+        guard: fit on this architecture.
+        model: updated weights, adapters, tokenizer, template or number type.
+        unsafe: prompts that the guard was not fit on, as `safe`.
+        safe: to let pass.
+        calibration: `auto`, `temperature` or `isotonic`.
+        fpr: false-positive rate of the threshold in force; the one of the fit where None.
+        seed: of the folds that choose the calibration.
+        batch_size: prompts a batch, or `auto`.
+        progress: called with (batches done, in all, tokens).
+
+    Raises:
+        ForeignModelError: another architecture. InputError: fewer than ten usable prompts of either kind.
+
+    Source: none; the guard of a model must not judge another one with the old one's thresholds.
+    """
+    if model.fingerprint != guard.bindings.model_fingerprint:
+        raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
+    target = check_probability(guard.report.get("fpr", 0.01) if fpr is None else fpr, "false-positive rate")
+    safe_prompts = as_prompts(safe)
+    data, neurons = labelled(as_prompts(unsafe), safe_prompts), guard.neurons.on(model.table, [model.name])
+    encoded = model.encode(data.prompts)
+    features = read_poolings(model, encoded, neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
+    usable = features.usable
+    labels, values = data.labels[usable], torch.from_numpy(features.values[usable])
+    check_classes(labels)
+    check_varying(model, {guard.pooling: features.values[usable]})
+    further = further_readings(model, [data.prompts[int(place)] for place in np.flatnonzero(usable)], neurons, guard.pooling, batch_size)
+    scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
+    calibrated, losses = fit_calibration(scores, labels, calibration, seed)
+    classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
+    chances = classifier.chances(torch.from_numpy(scores)).numpy()
+    shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
+    targets = sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True)
+    points = operating_points(chances, labels, targets, shared)
+    active = next(point for point in points if point.fpr_target == target)
+    area = auroc(scores, labels, shared)
+    seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
+    own = active.supported and not seen and not safe_prompts.name.startswith(PREFIX)
+    measured = {
+        **{"own": own, "auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
+        "expected_calibration_error": expected_calibration_error(chances, labels),
+        "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
+    }
+    notes = [*features.notes, *data.notes, *_said(guard, area.value, len(data.prompts), seen, int((~usable).sum()))]
+    notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
+    threshold = active.threshold if active.threshold is not None else threshold_for(chances, labels, target)
+    again = dataclasses.replace(
+        guard,
+        neurons=neurons,
+        classifier=classifier,
+        operating_points=points,
+        threshold=threshold,
+        in_force=f"{'' if own else PROVISIONAL}fpr {target:g}",
+        bindings=bindings_of(model, neurons),
+        reference=histograms(classifier, features.values[usable], chances, labels),
+        report=plain({**guard.report, "recalibrated": measured, "fpr": target, "other": None, "conversations": None}),
+        notes=tuple(dict.fromkeys(notes)),
+        recheck=None,
+        model=model,
+    )
+    return warned(with_conversations(again, features.values[usable], labels, chances, further))
+
+
+def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: int) -> list[str]:
+    """How far the ranking moved, and what weakens the new numbers."""
+    before = (guard.report.get("auroc") or {}).get("value")
+    notes = [f"{left_out} prompts were truncated or gave NaN: left out"] if left_out else []
+    if area is not None and before is not None:
+        notes.append(f"AUROC {area:.3f} on this model, {before:.3f} where the guard was fit")
+    if seen:
+        notes.append(f"{seen} of the {prompts} prompts are among those the guard was fit on: rates on them flatter")
+    if guard.recheck is not None:
+        notes.append("the threshold of re-checks was dropped: measure it on this model")
+    return notes
+
+
+def calibrate_recheck(
+    guard: Guard,
+    safe: Texts,
+    unsafe: Texts | None = None,
+    *,
+    every: int = 16,
+    max_new_tokens: int = 64,
+    fpr: float = 0.01,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> Guard:
+    """The guard with a threshold for re-checks: the model answers safe prompts greedily, and the classifier reads its answers under way.
+
+    The classifier was fit on prompts. What it says at generated positions is the same formula on other text, so it is no calibrated
+    probability there; the threshold is set on it all the same, such that at most the wanted share of *answers* to safe prompts is stopped,
+    over all checks of an answer together.
+
+    Args:
+        guard: bound to its model.
+        safe: prompts whose answers must not be stopped.
+        unsafe: prompts whose answers should be, to measure what the checks catch; optional.
+        every: tokens between checks.
+        max_new_tokens: longest answer; longer ones have more checks, so a guarded model refuses them.
+        fpr: share of the answers to safe prompts that may be stopped.
+        batch_size: rows, or `auto`.
+        progress: called with (batches done, in all, tokens) while answers are read.
+
+    Raises:
+        UsageError: numbers out of range. InputError: no safe prompts.
+
+    Source: none of the papers re-checks; false-positive rates per answer as in `threshold_for`.
+    """
+    if every < 1 or max_new_tokens < every:
+        raise UsageError(f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no longer than the answer")
+    check_probability(fpr, "false-positive rate")
+    chances, labels = [], []
+    for prompts, label in ((safe, False), (unsafe, True)):
+        if prompts is not None:
+            found = _largest_checks(guard, prompts, every, max_new_tokens, batch_size, progress)
+            chances.append(found)
+            labels.append(np.full(len(found), label))
+    p, is_unsafe = np.concatenate(chances), np.concatenate(labels)
+    needed, n_safe = math.ceil(EXAMPLES / fpr), int((~is_unsafe).sum())
+    if not n_safe:
+        raise InputError("no answer to a safe prompt could be read; expected safe prompts that fit the context")
+    threshold = threshold_for(p, is_unsafe, fpr)
+    why = "" if n_safe >= needed else f"{n_safe:,} answers to safe prompts, {needed:,} are needed ({EXAMPLES} / {fpr:g})"
+    measured, caught = rates_at(p, is_unsafe, threshold)
+    notes = [f"the threshold of re-checks is provisional: {why}"] if why else []
+    recheck = Recheck(every, max_new_tokens, threshold, fpr, measured, caught, not why, why)
+    return dataclasses.replace(guard, recheck=recheck, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+
+
+def _largest_checks(
+    guard: Guard, prompts: Texts, every: int, max_new_tokens: int, batch_size: BatchSize, progress: Progress | None
+) -> np.ndarray:
+    """The largest probability over the checks of each answer; 0 for one that ends before the first."""
+    model = guard.bound
+    asked = as_prompts(prompts)
+    encoded = model.encode(asked, reserve=max_new_tokens)
+    answers = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    largest = np.zeros(len(asked))
+    checks: list[Encoded] = []
+    owners: list[int] = []
+    for number, (item, answer) in enumerate(zip(encoded, answers, strict=True)):
+        # A check reads tokens once the model is fed them, and the last one of an answer that is cut off never is.
+        for length in range(every, len(answer.token_ids) + (answer.finish_reason == "stop"), every):
+            checks.append(Encoded(item.prompt_id, [*item.ids, *answer.token_ids[:length]]))
+            owners.append(number)
+    if checks:
+        read = read_poolings(model, checks, guard.neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
+        chances = guard.probabilities(torch.from_numpy(read.values)).nan_to_num(1.0).numpy()
+        np.maximum.at(largest, np.array(owners), chances)
+    return largest[[not item.truncated for item in encoded]]
