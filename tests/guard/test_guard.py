@@ -22,16 +22,6 @@ from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama, tiny_llama_fold
 RATE = Rate(0.04, 0.02, 0.07, 400)
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def guard(model: LanguageModel) -> Guard:
-    return tiny_guard(model)
-
-
 def by_hand(guard: Guard, model: LanguageModel, text: str) -> float:
     """σ((bias + Σ w (x − mean) / scale) / temperature + shift), spelled out."""
     row = read_features(model, [text], guard.neurons, pooling=guard.pooling).values[0].astype(np.float64)

@@ -8,9 +8,9 @@ import httpx
 import numpy as np
 import pytest
 from guarded import texts, tiny_guard, tiny_model
-from server_tools import UNSAFE, Fed, Upstream, Words, running, service
-from test_guarded_conversations import SHAPES
-from test_guarded_conversations import UNSAFE as MARK
+from server_tools import UNSAFE, Fed, Words, running, service
+from test_generate import SHAPES
+from test_generate import UNSAFE as MARK
 
 from safety_neurons.guard.features import readings
 from safety_neurons.guard.server import Limits, Settings, serve_guard
@@ -72,14 +72,6 @@ class Last(Words):
         turn = prompt.turns[-1]
         words = turn.content.replace('"', " ").split() if turn.role == "user" else []
         return Fed(words[-4:] or ["<empty>"])
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    server = Upstream()
-    server.start()
-    yield server
-    server.die()
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import threading
 import httpx
 import pytest
 import torch
+from guarded import tiny_guard
 from server_tools import Words, raw, running, service
 
 from safety_neurons.errors import RunError
 from safety_neurons.guard.server import Engine, Problem
 from safety_neurons.guard.server.engine import Answering
-from safety_neurons.guard.server.local import Decode, Judged, LocalWriter, Piece
+from safety_neurons.guard.server.local import Admission, Decode, LocalWriter, Piece
 from safety_neurons.guard.server.serving import bound, run
 from safety_neurons.guard.server.upstream import Events
 from safety_neurons.model import LanguageModel
@@ -132,13 +133,6 @@ def test_a_server_whose_engine_ends_ends_with_an_error():
 def test_an_answer_ends_with_an_error_where_the_model_gives_no_numbers(decode, wrong, step):
     lm = LanguageModel(tiny_llama(), tiny_tokenizer(), name="tiny")
 
-    class Watch:
-        def during(self, mask):
-            return torch.no_grad()
-
-        def verdicts(self, truncated):
-            return ["fine" for _ in truncated]
-
     class Writer(LocalWriter):
         passes = 0
 
@@ -153,9 +147,9 @@ def test_an_answer_ends_with_an_error_where_the_model_gives_no_numbers(decode, w
     heard = {"bad": [], "good": []}
     fed = lm.encode(["the cake"])[0]
     jobs = [Answering(name, decode, said.append, fed=fed) for name, said in heard.items()]
-    for _ in Writer(lm, Watch(), lambda _: False).start(jobs):
+    for _ in Writer(tiny_guard(lm), lambda _: False).start(jobs):
         pass
-    assert isinstance(heard["bad"][0], Judged)
+    assert isinstance(heard["bad"][0], Admission)
     assert len([event for event in heard["bad"] if isinstance(event, Piece)]) <= step
     assert isinstance(heard["bad"][-1], Problem)
     assert heard["bad"][-1].code == "model_error"

@@ -6,23 +6,15 @@ import httpx
 import pydantic
 import pytest
 import torch
-from server_tools import TOKEN, Upstream, Words, running, service
+from server_tools import TOKEN, Words, running, service
 
-from safety_neurons.guard.server.local import Decode, Row
+from safety_neurons.guard.server.local import Decode, LocalAnswer
 from safety_neurons.guard.server.shapes import ChatRequest, ClassifyRequest, ModerationRequest, Problem, validated
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now"}'}}
 TWICE = {**CALL, "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now", "q": "x"}'}}
 ROUTE = "/beta/litellm_basic_guardrail_api"
-
-
-@pytest.fixture(scope="module")
-def upstream():
-    server = Upstream()
-    server.start()
-    yield server
-    server.die()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +92,6 @@ def test_nobody_without_a_token_keeps_a_place_by_a_body_that_never_comes(address
 
 def test_the_coldest_temperature_is_greedy_and_breaks_no_group():
     for temperature in (5e-324, 1e-310, 1e-7):
-        row = object.__new__(Row)
+        row = object.__new__(LocalAnswer)
         row._settings, row._random = Decode(5, temperature, 1.0, 1), torch.Generator().manual_seed(1)
         assert row.choose(torch.tensor([0.0, 3.0, -1.0, 2.9])) == 1

@@ -10,7 +10,7 @@ from safety_neurons.prompts import Prompts
 from safety_neurons.results import write_json
 from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_data import cases_of
-from safety_neurons.studies.guard_evaluation import Scored
+from safety_neurons.studies.guard_evaluation import ScoredCases
 
 APART = {GUARD: 3.0, "TF-IDF words": 3.2, "residual stream": 1.0}
 APART |= {f"random neurons {number}": apart for number, apart in enumerate((1.0, 1.05, 1.1, 1.0, 1.05))}
@@ -31,7 +31,7 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
     cases = cases_of(unsafe, safe)
     labels = np.where(cases.unsafe, 0.5, -0.5)
     scores = {label: apart * labels + generator.normal(size=len(labels)) for label, apart in APART.items()}
-    scored = Scored(cases, scores, GUARD, scores[GUARD] > 1.0)
+    scored = ScoredCases(cases, scores, GUARD, scores[GUARD] > 1.0)
     ours, whole = scored.summary(GUARD, [GUARD]), scored.row("all", np.arange(len(cases)))
     others = {group: members for group, members in scored.groups().items() if group != GUARD}
     result = {

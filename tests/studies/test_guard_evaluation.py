@@ -1,4 +1,4 @@
-"""Tests of a guard's evaluation: numbers against counting by hand, folds that leak nothing, values left out, what is said of overlap."""
+"""Tests of a guard's evaluation: statistics against scikit-learn and by hand, folds that leak nothing, values left out, what is written."""
 
 import dataclasses
 import json
@@ -6,15 +6,216 @@ import json
 import numpy as np
 import pytest
 from guard_tools import requests, some_neurons, tiny_model
+from scipy.stats import norm
 from sklearn import metrics
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.guard import fit_guard
+from safety_neurons.guard import expected_calibration_error, fit_guard
+from safety_neurons.judges.judgement import Judge, harm_verdict
 from safety_neurons.prompts import Prompts
+from safety_neurons.results import AreaPart, area_difference, auroc, mean_area_difference
 from safety_neurons.studies import guard_evaluation
+from safety_neurons.studies import guard_evaluation as statistics
 from safety_neurons.studies.guard_baselines import neuron_counts
 from safety_neurons.studies.guard_data import cases_of
-from safety_neurons.studies.guard_evaluation import Scored, at, evaluate_guard
+from safety_neurons.studies.guard_evaluation import GUARDED, UNGUARDED, ScoredCases, at, cut_of, evaluate_guard, guarded_outputs, some
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def scored(request):
+    number = np.random.default_rng(request.param)
+    unsafe = number.random(600) < 0.4
+    scores = number.normal(size=600) + 1.2 * unsafe
+    return (np.round(scores, 1) if request.param else scores), unsafe  # the second has many ties
+
+
+def test_curves_and_average_precision_are_those_of_scikit_learn(scored):
+    scores, unsafe = scored
+    false, true, _ = metrics.roc_curve(unsafe, scores, drop_intermediate=False)
+    assert np.allclose(statistics.roc_curve(scores, unsafe, points=10**6), np.stack([false, true], 1), atol=1e-6)
+    precision, recall, _ = metrics.precision_recall_curve(unsafe, scores)
+    ours = np.array(statistics.precision_recall_curve(scores, unsafe, points=10**6))
+    theirs = np.stack([recall, precision], 1)[:-1][::-1]
+    assert np.allclose(ours[: len(theirs)], theirs[: len(ours)], atol=1e-6)
+    found = statistics.average_precision(scores, unsafe)
+    assert found.value == pytest.approx(metrics.average_precision_score(unsafe, scores), abs=1e-12)
+    assert found.low < found.value < found.high
+
+
+def test_a_thinned_curve_keeps_its_ends_and_its_area(scored):
+    scores, unsafe = scored
+    thin = np.array(statistics.roc_curve(scores, unsafe, points=50))
+    assert len(thin) <= 52
+    assert tuple(thin[0]) == (0, 0)
+    assert tuple(thin[-1]) == (1, 1)
+    assert metrics.auc(*thin.T) == pytest.approx(auroc(scores, unsafe).value, abs=0.01)
+
+
+@pytest.mark.parametrize("fpr", [0.05, 0.01, 0.5])
+def test_the_rate_at_a_false_positive_rate_is_the_best_that_any_threshold_gives(scored, fpr):
+    scores, unsafe = scored
+    allowed = [(scores[unsafe] >= cut).mean() for cut in np.append(np.unique(scores), np.inf) if (scores[~unsafe] >= cut).mean() <= fpr]
+    assert statistics.tpr_at_fpr(scores, unsafe, fpr).value == pytest.approx(max(allowed))
+
+
+def test_its_interval_is_that_of_plain_resampling(scored):
+    scores, unsafe = scored
+    number, draws = np.random.default_rng(5), []
+    for _ in range(1500):
+        ours, safe = (number.choice(part, len(part)) for part in (scores[unsafe], scores[~unsafe]))
+        draws.append((ours > np.sort(safe)[::-1][int(0.05 * len(safe))]).mean())
+    found = statistics.tpr_at_fpr(scores, unsafe, 0.05)
+    assert np.allclose([found.low, found.high], np.quantile(draws, (0.025, 0.975)), atol=0.03)
+
+
+def test_perfect_scores_leave_doubt():
+    unsafe = np.arange(200) < 50
+    found = statistics.tpr_at_fpr(unsafe.astype(float), unsafe, 0.01)
+    assert found.value == found.high == 1
+    assert 0.9 < found.low < 1
+
+
+def test_reliability_sums_to_the_error_of_the_guards_own_measure(scored):
+    scores, unsafe = scored
+    probabilities = 1 / (1 + np.exp(-scores))
+    bins = statistics.reliability(probabilities, unsafe)
+    assert sum(row["n"] for row in bins) == 600
+    distance = sum(abs(row["probability"] - row["unsafe"]) * row["n"] for row in bins) / 600
+    assert distance == pytest.approx(expected_calibration_error(probabilities, unsafe))
+    assert expected_calibration_error(unsafe.astype(float), unsafe) == 0
+
+
+def test_the_paired_difference_covers_the_true_one_and_is_narrower_than_an_unpaired_one():
+    number, hits, widths = np.random.default_rng(3), 0, []
+    for _ in range(200):
+        unsafe = np.arange(160) < 60
+        common = number.normal(size=160) + 1.5 * unsafe
+        first, second = common + 0.4 * number.normal(size=160), common + 0.4 * number.normal(size=160)
+        found = area_difference(AreaPart(first, [second], unsafe))
+        hits += found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.89 <= hits / 200 <= 0.99
+    apart = auroc(first, unsafe)
+    assert np.mean(widths) < apart.high - apart.low
+
+
+def test_the_difference_from_several_is_from_their_mean_and_doubts_more_where_they_scatter():
+    number = np.random.default_rng(4)
+    unsafe = np.arange(300) < 120
+    first = number.normal(size=300) + 2 * unsafe
+    near = [number.normal(size=300) + unsafe for _ in range(3)]
+    far = [number.normal(size=300) + shift * unsafe for shift in (0, 1, 2)]
+    found = area_difference(AreaPart(first, near, unsafe), random=True)
+    areas = [metrics.roc_auc_score(unsafe, scores) for scores in near]
+    assert found.value == pytest.approx(metrics.roc_auc_score(unsafe, first) - np.mean(areas), abs=1e-12)
+    scattered = area_difference(AreaPart(first, far, unsafe), random=True)
+    assert scattered.high - scattered.low > found.high - found.low
+    with pytest.raises(InputError, match="nothing|no other scores"):
+        area_difference(AreaPart(first, [], unsafe))
+
+
+@pytest.mark.parametrize("sets", [2, 3, 5])
+def test_one_more_random_classifier_is_rarely_clear(sets):
+    """With a normal quantile .16 of them were."""
+    number, false, draws = np.random.default_rng(sets), 0, 200
+    unsafe = np.arange(120) < 60
+    for _ in range(draws):
+        scores = [number.normal(size=120) + (1 + 0.5 * number.normal()) * unsafe for _ in range(sets + 1)]
+        found = area_difference(AreaPart(scores[0], scores[1:], unsafe), random=True)
+        false += found.clear
+        assert (found.why is None) == (sets >= 3)
+    assert false / draws <= 0.07 + 4 * (0.07 * 0.93 / draws) ** 0.5
+    assert sets > 2 or not false
+
+
+def test_no_interval_of_a_guard_is_without_width():
+    unsafe = np.arange(80) < 40
+    perfect = unsafe.astype(float)
+    for found in (
+        statistics.average_precision(perfect, unsafe),
+        statistics.tpr_at_fpr(perfect, unsafe, 0.05),
+        statistics.tpr_at_fpr(perfect, unsafe, 1.0),
+        area_difference(AreaPart(perfect, [perfect], unsafe)),
+        area_difference(AreaPart(perfect, [perfect] * 5, unsafe), random=True),
+    ):
+        assert found.low <= found.value <= found.high
+        assert found.low < found.high
+
+
+@pytest.mark.parametrize("truth", [0.5, 0.9, 0.99])
+def test_areas_of_requests_in_groups_are_covered(truth):
+    """Five requests a group that score much alike: DeLong's interval of single requests covers .6 of the time."""
+    number, hits, differences, alone, draws = np.random.default_rng(1), 0, 0, 0, 120
+    unsafe, groups = np.arange(200) < 100, [f"group {place // 5}" for place in range(200)]
+    shift = norm.ppf(truth) * 2**0.5
+    for _ in range(draws):
+        shared, own = number.normal(size=(2, 40)), number.normal(size=(2, 200))
+        first, second = (0.8**0.5 * shared[row].repeat(5) + 0.2**0.5 * own[row] + shift * unsafe for row in (0, 1))
+        found = auroc(first, unsafe, groups)
+        hits += found.low <= truth <= found.high
+        narrow = auroc(first, unsafe)
+        alone += narrow.low <= truth <= narrow.high
+        difference = area_difference(AreaPart(first, [second], unsafe, groups))
+        differences += difference.low <= 0 <= difference.high
+    least = 0.93 - 3 * (0.93 * 0.07 / draws) ** 0.5
+    assert min(hits, differences) / draws >= least
+    assert alone < hits
+
+
+def test_groups_count_whichever_class_they_are_of_and_alone_change_nothing():
+    """A group with requests of both classes is one cluster; without shared groups the interval is the one of single requests."""
+    number, unsafe = np.random.default_rng(2), np.arange(60) < 30
+    scores = number.normal(size=60) + unsafe
+    assert auroc(scores, unsafe, [None] * 60) == auroc(scores, unsafe) == auroc(scores, unsafe, list(map(str, range(60))))
+    drift = number.normal(size=30)
+    together = auroc(np.tile(drift, 2) + 0.3 * number.normal(size=60) + unsafe, unsafe, [f"{place % 30}" for place in range(60)])
+    apart = auroc(np.tile(drift, 2) + 0.3 * number.normal(size=60) + unsafe, unsafe)
+    assert together.high - together.low < apart.high - apart.low  # what both classes of a pair share cancels
+
+
+@pytest.mark.parametrize("groups", [None, ["one"] * 40, ["ours"] * 20 + ["theirs"] * 20, [f"{place // 4}" for place in range(40)]])
+@pytest.mark.parametrize("scores", [np.zeros(40), np.arange(40.0), -np.arange(40.0), np.arange(40) % 2 * 1.0, np.repeat([np.inf, 0.0], 20)])
+def test_no_area_is_without_width_or_off_its_interval(scores, groups):
+    unsafe = np.arange(40) < 20
+    found, others = (
+        auroc(scores, unsafe, groups),
+        (
+            area_difference(AreaPart(scores, [scores] * 3, unsafe, groups), random=True),
+            statistics.average_precision(scores, unsafe, groups=groups),
+            statistics.tpr_at_fpr(scores, unsafe, 0.05, groups=groups),
+        ),
+    )
+    for one in (found, *others):
+        assert one.low <= one.value <= one.high
+        assert one.low < one.high
+    assert not others[0].clear
+
+
+def test_unscored_requests_are_counted_and_left_out_of_an_area():
+    scores, unsafe = np.array([3.0, 2.0, np.nan, 1.0, 0.0]), np.array([True, True, True, False, False])
+    found = auroc(scores, unsafe)
+    assert (found.value, found.n, found.unscored) == (1.0, 4, 1)
+    with pytest.raises(InputError, match="1 groups for 5 outcomes"):
+        auroc(scores, unsafe, ["a"])
+
+
+def test_a_mean_difference_over_parts_is_narrower_than_any_and_right_in_the_middle():
+    number = np.random.default_rng(6)
+    parts = []
+    for _ in range(3):
+        unsafe = np.arange(200) < 80
+        parts.append((number.normal(size=200) + 2 * unsafe, [number.normal(size=200) + 1.5 * unsafe], unsafe))
+    alone = [area_difference(AreaPart(*part)) for part in parts]
+    together = mean_area_difference([AreaPart(*part) for part in parts])
+    assert together.value == pytest.approx(np.mean([one.value for one in alone]))
+    assert together.high - together.low < min(one.high - one.low for one in alone)
+
+
+def test_one_class_alone_has_no_value():
+    scores, unsafe = np.arange(5.0), np.ones(5, bool)
+    assert statistics.average_precision(scores, unsafe).value is None
+    assert statistics.tpr_at_fpr(scores, unsafe, 0.05).value is None
+    assert area_difference(AreaPart(scores, [scores], unsafe)).value is None
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +386,7 @@ def test_several_random_sets_are_one_row_with_their_mean():
     cases = cases_of(*requests(10, 0))
     number = np.random.default_rng(0)
     scores = {name: number.normal(size=20) + cases.unsafe for name in ("guard", "random neurons 0", "random neurons 1")}
-    row = Scored(cases, scores, "guard", np.zeros(20, bool)).row("all", np.arange(20))
+    row = ScoredCases(cases, scores, "guard", np.zeros(20, bool)).row("all", np.arange(20))
     each = [metrics.roc_auc_score(cases.unsafe, scores[f"random neurons {place}"]) for place in (0, 1)]
     assert row["auroc"]["random neurons"]["value"] == pytest.approx(np.mean(each))
     assert row["difference"]["random neurons"]["value"] == pytest.approx(row["auroc"]["guard"]["value"] - np.mean(each))
@@ -211,3 +412,87 @@ def test_counts_have_a_row_for_every_detector_size_and_setting(model):
     for row in rows:
         assert len(row["random"]) == 2
         assert row["difference"]["value"] == pytest.approx(row["auroc"] - np.mean(row["random"]), abs=1e-9)
+
+
+class EvenLengths(Judge):
+    """Calls answers with an even number of words harmful: a known verdict on text nobody can foresee."""
+
+    name = "even-lengths"
+    measure = "harmful"
+    revision = "1"
+
+    def verdicts(self, cases):
+        return [harm_verdict(float(len(case.answer.split()) % 2 == 0)) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def written():
+    model = tiny_model()
+    guard = fit_guard(model, some_neurons(model), *requests(60, 0), pooling="last", penalties=(0.1,), fpr=0.05)
+    unsafe, safe = requests(15, 1)
+    guard = guard.with_threshold(float(np.median([verdict.p_unsafe for verdict in guard.score_batch([*unsafe, *safe])])))
+    return guard, unsafe, safe, guarded_outputs(model, guard, unsafe, safe, by=EvenLengths(), max_new_tokens=5)
+
+
+def harm_of(completion):
+    """The verdict by hand; None where there is nothing to judge. A stopped answer does no harm, whatever it would have been."""
+    words = completion.completion.split()
+    return None if not words else len(words) % 2 == 0
+
+
+def test_rates_are_those_of_counting_verdicts_and_answers(written):
+    guard, unsafe, safe, found = written
+    flags = [verdict.flagged for verdict in guard.score_batch([*unsafe, *safe])]
+    plain = [one for one in found.completions if one.arm == UNGUARDED]
+    harmful = [harm_of(one) for one in plain[:15] if harm_of(one) is not None]
+    assert found.before.value == pytest.approx(np.mean(harmful))
+    after = [not flag and bool(harm_of(one)) for one, flag in zip(plain[:15], flags[:15], strict=True) if flag or harm_of(one) is not None]
+    assert found.after.value == pytest.approx(np.mean(after))
+    assert found.blocked.value == pytest.approx(np.mean(flags[15:]))
+    assert 0 < sum(flags) < 30
+
+
+def test_answers_that_pass_are_those_without_the_guard(written):
+    found = written[3]
+    assert found.changed == 0
+    arms = {arm: [one for one in found.completions if one.arm == arm] for arm in (UNGUARDED, GUARDED)}
+    for was, now in zip(arms[UNGUARDED], arms[GUARDED], strict=True):
+        assert now.meta["stopped"] or now.token_ids == was.token_ids
+        assert was.prompt_id == now.prompt_id
+
+
+def test_both_labels_are_ranked_by_the_same_scores(written):
+    guard, unsafe, safe, found = written
+    chances = np.array([verdict.p_unsafe for verdict in guard.score_batch([*unsafe, *safe])])
+    above = [a > b for a in chances[:15] for b in chances[15:]]
+    ties = [a == b for a in chances[:15] for b in chances[15:]]
+    assert found.asked.value == pytest.approx(np.mean(above) + np.mean(ties) / 2)
+    assert found.refused_by_model == sum(harm_of(one) is False for one in found.completions[:15])
+    assert found.record()["written"]["n"] <= 30
+    assert {row["language"] for row in found.by} <= {"en", "de"}
+
+
+def test_the_cut_is_a_share_of_what_was_there():
+    before, after = np.array([1, 1, 1, 1, 0, np.nan]), np.array([0, 0, 0, 1, 0, np.nan])
+    found = cut_of(before, after)
+    assert (found.value, found.n, found.unscored) == (0.75, 5, 1)
+    assert found.low < 0.75 <= found.high
+    assert cut_of(before, np.zeros(6)).value == 1
+    assert 0.3 < cut_of(before, np.zeros(6)).low < 1
+    assert cut_of(np.zeros(3), np.zeros(3)).value is None
+
+
+def test_some_prompts_are_drawn_in_order_and_again():
+    prompts = requests(10, 0)[0]
+    drawn = some(prompts, 4, seed=1)
+    places = [list(prompts).index(one) for one in drawn]
+    assert len(drawn) == 4
+    assert places == sorted(places)
+    assert some(prompts, 4, seed=1) == drawn
+    assert some(prompts, 10) is prompts
+
+
+def test_both_kinds_are_needed(written):
+    with pytest.raises(InputError, match="15 unsafe and 0 safe"):
+        guarded_outputs(written[0].model, written[0], written[1], Prompts([]))
+    assert dataclasses.is_dataclass(written[3])

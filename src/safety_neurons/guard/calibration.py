@@ -52,15 +52,7 @@ class Calibration:
         """Calibrated log odds; their sigmoid is the probability."""
         if self.kind == "temperature":
             return scores / self.temperature + self.shift
-        knots = torch.tensor(self.scores, dtype=scores.dtype, device=scores.device)
-        values = torch.tensor(self.log_odds, dtype=scores.dtype, device=scores.device)
-        if len(knots) == 1:
-            return values + (scores - knots) / self.temperature
-        place = torch.searchsorted(knots, scores).clamp(1, len(knots) - 1)
-        x0, x1, y0, y1 = knots[place - 1], knots[place], values[place - 1], values[place]
-        inside = y0 + (scores - x0) * ((y1 - y0) / (x1 - x0))
-        below, above = values[0] + (scores - knots[0]) / self.temperature, values[-1] + (scores - knots[-1]) / self.temperature
-        return torch.where(scores < knots[0], below, torch.where(scores > knots[-1], above, inside))
+        return torch.tensor([self.of_one(score) for score in scores.tolist()], dtype=scores.dtype)
 
     def of_one(self, score: float) -> float:
         """The same of one score, without a tensor."""
@@ -130,6 +122,7 @@ def fit_calibration(scores: Scores, unsafe: Labels, kind: str = "auto", seed: in
 def temperature(scores: Scores, unsafe: Labels) -> Calibration:
     """Temperature and shift with the smallest log loss against Platt's smoothed targets, which keeps them finite on separable scores."""
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     n_unsafe, n_safe = int(unsafe.sum()), int((~unsafe).sum())
     targets = np.where(unsafe, (n_unsafe + 1) / (n_unsafe + 2), 1 / (n_safe + 2))
@@ -139,7 +132,7 @@ def temperature(scores: Scores, unsafe: Labels) -> Calibration:
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         slope = np.exp(parameters[0])
         odds = slope * scaled + parameters[1]
-        miss = _sigmoid(odds) - targets
+        miss = expit(odds) - targets
         return float(np.mean(np.logaddexp(0, odds) - targets * odds)), np.array([np.mean(miss * scaled) * slope, np.mean(miss)])
 
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(-12, 12), (-200, 200)])
@@ -212,10 +205,6 @@ def _held_out_loss(scores: Scores, unsafe: Labels, kind: str, seed: int) -> floa
             odds = _FITS[kind](scores[~out], unsafe[~out])(torch.from_numpy(scores[out])).numpy()
             total += log_loss(odds, unsafe[out]) * int(out.sum())
     return total / len(scores)
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -values))
 
 
 LIMIT = 30.0

@@ -199,7 +199,7 @@ class Features:
         lengths: tokens of each prompt as fed.
         neurons: the columns, in the order of `neurons.items()`: keys in order, indices ascending.
         pooling: how a prompt's tokens became one number.
-        notes: what had to be said.
+        notes: warnings.
     """
 
     values: Float32[np.ndarray, "prompt neuron"]
@@ -418,22 +418,38 @@ def read_poolings(
         for pooling, values in collector.result().items():
             found[pooling][batch.indices] = values.to("cpu", torch.float32).numpy()
 
+    collect(model, encoded, collector, keep, batch_size, progress=progress, notes=notes)
+    truncated = np.array([item.truncated for item in encoded])
+    lengths = np.array([len(item.ids) for item in encoded])
+    if truncated.any():
+        notes.append(f"{int(truncated.sum())} of {len(encoded)} prompts were longer than the context: their middle was left out")
+    return {pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes)) for pooling, values in found.items()}
+
+
+def collect(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    collector: Collector,
+    keep: Callable[[Batch], None],
+    batch_size: BatchSize = "auto",
+    **watching: Any,
+) -> None:
+    """Run prompts through a model up to the last layer that is read; `keep` is called behind every batch. `watching`: see `run_batches`."""
     with model_lock(model), collector:
         run_batches(
             model,
             [item.ids for item in encoded],
             keep,
             batch_size,
-            progress=progress,
             before=lambda batch: collector.start(batch.attention_mask),
-            last_layer=max(parse_key(key).layer for key in neurons.keys()),  # noqa: SIM118 - not a mapping
-            notes=notes,
+            last_layer=last_layer(collector.neurons),
+            **watching,
         )
-    truncated = np.array([item.truncated for item in encoded])
-    lengths = np.array([len(item.ids) for item in encoded])
-    if truncated.any():
-        notes.append(f"{int(truncated.sum())} of {len(encoded)} prompts were longer than the context: their middle was left out")
-    return {pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes)) for pooling, values in found.items()}
+
+
+def last_layer(neurons: NeuronSet) -> int:
+    """The last layer that has a neuron of the set."""
+    return max(parse_key(key).layer for key in neurons.keys())  # noqa: SIM118 - not a mapping
 
 
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

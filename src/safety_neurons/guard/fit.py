@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SHARES = (0.5, 0.2, 0.3)
 LEAST = 10
 """Examples of either kind that are needed."""
+AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))
+"""Poolings that are tried where the choice is left to validation; the first of equals is taken."""
+BINS = 20
 _CONSTANT = 1e-6
 
 Values = Float[np.ndarray, "prompt feature"]
@@ -50,14 +53,41 @@ Readings = Float[np.ndarray, "_ feature"]
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which examples the weights are fit on, which choose among fits, and which calibrate and set thresholds.
+class FitSettings:
+    """How a guard is fit."""
 
-    Attributes:
-        train: indices.
-        validation: indices.
-        calibration: indices.
-    """
+    pooling: Pooling | str = "auto"
+    """`last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the largest mean over windows of
+    4 and of 16 tokens."""
+    window: int | None = None
+    """Tokens of a window of `max`."""
+    calibration: str = "auto"
+    """`temperature`, `isotonic`, or `auto`."""
+    fpr: float = 0.01
+    """False-positive rate of the threshold in force."""
+    targets: Sequence[float] = TARGETS
+    """False-positive rates to store operating points for, where enough safe prompts support them."""
+    shares: Sequence[float] = SHARES
+    """Of train, validation and calibration."""
+    penalties: Sequence[float] = PENALTIES
+    """Inverse strengths of the L2 penalty to choose from."""
+    seed: int = 0
+    """Of the split and of the folds of calibration."""
+
+    def __post_init__(self) -> None:
+        check_probability(self.fpr, "false-positive rate")
+        if self.pooling == "auto" and self.window is not None:
+            raise UsageError(f"a window of {self.window} tokens with pooling 'auto', which tries its own; name pooling 'max'")
+
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """Those that are tried; the first of equals is taken."""
+        return AUTO if self.pooling == "auto" else (Pooling.of(self.pooling, self.window),)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which examples the weights are fit on, which choose among fits, and which calibrate and set thresholds, by index."""
 
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
@@ -129,7 +159,7 @@ class Fitted:
         log_losses: cross-validated log loss of each calibration that was tried.
         split: who was in which part.
         probabilities: calibrated, of the calibration split, in its order.
-        notes: what had to be said.
+        notes: warnings.
     """
 
     classifier: Classifier
@@ -150,14 +180,10 @@ def fit_on_features(
     values: Values,
     labels: Labels,
     *,
-    calibration: str = "auto",
-    fpr: float = 0.01,
-    targets: Sequence[float] = TARGETS,
-    penalties: Sequence[float] = PENALTIES,
     split: Split | None = None,
-    seed: int = 0,
     readings: Mapping[int, Readings] | None = None,
     groups: GroupLabels = None,
+    **settings: Any,
 ) -> Fitted:
     """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
 
@@ -167,15 +193,11 @@ def fit_on_features(
     Args:
         values: one row an example; finite.
         labels: which examples are unsafe.
-        calibration: `auto`, `temperature` or `isotonic`.
-        fpr: the false-positive rate whose threshold is in force.
-        targets: further false-positive rates to set operating points for.
-        penalties: inverse strengths of the L2 penalty to choose from.
         split: who is in which part, so that other features are compared on the same; drawn from the seed where None.
-        seed: of everything random.
         readings: of calibration examples that are read in several ways the features of the further ones, by example; the largest score
             counts, as it does in a verdict.
         groups: what examples share.
+        **settings: those of `FitSettings`.
 
     Raises:
         InputError: NaN or infinity, fewer than ten examples of a class. UsageError: arguments out of range.
@@ -183,32 +205,29 @@ def fit_on_features(
     Source: Chen et al., arXiv 2406.14144, section 6 (logistic regression on safety neurons).
     Differs: standardised, with a chosen penalty, calibrated, and with thresholds from safe examples that nothing was fit on.
     """
+    how = FitSettings(**settings)
     if values.ndim != 2 or len(values) != len(labels) or not values.shape[1]:
         raise InputError(f"features of shape {values.shape} and {len(labels)} labels; expected one row of at least one feature per label")
     if not np.isfinite(values).all():
         raise InputError(f"{int((~np.isfinite(values).all(1)).sum())} examples hold NaN or infinity; leave them out before fitting")
-    parts = split or stratified_split(labels, seed=seed, groups=groups)
+    parts = split or stratified_split(labels, seed=how.seed, shares=how.shares, groups=groups)
     shared = None if groups is None else np.array(groups, object)
-    choice = best_penalty(values, labels, parts, penalties, shared)
+    choice = best_penalty(values, labels, parts, how.penalties, shared)
     both = np.sort(np.concatenate([parts.train, parts.validation]))
     notes = list(choice.notes)
-    plain = regression(values[both], labels[both], choice.penalty, notes)
+    uncalibrated = regression(values[both], labels[both], choice.penalty, notes)
     held, unsafe = torch.from_numpy(np.ascontiguousarray(values[parts.calibration])), labels[parts.calibration]
-    scores = largest_scores(plain, held, [(readings or {}).get(int(example)) for example in parts.calibration])
-    calibrated, losses = fit_calibration(scores, unsafe, calibration, seed)
-    classifier = replace(plain, calibration=calibrated)
+    scores = largest_scores(uncalibrated, held, [(readings or {}).get(int(example)) for example in parts.calibration])
+    calibrated, losses = fit_calibration(scores, unsafe, how.calibration, how.seed)
+    classifier = dataclasses.replace(uncalibrated, calibration=calibrated)
     probabilities = classifier.chances(torch.from_numpy(scores)).numpy()
     held_groups = None if shared is None else shared[parts.calibration].tolist()
-    points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True), held_groups)
-    active = next(point for point in points if point.fpr_target == fpr)
-    threshold = active.threshold if active.threshold is not None else threshold_for(probabilities, unsafe, fpr)
-    if not active.supported:
-        notes.append(f"the threshold for a false-positive rate of {fpr:g} is provisional: {active.why}")
+    points, threshold, provisional = thresholds(probabilities, unsafe, how.fpr, how.targets, held_groups)
     return Fitted(
         classifier,
         points,
         threshold,
-        fpr,
+        how.fpr,
         choice.penalty,
         choice.auroc,
         auroc(scores, unsafe, held_groups),
@@ -216,8 +235,20 @@ def fit_on_features(
         losses,
         parts,
         probabilities,
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*notes, *provisional])),
     )
+
+
+def thresholds(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Labels, fpr: float, targets: Iterable[float], groups: GroupLabels = None
+) -> tuple[tuple[OperatingPoint, ...], float, list[str]]:
+    """Operating points, the threshold of the wanted false-positive rate, and what weakens it: too few safe examples make it provisional."""
+    points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True), groups)
+    active = next(point for point in points if point.fpr_target == fpr)
+    if active.threshold is not None:
+        return points, active.threshold, []
+    note = f"the threshold for a false-positive rate of {fpr:g} is provisional: {active.why}"
+    return points, threshold_for(probabilities, unsafe, fpr), [note]
 
 
 def largest_scores(classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]) -> Float64[np.ndarray, " prompt"]:
@@ -236,14 +267,14 @@ def varying(values: Values) -> bool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PenaltyChoice:
     """The penalty that did best on the validation split.
 
     Attributes:
         penalty: inverse strength.
         auroc: on the validation split.
         loss: log loss there.
-        notes: what had to be said of any fit.
+        notes: warnings of any fit.
     """
 
     penalty: float
@@ -259,15 +290,15 @@ class Choice:
 
 def best_penalty(
     values: Values, labels: Labels, split: Split, penalties: Sequence[float] = PENALTIES, shared: np.ndarray | None = None
-) -> Choice:
+) -> PenaltyChoice:
     """The penalty with the largest AUROC on the validation split, the smallest log loss among equals."""
     unsafe, held = labels[split.validation], torch.from_numpy(np.ascontiguousarray(values[split.validation]))
     choices, notes = [], list[str]()
     groups = None if shared is None else shared[split.validation].tolist()
     for penalty in penalties:
         scores = regression(values[split.train], labels[split.train], penalty, notes).scores(held).numpy()
-        choices.append(Choice(penalty, auroc(scores, unsafe, groups), log_loss(scores, unsafe)))
-    return replace(min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes)))
+        choices.append(PenaltyChoice(penalty, auroc(scores, unsafe, groups), log_loss(scores, unsafe)))
+    return dataclasses.replace(min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes)))
 
 
 def regression(values: Values, labels: Labels, penalty: float, notes: list[str] | None = None) -> Classifier:
@@ -293,28 +324,16 @@ def regression(values: Values, labels: Labels, penalty: float, notes: list[str] 
     return Classifier(torch.from_numpy(mean), torch.from_numpy(scale), torch.from_numpy(weights), bias)
 
 
-AUTO = (Pooling("last"), Pooling("mean"), Pooling("max", 4), Pooling("max", 16))
-"""Poolings that are tried where the choice is left to validation; the first of equals is taken."""
-BINS = 20
-
-
 def fit_guard(
     model: LanguageModel,
     neurons: NeuronSet,
     unsafe: Texts,
     safe: Texts,
     *,
-    pooling: Pooling | str = "auto",
-    window: int | None = None,
-    calibration: str = "auto",
-    fpr: float = 0.01,
-    targets: Sequence[float] = TARGETS,
-    shares: Sequence[float] = SHARES,
-    penalties: Sequence[float] = PENALTIES,
     other: tuple[Source, Source] | None = LOOK_ALIKES,
-    seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Guard:
     """A guard on some neurons of a model, bound to it, and measured on requests from another source.
 
@@ -327,19 +346,11 @@ def fit_guard(
         neurons: whose activations to read, found on this architecture.
         unsafe: prompts that the guard is to flag (what the model would answer unsafely, or harmful requests).
         safe: prompts that it is to let pass.
-        pooling: `last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the largest mean over
-            windows of 4 and of 16 tokens.
-        window: tokens of a window of `max`.
-        calibration: `temperature`, `isotonic`, or `auto`.
-        fpr: false-positive rate of the threshold in force.
-        targets: false-positive rates to store operating points for, where enough safe prompts support them.
-        shares: of train, validation and calibration.
-        penalties: inverse strengths of the L2 penalty to choose from.
         other: unsafe and safe requests from another source to measure on; by default the built-in look-alikes (an organism's own), None
             for none.
-        seed: of the split and of the folds of calibration.
         batch_size: prompts a batch, or `auto`.
         progress: called with (batches done, in all, tokens).
+        **settings: those of `FitSettings`: `pooling`, `window`, `calibration`, `fpr`, `targets`, `shares`, `penalties`, `seed`.
 
     Raises:
         InputError: fewer than ten usable prompts of either kind, or features that are the same for all. UsageError: arguments out of range.
@@ -348,38 +359,42 @@ def fit_guard(
     Source: Chen et al., arXiv 2406.14144, section 6.
     Differs: standardised features, pooling and penalty chosen by validation, calibration, operating points, bindings.
     """
-    check_probability(fpr, "false-positive rate")
+    how = FitSettings(**settings)
     data = labelled(as_prompts(unsafe), as_prompts(safe))
-    poolings = AUTO if pooling == "auto" else (Pooling.of(pooling, window),)
-    if pooling == "auto" and window is not None:
-        raise UsageError(f"a window of {window} tokens with pooling 'auto', which tries its own; name pooling 'max'")
-    read = read_poolings(model, model.encode(data.prompts), neurons, poolings, batch_size=batch_size, progress=progress)
+    read = read_poolings(model, model.encode(data.prompts), neurons, how.poolings, batch_size=batch_size, progress=progress)
     usable, notes = _usable(read)
     labels = data.labels[usable]
-    shared = [data.prompts[int(place)].group for place in usable]
-    split = stratified_split(labels, seed=seed, shares=shares, groups=shared)
-    check_varying(model, {found: features.values[usable] for found, features in read.items()})
-    grouped = np.array(shared, object)
-    choices = {found: best_penalty(features.values[usable], labels, split, penalties, grouped) for found, features in read.items()}
-    chosen = min(choices, key=lambda found: (choices[found].rank, poolings.index(found)))
-    held = [data.prompts[int(place)] for place in usable[split.calibration]]
-    further = further_readings(model, held, neurons, chosen, batch_size)
-    fitted = fit_on_features(
-        read[chosen].values[usable],
-        labels,
-        calibration=calibration,
-        fpr=fpr,
-        targets=targets,
-        penalties=[choices[chosen].penalty],
-        split=split,
-        seed=seed,
-        readings={int(split.calibration[place]): values for place, values in further.items()},
-        groups=shared,
+    shared = [data.prompts[int(index)].group for index in usable]
+    split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=shared)
+    check_varying(model, {pooling: features.values[usable] for pooling, features in read.items()})
+    choices = {
+        pooling: best_penalty(features.values[usable], labels, split, how.penalties, np.array(shared, object))
+        for pooling, features in read.items()
+    }
+    chosen = min(choices, key=lambda pooling: (choices[pooling].rank, how.poolings.index(pooling)))
+    values, held = read[chosen].values[usable], split.calibration
+    further = further_readings(model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size)
+    readings = {int(held[place]): rows for place, rows in further.items()}
+    settings |= {"penalties": [choices[chosen].penalty]}
+    fitted = fit_on_features(values, labels, split=split, readings=readings, groups=shared, **settings)
+    tried = [
+        {"pooling": str(pooling), "auroc": choice.auroc, "log_loss": choice.loss, "penalty": choice.penalty}
+        for pooling, choice in choices.items()
+    ]
+    guard = Guard(
+        neurons=neurons.on(model.table),
+        pooling=chosen,
+        classifier=fitted.classifier,
+        operating_points=fitted.operating_points,
+        threshold=fitted.threshold,
+        in_force=f"{PROVISIONAL}fpr {fitted.fpr:g}",
+        bindings=bindings_of(model, neurons),
+        reference=histograms(fitted.classifier, values[held], fitted.probabilities, labels[held]),
+        report=plain({**_report(fitted, data, usable), "poolings": tried, "seed": how.seed}),
+        notes=tuple(dict.fromkeys([*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes])),
+        model=model,
     )
-    said = [*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes]
-    guard = _guard(model, neurons, chosen, fitted, data, read[chosen], usable, choices, said, seed)
-    values = read[chosen].values[usable[split.calibration]]
-    guard = with_conversations(guard, values, labels[split.calibration], fitted.probabilities, further)
+    guard = with_conversations(guard, values[held], labels[held], fitted.probabilities, further)
     return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
 
 
@@ -460,7 +475,7 @@ def warned(guard: Guard) -> Guard:
     return dataclasses.replace(guard, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Labelled:
     """Prompts with their labels, each once.
 
@@ -527,49 +542,8 @@ def _overlap(neurons: NeuronSet, data: Labelled) -> list[str]:
     return [f"{shared} of the {len(data.prompts)} prompts are among those the neurons were found on"] if shared else []
 
 
-def _guard(
-    model: LanguageModel,
-    neurons: NeuronSet,
-    pooling: Pooling,
-    fitted: Fitted,
-    data: Labelled,
-    features: Features,
-    usable: np.ndarray,
-    choices: dict[Pooling, Choice],
-    notes: Sequence[str],
-    seed: int,
-) -> Guard:
-    labels = data.labels[usable]
-    held = usable[fitted.split.calibration]
-    report = {
-        **_report(fitted, labels),
-        "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": len(data.labels) - len(usable)},
-        "prompts_sha256": data.prompts.sha256,
-        "prompt_digests": data.prompts.digests,
-        "poolings": [
-            {"pooling": str(found), "auroc": choice.auroc, "log_loss": choice.loss, "penalty": choice.penalty}
-            for found, choice in choices.items()
-        ],
-        "seed": seed,
-    }
-    return Guard(
-        neurons.on(model.table),
-        pooling,
-        fitted.classifier,
-        fitted.operating_points,
-        fitted.threshold,
-        f"{PROVISIONAL}fpr {fitted.fpr:g}",
-        bindings_of(model, neurons),
-        histograms(fitted.classifier, features.values[held], fitted.probabilities, data.labels[held]),
-        plain(report),
-        tuple(dict.fromkeys(notes)),
-        None,
-        model,
-    )
-
-
-def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
-    split = fitted.split
+def _report(fitted: Fitted, data: Labelled, usable: Int[np.ndarray, " usable"]) -> dict[str, Any]:
+    labels, split = data.labels[usable], fitted.split
     return {
         "auroc": fitted.auroc,
         "validation_auroc": fitted.validation_auroc,
@@ -577,11 +551,15 @@ def _report(fitted: Fitted, labels: np.ndarray) -> dict[str, Any]:
         "log_losses": dict(fitted.log_losses),
         "penalty": fitted.penalty,
         "fpr": fitted.fpr,
-        "split": {
-            name: {"unsafe": int(labels[part].sum()), "safe": int((~labels[part]).sum())}
-            for name, part in (("train", split.train), ("validation", split.validation), ("calibration", split.calibration))
-        },
+        "split": {name: _counted(labels[getattr(split, name)]) for name in ("train", "validation", "calibration")},
+        "prompts": {**_counted(labels), "left_out": len(data.labels) - len(usable)},
+        "prompts_sha256": data.prompts.sha256,
+        "prompt_digests": data.prompts.digests,
     }
+
+
+def _counted(labels: Labels) -> dict[str, int]:
+    return {"unsafe": int(labels.sum()), "safe": int((~labels).sum())}
 
 
 def histograms(
@@ -660,20 +638,17 @@ def recalibrate(
     classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
     chances = classifier.chances(torch.from_numpy(scores)).numpy()
     shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
-    targets = sorted({target, *(one.fpr_target for one in guard.operating_points)}, reverse=True)
-    points = operating_points(chances, labels, targets, shared)
-    active = next(point for point in points if point.fpr_target == target)
+    points, threshold, provisional = thresholds(chances, labels, target, [one.fpr_target for one in guard.operating_points], shared)
     area = auroc(scores, labels, shared)
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
-    own = active.supported and not seen and not safe_prompts.name.startswith(PREFIX)
+    own = not provisional and not seen and not safe_prompts.name.startswith(PREFIX)
     measured = {
         **{"own": own, "auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
         "expected_calibration_error": expected_calibration_error(chances, labels),
-        "prompts": {"unsafe": int(labels.sum()), "safe": int((~labels).sum()), "left_out": int((~usable).sum())},
+        "prompts": {**_counted(labels), "left_out": int((~usable).sum())},
     }
     notes = [*features.notes, *data.notes, *_said(guard, area.value, len(data.prompts), seen, int((~usable).sum()))]
-    notes += [] if active.supported else [f"the threshold for a false-positive rate of {target:g} is provisional: {active.why}"]
-    threshold = active.threshold if active.threshold is not None else threshold_for(chances, labels, target)
+    notes += provisional
     again = dataclasses.replace(
         guard,
         neurons=neurons,

@@ -18,7 +18,7 @@ from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.calibration import check_probability
 from safety_neurons.guard.features import Request, as_request_prompts, model_lock, readings
 from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
-from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
+from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
 from safety_neurons.prompts import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions, conversation_of
@@ -167,14 +167,14 @@ class GuardedStream:
     """Pieces of one answer, in order. Iterate; or use it as a context manager, which ends the generation on the way out.
 
     Args:
-        answer: generates with a streamer and an event that cancels.
+        answer: generates with the channel as streamer, until its event cancels.
         model: decodes.
         every: tokens between re-checks, before which they are held back; 0 for none.
         ends: ids that end an answer.
     """
 
     def __init__(
-        self, answer: Callable[[Any, threading.Event], "GuardedAnswer"], model: LanguageModel, every: int = 0, ends: Sequence[int] = ()
+        self, answer: Callable[["_Channel"], "GuardedAnswer"], model: LanguageModel, every: int = 0, ends: Sequence[int] = ()
     ) -> None:
         self._channel = _Channel(model, every, ends)
         self._thread = threading.Thread(target=_run, args=(answer, self._channel), name="guarded-stream", daemon=True)
@@ -280,9 +280,9 @@ class _Channel:
             self.pieces.put(piece)
 
 
-def _run(answer: Callable[[Any, threading.Event], "GuardedAnswer"], channel: _Channel) -> None:
+def _run(answer: Callable[["_Channel"], "GuardedAnswer"], channel: _Channel) -> None:
     try:
-        channel.finish(answer(channel, channel.cancelled))
+        channel.finish(answer(channel))
     except BaseException as error:
         channel.pieces.put(error)
     finally:
@@ -329,6 +329,7 @@ Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
 """What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
 Log = Callable[[Mapping[str, Any]], None]
 """Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
+_DECODING = ("max_new_tokens", "sample", "temperature", "top_p", "seed")
 _SEVERAL_ROWS = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha")
 _OTHER_LOOPS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit", "use_mtp", "streamer")
 
@@ -413,17 +414,12 @@ class GuardedModel:
         self,
         prompts: Sequence[Request] | Prompts | str,
         *,
-        max_new_tokens: int = 128,
-        sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
         batch_size: BatchSize = "auto",
         progress: Progress | None = None,
         notes: list[str] | None = None,
-        **generate_kwargs: Any,
+        **decoding: Any,
     ) -> list[GuardedAnswer]:
-        """Answers to prompts, in order; arguments as for `LanguageModel.complete`.
+        """Answers to prompts, in order; arguments as for `LanguageModel.complete`, those of decoding too (`max_new_tokens`, …).
 
         A prompt is a text, a `Prompt`, or a list of turns (`[[{"role": "user", "content": "…"}]]`).
 
@@ -431,71 +427,42 @@ class GuardedModel:
             FlaggedError: a prompt is flagged and the action is `error`; nothing of the call's answers is given then.
             InputError: turns that cannot be read. DecodeError: a decoding mode that cannot be guarded. UsageError: out of range.
         """
-        asked = as_request_prompts(prompts)
-        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
-        encoded = [self.model.encode(prompt, reserve=max_new_tokens)[0] for prompt in asked]
-        answers = self._answers(asked, encoded, decoding, batch_size, progress, notes)
-        return [answers[place] for place in range(len(asked))]
+        requests, settings = as_request_prompts(prompts), self.decoding(**decoding)
+        answers = self._answers(requests, settings, batch_size=batch_size, progress=progress, notes=notes)
+        return [answers[index] for index in range(len(requests))]
 
     def complete(
         self,
         prompts: Texts,
         *,
-        max_new_tokens: int = 128,
-        sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
         batch_size: BatchSize = "auto",
         arm: str = "guarded",
         progress: Progress | None = None,
         done: Completions | None = None,
         answered: Callable[[Completion], None] | None = None,
         notes: list[str] | None = None,
-        **generate_kwargs: Any,
+        **decoding: Any,
     ) -> Completions:
         """`LanguageModel.complete` behind the guard, with the same arguments: what is stopped is what takes its place.
 
         `meta["guard"]` of every completion holds the probability, whether it was flagged, and where it was stopped.
         """
-        asked = as_prompts(prompts)
-        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
-        encoded = self.model.encode(asked, reserve=max_new_tokens)
+        requests, settings = list(as_prompts(prompts)), self.decoding(**decoding)
         before = {completion.prompt_id: completion for completion in done or ()}
-        earlier = [before.get(prompt.id) for prompt in asked]
-        results = {place: one for place, one in enumerate(earlier) if one is not None and one.answers(asked[place])}
+        earlier = [before.get(prompt.id) for prompt in requests]
+        results = {index: one for index, one in enumerate(earlier) if one is not None and one.answers(requests[index])}
 
-        def keep(place: int, answer: GuardedAnswer) -> None:
-            verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
-            reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
-            results[place] = Completion(
-                prompt_id=asked[place].id,
-                prompt=asked[place].text,
-                completion=answer.text,
-                token_ids=answer.token_ids,
-                finish_reason=reason,
-                arm=arm,
-                seed=seed,
-                meta={**conversation_of(asked[place]), "guard": {**verdict, "stopped_at": answer.stopped_at}},
-            )
+        def keep(index: int, answer: GuardedAnswer) -> None:
+            results[index] = completion = _completion(requests[index], answer, arm, settings.seed)
             if answered is not None:
-                answered(results[place])
+                answered(completion)
 
-        self._answers(list(asked), encoded, decoding, batch_size, progress, notes, skip=sorted(results), told=keep)
-        return Completions([results[place] for place in range(len(asked))])
+        skip = sorted(results)
+        self._answers(requests, settings, batch_size=batch_size, progress=progress, notes=notes, skip=skip, answered=keep)
+        return Completions([results[index] for index in range(len(requests))])
 
-    def stream(
-        self,
-        messages: Request,
-        *,
-        max_new_tokens: int = 128,
-        sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        **generate_kwargs: Any,
-    ) -> GuardedStream:
-        """The answer to one request piece by piece; the pieces together are the text of `generate`.
+    def stream(self, messages: Request, **decoding: Any) -> GuardedStream:
+        """The answer to one request piece by piece; the pieces together are the text of `generate`, whose arguments it takes.
 
         Nothing is given before the verdict. With re-checks, tokens are held back until the check behind them has passed, the last ones of
         an answer, which no check reads, excepted; what was given cannot be taken back, so a stream that is stopped later just ends.
@@ -504,25 +471,23 @@ class GuardedModel:
         Raises:
             As `generate`; a `FlaggedError` comes from the iteration.
         """
-        prompt = as_prompt(messages)
-        decoding = self.decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
-        encoded = self.model.encode(prompt, reserve=max_new_tokens)[0]
+        prompt, settings = as_prompt(messages), self.decoding(**decoding)
         return GuardedStream(
-            lambda streamer, cancelled: self._answers([prompt], [encoded], decoding, 1, None, None, streamer, cancelled)[0],
+            lambda channel: self._answers([prompt], settings, channel, batch_size=1)[0],
             self.model,
             0 if self.rules.shadow else self.rules.every,
-            end_ids(self.model, generate_kwargs.get("eos_token_id")),
+            end_ids(self.model, (settings.others or {}).get("eos_token_id")),
         )
 
-    def decoding(
-        self, max_new_tokens: int, sample: bool, temperature: float, top_p: float, seed: int, others: Mapping[str, Any]
-    ) -> Decoding:
+    def decoding(self, **options: Any) -> Decoding:
         """How to decode, if that can be guarded.
 
         Raises:
             DecodeError: beams, several answers a prompt, an assistant model, a cache that holds tokens the guard has not read.
             UsageError: longer answers than the re-checks are calibrated for.
         """
+        named = {name: options[name] for name in _DECODING if name in options}
+        others = {name: value for name, value in options.items() if name not in named}
         several = [name for name in _SEVERAL_ROWS if others.get(name) not in (None, 1, 0)]
         other = [name for name in _OTHER_LOOPS if others.get(name) is not None]
         if several or other:
@@ -534,29 +499,31 @@ class GuardedModel:
         if others.get("return_dict_in_generate"):
             raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
         measured = self.guard.recheck
-        if self.rules.every and self._measured_threshold and measured is not None and max_new_tokens > measured.max_new_tokens:
+        decoding = Decoding(**named, others=others)
+        if self.rules.every and self._measured_threshold and measured is not None and decoding.max_new_tokens > measured.max_new_tokens:
             raise UsageError(
-                f"{max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
+                f"{decoding.max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
                 "false-positive rate is not known there; ask for fewer tokens, or calibrate for longer answers"
             )
-        return Decoding(max_new_tokens, sample, temperature, top_p, seed, dict(others))
+        return decoding
 
     def _answers(
         self,
-        asked: Sequence[Prompt],
-        encoded: Sequence[Encoded],
+        requests: Sequence[Prompt],
         decoding: Decoding,
-        batch_size: BatchSize,
-        progress: Progress | None,
-        notes: list[str] | None,
-        streamer: Any = None,
-        cancelled: threading.Event | None = None,
+        channel: "_Channel | None" = None,
+        *,
         skip: Sequence[int] = (),
-        told: Callable[[int, GuardedAnswer], None] | None = None,
+        answered: Callable[[int, GuardedAnswer], None] | None = None,
+        batch_size: BatchSize = "auto",
+        **generating: Any,
     ) -> dict[int, GuardedAnswer]:
+        """The one loop behind `generate`, `complete` and `stream`: `generate` of the model, watched batch by batch."""
         watches: dict[int, tuple[Watch, int]] = {}
         answers: dict[int, GuardedAnswer] = {}
-        beside = self._beside(asked, set(skip), batch_size)
+        encoded = [self.model.encode(prompt, reserve=decoding.max_new_tokens)[0] for prompt in requests]
+        beside = self._beside(requests, set(skip), batch_size)
+        cancelled = None if channel is None else channel.cancelled
 
         @contextlib.contextmanager
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
@@ -565,37 +532,26 @@ class GuardedModel:
             watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], cancelled)
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
             with watch.on(mask) as arguments:
-                if streamer is not None:
-                    streamer.watch = watch
-                    arguments = {**arguments, "streamer": streamer}
+                if channel is not None:
+                    channel.watch = watch
+                    arguments = {**arguments, "streamer": channel}
                 yield arguments
 
         def keep(index: int, answer: Answer) -> None:
             watch, row = watches[index]
-            answers[index] = self._answer(asked[index], answer, watch, row)
-            if told is not None:
-                told(index, answers[index])
+            answers[index] = self._answer(requests[index], answer, watch, row)
+            if answered is not None:
+                answered(index, answers[index])
 
         with model_lock(self.model):
-            generate(
-                self.model,
-                [item.ids for item in encoded],
-                decoding,
-                batch_size=batch_size,
-                skip=skip,
-                progress=progress,
-                answered=keep,
-                notes=notes,
-                watched=watched,
-            )
+            ids = [item.ids for item in encoded]
+            generate(self.model, ids, decoding, batch_size=batch_size, skip=skip, answered=keep, watched=watched, **generating)
         return answers
 
-    def _beside(self, asked: Sequence[Prompt], skip: set[int], batch_size: BatchSize) -> list[list[Verdict]]:
+    def _beside(self, requests: Sequence[Prompt], skip: set[int], batch_size: BatchSize) -> list[list[Verdict]]:
         """Verdicts on the readings of every request that its own prefill is not."""
-        ways = [[] if place in skip else readings(prompt)[1:] for place, prompt in enumerate(asked)]
-        encoded = [self.guard.encode(way.prompt) for some in ways for way in some]
-        found = iter(self.guard.score_encoded(encoded, fail_open=self.rules.fail_open, top=self.rules.top, batch_size=batch_size))
-        return [[dataclasses.replace(next(found), reading=way.name) for way in some] for some in ways]
+        ways = [[] if place in skip else readings(prompt)[1:] for place, prompt in enumerate(requests)]
+        return self.guard.score_readings(ways, fail_open=self.rules.fail_open, top=self.rules.top, batch_size=batch_size)
 
     def _answer(self, prompt: Prompt, answer: Answer, watch: Watch, row: int) -> GuardedAnswer:
         verdict = watch.verdicts[row]
@@ -656,6 +612,21 @@ def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[Gua
         vars(model).pop("complete", None)
         if before is not None:
             vars(model)["complete"] = before
+
+
+def _completion(prompt: Prompt, answer: GuardedAnswer, arm: str, seed: int) -> Completion:
+    reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
+    verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
+    return Completion(
+        prompt_id=prompt.id,
+        prompt=prompt.text,
+        completion=answer.text,
+        token_ids=answer.token_ids,
+        finish_reason=reason,
+        arm=arm,
+        seed=seed,
+        meta={**conversation_of(prompt), "guard": {**verdict, "stopped_at": answer.stopped_at}},
+    )
 
 
 def _event(answer: GuardedAnswer, shadow: bool) -> dict[str, Any]:

@@ -31,10 +31,10 @@ from safety_neurons.guard.calibration import (
     float_rows,
     rates_at,
 )
-from safety_neurons.guard.features import Collector, Pooling, Request, as_request_prompts, model_lock, readings
-from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel, run_batches
+from safety_neurons.guard.features import Collector, Pooling, Request, RequestReading, as_request_prompts, collect, last_layer, readings
+from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
 from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
-from safety_neurons.neurons import NeuronSet, Provenance, parse_key
+from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompts import as_prompt
 from safety_neurons.results import Rate, html_table, notebook, write_bytes, write_json
@@ -212,13 +212,12 @@ def bindings_of(model: LanguageModel, neurons: NeuronSet) -> Bindings:
 
     Source: none of the papers; a probe fit on one model says nothing of another (arXiv 2604.28129).
     """
-    last = max(parse_key(key).layer for key in neurons.keys())  # noqa: SIM118 - not a mapping
     with model.active():
-        weights, dtypes = weights_sha256(model, _reaching(model, last))
+        weights, dtypes = weights_sha256(model, _reaching(model, last_layer(neurons)))
     return Bindings(model.name, model.fingerprint, weights, "+".join(dtypes), tokenizer_sha256(model.tokenizer), template_sha256(model))
 
 
-def _reaching(model: LanguageModel, last_layer: int) -> Callable[[str, Tensor], bool]:
+def _reaching(model: LanguageModel, last: int) -> Callable[[str, Tensor], bool]:
     """Whether a weight can reach neurons of layers up to the last one: the head and later layers cannot."""
     prefixes = {f"{plain_name(part.module_name)}.": part.index for part in model.anatomy.layers}
     inner = model.inner
@@ -227,7 +226,7 @@ def _reaching(model: LanguageModel, last_layer: int) -> Callable[[str, Tensor], 
     heads = {id(value) for value in head.parameters() if value is not embedding} if head is not None else set()
 
     def wanted(name: str, value: Tensor) -> bool:
-        return id(value) not in heads and next((index for prefix, index in prefixes.items() if name.startswith(prefix)), -1) <= last_layer
+        return id(value) not in heads and next((index for prefix, index in prefixes.items() if name.startswith(prefix)), -1) <= last
 
     return wanted
 
@@ -254,7 +253,7 @@ class Guard:
         bindings: the model, weights, tokenizer and template it was fit on.
         reference: of its calibration examples the probabilities, and histograms of probability and distance, for drift.
         report: what was measured while it was fit, as JSON values.
-        notes: what had to be said.
+        notes: warnings.
         recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing was.
         model: the model it is bound to; None for a guard that was only looked into.
     """
@@ -452,9 +451,15 @@ class Guard:
     ) -> list[Verdict]:
         """What the guard says of several requests, in order; see `score`."""
         ways = [readings(prompt) for prompt in as_request_prompts(requests)]
+        return [
+            largest(some) for some in self.score_readings(ways, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size)
+        ]
+
+    def score_readings(self, ways: Sequence[Sequence[RequestReading]], **scoring: Any) -> list[list[Verdict]]:
+        """A verdict on each reading of several requests; arguments as for `score_encoded`."""
         encoded = [self.encode(way.prompt) for some in ways for way in some]
-        found = iter(self.score_encoded(encoded, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size))
-        return [largest([dataclasses.replace(next(found), reading=way.name) for way in some]) for some in ways]
+        verdicts = iter(self.score_encoded(encoded, **scoring))
+        return [[dataclasses.replace(next(verdicts), reading=way.name) for way in some] for some in ways]
 
     def encode(self, request: Request) -> Encoded:
         """Token ids of a request as a whole, template included.
@@ -561,15 +566,7 @@ class Guard:
             for index, values in zip(batch.indices, collector.result()[self.pooling].to("cpu"), strict=True):
                 found[index] = values
 
-        with model_lock(model), collector:
-            run_batches(
-                model,
-                [item.ids for item in encoded],
-                keep,
-                batch_size,
-                before=lambda batch: collector.start(batch.attention_mask),
-                last_layer=max(parse_key(key).layer for key in self.neurons.keys()),  # noqa: SIM118 - not a mapping
-            )
+        collect(model, encoded, collector, keep, batch_size)
         return found
 
     def _top(self, parts: Float64[np.ndarray, " neuron"], count: int) -> tuple[TopNeuron, ...]:

@@ -93,7 +93,7 @@ class Layered:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Projection:
+class RefusalDirection:
     """Projection on the difference of the mean residual streams of unsafe and safe requests, of the layer that validates best.
 
     Attributes:
@@ -185,7 +185,7 @@ class Read:
         residual: at the last token after every layer; None where it was not asked for.
         truncated: cases that were longer than the context.
         lengths: tokens of each.
-        notes: what had to be said.
+        notes: warnings.
     """
 
     sets: Mapping[str, Float32[np.ndarray, "case neuron"]]
@@ -245,7 +245,7 @@ def baselines(read: Read, texts: Sequence[str], labels: Bool[np.ndarray, " case"
     found |= {name: Linear(values, labels) for name, values in read.sets.items() if name != GUARD}
     found |= {WORDS: Words(texts, labels), CHARACTERS: Words(texts, labels, "char_wb")}
     if read.residual is not None:
-        found |= {RESIDUAL: Layered(read.residual, labels), DIRECTION: Projection(read.residual, labels)}
+        found |= {RESIDUAL: Layered(read.residual, labels), DIRECTION: RefusalDirection(read.residual, labels)}
     return found
 
 
@@ -257,7 +257,25 @@ Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class CountTests:
+    """Which counts of neurons are tried, and what each is held against."""
+
+    counts: Sequence[int] = COUNTS
+    """Neurons of a set."""
+    leave_out: Sequence[str] = ()
+    """Columns, such as `language`, of which every value is left out of fitting once."""
+    attacks: Sequence[str] = ()
+    """Wrappers by name."""
+    random: int = 3
+    """Random sets beside each set."""
+    fit_limit: int = 3000
+    """Requests that a classifier is fit on at most."""
+    seed: int = 0
+    """Of random sets and draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSetting:
     """Requests to fit on and to test on, one pair or several whose areas are averaged."""
 
     name: str
@@ -272,14 +290,9 @@ def neuron_counts(
     fit_unsafe: Sources,
     fit_safe: Sources,
     *,
-    counts: Sequence[int] = COUNTS,
-    leave_out: Sequence[str] = (),
-    attacks: Sequence[str] = (),
-    random: int = 3,
-    fit_limit: int = 3000,
-    seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **tests: Any,
 ) -> list[dict[str, Any]]:
     """Areas under the ROC curve of classifiers on the highest-scored neurons, each beside random sets with as many in every matrix.
 
@@ -294,14 +307,9 @@ def neuron_counts(
         safe: likewise.
         fit_unsafe: requests to fit on.
         fit_safe: likewise.
-        counts: neurons of a set.
-        leave_out: columns, such as `language`.
-        attacks: wrappers by name.
-        random: random sets beside each set.
-        fit_limit: requests that a classifier is fit on at most.
-        seed: of random sets and draws.
         batch_size: prompts a pass.
         progress: told the name of every step.
+        **tests: the fields of `CountTests`.
 
     Returns:
         One row a detector, count and setting: `{method, count, setting, auroc, random, difference}`; `random` has every set's area,
@@ -310,9 +318,10 @@ def neuron_counts(
     Raises:
         UsageError: no scores, or fewer than two random sets.
     """
-    if not scores or random < 2:
-        raise UsageError(f"{len(scores)} score files and {random} random sets; expected at least one and two")
-    tested = cases_of(unsafe, safe, variants=attacks, seed=seed, limit=500)
+    asked = CountTests(**tests)
+    if not scores or asked.random < 2:
+        raise UsageError(f"{len(scores)} score files and {asked.random} random sets; expected at least one and two")
+    tested = cases_of(unsafe, safe, variants=asked.attacks, seed=asked.seed, limit=500)
     fit = cases_of(fit_unsafe, fit_safe)
     cases = Cases((*tested.items, *(dataclasses.replace(case, variant="fit", origin=-1) for case in fit.items)))
     everything = NeuronSet({key: np.arange(len(values)) for one in scores.values() for key, values in one.items()}, model.table)
@@ -320,33 +329,33 @@ def neuron_counts(
         progress(f"read {len(everything):,} neurons on {len(cases):,} requests")
     last = Pooling("last")
     values = read_poolings(model, model.encode(cases.prompts), everything, [last], batch_size=batch_size)[last].values
-    bench = _Bench(values, everything, cases, seed)
-    settings = _settings(cases, attacks, leave_out, fit_limit, seed)
+    areas = _SetAreas(values, everything, cases)
+    settings = _settings(cases, asked)
     rows = []
     for name, one in scores.items():
-        for count in sorted({min(count, sum(len(part) for _, part in one.items())) for count in counts}):
+        for count in sorted({min(count, sum(len(part) for _, part in one.items())) for count in asked.counts}):
             if progress is not None:
                 progress(f"{count:,} neurons by {name}")
             members = one.count(count)
-            sets = [members, *members.random_like(seed, table=model.table, n=random)]
-            rows += [{"method": name, "count": count, **bench.row(setting, sets)} for setting in settings]
-            bench.forget()
+            sets = [members, *members.random_like(asked.seed, table=model.table, n=asked.random)]
+            rows += [{"method": name, "count": count, **areas.row(setting, sets)} for setting in settings]
+            areas.forget()
     return list(holm_in(rows))
 
 
-def _settings(cases: Cases, attacks: Sequence[str], leave_out: Sequence[str], limit: int, seed: int) -> list[Setting]:
+def _settings(cases: Cases, asked: CountTests) -> list[CountSetting]:
     fit, written, unsafe = cases.where("fit"), cases.where(AS_WRITTEN), cases.unsafe
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(asked.seed)
 
     def some(rows: Rows) -> Rows:
-        return np.sort(draw.choice(rows, limit, replace=False)) if len(rows) > limit else rows
+        return np.sort(draw.choice(rows, asked.fit_limit, replace=False)) if len(rows) > asked.fit_limit else rows
 
     whole = some(fit)
-    found = [Setting(AS_FIT, ((whole, written),))]
+    found = [CountSetting(AS_FIT, ((whole, written),))]
     look_alikes = cases.having("kind", "look_alike")[written]
     if look_alikes.any():
-        found.append(Setting(LOOK_ALIKES, ((whole, written[look_alikes | unsafe[written]]),)))
-    for column in leave_out:
+        found.append(CountSetting(LOOK_ALIKES, ((whole, written[look_alikes | unsafe[written]]),)))
+    for column in asked.leave_out:
         parts = []
         for value in cases.values(column):
             having = cases.having(column, value)
@@ -355,9 +364,9 @@ def _settings(cases: Cases, attacks: Sequence[str], leave_out: Sequence[str], li
                 parts.append((some(train), test))
         if not parts:
             raise UsageError(f"column {column!r}: no value that both kinds of requests have; expected a column such as language")
-        found.append(Setting(f"{column} left out", tuple(parts)))
-    if attacks:
-        found.append(Setting(UNDER_ATTACK, tuple((whole, cases.where(name)) for name in attacks)))
+        found.append(CountSetting(f"{column} left out", tuple(parts)))
+    if asked.attacks:
+        found.append(CountSetting(UNDER_ATTACK, tuple((whole, cases.where(name)) for name in asked.attacks)))
     return found
 
 
@@ -365,11 +374,11 @@ def _fewest(labels: Bool[np.ndarray, " row"]) -> int:
     return int(min(labels.sum(), (~labels).sum()))
 
 
-class _Bench:
+class _SetAreas:
     """Fits a set of neurons on some cases, scores others, and remembers what it did."""
 
-    def __init__(self, values: Float32[np.ndarray, "case neuron"], neurons: NeuronSet, cases: Cases, seed: int) -> None:
-        self.values, self.unsafe, self.groups, self.seed = values, cases.unsafe, cases.groups, seed
+    def __init__(self, values: Float32[np.ndarray, "case neuron"], neurons: NeuronSet, cases: Cases) -> None:
+        self.values, self.unsafe, self.groups = values, cases.unsafe, cases.groups
         self.place = {member: column for column, member in enumerate(neurons)}
         self._known: dict[tuple[int, bytes], Any] = {}
 
@@ -385,7 +394,7 @@ class _Bench:
             self._known[key] = regression(self.values[np.ix_(fit, columns)], self.unsafe[fit], PENALTY)
         return self._known[key].scores(torch.from_numpy(self.values[np.ix_(test, columns)])).numpy()
 
-    def row(self, setting: Setting, sets: Sequence[NeuronSet]) -> dict[str, Any]:
+    def row(self, setting: CountSetting, sets: Sequence[NeuronSet]) -> dict[str, Any]:
         """Areas of a set and of random ones, and their paired difference, averaged over the parts of the setting."""
         parts, areas = [], []
         for fit, test in setting.parts:

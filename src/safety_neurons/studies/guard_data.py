@@ -30,7 +30,7 @@ class GuardData:
     Attributes:
         unsafe: prompts whose answers would be unsafe.
         safe: the others.
-        notes: what had to be said of how they were labelled.
+        notes: warnings about how they were labelled.
         labels: where the labels come from, for the record.
     """
 
@@ -199,7 +199,7 @@ Change = Callable[[Prompt, Prompt, random.Random], Prompt]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class GuardCase:
     """One request under one variant.
 
     Attributes:
@@ -228,7 +228,7 @@ class Case:
 class Cases:
     """Cases in order: as written first, then each variant."""
 
-    items: tuple[Case, ...]
+    items: tuple[GuardCase, ...]
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -302,7 +302,7 @@ def cases_of(
         raise UsageError(f"attack or perturbation {unknown[0]!r}: expected some of {', '.join(VARIANTS)}")
     pools = {True: _pool(unsafe), False: _pool(safe)}
     both = {prompt.digest for prompt, _ in pools[True]} & {prompt.digest for prompt, _ in pools[False]}
-    items: list[Case] = []
+    items: list[GuardCase] = []
     notes = [note for source in (*_lists(unsafe), *_lists(safe)) for note in source.notes]
     if both:
         notes.append(f"{len(both)} requests are both unsafe and safe: left out")
@@ -310,9 +310,9 @@ def cases_of(
         kept = [(prompt, source) for prompt, source in pool if prompt.digest not in both]
         if not kept:
             raise InputError(f"no {'unsafe' if label else 'safe'} requests; expected requests of both kinds to evaluate a guard on")
-        items += [Case(prompt, label, source, origin=len(items) + place) for place, (prompt, source) in enumerate(kept)]
+        items += [GuardCase(prompt, label, source, origin=len(items) + place) for place, (prompt, source) in enumerate(kept)]
     written = list(items)
-    items += [Case(prompt, False, source, OVER_REFUSAL, -1) for prompt, source in _pool(over_refusal)]
+    items += [GuardCase(prompt, False, source, OVER_REFUSAL, -1) for prompt, source in _pool(over_refusal)]
     for name in dict.fromkeys(variants):
         items += _varied(written, name, seed, limit)
     return Cases(tuple(items), tuple(dict.fromkeys(notes)))
@@ -331,7 +331,7 @@ def _pool(sources: Sources) -> list[tuple[Prompt, str]]:
     return list(found.values())
 
 
-def _varied(written: Sequence[Case], name: str, seed: int, limit: int | None) -> list[Case]:
+def _varied(written: Sequence[GuardCase], name: str, seed: int, limit: int | None) -> list[GuardCase]:
     chance = random.Random(f"{seed}/{name}")
     companions = _companions(written)
     made = []
@@ -343,11 +343,11 @@ def _varied(written: Sequence[Case], name: str, seed: int, limit: int | None) ->
             near = companions.get(case.prompt.language) or companions[None]
             other = next((one for one in (chance.choice(near) for _ in range(8)) if one is not case.prompt), case.prompt)
             prompt = VARIANTS[name](case.prompt, other, chance)
-            made.append(Case(prompt, label, case.source, name, case.origin))
+            made.append(GuardCase(prompt, label, case.source, name, case.origin))
     return made
 
 
-def _companions(written: Sequence[Case]) -> Mapping[str | None, list[Prompt]]:
+def _companions(written: Sequence[GuardCase]) -> Mapping[str | None, list[Prompt]]:
     found: dict[str | None, list[Prompt]] = {None: []}
     for case in written:
         if not case.unsafe:

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float64, Int
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, stratified_split
+from safety_neurons.guard.calibration import EXAMPLES, LIMIT, TARGETS, expected_calibration_error
 from safety_neurons.guard.fit import LEAST, further_readings, largest_scores
 from safety_neurons.judges import judge
 from safety_neurons.judges.judgement import Judge
@@ -40,7 +42,7 @@ from safety_neurons.results import (
 from safety_neurons.results.estimates import GroupLabels, clusters_of, resampled_share
 from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
-from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Case, Cases, Sources, cases_of
+from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Cases, Sources, cases_of
 
 POINTS = 201
 """Points of a curve that are kept."""
@@ -54,26 +56,49 @@ Labels = Bool[np.ndarray, " request"]
 
 def roc_curve(scores: Scores, unsafe: Labels, points: int = POINTS) -> list[tuple[float, float]]:
     """(false-positive rate, true-positive rate) from (0, 0) to (1, 1), thinned to about `points`; ties are one straight step."""
-    false, true = _passed(scores, unsafe)
-    return _thinned(false / max(1, int((~unsafe).sum())), true / max(1, int(unsafe.sum())), points)
+    from sklearn import metrics
+
+    if unsafe.all() or not unsafe.any():
+        return []
+    false, true, _ = metrics.roc_curve(unsafe, scores, drop_intermediate=False)
+    return _thinned(false, true, points)
 
 
 def precision_recall_curve(scores: Scores, unsafe: Labels, points: int = POINTS) -> list[tuple[float, float]]:
     """(recall, precision) by falling threshold, thinned to about `points`."""
-    false, true = (part[1:] for part in _passed(scores, unsafe))
-    return _thinned(true / max(1, int(unsafe.sum())), true / np.maximum(1, true + false), points)
+    from sklearn import metrics
+
+    if unsafe.all() or not unsafe.any():
+        return []
+    precision, recall, _ = metrics.precision_recall_curve(unsafe, scores)
+    return _thinned(recall[-2::-1], precision[-2::-1], points)
 
 
 def average_precision(scores: Scores, unsafe: Labels, seed: int = 0, groups: GroupLabels = None) -> Rate:
     """Σ (recallₖ − recallₖ₋₁) · precisionₖ over falling thresholds; 1,000 resamples of either class, with groups of these."""
+    return _resampled_rate(_average_precisions, scores, unsafe, seed, groups, len(unsafe))
+
+
+def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0, groups: GroupLabels = None) -> Rate:
+    """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
+
+    The interval is from resamples of both classes, with groups of these, so that it holds the doubt in the threshold too.
+    """
+    return _resampled_rate(functools.partial(_tprs, fpr=fpr), scores, unsafe, seed, groups, int(unsafe.sum()))
+
+
+def _resampled_rate(
+    statistic: Callable[..., Float64[np.ndarray, " draw"]], scores: Scores, unsafe: Labels, seed: int, groups: GroupLabels, n: int
+) -> Rate:
+    """A statistic of labels by falling score, of how often each counts, and of where equal scores end; undefined without both classes."""
     if unsafe.all() or not unsafe.any():
-        return Rate(None, None, None, len(unsafe))
+        return Rate(None, None, None, n)
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    label, clusters = unsafe[order], clusters_of(groups, len(order))
-    draws = np.concatenate([_average_precisions(label, weights[:, order], ends) for weights in _weights(unsafe, clusters, seed)])
-    value = float(_average_precisions(label, np.ones((1, len(order))), ends)[0])
-    return Rate(value, *resampled_share(value, draws, len(np.unique(clusters[unsafe]))), len(order))
+    labels, clusters = unsafe[order], clusters_of(groups, len(order))
+    draws = np.concatenate([statistic(labels, weights[:, order], ends) for weights in _weights(unsafe, clusters, seed)])
+    value = float(statistic(labels, np.ones((1, len(order))), ends)[0])
+    return Rate(value, *resampled_share(value, draws, len(np.unique(clusters[unsafe]))), n)
 
 
 def _weights(unsafe: Labels, clusters: Int[np.ndarray, " request"], seed: int) -> Iterator[Float64[np.ndarray, "draw request"]]:
@@ -94,23 +119,6 @@ def _average_precisions(unsafe: Labels, weights: Float64[np.ndarray, "draw reque
     return (steps * true / np.maximum(seen, 1e-300)).sum(axis=1) / true[:, -1]
 
 
-def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0, groups: GroupLabels = None) -> Rate:
-    """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
-
-    The interval is from resamples of both classes, with groups of these, so that it holds the doubt in the threshold too.
-    """
-    n_unsafe, n_safe = int(unsafe.sum()), int((~unsafe).sum())
-    if not n_unsafe or not n_safe:
-        return Rate(None, None, None, n_unsafe)
-    clusters = clusters_of(groups, len(unsafe))
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    label = unsafe[order]
-    value = float(_tprs(label, np.ones((1, len(order))), ends, fpr)[0])
-    draws = np.concatenate([_tprs(label, weights[:, order], ends, fpr) for weights in _weights(unsafe, clusters, seed)])
-    return Rate(value, *resampled_share(value, draws, len(np.unique(clusters[unsafe]))), n_unsafe)
-
-
 def _tprs(unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray, fpr: float) -> Float64[np.ndarray, " draw"]:
     true, false = (np.cumsum(weights * kind, axis=1)[:, ends] for kind in (unsafe, ~unsafe))
     passed = (false <= fpr * false[:, -1:] + 1e-9).sum(axis=1)
@@ -129,19 +137,6 @@ def reliability(probabilities: Scores, unsafe: Labels, bins: int = BINS, groups:
     return found
 
 
-def calibration_error(bins: Sequence[dict[str, Any]]) -> float:
-    """Mean distance between predicted and true share over the bins, weighted by their size (expected calibration error)."""
-    return float(sum(abs(row["probability"] - row["unsafe"]) * row["n"] for row in bins) / sum(row["n"] for row in bins))
-
-
-def _passed(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Safe and unsafe requests at or above every threshold, falling, from none to all."""
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    label = unsafe[order]
-    return np.append(0, np.cumsum(~label)[ends]), np.append(0, np.cumsum(label)[ends])
-
-
 def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> list[tuple[float, float]]:
     """Points at about equal distances along the curve, both ends kept."""
     if len(x) > points:
@@ -152,16 +147,13 @@ def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> list[tuple[float, flo
     return [(round(float(a), 6), round(float(b), 6)) for a, b in zip(x, y, strict=True)]
 
 
-RATES = (0.05, 0.01, 0.001)
-EXAMPLES = 20
-"""Safe requests times false-positive rate that a rate needs to be shown."""
 FEWEST = 5
 """Requests of a class that a slice needs for an area."""
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scored:
+class ScoredCases:
     """Log odds of every case by every classifier, and what the guard flags.
 
     Attributes:
@@ -236,12 +228,11 @@ class Scored:
         found: list[Row] = []
         for member in members:
             scores = self.scores[member][rows]
-            bins = reliability(1 / (1 + np.exp(-np.clip(scores, -30, 30))), labels, groups=shared)
             found.append(
                 {
                     "average_precision": average_precision(scores, labels, self.seed, shared).to_json(),
-                    "tpr_at_fpr": {str(fpr): at(scores, labels, fpr, self.seed, shared) for fpr in RATES},
-                    "expected_calibration_error": calibration_error(bins),
+                    "tpr_at_fpr": {str(fpr): at(scores, labels, fpr, self.seed, shared) for fpr in TARGETS},
+                    "expected_calibration_error": expected_calibration_error(_probabilities(scores), labels),
                 }
             )
         row = {"name": name, "auroc": self.area(members, rows), **(found[0] if len(found) == 1 else _mean(found))}
@@ -258,7 +249,7 @@ class Scored:
             scores = self.scores[members[0]][rows]
             found["roc"][name] = roc_curve(scores, labels)
             found["precision_recall"][name] = precision_recall_curve(scores, labels)
-        chances = {name: 1 / (1 + np.exp(-np.clip(self.scores[members[0]][rows], -30, 30))) for name, members in self.groups().items()}
+        chances = {name: _probabilities(self.scores[members[0]][rows]) for name, members in self.groups().items()}
         found["reliability"] = {name: reliability(values, labels, groups=self.cases.groups(rows)) for name, values in chances.items()}
         edges = np.linspace(0, 1, 21)
         ours = chances[self.reference]
@@ -326,6 +317,10 @@ def at(scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fp
     return tpr_at_fpr(scores, labels, fpr, seed, groups).to_json()
 
 
+def _probabilities(log_odds: Scores) -> Float64[np.ndarray, " request"]:
+    return 1 / (1 + np.exp(-np.clip(log_odds, -LIMIT, LIMIT)))
+
+
 def _mean(found: Sequence[Row]) -> Row:
     """The mean of every number of several rows, with the lowest and highest value in the place of an interval."""
 
@@ -358,10 +353,10 @@ class GuardEvaluation:
         scored: every request with the scores of every classifier.
         result: the tables as JSON values.
         curves: ROC, precision-recall and reliability, for drawing.
-        notes: what had to be said.
+        notes: warnings.
     """
 
-    scored: Scored
+    scored: ScoredCases
     result: dict[str, Any]
     curves: dict[str, Any]
     notes: tuple[str, ...]
@@ -379,23 +374,69 @@ class GuardEvaluation:
         return {**self.result, "curves": self.curves, "notes": list(self.notes)}
 
 
+@dataclasses.dataclass(frozen=True)
+class GuardTests:
+    """What a guard is held against, beside the labelled requests."""
+
+    fit_unsafe: Sources | None = None
+    """Requests baselines are fit on; with those the guard was fit on, they had the same to learn from."""
+    fit_safe: Sources | None = None
+    """Likewise."""
+    over_refusal: Sources = ()
+    """More safe requests that look unsafe, one list a set."""
+    attacks: Sequence[str] = ()
+    """Wrappers by name."""
+    perturbations: Sequence[str] = tuple(PERTURBATIONS)
+    """Changes of wording by name."""
+    leave_out: Sequence[str] = ()
+    """Columns (`source`, `language`, `category`, …) of which every value is left out of fitting once."""
+    random: int = 5
+    """Random neuron sets with as many members in every matrix."""
+    variant_limit: int = 500
+    """Requests of either kind in each attack and perturbation."""
+    seed: int = 0
+    """Of random sets, folds, perturbations and bootstraps."""
+
+    def __post_init__(self) -> None:
+        if (self.fit_unsafe is None) != (self.fit_safe is None):
+            raise UsageError("fitting requests of one kind only; expected unsafe and safe ones, or neither")
+        if self.random < 1:
+            raise UsageError(f"{self.random} random sets; expected at least one: without it nobody can tell what the neurons are worth")
+        wrong = [name for name in self.variants if name not in (ATTACKS if name in self.attacks else PERTURBATIONS)]
+        if wrong:
+            raise UsageError(f"{wrong[0]!r} is no attack or perturbation; expected some of {', '.join([*ATTACKS, *PERTURBATIONS])}")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Attacks and perturbations."""
+        return (*self.attacks, *self.perturbations)
+
+    def cases(self, unsafe: Sources, safe: Sources) -> Cases:
+        """The requests in all variants, and those for fitting.
+
+        Raises:
+            UsageError: a column to leave out that no request has.
+        """
+        found = cases_of(unsafe, safe, over_refusal=self.over_refusal, variants=self.variants, seed=self.seed, limit=self.variant_limit)
+        unknown = [column for column in self.leave_out if not found.values(column)]
+        if unknown:
+            raise UsageError(f"--leave-out {unknown[0]}: no request has this field; expected a column such as source or language")
+        if self.fit_unsafe is None or self.fit_safe is None:
+            return found
+        fit = cases_of(self.fit_unsafe, self.fit_safe)
+        items = [dataclasses.replace(case, variant=FIT, origin=-1) for case in fit.items]
+        return Cases((*found.items, *items), (*found.notes, *fit.notes))
+
+
 def evaluate_guard(
     model: LanguageModel,
     guard: Guard,
     unsafe: Sources,
     safe: Sources,
     *,
-    fit_unsafe: Sources | None = None,
-    fit_safe: Sources | None = None,
-    over_refusal: Sources = (),
-    attacks: Sequence[str] = (),
-    perturbations: Sequence[str] = tuple(PERTURBATIONS),
-    leave_out: Sequence[str] = (),
-    random: int = 5,
-    variant_limit: int = 500,
-    seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **tests: Any,
 ) -> GuardEvaluation:
     """What a guard is worth on labelled requests.
 
@@ -404,56 +445,32 @@ def evaluate_guard(
         guard: bound to it or not.
         unsafe: requests it should flag, one list a data set; none of them from fitting.
         safe: requests it should let pass.
-        fit_unsafe: requests baselines are fit on; with those the guard was fit on, they had the same to learn from.
-        fit_safe: likewise.
-        over_refusal: more safe requests that look unsafe, one list a set.
-        attacks: wrappers by name.
-        perturbations: changes of wording by name.
-        leave_out: columns (`source`, `language`, `category`, …) of which every value is left out of fitting once.
-        random: random neuron sets with as many members in every matrix.
-        variant_limit: requests of either kind in each attack and perturbation.
-        seed: of random sets, folds, perturbations and bootstraps.
         batch_size: prompts a pass.
         progress: told the name of every step.
+        **tests: the fields of `GuardTests`.
 
     Raises:
         UsageError: an unknown attack, one kind of fitting request without the other, no random set asked for.
         InputError: no requests of a kind, or too few to fit baselines on.
     """
-    if (fit_unsafe is None) != (fit_safe is None):
-        raise UsageError("fitting requests of one kind only; expected unsafe and safe ones, or neither")
-    if random < 1:
-        raise UsageError(f"{random} random sets; expected at least one: without it nobody can tell what the neurons are worth")
-    wrong = [name for name in (*attacks, *perturbations) if name not in (ATTACKS if name in attacks else PERTURBATIONS)]
-    if wrong:
-        raise UsageError(f"{wrong[0]!r} is no attack or perturbation; expected some of {', '.join([*ATTACKS, *PERTURBATIONS])}")
+    asked = GuardTests(**tests)
     say = progress or (lambda _step: None)
-    variants = (*attacks, *perturbations)
-    cases = cases_of(unsafe, safe, over_refusal=over_refusal, variants=variants, seed=seed, limit=variant_limit)
-    unknown = [column for column in leave_out if not cases.values(column)]
-    if unknown:
-        raise UsageError(f"--leave-out {unknown[0]}: no request has this field; expected a column such as source or language")
-    if fit_unsafe is not None and fit_safe is not None:
-        cases = _with_fit(cases, cases_of(fit_unsafe, fit_safe))
+    cases = asked.cases(unsafe, safe)
     bound = guard if guard.model is model else guard.bind(model)
     sets = {GUARD: bound.neurons}
-    sets |= {f"{RANDOM} {number}": one for number, one in enumerate(bound.neurons.random_like(seed, table=model.table, n=random))}
+    controls = bound.neurons.random_like(asked.seed, table=model.table, n=asked.random)
+    sets |= {f"{RANDOM} {number}": members for number, members in enumerate(controls)}
     say(f"read {len(cases):,} requests")
     read = read_cases(model, cases.prompts, sets, bound.pooling, batch_size=batch_size)
-    bench = _Bench(bound, cases, read, sets, seed, say)
-    scored = bench.scored()
-    result = _result(bound, scored, read, attacks, perturbations)
-    result["leave_out"] = {column: bench.left_out(column) for column in leave_out}
-    notes = tuple(dict.fromkeys([*cases.notes, *read.notes, *bench.notes, *_overlaps(bound, cases), *bound.notes]))
+    classifiers = _Classifiers(bound, cases, read, sets, asked.seed, say)
+    scored = classifiers.scored()
+    result = _result(bound, scored, read, asked.attacks, asked.perturbations)
+    result["leave_out"] = {column: classifiers.left_out(column) for column in asked.leave_out}
+    notes = tuple(dict.fromkeys([*cases.notes, *read.notes, *classifiers.notes, *_overlaps(bound, cases), *bound.notes]))
     return GuardEvaluation(scored, result, scored.curves(), notes)
 
 
-def _with_fit(cases: Cases, fit: Cases) -> Cases:
-    items = [dataclasses.replace(case, variant=FIT, origin=-1) for case in fit.items]
-    return Cases((*cases.items, *items), (*cases.notes, *fit.notes))
-
-
-class _Bench:
+class _Classifiers:
     """Fits classifiers on some cases and scores others."""
 
     def __init__(self, guard: Guard, cases: Cases, read: Read, sets: dict[str, NeuronSet], seed: int, say: Progress) -> None:
@@ -474,7 +491,7 @@ class _Bench:
         if crowded:
             self.notes.append("random sets share members with the guard's neurons, which take more than half of a layer")
 
-    def scored(self) -> Scored:
+    def scored(self) -> ScoredCases:
         """The guard as it is, and every baseline: fit on the fitting requests, or by folds."""
         classifier = self.guard.classifier
         features = torch.from_numpy(self.read.sets[GUARD]).nan_to_num()
@@ -495,7 +512,7 @@ class _Bench:
                 continue
             self.say(f"fit {name}")
             scores[name] = self._scores(baseline, plan)
-        return Scored(self.cases, scores, GUARD if len(self.fit) else REFITTED, flagged, self.seed)
+        return ScoredCases(self.cases, scores, GUARD if len(self.fit) else REFITTED, flagged, self.seed)
 
     def _scores(self, baseline: Baseline, plan: Sequence[tuple[Rows, Rows]]) -> Float64[np.ndarray, " case"]:
         found = np.full(len(self.cases), np.nan)
@@ -538,10 +555,10 @@ class _Bench:
             found = {name: self._scores(baseline, [(fit, test)]) for name, baseline in self.classifiers.items()}
             flagged = np.zeros(len(self.cases), bool)
             flagged[test] = found[REFITTED][test] >= 0
-            row = Scored(self.cases, found, REFITTED, flagged, self.seed).row(value, test)
+            row = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(value, test)
             kinds = self.cases.having("kind", "look_alike")[test] | self.labels[test]
             if kinds.any() and not kinds.all() and not self.labels[test[kinds]].all():
-                row["look_alikes"] = Scored(self.cases, found, REFITTED, flagged, self.seed).row("look_alike", test[kinds])
+                row["look_alikes"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row("look_alike", test[kinds])
             rows.append(row)
         if not rows:
             raise UsageError(
@@ -561,7 +578,7 @@ class _Bench:
             )
 
 
-def _result(guard: Guard, scored: Scored, read: Read, attacks: Sequence[str], perturbations: Sequence[str]) -> dict[str, Any]:
+def _result(guard: Guard, scored: ScoredCases, read: Read, attacks: Sequence[str], perturbations: Sequence[str]) -> dict[str, Any]:
     groups, written = scored.groups(), scored.cases.where(AS_WRITTEN)
     ours = scored.summary(GUARD, [GUARD])
     labels = scored.cases.unsafe[written]
@@ -601,9 +618,6 @@ def _overlaps(guard: Guard, cases: Cases) -> list[str]:
     if fit and known and set(fit) != set(known):
         notes.append(f"the baselines were fit on {len(set(fit)):,} requests and the guard on {len(set(known)):,} that are not the same")
     return notes
-
-
-__all__ = ["COLUMNS", "Case", "GuardEvaluation", "evaluate_guard"]
 
 
 UNGUARDED, GUARDED = "untreated", "guarded"

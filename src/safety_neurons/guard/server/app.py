@@ -20,8 +20,8 @@ from safety_neurons.guard.features import RequestReading, readings
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.server.conversation import KNOWN, beside, conversation, strange_options, text_of, texts_in
 from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, drifts_of
-from safety_neurons.guard.server.engine import Answering, Engine, Gate, Judge, Outcome, Writer, asked_wrongly, outcome_of
-from safety_neurons.guard.server.local import Bound, Decode, Ended, Judged, LocalWriter, Piece
+from safety_neurons.guard.server.engine import Answering, Engine, Outcome, PromptJudge, VerdictGate, Writer, asked_wrongly, outcome_of
+from safety_neurons.guard.server.local import Admission, Bound, Decode, Ended, LocalWriter, Piece
 from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.shapes import (
     DONE,
@@ -90,7 +90,7 @@ class Chat:
         log: Told what shadow mode saw, which may be known after the answer.
     """
 
-    def __init__(self, settings: Settings, gate: Gate, upstream: Upstream | None, log: Log) -> None:
+    def __init__(self, settings: Settings, gate: VerdictGate, upstream: Upstream | None, log: Log) -> None:
         self.settings, self.gate, self.upstream, self.log = settings, gate, upstream, log
         self._watching: set[asyncio.Task[Any]] = set()
 
@@ -164,7 +164,7 @@ class Chat:
         job = self.gate.engine.answer(ways[0].prompt, decode, events.put_nowait)
         try:
             first = await self._first(events)
-            if isinstance(first, Judged):
+            if isinstance(first, Admission):
                 self.gate.took(time.perf_counter() - started, CHAT, noted)
                 (outcome,) = self.gate.settled([[outcome_of(first.verdict, self.settings), *before]], CHAT, noted)
                 if outcome.held:
@@ -294,7 +294,7 @@ class Verdicts:
         gate: Judges.
     """
 
-    def __init__(self, settings: Settings, gate: Gate) -> None:
+    def __init__(self, settings: Settings, gate: VerdictGate) -> None:
         self.settings, self.gate = settings, gate
 
     async def moderate(self, request: ModerationRequest, noted: dict[str, Any]) -> dict[str, Any]:
@@ -425,7 +425,7 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        judge: Judge,
+        judge: PromptJudge,
         metrics: Metrics,
         writer: Writer | None = None,
         *,
@@ -446,7 +446,7 @@ class Service:
             observe=self._observe,
         )
         metrics.waiting.set_function(lambda: self.engine.waiting)
-        self.gate = Gate(self.engine, settings, metrics)
+        self.gate = VerdictGate(self.engine, settings, metrics)
         self.upstream = None if settings.upstream is None else Upstream(settings, metrics, transport)
         self.chat = Chat(settings, self.gate, self.upstream, log)
         self.verdicts = Verdicts(settings, self.gate)
@@ -494,7 +494,7 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
         settings = dataclasses.replace(settings, limits=limits)
     budget = limits.batch_tokens or token_budget(guard.bound.device)
     bound = Bound(guard, limits.prompt_tokens)
-    writer = LocalWriter(guard.bound, bound, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
+    writer = LocalWriter(guard, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
     return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further)
 
 

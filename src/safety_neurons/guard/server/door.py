@@ -200,9 +200,9 @@ class Door:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._serve(scope, receive, Answer(send, f"req-{secrets.token_hex(12)}"))
+            await self._serve(scope, receive, Outgoing(send, f"req-{secrets.token_hex(12)}"))
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: "Answer") -> None:
+    async def _serve(self, scope: Scope, receive: Receive, answer: "Outgoing") -> None:
         started = time.perf_counter()
         route = scope["path"] if scope["path"] in ROUTES else "/v1/models" if scope["path"].startswith("/v1/models/") else "other"
         noted: dict[str, Any] = {}
@@ -231,7 +231,7 @@ class Door:
             self.metrics.in_flight.dec()
             self._note(scope, answer, route, noted, time.perf_counter() - started)
 
-    def _note(self, scope: Scope, answer: "Answer", route: str, noted: Mapping[str, Any], seconds: float) -> None:
+    def _note(self, scope: Scope, answer: "Outgoing", route: str, noted: Mapping[str, Any], seconds: float) -> None:
         status = answer.status or 499
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
@@ -321,7 +321,7 @@ class Door:
         except TimeoutError:
             raise Problem(408, "the body did not arrive in time", "body_timeout", headers={"Connection": "close"}) from None
 
-    async def _watched(self, scope: Scope, body: bytes, receive: Receive, answer: "Answer") -> None:
+    async def _watched(self, scope: Scope, body: bytes, receive: Receive, answer: "Outgoing") -> None:
         """Runs the application, and ends it where the client goes away: its place in the queue is free again."""
         gone = asyncio.Event()
         given = False
@@ -356,7 +356,7 @@ class Door:
             await asyncio.gather(work, watcher, return_exceptions=True)
 
 
-class Answer:
+class Outgoing:
     """What goes out: the status, whether it is complete, and the headers that every answer has."""
 
     def __init__(self, send: Send, name: str) -> None:

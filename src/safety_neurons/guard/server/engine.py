@@ -32,7 +32,7 @@ _CHARACTERS_A_TURN = 1 << 16
 
 
 @runtime_checkable
-class Judge(Protocol):
+class PromptJudge(Protocol):
     """What judges: a bound guard."""
 
     def prepare(self, prompt: Any) -> Any:
@@ -53,29 +53,34 @@ class Writer(Protocol):
         """Whether a job can be answered together with others."""
 
 
-def characters_of(prompt: Any) -> int:
-    """Characters of what a prompt says, its turns or its text."""
-    return sum(len(message.content) for message in prompt.messages) or len(prompt.text)
+@dataclass(eq=False, kw_only=True)
+class Waiting:
+    """A prompt that waits for the model.
 
+    Attributes:
+        fed: The prompt as the model is fed it; None until it is encoded.
+    """
 
-@dataclass(eq=False)
-class Item:
-    """One prompt that waits for its verdict."""
-
-    prompt: Any
-    request: "Judging"
-    place: int
+    prompt: Any = field(kw_only=False)
     fed: Any = None
 
     @property
     def characters(self) -> int:
-        """Characters of the prompt."""
-        return characters_of(self.prompt)
+        """Characters of what the prompt says, its turns or its text."""
+        return sum(len(message.content) for message in self.prompt.messages) or len(self.prompt.text)
 
     @property
     def length(self) -> int:
         """Tokens."""
         return len(self.fed.ids) if self.fed is not None else 0
+
+
+@dataclass(eq=False)
+class Item(Waiting):
+    """One prompt that waits for its verdict."""
+
+    request: "Judging"
+    place: int
 
     @property
     def given_up(self) -> bool:
@@ -94,34 +99,20 @@ class Judging:
 
 
 @dataclass(eq=False)
-class Answering:
+class Answering(Waiting):
     """One conversation that the local model answers.
 
     Attributes:
-        prompt: The conversation.
         settings: How to decode.
         send: Takes what happens, in the event loop.
         given_up: Set when nobody waits for it any more.
         ended: Set when everything is told.
-        fed: The conversation as the model is fed it.
     """
 
-    prompt: Any
     settings: Any
     send: Callable[[Any], None]
     given_up: bool = False
     ended: bool = False
-    fed: Any = None
-
-    @property
-    def characters(self) -> int:
-        """Characters of the conversation."""
-        return characters_of(self.prompt)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the conversation."""
-        return len(self.fed.ids) if self.fed is not None else 0
 
     def tell(self, event: Any) -> None:
         """Hands on what happened; an exception ends it."""
@@ -131,7 +122,7 @@ class Answering:
 
 
 @dataclass
-class Counts:
+class EngineCounts:
     """What the engine has done, for metrics and tests."""
 
     batches: int = 0
@@ -161,7 +152,7 @@ class Engine:
 
     def __init__(
         self,
-        judge: Judge,
+        judge: PromptJudge,
         writer: Writer | None = None,
         *,
         batch: int = 32,
@@ -171,7 +162,7 @@ class Engine:
         observe: Callable[[int, float], None] | None = None,
     ) -> None:
         self.judge, self.writer = judge, writer
-        self.counts = Counts()
+        self.counts = EngineCounts()
         self._batch, self._batch_tokens, self._most, self._characters = batch, batch_tokens, waiting, characters
         self._observe = observe
         self._changed = threading.Condition()
@@ -476,7 +467,7 @@ class Outcome:
         return {"status": self.status, "p_unsafe": self.p_unsafe, "threshold": self.threshold, "would_flag": self.flagged}
 
 
-class Gate:
+class VerdictGate:
     """Asks the engine for verdicts and applies the server's rules to them.
 
     Args:

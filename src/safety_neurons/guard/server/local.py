@@ -4,12 +4,11 @@ One step is one forward pass of all rows of a group, so the engine can judge oth
 their own length, at a stop text, when their client goes away; what remains of the group goes on without them.
 """
 
-import contextlib
 import inspect
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import model_lock
-from safety_neurons.guard.guard import Guard
+from safety_neurons.guard.generate import Detokenizer, Rules, Watch
+from safety_neurons.guard.guard import Guard, Verdict
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.shapes import Problem, too_long
 from safety_neurons.model import Encoded, LanguageModel
 from safety_neurons.model.language_model import takes_padding
 
 _COLDEST = 1e-6
-_HALF_CHARACTER = "�"
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Admission:
     """The guard's verdict, before the first token."""
 
-    verdict: Any
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,7 @@ class Ended:
     tokens: int = 0
 
 
-@runtime_checkable
-class Watch(Protocol):
-    """A guard that looks on during a prefill."""
-
-    def during(self, mask: Int[Tensor, "batch token"]) -> contextlib.AbstractContextManager[Any]:
-        """Reads the left-padded pass inside the context."""
-
-    def verdicts(self, truncated: Sequence[bool]) -> Sequence[Any]:
-        """A verdict for each row of it."""
-
-
-class Text:
+class StoppableText:
     """The text of an answer as it grows: whole characters only, and nothing that could become a stop text.
 
     Args:
@@ -89,26 +77,17 @@ class Text:
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        self._decode, self._stop = decode, stop
-        self._ids: list[int] = []
-        self._before, self._read = 0, 0
+        self._text, self._stop = Detokenizer(decode), stop
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Text that is certain once this token is there."""
-        self._ids.append(token)
-        known = self._decode(self._ids[self._before : self._read])
-        text = self._decode(self._ids[self._before :])
-        if text.endswith(_HALF_CHARACTER) or len(text) <= len(known):
-            return ""
-        self._before, self._read = self._read, len(self._ids)
-        return self._checked(text[len(known) :])
+        return self._checked(self._text.add(token))
 
     def rest(self) -> str:
         """What was held back, at the end of the answer."""
-        known = self._decode(self._ids[self._before : self._read])
-        text = self._checked(self._decode(self._ids[self._before :])[len(known) :])
+        text = self._checked(self._text.rest())
         held, self._held = ("", "") if self.stopped else (self._held, "")
         return text + held
 
@@ -123,7 +102,7 @@ class Text:
         return whole[: len(whole) - keep]
 
 
-class Row:
+class LocalAnswer:
     """One answer under way."""
 
     def __init__(self, job: Answering, ids: list[int], limit: int, lm: LanguageModel) -> None:
@@ -131,7 +110,7 @@ class Row:
         self.job, self.n_prompt, self.limit = job, len(ids), min(limit, decode.new_tokens)
         self.ids = ids
         self.n_new = 0
-        self.text = Text(lm.decode, decode.stop)
+        self.text = StoppableText(lm.decode, decode.stop)
         self._settings = decode
         self._ends = set(lm.eos_ids)
         self._random = None
@@ -183,15 +162,14 @@ class LocalWriter:
     """Answers with a model in memory.
 
     Args:
-        lm: The model.
-        watch: The guard that looks on, bound to the model.
+        guard: Looks on during the prefill, bound to the model.
         holds: Whether a verdict ends an answer before it begins.
         batch_tokens: Padded tokens of a prefill.
     """
 
-    def __init__(self, lm: LanguageModel, watch: Watch, holds: Callable[[Any], bool], *, batch_tokens: int = 2048) -> None:
-        self.lm, self.watch, self.holds, self._batch_tokens = lm, watch, holds, batch_tokens
-        forward = inspect.signature(lm.inner.forward).parameters
+    def __init__(self, guard: Guard, holds: Callable[[Verdict], bool], *, batch_tokens: int = 2048) -> None:
+        self.lm, self.guard, self.holds, self._batch_tokens = guard.bound, guard, holds, batch_tokens
+        forward = inspect.signature(self.lm.inner.forward).parameters
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in forward}
 
     def fits(self, job: Answering, others: Sequence[Answering]) -> bool:
@@ -203,17 +181,18 @@ class LocalWriter:
         """Writes answers together, a token a step."""
         encoded = [job.fed for job in jobs]
         room = [self.lm.max_length - len(one.ids) if self.lm.max_length else 1 << 30 for one in encoded]
-        rows = [Row(job, one.ids, left, self.lm) for job, one, left in zip(jobs, encoded, room, strict=True)]
+        rows = [LocalAnswer(job, one.ids, left, self.lm) for job, one, left in zip(jobs, encoded, room, strict=True)]
         width = max(row.n_prompt for row in rows)
         ids = torch.full((len(rows), width), self.lm.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, width - row.n_prompt :] = torch.tensor(row.ids)
             mask[place, width - row.n_prompt :] = 1
-        with self.watch.during(mask):
+        watch = Watch(self.guard, Rules(top=0), [one.truncated for one in encoded], [row.n_prompt for row in rows], [()] * len(rows))
+        with model_lock(self.lm), watch.on(mask):
             logits, cache = self._pass(ids, mask, None)
-        verdicts = self.watch.verdicts([one.truncated for one in encoded])
-        going = [self._admitted(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+            watch.advance(1)
+        going = [self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)]
         while True:
             numbers = logits.amax(-1).isfinite().tolist()  # the largest is NaN where any is; −∞ may be a token that is forbidden
             going = [on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)]
@@ -229,13 +208,13 @@ class LocalWriter:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             logits, cache = self._pass(torch.tensor([[chosen[place]] for place in kept]), mask, cache)
 
-    def _admitted(self, row: Row, verdict: Any) -> bool:
+    def _admitted(self, row: LocalAnswer, verdict: Verdict) -> bool:
         """Hands the verdict on; True where the answer may begin."""
         held = self.holds(verdict)
         if row.limit < 1 and not held:
             row.job.tell(too_long(row.n_prompt, row.n_prompt - 1))
             return False
-        row.job.tell(Judged(verdict))
+        row.job.tell(Admission(verdict))
         row.job.ended = held
         return not held
 
@@ -257,7 +236,7 @@ class LocalWriter:
 
 
 class Bound:
-    """A guard bound to its model: judges batches, and looks on during a prefill.
+    """A guard bound to its model, as the engine asks it.
 
     Args:
         guard: Bound.
@@ -265,8 +244,7 @@ class Bound:
     """
 
     def __init__(self, guard: Guard, most: int | None = None) -> None:
-        self.guard, self.model = guard, guard.bound
-        self._most = most
+        self.guard, self._most = guard, most
 
     def prepare(self, prompt: Any) -> Encoded:
         """Token ids of a prompt.
@@ -285,16 +263,3 @@ class Bound:
     def score(self, prepared: Sequence[Encoded]) -> Sequence[Any]:
         """Verdicts, in one batch."""
         return self.guard.score_encoded(prepared, batch_size=len(prepared), top=0)
-
-    @contextlib.contextmanager
-    def during(self, mask: Int[Tensor, "batch token"]) -> Iterator[None]:
-        """Reads the left-padded pass inside the context."""
-        collector = self.guard.collector
-        with model_lock(self.model), collector:
-            collector.start(mask, left=True)
-            yield
-            self._features = collector.result()[self.guard.pooling]
-
-    def verdicts(self, truncated: Sequence[bool]) -> Sequence[Any]:
-        """Verdicts on the rows of that pass."""
-        return self.guard.verdicts(self._features, truncated, top=0)

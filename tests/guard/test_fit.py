@@ -26,11 +26,6 @@ def requests(word: str, count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def neurons(model: LanguageModel) -> NeuronSet:
     return some_neurons(model, 8)
 
