@@ -446,8 +446,8 @@ def evaluate(
         from safety_neurons.guard import Guard
         from safety_neurons.results.files import write_json
         from safety_neurons.studies.guard_baselines import neuron_counts
-        from safety_neurons.studies.guard_evaluation import evaluate_guard
         from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
+        from safety_neurons.studies.guard_evaluation import evaluate_guard
 
         model = session.model(guarded.model)
         guard = Guard.load(guarded.folder, model)
