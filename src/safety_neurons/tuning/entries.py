@@ -56,7 +56,7 @@ class Entries:
         if type(value).__name__ == "DTensor" or value.is_meta:
             raise UnsupportedModelError(
                 f"{self.key}: its {self.kind} is {'off-loaded' if value.is_meta else 'shared out over processes'}, a tensor in memory was "
-                "expected; protect on one device or with DDP, or repair() the saved model afterwards"
+                "expected; load the model without off-loading, on one device or with DDP, or repair() it once saved"
             )
         return value
 
