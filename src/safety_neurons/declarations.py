@@ -88,6 +88,7 @@ class Panel:
 Declared = TypeVar("Declared", bound="Declaration")
 Positive = Annotated[int, Between(1)]
 Count = Annotated[int, Between(0)]
+NotNegative = Annotated[float, Between(0)]
 Share = Annotated[float | int, Between(0, 1, above=True)]
 OpenShare = Annotated[float | int, Between(0, 1, above=True, below=True)]
 

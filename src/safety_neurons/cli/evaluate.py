@@ -9,10 +9,8 @@ from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, NeuronFile, Some, listed, parse_object
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Between, Count, Declaration, Panel, Positive, Reads, Share
+from safety_neurons.declarations import Count, Declaration, NotNegative, Panel, Positive, Reads, Share
 from safety_neurons.errors import InputError, UsageError
-
-AtLeastNone = Annotated[float, Between(0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,7 @@ class AnswerOptions(Declaration):
     """Length of an answer in tasks that generate."""
     samples: Positive = 1
     """Completions of every prompt, each with its own seed."""
-    temperature: AtLeastNone = 0.0
+    temperature: NotNegative = 0.0
     """Of sampling; 0 is greedy."""
     top_p: Share = 1.0
     """Of sampling."""

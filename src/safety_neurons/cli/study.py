@@ -7,7 +7,7 @@ from safety_neurons.cli import console
 from safety_neurons.cli.options import Measured, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Between, Count, Declaration, OneOf, OpenShare, Positive, Reads
+from safety_neurons.declarations import Between, Count, Declaration, NotNegative, OneOf, OpenShare, Positive, Reads
 from safety_neurons.errors import UsageError
 
 TaskFile = Annotated[str, Reads("prompts")]
@@ -56,7 +56,7 @@ class Tunings(Declaration):
     """Use the first N of them."""
     mixed: OtherText = "builtin:harmless"
     """Harmless requests with answers, mixed in; or none."""
-    mix: Annotated[float, Between(0)] = 2.0
+    mix: NotNegative = 2.0
     """Harmless examples for each harmful one."""
     epochs: Positive = 6
     """Passes over the examples."""

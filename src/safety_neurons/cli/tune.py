@@ -10,11 +10,10 @@ from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, NeuronFile, OneModel, OtherText, check_rate
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Between, Declaration, Incidental, Panel, Positive, Reads
+from safety_neurons.declarations import Between, Declaration, Incidental, NotNegative, Panel, Positive, Reads
 from safety_neurons.errors import RunError, UnsupportedModelError
 
 Stage = Callable[[str, Any], None]
-AtLeastNone = Annotated[float, Between(0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Training(Declaration):
 
     PANEL = "Training"
 
-    mix: Annotated[AtLeastNone, Panel("Data")] = 1.0
+    mix: Annotated[NotNegative, Panel("Data")] = 1.0
     """Harmless examples for each harmful one."""
     learning_rate: str = "auto"
     """auto (relative to the size of the weights) or a number."""
@@ -88,9 +87,9 @@ class Watched(Declaration):
     """Train to the end on all data, without held-out prompts."""
     check_every: Positive | None = None
     """Steps between checks. [default: a tenth of all]"""
-    tolerance: AtLeastNone = 0.05
+    tolerance: NotNegative = 0.05
     """Share of harmless prompts that may be refused beyond before."""
-    max_divergence: AtLeastNone | None = None
+    max_divergence: NotNegative | None = None
     """Largest KL per token on harmless prompts, in nats."""
 
 
