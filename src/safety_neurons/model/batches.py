@@ -163,15 +163,13 @@ def collate(sequences: Sequence[Sequence[int]], indices: Sequence[int], *, numbe
     return Batch(input_ids, mask, positions, lengths, list(indices), number)
 
 
-def batches(
-    sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", token_budget: int = CPU_TOKEN_BUDGET, pad_id: int = 0
-) -> list[Batch]:
+def batches(sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", *, pad_id: int = 0) -> list[Batch]:
     """All sequences as right-padded batches, sorted by length; the same input always gives the same batches.
 
     Raises:
         InputError: An empty sequence, or a batch size below one.
     """
-    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget)
+    groups = plan([len(sequence) for sequence in sequences], batch_size)
     return [collate(sequences, group, number=number, pad_id=pad_id) for number, group in enumerate(groups)]
 
 

@@ -180,7 +180,6 @@ def around(
     *,
     before: Before | Mapping[nn.Module, Before] | None = None,
     after: After | Mapping[nn.Module, After] | None = None,
-    first: bool = False,
 ) -> Iterator[None]:
     """Call functions at the boundaries of modules: to see inputs with their keywords, to run a donor beside a model, to cut its rows.
 
@@ -188,13 +187,12 @@ def around(
         module: the module that plain functions are for.
         before: a function for `module`, or functions by module.
         after: the same.
-        first: whether these come before hooks that are already on.
     """
     with ExitStack() as stack:
         for part, enter in _by_module(module, before).items():
-            stack.callback(part.register_forward_pre_hook(_entering(enter), with_kwargs=True, prepend=first).remove)
+            stack.callback(part.register_forward_pre_hook(_entering(enter), with_kwargs=True).remove)
         for part, leave in _by_module(module, after).items():
-            stack.callback(part.register_forward_hook(_leaving(leave), prepend=first).remove)
+            stack.callback(part.register_forward_hook(_leaving(leave)).remove)
         yield
 
 

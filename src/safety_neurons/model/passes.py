@@ -53,7 +53,6 @@ def run_batches(
     last_layer: int | None = None,
     budget: int | None = None,
     notes: list[str] | None = None,
-    gradients: bool = False,
     failed: dict[int, str] | None = None,
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
@@ -73,7 +72,6 @@ def run_batches(
         last_layer: Stop each pass after this layer; `batch.output` is None then.
         budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere.
         notes: Gets a line for every batch that was halved.
-        gradients: Leave gradients as they are; off by default.
         failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first of them ends the run.
 
     Returns:
@@ -96,10 +94,7 @@ def run_batches(
         finally:
             batch.output = None
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lm.running())
-        if not gradients:
-            stack.enter_context(torch.no_grad())
+    with lm.running(), torch.no_grad():
         for number, group in enumerate(groups[start:], start=start):
             batch = collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device)
             results += halving.run(batch, work)
