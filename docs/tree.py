@@ -11,11 +11,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "safety_neurons"
 FLOORS = (
     "errors.py strict_json.py declarations.py",
-    "prompts neurons results",
+    "prompts neurons results analysis",
     "model",
     "organism detectors interventions tuning guard judges suites capability",
     "studies",
-    "analysis report",
+    "report",
     "cli",
 )
 START, END = "<!-- tree -->", "<!-- end of tree -->"

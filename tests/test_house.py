@@ -14,11 +14,11 @@ SOURCE = pathlib.Path(safety_neurons.__file__).parent
 FLOORS = [
     {"errors", "strict_json"},
     {"declarations"},
-    {"prompts", "neurons", "results"},
+    {"prompts", "neurons", "results", "analysis"},
     {"model"},
     {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},
     {"studies"},
-    {"analysis", "report"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

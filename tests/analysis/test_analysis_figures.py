@@ -6,8 +6,7 @@ import pytest
 from analysed_sets import random_set, small_table
 
 from safety_neurons.analysis import name_sets, overlap
-from safety_neurons.analysis.figures import overlap_figure
-from safety_neurons.analysis.study_figures import cards_figure
+from safety_neurons.analysis.figures import cards_figure, overlap_figure
 
 HOSTILE = ["\x1b[31m", "\x00", "\u202eevil", "<script>alert(1)</script>", "]]>&", "\ud800", "\uffff"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safety_neurons.analysis import Named, languages, layers, overlap
-from safety_neurons.analysis.clumps import Clumps, simulated
+from safety_neurons.analysis.chance import Clumps, simulated
 from safety_neurons.neurons import Provenance, Scores, SiteInfo, SiteTable
 
 NOMINAL, ALLOWED = 0.05, 0.07
@@ -95,7 +95,7 @@ def held(shares, runs):
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch):
     monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.overlap"), "DRAWS", 500)
-    monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.ranks"), "DRAWS", 40)
+    monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.overlap"), "RANK_DRAWS", 40)
 
 
 CASES = [*((made, None) for made in MADE), (as_units, ("gate", "up", "down")), (as_units, ("v", "o"))]

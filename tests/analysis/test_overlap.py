@@ -9,7 +9,7 @@ from analysed_sets import random_scores, random_set, small_table
 
 from safety_neurons import organism
 from safety_neurons.analysis import Named, name_sets, overlap
-from safety_neurons.analysis.clumps import simulated
+from safety_neurons.analysis.chance import simulated
 from safety_neurons.errors import NeuronError
 from safety_neurons.neurons import NeuronSet
 

@@ -1,16 +1,26 @@
-"""What chance gives: how many of some marked neurons a random draw holds, exactly, and what that makes of a number that was found."""
+"""What chance gives: how many of some marked neurons a random draw holds, exactly, and what that makes of a number that was found.
+
+Neurons of one unit may be chosen together, in clumps. Where a method gives `gate`, `up` and `down` of a unit one score, a set takes them
+together: three neurons are then one choice, and numbers of neurons vary between unrelated sets as much as three times a number of units
+does. Where it scores them apart, they are three choices. Which of the two a set is made of is read off the set: the share of its members
+that lie in whole units.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from safety_neurons.errors import UsageError
+from safety_neurons.neurons import NeuronSet, SiteInfo, SiteTable, parse_key
 
+Kind = tuple[str, ...]
+_MadeOf = tuple[int, dict[str, int]]
+"""Whole units of a set in a group, and by key its members beside them."""
 _TAIL = 1e-16
 _FIXED = 1e-3
 """Clumps smaller than this hold a number fixed."""
@@ -160,3 +170,233 @@ def of_draws(draws: Float[np.ndarray, " draw"]) -> Expectation:
 def beside(value: float | int, chance: Expectation) -> dict[str, Any]:
     """A value as JSON beside what chance gives: `{value, expected, low, high, verdict}`."""
     return {"value": value, **chance.record(), "verdict": chance.verdict(value)}
+
+
+# Clumps: neurons of one unit that are chosen together, and what that does to what chance gives
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one layer (or expert) that are made alike."""
+
+    keys: tuple[str, ...]
+    """The matrix of each neuron of a unit; a matrix comes as often as a unit has neurons in it."""
+    places: Int[np.ndarray, "unit part"]
+    """Where each neuron of each unit is in its matrix."""
+
+    @property
+    def kind(self) -> Kind:
+        """The sites of a unit's neurons."""
+        return tuple(parse_key(key).site for key in self.keys)
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Neurons that a unit has in each matrix."""
+        return {key: self.keys.count(key) for key in dict.fromkeys(self.keys)}
+
+    @property
+    def n_units(self) -> int:
+        """Units of the group."""
+        return len(self.places)
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of the group."""
+        return self.places.size
+
+    def held(self, neurons: NeuronSet) -> np.ndarray:
+        """Which neurons of each unit are members: a bool per unit and part."""
+        masks = {key: neurons.mask(key) for key in set(self.keys)}
+        return np.stack([masks[key][self.places[:, part]] for part, key in enumerate(self.keys)], axis=1)
+
+
+@functools.lru_cache(maxsize=8)
+def groups(table: SiteTable) -> tuple[Group, ...]:
+    """The units of a table, by the matrices they share; matrices whose units are not made alike are taken one by one."""
+    found = []
+    for block in table.blocks:
+        slots = {key: block.slots(key) for key in block.keys}
+        alike = all(len(number) and number.min() == number.max() > 0 for number in slots.values())
+        for keys in [block.keys] if alike else [(key,) for key in block.keys]:
+            parts: list[str] = []
+            columns = []
+            for key in keys:
+                width = int(slots[key][0]) if alike else 1
+                order = np.argsort(block.unit_of[key], kind="stable") if alike else np.arange(table[key].size)
+                columns.append(order.reshape(-1, width))
+                parts += [key] * width
+            found.append(Group(tuple(parts), np.concatenate(columns, axis=1)))
+    return tuple(found)
+
+
+class Clumps:
+    """How far a set is made of whole units, by kind of unit.
+
+    Args:
+        neurons: the set.
+        table: the matrices it could have been taken from.
+    """
+
+    def __init__(self, neurons: NeuronSet, table: SiteTable) -> None:
+        self.neurons, self.table, self.groups = neurons, table, groups(table)
+        members: dict[Kind, int] = {}
+        in_whole: dict[Kind, int] = {}
+        size: dict[Kind, int] = {}
+        self.whole: list[int] = []
+        """Whole units of the set, by group."""
+        for group in self.groups:
+            held = group.held(neurons)
+            whole = int(held.all(axis=1).sum()) if len(group.keys) > 1 else 0
+            self.whole.append(whole)
+            size[group.kind] = size.get(group.kind, 0) + group.n_neurons
+            members[group.kind] = members.get(group.kind, 0) + int(held.sum())
+            in_whole[group.kind] = in_whole.get(group.kind, 0) + whole * len(group.keys)
+        told = [kind for kind in size if len(kind) > 1 and members[kind]]
+        shares = {kind: _share(in_whole[kind], members[kind], size[kind], len(kind)) for kind in told}
+        known = sum(members[kind] for kind in told)
+        usual = sum(shares[kind] * members[kind] for kind in told) / known if known else 1.0
+        self.shares = {kind: shares.get(kind, usual if len(kind) > 1 else 0.0) for kind in size}
+        """By kind the share of the members that were chosen as units; for a kind without members that of the others, 1 without any."""
+
+    def step(self, place: Iterable[str] | None = None) -> float:
+        """How much more the number of members in some matrices varies between random sets than if neurons were drawn one by one.
+
+        Args:
+            place: keys; without any the factor for a mean over layers.
+        """
+        everything = self._squares
+        size = sum(group.n_neurons for group in self.groups)
+        if place is None:
+            return everything / max(1, size)
+        counts = {key: self.table[key].size for key in place}
+        share = sum(counts.values()) / max(1, size)
+        if not 0 < share < 1:
+            return 1.0
+        deviations = share**2 * everything
+        for number in {number for key in counts for number in self._groups_of[key]}:
+            group = self.groups[number]
+            inside = sum(key in counts for key in group.keys)
+            together = self.shares[group.kind]
+            deviations += group.n_units * together * (inside**2 - 2 * share * inside * len(group.keys))
+            deviations += group.n_units * (1 - together) * inside * (1 - 2 * share)
+        return _settled(deviations / (size * share * (1 - share)))
+
+    @functools.cached_property
+    def _squares(self) -> float:
+        parts = [(group, self.shares[group.kind]) for group in self.groups]
+        return sum(group.n_units * (share * len(group.keys) ** 2 + (1 - share) * len(group.keys)) for group, share in parts)
+
+    @functools.cached_property
+    def _groups_of(self) -> Mapping[str, Sequence[int]]:
+        found: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            for key in set(group.keys):
+                found.setdefault(key, []).append(number)
+        return found
+
+    def head_step(self, info: SiteInfo) -> float:
+        """The same for the members in one head of a matrix: columns of `o` that one row of `v` feeds lie in the heads of one group."""
+        group = self.groups[self._groups_of[info.key][0]]
+        width = group.keys.count(info.key)
+        if width < 2 or not info.n_heads:
+            return 1.0
+        held = group.held(self.neurons)[:, [key == info.key for key in group.keys]]
+        together = _share(int(held.all(axis=1).sum()) * width, int(held.sum()), held.size, width)
+        n_groups = info.n_heads / width
+        return _settled(together * (1 - 1 / n_groups) / (1 - 1 / info.n_heads) + 1 - together)
+
+    def shared_step(self, other: "Clumps") -> float:
+        """The same for the number of neurons that two unrelated sets share."""
+        size = sum(group.n_neurons for group in self.groups)
+        total = 0.0
+        for group in self.groups:
+            both = self.shares[group.kind] * other.shares[group.kind]
+            total += group.n_neurons * (1 + both * (len(group.keys) - 1))
+        return _settled(total / max(1, size))
+
+    def touched(self) -> list[float]:
+        """By group the share of units that a random set of this size and make-up has members of."""
+        rate = len(self.neurons) / max(1, sum(group.n_neurons for group in self.groups))
+        return [
+            self.shares[group.kind] * rate + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys)) for group in self.groups
+        ]
+
+
+def _share(in_whole: int, members: int, size: int, parts: int) -> float:
+    """The share in whole units beyond what members chosen one by one would have."""
+    alone = (members / size) ** (parts - 1)
+    return max(0.0, (in_whole / members - alone) / (1 - alone)) if alone < 1 else 1.0
+
+
+def _settled(step: float) -> float:
+    return 1.0 if abs(step - 1) < 1e-9 else max(0.0, step)
+
+
+@dataclass
+class _Drawn:
+    """Simulated sets in one group: whole units, and by key the members beside them; each a number per draw."""
+
+    whole: np.ndarray
+    single: dict[str, np.ndarray]
+
+    def total(self, widths: Mapping[str, int]) -> np.ndarray:
+        """Members."""
+        return sum((width * self.whole + self.single[key] for key, width in widths.items()), np.zeros(len(self.whole), np.int64))
+
+
+def simulated(sets: Sequence[NeuronSet], table: SiteTable, seed: int, draws: int, *, shared: bool = True) -> np.ndarray:
+    """Sizes of what unrelated sets have in common, or of what the first alone has, where each keeps its units in every layer.
+
+    Args:
+        sets: what the simulated sets are made of, matrix by matrix.
+        table: the matrices.
+        seed: of the draws.
+        draws: how many.
+        shared: True for members of all sets, False for members of the first and of no other.
+
+    Returns:
+        One number of neurons per draw.
+    """
+    generator = np.random.default_rng(seed)
+    sizes = np.zeros(draws)
+    clumps = [Clumps(part, table) for part in sets]
+    for number, group in enumerate(clumps[0].groups):
+        widths = group.widths
+        parts = [_made_of(part, number, widths) for part in clumps]
+        state = _Drawn(np.full(draws, parts[0][0], np.int64), {key: np.full(draws, n, np.int64) for key, n in parts[0][1].items()})
+        for part in parts[1:]:
+            state = _met(state, part, group, generator, shared)
+        sizes += state.total(widths)
+    return sizes
+
+
+def _made_of(clumps: Clumps, number: int, widths: Mapping[str, int]) -> _MadeOf:
+    whole = clumps.whole[number]
+    return whole, {key: len(clumps.neurons[key]) - width * whole for key, width in widths.items()}
+
+
+def _met(state: _Drawn, other_set: _MadeOf, group: Group, generator: np.random.Generator, shared: bool) -> _Drawn:
+    """What is left of simulated sets after another, unrelated one: the members it has too, or those it lacks."""
+    (whole, single), n_units, widths = other_set, group.n_units, group.widths
+    both = _draw(generator, state.whole, n_units - state.whole, np.full(len(state.whole), whole))
+    mine, other = state.whole - both, whole - both
+    on_mine, on_other, on_single = {}, {}, {}
+    for key, width in widths.items():
+        free = width * (n_units - whole - mine)
+        on_mine[key] = _draw(generator, width * mine, free, np.full(len(both), single[key]))
+        on_other[key] = _draw(generator, width * other, width * (n_units - state.whole - other), state.single[key])
+        rest = state.single[key] - on_other[key]
+        on_single[key] = _draw(generator, rest, free - rest, single[key] - on_mine[key])
+    if shared:
+        return _Drawn(both, {key: on_mine[key] + on_other[key] + on_single[key] for key in widths})
+    broken = np.minimum(mine, sum(on_mine.values(), np.zeros(len(both), np.int64)))
+    left = {key: state.single[key] - on_other[key] - on_single[key] + width * broken - on_mine[key] for key, width in widths.items()}
+    return _Drawn(mine - broken, {key: np.maximum(number, 0) for key, number in left.items()})
+
+
+def _draw(generator: np.random.Generator, marked: np.ndarray, others: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Hypergeometric numbers, one per draw."""
+    if not (drawn.any() and marked.any()):
+        return np.zeros_like(marked)
+    others = np.maximum(others, 0)
+    return generator.hypergeometric(marked, others, np.minimum(drawn, marked + others))

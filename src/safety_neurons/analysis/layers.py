@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from safety_neurons.analysis.chance import Counts, Expectation, beside, clumped, mean_of_draw
-from safety_neurons.analysis.clumps import Clumps
+from safety_neurons.analysis.chance import Clumps, Counts, Expectation, beside, clumped, mean_of_draw
 from safety_neurons.analysis.named import Named
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from safety_neurons.analysis.chance import Counts, hypergeometric, total
-from safety_neurons.analysis.ranks import one_by_one, over_all, over_union, spearman
+from safety_neurons.analysis.overlap import one_by_one, over_all, over_union, spearman
 from safety_neurons.errors import InputError
 from safety_neurons.results import Changes, Estimate
 from safety_neurons.results.estimates import resampled

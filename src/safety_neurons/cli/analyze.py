@@ -310,10 +310,10 @@ def paths(sets: list[str]) -> list[str]:
 
 def figure(session: Session, name: str, *values: Any) -> dict[str, str]:
     """Draw the analysis's figure into the run folder; where it is."""
-    from safety_neurons.analysis import figures, study_figures
+    from safety_neurons.analysis import figures
 
     file = session.folder.path("figure.svg")
-    (getattr(figures, name, None) or getattr(study_figures, name))(*values, file)
+    getattr(figures, name)(*values, file)
     return {"figure": str(file)}
 
 

@@ -237,7 +237,7 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         from safety_neurons import studies
         from safety_neurons.analysis.tax import relations
-        from safety_neurons.analysis.tax_figure import tax_figure
+        from safety_neurons.analysis.figures import tax_figure
         from safety_neurons.prompts import Prompts
 
         before, *loaded = session.several([study.base, *study.specs.values()])
@@ -302,7 +302,7 @@ def keep(session: Session, read: Any, shared: Any) -> dict[str, str]:
 
 def show_cards(result: dict[str, Any]) -> None:
     """One row a neuron: what it writes and what it alone does."""
-    from safety_neurons.analysis.study_figures import words
+    from safety_neurons.analysis.figures import words
 
     kinds = list(result["log_odds"])
     rows = []
