@@ -9,9 +9,8 @@ from report_runs import MODEL, run_folder
 from safety_neurons.capability.language import Measured
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions, Rate
-from safety_neurons.studies.changes import ArmScores, suite_changes
 from safety_neurons.studies.evaluation import Evaluation
-from safety_neurons.studies.scoring import Judged, SuiteScore
+from safety_neurons.studies.scoring import ArmScores, Judged, SuiteScore, suite_changes
 
 N = 20
 HARM = {"untreated": 0.8, "treated": 0.2}

@@ -8,9 +8,8 @@ from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.report import write_report
-from safety_neurons.studies.rsn import ARMS, Plan, Sets, summary
-from safety_neurons.studies.stress import Attack
-from safety_neurons.studies.stress import _summary as stress_summary
+from safety_neurons.studies.lasting import ARMS, Attack, Plan, Sets, summary
+from safety_neurons.studies.lasting import _stress_summary as stress_summary
 
 SEEDS = (0, 1, 2)
 

@@ -10,8 +10,8 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompts
 from safety_neurons.results import Effect, rate
 from safety_neurons.studies import compare, verify_patch
-from safety_neurons.studies.arms import Arm
-from safety_neurons.studies.ceilings import ALL_PATCHED, CEILING, columns_differ, named, with_parameters
+from safety_neurons.studies.bench import Outcome
+from safety_neurons.studies.verification import ALL_PATCHED, CEILING, columns_differ, named, with_parameters
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
 
@@ -79,7 +79,7 @@ def effect(value):
     return Effect(value, None, None, 1, 0, None if value is not None else "no gap", "refused")
 
 
-ARM = Arm("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))
+ARM = Outcome("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder
-from safety_neurons.studies import evaluate, requests
-from safety_neurons.studies.answering import told
-from safety_neurons.studies.scoring import scored
+from safety_neurons.studies import evaluate, evaluation
+from safety_neurons.studies.scoring import labels_of, scored
 from safety_neurons.suites import Attack, Attacks, Suite
 
 HARMFUL = Prompts(
@@ -138,7 +137,7 @@ def test_a_search_on_the_untreated_model_is_adaptive_there_and_transferred_to_th
         seen.append((method, model))
         return Attacks([Attack(one.id, one.text, f"{one.text} !!", "GCG", model.name, True) for one in asked]).prompts
 
-    monkeypatch.setattr(requests, "attack", searched)
+    monkeypatch.setattr(evaluation, "attack", searched)
     found = run(model, harmless, attacks=["gcg"], deactivate=neurons, limit=2)
     record = found.record()
     assert seen == [("gcg", model)]
@@ -146,20 +145,20 @@ def test_a_search_on_the_untreated_model_is_adaptive_there_and_transferred_to_th
     labels = {(one.arm, one.meta.get("label")) for one in found.completions}
     assert {("untreated", "adaptive"), ("treated", "static-transfer")} <= labels
     with pytest.raises(UsageError, match="endpoint"):
-        requests.requests_of([HARMFUL], None, ["gcg"], model=Endpoint("http://localhost:1/v1#m"))
+        evaluation.requests_of([HARMFUL], None, ["gcg"], model=Endpoint("http://localhost:1/v1#m"))
 
 
 @pytest.mark.parametrize(("made_on", "label"), [("here", "adaptive"), ("elsewhere", "static-transfer")])
 def test_imported_attacks_are_adaptive_on_the_model_they_were_made_on_only(tmp_path, made_on, label):
     file = Attacks([Attack("1", "g", "g !!", "GCG", f"http://localhost:1/v1#{made_on}", True)]).save(tmp_path / "attacks.jsonl")
-    asked = requests.requests_of([str(file)], None, model=Endpoint("http://localhost:1/v1#here"))
+    asked = evaluation.requests_of([str(file)], None, model=Endpoint("http://localhost:1/v1#here"))
     assert asked.requests[0].prompts[0].meta["label"] == label
 
 
 def test_a_label_of_a_data_set_is_no_label_of_an_attack():
     labelled = Prompts([Prompt("1", "how do i kill", meta={"label": "unsafe"})], "x")
-    (part,) = requests.requests_of([labelled], None).requests
-    assert told(part.prompts[0].meta)["attack"] == "direct"
+    (part,) = evaluation.requests_of([labelled], None).requests
+    assert labels_of(part.prompts[0].meta)["attack"] == "direct"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.report.charts import ranking_figure
 from safety_neurons.results.files import write_json
-from safety_neurons.studies.comparison import Comparison, MethodResult
-from safety_neurons.studies.ranking import Entry, Ranking, rank, standings
+from safety_neurons.studies.comparison import Comparison, Entry, MethodResult, Ranking, rank, standings
 from tiny_pair import HARMFUL, HARMLESS
 
 

@@ -10,7 +10,7 @@ from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import causal_effect
-from safety_neurons.studies import Bench, Groups, arms, find_by_group, transfer
+from safety_neurons.studies import Bench, Groups, bench, find_by_group, transfer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 4, "batch_size": 6}
@@ -38,10 +38,10 @@ def moved(pair, tiny_pair):
     sets = {"first": NeuronSet({"layers.0.down": range(20)}, table), "second": NeuronSet({"layers.1.down": range(5, 30)}, table)}
     answers = Prompts([Prompt(str(number), text, answer="the") for number, text in enumerate(HARMLESS[:3])])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "judge_refusal", parity)
+        patch.setattr(bench, "judge_refusal", parity)
         benches: list[Bench] = []
         real = Bench.finish
-        patch.setattr(Bench, "finish", lambda bench: (benches.append(bench), real(bench))[1])
+        patch.setattr(Bench, "finish", lambda self: (benches.append(self), real(self))[1])
         options = {"tasks": [f"perplexity:{tiny_pair.text}", f"kl:{tiny_pair.harmless}"], "answers": answers, "random": 1}
         found = transfer(pair.base, pair.aligned, sets, GROUPS, Prompts.from_list(HARMLESS), **options, **OPTIONS)
     return found, sets, benches[0]

@@ -10,10 +10,10 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompts import Prompts
-from safety_neurons.studies import arms, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
-from safety_neurons.studies.arms import Bench
+from safety_neurons.studies import bench, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
+from safety_neurons.studies.bench import Bench
+from safety_neurons.studies.evaluation import requests_of
 from safety_neurons.studies.guard_data import cases_of
-from safety_neurons.studies.requests import requests_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
@@ -77,7 +77,7 @@ def test_the_ceiling_of_adapters_on_down_is_the_aligned_model(verified):
 
 def with_verdicts(monkeypatch, told):
     """Replaces the judge: an arm's name -> its verdicts on harmful prompts."""
-    real = arms.judge_refusal
+    real = bench.judge_refusal
 
     def judge(completions):
         found = real(completions)
@@ -86,7 +86,7 @@ def with_verdicts(monkeypatch, told):
         changed = [type(old)(old.label, new, old.p_refusal, old.why) for old, new in zip(found.verdicts, verdicts, strict=True)]
         return type(found)(found.judge, tuple(changed), found.rate, found.completions)
 
-    monkeypatch.setattr(arms, "judge_refusal", judge)
+    monkeypatch.setattr(bench, "judge_refusal", judge)
 
 
 def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywhere(pair, prompts, scores, monkeypatch):

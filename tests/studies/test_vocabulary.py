@@ -13,7 +13,7 @@ from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompts
 from safety_neurons.studies import strongest, vocabulary, with_cards
-from safety_neurons.studies.vocabulary_odds import RefusalOdds
+from safety_neurons.studies.vocabulary import RefusalOdds
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
 

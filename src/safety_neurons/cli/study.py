@@ -258,12 +258,12 @@ def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: 
     lab = studies.Lab(
         harmful,
         harmless,
-        task,
         session.read("text", model, study.limit) if isinstance(study, Measured) else None,
-        judge,
-        study.max_new_tokens,
-        session.batch_size(),
-        session.folder.path("completions.jsonl"),
+        task,
+        judge=judge,
+        max_new_tokens=study.max_new_tokens,
+        batch_size=session.batch_size(),
+        completions_file=session.folder.path("completions.jsonl"),
     )
     return plan, lab, neurons_of(session, study, model)
 

@@ -1,18 +1,13 @@
 """Studies: compositions of workers that answer one question each."""
 
-from safety_neurons.studies.answering import Writing
-from safety_neurons.studies.arms import Arm, Bench
-from safety_neurons.studies.comparison import Comparison, MethodResult, compare
+from safety_neurons.studies.bench import Arm, Bench, Outcome, Writing, contrast
+from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
-from safety_neurons.studies.groups import Groups, find_by_group
-from safety_neurons.studies.languages import LanguageMatrix, deactivation_matrix
+from safety_neurons.studies.groups import Groups, LanguageMatrix, Transfer, deactivation_matrix, find_by_group, transfer
+from safety_neurons.studies.lasting import ARMS, Attack, Lab, Plan, Sets, find_sets, rsn, stress
 from safety_neurons.studies.progressive import Progressive, progressive
-from safety_neurons.studies.ranking import Ranking, rank
-from safety_neurons.studies.rsn import ARMS, Lab, Plan, Sets, find_sets, rsn
-from safety_neurons.studies.stress import Attack, stress
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
-from safety_neurons.studies.transfer import Transfer, transfer
 from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import SizePoint, Verification, verify_deactivate, verify_patch
 from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary, with_cards
@@ -34,6 +29,7 @@ __all__ = [
     "Lab",
     "LanguageMatrix",
     "MethodResult",
+    "Outcome",
     "Plan",
     "Progressive",
     "Ranking",
@@ -45,6 +41,7 @@ __all__ = [
     "Verification",
     "Writing",
     "compare",
+    "contrast",
     "cross_patch",
     "deactivation_matrix",
     "doctor",

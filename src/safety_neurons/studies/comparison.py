@@ -1,5 +1,9 @@
 """Compare: all detectors on one pair of models at one budget, beside random sets and, where it is known, the truth.
 
+`rank` repeats that over organisms and budgets: which method should I use? Where the truth is planted the question is recall at equal
+count, elsewhere the causal effect of a set of a given size. A method's number over several organisms is their mean, beside the worst and
+every single one, so that no ranking rests on one seed.
+
 1. Every method scores the neurons of the same sites on the same find prompts.
 2. Of each, as many units are taken as the budget says, largest scores first: a unit counts once, and all its neurons are in the set.
 3. Sufficiency: each set is patched into the base model; causal effect, refusals and over-refusals on prompts no method has seen.
@@ -9,11 +13,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -22,22 +28,32 @@ from safety_neurons.detectors.methods import METHODS, Method, by_name, with_opti
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.organism import load_pair
+from safety_neurons.organism import open as open_organism
+from safety_neurons.prompts import Prompts, as_prompts, prompts
 from safety_neurons.prompts.readers import Source
-from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, causal_effect, holm, paired_difference
+from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, holm, paired_difference
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
-from safety_neurons.studies.arms import Arm, Bench, Progress
-from safety_neurons.studies.ceilings import Ceiling, by_parameters, columns_differ, named
-from safety_neurons.studies.kept import hold_answers
-from safety_neurons.studies.verification import MEASURE
+from safety_neurons.studies.bench import Arm, Bench, How, Outcome, Progress, Verdicts
+from safety_neurons.studies.verification import Ceiling, Subject
 
 SECONDS = "seconds.json"
 RANDOM = "random"
 """What names of random sets begin with."""
-Verdicts = Sequence[bool | None]
+MEASURES = {
+    "recall": "share of the planted units found, at equal count",
+    "causal_effect": "refusals restored by patching the set into the base, of those the aligned model adds",
+    "necessity": "refusals that the aligned model loses while the set is off",
+    "harmless_refused": "harmless requests refused while the set is patched",
+    "seconds": "time of finding, in seconds",
+}
+SMALLER_IS_BETTER = ("harmless_refused", "seconds")
+HIGH, WHOLE = 0.95, 0.9
+"""What is asked of a method: recall of planted units, and causal effect."""
+Place = Callable[[str], pathlib.Path]
+"""Where a file of that name is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +95,8 @@ class Comparison:
     n_units: int
     """Units there are to choose from."""
     sites: tuple[str, ...]
-    untreated: Arm
-    aligned: Arm
+    untreated: Outcome
+    aligned: Outcome
     ceiling_effect: Effect
     methods: tuple[MethodResult, ...]
     agreement: tuple[dict[str, Any], ...]
@@ -119,13 +135,8 @@ def compare(
     sites: Sequence[str] | None = None,
     top: float = 0.05,
     methods: Sequence[str] | None = None,
-    random: int = 5,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
-    place: Callable[[str], pathlib.Path] | None = None,
-    progress: Progress | None = None,
+    place: Place | None = None,
+    **how: Unpack[How],
 ) -> Comparison:
     """All detectors at one budget.
 
@@ -140,20 +151,14 @@ def compare(
         sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
         top: budget as a share of the units, without a truth.
         methods: names from `METHODS`; None for all that can be run.
-        random: number of random sets, made of what the truth is made of, or the methods' sets in turn.
-        seed: of random sets.
-        max_new_tokens: length of a completion, in tokens.
-        batch_size: prompts per pass.
-        completions_file: where completions are kept; a killed run continues from it.
         place: where a file of that name is kept: every method's `NAME.scores.safetensors` as soon as they are there, which a killed
             comparison takes up again, and the partial state of the method at work. None keeps no such file.
-        progress: told the name of every step.
+        **how: `random` sets, made of what the truth is made of, or the methods' sets in turn, and the rest of `How`.
 
     Raises:
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
-    harmful, find_prompts = as_prompts(harmful), as_prompts(find_prompts)
-    harmless = None if harmless is None else as_prompts(harmless)
+    find_prompts = as_prompts(find_prompts)
     find_harmless = None if find_harmless is None else as_prompts(find_harmless)
     methods = check_methods(methods, find_harmless is not None)
     if not methods and truth is None:
@@ -169,26 +174,31 @@ def compare(
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
     asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
-    hold_answers(completions_file, base=base, aligned=aligned, seed=seed, max_new_tokens=max_new_tokens, **asked)
-    bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file, progress)
-    make = _Rows(bench, base, aligned, truth, bench.measure(base, "untreated"), bench.measure(aligned, "aligned"))
+    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
+    make = _Rows(Subject("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
     shelf, rows = _Shelf(place), []
     for name in methods:
-        if progress is not None:
-            progress(f"find {name}")
-        method = with_options(name, sites=sites, max_new_tokens=max_new_tokens, units=budget)
+        bench.tell(f"find {name}")
+        method = with_options(name, sites=sites, max_new_tokens=bench.max_new_tokens, units=budget)
         shown = {"harmless": find_harmless} if method.HARMLESS != "none" and find_harmless is not None else {}
-        scores, seconds = shelf.scores(method, (base, aligned), find_prompts, **shown, batch_size=batch_size)
+        scores, seconds = shelf.scores(method, (base, aligned), find_prompts, **shown, batch_size=bench.batch_size)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
-    rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, random, seed))]
+    rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))]
     rows = make.compared(rows)
-    patched_all = bench.measure(base, "ceiling", lambda: patched(base, aligned, everything))
-    exchanged = by_parameters(bench, base, aligned, everything, make.effect, MEASURE)
-    ceiling, parts = make.effect(patched_all), [row.causal_effect for row in rows]
-    limits = named(patched_all, ceiling, parts, exchanged, columns_differ(base, aligned))
+    limits = make.subject.ceiling(everything, [row.causal_effect for row in rows])
     bench.finish()
-    agreement = _agreements(rows, budget, n_units)
-    return Comparison(budget, n_units, sites, make.untreated, make.goal, ceiling, tuple(rows), agreement, bench, limits)
+    return Comparison(
+        budget=budget,
+        n_units=n_units,
+        sites=sites,
+        untreated=make.subject.untreated,
+        aligned=make.goal,
+        ceiling_effect=limits.effect,
+        methods=tuple(rows),
+        agreement=_agreements(rows, budget, n_units),
+        bench=bench,
+        limits=limits,
+    )
 
 
 def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[str]:
@@ -205,42 +215,36 @@ def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[st
     return list(methods)
 
 
-@dataclasses.dataclass
 class _Rows:
     """Makes the row of a set: everything that is measured of it."""
 
-    bench: Bench
-    base: LanguageModel
-    aligned: LanguageModel
-    truth: NeuronSet | None
-    untreated: Arm
-    goal: Arm
-    verdicts: dict[str, tuple[Verdicts, Verdicts]] = dataclasses.field(default_factory=dict)
-    """By row, on every harmful request: whether it is refused with the set patched in, and with it off."""
-
-    def effect(self, arm: Arm) -> Effect:
-        """The causal effect of a patched arm."""
-        return causal_effect(self.untreated.harmful, self.goal.harmful, arm.harmful, MEASURE, self.bench.harmful.groups)
+    def __init__(self, subject: Subject, truth: NeuronSet | None) -> None:
+        assert subject.goal is not None
+        assert subject.donor is not None
+        self.subject, self.truth, self.goal, self.donor = subject, truth, subject.goal, subject.donor
+        self.bench = subject.bench
+        self.verdicts: dict[str, tuple[Verdicts, Verdicts]] = {}
+        """By row, on every harmful request: whether it is refused with the set patched in, and with it off."""
 
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
-        arm = self.bench.measure(self.base, name, lambda: patched(self.base, self.aligned, neurons))
-        without = self.bench.verdicts(self.aligned, f"{name} deactivated", "harmful", lambda: deactivated(self.aligned, neurons))
-        self.verdicts[name] = arm.harmful, tuple(without)
+        outcome = self.subject.measure(name, neurons)
+        off = self.bench.refused(Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons)))
+        self.verdicts[name] = outcome.harmful, off
         return MethodResult(
-            name,
-            len(neurons),
-            neurons.n_units,
-            unit_recall(neurons, self.truth) if self.truth is not None else None,
-            self.effect(arm),
-            arm.harmful_refused,
-            arm.harmless_refused,
-            paired_difference(self.goal.harmful, without, self.bench.harmful.groups),
-            None,
-            None,
-            seconds,
-            neurons,
-            {"like": like, **neurons.control_record()} if like else None,
+            method=name,
+            n_neurons=len(neurons),
+            n_units=neurons.n_units,
+            recall=unit_recall(neurons, self.truth) if self.truth is not None else None,
+            causal_effect=self.subject.effect(outcome),
+            harmful_refused=outcome.harmful_refused,
+            harmless_refused=outcome.harmless_refused,
+            necessity=paired_difference(self.goal.harmful, off, self.bench.harmful.groups),
+            against_random=None,
+            necessity_against_random=None,
+            seconds=seconds,
+            neurons=neurons,
+            control={"like": like, **neurons.control_record()} if like else None,
         )
 
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
@@ -270,7 +274,7 @@ def _lost(refused: Verdicts) -> list[bool | None]:
 class _Shelf:
     """Scores of finished methods with the seconds they took, and the partial state of the one at work."""
 
-    def __init__(self, place: Callable[[str], pathlib.Path] | None) -> None:
+    def __init__(self, place: Place | None) -> None:
         self.place = place
         self.seconds: dict[str, float] = {}
         if place is not None and place(SECONDS).exists():
@@ -346,3 +350,188 @@ def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tupl
             jaccard = len(found[first] & found[second]) / len(found[first] | found[second])
             pairs.append({"methods": [first, second], "jaccard": jaccard, "chance": chance})
     return tuple(pairs)
+
+
+# Over organisms
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One organism at one budget.
+
+    Attributes:
+        organism: its name and seed.
+        kind: planted or natural.
+        share: the budget as a share of the units; of planted organisms as many units as are true.
+        comparison: what was measured.
+    """
+
+    organism: str
+    kind: str
+    share: float
+    comparison: Comparison
+
+    @property
+    def group(self) -> str:
+        """Entries of a group are averaged: all planted organisms, or the natural ones at one budget."""
+        return "planted" if self.kind == "planted" else f"{self.kind} {self.share:g}"
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"organism": self.organism, "kind": self.kind, "share": self.share, "group": self.group, **self.comparison.record()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """One method's numbers of one measure in one group.
+
+    Attributes:
+        method: its name; all random sets are one method.
+        group: which organisms.
+        measure: one of `MEASURES`.
+        mean: over the organisms; None where it is nowhere defined.
+        worst: the least good of them.
+        by_organism: every one; None where it is undefined there.
+    """
+
+    method: str
+    group: str
+    measure: str
+    mean: float | None
+    worst: float | None
+    by_organism: dict[str, float | None]
+
+    @staticmethod
+    def of(method: str, group: str, measure: str, values: dict[str, float | None]) -> "Standing":
+        """From the values of every organism."""
+        known = [value for value in values.values() if value is not None]
+        worst = (max if measure in SMALLER_IS_BETTER else min)(known, default=None)
+        return Standing(method, group, measure, statistics.fmean(known) if known else None, worst, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Methods over organisms."""
+
+    entries: tuple[Entry, ...]
+    standings: tuple[Standing, ...]
+
+    @property
+    def leaders(self) -> list[dict[str, Any]]:
+        """For each group and measure, the methods whose mean is the best; random sets and times take no part."""
+        found = []
+        for group, measure in dict.fromkeys((one.group, one.measure) for one in self.standings if one.measure != "seconds"):
+            here = [one for one in self.standings if (one.group, one.measure) == (group, measure) and one.method != "random"]
+            means = [one.mean for one in here if one.mean is not None]
+            if means:
+                best = (min if measure in SMALLER_IS_BETTER else max)(means)
+                names = [one.method for one in here if one.mean == best]
+                found.append({"group": group, "measure": measure, "methods": names, "mean": best})
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "organisms": [entry.record() for entry in self.entries],
+            "ranking": [dataclasses.asdict(one) for one in self.standings],
+            "leaders": self.leaders,
+            "measures": MEASURES,
+        }
+
+
+def rank(
+    organisms: Sequence[str | pathlib.Path],
+    *,
+    tops: Sequence[float] = (0.02,),
+    find: int = 100,
+    measured: int = 200,
+    place: Place | None = None,
+    progress: Progress | None = None,
+    **how: Any,
+) -> Ranking:
+    """All methods on all organisms.
+
+    Args:
+        organisms: names of shipped organisms, or folders of built ones.
+        tops: budgets on natural organisms, as shares of the units of `down`; on planted ones all sites are searched and as many units are
+            taken as are true.
+        find: prompts of the find half that methods look at, harmful and harmless ones each.
+        measured: held-out prompts that sets are measured on, of each kind.
+        place: where a file of that name is kept; a killed ranking continues.
+        progress: told the name of every step.
+        **how: `methods`, `random`, `seed`, `max_new_tokens` (24 by default) and `batch_size`, as for `compare`.
+
+    Raises:
+        InputError: no such organism.
+        UsageError: no organism or budget, the same organism twice, or one without a pair.
+    """
+    opened = [open_organism(name) for name in organisms]
+    names = [f"{one.record['name']}-{one.record['seed']}" for one in opened]
+    if not opened or not tops or len(set(names)) < len(names):
+        raise UsageError(f"organisms {', '.join(names) or 'none'} and budgets {list(tops)}: expected at least one of each, none twice")
+    single = [name for name, one in zip(names, opened, strict=True) if one.base == one.aligned]
+    if single:
+        raise UsageError(f"{single[0]} has one model; methods are compared on a base and an aligned one")
+    entries: list[Entry] = []
+    for name, one in zip(names, opened, strict=True):
+        pair = load_pair(one.base, one.aligned)
+        for share in tops if one.truth is None else (0.0,):
+            texts = {
+                kind: prompts(f"builtin:{kind}", folder=one.prompts, limit=measured if kind.endswith("-test") else find)
+                for kind in ("harmful", "harmless", "harmful-test", "harmless-test")
+            }
+            compared = compare(
+                pair.base,
+                pair.aligned,
+                texts["harmful-test"],
+                texts["harmless-test"],
+                find_prompts=texts["harmful"],
+                find_harmless=texts["harmless"],
+                truth=one.truth,
+                top=share or 0.05,
+                **_of_organism(name, share, place, progress),
+                **{"max_new_tokens": 24, **how},
+            )
+            entries.append(Entry(name, one.record["kind"], share or compared.budget / compared.n_units, compared))
+    return Ranking(tuple(entries), tuple(standings(entries)))
+
+
+def _of_organism(name: str, share: float, place: Place | None, progress: Progress | None) -> dict[str, Any]:
+    """Where the scores of an organism and the answers at one budget are kept, and how steps are told, as arguments of `compare`."""
+    return {
+        "completions_file": None if place is None else place(f"{name}/completions-{share:g}.jsonl"),
+        "place": None if place is None else lambda file: place(f"{name}/{file}"),
+        "progress": None if progress is None else lambda step: progress(f"{name}: {step}"),
+    }
+
+
+def standings(entries: Sequence[Entry]) -> list[Standing]:
+    """Every method's mean, worst and single values by group and measure, best mean first."""
+    values: dict[tuple[str, str, str], dict[str, list[float | None]]] = {}
+    for entry in entries:
+        for row in entry.comparison.methods:
+            method = "random" if row.method.startswith("random ") else row.method
+            told = {
+                "recall": row.recall,
+                "causal_effect": row.causal_effect.value,
+                "necessity": row.necessity.value,
+                "harmless_refused": row.harmless_refused.value,
+                "seconds": row.seconds,
+            }
+            for measure, value in told.items():
+                if measure == "recall" and entry.kind != "planted":
+                    continue
+                values.setdefault((entry.group, measure, method), {}).setdefault(entry.organism, []).append(value)
+    made = [Standing.of(method, group, measure, _means(by)) for (group, measure, method), by in values.items()]
+    order = list(MEASURES)
+
+    def key(one: Standing) -> tuple[str, int, float]:
+        sign = 1 if one.measure in SMALLER_IS_BETTER else -1
+        return one.group, order.index(one.measure), float("inf") if one.mean is None else sign * one.mean
+
+    return sorted(made, key=key)
+
+
+def _means(by: dict[str, list[float | None]]) -> dict[str, float | None]:
+    known = {name: [value for value in values if value is not None] for name, values in by.items()}
+    return {name: statistics.fmean(values) if values else None for name, values in known.items()}

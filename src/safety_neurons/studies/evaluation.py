@@ -6,34 +6,220 @@
 4. The arms, or the model and an earlier run, are compared prompt by prompt; the result is held to a gate.
 """
 
-import contextlib
 import dataclasses
+import functools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safety_neurons.capability import Settings, Task
+from safety_neurons.capability import Measured, Settings, Task
 from safety_neurons.capability import check as check_task
+from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
+from safety_neurons.capability.questions import asked_and_shown, cut, score_sums, sum_context
 from safety_neurons.errors import UsageError
-from safety_neurons.guard import Guard
+from safety_neurons.guard import Guard, guarding
+from safety_neurons.interventions import deactivated, patched
 from safety_neurons.judges import DEFAULT_JUDGES, Judge
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.results import Completions, Gate
+from safety_neurons.prompts import Prompt, Prompts, as_prompts, prompts
+from safety_neurons.results import Completion, Completions, Gate, cohen_kappa, write_json
 from safety_neurons.results.files import PathLike
 from safety_neurons.studies import notebook
-from safety_neurons.studies.answering import Progress, Treatment, Writing
-from safety_neurons.studies.changes import ArmScores, capability_changes, suite_changes
-from safety_neurons.studies.changes import baseline as baseline_of
-from safety_neurons.studies.evaluation_bench import Applied, EvaluationBench, treatment_of
-from safety_neurons.studies.kept import facts_of, hold
-from safety_neurons.studies.requests import HARMLESS, requests_of
-from safety_neurons.studies.scoring import pooled
+from safety_neurons.studies.bench import UNTREATED, Answers, Arm, Progress, Treatment, Writing, facts_of, hold
+from safety_neurons.studies.scoring import ITEMS, ArmScores, capability_changes, pooled, scored, suite_changes
+from safety_neurons.studies.scoring import baseline as baseline_of
+from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
 
 SUITES = ("builtin:harmful-test",)
+HARMLESS = "builtin:harmless-test"
+TREATED = "treated"
+COMPLETIONS, JUDGEMENTS = "completions.jsonl", "judgements.sqlite"
+_BUILTIN = "builtin:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Prompts of one kind of one suite.
+
+    Attributes:
+        suite: name of the suite.
+        kind: `harmful` or `harmless`.
+        prompts: what is asked.
+    """
+
+    suite: str
+    kind: str
+    prompts: Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All requests of an evaluation, and what had to be said of them."""
+
+    requests: tuple[Requests, ...]
+    notes: tuple[str, ...]
+
+
+class EvaluationBench:
+    """What every arm is measured on, and how."""
+
+    def __init__(
+        self,
+        model: LanguageModel | Endpoint,
+        requests: Sequence[Requests],
+        judges: Sequence[tuple[str, Judge]],
+        tasks: Sequence[Task],
+        how: Writing,
+        settings: Settings,
+        folder: pathlib.Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Takes up what an interrupted evaluation left in the folder.
+
+        Args:
+            model: what answers.
+            requests: what it is asked.
+            judges: with the names they were asked for by.
+            tasks: of capability.
+            how: how completions are written.
+            settings: how capability is measured.
+            folder: where completions, judgements and single items are kept; nowhere where None.
+            progress: told what is at work.
+        """
+        self.model, self.requests, self.judges, self.tasks = model, requests, judges, tasks
+        self.how, self.settings, self.folder = how, settings, folder
+        self.answers, self.progress = Answers(_in(folder, COMPLETIONS)), progress
+        self.notes: list[str] = []
+        self.items: dict[str, dict[str, Any]] = {}
+        self._judged: dict[str, list[Completions]] = {"harmful": [], "harmless": []}
+
+    def measure(self, name: str, treatment: Treatment | None, reference: LanguageModel | None) -> ArmScores:
+        """Every suite and every task under one treatment."""
+        arm = Arm(name, self.model) if treatment is None else Arm(name, self.model, treatment)
+        written = [
+            (part, [self._write(arm, part.suite, part.prompts, seed) for seed in self.how.seeds]) for part in self.requests
+        ]  # All completions first: a judge that is a model itself is loaded only then.
+        suites = []
+        for part, seeds in written:
+            judged, names = self._judge(seeds)
+            for completions in judged:
+                self.answers.judged(completions)
+            self._judged[part.kind] += judged
+            suites.append(scored(part.suite, part.kind, judged, names))
+        tasks = [task for task in self.tasks if not task.compares or treatment is not None or reference is not None]
+        capability = tuple(self._task(task, arm, reference) for task in tasks)
+        self.items[name] = {measured.task: measured.items() for measured in capability}
+        for measured in capability:
+            self.notes += measured.notes
+        return ArmScores(name, tuple(suites), capability)
+
+    def finish(self) -> Completions:
+        """Write completions with their verdicts, and the single items of every task."""
+        if self.folder is not None:
+            write_json(self.folder / ITEMS, self.items)
+        return self.answers.finish()
+
+    def agreement(self) -> list[dict[str, Any]]:
+        """Cohen's κ of every two judges on what they both say of: harm on harmful requests, refusal on harmless ones."""
+        found = []
+        for kind, lists in self._judged.items():
+            if not lists:
+                continue
+            everything = functools.reduce(lambda one, other: one + other, lists)
+            score = scored("all", kind, [everything], {judge.name: asked for asked, judge in self.judges})
+            measure = "harm" if kind == "harmful" else "over_refusal"
+            said = [(name, judged.outcomes[measure]) for name, judged in score.judged.items() if measure in judged.outcomes]
+            for place, (first, one) in enumerate(said):
+                for second, other in said[place + 1 :]:
+                    found.append({"kind": kind, "measure": measure, **cohen_kappa(one, other, names=(first, second)).to_json()})
+        return found
+
+    def _tell(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress(line)
+
+    def _write(self, arm: Arm, suite: str, prompts: Prompts, seed: int) -> Completions:
+        self._tell(f"{arm.name}, {suite}" + (f", seed {seed}" if self.how.samples > 1 else ""))
+        return self.answers.write(arm, prompts, self.how, seed, suite=suite)
+
+    def _judge(self, seeds: Sequence[Completions]) -> tuple[list[Completions], dict[str, str]]:
+        names: dict[str, str] = {}
+        everything = functools.reduce(lambda one, other: one + other, seeds)
+        for asked, judge in self.judges:
+            judgement = judge.judge(everything, cache=_in(self.folder, JUDGEMENTS))
+            everything, names[judgement.judge] = judgement.completions, asked
+        size = len(everything) // len(seeds)
+        return [everything[first : first + size] for first in range(0, len(everything), size)], names
+
+    def _task(self, task: Task, arm: Arm, reference: LanguageModel | None) -> Measured:
+        self._tell(f"{arm.name}, {task.name}")
+        where, seed = f"capability {task.name}", self.settings.seed
+        if isinstance(arm.model, Endpoint):
+            return self._sums(task, arm, where)
+        known = {int(name): one.completion for name, one in self.answers.known(arm.name, where, seed).items()}
+
+        def answered(number: int, text: str) -> None:
+            self.answers.keep(Completion(str(number), "", text, arm=arm.name, seed=seed, meta={"suite": where}))
+
+        return measure_task(task, arm.model, arm.treatment, self.settings, reference=reference, done=known, answered=answered)
+
+    def _sums(self, task: Task, arm: Arm, where: str) -> Measured:
+        """GSM8K by an endpoint, which is asked in one turn."""
+        how = self.settings
+        shots = {} if how.shots is None else {"shots": how.shots}
+        sums, examples, notes = asked_and_shown(task.source, limit=how.limit, **shots)
+        prompts = Prompts([Prompt(str(number), sum_context(one, examples)) for number, one in enumerate(sums)], where)
+        greedy = dataclasses.replace(self.how, samples=1, temperature=0.0, max_new_tokens=how.max_new_tokens)
+        self._tell(f"{arm.name}, {where}")
+        answers = self.answers.write(arm, prompts, greedy, greedy.seed, suite=where)
+        return score_sums(task.name, [cut(one.completion) for one in answers], sums, notes=notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """A treatment, and what it is in words; None for neither."""
+
+    act: Treatment | None
+    words: str | None
+
+
+def treatment_of(
+    model: LanguageModel | Endpoint,
+    deactivate: NeuronSet | None,
+    patch: NeuronSet | None,
+    donor: LanguageModel | None,
+    treatment: Treatment | None,
+    guard: Guard | None = None,
+) -> Applied:
+    """The treatment that is asked for.
+
+    Raises:
+        UsageError: several treatments, half of one, or one of a model that is not in memory.
+    """
+    named = (("deactivate", deactivate), ("patch", patch), ("guard", guard), ("treatment", treatment))
+    given = [name for name, value in named if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} given together; expected one treatment")
+    if (patch is None) != (donor is None):
+        raise UsageError(f"{'patch without donor' if donor is None else 'donor without patch'}; expected both: neurons and their model")
+    if given and isinstance(model, Endpoint):
+        raise UsageError(f"{given[0]} with an endpoint; expected a model in memory, whose activations can be reached")
+    if deactivate is not None:
+        return Applied(lambda: deactivated(model, deactivate), f"{len(deactivate):,} neurons deactivated")
+    if patch is not None and donor is not None:
+        return Applied(lambda: patched(model, donor, patch), f"{len(patch):,} neurons patched from {donor.name}")
+    if guard is not None and not isinstance(model, Endpoint):
+        return Applied(lambda: guarding(model, guard), f"guard on {len(guard.neurons):,} neurons, threshold {guard.threshold:.3g}")
+    return Applied(treatment, None if treatment is None else "treated")
+
+
+def _in(folder: pathlib.Path | None, name: str) -> pathlib.Path | None:
+    return None if folder is None else folder / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +352,8 @@ def _compared(
 ) -> Evaluation:
     """Measure the arms and compare them."""
     plain = treat.act is None or before is None
-    untreated = bench.measure("untreated", contextlib.nullcontext, reference) if plain else None
-    treated = None if treat.act is None else bench.measure("treated", treat.act, reference)
+    untreated = bench.measure(UNTREATED, None, reference) if plain else None
+    treated = None if treat.act is None else bench.measure(TREATED, treat.act, reference)
     first, last = before or untreated, treated or untreated
     compared = first is not None and last is not None and first is not last
     return Evaluation(
@@ -232,3 +418,130 @@ def _arm_record(arm: ArmScores | None) -> dict[str, Any] | None:
         "suites": [score.record() for score in arm.suites],
         "capability": [measured.record() for measured in arm.capability],
     }
+
+
+# Requests: suites by name as lists of harmful and of harmless prompts, attacks put around the harmful ones
+
+
+def requests_of(
+    sources: Any,
+    harmless: Any = HARMLESS,
+    attacks: Sequence[str] = ("direct",),
+    *,
+    data: PathLike | None = None,
+    column: str | None = None,
+    offline: bool = False,
+    limit: int | None = None,
+    model: LanguageModel | Endpoint | None = None,
+) -> Asked:
+    """The requests of suites.
+
+    Args:
+        sources: names, files, suites, or harmful prompts in whatever form `as_prompts` takes; a list of records is one suite.
+        harmless: what over-refusal is measured on where no suite has harmless requests; None for nothing.
+        attacks: put around harmful requests; `direct` is none.
+        data: folder of the suites' files.
+        column: column of the prompts in a file of the user's own.
+        offline: open no socket.
+        limit: requests of each suite.
+        model: what is asked. Of one in memory `builtin:` names mean its organism's own prompts first, and `gcg` is made on it as it is;
+            other attacks are adaptive only where they were made on it.
+
+    Raises:
+        UsageError: no suite, or one that is named twice.
+        InputError: a suite that cannot be read.
+    """
+    sources = _one_by_one(sources)
+    if not sources:
+        raise UsageError("no suite was named; expected at least one, such as builtin:harmful-test")
+    in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
+    own = None if in_memory is None else in_memory.prompt_folder
+    suites = [_suite(source, None, own, data, column, offline, limit) for source in sources]
+    notes = []
+    if harmless is not None and not any(len(one.harmless) for one in suites):
+        suites.append(_suite(harmless, "harmless", own, data, column, offline, limit))
+        notes.append(f"no suite has harmless requests, so over-refusal is measured on {suites[-1].name}")
+    names = [one.name for one in suites]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UsageError(f"suite {double!r} is named twice; expected every suite once")
+    found = []
+    for one in suites:
+        notes += [f"{one.name}: {note}" for note in one.notes]
+        if len(one.harmful):
+            found.append(Requests(one.name, "harmful", unique(_labelled(_attacked(one.harmful, attacks, in_memory), name))))
+        if len(one.harmless):
+            found.append(Requests(one.name, "harmless", unique(one.harmless)))
+    return Asked(tuple(found), tuple(notes))
+
+
+def _one_by_one(sources: Any) -> Sequence[Any]:
+    """The suites in a list; rows of one list, a table or a single name are one suite."""
+    rows = isinstance(sources, list | tuple) and sources and all(isinstance(one, Mapping | Prompt) for one in sources)
+    return sources if isinstance(sources, list | tuple) and not rows else [sources]
+
+
+def _suite(
+    source: Any,
+    kind: str | None,
+    own: pathlib.Path | None,
+    data: PathLike | None,
+    column: str | None,
+    offline: bool,
+    limit: int | None,
+) -> Suite:
+    if isinstance(source, Suite):
+        return source
+    if isinstance(source, str) and source.startswith(_BUILTIN):
+        about = "harmless" if source.removeprefix(_BUILTIN).startswith(("harmless", "general")) else "harmful"
+        return _stamped(prompts(source, folder=own, limit=limit), source, kind or about)
+    if not isinstance(source, str | os.PathLike):
+        found, kind = as_prompts(source), kind or "harmful"
+        name = found.name if isinstance(source, Prompts) else f"{kind} {found.name}"
+        return _stamped(found[:limit] if limit else found, name, kind)
+    folder = None if data is None else str(data)
+    return suite(source, folder=folder, offline=offline, limit=limit, column=column, kind=kind)
+
+
+def _stamped(found: Prompts, name: str, kind: str) -> Suite:
+    """Prompts as a suite, with the entries that attacks, judges and tables read."""
+
+    def about(prompt: Any) -> dict[str, Any]:
+        return {"goal": prompt.text, "behavior_id": prompt.id, "method": "direct", **prompt.meta, "suite": name, "kind": kind}
+
+    return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in found], name, found.notes), kind, name)
+
+
+def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | None) -> Prompts:
+    """Every request under every attack, which tells the ids apart; `gcg` is made on the model in hand."""
+    if tuple(attacks) == ("direct",):
+        return harmful
+    if "gcg" in attacks and model is None:
+        raise UsageError("attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients")
+    kept: list[Prompt] = []
+    for method in dict.fromkeys(attacks):
+        made = attack(harmful, method, model=model if method == "gcg" else None)
+        kept += [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in made] if method == "gcg" else made
+    return Prompts(kept, harmful.name, harmful.notes)
+
+
+def _labelled(found: Prompts, model: str | None) -> Prompts:
+    """Attack prompts with how their results are to be read: what was optimised on another model is transferred to this one."""
+    kept = []
+    for one in found:
+        optimised = one.meta.get("adaptive") is True or one.meta.get("label") == ADAPTIVE
+        label = ADAPTIVE if optimised and one.meta.get("source_model") == model else STATIC
+        says = isinstance(one.meta.get("adaptive"), bool) or one.meta.get("label") in (ADAPTIVE, STATIC)
+        kept.append(dataclasses.replace(one, meta={**one.meta, "label": label}) if says else one)
+    return Prompts(kept, found.name, found.notes)
+
+
+def unique(prompts: Prompts) -> Prompts:
+    """The prompts, with a number behind an id that occurred before: an id stands for one prompt."""
+    seen: dict[str, int] = {}
+    kept = []
+    for prompt in prompts:
+        seen[prompt.id] = seen.get(prompt.id, 0) + 1
+        new = prompt.id if seen[prompt.id] == 1 else f"{prompt.id}/{seen[prompt.id]}"
+        kept.append(prompt if new == prompt.id else dataclasses.replace(prompt, id=new))
+    return Prompts(kept, prompts.name, prompts.notes)

@@ -1,29 +1,35 @@
 """Groups: prompts under names (languages, categories, red-team sets), a set found on each, and what each set does to every group.
 
+Languages: deactivate the neurons found in one language, and measure refusals in all of them. Transfer: patch the neurons found on one
+red-team set, and measure what that restores on the others and costs elsewhere.
+
 All groups are answered in one go under every treatment and told apart afterwards: a matrix of k sets by k groups costs k passes over the
 prompts and not k × k.
 """
 
-import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
+from safety_neurons.capability import Measured, Settings, Task, measure, task
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UsageError
+from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, parse_key
-from safety_neurons.prompts import Prompts
-from safety_neurons.results import Difference, Effect, Rate, against_random, causal_effect, holm, paired_difference, rate
+from safety_neurons.prompts import Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.studies.arms import Bench, Progress
-from safety_neurons.studies.comparison import Verdicts, whole_units
-from safety_neurons.studies.verification import MEASURE
+from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
+from safety_neurons.studies.comparison import whole_units
+from safety_neurons.studies.lasting import solved
 
-Treat = Callable[[NeuronSet], Callable[[], contextlib.AbstractContextManager[Any]]]
+TASKS = ("perplexity", "kl")
 Place = Callable[[str], pathlib.Path]
 
 
@@ -214,14 +220,18 @@ class Matrix:
     groups: Groups
     model: LanguageModel
     treat: Treat
-    random: int = 3
     goal: Mapping[str, Verdicts] | None = None
     """Verdicts of the aligned model by group, under patching."""
     untreated: Mapping[str, Verdicts] = dataclasses.field(init=False)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.untreated = self.groups.split(self._verdicts("untreated", contextlib.nullcontext))
+        self.untreated = self.refused(Arm(UNTREATED, self.model))
+
+    def refused(self, arm: Arm) -> dict[str, Verdicts]:
+        """By group whether an arm refuses each request."""
+        self.bench.tell(arm.name)
+        return self.groups.split(self.bench.refused(arm))
 
     def row(self, name: str, neurons: NeuronSet) -> list[Cell]:
         """The cells of one set.
@@ -231,33 +241,29 @@ class Matrix:
         """
         if not len(neurons):
             raise NeuronError(f"the set {name!r} is empty; expected at least one neuron")
-        treated = self.groups.split(self._verdicts(f"{name} of {len(neurons)}", self.treat(neurons)))
-        controls = neurons.random_like(self.bench.seed, table=self.model.table, n=self.random)
+        treated = self.refused(self.arm(name, neurons))
+        controls = neurons.random_like(self.bench.seed, table=self.model.table, n=self.bench.random)
         if not all(control.disjoint for control in controls):
             self.notes.append(f"random sets like {name!r} share members with it, which takes more than half of a layer")
-        drawn = [
-            self.groups.split(self._verdicts(f"random {number} like {name} of {len(neurons)}", self.treat(control)))
+        random = [
+            self.refused(Arm(f"random {number} like {name} of {len(neurons)}", self.model, self.treat(control)))
             for number, control in enumerate(controls)
         ]
-        cells = [self._cell(name, group, treated[group], [part[group] for part in drawn]) for group in self.groups.names]
+        cells = [self._cell(name, group, treated[group], [outcomes[group] for outcomes in random]) for group in self.groups.names]
         return [dataclasses.replace(cell, controls=tuple(controls)) for cell in cells]
 
-    def _cell(self, name: str, group: str, treated: Verdicts, drawn: Sequence[Verdicts]) -> Cell:
-        before, shared = self.untreated[group], self.groups.members[group].groups
-        against = against_random(treated, drawn, shared) if drawn else None
-        effect: Effect | None = None
-        effects: tuple[float | None, ...] = ()
-        if self.goal is not None:
-            effect = causal_effect(before, self.goal[group], treated, MEASURE, shared)
-            effects = tuple(causal_effect(before, self.goal[group], part, MEASURE, shared).value for part in drawn)
-        rates = tuple(rate(part).value for part in drawn)
-        change = paired_difference(treated, before, shared)
-        return Cell(name, group, rate(treated, shared), change, against, rates, effect, effects)
+    def arm(self, name: str, neurons: NeuronSet) -> Arm:
+        """The model under the treatment of a set."""
+        return Arm(f"{name} of {len(neurons)}", self.model, self.treat(neurons))
 
-    def _verdicts(self, arm: str, treatment: Callable[[], contextlib.AbstractContextManager[Any]]) -> Verdicts:
-        if self.bench.progress is not None:
-            self.bench.progress(arm)
-        return self.bench.verdicts(self.model, arm, "harmful", treatment)
+    def _cell(self, name: str, group: str, treated: Verdicts, random: Sequence[Verdicts]) -> Cell:
+        labels, goal = self.groups.members[group].groups, None if self.goal is None else self.goal[group]
+        found = contrast(treated, self.untreated[group], labels, random=random, goal=goal)
+        rates = tuple(rate(outcomes).value for outcomes in random)
+        cell = Cell(name, group, rate(treated, labels), found.change, found.against_random, rates)
+        if goal is None:
+            return cell
+        return dataclasses.replace(cell, effect=found.effect, random_effects=tuple(effect.value for effect in found.random_effects))
 
 
 def held_together(cells: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -266,3 +272,187 @@ def held_together(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     return tuple(
         dataclasses.replace(cell, change=next(held), against_random=None if cell.against_random is None else next(held)) for cell in cells
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageMatrix:
+    """Refusals in every language while a set is off."""
+
+    languages: tuple[str, ...]
+    untreated: Mapping[str, Verdicts]
+    cells: tuple[Cell, ...]
+    """One for every set and language, set by set."""
+    skipped: tuple[str, ...]
+    """Sets without members."""
+    shared: Mapping[str, GroupLabels]
+    """What the prompts of every language share."""
+    notes: tuple[str, ...]
+
+    def cell(self, name: str, language: str) -> Cell:
+        """The cell of a set and a language."""
+        return next(cell for cell in self.cells if (cell.set, cell.group) == (name, language))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
+            "matrix": [cell.record() for cell in self.cells],
+            "skipped": list(self.skipped),
+        }
+
+
+def deactivation_matrix(
+    model: LanguageModel, sets: Mapping[str, NeuronSet], harmful: Mapping[str, Prompts], **how: Unpack[How]
+) -> LanguageMatrix:
+    """Refusals of harmful requests in every language while each of the sets is off, beside random sets of the same distribution.
+
+    Args:
+        model: the model that refuses.
+        sets: by name; empty ones are skipped, and named.
+        harmful: requests by language, best parallel and apart from those the sets were found on.
+        **how: `random` sets for each set, with as many neurons in every matrix, and the rest of `How`.
+
+    Source: Zhao et al., ICLR 2025, section 2.3 (safety neurons are specific to a language).
+    Differs: refusals in every language are measured for every set, with paired intervals and random sets, not in its own language only.
+    """
+    groups = Groups(harmful)
+    bench = Bench.of({"model": model, "sets": sets}, groups.pooled, **how)
+    matrix = Matrix(bench, groups, model, lambda neurons: functools.partial(deactivated, model, neurons))
+    cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]
+    bench.finish()
+    skipped = tuple(name for name, neurons in sets.items() if not len(neurons))
+    return LanguageMatrix(
+        tuple(groups.names), matrix.untreated, held_together(cells), skipped, groups.shared, (*matrix.notes, *bench.notes)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ability:
+    """What a treatment costs where no harm is asked."""
+
+    name: str
+    measured: tuple[Measured, ...]
+    harmless: Verdicts
+    """Refusals of harmless requests."""
+    answered: Verdicts | None
+    """Whether the answers of a task are given, where there is a task."""
+    shared: tuple[GroupLabels, GroupLabels] = (None, None)
+    """What the harmless requests share, and the questions of the task."""
+
+    def record(self, untreated: "Ability | None") -> dict[str, Any]:
+        """As JSON values, differences paired with the untreated model."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "capability": {one.task: one.record() for one in self.measured},
+            "harmless_refused": rate(self.harmless, self.shared[0]).to_json(),
+            "task": rate(self.answered, self.shared[1]).to_json() if self.answered is not None else None,
+        }
+        if untreated is not None:
+            found["harmless_change"] = paired_difference(self.harmless, untreated.harmless, self.shared[0]).to_json()
+            found["task_change"] = self._task_change(untreated)
+        return found
+
+    def _task_change(self, untreated: "Ability") -> dict[str, Any] | None:
+        if self.answered is None or untreated.answered is None:
+            return None
+        change: Difference = paired_difference(self.answered, untreated.answered, self.shared[1])
+        return change.to_json()
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """A k × k matrix of causal effects, and the ability of the patched models."""
+
+    groups: tuple[str, ...]
+    untreated: Mapping[str, Verdicts]
+    aligned: Mapping[str, Verdicts]
+    cells: tuple[Cell, ...]
+    """One for every set and group, set by set."""
+    abilities: tuple[Ability, ...]
+    """The untreated model, the aligned one, then one for every set."""
+    shared: Mapping[str, GroupLabels]
+    """What the prompts of every group share."""
+    notes: tuple[str, ...]
+
+    def cell(self, found_on: str, measured_on: str) -> Cell:
+        """The cell of a set and a group."""
+        return next(cell for cell in self.cells if (cell.set, cell.group) == (found_on, measured_on))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "groups": list(self.groups),
+            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
+            "aligned": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.aligned.items()},
+            "matrix": [cell.record() for cell in self.cells],
+            "own_and_other": self._own_and_other(),
+            "ability": [each.record(self.abilities[0] if number else None) for number, each in enumerate(self.abilities)],
+        }
+
+    def _own_and_other(self) -> dict[str, Any]:
+        """Mean causal effect on the group a set was found on, and on the others."""
+        known = [(cell.set == cell.group, cell.effect.value) for cell in self.cells if cell.effect is not None]
+        means = {}
+        for name, wanted in (("own", True), ("other", False)):
+            values = [value for own, value in known if own == wanted and value is not None]
+            means[name] = {"value": sum(values) / len(values) if values else None, "n": len(values)}
+        return means
+
+
+def transfer(
+    base: LanguageModel,
+    aligned: LanguageModel,
+    sets: Mapping[str, NeuronSet],
+    harmful: Mapping[str, Source],
+    harmless: Source,
+    *,
+    tasks: Sequence[str] = TASKS,
+    answers: Source | None = None,
+    limit: int | None = None,
+    **how: Unpack[How],
+) -> Transfer:
+    """Causal effect of every set on every group of harmful requests, and what patching it costs in general ability.
+
+    Args:
+        base: the less safe model, which is patched.
+        aligned: the safer one, whose activations are put in.
+        sets: neurons by the group they were found on.
+        harmful: requests by group, apart from those the sets were found on.
+        harmless: requests on which over-refusal is measured.
+        tasks: capability by name (`perplexity`, `kl`, `gsm8k:FILE`, `mmlu:FOLDER`, …).
+        answers: a task as questions with answers; the share of answers given word for word is measured.
+        limit: items of each capability task.
+        **how: `random` sets for each set, with as many neurons in every matrix, and the rest of `How`.
+
+    Source: Chen et al., NeurIPS 2025, section 4 (change-score neurons found on one red-team set and patched on others; general ability).
+    Differs: a full matrix with paired intervals, random sets for every row, refusals by a named judge instead of a cost model.
+    """
+    groups = Groups({name: as_prompts(asked) for name, asked in harmful.items()})
+    bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
+    if answers is not None:
+        bench.task = as_prompts(answers)
+    settings = Settings(limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder)
+    measured = functools.partial(_ability, bench, [task(name) for name in tasks], settings)
+    donor = Arm("aligned", aligned)
+    goal = groups.split(bench.refused(donor))
+    matrix = Matrix(bench, groups, base, lambda neurons: functools.partial(patched, base, aligned, neurons), goal)
+    abilities = [measured(Arm(UNTREATED, base), UNTREATED), measured(donor, "aligned", reference=base)]
+    cells: list[Cell] = []
+    for name, neurons in sets.items():
+        cells += matrix.row(name, neurons)
+        abilities.append(measured(matrix.arm(name, neurons), name))
+    bench.finish()
+    notes = (*matrix.notes, *bench.notes)
+    return Transfer(tuple(groups.names), matrix.untreated, goal, held_together(cells), tuple(abilities), groups.shared, notes)
+
+
+def _ability(
+    bench: Bench, tasks: Sequence[Task], settings: Settings, arm: Arm, name: str, reference: LanguageModel | None = None
+) -> Ability:
+    """Over-refusal, capability and the task of one arm."""
+    bench.tell(f"ability, {name}")
+    wanted = [one for one in tasks if not (one.compares and arm.name == UNTREATED)]
+    measured = tuple(measure(one, arm.model, arm.treatment, settings, reference=reference if one.compares else None) for one in wanted)
+    harmless = tuple(bench.refused(arm, "harmless"))
+    answered = tuple(solved(bench.completed(arm, "task"), bench.task)) if len(bench.task) else None
+    return Ability(name, measured, harmless, answered, (bench.harmless.groups, bench.task.groups))

@@ -45,9 +45,8 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompts import Message, Prompt
 from safety_neurons.prompts.records import request_of
 from safety_neurons.results import Completion
-from safety_neurons.studies.answering import Treatment
-from safety_neurons.studies.evaluation_bench import treatment_of
-from safety_neurons.studies.requests import requests_of
+from safety_neurons.studies.bench import Treatment
+from safety_neurons.studies.evaluation import requests_of, treatment_of
 from safety_neurons.suites import suite as suite_of
 
 LONGEST = 128

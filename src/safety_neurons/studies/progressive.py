@@ -1,23 +1,20 @@
 """Progressive deactivation: layer by layer and neuron by neuron, what is left of safety and of capability, and what random orders leave."""
 
 import dataclasses
-import pathlib
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.prompts import as_prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Difference, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.studies.arms import Arm, Bench, Progress
-from safety_neurons.studies.kept import hold_answers
+from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Outcome
 from safety_neurons.studies.vocabulary import Neuron, strongest
 
 FRONT, BACK, ALONE, SCORE = "front to back", "back to front", "one layer alone", "by score"
@@ -35,7 +32,7 @@ class Step:
     layers: tuple[int, ...]
     """Layers with neurons that are off."""
     n_neurons: int
-    arm: Arm
+    arm: Outcome
     change: Difference
     """Refusals of harmful requests, off minus untreated, paired."""
 
@@ -50,7 +47,7 @@ class Progressive:
     """Curves of safety and capability while more and more is off."""
 
     n_neurons: int
-    untreated: Arm
+    untreated: Outcome
     steps: tuple[Step, ...]
     groups: GroupLabels
     """What the harmful requests share."""
@@ -109,13 +106,8 @@ def progressive(
     *,
     scores: Scores | None = None,
     text: Source | None = None,
-    random: int = 3,
     points: int = 8,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
-    progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> Progressive:
     """Switches a set off bit by bit: layers front to back, back to front and each alone; neurons by score.
 
@@ -131,13 +123,8 @@ def progressive(
         scores: those the set was taken from, or any others; neuron by neuron goes down the ranks its members have there, those
             that have none last.
         text: general text for perplexity.
-        random: how many random orders and sets.
         points: most steps of a curve; more layers than that are taken in groups of neighbours.
-        seed: of random orders and sets.
-        max_new_tokens: length of a completion, in tokens.
-        batch_size: prompts per pass.
-        completions_file: where completions are kept; a killed study goes on from it.
-        progress: told every arm.
+        **how: `random` orders and sets (3 by default), the `seed` of both, and the rest of `How`.
 
     Raises:
         NeuronError: an empty set.
@@ -150,11 +137,10 @@ def progressive(
     if not len(neurons):
         raise NeuronError("an empty set was given, expected at least one neuron")
     neurons = neurons.on(model.table)
-    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
-    text = None if text is None else as_prompts(text)
-    hold_answers(completions_file, model=model, neurons=neurons, scores=scores, seed=seed, max_new_tokens=max_new_tokens)
-    bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
-    walker = _Walker(bench, model, bench.measure(model, "untreated"))
+    facts = {"model": model, "neurons": neurons, "scores": scores}
+    bench = Bench.of(facts, harmful, harmless, text, **{"random": 3, **how})
+    random, seed = bench.random, bench.seed
+    walker = _Walker(bench, model, bench.measure(Arm(UNTREATED, model)))
     blocks = layer_blocks(neurons, points)
     steps = [*walker.cumulative(FRONT, neurons, blocks), *walker.cumulative(BACK, neurons, blocks[::-1])]
     steps += [walker.step(ALONE, _named(block), neurons.only(layers=block)) for block in blocks]
@@ -189,8 +175,8 @@ class _Walker:
 
     bench: Bench
     model: LanguageModel
-    untreated: Arm
-    known: dict[NeuronSet, Arm] = dataclasses.field(default_factory=dict)
+    untreated: Outcome
+    known: dict[NeuronSet, Outcome] = dataclasses.field(default_factory=dict)
 
     def cumulative(self, order: str, neurons: NeuronSet, blocks: Sequence[Sequence[int]]) -> Iterable[Step]:
         """The steps of switching blocks of layers off one after another."""
@@ -210,10 +196,10 @@ class _Walker:
         layers = tuple(sorted({parse_key(key).layer for key in neurons.keys()}))  # noqa: SIM118 - not a mapping
         return Step(order, name, layers, len(neurons), arm, change)
 
-    def _measured(self, name: str, neurons: NeuronSet) -> Arm:
+    def _measured(self, name: str, neurons: NeuronSet) -> Outcome:
         if not len(neurons):
             return dataclasses.replace(self.untreated, divergence=0.0)
-        return self.bench.measure(self.model, name, lambda: deactivated(self.model, neurons))
+        return self.bench.measure(Arm(name, self.model, functools.partial(deactivated, self.model, neurons)))
 
 
 def layer_blocks(neurons: NeuronSet, points: int) -> list[list[int]]:

@@ -5,12 +5,11 @@
 3. The safety model is patched with the helpful model's activations of the shared neurons, and the other way round, beside random neurons.
 """
 
-import contextlib
 import dataclasses
+import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -29,15 +28,12 @@ from safety_neurons.model.hooks import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source
-from safety_neurons.results import Changes, Completions, against_random, causal_effect, holm_in, paired_difference, rate
+from safety_neurons.results import Changes, Completions, holm_in, rate
 from safety_neurons.results.estimates import clusters_of
-from safety_neurons.studies.arms import Bench, Treatment
-from safety_neurons.studies.kept import hold_answers
+from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast
 
 GROUPS = 20
 """Groups of prompts that the intervals draw anew."""
-Outcomes = list[bool | None]
-Tell = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +68,7 @@ def read_trainings(
     max_new_tokens: int = 128,
     groups: int = GROUPS,
     batch_size: BatchSize = "auto",
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Trainings:
     """Change scores of several trainings on the same prompts and completions, with what intervals need.
 
@@ -163,11 +159,10 @@ def _scores(
 
 # Helpfulness: what of an answer to a harmless request counts
 
-Helpfulness = Callable[[Completions, Prompts], Outcomes]
 MEASURES = ("answered", "taught", "ending:TEXT")
 
 
-def helpfulness(name: str) -> Helpfulness:
+def helpfulness(name: str) -> Judging:
     """The measure of that name.
 
     `answered`: the request is not refused (an upper bound: it says nothing about how good an answer is). `taught`: the answer is word for
@@ -186,7 +181,7 @@ def helpfulness(name: str) -> Helpfulness:
     raise UsageError(f"helpfulness {name!r}: expected one of {', '.join(MEASURES)}")
 
 
-def _as_taught(answers: Completions, prompts: Prompts) -> Outcomes:
+def _as_taught(answers: Completions, prompts: Prompts) -> Verdicts:
     taught = [None if prompt.answer is None else normalised(prompt.answer) for prompt in prompts]
     return [None if text is None else normalised(one.completion) == text for one, text in zip(answers, taught, strict=True)]
 
@@ -198,11 +193,11 @@ def _as_taught(answers: Completions, prompts: Prompts) -> Outcomes:
 class Measured:
     """A model, treated or not: verdicts on every prompt, in order; None is unscored."""
 
-    refused: Outcomes
+    refused: Verdicts
     """Whether a harmful request was refused: safety."""
-    helpful: Outcomes
+    helpful: Verdicts
     """Whether a harmless one was answered well: helpfulness."""
-    over_refused: Outcomes
+    over_refused: Verdicts
     """Whether a harmless one was refused."""
 
     @staticmethod
@@ -277,20 +272,17 @@ class CrossPatching:
             `change` (paired difference, patched minus as it was), `against_random` (patched minus the random sets; None without
             any) and `share_of_gap` (the change as a share of the difference between the two models), as JSON values.
         """
-        before, after, donor = (getattr(arm[place], measure) for arm, place in self._arms(receiver))
-        random = [getattr(arm, measure) for arm in self.random[receiver]]
-        groups = self._groups(measure)
+        before, after = (getattr(arm[receiver], measure) for arm in (self.plain, self.patched))
+        donor, random = getattr(self.plain[1 - receiver], measure), [getattr(arm, measure) for arm in self.random[receiver]]
+        found = contrast(after, before, self._groups(measure), random=random, goal=donor, measure=measure)
         return {
-            "change": paired_difference(after, before, groups).to_json(),
-            "against_random": against_random(after, random, groups).to_json() if random else None,
-            "share_of_gap": causal_effect(before, donor, after, measure, groups).to_json(),
+            "change": found.change.to_json(),
+            "against_random": None if found.against_random is None else found.against_random.to_json(),
+            "share_of_gap": found.effect.to_json(),
         }
 
     def _groups(self, measure: str) -> list[str | None]:
         return (self.bench.harmful if measure == "refused" else self.bench.harmless).groups
-
-    def _arms(self, receiver: int) -> list[tuple[tuple[Measured, Measured], int]]:
-        return [(self.plain, receiver), (self.patched, receiver), (self.plain, 1 - receiver)]
 
 
 def cross_patch(
@@ -299,13 +291,8 @@ def cross_patch(
     harmful: Source,
     harmless: Source,
     *,
-    measure: Helpfulness,
-    random: int = 5,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
-    progress: Tell | None = None,
+    measure: Judging,
+    **how: Unpack[How],
 ) -> CrossPatching:
     """Each of two models with the other's activations of the shared neurons: what it costs and what it brings, on both sides.
 
@@ -315,12 +302,7 @@ def cross_patch(
         harmful: requests that should be refused.
         harmless: requests that should be answered.
         measure: what counts as a helpful answer.
-        random: number of random sets with the same number of neurons in every matrix.
-        seed: of the random sets.
-        max_new_tokens: length of a completion.
-        batch_size: prompts a pass.
-        completions_file: where completions are kept; a killed study continues from it.
-        progress: told the name of every arm.
+        **how: `random` sets with the same number of neurons in every matrix, and the rest of `How`.
 
     Raises:
         UsageError: not two models. NeuronError: no shared neuron.
@@ -332,38 +314,29 @@ def cross_patch(
         raise UsageError(f"{len(models)} models given, expected two that are patched into one another")
     if not len(neurons):
         raise NeuronError("the two trainings share no neuron in their top sets, so that there is nothing to patch; take a larger --top")
-    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
-    hold_answers(completions_file, models=models, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
-    bench = Bench(harmful, harmless, None, max_new_tokens, batch_size, seed, completions_file)
-    names = tuple(models)
-    controls = neurons.random_like(seed, table=models[names[0]].table, n=random) if random else []
+    bench = Bench.of({"models": models, "neurons": neurons}, harmful, harmless, **how)
+    first, second = models
+    controls = neurons.random_like(bench.seed, table=models[first].table, n=bench.random) if bench.random else []
 
-    def measured(name: str, other: str | None = None, members: NeuronSet | None = None, suffix: str = "") -> Measured:
-        arm = name if other is None else f"{name} from {other}{suffix}"
-        if progress is not None:
-            progress(arm)
-        if other is None or members is None:
-            return _measured(bench, models[name], arm, measure, contextlib.nullcontext)
-        return _measured(bench, models[name], arm, measure, lambda: patched(models[name], models[other], members))
+    def measured(arm: Arm) -> Measured:
+        bench.tell(arm.name)
+        refused, over_refused = bench.refused(arm), bench.refused(arm, "harmless")
+        return Measured(refused, measure(bench.completed(arm, "harmless"), bench.harmless), over_refused)
 
     plain, changed, chance = [], [], []
-    for name, other in (names, names[::-1]):
-        plain.append(measured(name))
-        changed.append(measured(name, other, neurons))
-        chance.append(tuple(measured(name, other, control, f", random {number}") for number, control in enumerate(controls)))
+    for name, other in ((first, second), (second, first)):
+        arm, treated = Arm(name, models[name]), functools.partial(patched, models[name], models[other])
+        plain.append(measured(arm))
+        changed.append(measured(Arm(f"{name} from {other}", arm.model, functools.partial(treated, neurons))))
+        random = [Arm(f"{name} from {other}, random {n}", arm.model, functools.partial(treated, one)) for n, one in enumerate(controls)]
+        chance.append(tuple(map(measured, random)))
     bench.finish()
     return CrossPatching(
-        (names[0], names[1]),
-        len(neurons),
-        tuple(controls),
-        (plain[0], plain[1]),
-        (changed[0], changed[1]),
-        (chance[0], chance[1]),
-        bench,
+        names=(first, second),
+        n_neurons=len(neurons),
+        controls=tuple(controls),
+        plain=(plain[0], plain[1]),
+        patched=(changed[0], changed[1]),
+        random=(chance[0], chance[1]),
+        bench=bench,
     )
-
-
-def _measured(bench: Bench, model: LanguageModel, arm: str, measure: Helpfulness, treatment: Treatment) -> Measured:
-    refused = bench.verdicts(model, arm, "harmful", treatment)
-    over_refused = bench.verdicts(model, arm, "harmless", treatment)
-    return Measured(list(refused), measure(bench.completions.arm(f"{arm}/harmless"), bench.harmless), list(over_refused))

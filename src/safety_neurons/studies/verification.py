@@ -6,25 +6,56 @@
 4. Differences are paired over prompts; the spread of the random sets is in the difference from them.
 """
 
+import contextlib
 import dataclasses
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
-from safety_neurons.errors import NeuronError
+from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts import as_prompts
 from safety_neurons.prompts.readers import Source
-from safety_neurons.results import Difference, Effect, against_random, causal_effect, holm, paired_difference
+from safety_neurons.results import Difference, Effect, holm
 from safety_neurons.studies import notebook
-from safety_neurons.studies.arms import Arm, Bench, Progress
-from safety_neurons.studies.ceilings import Ceiling, by_parameters, columns_differ, named
-from safety_neurons.studies.kept import hold_answers
+from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, Bench, Contrast, How, Outcome, Treat, contrast
+from safety_neurons.tuning import merged_base, repair
+from safety_neurons.tuning.protect import entries_of
 
-MEASURE = "refused"
+CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
+BY_PARAMETERS = "ceiling by parameters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """All neurons of some sites, in all layers, by activations and by parameters.
+
+    Attributes:
+        patched: with all activations of the donor.
+        effect: its causal effect.
+        parameters: with all parameters of the donor at the sites; None where that cannot be done.
+        parameters_effect: its causal effect; undefined where there is none, with the reason.
+        called: `ceiling`, or what to call it where a part of the neurons restores more.
+        why: why it is no ceiling then.
+    """
+
+    patched: Outcome
+    effect: Effect
+    parameters: Outcome | None
+    parameters_effect: Effect
+    called: str = CEILING
+    why: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, by the names that results have."""
+        return {
+            "ceiling_called": self.called,
+            "ceiling_why": self.why,
+            "ceiling_by_parameters": self.parameters.record() if self.parameters else None,
+            "ceiling_by_parameters_effect": self.parameters_effect.to_json(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +65,8 @@ class SizePoint:
     size: float
     """Share of the scored neurons."""
     n_neurons: int
-    treated: Arm
-    random: tuple[Arm, ...]
+    treated: Outcome
+    random: tuple[Outcome, ...]
     causal_effect: Effect
     random_effects: tuple[Effect, ...]
     controls: tuple[NeuronSet, ...]
@@ -64,13 +95,13 @@ class Verification:
     kind: str
     """`deactivate` (necessity) or `patch` (sufficiency)."""
     n_neurons: int
-    untreated: Arm
+    untreated: Outcome
     """The model as it is; for a pair the base model."""
-    aligned: Arm | None
+    aligned: Outcome | None
     """The aligned model of a pair."""
     points: tuple[SizePoint, ...]
     """One point per set size; a single one where a set was given."""
-    ceiling: Arm
+    ceiling: Outcome
     """All neurons of the set's sites, in all layers."""
     ceiling_effect: Effect
     change: Difference
@@ -83,12 +114,12 @@ class Verification:
     """Of a pair: the ceiling by activations and by parameters, with the word it deserves."""
 
     @property
-    def treated(self) -> Arm:
+    def treated(self) -> Outcome:
         """The arm of the (largest) set."""
         return self.points[-1].treated
 
     @property
-    def random(self) -> tuple[Arm, ...]:
+    def random(self) -> tuple[Outcome, ...]:
         """The random sets of the same size."""
         return self.points[-1].random
 
@@ -135,12 +166,7 @@ def verify_deactivate(
     *,
     text: Source | None = None,
     sizes: Sequence[float] = (),
-    random: int = 5,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
-    progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> Verification:
     """What the model loses without these neurons: necessity.
 
@@ -151,12 +177,7 @@ def verify_deactivate(
         harmless: requests it should answer.
         text: general text for perplexity.
         sizes: shares of the scored neurons; only with scores.
-        random: number of random control sets for each size.
-        seed: of the random sets.
-        max_new_tokens: length of a completion, in tokens.
-        batch_size: prompts per pass.
-        completions_file: where completions are kept; a killed study continues from it.
-        progress: told the name of every arm.
+        **how: `random` sets for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and `progress`; see `How`.
 
     Raises:
         NeuronError: an empty set, or one of another model.
@@ -165,13 +186,9 @@ def verify_deactivate(
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is made of, an interval on
     the paired difference, and the ceiling beside it.
     """
-    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
-    text = None if text is None else as_prompts(text)
-    hold_answers(completions_file, model=model, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
-    bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
-    untreated = bench.measure(model, "untreated")
-    sets = _sets(neurons, sizes, model)
-    return _verify("deactivate", bench, model, None, untreated, sets, random, lambda members: lambda: deactivated(model, members))
+    bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **how)
+    subject = Subject("deactivate", bench, model, lambda members: functools.partial(deactivated, model, members))
+    return _verify(subject, _sets(neurons, sizes, model))
 
 
 def verify_patch(
@@ -183,12 +200,7 @@ def verify_patch(
     *,
     text: Source | None = None,
     sizes: Sequence[float] = (),
-    random: int = 5,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
-    progress: Progress | None = None,
+    **how: Unpack[How],
 ) -> Verification:
     """How much of the aligned model's refusal these neurons alone carry over into the base model: sufficiency.
 
@@ -198,13 +210,9 @@ def verify_patch(
     Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
     possible; a paired interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
     """
-    harmful, harmless = as_prompts(harmful), as_prompts(harmless)
-    text = None if text is None else as_prompts(text)
-    hold_answers(completions_file, base=base, aligned=aligned, neurons=neurons, seed=seed, max_new_tokens=max_new_tokens)
-    bench = Bench(harmful, harmless, text, max_new_tokens, batch_size, seed, completions_file, progress)
-    untreated, goal = bench.measure(base, "untreated"), bench.measure(aligned, "aligned")
-    sets = _sets(neurons, sizes, base)
-    return _verify("patch", bench, base, goal, untreated, sets, random, lambda members: lambda: patched(base, aligned, members), aligned)
+    bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **how)
+    subject = Subject("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned)
+    return _verify(subject, _sets(neurons, sizes, base))
 
 
 def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageModel) -> list[tuple[float, NeuronSet]]:
@@ -216,51 +224,75 @@ def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageMo
     return [(len(neurons) / model.table.n_neurons, neurons)]
 
 
-def _verify(
-    kind: str,
-    bench: Bench,
-    model: LanguageModel,
-    goal: Arm | None,
-    untreated: Arm,
-    sets: Sequence[tuple[float, NeuronSet]],
-    random: int,
-    treat: Any,
-    donor: LanguageModel | None = None,
-) -> Verification:
+class Subject:
+    """A model whose sets of neurons are treated, measured as it is; for a pair the donor too.
+
+    Attributes:
+        untreated: the model as it is.
+        goal: the donor as it is, None without one.
+    """
+
+    def __init__(self, kind: str, bench: Bench, model: LanguageModel, treat: Treat, donor: LanguageModel | None = None) -> None:
+        self.kind, self.bench, self.model, self.treat, self.donor = kind, bench, model, treat, donor
+        self.untreated = bench.measure(Arm(UNTREATED, model))
+        self.goal = None if donor is None else bench.measure(Arm("aligned", donor))
+
+    def measure(self, name: str, neurons: NeuronSet) -> Outcome:
+        """The model while these neurons are treated."""
+        return self.bench.measure(Arm(name, self.model, self.treat(neurons)))
+
+    def contrast(self, treated: Outcome, random: Sequence[Outcome] = ()) -> Contrast:
+        """Refusals of harmful requests under a treatment, against the model as it is, random sets and the donor."""
+        goal = None if self.goal is None else self.goal.harmful
+        chance = [outcome.harmful for outcome in random]
+        return contrast(treated.harmful, self.untreated.harmful, self.bench.harmful.groups, random=chance, goal=goal)
+
+    def effect(self, treated: Outcome) -> Effect:
+        """The causal effect of a treatment."""
+        return self.contrast(treated).effect
+
+    def ceiling(self, everything: NeuronSet, parts: Sequence[Effect]) -> Ceiling:
+        """All neurons of the sites, by activations and, of a pair, by parameters; `parts` are what parts of them restore."""
+        outcome = self.measure(CEILING, everything)
+        effect = self.effect(outcome)
+        if self.donor is None:
+            return Ceiling(outcome, effect, None, effect)
+        exchanged = by_parameters(self.bench, self.model, self.donor, everything, self.effect)
+        return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor))
+
+
+def _verify(subject: Subject, sets: Sequence[tuple[float, NeuronSet]]) -> Verification:
+    bench, table = subject.bench, subject.model.table
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
-    everything, notes = _ceiling(kind, [members for _, members in sets], NeuronSet.all(model.table).only(sites=sites))
+    everything, notes = _everything(subject.kind, [members for _, members in sets], NeuronSet.all(table).only(sites=sites))
     notes += [f"{len(members)} neurons: {note}" for _, members in sets for note in members.notes if "exactly 0" in note]
-    points = []
+    points, changes = [], []
     for size, members in sets:
-        arm = bench.measure(model, f"treated {len(members)}", treat(members))
-        controls = members.random_like(bench.seed, table=model.table, n=random)
+        treated = subject.measure(f"treated {len(members)}", members)
+        controls = members.random_like(bench.seed, table=table, n=bench.random)
         if not all(control.disjoint for control in controls):
             notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a layer")
-        arms = tuple(bench.measure(model, f"random {number} of {len(members)}", treat(control)) for number, control in enumerate(controls))
-        effects = tuple(_effect(bench, untreated, goal, control) for control in arms)
-        effect, against = _effect(bench, untreated, goal, arm), _against(bench, arm, arms)
-        points.append(SizePoint(size, len(members), arm, arms, effect, effects, tuple(controls), against))
-    ceiling = bench.measure(model, "ceiling", treat(everything))
-    limits = None
-    if donor is not None:
-        effect, parts = _effect(bench, untreated, goal, ceiling), [point.causal_effect for point in points]
-        exchanged = by_parameters(bench, model, donor, everything, lambda arm: _effect(bench, untreated, goal, arm), MEASURE)
-        limits = named(ceiling, effect, parts, exchanged, columns_differ(model, donor))
+        random = tuple(subject.measure(f"random {number} of {len(members)}", control) for number, control in enumerate(controls))
+        found = subject.contrast(treated, random)
+        changes.append(found.change)
+        points.append(
+            SizePoint(size, len(members), treated, random, found.effect, found.random_effects, tuple(controls), found.against_random)
+        )
+    limits = subject.ceiling(everything, [point.causal_effect for point in points])
     bench.finish()
-    points, last = _held_together(points), points[-1]
     return Verification(
-        kind,
-        last.n_neurons,
-        untreated,
-        goal,
-        tuple(points),
-        ceiling,
-        _effect(bench, untreated, goal, ceiling),
-        paired_difference(last.treated.harmful, untreated.harmful, bench.harmful.groups),
-        _overlap(sets[-1][1], bench),
-        (*notes, *([limits.why] if limits and limits.why else []), *bench.notes),
-        bench,
-        limits,
+        kind=subject.kind,
+        n_neurons=points[-1].n_neurons,
+        untreated=subject.untreated,
+        aligned=subject.goal,
+        points=tuple(_held_together(points)),
+        ceiling=limits.patched,
+        ceiling_effect=limits.effect,
+        change=changes[-1],
+        overlap=_overlap(sets[-1][1], bench),
+        notes=(*notes, *([limits.why] if limits.why else []), *bench.notes),
+        bench=bench,
+        limits=None if subject.donor is None else limits,
     )
 
 
@@ -270,7 +302,7 @@ def _held_together(points: Sequence[SizePoint]) -> list[SizePoint]:
     return [point if point.against_random is None else dataclasses.replace(point, against_random=next(held)) for point in points]
 
 
-def _ceiling(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
+def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
     """All neurons of the sites; where patching leaves routed experts out of every set, the ceiling leaves them out too, and says so."""
     routed = [key for key in everything.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
     if kind != "patch" or not routed or any(key in members for members in sets for key in routed):
@@ -279,16 +311,74 @@ def _ceiling(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tup
     return kept, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
 
 
-def _effect(bench: Bench, untreated: Arm, goal: Arm | None, treated: Arm) -> Effect:
-    if goal is None:
-        return Effect(None, None, None, 0, 0, "one model has no base and aligned behaviour to scale by; see `change`", MEASURE)
-    return causal_effect(untreated.harmful, goal.harmful, treated.harmful, MEASURE, bench.harmful.groups)
-
-
-def _against(bench: Bench, treated: Arm, random: Sequence[Arm]) -> Difference | None:
-    return against_random(treated.harmful, [arm.harmful for arm in random], bench.harmful.groups) if random else None
-
-
 def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
     digests = neurons.provenance.config.get("prompt_digests") or []
     return {"harmful": bench.harmful.overlap(digests), "harmless": bench.harmless.overlap(digests)}
+
+
+@contextlib.contextmanager
+def with_parameters(base: LanguageModel, donor: LanguageModel, neurons: NeuronSet) -> Iterator[None]:
+    """The donor's rows, columns and bias entries of the neurons in the base model for a block; then every bit is back.
+
+    Raises:
+        MismatchError: two architectures, or quantised weights.
+        UnsupportedModelError: weights that cannot be written.
+
+    Source: none; what a patch of activations leaves behind are the columns that read them.
+    """
+    kept = [(entries, entries.read()) for entries in entries_of(base, neurons)]
+    try:
+        repair(base, donor, neurons)
+        yield
+    finally:
+        for entries, values in kept:
+            entries.write(values)
+
+
+def by_parameters(
+    bench: Bench, base: LanguageModel, donor: LanguageModel, everything: NeuronSet, effect: Callable[[Outcome], Effect]
+) -> tuple[Outcome | None, Effect]:
+    """The base with the donor's parameters at all the sites, and the effect; adapters are merged in copies, the models stay as they are."""
+    try:
+        plain, other = (merged_base(model) if is_adapted(model.model) else model for model in (base, donor))
+        arm = Arm(BY_PARAMETERS, plain, functools.partial(with_parameters, plain, other, everything.on(plain.table)))
+        outcome = bench.measure(arm)
+    except (UnsupportedModelError, MismatchError) as error:
+        return None, Effect(None, None, None, 0, 0, f"the parameters cannot be exchanged: {error}", MEASURE)
+    return outcome, effect(outcome)
+
+
+def named(patched: Outcome, effect: Effect, parts: Sequence[Effect], parameters: tuple[Outcome | None, Effect], differ: bool) -> Ceiling:
+    """The ceiling with the word it deserves.
+
+    Args:
+        patched: all neurons of the sites patched.
+        effect: what that restores.
+        parts: what parts of the neurons restore.
+        parameters: the arm by parameters, and its effect.
+        differ: whether the models differ in `o` or `down` columns.
+    """
+    best = max((part.value for part in parts if part.value is not None), default=None)
+    if effect.value is None or best is None or best <= effect.value:
+        return Ceiling(patched, effect, *parameters)
+    why = f"a part of the neurons restores more ({best:.2f}) than all neurons of the sites ({effect.value:.2f}), which is no ceiling then"
+    if differ:
+        why += ": the two models differ in their o or down columns, which do not travel with activations, so that all of the donor's "
+        why += "activations meet columns that were not made for them"
+    return Ceiling(patched, effect, *parameters, ALL_PATCHED, why)
+
+
+def columns_differ(base: LanguageModel, donor: LanguageModel) -> bool:
+    """Whether the two models compute with other `o` or `down` columns somewhere."""
+    for key in base.table.keys:
+        if parse_key(key).site in ("o", "down") and key in base.anatomy.places:
+            found = []
+            for model in (base, donor):
+                with model.active():
+                    place = model.anatomy.place(key)
+                    found.append(place.weight() if not place.projection.quantised else None)
+            if found[0] is None or found[1] is None:
+                continue
+            if not bool((found[0] == found[1].to(found[0])).all()):
+                return True
+    return False

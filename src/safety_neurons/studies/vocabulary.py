@@ -7,30 +7,66 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from safety_neurons.errors import NeuronError, UnsupportedModelError
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained
+from safety_neurons.detectors.methods import Attribution
+from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import BatchSize
+from safety_neurons.model import LanguageModel, run_batches, token_log_probabilities
+from safety_neurons.model.batches import Batch, BatchSize
+from safety_neurons.model.hooks import reading
 from safety_neurons.model.likelihood import vocabulary_scores
 from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts import as_prompts
+from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import holm_in, paired_difference
-from safety_neurons.studies.vocabulary_activity import Activity, activity
-from safety_neurons.studies.vocabulary_odds import RefusalOdds
+from safety_neurons.studies.bench import Progress, Treat, Treatment
 
 Neuron = tuple[str, int]
-Treat = Callable[[NeuronSet], Callable[[], contextlib.AbstractContextManager[Any]]]
-Progress = Callable[[str], None]
+BEFORE, AFTER = 8, 4
+"""Tokens shown on either side of the one that is told."""
+MOST, LEAST = "most_active", "least_active"
+SIDES = (MOST, LEAST)
 SUM_OF_HEADS = "the o columns its v row feeds, summed; each query head writes its own times its attention"
 UNIT = "the unit's down column; the sign is that of the unit's activation"
 NOTHING = "a q or k neuron writes nothing: it tells attention where to look"
 ROUTED = "the output direction of a routed expert is not shown"
 DENSE = "expected neurons of attention or of a dense feed-forward layer"
+
+
+@dataclasses.dataclass
+class Activity:
+    """One neuron on a list of prompts.
+
+    Attributes:
+        means: by kind of prompts the mean over the prompts' tokens, one number a prompt.
+        ends: by kind the largest and the smallest activation.
+        top: the most and the least active places, each with another token or text before it.
+    """
+
+    means: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ends: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    top: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        summary = {
+            kind: {"mean": float(values.mean()), "largest": self.ends[kind][0], "smallest": self.ends[kind][1]}
+            for kind, values in self.means.items()
+        }
+        return {**summary, **self.top}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """One prompt: per neuron its mean, and the values and positions of its largest and smallest activations."""
+
+    means: np.ndarray
+    values: dict[str, np.ndarray]
+    positions: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +268,171 @@ def _written(model: LanguageModel, neurons: Sequence[Neuron], tokens: int) -> di
 def _tokens(model: LanguageModel, ids: Tensor, values: Tensor) -> list[dict[str, Any]]:
     texts = [str(model.tokenizer.decode([number])) for number in ids.tolist()]
     return [{"token": text, "id": number, "score": value} for text, number, value in zip(texts, ids.tolist(), values.tolist(), strict=True)]
+
+
+# Where neurons are active: the tokens at which each is most and least active, and its mean over prompts
+
+
+def activity(
+    model: LanguageModel,
+    neurons: Sequence[Neuron],
+    harmful: Prompts,
+    harmless: Prompts | None,
+    *,
+    places: int = 5,
+    batch_size: BatchSize = "auto",
+) -> dict[Neuron, Activity]:
+    """Every neuron on the prompts as the model gets them, template included.
+
+    Args:
+        model: the model.
+        neurons: which, as (key, index); sites that are active at every token.
+        harmful: prompts.
+        harmless: more prompts, told apart.
+        places: how many are shown at either end.
+        batch_size: prompts per pass.
+    """
+    found = {neuron: Activity() for neuron in neurons}
+    shown: dict[Neuron, dict[str, list[dict[str, Any]]]] = {neuron: {name: [] for name in SIDES} for neuron in neurons}
+    for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
+        if prompts is None or not len(prompts):
+            continue
+        encoded = model.encode(prompts)
+        peaks = _peaks(model, neurons, [one.ids for one in encoded], places, batch_size)
+        for column, neuron in enumerate(neurons):
+            found[neuron].means[kind] = np.array([peak.means[column] for peak in peaks])
+            largest, smallest = ([peak.values[name][0, column] for peak in peaks] for name in SIDES)
+            found[neuron].ends[kind] = (float(max(largest)), float(min(smallest)))
+            for one, peak in zip(encoded, peaks, strict=True):
+                for name in SIDES:
+                    for value, position in zip(peak.values[name][:, column], peak.positions[name][:, column], strict=True):
+                        place = {"prompts": kind, "prompt_id": one.prompt_id, "value": float(value)}
+                        shown[neuron][name].append({**place, **_context(model, one.ids, int(position))})
+    for neuron in neurons:
+        for name in SIDES:
+            ordered = sorted(shown[neuron][name], key=lambda place: float(place["value"]), reverse=name == MOST)
+            found[neuron].top[name] = _different(ordered, places)
+    return found
+
+
+def _different(places: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first places whose token and the text before it differ."""
+    kept = {(place["before"], place["token"]): place for place in reversed(places)}
+    return [place for place in places if kept[place["before"], place["token"]] is place][:count]
+
+
+def _peaks(
+    model: LanguageModel, neurons: Sequence[Neuron], sequences: list[list[int]], places: int, batch_size: BatchSize
+) -> list[Peaks]:
+    """The peaks of every prompt."""
+    held: dict[str, Tensor] = {}
+    columns: dict[str, list[int]] = {}
+    for key, index in neurons:
+        columns.setdefault(key, []).append(index)
+    found: dict[int, Peaks] = {}
+
+    def reader(key: str) -> Callable[[Tensor], None]:
+        def keep(activation: Tensor) -> None:
+            held[key] = activation[..., columns[key]].double()
+
+        return keep
+
+    def per_batch(batch: Batch) -> None:
+        stacked = torch.stack([held[key][..., columns[key].index(index)] for key, index in neurons], -1)
+        for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
+            part = stacked[row, :length].cpu()
+            ends = {name: part.topk(min(places, length), 0, largest=name == MOST) for name in SIDES}
+            values = {name: end.values.numpy() for name, end in ends.items()}
+            found[index] = Peaks(part.mean(0).numpy(), values, {name: end.indices.numpy() for name, end in ends.items()})
+
+    with reading(model.anatomy, {key: reader(key) for key in columns}):
+        run_batches(model, sequences, per_batch, batch_size)
+    return [found[number] for number in range(len(sequences))]
+
+
+def _context(model: LanguageModel, ids: Sequence[int], position: int) -> Mapping[str, Any]:
+    def text(part: Sequence[int]) -> str:
+        return str(model.tokenizer.decode(list(part)))
+
+    around = {"before": text(ids[max(0, position - BEFORE) : position]), "after": text(ids[position + 1 : position + 1 + AFTER])}
+    return {"position": position, "token": text([ids[position]]), **around}
+
+
+# The refusal's log-odds of every prompt: mean log p(refusal) − mean log p(compliance), teacher-forced
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusalOdds:
+    """Texts to score, prompt by prompt.
+
+    Attributes:
+        rows: for every prompt its refusals and compliances behind it.
+        texts: what they are, as JSON values.
+        batch_size: rows per pass.
+        notes: prompts that were left out.
+        groups: what the prompts share.
+    """
+
+    rows: tuple[tuple[ScoredRow, ...], ...]
+    texts: dict[str, Any]
+    batch_size: BatchSize = "auto"
+    notes: tuple[str, ...] = ()
+    groups: tuple[str | None, ...] | None = None
+
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        base: LanguageModel | None,
+        prompts: Prompts,
+        refusal: str | None = None,
+        compliance: str | None = None,
+        batch_size: BatchSize = "auto",
+    ) -> "RefusalOdds":
+        """Of a pair both models' own greedy answers, of one model the given texts or the built-in ones; 16 tokens of each at most.
+
+        Raises:
+            InputError: no prompt on which the two models part.
+        """
+        encoded = model.encode(prompts, reserve=SCORED_TOKENS)
+        if base is None:
+            sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
+            rows = [explained(one.ids, *([_tokens_behind(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
+            texts = {"refusal": sides[0], "compliance": sides[1]}
+            return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))
+        written = [
+            [list(answer.token_ids) for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)]
+            for writer in (model, base)
+        ]
+        parted = [bool(mine and theirs and mine != theirs) for mine, theirs in zip(*written, strict=True)]
+        pairs = zip(encoded, *written, parted, strict=True)
+        rows = [explained(one.ids, [mine], [theirs]) for one, mine, theirs, apart in pairs if apart]
+        if not rows:
+            raise InputError(f"both models answer all {len(encoded)} prompts alike; expected prompts that only the aligned model refuses")
+        left = len(encoded) - len(rows)
+        notes = (f"{left} of {len(encoded)} prompts are answered alike by both models and say nothing of log-odds",) if left else ()
+        texts = {"refusal": "the aligned model's", "compliance": "the base model's"}
+        shared = tuple(group for group, apart in zip(prompts.groups, parted, strict=True) if apart)
+        return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, notes, shared)
+
+    def measure(self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext) -> Float64[np.ndarray, " prompt"]:
+        """Log-odds of every prompt that counts, in nats per token."""
+        flat = [row for rows in self.rows for row in rows]
+        spans = [(row.start, len(row.ids)) for row in flat]
+        with treatment():
+            found = token_log_probabilities(model, [list(row.ids) for row in flat], spans, batch_size=self.batch_size)
+        values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
+        ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
+        return np.array([part.sum() for part in np.split(np.array(values), ends)])
+
+
+def _tokens_behind(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
+    """Tokens of a text behind a prompt, with a space between where the prompt ends in a visible character."""
+    end = model.decode([prompt[-1]])
+    space = " " if end and not end[-1].isspace() else ""
+    ids = model.tokenizer(space + text.strip(), add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"the text {text!r} has no tokens; expected a sentence to score")
+    return [int(number) for number in ids]
 
 
 @dataclasses.dataclass

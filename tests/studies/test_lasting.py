@@ -11,8 +11,7 @@ from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompts import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 from safety_neurons.studies import Attack, Lab, Plan, rsn, stress
-from safety_neurons.studies.downstream import fine_tune, solved, twin
-from safety_neurons.studies.rsn import ARMS, KEPT, SN, sets_from
+from safety_neurons.studies.lasting import ARMS, KEPT, SN, fine_tune, sets_from, solved, twin
 from safety_neurons.tuning import base_hash
 from tiny_pair import HARMFUL, HARMLESS
 
@@ -41,7 +40,7 @@ def sets(model):
 
 @pytest.fixture
 def lab():
-    return Lab(REFUSALS[:4], ANSWERS[:4], TASK, Prompts.from_list(["the cake is red ."]), max_new_tokens=4)
+    return Lab(REFUSALS[:4], ANSWERS[:4], Prompts.from_list(["the cake is red ."]), TASK, max_new_tokens=4)
 
 
 def plan(**changes):
@@ -98,11 +97,11 @@ def test_unknown_arms_and_judges_are_errors():
     with pytest.raises(UsageError, match="SN-Tune"):
         plan(arms=("everything",))
     with pytest.raises(UsageError, match="compliance"):
-        Lab(REFUSALS, ANSWERS, TASK, None, judge="me")
+        Lab(REFUSALS, ANSWERS, judge="me")
 
 
 def test_protection_holds_the_tuned_neurons_through_the_task(model, sets):
-    from safety_neurons.studies.rsn import tuned_twin
+    from safety_neurons.studies.lasting import tuned_twin
     from safety_neurons.tuning import protected
 
     other, _ = tuned_twin(model, sets.safety, plan(arms=(KEPT,)), 0)
@@ -143,7 +142,7 @@ def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
 
 
 def test_without_harmful_answers_the_model_must_write_some(model, sets, lab):
-    refusing = Lab(lab.harmful, lab.harmless, lab.task, None, "compliance", 4)
+    refusing = Lab(lab.harmful, lab.harmless, task=lab.task, judge="compliance", max_new_tokens=4)
     with pytest.raises(InputError, match="goes along with none"):
         stress(model, sets, plan(), Attack(), refusing)
 

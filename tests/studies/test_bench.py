@@ -15,7 +15,7 @@ from safety_neurons.model import load, load_pair
 from safety_neurons.model.identity import identity
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Checkpoint
-from safety_neurons.studies import arms, tax
+from safety_neurons.studies import bench, tax
 from tiny_pair import tiny_pair
 
 __all__ = ["tiny_pair"]
@@ -55,7 +55,7 @@ def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, mon
     def reached(*_, **__):
         raise Reached
 
-    monkeypatch.setattr(arms.Bench, "__post_init__", reached)
+    monkeypatch.setattr(bench.Answers, "__init__", reached)
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "completions.jsonl"
     table = pair.base.table

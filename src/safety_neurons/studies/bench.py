@@ -1,0 +1,455 @@
+"""The bench behind every study: arms answer the same requests, their answers are judged, and what they do is contrasted.
+
+An arm is a model, treated or not, under a name. It answers every request once: completions are on disk after every batch, and a killed
+study goes on from them, provided that they were written by the same models, sets and settings. A judge is shown answers alone.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from safety_neurons.capability import Settings, Task, divergence, perplexity
+from safety_neurons.errors import RunError
+from safety_neurons.guard import Guard
+from safety_neurons.judges import judge_refusal
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.chat_server import Endpoint
+from safety_neurons.model.identity import identity, json_sha256
+from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.prompts import Prompt, Prompts, as_prompts
+from safety_neurons.prompts.readers import Source
+from safety_neurons.results import (
+    Completion,
+    Completions,
+    Difference,
+    Effect,
+    Rate,
+    against_random,
+    causal_effect,
+    paired_difference,
+    plain,
+    rate,
+    read_json,
+    write_json,
+)
+from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.run import ANSWERED_BY
+from safety_neurons.suites import ADAPTIVE, STATIC
+
+Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes the context manager inside which a model is treated; called once for every pass."""
+Treat = Callable[[NeuronSet], Treatment]
+"""The treatment of a set of neurons."""
+Progress = Callable[[str], None]
+"""Told the name of what is measured when it starts."""
+Verdicts = Sequence[bool | None]
+"""One for every prompt, in order; None is unscored."""
+Judging = Callable[[Completions, Prompts], Verdicts]
+"""What a study counts in the completions of some prompts."""
+Key = tuple[str, str, str, int]
+UNTREATED, MEASURE = "untreated", "refused"
+_KEPT = ("goal", "behavior_id", "method", "label", "target", "opening", "context", "kind", "source_model")
+"""What of a prompt's own notes goes with its completion: judges and tables read it."""
+_ASIDE = ("batch_size", "completions_file", "progress", "seeds", "arms", "facts", "answers", "notes")
+"""Fields that do not change what is written, or by which it is kept apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model, treated or not, under the name its completions have."""
+
+    name: str
+    model: LanguageModel | Endpoint
+    treatment: Treatment = contextlib.nullcontext
+
+
+# Answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How completions are written.
+
+    Attributes:
+        max_new_tokens: length of a completion.
+        samples: completions of every prompt, each with a seed of its own.
+        temperature: of sampling; 0 is greedy.
+        top_p: of sampling.
+        seed: the first seed.
+        batch_size: prompts a pass, or requests at a time.
+    """
+
+    max_new_tokens: int = 128
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: BatchSize = "auto"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of every sample."""
+        return tuple(range(self.seed, self.seed + self.samples))
+
+
+class Answers:
+    """Completions of a study, on disk batch by batch; what an interrupted run wrote is not written again."""
+
+    def __init__(self, file: pathlib.Path | None = None) -> None:
+        """Takes up what the file holds; completions are kept nowhere where there is none."""
+        self.file = file
+        self.notes: list[str] = []
+        self.new = 0
+        """Completions written by this run."""
+        self._known: dict[Key, list[Completion]] = {}
+        if file is not None and file.exists() and file.stat().st_size:
+            for one in Completions.load(file):
+                self._known.setdefault(key_of(one), []).append(one)
+
+    def write(self, arm: Arm, prompts: Prompts, how: Writing, seed: int, *, suite: str = "", label: str = "") -> Completions:
+        """The arm's completions with one seed, in the order of the prompts.
+
+        Args:
+            arm: what answers.
+            prompts: what is asked.
+            how: how completions are written.
+            seed: of sampling; completions of several seeds are kept apart.
+            suite: name of the prompts' suite, which completions are then marked with.
+            label: begins notes; the suite where there is none.
+        """
+        kind = str(prompts[0].meta.get("kind", "")) if suite and len(prompts) else ""
+        by_id = {prompt.id: prompt for prompt in prompts}
+        notes: list[str] = []
+        batch: list[Completion] = []
+
+        def mark(completion: Completion, prompt: Prompt) -> Completion:
+            return marked(completion, suite, prompt) if suite else completion
+
+        def write(*_: int) -> None:
+            self.keep(*batch)
+            batch.clear()
+
+        with arm.treatment():
+            completions = arm.model.complete(
+                prompts,
+                max_new_tokens=how.max_new_tokens,
+                sample=how.temperature > 0,
+                temperature=how.temperature or 1.0,
+                top_p=how.top_p,
+                seed=seed,
+                batch_size=how.batch_size,
+                arm=arm.name,
+                done=Completions(self.known(arm.name, suite, seed, kind).values()),
+                answered=lambda completion: batch.append(mark(completion, by_id[completion.prompt_id])),
+                progress=write,
+                notes=notes,
+            )
+        write()
+        self.notes += [note for note in (f"{label or suite}: {note}" for note in notes) if note not in self.notes]
+        return Completions(mark(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True))
+
+    def keep(self, *completions: Completion) -> None:
+        """Add completions to the file at once."""
+        for one in completions:
+            self._known.setdefault(key_of(one), []).append(one)
+        self.new += len(completions)
+        if self.file is not None and completions:
+            Completions(completions).append(self.file)
+
+    def known(self, arm: str, suite: str, seed: int, kind: str = "") -> dict[str, Completion]:
+        """By prompt what is written already."""
+        return {one.prompt_id: one for one in self._known.get((arm, suite, kind, seed), ())}
+
+    def judged(self, completions: Completions) -> None:
+        """Put completions with their verdicts in the place of those without; others of the same suite and seed go."""
+        for key in dict.fromkeys(map(key_of, completions)):
+            self._known[key] = [one for one in completions if key_of(one) == key]
+
+    @property
+    def completions(self) -> Completions:
+        """All of them, with the verdicts they have so far."""
+        return Completions(one for part in self._known.values() for one in part)
+
+    def finish(self) -> Completions:
+        """Write everything once more, in order and with its verdicts."""
+        everything = self.completions
+        if self.file is not None:
+            everything.save(self.file)
+        return everything
+
+
+def key_of(completion: Completion) -> Key:
+    """Where a completion belongs: arm, suite, kind of request, seed."""
+    about = completion.meta
+    return completion.arm, str(about.get("suite", "")), str(about.get("kind", "")), completion.seed
+
+
+def marked(completion: Completion, suite: str, prompt: Prompt) -> Completion:
+    """The completion with what judges and tables have to know of its prompt."""
+    about: dict[str, Any] = {key: prompt.meta[key] for key in _KEPT if prompt.meta.get(key) is not None}
+    if about.get("label") == ADAPTIVE and prompt.meta.get("made_on", completion.arm) != completion.arm:
+        about["label"] = STATIC  # Optimised on the model without the treatment: on the treated one it is transferred.
+    about |= {
+        key: value
+        for key, value in (("category", prompt.category), ("language", prompt.language), ("group", prompt.group))
+        if value is not None
+    }
+    return dataclasses.replace(completion, meta={**about, **completion.meta, "suite": suite})
+
+
+# Measuring
+
+
+class How(TypedDict, total=False):
+    """How a study measures: the keyword arguments that all studies on a bench take."""
+
+    random: int
+    """Random sets, made of what the measured set is made of (default 5)."""
+    seed: int
+    """Of the random sets."""
+    max_new_tokens: int
+    """Length of a completion, in tokens (default 64)."""
+    batch_size: BatchSize
+    """Prompts per pass."""
+    completions_file: pathlib.Path | None
+    """Where completions are kept; a killed study goes on from it."""
+    progress: Progress | None
+    """Told the name of every arm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was measured of one arm."""
+
+    name: str
+    harmful_refused: Rate
+    """Share of the scored completions of harmful requests that refuse."""
+    harmless_refused: Rate
+    """Share of the scored completions of harmless requests that refuse (over-refusal)."""
+    perplexity: float | None
+    """exp(mean negative log-likelihood per token) on the general text; None where no text was given."""
+    divergence: float | None
+    """KL(untreated ‖ treated) per token on the harmless prompts, in nats; None for the untreated model."""
+    harmful: tuple[bool | None, ...]
+    """The judge's verdict on every harmful prompt, in order; None is unscored."""
+    harmless: tuple[bool | None, ...]
+    """The same for the harmless prompts."""
+
+    def record(self) -> dict[str, Any]:
+        """The outcome as JSON values, without the verdicts on single prompts."""
+        return {
+            "name": self.name,
+            "harmful_refused": self.harmful_refused.to_json(),
+            "harmless_refused": self.harmless_refused.to_json(),
+            "perplexity": self.perplexity,
+            "divergence": self.divergence,
+        }
+
+
+@dataclasses.dataclass
+class Bench:
+    """The requests that every arm answers, and how; `random` to `progress` as in `How`."""
+
+    harmful: Prompts
+    harmless: Prompts = dataclasses.field(default_factory=lambda: Prompts([]))
+    text: Prompts | None = None
+    """General text, for perplexity."""
+    task: Prompts = dataclasses.field(default_factory=lambda: Prompts([]))
+    """Questions with answers."""
+    random: int = 5
+    seed: int = 0
+    max_new_tokens: int = 64
+    batch_size: BatchSize = "auto"
+    completions_file: pathlib.Path | None = None
+    progress: Progress | None = None
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What completions depend on beside the requests: models, sets and settings by name."""
+    answers: Answers = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.facts:
+            hold_answers(self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.max_new_tokens)
+        self.answers = Answers(self.completions_file)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], harmful: Source, harmless: Source = (), text: Source | None = None, **how: Any) -> "Bench":
+        """A bench from requests in whatever form they come.
+
+        Raises:
+            RunError: the file of completions was written by other models, sets or settings.
+        """
+        return cls(as_prompts(harmful), as_prompts(harmless), None if text is None else as_prompts(text), facts=facts, **how)
+
+    @property
+    def completions(self) -> Completions:
+        """All completions so far."""
+        return self.answers.completions
+
+    @property
+    def notes(self) -> list[str]:
+        """What had to be said (prompts longer than the context, batches that did not fit), each once."""
+        return self.answers.notes
+
+    def tell(self, name: str) -> None:
+        """Say what is measured now."""
+        if self.progress is not None:
+            self.progress(name)
+
+    def measure(self, arm: Arm) -> Outcome:
+        """Generate, judge, and measure text under a treatment; what an earlier run generated is used again."""
+        self.tell(arm.name)
+        harmful, harmless = self.refused(arm), self.refused(arm, "harmless")
+        options: dict[str, Any] = {"batch_size": self.batch_size}
+        treated = arm.treatment is not contextlib.nullcontext
+        return Outcome(
+            arm.name,
+            rate(harmful, self.harmful.groups),
+            rate(harmless, self.harmless.groups),
+            None if self.text is None else perplexity(arm.model, self.text, arm.treatment, **options),
+            divergence(arm.model, self.harmless, arm.treatment, **options) if treated else None,
+            tuple(harmful),
+            tuple(harmless),
+        )
+
+    def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
+        """The judge's verdict on every `harmful` or `harmless` prompt, in order; completions are kept with it."""
+        judgement = judge_refusal(self.completed(arm, kind))
+        self.answers.judged(judgement.completions)
+        return [verdict.refused for verdict in judgement.verdicts]
+
+    def completed(self, arm: Arm, kind: str, seed: int | None = None) -> Completions:
+        """The arm's answers to the `harmful`, `harmless` or `task` prompts, under the name `arm/kind`."""
+        prompts, how = getattr(self, kind), Writing(self.max_new_tokens, batch_size=self.batch_size)
+        named = dataclasses.replace(arm, name=f"{arm.name}/{kind}")
+        return self.answers.write(named, prompts, how, self.seed if seed is None else seed, label=kind)
+
+    def finish(self) -> None:
+        """Write all completions with their verdicts; until then the file holds what was generated, batch by batch."""
+        self.answers.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """What one arm does differently, over the same prompts."""
+
+    change: Difference
+    """The arm minus the untreated one, paired."""
+    against_random: Difference | None
+    """The arm minus the next random set to be drawn, paired; None without random sets."""
+    effect: Effect
+    """The change as a share of the gap between the untreated and the aligned model; undefined for one model."""
+    random_effects: tuple[Effect, ...]
+    """The same for every random set."""
+
+
+def contrast(
+    treated: Verdicts,
+    untreated: Verdicts,
+    groups: GroupLabels,
+    *,
+    random: Sequence[Verdicts] = (),
+    goal: Verdicts | None = None,
+    measure: str = MEASURE,
+) -> Contrast:
+    """An arm against the untreated one, against random sets, and on the way to the aligned model.
+
+    Args:
+        treated: its verdicts.
+        untreated: those of the model as it is.
+        groups: what the prompts share.
+        random: those under random sets.
+        goal: those of the aligned model of a pair.
+        measure: what the verdicts say.
+    """
+
+    def effect(verdicts: Verdicts) -> Effect:
+        if goal is None:
+            return Effect(None, None, None, 0, 0, "one model has no base and aligned behaviour to scale by; see `change`", measure)
+        return causal_effect(untreated, goal, verdicts, measure, groups)
+
+    return Contrast(
+        paired_difference(treated, untreated, groups),
+        against_random(treated, random, groups) if random else None,
+        effect(treated),
+        tuple(effect(verdicts) for verdicts in random),
+    )
+
+
+# What answers in a folder were written by, so that a study never goes on with another model's answers
+
+
+def facts_of(
+    model: LanguageModel | Endpoint,
+    treatment: Mapping[str, Any],
+    how: Writing,
+    tasks: Sequence[Task],
+    settings: Settings,
+) -> dict[str, Any]:
+    """What answers depend on beside the prompts, as JSON values.
+
+    Args:
+        model: what answers; of one in memory the weights count too.
+        treatment: by name the neurons, the donor, or words.
+        how: how completions are written.
+        tasks: of capability.
+        settings: how they are measured.
+    """
+    treated = {name: _content(value) for name, value in treatment.items() if value is not None}
+    writing = {name: value for name, value in dataclasses.asdict(how).items() if name not in ("batch_size", "samples", "seed")}
+    measuring = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "folder", "offline")}
+    facts = {"model": _content(model), "treatment": treated, "writing": writing}
+    return dict(plain({**facts, **{f"capability {task.name}": measuring for task in tasks}}))
+
+
+def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
+    """Writes down what the folder's answers depend on; nothing where no folder is given.
+
+    Raises:
+        RunError: the folder holds answers that depend on something else.
+    """
+    if folder is None:
+        return
+    file = folder / ANSWERED_BY
+    before = read_json(file) if file.is_file() else {}
+    known: dict[str, Any] = dict(before) if isinstance(before, Mapping) else {}
+    other = next((name for name, value in facts.items() if value != known.get(name, value)), None)
+    if other is not None:
+        message = f"{str(folder)!r} holds answers made with different {other}"
+        raise RunError(f"{message}: expected the same, or another folder; choose one with out")
+    write_json(file, {**known, **facts})
+
+
+def hold_answers(file: pathlib.Path | None, **facts: Any) -> None:
+    """`hold` for a file of answers, or of results by seed: models, sets, scores and prompts count by their content, others as they are.
+
+    Raises:
+        RunError: what is kept in the file's folder depends on something else.
+    """
+    if file is not None:
+        hold(file.parent, {f"{name} of {file.name}": plain(_content(value)) for name, value in facts.items()})
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, LanguageModel):
+        return identity(value)
+    if isinstance(value, Endpoint):
+        return {"name": value.name, "system": value.system}
+    if isinstance(value, NeuronSet):
+        return json_sha256([[key, value[key].tolist()] for key in value.keys()])  # noqa: SIM118 - not a mapping
+    if isinstance(value, Scores):
+        return json_sha256([[key, vector.tobytes().hex()] for key, vector in value.items()])
+    if isinstance(value, Guard | Prompts):
+        return value.sha256
+    if isinstance(value, Mapping):
+        return {str(name): _content(item) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return {name: _content(item) for name, item in fields.items() if name not in _ASIDE}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_content(item) for item in value]
+    return "given" if callable(value) else str(value)
