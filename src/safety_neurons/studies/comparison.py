@@ -176,12 +176,14 @@ def compare(
     asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
     make = _Rows(Subject("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
-    shelf, rows = _Shelf(place), []
+    shelf, rows = Shelf(place), []
     for name in methods:
         bench.tell(f"find {name}")
         method = with_options(name, sites=sites, max_new_tokens=bench.max_new_tokens, units=budget)
         shown = {"harmless": find_harmless} if method.HARMLESS != "none" and find_harmless is not None else {}
-        scores, seconds = shelf.scores(method, (base, aligned), find_prompts, **shown, batch_size=bench.batch_size)
+        units = getattr(method, "units", None)  # A set of another size is another search.
+        kept_as = name if units is None else f"{name}-{units}"
+        scores, seconds = shelf.scores(kept_as, method, (base, aligned), find_prompts, **shown, batch_size=bench.batch_size)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))]
     rows = make.compared(rows)
@@ -271,8 +273,8 @@ def _lost(refused: Verdicts) -> list[bool | None]:
     return [None if verdict is None else not verdict for verdict in refused]
 
 
-class _Shelf:
-    """Scores of finished methods with the seconds they took, and the partial state of the one at work."""
+class Shelf:
+    """Scores that were found, with the seconds they took, and the partial state of the search at work; a killed study takes them up."""
 
     def __init__(self, place: Place | None) -> None:
         self.place = place
@@ -280,28 +282,27 @@ class _Shelf:
         if place is not None and place(SECONDS).exists():
             self.seconds = read_json(place(SECONDS))
 
-    def scores(self, method: Method, pair: tuple[LanguageModel, LanguageModel], prompts: Prompts, **options: Any) -> tuple[Scores, float]:
-        """What an earlier, killed run found by this method on the same prompts, or what the method finds now."""
-        models = pair if method.PAIR else pair[1:]
+    def scores(
+        self, name: str, method: Method, models: Sequence[LanguageModel], prompts: Prompts, **options: Any
+    ) -> tuple[Scores, float]:
+        """What an earlier, killed run found under this name on the same prompts, or what the method finds now, and its seconds."""
         if self.place is None:
             return self._timed(method, models, prompts, options)
-        units = getattr(method, "units", None)  # A set of another size is another search.
-        kept_as = method.NAME if units is None else f"{method.NAME}-{units}"
-        file = self.place(f"{kept_as}.scores.safetensors")
-        if kept_as in self.seconds and file.exists():
-            kept = Scores.load(file, table=pair[0].table)
-            if kept.provenance.prompts_sha256 in ("", prompts.sha256):
-                return kept, self.seconds[kept_as]
-        checkpoint = Checkpoint(self.place(f"checkpoints/{kept_as}.safetensors"))
-        found, self.seconds[kept_as] = self._timed(method, models, prompts, {**options, "checkpoint": checkpoint})
-        found.save(file)
+        file = self.place(f"{name}.scores.safetensors")
+        if name in self.seconds and file.exists():
+            scores = Scores.load(file, table=models[-1].table)
+            if scores.provenance.prompts_sha256 in ("", prompts.sha256):
+                return scores, self.seconds[name]
+        checkpoint = Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
+        scores, self.seconds[name] = self._timed(method, models, prompts, {**options, "checkpoint": checkpoint})
+        scores.save(file)
         write_json(self.place(SECONDS), self.seconds)
         checkpoint.delete()
-        return found, self.seconds[kept_as]
+        return scores, self.seconds[name]
 
     @staticmethod
     def _timed(method: Method, models: Sequence[LanguageModel], prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:
-        started = time.perf_counter()
+        models, started = (models if method.PAIR else models[-1:]), time.perf_counter()
         return find(method, models, prompts, **options).scores, time.perf_counter() - started
 
 

@@ -9,28 +9,25 @@ prompts and not k × k.
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from safety_neurons.capability import Measured, Settings, Task, measure, task
-from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.neurons import SITES, NeuronSet, Scores, parse_key
+from safety_neurons.neurons import SITES, NeuronSet, parse_key
 from safety_neurons.prompts import Prompts, as_prompts
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
-from safety_neurons.studies.comparison import whole_units
+from safety_neurons.studies.comparison import Place, Shelf, whole_units
 from safety_neurons.studies.lasting import solved
 
 TASKS = ("perplexity", "kl")
-Place = Callable[[str], pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +133,11 @@ def find_by_group(
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
     budget = units or max(1, round(top * NeuronSet.all(table).only(sites=sites).n_units))
     searching = with_options(method, sites=sites, max_new_tokens=max_new_tokens)
-    models = [base or aligned, aligned] if searching.PAIR else [aligned]
-    found = {}
+    shelf, found = Shelf(place), {}
     for name, prompts in groups.members.items():
         if progress is not None:
             progress(f"find on {name}")
-        file = place(f"{_file_name(name)}.scores.safetensors") if place is not None else None
-        scores = _kept(file, aligned, prompts)
-        if scores is None:
-            scores = find(searching, models, prompts, batch_size=batch_size).scores
-            if file is not None:
-                scores.save(file)
+        scores, _ = shelf.scores(_file_name(name), searching, (base or aligned, aligned), prompts, batch_size=batch_size)
         found[name] = whole_units(scores.top_units(budget), sites)
     return found
 
@@ -164,13 +155,6 @@ def check_method(method: str, base: object | None, units: int | None, top: float
         raise UsageError(f"{method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}")
     if units is None and not 0 < top <= 1:
         raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.02 for two per cent)")
-
-
-def _kept(file: pathlib.Path | None, model: LanguageModel, prompts: Prompts) -> Scores | None:
-    if file is None or not file.is_file():
-        return None
-    scores = Scores.load(file, table=model.table)
-    return scores if scores.provenance.prompts_sha256 in ("", prompts.sha256) else None
 
 
 def _file_name(name: str) -> str:
