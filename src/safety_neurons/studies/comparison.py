@@ -282,9 +282,7 @@ class Shelf:
         if place is not None and place(SECONDS).exists():
             self.seconds = read_json(place(SECONDS))
 
-    def scores(
-        self, name: str, method: Method, models: Sequence[LanguageModel], prompts: Prompts, **options: Any
-    ) -> tuple[Scores, float]:
+    def scores(self, name: str, method: Method, models: Sequence[LanguageModel], prompts: Prompts, **options: Any) -> tuple[Scores, float]:
         """What an earlier, killed run found under this name on the same prompts, or what the method finds now, and its seconds."""
         if self.place is None:
             return self._timed(method, models, prompts, options)

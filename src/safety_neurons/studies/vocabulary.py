@@ -321,9 +321,7 @@ def _different(places: Sequence[dict[str, Any]], count: int) -> list[dict[str, A
     return [place for place in places if kept[place["before"], place["token"]] is place][:count]
 
 
-def _peaks(
-    model: LanguageModel, neurons: Sequence[Neuron], sequences: list[list[int]], places: int, batch_size: BatchSize
-) -> list[Peaks]:
+def _peaks(model: LanguageModel, neurons: Sequence[Neuron], sequences: list[list[int]], places: int, batch_size: BatchSize) -> list[Peaks]:
     """The peaks of every prompt."""
     held: dict[str, Tensor] = {}
     columns: dict[str, list[int]] = {}
