@@ -236,8 +236,8 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
-        from safety_neurons.analysis.tax import relations
         from safety_neurons.analysis.figures import tax_figure
+        from safety_neurons.analysis.tax import relations
         from safety_neurons.prompts import Prompts
 
         before, *loaded = session.several([study.base, *study.specs.values()])

@@ -62,7 +62,8 @@ class Arm:
     """A model, treated or not, under the name its completions have."""
 
     name: str
-    model: LanguageModel | Endpoint
+    model: Any
+    """A `LanguageModel`, or an `Endpoint` that writes in its place."""
     treatment: Treatment = contextlib.nullcontext
 
 

@@ -500,7 +500,8 @@ def _suite(
         name = found.name if isinstance(source, Prompts) else f"{kind} {found.name}"
         return _stamped(found[:limit] if limit else found, name, kind)
     folder = None if data is None else str(data)
-    return suite(source, folder=folder, offline=offline, limit=limit, column=column, kind=kind)
+    named = source if isinstance(source, str) else pathlib.Path(source)
+    return suite(named, folder=folder, offline=offline, limit=limit, column=column, kind=kind)
 
 
 def _stamped(found: Prompts, name: str, kind: str) -> Suite:

@@ -395,7 +395,7 @@ class RefusalOdds:
         if base is None:
             sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
             rows = [explained(one.ids, *([_tokens_behind(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
-            texts = {"refusal": sides[0], "compliance": sides[1]}
+            texts: dict[str, Any] = {"refusal": sides[0], "compliance": sides[1]}
             return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))
         written = [
             [list(answer.token_ids) for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)]
