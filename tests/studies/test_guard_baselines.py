@@ -8,7 +8,7 @@ from sklearn import metrics
 
 from safety_neurons.guard import Pooling, read_features
 from safety_neurons.prompts import Prompts
-from safety_neurons.studies.guard_baselines import Layered, Linear, RefusalDirection, Words, read_cases, read_residual
+from safety_neurons.studies.guard_baselines import DirectionProjection, Layered, Linear, Words, read_cases, read_residual
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def planted():
     return values, labels, np.arange(280), np.arange(280, 400)
 
 
-@pytest.mark.parametrize("kind", [Layered, RefusalDirection])
+@pytest.mark.parametrize("kind", [Layered, DirectionProjection])
 def test_the_layer_that_knows_is_found(planted, kind):
     values, labels, fit, test = planted
     score = kind(values, labels).fit(fit, seed=0)
@@ -32,7 +32,7 @@ def test_the_layer_that_knows_is_found(planted, kind):
 
 def test_scores_are_calibrated_log_odds(planted):
     values, labels, fit, test = planted
-    for baseline in (Linear(values[:, 1], labels), RefusalDirection(values, labels)):
+    for baseline in (Linear(values[:, 1], labels), DirectionProjection(values, labels)):
         chances = 1 / (1 + np.exp(-baseline.fit(fit, 0)(test)))
         assert abs(chances.mean() - labels[test].mean()) < 0.1
 

@@ -93,7 +93,7 @@ class Layered:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RefusalDirection:
+class DirectionProjection:
     """Projection on the difference of the mean residual streams of unsafe and safe requests, of the layer that validates best.
 
     Attributes:
@@ -245,7 +245,7 @@ def baselines(read: Read, texts: Sequence[str], labels: Bool[np.ndarray, " case"
     found |= {name: Linear(values, labels) for name, values in read.sets.items() if name != GUARD}
     found |= {WORDS: Words(texts, labels), CHARACTERS: Words(texts, labels, "char_wb")}
     if read.residual is not None:
-        found |= {RESIDUAL: Layered(read.residual, labels), DIRECTION: RefusalDirection(read.residual, labels)}
+        found |= {RESIDUAL: Layered(read.residual, labels), DIRECTION: DirectionProjection(read.residual, labels)}
     return found
 
 
