@@ -17,11 +17,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from safety_neurons.detectors import METHODS, find
+from safety_neurons.detectors.methods import with_options
 from safety_neurons.model import load_pair
-from safety_neurons.neurons import SITES, NeuronSet, Scores
+from safety_neurons.neurons import SITES, NeuronSet
 from safety_neurons.prompts import prompts
 from safety_neurons.results.files import write_json
-from safety_neurons.studies.comparison import CONTRASTING, METHODS, SETS, unit_recall, whole_units
+from safety_neurons.studies.comparison import unit_recall, whole_units
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "planted"
 DESIGNED_ON = ("planted-0", "planted-1")
@@ -48,10 +50,10 @@ def measure(folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size:
     harmless = prompts("builtin:harmless", folder=folder / "prompts", limit=limit)
     for name in wanted:
         started = time.perf_counter()
-        options: dict[str, Any] = {"sites": SITES, "batch_size": batch_size}
-        options |= {"harmless": harmless} if name in CONTRASTING else {}
-        options |= {"units": truth.n_units} if name in SETS else {}
-        scores: Scores = METHODS[name](pair.base, pair.aligned, harmful, options)
+        method = with_options(name, sites=SITES, units=truth.n_units)
+        shown = {"harmless": harmless} if method.HARMLESS != "none" else {}
+        models = [pair.base, pair.aligned] if method.PAIR else [pair.aligned]
+        scores = find(method, models, harmful, batch_size=batch_size, **shown).scores
         seconds = time.perf_counter() - started
         found = whole_units(scores.top_units(truth.n_units), SITES)
         rows[name] = {"recall": unit_recall(found, truth), "taken": units(found, folder), "seconds": round(seconds, 2)}
