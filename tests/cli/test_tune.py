@@ -146,9 +146,16 @@ def test_a_killed_run_goes_on_and_gives_the_same(tuned, tiny_pair, data, tmp_pat
     monkeypatch.setattr(Checkpoint, "save", save)
     asked = []
     complete = LanguageModel.complete
-    monkeypatch.setattr(LanguageModel, "complete", lambda self, *args, **kw: (asked.append(kw.get("arm")), complete(self, *args, **kw))[1])
+
+    def completing(self, prompts, **options):
+        if len(options.get("done") or ()) < len(prompts):
+            asked.append(options.get("arm"))
+        return complete(self, prompts, **options)
+
+    monkeypatch.setattr(LanguageModel, "complete", completing)
     again = done(*words)
     assert "untreated/harmful" not in asked
+    assert "tuned/harmful" in asked
     same = ("before", "after", "checks", "steps", "kept_step", "stopped", "learning_rate", "examples", "change")
     assert {name: again[name] for name in same} == {name: tuned[name] for name in same}
     first, second = (load_delta(result["delta"]).tensors for result in (tuned, again))
