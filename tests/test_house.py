@@ -179,3 +179,77 @@ def test_the_library_never_unpickles_or_evaluates():
 def test_test_modules_have_names_of_their_own():
     names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
     assert not (twice := sorted({name for name in names if names.count(name) > 1})), f"pytest imports one of each name: {twice}"
+
+
+# Rules that hold but for what is named here; the lists only get shorter
+
+NAMED_TWICE = {"Attack", "Judged", "Measured", "Outcome", "Part", "Settings", "Verdict"}
+MANY_PARAMETERS = {
+    "capability/questions.py measure_gsm8k",
+    "detectors/streaming.py fold",
+    "guard/fit.py recalibrate",
+    "guard/generate.py __init__",
+    "model/chat_server.py complete",
+    "model/language_model.py __init__",
+    "model/language_model.py complete",
+    "model/language_model.py generate",
+    "model/loading.py load",
+    "model/passes.py run_batches",
+    "studies/comparison.py compare",
+    "studies/evaluation.py evaluate",
+    "studies/groups.py find_by_group",
+    "studies/guard_evaluation.py guarded_outputs",
+    "studies/inspect_bridge.py __init__",
+    "studies/lasting.py _attacked",
+    "studies/lasting.py fine_tune",
+    "studies/tax.py read_trainings",
+    "studies/tuning.py tune",
+    "studies/vocabulary.py vocabulary",
+    "tuning/data.py with_own_answers",
+    "tuning/train.py tune",
+}
+CIRCLES = [{"safety_neurons.suites.attacks", "safety_neurons.suites.gradient_search"}]
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+
+
+def test_no_class_has_the_name_of_another():
+    names = [node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert {name for name in names if names.count(name) > 1} <= NAMED_TWICE
+
+
+def test_functions_take_eight_arguments_at_most():
+    many = set()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len(names) - (names[:1] in (["self"], ["cls"])) > 8:
+                    many.add(f"{path.relative_to(SOURCE).as_posix()} {node.name}")
+    assert many <= MANY_PARAMETERS, many - MANY_PARAMETERS
+
+
+def test_modules_do_not_import_one_another_in_a_circle():
+    """Imports inside functions count; a box's own page (`__init__`), which only hands names on, does not."""
+    names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in TREES if path.name != "__init__.py"}
+    below = {name: {seen for seen in _modules(TREES[path], names) if seen != name} for name, path in names.items()}
+    reach: dict[str, set[str]] = {}
+    for name in names:
+        seen, open_ = set(), list(below[name])
+        while open_:
+            one = open_.pop()
+            if one not in seen:
+                seen.add(one)
+                open_ += below[one]
+        reach[name] = seen
+    circles = {frozenset(other for other in reach[name] if name in reach[other]) for name in names if name in reach[name]}
+    assert [circle for circle in circles if circle not in CIRCLES] == []
+
+
+def _modules(tree: ast.AST, names: dict[str, pathlib.Path]) -> set[str]:
+    seen = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            seen |= {name for one in node.names for name in (f"{node.module}.{one.name}", node.module) if name in names}
+        elif isinstance(node, ast.Import):
+            seen |= {one.name for one in node.names if one.name in names}
+    return seen

@@ -7,7 +7,7 @@ from twins import PROMPTS, adapted, model, separate, untouched
 
 from exact64 import Exact64
 from safety_neurons.detectors import find_importance_contrast, find_weight_change
-from safety_neurons.detectors.importance_contrast import Comparison
+from safety_neurons.detectors.importance_contrast import SwapComparison
 from safety_neurons.detectors.methods import ImportanceContrast
 from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
@@ -23,7 +23,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
 def measured(base: LanguageModel, aligned: LanguageModel, spans: tuple[Span, ...], compare: str) -> dict[str, np.ndarray]:
-    comparison = Comparison(base, aligned, base.table.sizes, compare)
+    comparison = SwapComparison(base, aligned, base.table.sizes, compare)
     return comparison.run(Run((base, aligned), PROMPTS, ImportanceContrast(count=1)), spans)[0]
 
 
@@ -188,8 +188,8 @@ def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_p
     whole = find_importance_contrast(base, aligned, PROMPTS, **options)
     checkpoint = Checkpoint(tmp_path / "state.safetensors")
     batches = []
-    real = Comparison.scores
-    monkeypatch.setattr(Comparison, "scores", lambda self, batch, spans: (batches.append(batch.number), real(self, batch, spans))[1])
+    real = SwapComparison.scores
+    monkeypatch.setattr(SwapComparison, "scores", lambda self, batch, spans: (batches.append(batch.number), real(self, batch, spans))[1])
 
     def die(done, total, tokens):
         if done == 2 and len(batches) == 2:

@@ -128,7 +128,7 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class SetPair:
     """Two sets held against one another."""
 
     names: tuple[str, str]
@@ -158,7 +158,7 @@ class Overlap:
     """Any number of sets, every two of them held against one another."""
 
     items: tuple[Named, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[SetPair, ...]
     in_all: Mapping[str, Any]
     """How many neurons are in every set, beside chance."""
 
@@ -191,7 +191,7 @@ def overlap(items: Sequence[Named], *, seed: int = 0) -> Overlap:
     return Overlap(tuple(items), pairs, _in_all(items, seed))
 
 
-def _pair(first: Named, second: Named, seed: int) -> Pair:
+def _pair(first: Named, second: Named, seed: int) -> SetPair:
     keys = _common([first, second])
     table = _part_of(first.table, keys)
     clumps = Clumps(_within(first.neurons, table), table), Clumps(_within(second.neurons, table), table)
@@ -199,7 +199,7 @@ def _pair(first: Named, second: Named, seed: int) -> Pair:
     shared = sum(len(np.intersect1d(first.neurons[key], second.neurons[key])) for key in keys)
     outside = tuple(len(item.neurons) - sum(len(item.neurons[key]) for key in keys) for item in (first, second))
     assert len(outside) == 2
-    return Pair(
+    return SetPair(
         (first.name, second.name),
         Shared.of(sizes, shared, step=clumps[0].shared_step(clumps[1]), matched=_matched(clumps, seed)),
         _units(clumps),

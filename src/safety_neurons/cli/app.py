@@ -30,7 +30,7 @@ class Verbs(dict[str, Any]):
             return default
 
 
-class Shelf(Contents):
+class VerbList(Contents):
     """The first page, written without importing what it lists."""
 
     def described(self, ctx: Any) -> list[tuple[str, str]]:
@@ -51,7 +51,7 @@ def build() -> typer.core.TyperGroup:
         help=HELP,
         no_args_is_help=True,
         add_completion=False,
-        cls=Shelf,
+        cls=VerbList,
         context_settings=SETTINGS,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

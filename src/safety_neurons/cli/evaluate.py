@@ -58,7 +58,7 @@ class Evaluated(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked(Declaration):
+class Questions(Declaration):
     """What the model is asked, and who judges."""
 
     PANEL = "What is asked"
@@ -150,7 +150,7 @@ class Held(Declaration):
 
 @verb("evaluate")
 def evaluate(
-    session: Session, evaluated: Evaluated, requests: Asked, some: Some, tasks: Tasks, answers: AnswerOptions, held: Held
+    session: Session, evaluated: Evaluated, requests: Questions, some: Some, tasks: Tasks, answers: AnswerOptions, held: Held
 ) -> dict[str, Any]:
     """Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."""
 

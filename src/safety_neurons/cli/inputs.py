@@ -80,8 +80,16 @@ def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
     return contents_of(folder, ("neurons.safetensors", "scores.safetensors")) if folder.is_dir() else _file(path, options, common)
 
 
+def resolve(spec: str) -> str:
+    """A model argument with `organism:NAME[/STAGE]` replaced by the folders it stands for."""
+    if not spec.startswith("organism:"):
+        return spec
+    from safety_neurons import organism
+
+    return organism.spec(spec.removeprefix("organism:"))
+
+
 def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
-    from safety_neurons.cli.session import resolve
     from safety_neurons.model.files import model_contents
     from safety_neurons.model.loading import folders_of
     from safety_neurons.results.files import within

@@ -14,7 +14,7 @@ NOT_A_FILE = ("builtin:", "organism:")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run(Declaration):
+class RunOptions(Declaration):
     """Where a run is kept and how it is shown."""
 
     PANEL = "Running"
@@ -34,7 +34,7 @@ class Run(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Common(Run):
+class Common(RunOptions):
     """What every verb accepts."""
 
     PANEL = "Model and template"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from safety_neurons.cli import console
-from safety_neurons.cli.inputs import inputs_of
+from safety_neurons.cli.inputs import inputs_of, resolve
 from safety_neurons.cli.options import NOT_A_FILE, Common, batch_size, named, parse_object
 from safety_neurons.declarations import Declaration, Reads
 from safety_neurons.errors import GateError
@@ -245,15 +245,6 @@ def default_folder(verb: str, stamp: str) -> pathlib.Path:
     first = pathlib.Path("runs") / f"{verb}-{stamp}"
     candidates = (first.with_name(f"{first.name}-{number}") for number in range(2, 10_000))
     return first if not first.exists() else next(path for path in candidates if not path.exists())
-
-
-def resolve(spec: str) -> str:
-    """A model argument with `organism:NAME[/STAGE]` replaced by the folders it stands for."""
-    if not spec.startswith("organism:"):
-        return spec
-    from safety_neurons import organism
-
-    return organism.spec(spec.removeprefix("organism:"))
 
 
 def _plain(value: Any) -> Any:

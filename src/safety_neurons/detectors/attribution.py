@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safety_neurons.detectors.methods import Attribution, AttributionPatching
 from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.detectors.streaming import Folded, Part, to_numpy
+from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks
@@ -154,11 +154,11 @@ def attribute(
         One signed number per neuron, and what became of the prompts (with their votes, where they vote).
     """
 
-    def reduce(batch: Batch) -> Part:
+    def reduce(batch: Batch) -> BatchSums:
         rows = [row for index in batch.indices for row in units[index]]
         owner = torch.tensor([number for number, index in enumerate(batch.indices) for _ in units[index]])
         found = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
-        part = Part(scores=[{} for _ in batch.indices])
+        part = BatchSums(scores=[{} for _ in batch.indices])
         for key, values in found.items():
             summed = torch.zeros(len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device)
             each = to_numpy(summed.index_add_(0, owner.to(values.device), values.double()))

@@ -10,7 +10,7 @@ from torch import Tensor
 from safety_neurons.detectors.methods import ActivationMagnitude, Ranked, WeightChange, WeightMagnitude
 from safety_neurons.detectors.reading import chosen_rows, read, rows_at
 from safety_neurons.detectors.runner import Found, PromptCounts, Run, Scored, chosen_from
-from safety_neurons.detectors.streaming import Part, to_numpy
+from safety_neurons.detectors.streaming import BatchSums, to_numpy
 from safety_neurons.detectors.sublayers import columns
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
@@ -66,8 +66,8 @@ def activations(_: ActivationMagnitude, run: Run) -> Scored:
     model = run.aligned
     encoded = model.encode(run.prompts)
 
-    def reduce(batch: Batch) -> Part:
-        part = Part()
+    def reduce(batch: Batch) -> BatchSums:
+        part = BatchSums()
         positions, _ = chosen_rows(batch, [0] * len(batch), batch.lengths)
 
         def reader(key: str) -> Any:

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_neurons.detectors.methods import Contrast
-from safety_neurons.detectors.reading import Rows, chosen_rows, in_both, read, rows_at
+from safety_neurons.detectors.reading import PositionRows, chosen_rows, in_both, read, rows_at
 from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.streaming import Folded, Part, Sums, to_numpy
+from safety_neurons.detectors.streaming import BatchSums, Folded, Sums, to_numpy
 from safety_neurons.detectors.text import Span, Texts, texts_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, token_budget
@@ -90,9 +90,9 @@ def contrast_statistics(run: Run, text: Texts, memory_budget: int | None = None)
     """
     base, aligned, sizes, budget = run.base, run.aligned, run.sizes, memory_budget or MEMORY_BUDGET
 
-    def reduce(batch: Batch) -> Part:
+    def reduce(batch: Batch) -> BatchSums:
         spans = [text.spans[index] for index in batch.indices]
-        part = Part(scores=[{} for _ in spans] if run.votes else [])
+        part = BatchSums(scores=[{} for _ in spans] if run.votes else [])
         for keys in _chunks(sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
             _compare(base, aligned, batch, spans, keys, part)
         return part
@@ -121,10 +121,12 @@ def _chunks(sizes: Mapping[str, int], bytes_per_neuron: int, memory_budget: int)
     return result
 
 
-def _compare(base: LanguageModel, aligned: LanguageModel, batch: Batch, spans: Sequence[Span], keys: Sequence[str], part: Part) -> None:
+def _compare(
+    base: LanguageModel, aligned: LanguageModel, batch: Batch, spans: Sequence[Span], keys: Sequence[str], part: BatchSums
+) -> None:
     """Both models read the batch; the second pass reduces against what the first one left."""
     positions, owner = chosen_rows(batch, [span.start for span in spans], [span.stop for span in spans])
-    kept: dict[str, Rows] = {}
+    kept: dict[str, PositionRows] = {}
 
     def keep(key: str) -> Callable[[Any], None]:
         def reader(values: Any) -> None:
@@ -142,7 +144,7 @@ def _compare(base: LanguageModel, aligned: LanguageModel, batch: Batch, spans: S
     read(aligned, batch, {key: subtract(key) for key in keys})
 
 
-def _add(part: Part, key: str, first: Rows, second: Rows, owner: Tensor, n_prompts: int) -> None:
+def _add(part: BatchSums, key: str, first: PositionRows, second: PositionRows, owner: Tensor, n_prompts: int) -> None:
     """Sums of one site over one batch, and, where prompts vote, the root mean square of each prompt."""
     squares = (first.values - second.values).square()
     part.sums[f"count/{key}"] = np.array([float(len(squares))])

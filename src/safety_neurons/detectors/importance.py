@@ -18,7 +18,7 @@ from torch import Tensor
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors, chunk_size, scores_at_once
 from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.detectors.streaming import Part
+from safety_neurons.detectors.streaming import BatchSums
 from safety_neurons.detectors.sublayers import input_scale
 from safety_neurons.errors import InputError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
@@ -540,12 +540,12 @@ class _Reduce:
     readers: ImportanceReaders
     per_prompt: bool
 
-    def __call__(self, batch: Batch) -> Part:
+    def __call__(self, batch: Batch) -> BatchSums:
         self.readers.start(batch)
         forward(self.model.model, batch)
         rows = self.readers.take()
         sums = {key: np.sum(np.stack([scores[key] for scores in rows]), axis=0) for key in self.readers.keys}
-        return Part(sums, rows if self.per_prompt else [])
+        return BatchSums(sums, rows if self.per_prompt else [])
 
 
 def _keys(method: Importance, run: Run) -> tuple[str, ...]:

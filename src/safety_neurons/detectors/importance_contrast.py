@@ -13,7 +13,7 @@ from safety_neurons.detectors.importance import MlpScorer, prove_layers
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors
 from safety_neurons.detectors.methods import ImportanceContrast
 from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.streaming import Folded, Part, to_numpy
+from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
 from safety_neurons.detectors.sublayers import Shown, columns, under, watching
 from safety_neurons.detectors.text import Span, texts_of
 from safety_neurons.errors import UnsupportedModelError
@@ -174,7 +174,7 @@ SMALL = 1e-3
 
 def score(method: ImportanceContrast, run: Run) -> Scored:
     """How much every neuron's sub-layer changes when its parameters are the base model's, or another of the comparisons."""
-    comparison = Comparison(run.base, run.aligned, run.sizes, method.compare)
+    comparison = SwapComparison(run.base, run.aligned, run.sizes, method.compare)
     comparison.check()
     if method.compare == "swap-attribution":
         return swap_attribution.score(method, run)
@@ -189,7 +189,7 @@ Each = list[dict[str, np.ndarray]]
 
 
 @dataclass
-class Comparison:
+class SwapComparison:
     """Scores of every prompt, from passes of one or both models.
 
     Attributes:
@@ -229,9 +229,9 @@ class Comparison:
     def run(self, run: Run, spans: Sequence[Span]) -> tuple[dict[str, np.ndarray], Folded]:
         """Mean over prompts of the scores, and what became of the prompts."""
 
-        def reduce(batch: Batch) -> Part:
+        def reduce(batch: Batch) -> BatchSums:
             mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
-            part = Part({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
+            part = BatchSums({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
             if theirs:
                 part.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
             if run.votes:

@@ -214,7 +214,7 @@ Positions = Annotated[str, OneOf("completion", "completion-predicting", "prompt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Writing(Declaration):
+class TextOptions(Declaration):
     """What text the two models read."""
 
     PANEL = "Prompts"
@@ -314,7 +314,7 @@ class Importance(Method, Voted):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class ImportanceContrast(Writing, Method, Voted):
+class ImportanceContrast(TextOptions, Method, Voted):
     """Exact importance against the base model's parameters instead of against zero.
 
     How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base model's: L2 norm over the
@@ -375,7 +375,7 @@ class SwapAttribution(Method, Voted):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Contrast(Writing, Method, Voted):
+class Contrast(TextOptions, Method, Voted):
     """Paper 2: root mean square difference of each activation between two models on the same text.
 
     One model writes greedy completions; then both read the same ids once, and per neuron Σd², Σa, Σa² and the token count are

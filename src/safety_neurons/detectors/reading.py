@@ -16,7 +16,7 @@ from safety_neurons.model.hooks import evaluating
 
 
 @dataclass(frozen=True)
-class Rows:
+class PositionRows:
     """A site's activations at the positions that count.
 
     Attributes:
@@ -28,25 +28,25 @@ class Rows:
     at: Int[Tensor, " row"]
 
 
-def rows_at(values: Any, positions: Int[Tensor, " position"]) -> Rows:
+def rows_at(values: Any, positions: Int[Tensor, " position"]) -> PositionRows:
     """What a reader got, at flat positions (batch × token): selected by index, never multiplied by a mask."""
     if isinstance(values, Tensor):
         taken = values.flatten(0, 1)[positions.to(values.device)]
-        return Rows(_widened(taken), torch.arange(len(positions), device=values.device))
+        return PositionRows(_widened(taken), torch.arange(len(positions), device=values.device))
     order = torch.searchsorted(positions.to(values.token_index.device), values.token_index).clamp(max=len(positions) - 1)
     counted = (positions.to(order.device)[order] == values.token_index).nonzero().squeeze(1)
     at, place = order[counted].sort()
-    return Rows(_widened(values.values[counted[place]]), at)
+    return PositionRows(_widened(values.values[counted[place]]), at)
 
 
-def in_both(first: Rows, second: Rows) -> tuple[Rows, Rows]:
+def in_both(first: PositionRows, second: PositionRows) -> tuple[PositionRows, PositionRows]:
     """The rows of positions that both have, on the second's device (two models may route a token to different experts)."""
-    first = Rows(first.values.to(second.values.device), first.at.to(second.at.device))
+    first = PositionRows(first.values.to(second.values.device), first.at.to(second.at.device))
     if torch.equal(first.at, second.at):
         return first, second
     left = torch.isin(first.at, second.at).nonzero().squeeze(1)
     right = torch.isin(second.at, first.at).nonzero().squeeze(1)
-    return Rows(first.values[left], first.at[left]), Rows(second.values[right], second.at[right])
+    return PositionRows(first.values[left], first.at[left]), PositionRows(second.values[right], second.at[right])
 
 
 def _widened(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
-from safety_neurons.detectors.streaming import Folded, Part, Progress, Stream, fold
+from safety_neurons.detectors.streaming import BatchSums, Folded, Progress, Stream, fold
 from safety_neurons.errors import NumericalError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import Batch, BatchSize
@@ -130,7 +130,7 @@ class Run:
     def fold(
         self,
         sequences: Sequence[Sequence[int]],
-        reduce: Callable[[Batch], Part],
+        reduce: Callable[[Batch], BatchSums],
         lm: LanguageModel | None = None,
         budget: int | None = None,
     ) -> Folded:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, frozen, score_rows
 from safety_neurons.detectors.methods import SetDifference
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.detectors.streaming import Folded, Part
+from safety_neurons.detectors.streaming import BatchSums, Folded
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
@@ -101,8 +101,8 @@ def _difference(method: SetDifference, run: Run, importances: Importances, *, di
     counts = {SAFETY: len(rows[0]), UTILITY: len(rows[1])}
     everything = [*rows[0], *rows[1]]
 
-    def reduce(batch: Batch) -> Part:
-        capture, part = Capture(places, differentiate), Part()
+    def reduce(batch: Batch) -> BatchSums:
+        capture, part = Capture(places, differentiate), BatchSums()
         found = importances(model, capture, batch, [everything[index] for index in batch.indices])
         for index, of_row in zip(batch.indices, found, strict=True):
             name = SAFETY if index < counts[SAFETY] else UTILITY

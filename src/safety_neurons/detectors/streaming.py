@@ -26,7 +26,7 @@ Progress = Callable[[int, int, int], None]
 
 
 @dataclass
-class Part:
+class BatchSums:
     """What one batch adds.
 
     Attributes:
@@ -143,7 +143,7 @@ def fold(
     lm: LanguageModel,
     stream: Stream,
     sequences: Sequence[Sequence[int]],
-    reduce: Callable[[Batch], Part],
+    reduce: Callable[[Batch], BatchSums],
     *,
     sizes: Mapping[str, int],
     batch_size: BatchSize = "auto",
@@ -177,7 +177,7 @@ def fold(
     failed: dict[int, str] = {int(index): reason for index, reason in stream.state.get("failed", {}).items()}
     halving, tokens = Halving(failed), 0
 
-    def work(batch: Batch) -> Part:
+    def work(batch: Batch) -> BatchSums:
         part = reduce(batch)
         check_finite(part.sums)
         return part
@@ -219,7 +219,7 @@ def check_finite(sums: Sums) -> None:
             raise NumericalError(f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use --dtype float32")
 
 
-def _merge(stream: Stream, part: Part) -> None:
+def _merge(stream: Stream, part: BatchSums) -> None:
     for name, values in part.sums.items():
         stored = stream.arrays.get(f"sum/{name}")
         stream.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (0.0 if stored is None else stored)

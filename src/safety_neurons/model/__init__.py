@@ -25,7 +25,7 @@ from safety_neurons.model.loading import (
     load_several,
     parse_spec,
 )
-from safety_neurons.model.passes import Estimate, Statistics, activation_statistics, estimate, run_batches
+from safety_neurons.model.passes import CostEstimate, Statistics, activation_statistics, estimate, run_batches
 from safety_neurons.model.template import conversation_text, encode_text
 from safety_neurons.prompts import as_prompts
 
@@ -34,9 +34,9 @@ __all__ = [
     "BatchSize",
     "ChatServer",
     "Choice",
+    "CostEstimate",
     "Encoded",
     "Endpoint",
-    "Estimate",
     "Halving",
     "LanguageModel",
     "Losses",

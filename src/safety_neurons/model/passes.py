@@ -413,7 +413,7 @@ _TRIAL_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """Needs of a run; bytes and seconds.
 
     Attributes:
@@ -464,7 +464,7 @@ class Estimate:
         return f"{text}{cut}\n{memory}\ntime about {_duration(self.seconds)}\ndisk about {_size(self.disk_bytes)}"
 
 
-def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> Estimate:
+def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> CostEstimate:
     """Estimates a `find` over prompts without running it; only two short passes are fed, to measure the time.
 
     Args:
@@ -482,7 +482,7 @@ def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_token
     fed, written = sum(lengths), max_new_tokens * len(lengths)
     per_token, per_step = _trial(first, [item.ids for item in encoded])
     steps = len(groups) * max_new_tokens
-    return Estimate(
+    return CostEstimate(
         weights_bytes=_weights(models),
         activations_bytes=widest * _width(first) * first.dtype.itemsize,
         cache_bytes=widest * _cache_width(first) * first.dtype.itemsize if max_new_tokens else 0,

@@ -18,7 +18,7 @@ from safety_neurons.report.charts import (
 )
 from safety_neurons.report.findings import FACT, NO, YES, Finding
 from safety_neurons.report.parts import Figure, ReportPart, Table, titled
-from safety_neurons.report.reading import Run, guarded
+from safety_neurons.report.reading import ReportedRun, guarded
 from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
 from safety_neurons.results import captioned, clear_word, stands_out
 
@@ -26,7 +26,7 @@ MOST = 48
 """Rows of a chart."""
 
 
-def layers_part(run: Run) -> ReportPart:
+def layers_part(run: ReportedRun) -> ReportPart:
     """Where the neurons of sets lie, beside random sets of the same size."""
     figures, details, claims = [], [], []
     for found in run.result["sets"]:
@@ -84,7 +84,7 @@ def _places_table(found: Mapping[str, Any]) -> Table:
     return Table(f"{visible(found['name'], 40)}, place by place", columns, rows)
 
 
-def layers_findings(run: Run) -> list[Finding]:
+def layers_findings(run: ReportedRun) -> list[Finding]:
     """Which claims on place hold, set by set."""
     made = []
     for found in run.result["sets"]:
@@ -104,7 +104,7 @@ def _layers(found: Mapping[str, Any]) -> str:
     return plural(sum(place["members"] > 0 for place in found["by_layer"]), "layer")
 
 
-def overlap_part(run: Run) -> ReportPart:
+def overlap_part(run: ReportedRun) -> ReportPart:
     """How far sets agree, beside unrelated sets."""
     result = run.result
     names = [visible(found["name"], 30) for found in result["sets"]]
@@ -145,7 +145,7 @@ def chance_range(chance: Mapping[str, Any]) -> str:
     return f"{number(chance['low'], 3)} to {number(chance['high'], 3)}" if chance.get("low") is not None else NONE
 
 
-def overlap_findings(run: Run) -> list[Finding]:
+def overlap_findings(run: ReportedRun) -> list[Finding]:
     """How many pairs agree beyond sets with as many neurons in every matrix."""
     pairs = run.result["pairs"]
     above = [pair for pair in pairs if pair["jaccard"]["matched"].get("verdict") == "more"]
@@ -169,7 +169,7 @@ ALONE = "one layer alone"
 """Steps that are no curve: every layer by itself."""
 
 
-def languages_part(run: Run) -> ReportPart:
+def languages_part(run: ReportedRun) -> ReportPart:
     """What languages share, and what is lost in one where the neurons of another are off."""
     result = run.result
     rows = [
@@ -230,7 +230,7 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
     return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
-def transfer_part(run: Run) -> ReportPart:
+def transfer_part(run: ReportedRun) -> ReportPart:
     """Effect on other requests, and what patching costs."""
     result = run.result
     figures, tables = _matrix_figures(result)
@@ -259,7 +259,7 @@ def _measured(record: Any) -> str:
     return interval(record) if "low" in record else number(record.get("value"))
 
 
-def matrix_findings(run: Run) -> list[Finding]:
+def matrix_findings(run: ReportedRun) -> list[Finding]:
     """In one sentence: how the diagonal of a matrix compares with the rest."""
     result = run.result
     cells = result.get("matrix") or []
@@ -281,7 +281,7 @@ def matrix_findings(run: Run) -> list[Finding]:
     return [Finding(FACT, say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)))]
 
 
-def tax_part(run: Run) -> ReportPart:
+def tax_part(run: ReportedRun) -> ReportPart:
     """What two preference trainings share, and what cross-patching shows."""
     result = run.result
     rows = [
@@ -347,7 +347,7 @@ def _ranked(found: Mapping[str, Any]) -> str:
     return interval({"value": found["value"], "low": low, "high": high})
 
 
-def tax_findings(run: Run) -> list[Finding]:
+def tax_findings(run: ReportedRun) -> list[Finding]:
     """Shared beyond chance, and the price in both directions."""
     result, made = run.result, []
     for pair in result["relations"][:1]:
@@ -371,7 +371,7 @@ def tax_findings(run: Run) -> list[Finding]:
     return made
 
 
-def progressive_part(run: Run) -> ReportPart:
+def progressive_part(run: ReportedRun) -> ReportPart:
     """What is left of refusals while more and more is off."""
     result = run.result
     whole = max(result["n_neurons"], 1)
@@ -426,7 +426,7 @@ def progressive_part(run: Run) -> ReportPart:
     )
 
 
-def progressive_findings(run: Run) -> list[Finding]:
+def progressive_findings(run: ReportedRun) -> list[Finding]:
     """How many neurons halve the refusals, by the quickest order."""
     known = [curve for curve in run.result["curves"] if curve["neurons_for_half"] is not None]
     if not known:
@@ -446,7 +446,7 @@ TOKENS = 12
 PLACES = 5
 
 
-def cards_of(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+def cards_of(runs: Sequence[ReportedRun]) -> dict[str, list[dict[str, Any]]]:
     """By `KEY.INDEX` the sections of a neuron's card, for the maps; every text made visible."""
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -481,7 +481,7 @@ def _place(entry: Mapping[str, Any]) -> list[str]:
     return [visible(entry["before"], 120), visible(entry["token"], 60), visible(entry["after"], 120), about]
 
 
-def cards_part(run: Run) -> ReportPart:
+def cards_part(run: ReportedRun) -> ReportPart:
     """All cards of a run as a table."""
     result = run.result
     treatments = list(dict.fromkeys(treatment for card in result["cards"] for treatment in card["effects"]))
@@ -522,7 +522,7 @@ def _in_context(entry: Mapping[str, Any]) -> Markup:
     return Markup("<bdi>{}<mark>{}</mark>{}</bdi>").format(*parts)
 
 
-def cards_findings(run: Run) -> list[Finding]:
+def cards_findings(run: ReportedRun) -> list[Finding]:
     """How many single neurons change the refusal more than random ones do."""
     made = []
     for treatment, chance in run.result["random"].items():

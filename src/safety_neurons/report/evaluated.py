@@ -8,7 +8,7 @@ from markupsafe import Markup
 from safety_neurons.report.charts import INK, SOFT, DotRow, dot_figure, look
 from safety_neurons.report.findings import CAUTION, FACT, FAIL, NO, OPEN, PASS, PRICE, YES, Finding, Tile
 from safety_neurons.report.parts import ARM_COLUMNS, Cell, Figure, ReportPart, Table, arm_row, titled
-from safety_neurons.report.reading import Run
+from safety_neurons.report.reading import ReportedRun
 from safety_neurons.report.text import NONE, count, duration, interval, name, number, plural, say, share, visible
 from safety_neurons.results import captioned, clear_word, is_clear
 
@@ -16,7 +16,7 @@ ARMS = ("baseline", "untreated", "treated")
 _SIDES = (("harmful", "harm", "Harm"), ("harmless", "over_refusal", "Over-refusal"))
 
 
-def evaluate_part(run: Run) -> ReportPart:
+def evaluate_part(run: ReportedRun) -> ReportPart:
     """One evaluation."""
     result = run.result
     arms = arms_of(result)
@@ -42,7 +42,7 @@ def evaluate_part(run: Run) -> ReportPart:
     return ReportPart(heading, lead, figures, tables, list(_group_tables(arms[-1])))
 
 
-def evaluate_findings(run: Run) -> list[Finding]:
+def evaluate_findings(run: ReportedRun) -> list[Finding]:
     """What an evaluation found, in a sentence for harm and over-refusal, and one for what is unscored."""
     result = run.result
     label, arm = arms_of(result)[-1]
@@ -73,7 +73,7 @@ def evaluate_findings(run: Run) -> list[Finding]:
     return sentences
 
 
-def evaluate_tile(run: Run) -> Tile:
+def evaluate_tile(run: ReportedRun) -> Tile:
     """Harm by the first judge, over-refusal beside it."""
     result = run.result
     label, arm = arms_of(result)[-1]
@@ -222,7 +222,7 @@ def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
             yield Table(title, [what, "n", *(visible(judge, 40) for judge in judges)], rows)
 
 
-def tune_part(run: Run) -> ReportPart:
+def tune_part(run: ReportedRun) -> ReportPart:
     """Before and after, and what held-out prompts said on the way."""
     result = run.result
     heading = say("{} tuned in {}", plural(result["n_neurons"], "neuron"), name(run.models[-1]))
@@ -261,7 +261,7 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
     return Figure(dot_figure(rows, title, domain=(-0.03, 1.03)), alternative, shown)
 
 
-def verdict_of(run: Run) -> str:
+def verdict_of(run: ReportedRun) -> str:
     """Whether tuning achieved what it is for."""
     change = run.result["change"]
     if change["value"] is None:
@@ -269,7 +269,7 @@ def verdict_of(run: Run) -> str:
     return YES if run.result.get("achieved", is_clear(change) and change["value"] > 0) else NO  # runs of earlier versions do not say
 
 
-def tuned(run: Run) -> list[Finding]:
+def tuned(run: ReportedRun) -> list[Finding]:
     """The sentences of a tune run."""
     result = run.result
     before, after = result["before"], result["after"]
@@ -297,7 +297,7 @@ def tuned(run: Run) -> list[Finding]:
     return made
 
 
-def tile(run: Run) -> Tile:
+def tile(run: ReportedRun) -> Tile:
     """The question of the first screen."""
     text = say("change of refusals of harmful requests by tuning {}", plural(run.result["n_neurons"], "neuron"))
     return Tile("Does tuning them make it safer?", verdict_of(run), interval(run.result["change"], signed=True), text)
@@ -313,7 +313,7 @@ def _not_achieved(arm: str, tuning: Mapping[str, Any] | None) -> Markup:
     return say(" <b>Not achieved</b> by {}: {}.", visible(arm, 40), visible(tuning["why"], 400))
 
 
-def rsn_part(run: Run) -> ReportPart:
+def rsn_part(run: ReportedRun) -> ReportPart:
     """Arms before and after the downstream fine-tune."""
     result, safety = run.result, run.result["sets"]["safety"]
     down = result["downstream"]
@@ -356,7 +356,7 @@ def rsn_part(run: Run) -> ReportPart:
     )
 
 
-def stress_part(run: Run) -> ReportPart:
+def stress_part(run: ReportedRun) -> ReportPart:
     """Curves under attack, before and after tuning."""
     result = run.result
     rows: list[list[Cell]] = [
@@ -398,7 +398,7 @@ DRAWN = {"recall": "planted units found", "causal_effect": "causal effect", "nec
 CHANCE = "random"
 
 
-def ranking_part(run: Run) -> ReportPart:
+def ranking_part(run: ReportedRun) -> ReportPart:
     """Every method over every organism: means, the worst, each single one."""
     figures, tables = [], []
     for group in dict.fromkeys(str(row["group"]) for row in run.result["ranking"]):
@@ -453,7 +453,7 @@ def _mean(row: Mapping[str, Any] | None) -> str:
     return duration(row["mean"]) if row["measure"] == "seconds" else f"{number(row['mean'])} ({number(row['worst'])})"
 
 
-def ranking_findings(run: Run) -> list[Finding]:
+def ranking_findings(run: ReportedRun) -> list[Finding]:
     """Who leads which measure."""
     made = []
     for leader in run.result["leaders"]:
@@ -464,7 +464,7 @@ def ranking_findings(run: Run) -> list[Finding]:
     return made
 
 
-def ranking_tile(run: Run) -> Tile:
+def ranking_tile(run: ReportedRun) -> Tile:
     """The leader in the causal effect, or in recall where nothing else was measured."""
     found = {str(leader["measure"]): leader for leader in reversed(run.result["leaders"])}
     leader = found.get("causal_effect") or found.get("recall")

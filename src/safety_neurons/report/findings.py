@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.neurons import parse_key
-from safety_neurons.report.reading import Run
+from safety_neurons.report.reading import ReportedRun
 from safety_neurons.report.text import NONE, count, interval, name, number, plural, say, share, visible
 from safety_neurons.results import is_clear
 
@@ -25,7 +25,7 @@ class Finding:
     text: Markup
 
 
-def ranked_by(run: Run, runs: Sequence[Run]) -> str:
+def ranked_by(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     """The method whose scores or neurons a verify run was given."""
     given = str(run.arguments.get("scores") or run.arguments.get("neurons") or "a set")
     parts = [part for part in given.replace("\\", "/").split("/") if part]
@@ -83,7 +83,7 @@ def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     return YES if ceiling and effect["value"] >= NEARLY * ceiling else PARTLY
 
 
-def asked(runs: Sequence[Run]) -> list[Markup]:
+def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
     """The questions these runs answer."""
     kinds = {run.verb for run in runs}
     questions = []
@@ -113,7 +113,7 @@ def asked(runs: Sequence[Run]) -> list[Markup]:
     return questions
 
 
-def findings(run: Run, runs: Sequence[Run]) -> list[Finding]:
+def findings(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[Finding]:
     """The sentences of one run."""
     if run.verb.startswith("find-"):
         return [_found(run)]
@@ -126,7 +126,7 @@ def findings(run: Run, runs: Sequence[Run]) -> list[Finding]:
     return [_examined(run)] if run.verb == "doctor" else []
 
 
-def _found(run: Run) -> Finding:
+def _found(run: ReportedRun) -> Finding:
     result = run.result
     text = say(
         "<b>{}</b> keeps {} of {}: {} of those searched, {} of all parameters",
@@ -146,7 +146,7 @@ def _found(run: Run) -> Finding:
     return Finding(FOUND, text + (say("; {}", ", ".join(lost)) if lost else "") + Markup("."))
 
 
-def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
+def _patched(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[Finding]:
     result, method = run.result, ranked_by(run, runs)
     point = telling_point(result)
     effect, others, verdict = point["causal_effect"], random_values(point), verdict_of(result, point)
@@ -183,7 +183,7 @@ def _patched(run: Run, runs: Sequence[Run]) -> list[Finding]:
     return sentences
 
 
-def _cautions(run: Run) -> list[Finding]:
+def _cautions(run: ReportedRun) -> list[Finding]:
     """What weakens a verify run: prompts the set was found on, controls that share members with it."""
     shared = run.result.get("overlap_with_find_prompts") or {}
     made = [
@@ -195,7 +195,7 @@ def _cautions(run: Run) -> list[Finding]:
     return [Finding(CAUTION, text) for text in made]
 
 
-def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:
+def necessity(run: ReportedRun) -> tuple[str, Mapping[str, Any]]:
     """How a deactivate run came out, and the difference that decides it."""
     result = run.result
     change = result["change_against_random"] or result["change"]
@@ -204,7 +204,7 @@ def necessity(run: Run) -> tuple[str, Mapping[str, Any]]:
     return (YES if is_clear(change) and change["value"] < 0 else NO), change
 
 
-def _deactivated(run: Run, runs: Sequence[Run]) -> Finding:
+def _deactivated(run: ReportedRun, runs: Sequence[ReportedRun]) -> Finding:
     result = run.result
     verdict, change = necessity(run)
     rates = say("{} → {}", interval(result["untreated"]["harmful_refused"]), interval(result["treated"]["harmful_refused"]))
@@ -233,7 +233,7 @@ def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list
     return sorted(real, key=order), chance
 
 
-def _compared(run: Run) -> list[Finding]:
+def _compared(run: ReportedRun) -> list[Finding]:
     result = run.result
     real, chance = methods_of(result)
     pair = say("On {}", name(run.models[-1]))
@@ -283,7 +283,7 @@ def _most_necessary(pair: Markup, budget: Markup, real: Sequence[Mapping[str, An
     return Finding(kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside))
 
 
-def _examined(run: Run) -> Finding:
+def _examined(run: ReportedRun) -> Finding:
     checks = run.result["checks"]
     failed = [visible(check["check"], 80) for check in checks if check["passed"] is False]
     held = sum(check["passed"] is True for check in checks)
@@ -303,7 +303,7 @@ class Tile:
     text: Markup
 
 
-def tiles(runs: Sequence[Run]) -> list[Tile]:
+def tiles(runs: Sequence[ReportedRun]) -> list[Tile]:
     """The questions of the first screen with their shortest true answers."""
     made = []
     patch_runs = [run for run in runs if run.verb == "verify-patch"]
@@ -332,14 +332,14 @@ def tiles(runs: Sequence[Run]) -> list[Tile]:
     return made
 
 
-def sweep_order(run: Run) -> tuple[float | int, ...]:
+def sweep_order(run: ReportedRun) -> tuple[float | int, ...]:
     """Sorts patch runs: those that reach the ceiling with the fewest neurons first, then by their effect."""
     point = telling_point(run.result)
     verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
     return ({YES: 0, PARTLY: 1, NO: 2, OPEN: 3}[verdict], point["n_neurons"] if verdict == YES else 0, -value)
 
 
-def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
+def _sufficient(patch_runs: Sequence[ReportedRun], runs: Sequence[ReportedRun]) -> Tile:
     """The run that reaches the ceiling with the fewest neurons, or comes nearest to it."""
     run = min(patch_runs, key=sweep_order)
     point = telling_point(run.result)
@@ -352,7 +352,7 @@ def _sufficient(patch_runs: Sequence[Run], runs: Sequence[Run]) -> Tile:
     return Tile("Are a few neurons sufficient?", verdict_of(run.result, point), interval(point["causal_effect"]), shown)
 
 
-def _best_method(run: Run) -> list[Tile]:
+def _best_method(run: ReportedRun) -> list[Tile]:
     real, _ = methods_of(run.result)
     known = [row for row in real if row["recall"] is not None]
     if known:

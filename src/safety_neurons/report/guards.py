@@ -9,7 +9,7 @@ from safety_neurons.errors import InputError
 from safety_neurons.report.charts import COLOURS, INK, DotRow, Line, Plane, dot_figure, line_figure
 from safety_neurons.report.findings import CAUTION, FACT, NO, OPEN, YES, Finding, Tile
 from safety_neurons.report.parts import Cell, Figure, ReportPart, Table
-from safety_neurons.report.reading import Run
+from safety_neurons.report.reading import ReportedRun
 from safety_neurons.report.text import NONE, SPACE, count, name, number, plural, say, share, visible
 from safety_neurons.report.text import interval as with_digits
 from safety_neurons.results import captioned, is_clear, read_json
@@ -120,7 +120,7 @@ def _beside_random(row: Mapping[str, Any]) -> str:
 SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
 
 
-def fit_part(run: Run) -> ReportPart:
+def fit_part(run: ReportedRun) -> ReportPart:
     """A guard as it was fit, or set anew after an update of the model."""
     result = run.result
     prompts = result["prompts"]
@@ -169,7 +169,7 @@ def fit_part(run: Run) -> ReportPart:
     return ReportPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
-def evaluate_part(run: Run) -> ReportPart:
+def evaluate_part(run: ReportedRun) -> ReportPart:
     """A guard beside its baselines."""
     result = run.result
     lead = say(
@@ -197,7 +197,7 @@ def evaluate_part(run: Run) -> ReportPart:
     return ReportPart(say("Guard of {}", name(run.models[-1] if run.models else run.label)), lead, _figures(run), tables, details)
 
 
-def _figures(run: Run) -> list[Figure]:
+def _figures(run: ReportedRun) -> list[Figure]:
     areas = _areas(run.result)
     rows = [
         DotRow(
@@ -229,7 +229,7 @@ def _areas(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(OURS, result["auroc"]), *((entry["name"], entry["auroc"]) for entry in result["baselines"])]
 
 
-def _curves(run: Run) -> Mapping[str, Any] | None:
+def _curves(run: ReportedRun) -> Mapping[str, Any] | None:
     """The curves of an evaluation: beside its record, where the file is still in the folder."""
     given = run.result.get("curves")
     if isinstance(given, Mapping):
@@ -290,7 +290,7 @@ def _histogram(curves: Mapping[str, Any]) -> list[Figure]:
     return [Figure(line_figure(lines, plane, size=260), f"Histogram of probabilities. {'; '.join(words)}.", caption)]
 
 
-def evaluate_findings(run: Run) -> list[Finding]:
+def evaluate_findings(run: ReportedRun) -> list[Finding]:
     """How well the guard tells, and which baselines it does not clearly beat."""
     result = run.result
     text = say(
@@ -327,7 +327,7 @@ def evaluate_findings(run: Run) -> list[Finding]:
     return found
 
 
-def fit_findings(run: Run) -> list[Finding]:
+def fit_findings(run: ReportedRun) -> list[Finding]:
     """Which operating points the prompts support."""
     result = run.result
     lacking = [percent(point["fpr_target"]) for point in result["operating_points"] if not point["supported"]]
@@ -338,7 +338,7 @@ def fit_findings(run: Run) -> list[Finding]:
     return made
 
 
-def evaluate_tile(run: Run) -> Tile:
+def evaluate_tile(run: ReportedRun) -> Tile:
     """The guard's area, and whether it beats every baseline."""
     result = run.result
     known = [entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None]

@@ -23,7 +23,7 @@ from safety_neurons.report.evaluated import evaluate_findings, evaluate_part, ev
 from safety_neurons.report.evaluated import tile as tune_tile
 from safety_neurons.report.findings import Finding, Tile, asked, findings, ranked_by, sweep_order, tiles
 from safety_neurons.report.parts import ReportPart, Table, checks_table, compare_part, deactivate_part, find_part, patch_parts
-from safety_neurons.report.reading import Run, guarded, read_runs
+from safety_neurons.report.reading import ReportedRun, guarded, read_runs
 from safety_neurons.report.text import NONE, duration, in_script, name, say, visible
 from safety_neurons.results import Completion, write_bytes
 from safety_neurons.results.files import now
@@ -59,7 +59,7 @@ class Sheet:
     """The arms shown first: untreated, treated, aligned."""
 
 
-def sheet(run: Run, title: str) -> Sheet | None:
+def sheet(run: ReportedRun, title: str) -> Sheet | None:
     """The completions of a run, where its folder has any."""
     if run.verb not in VERBS or run.completions is None:
         return None
@@ -80,7 +80,7 @@ def sheet(run: Run, title: str) -> Sheet | None:
     return made
 
 
-def _first_arms(run: Run, arms: Sequence[str]) -> tuple[int, ...]:
+def _first_arms(run: ReportedRun, arms: Sequence[str]) -> tuple[int, ...]:
     if run.verb == "evaluate":
         treated = ["treated"]
     elif run.verb == "guard-evaluate":
@@ -209,15 +209,15 @@ class Section:
     parts: Sequence[ReportPart]
 
 
-Make = Callable[[Run, Sequence[Run]], ReportPart]
+Make = Callable[[ReportedRun, Sequence[ReportedRun]], ReportPart]
 
 
-def _find(run: Run, runs: Sequence[Run]) -> ReportPart:
+def _find(run: ReportedRun, runs: Sequence[ReportedRun]) -> ReportPart:
     opened = parts.opened(runs)
     return find_part(run, opened.index(run) if run in opened else None)
 
 
-def _doctor(run: Run, _: Sequence[Run]) -> ReportPart:
+def _doctor(run: ReportedRun, _: Sequence[ReportedRun]) -> ReportPart:
     return ReportPart(say("Checks on {}", name(run.result["model"])), tables=[checks_table(run)])
 
 
@@ -242,7 +242,7 @@ _PARTS: Mapping[str, tuple[str, Make]] = {
     "analyze-progressive": ("alone", lambda run, _: analyses.progressive_part(run)),
     "analyze-vocabulary": ("alone", lambda run, _: analyses.cards_part(run)),
 }
-_FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {
+_FINDINGS: Mapping[str, Callable[[ReportedRun], list[Finding]]] = {
     "tune": tuned,
     "evaluate": evaluate_findings,
     "guard-evaluate": guards.evaluate_findings,
@@ -257,7 +257,7 @@ _FINDINGS: Mapping[str, Callable[[Run], list[Finding]]] = {
     "analyze-progressive": analyses.progressive_findings,
     "analyze-vocabulary": analyses.cards_findings,
 }
-_TILES: Mapping[str, Callable[[Run], Tile]] = {
+_TILES: Mapping[str, Callable[[ReportedRun], Tile]] = {
     "tune": tune_tile,
     "guard-evaluate": guards.evaluate_tile,
     "evaluate": evaluate_tile,
@@ -265,7 +265,7 @@ _TILES: Mapping[str, Callable[[Run], Tile]] = {
 }
 
 
-def sections(runs: Sequence[Run]) -> list[Section]:
+def sections(runs: Sequence[ReportedRun]) -> list[Section]:
     """Every section that has any part."""
     made: dict[str, list[ReportPart]] = {}
     patched = [run for run in runs if run.verb == "verify-patch"]
@@ -278,7 +278,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return [Section(anchor, heading, words, made[anchor]) for anchor, heading, words in HEADINGS if made.get(anchor)]
 
 
-def sentences(runs: Sequence[Run]) -> tuple[list[Finding], list[Finding]]:
+def sentences(runs: Sequence[ReportedRun]) -> tuple[list[Finding], list[Finding]]:
     """What the first screen says: the first sentence of the first run of every verb; and all sentences."""
     ordered = sorted(runs, key=_rank)
     said = [(run, guarded(run, lambda run=run: _said(run, runs))) for run in ordered]  # type: ignore[misc]
@@ -290,7 +290,7 @@ def sentences(runs: Sequence[Run]) -> tuple[list[Finding], list[Finding]]:
     return (everything, []) if len(everything) <= HEAD + 1 else (list(head.values())[:HEAD], everything)
 
 
-def short_answers(runs: Sequence[Run]) -> list[Tile]:
+def short_answers(runs: Sequence[ReportedRun]) -> list[Tile]:
     """The tiles of the first screen: what tuning did, whether the neurons matter, what a guard or an evaluation says, then the rest."""
     first = {run.kind: run for run in reversed(runs) if run.kind in _TILES}
     own = {kind: guarded(run, lambda kind=kind: _TILES[kind](first[kind])) for kind, run in first.items()}  # type: ignore[misc]
@@ -300,7 +300,7 @@ def short_answers(runs: Sequence[Run]) -> list[Tile]:
     return [*leading, *(own[kind] for kind in _TILES if kind in own and kind != "tune"), *others[verified:]][:4]
 
 
-def sheet_name(run: Run, runs: Sequence[Run]) -> str:
+def sheet_name(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
     """What the completions of a run are called."""
     words = {
         "verify-patch": "patched, ranked by {}",
@@ -313,17 +313,17 @@ def sheet_name(run: Run, runs: Sequence[Run]) -> str:
     return words[run.verb].format(ranked_by(run, runs)) + f" · {run.label}" if run.verb in words else run.label
 
 
-def _rank(run: Run) -> tuple[float | int, ...]:
+def _rank(run: ReportedRun) -> tuple[float | int, ...]:
     place = next((place for place, verb in enumerate(_FIRST) if run.verb.startswith(verb)), len(_FIRST))
     return (place, *(guarded(run, lambda: sweep_order(run)) if run.verb == "verify-patch" else ()))
 
 
-def _said(run: Run, runs: Sequence[Run]) -> list[Finding]:
+def _said(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[Finding]:
     own = _FINDINGS.get(run.kind)
     return own(run) if own else findings(run, runs)
 
 
-def _other(run: Run) -> ReportPart:
+def _other(run: ReportedRun) -> ReportPart:
     """A verb this version draws nothing for: its numbers as they are."""
     rows: list[list[Any]] = [[visible(key, 60), visible(value, 300)] for key, value in run.result.items()]
     return ReportPart(
@@ -362,7 +362,7 @@ def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *,
     return target.absolute()
 
 
-def render(runs: Sequence[Run], *, title: str) -> str:
+def render(runs: Sequence[ReportedRun], *, title: str) -> str:
     """The page as text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hand-made files are noted in the page.
@@ -393,7 +393,7 @@ def render(runs: Sequence[Run], *, title: str) -> str:
         return _environment().get_template("page.html.jinja").render(context)
 
 
-def _provenance(run: Run) -> dict[str, Any]:
+def _provenance(run: ReportedRun) -> dict[str, Any]:
     record = run.record
     timings: Mapping[str, Any] = record.get("timings") if isinstance(record.get("timings"), dict) else {}  # type: ignore[assignment]
     seconds = timings.get("seconds")
@@ -412,7 +412,7 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _versions(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         versions = run.record.get("versions")

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from safety_neurons.neurons import Scores, parse_key
 from safety_neurons.report.charts import INK, SOFT, DotRow, Sweep, agreement_figure, dot_figure, look, site_map, sweep_figure
 from safety_neurons.report.findings import methods_of, random_values, ranked_by, telling_point
-from safety_neurons.report.reading import Run
+from safety_neurons.report.reading import ReportedRun
 from safety_neurons.report.text import NONE, count, duration, in_script, interval, name, number, plural, say, share, visible
 from safety_neurons.results import captioned, clear_word
 
@@ -39,7 +39,7 @@ def spread(values: Sequence[float | int], digits: int = 2) -> str:
     return f"{number(min(values), digits)} to {number(max(values), digits)}" if values else NONE
 
 
-def arms_table(run: Run) -> Table:
+def arms_table(run: ReportedRun) -> Table:
     """Every arm of a verify run: refusals, over-refusals, perplexity, divergence; causal effects where there is a pair."""
     result, paired = run.result, run.result["aligned"] is not None
     rows = [arm_row("untreated", result["untreated"])]
@@ -68,7 +68,7 @@ def arms_table(run: Run) -> Table:
     return Table("Every arm; shares with 95\u00a0% intervals", columns, rows, frozenset(quiet))
 
 
-def summary_table(runs: Sequence[tuple[str, Run]]) -> Table:
+def summary_table(runs: Sequence[tuple[str, ReportedRun]]) -> Table:
     """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside its random sets."""
     first = runs[0][1].result
     rows: list[list[Cell]] = [[*arm_row("untreated", first["untreated"]), NONE], [*arm_row("aligned model", first["aligned"]), NONE]]
@@ -106,7 +106,7 @@ def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     return [f"{len(point['random'])} random sets of {count(point['n_neurons'])}", *(over(name) for name in columns)]
 
 
-def methods_table(run: Run) -> Table:
+def methods_table(run: ReportedRun) -> Table:
     """Every row of a comparison."""
     result = run.result
     real, chance = methods_of(result)
@@ -139,7 +139,7 @@ def methods_table(run: Run) -> Table:
     return Table(captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]), columns, rows)
 
 
-def agreement_table(run: Run) -> Table:
+def agreement_table(run: ReportedRun) -> Table:
     """Jaccard index of every two sets, beside chance."""
     rows = [
         [f"{visible(pair['methods'][0], 40)}, {visible(pair['methods'][1], 40)}", number(pair["jaccard"], 3), number(pair["chance"], 3)]
@@ -148,7 +148,7 @@ def agreement_table(run: Run) -> Table:
     return Table("Units shared by two sets ÷ units in either", ["two sets", "Jaccard index", "two random sets"], rows)
 
 
-def checks_table(run: Run) -> Table:
+def checks_table(run: ReportedRun) -> Table:
     """The doctor's checks."""
     words = {True: Markup('<span class="verdict yes">pass</span>'), False: Markup('<span class="verdict no">fail</span>'), None: "informs"}
     rows = [
@@ -163,7 +163,7 @@ def checks_table(run: Run) -> Table:
     return Table("Experiments on the model itself", ["check", "outcome", "measured", "allowed"], rows)
 
 
-def neurons_table(run: Run, n: int = 25) -> Table | None:
+def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
     """The neurons with the largest scores among those kept."""
     if run.scores is None or run.neurons is None or not len(run.neurons):
         return None
@@ -223,20 +223,20 @@ class ReportPart:
     """Whether its drawings have so many rows that they stand side by side."""
 
 
-def titled(words: str, run: Run) -> Markup:
+def titled(words: str, run: ReportedRun) -> Markup:
     """A heading of our own with the name of the run."""
     return say("{} <span class=sub>{}</span>", words, name(run.label))
 
 
-def patch_parts(runs: Sequence[Run], everything: Sequence[Run]) -> list[ReportPart]:
+def patch_parts(runs: Sequence[ReportedRun], everything: Sequence[ReportedRun]) -> list[ReportPart]:
     """Causal effects; sweeps of the same pair in one figure."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[ReportedRun]] = {}
     for run in runs:
         groups.setdefault(run.models, []).append(run)
     return [_patch_part(group, everything) for group in groups.values()]
 
 
-def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> ReportPart:
+def _patch_part(group: Sequence[ReportedRun], everything: Sequence[ReportedRun]) -> ReportPart:
     heading = say("Patching into {} <span class=sub>from {}</span>", *(name(model) for model in (*group[0].models, "?", "?")[:2]))
     sweeps: list[Any] = []
     tables: list[Any] = []
@@ -282,7 +282,7 @@ def _patch_part(group: Sequence[Run], everything: Sequence[Run]) -> ReportPart:
     return ReportPart(heading, Markup(""), [figure], [summary_table(named)], tables)
 
 
-def deactivate_part(run: Run, everything: Sequence[Run]) -> ReportPart:
+def deactivate_part(run: ReportedRun, everything: Sequence[ReportedRun]) -> ReportPart:
     """What is lost without a set."""
     result = run.result
     heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.models[-1]))
@@ -320,7 +320,7 @@ def _random_row(dots: Sequence[float], what: str = "") -> DotRow:
     return DotRow(f"{len(dots)} random sets{what}", None, None, None, f"{number(min(dots))} to {number(max(dots))}", SOFT, dots=dots)
 
 
-def compare_part(run: Run) -> ReportPart:
+def compare_part(run: ReportedRun) -> ReportPart:
     """Methods at one budget."""
     result = run.result
     real, chance = methods_of(result)
@@ -413,7 +413,7 @@ def place_of(layer: int, site: str) -> str:
     return f"{layer}.{site}"
 
 
-def cells_of(run: Run) -> Cells:
+def cells_of(run: ReportedRun) -> Cells:
     """Found, size and mean score of every layer and site; experts of a layer are counted together."""
     scores, neurons = run.scores, run.neurons
     table = (scores.table if scores is not None else None) or (neurons.table if neurons is not None else None)
@@ -456,7 +456,7 @@ def ranks_of(scores: Scores) -> Ranks:
 class Column:
     """One find run as a column of every other run's list."""
 
-    run: Run
+    run: ReportedRun
     ranks: Ranks
 
     def of(self, key: str, index: int) -> list[int]:
@@ -468,12 +468,12 @@ class Column:
         return [rank, int(place < len(members) and int(members[place]) == index)]
 
 
-def opened(runs: Sequence[Run]) -> list[Run]:
+def opened(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     """The find runs whose maps open: their score or neuron file is still in the folder."""
     return [run for run in runs if run.verb.startswith("find-") and (run.scores is not None or run.neurons is not None)]
 
 
-def block(runs: Sequence[Run], cards: Mapping[str, Any]) -> Markup | None:
+def block(runs: Sequence[ReportedRun], cards: Mapping[str, Any]) -> Markup | None:
     """The data of every find run whose files are still in the folder; nothing where none is.
 
     Args:
@@ -513,12 +513,12 @@ def _most(kept: Sequence[int]) -> int:
     return LEAST
 
 
-def _title(run: Run, others: Sequence[Column]) -> str:
+def _title(run: ReportedRun, others: Sequence[Column]) -> str:
     several = sum(other.run.method == run.method for other in others) > 1
     return f"{run.method} ({run.label})" if several else run.method
 
 
-def _same_model(first: Run, second: Run) -> bool:
+def _same_model(first: ReportedRun, second: ReportedRun) -> bool:
     prints = [str((run.scores or run.neurons).provenance.model_fingerprint) for run in (first, second)]  # type: ignore[union-attr]
     return prints[0] == prints[1] != ""
 
@@ -570,7 +570,7 @@ def _largest(members: np.ndarray, values: np.ndarray | None, each: int) -> list[
     return [int(index) for index in members[order]]
 
 
-def _keys(run: Run, place: tuple[int, str]) -> list[str]:
+def _keys(run: ReportedRun, place: tuple[int, str]) -> list[str]:
     """The matrices of a cell, experts of a layer together."""
     seen: dict[str, None] = {}
     for nouns in (run.scores, run.neurons):
@@ -590,7 +590,7 @@ TALL = 12
 """Layers beyond which two maps stand side by side."""
 
 
-def find_part(run: Run, opens: int | None = None) -> ReportPart:
+def find_part(run: ReportedRun, opens: int | None = None) -> ReportPart:
     """Where the neurons of a find run are."""
     heading = say("{} <span class=sub>on {}</span>", visible(run.method, 40), Markup(" → ").join(name(model) for model in run.models))
     used = run.result["prompts"]
@@ -609,7 +609,7 @@ def find_part(run: Run, opens: int | None = None) -> ReportPart:
     return ReportPart(heading, lead, _maps(run, cells), (), [*([top] if top else []), cells_table(cells)], opens, tall)
 
 
-def _maps(run: Run, cells: Cells) -> list[Figure]:
+def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
     shares = {place: members / size for place, (members, size, _) in cells.items() if size}
     places = {place: place_of(*place) for place in cells}
     figures = []

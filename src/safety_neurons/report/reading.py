@@ -19,7 +19,7 @@ _TWO_WORDS = ("find", "verify", "guard", "analyze", "study", "organism", "data")
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One finished run."""
 
     folder: pathlib.Path
@@ -96,14 +96,14 @@ class Run:
         return Completions.load(path) if path.is_file() else None
 
 
-def read_runs(paths: Sequence[pathlib.Path | str]) -> list[Run]:
+def read_runs(paths: Sequence[pathlib.Path | str]) -> list[ReportedRun]:
     """The runs, each once, in the order given.
 
     Raises:
         UsageError: no run was given.
         InputError: a folder without a run record, an unfinished run, or a damaged record; the message names it.
     """
-    runs: dict[pathlib.Path, Run] = {}
+    runs: dict[pathlib.Path, ReportedRun] = {}
     for path in map(pathlib.Path, paths):
         folder = path.parent if path.name == RECORD else path
         runs.setdefault(folder.resolve(), _read(folder))
@@ -112,7 +112,7 @@ def read_runs(paths: Sequence[pathlib.Path | str]) -> list[Run]:
     return list(runs.values())
 
 
-def _read(folder: pathlib.Path) -> Run:
+def _read(folder: pathlib.Path) -> ReportedRun:
     source = folder / RECORD
     if not source.is_file():
         what = "has no run.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
@@ -127,10 +127,10 @@ def _read(folder: pathlib.Path) -> Run:
             f"the run in {str(folder)!r} is not finished (status {status!r}), expected a finished one;"
             " repeat its command to continue it, or leave it out"
         )
-    return Run(folder, record)
+    return ReportedRun(folder, record)
 
 
-def guarded(run: Run, work: Callable[[], T]) -> T:
+def guarded(run: ReportedRun, work: Callable[[], T]) -> T:
     """What `work` makes of a run.
 
     Raises:

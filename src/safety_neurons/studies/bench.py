@@ -333,7 +333,7 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Contrasted:
     """What one arm does differently, over the same prompts."""
 
     change: Difference
@@ -354,7 +354,7 @@ def contrast(
     random: Sequence[Verdicts] = (),
     goal: Verdicts | None = None,
     measure: str = MEASURE,
-) -> Contrast:
+) -> Contrasted:
     """An arm against the untreated one, against random sets, and on the way to the aligned model.
 
     Args:
@@ -371,7 +371,7 @@ def contrast(
             return Effect(None, None, None, 0, 0, "one model has no base and aligned behaviour to scale by; see `change`", measure)
         return causal_effect(untreated, goal, verdicts, measure, groups)
 
-    return Contrast(
+    return Contrasted(
         paired_difference(treated, untreated, groups),
         against_random(treated, random, groups) if random else None,
         effect(treated),

@@ -37,7 +37,7 @@ from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rat
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import Arm, Bench, How, Outcome, Progress, Verdicts
-from safety_neurons.studies.verification import Ceiling, Subject
+from safety_neurons.studies.verification import Ceiling, SubjectModels
 
 SECONDS = "seconds.json"
 RANDOM = "random"
@@ -175,7 +175,7 @@ def compare(
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
     asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
-    make = _Rows(Subject("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
+    make = _Rows(SubjectModels("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
     shelf, rows = Shelf(place), []
     for name in methods:
         bench.tell(f"find {name}")
@@ -220,7 +220,7 @@ def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[st
 class _Rows:
     """Makes the row of a set: everything that is measured of it."""
 
-    def __init__(self, subject: Subject, truth: NeuronSet | None) -> None:
+    def __init__(self, subject: SubjectModels, truth: NeuronSet | None) -> None:
         assert subject.goal is not None
         assert subject.donor is not None
         self.subject, self.truth, self.goal, self.donor = subject, truth, subject.goal, subject.donor

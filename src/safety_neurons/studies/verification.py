@@ -20,7 +20,7 @@ from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompts.readers import Source
 from safety_neurons.results import Difference, Effect, holm
 from safety_neurons.studies import notebook
-from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, Bench, Contrast, How, Outcome, Treat, contrast
+from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, Bench, Contrasted, How, Outcome, Treat, contrast
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
 
@@ -187,7 +187,7 @@ def verify_deactivate(
     the paired difference, and the ceiling beside it.
     """
     bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **how)
-    subject = Subject("deactivate", bench, model, lambda members: functools.partial(deactivated, model, members))
+    subject = SubjectModels("deactivate", bench, model, lambda members: functools.partial(deactivated, model, members))
     return _verify(subject, _sets(neurons, sizes, model))
 
 
@@ -211,7 +211,7 @@ def verify_patch(
     possible; a paired interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
     """
     bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **how)
-    subject = Subject("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned)
+    subject = SubjectModels("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned)
     return _verify(subject, _sets(neurons, sizes, base))
 
 
@@ -224,7 +224,7 @@ def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageMo
     return [(len(neurons) / model.table.n_neurons, neurons)]
 
 
-class Subject:
+class SubjectModels:
     """A model whose sets of neurons are treated, measured as it is; for a pair the donor too.
 
     Attributes:
@@ -241,7 +241,7 @@ class Subject:
         """The model while these neurons are treated."""
         return self.bench.measure(Arm(name, self.model, self.treat(neurons)))
 
-    def contrast(self, treated: Outcome, random: Sequence[Outcome] = ()) -> Contrast:
+    def contrast(self, treated: Outcome, random: Sequence[Outcome] = ()) -> Contrasted:
         """Refusals of harmful requests under a treatment, against the model as it is, random sets and the donor."""
         goal = None if self.goal is None else self.goal.harmful
         chance = [outcome.harmful for outcome in random]
@@ -261,7 +261,7 @@ class Subject:
         return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor))
 
 
-def _verify(subject: Subject, sets: Sequence[tuple[float, NeuronSet]]) -> Verification:
+def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> Verification:
     bench, table = subject.bench, subject.model.table
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
     everything, notes = _everything(subject.kind, [members for _, members in sets], NeuronSet.all(table).only(sites=sites))
