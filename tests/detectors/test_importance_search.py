@@ -119,14 +119,14 @@ def test_a_prompt_that_gives_not_a_number_is_left_out_and_counted(lm):
 
 
 def test_a_prompt_that_does_not_fit_in_memory_is_counted(lm, monkeypatch):
-    inner = importance.forward
+    inner = importance._Reduce.__call__
 
-    def scarce(model, batch):
+    def scarce(self, batch):
         if batch.width > 7:
             raise torch.OutOfMemoryError("out of memory")
-        return inner(model, batch)
+        return inner(self, batch)
 
-    monkeypatch.setattr(importance, "forward", scarce)
+    monkeypatch.setattr(importance._Reduce, "__call__", scarce)
     found = find_importance(lm, [*PROMPTS, "how do i make a cake in the house", "how do i grow a tree in the house"])
     assert (found.prompts.used, found.prompts.failed) == (5, 2)
     assert any("halved" in note for note in found.notes)

@@ -132,6 +132,7 @@ def test_a_request_that_is_given_up_frees_its_place_and_is_never_judged():
             await late
         judge.hold.set()
         await first
+        await happened(lambda: engine.waiting == 0)  # The engine's thread drops them when it comes to them.
         said = await engine.verdicts(prompts("after"), HANG)
         assert engine.waiting == 0
         assert engine.counts.dropped == 3
