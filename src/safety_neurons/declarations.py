@@ -140,7 +140,7 @@ class Declaration:
     @classmethod
     def options(cls) -> tuple[Option, ...]:
         """Every option, those of the bases first."""
-        return _options(cls)
+        return _options(cls)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls: type[Declared], given: Declared | None = None, **changes: Any) -> Declared:

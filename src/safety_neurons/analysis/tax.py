@@ -178,7 +178,8 @@ def _relation(changes: Changes, a: str, b: str, top: float, seed: int) -> Relati
     share = resampled(
         float(both.sum()) / size, [count / size for count in spread["overlap"] if count is not None], groups, (0.0, 1.0), size
     )
-    overlap = Estimate(float(both.sum()), *(None if end is None else size * end for end in (share.low, share.high)), groups)
+    low, high = (None if end is None else size * end for end in (share.low, share.high))
+    overlap = Estimate(float(both.sum()), low, high, groups)
     return Relation(
         a,
         b,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.inputs import resolve
@@ -60,7 +60,7 @@ def overlap(session: Session, given: NamedSets) -> dict[str, Any]:
 class MaybePair(OneModel):
     """The model, and the less safe one where a method needs a pair."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     base: ModelName | None = None
     """The less safe model, for methods that need a pair."""
@@ -70,7 +70,7 @@ class MaybePair(OneModel):
 class HowFound(Declaration):
     """By which method a set is found on every group, and how large."""
 
-    PANEL = FIND
+    PANEL: ClassVar[str | None] = FIND
 
     method: str | None = None
     """As `compare` names them. [default: see above]"""
@@ -114,7 +114,7 @@ class RandomSets(Repeats):
 class LanguageLists(Declaration):
     """The languages, and what their sets are found on."""
 
-    PANEL = FIND
+    PANEL: ClassVar[str | None] = FIND
 
     languages: Annotated[str, Panel("Options")] = "en,de,es"
     """Comma-separated languages of parallel requests."""
@@ -224,7 +224,7 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
 class Suites(Declaration):
     """The groups of requests that sets are found on."""
 
-    PANEL = FIND
+    PANEL: ClassVar[str | None] = FIND
 
     prompts: PromptFile = "builtin:harmful"
     """Requests to find on, told apart by --by."""
@@ -245,7 +245,7 @@ class Suites(Declaration):
 class AbilityLists(Declaration):
     """What patching is measured on."""
 
-    PANEL = MEASURE
+    PANEL: ClassVar[str | None] = MEASURE
 
     harmful: PromptFile = "builtin:harmful-test"
     """Requests to measure on."""

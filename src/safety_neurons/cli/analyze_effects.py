@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.analyze import MEASURE, MaybePair, figure, models
@@ -73,7 +73,7 @@ class FewRequests(Some, Requested):
 class CardOptions(Declaration):
     """What a card holds."""
 
-    PANEL = MEASURE
+    PANEL: ClassVar[str | None] = MEASURE
 
     refusal: str | None = None
     """Text of a refusal, without --base."""
@@ -121,7 +121,7 @@ def vocabulary(
 class Curves(Some, Measured):
     """What curves are measured on, and how finely they are drawn."""
 
-    PANEL = MEASURE
+    PANEL: ClassVar[str | None] = MEASURE
 
     random: Count = 3
     """Random orders and random sets."""
@@ -160,7 +160,7 @@ def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Cur
 class TrainedModels(Declaration):
     """A base model, and models that were trained from it."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     base: ModelName
     """The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base."""
@@ -192,7 +192,7 @@ class TrainedModels(Declaration):
 class ScoredOn(Declaration):
     """What the trainings are scored on: one list, or two."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     prompts: PromptFile = "builtin:harmful"
     """A file or builtin:NAME[/LANG]."""
@@ -214,7 +214,7 @@ class Helpfulness(Declaration):
 class SharedNeurons(Declaration):
     """Which neurons count as shared, and how they are measured."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     positions: Positions = "completion"
     """completion, completion-predicting, prompt or prompt-last."""

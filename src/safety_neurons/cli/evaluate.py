@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, NeuronFile, Some, listed, parse_object
@@ -17,7 +17,7 @@ from safety_neurons.errors import InputError, UsageError
 class Evaluated(Declaration):
     """The model that is evaluated, or a server in its place, and what is done to it."""
 
-    PANEL = "Treatment"
+    PANEL: ClassVar[str | None] = "Treatment"
     MODELS = Panel("Models")
 
     model: Annotated[ModelName | None, MODELS] = None
@@ -61,7 +61,7 @@ class Evaluated(Declaration):
 class Questions(Declaration):
     """What the model is asked, and who judges."""
 
-    PANEL = "What is asked"
+    PANEL: ClassVar[str | None] = "What is asked"
 
     suite: Annotated[str, Reads("suites")] = "builtin:harmful-test"
     """Comma-separated: builtin:NAME, names of `data list`, files, NAME=FILE, hub:…"""
@@ -88,7 +88,7 @@ class Questions(Declaration):
 class Tasks(Declaration):
     """How capability is measured."""
 
-    PANEL = "What is asked"
+    PANEL: ClassVar[str | None] = "What is asked"
 
     capability_limit: Positive | None = None
     """Items of each capability task."""
@@ -108,7 +108,7 @@ class Tasks(Declaration):
 class AnswerOptions(Declaration):
     """How the model answers."""
 
-    PANEL = "How it answers"
+    PANEL: ClassVar[str | None] = "How it answers"
 
     max_new_tokens: Annotated[Positive, Panel("Prompts")] = 128
     """Length of a completion, in tokens."""
@@ -132,7 +132,7 @@ class AnswerOptions(Declaration):
 class Held(Declaration):
     """What the result is held against."""
 
-    PANEL = "What it is compared with"
+    PANEL: ClassVar[str | None] = "What it is compared with"
 
     baseline: Annotated[pathlib.Path | None, Reads("files")] = None
     """Folder of an earlier evaluate run, in place of the untreated arm."""

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.main import get_command
@@ -22,8 +22,8 @@ class Methods(Contents):
 
     made: dict[str, Any] = {}
 
-    @property
-    def commands(self) -> dict[str, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def commands(self) -> dict[str, Any]:
         """One command a registered method."""
         installed()
         self.made |= {name: command(method) for name, method in METHODS.items() if name not in self.made}
@@ -41,7 +41,7 @@ group("find", Methods)
 class Prompted(Declaration):
     """The prompts a method looks at."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     prompts: PromptFile = "builtin:harmful"
     """A file or builtin:NAME[/LANG]."""
@@ -67,7 +67,7 @@ class Given(Declaration):
 class Subtracting(Declaration):
     """What is taken away from the chosen set."""
 
-    PANEL = Method.PANEL
+    PANEL: ClassVar[str | None] = Method.PANEL
 
     subtract: Annotated[str, Reads("neurons", words=("foundation",))] | None = None
     """Neuron file, or foundation, to subtract afterwards."""
@@ -77,7 +77,7 @@ class Subtracting(Declaration):
 class Foundation(Subtracting):
     """Also where foundation neurons are found."""
 
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
 
     foundation: OtherText = "builtin:general"
     """General text of --subtract foundation: a file or builtin:NAME[/LANG]."""
@@ -87,7 +87,7 @@ class Foundation(Subtracting):
 class Planned(Declaration):
     """A look ahead."""
 
-    PANEL = "Running"
+    PANEL: ClassVar[str | None] = "Running"
 
     dry_run: Annotated[bool, Incidental] = False
     """Print memory, time and disk, then stop."""

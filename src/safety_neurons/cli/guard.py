@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import NeuronFile, OneModel, PromptFile, Some, listed, named
@@ -23,7 +23,7 @@ SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 class OnNeurons(OneModel):
     """The model, and the neurons that the guard reads."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     neurons: NeuronFile
     """Neuron file (or the folder of a find run): what the guard reads."""
@@ -33,7 +33,7 @@ class OnNeurons(OneModel):
 class OfGuard(OneModel):
     """The model, and a guard that was fit before."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     guard: Annotated[pathlib.Path, Reads("files")]
     """Folder of the guard."""
@@ -50,7 +50,7 @@ class OfGuard(OneModel):
 class Examples(Declaration):
     """Where the two kinds of prompts come from."""
 
-    PANEL = "What is unsafe and what is safe"
+    PANEL: ClassVar[str | None] = "What is unsafe and what is safe"
 
     unsafe: PromptFile | None = None
     """Prompts to flag: a file or builtin:NAME[/LANG]."""
@@ -95,7 +95,7 @@ class Examples(Declaration):
         if self.completions is not None:
             cache = session.folder.path("judgements.sqlite")
             completions = ending(Completions.load(self.completions), session.common.think_end)
-            data += labelled_by_completions(completions, self.judge, arm=self.arm, judge_options=session.judging, cache=cache)
+            data += labelled_by_completions(completions, str(self.judge), arm=self.arm, judge_options=session.judging, cache=cache)
         session.notes.extend(data.notes)
         return data
 
@@ -104,7 +104,7 @@ class Examples(Declaration):
 class Fitting(Declaration):
     """How a guard is fit."""
 
-    PANEL = "How it is fit"
+    PANEL: ClassVar[str | None] = "How it is fit"
 
     pooling: Annotated[str, OneOf("auto", "last", "mean", "max")] = "auto"
     """last, mean, max, or auto for what validation prefers."""
@@ -130,7 +130,7 @@ class Calibrated(Declaration):
 class Thresholds(Declaration):
     """What a threshold is chosen for, and what it is measured on."""
 
-    PANEL = CHECKS
+    PANEL: ClassVar[str | None] = CHECKS
 
     fpr: OpenShare = 0.01
     """False-positive rate of the threshold in force."""
@@ -337,7 +337,7 @@ def rated(rate: Mapping[str, Any] | None) -> str:
 class Guarded(OneModel):
     """The model, and the guard that is evaluated."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     guard: Annotated[pathlib.Path, Reads("files")]
     """Folder of the guard, or of the run that fit it."""
@@ -353,7 +353,7 @@ class Guarded(OneModel):
 class HeldAgainst(Declaration):
     """The requests that a guard is held against."""
 
-    PANEL = "What it is held against"
+    PANEL: ClassVar[str | None] = "What it is held against"
 
     unsafe: SeveralLists = "builtin:harmful-test"
     """Comma-separated: FILE, NAME=FILE or builtin:NAME, one a data set."""
@@ -376,7 +376,7 @@ class HeldAgainst(Declaration):
 class Baselines(Declaration):
     """What it is compared with."""
 
-    PANEL = "What it is compared with"
+    PANEL: ClassVar[str | None] = "What it is compared with"
 
     fit_unsafe: SeveralLists | None = None
     """What baselines are fit on. [default: folds of what is evaluated]"""
@@ -406,7 +406,7 @@ class Baselines(Declaration):
 class Variants(Declaration):
     """How requests are changed."""
 
-    PANEL = "How requests are changed"
+    PANEL: ClassVar[str | None] = "How requests are changed"
 
     attacks: str | None = None
     """Comma-separated wrappers around both kinds, or all."""
@@ -420,7 +420,7 @@ class Variants(Declaration):
 class Outputs(Declaration):
     """What the model writes, with and without the guard."""
 
-    PANEL = "What the model writes"
+    PANEL: ClassVar[str | None] = "What the model writes"
 
     outputs: Count = 0
     """Also let the model answer so many requests of either kind, with and without the guard."""

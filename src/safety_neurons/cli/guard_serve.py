@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.guard import rated
@@ -27,7 +27,7 @@ TOKEN_VARIABLE, UPSTREAM_KEY_VARIABLE = "SAFETY_NEURONS_TOKEN", "SAFETY_NEURONS_
 class Behind(OneModel):
     """The guard, and who answers behind it."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     guard: str
     """Folder of the guard that guard fit wrote."""
@@ -41,7 +41,7 @@ class Behind(OneModel):
 class Listening(Declaration):
     """Where it listens."""
 
-    PANEL = "Where it listens"
+    PANEL: ClassVar[str | None] = "Where it listens"
 
     host: str = "127.0.0.1"
     """Others than this machine need the token in SAFETY_NEURONS_TOKEN."""
@@ -55,7 +55,7 @@ class Listening(Declaration):
 class Guarding(Declaration):
     """What the guard does."""
 
-    PANEL = "What the guard does"
+    PANEL: ClassVar[str | None] = "What the guard does"
 
     fpr: float | None = None
     """Operating point: the false-positive rate it was chosen for."""
@@ -87,7 +87,7 @@ class Guarding(Declaration):
 class Limited(Declaration):
     """How much is taken."""
 
-    PANEL = "Limits"
+    PANEL: ClassVar[str | None] = "Limits"
 
     max_body: Positive = 1 << 20
     """Bytes of a request."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from safety_neurons import strict_json
 from safety_neurons.declarations import Count, Declaration, Incidental, OneOf, Panel, Positive, Reads
@@ -17,7 +17,7 @@ NOT_A_FILE = ("builtin:", "organism:")
 class RunOptions(Declaration):
     """Where a run is kept and how it is shown."""
 
-    PANEL = "Running"
+    PANEL: ClassVar[str | None] = "Running"
 
     out: Annotated[pathlib.Path | None, Incidental] = None
     """Folder of this run. [default: runs/VERB-TIME]"""
@@ -37,7 +37,7 @@ class RunOptions(Declaration):
 class Common(RunOptions):
     """What every verb accepts."""
 
-    PANEL = "Model and template"
+    PANEL: ClassVar[str | None] = "Model and template"
 
     device: Annotated[str | None, Incidental] = None
     """cpu, cuda, cuda:1, mps … [default: the fastest present]"""
@@ -81,7 +81,7 @@ ScoreFile = Annotated[str, Reads("scores")]
 class OneModel(Declaration):
     """The model."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     model: ModelName
     """ID[@REVISION][+ADAPTER…], a folder, or organism:NAME."""
@@ -91,7 +91,7 @@ class OneModel(Declaration):
 class TwoModels(Declaration):
     """A base and an aligned model."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     base: ModelName
     """The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base."""
@@ -103,7 +103,7 @@ class TwoModels(Declaration):
 class Some(Declaration):
     """How prompts are taken from a file."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     column: str | None = None
     """Column that holds the prompts."""
@@ -115,7 +115,7 @@ class Some(Declaration):
 class Requested(Declaration):
     """Requests that a model is measured on."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     harmful: PromptFile = "builtin:harmful-test"
     """Harmful requests: a file or builtin:NAME[/LANG]."""
@@ -127,7 +127,7 @@ class Requested(Declaration):
 class Measured(Requested):
     """What a model is measured on."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     text: OtherText = "builtin:general-test"
     """General text for perplexity: a file or builtin:NAME[/LANG]."""
@@ -175,7 +175,7 @@ def check_rate(text: str) -> None:
         raise UsageError(f"--learning-rate {text}: expected auto or a number above 0; at 0 no step changes anything")
 
 
-def batch_size(text: str) -> int | Annotated[str, OneOf("auto")]:
+def batch_size(text: str) -> int | Literal["auto"]:
     """`auto`, or a positive number."""
     if text == "auto":
         return "auto"

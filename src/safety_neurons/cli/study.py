@@ -1,7 +1,7 @@
 """study: whole experiments around tuning, as one command each."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Measured, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
@@ -18,7 +18,7 @@ ARMS = {"none": "none", "sn-tune": "SN-Tune", "rsn-tune": "RSN-Tune", "random": 
 class WhichNeurons(Declaration):
     """The sets that are tuned: given, or found here."""
 
-    PANEL = "Which neurons"
+    PANEL: ClassVar[str | None] = "Which neurons"
 
     neurons: NeuronFile | None = None
     """Safety neurons; found here where none are given."""
@@ -48,7 +48,7 @@ class WhichNeurons(Declaration):
 class Tunings(Declaration):
     """How safety is tuned."""
 
-    PANEL = "Tuning"
+    PANEL: ClassVar[str | None] = "Tuning"
 
     data: TaskFile = "builtin:refusals"
     """Harmful requests with refusals."""
@@ -73,7 +73,7 @@ class Tunings(Declaration):
 class Downstream(Declaration):
     """The task that the model is fine-tuned on afterwards."""
 
-    PANEL = "Downstream task"
+    PANEL: ClassVar[str | None] = "Downstream task"
 
     task: TaskFile = "builtin:task"
     """Task to fine-tune on: questions with answers."""
@@ -87,7 +87,7 @@ class Downstream(Declaration):
 class HowLong(Declaration):
     """How long it is fine-tuned on the task."""
 
-    PANEL = Downstream.PANEL
+    PANEL: ClassVar[str | None] = Downstream.PANEL
 
     steps: Count = 100
     """Steps on the task."""
@@ -97,7 +97,7 @@ class HowLong(Declaration):
 class TaskSteps(Declaration):
     """A step on the task."""
 
-    PANEL = Downstream.PANEL
+    PANEL: ClassVar[str | None] = Downstream.PANEL
 
     task_rate: float = 1e-3
     """Learning rate on the task (and of attacks)."""
@@ -129,7 +129,7 @@ class WhichArms(Declaration):
 class AttackOptions(Declaration):
     """How hard safety is attacked."""
 
-    PANEL = "Attacks"
+    PANEL: ClassVar[str | None] = "Attacks"
 
     attack: TaskFile | None = None
     """Harmful requests with answers that go along. [default: the model's own]"""
@@ -176,7 +176,7 @@ class Repeated(Declaration):
 class Lengths(Declaration):
     """How many prompts are measured on, and how long answers are."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     limit: Positive | None = None
     """Use the first N prompts."""

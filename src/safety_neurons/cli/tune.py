@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.inputs import resolve
@@ -21,7 +21,7 @@ Stage = Callable[[str, Any], None]
 class Trained(OneModel):
     """The model, and which of its neurons are trained."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     neurons: NeuronFile
     """Neuron file (or the folder of a find run): what is trained."""
@@ -33,7 +33,7 @@ class Trained(OneModel):
 class Taught(Declaration):
     """What is learnt."""
 
-    PANEL = "Data"
+    PANEL: ClassVar[str | None] = "Data"
 
     data: Annotated[str, Reads("prompts", column=True, answers=True)] = "builtin:refusals"
     """Harmful requests with refusals: a file or builtin:NAME[/LANG]."""
@@ -51,7 +51,7 @@ class Taught(Declaration):
 class Training(Declaration):
     """How it is learnt, by the names of `tuning.Settings`."""
 
-    PANEL = "Training"
+    PANEL: ClassVar[str | None] = "Training"
 
     mix: Annotated[NotNegative, Panel("Data")] = 1.0
     """Harmless examples for each harmful one."""
@@ -82,7 +82,7 @@ class Training(Declaration):
 class Watched(Declaration):
     """How training is watched."""
 
-    PANEL = "Checks while training"
+    PANEL: ClassVar[str | None] = "Checks while training"
 
     no_check: bool = False
     """Train to the end on all data, without held-out prompts."""
@@ -98,7 +98,7 @@ class Watched(Declaration):
 class BeforeAndAfter(Declaration):
     """What the model is measured on before and after."""
 
-    PANEL = "Measured before and after"
+    PANEL: ClassVar[str | None] = "Measured before and after"
 
     test_harmful: Annotated[str, Reads("prompts")] = "builtin:harmful-test"
     """Harmful requests to measure on."""
@@ -114,7 +114,7 @@ class BeforeAndAfter(Declaration):
 class Written(Declaration):
     """What is written beside the adapter, and what it is held to."""
 
-    PANEL = "What is written"
+    PANEL: ClassVar[str | None] = "What is written"
 
     merge: bool = False
     """Also write the whole model, changed."""
@@ -267,7 +267,7 @@ def keep_model(session: Session, model: Any, name: str) -> None:
 class Repaired(OneModel):
     """The model to repair, and what is put back from which one."""
 
-    PANEL = "Models"
+    PANEL: ClassVar[str | None] = "Models"
 
     reference: ModelName
     """The model whose neurons are as they should be."""

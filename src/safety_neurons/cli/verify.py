@@ -71,7 +71,7 @@ def measured(session: Session, verified: Verified, beside: VerifiedOn, model: An
     if verified.neurons is not None:
         chosen, sizes = session.neurons(verified.neurons, model), []
     else:
-        chosen, sizes = session.scores(verified.scores, model), parse_sizes(verified.sizes)
+        chosen, sizes = session.scores(str(verified.scores), model), parse_sizes(verified.sizes)
     harmful, harmless, text = (session.read(name, model, beside.limit) for name in ("harmful", "harmless", "text"))
     completions = session.folder.path("completions.jsonl")
     with session.status("verify") as progress:

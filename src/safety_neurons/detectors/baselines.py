@@ -119,6 +119,7 @@ def find_random(
     if choice.get("agreement") is not None or (like is not None and any(value is not None for value in choice.values())):
         raise UsageError("a random set has no prompts to agree and is matched to the set given: leave the selection out, or the set")
     generator = np.random.default_rng(seed)
+    values: dict[str, np.ndarray] = {}
     if like is None:
         sizes = table.select(sites=sites, layers=layers).sizes
         values = {key: generator.random(size, dtype=np.float32) for key, size in sizes.items()}
@@ -126,7 +127,6 @@ def find_random(
         config = {"seed": seed, "sites": list(sites), "layers": list(layers) if isinstance(layers, range) else layers}
         return chosen_from(values, table, selection, {"method": "random", "config": config})
     drawn = like.random_like(seed, table)[0]
-    values = {}
     for key in like.keys():  # noqa: SIM118 - a set of neurons is not a mapping
         values[key] = generator.random(table.sizes[key], dtype=np.float32) / 2
         values[key][drawn[key]] += 0.5

@@ -29,7 +29,7 @@ def listed(value: Sites) -> tuple[str, ...] | None:
 class Sized(Declaration):
     """How many neurons are kept."""
 
-    PANEL = "Which neurons are kept"
+    PANEL: ClassVar[str | None] = "Which neurons are kept"
     DEFAULT_TOP: ClassVar[float] = 0.05
 
     top: float | int | None = None
@@ -64,7 +64,7 @@ class Sized(Declaration):
 class Ranked(Sized):
     """Every rule that acts on the scores."""
 
-    PANEL = Sized.PANEL
+    PANEL: ClassVar[str | None] = Sized.PANEL
 
     top_per_matrix: Positive | None = None
     """Keep this many of every matrix."""
@@ -76,7 +76,7 @@ class Ranked(Sized):
 class Voted(Ranked):
     """Every rule, and agreement among prompts."""
 
-    PANEL = Sized.PANEL
+    PANEL: ClassVar[str | None] = Sized.PANEL
 
     agreement: float | int | None = None
     """Choose on every prompt and keep what this share of prompts chose."""
@@ -86,7 +86,7 @@ class Voted(Ranked):
 class AtSites(Declaration):
     """At which sites neurons are searched."""
 
-    PANEL = Sized.PANEL
+    PANEL: ClassVar[str | None] = Sized.PANEL
 
     sites: str | Sequence[str] | None = None
     """Comma-separated sites: q,k,v,o,gate,up,down."""
@@ -106,7 +106,7 @@ class AtSites(Declaration):
 class Searched(AtSites):
     """At which sites of which layers."""
 
-    PANEL = Sized.PANEL
+    PANEL: ClassVar[str | None] = Sized.PANEL
 
     layers: str | range | None = None
     """Layers A:B, B excluded."""
@@ -126,7 +126,7 @@ class Searched(AtSites):
 class Method(Searched):
     """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it scores."""
 
-    PANEL = Sized.PANEL
+    PANEL: ClassVar[str | None] = Sized.PANEL
     NAME: ClassVar[str]
     PAIR: ClassVar[bool] = False
     """Whether it looks at a base and an aligned model, not at one."""
@@ -217,7 +217,7 @@ Positions = Annotated[str, OneOf("completion", "completion-predicting", "prompt"
 class TextOptions(Declaration):
     """What text the two models read."""
 
-    PANEL = "Prompts"
+    PANEL: ClassVar[str | None] = "Prompts"
 
     positions: Positions = "completion"
     """completion, completion-predicting, prompt or prompt-last."""
@@ -244,7 +244,7 @@ class Mask(Method, Sized):
     """
 
     NAME, PAIR, HARMLESS, SCORER = "mask", True, "optional", "mask:score"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.02
     DEFAULT_SITES = ("down",)
 
@@ -292,7 +292,7 @@ class Importance(Method, Voted):
     """
 
     NAME, SCORER = "importance", "importance:score"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
 
     space: Annotated[str, OneOf("output", "probability")] = "output"
@@ -330,7 +330,7 @@ class ImportanceContrast(TextOptions, Method, Voted):
     """
 
     NAME, PAIR, COMPLETIONS, SCORER = "importance-contrast", True, True, "importance_contrast:score"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
 
     compare: Annotated[str, OneOf("swap", "swap-attribution", "absolute", "relative", "same-input")] = "swap"
     """swap, swap-attribution, absolute, relative or same-input."""
@@ -364,7 +364,7 @@ class SwapAttribution(Method, Voted):
     """
 
     NAME, PAIR, SCORER = "swap-attribution", True, "swap_attribution:score"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
 
@@ -411,7 +411,7 @@ class Attribution(Method, Voted):
     """
 
     NAME, SCORER = "attribution", "attribution:score_attribution"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
 
     refusal: str | Sequence[str] | None = None
@@ -451,7 +451,7 @@ class AttributionPatching(Method, Voted):
     """
 
     NAME, PAIR, SCORER = "attribution-patching", True, "attribution:score_patching"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("down",)
 
     at: Annotated[str, OneOf("path", "base")] = "path"
@@ -472,7 +472,7 @@ class SetDifference(Method, Ranked):
     the model's own answers, the first 16 tokens of each. Importances of both texts (two numbers per weight) are held in memory.
     """
 
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     HARMLESS = "needed"
 
     safety: Annotated[float | int, Between(0, 1, above=True, below=True)] = 0.05
@@ -525,7 +525,7 @@ class RefusalDirection(Method, Ranked):
     """
 
     NAME, HARMLESS, SCORER = "refusal-direction", "needed", "separation:score_direction"
-    PANEL = None
+    PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("down",)
 
     layer: int | None = None

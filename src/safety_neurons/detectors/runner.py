@@ -106,7 +106,8 @@ class Run:
     @functools.cached_property
     def selection(self) -> Selection:
         """The rule of selection, or the method's default."""
-        selection: Selection = self.method.selection
+        method: Any = self.method  # The rule is one of `Sized`, `Ranked` and `Voted`, beside which a method stands.
+        selection: Selection = method.selection
         return selection
 
     @functools.cached_property
@@ -305,7 +306,14 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
 
     names = ["base", "aligned"] if kind.PAIR else ["model"]
     shown = {"harmless": kind.HARMLESS != "none", "completions": kind.COMPLETIONS}
-    keywords = [*kind.options(), *(name for name, wanted in shown.items() if wanted), "subtract", "batch_size", "checkpoint", "progress"]
+    keywords: list[Any] = [
+        *kind.options(),
+        *(name for name, wanted in shown.items() if wanted),
+        "subtract",
+        "batch_size",
+        "checkpoint",
+        "progress",
+    ]
     behind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, behind) for name in names]
     parameters.append(inspect.Parameter("prompts", behind, default=inspect.Parameter.empty if kind.PROMPTS else None))
