@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/safety-neurons demo
 
+# Where bytecode is not kept (as in many containers), every process that a test starts would compile the package and its imports again.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

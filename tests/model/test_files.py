@@ -52,7 +52,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
 
 def test_shards_of_the_folder_pass(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    refuse_foreign_shards(tmp_path)
+    assert refuse_foreign_shards(tmp_path) is None
 
 
 class Hostile:

@@ -51,8 +51,9 @@ def test_a_set_cannot_be_changed():
 
 def test_the_callers_arrays_stay_writable():
     mine = np.array([1, 2])
-    NeuronSet({"layers.0.q": mine})
+    neurons = NeuronSet({"layers.0.q": mine})
     mine[0] = 0
+    assert list(neurons["layers.0.q"]) == [1, 2]
 
 
 @pytest.mark.parametrize(
