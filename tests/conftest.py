@@ -2,11 +2,15 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
+import type_checking
 from not_run import not_run
+
+type_checking.install()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -24,6 +28,14 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No file of a test has to outlive a power failure; waiting for the disk at each takes tens of seconds of a run."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

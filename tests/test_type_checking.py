@@ -19,7 +19,7 @@ def _inner_about_arrays():
 def test_an_inner_function_about_arrays_is_checked():
     length = _inner_about_arrays()
     assert length(torch.zeros(3)) == 3
-    with pytest.raises(Exception, match="violates type hint"):
+    with pytest.raises(TypeError, match="violates type hint"):
         length(torch.zeros(3, 2))
 
 
@@ -33,5 +33,16 @@ def test_an_inner_function_about_anything_else_is_left_alone():
 def test_the_package_is_checked():
     from safety_neurons.model.likelihood import token_losses
 
-    with pytest.raises(Exception, match="Type-check error"):
+    with pytest.raises(TypeError, match="violates type hint"):
         token_losses("not a model", 3)
+
+
+def test_axes_of_one_name_have_one_size_in_a_call():
+    @type_checking.checked
+    def joined(left: Float[Tensor, " neuron"], right: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+        return left + right if len(left) < 3 else left[1:]
+
+    assert len(joined(torch.zeros(2), torch.zeros(2))) == 2
+    for sizes in ((2, 1), (3, 3)):
+        with pytest.raises(TypeError, match="violates type hint"):
+            joined(*map(torch.zeros, sizes))

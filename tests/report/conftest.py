@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import headless
@@ -23,9 +24,14 @@ def browser() -> Iterator[headless.Browser]:
 
 
 @pytest.fixture(scope="session")
-def page(tmp_path_factory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("story")
-    return write_report(report_runs.story(root, n=40), root / "out", title="An organism")
+def story(tmp_path_factory) -> list[pathlib.Path]:
+    """The runs of the demo, which nobody writes into."""
+    return report_runs.story(tmp_path_factory.mktemp("story"), n=40)
+
+
+@pytest.fixture(scope="session")
+def page(story) -> pathlib.Path:
+    return write_report(story, story[0].parent / "out", title="An organism")
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +40,12 @@ def outline(page) -> Outline:
 
 
 @pytest.fixture(scope="session")
-def hostile(tmp_path_factory) -> pathlib.Path:
+def hostile(story, tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("hostile")
-    runs = report_runs.story(root, n=20)
+    runs = [shutil.copytree(run, root / run.name) for run in story]
+    for run in runs:
+        text = (run / "run.json").read_text(encoding="utf-8")
+        (run / "run.json").write_text(text.replace(str(story[0].parent), str(root)), encoding="utf-8")
     verify = root / "verify-contrast"
     completions = list(Completions.load(verify / "completions.jsonl"))
     for place, text in enumerate([*HOSTILE, HALF, "long " * 200_000]):

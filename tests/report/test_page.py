@@ -102,8 +102,8 @@ def test_five_thousand_completions_stay_below_five_megabytes(tmp_path):
     assert "All 5,000 completions, at most 500 characters" in Outline(page.read_text(encoding="utf-8")).text
 
 
-def test_a_page_can_be_made_of_any_single_run(tmp_path):
-    for run in report_runs.story(tmp_path, n=12):
+def test_a_page_can_be_made_of_any_single_run(story, tmp_path):
+    for run in story:
         text = Outline(write_report([run], tmp_path / f"{run.name}.html").read_text(encoding="utf-8")).text
         assert "What was found" in text, run
 

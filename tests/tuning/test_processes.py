@@ -1,5 +1,3 @@
-import pathlib
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,11 +10,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.tuning import Deltas, attach
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-
-def joined(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+DTYPES = (torch.float64, torch.bfloat16)
 
 
 def steps(model: torch.nn.Module, deltas: Deltas, rank: int | None) -> None:
@@ -27,17 +21,14 @@ def steps(model: torch.nn.Module, deltas: Deltas, rank: int | None) -> None:
         optimizer.step()
 
 
-def with_ddp(rank: int, folder: str) -> None:
-    joined(rank, folder)
+def with_ddp(rank: int) -> dict[str, torch.Tensor]:
     model = model_of("phi3")
     deltas = attach(model, some(model))
     steps(DistributedDataParallel(model.model), deltas, rank)
-    torch.save(deltas.tensors(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return deltas.tensors()
 
 
-def with_fsdp(rank: int, folder: str, dtype: torch.dtype) -> None:
-    joined(rank, folder)
+def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = model_of("llama", dtype)
     before = bits(model.model)
     deltas = attach(model, some(model, 0.1))
@@ -54,7 +45,13 @@ def with_fsdp(rank: int, folder: str, dtype: torch.dtype) -> None:
     whole = {name.replace(".base_layer.", "."): parameter.full_tensor().detach() for name, parameter in model.model.named_parameters()}
     for name, tensor in before.items():
         assert name not in whole or torch.equal(whole[name], tensor), name
-    torch.save(tensors, f"{folder}/{rank}.pt")
+    return tensors
+
+
+def trained(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.save({"ddp": with_ddp(rank), **{str(dtype): with_fsdp(rank, dtype) for dtype in DTYPES}}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -64,22 +61,25 @@ def alone(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
         return deltas.tensors()
 
 
-def run(function: object, folder: pathlib.Path, *arguments: object) -> list[dict[str, torch.Tensor]]:
-    torch.multiprocessing.spawn(function, (str(folder), *arguments), nprocs=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each of two processes has trained, one group of them for every way: a process takes longer to start than to train."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(trained, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(tmp_path: pathlib.Path) -> None:
-    results = run(with_ddp, tmp_path)
+def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    results = [rank["ddp"] for rank in ranks]
     expected = alone(model_of("phi3"), 0.3)
     assert_same_bits(*results)
     for key, tensor in expected.items():
         assert (results[0][key] - tensor).abs().max() <= 1e-10, key
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
-    results = run(with_fsdp, tmp_path, dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+    results = [rank[str(dtype)] for rank in ranks]
     assert_same_bits(*results)
     expected = alone(model_of("llama", dtype), 0.1)
     for key, tensor in expected.items():
