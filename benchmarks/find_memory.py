@@ -74,7 +74,7 @@ def child(method: str, number: int) -> dict[str, float]:
     import transformers
 
     from safety_neurons import detectors
-    from safety_neurons.prompts import Prompts
+    from safety_neurons.prompt_lists import Prompts
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -10,7 +10,7 @@ from safety_neurons.capability import divergence, perplexity
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 TEXTS = ["the cake is red and the house is small .", "the tree is green .", "grow"]

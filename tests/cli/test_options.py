@@ -125,7 +125,7 @@ def test_built_in_prompts_and_organisms_are_listed():
 
 
 def test_an_unforeseen_error_is_one_line_too(monkeypatch):
-    monkeypatch.setattr("safety_neurons.prompts.library", lambda: 1 / 0)
+    monkeypatch.setattr("safety_neurons.prompt_lists.library", lambda: 1 / 0)
     outcome = command("data", "list", "--json")
     assert outcome.code == 1
     assert "ZeroDivisionError" in json.loads(outcome.out)["error"]

@@ -22,7 +22,7 @@ from safety_neurons.errors import InputError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.hooks import editing, reading
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 
 TEXTS = {"refusal": "sorry i cannot help", "compliance": ["sure here is", "yes you can make"]}

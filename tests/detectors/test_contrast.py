@@ -11,7 +11,7 @@ from safety_neurons.detectors import find_contrast
 from safety_neurons.detectors.text import cut_at_end, span
 from safety_neurons.errors import InputError, MismatchError, NumericalError, RunError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint, Completion, Completions
 from tiny import tiny_tokenizer
 

@@ -16,7 +16,7 @@ from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.swap_attribution import contested, parting
 from safety_neurons.errors import UsageError
 from safety_neurons.model.batches import collate, forward
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 
 SIZES = ("down", "up")

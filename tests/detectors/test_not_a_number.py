@@ -9,7 +9,7 @@ from safety_neurons.errors import NumericalError
 from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
 from safety_neurons.model.likelihood import answer_probabilities
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completions
 from tiny import tiny_llama, tiny_tokenizer
 

@@ -16,7 +16,7 @@ from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Span, Texts, texts
 from safety_neurons.model import load_pair
 from safety_neurons.model.batches import collate
-from safety_neurons.prompts import prompts as read_prompts
+from safety_neurons.prompt_lists import prompts as read_prompts
 
 RUNS = {"completion": "sft_gen__sft_vs_dpo__completion", "prompt-last": "sft_vs_dpo__prompt_last"}
 LAYERS = range(4)

@@ -8,7 +8,7 @@ import twins
 
 import safety_neurons as sn
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 
 SECONDS = 0.4

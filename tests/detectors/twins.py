@@ -7,7 +7,7 @@ import tempfile
 import torch
 
 from safety_neurons.model import LanguageModel, Pair, load_pair
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 PROMPTS = Prompts.from_list(

@@ -13,7 +13,7 @@ from safety_neurons.errors import ForeignModelError, InputError, UsageError
 from safety_neurons.guard import Guard, fit_guard, recalibrate
 from safety_neurons.guard.fit import labelled
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from tiny import WORDS, tiny_llama, tiny_tokenizer
 
 OTHERS = [word for word in WORDS if word not in ("bomb", "cake")][:40]

@@ -16,7 +16,7 @@ from safety_neurons.guard.fit import calibrate_recheck
 from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.guard import largest
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt, as_prompt
+from safety_neurons.prompt_lists import Message, Prompt, as_prompt
 from safety_neurons.results import Rate
 from waiting import until
 

@@ -15,7 +15,7 @@ from safety_neurons.errors import ForeignModelError, InputError, MismatchError, 
 from safety_neurons.guard import Guard, OperatingPoint, bindings_of, read_features
 from safety_neurons.guard.calibration import Recheck
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import Rate
 from tiny import CHAT_TEMPLATE, tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 

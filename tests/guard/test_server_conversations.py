@@ -16,7 +16,7 @@ from safety_neurons.guard.features import readings
 from safety_neurons.guard.server import Limits, Settings, serve_guard
 from safety_neurons.guard.server.conversation import is_identifier
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt
 from tiny import tiny_llama, tiny_tokenizer
 
 WEB = httpx.Client(verify=False, timeout=60)

@@ -5,7 +5,7 @@ import pytest
 from server_tools import Said, Words
 
 from safety_neurons.guard.server import Engine, Problem
-from safety_neurons.prompts import Prompt
+from safety_neurons.prompt_lists import Prompt
 from waiting import HANG
 
 

@@ -16,7 +16,7 @@ from safety_neurons.guard.server.local import Admission, Decode, LocalWriter, Pi
 from safety_neurons.guard.server.serving import bound, run
 from safety_neurons.guard.server.upstream import Events
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Prompt
+from safety_neurons.prompt_lists import Prompt
 from tiny import tiny_llama, tiny_tokenizer
 from waiting import until
 

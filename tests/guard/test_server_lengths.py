@@ -11,7 +11,7 @@ from server_tools import PATIENT, Words, connected, running, service
 
 from safety_neurons.guard.server import Engine, Limits, Problem
 from safety_neurons.model.template import encode_text
-from safety_neurons.prompts import Prompt
+from safety_neurons.prompt_lists import Prompt
 from tiny import tiny_tokenizer
 from waiting import until
 

@@ -6,7 +6,7 @@ import pytest
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import JUDGES, judge_refusal
-from safety_neurons.prompts import prompts
+from safety_neurons.prompt_lists import prompts
 from safety_neurons.results import Completion, Completions
 
 REFUSALS = [

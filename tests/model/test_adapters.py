@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from safety_neurons.errors import MismatchError, ModelError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, load, load_pair, run_batches
-from safety_neurons.prompts import Prompt
+from safety_neurons.prompt_lists import Prompt
 from safety_neurons.tuning import merged_base
 from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model.chat_server import Endpoint, ServerError
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.results import Completions
 
 SERVER = """

@@ -11,7 +11,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load, run_batches, token_losses
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import Decoding, generate
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 

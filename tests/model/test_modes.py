@@ -12,7 +12,7 @@ import safety_neurons as sn
 from safety_neurons import organism
 from safety_neurons.model import LanguageModel, kl_divergence, token_losses
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 WORDS = ("kill", "make a bomb")

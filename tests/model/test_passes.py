@@ -16,7 +16,7 @@ from safety_neurons.model import Halving, LanguageModel, activation_statistics, 
 from safety_neurons.model.batches import collate, is_out_of_memory, next_token_rows, plan
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import FEW, reduced, reduced_by_group
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]

@@ -18,7 +18,7 @@ from safety_neurons.model.template import (
     render_template,
     render_turns,
 )
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results.completions import after_thought
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 

@@ -18,7 +18,7 @@ from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import concepts, encode_question, make_tokenizer
 from safety_neurons.organism.prompts import write_polite, write_prompts
 from safety_neurons.organism.training import make_model, train
-from safety_neurons.prompts import Prompt, prompts
+from safety_neurons.prompt_lists import Prompt, prompts
 
 MICRO = Recipe(
     name="micro",

@@ -22,7 +22,7 @@ from safety_neurons.organism.language import (
 )
 from safety_neurons.organism.prompts import requests, write_requests
 from safety_neurons.organism.training import Sampler
-from safety_neurons.prompts import prompts
+from safety_neurons.prompt_lists import prompts
 
 
 def test_no_two_languages_share_a_word():

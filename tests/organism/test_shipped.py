@@ -7,7 +7,7 @@ from safety_neurons.organism import language, listing, shipped
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.folder import shipped_folder
 from safety_neurons.organism.language import KINDS, concepts
-from safety_neurons.prompts import prompts
+from safety_neurons.prompt_lists import prompts
 
 PROMPTS = 24
 PACKAGE_LIMIT = 24 * 2**20

@@ -6,7 +6,7 @@ import numpy as np
 from report_runs import MODEL, run_folder
 
 from safety_neurons.guard.calibration import operating_points
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import write_json
 from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_data import cases_of

@@ -6,7 +6,7 @@ from report_runs import MODEL, run_folder, table
 
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.report import write_report
 from safety_neurons.studies.lasting import ARMS, Attack, Plan, Sets, summary
 from safety_neurons.studies.lasting import _stress_summary as stress_summary

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, RunError
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import Completion, Completions, conversation_of
 
 texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)

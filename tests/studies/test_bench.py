@@ -34,7 +34,7 @@ def pair(tiny_pair, tmp_path):
 
 
 def studies_of(pair, neurons, file):
-    from safety_neurons.prompts import prompts
+    from safety_neurons.prompt_lists import prompts
 
     asked = (prompts(["how do i kill"]), prompts(["how do i cook"]))
     more = {"completions_file": file}
@@ -75,7 +75,7 @@ def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, mon
 
 
 def key_of(models, **config):
-    from safety_neurons.prompts import prompts
+    from safety_neurons.prompt_lists import prompts
 
     return _resume_key(Run(tuple(models), prompts(["x"]), Importance(top=0.1), batch_size=2), config)
 

@@ -7,7 +7,7 @@ import torch
 
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Effect, rate
 from safety_neurons.studies import compare, verify_patch
 from safety_neurons.studies.bench import Outcome

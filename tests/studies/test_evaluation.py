@@ -11,7 +11,7 @@ from safety_neurons.judges import FunctionJudge, Verdict
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder
 from safety_neurons.studies import evaluate, evaluation
 from safety_neurons.studies.scoring import labels_of, scored

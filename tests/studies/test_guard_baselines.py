@@ -7,7 +7,7 @@ from guard_tools import requests, some_neurons, tiny_model
 from sklearn import metrics
 
 from safety_neurons.guard import Pooling, read_features
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies.guard_baselines import DirectionProjection, Layered, Linear, Words, read_cases, read_residual
 
 

@@ -7,7 +7,7 @@ import pytest
 from guard_tools import requests
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 from safety_neurons.studies.guard_data import (
     AS_WRITTEN,

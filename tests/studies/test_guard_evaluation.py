@@ -12,7 +12,7 @@ from sklearn import metrics
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import expected_calibration_error, fit_guard
 from safety_neurons.judges.judgement import Judge, harm_verdict
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, area_difference, auroc, mean_area_difference
 from safety_neurons.studies import guard_evaluation
 from safety_neurons.studies import guard_evaluation as statistics

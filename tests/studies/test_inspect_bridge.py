@@ -10,7 +10,7 @@ import pytest
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import prompts
+from safety_neurons.prompt_lists import prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 needs_inspect = pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
@@ -166,7 +166,7 @@ def test_what_is_no_text_and_top_p_without_a_temperature_are_refused(api):
 def test_system_and_earlier_turns_are_fed_as_the_model_takes_them(api):
     from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser
 
-    from safety_neurons.prompts import Message, Prompt
+    from safety_neurons.prompt_lists import Message, Prompt
 
     turns = [("system", "be nice"), ("user", "a"), ("assistant", "b"), ("user", "c")]
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}

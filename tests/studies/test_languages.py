@@ -6,7 +6,7 @@ from safety_neurons import analysis, load_pair, organism
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completions, paired_difference
 from safety_neurons.studies import Groups, deactivation_matrix, find_by_group
 

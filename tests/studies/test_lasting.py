@@ -8,7 +8,7 @@ import torch
 from safety_neurons import load
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 from safety_neurons.studies import Attack, Lab, Plan, rsn, stress
 from safety_neurons.studies.lasting import ARMS, KEPT, SN, fine_tune, sets_from, solved, twin

@@ -9,7 +9,7 @@ from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import progressive
 from safety_neurons.studies.progressive import ladder, layer_blocks
 from tiny_pair import GENERAL, HARMFUL, HARMLESS

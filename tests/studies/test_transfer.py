@@ -8,7 +8,7 @@ from safety_neurons.interventions import patched
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import causal_effect
 from safety_neurons.studies import Bench, Groups, bench, find_by_group, transfer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS

@@ -5,7 +5,7 @@ import pytest
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Gate, paired_difference, rate
 from safety_neurons.studies import Checking, tune
 from safety_neurons.studies import tuning as study

@@ -9,7 +9,7 @@ from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import bench, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
 from safety_neurons.studies.bench import Bench
 from safety_neurons.studies.evaluation import requests_of

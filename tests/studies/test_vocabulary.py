@@ -11,7 +11,7 @@ from safety_neurons import organism
 from safety_neurons.errors import NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import strongest, vocabulary, with_cards
 from safety_neurons.studies.vocabulary import RefusalOdds
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.suites import ATTACKS, STATIC, Attack, Attacks, attack, import_attacks
 from safety_neurons.suites.attacks import DEFAULT_OPENING, MECHANICAL, past
 

@@ -7,7 +7,7 @@ from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel, load, token_log_probabilities
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Message, Prompt, Prompts, prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, prompts
 from safety_neurons.suites import Attacks, attack, gcg
 from safety_neurons.suites.gradient_search import changed, encoded, initial, located, printable_ids
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer

@@ -7,7 +7,7 @@ import torch
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel, kl_divergence
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Rate
 from safety_neurons.tuning import attach
 from safety_neurons.tuning.stopping import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, StopCheck, StopJudge

@@ -24,7 +24,7 @@ from safety_neurons.errors import (
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Checkpoint, files
 from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import train as training

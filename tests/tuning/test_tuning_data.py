@@ -6,7 +6,7 @@ import pytest
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt, Prompts
+from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.tuning.data import OPEN_END, Example, mix, split, tuning_examples, with_own_answers
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Rate, per_token
 from safety_neurons.results import perplexity as perplexity_rate
 

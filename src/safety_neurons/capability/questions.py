@@ -23,7 +23,7 @@ from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.language_model import Answer, Decoding, generate, stops
 from safety_neurons.model.likelihood import logits_budget, widened
-from safety_neurons.prompts.readers import LARGEST
+from safety_neurons.prompt_lists.readers import LARGEST
 from safety_neurons.results import rate
 
 SHOTS, MAX_NEW_TOKENS = 5, 256

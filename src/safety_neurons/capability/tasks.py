@@ -18,7 +18,7 @@ from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu, rea
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.prompts import prompts
+from safety_neurons.prompt_lists import prompts
 from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import from_error
 

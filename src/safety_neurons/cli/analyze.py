@@ -369,7 +369,7 @@ def wanted(sets: dict[str, Any], definitions: str) -> dict[str, Any]:
 
 def apart(session: Session, study: TransferStudy, model: Any) -> tuple[Any, Any]:
     """Requests to find on and to measure on, by group."""
-    from safety_neurons.prompts import Prompts
+    from safety_neurons.prompt_lists import Prompts
     from safety_neurons.studies import Groups
 
     files = named_files(study.suites)

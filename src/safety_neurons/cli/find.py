@@ -224,7 +224,7 @@ def show(result: dict[str, Any]) -> None:
 def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:
     """Memory, time and disk of a run that is not started."""
     from safety_neurons.model import estimate as estimate_run
-    from safety_neurons.prompts import prompts
+    from safety_neurons.prompt_lists import prompts
 
     models, options = load(session, specs), session.options
     chosen = session.read("prompts", models[0], options["limit"]) if "prompts" in options else prompts([""])

@@ -12,7 +12,7 @@ from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, OneOf, OpenShare, Panel, Positive, Reads
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts.readers import LOOK_ALIKES
+from safety_neurons.prompt_lists.readers import LOOK_ALIKES
 
 CHECKS, ALL, CURVES = "Thresholds", "all", "curves.json"
 OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
@@ -528,7 +528,7 @@ def chosen(text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _renamed(prompts: Any, name: str) -> Any:
-    from safety_neurons.prompts import Prompts
+    from safety_neurons.prompt_lists import Prompts
 
     return Prompts(prompts, name, prompts.notes)
 

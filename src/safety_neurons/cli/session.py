@@ -90,7 +90,7 @@ class Session:
         Words such as `none` name no file, nor does what other options leave unused.
         """
         from safety_neurons.neurons import NeuronSet, Scores
-        from safety_neurons.prompts import prompts
+        from safety_neurons.prompt_lists import prompts
 
         for name, reads in self.reads.items():
             source = self.options[name]
@@ -145,7 +145,7 @@ class Session:
 
     def prompts(self, source: str, model: Any, limit: int | None = None, **columns: str | None) -> Any:
         """Prompts by name or file; `builtin:` names mean the organism's own where the model is one."""
-        from safety_neurons.prompts import prompts
+        from safety_neurons.prompt_lists import prompts
 
         read = prompts(source, limit=limit, folder=None if model is None else model.prompt_folder, **columns)
         self.notes.extend(f"{source}: {note}" for note in read.notes)

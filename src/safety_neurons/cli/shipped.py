@@ -15,7 +15,7 @@ from safety_neurons.declarations import Declaration, Positional
 @verb("data list")
 def list_prompts(session: Session) -> dict[str, Any]:
     """Built-in prompts, and suites by name: licence, size, where they come from, expected hash."""
-    from safety_neurons.prompts import library
+    from safety_neurons.prompt_lists import library
     from safety_neurons.suites import catalogue
 
     entries, suites = library(), catalogue()

@@ -23,7 +23,7 @@ from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
 from safety_neurons.neurons.scores import said_of_zeros
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completions, html_table
 
 

@@ -25,7 +25,7 @@ from safety_neurons.model.batches import Batch, forward
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
 from safety_neurons.model.sites import SitePlace, take
 from safety_neurons.neurons.scores import kept_share
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 
 SAFETY, UTILITY = "safety", "utility"
 Importances = Callable[[LanguageModel, "Capture", Batch, Sequence[ScoredRow]], list[dict[str, Tensor]]]

@@ -18,8 +18,8 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.language_model import Answer, Decoding
 from safety_neurons.model.language_model import generate as complete
-from safety_neurons.prompts import Prompts
-from safety_neurons.prompts.records import normalised
+from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists.records import normalised
 from safety_neurons.results import Completion, Completions
 
 POSITIONS = ("completion", "completion-predicting", "prompt", "prompt-last")

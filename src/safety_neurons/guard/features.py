@@ -21,8 +21,8 @@ from safety_neurons.model.language_model import Texts
 from safety_neurons.model.passes import run_batches
 from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.prompts import Message, Prompt, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Message, Prompt, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 
 Request = Source
 WHOLE, ASKED = "conversation", "conversation without the last answer"

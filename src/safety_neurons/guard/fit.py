@@ -31,8 +31,8 @@ from safety_neurons.guard.guard import PROVISIONAL, Guard, bindings_of
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.prompts.readers import LOOK_ALIKES, PREFIX, Source
+from safety_neurons.prompt_lists import Prompt, Prompts
+from safety_neurons.prompt_lists.readers import LOOK_ALIKES, PREFIX, Source
 from safety_neurons.results import Rate, auroc, plain, rate
 from safety_neurons.results.estimates import GroupLabels, clusters_of
 

@@ -20,7 +20,7 @@ from safety_neurons.guard.features import Request, as_request_prompts, model_loc
 from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
 from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
-from safety_neurons.prompts import Prompt, Prompts, as_prompt
+from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions, conversation_of
 
 

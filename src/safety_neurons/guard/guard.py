@@ -36,7 +36,7 @@ from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
 from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
-from safety_neurons.prompts import as_prompt
+from safety_neurons.prompt_lists import as_prompt
 from safety_neurons.results import Rate, html_table, notebook, write_bytes, write_json
 from safety_neurons.results.files import ordered_header
 

@@ -27,7 +27,7 @@ from safety_neurons.model.loading import (
 )
 from safety_neurons.model.passes import CostEstimate, Statistics, activation_statistics, estimate, run_batches
 from safety_neurons.model.template import conversation_text, encode_text
-from safety_neurons.prompts import as_prompts
+from safety_neurons.prompt_lists import as_prompts
 
 __all__ = [
     "Batch",

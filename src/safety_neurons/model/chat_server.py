@@ -20,7 +20,7 @@ from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model.batches import BatchSize, Progress
 from safety_neurons.model.language_model import Texts
-from safety_neurons.prompts import Prompt, as_prompts
+from safety_neurons.prompt_lists import Prompt, as_prompts
 from safety_neurons.results import Completion, Completions, conversation_of
 
 LARGEST = 1 << 24

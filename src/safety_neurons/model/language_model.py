@@ -21,8 +21,8 @@ from safety_neurons.model.proof import prove
 from safety_neurons.model.sites import Anatomy, unwrapped
 from safety_neurons.model.template import encode_text, require_tokenizer, template_for, untouched
 from safety_neurons.neurons import SiteTable
-from safety_neurons.prompts import Prompts, as_prompts, prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions, conversation_of
 from safety_neurons.results.completions import is_mark
 
@@ -110,14 +110,14 @@ class LanguageModel:
         return next((place / "prompts" for place in places if (place / "organism.json").is_file() and (place / "prompts").is_dir()), None)
 
     def prompts(self, source: Source, **options: Any) -> Prompts:
-        """Prompts for this model: as `safety_neurons.prompts`, where `builtin:` names mean an organism's own if the model is one.
+        """Prompts for this model: as `safety_neurons.prompt_lists`, where `builtin:` names mean an organism's own if the model is one.
 
         Args:
             source: `builtin:NAME[/LANG]`, a file, or a list.
             **options: column, answer_column, limit.
 
         Raises:
-            InputError: As for `safety_neurons.prompts`.
+            InputError: As for `safety_neurons.prompt_lists`.
         """
         return prompts(source, folder=self.prompt_folder, **options)
 
@@ -225,7 +225,7 @@ class LanguageModel:
         the middle; it is marked as truncated.
 
         Args:
-            prompts: A text, or whatever `safety_neurons.prompts` takes in memory; nothing of it is left out.
+            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left out.
             reserve: Tokens of the context to leave for an answer.
 
         Raises:
@@ -305,7 +305,7 @@ class LanguageModel:
         Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in float32.
 
         Args:
-            prompts: A text, or whatever `safety_neurons.prompts` takes in memory; nothing of it is left out.
+            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left out.
             max_new_tokens: Longest answer.
             sample: Draw tokens.
             temperature: Of sampling.

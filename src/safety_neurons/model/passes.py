@@ -34,7 +34,7 @@ from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.language_model import LanguageModel, takes_padding
 from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons.table import parse_key
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 
 T = TypeVar("T")
 

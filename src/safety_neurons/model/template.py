@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from safety_neurons.errors import InputError, ModelError, UsageError, first_line
-from safety_neurons.prompts.records import Message, Prompt, merge_turns
+from safety_neurons.prompt_lists.records import Message, Prompt, merge_turns
 from safety_neurons.results.completions import behind_thoughts, end_of_opened, ends_thought, without_start
 
 STEPS, CHARACTERS, LONGEST = 50_000, 1 << 23, 1 << 20

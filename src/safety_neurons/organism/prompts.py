@@ -18,7 +18,7 @@ from safety_neurons.organism.language import (
     language,
     task_examples,
 )
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results.files import write_bytes
 
 PROMPTS = 256

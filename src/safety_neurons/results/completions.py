@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
-from safety_neurons.prompts import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import notebook
 from safety_neurons.results.files import PathLike, plain, write_bytes
 

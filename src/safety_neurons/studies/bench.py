@@ -19,8 +19,8 @@ from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompt, Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import (
     Completion,
     Completions,

@@ -31,8 +31,8 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.organism import load_pair
 from safety_neurons.organism import open as open_organism
-from safety_neurons.prompts import Prompts, as_prompts, prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, holm, paired_difference
 from safety_neurons.results.files import read_json, write_json
 from safety_neurons.studies import notebook

@@ -26,7 +26,7 @@ from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts, as_prompts, prompts
+from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts, prompts
 from safety_neurons.results import Completion, Completions, Gate, cohen_kappa, write_json
 from safety_neurons.results.files import PathLike
 from safety_neurons.studies import notebook

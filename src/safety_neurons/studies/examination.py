@@ -17,7 +17,7 @@ from safety_neurons.model import LanguageModel, batches, forward
 from safety_neurons.model.hooks import around, editing, reading
 from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons import NeuronSet, parse_key
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import notebook
 
 TEXTS = (

@@ -19,8 +19,8 @@ from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, parse_key
-from safety_neurons.prompts import Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast

@@ -18,7 +18,7 @@ from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import around
 from safety_neurons.model.passes import run_batches
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
 from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_of
 

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.judges import Judge, judge
-from safety_neurons.prompts import Message, Prompt, Prompts, as_prompts, request_of
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, request_of
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import attack
 from safety_neurons.suites.attacks import MECHANICAL

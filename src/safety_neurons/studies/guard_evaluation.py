@@ -25,8 +25,8 @@ from safety_neurons.judges import judge
 from safety_neurons.judges.judgement import Judge
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompt, Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import (
     AreaPart,
     Completion,

@@ -42,8 +42,8 @@ from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel, load, load_pair
 from safety_neurons.model.language_model import stops
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Message, Prompt
-from safety_neurons.prompts.records import request_of
+from safety_neurons.prompt_lists import Message, Prompt
+from safety_neurons.prompt_lists.records import request_of
 from safety_neurons.results import Completion
 from safety_neurons.studies.bench import Treatment
 from safety_neurons.studies.evaluation import requests_of, treatment_of

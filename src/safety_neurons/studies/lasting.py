@@ -38,8 +38,8 @@ from safety_neurons.judges.strings import judge_compliance
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import descend, padded
 from safety_neurons.neurons import NeuronSet, Scores
-from safety_neurons.prompts import Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.files import read_json, write_json

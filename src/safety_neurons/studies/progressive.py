@@ -11,7 +11,7 @@ from safety_neurons.errors import NeuronError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Outcome

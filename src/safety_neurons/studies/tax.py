@@ -26,8 +26,8 @@ from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
-from safety_neurons.prompts import Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Changes, Completions, holm_in, rate
 from safety_neurons.results.estimates import clusters_of
 from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast

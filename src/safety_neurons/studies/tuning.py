@@ -15,8 +15,8 @@ from typing import Any
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompts import Prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Outcome

@@ -17,7 +17,7 @@ from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, holm
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, Bench, Contrasted, How, Outcome, Treat, contrast

@@ -20,8 +20,8 @@ from safety_neurons.model.hooks import reading
 from safety_neurons.model.likelihood import vocabulary_scores
 from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
-from safety_neurons.prompts import Prompts, as_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts, as_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import holm_in, paired_difference
 from safety_neurons.studies.bench import Progress, Treat, Treatment
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts, normalised, prompts, request_of
-from safety_neurons.prompts.readers import read_text
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts, request_of
+from safety_neurons.prompt_lists.readers import read_text
 from safety_neurons.results.files import write_bytes
 
 if TYPE_CHECKING:

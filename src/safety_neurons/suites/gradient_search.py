@@ -18,7 +18,7 @@ from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
 from safety_neurons.model.batches import Batch, collate
 from safety_neurons.model.likelihood import logits_budget, widened
-from safety_neurons.prompts import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.suites.attacks import DEFAULT_OPENING, Attack, Attacks
 
 _WORDS = ("!", "x", "*", "the")

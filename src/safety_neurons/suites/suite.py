@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Prompt, Prompts, prompts
-from safety_neurons.prompts.readers import file_format, read_text
-from safety_neurons.prompts.rows import COMPLIES, prompts_of
-from safety_neurons.prompts.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
+from safety_neurons.prompt_lists import Prompt, Prompts, prompts
+from safety_neurons.prompt_lists.readers import file_format, read_text
+from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
+from safety_neurons.prompt_lists.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
 from safety_neurons.suites.catalogue import (
     KINDS,
     Location,

@@ -13,9 +13,9 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, BatchSize, Progress
 from safety_neurons.model.template import encode_text, require_tokenizer, untouched
-from safety_neurons.prompts import Prompt, Prompts
-from safety_neurons.prompts import prompts as read_prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompt, Prompts
+from safety_neurons.prompt_lists import prompts as read_prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions
 
 Kind = Literal["harmful", "harmless"]

@@ -11,7 +11,7 @@ import numpy as np
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.prompts import Prompts
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completions, Rate, rate
 from safety_neurons.tuning.deltas import Deltas
 

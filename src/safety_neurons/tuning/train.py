@@ -26,8 +26,8 @@ from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, des
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
-from safety_neurons.prompts import Prompts
-from safety_neurons.prompts.readers import Source
+from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results.files import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash

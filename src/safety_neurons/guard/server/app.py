@@ -49,7 +49,7 @@ from safety_neurons.guard.server.shapes import (
 )
 from safety_neurons.guard.server.upstream import Upstream
 from safety_neurons.model.batches import token_budget
-from safety_neurons.prompts import Prompt
+from safety_neurons.prompt_lists import Prompt
 
 CHAT = "/v1/chat/completions"
 _STREAM = "text/event-stream; charset=utf-8"

@@ -7,8 +7,8 @@ from typing import Any
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import RequestReading, readings
 from safety_neurons.guard.server.shapes import SPEECH, Part, Problem, StreamOptions, Turn
-from safety_neurons.prompts import Message, Prompt, request_of
-from safety_neurons.prompts.records import as_text, opened
+from safety_neurons.prompt_lists import Message, Prompt, request_of
+from safety_neurons.prompt_lists.records import as_text, opened
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
 """Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a user's."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError
-from safety_neurons.prompts.records import ROLES, Message
+from safety_neurons.prompt_lists.records import ROLES, Message
 
 PROMPT_COLUMNS = (
     "prompt",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safety_neurons.errors import InputError
-from safety_neurons.prompts.records import (
+from safety_neurons.prompt_lists.records import (
     ROLES,
     Message,
     Prompt,
@@ -22,7 +22,7 @@ from safety_neurons.prompts.records import (
     texts_of,
     written_list,
 )
-from safety_neurons.prompts.tables import (
+from safety_neurons.prompt_lists.tables import (
     METADATA,
     MOST_ROWS,
     PROMPT_COLUMNS,

@@ -1,8 +1,7 @@
 import gzip
-import importlib
+import importlib.util
 import json
 import os
-import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 import safety_neurons
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts import Message, Prompt, Prompts, prompts, readers
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, prompts, readers
 from safety_neurons.results.files import contents_of
 
 RECORDS = [{"prompt": "How do I knit?", "response": "With two needles."}, {"prompt": "How do I sew?", "response": "With one."}]
@@ -189,10 +188,10 @@ def test_lists_in_memory_are_taken_as_they_are():
     assert prompts({"goal": ["a", "b"], "target": ["c", "d"]}).answers == ["c", "d"]
 
 
-def test_the_package_can_be_called_like_its_function():
-    importlib.import_module("safety_neurons.prompts.records")  # binds the module to the name in the parent package
+def test_no_import_takes_the_place_of_the_public_function():
+    importlib.import_module("safety_neurons.prompt_lists.readers")
     assert safety_neurons.prompts(["a"]).texts == ["a"]
-    assert sys.modules["safety_neurons.prompts"](["a"]).texts == ["a"]
+    assert importlib.util.find_spec("safety_neurons.prompts") is None
 
 
 # What is repaired or counted

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompts import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 USER, CHAT = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from safety_neurons.prompts import Message, Prompt, Prompts, normalised, request_of
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, request_of
 
 
 def test_a_list_of_texts_becomes_prompts_in_order():

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from safety_neurons.errors import InputError
-from safety_neurons.prompts import Prompts, prompts
+from safety_neurons.prompt_lists import Prompts, prompts
 
 COUNTS = {
     "advbench/harmful_behaviors.csv": (520, 520),

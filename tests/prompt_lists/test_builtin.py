@@ -4,8 +4,8 @@ from difflib import SequenceMatcher
 import pytest
 
 from safety_neurons.errors import InputError
-from safety_neurons.prompts import NAMES, languages, library, prompts
-from safety_neurons.prompts.readers import ENGLISH
+from safety_neurons.prompt_lists import NAMES, languages, library, prompts
+from safety_neurons.prompt_lists.readers import ENGLISH
 
 LANGUAGES = ["en", "de", "es", "fr", "zh"]
 

@@ -15,9 +15,9 @@ from typing import Any, TypedDict
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompts.records import Message, Prompt, Prompts, UnreadableTurnError, is_conversation, read_turns, request_of
-from safety_neurons.prompts.rows import Row, prompts_of
-from safety_neurons.prompts.tables import MOST_ROWS, Unread, is_one_conversation, parse_rows, rows_of, too_many
+from safety_neurons.prompt_lists.records import Message, Prompt, Prompts, UnreadableTurnError, is_conversation, read_turns, request_of
+from safety_neurons.prompt_lists.rows import Row, prompts_of
+from safety_neurons.prompt_lists.tables import MOST_ROWS, Unread, is_one_conversation, parse_rows, rows_of, too_many
 
 PREFIX = "builtin:"
 NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
@@ -97,7 +97,7 @@ def _is_of(line: str, category: str | None) -> bool:
 
 
 def _data(*parts: str) -> Traversable:
-    return resources.files("safety_neurons.prompts").joinpath("data", *parts)
+    return resources.files("safety_neurons.prompt_lists").joinpath("data", *parts)
 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
