@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from safety_neurons.analysis.tax import activation_bins, chance_overlap, directions, partial_spearman, relations, top_neurons
+from safety_neurons.analysis.overlap import Changes, activation_bins, chance_overlap, directions, partial_spearman, relations, top_neurons
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import Scores
-from safety_neurons.results import Changes
 
 GROUPS, TOKENS, LAYERS, WIDTH = 6, 40, 2, 60
 

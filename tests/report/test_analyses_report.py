@@ -12,7 +12,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.report import write_report
 from safety_neurons.results import Difference, Rate, paired_difference, rate
 from safety_neurons.studies.bench import Outcome
-from safety_neurons.studies.progressive import ALONE, RANDOM_NEURONS, SCORE, Progressive, Step
+from safety_neurons.studies.verification import ALONE, RANDOM_NEURONS, SCORE, Progressive, Step
 from safety_neurons.studies.vocabulary import Card, Cards
 
 HALF = Rate(0.5, 0.4, 0.6, 40)

@@ -11,7 +11,7 @@ from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import progressive
-from safety_neurons.studies.progressive import ladder, layer_blocks
+from safety_neurons.studies.verification import ladder, layer_blocks
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 6}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from safety_neurons.analysis.tax import relations
+from safety_neurons.analysis.overlap import relations
 from safety_neurons.organism import language, load_several, recipe
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import vocabulary

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import skew
 
-from safety_neurons.analysis.chance import Clumps, Counts, Expectation, beside, clumped, mean_of_draw
-from safety_neurons.analysis.named import Named
+from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
 
 PARTS = ("self-attention", "feed-forward")
@@ -114,7 +114,8 @@ def layers(item: Named) -> Layers:
     found = {name: tuple(part) for name, part in places.items()}
     depth = _depth(table, clumps, n_layers)
     ranks = tuple(_rank_blocks(item.scores, len(item.neurons), n_layers)) if item.scores is not None else ()
-    skewness = None if item.scores is None else _skewness(np.concatenate([values for _, values in item.scores.items()]))
+    values = np.zeros(1) if item.scores is None else np.concatenate([values for _, values in item.scores.items()])
+    skewness = float(skew(values.astype(np.float64))) if np.ptp(values) else None
     claims = tuple(_claims(item, clumps, found["by_part"], found["by_layer"], depth, n_layers))
     return Layers(item, **found, by_head=tuple(_heads(item, clumps)), depth=depth, ranks=ranks, skewness=skewness, claims=claims)
 
@@ -191,12 +192,6 @@ def _rank_blocks(scores: Scores, size: int, n_layers: int) -> Iterable[dict[str,
         depth = float(layer[chosen].mean() / max(1, n_layers - 1))
         last = block * size + len(chosen)
         yield {"ranks": [block * size + 1, last], "mean_depth": depth, "share_of_self_attention": float(attention[chosen].mean())}
-
-
-def _skewness(values: np.ndarray) -> float | None:
-    centred = values.astype(np.float64) - values.mean(dtype=np.float64)
-    spread = float(np.sqrt((centred**2).mean()))
-    return float((centred**3).mean() / spread**3) if spread > 0 else None
 
 
 def _claims(

@@ -238,7 +238,7 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         from safety_neurons import studies
         from safety_neurons.analysis.figures import tax_figure
-        from safety_neurons.analysis.tax import relations
+        from safety_neurons.analysis.overlap import relations
         from safety_neurons.prompt_lists import Prompts
 
         before, *loaded = session.several([study.base, *study.specs.values()])

@@ -1,7 +1,6 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
 from safety_neurons.results.areas import Agreement, AreaPart, area_difference, auroc, cohen_kappa, mean_area_difference
-from safety_neurons.results.changes import Changes
 from safety_neurons.results.completions import Completion, Completions, conversation_of
 from safety_neurons.results.estimates import (
     Difference,
@@ -35,7 +34,6 @@ from safety_neurons.results.run import Checkpoint, RunFolder, Saved
 __all__ = [
     "Agreement",
     "AreaPart",
-    "Changes",
     "Checkpoint",
     "Completion",
     "Completions",

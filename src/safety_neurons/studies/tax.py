@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from safety_neurons.analysis.overlap import Changes
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
 from safety_neurons.detectors.methods import Contrast
 from safety_neurons.detectors.runner import Run
@@ -28,7 +29,7 @@ from safety_neurons.model.hooks import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
-from safety_neurons.results import Changes, Completions, holm_in, rate
+from safety_neurons.results import Completions, holm_in, rate
 from safety_neurons.results.estimates import clusters_of
 from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast
 
