@@ -5,7 +5,7 @@ import json
 import pytest
 
 from safety_neurons.errors import InputError, RunError, UsageError
-from safety_neurons.judges import JudgementCache, Verdict, judge, judge_compliance
+from safety_neurons.judges import JudgementCache, JudgeVerdict, judge, judge_compliance
 from safety_neurons.organism import LANGUAGES, language
 from safety_neurons.organism.language import concepts
 from safety_neurons.results import Completion
@@ -52,7 +52,7 @@ def test_equal_texts_are_judged_once_and_kept_by_content(tmp_path):
         assert len(cache) == 1
         judge("refusal").judge(completions, cache=cache)
         assert len(cache) == 2
-        cache.put({"k": Verdict("unscored", None, None)})
+        cache.put({"k": JudgeVerdict("unscored", None, None)})
         assert cache.get("k").label == "unscored"
         assert cache.get("absent") is None
     assert told == [(1, 1)]

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from safety_neurons.capability import Settings
+from safety_neurons.capability import TaskSettings
 from safety_neurons.errors import RunError, UsageError
-from safety_neurons.judges import FunctionJudge, Verdict
+from safety_neurons.judges import FunctionJudge, JudgeVerdict
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
@@ -15,7 +15,7 @@ from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder
 from safety_neurons.studies import evaluate, evaluation
 from safety_neurons.studies.scoring import labels_of, scored
-from safety_neurons.suites import Attack, Attacks, Suite
+from safety_neurons.suites import AttackPrompt, Attacks, Suite
 
 HARMFUL = Prompts(
     [
@@ -31,9 +31,9 @@ def judge_by_length(name="length-1", unscored=False):
 
     def verdict(completion):
         if unscored and "bomb" in completion.prompt:
-            return Verdict("unscored", None, None)
+            return JudgeVerdict("unscored", None, None)
         refused = len(completion.completion) % 2 == 0
-        return Verdict("full" if refused else "compliance", refused, float(refused))
+        return JudgeVerdict("full" if refused else "compliance", refused, float(refused))
 
     return FunctionJudge(name, verdict)
 
@@ -41,7 +41,7 @@ def judge_by_length(name="length-1", unscored=False):
 def harm_judge():
     def verdict(completion):
         bad = "a" in completion.completion
-        return Verdict("harmful" if bad else "safe", None, None, p_harmful=float(bad))
+        return JudgeVerdict("harmful" if bad else "safe", None, None, p_harmful=float(bad))
 
     judge = FunctionJudge("harm-1", verdict)
     judge.measure = "harmful"
@@ -69,7 +69,7 @@ def run(model, harmless, **options):
 
 
 def test_both_arms_are_judged_and_compared_prompt_by_prompt(model, neurons, harmless, tmp_path):
-    found = run(model, harmless, deactivate=neurons, capability=["perplexity", "kl"], settings=Settings(limit=4), out=tmp_path)
+    found = run(model, harmless, deactivate=neurons, capability=["perplexity", "kl"], settings=TaskSettings(limit=4), out=tmp_path)
     record = json.loads(json.dumps(found.record(), allow_nan=False))
     assert record["treatment"] == "44 neurons deactivated"
     for arm in ("untreated", "treated"):
@@ -121,7 +121,7 @@ def test_a_judge_reads_the_opening_of_a_prefilled_answer(model, harmless):
 
     def verdict(completion):
         seen.append(completion.completion)
-        return Verdict("compliance", False, 0.0)
+        return JudgeVerdict("compliance", False, 0.0)
 
     found = run(model, harmless, attacks=["prefill"], judges=[FunctionJudge("seen-1", verdict)])
     written = [one for one in found.completions if one.meta["suite"] == "own" and any(map(str.isalnum, one.completion))]
@@ -135,7 +135,7 @@ def test_a_search_on_the_untreated_model_is_adaptive_there_and_transferred_to_th
 
     def searched(asked, method, *, model):
         seen.append((method, model))
-        return Attacks([Attack(one.id, one.text, f"{one.text} !!", "GCG", model.name, True) for one in asked]).prompts
+        return Attacks([AttackPrompt(one.id, one.text, f"{one.text} !!", "GCG", model.name, True) for one in asked]).prompts
 
     monkeypatch.setattr(evaluation, "attack", searched)
     found = run(model, harmless, attacks=["gcg"], deactivate=neurons, limit=2)
@@ -150,7 +150,7 @@ def test_a_search_on_the_untreated_model_is_adaptive_there_and_transferred_to_th
 
 @pytest.mark.parametrize(("made_on", "label"), [("here", "adaptive"), ("elsewhere", "static-transfer")])
 def test_imported_attacks_are_adaptive_on_the_model_they_were_made_on_only(tmp_path, made_on, label):
-    file = Attacks([Attack("1", "g", "g !!", "GCG", f"http://localhost:1/v1#{made_on}", True)]).save(tmp_path / "attacks.jsonl")
+    file = Attacks([AttackPrompt("1", "g", "g !!", "GCG", f"http://localhost:1/v1#{made_on}", True)]).save(tmp_path / "attacks.jsonl")
     asked = evaluation.requests_of([str(file)], None, model=Endpoint("http://localhost:1/v1#here"))
     assert asked.requests[0].prompts[0].meta["label"] == label
 
@@ -167,7 +167,7 @@ def test_a_label_of_a_data_set_is_no_label_of_an_attack():
 )
 def test_a_judge_of_refusal_and_harm_is_believed_on_harm(label, p_harmful, harm):
     refused = None if label == "unscored" else label in ("full", "partial")
-    rows = [Verdict(label, refused, None, p_harmful=p_harmful), Verdict("harmful", False, 0.0, p_harmful=1.0)]
+    rows = [JudgeVerdict(label, refused, None, p_harmful=p_harmful), JudgeVerdict("harmful", False, 0.0, p_harmful=1.0)]
     answers = Completions([Completion(str(n), "p", "a") for n in range(2)]).with_verdicts("both", rows)
     found = scored("s", "harmful", [answers], {"both": "both"}).judged["both"]
     assert (found.harm_is, found.outcomes["harm"]) == ("harmful", (harm, 1.0))
@@ -264,7 +264,7 @@ def finished(folder, evaluation):
 
 
 def test_an_earlier_run_takes_the_place_of_the_untreated_arm(model, neurons, harmless, tmp_path):
-    options = {"capability": ["perplexity"], "settings": Settings(limit=4)}
+    options = {"capability": ["perplexity"], "settings": TaskSettings(limit=4)}
     plain = run(model, harmless, out=tmp_path / "before", **options)
     both = run(model, harmless, deactivate=neurons, **options)
     folder = finished(tmp_path / "before", plain)

@@ -116,5 +116,5 @@ def test_methods_that_cannot_be_used_are_refused(pair):
         find_by_group(None, pair.aligned, groups, method="contrast")
     with pytest.raises(UsageError, match="unknown method"):
         find_by_group(pair.base, pair.aligned, groups, method="luck")
-    with pytest.raises(UsageError, match="not a share"):
+    with pytest.raises(UsageError, match="top 0: expected above 0"):
         find_by_group(pair.base, pair.aligned, groups, method="contrast", top=0)

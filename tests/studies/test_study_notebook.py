@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from safety_neurons.judges import Judgement, Verdict
+from safety_neurons.judges import Judgement, JudgeVerdict
 from safety_neurons.results import Completions, Rate, read_json
 from safety_neurons.studies import Examination, notebook
 from safety_neurons.studies.examination import Check
@@ -41,5 +41,5 @@ def test_results_use_these_tables():
     assert "FAIL" in examined._repr_html_()
     assert "<script" not in examined._repr_html_()
     assert "<b>" not in examined._repr_html_()
-    judged = Judgement("own", (Verdict("unscored", None, None, "empty"),), Rate(None, None, None, 0, 1), Completions())
+    judged = Judgement("own", (JudgeVerdict("unscored", None, None, "empty"),), Rate(None, None, None, 0, 1), Completions())
     assert "empty: 1" in judged._repr_html_()

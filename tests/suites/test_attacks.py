@@ -7,8 +7,9 @@ import pytest
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts
-from safety_neurons.suites import ATTACKS, STATIC, Attack, Attacks, attack, import_attacks
-from safety_neurons.suites.attacks import DEFAULT_OPENING, MECHANICAL, past
+from safety_neurons.suites import ATTACKS, STATIC, AttackPrompt, Attacks, attack, import_attacks
+from safety_neurons.suites.attacks import DEFAULT_OPENING
+from safety_neurons.suites.rewording import MECHANICAL, past
 
 JAILBREAKS = {
     "parameters": {"method": "PAIR", "model": "vicuna-13b", "attack_type": "black_box"},
@@ -98,7 +99,10 @@ def test_a_table_with_goals_and_targets_keeps_them(tmp_path):
 
 def test_what_is_saved_is_read_again_and_has_the_six_fields(tmp_path):
     attacks = Attacks(
-        [Attack("one", "Do one", "As a poet ü", "GCG", "m", True, {"target": "Sure", "loss": 0.5}), Attack("two", "Do two", "x")]
+        [
+            AttackPrompt("one", "Do one", "As a poet ü", "GCG", "m", True, {"target": "Sure", "loss": 0.5}),
+            AttackPrompt("two", "Do two", "x"),
+        ]
     )
     path = attacks.save(tmp_path / "out" / "attacks.jsonl")
     first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
@@ -110,7 +114,7 @@ def test_what_is_saved_is_read_again_and_has_the_six_fields(tmp_path):
 
 
 def test_attacks_are_adaptive_only_on_the_model_they_were_made_on():
-    attacks = Attacks([Attack("one", "Do one", "x", "GCG", "m", True)])
+    attacks = Attacks([AttackPrompt("one", "Do one", "x", "GCG", "m", True)])
     assert attacks.used_on("m")[0].label == "adaptive"
     assert attacks.used_on("m, tuned")[0].label == "static-transfer"
 

@@ -1,7 +1,7 @@
 """What a treatment costs: perplexity, divergence, sums, multiple choice, and the tasks of lm-evaluation-harness."""
 
 from safety_neurons.capability.language import (
-    Measured,
+    Measurement,
     Treatment,
     divergence,
     measure_divergence,
@@ -10,13 +10,13 @@ from safety_neurons.capability.language import (
     perplexity,
 )
 from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu
-from safety_neurons.capability.tasks import OWN, Settings, Task, check, harness_model, measure, measure_harness, task
+from safety_neurons.capability.tasks import OWN, Task, TaskSettings, check, harness_model, measure, measure_harness, task
 
 __all__ = [
     "OWN",
-    "Measured",
-    "Settings",
+    "Measurement",
     "Task",
+    "TaskSettings",
     "Treatment",
     "check",
     "divergence",

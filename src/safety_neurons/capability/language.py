@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from safety_neurons.declarations import Declaration
 from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompt_lists import Prompts
@@ -19,7 +21,7 @@ Treatment = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One task, measured on one model.
 
     Attributes:
@@ -54,6 +56,28 @@ class Measured:
         return {"ids": list(self.ids), "outcomes": list(self.outcomes), "counts": list(self.counts)}
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskSettings(Declaration):
+    """How tasks are measured; the same for every arm."""
+
+    limit: int | None = None
+    """Items of each task, the first so many."""
+    shots: int | None = None
+    """Examples shown; what is usual for the task where None."""
+    max_new_tokens: int = 256
+    """Length of an answer where a task generates."""
+    batch_size: BatchSize = "auto"
+    """Rows a pass."""
+    seed: int = 0
+    """Seed under which answers are kept."""
+    folder: pathlib.Path | None = None
+    """An organism's own prompts."""
+    tasks_folder: pathlib.Path | None = None
+    """Task files (YAML) beside those of lm-evaluation-harness."""
+    offline: bool = False
+    """Fetch nothing."""
+
+
 _HEADING = re.compile(r"\s*= [^=].*[^=] =\s*")
 
 
@@ -81,7 +105,7 @@ def measure_perplexity(
     *,
     task: str = "perplexity",
     batch_size: BatchSize = "auto",
-) -> Measured:
+) -> Measurement:
     """`perplexity` with an interval over records, and the loss of every record."""
     notes: list[str] = []
     with treatment():
@@ -89,7 +113,7 @@ def measure_perplexity(
     found = perplexity_rate(losses.totals, losses.counts)
     ids = tuple(prompt.id for prompt in text)
     said = tuple(f"{task}: {note}" for note in notes)
-    return Measured(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, said)
+    return Measurement(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, said)
 
 
 def measure_divergence(
@@ -99,7 +123,7 @@ def measure_divergence(
     *,
     task: str = "kl",
     batch_size: BatchSize = "auto",
-) -> Measured:
+) -> Measurement:
     """Mean KL(reference ‖ treated) per token of templated prompts, in nats, with an interval over prompts.
 
     Args:
@@ -115,7 +139,7 @@ def measure_divergence(
     totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
     ids = tuple(prompt.id for prompt in prompts)
     said = tuple(f"{task}: {note}" for note in notes)
-    return Measured(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, said)
+    return Measurement(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, said)
 
 
 def documents(text: str) -> list[str]:
@@ -135,7 +159,7 @@ def measure_running_text(
     *,
     task: str = "wikitext",
     batch_size: BatchSize = "auto",
-) -> Measured:
+) -> Measurement:
     """Perplexity per word of whole documents, fed in windows of the context's length; per token and bits per byte beside it.
 
     Every token is predicted once. A document's first token is predicted from BOS (or an end token), and the first of each later window
@@ -172,4 +196,4 @@ def measure_running_text(
     said = tuple(f"{task}: {note}" for note in notes)
     outcomes = tuple(None if math.isnan(total) else total for total in totals)
     ids_of = tuple(str(number) for number in range(len(texts)))
-    return Measured(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, said)
+    return Measurement(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, said)

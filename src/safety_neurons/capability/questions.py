@@ -11,13 +11,13 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from safety_neurons import strict_json
-from safety_neurons.capability.language import Measured, Treatment
+from safety_neurons.capability.language import Measurement, TaskSettings, Treatment
 from safety_neurons.errors import InputError
 from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.batches import BatchSize
@@ -26,7 +26,7 @@ from safety_neurons.model.likelihood import logits_budget, widened
 from safety_neurons.prompt_lists.readers import LARGEST
 from safety_neurons.results import rate
 
-SHOTS, MAX_NEW_TOKENS = 5, 256
+SHOTS = 5
 STOPS = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -121,14 +121,14 @@ def cut(text: str) -> str:
     return text
 
 
-def score_sums(task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = ()) -> Measured:
+def score_sums(task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = ()) -> Measurement:
     """Strict exact match, with flexible extraction beside it; an answer of None is unscored."""
     pairs = list(zip(answers, sums, strict=True))
     hard = tuple(None if answer is None else float(matches(strict(answer), one.answer)) for answer, one in pairs)
     soft = tuple(None if answer is None else float(matches(flexible(answer), one.answer)) for answer, one in pairs)
     ids = tuple(str(number) for number in range(len(sums)))
     details = {"flexible": rate(soft).to_json()}
-    return Measured(task, "exact match (strict)", rate(hard), True, ids, hard, (), details, tuple(notes))
+    return Measurement(task, "exact match (strict)", rate(hard), True, ids, hard, (), details, tuple(notes))
 
 
 def measure_gsm8k(
@@ -137,13 +137,11 @@ def measure_gsm8k(
     treatment: Treatment = contextlib.nullcontext,
     *,
     task: str = "gsm8k",
-    shots: int = SHOTS,
-    limit: int | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: BatchSize = "auto",
+    settings: TaskSettings | None = None,
     done: Mapping[int, str] | None = None,
     answered: Callable[[int, str], None] | None = None,
-) -> Measured:
+    **options: Any,
+) -> Measurement:
     """Exact match on a local file, greedy, without a chat template; a context too long for the model loses its beginning.
 
     Args:
@@ -151,17 +149,17 @@ def measure_gsm8k(
         path: a file of GSM8K, or its folder.
         treatment: what the model is under.
         task: name in the result.
-        shots: worked examples shown before each question.
-        limit: ask the first so many.
-        max_new_tokens: length of an answer.
-        batch_size: questions a pass.
+        settings: how it is asked; 5 worked examples where no number is said.
         done: answers of an earlier, interrupted call, by number; they are not asked again.
         answered: told every answer as soon as it is there.
+        **options: fields of `TaskSettings` to change.
 
     Source: lm-evaluation-harness 0.4, task `gsm8k` (prompt, stops, both extractions, what is ignored when numbers are compared).
     Differs: examples are the first of the training file instead of random ones.
     """
-    sums, examples, notes = asked_and_shown(path, shots, limit)
+    how = TaskSettings.of(settings, **options)
+    sums, examples, notes = asked_and_shown(path, SHOTS if how.shots is None else how.shots, how.limit)
+    max_new_tokens = how.max_new_tokens
     room = (model.max_length or 10**9) - max_new_tokens
     if room < 2:
         max_new_tokens = max(1, (model.max_length or 2) // 2)
@@ -183,7 +181,7 @@ def measure_gsm8k(
     decoding = Decoding(max_new_tokens, others=stops(model, STOPS))
     kept = [ids[-room:] for ids in sequences]
     with treatment():
-        generate(model, kept, decoding, batch_size=batch_size, skip=sorted(answers), answered=keep, notes=notes)
+        generate(model, kept, decoding, batch_size=how.batch_size, skip=sorted(answers), answered=keep, notes=notes)
     return score_sums(task, [answers.get(number) for number in range(len(sums))], sums, notes=notes)
 
 
@@ -317,11 +315,10 @@ def measure_mmlu(
     treatment: Treatment = contextlib.nullcontext,
     *,
     task: str = "mmlu",
-    shots: int = SHOTS,
-    limit: int | None = None,
     split: str | None = None,
-    batch_size: BatchSize = "auto",
-) -> Measured:
+    settings: TaskSettings | None = None,
+    **options: Any,
+) -> Measurement:
     """Accuracy over all questions, without a chat template; a context too long for the model loses its beginning.
 
     Args:
@@ -329,26 +326,25 @@ def measure_mmlu(
         path: a folder or zip of MMLU's CSV files.
         treatment: what the model is under.
         task: name in the result.
-        shots: examples of the same subject shown before each question.
-        limit: ask so many questions, spread evenly over all subjects.
         split: what is asked; `test` where it is there, otherwise `val`.
-        batch_size: sequences a pass.
+        settings: how it is asked; 5 examples of the same subject where no number is said. A limit is spread evenly over all subjects.
+        **options: fields of `TaskSettings` to change.
 
     Source: Hendrycks et al., ICLR 2021; prompt and scoring of lm-evaluation-harness 0.4, task `mmlu`.
     Differs: nothing in the scores; a limit is spread over the subjects instead of taking the first of each.
     """
-    data = read_mmlu(path, split)
-    asked = data.asked
-    if limit is not None and limit < len(asked):
-        asked = [asked[place] for place in np.linspace(0, len(asked) - 1, limit).round().astype(int)]
+    how, data = TaskSettings.of(settings, **options), read_mmlu(path, split)
+    asked, shots = data.asked, SHOTS if how.shots is None else how.shots
+    if how.limit is not None and how.limit < len(asked):
+        asked = [asked[number] for number in np.linspace(0, len(asked) - 1, how.limit).round().astype(int)]
     pairs = [(question_context(one, data.shown.get(one.subject, [])[:shots]), f" {letter}") for one in asked for letter in LETTERS]
-    answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=batch_size)) if asked else []
+    answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=how.batch_size)) if asked else []
     right = tuple(None if answer is None else float(answer == one.answer) for answer, one in zip(answers, asked, strict=True))
     ids = tuple(f"{one.subject} {number}" for number, one in enumerate(asked))
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
     failed = right.count(None)
     notes += [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"] if failed else []
-    return Measured(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
+    return Measurement(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
 
 
 def _by_subject(asked: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safety_neurons.capability.language import Measured, Treatment, documents, measure_divergence, measure_perplexity, measure_running_text
+from safety_neurons.capability.language import (
+    Measurement,
+    TaskSettings,
+    Treatment,
+    documents,
+    measure_divergence,
+    measure_perplexity,
+    measure_running_text,
+)
 from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu, read_mmlu, read_sums
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
@@ -48,31 +56,6 @@ class Task:
         return self.kind == "kl"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How tasks are measured; the same for every arm.
-
-    Attributes:
-        limit: items of each task, the first so many.
-        shots: examples shown; what is usual for the task where None.
-        max_new_tokens: length of an answer where a task generates.
-        batch_size: rows a pass.
-        seed: under which answers are kept.
-        folder: an organism's own prompts.
-        tasks_folder: task files of lm-evaluation-harness.
-        offline: fetch nothing.
-    """
-
-    limit: int | None = None
-    shots: int | None = None
-    max_new_tokens: int = 256
-    batch_size: BatchSize = "auto"
-    seed: int = 0
-    folder: pathlib.Path | None = None
-    tasks_folder: pathlib.Path | None = None
-    offline: bool = False
-
-
 def task(name: str) -> Task:
     """The task of a name.
 
@@ -92,7 +75,7 @@ def task(name: str) -> Task:
     return Task(name, HARNESS, source or kind)
 
 
-def check(wanted: Task, settings: Settings) -> None:
+def check(wanted: Task, settings: TaskSettings) -> None:
     """Reads a task's files before anything is loaded.
 
     Raises:
@@ -112,12 +95,12 @@ def measure(
     wanted: Task,
     model: LanguageModel,
     treatment: Treatment = contextlib.nullcontext,
-    settings: Settings | None = None,
+    settings: TaskSettings | None = None,
     *,
     reference: LanguageModel | None = None,
     done: Mapping[int, str] | None = None,
     answered: Callable[[int, str], None] | None = None,
-) -> Measured:
+) -> Measurement:
     """One task, measured on the model under a treatment.
 
     Args:
@@ -129,26 +112,24 @@ def measure(
         done: answers of an interrupted call, for tasks that generate.
         answered: told every new answer, for tasks that generate.
     """
-    how = settings or Settings()
-    common = {"task": wanted.name, "batch_size": how.batch_size}
+    how, name = settings or TaskSettings(), wanted.name
     if wanted.kind == "perplexity":
-        return measure_perplexity(model, prompts(wanted.source, limit=how.limit, folder=how.folder), treatment, **common)  # type: ignore[arg-type]
+        text = prompts(wanted.source, limit=how.limit, folder=how.folder)
+        return measure_perplexity(model, text, treatment, task=name, batch_size=how.batch_size)
     if wanted.kind == "kl":
         asked = prompts(wanted.source, limit=how.limit, folder=how.folder)
         if reference is None:
-            return measure_divergence(model, asked, treatment, **common)  # type: ignore[arg-type]
+            return measure_divergence(model, asked, treatment, task=name, batch_size=how.batch_size)
         with treatment():
-            return measure_divergence(reference, asked, model, **common)  # type: ignore[arg-type]
+            return measure_divergence(reference, asked, model, task=name, batch_size=how.batch_size)
     if wanted.kind == "wikitext":
-        return measure_running_text(model, _document_texts(wanted.source)[: how.limit], treatment, **common)  # type: ignore[arg-type]
-    shots = {} if how.shots is None else {"shots": how.shots}
+        texts = _document_texts(wanted.source)[: how.limit]
+        return measure_running_text(model, texts, treatment, task=name, batch_size=how.batch_size)
     if wanted.kind == "mmlu":
-        return measure_mmlu(model, wanted.source, treatment, limit=how.limit, **shots, **common)  # type: ignore[arg-type]
+        return measure_mmlu(model, wanted.source, treatment, task=name, settings=how)
     if wanted.kind == "gsm8k":
-        kept = {"done": done, "answered": answered, "max_new_tokens": how.max_new_tokens}
-        return measure_gsm8k(model, wanted.source, treatment, limit=how.limit, **shots, **kept, **common)  # type: ignore[arg-type]
-    options = {"limit": how.limit, "shots": how.shots, "batch_size": how.batch_size, "tasks_folder": how.tasks_folder}
-    return measure_harness(model, [wanted.source], treatment, offline=how.offline, **options)[0]  # type: ignore[arg-type]
+        return measure_gsm8k(model, wanted.source, treatment, task=name, settings=how, done=done, answered=answered)
+    return measure_harness(model, [wanted.source], treatment, settings=how)[0]
 
 
 def _document_texts(source: str) -> list[str]:
@@ -208,40 +189,40 @@ def measure_harness(
     model: LanguageModel,
     tasks: Sequence[str],
     treatment: Treatment = contextlib.nullcontext,
-    *,
-    tasks_folder: str | pathlib.Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch_size: BatchSize = "auto",
-    offline: bool = False,
-) -> list[Measured]:
+    settings: TaskSettings | None = None,
+    **options: Any,
+) -> list[Measurement]:
     """Standard tasks by their names in the harness, on the model as it is in memory under the treatment.
 
     Args:
         model: the model.
         tasks: names such as `arc_challenge`, or of a group such as `mmlu`.
         treatment: what the model is under.
-        tasks_folder: a folder of task files (YAML) beside those of the harness.
-        shots: examples; what the task says where None.
-        limit: the first so many items of every task.
-        batch_size: rows a pass; 8 where `auto`.
-        offline: fetch nothing: data have to be local, or in the hub's cache.
+        settings: how to measure; offline, data have to be local or in the hub's cache.
+        **options: fields of `TaskSettings` to change.
 
     Raises:
         UsageError: the harness is not installed.
         InputError: it does not know a task, or cannot get its data.
     """
-    runner = harness_model(model, batch_size=batch_size)
+    how = TaskSettings.of(settings, **options)
+    runner = harness_model(model, batch_size=how.batch_size)
     importlib.import_module("datasets.config")  # Loaded before it is told to stay offline.
     try:
-        with warnings.catch_warnings(), without_hub() if offline else contextlib.nullcontext(), model.running(), treatment():
+        with warnings.catch_warnings(), without_hub() if how.offline else contextlib.nullcontext(), model.running(), treatment():
             warnings.simplefilter("ignore")
             from lm_eval import simple_evaluate
             from lm_eval.tasks import TaskManager
 
-            manager = TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
+            manager = TaskManager(include_path=None if how.tasks_folder is None else str(how.tasks_folder))
             found = simple_evaluate(
-                model=runner, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0
+                model=runner,
+                tasks=list(tasks),
+                num_fewshot=how.shots,
+                limit=how.limit,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
             )
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -252,7 +233,7 @@ def measure_harness(
     return [_measured(name, found) for name in wanted]
 
 
-def _measured(name: str, found: Mapping[str, Any]) -> Measured:
+def _measured(name: str, found: Mapping[str, Any]) -> Measurement:
     """The first metric of a task with its interval; the others under `details`."""
     numbers = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr" not in key}
     numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
@@ -275,7 +256,7 @@ def _measured(name: str, found: Mapping[str, Any]) -> Measured:
     ids = tuple(identifier for identifier, _ in samples) if agrees else ()
     label = metric if selected == "none" else f"{metric} ({selected})"
     details = {"engine": "lm-evaluation-harness", "version": str(found.get("lm_eval_version", "")), **numbers}
-    return Measured(f"lm-eval:{name}", label, shown, better, ids, outcomes if agrees else (), (), details)
+    return Measurement(f"lm-eval:{name}", label, shown, better, ids, outcomes if agrees else (), (), details)
 
 
 def _by_error(value: float, error: Any, found: Mapping[str, Any], name: str) -> Rate:

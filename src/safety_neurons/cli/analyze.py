@@ -10,7 +10,7 @@ from safety_neurons.cli.options import ModelName, OneModel, OtherText, PromptFil
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positional, Positive, Reads, Share
-from safety_neurons.detectors.methods import AtSites, by_name
+from safety_neurons.detectors.methods import AtSites, HowFound, by_name
 from safety_neurons.errors import UsageError
 
 FIND, MEASURE = "Which neurons", "What is measured"
@@ -64,26 +64,6 @@ class MaybePair(OneModel):
 
     base: ModelName | None = None
     """The less safe model, for methods that need a pair."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HowFound(Declaration):
-    """By which method a set is found on every group, and how large."""
-
-    PANEL: ClassVar[str | None] = FIND
-
-    method: str | None = None
-    """As `compare` names them. [default: see above]"""
-    units: Positive | None = None
-    """Units in each set."""
-    top: Share = 0.02
-    """Share of the units in each set, without --units."""
-
-    def check(self) -> None:
-        """Also the name of the method."""
-        super().check()
-        if self.method is not None:
-            by_name(self.method)
 
 
 @dataclasses.dataclass(frozen=True)

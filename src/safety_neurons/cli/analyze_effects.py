@@ -8,7 +8,7 @@ from safety_neurons.cli import console
 from safety_neurons.cli.analyze import MEASURE, MaybePair, figure, models
 from safety_neurons.cli.inputs import resolve
 from safety_neurons.cli.options import (
-    Measured,
+    EvaluationPrompts,
     ModelName,
     NeuronFile,
     OneModel,
@@ -21,7 +21,7 @@ from safety_neurons.cli.options import (
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positive, Reads, Share
-from safety_neurons.detectors.methods import Positions, Searched
+from safety_neurons.detectors.methods import CardOptions, Positions, Searched
 from safety_neurons.errors import UsageError
 
 SCORES_FILE = "scores.safetensors"
@@ -69,22 +69,6 @@ class FewRequests(Some, Requested):
     """Use the first N prompts."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CardOptions(Declaration):
-    """What a card holds."""
-
-    PANEL: ClassVar[str | None] = MEASURE
-
-    refusal: str | None = None
-    """Text of a refusal, without --base."""
-    compliance: str | None = None
-    """Text of a compliance, without --base."""
-    tokens: Positive = 10
-    """Tokens shown at either end."""
-    random: Count = 20
-    """Random neurons of the same matrices."""
-
-
 @verb("analyze vocabulary")
 def vocabulary(
     session: Session, given: MaybePair, ordered: Ordered, carded: Carded, requested: FewRequests, shown: CardOptions
@@ -118,7 +102,7 @@ def vocabulary(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Curves(Some, Measured):
+class Curves(Some, EvaluationPrompts):
     """What curves are measured on, and how finely they are drawn."""
 
     PANEL: ClassVar[str | None] = MEASURE

@@ -155,13 +155,13 @@ def evaluate(
     """Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."""
 
     def work() -> dict[str, Any]:
-        from safety_neurons.capability import Settings
+        from safety_neurons.capability import TaskSettings
         from safety_neurons.studies import evaluate as study
 
         common, loaded = session.common, models(session, evaluated)
         for name in ("completions.jsonl", "judgements.sqlite", "capability.json", "answered_by.json"):
             session.folder.path(name)
-        settings = Settings(
+        settings = TaskSettings(
             tasks.capability_limit,
             tasks.shots,
             answers.answer_tokens,

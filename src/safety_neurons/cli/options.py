@@ -124,7 +124,7 @@ class Requested(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured(Requested):
+class EvaluationPrompts(Requested):
     """What a model is measured on."""
 
     PANEL: ClassVar[str | None] = "Prompts"

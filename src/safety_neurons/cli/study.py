@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Measured, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
+from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Between, Count, Declaration, NotNegative, OneOf, OpenShare, Positive, Reads
@@ -185,7 +185,7 @@ class Lengths(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RsnStudy(Lengths, Measured, Repeated, WhichArms, TaskSteps, HowLong, Downstream, Tunings, WhichNeurons, OneModel):
+class RsnStudy(Lengths, EvaluationPrompts, Repeated, WhichArms, TaskSteps, HowLong, Downstream, Tunings, WhichNeurons, OneModel):
     """Everything that decides the first study; the last base has the first options."""
 
 
@@ -258,7 +258,7 @@ def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: 
     lab = studies.Lab(
         harmful,
         harmless,
-        session.read("text", model, study.limit) if isinstance(study, Measured) else None,
+        session.read("text", model, study.limit) if isinstance(study, EvaluationPrompts) else None,
         task,
         judge=judge,
         max_new_tokens=study.max_new_tokens,

@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Measured, NeuronFile, OneModel, Repeats, ScoreFile, Some, TwoModels, parse_sizes
+from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, Repeats, ScoreFile, Some, TwoModels, parse_sizes
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration
@@ -35,7 +35,7 @@ class Verified(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifiedOn(Repeats, Some, Measured):
+class VerifiedOn(Repeats, Some, EvaluationPrompts):
     """What it is measured on, and beside how many random sets; the last base has the first options."""
 
 

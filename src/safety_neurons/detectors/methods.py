@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from safety_neurons.declarations import Between, Declaration, OneOf, Positive
+from safety_neurons.declarations import Between, Count, Declaration, OneOf, Positive, Share
 from safety_neurons.errors import UsageError
 
 RULES = ("top", "count", "top_per_matrix", "threshold")
@@ -120,6 +120,42 @@ class Searched(AtSites):
             parse_layers(self.layers, 10**6)
         elif isinstance(self.layers, str) and not self.layers.strip().lstrip("-").isdigit():
             raise UsageError(f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number")
+
+
+@dataclasses.dataclass(frozen=True)
+class HowFound(Declaration):
+    """By which method a set is found on every group, and how large."""
+
+    PANEL: ClassVar[str | None] = "Which neurons"
+
+    method: str | None = None
+    """As `compare` names them. [default: see above]"""
+    units: Positive | None = None
+    """Units in each set."""
+    top: Share = 0.02
+    """Share of the units in each set, without --units."""
+
+    def check(self) -> None:
+        """Also the name of the method."""
+        super().check()
+        if self.method is not None:
+            by_name(self.method)
+
+
+@dataclasses.dataclass(frozen=True)
+class CardOptions(Declaration):
+    """What a neuron card holds."""
+
+    PANEL: ClassVar[str | None] = "What is measured"
+
+    refusal: str | None = None
+    """Text of a refusal, without --base."""
+    compliance: str | None = None
+    """Text of a compliance, without --base."""
+    tokens: Positive = 10
+    """Tokens shown at either end."""
+    random: Count = 20
+    """Random neurons of the same matrices."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,13 @@ import numpy as np
 
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
-from safety_neurons.detectors.streaming import BatchSums, Folded, Progress, Stream, fold
+from safety_neurons.detectors.streaming import BatchSums, Folded, Progress, Stream, check_finite
 from safety_neurons.errors import NumericalError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
-from safety_neurons.model.batches import Batch, BatchSize
+from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, plan, said_of_failed, token_budget
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.language_model import Texts as Asked
+from safety_neurons.model.language_model import takes_padding
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
 from safety_neurons.neurons.scores import said_of_zeros
 from safety_neurons.prompt_lists import Prompts
@@ -135,16 +136,62 @@ class Run:
         lm: LanguageModel | None = None,
         budget: int | None = None,
     ) -> Folded:
-        """Sum what `reduce` returns over all batches of `sequences`, in the run's resumable state.
+        """Sum in float64 what `reduce` returns over all batches of `sequences`, in the run's resumable state.
+
+        The state is written every few seconds of work, and when an error ends the run; a call that finds one starts behind its last
+        batch. A batch that does not fit in memory is halved; a prompt that gives NaN or infinity, or does not fit alone, is left
+        out, counted and noted.
 
         Args:
             sequences: token ids.
-            reduce: batch to part; called again on the halves of a batch that does not fit.
+            reduce: batch to sums; must leave nothing behind when it raises, for it is called again on the halves of a batch that does
+                not fit.
             lm: model for whose device and padding batches are made; by default the aligned one.
             budget: padded tokens of a batch whose size is `auto`.
+
+        Raises:
+            NumericalError: every sequence gives NaN or infinity; the message names the first one's site.
         """
-        options: dict[str, Any] = {"sizes": self.sizes, "batch_size": self.batch_size, "budget": budget, "progress": self.progress}
-        return fold(lm or self.aligned, self.stream, sequences, reduce, selection=self.selection, notes=self.notes, **options)
+        lm, stream = lm or self.aligned, self.stream
+        votes = Votes(dict(self.sizes)) if self.votes else None
+        if votes is not None and stream.named("votes"):
+            votes.restore(stream.named("votes"))
+        lengths = [len(sequence) for sequence in sequences]
+        groups = plan(lengths, self.batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
+        failed: dict[int, str] = {int(index): reason for index, reason in stream.state.get("failed", {}).items()}
+        halving, tokens = Halving(failed), 0
+
+        def work(batch: Batch) -> BatchSums:
+            added = reduce(batch)
+            check_finite(added.sums)
+            return added
+
+        def prepare() -> None:
+            stream.state["failed"] = {str(index): reason for index, reason in failed.items()}
+            if votes is not None:
+                stream.put("votes", votes.state())
+
+        with stream.kept(prepare):
+            for number, group in enumerate(groups):
+                tokens += sum(lengths[index] for index in group)
+                if number < int(stream.state.get("batches", 0)):
+                    continue
+                halves = halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work)
+                with stream.changing():
+                    for half in halves:
+                        stream.add(half.sums)
+                        for scores in half.scores if votes is not None else ():
+                            votes.cast(self.selection, scores)
+                    stream.state["batches"] = number + 1
+                stream.went_on(prepare)
+                if self.progress is not None:
+                    self.progress(number + 1, len(groups), tokens)
+            if len(failed) == len(sequences) > 0:
+                raise NumericalError(f"none of {len(failed)} prompts gave finite numbers; the first: {next(iter(failed.values()))}")
+            prepare()
+            stream.save()
+        self.notes += [*halving.notes, *said_of_failed(failed, len(sequences))]
+        return Folded(stream.named("sum"), votes, failed)
 
     def told(self) -> dict[str, Any]:
         """Resumable state, batch size and progress, for steps that write text."""

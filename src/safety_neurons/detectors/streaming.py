@@ -1,12 +1,7 @@
-"""Sums over batches that survive a kill: what was summed, how many batches are in it, and who voted.
-
-A detector hands `fold` a function from a batch to sums; `fold` adds them in float64, writes them to the checkpoint every few seconds of
-work (and when an error ends the run), and starts behind the last written batch when it is called again. A batch that does not fit in
-memory is halved; a prompt that gives NaN or infinity, or does not fit alone, is left out, counted and said.
-"""
+"""Keep the sums over batches of a running `find` in a checkpoint that survives a kill."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +10,8 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, plan, said_of_failed, token_budget
 from safety_neurons.model.identity import identity, json_sha256
-from safety_neurons.model.language_model import takes_padding
-from safety_neurons.neurons import Selection, Votes
+from safety_neurons.neurons import Votes
 from safety_neurons.results import Checkpoint
 
 Sums = dict[str, np.ndarray]
@@ -126,6 +119,12 @@ class Stream:
         """Set arrays under `prefix/`."""
         self.arrays.update({f"{prefix}/{name}": values for name, values in arrays.items()})
 
+    def add(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Add arrays, in float64, to those under `sum/`."""
+        for name, values in sums.items():
+            stored = self.arrays.get(f"sum/{name}")
+            self.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (0.0 if stored is None else stored)
+
     def drop(self, prefix: str) -> None:
         """Forget the arrays under `prefix/`."""
         for name in [name for name in self.arrays if name.startswith(f"{prefix}/")]:
@@ -139,90 +138,11 @@ def _told(value: Any) -> str:
     return json_sha256(value)
 
 
-def fold(
-    lm: LanguageModel,
-    stream: Stream,
-    sequences: Sequence[Sequence[int]],
-    reduce: Callable[[Batch], BatchSums],
-    *,
-    sizes: Mapping[str, int],
-    batch_size: BatchSize = "auto",
-    budget: int | None = None,
-    selection: Selection | None = None,
-    progress: Progress | None = None,
-    notes: list[str] | None = None,
-) -> Folded:
-    """Sum what `reduce` returns over all batches of `sequences`.
-
-    Args:
-        lm: model whose device and padding the batches are made for.
-        stream: holds the sums; a resumed one skips the batches that are in them.
-        sequences: token ids.
-        reduce: batch to part; must leave nothing behind when it raises, for it is called again on the halves of a batch that did not fit.
-        sizes: neurons of each site key, for the votes.
-        batch_size: rows of a batch, or "auto" for a token budget.
-        budget: padded tokens of an "auto" batch.
-        selection: with an agreement, every prompt votes for the neurons that it chooses.
-        progress: called with (batches done, batches in all, tokens done).
-        notes: gets a line for every batch that was halved, and one for the sequences that were left out.
-
-    Raises:
-        NumericalError: every sequence gives NaN or infinity; the message names the first one's site.
-    """
-    votes = Votes(dict(sizes)) if selection is not None and selection.agreement is not None else None
-    if votes is not None and stream.named("votes"):
-        votes.restore(stream.named("votes"))
-    lengths = [len(sequence) for sequence in sequences]
-    groups = plan(lengths, batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
-    failed: dict[int, str] = {int(index): reason for index, reason in stream.state.get("failed", {}).items()}
-    halving, tokens = Halving(failed), 0
-
-    def work(batch: Batch) -> BatchSums:
-        part = reduce(batch)
-        check_finite(part.sums)
-        return part
-
-    def prepare() -> None:
-        stream.state["failed"] = {str(index): reason for index, reason in failed.items()}
-        if votes is not None:
-            stream.put("votes", votes.state())
-
-    with stream.kept(prepare):
-        for number, group in enumerate(groups):
-            tokens += sum(len(sequences[index]) for index in group)
-            if number < int(stream.state.get("batches", 0)):
-                continue
-            parts = halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work)
-            with stream.changing():
-                for part in parts:
-                    _merge(stream, part)
-                    if votes is not None and selection is not None:
-                        for scores in part.scores:
-                            votes.cast(selection, scores)
-                stream.state["batches"] = number + 1
-            stream.went_on(prepare)
-            if progress is not None:
-                progress(number + 1, len(groups), tokens)
-        if len(failed) == len(sequences) > 0:
-            raise NumericalError(f"none of {len(failed)} prompts gave finite numbers; the first: {next(iter(failed.values()))}")
-        prepare()
-        stream.save()
-    if notes is not None:
-        notes += [*halving.notes, *said_of_failed(failed, len(sequences))]
-    return Folded(stream.named("sum"), votes, failed)
-
-
 def check_finite(sums: Sums) -> None:
     """Raise an error that names the first site whose numbers are not all finite."""
     for name, values in sums.items():
         if not np.isfinite(values).all():
             raise NumericalError(f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use --dtype float32")
-
-
-def _merge(stream: Stream, part: BatchSums) -> None:
-    for name, values in part.sums.items():
-        stored = stream.arrays.get(f"sum/{name}")
-        stream.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (0.0 if stored is None else stored)
 
 
 def to_numpy(values: torch.Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.judges.heads import revision_in_memory, revision_of
-from safety_neurons.judges.judgement import Case, Judge, Measure, Verdict, harm_verdict, unscored
+from safety_neurons.judges.judgement import Case, Judge, JudgeVerdict, Measure, harm_verdict, unscored
 from safety_neurons.model import BatchSize, Choice, LanguageModel, answer_probabilities, conversation_text, encode_text, load
 from safety_neurons.model.loading import folders_of
 
@@ -342,7 +342,7 @@ class GuardJudge(Judge):
         words = self._words or self.form.wording
         return {"words": hashlib.sha256(words.encode()).hexdigest(), "given": self._words is not None, "least_mass": self._least}
 
-    def verdicts(self, cases: Sequence[Case]) -> list[Verdict]:
+    def verdicts(self, cases: Sequence[Case]) -> list[JudgeVerdict]:
         """One verdict a case, from as many forward passes as the form has stages."""
         asked = [item for number, case in enumerate(cases) for item in self._questions(number, case)]
         self._read([item for item in asked if item.error is None])
@@ -435,7 +435,7 @@ class GuardJudge(Judge):
         return self.form.wrap.format(dataclasses.replace(case, context=context).put_into(self.form.wording))
 
 
-def _verdict(asked: Sequence[_Asked]) -> Verdict:
+def _verdict(asked: Sequence[_Asked]) -> JudgeVerdict:
     read = [item for item in asked if item.error is None and item.harmful is not None]
     if len(read) < len(asked):
         return unscored(next(item.error for item in asked if item.error is not None) or "no answer")

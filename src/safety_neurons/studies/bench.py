@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from safety_neurons.capability import Settings, Task, divergence, perplexity
+from safety_neurons.capability import Task, TaskSettings, divergence, perplexity
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.judges import judge_refusal
@@ -387,7 +387,7 @@ def facts_of(
     treatment: Mapping[str, Any],
     how: Writing,
     tasks: Sequence[Task],
-    settings: Settings,
+    settings: TaskSettings,
 ) -> dict[str, Any]:
     """What answers depend on beside the prompts, as JSON values.
 

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safety_neurons.capability import Measured, Settings, Task
+from safety_neurons.capability import Measurement, Task, TaskSettings
 from safety_neurons.capability import check as check_task
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
@@ -75,7 +75,7 @@ class EvaluationBench:
         judges: Sequence[tuple[str, Judge]],
         tasks: Sequence[Task],
         how: Writing,
-        settings: Settings,
+        settings: TaskSettings,
         folder: pathlib.Path | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -156,7 +156,7 @@ class EvaluationBench:
         size = len(everything) // len(seeds)
         return [everything[first : first + size] for first in range(0, len(everything), size)], names
 
-    def _task(self, task: Task, arm: Arm, reference: LanguageModel | None) -> Measured:
+    def _task(self, task: Task, arm: Arm, reference: LanguageModel | None) -> Measurement:
         self._tell(f"{arm.name}, {task.name}")
         where, seed = f"capability {task.name}", self.settings.seed
         if isinstance(arm.model, Endpoint):
@@ -168,7 +168,7 @@ class EvaluationBench:
 
         return measure_task(task, arm.model, arm.treatment, self.settings, reference=reference, done=known, answered=answered)
 
-    def _sums(self, task: Task, arm: Arm, where: str) -> Measured:
+    def _sums(self, task: Task, arm: Arm, where: str) -> Measurement:
         """GSM8K by an endpoint, which is asked in one turn."""
         how = self.settings
         shots = {} if how.shots is None else {"shots": how.shots}
@@ -294,7 +294,7 @@ def evaluate(
     data: PathLike | None = None,
     column: str | None = None,
     offline: bool = False,
-    settings: Settings | None = None,
+    settings: TaskSettings | None = None,
     judge_options: Mapping[str, Any] | None = None,
     out: PathLike | None = None,
     progress: Progress | None = None,
@@ -371,9 +371,9 @@ def _compared(
     )
 
 
-def _tasks(model: LanguageModel | Endpoint, capability: Sequence[str], settings: Settings | None) -> tuple[list[Task], Settings]:
+def _tasks(model: LanguageModel | Endpoint, capability: Sequence[str], settings: TaskSettings | None) -> tuple[list[Task], TaskSettings]:
     """The tasks, whose files have been read, and how they are measured."""
-    how = settings or Settings()
+    how = settings or TaskSettings()
     if isinstance(model, LanguageModel) and how.folder is None:
         how = dataclasses.replace(how, folder=model.prompt_folder)
     tasks = [task_of(name) for name in capability]

@@ -12,8 +12,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from safety_neurons.capability import Measured, Settings, Task, measure, task
-from safety_neurons.detectors.methods import METHODS, by_name, with_options
+from safety_neurons.capability import Measurement, Task, TaskSettings, measure, task
+from safety_neurons.detectors.methods import METHODS, HowFound, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
@@ -101,14 +101,11 @@ def find_by_group(
     aligned: LanguageModel,
     groups: Groups,
     *,
-    method: str,
-    units: int | None = None,
-    top: float | int = 0.02,
     sites: Sequence[str] | None = None,
     max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
     place: Place | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, NeuronSet]:
     """For every group the units with the largest scores on its prompts; the same number for all.
 
@@ -116,45 +113,36 @@ def find_by_group(
         base: the less safe model; None where the method needs one model.
         aligned: the safer model.
         groups: prompts to find on.
-        method: the name of a registered method.
-        units: how many units; a feed-forward index or a `v` row with its `o` columns counts once.
-        top: share of the units, where no number is given.
         sites: where to look; by default everywhere.
         max_new_tokens: length of completions, for methods that write some.
-        batch_size: prompts per pass.
         place: where the scores of every group are kept, which a killed study takes up again.
         progress: told every group.
+        **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with its `o` columns counts as
+            one unit; `batch_size`, prompts per pass.
 
     Raises:
         UsageError: an unknown method, one that needs a pair, or a share that is none.
     """
-    check_method(method, base, units, top)
+    batch_size: BatchSize = options.pop("batch_size", "auto")
+    how = HowFound.of(**options)
+    how.check()
+    method = by_name(how.method or "")
+    if method.HARMLESS == "needed":
+        raise UsageError(f"{how.method} reads harmless prompts too, which groups have none of; expected another method")
+    if base is None and method.PAIR:
+        of_one = [name for name, one in METHODS.items() if not one.PAIR and one.HARMLESS != "needed"]
+        raise UsageError(f"{how.method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}")
     table = aligned.table
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
-    budget = units or max(1, round(top * NeuronSet.all(table).only(sites=sites).n_units))
-    searching = with_options(method, sites=sites, max_new_tokens=max_new_tokens)
-    shelf, found = Shelf(place), {}
+    budget = how.units or max(1, round(how.top * NeuronSet.all(table).only(sites=sites).n_units))
+    searching = with_options(method.NAME, sites=sites, max_new_tokens=max_new_tokens)
+    shelf, sets = Shelf(place), {}
     for name, prompts in groups.members.items():
         if progress is not None:
             progress(f"find on {name}")
         scores, _ = shelf.scores(_file_name(name), searching, (base or aligned, aligned), prompts, batch_size=batch_size)
-        found[name] = whole_units(scores.top_units(budget), sites)
-    return found
-
-
-def check_method(method: str, base: object | None, units: int | None, top: float | int) -> None:
-    """Refuse what no model can make right.
-
-    Raises:
-        UsageError: an unknown method, one that needs a pair, or a budget that is none.
-    """
-    if by_name(method).HARMLESS == "needed":
-        raise UsageError(f"{method} reads harmless prompts too, which groups have none of; expected another method")
-    if base is None and by_name(method).PAIR:
-        of_one = [name for name, one in METHODS.items() if not one.PAIR and one.HARMLESS != "needed"]
-        raise UsageError(f"{method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}")
-    if units is None and not 0 < top <= 1:
-        raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.02 for two per cent)")
+        sets[name] = whole_units(scores.top_units(budget), sites)
+    return sets
 
 
 def _file_name(name: str) -> str:
@@ -315,7 +303,7 @@ class Ability:
     """What a treatment costs where no harm is asked."""
 
     name: str
-    measured: tuple[Measured, ...]
+    measured: tuple[Measurement, ...]
     harmless: Verdicts
     """Refusals of harmless requests."""
     answered: Verdicts | None
@@ -415,7 +403,7 @@ def transfer(
     bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
     if answers is not None:
         bench.task = as_prompts(answers)
-    settings = Settings(limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder)
+    settings = TaskSettings(limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder)
     measured = functools.partial(_ability, bench, [task(name) for name in tasks], settings)
     donor = Arm("aligned", aligned)
     goal = groups.split(bench.refused(donor))
@@ -431,7 +419,7 @@ def transfer(
 
 
 def _ability(
-    bench: Bench, tasks: Sequence[Task], settings: Settings, arm: Arm, name: str, reference: LanguageModel | None = None
+    bench: Bench, tasks: Sequence[Task], settings: TaskSettings, arm: Arm, name: str, reference: LanguageModel | None = None
 ) -> Ability:
     """Over-refusal, capability and the task of one arm."""
     bench.tell(f"ability, {name}")

@@ -16,7 +16,7 @@ from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, re
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import attack
-from safety_neurons.suites.attacks import MECHANICAL
+from safety_neurons.suites.rewording import MECHANICAL
 
 UNSAFE_WORDS = frozenset({"1", "1.0", "true", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
 SAFE_WORDS = frozenset({"0", "0.0", "-1", "false", "no", "safe", "harmless", "benign", "unharmful", "ok"})

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from safety_neurons.capability import Measured
+from safety_neurons.capability import Measurement
 from safety_neurons.errors import InputError
 from safety_neurons.results import (
     Completion,
@@ -127,7 +127,7 @@ class ArmScores:
 
     name: str
     suites: tuple[SuiteScore, ...]
-    capability: tuple[Measured, ...]
+    capability: tuple[Measurement, ...]
 
 
 def scored(suite: str, kind: str, seeds: Sequence[Completions], judges: Mapping[str, str]) -> SuiteScore:
@@ -278,7 +278,7 @@ def capability_changes(before: ArmScores, after: ArmScores) -> list[dict[str, An
     return [_capability_change(earlier[found.task], found) for found in after.capability if found.task in earlier]
 
 
-def _capability_change(before: Measured, after: Measured) -> dict[str, Any]:
+def _capability_change(before: Measurement, after: Measurement) -> dict[str, Any]:
     low, high, n = _drop_interval(before, after)
     shared = _shared(before, after)
     test = mcnemar([after.outcomes[b] for _, b in shared], [before.outcomes[a] for a, _ in shared]) if shared and not after.counts else None
@@ -302,12 +302,12 @@ def _drop(before: float | None, after: float | None, higher_is_better: bool) -> 
     return (before - after) / before if higher_is_better else (after - before) / before
 
 
-def _shared(before: Measured, after: Measured) -> list[tuple[int, int]]:
+def _shared(before: Measurement, after: Measurement) -> list[tuple[int, int]]:
     place = {name: number for number, name in enumerate(before.ids)}
     return [(place[name], number) for number, name in enumerate(after.ids) if name in place]
 
 
-def _drop_interval(before: Measured, after: Measured) -> tuple[float | None, float | None, int]:
+def _drop_interval(before: Measurement, after: Measurement) -> tuple[float | None, float | None, int]:
     """Over the items both arms have; None where there are none, or where the baseline can be 0."""
     usable = [
         pair for pair in _shared(before, after) if before.outcomes[pair[0]] is not None and after.outcomes[pair[1]] is not None
@@ -324,7 +324,7 @@ def _drop_interval(before: Measured, after: Measured) -> tuple[float | None, flo
     return lost.low, lost.high, len(usable)
 
 
-def _columns(measured: Measured, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(measured: Measurement, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     counts = measured.counts or (1,) * len(measured.outcomes)
     return np.array([measured.outcomes[place] for place in places], float), np.array([counts[place] for place in places], float)
 
@@ -362,8 +362,8 @@ def _suites(record: Mapping[str, Any], completions: Completions) -> Iterator[Sui
             yield scored(entry["suite"], entry["kind"], seeds, {judge: found["name"] for judge, found in entry["judges"].items()})
 
 
-def _task(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measured:
-    return Measured(
+def _task(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measurement:
+    return Measurement(
         entry["task"],
         entry["metric"],
         Rate(entry["value"], entry["low"], entry["high"], entry["n"], entry["unscored"]),

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from safety_neurons.declarations import Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained
-from safety_neurons.detectors.methods import Attribution
+from safety_neurons.detectors.methods import Attribution, CardOptions
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, run_batches, token_log_probabilities
@@ -114,6 +115,18 @@ class Cards:
         return {"cards": holm_in([card.record() for card in self.cards]), **found}
 
 
+@dataclasses.dataclass(frozen=True)
+class CardSettings(CardOptions):
+    """How cards are made: what each holds, and how it is measured."""
+
+    places: Positive = 5
+    """Prompts shown at either end of the activation."""
+    seed: int = 0
+    """Seed of the random neurons."""
+    batch_size: BatchSize = "auto"
+    """Prompts per pass."""
+
+
 def vocabulary(
     model: LanguageModel,
     neurons: Sequence[Neuron],
@@ -122,14 +135,8 @@ def vocabulary(
     *,
     base: LanguageModel | None = None,
     scores: Scores | None = None,
-    refusal: str | None = None,
-    compliance: str | None = None,
-    tokens: int = 10,
-    places: int = 5,
-    random: int = 20,
-    seed: int = 0,
-    batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Cards:
     """A card for each of a handful of neurons.
 
@@ -141,30 +148,27 @@ def vocabulary(
         base: the less safe model; each neuron's activation is then also patched into it, and refusal and compliance are the two
             models' own greedy answers.
         scores: to tell each neuron's.
-        refusal: text of a refusal, without a base; built-in English ones by default.
-        compliance: text of a compliance, likewise.
-        tokens: top and bottom tokens shown.
-        places: prompts shown at either end of the activation.
-        random: random neurons of the same matrices, for each treatment.
-        seed: of the random neurons and the bootstrap.
-        batch_size: prompts per pass.
         progress: told every step.
+        **options: the fields of `CardSettings`.
 
     Raises:
         NeuronError: no neuron, or one that the model does not have.
+        UsageError: an option that is none.
 
     Source: Chen et al., NeurIPS 2025, section 5.3 (tokens of output directions); the effect of one neuron is measured, not estimated.
     """
     harmful = as_prompts(harmful)
     harmless = None if harmless is None else as_prompts(harmless)
+    how = CardSettings.of(**options)
+    how.check()
     chosen = _checked(model, neurons)
     tell = progress or (lambda _: None)
     tell("vocabulary")
-    references = _references(model, chosen, random, seed)
-    written = _written(model, [*chosen, *references], tokens)
+    references = _references(model, chosen, how.random, how.seed)
+    written = _written(model, [*chosen, *references], how.tokens)
     tell("activations")
-    found = activity(model, chosen, harmful, harmless, places=places, batch_size=batch_size)
-    odds = RefusalOdds.of(model, base, harmful, refusal, compliance, batch_size)
+    found = activity(model, chosen, harmful, harmless, places=how.places, batch_size=how.batch_size)
+    odds = RefusalOdds.of(model, base, harmful, how.refusal, how.compliance, how.batch_size)
     treatments: dict[str, tuple[LanguageModel, Treat]] = {"deactivate": (model, lambda part: lambda: deactivated(model, part))}
     if base is not None:
         treatments["patch"] = (base, lambda part: lambda: patched(base, model, part))
@@ -173,7 +177,7 @@ def vocabulary(
     reference: dict[str, Any] = {}
     for name, (subject, treat) in treatments.items():
         tell(f"log-odds, {name}")
-        ruler = _Ruler(odds, subject, treat, seed)
+        ruler = _Ruler(odds, subject, treat)
         reference[name] = ruler.random(references)
         effects[name] = {neuron: ruler.effect(neuron, reference[name]) for neuron in chosen}
         log_odds[name] = ruler.together(chosen)
@@ -440,7 +444,6 @@ class _Ruler:
     odds: RefusalOdds
     subject: LanguageModel
     treat: Treat
-    seed: int
     untreated: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from safety_neurons.suites.attacks import ADAPTIVE, ATTACKS, STATIC, Attack, Attacks, attack, import_attacks
+from safety_neurons.suites.attacks import ADAPTIVE, STATIC, AttackPrompt, Attacks, import_attacks
+from safety_neurons.suites.rewording import ATTACKS, attack
 from safety_neurons.suites.suite import Suite, SuiteCheck, catalogue, suite, verify
 
 __all__ = [
     "ADAPTIVE",
     "ATTACKS",
     "STATIC",
-    "Attack",
+    "AttackPrompt",
     "Attacks",
     "Suite",
     "SuiteCheck",

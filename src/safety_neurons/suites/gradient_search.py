@@ -19,7 +19,7 @@ from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_b
 from safety_neurons.model.batches import Batch, collate
 from safety_neurons.model.likelihood import logits_budget, widened
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.suites.attacks import DEFAULT_OPENING, Attack, Attacks
+from safety_neurons.suites.attacks import DEFAULT_OPENING, AttackPrompt, Attacks
 
 _WORDS = ("!", "x", "*", "the")
 
@@ -216,7 +216,7 @@ def gcg(
     *,
     targets: Mapping[str, str] | None = None,
     done: Attacks | None = None,
-    made: Callable[[Attack], None] | None = None,
+    made: Callable[[AttackPrompt], None] | None = None,
     progress: AttackProgress | None = None,
     **settings: Any,
 ) -> Attacks:
@@ -251,7 +251,7 @@ def gcg(
     how = SuffixSearch.of(settings)
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
-    found: list[Attack] = []
+    found: list[AttackPrompt] = []
     steps_done = 0
     for number, prompt in enumerate(prompts, 1):
         attack = before.get(prompt.id)
@@ -276,7 +276,7 @@ class _Hunt:
         self.target_ids = _target_ids(lm, prompt, target)
         self.bare = encoded(lm, prompt, [""])[0]
 
-    def run(self) -> Attack:
+    def run(self) -> AttackPrompt:
         """SuffixSearch and return the best suffix there was."""
         current = initial(self.lm, self.prompt, self.how.suffix_tokens, self.allowed, self.generator)
         losses, matches = self.losses([current.ids])
@@ -357,7 +357,7 @@ class _Hunt:
         run_batches(self.lm, whole, per_batch, self.how.batch_size, True, budget=logits_budget(self.lm))
         return [found[index][0] for index in range(len(whole))], [found[index][1] for index in range(len(whole))]
 
-    def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> Attack:
+    def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> AttackPrompt:
         prompt = self.prompt
         meta = {key: value for key, value in prompt.meta.items() if key not in ("goal", "behavior_id", "method", "label")}
         meta |= {"prompt_id": prompt.id, "target": self.target, "suffix": best.suffix, "loss_before": first, "loss": last}
@@ -366,7 +366,7 @@ class _Hunt:
         meta |= {"language": prompt.language} if prompt.language else {}
         if best.prompt.messages:
             meta["messages"] = [{"role": turn.role, "content": turn.content} for turn in best.prompt.messages]
-        return Attack(
+        return AttackPrompt(
             behavior_id=str(prompt.meta.get("behavior_id", prompt.id)),
             goal=str(prompt.meta.get("goal", prompt.text)),
             prompt=best.prompt.text,
