@@ -187,12 +187,7 @@ NAMED_TWICE = {"Judged", "Outcome", "Settings"}
 MANY_PARAMETERS = {
     "guard/fit.py recalibrate",
     "guard/generate.py __init__",
-    "model/chat_server.py complete",
-    "model/language_model.py __init__",
-    "model/language_model.py complete",
-    "model/language_model.py generate",
     "model/loading.py load",
-    "model/passes.py run_batches",
     "studies/comparison.py compare",
     "studies/evaluation.py evaluate",
     "studies/guard_evaluation.py guarded_outputs",

@@ -11,6 +11,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load, run_batches, token_losses
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import Decoding, generate
+from safety_neurons.model.passes import PassOptions
 from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -44,7 +45,7 @@ def test_nothing_of_the_callers_is_left_changed_also_after_an_exception(training
     lm.complete(["help"], max_new_tokens=3, sample=True)
     token_losses(lm, ["kill a tree"])
     _ = lm.table
-    run_batches(lm, [[1, 5, 6]], len, last_layer=0)
+    run_batches(lm, [[1, 5, 6]], len, options=PassOptions(last_layer=0))
     _same(before, _everything(model, tokenizer))
 
     def fail(*_):

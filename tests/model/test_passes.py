@@ -15,7 +15,7 @@ from safety_neurons.errors import InputError, MismatchError, ModelError, Numeric
 from safety_neurons.model import Halving, LanguageModel, activation_statistics, batches, estimate, run_batches
 from safety_neurons.model.batches import collate, is_out_of_memory, next_token_rows, plan
 from safety_neurons.model.hooks import around, reading
-from safety_neurons.model.passes import FEW, reduced, reduced_by_group
+from safety_neurons.model.passes import FEW, PassOptions, reduced, reduced_by_group
 from safety_neurons.prompt_lists import Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -101,11 +101,11 @@ def test_a_pass_stops_behind_the_last_layer_that_is_wanted():
     _ = lm.anatomy
     watched = {layer: lambda *_, number=number: calls.append(number) for number, layer in enumerate(model.model.layers)}
     with around(before=watched):
-        outputs = run_batches(lm, SEQUENCES[:2], lambda batch: batch.output, batch_size=2, last_layer=0)
+        outputs = run_batches(lm, SEQUENCES[:2], lambda batch: batch.output, batch_size=2, options=PassOptions(last_layer=0))
     assert calls == [0]
     assert outputs == [None]
     with pytest.raises(InputError, match="layer 7"):
-        run_batches(lm, SEQUENCES, len, last_layer=7)
+        run_batches(lm, SEQUENCES, len, options=PassOptions(last_layer=7))
 
 
 def test_dropout_is_off_meanwhile_and_training_mode_comes_back():
@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_rows_are_counted_once():
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    parts = run_batches(lm, SEQUENCES, _last, batch_size=5, before=refuse_large, notes=notes)
+    parts = run_batches(lm, SEQUENCES, _last, batch_size=5, notes=notes, options=PassOptions(before=refuse_large))
     assert sorted(_by_index(parts)) == list(range(5))
     assert seen == [5, 2, 1, 2]
     assert len(notes) == 1
@@ -167,8 +167,8 @@ def test_one_sequence_that_does_not_fit_is_an_error_and_other_errors_pass_throug
 def test_a_run_starts_behind_the_batches_that_are_done_and_reports_each():
     lm, steps, finished = LanguageModel(tiny_llama()), [], []
     every = run_batches(lm, SEQUENCES, lambda batch: batch.indices, batch_size=2)
-    reports = {"progress": lambda *step: steps.append(step), "finished": finished.append}
-    rest = run_batches(lm, SEQUENCES, lambda batch: batch.indices, batch_size=2, start=1, **reports)
+    options = PassOptions(1, finished.append)
+    rest = run_batches(lm, SEQUENCES, lambda batch: batch.indices, 2, progress=lambda *step: steps.append(step), options=options)
     assert rest == every[1:]
     assert steps == [(2, 3, 16), (3, 3, 17)]
     assert finished == [2, 3]

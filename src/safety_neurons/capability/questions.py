@@ -22,7 +22,7 @@ from safety_neurons.errors import InputError
 from safety_neurons.model import Batch, LanguageModel, encode_text, run_batches
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.language_model import Answer, Decoding, generate, stops
-from safety_neurons.model.likelihood import logits_budget, widened
+from safety_neurons.model.likelihood import widened
 from safety_neurons.prompt_lists.readers import LARGEST
 from safety_neurons.results import rate
 
@@ -299,7 +299,7 @@ def log_likelihoods(
                 found[number] = float(scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum())
 
     with treatment():
-        run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True, budget=logits_budget(model))
+        run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True)
     return found
 
 

@@ -12,7 +12,7 @@ from safety_neurons.detectors.runner import PromptCounts, Run, Scored
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import Encoded, LanguageModel, hooks
 from safety_neurons.model.batches import Batch, said_of_failed
-from safety_neurons.model.passes import run_batches
+from safety_neurons.model.passes import PassOptions, run_batches
 from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import MLP_SITES, parse_key
 
@@ -67,7 +67,7 @@ def pooled_activations(
 
     layers = {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
     with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
-        run_batches(model, encoded, take, run.batch_size, start=int(stream.state.get(done, 0)), finished=finished)
+        run_batches(model, encoded, take, run.batch_size, options=PassOptions(int(stream.state.get(done, 0)), finished))
         prepare()
     return found
 

@@ -18,7 +18,7 @@ from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
 from safety_neurons.model.language_model import Texts
-from safety_neurons.model.passes import run_batches
+from safety_neurons.model.passes import PassOptions, run_batches
 from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompt_lists import Message, Prompt, as_prompts
@@ -435,16 +435,9 @@ def collect(
     **watching: Any,
 ) -> None:
     """Run prompts through a model up to the last layer that is read; `keep` is called behind every batch. `watching`: see `run_batches`."""
+    options = PassOptions(before=lambda batch: collector.start(batch.attention_mask), last_layer=last_layer(collector.neurons))
     with model_lock(model), collector:
-        run_batches(
-            model,
-            [item.ids for item in encoded],
-            keep,
-            batch_size,
-            before=lambda batch: collector.start(batch.attention_mask),
-            last_layer=last_layer(collector.neurons),
-            **watching,
-        )
+        run_batches(model, [item.ids for item in encoded], keep, batch_size, options=options, **watching)
 
 
 def last_layer(neurons: NeuronSet) -> int:

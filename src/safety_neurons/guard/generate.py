@@ -329,7 +329,6 @@ Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
 """What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
 Log = Callable[[Mapping[str, Any]], None]
 """Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
-_DECODING = ("max_new_tokens", "sample", "temperature", "top_p", "seed")
 _SEVERAL_ROWS = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha")
 _OTHER_LOOPS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit", "use_mtp", "streamer")
 
@@ -486,20 +485,17 @@ class GuardedModel:
             DecodeError: beams, several answers a prompt, an assistant model, a cache that holds tokens the guard has not read.
             UsageError: longer answers than the re-checks are calibrated for.
         """
-        named = {name: options[name] for name in _DECODING if name in options}
-        others = {name: value for name, value in options.items() if name not in named}
-        several = [name for name in _SEVERAL_ROWS if others.get(name) not in (None, 1, 0)]
-        other = [name for name in _OTHER_LOOPS if others.get(name) is not None]
+        several = [name for name in _SEVERAL_ROWS if options.get(name) not in (None, 1, 0)]
+        other = [name for name in _OTHER_LOOPS if options.get(name) is not None]
         if several or other:
             raise DecodeError(f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or sampling, one row a prompt")
-        if others.get("past_key_values") is not None:
+        if options.get("past_key_values") is not None:
             raise DecodeError("past_key_values arrived: the guard has not read the tokens in that cache; give the whole prompt instead")
-        if self.rules.every and others.get("use_cache") is False:
+        if self.rules.every and options.get("use_cache") is False:
             raise DecodeError("use_cache=False with re-checks: tokens would be read again at every step; leave one of them out")
-        if others.get("return_dict_in_generate"):
+        if options.get("return_dict_in_generate"):
             raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
-        measured = self.guard.recheck
-        decoding = Decoding(**named, others=others)
+        measured, decoding = self.guard.recheck, Decoding.of(options)
         if self.rules.every and self._measured_threshold and measured is not None and decoding.max_new_tokens > measured.max_new_tokens:
             raise UsageError(
                 f"{decoding.max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
@@ -545,7 +541,8 @@ class GuardedModel:
 
         with model_lock(self.model):
             ids = [item.ids for item in encoded]
-            generate(self.model, ids, decoding, batch_size=batch_size, skip=skip, answered=keep, watched=watched, **generating)
+            watching = dataclasses.replace(decoding, watched=watched)
+            generate(self.model, ids, watching, batch_size=batch_size, skip=skip, answered=keep, **generating)
         return answers
 
     def _beside(self, requests: Sequence[Prompt], skip: set[int], batch_size: BatchSize) -> list[list[Verdict]]:

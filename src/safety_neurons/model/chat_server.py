@@ -19,9 +19,9 @@ from typing import Any
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model.batches import BatchSize, Progress
-from safety_neurons.model.language_model import Texts
-from safety_neurons.prompt_lists import Prompt, as_prompts
-from safety_neurons.results import Completion, Completions, conversation_of
+from safety_neurons.model.language_model import Decoding, PendingCompletions, Texts
+from safety_neurons.prompt_lists import Prompt
+from safety_neurons.results import Completion, Completions
 
 LARGEST = 1 << 24
 """Bytes of a reply that are read."""
@@ -57,7 +57,7 @@ class RefusedRequestError(ServerError):
     """A request that the server refuses for what is in it, such as a conversation that is too long; others it may answer."""
 
 
-class _SaidError(Exception):
+class _RecordError(Exception):
     """An error record of the server: its status, what it says, and how it names the reason."""
 
     def __init__(self, status: int, said: str, record: Any) -> None:
@@ -168,7 +168,7 @@ class ChatServer:
             fields.pop(None, None)
             try:
                 record = self._sent(json.dumps({"model": self.model, "messages": [dict(turn) for turn in messages], **fields}).encode())
-            except _SaidError as error:
+            except _RecordError as error:
                 if error.reasons & _FILTERS:
                     return Reply("", FILTERED)
                 if error.field in _INSTEAD and error.field in fields and error.reasons & _UNSUPPORTED:
@@ -206,11 +206,11 @@ class ChatServer:
                 self._unreachable = 0
                 with contextlib.closing(error):
                     text, record = _said(error)
-                    found = _SaidError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
+                    found = _RecordError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
                 if not found.passes or found.reasons & _FILTERS:
                     raise found from None
                 why, wait = str(found), _retry_after(error.headers.get("Retry-After"), wait)
-            except _SaidError as error:
+            except _RecordError as error:
                 self._unreachable = 0
                 if not error.passes or error.reasons & _FILTERS:
                     raise
@@ -230,7 +230,7 @@ class ChatServer:
                 self._sleep(wait)
         raise ServerError(f"{why}; {tries} tries")
 
-    def _error_within(self, record: Any) -> _SaidError | None:
+    def _error_within(self, record: Any) -> _RecordError | None:
         """The error that a reply of status 200 is, with the status that it names itself; one that names none may pass."""
         if not isinstance(record, dict) or not record.get("error") or record.get("choices"):
             return None
@@ -240,7 +240,7 @@ class ChatServer:
         reasons = {str(error.get(name)).casefold() for name in ("code", "type") if error.get(name)}
         status = status or (503 if not reasons or reasons & _PASSING else 400)
         text = self._without_key(_message_of(record, "an error"))
-        return _SaidError(status, f"{self.url} answered 200 with an error: {text}", record)
+        return _RecordError(status, f"{self.url} answered 200 with an error: {text}", record)
 
     def _key(self) -> str:
         return os.environ.get(self._key_variable, "").strip()
@@ -389,24 +389,20 @@ class Endpoint:
         self,
         prompts: Texts,
         *,
-        max_new_tokens: int = 128,
-        sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: BatchSize = "auto",
         arm: str = "untreated",
+        batch_size: BatchSize = "auto",
         progress: Progress | None = None,
         done: Completions | None = None,
         answered: Callable[[Completion], None] | None = None,
         notes: list[str] | None = None,
-        **settings: Any,
+        **decoding: Any,
     ) -> Completions:
         """Answers prompts as `LanguageModel.complete` does, greedy unless `sample` is set; several requests are under way at a time.
 
-        Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server knows seeds, `batch_size` are
-        requests at a time (8 where `auto`), `progress` gets 0 for the tokens, which are not known, and `settings` are further entries of
-        the request, such as `stop`. A prompt's own turns are sent as they are.
+        Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server knows seeds,
+        `batch_size` are requests at a time (8 where `auto`), `progress` gets 0 for the tokens, which are not known, and
+        what of `decoding` is no field of `Decoding` is a further entry of the request, such as `stop`. A prompt's own turns
+        are sent as they are.
 
         Returns:
             One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or answer that the server's filter
@@ -417,67 +413,54 @@ class Endpoint:
         Raises:
             ServerError: The server cannot be reached, takes no key or address, refuses every request, or gives no answer that can be read.
         """
-        asked = as_prompts(prompts)
-        before = {completion.prompt_id: completion for completion in done or ()}
-        results = {
-            index: one
-            for index, prompt in enumerate(asked)
-            if (one := before.get(prompt.id)) is not None and one.answers(prompt) and one.finish_reason != "failed"
-        }
-        body = {"max_tokens": max_new_tokens, "temperature": temperature if sample else 0.0, "seed": seed}
-        if sample:
-            body["top_p"] = top_p
-        body = {**body, **self.request, **settings}
-        unusual: Counter[str] = Counter()
-        why: dict[str, int] = {}
+        how = Decoding.of(decoding)
+        body: dict[str, Any] = {"max_tokens": how.max_new_tokens, "temperature": 0.0, "seed": how.seed}
+        if how.sample:
+            body |= {"temperature": how.temperature, "top_p": how.top_p}
+        body |= {**self.request, **(how.others or {})}
+        pending = PendingCompletions(prompts, arm, how.seed, done, answered, failed_again=True)
+        asked, results = pending.prompts, pending.results
+        odd: Counter[str] = Counter()
+        errors: Counter[str] = Counter()
         with concurrent.futures.ThreadPoolExecutor(CONCURRENT if batch_size == "auto" else batch_size) as pool:
             waiting = {pool.submit(self._answer, prompt, body): index for index, prompt in enumerate(asked) if index not in results}
             try:
                 for future in concurrent.futures.as_completed(waiting):
-                    index = waiting[future]
-                    results[index] = one = self._completion(asked[index], future, arm, seed)
-                    unusual.update([one.meta["finish_reason"]] if "finish_reason" in one.meta else [])
-                    if "error" in one.meta:
-                        why[one.meta["error"]] = why.get(one.meta["error"], 0) + 1
-                    if unusual[_UNREADABLE] == len(asked):
-                        raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
-                    if unusual[_REFUSED] and unusual[_REFUSED] + unusual[_UNREADABLE] == len(asked):
-                        raise ServerError(
-                            f"{max(why, key=lambda said: why[said])}; all of {len(asked)} requests failed, expected answers: "
-                            "rename or leave out the fields that it names with --request"
-                        )
-                    if answered is not None:
-                        answered(results[index])
+                    text, reason, error = future.result()
+                    about = {"finish_reason": reason} if reason not in _ENDED | _CUT else {}
+                    odd.update(about.values())
+                    if error:
+                        errors[error] += 1
+                    self._go_on(odd, errors, len(asked))
+                    meta = ({"think_end": self.think_end} if self.think_end else {}) | about | ({"error": error} if error else {})
+                    pending.add(waiting[future], text, "failed" if error else "length" if reason in _CUT else "stop", meta=meta)
                     if progress is not None:
                         progress(len(results), len(asked), 0)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if notes is not None:
-            notes += [
-                f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}" for reason, count in unusual.items()
-            ]
+            notes += [f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}" for reason, count in odd.items()]
             notes += [
                 f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
                 for name, new in self._server.changed.items()
             ]
-            notes += [f"{count} requests refused: {said}" for said, count in sorted(why.items(), key=lambda entry: -entry[1])[:3]]
-        return Completions([results[index] for index in range(len(asked))])
+            notes += [f"{count} requests refused: {error}" for error, count in errors.most_common(3)]
+        return pending.completions
 
-    def _completion(self, prompt: Prompt, future: concurrent.futures.Future[tuple[str, str]], arm: str, seed: int) -> Completion:
-        """What came back for a prompt, a request that was refused for what is in it among it.
+    def _go_on(self, odd: Counter[str], errors: Counter[str], n: int) -> None:
+        """Ends a call in which no request at all gives an answer.
 
         Raises:
-            ServerError: Any other failure.
+            ServerError: That is so.
         """
-        meta: dict[str, Any] = {**conversation_of(prompt), **({"think_end": self.think_end} if self.think_end else {})}
-        try:
-            text, reason = future.result()
-        except RefusedRequestError as error:
-            meta |= {"finish_reason": _REFUSED, "error": str(error)}
-            return Completion(prompt.id, prompt.text, "", (), "failed", arm, seed, {}, meta)
-        odd = {} if reason in _ENDED | _CUT else {"finish_reason": reason}
-        return Completion(prompt.id, prompt.text, text, (), "length" if reason in _CUT else "stop", arm, seed, {}, {**meta, **odd})
+        if odd[_UNREADABLE] == n:
+            raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
+        if odd[_REFUSED] and odd[_REFUSED] + odd[_UNREADABLE] == n:
+            raise ServerError(
+                f"{errors.most_common(1)[0][0]}; all of {n} requests failed, expected answers: "
+                "rename or leave out the fields that it names with --request"
+            )
 
     def _turns(self, prompt: Prompt) -> list[dict[str, str]]:
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages] or [{"role": "user", "content": prompt.text}]
@@ -485,12 +468,18 @@ class Endpoint:
             turns.insert(0, {"role": "system", "content": self.system})
         return turns
 
-    def _answer(self, prompt: Prompt, settings: Mapping[str, Any]) -> tuple[str, str]:
-        """Text, and why it ends; a refusal that the server marks as one is the text."""
+    def _answer(self, prompt: Prompt, body: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Text, why it ends, and what the server says where it refuses the request; a refusal it marks as one is the text.
+
+        Raises:
+            ServerError: Any other failure.
+        """
         turns = self._turns(prompt)
         begun = _GOES_ON if turns[-1]["role"] == "assistant" else {}
         try:
-            reply = self._server.chat(turns, **{**begun, **settings})
+            reply = self._server.chat(turns, **{**begun, **body})
         except OddReplyError:
-            return "", _UNREADABLE
-        return reply.text or reply.refusal, FILTERED if reply.finish_reason == "safety" else reply.finish_reason
+            return "", _UNREADABLE, ""
+        except RefusedRequestError as error:
+            return "", _REFUSED, str(error)
+        return reply.text or reply.refusal, FILTERED if reply.finish_reason == "safety" else reply.finish_reason, ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from safety_neurons.model.batches import BatchSize, Halving, Progress, Rows, pla
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.proof import prove
 from safety_neurons.model.sites import Anatomy, unwrapped
-from safety_neurons.model.template import encode_text, require_tokenizer, template_for, untouched
+from safety_neurons.model.template import Prompting, encode_text, require_tokenizer, template_for, untouched
 from safety_neurons.neurons import SiteTable
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
@@ -55,14 +55,11 @@ class LanguageModel:
     Args:
         model: Any causal LM of transformers, or a PEFT model of one.
         tokenizer: Its tokenizer; None where only token ids are fed.
-        template: `auto`, `none`, `tulu` or the path of a Jinja file.
-        system: System prompt for prompts that bring none.
-        template_args: Variables for a chat template, such as `{"enable_thinking": False}`.
-        think_end: Text that ends the model's thinking, where it is none of the marks that are known; judges read what follows it.
         name: What people call the model; by default the name in its configuration.
-        adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for the plain base, None for
-            whatever is active.
+        adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for the plain
+            base, None for whatever is active.
         folder: The local folder it came from.
+        **prompting: How prompts are put to it: `template`, `system`, `template_args`, `think_end` (see `Prompting`).
 
     Attributes:
         notes: One line for each thing that is worth knowing of how the model was loaded and of what its template makes of prompts.
@@ -73,13 +70,10 @@ class LanguageModel:
         model: nn.Module,
         tokenizer: Any = None,
         *,
-        template: str | Path = "auto",
-        system: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        think_end: str | None = None,
         name: str | None = None,
         adapters: Sequence[str] | None = None,
         folder: str | Path | None = None,
+        **prompting: Unpack[Prompting],
     ) -> None:
         if not hasattr(unwrapped(model), "config") or not hasattr(model, "generate"):
             raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers, with a config and generate()")
@@ -88,9 +82,9 @@ class LanguageModel:
         require_weights(model)
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.template = template_for(tokenizer, template, system=system, arguments=template_args)
+        self.think_end = prompting.pop("think_end", None) or None
+        self.template = template_for(tokenizer, **prompting)
         self.name = name or str(getattr(self.config, "_name_or_path", "") or type(self.inner).__name__)
-        self.think_end = think_end or None
         self.adapters = None if adapters is None else tuple(adapters)
         self.folder = None if folder is None else Path(folder)
         self.notes: list[str] = []
@@ -106,8 +100,8 @@ class LanguageModel:
         """Folder of an organism's own prompts, which go before the built-in ones; None for every other model."""
         if self.folder is None:
             return None
-        places = (self.folder, self.folder.parent)
-        return next((place / "prompts" for place in places if (place / "organism.json").is_file() and (place / "prompts").is_dir()), None)
+        folders = (folder for folder in (self.folder, self.folder.parent) if (folder / "organism.json").is_file())
+        return next((folder / "prompts" for folder in folders if (folder / "prompts").is_dir()), None)
 
     def prompts(self, source: Source, **options: Any) -> Prompts:
         """Prompts for this model: as `safety_neurons.prompt_lists`, where `builtin:` names mean an organism's own if the model is one.
@@ -287,76 +281,107 @@ class LanguageModel:
         self,
         prompts: Texts,
         *,
-        max_new_tokens: int = 128,
-        sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: BatchSize = "auto",
         arm: str = "untreated",
+        batch_size: BatchSize = "auto",
         progress: Progress | None = None,
         done: Completions | None = None,
         answered: Callable[[Completion], None] | None = None,
         notes: list[str] | None = None,
-        **generate_kwargs: Any,
+        **decoding: Any,
     ) -> Completions:
         """Answers prompts through `self.model.generate`, so that interventions on the model act.
 
-        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in float32.
+        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in
+        float32.
 
         Args:
             prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left out.
-            max_new_tokens: Longest answer.
-            sample: Draw tokens.
-            temperature: Of sampling.
-            top_p: Of sampling.
-            seed: Of sampling; the global random state is left as it was.
-            batch_size: Rows, or `auto`; halved when memory runs out.
             arm: Name of the treatment, recorded in every completion.
+            batch_size: Rows, or `auto`; halved when memory runs out.
             progress: Called as `progress(prompts done, prompts in all, tokens generated)`.
             done: Completions of an earlier, interrupted call; their prompts are not asked again (by id and text).
             answered: Called with every completion as soon as it is there.
             notes: Gets a line for whatever had to be said (truncated prompts, halved batches).
-            **generate_kwargs: Further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
+            **decoding: Fields of `Decoding` (`max_new_tokens`, `sample`, `temperature`, `top_p`, `seed`), and further
+                arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a conversation, marks
-            `truncated` prompts and an opened `thinking`, and says which text ends it where the model has a `think_end`.
+            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a
+            conversation, marks `truncated` prompts and an opened `thinking`, and says which text ends it where the model
+            has a `think_end`.
 
         Raises:
             ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
         """
-        decoding = Decoding(max_new_tokens, sample, temperature, top_p, seed, generate_kwargs)
-        asked = as_prompts(prompts)
-        encoded = self.encode(asked, reserve=max_new_tokens)
+        how = Decoding.of(decoding)
+        pending = PendingCompletions(prompts, arm, how.seed, done, answered)
+        encoded = self.encode(pending.prompts, reserve=how.max_new_tokens)
         cut = sum(item.truncated for item in encoded)
         if notes is not None and cut:
             notes.append(f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out")
-        before = {completion.prompt_id: completion for completion in done or ()}
-        answers = [before.get(prompt.id) for prompt in asked]
-        results = {index: one for index, one in enumerate(answers) if one is not None and one.answers(asked[index])}
 
         def keep(index: int, answer: Answer) -> None:
-            results[index] = Completion(
-                prompt_id=asked[index].id,
-                prompt=asked[index].text,
-                completion=self.decode(answer.token_ids),
-                token_ids=tuple(answer.token_ids),
-                finish_reason=answer.finish_reason,
-                arm=arm,
-                seed=seed,
-                meta={
-                    **conversation_of(asked[index]),
-                    **{name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)},
-                    **({"think_end": self.think_end} if self.think_end else {}),
-                },
-            )
-            if answered is not None:
-                answered(results[index])
+            marks = {name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)}
+            meta = marks | ({"think_end": self.think_end} if self.think_end else {})
+            pending.add(index, self.decode(answer.token_ids), answer.finish_reason, answer.token_ids, meta)
 
-        sequences = [item.ids for item in encoded]
-        generate(self, sequences, decoding, batch_size=batch_size, skip=sorted(results), progress=progress, answered=keep, notes=notes)
-        return Completions([results[index] for index in range(len(asked))])
+        sequences, skip = [item.ids for item in encoded], sorted(pending.results)
+        generate(self, sequences, how, batch_size=batch_size, skip=skip, progress=progress, answered=keep, notes=notes)
+        return pending.completions
+
+
+class PendingCompletions:
+    """Prompts that are being answered: completions of an earlier call that count, and new ones as they come.
+
+    Args:
+        prompts: As for `LanguageModel.complete`.
+        arm: Name of the treatment.
+        seed: Of sampling.
+        done: Completions of an earlier call.
+        answered: Called with every new completion.
+        failed_again: Whether prompts whose earlier completion failed are asked again.
+
+    Attributes:
+        prompts: What is asked, in order.
+        results: Completions by index of the prompt.
+    """
+
+    def __init__(
+        self,
+        prompts: Texts,
+        arm: str,
+        seed: int,
+        done: Completions | None,
+        answered: Callable[[Completion], None] | None,
+        *,
+        failed_again: bool = False,
+    ) -> None:
+        self.prompts = as_prompts(prompts)
+        self._arm, self._seed, self._answered = arm, seed, answered
+        before = {one.prompt_id: one for one in done or () if not (failed_again and one.finish_reason == "failed")}
+        known = ((index, prompt, before.get(prompt.id)) for index, prompt in enumerate(self.prompts))
+        self.results = {index: one for index, prompt, one in known if one is not None and one.answers(prompt)}
+
+    def add(
+        self,
+        index: int,
+        text: str,
+        finish_reason: Literal["stop", "length", "failed"],
+        token_ids: Sequence[int] = (),
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The completion of the prompt at an index; its conversation goes before the rest of its `meta`."""
+        prompt = self.prompts[index]
+        meta = {**conversation_of(prompt), **(meta or {})}
+        one = Completion(prompt.id, prompt.text, text, tuple(token_ids), finish_reason, self._arm, self._seed, {}, meta)
+        self.results[index] = one
+        if self._answered is not None:
+            self._answered(one)
+
+    @property
+    def completions(self) -> Completions:
+        """One for every prompt, in their order."""
+        return Completions([self.results[index] for index in range(len(self.prompts))])
 
 
 def require_weights(model: nn.Module) -> None:
@@ -400,6 +425,8 @@ class Decoding:
         top_p: Of sampling.
         seed: Of sampling; every batch of the plan draws from its own stream, so a continued run draws the same.
         others: Further arguments of `generate`, passed on as they are.
+        watched: Opened around every batch, and again around each half of one that did not fit, with the indices of its
+            rows and its mask; gives arguments for that batch.
     """
 
     max_new_tokens: int = 128
@@ -408,6 +435,13 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     others: Mapping[str, Any] | None = None
+    watched: Watched | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Decoding":
+        """Keyword arguments of `complete`: what is no field of this class is an argument of `generate`."""
+        own = {name: options[name] for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed") if name in options}
+        return cls(**own, others={name: value for name, value in options.items() if name not in own})
 
     def __post_init__(self) -> None:
         wrong = next((name for name in _INSTEAD if name in (self.others or {})), None)
@@ -446,7 +480,6 @@ def generate(
     progress: Progress | None = None,
     answered: Callable[[int, Answer], None] | None = None,
     notes: list[str] | None = None,
-    watched: Watched | None = None,
 ) -> dict[int, Answer]:
     """Continues every sequence with `lm.model.generate`, so that hooks on the model act.
 
@@ -459,7 +492,6 @@ def generate(
         progress: Called as `progress(sequences done, sequences in all, tokens generated)` after every batch.
         answered: Called with index and answer as soon as it is there.
         notes: Gets a line for every batch that did not fit in memory, and one for sequences that failed.
-        watched: Opened around every batch, and again around each half of one that did not fit, with the indices of its rows and its mask.
 
     Returns:
         Answers by index, those in `skip` excluded.
@@ -475,7 +507,7 @@ def generate(
             continue
 
         def work(rows: Rows, number: int = number) -> dict[int, Answer]:
-            return _generate_rows(lm, kept, rows, decoding, number, watched)
+            return _generate_rows(lm, kept, rows, decoding, number)
 
         for part in halving.run(Rows([len(sequence) for sequence in kept], wanted), work):
             answers.update(part)
@@ -492,7 +524,7 @@ def generate(
 
 
 def _generate_rows(
-    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int, watched: Watched | None
+    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int
 ) -> dict[int, Answer]:
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
@@ -511,8 +543,8 @@ def _generate_rows(
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
             stack.enter_context(seeded(lm.device, decoding.seed, number))
-        if watched is not None:
-            passed = _joined(passed, stack.enter_context(watched(rows.indices, mask)))
+        if decoding.watched is not None:
+            passed = _joined(passed, stack.enter_context(decoding.watched(rows.indices, mask)))
         finite = _Finite(min(ends, default=lm.pad_id))
         passed = _joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(

@@ -14,10 +14,10 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, MismatchError, UnsupportedModelError
-from safety_neurons.model.batches import Batch, BatchSize, Progress, decoder_of, forward, next_token_rows, said_of_failed, token_budget
+from safety_neurons.model.batches import Batch, BatchSize, Progress, decoder_of, forward, next_token_rows, said_of_failed
 from safety_neurons.model.hooks import After, Before, around
 from safety_neurons.model.language_model import LanguageModel
-from safety_neurons.model.passes import run_batches
+from safety_neurons.model.passes import PassOptions, logits_budget, run_batches
 
 Span = tuple[int, int]
 """Tokens of a sequence from the first number up to the second."""
@@ -50,7 +50,6 @@ class Losses:
 
 Treatment = Callable[[], AbstractContextManager[Any]]
 
-LOGIT_BYTES = 2**29
 
 _CHUNK = 2**22
 
@@ -119,7 +118,7 @@ def token_log_probabilities(
             start, stop = wanted[index]
             found[index] = row[start - 1 : stop - 1].numpy()
 
-    run_batches(lm, sequences, per_batch, batch_size, True, progress, budget=logits_budget(lm), notes=notes)
+    run_batches(lm, sequences, per_batch, batch_size, True, progress, notes)
     return [found[index] for index in range(len(sequences))]
 
 
@@ -198,7 +197,8 @@ def token_divergences(
                 failed[index] = _NOT_A_NUMBER
             found[index] = row[: 0 if index in failed else None].numpy()
 
-    run_batches(lm, sequences, per_batch, batch_size, True, progress, budget=logits_budget(lm) // 2 or 1, notes=notes)
+    half = PassOptions(budget=logits_budget(lm) // 2 or 1)  # the logits of both models are there at once
+    run_batches(lm, sequences, per_batch, batch_size, True, progress, notes, half)
     if notes is not None:
         notes += said_of_failed(failed, len(sequences), "sequences")
     return [found[index] for index in range(len(sequences))]
@@ -215,11 +215,6 @@ def kl_divergence(
     """Mean of `token_divergences` over all tokens; None where there is none."""
     rows = token_divergences(lm, sequences, treated, batch_size=batch_size, progress=progress)
     return float(np.concatenate(rows).mean()) if any(map(len, rows)) else None
-
-
-def logits_budget(lm: LanguageModel) -> int:
-    """Padded tokens of a batch whose logits are kept for a moment: at most 512 MB of them."""
-    return max(1, min(token_budget(lm.device), LOGIT_BYTES // (4 * lm.n_ids)))
 
 
 def widened(values: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
@@ -312,7 +307,7 @@ def answer_probabilities(
                 kept = torch.tensor(tokens, device=logits.device)
                 trees[number].read[node] = (logits[kept] - logits.logsumexp(0)).double().exp().cpu().numpy()
 
-    run_batches(lm, rows, per_batch, batch_size, True, progress, budget=logits_budget(lm), notes=notes)
+    run_batches(lm, rows, per_batch, batch_size, True, progress, notes)
     return [tree.choice() for tree in trees]
 
 

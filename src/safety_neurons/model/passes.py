@@ -39,6 +39,35 @@ from safety_neurons.prompt_lists import Prompts
 T = TypeVar("T")
 
 
+LOGIT_BYTES = 2**29
+
+
+def logits_budget(lm: LanguageModel) -> int:
+    """Padded tokens of a batch whose logits are kept for a moment: at most 512 MB of them."""
+    return max(1, min(token_budget(lm.device), LOGIT_BYTES // (4 * lm.n_ids)))
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """Which batches are done already, what is called around each, and where passes end.
+
+    Attributes:
+        start: Batches of the plan to skip because an earlier run finished them.
+        finished: Called with the number of finished batches: where a partial state may be written.
+        before: Called right before each forward pass (again for each half of a batch that did not fit).
+        last_layer: Stop each pass after this layer; `batch.output` is None then.
+        budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere, fewer for logits.
+        failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first ends the run.
+    """
+
+    start: int = 0
+    finished: Callable[[int], None] | None = None
+    before: Callable[[Batch], None] | None = None
+    last_layer: int | None = None
+    budget: int | None = None
+    failed: dict[int, str] | None = None
+
+
 def run_batches(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
@@ -46,18 +75,13 @@ def run_batches(
     batch_size: BatchSize = "auto",
     with_logits: bool = False,
     progress: Progress | None = None,
-    start: int = 0,
-    *,
-    before: Callable[[Batch], None] | None = None,
-    finished: Callable[[int], None] | None = None,
-    last_layer: int | None = None,
-    budget: int | None = None,
     notes: list[str] | None = None,
-    failed: dict[int, str] | None = None,
+    options: PassOptions = PassOptions(),
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
 
-    Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what `per_batch` did not take.
+    Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what `per_batch`
+    did not take.
 
     Args:
         lm: The model; its adapters are made the active ones meanwhile.
@@ -66,13 +90,8 @@ def run_batches(
         batch_size: Rows, or `auto` for a token budget.
         with_logits: `batch.output` holds logits rather than final hidden states.
         progress: Called as `progress(batches done, batches in all, tokens done)`.
-        start: Batches of the plan to skip because an earlier run finished them.
-        before: Called right before each forward pass (again for each half of a batch that did not fit).
-        finished: Called with the number of finished batches: where a partial state may be written.
-        last_layer: Stop each pass after this layer; `batch.output` is None then.
-        budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere.
         notes: Gets a line for every batch that was halved.
-        failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first of them ends the run.
+        options: What is done, seen and left out.
 
     Returns:
         What `per_batch` returned, in order (a halved batch gives several).
@@ -80,14 +99,15 @@ def run_batches(
     Raises:
         ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
     """
-    groups = plan([len(sequence) for sequence in sequences], batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
-    halving, results = Halving(failed), list[T]()
-    tokens = sum(len(sequences[index]) for group in groups[:start] for index in group)
+    budget = options.budget or (logits_budget(lm) if with_logits else token_budget(lm.device))
+    groups = plan([len(sequence) for sequence in sequences], batch_size, budget, padded=takes_padding(lm))
+    halving, results = Halving(options.failed), list[T]()
+    tokens = sum(len(sequences[index]) for group in groups[: options.start] for index in group)
 
     def work(batch: Batch) -> T:
-        if before is not None:
-            before(batch)
-        with stopping_after(lm, last_layer):
+        if options.before is not None:
+            options.before(batch)
+        with stopping_after(lm, options.last_layer):
             batch.output = forward(lm.model, batch, with_logits=with_logits)
         try:
             return per_batch(batch)
@@ -95,12 +115,12 @@ def run_batches(
             batch.output = None
 
     with lm.running(), torch.no_grad():
-        for number, group in enumerate(groups[start:], start=start):
+        for number, group in enumerate(groups[options.start :], start=options.start):
             batch = collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device)
             results += halving.run(batch, work)
             tokens += batch.n_tokens
-            if finished is not None:
-                finished(number + 1)
+            if options.finished is not None:
+                options.finished(number + 1)
             if progress is not None:
                 progress(number + 1, len(groups), tokens)
     if notes is not None:
@@ -222,18 +242,9 @@ def activation_statistics(
     sizes = lm.table.select(sites, layers).sizes
     sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
     failed: dict[int, str] = {}
+    options = PassOptions(before=sums.start, last_layer=max(parse_key(key).layer for key in sizes), failed=failed)
     with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
-        run_batches(
-            lm,
-            sequences,
-            lambda _: sums.take(),
-            batch_size,
-            progress=progress,
-            before=sums.start,
-            last_layer=max(parse_key(key).layer for key in sizes),
-            notes=notes,
-            failed=failed,
-        )
+        run_batches(lm, sequences, lambda _: sums.take(), batch_size, progress=progress, notes=notes, options=options)
     if len(failed) == len(sequences) > 0:
         raise NumericalError(f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}")
     if notes is not None:
@@ -426,7 +437,7 @@ class CostEstimate:
         prompts: Number of prompts.
         tokens: Tokens that are fed.
         new_tokens: Tokens that are generated at most.
-        batches: Batches of one sweep.
+        batches: Batches of one pass over all prompts.
         truncated: Prompts that do not fit the context.
         device: Where the first model is.
         dtype: What it computes in.

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jinja2
 import jinja2.ext
@@ -696,16 +696,27 @@ class Template:
         return rendered.text
 
 
-def template_for(
-    tokenizer: Any, template: str | Path = "auto", *, system: str | None = None, arguments: Mapping[str, Any] | None = None
-) -> Template:
-    """The template that `--template` means for a tokenizer.
+class Prompting(TypedDict, total=False):
+    """How prompts are put to a model: keyword arguments of `LanguageModel` and of `load`."""
 
-    Args:
-        tokenizer: The model's tokenizer; it is not changed.
-        template: `auto` (its chat template, else `Question: … / Answer:`), `none`, `tulu`, or the path of a Jinja file.
-        system: System prompt for prompts that bring none.
-        arguments: Variables for a Jinja template.
+    template: str | Path
+    """`auto` (the chat template, else `Question: … / Answer:`), `none`, `tulu`, or the path of a Jinja file."""
+    system: str | None
+    """System prompt for prompts that bring none."""
+    template_args: Mapping[str, Any] | None
+    """Variables for a chat template or a Jinja file, such as `{"enable_thinking": False}`."""
+    think_end: str | None
+    """Text that ends the model's thinking, where it is none of the marks that are known; judges read what follows it."""
+
+
+def template_for(
+    tokenizer: Any,
+    template: str | Path = "auto",
+    *,
+    system: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Template:
+    """The template that `--template` means for a tokenizer, which is not changed; arguments as in `Prompting`.
 
     Raises:
         UsageError: A system prompt or template arguments where nothing would use them.
@@ -720,10 +731,10 @@ def template_for(
         kind = "file"
     if kind == "none" and system is not None:
         raise UsageError("a system prompt with template 'none', which feeds the text as it is: leave --system out or choose a template")
-    if arguments and kind not in ("chat", "file"):
-        raise UsageError(f"template arguments {sorted(arguments)} with template {kind!r}: only a chat template takes any")
+    if template_args and kind not in ("chat", "file"):
+        raise UsageError(f"template arguments {sorted(template_args)} with template {kind!r}: only a chat template takes any")
     source = _read(Path(name)) if kind == "file" else ""
-    return Template(kind, source, system, dict(arguments or {}))
+    return Template(kind, source, system, dict(template_args or {}))
 
 
 def encode_text(tokenizer: Any, text: str, *, templated: bool) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
 from safety_neurons.model.batches import Batch, collate
-from safety_neurons.model.likelihood import logits_budget, widened
+from safety_neurons.model.likelihood import widened
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.suites.attacks import DEFAULT_OPENING, AttackPrompt, Attacks
 
@@ -354,7 +354,7 @@ class _Hunt:
                 found[index] = (loss, same)
 
         whole = [[*ids, *self.target_ids] for ids in sequences]
-        run_batches(self.lm, whole, per_batch, self.how.batch_size, True, budget=logits_budget(self.lm))
+        run_batches(self.lm, whole, per_batch, self.how.batch_size, True)
         return [found[index][0] for index in range(len(whole))], [found[index][1] for index in range(len(whole))]
 
     def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> AttackPrompt:
