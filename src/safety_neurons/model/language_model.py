@@ -523,9 +523,7 @@ def generate(
     return answers
 
 
-def _generate_rows(
-    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int
-) -> dict[int, Answer]:
+def _generate_rows(lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int) -> dict[int, Answer]:
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
