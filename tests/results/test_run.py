@@ -1,5 +1,6 @@
 """Run folders: the same run goes on, another is refused, one process writes, and a checkpoint is always whole."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from safetensors.numpy import save
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Checkpoint, RunFolder
 from safety_neurons.results.files import PARTIAL, contents_of, plain_name, remove_partial, safetensors_bytes, whole_folder
+from safety_neurons.results.run import Cache
 
 ARRAYS = {"sum.layers.0.q": np.arange(3.0), "count": np.array([7]), "none": np.zeros((0, 2)), "mask": np.array([True, False])}
 
@@ -529,3 +531,42 @@ def test_a_name_that_is_a_path_or_no_name_is_refused(name):
 @pytest.mark.parametrize("name", ["a", "Größe 2", "a.b-c_d", "名前", pathlib.PurePosixPath("x")])
 def test_a_plain_name_is_given_back(name):
     assert plain_name(name, "step") == str(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    weights: str
+    settings: dict
+
+
+def test_a_result_is_computed_once_for_all_that_it_depends_on(tmp_path):
+    run, calls, file = RunFolder(tmp_path / "run", "compare", {}), [], tmp_path / "run" / "scores"
+
+    def result(weights="a", content="whole"):
+        def compute():
+            calls.append(weights)
+            file.write_text(content)
+            return {"seconds": 1.5, "verdicts": (True, None), "of": weights}
+
+        return run.cached(Key(weights, {"top": 0.1}), compute, [file])
+
+    assert result() == result() == {"seconds": 1.5, "verdicts": [True, None], "of": "a"}
+    assert result("b", "other")["of"] == "b"
+    assert calls == ["a", "b"]
+    assert result()["of"] == "a"  # its file was written over
+    assert result()["of"] == "a"
+    entries = list((tmp_path / "run" / "cached").iterdir())
+    assert len(entries) == 2
+    for damage in (b"", b"[1]", b'{"key": {}}', entries[0].read_bytes()[:-9]):
+        for entry in entries:
+            entry.write_bytes(damage)
+        assert result()["of"] == "a"
+    assert calls == ["a", "b", "a", "a", "a", "a", "a"]
+    run.finish()
+    assert {path.name for path in entries} <= {pathlib.Path(name).name for name in run.record["files"]}
+    RunFolder(tmp_path / "run", "compare", {}, overwrite=True)
+    assert not (tmp_path / "run" / "cached").exists()
+
+
+def test_without_a_place_nothing_is_kept(tmp_path):
+    assert [Cache().cached(Key("a", {}), lambda value=value: value) for value in (1, 2)] == [1, 2]

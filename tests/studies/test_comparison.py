@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated
@@ -138,7 +139,7 @@ def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):
     assert [one.token_ids for one in told.arm("ceiling/harmful")] == [one.token_ids for one in told.arm("aligned/harmful")]
 
 
-def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair, prompts, tmp_path, monkeypatch):
+def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts_and_weights(pair, prompts, tmp_path, monkeypatch):
     calls = []
     real = comparison.find
     monkeypatch.setattr(comparison, "find", lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1])
@@ -155,7 +156,15 @@ def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts(pair
     assert [row.neurons for row in again.methods] == [row.neurons for row in first.methods]
     assert [row.seconds for row in again.methods] == [row.seconds for row in first.methods]
     run(prompts[1])
-    assert calls == [*names, "importance"]
+    assert calls == [*names, *names]
+    with torch.no_grad():
+        pair.aligned.inner.get_input_embeddings().weight.data[3, 3] += 1
+    try:
+        run(prompts[1])
+    finally:
+        with torch.no_grad():
+            pair.aligned.inner.get_input_embeddings().weight.data[3, 3] -= 1
+    assert calls == [*names, *names, *names]
 
 
 def test_what_cannot_be_compared_is_refused(pair, prompts):

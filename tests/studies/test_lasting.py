@@ -10,6 +10,7 @@ from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
+from safety_neurons.results.run import Cache
 from safety_neurons.studies import Attack, Lab, Plan, rsn, stress
 from safety_neurons.studies.lasting import ARMS, KEPT, SN, fine_tune, sets_from, solved, twin
 from safety_neurons.tuning import base_hash
@@ -72,7 +73,7 @@ def test_nothing_left_is_an_error(sets, model):
 def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
     before = base_hash(model, NeuronSet.all(model.table))
     told = []
-    found = rsn(model, sets, plan(steps=1), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    found = rsn(model, sets, plan(steps=1), lab, cache=Cache(tmp_path.joinpath), tell=told.append)
     assert [row["arm"] for row in found["arms"]] == list(ARMS)
     assert told == [f"{arm}/0" for arm in ARMS]
     for row in found["arms"]:
@@ -86,11 +87,13 @@ def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
 
 
 def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
-    first = rsn(model, sets, plan(arms=(SN,)), lab, shelf=tmp_path / "seeds.json")
+    first = rsn(model, sets, plan(arms=(SN,)), lab, cache=Cache(tmp_path.joinpath))
     told = []
-    again = rsn(model, sets, plan(arms=(SN,)), lab, shelf=tmp_path / "seeds.json", tell=told.append)
+    again = rsn(model, sets, plan(arms=(SN,)), lab, cache=Cache(tmp_path.joinpath), tell=told.append)
     assert again == first
     assert not told
+    rsn(model, sets, plan(arms=(SN,), learning_rate=2e-3), lab, cache=Cache(tmp_path.joinpath), tell=told.append)
+    assert told == [f"{SN}/0"]
 
 
 def test_unknown_arms_and_judges_are_errors():
@@ -133,7 +136,7 @@ def test_the_same_seed_trains_the_same(model):
 
 def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
     attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2)
-    found = stress(model, sets, plan(), attack, lab, shelf=tmp_path / "seeds.json")
+    found = stress(model, sets, plan(), attack, lab, cache=Cache(tmp_path.joinpath))
     amounts = {}
     for point in found["curves"]:
         amounts.setdefault(point["attack"], []).append(point["amount"])

@@ -10,7 +10,7 @@ from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import causal_effect
-from safety_neurons.studies import Bench, Groups, bench, find_by_group, transfer
+from safety_neurons.studies import Bench, Groups, bench, comparison, find_by_group, transfer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 4, "batch_size": 6}
@@ -112,7 +112,7 @@ def test_a_killed_study_goes_on_from_the_answers_it_has(pair, tmp_path, monkeypa
     assert after.record() == before.record()
 
 
-def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path):
+def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path, monkeypatch):
     groups = Groups(GROUPS)
     options = {"method": "contrast", "units": 7, "sites": ("down",), **OPTIONS}
     found = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
@@ -121,12 +121,17 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
         assert found[name] == alone[name]
         assert found[name].n_units == 7
     assert found["first"] != found["second"]
+    searched = []
+    find = comparison.find
+    monkeypatch.setattr(comparison, "find", lambda *given, **more: searched.append(given) or find(*given, **more))
+    again = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
+    assert again == found
+    assert not searched
     file = tmp_path / "first.scores.safetensors"
     kept = Scores.load(file)
-    Scores({key: -values for key, values in kept.items()}, kept.table, kept.provenance).save(file)
-    again = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
-    assert again["second"] == found["second"]
-    assert not len(again["first"] & found["first"])
+    Scores({key: -values for key, values in kept.items()}, kept.table, kept.provenance).save(file)  # no longer what was found
+    assert find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options) == found
+    assert len(searched) == 1
 
 
 def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another():

@@ -200,11 +200,12 @@ def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
+        from safety_neurons.results.run import Cache
 
         model = session.model(study.model)
         plan, lab, sets = parts(session, study, model, arms=study.names, steps=study.steps)
         with session.status("study rsn") as tell:
-            result = studies.rsn(model, sets, plan, lab, shelf=session.folder.path("seeds.json"), tell=tell)
+            result = studies.rsn(model, sets, plan, lab, cache=Cache(session.folder.path), tell=tell)
         return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
     return session.run(work, show_rsn)
@@ -216,6 +217,7 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
+        from safety_neurons.results.run import Cache
 
         model = session.model(study.model)
         plan, lab, sets = parts(session, study, model, arms=("none", "SN-Tune"), steps=1)
@@ -229,7 +231,7 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
             study.downstream,  # type: ignore[arg-type]
         )
         with session.status("study stress") as tell:
-            result = studies.stress(model, sets, plan, attack, lab, shelf=session.folder.path("seeds.json"), tell=tell)
+            result = studies.stress(model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell)
         return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
     return session.run(work, show_stress)

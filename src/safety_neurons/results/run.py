@@ -5,6 +5,7 @@ was called: the verb, the content of every file an argument names, all other arg
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,8 +13,8 @@ import pathlib
 import platform
 import socket
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,6 +25,7 @@ from safety_neurons.errors import InputError, RunError
 from safety_neurons.results.files import (
     Contents,
     PathLike,
+    file_sha256,
     now,
     plain,
     read_json,
@@ -159,13 +161,54 @@ class Checkpoint:
             self.path.unlink()
 
 
+Value = TypeVar("Value")
+CACHED = "cached"
+"""Folder of a run in which the results of its parts lie."""
+
+
+class Cache:
+    """JSON results of the parts of a run, each under the hash of what it was computed from; a killed run computes none again."""
+
+    def __init__(self, place: Callable[[str], pathlib.Path] | None = None) -> None:
+        """Names where entries lie; nothing is kept without a place.
+
+        Args:
+            place: where a file of that name lies, such as `RunFolder.path`.
+        """
+        self._place = place
+
+    def cached(self, key: Any, compute: Callable[[], Value], files: Sequence[pathlib.Path] = ()) -> Value:
+        """What was computed for this key before, or what `compute` gives now.
+
+        Args:
+            key: a dataclass of JSON values: everything that decides the result, models and sets by their content.
+            compute: gives JSON values.
+            files: what `compute` writes beside its result; where one is gone or another, everything is computed anew.
+
+        Raises:
+            RunError: the entry cannot be written.
+        """
+        if self._place is None:
+            return compute()
+        named = {"of": type(key).__name__, "version": _versions().get(PACKAGE), **plain(key)}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        entry = self._place(f"{CACHED}/{digest}.json")
+        with contextlib.suppress(InputError, LookupError, TypeError):  # A damaged entry is no entry.
+            known = read_json(entry)
+            if known["key"] == named and known["files"] == [file_sha256(path) for path in files]:
+                return cast(Value, known["value"])
+        value = cast(Value, plain(compute()))
+        write_json(entry, {"key": named, "value": value, "files": [file_sha256(path) for path in files]})
+        return value
+
+
 RECORD = "run.json"
 SCHEMA = "safety-neurons/1"
 IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"})
 """Arguments that cannot change a result, so that they are no part of the configuration."""
 ANSWERED_BY = "answered_by.json"
 """What kept answers depend on; it goes with them."""
-CONTINUED = ("completions.jsonl", "judgements.sqlite", "capability.json", "harmless-answers.jsonl", "seeds.json")
+CONTINUED = ("completions.jsonl", "judgements.sqlite", "capability.json", "harmless-answers.jsonl")
 """Files in which studies look for what they have done already."""
 PACKAGE = "safety-neurons"
 _PACKAGES = (PACKAGE, "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
@@ -253,6 +296,10 @@ class RunFolder:
             if not self.finished:
                 self._write()
         return target
+
+    def cached(self, key: Any, compute: Callable[[], Value], files: Sequence[pathlib.Path] = ()) -> Value:
+        """`Cache.cached` in this folder; what is finished of the run stays there."""
+        return Cache(self.path).cached(key, compute, files)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """A checkpoint of this run; all of them are removed when it is finished."""
@@ -357,8 +404,9 @@ class RunFolder:
         except (InputError, OSError):
             earlier = None
         noted = earlier.get("files") if isinstance(earlier, dict) else None
-        checkpoints = [str(path.relative_to(self.folder)) for path in self.folder.glob("checkpoints/*.safetensors")]
-        self._remove([*(noted if isinstance(noted, list) else (*CONTINUED, *checkpoints)), ANSWERED_BY, RECORD])
+        states = [path for pattern in ("checkpoints/*.safetensors", f"{CACHED}/*.json") for path in self.folder.glob(pattern)]
+        unnoted = (*CONTINUED, *(str(path.relative_to(self.folder)) for path in states))
+        self._remove([*(noted if isinstance(noted, list) else unnoted), ANSWERED_BY, RECORD])
 
     def _remove(self, names: list[str]) -> None:
         """Removes files of the run, and folders that are empty without them."""
@@ -368,8 +416,9 @@ class RunFolder:
             if target.is_relative_to(root) and target.is_file():
                 with contextlib.suppress(OSError):
                     target.unlink()
-        with contextlib.suppress(OSError):
-            (root / "checkpoints").rmdir()
+        for folder in ("checkpoints", CACHED):
+            with contextlib.suppress(OSError):
+                (root / folder).rmdir()
 
 
 def _material(record: Mapping[str, Any]) -> dict[str, Any]:

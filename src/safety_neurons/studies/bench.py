@@ -398,10 +398,10 @@ def facts_of(
         tasks: of capability.
         settings: how they are measured.
     """
-    treated = {name: _content(value) for name, value in treatment.items() if value is not None}
+    treated = {name: content_of(value) for name, value in treatment.items() if value is not None}
     writing = {name: value for name, value in dataclasses.asdict(how).items() if name not in ("batch_size", "samples", "seed")}
     measuring = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "folder", "offline")}
-    facts = {"model": _content(model), "treatment": treated, "writing": writing}
+    facts = {"model": content_of(model), "treatment": treated, "writing": writing}
     return dict(plain({**facts, **{f"capability {task.name}": measuring for task in tasks}}))
 
 
@@ -430,10 +430,11 @@ def hold_answers(file: pathlib.Path | None, **facts: Any) -> None:
         RunError: what is kept in the file's folder depends on something else.
     """
     if file is not None:
-        hold(file.parent, {f"{name} of {file.name}": plain(_content(value)) for name, value in facts.items()})
+        hold(file.parent, {f"{name} of {file.name}": plain(content_of(value)) for name, value in facts.items()})
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
+    """A value as JSON values by which runs are told apart: models, sets, scores and prompts by their content, others as they are."""
     if isinstance(value, LanguageModel):
         return identity(value)
     if isinstance(value, Endpoint):
@@ -445,12 +446,12 @@ def _content(value: Any) -> Any:
     if isinstance(value, Guard | Prompts):
         return value.sha256
     if isinstance(value, Mapping):
-        return {str(name): _content(item) for name, item in value.items()}
+        return {str(name): content_of(item) for name, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-        return {name: _content(item) for name, item in fields.items() if name not in _ASIDE}
+        return {name: content_of(item) for name, item in fields.items() if name not in _ASIDE}
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple):
-        return [_content(item) for item in value]
+        return [content_of(item) for item in value]
     return "given" if callable(value) else str(value)

@@ -28,18 +28,18 @@ from safety_neurons.detectors.methods import METHODS, Method, by_name, with_opti
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.organism import load_pair
 from safety_neurons.organism import open as open_organism
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, holm, paired_difference
-from safety_neurons.results.files import read_json, write_json
+from safety_neurons.results.run import Cache
 from safety_neurons.studies import notebook
-from safety_neurons.studies.bench import Arm, Bench, How, Outcome, Progress, Verdicts
+from safety_neurons.studies.bench import Arm, Bench, How, Outcome, Progress, Verdicts, content_of
 from safety_neurons.studies.verification import Ceiling, SubjectModels
 
-SECONDS = "seconds.json"
 RANDOM = "random"
 """What names of random sets begin with."""
 MEASURES = {
@@ -176,14 +176,14 @@ def compare(
     asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
     make = _Rows(SubjectModels("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
-    shelf, rows = Shelf(place), []
+    searches, rows = Searches((base, aligned), place), []
     for name in methods:
         bench.tell(f"find {name}")
         method = with_options(name, sites=sites, max_new_tokens=bench.max_new_tokens, units=budget)
         shown = {"harmless": find_harmless} if method.HARMLESS != "none" and find_harmless is not None else {}
         units = getattr(method, "units", None)  # A set of another size is another search.
         kept_as = name if units is None else f"{name}-{units}"
-        scores, seconds = shelf.scores(kept_as, method, (base, aligned), find_prompts, **shown, batch_size=bench.batch_size)
+        scores, seconds = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
     rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))]
     rows = make.compared(rows)
@@ -273,35 +273,44 @@ def _lost(refused: Verdicts) -> list[bool | None]:
     return [None if verdict is None else not verdict for verdict in refused]
 
 
-class Shelf:
-    """Scores that were found, with the seconds they took, and the partial state of the search at work; a killed study takes them up."""
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What decides the scores of a method, by content."""
 
-    def __init__(self, place: Place | None) -> None:
-        self.place = place
-        self.seconds: dict[str, float] = {}
-        if place is not None and place(SECONDS).exists():
-            self.seconds = read_json(place(SECONDS))
+    method: Any
+    models: Any
+    prompts: str
+    shown: Any
 
-    def scores(self, name: str, method: Method, models: Sequence[LanguageModel], prompts: Prompts, **options: Any) -> tuple[Scores, float]:
-        """What an earlier, killed run found under this name on the same prompts, or what the method finds now, and its seconds."""
+
+class Searches:
+    """Searches on the same models: their scores are kept as `NAME.scores.safetensors`, and the partial state of the one at work too."""
+
+    def __init__(self, models: Sequence[LanguageModel], place: Place | None) -> None:
+        self.models, self.place, self.cache = models, place, Cache(place)
+        self.content = None if place is None else content_of(models)  # Once: all weights are read for it.
+
+    def scores(self, name: str, method: Method, prompts: Prompts, batch_size: BatchSize, **shown: Prompts) -> tuple[Scores, float]:
+        """What an earlier, killed run found by this very search, or what it finds now, and the seconds it took."""
+        models = self.models if method.PAIR else self.models[-1:]
+
+        def search(**kept: Checkpoint) -> tuple[Scores, float]:
+            started = time.perf_counter()
+            return find(method, models, prompts, batch_size=batch_size, **shown, **kept).scores, time.perf_counter() - started
+
         if self.place is None:
-            return self._timed(method, models, prompts, options)
-        file = self.place(f"{name}.scores.safetensors")
-        if name in self.seconds and file.exists():
-            scores = Scores.load(file, table=models[-1].table)
-            if scores.provenance.prompts_sha256 in ("", prompts.sha256):
-                return scores, self.seconds[name]
-        checkpoint = Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
-        scores, self.seconds[name] = self._timed(method, models, prompts, {**options, "checkpoint": checkpoint})
-        scores.save(file)
-        write_json(self.place(SECONDS), self.seconds)
-        checkpoint.delete()
-        return scores, self.seconds[name]
+            return search()
+        file, checkpoint = self.place(f"{name}.scores.safetensors"), Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
 
-    @staticmethod
-    def _timed(method: Method, models: Sequence[LanguageModel], prompts: Prompts, options: dict[str, Any]) -> tuple[Scores, float]:
-        models, started = (models if method.PAIR else models[-1:]), time.perf_counter()
-        return find(method, models, prompts, **options).scores, time.perf_counter() - started
+        def write() -> float:
+            scores, seconds = search(checkpoint=checkpoint)
+            scores.save(file)
+            return seconds
+
+        key = Search([method.NAME, content_of(method)], self.content, prompts.sha256, content_of(shown))
+        seconds = self.cache.cached(key, write, [file])
+        checkpoint.delete()
+        return Scores.load(file, table=models[-1].table), seconds
 
 
 def _controls(

@@ -24,7 +24,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
-from safety_neurons.studies.comparison import Place, Shelf, whole_units
+from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
 
 TASKS = ("perplexity", "kl")
@@ -136,11 +136,11 @@ def find_by_group(
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
     budget = how.units or max(1, round(how.top * NeuronSet.all(table).only(sites=sites).n_units))
     searching = with_options(method.NAME, sites=sites, max_new_tokens=max_new_tokens)
-    shelf, sets = Shelf(place), {}
+    searches, sets = Searches((base or aligned, aligned), place), {}
     for name, prompts in groups.members.items():
         if progress is not None:
             progress(f"find on {name}")
-        scores, _ = shelf.scores(_file_name(name), searching, (base or aligned, aligned), prompts, batch_size=batch_size)
+        scores, _ = searches.scores(_file_name(name), searching, prompts, batch_size)
         sets[name] = whole_units(scores.top_units(budget), sites)
     return sets
 

@@ -20,7 +20,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import pathlib
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +41,8 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.results.files import read_json, write_json
-from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, hold_answers
+from safety_neurons.results.run import Cache
+from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, content_of, hold_answers
 from safety_neurons.studies.tuning import tuning_over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
@@ -246,7 +245,7 @@ class Plan:
 
 
 def rsn(
-    model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, shelf: pathlib.Path | None = None, tell: Progress | None = None
+    model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache | None = None, tell: Progress | None = None
 ) -> dict[str, Any]:
     """Tune, fine-tune, measure: every arm with every seed.
 
@@ -256,7 +255,7 @@ def rsn(
         sets: from `find_sets` or `sets_from`.
         plan: how arms are trained.
         lab: what is measured.
-        shelf: a JSON file that keeps every finished seed of every arm; a killed study goes on from there.
+        cache: keeps every finished seed of every arm; a killed study goes on from there.
         tell: told the name of every step.
 
     Returns:
@@ -265,25 +264,34 @@ def rsn(
     Source: Zhao et al., ICLR 2025, section 4.3 and Table 4.
     Differs: random neurons, no tuning and protection beside it; five seeds with intervals; task accuracy beside safety.
     """
-    done = _finished(shelf, lab, model=model, sets=sets, plan=plan)
+    facts = _facts(lab, model=model, sets=sets, plan=plan)
+    cache, done = cache or Cache(), dict[str, Any]()
+
+    def work(arm: str, seed: int, kept: dict[str, Tuned]) -> dict[str, Any]:
+        (tell or (lambda _line: None))(f"{arm}/{seed}")
+        return _one(model, _members(sets, arm, seed), plan, lab, arm, seed, kept, _known(done, arm, seed))
+
     for seed in plan.seeds:
         kept: dict[str, Tuned] = {}
         for arm in plan.arms:
             name = f"{arm}/{seed}"
-            if name in done:
-                continue
-            (tell or (lambda _line: None))(name)
-            done[name] = _one(model, _members(sets, arm, seed), plan, lab, arm, seed, kept, _known(done, arm, seed))
-            if shelf is not None:
-                write_json(shelf, done)
+            done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, seed, kept))
     return summary(done, plan, sets, lab.shared)
 
 
-def _finished(shelf: pathlib.Path | None, lab: Lab, **facts: Any) -> dict[str, Any]:
-    """What is finished by arm and seed; completions and results by seed are gone on with only where all they depend on is the same."""
-    for file in (shelf, lab.completions_file):
-        hold_answers(file, **facts, lab=lab)
-    return dict(read_json(shelf)) if shelf is not None and shelf.is_file() else {}
+@dataclasses.dataclass(frozen=True)
+class SeedOf:
+    """What decides one seed of one arm, by content."""
+
+    study: str
+    name: str
+    facts: Any
+
+
+def _facts(lab: Lab, **facts: Any) -> Any:
+    """All that a seed depends on, by content; completions are gone on with only where it is the same."""
+    hold_answers(lab.completions_file, **facts, lab=lab)
+    return content_of({**facts, "lab": lab})
 
 
 def _known(done: Mapping[str, Any], arm: str, seed: int) -> Point | None:
@@ -429,7 +437,7 @@ def stress(
     attack: Attack,
     lab: Lab,
     *,
-    shelf: pathlib.Path | None = None,
+    cache: Cache | None = None,
     tell: Progress | None = None,
 ) -> dict[str, Any]:
     """Safety under attack, of the model as it is and of the model after SN-Tune.
@@ -440,7 +448,7 @@ def stress(
         plan: how it is tuned, on which task, with which seeds.
         attack: how hard.
         lab: what is measured; `harmful` and `task` are used.
-        shelf: a JSON file that keeps what is finished.
+        cache: keeps what is finished.
         tell: told the name of every step.
 
     Returns:
@@ -452,19 +460,20 @@ def stress(
     Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign fine-tuning undo safety).
     Differs: the same attacks before and after tuning, random pruning beside it, several seeds with intervals.
     """
-    done = _finished(shelf, lab, model=model, sets=sets, plan=plan, attack=attack)
+    facts = _facts(lab, model=model, sets=sets, plan=plan, attack=attack)
+    cache, done = cache or Cache(), dict[str, Any]()
     say = tell or (lambda _line: None)
     answers = attack.harmful or _own_answers(model, plan, lab)
+
+    def work(state: str, seed: int) -> dict[str, Any]:
+        say(f"{state}/{seed}")
+        tuned, _ = tuned_twin(model, sets.safety if state == AFTER else None, plan, seed)
+        return _attacked(tuned, sets, plan, attack, answers, lab, state, seed, say)
+
     for seed in plan.seeds:
         for state in (BEFORE, AFTER):
             name = f"{state}/{seed}"
-            if name in done:
-                continue
-            say(name)
-            tuned, _ = tuned_twin(model, sets.safety if state == AFTER else None, plan, seed)
-            done[name] = _attacked(tuned, sets, plan, attack, answers, lab, state, seed, say)
-            if shelf is not None:
-                write_json(shelf, done)
+            done[name] = cache.cached(SeedOf("stress", name, facts), functools.partial(work, state, seed))
     return _stress_summary(done, sets, plan, attack, lab.shared)
 
 
