@@ -274,7 +274,7 @@ def _lost(refused: Verdicts) -> list[bool | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchKey:
     """What decides the scores of a method, by content."""
 
     method: Any
@@ -307,7 +307,7 @@ class Searches:
             scores.save(file)
             return seconds
 
-        key = Search([method.NAME, content_of(method)], self.content, prompts.sha256, content_of(shown))
+        key = SearchKey([method.NAME, content_of(method)], self.content, prompts.sha256, content_of(shown))
         seconds = self.cache.cached(key, write, [file])
         checkpoint.delete()
         return Scores.load(file, table=models[-1].table), seconds
