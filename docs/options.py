@@ -6,10 +6,8 @@ import re
 import sys
 from collections.abc import Iterable
 
-from safety_neurons.cli.app import build
 from safety_neurons.cli.options import Common
-from safety_neurons.cli.pages import sentence
-from safety_neurons.cli.verb import DECLARED
+from safety_neurons.cli.verb import DECLARED, build, sentence
 from safety_neurons.declarations import Option
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from safety_neurons.cli import app as command_line
+from safety_neurons.cli import verb as command_line
 from safety_neurons.detectors import find_contrast
 from safety_neurons.organism import load_pair
 

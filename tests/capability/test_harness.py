@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import transformers
 
-from safety_neurons.capability import measure_gsm8k, measure_harness, measure_mmlu, questions, task, tasks
+from safety_neurons.capability import measure_gsm8k, measure_harness, measure_mmlu, measures, task, tasks
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
@@ -67,7 +67,7 @@ def write_task(folder, name, include, data, **more):
 @pytest.mark.parametrize("treated", [False, True])
 def test_multiple_choice_is_scored_as_the_harness_scores_it(model, shared, tmp_path, monkeypatch, treated):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    data = questions.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
+    data = measures.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
     subject = "anatomy"
     rows = {
         split: [{"question": one.text, "choices": list(one.choices), "answer": one.answer} for one in part if one.subject == subject]
@@ -78,7 +78,7 @@ def test_multiple_choice_is_scored_as_the_harness_scores_it(model, shared, tmp_p
     head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
     files = {split: tmp_path / f"{split}.jsonl" for split in rows}
     write_task(tmp_path, "own_anatomy", "mmlu/default/_default_template_yaml", files, description=head)
-    monkeypatch.setattr(questions, "read_mmlu", lambda *_: data._replace(asked=[one for one in data.asked if one.subject == subject]))
+    monkeypatch.setattr(measures, "read_mmlu", lambda *_: data._replace(asked=[one for one in data.asked if one.subject == subject]))
     neurons = NeuronSet({"layers.0.down": list(range(30)), "layers.1.up": list(range(20))}, model.table)
     context = {"treatment": lambda: deactivated(model, neurons)} if treated else {}
     for shots in (0, 2):
@@ -129,7 +129,7 @@ def test_given_answers_get_the_scores_the_harness_gives_them(sums, tmp_path, mon
     write_task(tmp_path, "given_sums", "gsm8k/gsm8k.yaml", {"train": sums / "train.jsonl", "test": sums / "test.jsonl"})
     manager = TaskManager(include_path=str(tmp_path))
     found = simple_evaluate(model=Given(), tasks=["given_sums"], num_fewshot=2, task_manager=manager, bootstrap_iters=0)["results"]
-    ours = questions.score_sums("gsm8k", answers, questions.read_sums(sums))
+    ours = measures.score_sums("gsm8k", answers, measures.read_sums(sums))
     assert ours.rate.value == found["given_sums"]["exact_match,strict-match"]
     assert ours.details["flexible"]["value"] == found["given_sums"]["exact_match,flexible-extract"]
     assert 0 < ours.rate.value < ours.details["flexible"]["value"] < 1
@@ -145,8 +145,8 @@ def test_numbers_are_read_as_the_harness_reads_them(tmp_path):
     ]  # fmt: skip
     hard = RegexFilter(regex_pattern="#### (\\-?[0-9\\.\\,]+)")
     soft = RegexFilter(regex_pattern="(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
-    assert [questions.strict(text) for text in texts] == [row[0] for row in hard.apply([[text] for text in texts], [{}] * len(texts))]
-    assert [questions.flexible(text) for text in texts] == [row[0] for row in soft.apply([[text] for text in texts], [{}] * len(texts))]
+    assert [measures.strict(text) for text in texts] == [row[0] for row in hard.apply([[text] for text in texts], [{}] * len(texts))]
+    assert [measures.flexible(text) for text in texts] == [row[0] for row in soft.apply([[text] for text in texts], [{}] * len(texts))]
 
 
 @pytest.mark.skipif(tasks.available(), reason="lm-evaluation-harness is installed")

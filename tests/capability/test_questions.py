@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from safety_neurons.capability import measure_gsm8k, measure_mmlu, questions
+from safety_neurons.capability import measure_gsm8k, measure_mmlu, measures
 from safety_neurons.errors import InputError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
@@ -44,7 +44,7 @@ def file(tmp_path):
     ],
 )
 def test_a_number_is_read_in_two_ways(answer, strict, flexible):
-    assert (questions.strict(answer), questions.flexible(answer)) == (strict, flexible)
+    assert (measures.strict(answer), measures.flexible(answer)) == (strict, flexible)
 
 
 @pytest.mark.parametrize(
@@ -52,23 +52,23 @@ def test_a_number_is_read_in_two_ways(answer, strict, flexible):
     [("1,234", "x #### 1234", True), ("$18.", "#### 18", True), ("18.0", "#### 18", False), ("[invalid]", "#### 1", False)],
 )
 def test_signs_of_money_commas_and_a_last_stop_do_not_matter(found, expected, same):
-    assert questions.matches(found, expected) is same
+    assert measures.matches(found, expected) is same
 
 
 def test_the_score_counts_right_answers_and_leaves_missing_ones_unscored():
-    sums = [questions.Sum("a", "#### 1"), questions.Sum("b", "#### 2"), questions.Sum("c", "#### 3")]
-    found = questions.score_sums("gsm8k", ["#### 1", "so it is 2", None], sums)
+    sums = [measures.Sum("a", "#### 1"), measures.Sum("b", "#### 2"), measures.Sum("c", "#### 3")]
+    found = measures.score_sums("gsm8k", ["#### 1", "so it is 2", None], sums)
     assert (found.rate.value, found.rate.n, found.rate.unscored) == (0.5, 2, 1)
     assert found.details["flexible"]["value"] == 1.0
 
 
 def test_without_a_training_file_the_last_records_are_examples_and_are_not_asked(file):
-    asked, shown, notes = questions.asked_and_shown(file, shots=3)
+    asked, shown, notes = measures.asked_and_shown(file, shots=3)
     assert (len(asked), len(shown)) == (5, 3)
     assert not set(asked) & set(shown)
     assert "not asked" in notes[0]
     (file.parent / "train.jsonl").write_text(json.dumps({"question": "q", "answer": "#### 9"}) + "\n")
-    asked, shown, notes = questions.asked_and_shown(file.parent, shots=3, limit=2)
+    asked, shown, notes = measures.asked_and_shown(file.parent, shots=3, limit=2)
     assert (len(asked), [one.question for one in shown], notes) == (2, ["q"], [])
 
 
@@ -76,20 +76,20 @@ def test_a_model_is_asked_without_a_template_and_each_answer_once(model, file, m
     kept = {}
     first = measure_gsm8k(model, file, shots=1, max_new_tokens=6, answered=kept.__setitem__)
     assert sorted(kept) == list(range(7))
-    generate = questions.generate
+    generate = measures.generate
 
     def counting(lm, sequences, decoding, *, skip, **options):
         assert sorted(skip) == [0, 1, 2]
         assert model.decode(sequences[3]).endswith("Answer:")
         return generate(lm, sequences, decoding, skip=skip, **options)
 
-    monkeypatch.setattr(questions, "generate", counting)
+    monkeypatch.setattr(measures, "generate", counting)
     again = measure_gsm8k(model, file, shots=1, max_new_tokens=6, done={number: kept[number] for number in range(3)})
     assert again == first
 
 
 def test_an_answer_ends_where_the_next_question_begins():
-    assert questions.cut("it is 3\nQuestion: what") == "it is 3\n"
+    assert measures.cut("it is 3\nQuestion: what") == "it is 3\n"
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_says_so(model, file):
@@ -100,13 +100,13 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_says_so(model, file)
 def test_a_file_of_another_shape_is_refused(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"q": 1}\n')
     with pytest.raises(InputError, match="line 1"):
-        questions.read_sums(tmp_path)
+        measures.read_sums(tmp_path)
     with pytest.raises(InputError, match="cannot read"):
-        questions.read_sums(tmp_path / "none.jsonl")
+        measures.read_sums(tmp_path / "none.jsonl")
 
 
 def test_the_real_file_has_as_many_sums_as_it_should(shared):
-    assert len(questions.read_sums(shared / "data" / "gsm8k")) == 1319
+    assert len(measures.read_sums(shared / "data" / "gsm8k")) == 1319
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,12 @@ def likelihood(model, context, continuation):
 def test_likelihoods_are_those_of_the_model_also_where_the_context_is_full(short_model, size):
     words = "how do i make a cake " * 12
     pairs = [("what is red ? Answer:", " cake"), ("what is red ? Answer:", " cake and tree"), (words, " key"), (words, " key lock")]
-    found = questions.log_likelihoods(short_model, pairs, batch_size=size)
+    found = measures.log_likelihoods(short_model, pairs, batch_size=size)
     assert found == pytest.approx([likelihood(short_model, *pair) for pair in pairs], rel=1e-5)
 
 
 def test_the_likeliest_letter_is_the_answer_and_the_first_of_equals():
-    assert questions.chosen([-1.0, -1.0, -3.0, -4.0, -4.0, -3.0, -2.0, -1.5]) == [0, 3]
+    assert measures.chosen([-1.0, -1.0, -3.0, -4.0, -4.0, -3.0, -2.0, -1.5]) == [0, 3]
 
 
 def test_folder_and_zip_are_read_alike(folder, tmp_path):
@@ -151,16 +151,16 @@ def test_folder_and_zip_are_read_alike(folder, tmp_path):
         for path in folder.rglob("*.csv"):
             target.write(path, path.relative_to(folder))
             target.writestr(f"__MACOSX/{path.relative_to(folder).parent}/._{path.name}", b"\x00\x05\x16\x07\xff")
-    data = questions.read_mmlu(folder)
-    assert data == questions.read_mmlu(archive)
+    data = measures.read_mmlu(folder)
+    assert data == measures.read_mmlu(archive)
     assert [question.subject for question in data.asked] == ["high school cake"] * 3 + ["trees"] * 3
     assert data.asked[2].text == "two\nlines ?"
     assert len(data.shown["trees"]) == 2
 
 
 def test_a_question_is_put_as_usual(folder):
-    data = questions.read_mmlu(folder)
-    text = questions.question_context(data.asked[1], data.shown["trees"][:1])
+    data = measures.read_mmlu(folder)
+    text = measures.question_context(data.asked[1], data.shown["trees"][:1])
     assert text == (
         "The following are multiple choice questions (with answers) about high school cake.\n\n"
         "what is a cake, or a tree ?\nA. bread\nB. house\nC. water\nD. fire\nAnswer: A\n\n"
@@ -170,19 +170,19 @@ def test_a_question_is_put_as_usual(folder):
 
 def test_accuracy_is_the_share_of_right_letters_by_subject_too_and_a_treatment_acts(short_model, folder):
     found = measure_mmlu(short_model, folder, shots=1)
-    data = questions.read_mmlu(folder)
+    data = measures.read_mmlu(folder)
     expected = []
     for question in data.asked:
-        context = questions.question_context(question, data.shown[question.subject][:1])
-        scores = [likelihood(short_model, context, f" {letter}") for letter in questions.LETTERS]
+        context = measures.question_context(question, data.shown[question.subject][:1])
+        scores = [likelihood(short_model, context, f" {letter}") for letter in measures.LETTERS]
         expected.append(float(np.argmax(scores) == question.answer))
     assert found.outcomes == tuple(expected)
     assert found.rate.n == 6
     assert found.details["subjects"]["trees"]["n"] == 3
     neurons = NeuronSet.all(short_model.table)
     pairs = [("what is red ? Answer:", " cake")]
-    untreated = questions.log_likelihoods(short_model, pairs)
-    assert questions.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != untreated
+    untreated = measures.log_likelihoods(short_model, pairs)
+    assert measures.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != untreated
 
 
 def test_a_limit_is_spread_over_the_subjects(short_model, folder):
@@ -192,15 +192,15 @@ def test_a_limit_is_spread_over_the_subjects(short_model, folder):
 def test_rows_of_another_shape_are_refused(tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(InputError, match="no file such as"):
-        questions.read_mmlu(tmp_path)
+        measures.read_mmlu(tmp_path)
     (tmp_path / "val" / "trees_val.csv").write_text("question,a,b,c,d,E\n")
     with pytest.raises(InputError, match="row 1 of"):
-        questions.read_mmlu(tmp_path)
+        measures.read_mmlu(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"no zip")
     with pytest.raises(InputError, match="damaged"):
-        questions.read_mmlu(tmp_path / "x.zip")
+        measures.read_mmlu(tmp_path / "x.zip")
 
 
 def test_the_real_archive_has_as_many_questions_as_it_should(shared):
-    data = questions.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
+    data = measures.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
     assert (len(data.asked), sum(map(len, data.shown.values())), len(data.shown)) == (1531, 285, 57)

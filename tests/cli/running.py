@@ -10,9 +10,9 @@ import sys
 from typing import Any
 from unittest import mock
 
-from safety_neurons.cli import app
+from safety_neurons.cli import verb
 
-BUILD = functools.cache(app.build)
+BUILD = functools.cache(verb.build)
 """The table of contents is the same for every command; making it once saves a sixth of a second each."""
 
 
@@ -49,12 +49,12 @@ def command(*words: object, terminal: bool = False) -> Outcome:
     out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
     with (
         mock.patch.object(sys, "argv", ["safety-neurons", *map(str, words)]),
-        mock.patch.object(app, "build", BUILD),
+        mock.patch.object(verb, "build", BUILD),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            app.run()
+            verb.run()
         except SystemExit as stop:
             return Outcome(int(stop.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("a command always exits")

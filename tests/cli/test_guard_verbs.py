@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from safety_neurons.cli.app import build
+from safety_neurons.cli.verb import build
 from tiny import tiny_llama_folder
 
 

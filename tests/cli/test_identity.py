@@ -11,7 +11,7 @@ from running import command, done, record, refused
 from safetensors.numpy import load_file, save_file
 
 from safety_neurons import organism
-from safety_neurons.cli import app
+from safety_neurons.cli import verb
 from safety_neurons.cli.inputs import inputs_of
 from safety_neurons.cli.options import Common
 from safety_neurons.cli.session import Session
@@ -35,7 +35,7 @@ NOT_PART_OF_A_RUN = {"gate": "held against results that are there", "endpoint": 
 
 
 def test_every_option_that_names_a_file_or_a_model_is_declared_to_be_read():
-    listed = list(commands(app.build()))  # All are imported by being listed.
+    listed = list(commands(verb.build()))  # All are imported by being listed.
     assert len(DECLARED) >= len(listed) > 40
     silent = [
         (words, one.flag, one.help)

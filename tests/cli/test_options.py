@@ -9,7 +9,7 @@ import pytest
 from running import command, done, refused
 
 from safety_neurons.cli import options
-from safety_neurons.cli.app import build
+from safety_neurons.cli.verb import build
 
 CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]
 VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]

@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-from safety_neurons.cli.app import build
-from safety_neurons.cli.pages import sentence
-from safety_neurons.cli.verb import VERBS
+from safety_neurons.cli.verb import VERBS, build, sentence
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import pytest
 from running import command
 
 from safety_neurons import load
-from safety_neurons.cli import app, runs
+from safety_neurons.cli import runs, verb
 from safety_neurons.neurons import NeuronSet
 from tiny_pair import HARMFUL, HARMLESS
 
@@ -162,7 +162,7 @@ def test_a_recipe_that_ships_uses_verbs_and_options_that_exist(path):
     steps = runs.steps_of(record, path)
     assert [name for name, _, _ in steps] == ["foundation", "safety", "robust", "sn-tune", "rsn-tune"]
     for _, words, arguments in steps:
-        page = app.build()
+        page = verb.build()
         for word in words:
             page = page.commands[word]
         known = {parameter.name for parameter in page.params}

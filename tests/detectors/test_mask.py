@@ -9,11 +9,11 @@ from exact64 import Exact64
 from safety_neurons.detectors import find_attribution_patching, find_mask
 from safety_neurons.detectors import mask as module
 from safety_neurons.detectors.attribution import ScoredRow, own_completions, score_rows
+from safety_neurons.detectors.importance_contrast import contested, parting
 from safety_neurons.detectors.mask import Activations, Course, Parameters, Search, _asked
 from safety_neurons.detectors.methods import Mask
 from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
-from safety_neurons.detectors.swap_attribution import contested, parting
 from safety_neurons.errors import UsageError
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.prompt_lists import Prompts

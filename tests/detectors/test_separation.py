@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from twins import PROMPTS, model, separate, untouched
 
 from safety_neurons.detectors import find_probe_weights, find_refusal_direction
-from safety_neurons.detectors.separation import probe
+from safety_neurons.detectors.baselines import probe
 from safety_neurons.errors import UsageError
 
 HARMFUL, HARMLESS = PROMPTS[:3], PROMPTS[3:]

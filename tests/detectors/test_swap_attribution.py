@@ -9,7 +9,7 @@ from twins import PROMPTS, adapted, separate, untouched
 from exact64 import Exact64
 from safety_neurons.detectors import find_importance_contrast
 from safety_neurons.detectors.attribution import ScoredRow, midpoints_of, score_rows
-from safety_neurons.detectors.swap_attribution import SoftSwap, parting
+from safety_neurons.detectors.importance_contrast import SoftSwap, parting
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, collate, forward

@@ -6,7 +6,7 @@ import pytest
 from page_text import Outline
 from report_runs import MODEL, run_folder
 
-from safety_neurons.capability.language import Measured
+from safety_neurons.capability.measures import Measured
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions, Rate
 from safety_neurons.studies.evaluation import Evaluation

@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safety_neurons.capability.language import (
+from safety_neurons.capability.measures import (
     Measurement,
     TaskSettings,
     Treatment,
     documents,
     measure_divergence,
+    measure_gsm8k,
+    measure_mmlu,
     measure_perplexity,
     measure_running_text,
+    read_mmlu,
+    read_sums,
 )
-from safety_neurons.capability.questions import measure_gsm8k, measure_mmlu, read_mmlu, read_sums
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize

@@ -10,9 +10,8 @@ from typer.main import get_command
 
 from safety_neurons.cli import console
 from safety_neurons.cli.options import OneModel, OtherText, PromptFile, Some, TwoModels
-from safety_neurons.cli.pages import Contents
 from safety_neurons.cli.session import Session
-from safety_neurons.cli.verb import add, group
+from safety_neurons.cli.verb import Contents, add, group
 from safety_neurons.declarations import Declaration, Incidental, Reads
 from safety_neurons.detectors.methods import METHODS, Method, installed
 

@@ -78,7 +78,7 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
 
 def _one(words: list[str], *, quiet: bool) -> Any:
     """Run one command; with `--json` its object is taken, and printed by this verb at its end, unless it failed."""
-    from safety_neurons.cli.app import build
+    from safety_neurons.cli.verb import build
 
     with console.caught() if quiet else console.shared() as said:
         try:
@@ -182,7 +182,7 @@ def command_words(
 
 def _command(words: list[str], recipe: pathlib.Path) -> Any:
     """The command that a file names."""
-    from safety_neurons.cli.app import build
+    from safety_neurons.cli.verb import build
 
     found: Any = build()
     name = " ".join(words)

@@ -160,7 +160,7 @@ def tell(common: Common, out: pathlib.Path, *, quick: bool) -> dict[str, Any]:
 
 def call(words: list[str], common: Common, *, say: bool = True) -> None:
     """One command in this process; a failure carries its own one-line error."""
-    from safety_neurons.cli.app import build
+    from safety_neurons.cli.verb import build
 
     quiet = common.json or not say
     line = [*words, *(["--json"] if quiet else []), *(["--overwrite"] if common.overwrite else [])]

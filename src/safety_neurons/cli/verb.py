@@ -1,20 +1,77 @@
-"""How a verb is declared: by the declarations that its function takes; errors in one line, an exit code, JSON on request."""
+"""Make the command line from declarations: verbs by name, help pages, one line an error, an exit code, JSON on request."""
 
 import dataclasses
+import importlib
 import inspect
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
+from safety_neurons import __version__
 from safety_neurons.cli import console
 from safety_neurons.cli.options import Common
-from safety_neurons.cli.pages import Contents, Page
 from safety_neurons.cli.session import Session
 from safety_neurons.declarations import Declaration, Option
 from safety_neurons.errors import SafetyNeuronsError, command_line
+
+SETTINGS = {"max_content_width": 110}
+"""Context settings of the command line: pages may be wider than click's 80 columns."""
+REST = "Options"
+
+
+class Page(TyperCommand):
+    """The help page of one verb."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, section by section."""
+        write_options(self, ctx, formatter)
+
+
+class Contents(TyperGroup):
+    """The help page of a group of verbs."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the verbs, then the options."""
+        self.format_commands(ctx, formatter)
+        write_options(self, ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write every verb with the whole sentence that it is described by."""
+        write_section("Commands", self.described(ctx), formatter)
+
+    def described(self, ctx: Any) -> list[tuple[str, str]]:
+        """Every verb with its sentence."""
+        verbs = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        return [(name, sentence(verb)) for name, verb in verbs if verb is not None and not verb.hidden]
+
+
+def sentence(command: Any) -> str:
+    """The first paragraph of a command's help, in one line."""
+    return " ".join((command.help or "").split("\n\n")[0].split())
+
+
+def write_options(command: Any, ctx: Any, formatter: Any) -> None:
+    """The options of a command under the headings they were declared with, in the order of first mention; the others come last."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for option in command.get_params(ctx):
+        record = option.get_help_record(ctx)
+        if record is not None:
+            sections.setdefault(getattr(option, "rich_help_panel", None) or REST, []).append(record)
+    for heading, records in sorted(sections.items(), key=lambda section: section[0] == REST):
+        write_section(heading, records, formatter)
+
+
+def write_section(heading: str, records: list[tuple[str, str]], formatter: Any) -> None:
+    """A heading with a list of terms and what they mean."""
+    with formatter.section(typer.style(heading, bold=True)):
+        formatter.write_dl([(typer.style(term, fg=typer.colors.CYAN), text) for term, text in records])
+
 
 Verb = Callable[..., dict[str, Any] | None]
 VERBS = {
@@ -177,3 +234,87 @@ def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, d
     else:
         console.tell(f"safety-neurons: {line}\n")
     raise SystemExit(exit_code)
+
+
+HELP = "Find the neurons which make a language model safe, prove that they do, and put them to use."
+
+
+class Verbs(dict[str, Any]):
+    """Commands by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        if super().__getitem__(name) is None:
+            self[name] = load(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The command, or the default for an unknown name."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+
+class VerbList(Contents):
+    """The first page, written without importing what it lists."""
+
+    def described(self, ctx: Any) -> list[tuple[str, str]]:
+        """Every verb with its sentence."""
+        return [(name, VERBS[name][1]) for name in self.list_commands(ctx)]
+
+
+def load(name: str) -> Any:
+    """Import the modules of a verb and make its command."""
+    for module in VERBS[name][0].split():
+        importlib.import_module(f"safety_neurons.cli.{module}")
+    return get_command(APPS[name])
+
+
+def build() -> typer.core.TyperGroup:
+    """The command, with every verb."""
+    app = typer.Typer(
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        cls=VerbList,
+        context_settings=SETTINGS,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(options)
+    command = get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    command.commands = Verbs(dict.fromkeys(VERBS))
+    return command
+
+
+def print_version(wanted: bool | None) -> None:
+    """Print the version and stop."""
+    if wanted:
+        sys.stdout.write(f"safety-neurons {__version__}\n")
+        raise typer.Exit
+
+
+def options(
+    _version: bool | None = typer.Option(None, "--version", help="Print the version and stop.", callback=print_version, is_eager=True),
+) -> None:
+    """Options that come before the verb."""
+
+
+def run() -> None:
+    """Run the command line on the words it was given; what cannot be parsed is one line and exit code 2."""
+    words = sys.argv[1:]
+    try:
+        code = build()(words, prog_name="safety-neurons", standalone_mode=False)
+    except Exception as caught:
+        error: Any = caught
+        if not is_usage(error):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            error.show(file=sys.stdout)
+            raise SystemExit(2) from None
+        help_of = getattr(getattr(error, "ctx", None), "command_path", "safety-neurons")
+        message = f"{error.format_message().rstrip('.')}; see `{help_of} --help`"
+        fail(message, error.exit_code, error, as_json="--json" in words, debug="--debug" in words)
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,21 +1,38 @@
-"""Baselines: random neurons, and those that are large, or changed the most, by their weights or activations."""
+"""Score neurons by what detectors are held against: sizes, chance, set differences of weights, probes, the refusal direction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from safety_neurons.detectors.methods import ActivationMagnitude, Ranked, WeightChange, WeightMagnitude
-from safety_neurons.detectors.reading import chosen_rows, read, rows_at
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, frozen, score_rows
+from safety_neurons.detectors.methods import (
+    ActivationMagnitude,
+    ProbeWeights,
+    Ranked,
+    RefusalDirection,
+    SetDifference,
+    WeightChange,
+    WeightMagnitude,
+)
+from safety_neurons.detectors.reading import chosen_rows, columns, read, rows_at
 from safety_neurons.detectors.runner import Found, PromptCounts, Run, Scored, chosen_from
-from safety_neurons.detectors.streaming import BatchSums, to_numpy
-from safety_neurons.detectors.sublayers import columns
-from safety_neurons.errors import UsageError
-from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch
-from safety_neurons.neurons import SITES, NeuronSet, SiteTable, parse_key
+from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
+from safety_neurons.detectors.text import generate
+from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
+from safety_neurons.model import Encoded, LanguageModel, hooks
+from safety_neurons.model.batches import Batch, forward, said_of_failed
+from safety_neurons.model.hooks import around, refuse_compiled, skipped
+from safety_neurons.model.passes import PassOptions, run_batches
+from safety_neurons.model.sites import AttentionAnatomy, SitePlace, take
+from safety_neurons.neurons import MLP_SITES, SITES, NeuronSet, SiteTable, parse_key
+from safety_neurons.neurons.scores import kept_share
+from safety_neurons.prompt_lists import Prompts
 
 
 def change(_: WeightChange, run: Run) -> Scored:
@@ -136,3 +153,380 @@ def find_random(
     made = chosen_from(values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config})
     notes = () if drawn.disjoint else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
     return Found(made.scores, drawn, made.prompts, notes)
+
+
+SAFETY, UTILITY = "safety", "utility"
+Importances = Callable[[LanguageModel, "Capture", Batch, Sequence[ScoredRow]], list[dict[str, Tensor]]]
+"""What one batch gives: for each of its rows, by site key, one number per weight `[neuron, weight]`."""
+
+
+@dataclass
+class Capture:
+    """Inputs of the projections in one pass, and zeros added to their outputs, by whose gradient the weights' is had.
+
+    Attributes:
+        places: the searched sites.
+        differentiate: whether zeros are added.
+    """
+
+    places: Mapping[str, SitePlace]
+    differentiate: bool
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    zeros: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks at every searched projection for a block."""
+        modules = {place.hooked: place for place in self.places.values()}
+        with around(
+            before={module: self._keeper(module) for module in modules},
+            after={module: self._adder(module) for module in modules} if self.differentiate else None,
+        ):
+            yield
+
+    def check(self) -> None:
+        """Raise an error where a projection was not called in the pass (a replaced forward or kernel)."""
+        silent = [key for key, place in self.places.items() if place.hooked not in self.inputs]
+        if silent:
+            raise skipped(silent, "in the pass")
+
+    def _keeper(self, module: nn.Module) -> Callable[..., None]:
+        def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.inputs[module] = (args[0] if args else next(iter(kwargs.values()))).detach()
+
+        return keep
+
+    def _adder(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def add(output: Tensor) -> Tensor:
+            self.zeros[module] = torch.zeros_like(output, requires_grad=True)
+            return output + self.zeros[module]
+
+        return add
+
+    def fed(self, place: SitePlace, row: int) -> Tensor:
+        """What a site's weights multiply in one row of the batch, `[token, feature]`: all inputs, or the site's own."""
+        values = self.inputs[place.hooked][row].float()
+        return take(values, place.index) if place.side == "input" else values
+
+
+def snip(method: SetDifference, run: Run) -> Scored:
+    """The set difference by |weight × gradient of the loss of the model's own answer|."""
+    return _difference(method, run, _by_gradient, differentiate=True)
+
+
+def wanda(method: SetDifference, run: Run) -> Scored:
+    """The set difference by |weight| × norm of the input feature."""
+    return _difference(method, run, _by_input, differentiate=False)
+
+
+def _difference(method: SetDifference, run: Run, importances: Importances, *, differentiate: bool) -> Scored:
+    """Share of each neuron's weights that are important on one text and not on the other."""
+    model = run.aligned
+    refuse_compiled(model.model)
+    places = _places(model, list(run.sizes))
+    assert run.harmless is not None
+    rows = [_answers(run, text, name) for name, text in ((SAFETY, run.prompts), (UTILITY, run.harmless))]
+    counts = {SAFETY: len(rows[0]), UTILITY: len(rows[1])}
+    everything = [*rows[0], *rows[1]]
+
+    def reduce(batch: Batch) -> BatchSums:
+        capture, part = Capture(places, differentiate), BatchSums()
+        found = importances(model, capture, batch, [everything[index] for index in batch.indices])
+        for index, of_row in zip(batch.indices, found, strict=True):
+            name = SAFETY if index < counts[SAFETY] else UTILITY
+            for key, values in of_row.items():
+                each = values.double().cpu().numpy().ravel()
+                part.sums[f"{name}/{key}"] = part.sums.get(f"{name}/{key}", 0.0) + each
+        return part
+
+    means = _means(run.fold([row.ids for row in everything], reduce), counts)
+    shares = method.safety, method.utility
+    values = {key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], run.sizes[key], *shares) for key in places}
+    truncated = sum(row.truncated for row in model.encode(run.prompts, reserve=SCORED_TOKENS))
+    return Scored(values, PromptCounts(counts[SAFETY], len(run.prompts) - counts[SAFETY], truncated))
+
+
+def _means(folded: Folded, counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """Mean importances by text and site; `counts` loses the answers that were left out.
+
+    Raises:
+        NumericalError: no answer of a text is left.
+    """
+    lost = sum(index < counts[SAFETY] for index in folded.failed)
+    counts[SAFETY], counts[UTILITY] = counts[SAFETY] - lost, counts[UTILITY] - (len(folded.failed) - lost)
+    for name, left in counts.items():
+        if not left:
+            raise NumericalError(f"no answer to the {name} prompts gave finite numbers; the first: {next(iter(folded.failed.values()))}")
+    return {name: values / counts[name.split("/", 1)[0]] for name, values in folded.sums.items()}
+
+
+def _places(model: LanguageModel, keys: Sequence[str]) -> dict[str, SitePlace]:
+    routed = [key for key in keys if ".experts." in key]
+    if routed:
+        raise UnsupportedModelError(f"{routed[0]} is an expert's: weights of routed experts are not scored; use --sites q,k,v,o")
+    return {key: model.anatomy.place(key) for key in keys}
+
+
+def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
+    """The model's own greedy answers, their first tokens scored."""
+    model = run.aligned
+    written = generate(model, prompts, name, SCORED_TOKENS, run.stream, batch_size=run.batch_size)
+    encoded = model.encode(prompts, reserve=SCORED_TOKENS)
+    rows = [ScoredRow((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    broken = sum(answer is None for answer in written)
+    if broken == len(prompts):
+        raise NumericalError(f"all {broken} {name} prompts gave NaN or infinity: check the model's weights, or use --dtype float32")
+    if not rows:
+        raise InputError(f"all {len(prompts)} {name} prompts got an empty answer: there is nothing to weigh; use other prompts")
+    empty = len(prompts) - len(rows) - broken
+    run.notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
+    run.notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
+    return rows
+
+
+def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
+    with frozen(model.model), model.running(), torch.enable_grad(), capture.on():
+        logits = forward(model.model, batch, with_logits=True)
+        assert logits is not None
+        capture.check()
+        modules = list(capture.zeros)
+        slopes = dict(zip(modules, torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())), strict=True))
+    found: list[dict[str, Tensor]] = []
+    for row in range(len(rows)):
+        each = {}
+        with model.active(), torch.no_grad():
+            for key, place in capture.places.items():
+                slope, fed, weight = slopes[place.hooked][row].float(), capture.fed(place, row), place.weight().float()
+                gradient = slope.T @ fed if place.side == "input" else take(slope, place.index).T @ fed
+                product = (weight * gradient).abs()
+                each[key] = product.T if place.side == "input" else product
+        found.append(each)
+    return found
+
+
+def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
+    """(weight × norm)²: its mean over answers ranks weights as |weight| × norm over all answers' tokens does."""
+    with model.running(), torch.no_grad(), capture.on():
+        forward(model.model, batch)
+        capture.check()
+    found: list[dict[str, Tensor]] = []
+    with model.active(), torch.no_grad():
+        weights = {key: place.weight().float() ** 2 for key, place in capture.places.items()}
+        for number, row in enumerate(rows):
+            each = {}
+            for key, place in capture.places.items():
+                squares = (capture.fed(place, number)[row.start : len(row.ids)] ** 2).sum(0)
+                each[key] = (weights[key] * squares).T if place.side == "input" else weights[key] * squares
+            found.append(each)
+    return found
+
+
+Pool = Callable[[Tensor, Batch], Tensor]
+
+
+def pooled_activations(
+    run: Run, prompts: Sequence[Encoded], keys: Iterable[str], pool: Pool, name: str, *, residual: bool = False
+) -> dict[str, Float[Tensor, "prompt neuron"]]:
+    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host; NaN where the model gives NaN.
+
+    Args:
+        run: whose aligned model's activations, and the state in which the rows of finished batches are kept.
+        prompts: encoded.
+        keys: of sites.
+        pool: makes one row of a prompt's tokens.
+        name: of these rows in the state.
+        residual: also what every layer puts out, under `residual.{layer}`.
+
+    Raises:
+        UnsupportedModelError: a key of a routed expert.
+    """
+    model, stream = run.aligned, run.stream
+    names = list(keys)
+    routed = [key for key in names if ".experts." in key]
+    if routed:
+        raise UnsupportedModelError(f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o")
+    seen: dict[str, Tensor] = {}
+    found = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
+    encoded = [row.ids for row in prompts]
+    done = f"{name}/batches"
+
+    def keep(key: str) -> Callable[[Any], None]:
+        def reader(values: Any) -> None:
+            seen[key] = values if isinstance(values, Tensor) else values[0]
+
+        return reader
+
+    def take(batch: Batch) -> None:
+        for key in list(seen):
+            values = pool(seen.pop(key), batch)
+            if key not in found:
+                found[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
+            found[key][batch.indices] = values
+
+    def prepare() -> None:
+        stream.put(name, {key: values.numpy() for key, values in found.items()})
+
+    def finished(count: int) -> None:
+        stream.state[done] = count
+        stream.went_on(prepare)
+
+    layers = {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
+    with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
+        run_batches(model, encoded, take, run.batch_size, options=PassOptions(int(stream.state.get(done, 0)), finished))
+        prepare()
+    return found
+
+
+def largest(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
+    """The largest over the real tokens of every row, in float32 or wider, on the host."""
+    taken = torch.stack([row[:length].amax(0) for row, length in zip(values, batch.lengths, strict=True)]).cpu()
+    return taken if taken.dtype == torch.float64 else taken.float()
+
+
+def at_last(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
+    """The last real token of every row, in float32 or wider, on the host."""
+    last = batch.row_lengths.to(values.device) - 1
+    taken = values[torch.arange(len(last), device=values.device), last].cpu()
+    return taken if taken.dtype == torch.float64 else taken.float()
+
+
+def whole_rows(parts: Iterable[Float[Tensor, "prompt _"]]) -> Bool[Tensor, " prompt"]:
+    """Which prompts have finite numbers in all of these.
+
+    Raises:
+        NumericalError: none has.
+    """
+    whole = torch.stack([values.isfinite().all(1) for values in parts]).all(0)
+    if not bool(whole.any()):
+        raise NumericalError(f"none of {len(whole)} prompts gave finite numbers: check the model's weights, or use --dtype float32")
+    return whole
+
+
+def sorted_out(
+    encoded: Sequence[Sequence[Encoded]], whole: Sequence[Bool[Tensor, " _"]]
+) -> tuple[Sequence[Bool[Tensor, " _"]], PromptCounts, list[str]]:
+    """Which prompts of two texts are used, what became of those of the first, and what has to be said.
+
+    Args:
+        encoded: the prompts of both texts.
+        whole: which of them gave finite numbers.
+    """
+    notes: list[str] = []
+    for name, kept in zip(("prompts", "harmless prompts"), whole, strict=True):
+        notes += said_of_failed({int(index): "NaN or infinity" for index in (~kept).nonzero().flatten()}, len(kept), name)
+    counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(int((~whole[0]).sum()))
+    return whole, counts, notes
+
+
+SAME = 1e-5
+"""Share of its size below which a feature's spread is rounding: the largest activation is often that of a token all prompts begin with."""
+
+
+def score_probe(_: ProbeWeights, run: Run) -> Scored:
+    """The weights of one probe a site; a probe that was fitted is not fitted again by a run that goes on."""
+    model, stream = run.aligned, run.stream
+    assert run.harmless is not None
+    encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
+    names = ("harmful", "harmless")
+    seen = [pooled_activations(run, text, run.sizes, largest, name) for name, text in zip(names, encoded, strict=True)]
+    whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
+    run.notes += notes
+    labels = torch.cat(
+        [torch.full((int(kept.sum()),), float(label), dtype=torch.float64) for kept, label in zip(whole, (1, 0), strict=True)]
+    )
+    fitted = stream.named("probe")
+    with stream.kept():
+        for number, key in enumerate(run.sizes):
+            if key not in fitted:
+                weights = probe(torch.cat([part[key][kept] for part, kept in zip(seen, whole, strict=True)]).double(), labels)
+                scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
+                fitted[key] = (weights.sign() * scores.abs()).numpy()
+                stream.put("probe", {key: fitted[key]})
+                stream.went_on()
+            if run.progress is not None:
+                run.progress(number + 1, len(run.sizes), 0)
+    return Scored({key: fitted[key] for key in run.sizes}, counts)
+
+
+def probe(features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prompt"]) -> Float[Tensor, " neuron"]:
+    """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept that is not penalised."""
+    centred = features - features.mean(0)
+    spread = centred.std(0, correction=0)
+    varies = spread > SAME * features.abs().amax(0)
+    scaled = torch.where(varies, centred / torch.where(varies, spread, 1.0), 0.0)
+    values = torch.zeros(scaled.shape[1] + 1, dtype=scaled.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        odds = scaled @ values[:-1] + values[-1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(odds, labels, reduction="sum")
+        loss = loss + ProbeWeights.PENALTY / 2 * values[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(closure)
+    return values.detach()[:-1]
+
+
+SEARCHED_LAYERS = 0.8
+"""Share of the layers, from the first, among which the direction is taken where no layer is named."""
+
+
+def score_direction(method: RefusalDirection, run: Run) -> Scored:
+    """What every searched neuron writes along the difference of the two kinds of prompts."""
+    model, layer = run.aligned, method.layer
+    assert run.harmless is not None
+    n_layers = len(model.anatomy.layers)
+    if layer is not None and not 0 <= layer < n_layers:
+        raise UsageError(f"layer {layer}: expected 0 to {n_layers - 1}")
+    writers = list(dict.fromkeys(_writer(key) for key in run.sizes if _writer(key)))
+    with torch.no_grad():
+        encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
+        names = ("harmful", "harmless")
+        seen = [pooled_activations(run, text, writers, at_last, name, residual=True) for name, text in zip(names, encoded, strict=True)]
+        whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
+        run.notes += notes
+        seen = [{key: values[kept] for key, values in part.items()} for part, kept in zip(seen, whole, strict=True)]
+        streams = [[part[f"residual.{number}"] for number in range(n_layers)] for part in seen]
+        chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
+        direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)
+        direction = direction / direction.norm().clamp(min=1e-30)
+        written: dict[str, Tensor] = {}
+        for number, key in enumerate(writers):
+            with model.active():
+                along = direction @ model.anatomy.place(key).weight().detach().cpu().to(direction)
+            written[key] = (seen[0][key].mean(0) - seen[1][key].mean(0)).to(along) * along
+            if run.progress is not None:
+                run.progress(number + 1, len(writers), 0)
+    return Scored({key: _of_site(model, key, written).double().numpy() for key in run.sizes}, counts, config={"layer": chosen})
+
+
+def _most_apart(harmful: Sequence[Tensor], harmless: Sequence[Tensor], n_layers: int) -> int:
+    apart = []
+    for one, other in zip(harmful[:n_layers], harmless[:n_layers], strict=True):
+        direction = one.mean(0) - other.mean(0)
+        ours, theirs = one @ direction, other @ direction
+        pooled = ((ours.var(correction=0) + theirs.var(correction=0)) / 2).sqrt().clamp(min=1e-30)
+        apart.append(float((ours.mean() - theirs.mean()) / pooled))
+    return max(range(len(apart)), key=apart.__getitem__)
+
+
+def _writer(key: str) -> str:
+    """The site that writes what a neuron of this site does to the residual stream; empty for `q` and `k`."""
+    layer, site = key.rsplit(".", 1)
+    if site in ("q", "k"):
+        return ""
+    return f"{layer}.down" if site in MLP_SITES else f"{layer}.o"
+
+
+def _of_site(model: LanguageModel, key: str, written: Mapping[str, Tensor]) -> Tensor:
+    parsed, writer = parse_key(key), _writer(key)
+    if not writer:
+        return torch.zeros(model.table.sizes[key])
+    if parsed.site != "v":
+        return written[writer]
+    attention = model.anatomy.layers[parsed.layer].attention
+    assert isinstance(attention, AttentionAnatomy)
+    return written[writer].unflatten(0, (attention.n_kv_heads, -1, model.table[key].size // attention.n_kv_heads)).sum(1).flatten()

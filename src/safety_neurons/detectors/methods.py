@@ -399,7 +399,7 @@ class SwapAttribution(Method, Voted):
     Differs: parameters are moved, not activations, and the score is read at one token.
     """
 
-    NAME, PAIR, SCORER = "swap-attribution", True, "swap_attribution:score"
+    NAME, PAIR, SCORER = "swap-attribution", True, "importance_contrast:score_swap_attribution"
     PANEL: ClassVar[str | None] = None
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
@@ -528,7 +528,7 @@ class Snip(SetDifference):
     Differs: they take single weights away; here a neuron's score is the share of its weights in the set difference.
     """
 
-    NAME, SCORER = "snip", "set_difference:snip"
+    NAME, SCORER = "snip", "baselines:snip"
 
 
 @register
@@ -543,7 +543,7 @@ class Wanda(SetDifference):
     the whole matrix (Wanda itself compares within one output).
     """
 
-    NAME, SCORER = "wanda", "set_difference:wanda"
+    NAME, SCORER = "wanda", "baselines:wanda"
 
 
 @register
@@ -560,7 +560,7 @@ class RefusalDirection(Method, Ranked):
     Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
     """
 
-    NAME, HARMLESS, SCORER = "refusal-direction", "needed", "separation:score_direction"
+    NAME, HARMLESS, SCORER = "refusal-direction", "needed", "baselines:score_direction"
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("down",)
 
@@ -584,7 +584,7 @@ class ProbeWeights(Method, Ranked):
     Differs: features are standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
     """
 
-    NAME, HARMLESS, SCORER = "probe-weights", "needed", "separation:score_probe"
+    NAME, HARMLESS, SCORER = "probe-weights", "needed", "baselines:score_probe"
     DEFAULT_SITES = ("gate", "up")
     PENALTY: ClassVar[float] = 1.0
     """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""

@@ -1,6 +1,5 @@
 """Neurons: their names, the table of a model's matrices, sets, scores and the selection between them. Needs only numpy."""
 
-from safety_neurons.neurons.files import Provenance
 from safety_neurons.neurons.scores import Scores, Selection, Votes
 from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet
 from safety_neurons.neurons.table import (
@@ -10,6 +9,7 @@ from safety_neurons.neurons.table import (
     OUTPUT_SITES,
     SITES,
     Key,
+    Provenance,
     SiteInfo,
     SiteTable,
     check_sites,

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.errors import ForeignModelError, NeuronError
-from safety_neurons.neurons.files import Provenance
 from safety_neurons.neurons.scores import Scores, kept_share
 from safety_neurons.neurons.sets import NeuronSet
-from safety_neurons.neurons.table import SITES, SiteTable, parse_key
+from safety_neurons.neurons.table import SITES, Provenance, SiteTable, parse_key
 
 SN_TUNE_LINES = ("up", "down", "q", "k", "v")
 """Which site each line of an SN-Tune file is of."""

@@ -12,10 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from safety_neurons.errors import NeuronError, NumericalError, UsageError
-from safety_neurons.neurons import files
-from safety_neurons.neurons.files import Provenance
 from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, html_of, line_of, stored_table
-from safety_neurons.neurons.table import SiteTable, check_sites, keys_within, parse_key, sort_keys
+from safety_neurons.neurons.table import Provenance, SiteTable, check_sites, keys_within, parse_key, read_arrays, sort_keys, write_arrays
 
 RARE = 0.1
 """Share of the prompts below which a matrix's agreement is said to rest on few of them."""
@@ -424,12 +422,12 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file in one step: a float32 vector per key, provenance and site table in the header."""
-        files.write(path, self._values, header(self.provenance, self.table))
+        write_arrays(path, self._values, header(self.provenance, self.table))
 
     @staticmethod
     def load(path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> "Scores":
         """The scores in a file (a folder means its `scores.safetensors`); arguments and errors as for `NeuronSet.load`."""
-        arrays, metadata = files.read(path, FILE_NAME)
+        arrays, metadata = read_arrays(path, FILE_NAME)
         provenance = Provenance.from_metadata(metadata, "scores")
         loaded = Scores(arrays, stored_table(metadata, provenance), provenance)
         if table is None:

@@ -17,7 +17,7 @@ from safety_neurons.capability import Measurement, Task, TaskSettings
 from safety_neurons.capability import check as check_task
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
-from safety_neurons.capability.questions import asked_and_shown, cut, score_sums, sum_context
+from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
