@@ -187,7 +187,6 @@ NAMED_TWICE = {"Judged", "Outcome", "Settings"}
 MANY_PARAMETERS = {
     "guard/fit.py recalibrate",
     "guard/generate.py __init__",
-    "model/loading.py load",
     "studies/comparison.py compare",
     "studies/evaluation.py evaluate",
     "studies/guard_evaluation.py guarded_outputs",

@@ -137,7 +137,7 @@ def test_options_by_another_word_than_their_name_are_repeated_too(tiny_pair, tmp
 @pytest.mark.parametrize("part", ["../plain", "/etc", "..", "a/b"])
 def test_an_organism_names_folders_of_its_own(part, tmp_path):
     from safety_neurons.errors import InputError
-    from safety_neurons.organism.folder import open_organism
+    from safety_neurons.model.files import open_organism
 
     record = {"name": "x", "stages": {"sft": [part]}, "base": "sft", "aligned": "sft"}
     (tmp_path / "organism.json").write_text(json.dumps(record))

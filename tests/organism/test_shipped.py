@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from safety_neurons.model import load
+from safety_neurons.model.files import shipped_folder
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism import language, listing, shipped
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.folder import shipped_folder
 from safety_neurons.organism.language import KINDS, concepts
 from safety_neurons.prompt_lists import prompts
 

@@ -7,8 +7,8 @@ import pytest
 
 from safety_neurons.detectors import find_contrast
 from safety_neurons.errors import NeuronError, UsageError
+from safety_neurons.model import load_several
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.organism.folder import load_several
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, comparisons
 from safety_neurons.studies import cross_patch, helpfulness, read_trainings

@@ -5,7 +5,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from safety_neurons.analysis.overlap import relations
-from safety_neurons.organism import language, load_several, recipe
+from safety_neurons.model import load_several
+from safety_neurons.organism import language, recipe
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import vocabulary
 from safety_neurons.organism.natural import TRAININGS, helpful_pair, polite_pair, safety_pair

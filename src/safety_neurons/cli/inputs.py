@@ -60,9 +60,7 @@ def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
 
     source = pathlib.Path(path).expanduser()
     if path.startswith("organism:"):
-        from safety_neurons.organism import spec
-
-        source = pathlib.Path(spec(path.removeprefix("organism:")))
+        source = pathlib.Path(resolve(path))
     if not source.exists():
         return {"": f"named {path}"}
     if (source / "config.json").is_file():
@@ -84,9 +82,9 @@ def resolve(spec: str) -> str:
     """A model argument with `organism:NAME[/STAGE]` replaced by the folders it stands for."""
     if not spec.startswith("organism:"):
         return spec
-    from safety_neurons import organism
+    from safety_neurons.model.files import organism_spec
 
-    return organism.spec(spec.removeprefix("organism:"))
+    return organism_spec(spec.removeprefix("organism:"))
 
 
 def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
@@ -94,7 +92,7 @@ def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.model.loading import folders_of
     from safety_neurons.results.files import within
 
-    folders = folders_of(resolve(text), offline=common.offline, trust_remote_code=common.trust_remote_code)
+    folders = folders_of(text, offline=common.offline, trust_remote_code=common.trust_remote_code)
     if len(folders) == 1:
         return model_contents(folders[0])
     parts = [within(number or "base", model_contents(folder)) for number, folder in enumerate(folders)]
@@ -122,7 +120,7 @@ def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
 
 
 def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:
-    from safety_neurons.organism.folder import open_organism
+    from safety_neurons.model.files import open_organism
     from safety_neurons.results.files import contents_of
 
     return contents_of(open_organism(pathlib.Path(name) if pathlib.Path(name).is_dir() else name).path)

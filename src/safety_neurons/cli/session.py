@@ -113,7 +113,7 @@ class Session:
 
     def model(self, spec: str) -> Any:
         """The model of a `--model` argument."""
-        from safety_neurons.organism import load
+        from safety_neurons.model import load
 
         with self.status(f"load {spec}"):
             model = load(spec, **self._loading())
@@ -122,7 +122,7 @@ class Session:
 
     def pair(self, base: str, aligned: str) -> Any:
         """The models of `--base` and `--aligned`; adapters on one base share it."""
-        from safety_neurons.organism import load_pair
+        from safety_neurons.model import load_pair
 
         with self.status(f"load {base} and {aligned}"):
             pair = load_pair(base, aligned, **self._loading())
@@ -131,7 +131,7 @@ class Session:
 
     def several(self, specs: Sequence[str]) -> list[Any]:
         """Models that are compared with one another; adapters on one base share it."""
-        from safety_neurons.organism.folder import load_several
+        from safety_neurons.model import load_several
 
         with self.status(f"load {' and '.join(specs)}"):
             models = load_several(specs, **self._loading())

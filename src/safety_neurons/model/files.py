@@ -1,5 +1,7 @@
-"""Checkpoint folders and foreign tensor files, checked and read without running anything in them."""
+"""Folders of checkpoints and organisms, and foreign tensor files: checked and read without running anything in them."""
 
+import functools
+import importlib.resources
 import io
 import math
 import pathlib
@@ -19,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safety_neurons import strict_json
-from safety_neurons.errors import ModelError, NeuronError, first_line
-from safety_neurons.results.files import Contents, contents_of, within
+from safety_neurons.errors import InputError, ModelError, NeuronError, first_line
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.results.files import Contents, contents_of, plain_name, read_json, within
 
 _POINTER = b"version https://git-lfs"
 
@@ -348,3 +351,121 @@ class _Arrays:
         if made.dtype.kind not in "biuf":
             raise NeuronError(f"a tensor of {tensor.dtype}; expected real numbers")
         return made
+
+
+ORGANISM = "organism:"
+"""What the address of an organism's model or neuron file begins with."""
+
+RECORD, CARD, PROMPTS, TRUTH = "organism.json", "README.md", "prompts", "truth"
+
+
+@dataclass(frozen=True)
+class OrganismFolder:
+    """An organism on disk.
+
+    Attributes:
+        path: its folder.
+        record: what `organism.json` says: recipe, seed, stages, what was measured, truth.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of its models, from the least to the most trained."""
+        return list(self.record["stages"])
+
+    def spec(self, stage: str) -> str:
+        """The model argument of a stage, or the path of one of its neuron files (`truth`, `decoys`, …).
+
+        Raises:
+            InputError: it has neither of that name.
+        """
+        if stage in self.record["stages"]:
+            return "+".join(str(self.path / plain_name(part, "folder of a stage")) for part in self.record["stages"][stage])
+        plain_name(stage, "stage")
+        file = self.path / f"{stage}.safetensors"
+        if file.is_file():
+            return str(file)
+        sets = sorted(path.stem for path in self.path.glob("*.safetensors"))
+        raise InputError(f"organism {self.record['name']} has no {stage!r}; it has {', '.join([*self.stages, *sets])}")
+
+    @property
+    def base(self) -> str:
+        """The model argument of the less safe model of its pair."""
+        return self.spec(self.record["base"])
+
+    @property
+    def aligned(self) -> str:
+        """The model argument of the safer model of its pair; for an organism without one, its only model."""
+        return self.spec(self.record["aligned"])
+
+    @property
+    def prompts(self) -> Path:
+        """The folder of its own prompts; pass it as `folder` where `builtin:` names are read."""
+        return self.path / PROMPTS
+
+    @property
+    def truth(self) -> NeuronSet | None:
+        """The neurons that carry its safety, where they are known: those that work in English."""
+        file = self.path / f"{TRUTH}.safetensors"
+        return NeuronSet.load(file) if file.is_file() else None
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.path / CARD
+
+
+def _organism_data() -> Path:
+    return Path(str(importlib.resources.files("safety_neurons"))) / "organism" / "data"
+
+
+@functools.cache
+def recipe_records() -> dict[str, dict[str, Any]]:
+    """The recipes of all organisms, by name, as JSON values."""
+    return strict_json.loads((_organism_data() / "recipes.json").read_text(encoding="utf-8"))
+
+
+def known_recipe(name: str) -> None:
+    """Refuses a name that no recipe has.
+
+    Raises:
+        InputError: there is no recipe of that name.
+    """
+    if name not in recipe_records():
+        raise InputError(f"no organism is called {name!r}; the recipes are {', '.join(recipe_records())}")
+
+
+def shipped_folder(name: str) -> Path:
+    """Where the package keeps the organism of that name, whether or not it is there."""
+    return _organism_data() / "organisms" / name
+
+
+def open_organism(name: str | Path) -> OrganismFolder:
+    """Open an organism by its name or by the folder it was built in.
+
+    Raises:
+        InputError: there is no such organism, or it has to be built first.
+    """
+    folder = Path(name)
+    if not (folder / RECORD).is_file():
+        if isinstance(name, Path):
+            raise InputError(f"{name}: no {RECORD}; expected the folder of an organism; write one with `organism build`")
+        known_recipe(name)
+        folder = shipped_folder(name)
+        if not (folder / RECORD).is_file():
+            raise InputError(f"organism {name!r} is not in the package; `safety-neurons organism build --name {name} --out DIR` makes it")
+    record = read_json(folder / RECORD)
+    if not isinstance(record, dict) or "stages" not in record:
+        raise InputError(f"{folder / RECORD} has no stages; expected the record of an organism; build it again")
+    plain_name(record.get("name"), f"{folder / RECORD}: the organism")
+    return OrganismFolder(folder.absolute(), record)
+
+
+def organism_spec(address: str) -> str:
+    """The model argument or neuron file of `NAME[/STAGE]`; without a stage, the aligned model."""
+    name, _, stage = address.partition("/")
+    folder = open_organism(name)
+    return folder.spec(stage) if stage else folder.aligned

@@ -26,7 +26,9 @@ from safety_neurons.model.adapters import (
 )
 from safety_neurons.model.batches import BatchSize, Halving, Rows, plan, token_budget
 from safety_neurons.model.files import (
+    ORGANISM,
     Weights,
+    organism_spec,
     read_headers,
     refuse_claims,
     refuse_foreign_shards,
@@ -37,7 +39,7 @@ from safety_neurons.model.files import (
 )
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.language_model import LanguageModel
-from safety_neurons.model.template import untouched
+from safety_neurons.model.template import Prompting, untouched
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
@@ -93,22 +95,38 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class _Options:
-    device: str | torch.device | None
-    dtype: str | torch.dtype | None
-    offline: bool
-    trust_remote_code: bool
-    merge_adapters: bool
-    others: Mapping[str, Any]
+class _Loading:
+    """The keyword arguments of `load`, taken apart."""
+
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+    merge_adapters: bool = False
+    prompting: Prompting = field(default_factory=Prompting)
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "_Loading":
+        own = {name: options[name] for name in _NAMED if name in options}
+        prompting: Any = {name: options[name] for name in Prompting.__annotations__ if name in options}
+        return cls(**own, prompting=prompting, others={name: options[name] for name in options if name not in own | prompting})
+
+
+_NAMED = ("device", "dtype", "offline", "trust_remote_code", "merge_adapters")
 
 
 def parse_spec(spec: str | Path) -> ModelSpec:
     """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each part at `@`.
 
+    `organism:NAME[/STAGE]` is what the organism's record says of that stage.
+
     Raises:
-        UsageError: An empty part.
+        UsageError: An empty part. InputError: No such organism, or none of its stages.
     """
     text = str(spec)
+    if text.startswith(ORGANISM):
+        return parse_spec(organism_spec(text.removeprefix(ORGANISM)))
     if text and Path(text).expanduser().exists():
         return ModelSpec(str(Path(text).expanduser()))
     parts = _parts(text)
@@ -118,61 +136,25 @@ def parse_spec(spec: str | Path) -> ModelSpec:
     return ModelSpec(*named[0], tuple(named[1:]))
 
 
-def load(
-    spec: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    template: str | Path = "auto",
-    system: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
-    think_end: str | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    merge_adapters: bool = False,
-    **from_pretrained: Any,
-) -> LanguageModel:
+def load(spec: str | Path, **options: Any) -> LanguageModel:
     """Loads a model, with adapters unmerged, from a folder or the hub.
 
     Args:
-        spec: `ID[@REVISION][+ADAPTER…]`.
-        device: Where to put it; by default a GPU if there is one.
-        dtype: `auto` (the checkpoint's), `float32`, `float64`, `bfloat16` or `float16`.
-        template: `auto`, `none`, `tulu` or the path of a Jinja file.
-        system: System prompt for prompts that bring none.
-        template_args: Variables for a chat template.
-        think_end: Text that ends the model's thinking, where it is none of the marks that are known.
-        offline: Use what is on this machine and open no connection.
-        trust_remote_code: Run code that comes with the checkpoint.
-        merge_adapters: Merge adapters into the weights, in order; needed for adapters of several types.
-        **from_pretrained: Further arguments of transformers' `from_pretrained` (`device_map`, `quantization_config`, `load_in_8bit`,
-            `load_in_4bit`, `attn_implementation`, …).
+        spec: `ID[@REVISION][+ADAPTER…]`, or `organism:NAME[/STAGE]`.
+        **options: `device` (by default a GPU if there is one), `dtype` (`auto`, the checkpoint's, or `float32`, `float64`,
+            `bfloat16`, `float16`), `offline` (open no connection), `trust_remote_code` (run code that comes with the
+            checkpoint), `merge_adapters` (into the weights, in order; needed for adapters of several types), `template`,
+            `system`, `template_args` and `think_end` (see `Prompting`), and further arguments of transformers'
+            `from_pretrained` (`device_map`, `quantization_config`, `load_in_8bit`, `load_in_4bit`, `attn_implementation`, …).
 
     Raises:
         ModelError: What cannot be found or loaded, in one line.
         MismatchError: Weights that do not fit the configuration.
         NumericalError: NaN or infinity in the weights.
         UsageError: A malformed spec, an unknown dtype, or adapters of several types.
+        InputError: No such organism, or none of its stages.
     """
-    options = _Options(device, dtype, offline, trust_remote_code, merge_adapters, from_pretrained)
-    view: dict[str, Any] = {"template": template, "system": system, "template_args": template_args, "think_end": think_end}
-    parsed = parse_spec(spec)
-    folders = _folders(parsed, options)
-    configs = [adapter_config(folder) for folder in folders[1:]]
-    if not merge_adapters:
-        check_one_kind(folders[1:], configs)
-    model, tokenizer, notes = _base(folders[0], options)
-    tokenizer = _adapted_tokenizer(tokenizer, folders[1:], options, notes)
-    notes += foreign_base(parsed.base, folders[0], folders[1:], configs)
-    notes += [note for folder in folders[1:] if (note := resized_vocabulary(model, folder))]
-    if merge_adapters:
-        model = merge(model, folders[1:], configs)
-        names: list[str] | None = None
-    else:
-        model = attach(model, folders[1:], configs)
-        names = [f"a{number}" for number in range(len(configs))] or None
-    check_finite(model)
-    return _view(model, tokenizer, parsed, folders, names, view, notes)
+    return load_several([spec], **options)[0]
 
 
 def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -> Pair:
@@ -187,42 +169,57 @@ def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -
         MismatchError: Models of different shapes, or tokenizers that disagree.
         ModelError: As for `load`.
     """
-    (base, aligned), shared = load_several((base_spec, aligned_spec), **options)
-    return Pair(base, aligned, shared)
+    base, aligned = load_several((base_spec, aligned_spec), **options)
+    return Pair(base, aligned, base.model is aligned.model)
 
 
-def load_several(specs: Sequence[str | Path], **options: Any) -> tuple[list[LanguageModel], bool]:
-    """Loads models that are compared with one another, and says whether they share one base in memory; all else as for `load_pair`."""
-    parsed = [parse_spec(spec) for spec in specs]
-    view: dict[str, Any] = {name: options.pop(name) for name in ("template", "system", "template_args", "think_end") if name in options}
-    settings = _options(options)
-    found = [_folders(spec, settings) for spec in parsed]
+def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageModel]:
+    """Loads models that are compared with one another; adapters of one type on one base share it. All else as for `load_pair`."""
+    loading = _Loading.of(options)
+    folders = [_folders(parse_spec(spec), loading) for spec in specs]
+    if len(specs) == 1 or (_one_base(folders) and not loading.merge_adapters):
+        return _views(specs, folders, loading)
+    models = [_views([spec], [each], loading)[0] for spec, each in zip(specs, folders, strict=True)]
+    for other in models[1:]:
+        check_pair(models[0], other)
+    return models
+
+
+def _one_base(found: Sequence[Sequence[Path]]) -> bool:
+    """Whether one model in memory can hold all: one base, one type of adapter, one size of vocabulary."""
     kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
-    if len({folders[0] for folders in found}) > 1 or len(kinds) > 1 or settings.merge_adapters or _vocabularies(found) > 1:
-        models = [load(spec, **options, **view) for spec in specs]
-        for other in models[1:]:
-            check_pair(models[0], other)
-        return models, False
-    needed = list(dict.fromkeys(folder for folders in found for folder in folders[1:]))
-    names = {folder: f"a{number}" for number, folder in enumerate(needed)}
-    model, tokenizer, notes = _base(found[0][0], settings)
-    configs = [adapter_config(folder) for folder in needed]
-    notes += foreign_base(parsed[0].base, found[0][0], needed, configs)
-    notes += [note for folder in needed if (note := resized_vocabulary(model, folder))]
-    model = attach(model, needed, configs)
+    rows = {tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in found}
+    return len({folders[0] for folders in found}) == 1 and len(kinds) <= 1 and len(rows) == 1
+
+
+def _views(specs: Sequence[str | Path], found: Sequence[Sequence[Path]], loading: _Loading) -> list[LanguageModel]:
+    """Models that share one base in memory, each with its own adapters; with `merge_adapters` there is one of them."""
+    base = found[0][0]
+    # An adapter that one model names twice counts twice there, and is shared between models all the same.
+    named = [[(folder, folders[:place].count(folder)) for place, folder in enumerate(folders)][1:] for folders in found]
+    needed = list(dict.fromkeys(entry for each in named for entry in each))
+    adapters = [folder for folder, _ in needed]
+    configs = [adapter_config(folder) for folder in adapters]
+    if not loading.merge_adapters:
+        check_one_kind(adapters, configs)
+    model, tokenizer, notes = _base(base, loading)
+    notes += foreign_base(parse_spec(specs[0]).base, base, adapters, configs)
+    notes += [note for folder in adapters if (note := resized_vocabulary(model, folder))]
+    model = (merge if loading.merge_adapters else attach)(model, adapters, configs)
     check_finite(model)
-    adapters = [[names[folder] for folder in folders[1:]] if needed else None for folders in found]
+    plain = loading.merge_adapters or not needed
+    folder = base.parent if not (base / "prompts").is_dir() and (base.parent / "prompts").is_dir() else base
     views = []
-    for spec, folders, mine in zip(parsed, found, adapters, strict=True):
-        said = list(notes)
-        own_tokenizer = _adapted_tokenizer(tokenizer, folders[1:], settings, said)
-        views.append(_view(model, own_tokenizer, spec, folders, mine, view, said))
-    return views, True
-
-
-def _vocabularies(found: Sequence[Sequence[Path]]) -> int:
-    """How many sizes of vocabulary models have that share a base; more than one cannot be held in one memory."""
-    return len({tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in found})
+    for spec, folders, own in zip(specs, found, named, strict=True):
+        own_notes = list(notes)
+        own_tokenizer = _adapted_tokenizer(tokenizer, folders[1:], loading, own_notes)
+        # Files call an organism by its short name, which means the same on every machine, and not by its folders.
+        name = str(spec) if str(spec).startswith(ORGANISM) else str(parse_spec(spec))
+        active = None if plain else [f"a{needed.index(entry)}" for entry in own]
+        view = LanguageModel(model, own_tokenizer, name=name, adapters=active, folder=folder, **loading.prompting)
+        view.notes[:0] = own_notes
+        views.append(view)
+    return views
 
 
 def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:
@@ -265,30 +262,6 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _options(options: dict[str, Any]) -> _Options:
-    left = dict(options)
-    device, dtype = left.pop("device", None), left.pop("dtype", None)
-    offline, trusted, merged = (bool(left.pop(name, False)) for name in ("offline", "trust_remote_code", "merge_adapters"))
-    return _Options(device, dtype, offline, trusted, merged, left)
-
-
-def _view(
-    model: nn.Module,
-    tokenizer: Any,
-    spec: ModelSpec,
-    folders: Sequence[Path],
-    names: list[str] | None,
-    view: Mapping[str, Any],
-    notes: Sequence[str],
-) -> LanguageModel:
-    folder = folders[0]
-    if not (folder / "prompts").is_dir() and (folder.parent / "prompts").is_dir():
-        folder = folder.parent
-    lm = LanguageModel(model, tokenizer, **view, name=str(spec), adapters=names, folder=folder)
-    lm.notes[:0] = notes
-    return lm
-
-
 def _parts(text: str) -> list[str]:
     """The parts between `+` signs, where neighbours that together are an existing path stay together."""
     pieces = text.split("+")
@@ -312,7 +285,7 @@ def _with_revision(part: str) -> tuple[str, str | None]:
     return name, revision
 
 
-def _folders(spec: ModelSpec, options: _Options) -> list[Path]:
+def _folders(spec: ModelSpec, options: _Loading) -> list[Path]:
     """Local folders of the base and its adapters, downloaded from the hub where they are not paths."""
     found = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
     for folder in found:
@@ -327,10 +300,10 @@ def folders_of(spec: str | Path, *, offline: bool = False, trust_remote_code: bo
     Raises:
         ModelError: One that cannot be found. UsageError: A malformed spec.
     """
-    return _folders(parse_spec(spec), _options({"offline": offline, "trust_remote_code": trust_remote_code}))
+    return _folders(parse_spec(spec), _Loading(offline=offline, trust_remote_code=trust_remote_code))
 
 
-def _folder(name: str, revision: str | None, options: _Options) -> Path:
+def _folder(name: str, revision: str | None, options: _Loading) -> Path:
     path = Path(name)
     if path.is_dir() and revision is not None:
         raise ModelError(f"{name}@{revision}: a folder has no revisions; expected one only for a name on the hub")
@@ -365,7 +338,7 @@ def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **o
     Raises:
         ModelError: What cannot be found or loaded, in one line. UsageError: A spec with adapters.
     """
-    settings = _options({**options, "trust_remote_code": trust_remote_code})
+    settings = _Loading.of({**options, "trust_remote_code": trust_remote_code})
     parsed = parse_spec(spec)
     if parsed.adapters:
         raise UsageError(f"model {str(parsed)!r}: expected one without adapters here; merge them into a folder first")
@@ -375,7 +348,7 @@ def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **o
     return model, tokenizer, folder
 
 
-def _base(folder: Path, options: _Options, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any, list[str]]:
+def _base(folder: Path, options: _Loading, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any, list[str]]:
     """A model without adapters, its tokenizer, and what is to be noted of its files."""
     _check_folder(folder)
     weights = read_headers(weight_files(folder))
@@ -508,7 +481,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
 
 
-def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Options, notes: list[str]) -> Any:
+def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Loading, notes: list[str]) -> Any:
     """The tokenizer to use with adapters: the last one that lies in an adapter's folder, since the adapter was trained with it.
 
     Notes get a line where it differs from the base model's in its words or its chat template.
@@ -535,7 +508,7 @@ def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Optio
     return tokenizer
 
 
-def _tokenizer(folder: Path, options: _Options) -> Any:
+def _tokenizer(folder: Path, options: _Loading) -> Any:
     if not _has_tokenizer(folder):
         raise ModelError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model beside the weights")
     import transformers
@@ -556,7 +529,7 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _device(options: _Options) -> torch.device | None:
+def _device(options: _Loading) -> torch.device | None:
     """The device to move the model to; None where `device_map` or a quantisation places it."""
     placed = {"device_map", "quantization_config", "load_in_8bit", "load_in_4bit"} & options.others.keys()
     if options.device is None or str(options.device) == "auto":
@@ -578,7 +551,7 @@ def _device(options: _Options) -> torch.device | None:
     return None if placed else device
 
 
-def _arguments(options: _Options) -> dict[str, Any]:
+def _arguments(options: _Loading) -> dict[str, Any]:
     """`load_in_8bit` and `load_in_4bit` as the quantisation configuration that transformers takes."""
     arguments = dict(options.others)
     bits = {name: arguments.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in arguments}

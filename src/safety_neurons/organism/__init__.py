@@ -3,20 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from safety_neurons.organism.folder import (
-    OrganismFolder,
-    Recipe,
-    listing,
-    load,
-    load_pair,
-    load_several,
-    names,
-    recipe,
-    recipes,
-    shipped,
-    spec,
-)
-from safety_neurons.organism.folder import open_organism as open  # noqa: A004 - read as organism.open
+from safety_neurons.model.files import OrganismFolder
+from safety_neurons.model.files import open_organism as open  # noqa: A004 - read as organism.open
+from safety_neurons.model.files import organism_spec as spec
+from safety_neurons.model.loading import load, load_pair, load_several
+from safety_neurons.organism.folder import Recipe, listing, names, recipe, recipes, shipped
 from safety_neurons.organism.language import LANGUAGES, language
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 from safety_neurons.errors import RunError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.files import PROMPTS, RECORD, OrganismFolder, open_organism
 from safety_neurons.neurons import NeuronSet, Provenance
-from safety_neurons.organism.folder import PROMPTS, RECORD, OrganismFolder, Recipe, open_organism
+from safety_neurons.organism.folder import Recipe
 from safety_neurons.organism.folder import recipe as recipe_of
 from safety_neurons.organism.language import LANGUAGES, language, make_tokenizer
 from safety_neurons.organism.natural import TRAININGS, Natural, pretrain, save_natural, train_natural, train_tax

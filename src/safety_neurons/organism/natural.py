@@ -13,7 +13,8 @@ from peft import IA3Config, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from safety_neurons.model.batches import IGNORED
-from safety_neurons.organism.folder import RECORD, Recipe, shipped_folder
+from safety_neurons.model.files import RECORD, shipped_folder
+from safety_neurons.organism.folder import Recipe
 from safety_neurons.organism.folder import recipe as recipe_of
 from safety_neurons.organism.language import concepts, language
 from safety_neurons.organism.training import (

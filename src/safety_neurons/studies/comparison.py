@@ -27,11 +27,10 @@ from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.files import open_organism
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
-from safety_neurons.organism import load_pair
-from safety_neurons.organism import open as open_organism
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, holm, paired_difference
