@@ -37,6 +37,7 @@ from safety_neurons.model.files import (
     shards_of,
     weight_files,
 )
+from safety_neurons.model.gguf import converted, is_gguf
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.template import Prompting, untouched
@@ -309,8 +310,11 @@ def _folder(name: str, revision: str | None, options: _Loading) -> Path:
         raise ModelError(f"{name}@{revision}: a folder has no revisions; expected one only for a name on the hub")
     if path.is_dir():
         return path.resolve()
+    if is_gguf(path):
+        with quiet():
+            return converted(path)
     if path.exists():
-        raise ModelError(f"{name} is a file: expected the folder of a model in Hugging Face layout, or a name on the hub")
+        raise ModelError(f"{name} is a file: expected the folder of a model in Hugging Face layout, a GGUF file, or a name on the hub")
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"{name}: no such folder; expected a model's folder, or a name on the hub such as org/model")
     import huggingface_hub

