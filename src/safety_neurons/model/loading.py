@@ -204,7 +204,9 @@ def _views(specs: Sequence[str | Path], found: Sequence[Sequence[Path]], loading
     if not loading.merge_adapters:
         check_one_kind(adapters, configs)
     model, tokenizer, notes = _base(base, loading)
-    notes += foreign_base(parse_spec(specs[0]).base, base, adapters, configs)
+    if is_gguf(Path(named_base := parse_spec(specs[0]).base)):
+        notes.append(f"{named_base} was dequantised to float32, once, into {base}")
+    notes += foreign_base(named_base, base, adapters, configs)
     notes += [note for folder in adapters if (note := resized_vocabulary(model, folder))]
     model = (merge if loading.merge_adapters else attach)(model, adapters, configs)
     check_finite(model)
