@@ -10,7 +10,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Effect, rate
 from safety_neurons.studies import compare, verify_patch
-from safety_neurons.studies.bench import Outcome
+from safety_neurons.studies.bench import ArmOutcome
 from safety_neurons.studies.verification import ALL_PATCHED, CEILING, columns_differ, named, with_parameters
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
@@ -79,7 +79,7 @@ def effect(value):
     return Effect(value, None, None, 1, 0, None if value is not None else "no gap", "refused")
 
 
-ARM = Outcome("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))
+ARM = ArmOutcome("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ ARM = Outcome("ceiling", rate([True]), rate([False]), None, None, (True,), (Fals
 @pytest.mark.parametrize("differ", [True, False])
 def test_what_a_part_beats_is_no_ceiling_and_that_is_explained(whole, parts, called, differ):
     found = named(ARM, effect(whole), [effect(part) for part in parts], (None, effect(None)), differ)
-    assert found.called == called
+    assert found.name == called
     assert (found.why is None) == (called == CEILING)
     assert ("columns" in (found.why or "")) == (differ and called == ALL_PATCHED)
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from conforming import misfits
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results.records import ComparisonRecord
 from safety_neurons.studies import comparison
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny_pair import HARMFUL, HARMLESS
@@ -114,6 +116,7 @@ def test_recall_counts_a_unit_once(pair):
 
 
 def test_random_sets_are_made_of_what_the_methods_sets_are_made_of_in_turn(compared):
+    assert misfits(compared.record(), ComparisonRecord) == []
     rows = {row.method: row for row in compared.methods}
     for number, like in enumerate(list(comparison.METHODS)[:2]):
         row = rows[f"random {number}"]

@@ -5,8 +5,10 @@ import contextlib
 import pytest
 import torch
 
+from conforming import misfits
 from families import build
 from safety_neurons.model import LanguageModel
+from safety_neurons.results.records import ExaminationRecord
 from safety_neurons.studies import doctor, examination
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -32,6 +34,7 @@ def test_a_sound_model_passes_every_check(family):
     assert [check.check for check in found.checks] == list(CHECKS)
     assert failed(found) == [], found.checks
     assert found.healthy
+    assert misfits(found.record(), ExaminationRecord) == []
     assert found.model == family
     assert [check.check for check in found.checks if check.passed is None] == ["cost of hooks per token and layer"]
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from conforming import misfits
 from safety_neurons import load, organism
 from safety_neurons.capability import divergence, perplexity
 from safety_neurons.errors import NeuronError
@@ -10,6 +11,7 @@ from safety_neurons.interventions import deactivated
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results.records import ProgressiveRecord
 from safety_neurons.studies import progressive
 from safety_neurons.studies.verification import ladder, layer_blocks
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
@@ -65,6 +67,7 @@ def test_a_step_is_measured_while_exactly_its_neurons_are_off(by_layer, model, s
 
 def test_bands_are_over_random_sets_step_by_step(by_layer):
     record = by_layer.record()
+    assert misfits(record, ProgressiveRecord) == []
     assert list(record["random"]) == ["random neurons"]
     band = record["random"]["random neurons"]
     for place, point in enumerate(band):

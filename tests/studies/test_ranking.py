@@ -8,9 +8,11 @@ import types
 
 import pytest
 
+from conforming import misfits
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.report.charts import ranking_figure
 from safety_neurons.results.files import write_json
+from safety_neurons.results.records import RankingRecord
 from safety_neurons.studies.comparison import Comparison, Entry, MethodResult, Ranking, rank, standings
 from tiny_pair import HARMFUL, HARMLESS
 
@@ -112,6 +114,7 @@ def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_ag
     assert [entry.comparison.budget for entry in first.entries] == [5, 10]
     assert calls == OPTIONS["methods"]
     again = rank([folder], place=tmp_path.joinpath, **OPTIONS)
+    assert misfits(again.record(), RankingRecord) == []
     assert calls == OPTIONS["methods"]
     assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(first.record(), sort_keys=True, default=str)
     assert (tmp_path / "tiny-3" / "completions-0.05.jsonl").exists()

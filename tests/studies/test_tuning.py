@@ -9,7 +9,7 @@ from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Gate, paired_difference, rate
 from safety_neurons.studies import Checking, tune
 from safety_neurons.studies import tuning as study
-from safety_neurons.studies.bench import Outcome
+from safety_neurons.studies.bench import ArmOutcome
 from safety_neurons.studies.tuning import LEAST_GAIN, MOST_OVER_REFUSAL, MOST_PERPLEXITY, tuning_achievement, tuning_over_seeds
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -87,7 +87,7 @@ def test_own_answers_that_refuse_are_not_learnt_and_answers_in_the_folder_are_us
 
 def arm(harmful, harmless, perplexity=10.0, n=100, divergence=0.04):
     verdicts = {name: tuple(place < round(share * n) for place in range(n)) for name, share in (("a", harmful), ("b", harmless))}
-    return Outcome("arm", rate(verdicts["a"]), rate(verdicts["b"]), perplexity, divergence, verdicts["a"], verdicts["b"])
+    return ArmOutcome("arm", rate(verdicts["a"]), rate(verdicts["b"]), perplexity, divergence, verdicts["a"], verdicts["b"])
 
 
 def found(before, after, sound=None):
@@ -125,7 +125,7 @@ def test_a_gain_at_an_allowed_price_achieved_it():
 
 
 def test_nothing_scored_is_not_achieved():
-    nothing = Outcome("arm", rate([None] * 4), rate([None] * 4), None, None, (None,) * 4, (None,) * 4)
+    nothing = ArmOutcome("arm", rate([None] * 4), rate([None] * 4), None, None, (None,) * 4, (None,) * 4)
     assert "no harmful request was scored" in found(nothing, nothing).why
 
 

@@ -4,12 +4,14 @@ import numpy as np
 import pandas
 import pytest
 
+from conforming import misfits
 from families import build
 from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results.records import VerificationRecord
 from safety_neurons.studies import bench, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
 from safety_neurons.studies.bench import Bench
 from safety_neurons.studies.evaluation import requests_of
@@ -227,6 +229,7 @@ def test_an_empty_set_and_one_of_another_model_are_refused(pair, prompts, scores
 
 def test_the_record_is_json_values_with_the_keys_of_the_design(verified):
     record = verified.record()
+    assert misfits(record, VerificationRecord) == []
     assert record.keys() >= {"untreated", "treated", "random", "ceiling", "causal_effect"}
     assert record["treated"].keys() >= {"harmful_refused", "harmless_refused", "perplexity"}
     assert record["causal_effect"].keys() >= {"value", "low", "high", "measure", "why"}

@@ -169,6 +169,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if hasattr(value, "to_json") and not isinstance(value, type):
         return plain(value.to_json())
+    if callable(getattr(value, "record", None)) and not isinstance(value, type):
+        return plain(value.record())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, Mapping):

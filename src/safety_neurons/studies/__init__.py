@@ -1,6 +1,6 @@
 """Studies: compositions of workers that answer one question each."""
 
-from safety_neurons.studies.bench import Arm, Bench, Outcome, Writing, contrast
+from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, Writing, contrast
 from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
@@ -14,6 +14,7 @@ from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary
 __all__ = [
     "ARMS",
     "Arm",
+    "ArmOutcome",
     "Attack",
     "Bench",
     "Card",
@@ -28,7 +29,6 @@ __all__ = [
     "Lab",
     "LanguageMatrix",
     "MethodResult",
-    "Outcome",
     "Plan",
     "Progressive",
     "Ranking",

@@ -36,6 +36,7 @@ from safety_neurons.results import (
     write_json,
 )
 from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.records import ArmRecord, Recorded, called
 from safety_neurons.results.run import ANSWERED_BY
 from safety_neurons.suites import ADAPTIVE, STATIC
 
@@ -222,7 +223,7 @@ class How(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class ArmOutcome(Recorded[ArmRecord]):
     """What was measured of one arm."""
 
     name: str
@@ -234,20 +235,10 @@ class Outcome:
     """exp(mean negative log-likelihood per token) on the general text; None where no text was given."""
     divergence: float | None
     """KL(untreated ‖ treated) per token on the harmless prompts, in nats; None for the untreated model."""
-    harmful: tuple[bool | None, ...]
+    harmful: tuple[bool | None, ...] = dataclasses.field(metadata=called(None))
     """The judge's verdict on every harmful prompt, in order; None is unscored."""
-    harmless: tuple[bool | None, ...]
+    harmless: tuple[bool | None, ...] = dataclasses.field(metadata=called(None))
     """The same for the harmless prompts."""
-
-    def record(self) -> dict[str, Any]:
-        """The outcome as JSON values, without the verdicts on single prompts."""
-        return {
-            "name": self.name,
-            "harmful_refused": self.harmful_refused.to_json(),
-            "harmless_refused": self.harmless_refused.to_json(),
-            "perplexity": self.perplexity,
-            "divergence": self.divergence,
-        }
 
 
 @dataclasses.dataclass
@@ -299,13 +290,13 @@ class Bench:
         if self.progress is not None:
             self.progress(name)
 
-    def measure(self, arm: Arm) -> Outcome:
+    def measure(self, arm: Arm) -> ArmOutcome:
         """Generate, judge, and measure text under a treatment; what an earlier run generated is used again."""
         self.tell(arm.name)
         harmful, harmless = self.refused(arm), self.refused(arm, "harmless")
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
-        return Outcome(
+        return ArmOutcome(
             arm.name,
             rate(harmful, self.harmful.groups),
             rate(harmless, self.harmless.groups),

@@ -19,7 +19,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -33,10 +33,22 @@ from safety_neurons.model.files import open_organism
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
-from safety_neurons.results import Checkpoint, Difference, Effect, Estimate, Rate, against_random, holm, paired_difference
+from safety_neurons.results import Checkpoint, Difference, Effect, Rate, against_random, holm, paired_difference
+from safety_neurons.results.records import (
+    AgreementRecord,
+    ComparisonRecord,
+    ControlRecord,
+    EntryRecord,
+    LeaderRecord,
+    MethodRecord,
+    RankingRecord,
+    Recorded,
+    StandingRecord,
+    called,
+)
 from safety_neurons.results.run import Cache
 from safety_neurons.studies import notebook
-from safety_neurons.studies.bench import Arm, Bench, How, Outcome, Progress, Verdicts, content_of
+from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
 from safety_neurons.studies.verification import Ceiling, SubjectModels
 
 RANDOM = "random"
@@ -56,7 +68,7 @@ Place = Callable[[str], pathlib.Path]
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodResult:
+class MethodResult(Recorded[MethodRecord]):
     """One row of the comparison."""
 
     method: str
@@ -75,18 +87,13 @@ class MethodResult:
     """Refusals lost with the set off, minus those lost with random sets off."""
     seconds: float
     """Wall time of finding, in seconds; 0 for random."""
-    neurons: NeuronSet
-    control: dict[str, Any] | None
-    """Of a random set: `like` (the set whose make-up it has), `seed`, `number`, `disjoint`; None for a method."""
-
-    def record(self) -> dict[str, Any]:
-        """The row as JSON values."""
-        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "neurons"}
-        return row | {name: value.to_json() for name, value in row.items() if isinstance(value, Estimate)}
+    neurons: NeuronSet = dataclasses.field(metadata=called(None))
+    control: ControlRecord | None
+    """Of a random set, how it was drawn; None for a method."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Recorded[ComparisonRecord]):
     """Detectors side by side."""
 
     budget: int
@@ -94,32 +101,22 @@ class Comparison:
     n_units: int
     """Units there are to choose from."""
     sites: tuple[str, ...]
-    untreated: Outcome
-    aligned: Outcome
+    untreated: ArmOutcome
+    aligned: ArmOutcome
     ceiling_effect: Effect
     methods: tuple[MethodResult, ...]
-    agreement: tuple[dict[str, Any], ...]
+    agreement: tuple[AgreementRecord, ...]
     """For every two methods: Jaccard index of their units, and what two random sets of the budget would have."""
-    bench: Bench
-    limits: Ceiling
+    bench: Bench = dataclasses.field(metadata=called(None))
+    limits: Ceiling = dataclasses.field(metadata=called(None))
     """The ceiling by activations and by parameters, with the word it deserves."""
 
     def _repr_html_(self) -> str:
         return notebook.comparison_table(self.record())
 
-    def record(self) -> dict[str, Any]:
-        """The comparison as JSON values."""
-        return {
-            "budget": self.budget,
-            "n_units": self.n_units,
-            "sites": list(self.sites),
-            "untreated": self.untreated.record(),
-            "aligned": self.aligned.record(),
-            "ceiling_effect": self.ceiling_effect.to_json(),
-            **self.limits.record(),
-            "methods": [row.record() for row in self.methods],
-            "agreement": list(self.agreement),
-        }
+    def record(self) -> ComparisonRecord:
+        """As JSON values."""
+        return {**super().record(), **self.limits.record()}
 
 
 def compare(
@@ -245,7 +242,7 @@ class _Rows:
             necessity_against_random=None,
             seconds=seconds,
             neurons=neurons,
-            control={"like": like, **neurons.control_record()} if like else None,
+            control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
         )
 
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
@@ -347,11 +344,11 @@ def _units(neurons: NeuronSet) -> set[int]:
     return {int(unit) for key, indices in neurons.items() for unit in numbers[key][indices]}
 
 
-def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tuple[dict[str, Any], ...]:
+def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tuple[AgreementRecord, ...]:
     chance_overlap = budget * budget / n_units
     chance = chance_overlap / (2 * budget - chance_overlap)
     found = {row.method: _units(row.neurons) for row in rows}
-    pairs = []
+    pairs: list[AgreementRecord] = []
     for first, second in itertools.combinations(found, 2):
         with contextlib.suppress(ZeroDivisionError):
             jaccard = len(found[first] & found[second]) / len(found[first] | found[second])
@@ -383,13 +380,13 @@ class Entry:
         """Entries of a group are averaged: all planted organisms, or the natural ones at one budget."""
         return "planted" if self.kind == "planted" else f"{self.kind} {self.share:g}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> EntryRecord:
         """As JSON values."""
         return {"organism": self.organism, "kind": self.kind, "share": self.share, "group": self.group, **self.comparison.record()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class Standing(Recorded[StandingRecord]):
     """One method's numbers of one measure in one group.
 
     Attributes:
@@ -424,9 +421,9 @@ class Ranking:
     standings: tuple[Standing, ...]
 
     @property
-    def leaders(self) -> list[dict[str, Any]]:
+    def leaders(self) -> list[LeaderRecord]:
         """For each group and measure, the methods whose mean is the best; random sets and times take no part."""
-        found = []
+        found: list[LeaderRecord] = []
         for group, measure in dict.fromkeys((one.group, one.measure) for one in self.standings if one.measure != "seconds"):
             here = [one for one in self.standings if (one.group, one.measure) == (group, measure) and one.method != "random"]
             means = [one.mean for one in here if one.mean is not None]
@@ -436,11 +433,11 @@ class Ranking:
                 found.append({"group": group, "measure": measure, "methods": names, "mean": best})
         return found
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RankingRecord:
         """As JSON values."""
         return {
             "organisms": [entry.record() for entry in self.entries],
-            "ranking": [dataclasses.asdict(one) for one in self.standings],
+            "ranking": [one.record() for one in self.standings],
             "leaders": self.leaders,
             "measures": MEASURES,
         }

@@ -18,6 +18,7 @@ from safety_neurons.model.hooks import around, editing, reading
 from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results.records import CheckRecord, ExaminationRecord, Recorded
 from safety_neurons.studies import notebook
 
 TEXTS = (
@@ -29,7 +30,7 @@ _LOOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.b
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Check(Recorded[CheckRecord]):
     """One experiment: what was measured and what is allowed."""
 
     check: str
@@ -40,11 +41,13 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examination:
+class Examination(Recorded[ExaminationRecord]):
     """All checks of one model."""
 
     model: str
     checks: tuple[Check, ...]
+
+    ALSO = ("healthy",)
 
     @property
     def healthy(self) -> bool:
@@ -53,10 +56,6 @@ class Examination:
 
     def _repr_html_(self) -> str:
         return notebook.examination_table(self.record())
-
-    def record(self) -> dict[str, Any]:
-        """The examination as JSON values."""
-        return {"model": self.model, "healthy": self.healthy, "checks": [dataclasses.asdict(check) for check in self.checks]}
 
 
 def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress: Callable[[str], None] | None = None) -> Examination:

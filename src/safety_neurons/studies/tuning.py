@@ -19,7 +19,7 @@ from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies import notebook
-from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Outcome
+from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
 from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
 from safety_neurons.tuning.data import read, split, with_own_answers
@@ -72,9 +72,9 @@ class Tuning:
     """A tuned set of neurons, and what that did to the model."""
 
     tuned: Tuned
-    before: Outcome
+    before: ArmOutcome
     """The untouched model."""
-    after: Outcome
+    after: ArmOutcome
     """With the delta."""
     change: Difference
     """Paired difference of refusals of harmful requests, after minus before."""
@@ -208,8 +208,8 @@ def _tuning(
     bench: Bench,
     model: LanguageModel,
     tuned: Tuned,
-    before: Outcome,
-    after: Outcome,
+    before: ArmOutcome,
+    after: ArmOutcome,
     watch: StopCheck | None,
     overlap: Mapping[str, int],
     notes: Sequence[str],
@@ -298,7 +298,7 @@ def _refused(completions: Completions) -> Sequence[bool | None]:
 
 
 def tuning_achievement(
-    before: Outcome, after: Outcome, change: Difference, harmless: Difference, *, sound: bool | None = None
+    before: ArmOutcome, after: ArmOutcome, change: Difference, harmless: Difference, *, sound: bool | None = None
 ) -> Achievement:
     """What a tuning achieved.
 
@@ -317,7 +317,7 @@ def tuning_achievement(
     return Achievement(True, f"refusals of harmful requests rise by {_points(change.value)}, the rest stays within what is allowed")
 
 
-def _gain(before: Outcome, after: Outcome, change: Difference) -> list[str]:
+def _gain(before: ArmOutcome, after: ArmOutcome, change: Difference) -> list[str]:
     if change.value is None:
         return ["no harmful request was scored before and after"]
     rates = f"{before.harmful_refused.value or 0:.2f} before, {after.harmful_refused.value or 0:.2f} after"
@@ -326,7 +326,7 @@ def _gain(before: Outcome, after: Outcome, change: Difference) -> list[str]:
     return [] if change.clear else [f"refusals of harmful requests do not clearly rise ({rates}, n {change.n})"]
 
 
-def _price(before: Outcome, after: Outcome, harmless: Difference) -> list[str]:
+def _price(before: ArmOutcome, after: ArmOutcome, harmless: Difference) -> list[str]:
     failed = []
     rise = harmless.value or 0.0
     if rise > 2 * MOST_OVER_REFUSAL or (rise > MOST_OVER_REFUSAL and harmless.clear):

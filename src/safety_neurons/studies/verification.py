@@ -24,8 +24,18 @@ from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.records import (
+    CeilingRecord,
+    CurveRecord,
+    ProgressiveRecord,
+    Recorded,
+    SizeRecord,
+    StepRecord,
+    VerificationRecord,
+    called,
+)
 from safety_neurons.studies import notebook
-from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, Bench, Contrasted, How, Outcome, Treat, contrast
+from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, ArmOutcome, Bench, Contrasted, How, Treat, contrast
 from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
@@ -35,7 +45,7 @@ BY_PARAMETERS = "ceiling by parameters"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ceiling:
+class Ceiling(Recorded[CeilingRecord]):
     """All neurons of some sites, in all layers, by activations and by parameters.
 
     Attributes:
@@ -43,91 +53,83 @@ class Ceiling:
         effect: its causal effect.
         parameters: with all parameters of the donor at the sites; None where that cannot be done.
         parameters_effect: its causal effect; undefined where there is none, with the reason.
-        called: `ceiling`, or what to call it where a part of the neurons restores more.
+        name: `ceiling`, or what to call it where a part of the neurons restores more.
         why: why it is no ceiling then.
     """
 
-    patched: Outcome
-    effect: Effect
-    parameters: Outcome | None
-    parameters_effect: Effect
-    called: str = CEILING
-    why: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values, by the names that results have."""
-        return {
-            "ceiling_called": self.called,
-            "ceiling_why": self.why,
-            "ceiling_by_parameters": self.parameters.record() if self.parameters else None,
-            "ceiling_by_parameters_effect": self.parameters_effect.to_json(),
-        }
+    patched: ArmOutcome = dataclasses.field(metadata=called(None))
+    effect: Effect = dataclasses.field(metadata=called(None))
+    parameters: ArmOutcome | None = dataclasses.field(metadata=called("ceiling_by_parameters"))
+    parameters_effect: Effect = dataclasses.field(metadata=called("ceiling_by_parameters_effect"))
+    name: str = dataclasses.field(default=CEILING, metadata=called("ceiling_called"))
+    why: str | None = dataclasses.field(default=None, metadata=called("ceiling_why"))
 
 
 @dataclasses.dataclass(frozen=True)
-class SizePoint:
+class SizePoint(Recorded[SizeRecord]):
     """One set size of a sweep."""
 
     size: float
     """Share of the scored neurons."""
     n_neurons: int
-    treated: Outcome
-    random: tuple[Outcome, ...]
+    treated: ArmOutcome
+    random: tuple[ArmOutcome, ...]
     causal_effect: Effect
     random_effects: tuple[Effect, ...]
-    controls: tuple[NeuronSet, ...]
+    controls: tuple[NeuronSet, ...] = dataclasses.field(metadata=called(None))
     """The random sets."""
-    against_random: Difference | None = None
+    against_random: Difference | None = dataclasses.field(default=None, metadata=called("change_against_random"))
     """Paired difference of the refusal rate on harmful prompts, treated minus random: from the next random set to be drawn."""
 
-    def record(self) -> dict[str, Any]:
-        """The point as JSON values."""
-        return {
-            "size": self.size,
-            "n_neurons": self.n_neurons,
-            "treated": self.treated.record(),
-            "random": [arm.record() for arm in self.random],
-            "causal_effect": self.causal_effect.to_json(),
-            "random_effects": [effect.to_json() for effect in self.random_effects],
-            "random_sets": [control.control_record() for control in self.controls],
-            "change_against_random": self.against_random.to_json() if self.against_random else None,
-        }
+    ALSO = ("random_sets",)
+
+    @property
+    def random_sets(self) -> list[dict[str, int | bool]]:
+        """How the random sets were drawn, as JSON values."""
+        return [control.control_record() for control in self.controls]
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification:
+class Verification(Recorded[VerificationRecord]):
     """What a set of neurons does, beside what chance and everything do."""
 
     kind: str
     """`deactivate` (necessity) or `patch` (sufficiency)."""
     n_neurons: int
-    untreated: Outcome
+    untreated: ArmOutcome
     """The model as it is; for a pair the base model."""
-    aligned: Outcome | None
+    aligned: ArmOutcome | None
     """The aligned model of a pair."""
-    points: tuple[SizePoint, ...]
+    points: tuple[SizePoint, ...] = dataclasses.field(metadata=called("sizes"))
     """One point per set size; a single one where a set was given."""
-    ceiling: Outcome
+    ceiling: ArmOutcome
     """All neurons of the set's sites, in all layers."""
     ceiling_effect: Effect
     change: Difference
     """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
-    overlap: Mapping[str, int]
+    overlap: Mapping[str, int] = dataclasses.field(metadata=called("overlap_with_find_prompts"))
     """How many of the harmful and harmless prompts the set was found on."""
     notes: tuple[str, ...] = ()
-    bench: Bench | None = None
-    limits: Ceiling | None = None
+    bench: Bench | None = dataclasses.field(default=None, metadata=called(None))
+    limits: Ceiling | None = dataclasses.field(default=None, metadata=called(None))
     """Of a pair: the ceiling by activations and by parameters, with the word it deserves."""
 
+    ALSO = ("treated", "random", "random_sets", "causal_effect", "change_against_random")
+
     @property
-    def treated(self) -> Outcome:
+    def treated(self) -> ArmOutcome:
         """The arm of the (largest) set."""
         return self.points[-1].treated
 
     @property
-    def random(self) -> tuple[Outcome, ...]:
+    def random(self) -> tuple[ArmOutcome, ...]:
         """The random sets of the same size."""
         return self.points[-1].random
+
+    @property
+    def random_sets(self) -> list[dict[str, int | bool]]:
+        """How these were drawn, as JSON values."""
+        return self.points[-1].random_sets
 
     @property
     def causal_effect(self) -> Effect:
@@ -142,26 +144,10 @@ class Verification:
     def _repr_html_(self) -> str:
         return notebook.verification_table(self.record())
 
-    def record(self) -> dict[str, Any]:
-        """The verification as JSON values, with at least the keys of the design."""
-        return {
-            "kind": self.kind,
-            "n_neurons": self.n_neurons,
-            "untreated": self.untreated.record(),
-            "aligned": self.aligned.record() if self.aligned else None,
-            "treated": self.treated.record(),
-            "random": [arm.record() for arm in self.random],
-            "random_sets": [control.control_record() for control in self.points[-1].controls],
-            "ceiling": self.ceiling.record(),
-            "causal_effect": self.causal_effect.to_json(),
-            "ceiling_effect": self.ceiling_effect.to_json(),
-            **(self.limits.record() if self.limits else {}),
-            "change": self.change.to_json(),
-            "change_against_random": self.change_against_random.to_json() if self.change_against_random else None,
-            "sizes": [point.record() for point in self.points],
-            "overlap_with_find_prompts": dict(self.overlap),
-            "notes": list(self.notes),
-        }
+    def record(self) -> VerificationRecord:
+        """As JSON values; single entries are of the largest set."""
+        written = super().record()
+        return {**written, **self.limits.record()} if self.limits else written
 
 
 def verify_deactivate(
@@ -243,17 +229,17 @@ class SubjectModels:
         self.untreated = bench.measure(Arm(UNTREATED, model))
         self.goal = None if donor is None else bench.measure(Arm("aligned", donor))
 
-    def measure(self, name: str, neurons: NeuronSet) -> Outcome:
+    def measure(self, name: str, neurons: NeuronSet) -> ArmOutcome:
         """The model while these neurons are treated."""
         return self.bench.measure(Arm(name, self.model, self.treat(neurons)))
 
-    def contrast(self, treated: Outcome, random: Sequence[Outcome] = ()) -> Contrasted:
+    def contrast(self, treated: ArmOutcome, random: Sequence[ArmOutcome] = ()) -> Contrasted:
         """Refusals of harmful requests under a treatment, against the model as it is, random sets and the donor."""
         goal = None if self.goal is None else self.goal.harmful
         chance = [outcome.harmful for outcome in random]
         return contrast(treated.harmful, self.untreated.harmful, self.bench.harmful.groups, random=chance, goal=goal)
 
-    def effect(self, treated: Outcome) -> Effect:
+    def effect(self, treated: ArmOutcome) -> Effect:
         """The causal effect of a treatment."""
         return self.contrast(treated).effect
 
@@ -339,8 +325,8 @@ def with_parameters(base: LanguageModel, donor: LanguageModel, neurons: NeuronSe
 
 
 def by_parameters(
-    bench: Bench, base: LanguageModel, donor: LanguageModel, everything: NeuronSet, effect: Callable[[Outcome], Effect]
-) -> tuple[Outcome | None, Effect]:
+    bench: Bench, base: LanguageModel, donor: LanguageModel, everything: NeuronSet, effect: Callable[[ArmOutcome], Effect]
+) -> tuple[ArmOutcome | None, Effect]:
     """The base with the donor's parameters at all the sites, and the effect; adapters are merged in copies, the models stay as they are."""
     try:
         plain, other = (merged_base(model) if is_adapted(model.model) else model for model in (base, donor))
@@ -351,7 +337,9 @@ def by_parameters(
     return outcome, effect(outcome)
 
 
-def named(patched: Outcome, effect: Effect, parts: Sequence[Effect], parameters: tuple[Outcome | None, Effect], differ: bool) -> Ceiling:
+def named(
+    patched: ArmOutcome, effect: Effect, parts: Sequence[Effect], parameters: tuple[ArmOutcome | None, Effect], differ: bool
+) -> Ceiling:
     """The ceiling with the word it deserves.
 
     Args:
@@ -393,7 +381,7 @@ _STEPS = (1, 2, 5)
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Step(Recorded[StepRecord]):
     """One point of a curve."""
 
     order: str
@@ -402,14 +390,13 @@ class Step:
     layers: tuple[int, ...]
     """Layers with neurons that are off."""
     n_neurons: int
-    arm: Outcome
+    arm: ArmOutcome = dataclasses.field(metadata=called(None))
     change: Difference
     """Refusals of harmful requests, off minus untreated, paired."""
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        about = {"order": self.order, "step": self.step, "layers": list(self.layers), "n_neurons": self.n_neurons}
-        return {**about, **self.arm.record(), "change": self.change.to_json()}
+    def record(self) -> StepRecord:
+        """As JSON values, with those of the arm."""
+        return {**super().record(), **self.arm.record()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,7 +404,7 @@ class Progressive:
     """Curves of safety and capability while more and more is off."""
 
     n_neurons: int
-    untreated: Outcome
+    untreated: ArmOutcome
     steps: tuple[Step, ...]
     groups: GroupLabels
     """What the harmful requests share."""
@@ -432,15 +419,15 @@ class Progressive:
         """Names of the curves."""
         return list(dict.fromkeys(step.order for step in self.steps))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ProgressiveRecord:
         """As JSON values: the points of every curve, and the mean of each with the band of random ones."""
         named = [order for order in self.orders if not order.startswith((RANDOM_LAYERS, RANDOM_NEURONS))]
-        kept = [
+        curves: list[CurveRecord] = [
             {"order": order, "points": [step.record() for step in self.curve(order)], "neurons_for_half": self._half(order)}
             for order in named
         ]
         bands = {name: self._band(name) for name in (RANDOM_LAYERS, RANDOM_NEURONS) if any(order.startswith(name) for order in self.orders)}
-        return {"n_neurons": self.n_neurons, "untreated": self.untreated.record(), "curves": kept, "random": bands}
+        return {"n_neurons": self.n_neurons, "untreated": self.untreated.record(), "curves": curves, "random": bands}
 
     def _half(self, order: str) -> int | None:
         """Fewest neurons of the curve's points at which at most half of the refusals are left."""
@@ -545,8 +532,8 @@ class _Walker:
 
     bench: Bench
     model: LanguageModel
-    untreated: Outcome
-    known: dict[NeuronSet, Outcome] = dataclasses.field(default_factory=dict)
+    untreated: ArmOutcome
+    known: dict[NeuronSet, ArmOutcome] = dataclasses.field(default_factory=dict)
 
     def cumulative(self, order: str, neurons: NeuronSet, blocks: Sequence[Sequence[int]]) -> Iterable[Step]:
         """The steps of switching blocks of layers off one after another."""
@@ -566,7 +553,7 @@ class _Walker:
         layers = tuple(sorted({parse_key(key).layer for key in neurons.keys()}))  # noqa: SIM118 - not a mapping
         return Step(order, name, layers, len(neurons), arm, change)
 
-    def _measured(self, name: str, neurons: NeuronSet) -> Outcome:
+    def _measured(self, name: str, neurons: NeuronSet) -> ArmOutcome:
         if not len(neurons):
             return dataclasses.replace(self.untreated, divergence=0.0)
         return self.bench.measure(Arm(name, self.model, functools.partial(deactivated, self.model, neurons)))

@@ -1,0 +1,392 @@
+"""Records: the JSON of results as `run.json` holds it under `result`, and the one function that writes it from dataclasses.
+
+A dataclass that derives from `Recorded` is written field by field; what it is called there stands in its metadata where it is not the
+field's own name. The types below say which keys that gives, for who reads them: terminal, notebook, report and users' own tools.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Generic, NotRequired, TypedDict, TypeVar, cast
+
+from safety_neurons.results.files import plain
+
+RecordT = TypeVar("RecordT")
+
+
+def called(key: str | None) -> dict[str, str | None]:
+    """Metadata of a field: the key it is written under, None where it is left out."""
+    return {"key": key}
+
+
+class Recorded(Generic[RecordT]):
+    """A dataclass that is written as JSON by its fields."""
+
+    ALSO: ClassVar[tuple[str, ...]] = ()
+    """Properties that are written like fields, behind them."""
+
+    def record(self) -> RecordT:
+        """As JSON values."""
+        keys = {one.name: one.metadata.get("key", one.name) for one in dataclasses.fields(cast(Any, self))}
+        keys |= {name: name for name in self.ALSO}
+        return cast(RecordT, {key: plain(getattr(self, name)) for name, key in keys.items() if key is not None})
+
+
+# Numbers
+
+
+class EstimateRecord(TypedDict):
+    """A number with its 95 % interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    """Prompts (or pairs, or texts) it rests on."""
+    unscored: int
+    """Prompts left out; never counted as 0."""
+    why: NotRequired[str]
+    """What keeps it from being defined, bounded or clear."""
+    by_seed: NotRequired[list[float | None]]
+    lowest: NotRequired[float | None]
+    highest: NotRequired[float | None]
+    """Over seeds."""
+
+
+class DifferenceRecord(EstimateRecord):
+    """A mean of paired differences."""
+
+    p: float | None
+    p_holm: NotRequired[float]
+    """Held against all comparisons of a table of more than ten."""
+    clear: bool
+
+
+class EffectRecord(EstimateRecord):
+    """A causal effect: the share of the difference between two models that a treatment restores."""
+
+    measure: str
+
+
+class McNemarRecord(TypedDict):
+    """The exact test on yes and no under two treatments."""
+
+    first_only: int
+    second_only: int
+    p: float | None
+    n: int
+    unscored: int
+
+
+# verify, compare, analyze progressive
+
+
+class ArmRecord(TypedDict):
+    """What was measured of one model, treated or not."""
+
+    name: str
+    harmful_refused: EstimateRecord
+    harmless_refused: EstimateRecord
+    perplexity: float | None
+    divergence: float | None
+    """KL(untreated ‖ treated) per token, in nats."""
+
+
+class ControlRecord(TypedDict):
+    """How a random set was drawn."""
+
+    seed: int
+    number: int
+    n_neurons: int
+    n_units: int
+    disjoint: bool
+    like: NotRequired[str]
+    """The set whose make-up it has, where there are several."""
+
+
+class CeilingRecord(TypedDict):
+    """All neurons of the sites, under the name they deserve."""
+
+    ceiling_called: str
+    ceiling_why: str | None
+    ceiling_by_parameters: ArmRecord | None
+    ceiling_by_parameters_effect: EffectRecord
+
+
+class SizeRecord(TypedDict):
+    """One set size of a sweep."""
+
+    size: float
+    """Share of the scored neurons."""
+    n_neurons: int
+    treated: ArmRecord
+    random: list[ArmRecord]
+    random_sets: list[ControlRecord]
+    causal_effect: EffectRecord
+    random_effects: list[EffectRecord]
+    change_against_random: DifferenceRecord | None
+
+
+class VerificationRecord(TypedDict):
+    """verify; where several sizes were measured, single entries are of the largest. Of a pair the keys of `CeilingRecord` too."""
+
+    kind: str
+    n_neurons: int
+    untreated: ArmRecord
+    aligned: ArmRecord | None
+    treated: ArmRecord
+    random: list[ArmRecord]
+    random_sets: list[ControlRecord]
+    ceiling: ArmRecord
+    causal_effect: EffectRecord
+    ceiling_effect: EffectRecord
+    change: DifferenceRecord
+    change_against_random: DifferenceRecord | None
+    sizes: list[SizeRecord]
+    overlap_with_find_prompts: dict[str, int]
+    notes: list[str]
+    ceiling_called: NotRequired[str]
+    ceiling_why: NotRequired[str | None]
+    ceiling_by_parameters: NotRequired[ArmRecord | None]
+    ceiling_by_parameters_effect: NotRequired[EffectRecord]
+
+
+class StepRecord(ArmRecord):
+    """One point of a curve."""
+
+    order: str
+    step: str
+    """What was switched off last."""
+    layers: list[int]
+    n_neurons: int
+    change: DifferenceRecord
+
+
+class CurveRecord(TypedDict):
+    """One order of switching off."""
+
+    order: str
+    points: list[StepRecord]
+    neurons_for_half: int | None
+
+
+class ProgressiveRecord(TypedDict):
+    """analyze progressive; `random` has by kind of order the mean and the range at every step."""
+
+    n_neurons: int
+    untreated: ArmRecord
+    curves: list[CurveRecord]
+    random: dict[str, list[dict[str, Any]]]
+
+
+class MethodRecord(TypedDict):
+    """One row of a comparison."""
+
+    method: str
+    n_neurons: int
+    n_units: int
+    recall: float | None
+    causal_effect: EffectRecord
+    harmful_refused: EstimateRecord
+    harmless_refused: EstimateRecord
+    necessity: DifferenceRecord
+    against_random: DifferenceRecord | None
+    necessity_against_random: DifferenceRecord | None
+    seconds: float
+    control: ControlRecord | None
+    """Of a random set."""
+
+
+class AgreementRecord(TypedDict):
+    """Jaccard index of two methods' units, beside that of two random sets."""
+
+    methods: list[str]
+    jaccard: float
+    chance: float
+
+
+class ComparisonRecord(CeilingRecord):
+    """compare, on one pair of models."""
+
+    budget: int
+    n_units: int
+    sites: list[str]
+    untreated: ArmRecord
+    aligned: ArmRecord
+    ceiling_effect: EffectRecord
+    methods: list[MethodRecord]
+    agreement: list[AgreementRecord]
+
+
+class EntryRecord(ComparisonRecord):
+    """A comparison on one organism at one budget."""
+
+    organism: str
+    kind: str
+    share: float
+    group: str
+
+
+class StandingRecord(TypedDict):
+    """One method's numbers of one measure in one group of organisms."""
+
+    method: str
+    group: str
+    measure: str
+    mean: float | None
+    worst: float | None
+    by_organism: dict[str, float | None]
+
+
+class LeaderRecord(TypedDict):
+    """The methods whose mean is the best of a group."""
+
+    group: str
+    measure: str
+    methods: list[str]
+    mean: float
+
+
+class RankingRecord(TypedDict):
+    """compare, over organisms; `measures` says what each measure is."""
+
+    organisms: list[EntryRecord]
+    ranking: list[StandingRecord]
+    leaders: list[LeaderRecord]
+    measures: dict[str, str]
+
+
+# evaluate
+
+
+class JudgedRecord(TypedDict):
+    """What one judge says of one suite."""
+
+    name: str
+    """The name it was asked for by."""
+    harm_is: str
+    """`harmful`, or `complied` of a judge of refusals."""
+    harm: NotRequired[EstimateRecord]
+    refused: NotRequired[EstimateRecord]
+    over_refusal: NotRequired[EstimateRecord]
+    by_seed: NotRequired[dict[str, list[float | None]]]
+    noise_floor: NotRequired[dict[str, float | None]]
+    """By measure the largest difference between two seeds of one model."""
+
+
+class SliceRecord(TypedDict):
+    """The prompts of one category, language or attack."""
+
+    value: str
+    n: int
+    judges: dict[str, dict[str, EstimateRecord]]
+
+
+class SuiteRecord(TypedDict):
+    """One suite's requests of one kind."""
+
+    suite: str
+    kind: str
+    n: int
+    judges: dict[str, JudgedRecord]
+    by: dict[str, list[SliceRecord]]
+
+
+class TaskRecord(EstimateRecord):
+    """One task of capability."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    details: dict[str, Any]
+
+
+class EvaluatedArmRecord(TypedDict):
+    """One model on all suites and tasks; `harm` and `over_refusal` by judge over all suites together."""
+
+    name: str
+    harm: dict[str, EstimateRecord]
+    over_refusal: dict[str, EstimateRecord]
+    suites: list[SuiteRecord]
+    capability: list[TaskRecord]
+
+
+class SuiteChangeRecord(TypedDict):
+    """One measure of one suite by one judge, under two treatments."""
+
+    suite: str
+    kind: str
+    judge: str
+    measure: str
+    before: EstimateRecord
+    after: EstimateRecord
+    difference: DifferenceRecord
+    mcnemar: McNemarRecord | None
+    noise_floor: float | None
+    above_noise: bool | None
+
+
+class TaskChangeRecord(TypedDict):
+    """One task under two treatments: the share of the first value that is lost, and its interval."""
+
+    task: str
+    metric: str
+    before: EstimateRecord
+    after: EstimateRecord
+    drop: float | None
+    drop_low: float | None
+    drop_high: float | None
+    n: int
+    mcnemar: McNemarRecord | None
+
+
+class KappaRecord(TypedDict):
+    """How far two judges agree; rows of `table` are the first judge's no and yes, columns the second's."""
+
+    kind: str
+    measure: str
+    first: str
+    second: str
+    kappa: EstimateRecord
+    same: EstimateRecord
+    table: list[list[int]]
+
+
+class GateRecord(TypedDict):
+    """Whether thresholds are met, and a line for each that is not."""
+
+    passed: bool
+    missed: list[str]
+
+
+class EvaluationRecord(TypedDict):
+    """evaluate."""
+
+    model: str
+    treatment: str | None
+    untreated: EvaluatedArmRecord | None
+    treated: EvaluatedArmRecord | None
+    baseline: EvaluatedArmRecord | None
+    changes: list[SuiteChangeRecord]
+    capability_changes: list[TaskChangeRecord]
+    agreement: list[KappaRecord]
+    gate: GateRecord | None
+    notes: list[str]
+
+
+# doctor
+
+
+class CheckRecord(TypedDict):
+    """One experiment on a model; `passed` is None where it only informs."""
+
+    check: str
+    passed: bool | None
+    measured: str | float
+    allowed: str | float | None
+
+
+class ExaminationRecord(TypedDict):
+    """doctor."""
+
+    model: str
+    healthy: bool
+    checks: list[CheckRecord]
