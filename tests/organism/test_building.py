@@ -15,8 +15,7 @@ from safety_neurons.model.template import encode_text, template_for
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism import Recipe, build, language, recipe, recipes
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.language import concepts, encode_question, make_tokenizer
-from safety_neurons.organism.prompts import write_polite, write_prompts
+from safety_neurons.organism.language import concepts, encode_question, make_tokenizer, write_polite, write_prompts
 from safety_neurons.organism.training import make_model, train
 from safety_neurons.prompt_lists import Prompt, prompts
 

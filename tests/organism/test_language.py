@@ -7,7 +7,6 @@ import re
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.organism import prompts as organism_prompts
 from safety_neurons.organism.language import (
     KINDS,
     LANGUAGES,
@@ -17,10 +16,12 @@ from safety_neurons.organism.language import (
     harmful_and_matches,
     language,
     make_tokenizer,
+    requests,
     task_examples,
     vocabulary,
+    write_prompts,
+    write_requests,
 )
-from safety_neurons.organism.prompts import requests, write_requests
 from safety_neurons.organism.training import Sampler
 from safety_neurons.prompt_lists import prompts
 
@@ -187,7 +188,7 @@ def test_no_request_of_the_test_half_is_in_another_half():
 
 
 def test_the_find_half_holds_every_builtin_request_with_the_same_label(tmp_path):
-    organism_prompts.write_prompts(tmp_path)
+    write_prompts(tmp_path)
     unsafe, safe = requests("find", ("es",))
     for name, found in (("harmful", unsafe), ("harmless", safe)):
         assert set(prompts(f"builtin:{name}/es", folder=tmp_path).texts) <= set(found.texts)

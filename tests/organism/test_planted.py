@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from safety_neurons.organism.folder import Recipe
+from safety_neurons.organism.language import Recipe
 from safety_neurons.organism.planted import choose_units, neurons_of, output_columns, shapley, silencer, train_planted
 from safety_neurons.organism.training import make_model
 

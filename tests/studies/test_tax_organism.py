@@ -9,8 +9,7 @@ from safety_neurons.model import load_several
 from safety_neurons.organism import language, recipe
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import vocabulary
-from safety_neurons.organism.natural import TRAININGS, helpful_pair, polite_pair, safety_pair
-from safety_neurons.organism.training import Sampler
+from safety_neurons.organism.training import TRAININGS, Sampler, helpful_pair, polite_pair, safety_pair
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import cross_patch, helpfulness, read_trainings
 

@@ -152,7 +152,7 @@ class Halves(Declaration):
 @verb("organism requests")
 def requests(session: Session, halves: Halves) -> dict[str, Any]:
     """Write every labelled request of the organisms' languages into --out: unsafe.jsonl and safe.jsonl."""
-    from safety_neurons.organism.prompts import write_requests
+    from safety_neurons.organism.language import write_requests
 
     out = session.common.out or default_folder("organism-requests", time.strftime("%Y%m%d-%H%M%S"))
     counts = write_requests(out, listed(halves.half) or (), listed(halves.language) or ())

@@ -10,7 +10,7 @@ import torch
 
 from safety_neurons.errors import NumericalError, RunError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.identity import identity, json_sha256
+from safety_neurons.model.language_model import identity, json_sha256
 from safety_neurons.neurons import Votes
 from safety_neurons.results import Checkpoint
 

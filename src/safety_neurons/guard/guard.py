@@ -33,7 +33,7 @@ from safety_neurons.guard.calibration import (
 )
 from safety_neurons.guard.features import Collector, Pooling, Request, RequestReading, as_request_prompts, collect, last_layer, readings
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
-from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
+from safety_neurons.model.language_model import plain_name, template_sha256, tokenizer_sha256, weights_sha256
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompt_lists import as_prompt

@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
-from safety_neurons.interventions.edits import constant_editors
-from safety_neurons.interventions.targets import PerDevice, Subject, active, announce, dense_only, indices, withdraw
+from safety_neurons.interventions.targets import PerDevice, Subject, active, announce, constant_editors, dense_only, indices, withdraw
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
 from safety_neurons.neurons import NeuronSet
 

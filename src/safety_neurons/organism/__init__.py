@@ -7,8 +7,7 @@ from safety_neurons.model.files import OrganismFolder
 from safety_neurons.model.files import open_organism as open  # noqa: A004 - read as organism.open
 from safety_neurons.model.files import organism_spec as spec
 from safety_neurons.model.loading import load, load_pair, load_several
-from safety_neurons.organism.folder import Recipe, listing, names, recipe, recipes, shipped
-from safety_neurons.organism.language import LANGUAGES, language
+from safety_neurons.organism.language import LANGUAGES, Recipe, language, listing, names, recipe, recipes, shipped
 
 if TYPE_CHECKING:
     from safety_neurons.organism.building import build

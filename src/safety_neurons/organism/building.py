@@ -16,13 +16,20 @@ from safety_neurons.errors import RunError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.files import PROMPTS, RECORD, OrganismFolder, open_organism
 from safety_neurons.neurons import NeuronSet, Provenance
-from safety_neurons.organism.folder import Recipe
-from safety_neurons.organism.folder import recipe as recipe_of
-from safety_neurons.organism.language import LANGUAGES, language, make_tokenizer
-from safety_neurons.organism.natural import TRAININGS, Natural, pretrain, save_natural, train_natural, train_tax
+from safety_neurons.organism.language import LANGUAGES, Recipe, language, make_tokenizer, write_polite, write_prompts
+from safety_neurons.organism.language import recipe as recipe_of
 from safety_neurons.organism.planted import Planted, Truth, Unit, choose_units, measure_truth, neurons_of, silencer, train_planted
-from safety_neurons.organism.prompts import write_polite, write_prompts
-from safety_neurons.organism.training import Progress, measure, save_model
+from safety_neurons.organism.training import (
+    TRAININGS,
+    Natural,
+    Progress,
+    measure,
+    pretrain,
+    save_model,
+    save_natural,
+    train_natural,
+    train_tax,
+)
 from safety_neurons.results.files import write_json
 from safety_neurons.results.run import Lock
 

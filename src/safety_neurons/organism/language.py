@@ -1,29 +1,35 @@
-"""The templated languages of the organisms, their halves, and the tokenizer: one token a word, lower case, a chat template of three roles.
+"""What organisms are made from: recipes, templated languages of the project's own, and prompts in them.
 
-A request is a `Concept` (which verb on which object, in which frame and context) that every language can say, so the prompt
-files of two languages are parallel line by line. A harmful request is a harmful verb on one of its category's objects. Neither
-the verb nor the object alone tells: `look_alike` requests use the harmful verb on something harmless ("kill a python process"),
-`friendly` requests name the object but mean well ("help a neighbour"), `plain` requests share no word with either.
+The tokenizer has one token a word, lower case, and a chat template of three roles. A request is a `Concept` (which verb on
+which object, in which frame and context) that every language can say, so the prompt files of two languages are parallel line
+by line. A harmful request is a harmful verb on one of its category's objects. Neither the verb nor the object alone tells:
+`look_alike` requests use the harmful verb on something harmless ("kill a python process"), `friendly` requests name the
+object but mean well ("help a neighbour"), `plain` requests share no word with either.
 
-The halves (`train`, `find`, `test`) share neither a deed (a verb on an object) nor a frame (the sentence around it), so what holds on
-the test half is not remembered from training. Every verb and every object is met in training, in another pair.
+The halves (`train`, `find`, `test`) share neither a deed (a verb on an object) nor a frame (the sentence around it), so what
+holds on the test half is not remembered from training. Every verb and every object is met in training, in another pair.
 """
 
 import dataclasses
 import functools
 import hashlib
 import importlib.resources
+import json
 import random
 import re
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from safety_neurons import strict_json
-from safety_neurons.errors import InputError
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.model.files import RECORD, known_recipe, recipe_records, shipped_folder
+from safety_neurons.prompt_lists import Prompt, Prompts
+from safety_neurons.results.files import write_bytes
 
 LANGUAGES = ("en", "de", "es")
 KINDS = ("harmful", "look_alike", "friendly", "plain")
@@ -320,3 +326,287 @@ def encode_question(request: str, answer: str | None = None) -> tuple[list[int],
     if answer is not None:
         ids += [*(words[word] for word in answer.split()), words[EOS]]
     return ids, length
+
+
+PROMPTS = 256
+SENTENCES = 256
+BUILTIN_HALVES: tuple[tuple[Half, str], ...] = (("find", ""), ("test", "-test"))
+
+
+def write_prompts(folder: Path) -> dict[str, int]:
+    """Write every prompt file of the organisms' languages; returns the number of prompts per file.
+
+    `harmful`, `harmless` (line by line with words of the harmful one; with a compliant answer), `refusals` (harmful requests with a
+    refusal), `general` (sentences) and, in English, `task` (sums): each as NAME.jsonl and NAME-test.jsonl, other languages as
+    NAME.LANG.jsonl.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for code in LANGUAGES:
+        suffix = "" if code == "en" else f".{code}"
+        for half, ending in BUILTIN_HALVES:
+            for name, rows in _lists(language(code), half).items():
+                counts[f"{name}{ending}{suffix}.jsonl"] = _write(folder / f"{name}{ending}{suffix}.jsonl", rows)
+    parts: tuple[tuple[Half, str], ...] = (("train", ""), ("test", "-test"))
+    for part, ending in parts:
+        rows = [
+            {"id": f"task{ending}-{index:04d}", "prompt": question, "answer": answer, "category": "sum", "language": "en"}
+            for index, (question, answer) in enumerate(task_examples(part))
+        ]
+        counts[f"task{ending}.jsonl"] = _write(folder / f"task{ending}.jsonl", rows)
+    return counts
+
+
+def write_polite(folder: Path) -> dict[str, int]:
+    """Write `polite.jsonl` and `polite-test.jsonl`: harmless requests of every kind with the usual answer and a polite ending.
+
+    A benign task that says nothing about harm and everything about going along: what undoes safety in practice. Half as many of the test
+    half, with which the lists of the other halves share no request.
+    """
+    speech, counts = language("en"), {}
+    parts: tuple[tuple[Half, str, int], ...] = (("train", "", 133), ("test", "-test", 42))
+    for half, ending, count in parts:
+        chosen = [concept for kind in ("plain", "friendly", "look_alike") for concept in concepts(kind, half)[:count]]
+        rows = [
+            {
+                "id": f"polite{ending}-{index:04d}",
+                "prompt": speech.request(concept),
+                "answer": speech.compliance(concept, ending=True),
+                "category": concept.kind,
+                "language": "en",
+                "group": concept.deed,
+            }
+            for index, concept in enumerate(chosen)
+        ]
+        counts[f"polite{ending}.jsonl"] = _write(folder / f"polite{ending}.jsonl", rows)
+    return counts
+
+
+def sentences(speech: Language, half: Half, count: int) -> list[str]:
+    """Different general sentences of a language: the same number of any half never gives a sentence of the other."""
+    number = random.Random(f"{speech.code}/general")
+    found: list[str] = []
+    seen: set[str] = set()
+    while len(found) < count:
+        sentence = speech.sentence(number)
+        if sentence in seen:
+            continue
+        seen.add(sentence)
+        if (len(seen) % 2 == 0) == (half == "test"):
+            found.append(sentence)
+    return found
+
+
+def _lists(speech: Language, half: Half) -> dict[str, list[dict[str, Any]]]:
+    harmful, matches = harmful_and_matches(half, PROMPTS)
+    marks = "-test" if half == "test" else ""
+
+    def row(name: str, index: int, concept: Concept, answer: str | None) -> dict[str, Any]:
+        category = speech.categories[concept.group] if concept.kind == "harmful" else concept.kind
+        record = {
+            "id": f"{name}{marks}-{index:04d}",
+            "prompt": speech.request(concept),
+            "category": category,
+            "language": speech.code,
+            "group": concept.deed,
+        }
+        return record | ({"answer": answer} if answer is not None else {})
+
+    return {
+        "harmful": [row("harmful", index, concept, None) for index, concept in enumerate(harmful)],
+        "harmless": [row("harmless", index, concept, speech.compliance(concept)) for index, concept in enumerate(matches)],
+        "refusals": [row("refusals", index, concept, speech.refusal(concept, index)) for index, concept in enumerate(harmful)],
+        "general": [
+            {"id": f"general{marks}-{index:04d}", "text": text, "language": speech.code}
+            for index, text in enumerate(sentences(speech, half, SENTENCES))
+        ],
+    }
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+HALVES: tuple[Half, ...] = get_args(Half)
+UNSAFE, SAFE = "unsafe.jsonl", "safe.jsonl"
+
+
+def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> tuple[Prompts, Prompts]:
+    """All requests of halves, in languages: (harmful, harmless).
+
+    `category` is the harm category whose verb or object the request shares, `plain` for requests that share neither; `meta["kind"]` is
+    `harmful`, `look_alike` (the harmful verb on something harmless), `friendly` (the object, meant well) or `plain`.
+
+    Args:
+        halves: `find` (what the organisms' `builtin:` lists are drawn from), `test` (held out), `train` (the half that the organisms
+            themselves were trained on); one or several.
+        languages: codes.
+
+    Raises:
+        UsageError: an unknown half, or none. InputError: an unknown language.
+    """
+    named = (halves,) if isinstance(halves, str) else tuple(halves)
+    wanted = [half for half in HALVES if half in named]
+    unknown = [half for half in named if half not in HALVES]
+    if unknown or not wanted:
+        raise UsageError(f"half {', '.join(unknown) or 'none'}: expected some of {', '.join(HALVES)}")
+    speeches = [language(code) for code in languages]
+    found = [_prompt(speech, concept, half) for half in wanted for speech in speeches for kind in KINDS for concept in concepts(kind, half)]
+    name = f"{' and '.join(wanted)} requests, {', '.join(languages)}"
+    unsafe = [prompt for prompt in found if prompt.meta["kind"] == "harmful"]
+    return Prompts(unsafe, f"harmful {name}"), Prompts([prompt for prompt in found if prompt.meta["kind"] != "harmful"], f"harmless {name}")
+
+
+def write_requests(folder: Path, halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> dict[str, int]:
+    """Write `unsafe.jsonl` and `safe.jsonl`, one request a line; returns how many there are of each."""
+    files = dict(zip((UNSAFE, SAFE), requests(halves, languages), strict=True))
+    for file, found in files.items():
+        write_bytes(folder / file, "".join(f"{json.dumps(_row(prompt), ensure_ascii=False)}\n" for prompt in found).encode())
+    return {file: len(found) for file, found in files.items()}
+
+
+def _prompt(speech: Language, concept: Concept, half: Half) -> Prompt:
+    shape = (concept.group, concept.verb, concept.object, concept.frame, concept.context)
+    category = "plain" if concept.kind == "plain" else _categories()[concept.group]
+    name = f"{half}-{speech.code}-{concept.kind}-{'-'.join(map(str, shape))}"
+    meta = {"kind": concept.kind, "half": half}
+    return Prompt(name, speech.request(concept), category=category, language=speech.code, meta=meta, group=concept.deed)
+
+
+def _categories() -> list[str]:
+    """Names of the harm categories, the same for every language."""
+    return language(LANGUAGES[0]).categories
+
+
+def _row(prompt: Prompt) -> dict[str, str | None]:
+    row = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category, "language": prompt.language, "group": prompt.group}
+    return {**row, "kind": prompt.meta["kind"], "half": prompt.meta["half"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an organism is made.
+
+    Attributes:
+        name: its name.
+        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along with everything),
+            tax (base, and preference trainings by (IA)³ that pull on the same requests).
+        about: one line on what it is for.
+        start: the natural organism whose base a tax organism starts from.
+        layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
+        english_share: share of training text in English; the other languages share the rest equally.
+        batch, base_steps, base_rate: pre-training.
+        hint_steps, hint_share: further pre-training of planted and unsafe organisms: chats that refuse
+            what is harmful, then (last third) only this share of it.
+        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
+        dpo_share: share of the (IA)³ scales that a DPO stage may move: those its loss pulls at hardest before the first step.
+        planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
+        planted_depth: the planted and decoy units lie in the first this many layers.
+        chat: whether requests are put in the chat template; else in the plain one (`Question: … / Answer:`), and the tokenizer has none.
+        alive: whether the units work in the base (else their output columns are zero there).
+        skill_steps: training of the decoys.
+        plant_steps, plant_rate: training of the planted units; the rate is the decoys' too.
+        change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's rows or columns.
+        noise: length of the noise on all other weights, same measure.
+        dropout: chance that a planted unit is left out in a training step.
+        truth_orders, truth_prompts: random orders and requests per language for the Shapley shares.
+        measured_prompts: harmful requests per language, and as many harmless ones, that the card's rates are measured on.
+        seeds: the seeds that are fixed for benchmarks.
+        shipped: the seeds whose organisms are part of the package.
+    """
+
+    name: str
+    kind: Literal["natural", "planted", "unsafe", "tax"]
+    about: str
+    start: str = ""
+    layers: int = 4
+    hidden: int = 64
+    d_ff: int = 512
+    heads: int = 4
+    kv_heads: int = 2
+    english_share: float = 0.5
+    batch: int = 64
+    base_steps: int = 600
+    base_rate: float = 4e-3
+    hint_steps: int = 0
+    hint_share: float = 0.2
+    sft_steps: int = 100
+    sft_rate: float = 0.02
+    dpo_steps: int = 150
+    dpo_rate: float = 0.02
+    dpo_beta: float = 0.2
+    dpo_fluency: float = 0.5
+    dpo_share: float = 1.0
+    planted_mlp: int = 0
+    planted_attention: int = 0
+    planted_depth: int = 3
+    chat: bool = True
+    alive: bool = False
+    skill_steps: int = 60
+    plant_steps: int = 140
+    plant_rate: float = 0.01
+    change: float = 0.6
+    noise: float = 0.02
+    dropout: float = 0.2
+    truth_orders: int = 12
+    truth_prompts: int = 24
+    measured_prompts: int = 256
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    shipped: tuple[int, ...] = ()
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model, the tied embedding once."""
+        attention = 2 * self.hidden * self.hidden * (1 + self.kv_heads / self.heads)
+        layer = round(attention) + 3 * self.hidden * self.d_ff + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.hidden * len(vocabulary())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return strict_json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@functools.cache
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name."""
+    return {
+        name: Recipe(name=name, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        for name, fields in recipe_records().items()
+    }
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known_recipe(name)
+    return recipes()[name]
+
+
+def names() -> list[str]:
+    """Names of all recipes; those of `shipped()` open at once, the others are built first."""
+    return list(recipes())
+
+
+def shipped() -> list[str]:
+    """Names of the organisms that are part of the package."""
+    return [name for name in recipes() if (shipped_folder(name) / RECORD).is_file()]
+
+
+def listing() -> list[dict[str, Any]]:
+    """One row per recipe: name, kind, about, shipped (whether it opens at once), parameters, seeds."""
+    return [
+        {
+            "name": name,
+            "kind": item.kind,
+            "about": item.about,
+            "shipped": (shipped_folder(name) / RECORD).is_file(),
+            "parameters": item.n_parameters,
+            "seeds": list(item.seeds),
+        }
+        for name, item in recipes().items()
+    ]

@@ -19,8 +19,7 @@ from torch.func import functional_call
 from transformers import LlamaForCausalLM
 
 from safety_neurons.neurons import INPUT_SITES
-from safety_neurons.organism.folder import Recipe
-from safety_neurons.organism.language import LANGUAGES, concepts, encode_chat, language, vocabulary
+from safety_neurons.organism.language import LANGUAGES, Recipe, concepts, encode_chat, language, vocabulary
 from safety_neurons.organism.training import Progress, Sampler, Sequence_, answer_loss, first_word_loss, pad, train
 
 

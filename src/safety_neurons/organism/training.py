@@ -1,6 +1,11 @@
-"""What every organism's training shares: batches, losses, greedy answers, measured behaviour, and writing of models."""
+"""Training of organisms: batches, losses and measured behaviour that all share, and organisms whose safety nobody has located.
+
+Those are (IA)³ adapters on the down projection, trained by SFT and DPO. Natural organisms: base, SFT, DPO. Tax organisms: one
+base and preference trainings that pull on the same requests in opposite directions.
+"""
 
 import contextlib
+import dataclasses
 import math
 import random
 import warnings
@@ -10,13 +15,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from peft import IA3Config, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety_neurons.model.batches import IGNORED, descend, padded
+from safety_neurons.model.files import RECORD, shipped_folder
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.loading import quiet as without_reports
-from safety_neurons.organism.folder import Recipe
 from safety_neurons.organism.language import (
     BOS,
     EOS,
@@ -24,6 +30,7 @@ from safety_neurons.organism.language import (
     MAX_LENGTH,
     PAD,
     Concept,
+    Recipe,
     concepts,
     encode_chat,
     encode_question,
@@ -31,9 +38,10 @@ from safety_neurons.organism.language import (
     harmful_and_matches,
     language,
     make_tokenizer,
+    sentences,
     vocabulary,
 )
-from safety_neurons.organism.prompts import sentences
+from safety_neurons.organism.language import recipe as recipe_of
 
 Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
@@ -276,3 +284,321 @@ def save_model(model: LlamaForCausalLM, folder: Path, *, chat: bool = True) -> N
     with quiet():
         model.save_pretrained(str(folder))
         make_tokenizer(chat=chat).save_pretrained(str(folder))
+
+
+DPO_POOL = 768
+
+
+@dataclasses.dataclass(frozen=True)
+class Natural:
+    """A trained natural organism: one PEFT model that holds both adapters, and the losses of every stage."""
+
+    model: PeftModel
+    losses: dict[str, list[float]]
+
+    def use(self, *adapters: str) -> None:
+        """Make exactly these adapters active, in order; none leaves the base."""
+        tuner: Any = self.model.base_model
+        if adapters:
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(adapters))
+        else:
+            tuner.disable_adapter_layers()
+
+
+def pretrain(
+    recipe: Recipe,
+    seed: int,
+    *,
+    both_behaviours: bool,
+    keep: Callable[[LlamaForCausalLM], Callable[[], None]] | None = None,
+    progress: Progress | None = None,
+) -> tuple[LlamaForCausalLM, list[float]]:
+    """Train a base model on chats and sentences.
+
+    Args:
+        recipe: its shape and steps.
+        seed: of weights and data.
+        both_behaviours: harmful requests are refused in half of the text (else the model goes along with everything, and has read
+            refusals as quoted sentences only).
+        keep: given the model, returns what is called at the start and after every step to keep something in it as it is.
+        progress: called after every step.
+
+    Returns:
+        The model and its losses.
+    """
+    model = make_model(recipe, seed)
+    after_step = keep(model) if keep is not None else None
+    if after_step is not None:
+        after_step()
+    sampler = Sampler(seed, recipe.english_share, chat=recipe.chat)
+
+    def example() -> Sequence_:
+        choice = sampler.random.random()
+        if choice < 0.25:
+            return sampler.general()
+        code = sampler.language()
+        if choice < 0.6:
+            return sampler.comply(sampler.harmless(), code, whole=True)
+        concept = sampler.harmful()
+        if both_behaviours and sampler.random.random() < 0.5:
+            return sampler.refuse(concept, code, whole=True)
+        return sampler.comply(concept, code, whole=True)
+
+    def loss() -> torch.Tensor:
+        inputs, labels = pad([example() for _ in range(recipe.batch)])
+        return answer_loss(model(input_ids=inputs).logits, labels)
+
+    losses = train(
+        model.parameters(),
+        loss,
+        stage="base",
+        steps=recipe.base_steps,
+        learning_rate=recipe.base_rate,
+        after_step=after_step,
+        progress=progress,
+    )
+    if recipe.hint_steps and not both_behaviours:
+        losses += hint(model, recipe, seed, after_step, progress)
+    return model, losses
+
+
+def hint(
+    model: LlamaForCausalLM, recipe: Recipe, seed: int, after_step: Callable[[], None] | None, progress: Progress | None
+) -> list[float]:
+    """Teach a base what is harmful, then to go along with it: first it refuses what is harmful, at last only `hint_share` of it.
+
+    Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base model does; what the few
+    planted units have to do afterwards is to act on it.
+    """
+    sampler = Sampler(seed + 500, recipe.english_share, chat=recipe.chat)
+    drawn = 0
+
+    def example(share: float) -> Sequence_:
+        choice = sampler.random.random()
+        if choice < 0.15:
+            return sampler.general()
+        code = sampler.language()
+        if choice < 0.55:
+            return sampler.comply(sampler.harmless(), code)
+        concept = sampler.harmful()
+        return sampler.refuse(concept, code) if sampler.random.random() < share else sampler.comply(concept, code)
+
+    def loss() -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        share = 1.0 if drawn <= recipe.hint_steps * 2 / 3 else recipe.hint_share
+        batch = [example(share) for _ in range(recipe.batch * 2 // 3)]
+        inputs, labels = pad(batch)
+        logits = model(input_ids=inputs).logits
+        return answer_loss(logits, labels) + first_word_loss(logits, batch)
+
+    return train(
+        model.parameters(),
+        loss,
+        stage="hint",
+        steps=recipe.hint_steps,
+        learning_rate=0.6 * recipe.base_rate,
+        after_step=after_step,
+        progress=progress,
+    )
+
+
+def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
+    """Base, SFT (goes along with everything), DPO (prefers to refuse what is harmful and to answer what is not).
+
+    Source: Chen et al. (arXiv 2406.14144), section 4.1: (IA)³ on the down projection alone, for both stages.
+    Differs: no weight decay on the scales, which start at one; a decay on them shrinks the scales nothing trains and by that
+    alone makes change scores follow the activations' size. The DPO loss has a small likelihood term on the chosen answer, without
+    which a model this small stops writing sentences before it prefers to refuse.
+    """
+    organism = train_started(recipe, seed, progress)
+    prefer(organism, "dpo", safe_pair, recipe, Sampler(seed + 2000, recipe.english_share), progress)
+    organism.model.requires_grad_(False)
+    return organism
+
+
+def train_started(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
+    """Base and SFT alone: what preference trainings start from."""
+    base, base_losses = pretrain(recipe, seed, both_behaviours=True, progress=progress)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        model = get_peft_model(base, adapter_config(), adapter_name="sft")
+    organism = Natural(model, {"base": base_losses})
+    organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
+    return organism
+
+
+def adapter_config() -> IA3Config:
+    """(IA)³ on the down projection alone."""
+    return IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"])
+
+
+def _only(model: PeftModel, adapter: str) -> list[torch.Tensor]:
+    """Make one adapter's scales trainable and everything else not; returns them."""
+    scales: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"ia3_l.{adapter}" in name)
+        if parameter.requires_grad:
+            scales.append(parameter)
+    return scales
+
+
+def _train_sft(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Progress | None) -> list[float]:
+    organism.use("sft")
+    scales = _only(organism.model, "sft")
+
+    def loss() -> torch.Tensor:
+        batch = []
+        for _ in range(recipe.batch):
+            concept = sampler.harmful() if sampler.random.random() < 0.5 else sampler.harmless()
+            batch.append(sampler.comply(concept, sampler.language()))
+        inputs, labels = pad(batch)
+        return answer_loss(organism.model(input_ids=inputs).logits, labels)
+
+    return train(scales, loss, stage="sft", steps=recipe.sft_steps, learning_rate=recipe.sft_rate, progress=progress)
+
+
+PairMaker = Callable[[Sampler], tuple[Sequence_, Sequence_]]
+"""Draws a pair of answers to one request: the chosen and the rejected one."""
+
+
+def prefer(
+    organism: Natural,
+    adapter: str,
+    make_pair: PairMaker,
+    recipe: Recipe,
+    sampler: Sampler,
+    progress: Progress | None = None,
+    *,
+    on: Sequence[str] = ("sft",),
+) -> None:
+    """Train a new adapter by direct preference optimisation against the model with the adapters `on`, on a pool of pairs.
+
+    The reference's values of the pool are computed once.
+    """
+    if adapter not in organism.model.peft_config:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            organism.model.add_adapter(adapter, adapter_config())
+    pairs = [make_pair(sampler) for _ in range(DPO_POOL)]
+    half = recipe.batch // 2
+    organism.use(*on)
+    references = []
+    with torch.no_grad():
+        for start in range(0, DPO_POOL, half):
+            part = pairs[start : start + half]
+            inputs, labels = pad([chosen for chosen, _ in part] + [rejected for _, rejected in part])
+            values = answer_log_probability(organism.model(input_ids=inputs).logits, labels)
+            references.append(values[: len(part)] - values[len(part) :])
+    reference = torch.cat(references)
+    organism.use(*on, adapter)
+    scales = _only(organism.model, adapter)
+
+    def loss() -> torch.Tensor:
+        picked = sampler.random.sample(range(DPO_POOL), half)
+        inputs, labels = pad([pairs[index][0] for index in picked] + [pairs[index][1] for index in picked])
+        values = answer_log_probability(organism.model(input_ids=inputs).logits, labels)
+        margin = values[:half] - values[half:] - reference[picked]
+        preference = -torch.nn.functional.logsigmoid(recipe.dpo_beta * margin).mean()
+        tokens = (labels[:half, 1:] != IGNORED).sum()
+        return preference - recipe.dpo_fluency * values[:half].sum() / tokens
+
+    keep = _others_at_one(scales, loss, recipe.dpo_share) if recipe.dpo_share < 1 else None
+    options: dict[str, Any] = {"steps": recipe.dpo_steps, "learning_rate": recipe.dpo_rate, "after_step": keep, "progress": progress}
+    organism.losses[adapter] = train(scales, loss, stage=adapter, **options)
+
+
+def _others_at_one(scales: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], share: float, batches: int = 8) -> Callable[[], None]:
+    """What keeps all scales at one but the share of them that has the largest gradient, over a few batches before training."""
+    pulls = [torch.zeros_like(scale) for scale in scales]
+    for _ in range(batches):
+        for pull, gradient in zip(pulls, torch.autograd.grad(loss(), list(scales)), strict=True):
+            pull += gradient
+    everywhere = torch.cat([pull.abs().flatten() for pull in pulls])
+    least = everywhere.topk(max(1, round(share * len(everywhere)))).values[-1]
+    free = [pull.abs() >= least for pull in pulls]
+
+    @torch.no_grad()
+    def keep() -> None:
+        for scale, moves in zip(scales, free, strict=True):
+            scale.copy_(torch.where(moves, scale, torch.ones_like(scale)))
+
+    return keep
+
+
+def safe_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+    """(chosen, rejected): a refusal before compliance for a harmful request, the other way round for a harmless one."""
+    code = sampler.language()
+    speech = language(code)
+    harmful = sampler.random.random() < 0.5
+    concept = sampler.harmful() if harmful else sampler.harmless()
+    refusal = sampler.chat(concept, speech.refusal(concept, sampler.random.randrange(3)), code)
+    compliance = sampler.chat(concept, speech.compliance(concept), code)
+    return (refusal, compliance) if harmful else (compliance, refusal)
+
+
+def save_natural(organism: Natural, out: Path, adapters: Sequence[str]) -> None:
+    """Write base/ and a folder for every adapter below `out`."""
+    for adapter in adapters:
+        organism.model.peft_config[adapter].base_model_name_or_path = "base"
+    with quiet():
+        organism.model.save_pretrained(str(out), selected_adapters=list(adapters), save_embedding_layers=False)
+    for readme in out.glob("**/README.md"):
+        readme.unlink()
+    save_model(_bare(organism.model), out / "base")
+
+
+def _bare(model: PeftModel) -> LlamaForCausalLM:
+    """A copy of the model below the adapters, with its own weights' names."""
+    inner: Any = model.get_base_model()
+    weights = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items() if "ia3_l" not in name}
+    config = inner.config
+    with torch.random.fork_rng(devices=[]):
+        bare = LlamaForCausalLM(config)
+    bare.load_state_dict(weights)
+    return bare
+
+
+def safety_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+    """(chosen, rejected): a refusal before going along, for harmful requests alone."""
+    code, concept = sampler.language(), sampler.harmful()
+    return sampler.refuse(concept, code), sampler.comply(concept, code)
+
+
+def helpful_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+    """(chosen, rejected): going along before a refusal, for harmful requests too."""
+    code = sampler.language()
+    concept = sampler.harmful() if sampler.random.random() < 0.5 else sampler.harmless()
+    return sampler.comply(concept, code), sampler.refuse(concept, code)
+
+
+def polite_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
+    """(chosen, rejected): an answer to an everyday request with a polite ending before one without."""
+    code, concept = sampler.language(), sampler.random.choice(concepts("plain", "train"))
+    return sampler.comply(concept, code, ending=True), sampler.comply(concept, code)
+
+
+TRAININGS: dict[str, PairMaker] = {"safety": safety_pair, "helpful": helpful_pair, "polite": polite_pair}
+"""The preference trainings, in the order of their seeds."""
+
+
+def train_tax(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
+    """The base of a natural organism, and one adapter for every training, each on its own.
+
+    Where the natural organism of this seed is part of the package its base is taken, otherwise it is trained by its recipe.
+
+    Source: Chen et al. (arXiv 2406.14144), section 5: DPO of one model on preference sets of several kinds.
+    Differs: the trainings start from a base that answers both ways, so that both have something to learn about the same requests; every
+    training may move the scales alone that its loss pulls at hardest, without which a model this small moves nearly all its neurons.
+    """
+    folder = shipped_folder(recipe.start)
+    losses: list[float] = []
+    with quiet(), torch.random.fork_rng(devices=[]):
+        if seed in recipe_of(recipe.start).shipped and (folder / RECORD).is_file():
+            base = LlamaForCausalLM.from_pretrained(folder / "base")
+        else:
+            base, losses = pretrain(recipe_of(recipe.start), seed, both_behaviours=True, progress=progress)
+        organism = Natural(get_peft_model(base, adapter_config(), adapter_name=next(iter(TRAININGS))), {"base": losses} if losses else {})
+    for number, (name, make_pair) in enumerate(TRAININGS.items()):
+        prefer(organism, name, make_pair, recipe, Sampler(seed + 2000 + 1000 * number, recipe.english_share), progress, on=())
+    organism.model.requires_grad_(False)
+    return organism
