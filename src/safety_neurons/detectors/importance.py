@@ -3,7 +3,6 @@
 Scores of a layer are computed inside the forward pass, as soon as its o or down projection is reached; nothing else is kept.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors, chunk_size, scores_at_once
 from safety_neurons.detectors.methods import Importance
-from safety_neurons.detectors.reading import input_scale
+from safety_neurons.detectors.reading import Shown, input_scale, watching
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
 from safety_neurons.detectors.streaming import BatchSums
 from safety_neurons.errors import InputError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.attention import AttentionCapture, AttentionPlan, AttentionStates, prove_attention, tolerance
+from safety_neurons.model.attention import AttentionPlan, AttentionStates, prove_attention, tolerance
 from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.sites import AttentionAnatomy, ExpertRows, ExpertsAnatomy, LayerAnatomy, MlpAnatomy
@@ -283,9 +282,11 @@ class ImportanceReaders:
 
     def _add(self, layer: LayerAnatomy, readers: dict[str, Callable[[Any], None]], stack: ExitStack) -> None:
         if layer.attention is not None and (wanted := self._wanted(layer, "qkvo")):
-            part = _AttentionReader(layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self)
-            readers.update(part.readers())
-            stack.enter_context(part.on())
+            attention = _AttentionReader(layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self)
+            if attention.plan is None:
+                readers[f"{attention.key}.o"] = attention.columns
+            else:
+                stack.enter_context(watching(self.lm, [layer], attention.score, inputs=False))
         for mlp, prefix in ((layer.mlp, ""), (layer.shared, "shared_expert.")):
             if mlp is not None and (wanted := self._wanted(layer, ("gate", "up", "down"), prefix)):
                 reader = _MlpReader(mlp, f"layers.{layer.index}.{prefix}".rstrip("."), wanted, self, layer)
@@ -307,7 +308,7 @@ class ImportanceReaders:
         self._scores[row][key] = scores.detach().to("cpu", torch.float64).numpy()
 
 
-def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy], n_tokens: int = 12) -> dict[int, AttentionPlan]:
+def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy]) -> dict[int, AttentionPlan]:
     """Attention formulas of layers, each proved on one probe pass over random tokens.
 
     Raises:
@@ -317,61 +318,16 @@ def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy], n_tokens: int = 
     if not layers:
         return found
 
-    def prove(layer: LayerAnatomy, capture: AttentionCapture) -> None:
+    def prove(layer: LayerAnatomy, shown: Shown) -> None:
         part = layer.attention
         assert part is not None
-        found[layer.index] = prove_attention(part.module, part.n_heads, part.n_kv_heads, part.head_dim, capture, f"layers.{layer.index}")
+        name, heads = f"layers.{layer.index}", (part.n_heads, part.n_kv_heads, part.head_dim)
+        found[layer.index] = prove_attention(part.module, *heads, shown.unscaled(part), name)
 
-    captures = [_Capture(layer.attention, f"layers.{layer.index}", partial(prove, layer)) for layer in layers if layer.attention]
-    ids = torch.randint(0, lm.n_ids, (n_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(lm.running())
-        readers: dict[str, Callable[[Any], None]] = {}
-        for capture in captures:
-            stack.enter_context(capture.on())
-            readers.update(capture.readers())
-        stack.enter_context(reading(lm.anatomy, readers))
+    ids = torch.randint(0, lm.n_ids, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad(), lm.running(), watching(lm, layers, prove, inputs=False):
         forward(lm.model, collate([ids], [0], pad_id=lm.pad_id).to(lm.device))
     return found
-
-
-class _Capture:
-    """Collects what one layer's attention shows, and hands it on when the o projection is reached."""
-
-    def __init__(self, part: AttentionAnatomy, key: str, then: Callable[[AttentionCapture], None]) -> None:
-        self.part, self.key, self.then = part, key, then
-        self.seen: dict[str, Any] = {}
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Hook for the arguments of the attention module."""
-        with around(self.part.module, before=self._arguments):
-            yield
-
-    def readers(self) -> dict[str, Callable[[Any], None]]:
-        """Readers of q, k, v and o."""
-        readers: dict[str, Callable[[Any], None]] = {f"{self.key}.{site}": partial(self.seen.__setitem__, site) for site in "qkv"}
-        readers[f"{self.key}.o"] = self._output
-        return readers
-
-    def unscaled(self, values: Tensor) -> Tensor:
-        """What the o projection is given, before an (IA)³ scale, which belongs to the columns here."""
-        scale = input_scale(self.part.places["o"])
-        return values if scale is None else values / scale.to(values)
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen["arguments"] = {**_named(self.part.module, args), **kwargs}
-
-    def _output(self, values: Tensor) -> None:
-        seen = dict(self.seen)
-        self.seen.clear()
-        self.then(AttentionCapture(seen["q"], seen["k"], seen["v"], self.unscaled(values), seen["arguments"]))
-
-
-def _named(module: torch.nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False))
 
 
 class _AttentionReader:
@@ -381,17 +337,6 @@ class _AttentionReader:
         self, part: AttentionAnatomy, key: str, wanted: tuple[str, ...], plan: AttentionPlan | None, owner: ImportanceReaders
     ) -> None:
         self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
-        self.capture = _Capture(part, key, self._score)
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Hooks beside the readers."""
-        with self.capture.on() if self.plan is not None else nullcontext():
-            yield
-
-    def readers(self) -> dict[str, Callable[[Any], None]]:
-        """Readers of the sites; o alone needs no formula."""
-        return self.capture.readers() if self.plan is not None else {f"{self.key}.o": self._columns}
 
     def factors(self, like: Tensor) -> OutputFactors:
         """Of the o projection, computed at the first prompt."""
@@ -407,15 +352,20 @@ class _AttentionReader:
             kept[self.key] = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
         return kept[self.key]
 
-    def _columns(self, values: Tensor) -> None:
+    def columns(self, values: Tensor) -> None:
+        """Score `o` alone, which needs no formula, from the input of its projection."""
+        scale = input_scale(self.part.places["o"])
+        values = values if scale is None else values / scale.to(values)
         for row, length in enumerate(self.owner.lengths()):
-            mixed = _working(self.capture.unscaled(values[row, :length]))
+            mixed = _working(values[row, :length])
             norms = torch.linalg.vector_norm(mixed, dim=0)
             scores = mixed.abs().sum(0) if self.owner.options.as_published else norms * self.factors(mixed).column_norms
             self.owner.give(row, f"{self.key}.o", scores)
 
-    def _score(self, capture: AttentionCapture) -> None:
+    def score(self, _: LayerAnatomy, shown: Shown) -> None:
+        """Score the sites from what the layer's attention showed."""
         assert self.plan is not None
+        capture = shown.unscaled(self.part)
         options, together = self.owner.options, dict[int, list[tuple[int, AttentionStates]]]()
         for row, length in enumerate(self.owner.lengths()):
             states = self.plan.states(capture, row, length)
@@ -516,9 +466,6 @@ class _MlpReader:
 
 def _working(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
-
-
-__all__ = ["ImportanceReaders", "Options", "prove_layers"]
 
 
 def score(method: Importance, run: Run) -> Scored:

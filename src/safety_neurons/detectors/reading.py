@@ -1,6 +1,6 @@
 """Read a running model: activations of sites at positions, inputs and outputs of sub-layers, two models on one batch."""
 
-import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.attention import AttentionCapture
 from safety_neurons.model.batches import Batch, forward
-from safety_neurons.model.hooks import around, evaluating, reading
+from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy, MlpAnatomy, SitePlace, take
 
 
@@ -62,13 +62,6 @@ def writer_of(base: LanguageModel, aligned: LanguageModel, generate_with: str) -
     if generate_with not in ("base", "aligned"):
         raise UsageError(f"generate-with {generate_with!r} is unknown: use base or aligned")
     return base if generate_with == "base" else aligned
-
-
-@contextlib.contextmanager
-def comparing(base: LanguageModel, aligned: LanguageModel) -> Iterator[None]:
-    """Both models in evaluation mode for a block."""
-    with evaluating(base.model), evaluating(aligned.model):
-        yield
 
 
 def read(lm: LanguageModel, batch: Batch, readers: Mapping[str, Callable[..., None]]) -> None:
@@ -125,12 +118,19 @@ class Shown:
         seen = self.activations
         return AttentionCapture(seen["q"], seen["k"], seen["v"], seen["o"], self.arguments)
 
+    def unscaled(self, part: AttentionAnatomy) -> AttentionCapture:
+        """The same with the input of the o projection as it is before an (IA)³ scale, which then belongs to the columns."""
+        scale, seen = input_scale(part.places["o"]), self.capture
+        return seen if scale is None else replace(seen, o=seen.o / scale.to(seen.o))
+
 
 Handler = Callable[[LayerAnatomy, Shown], None]
 
 
 @contextmanager
-def watching(lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handler | None, mlp: Handler | None) -> Iterator[None]:
+def watching(
+    lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handler | None, mlp: Handler | None = None, *, inputs: bool = True
+) -> Iterator[None]:
     """Calls a function for each sub-layer, inside the pass, when its `o` or `down` projection is reached.
 
     Args:
@@ -138,17 +138,18 @@ def watching(lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handl
         layers: which layers.
         attention: gets the layer and what its attention showed; None where attention is not wanted.
         mlp: the same for the dense feed-forward part.
+        inputs: whether what the projections are given is shown too.
     """
     readers: dict[str, Callable[[Any], None]] = {}
     with ExitStack() as stack:
         for layer in layers:
             if attention is not None and layer.attention is not None:
                 watch = _Watch(layer, layer.attention, "o", attention)
-                stack.enter_context(watch.on({layer.attention.module: watch.keep_arguments}))
+                stack.enter_context(watch.on({layer.attention.module: watch.keep_arguments}, inputs))
                 readers.update(watch.readers())
             if mlp is not None and layer.mlp is not None:
                 watch = _Watch(layer, layer.mlp, "down", mlp)
-                stack.enter_context(watch.on({}))
+                stack.enter_context(watch.on({}, inputs))
                 readers.update(watch.readers())
         stack.enter_context(reading(lm.anatomy, readers))
         yield
@@ -162,11 +163,11 @@ class _Watch:
         self.seen = Shown()
 
     @contextmanager
-    def on(self, before: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-        """Hooks before the module and before the projections of its output sites."""
+    def on(self, before: dict[nn.Module, Callable[..., Any]], inputs: bool) -> Iterator[None]:
+        """Hooks before the module and, where inputs are shown, before the projections of its output sites."""
         hooks = dict(before)
         for place in self.part.places.values():
-            if place.side == "output":
+            if inputs and place.side == "output":
                 hooks[place.module] = partial(self._keep_input, place.module)
         with around(before=hooks):
             yield
@@ -178,8 +179,7 @@ class _Watch:
 
     def keep_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arguments of the attention module by name."""
-        code = getattr(self.part.module.forward, "__code__", None)
-        names = code.co_varnames[1:] if code is not None else ()
+        names = list(inspect.signature(type(self.part.module).forward).parameters)[1:]  # The class's: an instance's may be wrapped.
         self.seen.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
