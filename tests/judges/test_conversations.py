@@ -5,8 +5,7 @@ import transformers
 
 from judges.tiny_judges import CHAT, LISTED, SIZES, judge_folder
 from safety_neurons.judges import judge, judge_refusal
-from safety_neurons.judges.endpoint import _question
-from safety_neurons.judges.guards import FORMS, GuardJudge
+from safety_neurons.judges.guards import FORMS, GuardJudge, _question
 from safety_neurons.judges.heads import CostJudge
 from safety_neurons.judges.judgement import case_of
 from safety_neurons.results import Completion

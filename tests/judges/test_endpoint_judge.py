@@ -6,7 +6,7 @@ import pytest
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import agreement, judge
-from safety_neurons.judges.endpoint import verdict_of
+from safety_neurons.judges.guards import verdict_of
 from safety_neurons.model import Reply
 from safety_neurons.results import Completion
 

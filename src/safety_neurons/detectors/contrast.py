@@ -77,18 +77,19 @@ def score(method: Contrast, run: Run) -> Scored:
     return Scored(statistics.scores(), text.counts.without(len(folded.failed)), folded.votes, {"tokens": tokens})
 
 
-def contrast_statistics(run: Run, text: Texts, memory_budget: int | None = None) -> tuple[ContrastStatistics, Folded]:
+def contrast_statistics(run: Run, text: Texts) -> tuple[ContrastStatistics, Folded]:
     """Sums over the tokens that count, of two models that read the same text; with an agreement every prompt votes by its own.
+
+    Sites are read in several passes where one sequence alone needs more than `MEMORY_BUDGET`.
 
     Args:
         run: the models, the searched sites and the resumable state.
         text: sequences and the positions that count.
-        memory_budget: bytes; sites are read in several passes where one sequence alone needs more. By default `MEMORY_BUDGET`.
 
     Returns:
         The statistics, and what became of the prompts (with their votes, where they vote).
     """
-    base, aligned, sizes, budget = run.base, run.aligned, run.sizes, memory_budget or MEMORY_BUDGET
+    base, aligned, sizes, budget = run.base, run.aligned, run.sizes, MEMORY_BUDGET
 
     def reduce(batch: Batch) -> BatchSums:
         spans = [text.spans[index] for index in batch.indices]

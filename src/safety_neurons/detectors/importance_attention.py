@@ -188,7 +188,6 @@ class OutputFactors:
         weight: Float[Tensor, "out mixed"] | Callable[[], Float[Tensor, "out mixed"]],
         n_heads: int,
         n_kv_heads: int,
-        columns: Float[Tensor, "out mixed"] | None = None,
     ) -> None:
         """Keeps no copy of a weight that is given as a function.
 
@@ -196,10 +195,8 @@ class OutputFactors:
             weight: of the o projection, adapters included.
             n_heads: query heads.
             n_kv_heads: key-value heads.
-            columns: change of each column for the importance of `o`; the column itself when None.
         """
         self._given = weight
-        self._columns = columns
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
 
     @property
@@ -208,8 +205,8 @@ class OutputFactors:
 
     @cached_property
     def column_norms(self) -> Float[Tensor, " mixed"]:
-        """Norm of the change of each column."""
-        return torch.linalg.vector_norm(self._weight if self._columns is None else self._columns, dim=0)
+        """Norm of each column."""
+        return torch.linalg.vector_norm(self._weight, dim=0)
 
     @cached_property
     def of_groups(self) -> Float[Tensor, "group rank head dim"]:

@@ -207,10 +207,10 @@ def _matched(prompts: Prompts, by_id: Mapping[str, Sequence[Completion]]) -> lis
     return chosen
 
 
-def short(text: str, limit: int = 40) -> str:
+def short(text: str) -> str:
     """A text in quotes on one line, its end left out where it is long."""
     line = normalised(text)
-    return repr(line if len(line) <= limit else f"{line[: limit - 1]}…")
+    return repr(line if len(line) <= 40 else f"{line[:39]}…")
 
 
 def texts_of(method: Any, run: Any) -> Texts:

@@ -135,7 +135,7 @@ def _cost(kind: str, rest: str, options: dict[str, Any]) -> Judge:
 
 
 def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
-    from safety_neurons.judges.endpoint import EndpointJudge
+    from safety_neurons.judges.guards import EndpointJudge
     from safety_neurons.model import ChatServer
 
     url, _, model = rest.rpartition("#")

@@ -217,7 +217,6 @@ def weight_scores(
     table: SiteTable,
     *,
     shares: tuple[float, float] = (0.05, 0.05),
-    method: str = "weights",
     path: str | pathlib.Path = "",
 ) -> Scores:
     """Scores of rows and columns from importances of single weights, or from masks of them, by name of the projection.
@@ -227,7 +226,6 @@ def weight_scores(
         utility: the same on other text, whose largest are taken away; None for none.
         table: of the model.
         shares: of the weights of a matrix that count as important for safety and for utility.
-        method: written to the provenance.
         path: for messages.
 
     Raises:
@@ -251,7 +249,7 @@ def weight_scores(
             found[key] = kept_share(values, other, len(values), *shares)
     if not found:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer")
-    return _scores(found, table, method, path, {"safety": shares[0], "utility": shares[1]})
+    return _scores(found, table, "weights", path, {"safety": shares[0], "utility": shares[1]})
 
 
 # Names in other tools

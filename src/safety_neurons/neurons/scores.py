@@ -406,11 +406,12 @@ class Scores:
         unequal = [key for key in shared if len(self[key]) != len(other[key])]
         if unequal:
             raise NeuronError(f"{unequal[0]!r} has {len(self[unequal[0]])} and {len(other[unequal[0]])} scores; expected one architecture")
-        mine = _ranks(np.concatenate([self[key] for key in shared]))
-        theirs = _ranks(np.concatenate([other[key] for key in shared]))
-        mine, theirs = mine - mine.mean(), theirs - theirs.mean()
-        spread = float(np.sqrt((mine @ mine) * (theirs @ theirs)))
-        return float(np.clip(mine @ theirs / spread, -1.0, 1.0)) if spread > 0 else float("nan")
+        from scipy.stats import spearmanr  # Here, since it takes longer to import than all else that sets and scores need.
+
+        mine, theirs = (np.concatenate([each[key] for key in shared]) for each in (self, other))
+        if not np.ptp(mine) or not np.ptp(theirs):
+            return float("nan")
+        return float(spearmanr(mine, theirs).statistic)
 
     # Files and models
 
@@ -465,12 +466,6 @@ def _check_lengths(values: Mapping[str, np.ndarray], table: SiteTable) -> None:
     for key, value in values.items():
         if len(value) != table[key].size:
             raise NeuronError(f"{len(value)} scores for {key!r}, expected {table[key].size}, one per neuron; use scores of this model")
-
-
-def _ranks(values: Float[np.ndarray, " neuron"]) -> Float[np.ndarray, " neuron"]:
-    _, place, number = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(number)
-    return (last - (number - 1) / 2)[place]
 
 
 def kept_share(safety: np.ndarray, utility: np.ndarray | None, size: int, safety_share: float, utility_share: float) -> np.ndarray:
