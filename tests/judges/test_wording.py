@@ -196,6 +196,15 @@ ANSWERS_FILE = pathlib.Path(__file__).parent / "answers.jsonl"
 """Answers in thirteen languages, written before the rules of version 3: even ids were not looked at while those were written."""
 
 
+def test_answers_in_the_styles_of_several_model_families_are_told_apart():
+    """The answers are invented; none of them is taken from a model or a labelled file."""
+    rows = [json.loads(line) for line in (pathlib.Path(__file__).parent / "styles.jsonl").read_text(encoding="utf-8").splitlines()]
+    verdicts = judge_refusal([Completion("", row["prompt"], row["answer"]) for row in rows]).verdicts
+    wrong = [(row, verdict.why) for row, verdict in zip(rows, verdicts, strict=True) if verdict.refused is not row["refused"]]
+    assert len(rows) == 184
+    assert not wrong
+
+
 @pytest.mark.parametrize("half", [1, 0], ids=["odd", "even"])
 def test_the_wording_judge_reads_answers_of_all_kinds_in_many_languages(half):
     rows = [json.loads(line) for line in ANSWERS_FILE.read_text(encoding="utf-8").splitlines()]

@@ -1,11 +1,14 @@
+"""Names of matrices, the table of a model's, and files with their provenance."""
+
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 from neuron_strategies import TABLE, table
 
 from safety_neurons.errors import NeuronError, UsageError
-from safety_neurons.neurons import SiteInfo, SiteTable, check_sites, parse_key, parse_layers, sort_keys
+from safety_neurons.neurons import Provenance, SiteInfo, SiteTable, check_sites, parse_key, parse_layers, sort_keys
 
 
 def test_the_fingerprint_knows_the_class_and_every_size_but_not_the_number_of_parameters():
@@ -160,3 +163,48 @@ def test_sites_come_back_in_their_own_order_and_unknown_ones_are_refused():
     assert check_sites(["down", "q", "down"]) == ("q", "down")
     with pytest.raises(UsageError, match="unknown site 'mlp'"):
         check_sites(["mlp"])
+
+
+def test_the_header_holds_strings_only_and_gives_the_provenance_back():
+    made = Provenance("scores", "importance", ("org/model@abc", "b+c"), "f" * 64, "0" * 64, {"sites": ["q"], "top": 0.1, "note": "ü"})
+    header = made.metadata()
+    assert all(isinstance(value, str) for value in header.values())
+    assert Provenance.from_metadata(header, "scores") == made
+
+
+def test_what_a_hand_made_header_leaves_out_stays_empty():
+    made = Provenance.from_metadata({}, "neurons")
+    assert (made.method, made.models, made.model_fingerprint, made.config) == ("", (), "", {})
+
+
+def test_version_and_time_are_filled_in():
+    made = Provenance("neurons")
+    assert made.version
+    assert made.created.endswith("+00:00")
+
+
+@pytest.mark.parametrize("header", [{"schema": "safety-neurons/2"}, {"kind": "guard"}, {"models": "x"}, {"config": "[]"}])
+def test_other_schemas_kinds_and_damage_are_refused(header):
+    with pytest.raises(NeuronError, match="expected|damaged"):
+        Provenance.from_metadata(header, "neurons")
+
+
+def test_an_unknown_kind_cannot_be_made():
+    with pytest.raises(NeuronError, match="unknown kind"):
+        Provenance("guard")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000, '{"a": 1, "a": 2}', "NaN", "{"],
+    ids=lambda text: text[:8],
+)
+@pytest.mark.parametrize("entry", ["models", "config"])
+def test_a_header_that_cannot_be_read_is_a_neuron_error(entry, text):
+    with pytest.raises(NeuronError, match="damaged header"):
+        Provenance.from_metadata({entry: text}, "neurons")
+
+
+def test_a_configuration_with_a_nan_is_written_so_that_it_can_be_read():
+    told = Provenance("neurons", config={"threshold": float("nan"), "folder": pathlib.Path("a")})
+    assert Provenance.from_metadata(told.metadata(), "neurons").config == {"threshold": None, "folder": "a"}

@@ -1,4 +1,4 @@
-"""One policy for a prompt on which a model gives NaN: left out, counted, said; the result is that of the other prompts alone."""
+"""Prompts that are hard for every detector: NaN, a single token, longer than the context."""
 
 import numpy as np
 import pytest
@@ -143,3 +143,28 @@ def test_verify_counts_it_as_unscored_in_every_arm(pair):
     ).record()
     for arm in (told["untreated"], told["treated"], *told["random"]):
         assert arm["harmful_refused"]["unscored"] >= 1
+
+
+@pytest.fixture(scope="module")
+def short_pair():
+    found = []
+    for noise in (5, 6):
+        lm = marked_model(0, noise)
+        lm.model.config.max_position_embeddings = 40
+        found.append(LanguageModel(lm.model, tiny_tokenizer(adds_bos=False), template="none"))
+    return found
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_a_prompt_of_a_single_token_is_scored(short_pair, name):
+    assert [len(row.ids) for row in short_pair[0].encode(["water", "house"])] == [1, 1]
+    found = FINDERS[name](*short_pair, ["water", "house"])
+    assert found.prompts.used + found.prompts.failed == 2
+    assert found.prompts.used >= 1
+
+
+@pytest.mark.parametrize("name", FINDERS)
+def test_a_prompt_longer_than_the_context_is_counted_truncated(short_pair, name):
+    found = FINDERS[name](*short_pair, [*HARMLESS, "tell me about the red house " * 10])
+    assert found.prompts.truncated == 1
+    assert found.prompts.used + found.prompts.failed == 4
