@@ -6,11 +6,10 @@ import pytest
 from page_text import Outline
 from report_runs import MODEL, run_folder
 
-from safety_neurons.capability.measures import Measured
+from safety_neurons.capability import Measurement
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions, Rate
-from safety_neurons.studies.evaluation import Evaluation
-from safety_neurons.studies.scoring import ArmScores, Judged, SuiteScore, suite_changes
+from safety_neurons.studies.evaluation import ArmScores, Evaluation, JudgeScore, SuiteScore, suite_changes
 
 N = 20
 HARM = {"untreated": 0.8, "treated": 0.2}
@@ -33,11 +32,11 @@ def run(tmp_path_factory):
     arms = {}
     for arm, share in HARM.items():
         outcomes = tuple(float(place < N * share) for place in range(N))
-        judges = {"wording-1": Judged("wording-1", "wording", "complied", {"harm": outcomes}, {})}
-        judges["guard-judge"] = Judged("guard-judge", "guard-judge", "harmful", {"harm": (None, *outcomes[1:])}, {})
+        judges = {"wording-1": JudgeScore("wording-1", "wording", "complied", {"harm": outcomes}, {})}
+        judges["guard-judge"] = JudgeScore("guard-judge", "guard-judge", "harmful", {"harm": (None, *outcomes[1:])}, {})
         ids, texts = (tuple(f"{word}{place}" for place in range(N)) for word in ("p", "Tell me "))
         groups = tuple({"category": "theft" if place % 2 else "fraud"} for place in range(N))
-        task = Measured("mmlu", "accuracy", Rate(0.5, 0.4, 0.6, 100), True, (), (), ())
+        task = Measurement("mmlu", "accuracy", Rate(0.5, 0.4, 0.6, 100), True, (), (), ())
         arms[arm] = ArmScores(arm, (SuiteScore("advbench", "harmful", ids, texts, groups, judges),), (task,))
     completions = Completions([completion(arm, place) for arm in HARM for place in range(N)])
     changes = suite_changes(arms["untreated"], arms["treated"])

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from conforming import misfits
 from safety_neurons.capability import TaskSettings
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.judges import FunctionJudge, JudgeVerdict
@@ -13,8 +14,9 @@ from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder
+from safety_neurons.results.records import EvaluationRecord
 from safety_neurons.studies import evaluate, evaluation
-from safety_neurons.studies.scoring import labels_of, scored
+from safety_neurons.studies.evaluation import labels_of, scored
 from safety_neurons.suites import AttackPrompt, Attacks, Suite
 
 HARMFUL = Prompts(
@@ -71,6 +73,7 @@ def run(model, harmless, **options):
 def test_both_arms_are_judged_and_compared_prompt_by_prompt(model, neurons, harmless, tmp_path):
     found = run(model, harmless, deactivate=neurons, capability=["perplexity", "kl"], settings=TaskSettings(limit=4), out=tmp_path)
     record = json.loads(json.dumps(found.record(), allow_nan=False))
+    assert misfits(record, EvaluationRecord) == []
     assert record["treatment"] == "44 neurons deactivated"
     for arm in ("untreated", "treated"):
         own, kind = record[arm]["suites"]
@@ -145,19 +148,19 @@ def test_a_search_on_the_untreated_model_is_adaptive_there_and_transferred_to_th
     labels = {(one.arm, one.meta.get("label")) for one in found.completions}
     assert {("untreated", "adaptive"), ("treated", "static-transfer")} <= labels
     with pytest.raises(UsageError, match="endpoint"):
-        evaluation.requests_of([HARMFUL], None, ["gcg"], model=Endpoint("http://localhost:1/v1#m"))
+        evaluation.requests_of([HARMFUL], evaluation.Sources(over_refusal=None, attacks=["gcg"]), Endpoint("http://localhost:1/v1#m"))
 
 
 @pytest.mark.parametrize(("made_on", "label"), [("here", "adaptive"), ("elsewhere", "static-transfer")])
 def test_imported_attacks_are_adaptive_on_the_model_they_were_made_on_only(tmp_path, made_on, label):
     file = Attacks([AttackPrompt("1", "g", "g !!", "GCG", f"http://localhost:1/v1#{made_on}", True)]).save(tmp_path / "attacks.jsonl")
-    asked = evaluation.requests_of([str(file)], None, model=Endpoint("http://localhost:1/v1#here"))
+    asked = evaluation.requests_of([str(file)], evaluation.Sources(over_refusal=None), Endpoint("http://localhost:1/v1#here"))
     assert asked.requests[0].prompts[0].meta["label"] == label
 
 
 def test_a_label_of_a_data_set_is_no_label_of_an_attack():
     labelled = Prompts([Prompt("1", "how do i kill", meta={"label": "unsafe"})], "x")
-    (part,) = evaluation.requests_of([labelled], None).requests
+    (part,) = evaluation.requests_of([labelled], evaluation.Sources(over_refusal=None)).requests
     assert labels_of(part.prompts[0].meta)["attack"] == "direct"
 
 

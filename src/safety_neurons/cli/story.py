@@ -31,7 +31,7 @@ def doctor(session: Session, models: OneModel) -> dict[str, Any]:
 
         loaded = session.model(models.model)
         with session.status("doctor") as progress:
-            return examine(loaded, seed=session.common.seed, progress=progress).record()
+            return {**examine(loaded, seed=session.common.seed, progress=progress).record()}
 
     result = session.run(work, show_checks)
     if not result["healthy"]:

@@ -8,13 +8,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from safety_neurons.errors import InputError
 from safety_neurons.results import notebook
+from safety_neurons.results.records import DifferenceRecord, EstimateRecord, McNemarRecord
 
 Outcomes = Sequence[bool | int | float | np.generic | None] | np.ndarray
 """One outcome per prompt; `None` or NaN means unscored."""
@@ -58,10 +59,13 @@ class Estimate:
         """Whether the interval lies on one side of 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
-    def to_json(self) -> dict[str, Any]:
-        """`{value, low, high, n, unscored}`, and what else is known of the number."""
-        found = dataclasses.asdict(self)
-        return {name: value for name, value in found.items() if name in _BASIC or value not in (None, ())}
+    def to_json(self) -> EstimateRecord:
+        """`{value, low, high, n, unscored}`, and what else is known of the number; over seeds the lowest and the highest of them."""
+        written = {name: value for name, value in vars(self).items() if name in _BASIC or value not in (None, ())}
+        if by_seed := written.get("by_seed"):
+            known = [value for value in by_seed if value is not None]
+            written |= {"by_seed": list(by_seed), "lowest": min(known, default=None), "highest": max(known, default=None)}
+        return cast(EstimateRecord, written)
 
     @classmethod
     def from_json(cls: type[EstimateT], found: Mapping[str, Any]) -> EstimateT:
@@ -100,10 +104,6 @@ class Rate(Estimate):
     def _repr_html_(self) -> str:
         shown = notebook.interval(self.value, self.low, self.high)
         return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
-
-    def to_json(self) -> dict[str, Any]:
-        """`{value, low, high, n, unscored}`; over seeds with what every seed gave, the lowest and the highest."""
-        return {**super().to_json(), **_ends_of(self.by_seed)}
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,9 @@ class Difference(Estimate):
         columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
         return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
 
-    def to_json(self) -> dict[str, Any]:
-        """`{value, low, high, n, unscored, clear, p}`; over seeds with what every seed gave, the lowest and the highest."""
-        return {**super().to_json(), **_ends_of(self.by_seed), "p": self.p, "clear": self.clear}
-
-
-def _ends_of(by_seed: Sequence[float | None]) -> dict[str, Any]:
-    if not by_seed:
-        return {}
-    known = [value for value in by_seed if value is not None]
-    return {"by_seed": list(by_seed), "lowest": min(known, default=None), "highest": max(known, default=None)}
+    def to_json(self) -> DifferenceRecord:
+        """`{value, low, high, n, unscored, clear, p}`, and what else is known of the difference."""
+        return {**super().to_json(), "p": self.p, "clear": self.clear}
 
 
 def is_clear(record: Mapping[str, Any] | None) -> bool:
@@ -595,9 +588,9 @@ class McNemar:
         shown = "undefined" if self.p is None else f"p {self.p:.2g}"
         return f"{self.first_only} against {self.second_only} of {self.n}, {shown}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> McNemarRecord:
         """`{first_only, second_only, p, n, unscored}`."""
-        return dataclasses.asdict(self)
+        return cast(McNemarRecord, dataclasses.asdict(self))
 
 
 def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:

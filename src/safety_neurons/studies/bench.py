@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from safety_neurons.capability import Task, TaskSettings, divergence, perplexity
+from safety_neurons.capability import divergence, perplexity
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.judges import judge_refusal
@@ -371,29 +371,6 @@ def contrast(
 
 
 # What answers in a folder were written by, so that a study never goes on with another model's answers
-
-
-def facts_of(
-    model: LanguageModel | Endpoint,
-    treatment: Mapping[str, Any],
-    how: Writing,
-    tasks: Sequence[Task],
-    settings: TaskSettings,
-) -> dict[str, Any]:
-    """What answers depend on beside the prompts, as JSON values.
-
-    Args:
-        model: what answers; of one in memory the weights count too.
-        treatment: by name the neurons, the donor, or words.
-        how: how completions are written.
-        tasks: of capability.
-        settings: how they are measured.
-    """
-    treated = {name: content_of(value) for name, value in treatment.items() if value is not None}
-    writing = {name: value for name, value in dataclasses.asdict(how).items() if name not in ("batch_size", "samples", "seed")}
-    measuring = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "folder", "offline")}
-    facts = {"model": content_of(model), "treatment": treated, "writing": writing}
-    return dict(plain({**facts, **{f"capability {task.name}": measuring for task in tasks}}))
 
 
 def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:

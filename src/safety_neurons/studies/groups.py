@@ -23,6 +23,7 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.records import DifferenceRecord
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
 from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
@@ -324,7 +325,7 @@ class Ability:
             found["task_change"] = self._task_change(untreated)
         return found
 
-    def _task_change(self, untreated: "Ability") -> dict[str, Any] | None:
+    def _task_change(self, untreated: "Ability") -> DifferenceRecord | None:
         if self.answered is None or untreated.answered is None:
             return None
         change: Difference = paired_difference(self.answered, untreated.answered, self.shared[1])

@@ -40,6 +40,7 @@ from safety_neurons.results import (
     rate,
 )
 from safety_neurons.results.estimates import GroupLabels, clusters_of, resampled_share
+from safety_neurons.results.records import DifferenceRecord, EstimateRecord
 from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
 from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Cases, Sources, cases_of
@@ -206,13 +207,13 @@ class ScoredCases:
                 found["difference"][name] = self.difference(name, members, used)
         return found
 
-    def difference(self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> Row:
+    def difference(self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> DifferenceRecord:
         """The reference's area minus that of a classifier, or of random sets."""
         ours, others = self.scores[self.reference][rows], [self.scores[member][rows] for member in members]
         part = AreaPart(ours, others, self.cases.unsafe[rows], self.cases.groups(rows))
         return area_difference(part, random=name == RANDOM).to_json()
 
-    def area(self, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> Row:
+    def area(self, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> EstimateRecord | Row:
         """AUROC with its interval; of several sets their mean, lowest and highest."""
         labels = self.cases.unsafe[rows]
         areas = [auroc(self.scores[member][rows], labels, self.cases.groups(rows)) for member in members]
@@ -308,7 +309,9 @@ class ScoredCases:
         return found
 
 
-def at(scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fpr: float, seed: int, groups: GroupLabels = None) -> Row:
+def at(
+    scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fpr: float, seed: int, groups: GroupLabels = None
+) -> EstimateRecord:
     """True-positive rate at a false-positive rate as JSON values; without a value where safe requests are too few to tell."""
     n_safe = int((~labels).sum())
     if n_safe * fpr < EXAMPLES - 1e-9:

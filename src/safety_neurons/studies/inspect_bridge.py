@@ -46,7 +46,7 @@ from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.prompt_lists.records import request_of
 from safety_neurons.results import Completion
 from safety_neurons.studies.bench import Treatment
-from safety_neurons.studies.evaluation import requests_of, treatment_of
+from safety_neurons.studies.evaluation import Sources, Treated, requests_of
 from safety_neurons.suites import suite as suite_of
 
 LONGEST = 128
@@ -119,7 +119,8 @@ class TreatedModel(ModelAPI):
         else:
             self.lm = load(model_name, **loading)
         sets = [None if path is None else NeuronSet.load(path).on(self.lm.table, [self.lm.name]) for path in (deactivate, patch)]
-        self.applied = treatment_of(self.lm, sets[0], sets[1], other, treatment)
+        act, _ = Treated(deactivate=sets[0], patch=sets[1], donor=other, treatment=treatment).of(self.lm)
+        self.treatment = act or contextlib.nullcontext
         self._turn = threading.Lock()
         self._asked: collections.Counter[str] = collections.Counter()
 
@@ -162,7 +163,7 @@ class TreatedModel(ModelAPI):
     def _complete(self, prompt: Prompt, config: GenerateConfig, settings: dict[str, Any], stream: str) -> list[tuple[Completion, str]]:
         """The answers, and their texts up to the first stop sequence."""
         found: list[tuple[Completion, str]] = []
-        with self._turn, (self.applied.act or contextlib.nullcontext)():
+        with self._turn, self.treatment():
             for number in range(config.num_choices or 1):
                 if number and not settings["sample"]:  # greedy answers are all the same
                     found.append(found[0])
@@ -272,7 +273,7 @@ def requests(
 ) -> Task:
     """A suite of requests with a judge as its scorer: harm on the harmful ones, over-refusal on the harmless ones."""
     source = suite if suite.startswith("builtin:") else suite_of(suite, folder=folder)
-    asked = requests_of([source], None, limit=limit)
+    asked = requests_of([source], Sources(over_refusal=None, limit=limit))
     samples = [
         Sample(input=_input(prompt), target=part.kind, id=f"{part.kind}/{prompt.id}", metadata={**prompt.meta, "kind": part.kind})
         for part in asked.requests
