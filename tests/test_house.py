@@ -193,9 +193,6 @@ MANY_PARAMETERS = {
     "studies/lasting.py _attacked",
     "studies/lasting.py fine_tune",
     "studies/tax.py read_trainings",
-    "studies/tuning.py tune",
-    "tuning/data.py with_own_answers",
-    "tuning/train.py tune",
 }
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 

@@ -247,15 +247,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"epochs": 0}, "epochs 0: expected at least 1; with less there would be no step"),
+        ({"epochs": 0}, "epochs 0: expected at least 1"),
         ({"max_steps": 0}, "max_steps 0: expected at least 1"),
         ({"accumulate": 0}, "accumulate 0: expected at least 1"),
-        ({"batch_size": 0}, "batch_size 0: expected 'auto' or at least 1"),
-        ({"learning_rate": 0.0}, "learning rate 0.0: expected auto or a number above 0; at 0 no step would change anything"),
-        ({"clip": 0.0}, "clip 0.0: expected a norm above 0"),
-        ({"warmup": 2.0}, "warmup 2.0: expected 0 to 1"),
-        ({"mix": -1.0}, "mix -1.0: expected 0 or more"),
-        ({"lr": 0.1}, "unknown setting 'lr'; expected some of mix, learning_rate"),
+        ({"batch_size": 0}, "batch_size 0: expected auto or a number of at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0: expected auto or a number above 0; at 0 no step would change anything"),
+        ({"clip": 0.0}, "clip 0.0: expected above 0"),
+        ({"warmup": 2.0}, "warmup 2.0: expected at least 0 and at most 1"),
+        ({"mix": -1.0}, "mix -1.0: expected at least 0"),
+        ({"lr": 0.1}, "unknown option 'lr'; expected some of mix, learning_rate"),
     ],
 )
 def test_options_that_train_nothing_are_refused(options, said):
@@ -347,7 +347,7 @@ def test_several_processes_share_a_step_out_among_them(monkeypatch):
     with attach(model, some(model)) as deltas:
         for processes in ((1, 0), (2, 0), (2, 1)):
             monkeypatch.setattr(training, "_processes", lambda processes=processes: processes)
-            loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), training.Settings(batch_size=3))
+            loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), training.TuningSettings(batch_size=3))
             loop.examples = examples
             shares[processes] = loop._gradients(range(8))
     assert shares[2, 0][0] + shares[2, 1][0] == pytest.approx(shares[1, 0][0], rel=1e-6)
@@ -393,7 +393,7 @@ def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_m
 
 @pytest.mark.parametrize("rate", [1e39, math.inf, math.nan, "much"])
 def test_a_rate_that_is_none_or_that_the_optimizer_overflows_at_is_refused(rate):
-    with pytest.raises(UsageError, match="learning rate .* expected auto or a number (above|below)"):
+    with pytest.raises(UsageError, match="learning_rate .* expected auto or a number (above|below)"):
         tune(fresh(), some(fresh()), HARMFUL, **{**FAST, "learning_rate": rate})
 
 

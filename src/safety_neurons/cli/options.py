@@ -165,16 +165,6 @@ def named(text: str | None) -> list[tuple[str, str]]:
     return parts
 
 
-def check_rate(text: str) -> None:
-    """Refuse a learning rate that is neither auto nor a number above 0."""
-    try:
-        rate = float("1" if text == "auto" else text)
-    except ValueError:
-        rate = -1.0
-    if not 0 < rate < float("inf"):
-        raise UsageError(f"--learning-rate {text}: expected auto or a number above 0; at 0 no step changes anything")
-
-
 def batch_size(text: str) -> int | Literal["auto"]:
     """`auto`, or a positive number."""
     if text == "auto":

@@ -4,11 +4,12 @@ import dataclasses
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, OtherText, Requested, check_rate, listed
+from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, OtherText, Requested, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Between, Count, Declaration, NotNegative, OneOf, OpenShare, Positive, Reads
 from safety_neurons.errors import UsageError
+from safety_neurons.tuning.settings import checked_rate
 
 TaskFile = Annotated[str, Reads("prompts")]
 ARMS = {"none": "none", "sn-tune": "SN-Tune", "rsn-tune": "RSN-Tune", "random": "random", "protected": "SN-Tune, protected"}
@@ -66,7 +67,8 @@ class Tunings(Declaration):
     def check(self) -> None:
         """Also the learning rate."""
         super().check()
-        check_rate(self.learning_rate)
+        if self.learning_rate != "auto":
+            checked_rate(self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.inputs import resolve
-from safety_neurons.cli.options import ModelName, NeuronFile, OneModel, OtherText, check_rate
+from safety_neurons.cli.options import ModelName, NeuronFile, OneModel, OtherText
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Between, Declaration, Incidental, NotNegative, Panel, Positive, Reads
+from safety_neurons.declarations import Declaration, Incidental, NotNegative, Panel, Positive, Reads
 from safety_neurons.errors import RunError, UnsupportedModelError
+from safety_neurons.tuning.settings import BeforeAndAfter, Training
 
 Stage = Callable[[str, Any], None]
 
@@ -48,37 +49,6 @@ class Taught(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Training(Declaration):
-    """How it is learnt, by the names of `tuning.Settings`."""
-
-    PANEL: ClassVar[str | None] = "Training"
-
-    mix: Annotated[NotNegative, Panel("Data")] = 1.0
-    """Harmless examples for each harmful one."""
-    learning_rate: str = "auto"
-    """auto (relative to the size of the weights) or a number."""
-    epochs: Positive = 6
-    """Passes over the examples."""
-    max_steps: Positive | None = None
-    """End after so many steps."""
-    accumulate: Positive = 1
-    """Batches of a step."""
-    warmup: Annotated[float, Between(0, 1)] = 0.1
-    """Share of the steps over which the rate rises."""
-    clip: Annotated[float, Between(0, above=True)] = 1.0
-    """Largest norm of the trained entries' gradient."""
-    weight_decay: float = 0.0
-    """Pull towards the base."""
-    max_length: int = 512
-    """Tokens of an example."""
-
-    def check(self) -> None:
-        """Also the learning rate."""
-        super().check()
-        check_rate(self.learning_rate)
-
-
-@dataclasses.dataclass(frozen=True)
 class Watched(Declaration):
     """How training is watched."""
 
@@ -92,22 +62,6 @@ class Watched(Declaration):
     """Share of harmless prompts that may be refused beyond before."""
     max_divergence: NotNegative | None = None
     """Largest KL per token on harmless prompts, in nats."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BeforeAndAfter(Declaration):
-    """What the model is measured on before and after."""
-
-    PANEL: ClassVar[str | None] = "Measured before and after"
-
-    test_harmful: Annotated[str, Reads("prompts")] = "builtin:harmful-test"
-    """Harmful requests to measure on."""
-    test_harmless: Annotated[str, Reads("prompts")] = "builtin:harmless-test"
-    """Harmless requests to measure on."""
-    text: OtherText = "builtin:general-test"
-    """General text for perplexity, or none."""
-    max_new_tokens: Positive = 64
-    """Length of an answer, in tokens."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,10 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
-from safety_neurons.tuning import Settings, Status, StopCheck, Tuned, beside, tuning_examples
+from safety_neurons.tuning import Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
-from safety_neurons.tuning.data import read, split, with_own_answers
+from safety_neurons.tuning.data import split, with_own_answers
+from safety_neurons.tuning.settings import BeforeAndAfter, TuningSettings
 
 LEAST_GAIN = 0.05
 """Share of the harmful requests by which refusals (or, in studies, answers that do not go along) have to rise, clearly."""
@@ -130,14 +131,10 @@ def tune(
     *,
     harmless: Source | None = "builtin:harmless",
     protect: NeuronSet | None = None,
-    test_harmful: Source = "builtin:harmful-test",
-    test_harmless: Source = "builtin:harmless-test",
-    text: Source | None = "builtin:general-test",
     check: Checking | None = Checking(),
-    max_new_tokens: int = 64,
     folder: pathlib.Path | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Tuning:
     """Tune only these neurons so that the model refuses harmful requests, and say what that did.
 
@@ -147,14 +144,11 @@ def tune(
         dataset: harmful requests with refusals.
         harmless: harmless requests; where they have no answers, the model's own greedy ones are learnt unless they refuse. None for none.
         protect: neurons that stay as they are, taken out of the set.
-        test_harmful: harmful requests to measure on.
-        test_harmless: harmless requests to measure on.
-        text: general text to measure perplexity on; None for none.
         check: how training is watched, ended early and its best state kept; None for no check.
-        max_new_tokens: length of an answer that is judged, and of an answer of the model's own that is learnt.
         folder: where completions and checkpoints are kept; a killed call goes on from there.
         progress: told where it is.
-        **settings: see `safety_neurons.tuning.Settings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `seed`, …
+        **options: fields of `BeforeAndAfter` (`test_harmful`, `test_harmless`, `text`, None for none, and `max_new_tokens`, of
+            answers that are judged or learnt) and of `TuningSettings` (`mix`, `learning_rate`, `epochs`, `max_steps`, `seed`, …).
 
     Raises:
         InputError: data without answers. Otherwise what `safety_neurons.tuning.tune` raises.
@@ -162,13 +156,18 @@ def tune(
     Source: Zhao et al., ICLR 2025, section 4 (SN-Tune).
     Differs: held-out checks and early stopping, rates with intervals by a named judge, measured on prompts that were not learnt.
     """
-    chosen, notes = Settings.of(settings), list[str]()
+    named = {option.name for option in BeforeAndAfter.options()}
+    measured = BeforeAndAfter.of(**{name: value for name, value in options.items() if name in named})
+    settings = {name: value for name, value in options.items() if name not in named}
+    chosen, notes = TuningSettings.of(**settings), list[str]()
+    measured.check()
+    chosen.check()
     data, others = _data(model, dataset, harmless, chosen)
     bench = Bench(
-        read(test_harmful, model),
-        read(test_harmless, model),
-        None if text is None else read(text, model),
-        max_new_tokens=max_new_tokens,
+        model.prompts(measured.test_harmful),
+        model.prompts(measured.test_harmless),
+        None if measured.text is None else model.prompts(measured.text),
+        max_new_tokens=measured.max_new_tokens,
         batch_size=chosen.batch_size,
         seed=chosen.seed,
         completions_file=None if folder is None else folder / "completions.jsonl",
@@ -177,7 +176,7 @@ def tune(
     )
     learnt, others, watch = _held_out(model, data, others, check, chosen, notes)
     if others is not None:
-        others = _answered(model, others, len(learnt), chosen, max_new_tokens, folder, notes)
+        others = _answered(model, others, len(learnt), chosen, measured.max_new_tokens, folder, notes)
     before = bench.measure(Arm(UNTREATED, model))
     tuned = train(
         model,
@@ -196,12 +195,12 @@ def tune(
     return _tuning(bench, model, tuned, before, after, watch, learnt_of, (*notes, *tuned.notes, *bench.notes))
 
 
-def _data(model: LanguageModel, dataset: Source, harmless: Source | None, settings: Settings) -> tuple[Prompts, Prompts | None]:
+def _data(model: LanguageModel, dataset: Source, harmless: Source | None, settings: TuningSettings) -> tuple[Prompts, Prompts | None]:
     """Both kinds of prompts; what is missing is said before anything is measured."""
-    data = read(dataset, model)
+    data = model.prompts(dataset)
     if not any(data.answers):
         tuning_examples(data, model)
-    return data, None if harmless is None or not settings.mix else read(harmless, model)
+    return data, None if harmless is None or not settings.mix else model.prompts(harmless)
 
 
 def _tuning(
@@ -229,13 +228,13 @@ def _tuning(
 
 
 def _held_out(
-    model: LanguageModel, data: Prompts, harmless: Prompts | None, check: Checking | None, settings: Settings, notes: list[str]
+    model: LanguageModel, data: Prompts, harmless: Prompts | None, check: Checking | None, settings: TuningSettings, notes: list[str]
 ) -> tuple[Prompts, Prompts | None, StopCheck | None]:
     """What is learnt of the data and of the harmless prompts, and the check on the rest; all is learnt where there is too little."""
     if check is None:
         return data, harmless, None
     learnt, harmful = split(data, check.share, check.most, settings.seed)
-    source = harmless if harmless is not None else read("builtin:harmless", model)
+    source = harmless if harmless is not None else model.prompts("builtin:harmless")
     others, friendly = split(source, check.share, check.most, settings.seed)
     if min(len(harmful), len(friendly)) < LEAST_HELD_OUT:
         notes.append(
@@ -259,7 +258,7 @@ def _answered(
     model: LanguageModel,
     harmless: Prompts,
     n_harmful: int,
-    settings: Settings,
+    settings: TuningSettings,
     max_new_tokens: int,
     folder: pathlib.Path | None,
     notes: list[str],

@@ -1,57 +1,40 @@
-"""Tune only some neurons: deltas beside frozen projections, training, protection, artefacts."""
+"""Tune only some neurons: deltas beside frozen projections, training, protection, artefacts; a name is imported when it is first used."""
 
-from safety_neurons.tuning.artefacts import (
-    Delta,
-    Exported,
-    applied,
-    apply_delta,
-    base_hash,
-    delta_of,
-    export_lora,
-    export_merged,
-    load_delta,
-    merged_base,
-    outside_hash,
-    save_delta,
-    survival,
-)
-from safety_neurons.tuning.data import Example, mix, tuning_examples, with_own_answers
-from safety_neurons.tuning.deltas import Deltas, NeuronDelta, attach
-from safety_neurons.tuning.protect import Protection, Repair, protected, repair
-from safety_neurons.tuning.stopping import Checked, StopCheck
-from safety_neurons.tuning.train import Settings, Status, Tuned, beside, learning_rates, tune
+from safety_neurons import lazily
 
-__all__ = [
-    "Checked",
-    "Delta",
-    "Deltas",
-    "Example",
-    "Exported",
-    "NeuronDelta",
-    "Protection",
-    "Repair",
-    "Settings",
-    "Status",
-    "StopCheck",
-    "Tuned",
-    "applied",
-    "apply_delta",
-    "attach",
-    "base_hash",
-    "beside",
-    "delta_of",
-    "export_lora",
-    "export_merged",
-    "learning_rates",
-    "load_delta",
-    "merged_base",
-    "mix",
-    "outside_hash",
-    "protected",
-    "repair",
-    "save_delta",
-    "survival",
-    "tune",
-    "tuning_examples",
-    "with_own_answers",
-]
+_HOME = {
+    "Checked": "stopping",
+    "Delta": "artefacts",
+    "Deltas": "deltas",
+    "Example": "data",
+    "Exported": "artefacts",
+    "NeuronDelta": "deltas",
+    "Protection": "protect",
+    "Repair": "protect",
+    "Status": "train",
+    "StopCheck": "stopping",
+    "Tuned": "train",
+    "TuningSettings": "settings",
+    "applied": "artefacts",
+    "apply_delta": "artefacts",
+    "attach": "deltas",
+    "base_hash": "artefacts",
+    "beside": "train",
+    "delta_of": "artefacts",
+    "export_lora": "artefacts",
+    "export_merged": "artefacts",
+    "learning_rates": "train",
+    "load_delta": "artefacts",
+    "merged_base": "artefacts",
+    "mix": "data",
+    "outside_hash": "artefacts",
+    "protected": "protect",
+    "repair": "protect",
+    "save_delta": "artefacts",
+    "survival": "artefacts",
+    "tune": "train",
+    "tuning_examples": "data",
+    "with_own_answers": "data",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605 - one table holds both the names and where they live
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch, BatchSize, Progress
+from safety_neurons.model.batches import Batch
 from safety_neurons.model.template import encode_text, require_tokenizer, untouched
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.prompt_lists import prompts as read_prompts
-from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions
 
 Kind = Literal["harmful", "harmless"]
@@ -154,12 +152,9 @@ def with_own_answers(
     model: LanguageModel,
     *,
     max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
     keep: Callable[[Completions], Sequence[bool]] | None = None,
-    done: Completions | None = None,
-    answered: Callable[[Completion], None] | None = None,
-    progress: Progress | None = None,
     notes: list[str] | None = None,
+    **completing: Any,
 ) -> Prompts:
     """The prompts with answers: their own, or where they have none the model's greedy completions as it is now.
 
@@ -169,12 +164,9 @@ def with_own_answers(
         prompts: harmless requests.
         model: the model before tuning.
         max_new_tokens: length of an answer; one that is cut there is learnt without an end.
-        batch_size: rows of a pass.
         keep: of the completions, which to use (not those that refuse, say).
-        done: completions of an interrupted call.
-        answered: called with every completion as soon as it is there.
-        progress: called as `progress(done, all, tokens)`.
         notes: gets a line that says what was done.
+        **completing: as for `LanguageModel.complete`: `batch_size`, `done`, `answered`, ….
 
     Returns:
         The prompts that have an answer now.
@@ -184,9 +176,7 @@ def with_own_answers(
     asked = Prompts([prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())], prompts.name, prompts.notes)
     if not len(asked):
         return prompts
-    completions = model.complete(
-        asked, max_new_tokens=max_new_tokens, batch_size=batch_size, done=done, answered=answered, progress=progress, notes=notes
-    )
+    completions = model.complete(asked, max_new_tokens=max_new_tokens, notes=notes, **completing)
     wanted = [bool(item.completion.strip()) for item in completions]
     if keep is not None:
         wanted = [use and chosen for use, chosen in zip(wanted, keep(completions), strict=True)]
@@ -230,19 +220,6 @@ def mix(harmful: Sequence[Example], harmless: Sequence[Example], share: float, s
     wanted = min(len(harmless), round(share * len(harmful)))
     drawn = np.random.default_rng([seed, 1]).choice(len(harmless), wanted, replace=False) if wanted else np.zeros(0, np.int64)
     return [*harmful, *(harmless[index] for index in np.sort(drawn))]
-
-
-def read(source: Source, model: LanguageModel, *, column: str | None = None, answer_column: str | None = None) -> Prompts:
-    """Prompts of a source; `builtin:` names mean the organism's own where the model is one.
-
-    Raises:
-        InputError: the source cannot be read.
-
-    Source: none; a reader.
-    """
-    folders = [] if model.folder is None else [model.folder, model.folder.parent]
-    own = next((folder / "prompts" for folder in folders if (folder / "organism.json").is_file()), None)
-    return read_prompts(source, column=column, answer_column=answer_column, folder=own)
 
 
 def split(prompts: Prompts, share: float, most: int, seed: int) -> tuple[Prompts, Prompts]:

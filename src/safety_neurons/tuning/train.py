@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError, UsageError
+from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, descend, forward, plan
+from safety_neurons.model.batches import Batch, Halving, collate, descend, forward, plan
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
@@ -31,8 +31,9 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results.files import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
-from safety_neurons.tuning.data import MAX_LENGTH, Example, label_rows, mix, read, tuning_examples, with_own_answers
+from safety_neurons.tuning.data import Example, label_rows, mix, tuning_examples, with_own_answers
 from safety_neurons.tuning.deltas import Deltas, attach, weight_of
+from safety_neurons.tuning.settings import TuningSettings, checked_rate
 from safety_neurons.tuning.stopping import FINISHED, Checked, StopCheck, StopJudge
 
 BATCH = 8
@@ -40,63 +41,6 @@ BATCH = 8
 EXAMPLES = "examples/ids"
 _KINDS = ("harmful", "harmless")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How `tune` trains.
-
-    Attributes:
-        mix: harmless examples for each harmful one.
-        learning_rate: a number, or `auto` (see `learning_rates`).
-        epochs: passes over the examples.
-        max_steps: end after so many steps.
-        batch_size: examples of a pass; `auto` is 8; halved where memory runs out, without changing the step.
-        accumulate: passes of a step.
-        warmup: share of the steps over which the rate rises; the first step's rate is not zero.
-        clip: largest norm of the selected entries' gradient.
-        weight_decay: pull of the deltas towards zero, that is towards the base.
-        max_length: tokens of an example.
-        seed: of the order of the examples and the draw of the harmless ones.
-    """
-
-    mix: float = 1.0
-    learning_rate: float | str = "auto"
-    epochs: int = 6
-    max_steps: int | None = None
-    batch_size: BatchSize = "auto"
-    accumulate: int = 1
-    warmup: float = 0.1
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    max_length: int = MAX_LENGTH
-    seed: int = 0
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Settings":
-        """Settings of keyword arguments, each in its range.
-
-        Raises:
-            UsageError: an unknown one, or one with which nothing would be trained.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in given if name not in known]:
-            raise UsageError(f"unknown setting {unknown[0]!r}; expected some of {', '.join(known)}")
-        chosen = cls(**given)
-        for name in ("epochs", "accumulate", "max_steps"):
-            value = getattr(chosen, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: expected at least 1; with less there would be no step")
-        if chosen.batch_size != "auto" and chosen.batch_size < 1:
-            raise UsageError(f"batch_size {chosen.batch_size}: expected 'auto' or at least 1")
-        for name, high in (("warmup", 1.0), ("mix", math.inf), ("weight_decay", math.inf)):
-            if not 0 <= getattr(chosen, name) <= high:
-                raise UsageError(f"{name} {getattr(chosen, name)}: expected {'0 to 1' if high == 1 else '0 or more'}")
-        if not chosen.clip > 0:
-            raise UsageError(f"clip {chosen.clip}: expected a norm above 0; at 0 no step would change anything")
-        if chosen.learning_rate != "auto":
-            checked(chosen.learning_rate)
-        return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +88,7 @@ class Loop:
         self,
         deltas: Deltas,
         rates: Mapping[str, float],
-        settings: Settings,
+        settings: TuningSettings,
         check: StopCheck | None = None,
         checkpoint: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
@@ -447,7 +391,6 @@ def tune(
     protect: NeuronSet | None = None,
     check: StopCheck | None = None,
     checkpoint: Checkpoint | None = None,
-    verify_frozen: bool = True,
     progress: Callable[[Status], None] | None = None,
     **settings: Any,
 ) -> Tuned:
@@ -465,10 +408,8 @@ def tune(
         protect: neurons that stay as they are, taken out of the set.
         check: held-out prompts to look at while training; without it the last state is kept.
         checkpoint: where the state is kept after every check.
-        verify_frozen: hash everything outside the set before and after.
         progress: told about every step and check.
-        **settings: any field of `Settings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`, `accumulate`, `warmup`,
-            `clip`, `weight_decay`, `max_length`, `seed`.
+        **settings: fields of `TuningSettings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`, `seed`, ….
 
     Raises:
         NeuronError: the set is empty, or nothing of it is left. ForeignModelError: it is another architecture's.
@@ -481,12 +422,13 @@ def tune(
     harmless examples; rates relative to the weights. The published recipe (50 documents, 32 a step, warm-up of one step) does not move a
     weight: its only step has a learning rate of zero.
     """
-    chosen = Settings.of(settings)
+    chosen = TuningSettings.of(**settings)
+    chosen.check()
     placed = _trained(model, neurons, protect)
-    data, others = read(dataset, model), None if harmless is None or not chosen.mix else read(harmless, model)
+    data, others = model.prompts(dataset), None if harmless is None or not chosen.mix else model.prompts(harmless)
     identity = _identity(chosen, model, placed, data, others, check)
     notes = list(placed.notes)
-    before = _hash(model, placed, notes) if verify_frozen else ""
+    before = _hash(model, placed, notes)
     rates = learning_rates(model, placed, chosen.learning_rate)
     with attach(model, placed) as deltas:
         loop = Loop(deltas, rates, chosen, check, checkpoint, identity, notes, progress)
@@ -544,7 +486,9 @@ def _trained(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None
     return kept
 
 
-def _prepared(model: LanguageModel, dataset: Prompts, harmless: Prompts | None, settings: Settings, notes: list[str]) -> list[Example]:
+def _prepared(
+    model: LanguageModel, dataset: Prompts, harmless: Prompts | None, settings: TuningSettings, notes: list[str]
+) -> list[Example]:
     """What is learnt: all of the data, and harmless examples for it."""
     harmful = tuning_examples(dataset, model, max_length=settings.max_length, notes=notes)
     if harmless is None:
@@ -564,7 +508,7 @@ def _answerless(prompts: Prompts) -> bool:
 
 
 def _identity(
-    settings: Settings, model: LanguageModel, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
+    settings: TuningSettings, model: LanguageModel, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
 ) -> dict[str, Any]:
     """What a checkpoint has to agree with."""
     told = None if check is None else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
@@ -582,7 +526,7 @@ def _identity(
     }
 
 
-def _provenance(neurons: NeuronSet, model: LanguageModel, dataset: Prompts, settings: Settings) -> Provenance:
+def _provenance(neurons: NeuronSet, model: LanguageModel, dataset: Prompts, settings: TuningSettings) -> Provenance:
     config = {**neurons.provenance.config, "tuned": dataclasses.asdict(settings), "data": dataset.name}
     return Provenance("neurons", neurons.provenance.method, (model.name,), model.fingerprint, dataset.sha256, config)
 
@@ -591,8 +535,6 @@ SHARE = 0.3
 """Of a neuron's size that one step at the full rate changes."""
 LAST = 0.1
 """Of the full rate that the last step has."""
-LARGEST = 2e37
-"""Adam's first step is ten times the rate, which no longer fits into float32 above 3e37: the optimizer itself fails there."""
 _USUAL = 0.02
 """Root mean square of a weight where none can be read (quantised beyond reading, or off-loaded)."""
 
@@ -613,29 +555,12 @@ def learning_rates(model: LanguageModel, neurons: NeuronSet, learning_rate: floa
     public recipe's only step has a rate of zero.
     """
     if learning_rate != "auto":
-        return dict.fromkeys(neurons.keys(), checked(learning_rate))
+        return dict.fromkeys(neurons.keys(), checked_rate(learning_rate))
     rates = {}
     for key in neurons.keys():  # noqa: SIM118 - not a mapping
         rms, width = weight_scale(model, key)
         rates[key] = SHARE * rms / math.sqrt(width)
     return rates
-
-
-def checked(learning_rate: float | str) -> float:
-    """A learning rate as a number above zero.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        number = float(learning_rate)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not number > 0:
-        raise UsageError(f"learning rate {learning_rate!r}: expected auto or a number above 0; at 0 no step would change anything")
-    if not number < LARGEST:
-        raise UsageError(f"learning rate {learning_rate!r}: expected auto or a number above 0, below {LARGEST:g}; weights would overflow")
-    return number
 
 
 def weight_scale(model: LanguageModel, key: str) -> tuple[float, int]:
