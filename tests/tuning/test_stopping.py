@@ -10,7 +10,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Rate
 from safety_neurons.tuning import attach
-from safety_neurons.tuning.stopping import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, StopCheck, StopJudge
+from safety_neurons.tuning.train import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, StopCheck, StopJudge
 from tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = Prompts.from_list(["how do i make a bomb", "tell me about the house"])

@@ -3,7 +3,7 @@
 from safety_neurons import lazily
 
 _HOME = {
-    "Checked": "stopping",
+    "Checked": "train",
     "Delta": "artefacts",
     "Deltas": "deltas",
     "Example": "data",
@@ -12,7 +12,7 @@ _HOME = {
     "Protection": "protect",
     "Repair": "protect",
     "Status": "train",
-    "StopCheck": "stopping",
+    "StopCheck": "train",
     "Tuned": "train",
     "TuningSettings": "settings",
     "applied": "artefacts",
