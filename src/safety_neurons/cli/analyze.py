@@ -5,9 +5,8 @@ import pathlib
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.inputs import resolve
 from safety_neurons.cli.options import ModelName, OneModel, OtherText, PromptFile, Repeats, TwoModels, listed
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positional, Positive, Reads, Share
 from safety_neurons.detectors.methods import AtSites, HowFound, by_name

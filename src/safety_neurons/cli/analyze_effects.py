@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.analyze import MEASURE, MaybePair, figure, models
-from safety_neurons.cli.inputs import resolve
 from safety_neurons.cli.options import (
     EvaluationPrompts,
     ModelName,
@@ -18,7 +17,7 @@ from safety_neurons.cli.options import (
     Some,
     listed,
 )
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positive, Reads, Share
 from safety_neurons.detectors.methods import CardOptions, Positions, Searched

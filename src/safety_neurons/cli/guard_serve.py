@@ -11,9 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
 from safety_neurons.cli.guard import rated
-from safety_neurons.cli.inputs import resolve
 from safety_neurons.cli.options import OneModel
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Between, Declaration, Positive
 from safety_neurons.errors import UsageError

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.inputs import resolve
 from safety_neurons.cli.options import ModelName, NeuronFile, OneModel, OtherText
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Incidental, NotNegative, Panel, Positive, Reads
 from safety_neurons.errors import RunError, UnsupportedModelError

@@ -100,8 +100,8 @@ VERBS = {
         "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive.",
     ),
     "guard": ("guard guard_serve", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
-    "organism": ("shipped", "Small models whose safety behaviour is known."),
-    "data": ("shipped", "The built-in prompts and the named suites."),
+    "organism": ("runs", "Small models whose safety behaviour is known."),
+    "data": ("runs", "The built-in prompts and the named suites."),
     "import": ("exchange", "Bring in what others made: prompts, neurons."),
     "export": ("exchange", "Give neurons the names they have in other tools."),
 }
