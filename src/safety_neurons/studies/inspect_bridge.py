@@ -14,6 +14,7 @@ the epoch, and how often this sample has asked the same before; so epochs differ
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import threading
@@ -78,6 +79,22 @@ NO_OPS: dict[str, tuple[Any, ...]] = {
 """Values of other options that ask for nothing."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BridgeArguments:
+    """A model and what it is under."""
+
+    lm: LanguageModel | None = None
+    """A model in memory, in the place of the one that is named."""
+    treatment: Treatment | None = None
+    """What it is under, as a function that makes a context manager."""
+    deactivate: str | None = None
+    """Neuron file: these are off."""
+    patch: str | None = None
+    """Neuron file: patched from `donor`."""
+    donor: str | None = None
+    """Model argument of the donor."""
+
+
 @modelapi(name="safety_neurons")
 class TreatedModel(ModelAPI):
     """A model of this package behind inspect_ai's interface; completions are the same as those of `LanguageModel.complete`.
@@ -87,12 +104,7 @@ class TreatedModel(ModelAPI):
         base_url: not used.
         api_key: not used.
         config: of inspect_ai.
-        lm: a model in memory.
-        treatment: what it is under, as a function that makes a context manager.
-        deactivate: neuron file: these are off.
-        patch: neuron file: patched from `donor`.
-        donor: model argument of the donor.
-        **loading: as `safety_neurons.load` takes them.
+        **options: the fields of `BridgeArguments`, and what `safety_neurons.load` takes.
     """
 
     def __init__(
@@ -101,25 +113,21 @@ class TreatedModel(ModelAPI):
         base_url: str | None = None,
         api_key: str | None = None,
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect_ai's own signature
-        *,
-        lm: LanguageModel | None = None,
-        treatment: Treatment | None = None,
-        deactivate: str | None = None,
-        patch: str | None = None,
-        donor: str | None = None,
-        **loading: Any,
+        **options: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
-        other: LanguageModel | None = None
-        if lm is not None:
-            self.lm = lm
-        elif donor is not None:
-            pair = load_pair(model_name, donor, **loading)
+        own = {field.name: options.pop(field.name) for field in dataclasses.fields(BridgeArguments) if field.name in options}
+        given, other = BridgeArguments(**own), None
+        if given.lm is not None:
+            self.lm = given.lm
+        elif given.donor is not None:
+            pair = load_pair(model_name, given.donor, **options)
             self.lm, other = pair.base, pair.aligned
         else:
-            self.lm = load(model_name, **loading)
-        sets = [None if path is None else NeuronSet.load(path).on(self.lm.table, [self.lm.name]) for path in (deactivate, patch)]
-        act, _ = Treated(deactivate=sets[0], patch=sets[1], donor=other, treatment=treatment).of(self.lm)
+            self.lm = load(model_name, **options)
+        paths = (given.deactivate, given.patch)
+        sets = [None if path is None else NeuronSet.load(path).on(self.lm.table, [self.lm.name]) for path in paths]
+        act, _ = Treated(deactivate=sets[0], patch=sets[1], donor=other, treatment=given.treatment).of(self.lm)
         self.treatment = act or contextlib.nullcontext
         self._turn = threading.Lock()
         self._asked: collections.Counter[str] = collections.Counter()

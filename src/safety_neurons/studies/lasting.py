@@ -463,12 +463,12 @@ def stress(
     facts = _facts(lab, model=model, sets=sets, plan=plan, attack=attack)
     cache, done = cache or Cache(), dict[str, Any]()
     say = tell or (lambda _line: None)
-    answers = attack.harmful or _own_answers(model, plan, lab)
+    attack = dataclasses.replace(attack, harmful=attack.harmful or _own_answers(model, plan, lab))
 
     def work(state: str, seed: int) -> dict[str, Any]:
         say(f"{state}/{seed}")
         tuned, _ = tuned_twin(model, sets.safety if state == AFTER else None, plan, seed)
-        return _attacked(tuned, sets, plan, attack, answers, lab, state, seed, say)
+        return _attacked(tuned, sets, plan, attack, lab, state, seed, say)
 
     for seed in plan.seeds:
         for state in (BEFORE, AFTER):
@@ -492,7 +492,7 @@ def _own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
 
 
 def _attacked(
-    model: LanguageModel, sets: Sets, plan: Plan, attack: Attack, answers: Prompts, lab: Lab, state: str, seed: int, say: Progress
+    model: LanguageModel, sets: Sets, plan: Plan, attack: Attack, lab: Lab, state: str, seed: int, say: Progress
 ) -> dict[str, Any]:
     """Every attack on one model: by attack, a list of [how much, verdicts]; for the task, whether it is solved at the end."""
     start = lab.complied(Arm(f"{state}/start", model), seed)
@@ -515,7 +515,8 @@ def _attacked(
         fine_tune(other, data, how=how, steps=max(at), at=at, look=look, **options)
         return Arm(f"{state}/{name}", other)
 
-    fine_tuned("harmful LoRA", answers, "lora", attack.harmful_steps)
+    assert attack.harmful is not None
+    fine_tuned("harmful LoRA", attack.harmful, "lora", attack.harmful_steps)
     benign = fine_tuned("benign fine-tuning", plan.task, attack.benign, attack.benign_steps)
     return {"curves": curves, "task": lab.solved(benign, seed)}
 
@@ -597,30 +598,42 @@ def twin(model: LanguageModel) -> LanguageModel:
     return other
 
 
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How a model is fine-tuned downstream."""
+
+    how: Downstream = "full"
+    """All weights, or a LoRA of rank 16 on all linear layers."""
+    steps: int = 100
+    """Optimizer steps."""
+    learning_rate: float = 1e-3
+    """At the top of the schedule."""
+    batch_size: int = 16
+    """Examples a step."""
+    seed: int = 0
+    """Of the order of examples and of the LoRA's first factor."""
+
+    def rate(self, highest: float, step: int) -> float:
+        """The learning rate of a step: a short warm-up, then a straight decay."""
+        return highest * min((step + 1) / max(1, self.steps // 10), 1 - 0.9 * step / max(1, self.steps))
+
+
 def fine_tune(
     model: LanguageModel,
     prompts: Prompts,
     *,
-    how: Downstream = "full",
-    steps: int = 100,
-    learning_rate: float = 1e-3,
-    batch_size: int = 16,
-    seed: int = 0,
     at: Sequence[int] = (),
     look: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> list[float]:
     """Fine-tune a model in place with a plain AdamW loop: loss on the answers, short warm-up, straight decay, clipping at 1.
 
     Args:
         model: is changed; a LoRA is merged into it at the end, and for every look.
         prompts: with answers.
-        how: all weights, or a LoRA of rank 16 on all linear layers.
-        steps: optimizer steps.
-        learning_rate: at the top.
-        batch_size: examples a step.
-        seed: of the order of examples and of the LoRA's first factor.
         at: steps after which `look` is called.
         look: gets the step.
+        **options: the fields of `FineTuning`.
 
     Returns:
         The loss of every step.
@@ -628,33 +641,31 @@ def fine_tune(
     Raises:
         UsageError: an unknown way. InputError: no answers. NumericalError: the loss is not a number.
     """
-    if how not in ("full", "lora"):
-        raise UsageError(f"downstream {how!r}: expected full or lora")
+    how = FineTuning(**options)
+    if how.how not in ("full", "lora"):
+        raise UsageError(f"downstream {how.how!r}: expected full or lora")
     examples = tuning_examples(prompts, model, kind="harmless")
     plain = model.model
-    if how == "lora":
-        model.model = _with_lora(plain, seed)
+    if how.how == "lora":
+        model.model = _with_lora(plain, how.seed)
     else:
         plain.requires_grad_(True)
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    warmup = max(1, steps // 10)
-    order = _order(len(examples), steps * batch_size, seed)
+    order = _order(len(examples), how.steps * how.batch_size, how.seed)
 
     def backward(step: int) -> float:
-        return _backward(model, [examples[index] for index in order[step * batch_size : (step + 1) * batch_size]])
-
-    def rate(highest: float, step: int) -> float:
-        return highest * min((step + 1) / warmup, 1 - 0.9 * step / max(1, steps))
+        return _backward(model, [examples[index] for index in order[step * how.batch_size : (step + 1) * how.batch_size]])
 
     losses = []
     try:
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for descended in descend(optimizer, backward, rate, range(steps), subject=lambda _step: " of the downstream fine-tuning"):
+        optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
+        subject = " of the downstream fine-tuning"
+        for descended in descend(optimizer, backward, how.rate, range(how.steps), subject=lambda _step: subject):
             losses.append(descended.loss)
             if look is not None and len(losses) in at:
                 look(len(losses))
     finally:
-        if how == "lora":
+        if how.how == "lora":
             model.model = model.model.merge_and_unload()
         model.__dict__.pop("anatomy", None)
         model.model.requires_grad_(False)

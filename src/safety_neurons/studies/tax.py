@@ -15,7 +15,7 @@ import numpy as np
 
 from safety_neurons.analysis.overlap import Changes
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
-from safety_neurons.detectors.methods import Contrast
+from safety_neurons.detectors.methods import Contrast, listed
 from safety_neurons.detectors.runner import Run
 from safety_neurons.detectors.streaming import Stream
 from safety_neurons.detectors.text import Texts, texts
@@ -63,13 +63,10 @@ def read_trainings(
     trained: Mapping[str, LanguageModel],
     prompts: Source,
     *,
-    sites: Sequence[str] = ("down",),
-    layers: range | str | None = None,
-    positions: str = "completion",
-    max_new_tokens: int = 128,
     groups: int = GROUPS,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Trainings:
     """Change scores of several trainings on the same prompts and completions, with what intervals need.
 
@@ -77,13 +74,10 @@ def read_trainings(
         before: the model that all trainings started from; it writes the completions.
         trained: the trained models by name, two or more.
         prompts: requests that both trainings pull on.
-        sites: any of `q k v o gate up down`.
-        layers: a range or "A:B"; None for all.
-        positions: `completion`, `completion-predicting`, `prompt` or `prompt-last`.
-        max_new_tokens: length limit of a completion.
         groups: groups of prompts that are kept apart; fewer where there are fewer prompts.
         batch_size: sequences a batch, or "auto".
         progress: told what is read.
+        **options: of `find contrast`: `sites`, `layers`, `positions`, `max_new_tokens`.
 
     Raises:
         UsageError: fewer than two trainings. MismatchError: models of other shapes or tokenizers.
@@ -92,17 +86,20 @@ def read_trainings(
     """
     if len(trained) < 2:
         raise UsageError(f"{len(trained)} training given, expected two or more of one model, such as safety and helpful")
+    how = Contrast.of(**options)
+    how.check()
     tell = progress or (lambda _line: None)
     for model in trained.values():
         check_pair(before, model)
     prompts = as_prompts(prompts)
-    table = before.table.select(sites=sites, layers=layers)
+    table = before.table.select(sites=listed(how.sites) or how.DEFAULT_SITES, layers=how.layers)
     sizes = {key: size for key, size in table.sizes.items() if parse_key(key).expert is None}
     left = len(table.sizes) - len(sizes)
     notes = [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"] if left else []
     tell("write")
     with evaluating(before.model):
-        text = texts(before, prompts, positions=positions, max_new_tokens=max_new_tokens, stream=Stream(None, {}), batch_size=batch_size)
+        written = {"positions": how.positions, "max_new_tokens": how.max_new_tokens, "batch_size": batch_size}
+        text = texts(before, prompts, stream=Stream(None, {}), **written)
     parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
     models = {"": before, **trained}
     read: dict[tuple[str, str], list[ContrastStatistics]] = {}
@@ -111,7 +108,7 @@ def read_trainings(
         with evaluating(models[first].model), evaluating(models[second].model):
             read[first, second] = []
             for part in parts:
-                run = Run((models[first], models[second]), prompts, Contrast(), batch_size=batch_size, notes=notes)
+                run = Run((models[first], models[second]), prompts, how, batch_size=batch_size, notes=notes)
                 run.sizes = sizes
                 read[first, second].append(contrast_statistics(run, part)[0])
     changes = _changes(read, list(trained), sizes)
