@@ -10,6 +10,7 @@ from guarded import tiny_guard
 from server_tools import Words, raw, running, service
 
 from safety_neurons.errors import RunError
+from safety_neurons.guard.generate import Feed
 from safety_neurons.guard.server import Engine, Problem
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.local import Admission, Decode, LocalWriter, Piece
@@ -133,16 +134,20 @@ def test_a_server_whose_engine_ends_ends_with_an_error():
 def test_an_answer_ends_with_an_error_where_the_model_gives_no_numbers(decode, wrong, step):
     lm = LanguageModel(tiny_llama(), tiny_tokenizer(), name="tiny")
 
-    class Writer(LocalWriter):
+    class Broken(Feed):
         passes = 0
 
-        def _pass(self, ids, mask, cache):
-            logits, cache = super()._pass(ids, mask, cache)
+        def __call__(self, ids):
+            logits = super().__call__(ids)
             logits[:, list(lm.eos_ids)] = -torch.inf  # forbidden, and no fault
             if self.passes == step:
                 logits[0, 5] = wrong
             self.passes += 1
-            return logits, cache
+            return logits
+
+    class Writer(LocalWriter):
+        def feed(self, mask):
+            return Broken(lm.model, mask)
 
     heard = {"bad": [], "good": []}
     fed = lm.encode(["the cake"])[0]

@@ -15,8 +15,8 @@ import torch
 from server_tools import running
 
 from safety_neurons.guard import Classifier, Guard, Pooling, bindings_of, read_features
+from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.server import Limits, Settings, serve_guard
-from safety_neurons.guard.server.local import StoppableText
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
 from tiny import CHAT_TEMPLATE, WORDS, tiny_llama, tiny_tokenizer
@@ -217,7 +217,7 @@ def test_clients_that_leave_leave_nothing_behind(guard):
 def test_text_comes_in_whole_characters_and_stops_before_a_stop_text(stop):
     written = "xé aab c da é"
     ids = list(written.encode())
-    text = StoppableText(lambda some: bytes(some).decode("utf-8", "replace"), stop)
+    text = Detokenizer(lambda some: bytes(some).decode("utf-8", "replace"), stop)
     said = ""
     for one in ids:
         piece = text.add(one)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import queue
 import threading
 import time
@@ -11,8 +12,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import StopStringCriteria
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.calibration import check_probability
@@ -20,6 +22,7 @@ from safety_neurons.guard.features import Request, as_request_prompts, model_loc
 from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
 from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
+from safety_neurons.model.sites import unwrapped
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions, conversation_of
 
@@ -58,7 +61,7 @@ class Watch:
         beside: per row the verdicts on the other readings of its request, which count as much as the one of the prefill.
         verdicts: per row, once the prompt is read.
         rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
-        cancelled: set from outside to end all rows at their next token; None where nothing will.
+        channel: takes the tokens of the only row as they are chosen, and may end it; None where nobody reads along.
     """
 
     guard: Guard
@@ -66,48 +69,64 @@ class Watch:
     truncated: Sequence[bool]
     lengths: Sequence[int]
     beside: Sequence[Sequence[Verdict]]
-    cancelled: threading.Event | None = None
+    channel: "_Channel | None" = None
     verdicts: list[Verdict] = field(default_factory=list)
     rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
     steps: int = 0
     _reading: bool = False
 
     @contextlib.contextmanager
-    def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[Mapping[str, Any]]:
-        """Watch the batch that is generated inside the context; gives the arguments of `generate` that do it."""
+    def on(self, mask: Int[Tensor, "batch token"]) -> Iterator[None]:
+        """Watch the batch that is decoded inside the context."""
         self.collector = self.guard.collector
         self.collector.start(mask if len(mask) > 1 else None, left=True)  # a row alone has no padding
-        self.width = int(mask.shape[1])
         self.stopped = torch.zeros(len(mask), dtype=torch.bool)
         self.rechecks = [[] for _ in range(len(mask))]
         try:
             self._open()
-            yield {"stopping_criteria": [self]}
+            yield
         finally:
             self._close()
 
-    def __call__(self, ids: Int[Tensor, "batch token"], *_: Any, **__: Any) -> Bool[Tensor, " batch"]:
-        """Called by `generate` with every new token of all rows, before anyone has seen it: which rows end here."""
-        self.advance(int(ids.shape[1]) - self.width)
-        ends = self.stopped if self.cancelled is None or not self.cancelled.is_set() else torch.ones_like(self.stopped)
-        return ends if ends.device == ids.device else ends.to(ids.device)
+    def advance(self) -> None:
+        """Judge what the pass under way has read, before a token is chosen: the prompt first, then every few tokens what was written."""
+        if self.steps == 0:
+            self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
+            self._stop(self.verdicts)
+        elif self._due(self.steps):
+            verdicts = self._judge(self.rules.threshold)
+            for row, verdict in zip(self.rechecks, verdicts, strict=True):
+                row.append((self.steps, verdict))
+            self._stop(verdicts)
+        self.steps += 1
+        if self._due(self.steps):
+            self._open()
 
-    def advance(self, n_tokens: int) -> None:
-        """Judge what the passes before the newest of so many tokens have read: the prompt first, then every few tokens what was written."""
-        while self.steps < n_tokens:
-            if self.steps == 0:
-                self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
-                self._stop([verdict.flagged for verdict in self.verdicts])
-                self._rest()
-            elif self._due(self.steps):
-                found = self._judge(self.rules.threshold)
-                for row, verdict in enumerate(found):
-                    self.rechecks[row].append((self.steps, verdict))
-                self._stop([verdict.flagged for verdict in found])
-                self._rest()
-            self.steps += 1
-            if self._due(self.steps):
-                self._open()
+    def __call__(self, model: Any, ids: Int[Tensor, "row token"], logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+                 **prepared: Any) -> Int[Tensor, "row whole"]:  # fmt: skip
+        """The decoding loop of `generate` (its `custom_generate`): greedy search or sampling, watched; arguments as it prepares them."""
+        prepared.pop("position_ids", None)  # of the prompt alone; Feed has those of every pass
+        mask, cache = (prepared.pop(name, None) for name in ("attention_mask", "past_key_values"))
+        feed = Feed(model, mask, cache, chunk=generation_config.prefill_chunk_size, **prepared)
+        going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        ending = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
+
+        def take(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "kept 1"] | None:
+            nonlocal ids, going
+            scores = logits_processor(ids, logits)
+            tokens = torch.multinomial(scores.softmax(-1), 1) if generation_config.do_sample else scores.argmax(-1, keepdim=True)
+            if ending:  # as without a guard: where nothing but a stop text ends rows, they go on until all have ended
+                tokens = torch.where(going[:, None], tokens, generation_config.pad_token_id)
+            ids = torch.cat([ids, tokens], -1)
+            going = going & ~stopping_criteria(ids, None) & ~self.stopped.to(ids.device)
+            if self.channel is not None:
+                self.channel.put(int(tokens[0]))
+            left = self.channel is not None and self.channel.cancelled.is_set()
+            return tokens if bool(going.any()) and not left else None
+
+        for _ in steps(feed, ids, self, take):
+            pass
+        return ids
 
     def stopped_at(self, row: int, n_tokens: int) -> tuple[int, Verdict] | None:
         """Where a row that gave so many tokens was stopped: the number of tokens before that, and the verdict; None where it was not.
@@ -122,9 +141,12 @@ class Watch:
     def _due(self, step: int) -> bool:
         return self.rules.every > 0 and step % self.rules.every == 0
 
-    def _stop(self, flagged: Sequence[bool]) -> None:
-        if any(flagged) and not self.rules.shadow:
-            self.stopped |= torch.tensor(flagged)
+    def _stop(self, verdicts: Sequence[Verdict]) -> None:
+        """Note the rows that end here, and take the hooks off until the next check; a pooling over all tokens keeps them on for that."""
+        if not self.rules.shadow:
+            self.stopped |= torch.tensor([verdict.flagged for verdict in verdicts])
+        if not self.rules.every or self.guard.pooling.kind == "last":
+            self._close()
 
     def _judge(self, threshold: float | None) -> list[Verdict]:
         started = time.perf_counter()
@@ -146,17 +168,94 @@ class Watch:
                 self.collector.start(left=True)
             self.collector.__enter__()
 
-    def _rest(self) -> None:
-        """Take the hooks off until the next check; a pooling over all tokens keeps them while there is one."""
-        if self.rules.every and self.guard.pooling.kind != "last":
-            return
-        self._close()
-
     def _close(self) -> None:
         """Hooks off; a site that never came by is in the verdict already, as an error."""
         if self._reading:
             self._reading = False
             self.collector.off()
+
+
+class Feed:
+    """Feeds a model the newest tokens of a batch, keeps what it remembers of the earlier ones, and gives the logits behind the last one.
+
+    Args:
+        model: of transformers, or of PEFT around one.
+        mask: of the prompts, 1 for tokens, 0 for padding on the left; None where nothing is padding.
+        cache: of earlier tokens, empty; None for the model's own.
+        chunk: tokens of a pass at most, for long prompts.
+        running: opened around every pass.
+        **further: arguments of every pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mask: Int[Tensor, "row token"] | None,
+        cache: Any = None,
+        *,
+        chunk: int | None = None,
+        running: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        **further: Any,
+    ) -> None:
+        accepted = inspect.signature(unwrapped(model).forward).parameters
+        self._model, self._cache, self._chunk, self._running = model, cache, chunk, running
+        # Without padding the model numbers the tokens itself, and needs no mask to look at in every layer.
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._numbered = "position_ids" in accepted
+        self._further = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}), **further}
+        self._fed: Tensor | None = None
+        self._width = 0
+
+    def __call__(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row vocab"]:
+        """Logits behind the last of some tokens that come next."""
+        if not self._further["use_cache"]:
+            self._fed = ids = ids if self._fed is None else torch.cat([self._fed, ids], -1)
+            self._width = 0
+        with self._running(), torch.no_grad():
+            for part in ids.split(self._chunk or ids.shape[1], 1):
+                output = self._pass(part)
+        return output.logits[:, -1].to(ids.device, torch.float32)
+
+    def _pass(self, ids: Int[Tensor, "row token"]) -> Any:
+        self._width += ids.shape[1]
+        given = dict(self._further)
+        if self._mask is not None:
+            new = self._width - self._mask.shape[1]
+            self._mask = torch.nn.functional.pad(self._mask, (0, new), value=1) if new > 0 else self._mask
+            given["attention_mask"] = seen = self._mask[:, : self._width]
+            if self._numbered:
+                given["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self._model(input_ids=ids, past_key_values=self._cache, return_dict=True, **given)
+        self._cache = output.past_key_values if given["use_cache"] else None
+        return output
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        chosen = torch.tensor(rows)
+        self._mask = None if self._mask is None else self._mask[chosen.to(self._mask.device)]
+        self._cache.batch_select_indices(chosen.to(self._model.device))
+
+
+def steps(
+    feed: Feed,
+    tokens: Int[Tensor, "row token"] | None,
+    watch: Watch,
+    take: Callable[[Float[Tensor, "row vocab"]], Int[Tensor, "kept 1"] | None],
+) -> Iterator[None]:
+    """Decode behind a guard, one token of every row a step: feed what is new, let the guard judge what was read, then choose and hand on.
+
+    Args:
+        feed: of the batch.
+        tokens: prompts, padded on the left.
+        watch: on the batch; its verdicts are there before `take` is called.
+        take: chooses from the logits, hands on what may be seen, and gives the tokens to go on with; None at the end of the last row.
+    """
+    while tokens is not None:
+        logits = feed(tokens)
+        watch.advance()
+        tokens = take(logits)
+        if tokens is not None:
+            yield
 
 
 _REPLACEMENT = "�"
@@ -228,7 +327,7 @@ class GuardedStream:
 
 
 class _Channel:
-    """What the thread that generates and the one that reads share; the streamer of `generate`."""
+    """What the thread that generates and the one that reads share."""
 
     def __init__(self, model: LanguageModel, every: int, ends: Sequence[int]) -> None:
         self.every, self.ends = every, frozenset(ends)
@@ -238,30 +337,17 @@ class _Channel:
         self.answer: Any = None
         self.over = False
         self._text = Detokenizer(model.decode)
-        self._tokens: list[int] = []
-        self._released = 0
-        self._started = False
+        self._held: list[int] = []
+        self._passed = -1
 
-    def put(self, value: Any) -> None:
-        """The prompt first, then one token after another."""
-        if not self._started:
-            self._started = True
+    def put(self, token: int) -> None:
+        """The next token: given out once the check behind it has passed, at once where there are none."""
+        self._held.append(token)
+        self._passed += 1  # the newest token is not read yet
+        if self.watch is None or bool(self.watch.stopped.any()) or (self.every and self._passed % self.every):
             return
-        self._tokens.append(int(value.reshape(-1)[0]))
-        if self.watch is not None:
-            self.watch.advance(len(self._tokens))
-        passed = len(self._tokens) - 1
-        self._release(passed - passed % self.every if self.every else passed + 1)
-
-    def end(self) -> None:
-        """The last token was put."""
-
-    def _release(self, count: int) -> None:
-        """Give out the text of the first tokens, unless the row was stopped."""
-        if self.watch is None or bool(self.watch.stopped.any()):
-            return
-        fresh = self._tokens[self._released : count]
-        self._released = max(self._released, count)
+        held = 1 if self.every else 0
+        fresh, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
         for token in fresh:
             if token not in self.ends and (piece := self._text.add(token)):
                 self.pieces.put(piece)
@@ -290,16 +376,22 @@ def _run(answer: Callable[["_Channel"], "GuardedAnswer"], channel: _Channel) -> 
 
 
 class Detokenizer:
-    """Text of tokens one after another; a character of several tokens comes out whole.
+    """Text of an answer as it grows: whole characters only, and nothing that could become a stop text.
 
     Each piece is what the text of a few tokens gains by the next one, so that tokenizers which look at their neighbours (spaces at the
     start of a word, joined bytes) give what they give for the whole.
+
+    Args:
+        decode: ids to text.
+        stop: texts that end the answer.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, stop
         self._ids: list[int] = []
         self._start = self._read = 0
+        self._held = ""
+        self.stopped = False
 
     @property
     def count(self) -> int:
@@ -307,13 +399,25 @@ class Detokenizer:
         return len(self._ids)
 
     def add(self, token: int) -> str:
-        """What the text gains by a token; empty while a character is not whole."""
+        """Text that is certain once this token is there; empty while a character is not whole."""
         self._ids.append(token)
-        return self._gained(final=False)
+        return self._unstopped(self._gained(final=False))
 
     def rest(self) -> str:
-        """What is left of a character that stays incomplete."""
-        return self._gained(final=True)
+        """What was held back, at the end of the answer: a character that stays incomplete, the beginning of a stop text."""
+        text = self._unstopped(self._gained(final=True))
+        held, self._held = ("", "") if self.stopped else (self._held, "")
+        return text + held
+
+    def _unstopped(self, text: str) -> str:
+        whole = self._held + text
+        places = [place for stop in self._stop if (place := whole.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return whole[: min(places)]
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep]
 
     def _gained(self, *, final: bool) -> str:
         before = self._decode(self._ids[self._start : self._read])
@@ -495,6 +599,10 @@ class GuardedModel:
             raise DecodeError("use_cache=False with re-checks: tokens would be read again at every step; leave one of them out")
         if options.get("return_dict_in_generate"):
             raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
+        if options.get("stop_strings") is not None:  # a loop of one's own gets no tokenizer, so the criterion is made here
+            strings = options.pop("stop_strings")
+            criterion = StopStringCriteria(self.model.tokenizer, [strings] if isinstance(strings, str) else list(strings))
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), criterion]
         measured, decoding = self.guard.recheck, Decoding.of(options)
         if self.rules.every and self._measured_threshold and measured is not None and decoding.max_new_tokens > measured.max_new_tokens:
             raise UsageError(
@@ -519,19 +627,17 @@ class GuardedModel:
         answers: dict[int, GuardedAnswer] = {}
         encoded = [self.model.encode(prompt, reserve=decoding.max_new_tokens)[0] for prompt in requests]
         beside = self._beside(requests, set(skip), batch_size)
-        cancelled = None if channel is None else channel.cancelled
 
         @contextlib.contextmanager
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
             truncated, lengths = [item.truncated for item in chosen], [len(item.ids) for item in chosen]
-            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], cancelled)
+            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], channel)
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
-            with watch.on(mask) as arguments:
-                if channel is not None:
-                    channel.watch = watch
-                    arguments = {**arguments, "streamer": channel}
-                yield arguments
+            if channel is not None:
+                channel.watch = watch
+            with watch.on(mask):
+                yield {"custom_generate": watch}
 
         def keep(index: int, answer: Answer) -> None:
             watch, row = watches[index]

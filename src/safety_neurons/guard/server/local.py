@@ -4,7 +4,6 @@ One step is one forward pass of all rows of a group, so the engine can judge oth
 their own length, at a stop text, when their client goes away; what remains of the group goes on without them.
 """
 
-import inspect
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import model_lock
-from safety_neurons.guard.generate import Detokenizer, Rules, Watch
+from safety_neurons.guard.generate import Detokenizer, Feed, Rules, Watch, steps
 from safety_neurons.guard.guard import Guard, Verdict
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.shapes import Problem, too_long
@@ -68,40 +67,6 @@ class Ended:
     tokens: int = 0
 
 
-class StoppableText:
-    """The text of an answer as it grows: whole characters only, and nothing that could become a stop text.
-
-    Args:
-        decode: Ids to text.
-        stop: Texts that end the answer.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        self._text, self._stop = Detokenizer(decode), stop
-        self._held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """Text that is certain once this token is there."""
-        return self._checked(self._text.add(token))
-
-    def rest(self) -> str:
-        """What was held back, at the end of the answer."""
-        text = self._checked(self._text.rest())
-        held, self._held = ("", "") if self.stopped else (self._held, "")
-        return text + held
-
-    def _checked(self, text: str) -> str:
-        whole = self._held + text
-        places = [place for stop in self._stop if (place := whole.find(stop)) >= 0]
-        if places:
-            self.stopped, self._held = True, ""
-            return whole[: min(places)]
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
-        self._held = whole[len(whole) - keep :]
-        return whole[: len(whole) - keep]
-
-
 class LocalAnswer:
     """One answer under way."""
 
@@ -110,7 +75,7 @@ class LocalAnswer:
         self.job, self.n_prompt, self.limit = job, len(ids), min(limit, decode.new_tokens)
         self.ids = ids
         self.n_new = 0
-        self.text = StoppableText(lm.decode, decode.stop)
+        self.text = Detokenizer(lm.decode, decode.stop)
         self._settings = decode
         self._ends = set(lm.eos_ids)
         self._random = None
@@ -169,8 +134,6 @@ class LocalWriter:
 
     def __init__(self, guard: Guard, holds: Callable[[Verdict], bool], *, batch_tokens: int = 2048) -> None:
         self.lm, self.guard, self.holds, self._batch_tokens = guard.bound, guard, holds, batch_tokens
-        forward = inspect.signature(self.lm.inner.forward).parameters
-        self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in forward}
 
     def fits(self, job: Answering, others: Sequence[Answering]) -> bool:
         """Whether a prompt goes with others into one prefill."""
@@ -189,24 +152,33 @@ class LocalWriter:
             ids[place, width - row.n_prompt :] = torch.tensor(row.ids)
             mask[place, width - row.n_prompt :] = 1
         watch = Watch(self.guard, Rules(top=0), [one.truncated for one in encoded], [row.n_prompt for row in rows], [()] * len(rows))
-        with model_lock(self.lm), watch.on(mask):
-            logits, cache = self._pass(ids, mask, None)
-            watch.advance(1)
-        going = [self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)]
-        while True:
+        feed = self.feed(mask)
+
+        def take(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "kept 1"] | None:
+            nonlocal rows
+            going = [True] * len(rows)
+            if watch.steps == 1:
+                going = [self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)]
             numbers = logits.amax(-1).isfinite().tolist()  # the largest is NaN where any is; −∞ may be a token that is forbidden
             going = [on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)]
             chosen = [row.choose(scores) if on else 0 for row, scores, on in zip(rows, logits, going, strict=True)]
             going = [on and row.take(token) for row, token, on in zip(rows, chosen, going, strict=True)]
             kept = [place for place, on in enumerate(going) if on]
-            if not kept:
-                return
-            if len(kept) < len(rows):
-                cache.batch_select_indices(torch.tensor(kept, device=self.lm.device))
-                rows, mask, going = [rows[place] for place in kept], mask[kept], [True] * len(kept)
-            yield None
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            logits, cache = self._pass(torch.tensor([[chosen[place]] for place in kept]), mask, cache)
+            if 0 < len(kept) < len(rows):
+                feed.keep(kept)
+                rows = [rows[place] for place in kept]
+            return torch.tensor([[chosen[place]] for place in kept], device=self.lm.device) if kept else None
+
+        flow = steps(feed, ids.to(self.lm.device), watch, take)
+        with model_lock(self.lm), watch.on(mask):
+            first = next(flow, StopIteration)
+        if first is None:
+            yield
+            yield from flow
+
+    def feed(self, mask: Int[Tensor, "row token"]) -> Feed:
+        """What feeds the model the rows of a mask."""
+        return Feed(self.lm.model, mask.to(self.lm.device), running=self.lm.running)
 
     def _admitted(self, row: LocalAnswer, verdict: Verdict) -> bool:
         """Hands the verdict on; True where the answer may begin."""
@@ -217,22 +189,6 @@ class LocalWriter:
         row.job.tell(Admission(verdict))
         row.job.ended = held
         return not held
-
-    def _pass(self, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row all"], cache: Any) -> tuple[Float[Tensor, "row vocab"], Any]:
-        """Logits behind the last token of every row, and the cache."""
-        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        further = {"position_ids": places.to(self.lm.device), "logits_to_keep": 1}
-        given = {name: value for name, value in further.items() if name in self._accepts}
-        with self.lm.running(), torch.no_grad():
-            output = self.lm.model(
-                input_ids=ids.to(self.lm.device),
-                attention_mask=mask.to(self.lm.device),
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-                **given,
-            )
-        return output.logits[:, -1].float(), output.past_key_values
 
 
 class Bound:
