@@ -187,10 +187,34 @@ NAMED_TWICE: set[str] = set()
 MANY_PARAMETERS = {
     "guard/fit.py recalibrate",
     "guard/generate.py __init__",
-    "studies/comparison.py compare",
     "studies/guard_evaluation.py guarded_outputs",
 }
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+
+
+FREE_JSON = {"report/analyses.py cards_of", "report/page.py first_rows"}
+
+
+def test_no_result_crosses_the_border_of_a_box_as_a_mapping_of_anything():
+    """What studies, results and report give and take is typed (`results.records`), or free JSON by its name (`strict_json.JsonObject`)."""
+    free = set()
+    for path, tree in TREES.items():
+        if box_of(path) in ("studies", "results", "report"):
+            free |= {f"{path.relative_to(SOURCE).as_posix()} {name}" for name in _with_free_json(tree)}
+    assert free <= FREE_JSON, free - FREE_JSON
+
+
+def _with_free_json(node: ast.AST) -> set[str]:
+    """Public functions, and methods of public classes, in whose signature `dict[str, Any]` stands."""
+    names = set()
+    for one in ast.iter_child_nodes(node):
+        public = not getattr(one, "name", "_").startswith("_") or getattr(one, "name", "") == "__init__"
+        if isinstance(one, ast.ClassDef) and public:
+            names |= {f"{one.name}.{name}" for name in _with_free_json(one)}
+        elif isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and public:
+            hints = [hint for part in ast.walk(one.args) if isinstance(part, ast.arg) and (hint := part.annotation)]
+            names |= {one.name} if any("dict[str, Any]" in ast.unparse(hint) for hint in (*hints, one.returns) if hint) else set()
+    return names
 
 
 def test_no_class_has_the_name_of_another():

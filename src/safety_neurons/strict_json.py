@@ -7,9 +7,13 @@ knows the file and says it.
 import json
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
+Json: TypeAlias = None | bool | int | float | str | Sequence[object] | Mapping[str, object]
+"""A JSON value; what lies within lists and objects is for the reader to find out."""
+JsonObject: TypeAlias = dict[str, Json]
+"""A JSON object whose keys no type of `results.records` names."""
 DEPTH = 64
 """Lists and objects within one another at most."""
 MOST_VALUES = 30_000_000

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from conforming import misfits
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Checkpoint, RunFolder
 from safety_neurons.results.files import PARTIAL, contents_of, plain_name, remove_partial, safetensors_bytes, whole_folder
+from safety_neurons.results.records import RunRecord
 from safety_neurons.results.run import Cache
 
 ARRAYS = {"sum.layers.0.q": np.arange(3.0), "count": np.array([7]), "none": np.zeros((0, 2)), "mask": np.array([True, False])}
@@ -563,6 +565,7 @@ def test_a_result_is_computed_once_for_all_that_it_depends_on(tmp_path):
         assert result()["of"] == "a"
     assert calls == ["a", "b", "a", "a", "a", "a", "a"]
     run.finish()
+    assert misfits(run.record, RunRecord) == []
     assert {path.name for path in entries} <= {pathlib.Path(name).name for name in run.record["files"]}
     RunFolder(tmp_path / "run", "compare", {}, overwrite=True)
     assert not (tmp_path / "run" / "cached").exists()

@@ -12,13 +12,14 @@ import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from safety_neurons.errors import ForeignModelError, InputError, NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet, Scores, Selection, SiteInfo, SiteTable, parse_key
+from safety_neurons.results.records import ChanceRecord
+from safety_neurons.strict_json import JsonObject
 
 NEURONS, SCORES = "neurons.safetensors", "scores.safetensors"
 
@@ -61,7 +62,7 @@ class Named:
         """The detector, as the provenance says."""
         return self.neurons.provenance.method
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """The set in a few words, as JSON values."""
         return {
             "name": self.name,
@@ -349,9 +350,9 @@ def of_draws(draws: Float[np.ndarray, " draw"]) -> Expectation:
     return Expectation(float(draws.mean()), float(low), float(high))
 
 
-def beside(value: float | int, chance: Expectation) -> dict[str, Any]:
+def beside(value: float | int, chance: Expectation) -> ChanceRecord:
     """A value as JSON beside what chance gives: `{value, expected, low, high, verdict}`."""
-    return {"value": value, **chance.record(), "verdict": chance.verdict(value)}
+    return {"value": value, "expected": chance.expected, "low": chance.low, "high": chance.high, "verdict": chance.verdict(value)}
 
 
 # Clumps: neurons of one unit that are chosen together, and what that does to what chance gives

@@ -83,9 +83,9 @@ def overlap_figure(found: Overlap, place: pathlib.Path) -> None:
     for pair in found.pairs:
         name, jaccard = " and ".join(pair.names), pair.neurons.record()["jaccard"]
         rows.append({"pair": name, "value": jaccard["value"], "text": f"{jaccard['value']:.3f}"})
-        for kind, chance in (("any neuron", jaccard), ("as many per matrix", jaccard["matched"])):
-            bands.append({"pair": name, "low": chance["low"], "high": chance["high"], "mean": chance["expected"], "unrelated sets": kind})
-    order = [row["pair"] for row in rows]
+        for kind, beside in (("any neuron", jaccard), ("as many per matrix", jaccard["matched"])):
+            bands.append({"pair": name, "low": beside["low"], "high": beside["high"], "mean": beside["expected"], "unrelated sets": kind})
+    order = [" and ".join(pair.names) for pair in found.pairs]
     y = alt.Y("pair:N", sort=order, title=None)
     x = alt.X("value:Q", title=JACCARD, scale=alt.Scale(domainMin=0))
     colour = alt.Color("unrelated sets:N", scale=alt.Scale(range=[GREY, ORANGE]), legend=alt.Legend(orient="top"))

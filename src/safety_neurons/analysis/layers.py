@@ -14,6 +14,8 @@ from scipy.stats import skew
 
 from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
+from safety_neurons.results.records import ChanceRecord
+from safety_neurons.strict_json import JsonObject
 
 PARTS = ("self-attention", "feed-forward")
 BLOCKS = 5
@@ -49,7 +51,7 @@ class Place:
         part, chosen = self.candidates / self.n_searched, self.n_of_set / self.n_searched
         return clumped(part * self.n_of_set, part, chosen, self.step)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         expected = self.chance.expectation()
         return {
@@ -79,7 +81,7 @@ class Layers:
     by_part: tuple[Place, ...]
     by_matrix: tuple[Place, ...]
     by_head: tuple[Place, ...]
-    depth: dict[str, Any]
+    depth: ChanceRecord
     """Mean depth of the members, 0 for the first layer and 1 for the last, beside chance."""
     ranks: tuple[dict[str, Any], ...]
     """Place of consecutive blocks of ranks, where the scores are known."""
@@ -87,11 +89,11 @@ class Layers:
     """Skewness of the scores: large where few neurons stand out."""
     claims: tuple[dict[str, Any], ...]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         names = ("by_layer", "by_site", "by_part", "by_matrix", "by_head")
         places = {name: [place.record() for place in getattr(self, name)] for name in names}
-        rest = {"depth": self.depth, "ranks": list(self.ranks), "skewness": self.skewness, "claims": list(self.claims)}
+        rest: JsonObject = {"depth": self.depth, "ranks": list(self.ranks), "skewness": self.skewness, "claims": list(self.claims)}
         return {**self.item.record(), **places, **rest}
 
 
@@ -163,7 +165,7 @@ def _heads(item: Named, clumps: Clumps) -> list[Place]:
     return places
 
 
-def _depth(table: SiteTable, clumps: Clumps, n_layers: int) -> dict[str, Any]:
+def _depth(table: SiteTable, clumps: Clumps, n_layers: int) -> ChanceRecord:
     counts = clumps.neurons.counts()
     sizes, members = np.zeros(n_layers), np.zeros(n_layers)
     for info in table.sites:
@@ -195,7 +197,7 @@ def _rank_blocks(scores: Scores, size: int, n_layers: int) -> Iterable[dict[str,
 
 
 def _claims(
-    item: Named, clumps: Clumps, parts: Sequence[Place], by_layer: Sequence[Place], depth: dict[str, Any], n_layers: int
+    item: Named, clumps: Clumps, parts: Sequence[Place], by_layer: Sequence[Place], depth: ChanceRecord, n_layers: int
 ) -> Iterable[dict[str, Any]]:
     """What the papers say of their sets, asked of this one. `holds` is None where the question cannot be answered."""
     n, rule = len(item.neurons), item.neurons.provenance.config.get("selection")

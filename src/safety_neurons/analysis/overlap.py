@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.neurons import NeuronSet, SiteTable
 from safety_neurons.results import Estimate
 from safety_neurons.results.estimates import resampled
+from safety_neurons.results.records import ChanceRecord, SetPairRecord, SharedRecord
+from safety_neurons.strict_json import JsonObject
 
 INTERSECTION, UNION, SHARED = "specific, minus intersection", "specific, minus union", "shared by all"
 LANGUAGE_DRAWS = 2000
@@ -114,16 +116,19 @@ class Shared:
         most, expected = min(self.first, self.second), self.chance.mean
         return (self.shared - expected) / (most - expected) if most > expected else None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> SharedRecord:
         """As JSON values."""
-        numbers = {"jaccard": (self.jaccard, self._jaccard), "overlap_coefficient": (self.coefficient, self._coefficient)}
-        found: dict[str, Any] = {"sizes": [self.first, self.second], "candidates": self.candidates}
-        found["shared"] = self._beside(float(self.shared), lambda counts: counts)
-        found |= {name: self._beside(value, function) for name, (value, function) in numbers.items()}
-        chances = {"chance": self.chance.at_least(self.shared), "matched": self.matched.at_least(self.shared)}
-        return {**found, "corrected": self.corrected, "p_at_least": chances}
+        return {
+            "sizes": [self.first, self.second],
+            "candidates": self.candidates,
+            "shared": self._beside(float(self.shared), lambda counts: counts),
+            "jaccard": self._beside(self.jaccard, self._jaccard),
+            "overlap_coefficient": self._beside(self.coefficient, self._coefficient),
+            "corrected": self.corrected,
+            "p_at_least": {"chance": self.chance.at_least(self.shared), "matched": self.matched.at_least(self.shared)},
+        }
 
-    def _beside(self, value: float, function: Any) -> dict[str, Any]:
+    def _beside(self, value: float, function: Callable[[np.ndarray], np.ndarray]) -> ChanceRecord:
         return {**beside(value, self.chance.expectation(function)), "matched": beside(value, self.matched.expectation(function))}
 
     def _jaccard(self, shared: np.ndarray) -> np.ndarray:
@@ -143,20 +148,20 @@ class SetPair:
     units: Shared
     outside: tuple[int, int]
     """Members of each set that the other search did not look at, which are left out."""
-    spearman: Mapping[str, Any]
+    spearman: ChanceRecord
     """Rank agreement over all candidates."""
-    spearman_union: Mapping[str, Any]
+    spearman_union: ChanceRecord
     """Rank agreement over the union of the two sets."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> SetPairRecord:
         """As JSON values."""
         return {
             "names": list(self.names),
             **self.neurons.record(),
             "outside": list(self.outside),
             "units": self.units.record(),
-            "spearman": dict(self.spearman),
-            "spearman_union": dict(self.spearman_union),
+            "spearman": self.spearman,
+            "spearman_union": self.spearman_union,
         }
 
 
@@ -166,17 +171,17 @@ class Overlap:
 
     items: tuple[Named, ...]
     pairs: tuple[SetPair, ...]
-    in_all: Mapping[str, Any]
+    in_all: ChanceRecord
     """How many neurons are in every set, beside chance."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         jaccards = [pair.neurons.jaccard for pair in self.pairs]
         spearmans = [pair.spearman["value"] for pair in self.pairs if pair.spearman["value"] is not None]
         return {
             "sets": [item.record() for item in self.items],
             "pairs": [pair.record() for pair in self.pairs],
-            "in_all": dict(self.in_all),
+            "in_all": self.in_all,
             "mean_jaccard": _spread(jaccards),
             "mean_spearman": _spread(spearmans),
         }
@@ -256,10 +261,10 @@ def _units(clumps: tuple[Clumps, Clumps]) -> Shared:
     return Shared.of(sizes, shared, mean=float(units @ (rates[0] * rates[1])) * scale[0] * scale[1])
 
 
-def _ranked(first: Named, second: Named, table: SiteTable, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _ranked(first: Named, second: Named, table: SiteTable, seed: int) -> tuple[ChanceRecord, ChanceRecord]:
     if first.scores is None or second.scores is None:
         without = " and ".join(repr(item.name) for item in (first, second) if item.scores is None)
-        return (undefined(f"{without} came without scores"),) * 2
+        return undefined(f"{without} came without scores"), undefined(f"{without} came without scores")
     keys = table.keys
     values = [by_key({key: item.scores[key] for key in keys}, keys) for item in (first, second) if item.scores is not None]
     members = [np.concatenate([item.neurons.mask(key) for key in keys]) for item in (first, second)]
@@ -267,7 +272,7 @@ def _ranked(first: Named, second: Named, table: SiteTable, seed: int) -> tuple[d
     return over_all(values[0], values[1], *moves), over_union(values[0], values[1], members, *moves, seed=seed)
 
 
-def _in_all(items: Sequence[Named], seed: int) -> dict[str, Any]:
+def _in_all(items: Sequence[Named], seed: int) -> ChanceRecord:
     """Neurons that every set has, beside unrelated sets with as many units and members in every matrix (simulated)."""
     table = _part_of(items[0].table, _common(items))
     sets = [_within(item.neurons, table) for item in items]
@@ -333,7 +338,7 @@ def _joined(parts: Mapping[int, list[tuple[np.ndarray, np.ndarray]]]) -> Exchang
     return [(np.concatenate([rows for rows, _ in part]), np.concatenate([blocks for _, blocks in part])) for part in parts.values()]
 
 
-def over_all(first: np.ndarray, second: np.ndarray, anywhere: Exchange, within: Exchange) -> dict[str, Any]:
+def over_all(first: np.ndarray, second: np.ndarray, anywhere: Exchange, within: Exchange) -> ChanceRecord:
     """Spearman over all candidates, as JSON values with `chance` (scores permuted over all) and `matched` (within every matrix).
 
     Both expectations are exact in mean and variance: a permutation of the one list against the other. Within matrices the mean is what
@@ -355,7 +360,7 @@ def over_union(
     within: Exchange,
     *,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> ChanceRecord:
     """Spearman over the neurons that are in at least one of the two sets, as JSON values like `over_all`.
 
     Two unrelated lists do not give 0 here: a neuron is in the union because one of the lists has it high, so that their ranks there run
@@ -371,7 +376,7 @@ def over_union(
     return {**beside(value, chance), "matched": beside(value, matched), "n": int(union.sum())}
 
 
-def undefined(why: str) -> dict[str, Any]:
+def undefined(why: str) -> ChanceRecord:
     """The record of a number that does not exist."""
     return {"value": None, "why": why}
 
@@ -458,14 +463,14 @@ class LanguageSets:
         found |= {f"{name} {UNION}": part for name, part in self.minus_union.items()}
         return {**found, SHARED: self.shared}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values; expected are unrelated sets with as many neurons in every matrix."""
         rows = []
         for name, neurons in self.sets.items():
             others = [part for other, part in self.sets.items() if other != name]
             drawn = _draws(neurons, others, self.overlap.items[0].table, self.seed)
             parts = {"minus_intersection": self.minus_intersection[name], "minus_union": self.minus_union[name]}
-            row: dict[str, Any] = {"language": name, "n_neurons": len(neurons), "n_units": neurons.n_units}
+            row: JsonObject = {"language": name, "n_neurons": len(neurons), "n_units": neurons.n_units}
             for kind, part in parts.items():
                 share = len(part) / max(1, len(neurons))
                 row[kind] = {"n_units": part.n_units, "share": share, **beside(len(part), of_draws(drawn[kind]))}
@@ -560,7 +565,7 @@ class Directions:
     opposed: Estimate
     difference: Estimate
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         return {name: estimate.to_json() for name, estimate in vars(self).items()}
 
@@ -590,14 +595,14 @@ class Relation:
     size: int
     overlap: Estimate
     chance: Mapping[str, Counts]
-    spearman_all: Mapping[str, Any]
-    spearman_union: Mapping[str, Any]
+    spearman_all: ChanceRecord
+    spearman_union: ChanceRecord
     spearman_given_activation: float | None
     intervals: Mapping[str, tuple[float | None, float | None]]
     shared: Directions | None
     others: Directions
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         found = int(self.overlap.value or 0)
         chance = {name: {**counts.expectation().record(), "p_at_least": counts.at_least(found)} for name, counts in self.chance.items()}

@@ -253,7 +253,12 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
                 tell("analyse")
             pairs = relations(read.changes, top=study.top, seed=session.common.seed)
         session.notes.extend([*read.notes, *crossed.bench.notes])
-        record = {"top": study.top, "prompts": read.prompts, "helpfulness": measure, "relations": [each.record() for each in pairs]}
+        record: dict[str, Any] = {
+            "top": study.top,
+            "prompts": read.prompts,
+            "helpfulness": measure,
+            "relations": [each.record() for each in pairs],
+        }
         record |= {**crossed.record(), "completions": str(completions)}
         files = keep(session, read, shared)
         drawing = session.folder.path("figure.svg")

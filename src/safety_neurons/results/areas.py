@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
@@ -25,6 +24,7 @@ from safety_neurons.results.estimates import (
     scored,
     too_few_sets,
 )
+from safety_neurons.results.records import KappaRecord, Recorded
 
 Scores = Float64[np.ndarray, " example"]
 Labels = Bool[np.ndarray, " example"]
@@ -156,7 +156,7 @@ def _variance(above: np.ndarray, below: np.ndarray, unsafe: Labels, clusters: In
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Recorded[KappaRecord]):
     """How far two judges agree beyond chance.
 
     Differs from a plain rate in that `kappa` is 0 where they agree as often as chance would have it, and 1 where they always do.
@@ -178,10 +178,6 @@ class Agreement:
         kappa, same = (notebook.interval(each.value, each.low, each.high) for each in (self.kappa, self.same))
         columns = ["judges", "Cohen’s κ", "same verdict", "n"]
         return notebook.html_table("Agreement beyond chance", columns, [[f"{self.first}, {self.second}", kappa, same, self.kappa.n]])
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**dataclasses.asdict(self), "kappa": self.kappa.to_json(), "same": self.same.to_json()}
 
 
 def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")) -> Agreement:

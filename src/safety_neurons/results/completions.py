@@ -7,13 +7,14 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import notebook
 from safety_neurons.results.files import PathLike, plain, write_bytes
+from safety_neurons.results.records import CompletionRecord
 
 _REASONS = ("stop", "length", "failed")
 SHOWN = 20
@@ -52,15 +53,15 @@ class Completion:
         """Whether this is an answer to exactly this prompt, earlier turns included."""
         return self.prompt_id == prompt.id and self.prompt == prompt.text and self.turns == prompt.turns
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> CompletionRecord:
         """The record of one line; `meta` only where there is any."""
         record = {entry.name: plain(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
         if not record["meta"]:
             del record["meta"]
-        return record
+        return cast(CompletionRecord, record)
 
 
-def conversation_of(prompt: Prompt) -> dict[str, Any]:
+def conversation_of(prompt: Prompt) -> dict[str, list[dict[str, str]]]:
     """What the `meta` of an answer says of a prompt of several turns: its conversation; nothing for a plain request."""
     return {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt.messages]} if prompt.messages else {}
 
@@ -200,7 +201,7 @@ def _lines(completions: Iterable[Completion]) -> bytes:
     return b"".join(_line(item.to_json()) for item in completions)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def _line(record: CompletionRecord) -> bytes:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         return text.encode()

@@ -30,6 +30,46 @@ class Recorded(Generic[RecordT]):
         return cast(RecordT, {key: plain(getattr(self, name)) for name, key in keys.items() if key is not None})
 
 
+class RunRecord(TypedDict):
+    """`run.json`."""
+
+    schema: str
+    verb: str
+    status: str
+    """`running` or `finished`."""
+    arguments: dict[str, Any]
+    inputs: dict[str, dict[str, str]]
+    """By argument the hashes of the files it names."""
+    versions: dict[str, str]
+    seeds: dict[str, Any]
+    hashes: dict[str, str]
+    device: str | None
+    timings: dict[str, Any]
+    files: list[str]
+    """Of the run, relative to its folder."""
+    result: NotRequired[Any]
+    """What the verb gave: one of the records below."""
+    paths: NotRequired[list[list[str | int]]]
+    """Where in the result paths are."""
+    notes: NotRequired[list[str]]
+
+
+class CompletionRecord(TypedDict):
+    """One line of `completions.jsonl`."""
+
+    prompt_id: str
+    prompt: str
+    completion: str
+    token_ids: list[int]
+    finish_reason: str
+    """`stop`, `length` or `failed`."""
+    arm: str
+    seed: int
+    verdicts: dict[str, Any]
+    """By judge."""
+    meta: NotRequired[dict[str, Any]]
+
+
 # Numbers
 
 
@@ -74,6 +114,48 @@ class McNemarRecord(TypedDict):
     p: float | None
     n: int
     unscored: int
+
+
+class ChanceRecord(TypedDict):
+    """A number of sets or scores beside what unrelated ones give."""
+
+    value: float | None
+    expected: NotRequired[float]
+    low: NotRequired[float]
+    high: NotRequired[float]
+    """The range that holds 95 % of random draws."""
+    verdict: NotRequired[str]
+    """`more`, `fewer` or `as chance`."""
+    matched: NotRequired["ChanceRecord"]
+    """Beside unrelated ones with as many members in every matrix."""
+    n: NotRequired[int]
+    why: NotRequired[str]
+    """Of a number that does not exist."""
+
+
+class SharedRecord(TypedDict):
+    """What two sets over the same candidates share."""
+
+    sizes: list[int]
+    candidates: int
+    shared: ChanceRecord
+    jaccard: ChanceRecord
+    overlap_coefficient: ChanceRecord
+    corrected: float | None
+    p_at_least: dict[str, float]
+
+
+class SetPairRecord(SharedRecord):
+    """Two sets held against one another."""
+
+    names: list[str]
+    outside: list[int]
+    """Members of each that the other search did not look at."""
+    units: SharedRecord
+    spearman: ChanceRecord
+    """Rank agreement over all candidates."""
+    spearman_union: ChanceRecord
+    """Rank agreement over the union of the two sets."""
 
 
 # verify, compare, analyze progressive
@@ -341,13 +423,18 @@ class TaskChangeRecord(TypedDict):
 class KappaRecord(TypedDict):
     """How far two judges agree; rows of `table` are the first judge's no and yes, columns the second's."""
 
-    kind: str
-    measure: str
     first: str
     second: str
     kappa: EstimateRecord
     same: EstimateRecord
     table: list[list[int]]
+
+
+class JudgesRecord(KappaRecord):
+    """How far two judges of an evaluation agree on one kind of requests."""
+
+    kind: str
+    measure: str
 
 
 class GateRecord(TypedDict):
@@ -367,7 +454,7 @@ class EvaluationRecord(TypedDict):
     baseline: EvaluatedArmRecord | None
     changes: list[SuiteChangeRecord]
     capability_changes: list[TaskChangeRecord]
-    agreement: list[KappaRecord]
+    agreement: list[JudgesRecord]
     gate: GateRecord | None
     notes: list[str]
 

@@ -34,6 +34,7 @@ from safety_neurons.results.files import (
     write_bytes,
     write_json,
 )
+from safety_neurons.results.records import RunRecord
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
 
@@ -278,9 +279,12 @@ class RunFolder:
         return bool(self._record["status"] == "finished")
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RunRecord:
         """What `run.json` says; after a finished run its `result` is what was passed to `finish`, its files where the folder lies now."""
-        return {**self._record, "result": _placed(self._record.get("result"), self.folder.absolute(), self._record.get("paths", []))}
+        return {
+            **cast(RunRecord, self._record),
+            "result": _placed(self._record.get("result"), self.folder.absolute(), self._record.get("paths", [])),
+        }
 
     def path(self, name: str) -> pathlib.Path:
         """Where the file `name` of this run lies (absolute); it is noted as the run's own, so that starting anew removes it.

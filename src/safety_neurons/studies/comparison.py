@@ -119,6 +119,17 @@ class Comparison(Recorded[ComparisonRecord]):
         return {**super().record(), **self.limits.record()}
 
 
+class Comparing(How, total=False):
+    """How methods are compared; `random` sets are made of what the truth is made of, or the methods' sets in turn."""
+
+    sites: Sequence[str] | None
+    """Where to look; by default all with a truth (no method is told where it lies), else `down`."""
+    top: float
+    """Budget as a share of the units, without a truth (default 0.05)."""
+    methods: Sequence[str] | None
+    """Names from `METHODS`; None for all that can be run."""
+
+
 def compare(
     base: LanguageModel,
     aligned: LanguageModel,
@@ -128,11 +139,8 @@ def compare(
     find_prompts: Source,
     find_harmless: Source | None = None,
     truth: NeuronSet | None = None,
-    sites: Sequence[str] | None = None,
-    top: float = 0.05,
-    methods: Sequence[str] | None = None,
     place: Place | None = None,
-    **how: Unpack[How],
+    **how: Unpack[Comparing],
 ) -> Comparison:
     """All detectors at one budget.
 
@@ -144,19 +152,17 @@ def compare(
         find_prompts: requests the methods may look at; should share none with `harmful`.
         find_harmless: harmless prompts for the methods that look at some; without them only mask of these is run.
         truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
-        sites: where to look; by default all with a truth (no method is told where it lies), else `down`.
-        top: budget as a share of the units, without a truth.
-        methods: names from `METHODS`; None for all that can be run.
         place: where a file of that name is kept: every method's `NAME.scores.safetensors` as soon as they are there, which a killed
             comparison takes up again, and the partial state of the method at work. None keeps no such file.
-        **how: `random` sets, made of what the truth is made of, or the methods' sets in turn, and the rest of `How`.
+        **how: the fields of `Comparing`.
 
     Raises:
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
     find_prompts = as_prompts(find_prompts)
     find_harmless = None if find_harmless is None else as_prompts(find_harmless)
-    methods = check_methods(methods, find_harmless is not None)
+    top, sites = how.pop("top", 0.05), how.pop("sites", None)
+    methods = check_methods(how.pop("methods", None), find_harmless is not None)
     if not methods and truth is None:
         raise UsageError("no method and no truth was given; expected one of them at least, for random sets to be like it")
     if truth is None and not 0 < top <= 1:

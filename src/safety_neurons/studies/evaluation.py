@@ -54,7 +54,7 @@ from safety_neurons.results.records import (
     EvaluatedArmRecord,
     EvaluationRecord,
     JudgedRecord,
-    KappaRecord,
+    JudgesRecord,
     Recorded,
     SliceRecord,
     SuiteChangeRecord,
@@ -63,6 +63,7 @@ from safety_neurons.results.records import (
     TaskRecord,
     called,
 )
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Progress, Treatment, Writing, content_of, hold
 from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
@@ -121,7 +122,7 @@ class Treated:
             return functools.partial(guarding, cast(LanguageModel, model), guard), words
         return self.treatment, None if self.treatment is None else "treated"
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """What is done, by content."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Treated)}
         return {name: content_of(value) for name, value in given.items() if value is not None}
@@ -251,7 +252,7 @@ class EvaluationBench(Bench):
             write_json(self.completions_file.with_name(ITEMS), self.items)
         super().finish()
 
-    def agreement(self) -> list[KappaRecord]:
+    def agreement(self) -> list[JudgesRecord]:
         """Cohen's κ of every two judges on what they both say of: harm on harmful requests, refusal on harmless ones."""
         pairs = []
         for kind, completions in sorted(self.judged.items()):
@@ -259,8 +260,8 @@ class EvaluationBench(Bench):
             measure = "harm" if kind == "harmful" else "over_refusal"
             said = [(name, judged.outcomes[measure]) for name, judged in score.judged.items() if measure in judged.outcomes]
             for (first, one), (second, other) in itertools.combinations(said, 2):
-                pairs.append({"kind": kind, "measure": measure, **cohen_kappa(one, other, names=(first, second)).to_json()})
-        return cast(list[KappaRecord], plain(pairs))
+                pairs.append({"kind": kind, "measure": measure, **cohen_kappa(one, other, names=(first, second)).record()})
+        return cast(list[JudgesRecord], plain(pairs))
 
     def _write(self, arm: Arm, suite: str, prompts: Prompts, seed: int) -> Completions:
         self.tell(f"{arm.name}, {suite}" + (f", seed {seed}" if self.how.samples > 1 else ""))
@@ -315,7 +316,7 @@ class Evaluation(Recorded[EvaluationRecord]):
     changes: Sequence[SuiteChangeRecord]
     """By suite, judge and measure the paired difference: treated minus untreated, or the model minus the baseline."""
     capability_changes: Sequence[TaskChangeRecord]
-    agreement: Sequence[KappaRecord]
+    agreement: Sequence[JudgesRecord]
     """Of every two judges, by kind of request."""
     missed: tuple[str, ...] | None = dataclasses.field(metadata=called(None))
     """One line for every threshold of the gate that is not met; None where there is no gate."""
@@ -401,7 +402,7 @@ def evaluate(
     return result if gate is None else dataclasses.replace(result, missed=tuple(gate.check(result.record())))
 
 
-def facts_of(model: LanguageModel | Endpoint, how: Evaluating, tasks: Sequence[Task], settings: TaskSettings) -> dict[str, Any]:
+def facts_of(model: LanguageModel | Endpoint, how: Evaluating, tasks: Sequence[Task], settings: TaskSettings) -> JsonObject:
     """What answers depend on beside the prompts, as JSON values; seeds are kept apart by themselves."""
     writing = {name: getattr(how, name) for name in ("max_new_tokens", "temperature", "top_p")}
     measuring = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "folder", "offline")}

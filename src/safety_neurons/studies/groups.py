@@ -24,6 +24,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.records import DifferenceRecord
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
 from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
@@ -169,9 +170,9 @@ class Cell:
     controls: tuple[NeuronSet, ...] = ()
     """The random sets."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
-        found = {
+        found: JsonObject = {
             "set": self.set,
             "group": self.group,
             "harmful_refused": self.refused.to_json(),
@@ -265,7 +266,7 @@ class LanguageMatrix:
         """The cell of a set and a language."""
         return next(cell for cell in self.cells if (cell.set, cell.group) == (name, language))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         return {
             "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
@@ -312,7 +313,7 @@ class Ability:
     shared: tuple[GroupLabels, GroupLabels] = (None, None)
     """What the harmless requests share, and the questions of the task."""
 
-    def record(self, untreated: "Ability | None") -> dict[str, Any]:
+    def record(self, untreated: "Ability | None") -> JsonObject:
         """As JSON values, differences paired with the untreated model."""
         found: dict[str, Any] = {
             "name": self.name,
@@ -351,7 +352,7 @@ class Transfer:
         """The cell of a set and a group."""
         return next(cell for cell in self.cells if (cell.set, cell.group) == (found_on, measured_on))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         return {
             "groups": list(self.groups),

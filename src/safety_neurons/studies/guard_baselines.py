@@ -20,6 +20,7 @@ from safety_neurons.model.passes import run_batches
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_of
 
 GUARD, WORDS, CHARACTERS, RANDOM = "guard", "TF-IDF words", "TF-IDF characters", "random neurons"
@@ -293,7 +294,7 @@ def neuron_counts(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
     **tests: Any,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Areas under the ROC curve of classifiers on the highest-scored neurons, each beside random sets with as many in every matrix.
 
     Logistic regression on standardised activations at the last token, one penalty for all. Settings: held-out requests; look-alikes alone

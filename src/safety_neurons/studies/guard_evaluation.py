@@ -41,6 +41,7 @@ from safety_neurons.results import (
 )
 from safety_neurons.results.estimates import GroupLabels, clusters_of, resampled_share
 from safety_neurons.results.records import DifferenceRecord, EstimateRecord
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
 from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Cases, Sources, cases_of
@@ -127,7 +128,7 @@ def _tprs(unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np
     return np.where(passed > 0, found, 0.0)
 
 
-def reliability(probabilities: Scores, unsafe: Labels, bins: int = BINS, groups: GroupLabels = None) -> list[dict[str, Any]]:
+def reliability(probabilities: Scores, unsafe: Labels, bins: int = BINS, groups: GroupLabels = None) -> list[dict[str, float | None]]:
     """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with the interval of the share."""
     labels = [None] * len(probabilities) if groups is None else list(groups)
     found = []
@@ -372,7 +373,7 @@ class GuardEvaluation:
     def _repr_html_(self) -> str:
         return notebook.guard_table(self.result)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """The evaluation as JSON values, with at least the keys of the design."""
         return {**self.result, "curves": self.curves, "notes": list(self.notes)}
 
@@ -658,7 +659,7 @@ class GuardedOutputs:
     change: Difference
     completions: Completions
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """The numbers as JSON values."""
         rates = ("before", "after", "cut", "change", "blocked", "asked", "written")
         found = {name: getattr(self, name).to_json() for name in rates}

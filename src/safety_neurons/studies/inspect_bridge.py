@@ -46,6 +46,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.prompt_lists.records import request_of
 from safety_neurons.results import Completion
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Treatment
 from safety_neurons.studies.evaluation import Sources, Treated, requests_of
 from safety_neurons.suites import suite as suite_of
@@ -188,7 +189,7 @@ def _cut(one: Completion, text: str) -> bool:
     return one.finish_reason == "length" and text == one.completion
 
 
-def settings_of(config: GenerateConfig) -> dict[str, Any]:
+def settings_of(config: GenerateConfig) -> JsonObject:
     """The options as `LanguageModel.complete` takes them, seeds aside.
 
     Raises:

@@ -23,7 +23,7 @@ import functools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.run import Cache
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, content_of, hold_answers
 from safety_neurons.studies.tuning import tuning_over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
@@ -80,7 +81,7 @@ class Sets:
     shared: int
     scores: Scores | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Counts and shares as JSON values."""
         kinds = {"safety": self.safety, "foundation": self.foundation, "robust": self.robust}
         sizes = {
@@ -207,6 +208,15 @@ def complied(answers: Completions, judge: str) -> list[bool | None]:
     return [None if refused is None else not refused for refused in judge_refusal(answers).refused]
 
 
+class Learning(TypedDict):
+    """How a downstream task is learnt."""
+
+    how: Downstream
+    steps: int
+    learning_rate: float
+    batch_size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Downstream the arms are trained.
@@ -239,14 +249,12 @@ class Plan:
             raise UsageError(f"arms {list(self.arms)}, seeds {list(self.seeds)}: expected some of {', '.join(ARMS)}, and at least one seed")
 
     @property
-    def downstream(self) -> dict[str, Any]:
-        """Downstream the task is learnt."""
+    def downstream(self) -> Learning:
+        """How the task is learnt."""
         return {"how": self.how, "steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
 
 
-def rsn(
-    model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache | None = None, tell: Progress | None = None
-) -> dict[str, Any]:
+def rsn(model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache | None = None, tell: Progress | None = None) -> JsonObject:
     """Tune, fine-tune, measure: every arm with every seed.
 
     Args:
@@ -352,9 +360,7 @@ def _one(
     }
 
 
-def summary(
-    done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})
-) -> dict[str, Any]:
+def summary(done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})) -> JsonObject:
     """What the seeds say together; `shared` is what the prompts of a kind share."""
 
     def column(arm: str, when: str, kind: str) -> list[Any]:
@@ -397,7 +403,7 @@ def summary(
     }
 
 
-def mean_of(values: Sequence[float | None]) -> dict[str, Any]:
+def mean_of(values: Sequence[float | None]) -> JsonObject:
     """Mean, lowest and highest of one number a seed."""
     known = [value for value in values if value is not None]
     mean = sum(known) / len(known) if known else None
@@ -439,7 +445,7 @@ def stress(
     *,
     cache: Cache | None = None,
     tell: Progress | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Safety under attack, of the model as it is and of the model after SN-Tune.
 
     Args:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, holm_in, rate
 from safety_neurons.results.estimates import clusters_of
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast
 
 GROUPS = 20
@@ -203,7 +204,7 @@ class Measured:
         """The measures."""
         return [field.name for field in dataclasses.fields(Measured)]
 
-    def record(self, groups: Callable[[str], Sequence[str | None] | None] = lambda _measure: None) -> dict[str, Any]:
+    def record(self, groups: Callable[[str], Sequence[str | None] | None] = lambda _measure: None) -> JsonObject:
         """Rates as JSON values.
 
         Args:
@@ -234,7 +235,7 @@ class CrossPatching:
     random: tuple[tuple[Measured, ...], tuple[Measured, ...]]
     bench: Bench
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Rates of every arm, and both directions with what they cost and bring, as JSON values.
 
         Both directions, measures and comparisons are one family: of more than ten the family-wise rate of what is clear is held (Holm).
@@ -263,7 +264,7 @@ class CrossPatching:
         """Whether the random sets share no neuron with the set."""
         return all(control.disjoint for control in self.controls)
 
-    def effect(self, receiver: int, measure: str) -> dict[str, Any]:
+    def effect(self, receiver: int, measure: str) -> JsonObject:
         """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on one measure.
 
         Returns:

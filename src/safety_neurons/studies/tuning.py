@@ -18,6 +18,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
 from safety_neurons.tuning import Status, StopCheck, Tuned, beside, tuning_examples
@@ -63,7 +64,7 @@ class Achievement:
     achieved: bool
     why: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """`{achieved, why}`."""
         return {"achieved": self.achieved, "why": self.why}
 
@@ -97,7 +98,7 @@ class Tuning:
     def _repr_html_(self) -> str:
         return notebook.tuning_table(self.record())
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values, with the keys of the design but the paths; the history of single steps is `tuned.history`."""
         tuned = self.tuned
         rates = list(tuned.learning_rates.values())

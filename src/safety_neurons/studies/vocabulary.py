@@ -24,6 +24,7 @@ from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import holm_in, paired_difference
+from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Progress, Treat, Treatment
 
 Neuron = tuple[str, int]
@@ -52,7 +53,7 @@ class Activity:
     ends: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     top: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         summary = {
             kind: {"mean": float(values.mean()), "largest": self.ends[kind][0], "smallest": self.ends[kind][1]}
@@ -89,10 +90,16 @@ class Card:
     active: Mapping[str, Any]
     effects: Mapping[str, Mapping[str, Any]]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values."""
         place = parse_key(self.key)
-        about = {"neuron": f"{self.key}:{self.index}", "key": self.key, "index": self.index, "layer": place.layer, "site": place.site}
+        about: JsonObject = {
+            "neuron": f"{self.key}:{self.index}",
+            "key": self.key,
+            "index": self.index,
+            "layer": place.layer,
+            "site": place.site,
+        }
         return {**about, "score": self.score, "writes": dict(self.writes), "active": dict(self.active), "effects": dict(self.effects)}
 
 
@@ -109,10 +116,10 @@ class Cards:
     """What refusal and compliance are."""
     notes: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """As JSON values; of more than ten effects of single neurons the family-wise rate of what is clear is held (Holm)."""
-        found = {"log_odds": dict(self.log_odds), "random": dict(self.random), "texts": dict(self.texts)}
-        return {"cards": holm_in([card.record() for card in self.cards]), **found}
+        cards = holm_in([card.record() for card in self.cards])
+        return {"cards": cards, "log_odds": dict(self.log_odds), "random": dict(self.random), "texts": dict(self.texts)}
 
 
 @dataclasses.dataclass(frozen=True)
