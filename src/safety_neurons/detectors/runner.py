@@ -180,8 +180,9 @@ class Run:
                 with stream.changing():
                     for half in halves:
                         stream.add(half.sums)
-                        for scores in half.scores if votes is not None else ():
-                            votes.cast(self.selection, scores)
+                        if votes is not None:
+                            for scores in half.scores:
+                                votes.cast(self.selection, scores)
                     stream.state["batches"] = number + 1
                 stream.went_on(prepare)
                 if self.progress is not None:
