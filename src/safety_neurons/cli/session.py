@@ -163,9 +163,9 @@ class Session:
         """A score file, checked against the model."""
         from safety_neurons.neurons import Scores
 
-        loaded = Scores.load(path)
-        self.notes.extend(loaded.check(model.table, [model.name]))
-        return Scores(dict(loaded.items()), model.table, loaded.provenance)
+        loaded = Scores.load(path).on(model.table, [model.name])
+        self.notes.extend(loaded.notes)
+        return loaded
 
     def batch_size(self) -> int | Literal["auto"]:
         """`auto`, or a positive number."""

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from safety_neurons.errors import NeuronError, NumericalError, UsageError
-from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet, check, header, html_of, line_of, stored_table
-from safety_neurons.neurons.table import Provenance, SiteTable, check_sites, keys_within, parse_key, read_arrays, sort_keys, write_arrays
+from safety_neurons.neurons.sets import ByMatrix, NeuronSet
+from safety_neurons.neurons.table import Provenance, SiteTable, check_sites, keys_within, parse_key, sort_keys
 
 RARE = 0.1
 """Share of the prompts below which a matrix's agreement is said to rest on few of them."""
@@ -248,11 +246,10 @@ class Votes:
         self._counts = {key: state[f"votes.{key}"].astype(np.int64) for key in self._counts}
 
 
-FILE_NAME = "scores.safetensors"
-
-
-class Scores:
+class Scores(ByMatrix):
     """One float32 score per neuron of every matrix that was searched; immutable. The largest scores are taken."""
+
+    KIND = "scores"
 
     def __init__(self, values: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None) -> None:
         """Rounds the values to float32, so that sets chosen in memory and from the file agree.
@@ -266,49 +263,23 @@ class Scores:
             NeuronError: an unknown key, or (with a table) a vector of another length than the matrix.
             NumericalError: NaN or infinity.
         """
-        self._values = {key: _vector(key, values[key]) for key in sort_keys(values)}
-        self.table = table
-        self.provenance = provenance or Provenance("scores", model_fingerprint=table.fingerprint if table else "")
-        self.notes: tuple[str, ...] = ()
+        super().__init__({key: _vector(key, values[key]) for key in sort_keys(values)}, table, provenance)
         if table is not None:
-            _check_lengths(self._values, table)
+            self._fit(table)
 
     # Looking inside
 
-    def keys(self) -> list[str]:
-        """The scored keys, in order."""
-        return list(self._values)
-
-    def items(self) -> list[tuple[str, np.ndarray]]:
-        """Pairs of a key and its float32 scores."""
-        return list(self._values.items())
-
     def __getitem__(self, key: str) -> Float32[np.ndarray, " neuron"]:
         parse_key(key)
-        if key not in self._values:
+        if key not in self._vectors:
             raise NeuronError(f"{key!r} is not scored; the scored keys run from {self.keys()[:1]} to {self.keys()[-1:]}")
-        return self._values[key]
+        return self._vectors[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._values
+        return key in self._vectors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return sum(len(value) for value in self._values.values())
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Scores):
-            return NotImplemented
-        return self.keys() == other.keys() and all(np.array_equal(value, other[key]) for key, value in self.items())
-
-    __hash__ = None  # type: ignore[assignment]  # compared by value, and large: not meant as a dictionary key
-
-    @property
-    def n_neurons(self) -> int:
-        """Scored neurons."""
-        return len(self)
+        return iter(self._vectors)
 
     # Selection
 
@@ -364,9 +335,9 @@ class Scores:
         """
         if selection.agreement is not None:
             raise UsageError("agreement needs the scores of every prompt and these are means over prompts; give it to the find verb")
-        members = {key: np.flatnonzero(mask) for key, mask in selection.choose(self._values).items()}
+        members = {key: np.flatnonzero(mask) for key, mask in selection.choose(self._vectors).items()}
         found = self.neurons(members, selection)
-        found.notes = tuple(said_of_zeros(self._values, members))
+        found.notes = tuple(said_of_zeros(self._vectors, members))
         return found
 
     def neurons(self, members: Mapping[str, Any], selection: Selection | None = None) -> NeuronSet:
@@ -374,8 +345,8 @@ class Scores:
         config = dict(self.provenance.config)
         if selection is not None:
             config["selection"] = selection.config()
-        config.setdefault("sites", list(check_sites({parse_key(key).site for key in self._values})))
-        config.setdefault("layers", sorted({parse_key(key).layer for key in self._values}))
+        config.setdefault("sites", list(check_sites({parse_key(key).site for key in self._vectors})))
+        config.setdefault("layers", sorted({parse_key(key).layer for key in self._vectors}))
         return NeuronSet(members, self.table, dataclasses.replace(self.provenance, kind="neurons", config=config))
 
     def restrict(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "Scores":
@@ -384,7 +355,7 @@ class Scores:
         Raises:
             NeuronError: nothing is left.
         """
-        names = keys_within(self._values, sites, layers, self.table.n_layers if self.table else None)
+        names = keys_within(self._vectors, sites, layers, self.table.n_layers if self.table else None)
         if not names:
             raise NeuronError(f"no score is left at sites {list(check_sites(sites or []))} of layers {layers}; choose others")
         kept = {key: self[key] for key in names}
@@ -400,7 +371,7 @@ class Scores:
         Raises:
             NeuronError: no key in common, or a shared key with different numbers of neurons.
         """
-        shared = [key for key in self._values if key in other]
+        shared = [key for key in self._vectors if key in other]
         if not shared:
             raise NeuronError("the two scores have no key in common; expected scores of one architecture over overlapping sites")
         unequal = [key for key in shared if len(self[key]) != len(other[key])]
@@ -413,38 +384,14 @@ class Scores:
             return float("nan")
         return float(spearmanr(mine, theirs).statistic)
 
-    # Files and models
-
-    def check(self, table: SiteTable, models: Iterable[str] = ()) -> list[str]:
-        """Whether the scores belong to a model with this table; what should be said about it is returned. Errors as for `NeuronSet`."""
-        notes = check(self.provenance, {key: np.arange(len(value)) for key, value in self.items()}, table, models)
-        _check_lengths(self._values, table)
-        return notes
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file in one step: a float32 vector per key, provenance and site table in the header."""
-        write_arrays(path, self._values, header(self.provenance, self.table))
-
-    @staticmethod
-    def load(path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> "Scores":
-        """The scores in a file (a folder means its `scores.safetensors`); arguments and errors as for `NeuronSet.load`."""
-        arrays, metadata = read_arrays(path, FILE_NAME)
-        provenance = Provenance.from_metadata(metadata, "scores")
-        loaded = Scores(arrays, stored_table(metadata, provenance), provenance)
-        if table is None:
-            return loaded
-        notes = loaded.check(table, models)
-        placed = Scores(loaded._values, table, provenance)
-        placed.notes = tuple(notes)
-        if not provenance.model_fingerprint:
-            warnings.warn(placed.notes[0], HandMadeWarning, stacklevel=2)
-        return placed
-
-    def __repr__(self) -> str:
-        return f"Scores({line_of(self)})"
-
-    def _repr_html_(self) -> str:
-        return html_of(self)
+    def _fit(self, table: SiteTable) -> None:
+        for key, value in self.items():
+            if key not in table:
+                raise NeuronError(
+                    f"{len(value)} neurons at {key!r}, but this {table.architecture} has no such matrix; use neurons of this model"
+                )
+            if len(value) != table[key].size:
+                raise NeuronError(f"{len(value)} scores for {key!r}, expected {table[key].size}, one per neuron; use scores of this model")
 
 
 def _vector(key: str, values: Any) -> np.ndarray:
@@ -460,12 +407,6 @@ def _vector(key: str, values: Any) -> np.ndarray:
         )
     vector.setflags(write=False)
     return vector
-
-
-def _check_lengths(values: Mapping[str, np.ndarray], table: SiteTable) -> None:
-    for key, value in values.items():
-        if len(value) != table[key].size:
-            raise NeuronError(f"{len(value)} scores for {key!r}, expected {table[key].size}, one per neuron; use scores of this model")
 
 
 def kept_share(safety: np.ndarray, utility: np.ndarray | None, size: int, safety_share: float, utility_share: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -132,6 +132,7 @@ def _filled(
 
 
 FILE_NAME = "neurons.safetensors"
+Kind = TypeVar("Kind", bound="ByMatrix")
 _NOTHING = np.zeros(0, np.int64)
 _NOTHING.setflags(write=False)
 
@@ -140,12 +141,122 @@ class HandMadeWarning(UserWarning):
     """A neuron or score file without a fingerprint: every index fits, but nothing says that it belongs to this model."""
 
 
-class NeuronSet:
+class ByMatrix:
+    """One vector for each of some matrices of a model, and what neuron sets and scores share: provenance, checks, files, tables."""
+
+    KIND: ClassVar[str]
+    """`neurons` or `scores`: in the provenance, and in the name of the file in a run's folder."""
+
+    def __init__(self, vectors: dict[str, np.ndarray], table: SiteTable | None, provenance: Provenance | None) -> None:
+        self._vectors = vectors
+        self.table = table
+        self.provenance = provenance or Provenance(self.KIND, model_fingerprint=table.fingerprint if table else "")
+        self.notes: tuple[str, ...] = ()
+
+    def keys(self) -> list[str]:
+        """The keys that have a vector, in order."""
+        return list(self._vectors)
+
+    def items(self) -> list[tuple[str, np.ndarray]]:
+        """Pairs of a key and its vector: of a set sorted int64 indices, of scores float32 numbers."""
+        return list(self._vectors.items())
+
+    def __len__(self) -> int:
+        return sum(len(vector) for vector in self._vectors.values())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return self.keys() == other.keys() and all(np.array_equal(vector, other._vectors[key]) for key, vector in self.items())
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and large
+
+    @property
+    def n_neurons(self) -> int:
+        """Members of a set, or scored neurons."""
+        return len(self)
+
+    def check(self, table: SiteTable, models: Iterable[str] = ()) -> list[str]:
+        """Whether this can be used on a model with this table; what should be said about it is returned.
+
+        Args:
+            table: the model's matrices.
+            models: the model's names with revisions; when given and not among those of the provenance, that is a note.
+
+        Raises:
+            ForeignModelError: found on another architecture.
+            NeuronError: a matrix the model lacks, an index out of range, or another number of scores than neurons.
+        """
+        kind, made = self.provenance.kind, self.provenance
+        if made.model_fingerprint and made.model_fingerprint != table.fingerprint:
+            raise ForeignModelError(
+                f"the {kind} were found on {' and '.join(made.models) or 'another architecture'} "
+                f"(fingerprint {made.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
+                "find them on this model"
+            )
+        self._fit(table)
+        if not made.model_fingerprint:
+            return [f"the {kind} have no fingerprint, so nothing says that they belong to this {table.architecture}; every index fits"]
+        others = [model for model in models if made.models and model not in made.models]
+        same = f"the {kind} were found on {' and '.join(made.models)}, which is the same architecture as"
+        return [f"{same} {others[0]} with other weights"] if others else []
+
+    def _fit(self, table: SiteTable) -> None:
+        """Refuse vectors that are not of this table's matrices."""
+        raise NotImplementedError
+
+    def on(self: Kind, table: SiteTable, models: Iterable[str] = ()) -> Kind:
+        """The same on a model with the given table, after `check`, whose findings are its `notes`."""
+        notes = self.check(table, models)
+        placed = type(self)(self._vectors, table, self.provenance)
+        placed.notes = tuple(notes)
+        return placed
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file in one step: a vector per key, provenance and site table in the header."""
+        write_arrays(path, self._vectors, header(self.provenance, self.table))
+
+    @classmethod
+    def load(cls: type[Kind], path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> Kind:
+        """Read a file (a folder means its `neurons.safetensors` or `scores.safetensors`); no model is needed.
+
+        A file without a fingerprint, made by hand, is a `HandMadeWarning` when every index fits the table.
+
+        Args:
+            path: the file.
+            table: matrices of the model it will be used on; without it, those stored in the file.
+            models: names of that model, to note when it was found on others.
+
+        Raises:
+            ForeignModelError: found on another architecture.
+            NeuronError: missing, damaged, another schema or kind, unknown key, negative index or one out of range.
+        """
+        arrays, metadata = read_arrays(path, f"{cls.KIND}.safetensors")
+        provenance = Provenance.from_metadata(metadata, cls.KIND)
+        loaded = cls(arrays, stored_table(metadata, provenance), provenance)
+        if table is None:
+            return loaded
+        placed = loaded.on(table, models)
+        if not provenance.model_fingerprint:
+            warnings.warn(placed.notes[0], HandMadeWarning, stacklevel=2)
+        return placed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({line_of(self)})"
+
+    def _repr_html_(self) -> str:
+        rows = [[site, f"{number:,}", share, layers] for site, number, share, layers in _per_site(self)]
+        return html_table(line_of(self), ["site", "neurons", "of the site", "layers"], rows)
+
+
+class NeuronSet(ByMatrix):
     """An immutable set of neurons: sorted indices per matrix.
 
     Sets with the same members are equal. `a & b`, `a | b`, `a - b` and `a ^ b` are set algebra; `len` counts neurons; iteration
     gives `(key, index)` pairs in the order layer, site, index.
     """
+
+    KIND = "neurons"
 
     def __init__(self, members: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None) -> None:
         """Takes the members, in any order and with repeats; keys without members are dropped.
@@ -159,12 +270,9 @@ class NeuronSet:
             NeuronError: an unknown key, a negative index, something that is not an integer, or (with a table) an index out of range.
         """
         cleaned = {key: _indices(key, members[key]) for key in sort_keys(members)}
-        self._members = {key: indices for key, indices in cleaned.items() if len(indices)}
-        self.table = table
-        self.provenance = provenance or Provenance("neurons", model_fingerprint=table.fingerprint if table else "")
-        self.notes: tuple[str, ...] = ()
+        super().__init__({key: indices for key, indices in cleaned.items() if len(indices)}, table, provenance)
         if table is not None:
-            _check_range(self._members, table)
+            self._fit(table)
 
     @staticmethod
     def all(table: SiteTable) -> "NeuronSet":
@@ -174,35 +282,19 @@ class NeuronSet:
 
     # Looking inside
 
-    def keys(self) -> list[str]:
-        """The keys that have members, in order."""
-        return list(self._members)
-
-    def items(self) -> list[tuple[str, np.ndarray]]:
-        """Pairs of a key and its sorted int64 indices, for the keys that have members."""
-        return list(self._members.items())
-
     def __getitem__(self, key: str) -> Int64[np.ndarray, " member"]:
         parse_key(key)
-        return self._members.get(key, _NOTHING)
+        return self._vectors.get(key, _NOTHING)
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, str):
-            return item in self._members
+            return item in self._vectors
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            return bool(np.isin(item[1], self._members.get(item[0], _NOTHING)).all())
+            return bool(np.isin(item[1], self._vectors.get(item[0], _NOTHING)).all())
         return False
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        return ((key, int(index)) for key, indices in self._members.items() for index in indices)
-
-    def __len__(self) -> int:
-        return sum(len(indices) for indices in self._members.values())
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, NeuronSet):
-            return NotImplemented
-        return self.keys() == other.keys() and all(np.array_equal(indices, other[key]) for key, indices in self.items())
+        return ((key, int(index)) for key, indices in self._vectors.items() for index in indices)
 
     def __hash__(self) -> int:
         return hash(tuple((key, indices.tobytes()) for key, indices in self.items()))
@@ -239,7 +331,7 @@ class NeuronSet:
             raise ForeignModelError(
                 f"{len(self)} neurons of {_named(self)} {sign} {len(other)} neurons of {_named(other)}; expected sets of one architecture"
             )
-        members = {key: function(self[key], other[key]) for key in {*self._members, *other._members}}
+        members = {key: function(self[key], other[key]) for key in {*self._vectors, *other._vectors}}
         config: dict[str, Any] = {"operation": sign, "left": _summary(self), "right": _summary(other)}
         searched = [set(check_sites(part.provenance.config["sites"])) for part in (self, other) if part.provenance.config.get("sites")]
         if len(searched) == 2:
@@ -259,20 +351,15 @@ class NeuronSet:
     def only(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "NeuronSet":
         """The members at these sites (of experts too) and layers; `None` keeps all."""
         n_layers = self.table.n_layers if self.table else None
-        kept = keys_within(self._members, sites, layers, n_layers)
+        kept = keys_within(self._vectors, sites, layers, n_layers)
         config = dict(self.provenance.config)
         if sites is not None:
             config["sites"] = list(check_sites(sites))
         if layers is not None:
-            config["layers"] = list(layers_within(self._members, layers, n_layers))
+            config["layers"] = list(layers_within(self._vectors, layers, n_layers))
         return NeuronSet({key: self[key] for key in kept}, self.table, dataclasses.replace(self.provenance, config=config))
 
     # Counts
-
-    @property
-    def n_neurons(self) -> int:
-        """Members."""
-        return len(self)
 
     @property
     def n_parameters(self) -> int:
@@ -284,7 +371,7 @@ class NeuronSet:
     def n_units(self) -> int:
         """Distinct units: gate, up and down neurons of one index count once, so do a v row and the o columns it feeds."""
         units = self._known_table("the number of units").units()
-        return len(np.unique(np.concatenate([units[key][indices] for key, indices in self.items()]))) if self._members else 0
+        return len(np.unique(np.concatenate([units[key][indices] for key, indices in self.items()]))) if self._vectors else 0
 
     @property
     def share_of_neurons(self) -> float:
@@ -334,11 +421,11 @@ class NeuronSet:
         table = table or self._known_table("a random set")
         if seed < 0:
             raise UsageError(f"seed {seed} is negative; expected 0 or more")
-        _check_range(self._members, table)
+        _check_range(self._vectors, table)
         return [self._one_random(seed, number, table) for number in range(n)]
 
     def _one_random(self, seed: int, number: int, table: SiteTable) -> "NeuronSet":
-        members = moved_units(self._members, table, (seed, number))
+        members = moved_units(self._vectors, table, (seed, number))
         shared = [key for key, indices in self.items() if len(np.intersect1d(indices, members[key], assume_unique=True))]
         searched = {name: self.provenance.config[name] for name in ("sites", "layers") if name in self.provenance.config}
         config = {"seed": seed, "number": number, "like": _summary(self), "disjoint": not shared, "not_disjoint": shared, **searched}
@@ -348,67 +435,13 @@ class NeuronSet:
             Provenance("neurons", "random", self.provenance.models, table.fingerprint, self.provenance.prompts_sha256, config),
         )
 
-    # Files and models
-
-    def check(self, table: SiteTable, models: Iterable[str] = ()) -> list[str]:
-        """Whether the set can be used on a model with this table; what should be said about it is returned.
-
-        Args:
-            table: the model's matrices.
-            models: the model's names with revisions; when given and not among the set's own, that is a note.
-
-        Raises:
-            ForeignModelError: the set was found on another architecture.
-            NeuronError: a matrix the model lacks, or an index out of range.
-        """
-        return check(self.provenance, {key: indices for key, indices in self.items()}, table, models)
-
-    def on(self, table: SiteTable, models: Iterable[str] = ()) -> "NeuronSet":
-        """This set on a model with the given table, after `check`, whose findings are the new set's `notes`."""
-        notes = self.check(table, models)
-        placed = NeuronSet(self._members, table, self.provenance)
-        placed.notes = tuple(notes)
-        return placed
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file in one step: a sorted int64 vector per key, provenance and site table in the header."""
-        write_arrays(path, self._members, header(self.provenance, self.table))
-
-    @staticmethod
-    def load(path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> "NeuronSet":
-        """The set in a file (a folder means its `neurons.safetensors`); readable without a model.
-
-        A file without a fingerprint, made by hand, is a `HandMadeWarning` when every index fits the table.
-
-        Args:
-            path: the file.
-            table: matrices of the model it will be used on; without it, those stored in the file.
-            models: names of that model, to note when the set was found on others.
-
-        Raises:
-            ForeignModelError: found on another architecture.
-            NeuronError: missing, damaged, another schema or kind, unknown key, negative index or one out of range.
-        """
-        arrays, metadata = read_arrays(path, FILE_NAME)
-        provenance = Provenance.from_metadata(metadata, "neurons")
-        loaded = NeuronSet(arrays, stored_table(metadata, provenance), provenance)
-        if table is None:
-            return loaded
-        placed = loaded.on(table, models)
-        if not provenance.model_fingerprint:
-            warnings.warn(placed.notes[0], HandMadeWarning, stacklevel=2)
-        return placed
+    def _fit(self, table: SiteTable) -> None:
+        _check_range(self._vectors, table)
 
     def _known_table(self, what: str) -> SiteTable:
         if self.table is None:
             raise NeuronError(f"{what} needs the model's matrices, and this set has no site table; load it with table=model.table")
         return self.table
-
-    def __repr__(self) -> str:
-        return f"NeuronSet({line_of(self)})"
-
-    def _repr_html_(self) -> str:
-        return html_of(self)
 
 
 def header(provenance: Provenance, table: SiteTable | None) -> dict[str, str]:
@@ -432,28 +465,6 @@ def stored_table(metadata: Mapping[str, str], provenance: Provenance) -> SiteTab
     if provenance.model_fingerprint and table.fingerprint != provenance.model_fingerprint:
         raise NeuronError("the header's site table and fingerprint do not belong together; expected one model's: make the file again")
     return table
-
-
-def check(provenance: Provenance, members: Mapping[str, np.ndarray], table: SiteTable, models: Iterable[str]) -> list[str]:
-    """What `NeuronSet.check` and `Scores.check` say; `members` are indices per key."""
-    if provenance.model_fingerprint and provenance.model_fingerprint != table.fingerprint:
-        raise ForeignModelError(
-            f"the {provenance.kind} were found on {' and '.join(provenance.models) or 'another architecture'} "
-            f"(fingerprint {provenance.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
-            "find them on this model"
-        )
-    _check_range(members, table)
-    if not provenance.model_fingerprint:
-        return [
-            f"the {provenance.kind} have no fingerprint, so nothing says that they belong to this {table.architecture}; every index fits"
-        ]
-    others = [model for model in models if provenance.models and model not in provenance.models]
-    if others:
-        return [
-            f"the {provenance.kind} were found on {' and '.join(provenance.models)}, "
-            f"which is the same architecture as {others[0]} with other weights"
-        ]
-    return []
 
 
 def _check_range(members: Mapping[str, np.ndarray], table: SiteTable) -> None:
@@ -503,21 +514,7 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-@runtime_checkable
-class Described(Protocol):
-    """What a neuron set and scores have in common here."""
-
-    table: SiteTable | None
-    provenance: Provenance
-
-    def items(self) -> list[tuple[str, np.ndarray]]:
-        """Pairs of a key and its vector."""
-
-    def __len__(self) -> int:
-        """Entries."""
-
-
-def line_of(neurons: Described) -> str:
+def line_of(neurons: ByMatrix) -> str:
     """`120 neurons (0.50 % of those searched) in 4 layers: down 120; contrast on base, aligned`."""
     parts = [f"{len(neurons):,} neurons"]
     share = getattr(neurons, "share_of_neurons", None) if neurons.table is not None else None
@@ -533,13 +530,7 @@ def line_of(neurons: Described) -> str:
     return "; ".join([*parts, *([made] if made else [])])
 
 
-def html_of(neurons: Described) -> str:
-    """A table with one row per site; every text is escaped and nothing is fetched."""
-    rows = [[site, f"{number:,}", share, layers] for site, number, share, layers in _per_site(neurons)]
-    return html_table(line_of(neurons), ["site", "neurons", "of the site", "layers"], rows)
-
-
-def _per_site(neurons: Described) -> list[tuple[str, int, str, str]]:
+def _per_site(neurons: ByMatrix) -> list[tuple[str, int, str, str]]:
     """Site, members, share of the site's neurons, layers, for the sites that have members."""
     rows = []
     for site in SITES:
