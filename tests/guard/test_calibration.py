@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Calibration, expected_calibration_error, fit_on_features, operating_points, stratified_split
-from safety_neurons.guard.calibration import fit_calibration, log_loss, rates_at, threshold_for
+from safety_neurons.guard.calibration import fit_calibration, from_json, log_loss, rates_at, threshold_for
 from safety_neurons.guard.fit import regression
-from safety_neurons.results import auroc
+from safety_neurons.results import auroc, plain
 
 
 def planted(n: int, seed: int = 0, share: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def test_calibration_rises_strictly_and_one_score_gives_what_many_give(seed: int
     assert np.isfinite(odds).all()
     assert (np.diff(odds) > 0).all()
     np.testing.assert_allclose([found.of_one(float(score)) for score in grid], odds, rtol=1e-12, atol=1e-12)
-    assert Calibration.from_json(found.to_json()) == found
+    assert from_json(Calibration, plain(found)) == found
 
 
 @given(n=st.integers(1, 60), target=st.sampled_from([0.05, 0.1, 0.5]), levels=st.integers(1, 40), seed=st.integers(0, 99))

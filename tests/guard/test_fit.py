@@ -14,6 +14,7 @@ from safety_neurons.guard import Guard, fit_guard, recalibrate
 from safety_neurons.guard.fit import labelled
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts
+from safety_neurons.results import plain
 from tiny import WORDS, tiny_llama, tiny_tokenizer
 
 OTHERS = [word for word in WORDS if word not in ("bomb", "cake")][:40]
@@ -215,7 +216,7 @@ def test_recalibrating_keeps_the_weights_and_makes_the_guard_fit_the_updated_mod
     assert new.bindings.weights_sha256 != guard.bindings.weights_sha256
     assert any(note.startswith("AUROC ") for note in new.notes)
     assert np.mean([verdict.flagged for verdict in new.score_batch(requests("bomb", 30, 3))]) > 0.7
-    assert new.report["recalibrated"]["bindings_before"] == guard.bindings.to_json()
+    assert new.report["recalibrated"]["bindings_before"] == plain(guard.bindings)
     with pytest.raises(ForeignModelError):
         recalibrate(guard, tiny_model(intermediate_size=40), ["a"], ["b"])
 

@@ -342,7 +342,7 @@ def test_a_guarded_model_stops_them_before_a_token_and_answers_the_others_as_bef
     stopped, passed = guarded.generate([turns(shape, unsafe), plain], max_new_tokens=5)
     assert (stopped.stopped, stopped.stopped_at, stopped.token_ids) == (True, 0, ())
     assert passed.text == model.complete([plain], max_new_tokens=5)[0].completion
-    assert "".join(guarded.stream(turns(shape, unsafe), max_new_tokens=5)) == guarded.refusal
+    assert "".join(guarded.stream(turns(shape, unsafe), max_new_tokens=5)) == guarded.rules.refusal
 
 
 def test_each_turn_is_read_once_and_a_single_one_costs_nothing_more() -> None:

@@ -8,6 +8,7 @@ from report_runs import MODEL, run_folder
 from safety_neurons.guard.calibration import operating_points
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import write_json
+from safety_neurons.results.files import plain
 from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_data import cases_of
 from safety_neurons.studies.guard_evaluation import ScoredCases
@@ -77,7 +78,7 @@ def fit_run(folder: pathlib.Path, n: int = 400) -> pathlib.Path:
         "calibration": "temperature",
         "threshold": 0.73,
         "in_force": "fpr 0.05",
-        "operating_points": [point.to_json() for point in operating_points(chances, unsafe)],
+        "operating_points": plain(operating_points(chances, unsafe)),
         "recheck": None,
         "prompts": {"unsafe": n, "safe": n, "left_out": 0},
         "split": {},

@@ -231,6 +231,7 @@ def recalibrate(
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
     """Save the guard into the run's folder and say what it is worth."""
     from safety_neurons.guard.guard import FACTS, WEIGHTS
+    from safety_neurons.results.files import plain
 
     for name in (FACTS, WEIGHTS):
         session.folder.path(f"guard/{name}")
@@ -252,8 +253,8 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
         **guard.standing,
         "other": guard.report.get("other"),
         "conversations": guard.report.get("conversations"),
-        "operating_points": [point.to_json() for point in guard.operating_points],
-        "recheck": None if guard.recheck is None else guard.recheck.to_json(),
+        "operating_points": plain(guard.operating_points),
+        "recheck": plain(guard.recheck),
         "prompts": report["prompts"],
         "split": guard.report["split"],
         "labels": dict(labels),
@@ -514,9 +515,9 @@ def answers_of(
         by=outputs.judge,
         max_new_tokens=outputs.max_new_tokens,
         batch_size=session.batch_size(),
-        completions_file=file,
         progress=progress,
     )
+    answered.completions.save(file)
     return {**answered.record(), "completions": str(file)}
 
 

@@ -1,11 +1,13 @@
 """The linear classifier on features, its calibrated probabilities, and the thresholds of stated false-positive rates."""
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -14,7 +16,43 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Rate, rate
-from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.estimates import Estimate, GroupLabels
+
+StoredT = TypeVar("StoredT")
+
+
+def from_json(kind: type[StoredT], found: Any) -> StoredT:
+    """The dataclass that `plain` wrote as JSON values, every field of the type that it is declared with.
+
+    Raises:
+        InputError: damaged: something is missing or of another type, or the dataclass itself refuses it.
+    """
+    try:
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{str(found)[:20]!r}; expected an object")
+        hints = get_type_hints(kind)
+        return kind(**{one.name: _typed(hints[one.name], found[one.name]) for one in fields(cast(Any, kind))})
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+        raise InputError(
+            f"a damaged {words} ({type(error).__name__}: {str(error)[:60]}); expected what Guard.save wrote: fit or copy the guard again"
+        ) from error
+
+
+def _typed(kind: Any, found: Any) -> Any:
+    inner, several = get_args(kind), get_origin(kind) or kind
+    if several is UnionType:
+        return None if found is None else _typed(inner[0], found)
+    if several is tuple and isinstance(found, list):
+        return tuple(_typed(inner[0], one) for one in found)
+    if issubclass(several, Estimate):
+        return several.from_json(found)
+    if is_dataclass(several):
+        return from_json(several, found)
+    if not isinstance(found, (float, int) if several is float else several) or (isinstance(found, bool) and several is not bool):
+        raise TypeError(f"{str(found)[:20]!r}; expected {several.__name__}")
+    return float(found) if several is float else found
+
 
 KINDS = ("temperature", "isotonic")
 FOLDS = 5
@@ -66,25 +104,6 @@ class Calibration:
         place = min(max(bisect_left(knots, score), 1), len(knots) - 1)
         slope = (values[place] - values[place - 1]) / (knots[place] - knots[place - 1])
         return values[place - 1] + (score - knots[place - 1]) * slope
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "scores": list(self.scores), "log_odds": list(self.log_odds)}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Calibration":
-        """The calibration that `to_json` wrote.
-
-        Raises:
-            InputError: damaged.
-        """
-        try:
-            knots = [tuple(float(value) for value in found[name]) for name in ("scores", "log_odds")]
-            return cls(str(found["kind"]), float(found["temperature"]), float(found["shift"]), *knots)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"a damaged calibration ({type(error).__name__}: {str(error)[:60]}); expected what a guard's file holds"
-            ) from error
 
 
 Scores = Float64[np.ndarray, " prompt"]
@@ -303,24 +322,9 @@ class OperatingPoint:
     supported: bool
     why: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "fpr": self.fpr.to_json(), "tpr": self.tpr.to_json()}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "OperatingPoint":
-        """The point that `to_json` wrote.
-
-        Raises:
-            InputError: damaged.
-        """
-        try:
-            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
-            threshold = None if found["threshold"] is None else check_probability(found["threshold"], "threshold")
-            target = check_probability(found["fpr_target"], "false-positive rate")
-            return cls(target, threshold, fpr, tpr, bool(found["supported"]), str(found["why"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"a damaged operating point ({type(error).__name__}); expected what a guard's file holds") from error
+    def __post_init__(self) -> None:
+        check_probability(self.fpr_target, "false-positive rate")
+        check_probability(self.threshold or 0.0, "threshold")
 
 
 def operating_points(
@@ -430,23 +434,8 @@ class Recheck:
     supported: bool
     why: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "fpr": self.fpr.to_json(), "tpr": self.tpr.to_json()}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Recheck":
-        """What `to_json` wrote.
-
-        Raises:
-            InputError: damaged.
-        """
-        try:
-            fpr, tpr = Rate.from_json(found["fpr"]), Rate.from_json(found["tpr"])
-            every, longest = (int(found[name]) for name in ("every", "max_new_tokens"))
-            threshold, target = check_probability(found["threshold"], "threshold"), check_probability(found["fpr_target"], "target")
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise InputError(f"a damaged re-check ({type(error).__name__}); expected what a guard's file holds") from error
-        if every < 1 or longest < 1:
-            raise InputError(f"a damaged re-check (every {every} tokens of {longest}); expected numbers of at least 1")
-        return cls(every, longest, threshold, target, fpr, tpr, bool(found["supported"]), str(found["why"]))
+    def __post_init__(self) -> None:
+        check_probability(self.threshold, "threshold")
+        check_probability(self.fpr_target, "false-positive rate")
+        if self.every < 1 or self.max_new_tokens < 1:
+            raise UsageError(f"re-checks every {self.every} tokens of {self.max_new_tokens}; expected numbers of at least 1")

@@ -53,7 +53,22 @@ Readings = Float[np.ndarray, "_ feature"]
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class CalibrationSettings:
+    """How the scores of a guard become probabilities, and what its threshold is chosen for."""
+
+    calibration: str = "auto"
+    """`temperature`, `isotonic`, or `auto`."""
+    fpr: float = 0.01
+    """False-positive rate of the threshold in force."""
+    seed: int = 0
+    """Of the folds that choose the calibration, and of the split of a fit."""
+
+    def __post_init__(self) -> None:
+        check_probability(self.fpr, "false-positive rate")
+
+
+@dataclass(frozen=True)
+class FitSettings(CalibrationSettings):
     """How a guard is fit."""
 
     pooling: Pooling | str = "auto"
@@ -61,21 +76,15 @@ class FitSettings:
     4 and of 16 tokens."""
     window: int | None = None
     """Tokens of a window of `max`."""
-    calibration: str = "auto"
-    """`temperature`, `isotonic`, or `auto`."""
-    fpr: float = 0.01
-    """False-positive rate of the threshold in force."""
     targets: Sequence[float] = TARGETS
     """False-positive rates to store operating points for, where enough safe prompts support them."""
     shares: Sequence[float] = SHARES
     """Of train, validation and calibration."""
     penalties: Sequence[float] = PENALTIES
     """Inverse strengths of the L2 penalty to choose from."""
-    seed: int = 0
-    """Of the split and of the folds of calibration."""
 
     def __post_init__(self) -> None:
-        check_probability(self.fpr, "false-positive rate")
+        super().__post_init__()
         if self.pooling == "auto" and self.window is not None:
             raise UsageError(f"a window of {self.window} tokens with pooling 'auto', which tries its own; name pooling 'max'")
 
@@ -593,11 +602,9 @@ def recalibrate(
     unsafe: Texts,
     safe: Texts,
     *,
-    calibration: str = "auto",
-    fpr: float | None = None,
-    seed: int = 0,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Guard:
     """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
 
@@ -610,11 +617,9 @@ def recalibrate(
         model: updated weights, adapters, tokenizer, template or number type.
         unsafe: prompts that the guard was not fit on, as `safe`.
         safe: to let pass.
-        calibration: `auto`, `temperature` or `isotonic`.
-        fpr: false-positive rate of the threshold in force; the one of the fit where None.
-        seed: of the folds that choose the calibration.
         batch_size: prompts a batch, or `auto`.
         progress: called with (batches done, in all, tokens).
+        **settings: those of `CalibrationSettings`: `calibration`, `seed`, and `fpr`, the one of the fit where it is None or not given.
 
     Raises:
         ForeignModelError: another architecture. InputError: fewer than ten usable prompts of either kind.
@@ -623,7 +628,9 @@ def recalibrate(
     """
     if model.fingerprint != guard.bindings.model_fingerprint:
         raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
-    target = check_probability(guard.report.get("fpr", 0.01) if fpr is None else fpr, "false-positive rate")
+    if settings.get("fpr") is None:
+        settings["fpr"] = guard.report.get("fpr", CalibrationSettings.fpr)
+    how = CalibrationSettings(**settings)
     safe_prompts = as_prompts(safe)
     data, neurons = labelled(as_prompts(unsafe), safe_prompts), guard.neurons.on(model.table, [model.name])
     encoded = model.encode(data.prompts)
@@ -634,11 +641,11 @@ def recalibrate(
     check_varying(model, {guard.pooling: features.values[usable]})
     further = further_readings(model, [data.prompts[int(place)] for place in np.flatnonzero(usable)], neurons, guard.pooling, batch_size)
     scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
-    calibrated, losses = fit_calibration(scores, labels, calibration, seed)
+    calibrated, losses = fit_calibration(scores, labels, how.calibration, how.seed)
     classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
     chances = classifier.chances(torch.from_numpy(scores)).numpy()
     shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
-    points, threshold, provisional = thresholds(chances, labels, target, [one.fpr_target for one in guard.operating_points], shared)
+    points, threshold, provisional = thresholds(chances, labels, how.fpr, [one.fpr_target for one in guard.operating_points], shared)
     area = auroc(scores, labels, shared)
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
     own = not provisional and not seen and not safe_prompts.name.startswith(PREFIX)
@@ -655,10 +662,10 @@ def recalibrate(
         classifier=classifier,
         operating_points=points,
         threshold=threshold,
-        in_force=f"{'' if own else PROVISIONAL}fpr {target:g}",
+        in_force=f"{'' if own else PROVISIONAL}fpr {how.fpr:g}",
         bindings=bindings_of(model, neurons),
         reference=histograms(classifier, features.values[usable], chances, labels),
-        report=plain({**guard.report, "recalibrated": measured, "fpr": target, "other": None, "conversations": None}),
+        report=plain({**guard.report, "recalibrated": measured, "fpr": how.fpr, "other": None, "conversations": None}),
         notes=tuple(dict.fromkeys(notes)),
         recheck=None,
         model=model,

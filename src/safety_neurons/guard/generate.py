@@ -26,24 +26,58 @@ from safety_neurons.model.sites import unwrapped
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions, conversation_of
 
+REFUSAL = "I can't help with that."
+Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
+"""What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
+Log = Callable[[Mapping[str, Any]], None]
+"""Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
+
 
 @dataclass(frozen=True)
 class Rules:
-    """When rows are stopped.
+    """When a guarded model stops an answer, and what takes its place."""
 
-    Attributes:
-        fail_open: whether a prompt that was truncated or could not be scored goes on.
-        shadow: whether everything goes on.
-        every: generated tokens between re-checks; 0 for none.
-        threshold: of the re-checks.
-        top: neurons to name in the verdict on a flagged row.
-    """
-
-    fail_open: bool = False
+    action: Action = "refuse"
+    """`refuse`, `error`, or a function of prompt and verdict that gives the text."""
+    refusal: str = REFUSAL
+    """The text of `refuse`."""
+    recheck_every: int = 0
+    """Re-check answers under way each time they are so many tokens longer; 0 for never. The threshold is the one that `calibrate_recheck`
+    measured at such positions, for this distance."""
+    recheck_threshold: float | None = None
+    """A threshold for re-checks of one's own."""
     shadow: bool = False
-    every: int = 0
-    threshold: float = 1.0
+    """Only log; stop nothing and change nothing."""
+    fail_open: bool = False
+    """Let prompts pass that were truncated or could not be scored."""
+    log: Log | None = None
+    """Told of every verdict, without any text."""
     top: int = TOP
+    """Neurons to name in the verdict on a flagged row."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.action) and self.action not in ("refuse", "error"):
+            raise UsageError(f"action {self.action!r} is unknown; expected refuse, error or a function of prompt and verdict")
+        if self.recheck_every < 0:
+            raise UsageError(f"re-checks every {self.recheck_every} tokens; expected 0 for none, or more")
+        check_probability(1.0 if self.recheck_threshold is None else self.recheck_threshold, "threshold")
+
+    def threshold_of(self, guard: Guard) -> float:
+        """The threshold of re-checks by a guard.
+
+        Raises:
+            UsageError: none was measured for this distance, and none is given.
+        """
+        every, measured = self.recheck_every, guard.recheck
+        if self.recheck_threshold is not None or not every:
+            return 1.0 if self.recheck_threshold is None else self.recheck_threshold
+        if measured is None or measured.every != every:
+            has = "none" if measured is None else f"one for every {measured.every} tokens"
+            raise UsageError(
+                f"re-checks every {every} tokens: the guard's threshold was measured on prompts, and for generated tokens it has {has}; "
+                "fit it with --recheck-every (calibrate_recheck), or give a recheck_threshold"
+            )
+        return measured.threshold
 
 
 @dataclass
@@ -58,6 +92,7 @@ class Watch:
         rules: when to stop.
         truncated: per row whether its prompt was.
         lengths: tokens of each prompt.
+        threshold: of re-checks.
         beside: per row the verdicts on the other readings of its request, which count as much as the one of the prefill.
         verdicts: per row, once the prompt is read.
         rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
@@ -69,6 +104,7 @@ class Watch:
     truncated: Sequence[bool]
     lengths: Sequence[int]
     beside: Sequence[Sequence[Verdict]]
+    threshold: float = 1.0
     channel: "_Channel | None" = None
     verdicts: list[Verdict] = field(default_factory=list)
     rechecks: list[list[tuple[int, Verdict]]] = field(default_factory=list)
@@ -94,7 +130,7 @@ class Watch:
             self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
             self._stop(self.verdicts)
         elif self._due(self.steps):
-            verdicts = self._judge(self.rules.threshold)
+            verdicts = self._judge(self.threshold)
             for row, verdict in zip(self.rechecks, verdicts, strict=True):
                 row.append((self.steps, verdict))
             self._stop(verdicts)
@@ -139,13 +175,13 @@ class Watch:
         return next(((count, verdict) for count, verdict in checks if verdict.flagged and count <= n_tokens), None)
 
     def _due(self, step: int) -> bool:
-        return self.rules.every > 0 and step % self.rules.every == 0
+        return self.rules.recheck_every > 0 and step % self.rules.recheck_every == 0
 
     def _stop(self, verdicts: Sequence[Verdict]) -> None:
         """Note the rows that end here, and take the hooks off until the next check; a pooling over all tokens keeps them on for that."""
         if not self.rules.shadow:
             self.stopped |= torch.tensor([verdict.flagged for verdict in verdicts])
-        if not self.rules.every or self.guard.pooling.kind == "last":
+        if not self.rules.recheck_every or self.guard.pooling.kind == "last":
             self._close()
 
     def _judge(self, threshold: float | None) -> list[Verdict]:
@@ -428,11 +464,6 @@ class Detokenizer:
         return after[len(before) :]
 
 
-REFUSAL = "I can't help with that."
-Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
-"""What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
-Log = Callable[[Mapping[str, Any]], None]
-"""Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
 _SEVERAL_ROWS = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha")
 _OTHER_LOOPS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit", "use_mtp", "streamer")
 
@@ -472,45 +503,23 @@ class GuardedModel:
     Args:
         model: the model.
         guard: fit on it; a guard that is not bound to it is bound, which checks it.
-        action: `refuse`, `error`, or a function of prompt and verdict that gives the text.
-        refusal: the text of `refuse`.
-        recheck_every: re-check answers under way each time they are so many tokens longer; 0 for never. The threshold is the one that
-            `calibrate_recheck` measured at such positions, for this distance.
-        recheck_threshold: a threshold for re-checks of one's own.
-        shadow: only log; stop nothing and change nothing.
-        fail_open: let prompts pass that were truncated or could not be scored.
-        log: told of every verdict, without any text.
+        **rules: those of `Rules`: `action`, `refusal`, `recheck_every`, `recheck_threshold`, `shadow`, `fail_open`, `log`.
 
     Raises:
         ForeignModelError, MismatchError: the guard is not this model's. UsageError: arguments out of range, or re-checks that nothing
             was calibrated for.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        guard: Guard,
-        *,
-        action: Action = "refuse",
-        refusal: str = REFUSAL,
-        recheck_every: int = 0,
-        recheck_threshold: float | None = None,
-        shadow: bool = False,
-        fail_open: bool = False,
-        log: Log | None = None,
-    ) -> None:
-        if not callable(action) and action not in ("refuse", "error"):
-            raise UsageError(f"action {action!r} is unknown; expected refuse, error or a function of prompt and verdict")
+    def __init__(self, model: LanguageModel, guard: Guard, **rules: Any) -> None:
         if guard.model is not None and guard.model.inner is not model.inner:
             raise MismatchError(f"the guard is bound to {guard.bound.name}, {model.name} arrived; load the guard on the model it guards")
-        self.model = model
+        self.model, self.rules = model, Rules(**rules)
         self.guard = guard if guard.model is model else guard.bind(model)
-        self.action, self.refusal, self.log = action, refusal, log
-        self.rules = Rules(fail_open, shadow, recheck_every, self._recheck_threshold(recheck_every, recheck_threshold))
+        self._threshold = self.rules.threshold_of(guard)
 
     def __repr__(self) -> str:
         modes = [word for word, on in (("shadow", self.rules.shadow), ("fail open", self.rules.fail_open)) if on]
-        modes += [f"re-check every {self.rules.every} tokens"] if self.rules.every else []
+        modes += [f"re-check every {self.rules.recheck_every} tokens"] if self.rules.recheck_every else []
         return f"GuardedModel({self.model.name!r}, {self.guard!r}{', ' if modes else ''}{', '.join(modes)})"
 
     def generate(
@@ -578,7 +587,7 @@ class GuardedModel:
         return GuardedStream(
             lambda channel: self._answers([prompt], settings, channel, batch_size=1)[0],
             self.model,
-            0 if self.rules.shadow else self.rules.every,
+            0 if self.rules.shadow else self.rules.recheck_every,
             end_ids(self.model, (settings.others or {}).get("eos_token_id")),
         )
 
@@ -595,7 +604,7 @@ class GuardedModel:
             raise DecodeError(f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or sampling, one row a prompt")
         if options.get("past_key_values") is not None:
             raise DecodeError("past_key_values arrived: the guard has not read the tokens in that cache; give the whole prompt instead")
-        if self.rules.every and options.get("use_cache") is False:
+        if self.rules.recheck_every and options.get("use_cache") is False:
             raise DecodeError("use_cache=False with re-checks: tokens would be read again at every step; leave one of them out")
         if options.get("return_dict_in_generate"):
             raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
@@ -604,7 +613,12 @@ class GuardedModel:
             criterion = StopStringCriteria(self.model.tokenizer, [strings] if isinstance(strings, str) else list(strings))
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), criterion]
         measured, decoding = self.guard.recheck, Decoding.of(options)
-        if self.rules.every and self._measured_threshold and measured is not None and decoding.max_new_tokens > measured.max_new_tokens:
+        if (
+            self.rules.recheck_every
+            and self.rules.recheck_threshold is None
+            and measured is not None
+            and decoding.max_new_tokens > measured.max_new_tokens
+        ):
             raise UsageError(
                 f"{decoding.max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
                 "false-positive rate is not known there; ask for fewer tokens, or calibrate for longer answers"
@@ -632,7 +646,7 @@ class GuardedModel:
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
             truncated, lengths = [item.truncated for item in chosen], [len(item.ids) for item in chosen]
-            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], channel)
+            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], self._threshold, channel)
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
             if channel is not None:
                 channel.watch = watch
@@ -666,33 +680,18 @@ class GuardedModel:
             count, why = stop
             kept = tuple(answer.token_ids[:count])
             result = GuardedAnswer(prompt.id, "", kept, verdict, True, "guard", count, why if count else None)
-        if self.log is not None:
-            self.log(_event(result, self.rules.shadow))
+        if self.rules.log is not None:
+            self.rules.log(_event(result, self.rules.shadow))
         return result if stop is None else dataclasses.replace(result, text=self._instead(prompt, stop[1]))
 
     def _instead(self, prompt: Prompt, verdict: Verdict) -> str:
-        if callable(self.action):
-            return self.action(prompt, verdict)
-        if self.action == "error":
+        if callable(self.rules.action):
+            return self.rules.action(prompt, verdict)
+        if self.rules.action == "error":
             chance = "not scored" if verdict.p_unsafe is None else f"{verdict.p_unsafe:.3g}"
             why = f"status {verdict.status}" if verdict.status != "ok" else f"probability {chance}, threshold {verdict.threshold:.3g}"
             raise FlaggedError(f"prompt {prompt.id!r} is flagged by the guard ({why}); it was not answered", verdict)
-        return self.refusal
-
-    def _recheck_threshold(self, every: int, threshold: float | None) -> float:
-        if every < 0:
-            raise UsageError(f"re-checks every {every} tokens; expected 0 for none, or more")
-        self._measured_threshold = threshold is None
-        if not every or threshold is not None:
-            return check_probability(1.0 if threshold is None else threshold, "threshold")
-        measured = self.guard.recheck
-        if measured is None or measured.every != every:
-            has = "none" if measured is None else f"one for every {measured.every} tokens"
-            raise UsageError(
-                f"re-checks every {every} tokens: the guard's threshold was measured on prompts, and for generated tokens it has {has}; "
-                "fit it with --recheck-every (calibrate_recheck), or give a recheck_threshold"
-            )
-        return measured.threshold
+        return self.rules.refusal
 
 
 @contextlib.contextmanager

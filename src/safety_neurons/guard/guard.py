@@ -8,7 +8,7 @@ import pathlib
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -29,6 +29,7 @@ from safety_neurons.guard.calibration import (
     Recheck,
     check_probability,
     float_rows,
+    from_json,
     rates_at,
 )
 from safety_neurons.guard.features import Collector, Pooling, Request, RequestReading, as_request_prompts, collect, last_layer, readings
@@ -47,6 +48,7 @@ MEMBERS = "neurons/"
 MOST_NEURONS = 5_000_000
 MOST_JSON = 32 * 2**20
 MOST_HEADER = 16 * 2**20
+_LONGEST_WORDS = 200
 Status = Literal["ok", "truncated", "error"]
 
 
@@ -164,22 +166,6 @@ class Bindings:
     dtype: str
     tokenizer_sha256: str
     template_sha256: str
-
-    def to_json(self) -> dict[str, str]:
-        """The fields as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: Any) -> "Bindings":
-        """The bindings that `to_json` wrote.
-
-        Raises:
-            InputError: damaged.
-        """
-        names = list(cls.__dataclass_fields__)
-        if not isinstance(found, Mapping) or not all(isinstance(found.get(name), str) for name in names):
-            raise InputError(f"a guard without whole bindings; expected the strings {', '.join(names)}: fit or copy it again")
-        return cls(**{name: found[name] for name in names})
 
     def check(self, model: LanguageModel, neurons: NeuronSet) -> None:
         """Raise an error unless the model is the one that the guard was fit on.
@@ -599,7 +585,8 @@ class Guard:
         arrays |= {MEMBERS + key: torch.from_numpy(indices.copy()) for key, indices in self.neurons.items()}
         metadata = {**header(self.neurons.provenance, self.neurons.table), "guard": SCHEMA}
         write_bytes(place / WEIGHTS, ordered_header(to_bytes(arrays, metadata=metadata)))
-        write_json(place / FACTS, _facts(self))
+        facts = {one.name: getattr(self, one.name, None) for one in dataclasses.fields(GuardFacts)}
+        write_json(place / FACTS, {"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
@@ -612,70 +599,43 @@ class Guard:
             ForeignModelError, MismatchError: another model; see `bind`.
         """
         place = pathlib.Path(folder)
-        facts = _read_facts(place / FACTS)
+        found = _read_facts(place / FACTS)
         neurons, vectors = _read_weights(place / WEIGHTS)
         try:
-            guard = _from_file(facts, neurons, vectors)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(
-                f"{str(place / FACTS)!r} is damaged ({_one_line(error)}); expected what Guard.save wrote: copy it again"
-            ) from error
+            facts = from_json(GuardFacts, found)
+            classifier = Classifier(vectors["mean"], vectors["scale"], vectors["weights"], facts.bias, facts.calibration)
+            shared = {one.name: getattr(facts, one.name) for one in dataclasses.fields(Guard) if hasattr(facts, one.name)}
+            guard = Guard(neurons=neurons, classifier=classifier, **shared)
+        except InputError as error:
+            raise InputError(f"{str(place / FACTS)!r} is damaged: {error}") from error
         return guard if model is None else guard.bind(model)
 
 
-def _facts(guard: Guard) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "n_neurons": len(guard.neurons),
-        "pooling": {"kind": guard.pooling.kind, "window": guard.pooling.window},
-        "bias": guard.bias,
-        "calibration": guard.calibration.to_json(),
-        "threshold": guard.threshold,
-        "in_force": guard.in_force,
-        "operating_points": [point.to_json() for point in guard.operating_points],
-        "recheck": None if guard.recheck is None else guard.recheck.to_json(),
-        "bindings": guard.bindings.to_json(),
-        "reference": dict(guard.reference),
-        "report": dict(guard.report),
-        "notes": list(guard.notes),
-    }
+@dataclass(frozen=True)
+class GuardFacts:
+    """What `guard.json` holds of a guard beside its schema: everything but the vectors, with the words of `Guard`."""
 
+    n_neurons: int
+    pooling: Pooling
+    bias: float
+    calibration: Calibration
+    threshold: float
+    in_force: str
+    operating_points: tuple[OperatingPoint, ...]
+    recheck: Recheck | None
+    bindings: Bindings
+    reference: Mapping[str, Any]
+    report: Mapping[str, Any]
+    notes: tuple[str, ...]
 
-def _from_file(facts: Mapping[str, Any], neurons: NeuronSet, vectors: Mapping[str, torch.Tensor]) -> Guard:
-    pooling = facts["pooling"]
-    bias = facts["bias"]
-    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
-        raise InputError(f"a guard with bias {str(bias)[:20]!r}; expected a finite number")
-    if not isinstance(facts["operating_points"], list) or not isinstance(facts["notes"], list):
-        raise InputError("a guard whose operating points or notes are no list; expected what Guard.save wrote")
-    return Guard(
-        neurons,
-        Pooling(str(pooling["kind"]), _whole(pooling["window"])),
-        Classifier(vectors["mean"], vectors["scale"], vectors["weights"], float(bias), Calibration.from_json(facts["calibration"])),
-        tuple(OperatingPoint.from_json(point) for point in facts["operating_points"]),
-        check_probability(facts["threshold"], "threshold"),
-        str(facts["in_force"])[:200],
-        Bindings.from_json(facts["bindings"]),
-        _reference(facts["reference"]),
-        dict(facts["report"]),
-        tuple(str(note) for note in facts["notes"]),
-        None if facts["recheck"] is None else Recheck.from_json(facts["recheck"]),
-    )
-
-
-def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of the calibration examples; probabilities are checked, since thresholds are weighed by them."""
-    kept = found.get("probabilities")
-    lists = () if kept is None else (kept["safe"], kept["unsafe"])
-    for value in (value for values in lists for value in values):
-        check_probability(value, "threshold")
-    return dict(found)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10**6:
-        raise InputError(f"a window of {str(value)[:20]!r} tokens; expected a whole number")
-    return value
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bias):
+            raise InputError(f"a guard with bias {self.bias}; expected a finite number")
+        if len(self.in_force) > _LONGEST_WORDS:
+            raise InputError(f"a guard whose threshold is said to come from {len(self.in_force):,} characters; expected a few words")
+        # Thresholds are weighed by them.
+        for value in (value for values in (self.reference.get("probabilities") or {}).values() for value in values):
+            check_probability(value, "threshold")
 
 
 def _read_facts(path: pathlib.Path) -> dict[str, Any]:

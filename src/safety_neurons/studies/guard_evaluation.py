@@ -9,7 +9,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -675,7 +674,6 @@ def guarded_outputs(
     by: str | Judge = "compliance",
     max_new_tokens: int = 64,
     batch_size: BatchSize = "auto",
-    completions_file: pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> GuardedOutputs:
     """Answers without and with the guard, judged.
@@ -691,7 +689,6 @@ def guarded_outputs(
         by: a judge or its name; a judge of refusals calls unsafe what does not refuse.
         max_new_tokens: length of an answer, in tokens.
         batch_size: prompts a batch.
-        completions_file: where both arms are kept.
         progress: told the name of every step.
 
     Raises:
@@ -721,8 +718,6 @@ def guarded_outputs(
     known = np.append(~np.isnan(before), np.ones(len(safe), bool))
     written = np.append(before, np.zeros(len(safe)))
     completions = Completions([*plain, *(_completion(prompt, one) for prompt, one in zip(asked, answers, strict=True))])
-    if completions_file is not None:
-        completions.save(completions_file)
     return GuardedOutputs(
         found.name,
         rate(before, unsafe.groups),
