@@ -57,7 +57,7 @@ def test_others_may_not_reach_a_server_without_a_token():
 
 
 def test_a_missing_extra_is_one_line_that_names_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "safety_neurons.guard.server.settings", None)
+    monkeypatch.setitem(sys.modules, "safety_neurons.guard.server.door", None)
     with pytest.raises(UsageError, match=r"pip install 'safety-neurons\[serve\]'"):
         guard_serve.configured(served())
 

@@ -14,7 +14,7 @@ from test_generate import UNSAFE as MARK
 
 from safety_neurons.guard.features import readings
 from safety_neurons.guard.server import Limits, Settings, serve_guard
-from safety_neurons.guard.server.conversation import is_identifier
+from safety_neurons.guard.server.shapes import is_identifier
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt
 from tiny import tiny_llama, tiny_tokenizer

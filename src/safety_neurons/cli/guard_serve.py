@@ -183,7 +183,7 @@ def configured(served: Served) -> Any:
         UsageError: the extra is missing, or the options contradict one another.
     """
     try:
-        from safety_neurons.guard.server.settings import REFUSAL, Limits, Settings
+        from safety_neurons.guard.server.door import REFUSAL, Limits, Settings
     except ModuleNotFoundError as error:
         raise UsageError(f"guard serve needs {error.name}, which is not installed; run {INSTALL}") from None
     same = ("host", "port", "upstream", "on_unsafe", "fail_open", "shadow", "log_prompts", "docs")

@@ -18,13 +18,12 @@ from starlette.requests import Request
 from safety_neurons import __version__
 from safety_neurons.guard.features import RequestReading, readings
 from safety_neurons.guard.guard import Guard
-from safety_neurons.guard.server.conversation import KNOWN, beside, conversation, strange_options, text_of, texts_in
-from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, drifts_of
+from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, Settings, drifts_of
 from safety_neurons.guard.server.engine import Answering, Engine, Outcome, PromptJudge, VerdictGate, Writer, asked_wrongly, outcome_of
 from safety_neurons.guard.server.local import Admission, Bound, Decode, Ended, LocalWriter, Piece
-from safety_neurons.guard.server.settings import Settings
 from safety_neurons.guard.server.shapes import (
     DONE,
+    KNOWN,
     ChatRequest,
     ClassifyAnswer,
     ClassifyRequest,
@@ -41,7 +40,12 @@ from safety_neurons.guard.server.shapes import (
     Problem,
     Streamed,
     Turn,
+    beside,
+    conversation,
     parse,
+    strange_options,
+    text_of,
+    texts_in,
     unfinished,
     unforeseen,
     usage,

@@ -22,8 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import WHOLE, RequestReading
 from safety_neurons.guard.guard import largest
-from safety_neurons.guard.server.door import Metrics
-from safety_neurons.guard.server.settings import Settings
+from safety_neurons.guard.server.door import Metrics, Settings
 from safety_neurons.guard.server.shapes import Problem, busy, closing, too_long, too_many_characters
 
 _SMOOTHING = 0.2

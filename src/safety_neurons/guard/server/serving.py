@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.guard.server.app import Service
-from safety_neurons.guard.server.settings import Limits
+from safety_neurons.guard.server.door import Limits
 from safety_neurons.guard.server.shapes import Problem
 
 _OWN_FILES = 64

@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 
 from safety_neurons import strict_json
-from safety_neurons.guard.server.door import Metrics
-from safety_neurons.guard.server.settings import Settings
+from safety_neurons.guard.server.door import Metrics, Settings
 from safety_neurons.guard.server.shapes import TYPES, Problem
 from safety_neurons.model.chat_server import is_local
 
