@@ -1,34 +1,31 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
-from safety_neurons.results.areas import Agreement, AreaPart, area_difference, auroc, cohen_kappa, mean_area_difference
 from safety_neurons.results.completions import Completion, Completions, conversation_of
 from safety_neurons.results.estimates import (
-    Difference,
-    Effect,
-    Estimate,
-    McNemar,
-    Rate,
+    AreaPart,
     against_random,
+    area_difference,
+    auroc,
     captioned,
     causal_effect,
-    clear_word,
+    cohen_kappa,
     comparisons,
     difference_over_seeds,
     family,
     holm,
     holm_in,
-    is_clear,
     mcnemar,
+    mean_area_difference,
     paired_difference,
     per_token,
     perplexity,
     rate,
     rate_over_seeds,
-    stands_out,
 )
 from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
 from safety_neurons.results.notebook import html_table, visible
+from safety_neurons.results.records import Agreement, Difference, Effect, Estimate, McNemar, Rate, clear_word, is_clear, stands_out
 from safety_neurons.results.run import Checkpoint, RunFolder, Saved
 
 __all__ = [

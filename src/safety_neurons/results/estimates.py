@@ -1,4 +1,4 @@
-"""Estimates: rates, differences and causal effects with intervals that keep their nominal coverage, and the one decision "clear".
+"""Estimates: rates, differences, causal effects and areas under curves, with intervals that keep their nominal coverage.
 
 Prompts that share a group (a deed, a conversation) count as one cluster; without groups every prompt is its own. docs/statistics.md says
 in words what is computed here, and how often each interval covered in simulation (`benchmarks/coverage.py`).
@@ -8,21 +8,20 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from safety_neurons.errors import InputError
-from safety_neurons.results import notebook
-from safety_neurons.results.records import DifferenceRecord, EstimateRecord, McNemarRecord
+from safety_neurons.results.records import COMPARED, LEVEL, Agreement, Difference, Effect, Estimate, McNemar, Rate
 
+Scores = Float64[np.ndarray, " example"]
+Labels = Bool[np.ndarray, " example"]
 Outcomes = Sequence[bool | int | float | np.generic | None] | np.ndarray
 """One outcome per prompt; `None` or NaN means unscored."""
 GroupLabels = Sequence[str | None] | None
 """What every prompt shares with others; None, for one or for all, means a group of its own."""
-LEVEL = 0.05
-"""1 − the nominal coverage of every interval."""
 FEWEST_SETS = 3
 """Random sets below which nothing can be clear: the spread of one or two says next to nothing of the next one."""
 FEWEST_SEEDS = 5
@@ -33,153 +32,6 @@ _PSEUDO = 1.5
 """Pseudo-observations at either end of the range. Bonett and Price add one; with one and a half no truth is covered less than .944."""
 _FLIPS = 4999
 _ENUMERATED = 12
-
-
-EstimateT = TypeVar("EstimateT", bound="Estimate")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval. `value` is None where it is undefined, the ends where nothing bounds them; `why` says why."""
-
-    value: float | None
-    low: float | None
-    """Lower end of the 95 % interval."""
-    high: float | None
-    """Upper end of the 95 % interval."""
-    n: int
-    """Prompts (or pairs, or texts) it rests on."""
-    unscored: int = 0
-    """Prompts that could not be scored: left out and never counted as 0."""
-    why: str | None = None
-    """What keeps the number from being defined, bounded or shown as clear."""
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    def to_json(self) -> EstimateRecord:
-        """`{value, low, high, n, unscored}`, and what else is known of the number; over seeds the lowest and the highest of them."""
-        written = {name: value for name, value in vars(self).items() if name in _BASIC or value not in (None, ())}
-        if by_seed := written.get("by_seed"):
-            known = [value for value in by_seed if value is not None]
-            written |= {"by_seed": list(by_seed), "lowest": min(known, default=None), "highest": max(known, default=None)}
-        return cast(EstimateRecord, written)
-
-    @classmethod
-    def from_json(cls: type[EstimateT], found: Mapping[str, Any]) -> EstimateT:
-        """The estimate that `to_json` wrote; other keys are left alone.
-
-        Raises:
-            KeyError, TypeError: one of the basic five is missing or no number, or this is no object.
-        """
-        more = [field.name for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found]
-        values: dict[str, Any] = {name: found[name] for name in (*_BASIC, *more)}
-        wrong = next((name for name in _BASIC if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)), None)
-        if wrong is not None:
-            raise TypeError(f"{wrong} {str(found[wrong])[:20]!r}; expected a number")
-        typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**typed)
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"undefined, n {self.n}, unscored {self.unscored}"
-        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f} {ends}, n {self.n}, unscored {self.unscored}"
-
-
-_BASIC = ("value", "low", "high", "n", "unscored")
-_COMPARED = {*_BASIC, "p", "clear"}
-"""By which a difference is known among JSON values."""
-
-
-@dataclass(frozen=True)
-class Rate(Estimate):
-    """A mean over scored outcomes."""
-
-    by_seed: tuple[float | None, ...] = ()
-    """The mean of every seed, where there are several."""
-
-    def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high)
-        return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
-
-
-@dataclass(frozen=True)
-class Effect(Estimate):
-    """A causal effect: the share of the difference between two models that a treatment restores."""
-
-    measure: str = "refused"
-    """The score whose difference is explained."""
-
-    def __str__(self) -> str:
-        if self.value is None or self.low is None or self.high is None:
-            return f"undefined ({self.why})"
-        return (
-            f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] of the difference in {self.measure}, n {self.n}, unscored {self.unscored}"
-        )
-
-    def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high) + (f": {self.why}" if self.value is None else "")
-        columns = ["share of the difference, 95 % interval", "n", "unscored"]
-        return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
-
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """A mean of paired differences."""
-
-    p: float | None = None
-    """Two-sided p-value of no difference; of yes and no under two treatments McNemar's exact one."""
-    p_holm: float | None = None
-    """The same held against all comparisons of a table of more than ten."""
-    by_seed: tuple[float | None, ...] = ()
-    """The difference of every seed, where there are several."""
-
-    @property
-    def clear(self) -> bool:
-        """What this project calls clearly more (or clearly less, where the value is below 0).
-
-        The interval excludes 0, the exact or calibrated test rejects (over a table of more than ten by Holm), and there are prompts, random
-        sets and seeds enough to say so. The interval is made to hold 0 where the test does not reject, so that the two never contradict.
-        """
-        p = self.p if self.p_holm is None else self.p_holm
-        return self.why is None and p is not None and p <= LEVEL and self.excludes_zero
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"undefined, n {self.n}, unscored {self.unscored}"
-        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
-        return f"{self.value:+.2f} {ends}, n {self.n}, unscored {self.unscored}"
-
-    def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high, signed=True)
-        columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
-        return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
-
-    def to_json(self) -> DifferenceRecord:
-        """`{value, low, high, n, unscored, clear, p}`, and what else is known of the difference."""
-        return {**super().to_json(), "p": self.p, "clear": self.clear}
-
-
-def is_clear(record: Mapping[str, Any] | None) -> bool:
-    """Whether a difference read back from JSON is clear; one written without the decision is not."""
-    return bool(record and record.get("clear"))
-
-
-def stands_out(record: Mapping[str, Any], chance: Mapping[str, Any]) -> bool:
-    """Whether a difference is clear and its interval lies outside the range that chance has; of no range, whether it is clear."""
-    if not is_clear(record) or chance.get("low") is None:
-        return is_clear(record)
-    return bool(record["low"] > chance["high"] or record["high"] < chance["low"])
-
-
-def clear_word(record: Mapping[str, Any] | None) -> str:
-    """`clear`, `not clear`, or why nothing can be said, of a difference as JSON values."""
-    if record is None:
-        return "not compared"
-    return "clear" if is_clear(record) else str(record.get("why") or "not clear")
 
 
 # Rates
@@ -449,7 +301,7 @@ def holm(found: Sequence[Difference]) -> list[Difference]:
 def comparisons(table: Any) -> Iterator[Mapping[str, Any]]:
     """The differences in what was written as JSON values, however deep they lie, in order."""
     if isinstance(table, Mapping):
-        if table.keys() >= _COMPARED:
+        if table.keys() >= COMPARED:
             yield table
         else:
             for part in table.values():
@@ -465,7 +317,7 @@ def holm_in(table: Any) -> Any:
 
     def written(part: Any) -> Any:
         if isinstance(part, Mapping):
-            if part.keys() >= _COMPARED:
+            if part.keys() >= COMPARED:
                 return {**part, **next(held).to_json()}
             return {name: written(value) for name, value in part.items()}
         return [written(value) for value in part] if isinstance(part, list | tuple) else part
@@ -567,30 +419,6 @@ def _fieller(gains: np.ndarray, gaps: np.ndarray, clusters: Int[np.ndarray, " pr
 
 
 # McNemar's test
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Prompts on which two treatments disagree, and how likely a split this uneven is where neither is better."""
-
-    first_only: int
-    """Prompts with outcome 1 under the first treatment and 0 under the second."""
-    second_only: int
-    """The other way round."""
-    p: float | None
-    """Two-sided exact p-value; 1 where they never disagree, None where no prompt is scored under both."""
-    n: int
-    """Prompts scored under both."""
-    unscored: int = 0
-    """Prompts left out."""
-
-    def __str__(self) -> str:
-        shown = "undefined" if self.p is None else f"p {self.p:.2g}"
-        return f"{self.first_only} against {self.second_only} of {self.n}, {shown}"
-
-    def to_json(self) -> McNemarRecord:
-        """`{first_only, second_only, p, n, unscored}`."""
-        return cast(McNemarRecord, dataclasses.asdict(self))
 
 
 def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:
@@ -839,3 +667,168 @@ def _column_means(rows: Float[np.ndarray, "row prompt"]) -> Float[np.ndarray, " 
     known = ~np.isnan(rows)
     with np.errstate(invalid="ignore"):
         return np.where(known, rows, 0.0).sum(axis=0) / known.sum(axis=0)
+
+
+# Two classifiers or two judges on the same examples
+
+
+@dataclass(frozen=True)
+class AreaPart:
+    """Classifiers on the same examples.
+
+    Attributes:
+        first: scores of one classifier; larger is more unsafe.
+        others: scores of those to compare with.
+        unsafe: which examples are.
+        groups: what examples share.
+    """
+
+    first: Scores
+    others: Sequence[Scores]
+    unsafe: Labels
+    groups: GroupLabels = None
+
+
+def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
+    """Area under the ROC curve: the chance that an unsafe example scores above a safe one, ties counting half.
+
+    The 95 % interval is DeLong's on the log odds of the area, Student's quantile over the clusters of the rarer class; of an area of
+    exactly 0 or 1, and where a class is one cluster, Clopper and Pearson's for as many examples as the rarer class has clusters.
+
+    Args:
+        scores: larger is more unsafe; NaN is unscored.
+        unsafe: which examples are; a rate without a value where one class is absent.
+        groups: what examples share.
+
+    Raises:
+        InputError: labels or groups are more or fewer than scores.
+
+    Source: DeLong et al., Biometrics 1988; of clusters Obuchowski, Biometrics 1997.
+    Differs: area · (1 − area) ÷ k² is added to the variance, k the clusters of the rarer class, and Student's quantile has k − 1 degrees
+    of freedom: near 0 and 1 and with few clusters DeLong's interval was found to cover as little as .83.
+    """
+    scores = np.asarray(scores, np.float64)
+    if len(unsafe) != len(scores):
+        raise InputError(f"{len(scores)} scores and {len(unsafe)} labels; expected one of each per example")
+    known = ~np.isnan(scores)
+    clusters, lost = clusters_of(groups, len(scores))[known], int((~known).sum())
+    scores, unsafe = scores[known], np.asarray(unsafe, bool)[known]
+    if unsafe.all() or not unsafe.any():
+        return Rate(None, None, None, len(scores), lost)
+    above, below = placements(scores, unsafe)
+    area = float(above.mean())
+    variance, fewest = _variance(above, below, unsafe, clusters)
+    if min(area, 1 - area) < 1e-12 or fewest < 2:
+        return Rate(area, *exact(min(1.0, area) * fewest, fewest), len(scores), lost)
+    whole = area * (1 - area)
+    half = half_width([(variance + whole / fewest**2, fewest - 1.0)]) / whole
+    low, high = (1 / (1 + math.exp(-min(max(math.log(area / (1 - area)) + end, -700.0), 700.0))) for end in (-half, half))
+    return Rate(area, low, high, len(scores), lost)
+
+
+def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
+    """AUROC of the first classifier minus the mean AUROC of the others on the same examples.
+
+    The variance is DeLong's for paired areas, over clusters. Of random sets the spread of their areas is in it as in `against_random`: the
+    difference is one from the next set to be drawn, and with fewer than three sets nothing can be clear.
+
+    Args:
+        part: the classifiers.
+        random: whether the others are classifiers on random sets.
+
+    Raises:
+        InputError: nothing to compare with.
+
+    Source: DeLong et al., Biometrics 1988; of clusters Obuchowski, Biometrics 1997.
+    """
+    return mean_area_difference([part], random=random)
+
+
+def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> Difference:
+    """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same order, other examples.
+
+    Raises:
+        InputError: nothing to compare with.
+    """
+    if not parts or not all(part.others for part in parts):
+        raise InputError("no other scores; expected at least one classifier to compare with")
+    n = sum(len(part.unsafe) for part in parts)
+    if any(part.unsafe.all() or not part.unsafe.any() for part in parts):
+        return Difference(None, None, None, n)
+    values, variances, areas, freedom = [], [], [], 0.0
+    for part in parts:
+        pairs = [placements(scores, part.unsafe) for scores in part.others]
+        above, below = placements(part.first, part.unsafe)
+        above = above - np.mean([pair[0] for pair in pairs], axis=0)
+        below = below - np.mean([pair[1] for pair in pairs], axis=0)
+        values.append(float(above.mean()))
+        variance, fewest = _variance(above, below, part.unsafe, clusters_of(part.groups, len(part.unsafe)))
+        # Where all or nearly all placements are equal they show no variance; it is at least that of a share of which none was seen.
+        variances.append(max(variance, (1 / (fewest + 1)) ** 2))
+        freedom += fewest - 1.0
+        areas.append([float(pair[0].mean()) for pair in pairs])
+    value, drawn = float(np.mean(values)), np.mean(areas, axis=0).tolist()
+    variance_parts = [(float(sum(variances)) / len(parts) ** 2, freedom)] + ([between(drawn, 1.0)] if random else [])
+    half = half_width(variance_parts)
+    why = too_few_sets(len(drawn)) if random else None
+    return Difference(value, max(-1.0, value - half), min(1.0, value + half), n, 0, why, p_value(value, variance_parts))
+
+
+def placements(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Share of safe examples below each unsafe one, and of unsafe ones above each safe one; ties count half."""
+    ours, safe = scores[unsafe], scores[~unsafe]
+    return _shares_below(ours, np.sort(safe)), 1 - _shares_below(safe, np.sort(ours))
+
+
+def _shares_below(values: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    below = np.searchsorted(ranked, values, side="left") + np.searchsorted(ranked, values, side="right")
+    return below / (2 * len(ranked))
+
+
+def _variance(above: np.ndarray, below: np.ndarray, unsafe: Labels, clusters: Int[np.ndarray, " example"]) -> tuple[float, int]:
+    """Variance of a mean of placements over clusters, and the clusters of the rarer class; 0 where that is one."""
+    many = int(clusters.max()) + 1
+    ours, theirs = clusters[unsafe], clusters[~unsafe]
+    gains = np.bincount(ours, above - above.mean(), minlength=many) / len(ours)
+    losses = np.bincount(theirs, below - below.mean(), minlength=many) / len(theirs)
+    counts = [len(np.unique(some)) for some in (ours, theirs, clusters)]
+    steps = [count / max(count - 1, 1) for count in counts]
+    variance = float(gains @ gains) * steps[0] + float(losses @ losses) * steps[1] + 2 * float(gains @ losses) * steps[2]
+    return max(variance, 0.0), min(counts[0], counts[1])
+
+
+def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")) -> Agreement:
+    """Cohen's κ of two lists of yes and no; completions that either judge left unscored are counted and left out.
+
+    Args:
+        first: one verdict per completion; `None` or NaN means unscored.
+        second: the other judge's, in the same order.
+        names: what the judges are called.
+
+    Raises:
+        InputError: lists of different length, or verdicts that are not yes or no.
+
+    Source: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960).
+    Differs: the interval is the exact one of the share of equal verdicts, in place of the normal one.
+    """
+    one, two = scored(first), scored(second)
+    if one.shape != two.shape:
+        raise InputError(f"{len(one)} and {len(two)} verdicts; expected two judges of the same completions")
+    kept = ~(np.isnan(one) | np.isnan(two))
+    unscored = int((~kept).sum())
+    if not np.isin(one[kept], (0, 1)).all() or not np.isin(two[kept], (0, 1)).all():
+        raise InputError("verdicts between 0 and 1; expected yes or no of both judges")
+    a, b = one[kept] == 1, two[kept] == 1
+    table = tuple(tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True))
+    same = dataclasses.replace(rate(a == b), unscored=unscored)
+    return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]
+
+
+def _kappa(a: Bool[np.ndarray, " prompt"], b: Bool[np.ndarray, " prompt"], same: Rate) -> Rate:
+    """κ is a line in the share of equal verdicts once the verdicts' shares are given, and so are the ends of its interval."""
+    yes, also = (float(verdicts.mean()) if len(verdicts) else 1.0 for verdicts in (a, b))
+    chance = yes * also + (1 - yes) * (1 - also)
+    if same.value is None or chance >= 1:
+        return Rate(None, None, None, same.n, same.unscored)
+    value, low, high = ((end - chance) / (1 - chance) for end in (same.value, same.low or 0.0, 1.0 if same.high is None else same.high))
+    return Rate(value, max(-1.0, low), high, same.n, same.unscored)

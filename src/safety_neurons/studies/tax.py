@@ -99,7 +99,7 @@ def read_trainings(
     notes = [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"] if left else []
     tell("write")
     with evaluating(before.model):
-        written = {"positions": how.positions, "max_new_tokens": how.max_new_tokens, "batch_size": batch_size}
+        written: dict[str, Any] = {"positions": how.positions, "max_new_tokens": how.max_new_tokens, "batch_size": batch_size}
         text = texts(before, prompts, stream=Stream(None, {}), **written)
     parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
     models = {"": before, **trained}
