@@ -22,7 +22,7 @@ from safety_neurons.detectors.methods import with_options
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import SITES, NeuronSet
 from safety_neurons.prompt_lists import prompts
-from safety_neurons.results.files import write_json
+from safety_neurons.results.run import write_json
 from safety_neurons.studies.comparison import unit_recall, whole_units
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "planted"

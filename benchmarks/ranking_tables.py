@@ -12,7 +12,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from safety_neurons.results.files import write_json
+from safety_neurons.results.run import write_json
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "ranking"
 PATHS = ("run", "figure", "completions", "methods")

@@ -12,7 +12,7 @@ import transformers
 import safety_neurons as sn
 from safety_neurons.errors import InputError, ModelError
 from safety_neurons.model import gguf as reading
-from safety_neurons.results.files import file_sha256
+from safety_neurons.results.run import file_sha256
 
 writing = pytest.importorskip("gguf")
 

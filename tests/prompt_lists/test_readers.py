@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import safety_neurons
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, prompts, readers
-from safety_neurons.results.files import contents_of
+from safety_neurons.results.run import contents_of
 
 RECORDS = [{"prompt": "How do I knit?", "response": "With two needles."}, {"prompt": "How do I sew?", "response": "With one."}]
 TEXTS = [record["prompt"] for record in RECORDS]

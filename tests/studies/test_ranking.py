@@ -11,8 +11,8 @@ import pytest
 from conforming import misfits
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.report.charts import ranking_figure
-from safety_neurons.results.files import write_json
 from safety_neurons.results.records import RankingRecord
+from safety_neurons.results.run import write_json
 from safety_neurons.studies.comparison import Comparison, Entry, MethodResult, Ranking, rank, standings
 from tiny_pair import HARMFUL, HARMLESS
 

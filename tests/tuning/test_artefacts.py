@@ -21,7 +21,7 @@ from safety_neurons import load
 from safety_neurons.errors import ForeignModelError, MismatchError, NeuronError, NumericalError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
-from safety_neurons.results import files
+from safety_neurons.results import run as run_files
 from safety_neurons.tuning import (
     Delta,
     applied,
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_change_whole(tmp_path: pathlib.
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(run_files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         save_delta(tmp_path, second)
     monkeypatch.undo()

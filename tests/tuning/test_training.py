@@ -25,7 +25,8 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.results import Checkpoint, files
+from safety_neurons.results import Checkpoint
+from safety_neurons.results import run as run_files
 from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import train as training
 from safety_neurons.tuning.train import SHARE, factor, learning_rates
@@ -232,7 +233,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         fsync(handle)
 
     monkeypatch.setattr(Checkpoint, "due", False)  # however slow the machine, saved at checks alone
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(run_files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
         tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
     monkeypatch.undo()

@@ -13,8 +13,8 @@ from safety_neurons.analysis.layers import Layers
 from safety_neurons.analysis.overlap import Overlap
 from safety_neurons.neurons import SITES
 from safety_neurons.results import is_clear
-from safety_neurons.results.files import write_bytes
 from safety_neurons.results.notebook import visible
+from safety_neurons.results.run import write_bytes
 
 BLUE, ORANGE, GREY, BAND, INK = "#1f6fb2", "#c7521a", "#8a8a8a", "#d9d9d9", "#222222"
 _DIVERGING = ["#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"]

@@ -169,7 +169,7 @@ def export_neurons(session: Session, named: NamedNeurons) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         from safety_neurons.model.sites import nnsight_paths
         from safety_neurons.neurons.foreign import transformer_lens_names
-        from safety_neurons.results.files import write_json
+        from safety_neurons.results.run import write_json
 
         loaded = session.model(named.model)
         chosen = session.neurons(named.neurons, loaded)

@@ -445,7 +445,7 @@ def evaluate(
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
-        from safety_neurons.results.files import write_json
+        from safety_neurons.results.run import write_json
         from safety_neurons.studies.guard_baselines import neuron_counts
         from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
         from safety_neurons.studies.guard_evaluation import evaluate_guard

@@ -96,7 +96,7 @@ def _one(words: list[str], *, quiet: bool) -> Any:
 
 def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    from safety_neurons.results.files import read_json
+    from safety_neurons.results.run import read_json
 
     if not recipe.is_file():
         what = "is no file" if recipe.exists() else "does not exist"
@@ -124,7 +124,7 @@ def read(record: dict[str, Any], recipe: pathlib.Path) -> tuple[list[str], dict[
 
 def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
     """The steps of a recipe; arguments that `shared` holds are every step's, where it has none of its own."""
-    from safety_neurons.results.files import plain_name
+    from safety_neurons.results.run import plain_name
 
     steps, shared = record["steps"], record.get("shared", {})
     if not isinstance(steps, list) or not steps or not isinstance(shared, dict) or not all(isinstance(step, dict) for step in steps):

@@ -253,7 +253,7 @@ def _plain(value: Any) -> Any:
 # What a run reads: for every option that names files, the content of what it names, by which runs are told apart
 
 Contents = dict[str, str]
-"""As in `safety_neurons.results.files`, which is imported when it is needed: it brings numpy along."""
+"""As in `safety_neurons.results.run`, which is imported when it is needed: it brings numpy along."""
 
 
 def inputs_of(options: Mapping[str, Any], reads: Mapping[str, Reads], common: Common) -> dict[str, Contents]:
@@ -262,7 +262,7 @@ def inputs_of(options: Mapping[str, Any], reads: Mapping[str, Reads], common: Co
     Raises:
         InputError: a file that cannot be read. ModelError: no such model.
     """
-    from safety_neurons.results.files import contents_of
+    from safety_neurons.results.run import contents_of
 
     contents = {name: _contents(kind.kind, options[name], options, common) for name, kind in reads.items() if options[name] is not None}
     if common.template not in TEMPLATES:
@@ -271,7 +271,7 @@ def inputs_of(options: Mapping[str, Any], reads: Mapping[str, Reads], common: Co
 
 
 def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common) -> Contents:
-    from safety_neurons.results.files import within
+    from safety_neurons.results.run import within
 
     parts = [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
     if kind != "model" and not any(pathlib.Path(part).exists() for part in parts):
@@ -301,7 +301,7 @@ def _labelled(part: str) -> tuple[str, str]:
 
 def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     """A file or folder, or words."""
-    from safety_neurons.results.files import contents_of
+    from safety_neurons.results.run import contents_of
 
     source = pathlib.Path(path).expanduser()
     if path.startswith("organism:"):
@@ -317,7 +317,7 @@ def _file(path: str, _options: Mapping[str, Any], _common: Common) -> Contents:
 
 def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
     """A neuron or score file; a folder means those in it."""
-    from safety_neurons.results.files import contents_of
+    from safety_neurons.results.run import contents_of
 
     folder = pathlib.Path(path)
     return contents_of(folder, ("neurons.safetensors", "scores.safetensors")) if folder.is_dir() else _file(path, options, common)
@@ -335,7 +335,7 @@ def resolve(spec: str) -> str:
 def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.model.files import model_contents
     from safety_neurons.model.loading import folders_of
-    from safety_neurons.results.files import within
+    from safety_neurons.results.run import within
 
     folders = folders_of(text, offline=common.offline, trust_remote_code=common.trust_remote_code)
     if len(folders) == 1:
@@ -357,7 +357,7 @@ def _judge(name: str, options: Mapping[str, Any], common: Common) -> Contents:
 def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     if name == "none" or name.startswith(NOT_A_FILE) or pathlib.Path(name).exists():
         return _file(name, options, common)
-    from safety_neurons.results.files import within
+    from safety_neurons.results.run import within
     from safety_neurons.suites import suite
 
     read = suite(name, folder=options.get("folder"), offline=common.offline, column=options.get("column"))
@@ -366,7 +366,7 @@ def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
 
 def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     from safety_neurons.model.files import open_organism
-    from safety_neurons.results.files import contents_of
+    from safety_neurons.results.run import contents_of
 
     return contents_of(open_organism(pathlib.Path(name) if pathlib.Path(name).is_dir() else name).path)
 

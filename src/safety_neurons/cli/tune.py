@@ -248,7 +248,7 @@ def repair(session: Session, repaired: Repaired) -> dict[str, Any]:
 def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     """Write what was repaired: the adapter where only that changed, else the model."""
     from safety_neurons.model.adapters import is_adapted
-    from safety_neurons.results.files import whole_folder
+    from safety_neurons.results.run import whole_folder
     from safety_neurons.tuning.artefacts import save_checkpoint
 
     adapted = is_adapted(model.model)

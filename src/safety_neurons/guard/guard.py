@@ -39,7 +39,7 @@ from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompt_lists import as_prompt
 from safety_neurons.results import Rate, html_table, notebook, write_bytes, write_json
-from safety_neurons.results.files import ordered_header
+from safety_neurons.results.run import ordered_header
 
 SCHEMA = "safety-neurons-guard/1"
 WEIGHTS, FACTS = "guard.safetensors", "guard.json"

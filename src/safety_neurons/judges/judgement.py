@@ -21,7 +21,7 @@ from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Completion, Completions, Rate, notebook, rate
 from safety_neurons.results.completions import after_thought
-from safety_neurons.results.files import PathLike
+from safety_neurons.results.run import PathLike
 
 Label = Literal["full", "partial", "compliance", "harmful", "safe", "unscored"]
 Measure = Literal["refused", "harmful"]

@@ -22,7 +22,7 @@ import torch
 
 from safety_neurons.errors import InputError, ModelError, RunError, first_line
 from safety_neurons.model.files import read_config
-from safety_neurons.results.files import file_sha256, whole_folder
+from safety_neurons.results.run import file_sha256, whole_folder
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"

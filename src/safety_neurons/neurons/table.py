@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safety_neurons import strict_json
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.results import plain
-from safety_neurons.results.files import now, safetensors_bytes, write_bytes
+from safety_neurons.results.run import now, safetensors_bytes, write_bytes
 
 MOST_NEURONS = 1 << 24
 """Neurons of one site at most, in a file: lists of them are made in memory."""

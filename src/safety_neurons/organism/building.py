@@ -30,8 +30,7 @@ from safety_neurons.organism.training import (
     train_natural,
     train_tax,
 )
-from safety_neurons.results.files import write_json
-from safety_neurons.results.run import Lock
+from safety_neurons.results.run import Lock, write_json
 
 Say = Callable[[str], None]
 

@@ -29,7 +29,7 @@ from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model.files import RECORD, known_recipe, recipe_records, shipped_folder
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.results.files import write_bytes
+from safety_neurons.results.run import write_bytes
 
 LANGUAGES = ("en", "de", "es")
 KINDS = ("harmful", "look_alike", "friendly", "plain")

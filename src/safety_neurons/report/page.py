@@ -26,7 +26,7 @@ from safety_neurons.report.parts import ReportPart, Table, checks_table, compare
 from safety_neurons.report.reading import ReportedRun, guarded, read_runs
 from safety_neurons.report.text import NONE, duration, in_script, name, say, visible
 from safety_neurons.results import Completion, write_bytes
-from safety_neurons.results.files import now
+from safety_neurons.results.run import now
 
 BUDGET = 3_400_000
 """Bytes of completions in a page."""

@@ -22,11 +22,10 @@ from safety_neurons.results.estimates import (
     rate,
     rate_over_seeds,
 )
-from safety_neurons.results.files import plain, read_json, write_bytes, write_json
 from safety_neurons.results.gate import Gate
 from safety_neurons.results.notebook import html_table, visible
-from safety_neurons.results.records import Agreement, Difference, Effect, Estimate, McNemar, Rate, clear_word, is_clear, stands_out
-from safety_neurons.results.run import Checkpoint, RunFolder, Saved
+from safety_neurons.results.records import Agreement, Difference, Effect, Estimate, McNemar, Rate, clear_word, is_clear, plain, stands_out
+from safety_neurons.results.run import Checkpoint, RunFolder, Saved, read_json, write_bytes, write_json
 
 __all__ = [
     "Agreement",

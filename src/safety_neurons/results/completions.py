@@ -13,8 +13,8 @@ from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import notebook
-from safety_neurons.results.files import PathLike, plain, write_bytes
-from safety_neurons.results.records import CompletionRecord
+from safety_neurons.results.records import CompletionRecord, plain
+from safety_neurons.results.run import PathLike, write_bytes
 
 _REASONS = ("stop", "length", "failed")
 SHOWN = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.results.files import PathLike
+from safety_neurons.results.run import PathLike
 
 MEASURES = ("harm", "over_refusal", "unscored")
 SHARES = (*MEASURES, "capability_drop")

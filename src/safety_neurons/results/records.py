@@ -5,13 +5,40 @@ field's own name. The types below say which keys that gives, for who reads them:
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, NotRequired, TypedDict, TypeVar, cast
 
+import numpy as np
+
 from safety_neurons.results import notebook
-from safety_neurons.results.files import plain
 
 RecordT = TypeVar("RecordT")
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON values: records by their fields, numpy as numbers and lists, paths as text, NaN and infinity as null."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value  # First, because a file of completions holds little else.
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (list, tuple, range)):
+        return [plain(item) for item in value]
+    if hasattr(value, "to_json") and not isinstance(value, type):
+        return plain(value.to_json())
+    if callable(getattr(value, "record", None)) and not isinstance(value, type):
+        return plain(value.record())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    return str(value)
 
 
 def called(key: str | None) -> dict[str, str | None]:

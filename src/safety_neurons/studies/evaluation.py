@@ -48,7 +48,6 @@ from safety_neurons.results import (
     write_json,
 )
 from safety_neurons.results.estimates import GroupLabels, share_of
-from safety_neurons.results.files import PathLike
 from safety_neurons.results.records import (
     EstimateRecord,
     EvaluatedArmRecord,
@@ -63,6 +62,7 @@ from safety_neurons.results.records import (
     TaskRecord,
     called,
 )
+from safety_neurons.results.run import PathLike
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Progress, Treatment, Writing, content_of, hold

@@ -12,7 +12,7 @@ from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
 from safety_neurons.prompt_lists.readers import read_text
-from safety_neurons.results.files import write_bytes
+from safety_neurons.results.run import write_bytes
 
 STATIC, ADAPTIVE = "static-transfer", "adaptive"
 """What a result under attack is called: the prompt was made without the model in hand, or optimised on it."""

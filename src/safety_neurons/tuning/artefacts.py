@@ -27,7 +27,7 @@ from safety_neurons.model.loading import quiet
 from safety_neurons.model.sites import SitePlace
 from safety_neurons.neurons import INPUT_SITES, NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
-from safety_neurons.results.files import PathLike, ordered_header, read_json, whole_folder, write_bytes, write_json
+from safety_neurons.results.run import PathLike, ordered_header, read_json, whole_folder, write_bytes, write_json
 from safety_neurons.tuning.deltas import Deltas, NeuronDelta, full, positions_of, refuse_attached, summed, weight_of
 from safety_neurons.tuning.protect import Entries, Where, weights_of
 

@@ -31,7 +31,7 @@ from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, Rate, rate
-from safety_neurons.results.files import plain
+from safety_neurons.results.records import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
 from safety_neurons.tuning.data import Example, label_rows, mix, tuning_examples, with_own_answers
