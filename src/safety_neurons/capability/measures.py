@@ -122,10 +122,10 @@ def measure_perplexity(
     notes: list[str] = []
     with treatment():
         losses = token_losses(model, text.texts, batch_size=batch_size, notes=notes)
-    found = perplexity_rate(losses.totals, losses.counts)
+    estimate = perplexity_rate(losses.totals, losses.counts)
     ids = tuple(prompt.id for prompt in text)
-    said = tuple(f"{task}: {note}" for note in notes)
-    return Measurement(task, "perplexity", found, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, said)
+    named_notes = tuple(f"{task}: {note}" for note in notes)
+    return Measurement(task, "perplexity", estimate, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, named_notes)
 
 
 def measure_divergence(
@@ -150,8 +150,8 @@ def measure_divergence(
     rows = token_divergences(reference, fed, treated, batch_size=batch_size, notes=notes)
     totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
     ids = tuple(prompt.id for prompt in prompts)
-    said = tuple(f"{task}: {note}" for note in notes)
-    return Measurement(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, said)
+    named_notes = tuple(f"{task}: {note}" for note in notes)
+    return Measurement(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, named_notes)
 
 
 def documents(text: str) -> list[str]:
@@ -196,19 +196,19 @@ def measure_running_text(
     for owner, window, total, count in zip(owners, windows, losses.totals, losses.counts, strict=True):
         totals[owner] += total if count or len(window) < 2 else math.nan  # a text is whole or left out
         tokens[owner] += count
-    kept = [number for number, total in enumerate(totals) if not math.isnan(total)]
-    loss, n_tokens = sum(totals[number] for number in kept), sum(tokens[number] for number in kept)
+    finite = [number for number, total in enumerate(totals) if not math.isnan(total)]
+    loss, n_tokens = sum(totals[number] for number in finite), sum(tokens[number] for number in finite)
     words = tuple(len(re.split(r"\s+", text)) for text in texts)
-    n_bytes = sum(len(texts[number].encode()) for number in kept)
+    n_bytes = sum(len(texts[number].encode()) for number in finite)
     details = {
         "token_perplexity": math.exp(loss / n_tokens) if n_tokens else None,
         "bits_per_byte": loss / n_bytes / math.log(2) if n_bytes else None,
         "tokens": n_tokens,
     }
-    said = tuple(f"{task}: {note}" for note in notes)
+    named_notes = tuple(f"{task}: {note}" for note in notes)
     outcomes = tuple(None if math.isnan(total) else total for total in totals)
     ids_of = tuple(str(number) for number in range(len(texts)))
-    return Measurement(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, said)
+    return Measurement(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, named_notes)
 
 
 SHOTS = 5
@@ -228,14 +228,14 @@ class Sum(NamedTuple):
 
 def strict(answer: str) -> str:
     """The first number behind `####`, or `[invalid]`."""
-    found = _STRICT.findall(answer)
-    return str(found[0]).strip() if found else INVALID
+    numbers = _STRICT.findall(answer)
+    return str(numbers[0]).strip() if numbers else INVALID
 
 
 def flexible(answer: str) -> str:
     """The last thing that looks like a number, or `[invalid]`."""
-    found = _FLEXIBLE.findall(answer)
-    return next((part for part in found[-1] if part), "").strip() if found else INVALID
+    numbers = _FLEXIBLE.findall(answer)
+    return next((part for part in numbers[-1] if part), "").strip() if numbers else INVALID
 
 
 def matches(extracted: str, reference: str) -> bool:
@@ -364,9 +364,9 @@ def measure_gsm8k(
             answered(index, answers[index])
 
     decoding = Decoding(max_new_tokens, others=stops(model, STOPS))
-    kept = [ids[-room:] for ids in sequences]
+    fed = [ids[-room:] for ids in sequences]
     with treatment():
-        generate(model, kept, decoding, batch_size=how.batch_size, skip=sorted(answers), answered=keep, notes=notes)
+        generate(model, fed, decoding, batch_size=how.batch_size, skip=sorted(answers), answered=keep, notes=notes)
     return score_sums(task, [answers.get(number) for number in range(len(sums))], sums, notes=notes)
 
 
@@ -417,8 +417,8 @@ def read_mmlu(path: str | pathlib.Path, split: str | None = None) -> Mmlu:
 def _files(source: pathlib.Path) -> dict[str, str]:
     try:
         if source.is_dir():
-            found = [path for path in source.rglob("*.csv") if not path.name.startswith("._")]
-            return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in found}
+            paths = [path for path in source.rglob("*.csv") if not path.name.startswith("._")]
+            return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in paths}
         with zipfile.ZipFile(source) as archive:
             tables = [item for item in archive.infolist() if re.search(r"(?:^|/)(?!\._)[^/]+\.csv$", item.filename)]
             if any(item.file_size > LARGEST for item in tables):  # zipfile reads no more than the size that is named
@@ -473,7 +473,7 @@ def log_likelihoods(
     for number, (ids, _) in enumerate(split):
         fed.setdefault(ids, []).append(number)
     readers = list(fed.values())
-    found = [0.0] * len(pairs)
+    likelihoods = [0.0] * len(pairs)
 
     def per_batch(batch: Batch) -> None:
         assert batch.output is not None
@@ -481,11 +481,11 @@ def log_likelihoods(
             for number in readers[index]:
                 targets = split[number][1]
                 scores = widened(batch.output[row, length - len(targets) : length]).log_softmax(-1)
-                found[number] = float(scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum())
+                likelihoods[number] = float(scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum())
 
     with treatment():
         run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True)
-    return found
+    return likelihoods
 
 
 def chosen(likelihoods: Sequence[float]) -> list[int | None]:
@@ -519,22 +519,22 @@ def measure_mmlu(
     Differs: nothing in the scores; a limit is spread over the subjects instead of taking the first of each.
     """
     how, data = TaskSettings.of(settings, **options), read_mmlu(path, split)
-    asked, shots = data.asked, SHOTS if how.shots is None else how.shots
-    if how.limit is not None and how.limit < len(asked):
-        asked = [asked[number] for number in np.linspace(0, len(asked) - 1, how.limit).round().astype(int)]
-    pairs = [(question_context(one, data.shown.get(one.subject, [])[:shots]), f" {letter}") for one in asked for letter in LETTERS]
-    answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=how.batch_size)) if asked else []
-    right = tuple(None if answer is None else float(answer == one.answer) for answer, one in zip(answers, asked, strict=True))
-    ids = tuple(f"{one.subject} {number}" for number, one in enumerate(asked))
+    questions, shots = data.asked, SHOTS if how.shots is None else how.shots
+    if how.limit is not None and how.limit < len(questions):
+        questions = [questions[number] for number in np.linspace(0, len(questions) - 1, how.limit).round().astype(int)]
+    pairs = [(question_context(one, data.shown.get(one.subject, [])[:shots]), f" {letter}") for one in questions for letter in LETTERS]
+    answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=how.batch_size)) if questions else []
+    right = tuple(None if answer is None else float(answer == one.answer) for answer, one in zip(answers, questions, strict=True))
+    ids = tuple(f"{one.subject} {number}" for number, one in enumerate(questions))
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
     failed = right.count(None)
     notes += [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"] if failed else []
-    return Measurement(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(asked, right)}, tuple(notes))
+    return Measurement(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(questions, right)}, tuple(notes))
 
 
-def _by_subject(asked: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:
+def _by_subject(questions: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:
     grouped: dict[str, list[float]] = {}
-    for one, value in zip(asked, right, strict=True):
+    for one, value in zip(questions, right, strict=True):
         if value is not None:
             grouped.setdefault(one.subject, []).append(value)
     return {subject: {"value": sum(values) / len(values), "n": len(values)} for subject, values in grouped.items()}

@@ -120,11 +120,11 @@ def measure(
         text = prompts(wanted.source, limit=how.limit, folder=how.folder)
         return measure_perplexity(model, text, treatment, task=name, batch_size=how.batch_size)
     if wanted.kind == "kl":
-        asked = prompts(wanted.source, limit=how.limit, folder=how.folder)
+        requests = prompts(wanted.source, limit=how.limit, folder=how.folder)
         if reference is None:
-            return measure_divergence(model, asked, treatment, task=name, batch_size=how.batch_size)
+            return measure_divergence(model, requests, treatment, task=name, batch_size=how.batch_size)
         with treatment():
-            return measure_divergence(reference, asked, model, task=name, batch_size=how.batch_size)
+            return measure_divergence(reference, requests, model, task=name, batch_size=how.batch_size)
     if wanted.kind == "wikitext":
         texts = _document_texts(wanted.source)[: how.limit]
         return measure_running_text(model, texts, treatment, task=name, batch_size=how.batch_size)
@@ -138,12 +138,12 @@ def measure(
 def _document_texts(source: str) -> list[str]:
     path = pathlib.Path(source).expanduser()
     try:
-        found = documents(path.read_text(encoding="utf-8-sig"))
+        texts = documents(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {source!r} ({error}); expected running text in UTF-8") from error
-    if not found:
+    if not texts:
         raise InputError(f"{source!r} is empty; expected running text")
-    return found
+    return texts
 
 
 INSTALL = "pip install 'safety-neurons[evaluate]'"
@@ -165,8 +165,8 @@ def available() -> bool:
 def without_hub() -> Iterator[None]:
     """The hub's libraries, as far as they are loaded, open no connection for a block."""
     with contextlib.ExitStack() as stack:
-        for place, name in _OFFLINE:
-            module = sys.modules.get(place)
+        for module_name, name in _OFFLINE:
+            module = sys.modules.get(module_name)
             if module is not None and hasattr(module, name):
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, True)
@@ -218,7 +218,7 @@ def measure_harness(
             from lm_eval.tasks import TaskManager
 
             manager = TaskManager(include_path=None if how.tasks_folder is None else str(how.tasks_folder))
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=runner,
                 tasks=list(tasks),
                 num_fewshot=how.shots,
@@ -232,38 +232,38 @@ def measure_harness(
         raise InputError(
             f"lm-evaluation-harness cannot run {', '.join(tasks)} ({detail}); expected names it knows and data it can reach"
         ) from error
-    wanted = [name for name in found["results"] if name in tasks] or list(found["results"])
-    return [_measured(name, found) for name in wanted]
+    wanted = [name for name in results["results"] if name in tasks] or list(results["results"])
+    return [_measured(name, results) for name in wanted]
 
 
-def _measured(name: str, found: Mapping[str, Any]) -> Measurement:
+def _measured(name: str, results: Mapping[str, Any]) -> Measurement:
     """The first metric of a task with its interval; the others under `details`."""
-    numbers = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr" not in key}
+    numbers = {key: value for key, value in results["results"][name].items() if "," in key and "_stderr" not in key}
     numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
     if not numbers:
         raise InputError(f"lm-evaluation-harness gives no number for {name!r}; expected a task with a metric")
     first = min(numbers, key=lambda key: next((place for place, part in enumerate(_FIRST) if key.startswith(part)), len(_FIRST)))
     metric, _, selected = first.partition(",")
-    better = bool(((found.get("higher_is_better") or {}).get(name) or {}).get(metric, True))
-    leaves = [name] if name in found.get("samples", {}) else (found.get("group_subtasks") or {}).get(name, [])
+    better = bool(((results.get("higher_is_better") or {}).get(name) or {}).get(metric, True))
+    leaves = [name] if name in results.get("samples", {}) else (results.get("group_subtasks") or {}).get(name, [])
     samples = [
         (f"{leaf} {sample['doc_id']}", sample[metric])
         for leaf in leaves
-        for sample in found.get("samples", {}).get(leaf, [])
+        for sample in results.get("samples", {}).get(leaf, [])
         if sample.get("filter", "none") in (selected, "none") and isinstance(sample.get(metric), int | float | bool)
     ]
     outcomes = tuple(float(value) for _, value in samples)
     exact = rate(outcomes)
     agrees = exact.value is not None and abs(exact.value - numbers[first]) < 1e-9
-    shown = exact if agrees else _by_error(numbers[first], found["results"][name].get(f"{metric}_stderr,{selected}"), found, name)
+    shown = exact if agrees else _by_error(numbers[first], results["results"][name].get(f"{metric}_stderr,{selected}"), results, name)
     ids = tuple(identifier for identifier, _ in samples) if agrees else ()
     label = metric if selected == "none" else f"{metric} ({selected})"
-    details = {"engine": "lm-evaluation-harness", "version": str(found.get("lm_eval_version", "")), **numbers}
+    details = {"engine": "lm-evaluation-harness", "version": str(results.get("lm_eval_version", "")), **numbers}
     return Measurement(f"lm-eval:{name}", label, shown, better, ids, outcomes if agrees else (), (), details)
 
 
-def _by_error(value: float, error: Any, found: Mapping[str, Any], name: str) -> Rate:
+def _by_error(value: float, error: Any, results: Mapping[str, Any], name: str) -> Rate:
     """An interval from the harness's own standard error, where single items do not give the value."""
-    counts = (found.get("n-samples") or {}).get(name) or {}
+    counts = (results.get("n-samples") or {}).get(name) or {}
     n = int(counts.get("effective", 0))
     return from_error(value, float(error), n) if isinstance(error, int | float) else Rate(value, None, None, n)

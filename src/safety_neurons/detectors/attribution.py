@@ -132,8 +132,8 @@ def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron
     if len(donor) == 0 or len(rows) == 0:
         return wide
     tokens, order = donor.token_index.to(wide.device).sort()
-    place = torch.searchsorted(tokens, rows.token_index).clamp(max=len(tokens) - 1)
-    return torch.where((tokens[place] == rows.token_index)[:, None], donor.values.to(wide)[order[place]], wide)
+    index = torch.searchsorted(tokens, rows.token_index).clamp(max=len(tokens) - 1)
+    return torch.where((tokens[index] == rows.token_index)[:, None], donor.values.to(wide)[order[index]], wide)
 
 
 def attribute(
@@ -157,15 +157,15 @@ def attribute(
     def reduce(batch: Batch) -> BatchSums:
         rows = [row for index in batch.indices for row in units[index]]
         owner = torch.tensor([number for number, index in enumerate(batch.indices) for _ in units[index]])
-        found = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
-        part = BatchSums(scores=[{} for _ in batch.indices])
-        for key, values in found.items():
+        slopes = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
+        added = BatchSums(scores=[{} for _ in batch.indices])
+        for key, values in slopes.items():
             summed = torch.zeros(len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device)
             each = to_numpy(summed.index_add_(0, owner.to(values.device), values.double()))
-            part.sums[f"gradient/{key}"] = each.sum(0)
-            for scores, prompt in zip(part.scores, each, strict=True):
+            added.sums[f"gradient/{key}"] = each.sum(0)
+            for scores, prompt in zip(added.scores, each, strict=True):
                 scores[key] = prompt
-        return part
+        return added
 
     longest = [max(unit, key=lambda row: len(row.ids)).ids for unit in units]
     budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)

@@ -84,19 +84,19 @@ def activations(_: ActivationMagnitude, run: Run) -> Scored:
     encoded = model.encode(run.prompts)
 
     def reduce(batch: Batch) -> BatchSums:
-        part = BatchSums()
+        added = BatchSums()
         positions, _ = chosen_rows(batch, [0] * len(batch), batch.lengths)
 
         def reader(key: str) -> Any:
             def add(values: Any) -> None:
                 rows = rows_at(values, positions).values.double()
-                part.sums[f"square/{key}"] = to_numpy(rows.square().sum(0))
-                part.sums[f"count/{key}"] = to_numpy(torch.tensor([float(len(rows))]))
+                added.sums[f"square/{key}"] = to_numpy(rows.square().sum(0))
+                added.sums[f"count/{key}"] = to_numpy(torch.tensor([float(len(rows))]))
 
             return add
 
         read(model, batch, {key: reader(key) for key in run.sizes})
-        return part
+        return added
 
     folded = run.fold([row.ids for row in encoded], reduce)
     sums = folded.sums
@@ -150,9 +150,9 @@ def find_random(
     searched = sorted({key.rsplit(".", 1)[1] for key in values}, key=SITES.index)
     made_of = {"seed": seed, "like": like.provenance.method if like.provenance else "", "disjoint": drawn.disjoint}
     config = made_of | {"sites": searched, "layers": None}
-    made = chosen_from(values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config})
+    drawn_scores = chosen_from(values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config})
     notes = () if drawn.disjoint else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
-    return Found(made.scores, drawn, made.prompts, notes)
+    return Found(drawn_scores.scores, drawn, drawn_scores.prompts, notes)
 
 
 SAFETY, UTILITY = "safety", "utility"
@@ -230,14 +230,14 @@ def _difference(method: SetDifference, run: Run, importances: Importances, *, di
     everything = [*rows[0], *rows[1]]
 
     def reduce(batch: Batch) -> BatchSums:
-        capture, part = Capture(places, differentiate), BatchSums()
-        found = importances(model, capture, batch, [everything[index] for index in batch.indices])
-        for index, of_row in zip(batch.indices, found, strict=True):
+        capture, added = Capture(places, differentiate), BatchSums()
+        of_rows = importances(model, capture, batch, [everything[index] for index in batch.indices])
+        for index, of_row in zip(batch.indices, of_rows, strict=True):
             name = SAFETY if index < counts[SAFETY] else UTILITY
             for key, values in of_row.items():
                 each = values.double().cpu().numpy().ravel()
-                part.sums[f"{name}/{key}"] = part.sums.get(f"{name}/{key}", 0.0) + each
-        return part
+                added.sums[f"{name}/{key}"] = added.sums.get(f"{name}/{key}", 0.0) + each
+        return added
 
     means = _means(run.fold([row.ids for row in everything], reduce), counts)
     shares = method.safety, method.utility
@@ -291,7 +291,7 @@ def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Seq
         capture.check()
         modules = list(capture.zeros)
         slopes = dict(zip(modules, torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())), strict=True))
-    found: list[dict[str, Tensor]] = []
+    of_rows: list[dict[str, Tensor]] = []
     for row in range(len(rows)):
         each = {}
         with model.active(), torch.no_grad():
@@ -300,8 +300,8 @@ def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Seq
                 gradient = slope.T @ fed if place.side == "input" else take(slope, place.index).T @ fed
                 product = (weight * gradient).abs()
                 each[key] = product.T if place.side == "input" else product
-        found.append(each)
-    return found
+        of_rows.append(each)
+    return of_rows
 
 
 def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
@@ -309,7 +309,7 @@ def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequen
     with model.running(), torch.no_grad(), capture.on():
         forward(model.model, batch)
         capture.check()
-    found: list[dict[str, Tensor]] = []
+    of_rows: list[dict[str, Tensor]] = []
     with model.active(), torch.no_grad():
         weights = {key: place.weight().float() ** 2 for key, place in capture.places.items()}
         for number, row in enumerate(rows):
@@ -317,8 +317,8 @@ def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequen
             for key, place in capture.places.items():
                 squares = (capture.fed(place, number)[row.start : len(row.ids)] ** 2).sum(0)
                 each[key] = (weights[key] * squares).T if place.side == "input" else weights[key] * squares
-            found.append(each)
-    return found
+            of_rows.append(each)
+    return of_rows
 
 
 Pool = Callable[[Tensor, Batch], Tensor]
@@ -346,7 +346,7 @@ def pooled_activations(
     if routed:
         raise UnsupportedModelError(f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o")
     seen: dict[str, Tensor] = {}
-    found = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
+    pooled = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
     encoded = [row.ids for row in prompts]
     done = f"{name}/batches"
 
@@ -359,12 +359,12 @@ def pooled_activations(
     def take(batch: Batch) -> None:
         for key in list(seen):
             values = pool(seen.pop(key), batch)
-            if key not in found:
-                found[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
-            found[key][batch.indices] = values
+            if key not in pooled:
+                pooled[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
+            pooled[key][batch.indices] = values
 
     def prepare() -> None:
-        stream.put(name, {key: values.numpy() for key, values in found.items()})
+        stream.put(name, {key: values.numpy() for key, values in pooled.items()})
 
     def finished(count: int) -> None:
         stream.state[done] = count
@@ -374,7 +374,7 @@ def pooled_activations(
     with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
         run_batches(model, encoded, take, run.batch_size, options=PassOptions(int(stream.state.get(done, 0)), finished))
         prepare()
-    return found
+    return pooled
 
 
 def largest(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
@@ -412,8 +412,8 @@ def sorted_out(
         whole: which of them gave finite numbers.
     """
     notes: list[str] = []
-    for name, kept in zip(("prompts", "harmless prompts"), whole, strict=True):
-        notes += said_of_failed({int(index): "NaN or infinity" for index in (~kept).nonzero().flatten()}, len(kept), name)
+    for name, used in zip(("prompts", "harmless prompts"), whole, strict=True):
+        notes += said_of_failed({int(index): "NaN or infinity" for index in (~used).nonzero().flatten()}, len(used), name)
     counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(int((~whole[0]).sum()))
     return whole, counts, notes
 
@@ -432,13 +432,13 @@ def score_probe(_: ProbeWeights, run: Run) -> Scored:
     whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
     run.notes += notes
     labels = torch.cat(
-        [torch.full((int(kept.sum()),), float(label), dtype=torch.float64) for kept, label in zip(whole, (1, 0), strict=True)]
+        [torch.full((int(used.sum()),), float(label), dtype=torch.float64) for used, label in zip(whole, (1, 0), strict=True)]
     )
     fitted = stream.named("probe")
     with stream.kept():
         for number, key in enumerate(run.sizes):
             if key not in fitted:
-                weights = probe(torch.cat([part[key][kept] for part, kept in zip(seen, whole, strict=True)]).double(), labels)
+                weights = probe(torch.cat([part[key][used] for part, used in zip(seen, whole, strict=True)]).double(), labels)
                 scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
                 fitted[key] = (weights.sign() * scores.abs()).numpy()
                 stream.put("probe", {key: fitted[key]})
@@ -488,7 +488,7 @@ def score_direction(method: RefusalDirection, run: Run) -> Scored:
         seen = [pooled_activations(run, text, writers, at_last, name, residual=True) for name, text in zip(names, encoded, strict=True)]
         whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
         run.notes += notes
-        seen = [{key: values[kept] for key, values in part.items()} for part, kept in zip(seen, whole, strict=True)]
+        seen = [{key: values[used] for key, values in part.items()} for part, used in zip(seen, whole, strict=True)]
         streams = [[part[f"residual.{number}"] for number in range(n_layers)] for part in seen]
         chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
         direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)

@@ -93,10 +93,10 @@ def contrast_statistics(run: Run, text: Texts) -> tuple[ContrastStatistics, Fold
 
     def reduce(batch: Batch) -> BatchSums:
         spans = [text.spans[index] for index in batch.indices]
-        part = BatchSums(scores=[{} for _ in spans] if run.votes else [])
+        added = BatchSums(scores=[{} for _ in spans] if run.votes else [])
         for keys in _chunks(sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
-            _compare(base, aligned, batch, spans, keys, part)
-        return part
+            _compare(base, aligned, batch, spans, keys, added)
+        return added
 
     tokens = min(token_budget(base.device), max(budget // max(sum(sizes.values()) * _row_bytes(base), 1), 1))
     folded = run.fold([span.ids for span in text.spans], reduce, base, tokens)
@@ -127,17 +127,17 @@ def _compare(
 ) -> None:
     """Both models read the batch; the second pass reduces against what the first one left."""
     positions, owner = chosen_rows(batch, [span.start for span in spans], [span.stop for span in spans])
-    kept: dict[str, PositionRows] = {}
+    rows: dict[str, PositionRows] = {}
 
     def keep(key: str) -> Callable[[Any], None]:
         def reader(values: Any) -> None:
-            kept[key] = rows_at(values, positions)
+            rows[key] = rows_at(values, positions)
 
         return reader
 
     def subtract(key: str) -> Callable[[Any], None]:
         def reader(values: Any) -> None:
-            _add(part, key, *in_both(kept.pop(key), rows_at(values, positions)), owner, len(spans))
+            _add(part, key, *in_both(rows.pop(key), rows_at(values, positions)), owner, len(spans))
 
         return reader
 

@@ -138,13 +138,13 @@ class ExpertsReader:
         width = int(lengths.max())
         row, position = rows.token_index // width, rows.token_index % width
         real = position < lengths[row]
-        place = (row * self.experts.n_experts + rows.expert_index)[real]
+        slot = (row * self.experts.n_experts + rows.expert_index)[real]
         changes = expert_changes(self.experts, self.seen["gate"], self.seen["up"], rows.values, self.sites)
         for site, change in changes.items():
             squares = change[real].to(torch.float64).square()
             if site not in self.sums:
                 self.sums[site] = squares.new_zeros(len(lengths) * self.experts.n_experts, squares.shape[1])
-            self.sums[site].index_add_(0, place, squares)
+            self.sums[site].index_add_(0, slot, squares)
 
     def _column_norms(self, like: Tensor) -> Tensor:
         if self._norms is None:
@@ -314,20 +314,20 @@ def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy]) -> dict[int, Att
     Raises:
         UnsupportedModelError: a formula that no candidate reproduces.
     """
-    found: dict[int, AttentionPlan] = {}
+    plans: dict[int, AttentionPlan] = {}
     if not layers:
-        return found
+        return plans
 
     def prove(layer: LayerAnatomy, shown: Shown) -> None:
-        part = layer.attention
-        assert part is not None
-        name, heads = f"layers.{layer.index}", (part.n_heads, part.n_kv_heads, part.head_dim)
-        found[layer.index] = prove_attention(part.module, *heads, shown.unscaled(part), name)
+        attention = layer.attention
+        assert attention is not None
+        name, heads = f"layers.{layer.index}", (attention.n_heads, attention.n_kv_heads, attention.head_dim)
+        plans[layer.index] = prove_attention(attention.module, *heads, shown.unscaled(attention), name)
 
     ids = torch.randint(0, lm.n_ids, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad(), lm.running(), watching(lm, layers, prove, inputs=False):
         forward(lm.model, collate([ids], [0], pad_id=lm.pad_id).to(lm.device))
-    return found
+    return plans
 
 
 class _AttentionReader:
@@ -340,8 +340,8 @@ class _AttentionReader:
 
     def factors(self, like: Tensor) -> OutputFactors:
         """Of the o projection, computed at the first prompt."""
-        kept = self.owner.factors
-        if self.key not in kept:
+        factors = self.owner.factors
+        if self.key not in factors:
             place, dtype = self.part.places["o"], like.dtype
             scale = input_scale(place)
 
@@ -349,8 +349,8 @@ class _AttentionReader:
                 plain = place.weight().detach().to(dtype)
                 return plain if scale is None else plain * scale.to(plain)
 
-            kept[self.key] = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
-        return kept[self.key]
+            factors[self.key] = OutputFactors(weight, self.part.n_heads, self.part.n_kv_heads)
+        return factors[self.key]
 
     def columns(self, values: Tensor) -> None:
         """Score `o` alone, which needs no formula, from the input of its projection."""
@@ -394,8 +394,8 @@ class _AttentionReader:
         """Short prompts of one length."""
         assert self.plan is not None
         options, factors = self.owner.options, self.factors(rows[0][1].q)
-        found = scores_at_once(self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget)
-        for (row, _), given in zip(rows, found, strict=True):
+        scores = scores_at_once(self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget)
+        for (row, _), given in zip(rows, scores, strict=True):
             self._give(row, given)
 
     def _give(self, row: int, given: Mapping[str, Tensor]) -> None:
@@ -458,10 +458,10 @@ class _MlpReader:
         return given
 
     def _column_norms(self, like: Tensor) -> Tensor:
-        kept = self.owner.norms
-        if self.key not in kept:
-            kept[self.key] = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
-        return kept[self.key]
+        norms = self.owner.norms
+        if self.key not in norms:
+            norms[self.key] = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
+        return norms[self.key]
 
 
 def _working(values: Tensor) -> Tensor:

@@ -361,16 +361,16 @@ class AttentionScorer:
             return None, None
         states = self.states
         keys = states.key.repeat_interleave(states.group_size, 1)
-        made = [self._turned(part) * self.plan.scale for part in _norm_parts(norm, states.q)]
-        logits = [torch.einsum("mhd,nhd->mhn", part, keys) for part in made]
+        turned = [self._turned(states_of) * self.plan.scale for states_of in _norm_parts(norm, states.q)]
+        logits = [torch.einsum("mhd,nhd->mhn", states_of, keys) for states_of in turned]
         return logits[0], logits[1] if norm.centred else None
 
     def _key_bases(self, norm: NormFormula | None) -> tuple[Tensor | None, Tensor | None]:
         if norm is None:
             return None, None
         states = self.states
-        made = [self._turned(part).repeat_interleave(states.group_size, 1) for part in _norm_parts(norm, states.k)]
-        logits = [torch.einsum("mhd,nhd->mhn", states.query, part) for part in made]
+        turned = [self._turned(part).repeat_interleave(states.group_size, 1) for part in _norm_parts(norm, states.k)]
+        logits = [torch.einsum("mhd,nhd->mhn", states.query, part) for part in turned]
         return logits[0], logits[1] if norm.centred else None
 
     def _turned(self, part: Tensor) -> Tensor:
@@ -415,5 +415,5 @@ def scores_at_once(
         scorer = AttentionScorer(plan, one, factors, space, room, general=True)
         return tuple(scorer.scores(site) for site in sites)
 
-    found = torch.vmap(scored)(given)
-    return [{site: values[row] for site, values in zip(sites, found, strict=True)} for row in range(len(states))]
+    stacked = torch.vmap(scored)(given)
+    return [{site: values[row] for site, values in zip(sites, stacked, strict=True)} for row in range(len(states))]

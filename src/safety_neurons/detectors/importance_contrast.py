@@ -107,17 +107,17 @@ class AttentionPart:
         sites: tuple[str, ...] = ("q", "k", "v", "o"),
     ) -> dict[str, Float[Tensor, " neuron"]]:
         """Against the other model's parameters, whose activations on the same input are given; a v row is swapped with its o columns."""
-        states, scorer, found = self.states, self.scorer, {}
+        states, scorer, scores = self.states, self.scorer, {}
         if "q" in sites:
-            found["q"] = _moved(scorer, "q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:])))
+            scores["q"] = _moved(scorer, "q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:])))
         if "k" in sites:
-            found["k"] = _moved(scorer, "k", states.k - k.to(states.k).unflatten(-1, states.k.shape[1:]))
+            scores["k"] = _moved(scorer, "k", states.k - k.to(states.k).unflatten(-1, states.k.shape[1:]))
         if "v" in sites or "o" in sites:
             theirs = v.to(states.v).unflatten(-1, states.v.shape[1:])
             unit = columns.norms_of(self._passed(states.v - theirs), self._passed(theirs))
-            found["v"] = unit
-            found["o"] = unit.unflatten(0, states.v.shape[1:])[:, None].expand(-1, states.group_size, -1).flatten()
-        return {site: found[site] for site in sites}
+            scores["v"] = unit
+            scores["o"] = unit.unflatten(0, states.v.shape[1:])[:, None].expand(-1, states.group_size, -1).flatten()
+        return {site: scores[site] for site in sites}
 
     def _passed(self, values: Float[Tensor, "token group dim"]) -> Float[Tensor, "counted unit member"]:
         """What the heads of each group pass on of a value, at the counted positions."""
@@ -154,10 +154,10 @@ class MlpPart:
     def importance(self, norms: Float[Tensor, " neuron"]) -> dict[str, Float[Tensor, " neuron"]]:
         """Against zero; `norms` are the columns'."""
         scorer = MlpScorer(self.part.activation)
-        found = {"down": scorer.down(self.hidden, norms), "up": scorer.up(self.up, self.gate, self.up, norms)}
+        scores = {"down": scorer.down(self.hidden, norms), "up": scorer.up(self.up, self.gate, self.up, norms)}
         if self.gate is not None:
-            found["gate"] = scorer.gate(self.up, self.gate, self.gate, norms)
-        return found
+            scores["gate"] = scorer.gate(self.up, self.gate, self.gate, norms)
+        return scores
 
     def swapped(self, other: "MlpPart", columns: Columns) -> dict[str, Float[Tensor, " neuron"]]:
         """Against the other model's parameters, on the same input: gate row, up row and down column of one index together."""
@@ -234,12 +234,12 @@ class SwapComparison:
 
         def reduce(batch: Batch) -> BatchSums:
             mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
-            part = BatchSums({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
+            added = BatchSums({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
             if theirs:
-                part.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
+                added.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
             if run.votes:
-                part.scores = [self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)]
-            return part
+                added.scores = [self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)]
+            return added
 
         with torch.no_grad():
             self._prove()
@@ -289,24 +289,24 @@ class SwapComparison:
     def _attention(
         self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each
     ) -> list[dict[str, Tensor]]:
-        anatomy, found = layer.attention, []
+        anatomy, scores = layer.attention, []
         assert anatomy is not None
         capture = shown.capture
         swap = self.compare == "swap"
         theirs = under(self.base, anatomy, shown) if swap or other else {}
         for row, span in enumerate(spans):
             length = len(span.ids)
-            made = self._attention_part(lm, layer, shown, row, span)
+            prompt = self._attention_part(lm, layer, shown, row, span)
             if swap:
                 columns_ = self._column_pairs(layer, "o")
                 base_rows = {site: theirs[site][row, :length] for site in "qkv"}
-                found.append(made.swapped(**base_rows, columns=columns_, sites=self.wanted(layer, ATTENTION_SITES)))
+                scores.append(prompt.swapped(**base_rows, columns=columns_, sites=self.wanted(layer, ATTENTION_SITES)))
                 continue
-            found.append(made.importance())
+            scores.append(prompt.importance())
             if other:
                 fed = Shown(shown.inputs, {**theirs, "o": capture.o}, shown.arguments)
                 self._give(other[row], layer, self._attention_part(self.base, layer, fed, row, span).importance(), ATTENTION_SITES)
-        return found
+        return scores
 
     def _attention_part(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, row: int, span: Span) -> AttentionPart:
         anatomy = layer.attention
@@ -321,20 +321,20 @@ class SwapComparison:
         return AttentionPart(self._plans[self._side(lm)][layer.index], states, counted, self._factors[name])
 
     def _mlp(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each) -> list[dict[str, Tensor]]:
-        anatomy, found = layer.mlp, []
+        anatomy, scores = layer.mlp, []
         assert anatomy is not None
         swap = self.compare == "swap"
         theirs = under(self.base, anatomy, shown) if swap or other else {}
         for row, span in enumerate(spans):
-            made = MlpPart.of(anatomy, shown.activations, row, span.start, span.stop)
+            prompt = MlpPart.of(anatomy, shown.activations, row, span.start, span.stop)
             if swap:
-                found.append(made.swapped(MlpPart.of(anatomy, theirs, row, span.start, span.stop), self._column_pairs(layer, "down")))
+                scores.append(prompt.swapped(MlpPart.of(anatomy, theirs, row, span.start, span.stop), self._column_pairs(layer, "down")))
                 continue
-            found.append(made.importance(self._column_norms(lm, layer)))
+            scores.append(prompt.importance(self._column_norms(lm, layer)))
             if other:
                 fed = MlpPart.of(anatomy, theirs, row, span.start, span.stop)
                 self._give(other[row], layer, fed.importance(self._column_norms(self.base, layer)), MLP_SITES)
-        return found
+        return scores
 
     def _column_pairs(self, layer: LayerAnatomy, site: str) -> Columns:
         key = f"layers.{layer.index}.{site}"
@@ -412,8 +412,8 @@ class SoftSwap:
 
     def at(self, batch: Batch, rows: Sequence[ScoredRow], step: float) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
         """One forward and one backward pass with all masks at `step`: gradients by site key, and the rows' scores."""
-        found, scores = self.slopes(batch, rows, step)
-        return {key: self._of_site(key, found) for key in self.sizes}, scores
+        slopes, scores = self.slopes(batch, rows, step)
+        return {key: self._of_site(key, slopes) for key in self.sizes}, scores
 
     def slopes(self, batch: Batch, rows: Sequence[ScoredRow], step: float | Mapping[str, Tensor]) -> tuple[Masks, Tensor]:
         """The same by name of a mask; `step` is one number, or by name a number for each of its units."""
@@ -424,8 +424,8 @@ class SoftSwap:
             logits = forward(self.aligned.model, batch, with_logits=True)
             assert logits is not None
             scores = score_rows(logits, batch, rows)
-            found = dict(zip(masks, torch.autograd.grad(scores.sum(), list(masks.values())), strict=True))
-        return found, scores.detach()
+            slopes = dict(zip(masks, torch.autograd.grad(scores.sum(), list(masks.values())), strict=True))
+        return slopes, scores.detach()
 
     @property
     def sizes_of_masks(self) -> dict[str, int]:
@@ -500,10 +500,10 @@ class SoftSwap:
         finally:
             self._busy = False
 
-    def _of_site(self, key: str, found: Masks) -> Tensor:
+    def _of_site(self, key: str, slopes: Masks) -> Tensor:
         parsed = parse_key(key)
         layer = next(layer for layer in self.layers if layer.index == parsed.layer)
-        gradient = found[mask_name(layer, parsed.site)]
+        gradient = slopes[mask_name(layer, parsed.site)]
         return self._columns(layer, gradient) if parsed.site == "o" else gradient
 
     def _columns(self, layer: LayerAnatomy, values: Float[Tensor, "batch value"]) -> Float[Tensor, "batch column"]:

@@ -54,12 +54,12 @@ def beginnings(told: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
     for start, row in zip(starts, rows, strict=True):
         refusing[start][row.ids[-1]] += 1
         complying[start][int(row.rival or 0)] += 1
-    found = []
+    begun = []
     for start, row in zip(starts, rows, strict=True):
         least = USUAL * refusing[start].total()
         usual = {token for token, count in refusing[start].items() if count >= least and token not in complying[start]}
-        found.append(replace(row, rival=None, instead=tuple(sorted(usual | {row.ids[-1]}))))
-    return found
+        begun.append(replace(row, rival=None, instead=tuple(sorted(usual | {row.ids[-1]}))))
+    return begun
 
 
 KEPT_DONORS = 2**28
@@ -210,7 +210,7 @@ class Search:
         for number, (batch, rows, harmful) in enumerate(self.course.batches):
             if number < int(state.get("looked", 0)) or (not harmful and not self.method.caution):
                 continue
-            found, scores = self.mover.slopes(batch, rows, masks)
+            slopes, scores = self.mover.slopes(batch, rows, masks)
             scores = scores.double().cpu()
             if harmful:
                 by_odds = self.method.aim == "odds"
@@ -223,7 +223,7 @@ class Search:
                 if harmful:
                     each[batch.indices] = scores
                 value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
-                for name, gradients in found.items():
+                for name, gradients in slopes.items():
                     slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
                 self.stream.put("look", {"slope": slope.numpy(), "each": each.numpy()})
                 state |= {"looked": number + 1, "look value": value}

@@ -39,8 +39,8 @@ def rows_at(values: Any, positions: Int[Tensor, " position"]) -> PositionRows:
         return PositionRows(_widened(taken), torch.arange(len(positions), device=values.device))
     order = torch.searchsorted(positions.to(values.token_index.device), values.token_index).clamp(max=len(positions) - 1)
     counted = (positions.to(order.device)[order] == values.token_index).nonzero().squeeze(1)
-    at, place = order[counted].sort()
-    return PositionRows(_widened(values.values[counted[place]]), at)
+    at, order_of_rows = order[counted].sort()
+    return PositionRows(_widened(values.values[counted[order_of_rows]]), at)
 
 
 def in_both(first: PositionRows, second: PositionRows) -> tuple[PositionRows, PositionRows]:
@@ -203,7 +203,7 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
     """
     like = next(iter(shown.activations.values()))
     given: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     with other.active():
         for site, place in part.places.items():
             if place.side == "output":
@@ -211,8 +211,8 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
                 if id(theirs.module) not in given:
                     given[id(theirs.module)] = projected(theirs, shown.inputs[id(place.module)]).to(like.device)
                 output = given[id(theirs.module)]
-                found[site] = take(output.reshape(*like.shape[:2], output.shape[-1]), theirs.index)
-    return found
+                activations[site] = take(output.reshape(*like.shape[:2], output.shape[-1]), theirs.index)
+    return activations
 
 
 def projected(place: SitePlace, fed: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ class Run:
         method: Any = self.method
         if self.completions is None:
             return {name: getattr(method, name) for name in ("positions", "generate_with", "max_new_tokens")}
-        told = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in self.completions]).encode()).hexdigest()
-        return {"positions": method.positions, "completions_sha256": told}
+        digest = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in self.completions]).encode()).hexdigest()
+        return {"positions": method.positions, "completions_sha256": digest}
 
     def fold(
         self,
@@ -234,9 +234,9 @@ def find(
     _check_what_is_shown(method, models, prompts, harmless, completions)
     if method.PAIR:
         check_pair(*models)
-    asked = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
+    requests = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
     other = as_prompts(harmless) if harmless is not None else None
-    run = Run(tuple(models), asked, method, other, completions, batch_size=batch_size, progress=progress)
+    run = Run(tuple(models), requests, method, other, completions, batch_size=batch_size, progress=progress)
     config = method.config(run)
     run.stream = Stream(checkpoint, _resume_key(run, config))
     with contextlib.ExitStack() as modes:
@@ -286,14 +286,14 @@ def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: Neuro
         "config": {**config, **scored.config, "prompt_digests": prompts.digests if prompts is not None else []},
     }
     selection = scored.selection or run.selection
-    found = chosen_from(scored.values, run.base.table, selection, origin, scored.votes)
-    run.notes += found.notes
-    neurons = found.neurons
+    chosen = chosen_from(scored.values, run.base.table, selection, origin, scored.votes)
+    run.notes += chosen.notes
+    neurons = chosen.neurons
     if subtract is not None:
         before = len(neurons)
         neurons = NeuronSet(dict((neurons - subtract).items()), run.base.table, neurons.provenance)
         run.notes.append(f"{before - len(neurons)} of {before} chosen neurons were subtracted")
-    return Found(found.scores, neurons, scored.counts, tuple(run.notes))
+    return Found(chosen.scores, neurons, scored.counts, tuple(run.notes))
 
 
 def chosen_from(
@@ -312,8 +312,8 @@ def chosen_from(
         NumericalError: a score is not a number.
     """
     config = {**origin["config"], "selection": selection.config()}
-    told = {**origin, "config": {"prompt_digests": [], **config}, "model_fingerprint": table.fingerprint}
-    scores, notes = Scores(finite(values), table, Provenance(kind="scores", **told)), []
+    provenance = {**origin, "config": {"prompt_digests": [], **config}, "model_fingerprint": table.fingerprint}
+    scores, notes = Scores(finite(values), table, Provenance(kind="scores", **provenance)), []
     if votes is None:
         chosen: Mapping[str, np.ndarray] = {key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()}
     else:
@@ -323,7 +323,7 @@ def chosen_from(
             notes.append(f"no neuron was chosen in that share of the prompts; an agreement of {one:.4g} gives one")
         notes += votes.said_of(chosen.keys())
     notes += said_of_zeros(dict(scores.items()), chosen)
-    return Found(scores, NeuronSet(chosen, table, Provenance(kind="neurons", **told)), PromptCounts(0), tuple(notes))
+    return Found(scores, NeuronSet(chosen, table, Provenance(kind="neurons", **provenance)), PromptCounts(0), tuple(notes))
 
 
 def finite(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

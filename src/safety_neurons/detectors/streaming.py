@@ -70,8 +70,8 @@ class Stream:
             theirs = theirs if isinstance(theirs, dict) else {}
             other = sorted(name for name in {*self._key, *theirs} if theirs.get(name) != self._key.get(name))
             if other:
-                told = f"the partial result here was made with different {' and '.join(other)}"
-                raise RunError(f"{told}: use another output folder, or overwrite this one")
+                message = f"the partial result here was made with different {' and '.join(other)}"
+                raise RunError(f"{message}: use another output folder, or overwrite this one")
             self.arrays, self.state = dict(arrays), dict(state)
 
     def save(self) -> None:

@@ -63,10 +63,10 @@ class Texts:
 
 def cut_at_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     """The ids before the first end-of-sequence token, which itself is excluded."""
-    for place, token in enumerate(ids):
+    for position, token in enumerate(ids):
         if token in ends:
-            return [int(kept) for kept in ids[:place]]
-    return [int(kept) for kept in ids]
+            return [int(before) for before in ids[:position]]
+    return [int(before) for before in ids]
 
 
 def span(prompt_id: str, prompt: Sequence[int], completion: Sequence[int], positions: str) -> Span:
@@ -130,8 +130,8 @@ def _written(arrays: Mapping[str, np.ndarray]) -> dict[int, list[int] | None]:
         return {}
     lengths = arrays["lengths"]
     parts = np.split(arrays["ids"], np.cumsum(np.maximum(lengths, 0))[:-1])
-    told = zip(arrays["indices"].tolist(), lengths.tolist(), parts, strict=True)
-    return {index: None if length < 0 else part.tolist() for index, length, part in told}
+    rows = zip(arrays["indices"].tolist(), lengths.tolist(), parts, strict=True)
+    return {index: None if length < 0 else part.tolist() for index, length, part in rows}
 
 
 def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: list[str] | None = None) -> list[list[int] | None]:
@@ -148,11 +148,11 @@ def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: 
     for answer in _untreated(completions, notes):
         by_id.setdefault(answer.prompt_id, []).append(answer)
     chosen = _matched(prompts, by_id)
-    found: list[list[int] | None] = []
-    told = readable = 0
+    answers: list[list[int] | None] = []
+    with_ids = readable = 0
     for one in chosen:
         if one is None:
-            found.append(None)
+            answers.append(None)
             continue
         ids = one.token_ids or tuple(lm.tokenizer(one.completion, add_special_tokens=False)["input_ids"])
         if ids and not 0 <= min(ids) <= max(ids) < lm.n_ids:
@@ -161,15 +161,15 @@ def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: 
                 "expected ids of this model's tokenizer"
             )
         if one.token_ids and one.completion.strip():
-            told += 1
+            with_ids += 1
             readable += lm.decode(one.token_ids).split() == one.completion.split()
-        found.append(cut_at_end(ids, ends))
-    if told and not readable:
+        answers.append(cut_at_end(ids, ends))
+    if with_ids and not readable:
         raise MismatchError(
-            f"none of {told} completions reads as its text with the tokenizer of {lm.name}: their ids are another tokenizer's; "
+            f"none of {with_ids} completions reads as its text with the tokenizer of {lm.name}: their ids are another tokenizer's; "
             "leave token_ids out of the file, or write it with this model"
         )
-    return found
+    return answers
 
 
 def _untreated(completions: Completions, notes: list[str] | None) -> Completions:

@@ -187,8 +187,8 @@ def conversation_in(completion: Completion) -> tuple[tuple[str, str], ...]:
 
 def request_in(completion: Completion) -> str:
     """The request that a completion answers: of a conversation the last user turn, otherwise the prompt."""
-    asked = [text for role, text in conversation_in(completion) if role == "user"]
-    return asked[-1] if asked else completion.prompt
+    requests = [text for role, text in conversation_in(completion) if role == "user"]
+    return requests[-1] if requests else completion.prompt
 
 
 def ending(completions: Sequence[Completion], think_end: str | None) -> Completions:
@@ -418,8 +418,8 @@ class Judge(abc.ABC):
             known = {case: found for case in wanted if (found := store.get(self.key(case))) is not None}
         left = [case for case in dict.fromkeys(order) if case is not None and case not in known]
         for first in range(0, len(left), self.chunk):
-            part = left[first : first + self.chunk]
-            fresh = dict(zip(part, self.verdicts(part), strict=True))
+            chunk = left[first : first + self.chunk]
+            fresh = dict(zip(chunk, self.verdicts(chunk), strict=True))
             known |= fresh
             if store is not None:
                 store.put({self.key(case): verdict for case, verdict in fresh.items() if verdict.error is None})
@@ -462,10 +462,10 @@ def case_of(completion: Completion) -> Case | None:
     meta = completion.meta
     request, turns = request_in(completion), conversation_in(completion)
     behavior = meta.get("behavior") or meta.get("goal") or request
-    asked = max((place for place, (role, _) in enumerate(turns) if role == "user"), default=0)
+    last = max((place for place, (role, _) in enumerate(turns) if role == "user"), default=0)
     opening = str(meta.get("opening") or "")
     gap = "" if not opening or opening[-1:].isspace() or answer[:1].isspace() else " "
-    return Case(request, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""), turns[:asked])
+    return Case(request, f"{opening}{gap}{answer}", str(behavior), str(meta.get("context") or ""), turns[:last])
 
 
 @contextlib.contextmanager

@@ -99,10 +99,10 @@ class Languages:
         Where the first has hardly a word, the next one's languages count as well: `no` is a word of many.
         """
         few = len(texts[0].split()) <= FEW
-        known = [found for text in dict.fromkeys(texts) if (found := self._found(text))]
+        known = [languages for text in dict.fromkeys(texts) if (languages := self._found(text))]
         if not known:
             return self._all
-        return tuple(dict.fromkeys(language for found in known for language in found)) if few else known[0]
+        return tuple(dict.fromkeys(language for languages in known for language in languages)) if few else known[0]
 
     @functools.lru_cache(maxsize=512)  # noqa: B019 - one object for each version of the rules
     def _found(self, text: str) -> tuple[str, ...]:
@@ -331,8 +331,8 @@ def _bare(answer: _Answer) -> bool:
     if not answer.parts:
         return False
     first = answer.parts[0].rstrip(" .!…。！,;:-\"'”»)]*")
-    said = [rules()] if answer.english(0) else []
-    own: list[WordingRules | Tongue] = [*said, *answer.tongues(0)]
+    rules_said = [rules()] if answer.english(0) else []
+    own: list[WordingRules | Tongue] = [*rules_said, *answer.tongues(0)]
     rest = " ".join(answer.parts[1:])
     if any(tongue.alone.fullmatch(first) for tongue in own):
         return length(rest) <= BARE or not _delivers(answer.parts, answer.prompt)

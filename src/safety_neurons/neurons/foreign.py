@@ -76,30 +76,32 @@ class _Printed:
         self.tokens = list(self._split(text.strip()))
 
     def _split(self, text: str) -> Any:
-        place = 0
-        while place < len(text):
-            match = _TOKEN.match(text, place)
+        position = 0
+        while position < len(text):
+            match = _TOKEN.match(text, position)
             if match is None:
-                raise NeuronError(f"{self.name}: {text[place : place + 20]!r} is not a number, a bracket or a comma; nothing was read")
+                raise NeuronError(
+                    f"{self.name}: {text[position : position + 20]!r} is not a number, a bracket or a comma; nothing was read"
+                )
             wrapped, plain, empty, sign = match.groups()
             yield int(wrapped or plain) if wrapped or plain else "set()" if empty else sign
-            place = match.end()
+            position = match.end()
 
     def mapping(self) -> dict[int, list[int]]:
         """Layer to indices; the text must end there."""
-        found: dict[int, list[int]] = {}
+        indices_of: dict[int, list[int]] = {}
         self._take("{")
         while self._peek() != "}":
             layer = self._number()
             self._take(":")
-            if layer in found:
+            if layer in indices_of:
                 raise NeuronError(f"{self.name}: layer {layer} appears twice")
-            found[layer] = self._indices()
+            indices_of[layer] = self._indices()
             self._comma("}")
         self._take("}")
         if self.place != len(self.tokens):
             raise NeuronError(f"{self.name}: there is more behind the dictionary; expected its end")
-        return found
+        return indices_of
 
     def _indices(self) -> list[int]:
         if self._peek() == "set()":
@@ -110,12 +112,12 @@ class _Printed:
         if closing is None:
             raise NeuronError(f"{self.name}: {opening!r} where a set of indices was expected")
         self.place += 1
-        found: list[int] = []
+        indices: list[int] = []
         while self._peek() != closing:
-            found.append(self._number())
+            indices.append(self._number())
             self._comma(closing)
         self.place += 1
-        return found
+        return indices
 
     def _peek(self) -> int | str:
         if self.place >= len(self.tokens):
@@ -179,7 +181,7 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
     """
     if not isinstance(content, Mapping) or not content:
         raise NeuronError(f"{str(path)!r} is not a mapping of module names to probe weights")
-    found: dict[str, np.ndarray] = {}
+    by_key: dict[str, np.ndarray] = {}
     for name, weights in content.items():
         match = _PROJECTION.search(name) if isinstance(name, str) and not any(word in name for word in _VISION) else None
         if match is None:
@@ -189,12 +191,12 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         scores = np.sign(values) * np.abs((values - values.mean()) / (spread if spread > 0 else 1.0))
         layer, site = match.groups()
         parts = {"gate_up": ("gate", "up")}.get(site, (site,))
-        if len(scores) % len(parts) or any(f"layers.{layer}.{part}" in found for part in parts):
+        if len(scores) % len(parts) or any(f"layers.{layer}.{part}" in by_key for part in parts):
             raise NeuronError(f"{str(path)!r}: {name[:80]!r} has {len(scores)} weights, or its projection comes twice; the file is damaged")
-        found |= {f"layers.{layer}.{part}": half for part, half in zip(parts, np.split(scores, len(parts)), strict=True)}
-    if not found:
+        by_key |= {f"layers.{layer}.{part}": half for part, half in zip(parts, np.split(scores, len(parts)), strict=True)}
+    if not by_key:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})")
-    return _scores(found, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in found}, key=SITES.index)})
+    return _scores(by_key, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in by_key}, key=SITES.index)})
 
 
 def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
@@ -232,7 +234,7 @@ def weight_scores(
         ForeignModelError: other sizes than the model's.
         NeuronError: a projection is not a matrix, or is missing in `utility`.
     """
-    found: dict[str, np.ndarray] = {}
+    by_key: dict[str, np.ndarray] = {}
     for name, values in safety.items():
         match = _PROJECTION.search(name)
         if match is None or match[2] == "gate_up":
@@ -244,12 +246,12 @@ def weight_scores(
         flip = match[2] in ("o", "down")
         values, other = values.T if flip else values, other.T if flip and other is not None else other
         if values.dtype == bool:
-            found[key] = (values if other is None else values & ~other.astype(bool)).mean(1)
+            by_key[key] = (values if other is None else values & ~other.astype(bool)).mean(1)
         else:
-            found[key] = kept_share(values, other, len(values), *shares)
-    if not found:
+            by_key[key] = kept_share(values, other, len(values), *shares)
+    if not by_key:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer")
-    return _scores(found, table, "weights", path, {"safety": shares[0], "utility": shares[1]})
+    return _scores(by_key, table, "weights", path, {"safety": shares[0], "utility": shares[1]})
 
 
 # Names in other tools
@@ -265,7 +267,7 @@ def transformer_lens_names(neurons: NeuronSet, table: SiteTable | None = None) -
     if known is None:
         raise NeuronError("heads are told by the model's matrices, and this set has no site table; give --model")
     hooks = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "o": "attn.hook_z", "down": "mlp.hook_post"}
-    found: dict[str, list[Any]] = {}
+    names: dict[str, list[Any]] = {}
     for key, indices in neurons.items():
         layer, expert, shared, site = parse_key(key)
         if expert is not None or shared:
@@ -274,8 +276,8 @@ def transformer_lens_names(neurons: NeuronSet, table: SiteTable | None = None) -
         hook = hooks.get(site) or ("mlp.hook_pre_linear" if site == "up" and gated else "mlp.hook_pre")
         size = known[key].head_dim
         pairs = [[int(index) // size, int(index) % size] for index in indices] if site in ("q", "k", "v", "o") else indices.tolist()
-        found[f"blocks.{layer}.{hook}"] = pairs
-    return found
+        names[f"blocks.{layer}.{hook}"] = pairs
+    return names
 
 
 # Shared

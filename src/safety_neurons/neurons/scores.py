@@ -121,13 +121,13 @@ def said_of_zeros(values: Mapping[str, np.ndarray], members: Mapping[str, np.nda
         members: the chosen indices by key.
     """
     zeros = {key: int((np.asarray(values[key], np.float32)[indices] == 0).sum()) for key, indices in members.items() if key in values}
-    found = sum(zeros.values())
-    if not found:
+    idle_members = sum(zeros.values())
+    if not idle_members:
         return []
     idle = sum(count for key, count in zeros.items() if not np.asarray(values[key], np.float32).any())
     where = f", {idle} of them in matrices that no token reached" if idle else ""
     total = sum(len(indices) for indices in members.values())
-    return [f"{found} of the {total} chosen neurons have a score of exactly 0{where}: ask for fewer, or search other sites"]
+    return [f"{idle_members} of the {total} chosen neurons have a score of exactly 0{where}: ask for fewer, or search other sites"]
 
 
 def _rounded(key: str, values: np.ndarray) -> np.ndarray:
@@ -336,9 +336,9 @@ class Scores(ByMatrix):
         if selection.agreement is not None:
             raise UsageError("agreement needs the scores of every prompt and these are means over prompts; give it to the find verb")
         members = {key: np.flatnonzero(mask) for key, mask in selection.choose(self._vectors).items()}
-        found = self.neurons(members, selection)
-        found.notes = tuple(said_of_zeros(self._vectors, members))
-        return found
+        chosen = self.neurons(members, selection)
+        chosen.notes = tuple(said_of_zeros(self._vectors, members))
+        return chosen
 
     def neurons(self, members: Mapping[str, Any], selection: Selection | None = None) -> NeuronSet:
         """The given members as a set that carries the provenance of these scores and, where given, the selection."""
@@ -358,12 +358,12 @@ class Scores(ByMatrix):
         names = keys_within(self._vectors, sites, layers, self.table.n_layers if self.table else None)
         if not names:
             raise NeuronError(f"no score is left at sites {list(check_sites(sites or []))} of layers {layers}; choose others")
-        kept = {key: self[key] for key in names}
+        values = {key: self[key] for key in names}
         config = dict(self.provenance.config) | {
-            "sites": list(check_sites({parse_key(key).site for key in kept})),
-            "layers": sorted({parse_key(key).layer for key in kept}),
+            "sites": list(check_sites({parse_key(key).site for key in values})),
+            "layers": sorted({parse_key(key).layer for key in values}),
         }
-        return Scores(kept, self.table, dataclasses.replace(self.provenance, config=config))
+        return Scores(values, self.table, dataclasses.replace(self.provenance, config=config))
 
     def rank_correlation(self, other: "Scores") -> float:
         """Spearman's rank correlation over the keys both have, ties given their mean rank; NaN where one side is constant.
@@ -425,10 +425,10 @@ def kept_share(safety: np.ndarray, utility: np.ndarray | None, size: int, safety
     Source: the set difference of Wei et al. (ICML 2024, arXiv 2402.05162), section 3.3.
     Differs: they take single weights away; this counts them per row or column.
     """
-    kept = _largest(safety, safety_share)
+    important = _largest(safety, safety_share)
     if utility is not None:
-        kept &= ~_largest(utility, utility_share)
-    share: np.ndarray = kept.reshape(size, -1).mean(1)
+        important &= ~_largest(utility, utility_share)
+    share: np.ndarray = important.reshape(size, -1).mean(1)
     return share
 
 

@@ -36,12 +36,12 @@ def moved_units(members: Mapping[str, Int64[np.ndarray, " member"]], table: Site
         table: the model's matrices.
         seed: not negative; the same numbers give the same members.
     """
-    found: dict[str, np.ndarray] = {}
+    moved: dict[str, np.ndarray] = {}
     for block in table.blocks:
         held = {key: members[key] for key in block.keys if key in members and len(members[key])}
         if held:
-            found |= _moved(block, held, np.random.default_rng([*seed, *parse_key(block.keys[0]).order]))
-    return found
+            moved |= _moved(block, held, np.random.default_rng([*seed, *parse_key(block.keys[0]).order]))
+    return moved
 
 
 def _moved(block: UnitBlock, held: Mapping[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
@@ -187,18 +187,18 @@ class ByMatrix:
             ForeignModelError: found on another architecture.
             NeuronError: a matrix the model lacks, an index out of range, or another number of scores than neurons.
         """
-        kind, made = self.provenance.kind, self.provenance
-        if made.model_fingerprint and made.model_fingerprint != table.fingerprint:
+        kind, origin = self.provenance.kind, self.provenance
+        if origin.model_fingerprint and origin.model_fingerprint != table.fingerprint:
             raise ForeignModelError(
-                f"the {kind} were found on {' and '.join(made.models) or 'another architecture'} "
-                f"(fingerprint {made.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
+                f"the {kind} were found on {' and '.join(origin.models) or 'another architecture'} "
+                f"(fingerprint {origin.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
                 "find them on this model"
             )
         self._fit(table)
-        if not made.model_fingerprint:
+        if not origin.model_fingerprint:
             return [f"the {kind} have no fingerprint, so nothing says that they belong to this {table.architecture}; every index fits"]
-        others = [model for model in models if made.models and model not in made.models]
-        same = f"the {kind} were found on {' and '.join(made.models)}, which is the same architecture as"
+        others = [model for model in models if origin.models and model not in origin.models]
+        same = f"the {kind} were found on {' and '.join(origin.models)}, which is the same architecture as"
         return [f"{same} {others[0]} with other weights"] if others else []
 
     def _fit(self, table: SiteTable) -> None:
@@ -333,7 +333,7 @@ class NeuronSet(ByMatrix):
             )
         members = {key: function(self[key], other[key]) for key in {*self._vectors, *other._vectors}}
         config: dict[str, Any] = {"operation": sign, "left": _summary(self), "right": _summary(other)}
-        searched = [set(check_sites(part.provenance.config["sites"])) for part in (self, other) if part.provenance.config.get("sites")]
+        searched = [set(check_sites(each.provenance.config["sites"])) for each in (self, other) if each.provenance.config.get("sites")]
         if len(searched) == 2:
             config["sites"] = list(check_sites(searched[0] | searched[1]))
         if mine.config.get("layers") == theirs.config.get("layers"):
@@ -351,13 +351,13 @@ class NeuronSet(ByMatrix):
     def only(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "NeuronSet":
         """The members at these sites (of experts too) and layers; `None` keeps all."""
         n_layers = self.table.n_layers if self.table else None
-        kept = keys_within(self._vectors, sites, layers, n_layers)
+        keys = keys_within(self._vectors, sites, layers, n_layers)
         config = dict(self.provenance.config)
         if sites is not None:
             config["sites"] = list(check_sites(sites))
         if layers is not None:
             config["layers"] = list(layers_within(self._vectors, layers, n_layers))
-        return NeuronSet({key: self[key] for key in kept}, self.table, dataclasses.replace(self.provenance, config=config))
+        return NeuronSet({key: self[key] for key in keys}, self.table, dataclasses.replace(self.provenance, config=config))
 
     # Counts
 
@@ -526,20 +526,20 @@ def line_of(neurons: ByMatrix) -> str:
     if rows:
         layers = len({parse_key(key).layer for key, _ in neurons.items()})
         parts[0] += f" in {layers} layer{'s' * (layers != 1)}: " + ", ".join(f"{site} {number:,}" for site, number, _, _ in rows)
-    made = " on ".join(text for text in (neurons.provenance.method, ", ".join(neurons.provenance.models)) if text)
-    return "; ".join([*parts, *([made] if made else [])])
+    origin = " on ".join(text for text in (neurons.provenance.method, ", ".join(neurons.provenance.models)) if text)
+    return "; ".join([*parts, *([origin] if origin else [])])
 
 
 def _per_site(neurons: ByMatrix) -> list[tuple[str, int, str, str]]:
     """Site, members, share of the site's neurons, layers, for the sites that have members."""
     rows = []
     for site in SITES:
-        found = {key: len(vector) for key, vector in neurons.items() if parse_key(key).site == site}
-        number = sum(found.values())
+        counts = {key: len(vector) for key, vector in neurons.items() if parse_key(key).site == site}
+        number = sum(counts.values())
         if not number:
             continue
         size = sum(info.size for info in neurons.table.sites if parse_key(info.key).site == site) if neurons.table else 0
-        layers = sorted({parse_key(key).layer for key in found})
+        layers = sorted({parse_key(key).layer for key in counts})
         rows.append((site, number, f"{100 * number / size:.2f} %" if size else "", _spans(layers)))
     return rows
 

@@ -130,12 +130,12 @@ class SiteTable:
             UsageError: an unknown site, or layers outside the model.
             NeuronError: nothing is left.
         """
-        kept = [self[key] for key in keys_within(self.keys, sites, layers, self.n_layers)]
-        if not kept:
+        infos = [self[key] for key in keys_within(self.keys, sites, layers, self.n_layers)]
+        if not infos:
             raise NeuronError(
                 f"no matrix of this {self.architecture} is among sites {sorted(check_sites(sites or []))} of layers {layers}; choose others"
             )
-        return SiteTable(self.architecture, self.n_parameters, tuple(kept))
+        return SiteTable(self.architecture, self.n_parameters, tuple(infos))
 
     def to_json(self) -> str:
         """The table as JSON text, as stored in file headers."""
@@ -404,9 +404,9 @@ class Provenance:
             raise NeuronError(
                 f"schema {schema[:60]!r} is not one this version reads; expected {SCHEMA!r}: update the package or make the file again"
             )
-        found = metadata.get("kind", kind)
-        if found != kind:
-            raise NeuronError(f"this is a file of {found[:40]!r}, expected {kind!r}; pass the {kind} file of the same run")
+        stored = metadata.get("kind", kind)
+        if stored != kind:
+            raise NeuronError(f"this is a file of {stored[:40]!r}, expected {kind!r}; pass the {kind} file of the same run")
         try:
             models = strict_json.loads(metadata.get("models", "[]"))
             config = strict_json.loads(metadata.get("config", "{}"))

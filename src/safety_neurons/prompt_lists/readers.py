@@ -55,8 +55,8 @@ def library() -> list[BuiltinList]:
 
 def languages(name: str) -> list[str]:
     """Languages that the package has the list in, English first."""
-    found = [match["language"] for entry in _data().iterdir() if (match := _FILE.fullmatch(entry.name)) and match["name"] == name]
-    return sorted(found, key=lambda language: (language != DEFAULT_LANGUAGE, language))
+    tags = [match["language"] for entry in _data().iterdir() if (match := _FILE.fullmatch(entry.name)) and match["name"] == name]
+    return sorted(tags, key=lambda language: (language != DEFAULT_LANGUAGE, language))
 
 
 def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, bool]:
@@ -78,9 +78,9 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
     if own is not None:
         return own.read_text(encoding="utf-8"), (language or None) if own.name == f"{name}.jsonl" else None, True
     if folder is not None and name in PARTS and (whole := _own(PARTS[name][0], language, folder)) is not None:
-        kept = [line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])]
-        if kept:
-            return "\n".join(kept), (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None, True
+        lines = [line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])]
+        if lines:
+            return "\n".join(lines), (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None, True
     known = languages(name)
     if (language or DEFAULT_LANGUAGE) not in known:
         raise InputError(f"{source}: not there in {language!r}; expected {name} in one of {', '.join(known)}; choose one of them")
@@ -186,8 +186,8 @@ def _read_bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
             files = sorted(entry.name for entry in path.iterdir() if any(suffix in entry.name for suffix in SUFFIXES))
-            found = f"it holds {', '.join(files[:5])}{' …' if len(files) > 5 else ''}; " if files else ""
-            raise InputError(f"{path}: a folder, expected a file; {found}name the file itself")
+            holds = f"it holds {', '.join(files[:5])}{' …' if len(files) > 5 else ''}; " if files else ""
+            raise InputError(f"{path}: a folder, expected a file; {holds}name the file itself")
         if not path.exists():
             raise InputError(_missing(path))
         if not path.is_file():  # it may have no end, and is empty when it is read again for its hash
@@ -273,8 +273,8 @@ def prompts(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1; leave it away to read all prompts")
-    found = _read(source, column, answer_column, limit, None if folder is None else Path(folder))
-    return found if limit is None else found[:limit]
+    read = _read(source, column, answer_column, limit, None if folder is None else Path(folder))
+    return read if limit is None else read[:limit]
 
 
 def as_prompts(source: Source) -> Prompts:
@@ -328,12 +328,12 @@ def as_prompt(source: Source, name: str = "0") -> Prompt:
         return source
     if is_conversation(source):
         return _asked(source, name, "the request")
-    found = as_prompts(source)
-    if len(found) != 1:
-        raise InputError(f"{len(found)} requests arrived; expected a text, a Prompt or the turns of one conversation")
-    if not found[0].text.strip():
+    read = as_prompts(source)
+    if len(read) != 1:
+        raise InputError(f"{len(read)} requests arrived; expected a text, a Prompt or the turns of one conversation")
+    if not read[0].text.strip():
         raise InputError("an empty text arrived; expected a request")
-    return dataclasses.replace(found[0], id=name)
+    return dataclasses.replace(read[0], id=name)
 
 
 def _asked(turns: Any, name: str, where: str) -> Prompt:
@@ -391,15 +391,15 @@ def _file(path: Path, source: str | os.PathLike[str]) -> tuple[str, list[str], P
 def _builtin(source: str, column: str | None, answer_column: str | None, folder: Path | None) -> Prompts:
     text, language, own = builtin_text(source, folder)
     notes: list[str] = []
-    found = prompts_of(parse_rows(text, ".jsonl", source, column, notes), source, column, answer_column, notes)
+    read = prompts_of(parse_rows(text, ".jsonl", source, column, notes), source, column, answer_column, notes)
     if language is not None:
-        known = sorted({prompt.language or "" for prompt in found} - {""})
-        found = [prompt for prompt in found if prompt.language == language]
-        if not found:
+        known = sorted({prompt.language or "" for prompt in read} - {""})
+        read = [prompt for prompt in read if prompt.language == language]
+        if not read:
             raise InputError(
                 f"{source}: not there in {language!r}; expected one of {', '.join(known) or 'no language at all'}; choose one of them"
             )
-    return Prompts(found, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes)
+    return Prompts(read, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes)
 
 
 def _in_memory(source: Any, column: str | None, answer_column: str | None, limit: int | None, whole: bool = False) -> Prompts:

@@ -67,8 +67,8 @@ class Prompt:
         """The prompt with another request: its text, and the last user turn of its messages; where there is none, their last turn."""
         turns = list(self.messages)
         if turns:
-            place = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
-            turns[place] = Message(turns[place].role, text)
+            position = max((position for position, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
+            turns[position] = Message(turns[position].role, text)
         return replace(self, text=text, messages=tuple(turns))
 
     @property
@@ -87,10 +87,10 @@ class Prompt:
 
 def request_of(turns: Iterable[Message]) -> str:
     """What a conversation asks for: its last user turn; empty where there is none."""
-    asked = ""
+    request = ""
     for turn in turns:
-        asked = turn.content if turn.role == "user" else asked
-    return asked
+        request = turn.content if turn.role == "user" else request
+    return request
 
 
 class Prompts(Sequence[Prompt]):
@@ -251,10 +251,10 @@ def read_turn(turn: Mapping[str, Any], unread: list[str] | None = None, joint: s
         raise UnreadableTurnError(f"no text; it has {', '.join(map(str, list(turn)[:6]))}; expected content")
     left: list[str] = [] if unread is None else unread
     content = next((turn[key] for key in fields if turn[key] is not None), None)
-    said = list(texts_of(content, left))
-    said += [turn["refusal"]] if isinstance(turn.get("refusal"), str) else []
-    said += [as_text(turn[key]) for key in _CALLS if turn.get(key)]
-    return Message(role, joint.join(said))
+    texts = list(texts_of(content, left))
+    texts += [turn["refusal"]] if isinstance(turn.get("refusal"), str) else []
+    texts += [as_text(turn[key]) for key in _CALLS if turn.get(key)]
+    return Message(role, joint.join(texts))
 
 
 def _role_name(turn: Mapping[str, Any]) -> Any:
@@ -334,14 +334,14 @@ def written_list(value: object, *, texts: bool) -> list[Any] | None:
     if not isinstance(value, str) or (_WRITTEN_TEXTS if texts else _WRITTEN).match(value) is None or not value.rstrip().endswith("]"):
         return None
     try:
-        found = strict_json.loads(value, lenient=True)
+        turns = strict_json.loads(value, lenient=True)
     except ValueError:
-        found = _literal(value)
-    if not isinstance(found, list) or not found:
+        turns = _literal(value)
+    if not isinstance(turns, list) or not turns:
         return None
-    if all(isinstance(turn, Mapping) and _role_name(turn) is not None for turn in found):
-        return found if all(any(key in turn for key in (*_TEXT_KEYS, *_CALLS)) for turn in found) else None
-    return found if texts and all(isinstance(one, str) for one in found) else None
+    if all(isinstance(turn, Mapping) and _role_name(turn) is not None for turn in turns):
+        return turns if all(any(key in turn for key in (*_TEXT_KEYS, *_CALLS)) for turn in turns) else None
+    return turns if texts and all(isinstance(one, str) for one in turns) else None
 
 
 def _literal(text: str) -> Any:
@@ -357,21 +357,21 @@ def _literal(text: str) -> Any:
     return None
 
 
-def read_transcript(text: str, found: Counter[str]) -> list[Message]:
-    """Turns of a transcript string; irregular ones are repaired and counted in `found`."""
+def read_transcript(text: str, repairs: Counter[str]) -> list[Message]:
+    """Turns of a transcript string; irregular ones are repaired and counted in `repairs`."""
     parts = _TURN.split("\n\n" + text.lstrip() if not text.startswith("\n\n") else text)
     roles, contents = parts[1::2], parts[2::2]
     turns = [Message("user" if role == "Human" else "assistant", content) for role, content in zip(roles, contents, strict=True)]
-    return merge_turns(turns, found)
+    return merge_turns(turns, repairs)
 
 
-def merge_turns(turns: list[Message], found: Counter[str]) -> list[Message]:
+def merge_turns(turns: list[Message], repairs: Counter[str]) -> list[Message]:
     """Joins turns of one role that follow one another; a chat template would refuse them."""
     merged: list[Message] = []
     for turn in turns:
         if merged and merged[-1].role == turn.role and turn.role in ("system", "user", "assistant"):
             merged[-1] = Message(turn.role, "\n\n".join(part for part in (merged[-1].content, turn.content) if part))
-            found["joined"] += 1
+            repairs["joined"] += 1
         else:
             merged.append(turn)
     return merged

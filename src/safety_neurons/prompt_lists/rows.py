@@ -68,22 +68,22 @@ def prompts_of(
         InputError: No rows, no column for the prompt, no row with a text, or more rows than are read.
     """
     reader = _RowReader(source, column, answer_column)
-    kept: list[Prompt] = []
+    read: list[Prompt] = []
     for number, row in enumerate(rows):
         if number >= MOST_ROWS and limit is None:
             raise too_many(source)
         prompt = reader.prompt(row, number)
         if prompt is not None:
-            kept.append(prompt)
+            read.append(prompt)
         elif whole:
             raise reader.refusal(number + 1, of_last=True)
-        if limit is not None and len(kept) >= limit:
+        if limit is not None and len(read) >= limit:
             break
     reader.check_names()
-    if not kept:
+    if not read:
         raise reader.refusal(reader.rows)
-    notes += reader.notes(kept)
-    return _with_unique_ids(kept, notes)
+    notes += reader.notes(read)
+    return _with_unique_ids(read, notes)
 
 
 class _Tally:
@@ -236,11 +236,11 @@ class _RowReader:
 
     def _unwritten(self, value: Any, conversation: bool) -> Any:
         """The list that a text spells out, where it spells out turns."""
-        found = written_list(value, texts=conversation)
-        if found is None:
+        turns = written_list(value, texts=conversation)
+        if turns is None:
             return value
         self._tally.add("written", self._number)
-        return found
+        return turns
 
     def _transcript(self, text: str) -> list[Message]:
         joined: Counter[str] = Counter()
@@ -264,11 +264,11 @@ class _RowReader:
         if inner.conversation:
             return self._asked(value, inner)[1]
         unread: list[str] = []
-        said = "".join(texts_of(value, unread))
-        if said or not inner.prompt:
-            if not said:
+        text = "".join(texts_of(value, unread))
+        if text or not inner.prompt:
+            if not text:
                 raise _Unusable(f"the column {column!r} holds an object without text; it has {listed(value)}")
-            return [Message("user", self._clean(said))]
+            return [Message("user", self._clean(text))]
         return self._asked(value, inner)[1]
 
     def _texts(self, value: list[str], column: str, conversation: bool) -> list[Message]:
@@ -303,10 +303,10 @@ class _RowReader:
     def _with_system(self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message]) -> tuple[list[Message], str | None]:
         """The turns with the system prompt of the row before them, unless they bring one."""
         for name in plan.system:
-            said = "".join(texts_of(_plain(row.get(name)), [])) if not isinstance(row.get(name), int | float) else ""
-            if said.strip() and turns[0].role != "system":
+            text = "".join(texts_of(_plain(row.get(name)), [])) if not isinstance(row.get(name), int | float) else ""
+            if text.strip() and turns[0].role != "system":
                 self._systems.add(name, self._number)
-                return [Message("system", self._clean(said)), *turns], name
+                return [Message("system", self._clean(text)), *turns], name
         return turns, None
 
     # What is answered
@@ -323,10 +323,10 @@ class _RowReader:
         if folded(column) == "chosen" and is_transcript(row.get(column)) and is_transcript(other := row.get("rejected")):
             self._tally.add("diverged", self._number, _before_last(str(other)) != _before_last(str(row[column])))
         if turns and turns[-1].role == "assistant":
-            said = turns[-1].content
-            self._tally.add("answerless", self._number, not said.strip())
+            text = turns[-1].content
+            self._tally.add("answerless", self._number, not text.strip())
             turns = turns[:-1]
-            answer = said if answer is None and said.strip() else answer
+            answer = text if answer is None and text.strip() else answer
         return turns, answer, name if answer is not None else None
 
     def _answer(self, value: Any) -> str | None:
@@ -422,7 +422,7 @@ class _RowReader:
             f"expected one of {', '.join(PROMPT_COLUMNS)} or messages; name one with --column"
         )
 
-    def notes(self, kept: list[Prompt]) -> list[str]:
+    def notes(self, read: list[Prompt]) -> list[str]:
         """A line for each thing that happened to the rows, or looks wrong in the prompts."""
         tally = self._tally
         lines = []
@@ -442,23 +442,23 @@ class _RowReader:
             lines.append(f"{column!r} is put behind the request, a blank line between them, in {count} rows {self._joined.first(column)}")
         for column, count in self._systems.counts.items():
             lines.append(f"{column!r} is the system prompt of {count} rows {self._systems.first(column)}")
-        return lines + self._suspicions(kept)
+        return lines + self._suspicions(read)
 
-    def _suspicions(self, kept: list[Prompt]) -> list[str]:
-        copies = len(kept) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in kept})
-        complying = sum(COMPLIES.match(prompt.text) is not None for prompt in kept)
-        targets = sum(prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in kept)
+    def _suspicions(self, read: list[Prompt]) -> list[str]:
+        copies = len(read) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in read})
+        complying = sum(COMPLIES.match(prompt.text) is not None for prompt in read)
+        targets = sum(prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read)
         lines = [f"{copies} duplicate prompts, kept"] if copies else []
-        if complying > len(kept) / 4:
+        if complying > len(read) / 4:
             column = next(iter(self._used.counts), "prompt")
             lines.append(
-                f"{complying} of {len(kept)} prompts begin like an answer (“Sure, here is …”): "
+                f"{complying} of {len(read)} prompts begin like an answer (“Sure, here is …”): "
                 f"the column {column!r} seems to hold targets, not prompts"
             )
-        if targets > len(kept) / 4:
+        if targets > len(read) / 4:
             column = max(self._answers_used, key=lambda name: self._answers_used[name], default="")
             lines.append(
-                f"{targets} of {len(kept)} answers begin like compliance (“Sure, here is …”): do not tune for safety on "
+                f"{targets} of {len(read)} answers begin like compliance (“Sure, here is …”): do not tune for safety on "
                 + (f"the column {column!r}" if column else "them")
             )
         return lines
@@ -517,15 +517,15 @@ def _text_or_none(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int) and str(value).strip() else None
 
 
-def _with_unique_ids(kept: list[Prompt], notes: list[str]) -> list[Prompt]:
-    seen: Counter[str] = Counter(prompt.id for prompt in kept)
-    doubled = len(kept) - len(seen)
+def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:
+    seen: Counter[str] = Counter(prompt.id for prompt in read)
+    doubled = len(read) - len(seen)
     if not doubled:
-        return kept
+        return read
     notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
     seen.clear()
     result = []
-    for prompt in kept:
+    for prompt in read:
         seen[prompt.id] += 1
         again = seen[prompt.id]
         result.append(prompt if again == 1 else dataclasses.replace(prompt, id=f"{prompt.id}#{again}"))

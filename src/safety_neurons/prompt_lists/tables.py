@@ -141,8 +141,8 @@ def columns_of(columns: Iterable[str], wanted: Iterable[str]) -> list[str]:
     for column in present:
         by_case.setdefault(folded(column), column)
     exact = set(present)
-    found = (name if name in exact else by_case.get(folded(name)) for name in wanted)
-    return [column for column in found if column is not None]
+    names = (name if name in exact else by_case.get(folded(name)) for name in wanted)
+    return [column for column in names if column is not None]
 
 
 def find_column(columns: Iterable[str], wanted: Iterable[str]) -> str | None:
@@ -254,7 +254,7 @@ def too_many(source: str) -> InputError:
 
 def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
     """The rows that could be read, in one list; the others are counted in `notes`."""
-    found: list[dict[str, Any]] = []
+    read: list[dict[str, Any]] = []
     left = 0
     first = ""
     for number, row in enumerate(rows):
@@ -263,9 +263,9 @@ def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
         if isinstance(row, Unread):
             left, first = left + 1, first or f"{row.why} (first: row {number})"
         else:
-            found.append(row)
+            read.append(row)
     notes += [f"left out {left} rows: {first}"] if left else []
-    return found
+    return read
 
 
 # JSON

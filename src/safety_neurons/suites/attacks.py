@@ -155,15 +155,15 @@ def import_attacks(
     parsed = _parsed(file) if read_as == "prompts" else None
     reader = _reader(parsed)
     notes: list[str] = []
-    found = _plain_list(file, read_as, known, notes) if reader is None else reader(parsed, file, notes)
+    attacks = _plain_list(file, read_as, known, notes) if reader is None else reader(parsed, file, notes)
     behaviours = None if known is None else _Behaviours(known)
-    found = [_filled(attack, method, source_model, adaptive, behaviours) for attack in found]
-    if not found:
+    attacks = [_filled(attack, method, source_model, adaptive, behaviours) for attack in attacks]
+    if not attacks:
         raise InputError(f"{path}: no attack prompt in it; expected at least one; check the file")
-    without = sum(not attack.goal for attack in found)
+    without = sum(not attack.goal for attack in attacks)
     if without:
-        notes.append(f"{without} of {len(found)} attacks have no goal, which judges need; give the behaviours with --goals")
-    return Attacks(found, file.name, notes)
+        notes.append(f"{without} of {len(attacks)} attacks have no goal, which judges need; give the behaviours with --goals")
+    return Attacks(attacks, file.name, notes)
 
 
 def _parsed(path: Path) -> Any:
@@ -200,7 +200,7 @@ def _is_cases(value: Any) -> bool:
 
 def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
     parameters = parsed.get("parameters") if isinstance(parsed.get("parameters"), dict) else {}
-    found, empty = [], 0
+    attacks, empty = [], 0
     for number, record in enumerate(parsed["jailbreaks"]):
         if not isinstance(record, dict):
             raise InputError(f"{path}: jailbreak {number} is a {type(record).__name__}; expected an object; repair the file")
@@ -211,7 +211,7 @@ def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPro
         if "jailbroken" in meta:
             meta["jailbroken_source_model"] = meta.pop("jailbroken")
         meta |= {"attack_type": parameters["attack_type"]} if isinstance(parameters.get("attack_type"), str) else {}
-        found.append(
+        attacks.append(
             AttackPrompt(
                 behavior_id=str(record.get("behavior") or record.get("index", number)),
                 goal=str(record.get("goal") or ""),
@@ -223,7 +223,7 @@ def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPro
         )
     if empty:
         notes.append(f"{empty} of {len(parsed['jailbreaks'])} behaviours have no prompt (the attack gave none); left out")
-    return found
+    return attacks
 
 
 def _harmbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
@@ -231,27 +231,27 @@ def _harmbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
     parts = list(path.parts)
     at = parts.index("test_cases") if "test_cases" in parts else 0
     method, model = (parts[at - 2], parts[at - 1]) if at >= 2 else ("unknown", "")
-    found, skipped = [], 0
+    attacks, skipped = [], 0
     for behavior, cases in parsed.items():
         for case in cases:
             if isinstance(case, str) and case.strip():
-                found.append(AttackPrompt(str(behavior), "", case, method, model))
+                attacks.append(AttackPrompt(str(behavior), "", case, method, model))
             else:
                 skipped += 1
     if skipped:
         notes.append(f"{skipped} test cases are empty or not text (images); left out")
-    return found
+    return attacks
 
 
 def _own(parsed: Any, path: Path, _: list[str]) -> list[AttackPrompt]:
-    found = []
+    attacks = []
     for number, record in enumerate(parsed, 1):
         if not isinstance(record["prompt"], str) or not isinstance(record["adaptive"], bool):
             raise InputError(f"{path}: record {number}: expected a text as prompt and true or false as adaptive; repair the line")
         known = {name: str(record.get(name) or "") for name in ("behavior_id", "goal", "method", "source_model")}
         meta = record.get("meta") if isinstance(record.get("meta"), dict) else {}
-        found.append(AttackPrompt(prompt=record["prompt"], adaptive=record["adaptive"], meta=meta, **known))
-    return found
+        attacks.append(AttackPrompt(prompt=record["prompt"], adaptive=record["adaptive"], meta=meta, **known))
+    return attacks
 
 
 def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str]) -> list[AttackPrompt]:

@@ -242,7 +242,7 @@ def data_folder(folder: str | Path | None) -> Path | None:
     return None if named is None else Path(named).expanduser()
 
 
-def find(place: Location, suite: str, folder: str | Path | None, *, offline: bool) -> Source:
+def find(location: Location, suite: str, folder: str | Path | None, *, offline: bool) -> Source:
     """The file of a place: in the folder, else in what was fetched before, else fetched.
 
     Raises:
@@ -251,21 +251,21 @@ def find(place: Location, suite: str, folder: str | Path | None, *, offline: boo
     where = data_folder(folder)
     if where is not None and not where.is_dir():
         raise InputError(f"{where}: no such folder; expected the folder of the suites' files; check --folder or {FOLDER_VARIABLE}")
-    found = None if where is None else in_folder(place, where)
-    if found is not None:
-        return found
-    if place.hub is not None:
-        return from_hub(place.hub, offline=offline)
-    if place.url is not None:
-        return _from_web(place, suite, offline=offline)
+    local = None if where is None else in_folder(location, where)
+    if local is not None:
+        return local
+    if location.hub is not None:
+        return from_hub(location.hub, offline=offline)
+    if location.url is not None:
+        return _from_web(location, suite, offline=offline)
     looked = f"not in {where}" if where is not None else f"no folder given (--folder or {FOLDER_VARIABLE})"
-    raise InputError(f"{suite}: {looked}; expected {place.files[0]}; get it from its page and give its folder with --folder")
+    raise InputError(f"{suite}: {looked}; expected {location.files[0]}; get it from its page and give its folder with --folder")
 
 
-def in_folder(place: Location, folder: Path) -> Source | None:
+def in_folder(location: Location, folder: Path) -> Source | None:
     """The place's file in a folder or below it: an edition of known hash before any other, then the least deep."""
-    candidates = [source_of(path) for path in _candidates(place, folder)]
-    known = [source for source in candidates if source.sha256 in place.sha256]
+    candidates = [source_of(path) for path in _candidates(location, folder)]
+    known = [source for source in candidates if source.sha256 in location.sha256]
     return next(iter([*known, *candidates]), None)
 
 
@@ -295,16 +295,16 @@ def from_hub(hub: Hub, *, offline: bool) -> Source:
     return source_of(Path(path), str(hub), commit[1] if commit else hub.revision)
 
 
-def _candidates(place: Location, folder: Path) -> list[Path]:
+def _candidates(location: Location, folder: Path) -> list[Path]:
     """Files below a folder that go by one of the place's names, the original name first, the least deep first."""
-    names = [name.casefold() for name in place.files]
-    found: list[tuple[int, int, str, Path]] = []
+    names = [name.casefold() for name in location.files]
+    ranked: list[tuple[int, int, str, Path]] = []
     for path in _walk(folder):
         relative = path.relative_to(folder).as_posix()
         rank = _rank(relative, names)
         if rank is not None:
-            found.append((rank, relative.count("/"), relative, path))
-    return [path for *_, path in sorted(found)]
+            ranked.append((rank, relative.count("/"), relative, path))
+    return [path for *_, path in sorted(ranked)]
 
 
 def _rank(relative: str, names: list[str]) -> int | None:
@@ -355,33 +355,33 @@ def _cache() -> Path:
     return Path(base) / "safety-neurons" / "data"
 
 
-def _from_web(place: Location, suite: str, *, offline: bool) -> Source:
+def _from_web(location: Location, suite: str, *, offline: bool) -> Source:
     """A file of known hash from the web, kept; whatever arrives with another hash is refused."""
-    assert place.url is not None
-    assert place.sha256
-    target = _cache() / place.sha256[0][:16] / place.files[0]
+    assert location.url is not None
+    assert location.sha256
+    target = _cache() / location.sha256[0][:16] / location.files[0]
     if target.is_file():
-        kept = source_of(target, place.url)
-        if kept.sha256 in place.sha256:
-            return kept
+        cached = source_of(target, location.url)
+        if cached.sha256 in location.sha256:
+            return cached
     if offline:
         raise InputError(
-            f"{suite}: {place.files[0]} is not on this machine and --offline forbids to fetch it; "
+            f"{suite}: {location.files[0]} is not on this machine and --offline forbids to fetch it; "
             f"fetch it once with `data verify {suite}`, or give its folder with --folder"
         )
     try:
-        with urllib.request.urlopen(place.url, timeout=60) as answer:  # noqa: S310 - addresses of the registry, https
+        with urllib.request.urlopen(location.url, timeout=60) as answer:  # noqa: S310 - addresses of the registry, https
             data = answer.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise InputError(f"{suite}: {place.url} cannot be fetched ({error}); download it and give its folder with --folder") from None
+        raise InputError(f"{suite}: {location.url} cannot be fetched ({error}); download it and give its folder with --folder") from None
     arrived = hashlib.sha256(data).hexdigest()
-    if arrived not in place.sha256:
+    if arrived not in location.sha256:
         raise InputError(
-            f"{suite}: {place.url} gave a file of hash {arrived[:12]}…, expected {place.sha256[0][:12]}…; "
+            f"{suite}: {location.url} gave a file of hash {arrived[:12]}…, expected {location.sha256[0][:12]}…; "
             "it was not kept; download it yourself and give its folder with --folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     partial.write_bytes(data)
     partial.replace(target)
-    return source_of(target, place.url)
+    return source_of(target, location.url)

@@ -70,10 +70,10 @@ def encoded(lm: LanguageModel, prompt: Prompt, suffixes: Sequence[str]) -> list[
     Raises:
         UsageError: The prompt does not fit the model's context.
     """
-    found = lm.encode([appended(prompt, suffix) for suffix in suffixes])
-    if any(item.truncated for item in found):
+    rows = lm.encode([appended(prompt, suffix) for suffix in suffixes])
+    if any(item.truncated for item in rows):
         raise UsageError(f"prompt {prompt.id!r} with its suffix does not fit the context of {lm.max_length} tokens; shorten the suffix")
-    return [tuple(item.ids) for item in found]
+    return [tuple(item.ids) for item in rows]
 
 
 def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], bare: Sequence[int]) -> Suffixed | None:
@@ -86,7 +86,8 @@ def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], 
         ids: Token ids of the prompt with the suffix.
         bare: Token ids of the prompt without, whose common beginning is not decoded again.
     """
-    common = next((place for place, (one, other) in enumerate(zip(ids, bare, strict=False)) if one != other), min(len(ids), len(bare)))
+    apart = (position for position, (one, other) in enumerate(zip(ids, bare, strict=False)) if one != other)
+    common = next(apart, min(len(ids), len(bare)))
     anchor = max(0, common - 2)
     lengths = [len(decoded(lm, ids[anchor:stop])) for stop in range(anchor, len(ids) + 1)]
     at = decoded(lm, ids[anchor:]).rfind(suffix)
@@ -94,9 +95,9 @@ def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], 
         return None
     end = at + len(suffix)
     inside = [
-        place
-        for place in range(len(ids) - anchor)
-        if at <= lengths[place] < lengths[place + 1] <= end and ids[anchor + place] not in _special(lm)
+        position
+        for position in range(len(ids) - anchor)
+        if at <= lengths[position] < lengths[position + 1] <= end and ids[anchor + position] not in _special(lm)
     ]
     if not inside or inside != list(range(inside[0], inside[-1] + 1)):
         return None
@@ -143,10 +144,11 @@ def printable_ids(lm: LanguageModel) -> torch.Tensor:
     size = min(len(tokenizer), lm.n_ids)
     texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
     special = _special(lm)
-    kept = [token for token, text in enumerate(texts) if token not in special and text.strip() and text.isascii() and text.isprintable()]
-    if len(kept) < 2:
-        raise InputError(f"{lm.name}: its tokenizer has {len(kept)} printable tokens; expected some; use another attack")
-    return torch.tensor(kept)
+    seen = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
+    printable = [token for token in seen if token not in special]
+    if len(printable) < 2:
+        raise InputError(f"{lm.name}: its tokenizer has {len(printable)} printable tokens; expected some; use another attack")
+    return torch.tensor(printable)
 
 
 def decoded(lm: LanguageModel, ids: Sequence[int]) -> str:
@@ -251,7 +253,7 @@ def gcg(
     how = SuffixSearch.of(settings)
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
-    found: list[AttackPrompt] = []
+    attacks: list[AttackPrompt] = []
     steps_done = 0
     for number, prompt in enumerate(prompts, 1):
         attack = before.get(prompt.id)
@@ -261,10 +263,10 @@ def gcg(
             if made is not None:
                 made(attack)
         steps_done += int(attack.meta.get("steps", 0))
-        found.append(attack)
+        attacks.append(attack)
         if progress is not None:
             progress(number, len(prompts), steps_done)
-    return Attacks(found, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes)
+    return Attacks(attacks, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes)
 
 
 class _Hunt:
@@ -310,15 +312,15 @@ class _Hunt:
         draws = torch.randint(pool.shape[1], (width,), generator=self.generator)
         own = list(current.ids[current.start : current.stop])
         texts: dict[str, None] = {}
-        for place, token in zip(places.tolist(), pool[places, draws].tolist(), strict=True):
-            texts[changed(self.lm, current, [*own[:place], token, *own[place + 1 :]])] = None
+        for position, token in zip(places.tolist(), pool[places, draws].tolist(), strict=True):
+            texts[changed(self.lm, current, [*own[:position], token, *own[position + 1 :]])] = None
         texts.pop(current.suffix, None)
-        found = [
+        suffixes = [
             located(self.lm, self.prompt, text, ids, self.bare)
             for text, ids in zip(texts, encoded(self.lm, self.prompt, list(texts)), strict=True)
             if len(ids) == len(current)
         ]
-        return [item for item in found if item is not None and item.n_tokens == n]
+        return [item for item in suffixes if item is not None and item.n_tokens == n]
 
     def slopes(self, current: Suffixed) -> Float[Tensor, "token vocab"]:
         """Derivative of the loss with respect to every token of the vocabulary at every position of the suffix, up to a factor."""
@@ -343,7 +345,7 @@ class _Hunt:
 
     def losses(self, sequences: Sequence[Sequence[int]]) -> tuple[list[float], list[bool]]:
         """Mean negative log likelihood of the target behind every prompt, and whether it is the greedy answer."""
-        found: dict[int, tuple[float, bool]] = {}
+        results: dict[int, tuple[float, bool]] = {}
         targets = torch.tensor([self.target_ids])
 
         def per_batch(batch: Batch) -> None:
@@ -351,11 +353,11 @@ class _Hunt:
             starts = [length - len(self.target_ids) for length in batch.lengths]
             losses, greedy = _losses(batch.output, starts, targets.to(batch.output.device))
             for index, loss, same in zip(batch.indices, losses.double().tolist(), greedy.tolist(), strict=True):
-                found[index] = (loss, same)
+                results[index] = (loss, same)
 
         whole = [[*ids, *self.target_ids] for ids in sequences]
         run_batches(self.lm, whole, per_batch, self.how.batch_size, True)
-        return [found[index][0] for index in range(len(whole))], [found[index][1] for index in range(len(whole))]
+        return [results[index][0] for index in range(len(whole))], [results[index][1] for index in range(len(whole))]
 
     def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> AttackPrompt:
         prompt = self.prompt
@@ -390,8 +392,8 @@ def _losses(
 
 def _target(prompt: Prompt, targets: Mapping[str, str] | None) -> str:
     known = targets or {}
-    found = known.get(prompt.id) or known.get(str(prompt.meta.get("behavior_id", ""))) or prompt.meta.get("target") or DEFAULT_OPENING
-    return str(found)
+    target = known.get(prompt.id) or known.get(str(prompt.meta.get("behavior_id", ""))) or prompt.meta.get("target") or DEFAULT_OPENING
+    return str(target)
 
 
 def _target_ids(lm: LanguageModel, prompt: Prompt, target: str) -> tuple[int, ...]:

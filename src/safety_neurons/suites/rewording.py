@@ -51,8 +51,8 @@ def prefill(prompt: Prompt) -> Prompt:
     """
     opening = str(prompt.meta.get("target") or DEFAULT_OPENING)
     turns = prompt.messages or (Message("user", prompt.text),)
-    made = _made(prompt, "prefill", prompt.text, (*turns, Message("assistant", opening)))
-    return replace(made, meta={**made.meta, "opening": opening})
+    attacked = _made(prompt, "prefill", prompt.text, (*turns, Message("assistant", opening)))
+    return replace(attacked, meta={**attacked.meta, "opening": opening})
 
 
 def past_tense(prompt: Prompt) -> Prompt:
@@ -97,7 +97,7 @@ def translated(asked: Prompts, pairs: Mapping[str, str] | str | Path, language: 
     """The prompts in another language, where a translation of them is given; the others are left out and counted.
 
     Args:
-        asked: The prompts.
+        asked: The requests.
         pairs: Translations by request, or a table that has both: columns `goal, translation` (or `prompt`, `source`, …), or a column a
             language, such as `en` and `de`.
         language: Column of the translations; needed for a table that has several.
@@ -107,20 +107,20 @@ def translated(asked: Prompts, pairs: Mapping[str, str] | str | Path, language: 
     """
     table = read_pairs(pairs, language) if isinstance(pairs, str | Path) else pairs
     known = {_key(goal): text for goal, text in table.items()}
-    found = []
+    attacked = []
     for prompt in asked:
         text = known.get(_key(str(prompt.meta.get("goal", prompt.text)))) or known.get(_key(prompt.text))
         if text is not None:
             made = _made(prompt, "translation" + (f"-{language}" if language else ""), text, prompt.asking(text).messages)
-            found.append(replace(made, language=language or made.language))
-    if not found:
+            attacked.append(replace(made, language=language or made.language))
+    if not attacked:
         raise InputError(
             f"translation: none of the {len(asked)} prompts is among the {len(known)} pairs; "
             "expected the same requests in the same spelling; check the file"
         )
-    left_out = len(asked) - len(found)
+    left_out = len(asked) - len(attacked)
     notes = [*asked.notes, *([f"{left_out} of {len(asked)} prompts have no translation and were left out"] if left_out else [])]
-    return Prompts(found, f"{asked.name} in {language or 'translation'}", notes)
+    return Prompts(attacked, f"{asked.name} in {language or 'translation'}", notes)
 
 
 def read_pairs(path: str | Path, language: str | None = None) -> dict[str, str]:
@@ -132,15 +132,15 @@ def read_pairs(path: str | Path, language: str | None = None) -> dict[str, str]:
     column = "en" if language is not None and _has_column(path, "en") else None
     read = prompts(path, column=column)
     candidates = (language,) if language else ("translation", "translated", "translated_prompt", "target_text")
-    found: dict[str, str] = {}
+    translations: dict[str, str] = {}
     for prompt in read:
         fields = {str(key).casefold(): value for key, value in prompt.meta.items()}
         text = next((fields[name.casefold()] for name in candidates if isinstance(fields.get(name.casefold()), str)), None)
         if text and str(text).strip():
-            found[prompt.text] = str(text).strip()
-    if not found:
+            translations[prompt.text] = str(text).strip()
+    if not translations:
         raise InputError(f"{path}: no column {' or '.join(candidates)} with texts; expected a table of requests and their translations")
-    return found
+    return translations
 
 
 def past(goal: str) -> str:

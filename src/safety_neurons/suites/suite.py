@@ -53,16 +53,16 @@ def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = Non
         InputError: A file that cannot be read, or that is not what the suite's file looks like.
     """
     notes: list[str] = []
-    found: list[Prompt] = []
+    whole: list[Prompt] = []
     for language, source in sources.items():
         rows = _rows(wanted.entry, source, notes)
         for tag, canonical in _by_language(wanted, rows, source, column, notes).items():
-            found += _prompts(wanted, canonical, source, tag or language, notes)
-    kept = [prompt for prompt in found if _is_of(prompt, wanted)]
-    if not kept:
+            whole += _prompts(wanted, canonical, source, tag or language, notes)
+    chosen = [prompt for prompt in whole if _is_of(prompt, wanted)]
+    if not chosen:
         part = wanted.entry.parts[wanted.part or ""]
         raise InputError(f"{wanted.name}: no row of the file is of this part; expected {part.column} {part.value!r}; check the file")
-    return Prompts(kept, wanted.name, list(dict.fromkeys(notes)))
+    return Prompts(chosen, wanted.name, list(dict.fromkeys(notes)))
 
 
 def table_rows(source: Source, notes: list[str], header: Sequence[str] = (), known: Sequence[str] = ()) -> list[Row]:
@@ -81,8 +81,8 @@ def table_rows(source: Source, notes: list[str], header: Sequence[str] = (), kno
     if path.suffix.lower() == ".parquet":
         return _parquet(path.read_bytes(), shown)
     suffix = file_format(path)
-    text, found = read_text(path)
-    notes += found
+    text, repairs = read_text(path)
+    notes += repairs
     if suffix in (".csv", ".tsv") and header:
         text = _with_header(text, "," if suffix == ".csv" else "\t", header, known, notes)
     return readable(parse_rows(text, suffix, shown, None, notes), notes)
@@ -154,13 +154,13 @@ def _column_of(entry: SuiteEntry, rows: Sequence[Row], source: Source, column: s
             raise InputError(f"{source.path}: no column {column!r}; it has {', '.join(present)}; name one of them with --column")
         return present[column.strip().casefold()]
     usual = (*entry.columns.get(name, ()), "prompt", "goal", "instruction", "question", "text", "query", "behavior", "forbidden_prompt")
-    found = next((present[candidate.casefold()] for candidate in usual if candidate.casefold() in present), None)
-    if found is None:
+    name_of_prompts = next((present[candidate.casefold()] for candidate in usual if candidate.casefold() in present), None)
+    if name_of_prompts is None:
         raise InputError(
             f"{source.path}: no column that holds the prompts of {entry.name}; it has {', '.join(present)}; "
             f"expected {', '.join(entry.columns.get(name, entry.wide))}; name one with --column"
         )
-    return found
+    return name_of_prompts
 
 
 def _canonical(entry: SuiteEntry, rows: list[Row], prompt: str, notes: list[str]) -> list[Row]:
@@ -209,10 +209,10 @@ def _prompts(wanted: Wanted, rows: list[Row], source: Source, language: str, not
     read = prompts_of(rows, str(source.path), column, None, own)
     notes += [note if not language else f"{language}: {note}" for note in own]
     unknown: Counter[str] = Counter()
-    found = [_finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read]
+    finished = [_finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read]
     for word, count in unknown.items():
         notes.append(f"{count} rows say {word!r} where {' or '.join(entry.kinds)} was expected; taken as harmful")
-    return found
+    return finished
 
 
 def _finished(prompt: Prompt, entry: SuiteEntry, row: Row, targets: Mapping[int, Any], language: str, unknown: Counter[str]) -> Prompt:
@@ -362,13 +362,13 @@ def suite(
         raise UsageError(f"kind {kind!r}: expected harmful or harmless")
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1; leave it away to read all prompts")
-    asked, sources = _located(source, folder, offline)
-    found = _own(source, sources, kind, column) if asked is None else _named(asked, sources, column)
-    if kind is not None and kind != found.kind:
-        if found.kind != "mixed":
-            raise UsageError(f"{source}: its kind is {found.kind}, not {kind}; leave the kind away")
-        found = dataclasses.replace(found, prompts=found.harmful if kind == "harmful" else found.harmless, kind=kind, rows=None)
-    return found if limit is None else dataclasses.replace(found, prompts=_evenly(found.prompts, limit))
+    entry, sources = _located(source, folder, offline)
+    opened = _own(source, sources, kind, column) if entry is None else _named(entry, sources, column)
+    if kind is not None and kind != opened.kind:
+        if opened.kind != "mixed":
+            raise UsageError(f"{source}: its kind is {opened.kind}, not {kind}; leave the kind away")
+        opened = dataclasses.replace(opened, prompts=opened.harmful if kind == "harmful" else opened.harmless, kind=kind, rows=None)
+    return opened if limit is None else dataclasses.replace(opened, prompts=_evenly(opened.prompts, limit))
 
 
 def verify(source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False) -> SuiteCheck:
@@ -384,20 +384,20 @@ def verify(source: str | Path, *, folder: str | Path | None = None, offline: boo
     """
     name = str(source)
     try:
-        asked, sources = _located(source, folder, offline)
-        found = _own(source, sources, None, None) if asked is None else _named(asked, sources, None)
+        entry, sources = _located(source, folder, offline)
+        opened = _own(source, sources, None, None) if entry is None else _named(entry, sources, None)
     except InputError as error:
         return SuiteCheck(name, ok=False, problem=str(error))
-    hashes = tuple(_hash_of(asked.places.get(language), item) for language, item in sources.items()) if asked else ("unknown",)
-    missing = [] if asked is None else [language for language in asked.places if language not in sources]
-    expected = found.rows if not missing else None
+    hashes = tuple(_hash_of(entry.places.get(language), item) for language, item in sources.items()) if entry else ("unknown",)
+    missing = [] if entry is None else [language for language in entry.places if language not in sources]
+    expected = opened.rows if not missing else None
     problem = None
-    if expected is not None and len(found) != expected:
-        problem = f"{found.name}: {len(found)} prompts, expected {expected}; the file is not the whole original; get it again"
+    if expected is not None and len(opened) != expected:
+        problem = f"{opened.name}: {len(opened)} prompts, expected {expected}; the file is not the whole original; get it again"
     elif "other" in hashes and not any_edition:
-        problem = f"{found.name}: not an edition that is known (hash {found.sha256[0][:12]}…); get the original, or allow --any-edition"
-    shown = tuple(str(item.path) for item in sources.values()) or (found.source,)
-    return SuiteCheck(found.name, problem is None, shown, hashes, len(found), found.rows, problem, tuple(found.notes))
+        problem = f"{opened.name}: not an edition that is known (hash {opened.sha256[0][:12]}…); get the original, or allow --any-edition"
+    shown = tuple(str(item.path) for item in sources.values()) or (opened.source,)
+    return SuiteCheck(opened.name, problem is None, shown, hashes, len(opened), opened.rows, problem, tuple(opened.notes))
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -434,10 +434,10 @@ def _located(source: str | Path, folder: str | Path | None, offline: bool) -> tu
         return None, {}
     if text.startswith(HUB) or Path(text).expanduser().exists() or isinstance(source, Path):
         return None, {"": _file(text, offline)}
-    asked = wanted(text) if not _looks_like_a_file(text) else None
-    if asked is None:
+    entry = wanted(text) if not _looks_like_a_file(text) else None
+    if entry is None:
         return None, {"": source_of(Path(text).expanduser())}
-    return asked, _files(asked, folder, offline)
+    return entry, _files(entry, folder, offline)
 
 
 def _looks_like_a_file(text: str) -> bool:
@@ -448,18 +448,18 @@ def _file(text: str, offline: bool) -> Source:
     return from_hub(hub_address(text), offline=offline) if text.startswith(HUB) else source_of(Path(text).expanduser())
 
 
-def _files(asked: Wanted, folder: str | Path | None, offline: bool) -> dict[str, Source]:
+def _files(entry: Wanted, folder: str | Path | None, offline: bool) -> dict[str, Source]:
     """The suite's files; of one that has a file a language those that can be had, as long as there is one."""
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     failed: list[InputError] = []
-    for language, place in asked.places.items():
+    for language, place in entry.places.items():
         try:
-            found[language] = find(place, asked.name, folder, offline=offline)
+            sources[language] = find(place, entry.name, folder, offline=offline)
         except InputError as error:
             failed.append(error)
-    if not found:
+    if not sources:
         raise failed[0]
-    return found
+    return sources
 
 
 def _named(asked: Wanted, sources: Mapping[str, Source], column: str | None) -> Suite:
@@ -483,17 +483,17 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     """A file of the user's own, or a built-in list."""
     text = str(source)
     if not sources:
-        found = prompts(text, column=column)
+        read_prompts = prompts(text, column=column)
         guessed = "harmless" if text.removeprefix(BUILTIN).startswith(("harmless", "general")) else "harmful"
-        return _stamped(found, text, kind or guessed, Source(Path(), text, found.sha256))
+        return _stamped(read_prompts, text, kind or guessed, Source(Path(), text, read_prompts.sha256))
     file = sources[""]
     parquet = file.path.suffix.lower() == ".parquet"
-    found = prompts(table_rows(file, []) if parquet else file.path, column=column)
+    read_prompts = prompts(table_rows(file, []) if parquet else file.path, column=column)
     name = file.origin if text.startswith(HUB) else file.path.name
-    return _stamped(found, name, kind or "harmful", file)
+    return _stamped(read_prompts, name, kind or "harmful", file)
 
 
-def _stamped(found: Prompts, name: str, kind: str, source: Source) -> Suite:
+def _stamped(requests: Prompts, name: str, kind: str, source: Source) -> Suite:
     """The prompts with the names that attacks, judges and tables go by."""
     items = [
         dataclasses.replace(
@@ -509,33 +509,33 @@ def _stamped(found: Prompts, name: str, kind: str, source: Source) -> Suite:
                 "kind": kind,
             },
         )
-        for prompt in found
+        for prompt in requests
     ]
-    return Suite(name, Prompts(items, name, found.notes), kind, source.origin, (source.sha256,))
+    return Suite(name, Prompts(items, name, requests.notes), kind, source.origin, (source.sha256,))
 
 
-def _evenly(found: Prompts, limit: int) -> Prompts:
+def _evenly(requests: Prompts, limit: int) -> Prompts:
     """So many prompts, the first of every kind and language in turn, in the file's order."""
     groups: dict[tuple[Any, Any], list[int]] = {}
-    for index, prompt in enumerate(found):
+    for index, prompt in enumerate(requests):
         groups.setdefault((prompt.meta["kind"], prompt.language), []).append(index)
-    kept: list[int] = []
+    chosen: list[int] = []
     round_ = 0
-    while len(kept) < min(limit, len(found)):
-        kept += [indices[round_] for indices in groups.values() if round_ < len(indices)][: limit - len(kept)]
+    while len(chosen) < min(limit, len(requests)):
+        chosen += [indices[round_] for indices in groups.values() if round_ < len(indices)][: limit - len(chosen)]
         round_ += 1
-    return Prompts([found[index] for index in sorted(kept)], found.name, found.notes)
+    return Prompts([requests[index] for index in sorted(chosen)], requests.name, requests.notes)
 
 
-def _hash_of(place: Location | None, source: Source) -> str:
+def _hash_of(location: Location | None, source: Source) -> str:
     """Whether the file is a known edition, whatever its compression and its line ends."""
-    if place is None or not place.sha256:
+    if location is None or not location.sha256:
         return "unknown"
-    if source.sha256 in place.sha256:
+    if source.sha256 in location.sha256:
         return "match"
     data = source.path.read_bytes()
     with contextlib.suppress(OSError, EOFError, zlib.error):
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     plain = data.replace(b"\r\n", b"\n")
     digests = {hashlib.sha256(edition).hexdigest() for edition in (data, plain, plain.replace(b"\n", b"\r\n"))}
-    return "match" if digests & set(place.sha256) else "other"
+    return "match" if digests & set(location.sha256) else "other"
