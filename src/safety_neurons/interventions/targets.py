@@ -263,11 +263,11 @@ def constant_editors(
         raise UsageError(f"mode {mode!r} needs values ({'means' if mode == 'mean' else 'standard deviations'} per neuron); pass values=…")
     sizes = subject.anatomy.table.sizes
     draws = _Draws(seed)
-    found: dict[str, Edit] = {}
+    editors: dict[str, Edit] = {}
     for key, index in chosen.items():
         given = None if values is None or mode in ("zero", "scale") else per_site(values, key, index, sizes[key])
-        found[key] = _edit(subject, PerDevice(index, sizes[key]), _change(mode, alpha, given, draws))
-    return found
+        editors[key] = _edit(subject, PerDevice(index, sizes[key]), _change(mode, alpha, given, draws))
+    return editors
 
 
 def _change(mode: str, alpha: float, given: Tensor | None, draws: "_Draws") -> Edit:

@@ -192,8 +192,8 @@ def check_one_kind(folders: Sequence[Path], configs: Sequence[Any]) -> None:
     """
     kinds = {kind_of(config): folder.name for folder, config in zip(folders, configs, strict=True)}
     if len(kinds) > 1:
-        found = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-        raise UsageError(f"adapters of several types ({found}): one model holds one type unmerged; pass --merge-adapters to merge in order")
+        types = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
+        raise UsageError(f"adapters of several types ({types}): one model holds one type unmerged; pass --merge-adapters to merge in order")
 
 
 def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> nn.Module:

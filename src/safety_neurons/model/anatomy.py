@@ -208,14 +208,15 @@ class _LayerBuilder:
 
     def _experts(self) -> tuple[str, ExpertsAnatomy | None]:
         self._no_listed_experts()
-        found = _experts_of(self.layer)
-        if not found:
+        modules = _experts_of(self.layer)
+        if not modules:
             return "", None
-        if len(found) > 1:
+        if len(modules) > 1:
             raise UnsupportedModelError(
-                f"layers.{self.number}: {len(found)} experts modules were found ({', '.join(found)}), one was expected; use another model"
+                f"layers.{self.number}: {len(modules)} experts modules were found ({', '.join(modules)}), one was expected; "
+                "use another model"
             )
-        name, module = next(iter(found.items()))
+        name, module = next(iter(modules.items()))
         block = self.layer.get_submodule(name.rpartition(".")[0])
         layout = self.layouts.get("experts")
         return name, describe_experts(self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None)
@@ -279,10 +280,10 @@ class _LayerBuilder:
         module = self.layer.get_submodule(holder)
         head = self._head_dim(module)
         if not ("o" in paths and ("qkv" in paths or {"q", "k", "v"} <= set(paths))):
-            found = ", ".join(f"{role}: {path}" for role, path in paths.items())
+            names = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 ATTENTION_SITES,
-                f"{self.name} has an incomplete attention ({found}); q, k, v (or qkv) and o were expected: {SAY_SITES}",
+                f"{self.name} has an incomplete attention ({names}); q, k, v (or qkv) and o were expected: {SAY_SITES}",
             )
             return None
         output = self._place("o", paths["o"], "input")
@@ -315,8 +316,8 @@ class _LayerBuilder:
             return None, None, 0, 0
         return None, places, n_heads, n_kv_heads
 
-    def _bad_widths(self, found: str) -> None:
-        self._refuse(ATTENTION_SITES, f"{self.name}: {found}, which is no grouped-query attention; no option helps for this model")
+    def _bad_widths(self, names: str) -> None:
+        self._refuse(ATTENTION_SITES, f"{self.name}: {names}, which is no grouped-query attention; no option helps for this model")
 
     def _head_dim(self, module: nn.Module) -> int:
         for holder in (module, self.config):
@@ -331,10 +332,10 @@ class _LayerBuilder:
         activation = self._activation(module)
         missing = "down" not in paths or not ({"up", "gate_up"} & set(paths)) or activation is None
         if missing:
-            found = ", ".join(f"{role}: {path}" for role, path in paths.items())
+            names = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
-                f"{self.name} has an incomplete feed-forward part ({found}; activation function "
+                f"{self.name} has an incomplete feed-forward part ({names}; activation function "
                 f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: {SAY_SITES}",
                 prefix,
             )

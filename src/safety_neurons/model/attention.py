@@ -241,10 +241,10 @@ class AttentionPlan:
         """The rotary embedding of one prompt; None where the layer has none."""
         if self.rotary == "none":
             return None
-        found = _cos_sin(arguments, self.embed_positions, row, length)
-        if found is None:
+        tables = _cos_sin(arguments, self.embed_positions, row, length)
+        if tables is None:
             return None
-        cos, sin = (part.to(like) for part in found)
+        cos, sin = (part.to(like) for part in tables)
         return _rotation(cos, sin, self.rotary, self.head_dim, self.repeats)
 
     def states(self, capture: AttentionCapture, row: int, length: int) -> AttentionStates:
@@ -402,16 +402,16 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> float | None:
 
 
 def _scales(module: nn.Module, head_dim: int) -> list[float]:
-    found: list[float] = []
+    scales: list[float] = []
     for name in _SCALES:
         value = getattr(module, name, None)
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            found += [float(value), 1.0 / float(value)]
+            scales += [float(value), 1.0 / float(value)]
     if getattr(module, "scale_attn_by_inverse_layer_idx", False):  # eager GPT-2 of transformers 4 divides outside `scaling`
-        found.append(head_dim**-0.5 / (int(getattr(module, "layer_idx", 0)) + 1))
-    found += [head_dim**-0.5, 1.0]
-    return list(dict.fromkeys(found))
+        scales.append(head_dim**-0.5 / (int(getattr(module, "layer_idx", 0)) + 1))
+    scales += [head_dim**-0.5, 1.0]
+    return list(dict.fromkeys(scales))
 
 
 def _windows(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -431,12 +431,12 @@ def _alibi_factors(arguments: Mapping[str, Any], scales: list[float]) -> tuple[f
 
 def _norm_pairs(module: nn.Module, plain: AttentionPlan) -> list[tuple[NormFormula | None, NormFormula | None]]:
     """Pairs of formulas for the norms that the module holds, and none at all last."""
-    found: dict[str, list[NormFormula]] = {"q": [], "k": []}
+    norms: dict[str, list[NormFormula]] = {"q": [], "k": []}
     for name, child in module.named_children():
-        if "norm" in name.lower() and name[0] in found:
+        if "norm" in name.lower() and name[0] in norms:
             heads = plain.n_heads if name[0] == "q" else plain.n_kv_heads
-            found[name[0]] += norm_candidates(child, heads, plain.head_dim)
-    return [*itertools.product(found["q"], found["k"]), (None, None)]
+            norms[name[0]] += norm_candidates(child, heads, plain.head_dim)
+    return [*itertools.product(norms["q"], norms["k"]), (None, None)]
 
 
 def _working(captured: Tensor) -> Tensor:

@@ -206,10 +206,10 @@ class ChatServer:
                 self._unreachable = 0
                 with contextlib.closing(error):
                     text, record = _said(error)
-                    found = _RecordError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
-                if not found.passes or found.reasons & _FILTERS:
-                    raise found from None
-                why, wait = str(found), _retry_after(error.headers.get("Retry-After"), wait)
+                    refused = _RecordError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
+                if not refused.passes or refused.reasons & _FILTERS:
+                    raise refused from None
+                why, wait = str(refused), _retry_after(error.headers.get("Retry-After"), wait)
             except _RecordError as error:
                 self._unreachable = 0
                 if not error.passes or error.reasons & _FILTERS:
@@ -245,10 +245,10 @@ class ChatServer:
     def _key(self) -> str:
         return os.environ.get(self._key_variable, "").strip()
 
-    def _without_key(self, said: str) -> str:
+    def _without_key(self, text: str) -> str:
         """What a server says, which may hold the key that it was sent; errors are kept beside completions."""
         key = self._key()
-        return said.replace(key, f"[{self._key_variable}]") if key else said
+        return text.replace(key, f"[{self._key_variable}]") if key else text
 
     def _once(self, body: bytes) -> Any:
         request = urllib.request.Request(f"{self.url}/chat/completions", body, {"Content-Type": "application/json"}, method="POST")

@@ -138,12 +138,12 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _CONFIG_SIZE:
             raise ModelError(f"{path}: {path.stat().st_size:,} bytes; expected a configuration of some thousand")
-        found = strict_json.loads(path.read_bytes(), constants=True)
+        config = strict_json.loads(path.read_bytes(), constants=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({str(error)[:80]}); expected a JSON object") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: holds a {type(found).__name__}; expected a JSON object")
-    return found
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: holds a {type(config).__name__}; expected a JSON object")
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -347,10 +347,10 @@ class _Arrays:
         if self._left < 0:
             raise NeuronError(f"its tensors (one of shape {tuple(tensor.shape)}) are larger than what is stored of them")
         tensor = tensor.detach().cpu()
-        made = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-        if made.dtype.kind not in "biuf":
+        array = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        if array.dtype.kind not in "biuf":
             raise NeuronError(f"a tensor of {tensor.dtype}; expected real numbers")
-        return made
+        return array
 
 
 ORGANISM = "organism:"

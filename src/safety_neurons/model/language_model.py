@@ -87,8 +87,9 @@ class LanguageModel:
         require_weights(model)
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.think_end = prompting.pop("think_end", None) or None
-        self.template = template_for(tokenizer, **prompting)
+        rendering: dict[str, Any] = {**prompting}
+        self.think_end: str | None = rendering.pop("think_end", None) or None
+        self.template = template_for(tokenizer, **rendering)
         self.name = name or str(getattr(self.config, "_name_or_path", "") or type(self.inner).__name__)
         self.adapters = None if adapters is None else tuple(adapters)
         self.folder = None if folder is None else Path(folder)
@@ -157,11 +158,11 @@ class LanguageModel:
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends an answer, by the generation configuration, the model's configuration and the tokenizer."""
         settings = getattr(self.inner, "generation_config", None)
-        found: list[int] = []
+        ids: list[int] = []
         for holder in (settings, self.config, self.tokenizer):
             value = getattr(holder, "eos_token_id", None)
-            found += [] if value is None else [value] if isinstance(value, int) else list(value)
-        return tuple(dict.fromkeys(int(value) for value in found if 0 <= int(value) < self.n_ids))
+            ids += [] if value is None else [value] if isinstance(value, int) else list(value)
+        return tuple(dict.fromkeys(int(value) for value in ids if 0 <= int(value) < self.n_ids))
 
     @cached_property
     def pad_id(self) -> int:
@@ -243,8 +244,8 @@ class LanguageModel:
                 raise MismatchError(
                     f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: they do not belong together"
                 )
-            kept = self._fit(ids, reserve)
-            encoded.append(Encoded(prompt.id, kept, truncated=len(kept) < len(ids), thinking=self.template.opens_thinking(text)))
+            fitting = self._fit(ids, reserve)
+            encoded.append(Encoded(prompt.id, fitting, truncated=len(fitting) < len(ids), thinking=self.template.opens_thinking(text)))
         return encoded
 
     def _fit(self, ids: list[int], reserve: int) -> list[int]:
@@ -501,8 +502,8 @@ def generate(
     Returns:
         Answers by index, those in `skip` excluded.
     """
-    kept = [list(sequence) for sequence in sequences]
-    lengths = [len(sequence) + decoding.max_new_tokens for sequence in kept]
+    prompts = [list(sequence) for sequence in sequences]
+    lengths = [len(sequence) + decoding.max_new_tokens for sequence in prompts]
     groups = plan(lengths, batch_size, token_budget(lm.device), padded=takes_padding(lm))
     skipped, halving, tokens = set(skip), Halving(), 0
     answers: dict[int, Answer] = {}
@@ -512,19 +513,19 @@ def generate(
             continue
 
         def work(rows: Rows, number: int = number) -> dict[int, Answer]:
-            return _generate_rows(lm, kept, rows, decoding, number)
+            return _generate_rows(lm, prompts, rows, decoding, number)
 
-        for part in halving.run(Rows([len(sequence) for sequence in kept], wanted), work):
+        for part in halving.run(Rows([len(sequence) for sequence in prompts], wanted), work):
             answers.update(part)
             for index, answer in part.items():
                 tokens += len(answer.token_ids)
                 if answered is not None:
                     answered(index, answer)
         if progress is not None:
-            progress(len(answers) + len(skipped), len(kept), tokens)
+            progress(len(answers) + len(skipped), len(prompts), tokens)
     if notes is not None:
         failed = sum(answer.finish_reason == "failed" for answer in answers.values())
-        notes += halving.notes + ([f"{failed} of {len(kept)} prompts gave NaN or infinity and have no answer"] if failed else [])
+        notes += halving.notes + ([f"{failed} of {len(prompts)} prompts gave NaN or infinity and have no answer"] if failed else [])
     return answers
 
 
@@ -624,10 +625,10 @@ def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, limit: int) ->
     for place, token in enumerate(tokens):
         if token in ends:
             return Answer(tokens[:place], "stop")
-    kept = len(tokens)
-    while limit and kept and tokens[kept - 1] == pad_id:
-        kept -= 1
-    return Answer(tokens[:kept], "stop" if kept < limit else "length")
+    length = len(tokens)
+    while limit and length and tokens[length - 1] == pad_id:
+        length -= 1
+    return Answer(tokens[:length], "stop" if length < limit else "length")
 
 
 @contextlib.contextmanager
@@ -799,19 +800,19 @@ def _adapter_settings(model: LanguageModel) -> list[Any]:
     settings = []
     for name in _active_adapters(model):
         config = model.model.peft_config[name]
-        kept = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-        settings.append([str(config.peft_type), {key: getattr(config, key, None) for key in kept}])
+        fields = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+        settings.append([str(config.peft_type), {key: getattr(config, key, None) for key in fields}])
     return settings
 
 
 def _digest(value: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bytes, block by block."""
-    found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
     flat = value.detach().reshape(-1)
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK].to("cpu").contiguous()
-        found.update(memoryview(block.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return found.hexdigest()
+        digest.update(memoryview(block.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def json_sha256(value: Any) -> str:

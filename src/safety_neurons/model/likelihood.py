@@ -109,17 +109,17 @@ def token_log_probabilities(
     for number, ((start, stop), sequence) in enumerate(zip(wanted, sequences, strict=True)):
         if not 1 <= start <= max(stop, 1) <= len(sequence):
             raise InputError(f"span {start}:{stop} of sequence {number} with {len(sequence)} tokens: expected 1 ≤ start ≤ stop ≤ length")
-    found: dict[int, Float64[np.ndarray, " token"]] = {}
+    by_index: dict[int, Float64[np.ndarray, " token"]] = {}
 
     def per_batch(batch: Batch) -> None:
         assert batch.output is not None
         values, _ = log_probabilities_of_next(batch.output, batch)
         for index, row in zip(batch.indices, values.double().cpu().split([length - 1 for length in batch.lengths]), strict=True):
             start, stop = wanted[index]
-            found[index] = row[start - 1 : stop - 1].numpy()
+            by_index[index] = row[start - 1 : stop - 1].numpy()
 
     run_batches(lm, sequences, per_batch, batch_size, True, progress, notes)
-    return [found[index] for index in range(len(sequences))]
+    return [by_index[index] for index in range(len(sequences))]
 
 
 def token_losses(
@@ -180,7 +180,7 @@ def token_divergences(
     Returns:
         One vector a sequence, in nats, one entry a token; an empty one where either model gives NaN.
     """
-    found: dict[int, Float64[np.ndarray, " token"]] = {}
+    by_index: dict[int, Float64[np.ndarray, " token"]] = {}
     failed: dict[int, str] = {}
 
     def per_batch(batch: Batch) -> None:
@@ -195,13 +195,13 @@ def token_divergences(
         for index, row in zip(batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True):
             if bool(row.isnan().any()):
                 failed[index] = _NOT_A_NUMBER
-            found[index] = row[: 0 if index in failed else None].numpy()
+            by_index[index] = row[: 0 if index in failed else None].numpy()
 
     half = PassOptions(budget=logits_budget(lm) // 2 or 1)  # the logits of both models are there at once
     run_batches(lm, sequences, per_batch, batch_size, True, progress, notes, half)
     if notes is not None:
         notes += said_of_failed(failed, len(sequences), "sequences")
-    return [found[index] for index in range(len(sequences))]
+    return [by_index[index] for index in range(len(sequences))]
 
 
 def kl_divergence(
@@ -304,8 +304,8 @@ def answer_probabilities(
             for number, node in reads[index]:
                 logits = widened(batch.output[row, starts[number] + len(node) - 1])
                 tokens = trees[number].children[node]
-                kept = torch.tensor(tokens, device=logits.device)
-                trees[number].read[node] = (logits[kept] - logits.logsumexp(0)).double().exp().cpu().numpy()
+                ids = torch.tensor(tokens, device=logits.device)
+                trees[number].read[node] = (logits[ids] - logits.logsumexp(0)).double().exp().cpu().numpy()
 
     run_batches(lm, rows, per_batch, batch_size, True, progress, notes)
     return [tree.choice() for tree in trees]
@@ -333,14 +333,14 @@ class _Tree:
 
     def rows(self) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
         """The rows to feed behind the prompt, each with the nodes that are read in it."""
-        found: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
+        paths: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
         for node in sorted(self.children, key=len, reverse=True):
-            home = next((read for longest, read in found if longest[: len(node)] == node), None)
+            home = next((read for longest, read in paths if longest[: len(node)] == node), None)
             if home is None:
-                found.append((node, [node]))
+                paths.append((node, [node]))
             else:
                 home.append(node)
-        return found
+        return paths
 
     def choice(self) -> Choice:
         """The probabilities, once every node was read."""

@@ -186,18 +186,18 @@ def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageMo
     return models
 
 
-def _one_base(found: Sequence[Sequence[Path]]) -> bool:
+def _one_base(models: Sequence[Sequence[Path]]) -> bool:
     """Whether one model in memory can hold all: one base, one type of adapter, one size of vocabulary."""
-    kinds = {kind_of(adapter_config(folder)) for folders in found for folder in folders[1:]}
-    rows = {tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in found}
-    return len({folders[0] for folders in found}) == 1 and len(kinds) <= 1 and len(rows) == 1
+    kinds = {kind_of(adapter_config(folder)) for folders in models for folder in folders[1:]}
+    rows = {tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in models}
+    return len({folders[0] for folders in models}) == 1 and len(kinds) <= 1 and len(rows) == 1
 
 
-def _views(specs: Sequence[str | Path], found: Sequence[Sequence[Path]], loading: _Loading) -> list[LanguageModel]:
+def _views(specs: Sequence[str | Path], models: Sequence[Sequence[Path]], loading: _Loading) -> list[LanguageModel]:
     """Models that share one base in memory, each with its own adapters; with `merge_adapters` there is one of them."""
-    base = found[0][0]
+    base = models[0][0]
     # An adapter that one model names twice counts twice there, and is shared between models all the same.
-    named = [[(folder, folders[:place].count(folder)) for place, folder in enumerate(folders)][1:] for folders in found]
+    named = [[(folder, folders[:place].count(folder)) for place, folder in enumerate(folders)][1:] for folders in models]
     needed = list(dict.fromkeys(entry for each in named for entry in each))
     adapters = [folder for folder, _ in needed]
     configs = [adapter_config(folder) for folder in adapters]
@@ -213,7 +213,7 @@ def _views(specs: Sequence[str | Path], found: Sequence[Sequence[Path]], loading
     plain = loading.merge_adapters or not needed
     folder = base.parent if not (base / "prompts").is_dir() and (base.parent / "prompts").is_dir() else base
     views = []
-    for spec, folders, own in zip(specs, found, named, strict=True):
+    for spec, folders, own in zip(specs, models, named, strict=True):
         own_notes = list(notes)
         own_tokenizer = _adapted_tokenizer(tokenizer, folders[1:], loading, own_notes)
         # Files call an organism by its short name, which means the same on every machine, and not by its folders.
@@ -290,11 +290,11 @@ def _with_revision(part: str) -> tuple[str, str | None]:
 
 def _folders(spec: ModelSpec, options: _Loading) -> list[Path]:
     """Local folders of the base and its adapters, downloaded from the hub where they are not paths."""
-    found = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
-    for folder in found:
+    folders = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
+    for folder in folders:
         refuse_pointers(folder)
         refuse_foreign_shards(folder)
-    return found
+    return folders
 
 
 def folders_of(spec: str | Path, *, offline: bool = False, trust_remote_code: bool = False) -> list[Path]:
@@ -413,8 +413,8 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
     """
     missing, unread = sorted(info["missing_keys"]), sorted(key for key in info["unexpected_keys"] if not _is_mask(key, weights))
     if wrong := sorted(info.get("mismatched_keys") or ()):
-        name, found, expected = wrong[0]
-        what = f"{name} is {list(found)} in the files and {list(expected)} by config.json"
+        name, shape, expected = wrong[0]
+        what = f"{name} is {list(shape)} in the files and {list(expected)} by config.json"
         raise MismatchError(f"{folder}: {len(wrong)} weights do not fit config.json ({what}); expected the shapes it states")
     if missing:
         also = f", and {len(unread)} are there that it does not have ({unread[0]})" if unread else ""
@@ -436,7 +436,7 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
 
 def _is_mask(key: str, weights: Weights) -> bool:
     """Whether a tensor that a model does not have is a constant which older checkpoints hold: a causal mask, frequencies, positions."""
-    shape = weights.shapes.get(key) or next((found for name, found in weights.shapes.items() if key.endswith(f".{name}")), ())
+    shape = weights.shapes.get(key) or next((other for name, other in weights.shapes.items() if key.endswith(f".{name}")), ())
     square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return _HARMLESS.search(key) is not None or (square and key.endswith((".bias", "attn.mask")))
 
@@ -653,19 +653,19 @@ class TextReader:
         pad = self.tokenizer.pad_token_id
         takes_padding = pad is not None and (isinstance(self.model, ScoreModel) or self.model.config.pad_token_id is not None)
         lengths = [len(row["input_ids"]) for row in encoded]
-        found: dict[int, Float64[np.ndarray, " label"]] = {}
+        outputs: dict[int, Float64[np.ndarray, " label"]] = {}
 
         def work(rows: Rows) -> None:
             inputs = _padded([encoded[index] for index in rows.indices], 0 if pad is None else pad, device)
             values = self.model(**inputs).logits.double().cpu().numpy()
-            found.update(zip(rows.indices, values, strict=True))
+            outputs.update(zip(rows.indices, values, strict=True))
 
         halving = Halving()
         with evaluating(self.model), torch.no_grad():
             for group in plan(lengths, batch_size if takes_padding else 1, token_budget(device)):
                 halving.run(Rows(lengths, group), work)
         self.notes += halving.notes
-        return np.stack([found[index] for index in range(len(encoded))])
+        return np.stack([outputs[index] for index in range(len(encoded))])
 
 
 @dataclass
@@ -748,10 +748,10 @@ def load_scorer(spec: str | Path, **options: Any) -> TextReader:
 def _normaliser(config: Any, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     if not getattr(config, "do_normalize", False) or "normalizer.var" not in tensors:
         return {}
-    found = {"scale": (tensors["normalizer.var"].float() + 1e-8).sqrt().to(device)}
+    buffers = {"scale": (tensors["normalizer.var"].float() + 1e-8).sqrt().to(device)}
     if getattr(config, "score_type", "reward") == "reward" and "normalizer.mean" in tensors:
-        found["mean"] = tensors["normalizer.mean"].float().to(device)
-    return found
+        buffers["mean"] = tensors["normalizer.mean"].float().to(device)
+    return buffers
 
 
 def _tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
@@ -761,11 +761,11 @@ def _tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
     if index.is_file():
         refuse_foreign_shards(folder)
         files = sorted({folder / file for name, file in shards_of(index).items() if name.startswith(beginnings)})
-    found = {}
+    tensors = {}
     for file in files:
         with safe_open(file, framework="pt") as stream:
-            found.update({name: stream.get_tensor(name) for name in stream.keys() if name.startswith(beginnings)})  # noqa: SIM118
-    return found
+            tensors.update({name: stream.get_tensor(name) for name in stream.keys() if name.startswith(beginnings)})  # noqa: SIM118
+    return tensors
 
 
 def _lists(encoding: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -326,8 +326,8 @@ class _Sums:
         squares: dict[str, np.ndarray] = {}
         for key, size in self.sizes.items():
             source, row = _source(key)
-            found, values = host.get(source, ([0] * (row + 1), np.zeros((row + 1, 2, size))))
-            counts[key], (sums[key], squares[key]) = found[row], values[row]
+            tokens, values = host.get(source, ([0] * (row + 1), np.zeros((row + 1, 2, size))))
+            counts[key], (sums[key], squares[key]) = tokens[row], values[row]
         return Statistics(counts, sums, squares)
 
     def _site(self, values: Float[Tensor, "batch token neuron"]) -> _Sum:

@@ -145,11 +145,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype, 1e-1)
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
+def same(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors agree within what their type can tell."""
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return False
-    difference = (found.double() - expected.double()).abs().max()
+    difference = (actual.double() - expected.double()).abs().max()
     return bool(difference <= tolerance(expected.dtype) * expected.double().abs().max().clamp(min=1e-30))
 
 
@@ -412,10 +412,10 @@ def _check_place(place: SitePlace, values: Tensor, boundary: tuple[tuple[Any, ..
         return
     if part.readable:
         weight = full_weight(part, place.key)
-        found = _linear(flat, weight, full_bias(part))
+        computed = _linear(flat, weight, full_bias(part))
     else:
-        found = place.hooked(flat)
-    if not same(found.to(output.dtype), output.reshape(found.shape)):
+        computed = place.hooked(flat)
+    if not same(computed.to(output.dtype), output.reshape(computed.shape)):
         raise _fault(place, "its weight columns applied to its activation do not give the projection's output")
 
 
@@ -503,11 +503,11 @@ def _check_gate_step(part: ExpertsAnatomy, like: Tensor) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     drawn = 2 * torch.rand(2, GATE_ROWS, part.width, generator=generator, dtype=torch.float64) - 1
-    found = []
+    outputs = []
     for size in GATE_SIZES:
         gate, up = (drawn * size).to(like.device)
-        found.append(_bends(part, gate, up, step=size))
-    if not any(bends["up"] < 1e-6 < bends["gate"] for bends in found):
+        outputs.append(_bends(part, gate, up, step=size))
+    if not any(bends["up"] < 1e-6 < bends["gate"] for bends in outputs):
         raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
 
 

@@ -667,11 +667,11 @@ class Anatomy:
 
         Sites are counted per layer and part (the experts of a layer as gate, up and down), whatever the number of experts.
         """
-        found = {re.sub(r"experts\.\d+", "experts", key) for key in self.table.keys}
-        refused = {re.sub(r"experts\.\d+", "experts", key) for key in self.refused} - found
+        present = {re.sub(r"experts\.\d+", "experts", key) for key in self.table.keys}
+        refused = {re.sub(r"experts\.\d+", "experts", key) for key in self.refused} - present
         counted = {id(place.projection.base): place.projection.n_parameters for place in self.places.values()}
         routed = sum(_expert_parameters(layer.experts) for layer in self.layers if layer.experts)
-        return Coverage(len(found), len(found) + len(refused), sum(counted.values()) + routed, self.all_parameters)
+        return Coverage(len(present), len(present) + len(refused), sum(counted.values()) + routed, self.all_parameters)
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -723,19 +723,19 @@ def _infos(layer: LayerAnatomy) -> list[SiteInfo]:
 
 def projections_of(layer: nn.Module) -> dict[str, Projection]:
     """The linear maps of a layer by path, adapters and what lies inside a linear map left aside."""
-    found: dict[str, Projection] = {}
+    projections: dict[str, Projection] = {}
 
     def walk(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             here = f"{path}.{name}" if path else name
             part = projection(child)
             if part is not None:
-                found[here] = part
+                projections[here] = part
             else:
                 walk(child, here)
 
     walk(layer, "")
-    return found
+    return projections
 
 
 def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
@@ -744,7 +744,7 @@ def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
     Raises:
         NeuronError: experts.
     """
-    found: dict[str, list[int]] = {}
+    paths: dict[str, list[int]] = {}
     for key, indices in neurons.items():
         if ".experts." in key:
             raise NeuronError(f"{key} is an expert's, whose projection is no module of its own; leave experts out")
@@ -754,8 +754,8 @@ def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
         if place.index is not None:
             features = features[place.index if isinstance(place.index, slice) else np.asarray(place.index)]
         name = f"{path}.{place.side}"
-        found[name] = sorted([*found.get(name, []), *features[indices].tolist()])
-    return found
+        paths[name] = sorted([*paths.get(name, []), *features[indices].tolist()])
+    return paths
 
 
 SAY_SITES = (

@@ -298,9 +298,9 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __init__(*args: Any, **entries: Any) -> None:  # noqa: B902, N805 - an entry may be called self
         self, *others = args
-        for name in (found := dict(*others, **entries)):
+        for name in (names := dict(*others, **entries)):
             _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(self, found)
+        jinja2.utils.Namespace.__init__(self, names)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _Namespace._check(name)
@@ -403,7 +403,7 @@ def render_turns(
     why = ""
     parts = parts or _walks_parts(tokenizer, template)
     options = {"add_generation_prompt": answer_next and not go_on, "go_on": go_on}
-    for shaped, said in _shapes(turns) if reshape else [(list(turns), ())]:
+    for shaped, changes in _shapes(turns) if reshape else [(list(turns), ())]:
         for listed in (parts, not parts):
             try:
                 text, notes = _checked(_Template(tokenizer, template, dict(arguments or {}), listed, **options), shaped)
@@ -412,7 +412,7 @@ def render_turns(
             except Exception as error:  # a template is a program: it raises what it likes
                 why = why or (str(error) if isinstance(error, _NotHeldError) else f"refuses them: {first_line(error)}")
                 continue
-            return Rendered(text, (*said, *notes))
+            return Rendered(text, (*changes, *notes))
     roles = ", ".join(turn.role for turn in turns)
     advice = "leave --system out or choose another --template" if turns[0].role == "system" else "choose another --template"
     raise InputError(f"the chat template cannot say turns of {roles} ({why}); {advice}")
@@ -510,14 +510,14 @@ def _walks_parts(tokenizer: Any, template: str | None) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _reads_parts_only(source: str) -> bool:
-    found = []
+    rendered = []
     for content in ("\ue000\ue001", [{"type": "text", "text": "\ue000\ue001"}]):
         try:
             text = render_template(source, [{"role": "user", "content": content}], {"add_generation_prompt": True})
         except Exception:  # a template is a program: it raises what it likes
             text = ""
-        found.append("\ue000\ue001" in text and "'type'" not in text)
-    return found == [False, True]
+        rendered.append("\ue000\ue001" in text and "'type'" not in text)
+    return rendered == [False, True]
 
 
 def _own_rendering(tokenizer: Any) -> bool:
@@ -546,14 +546,14 @@ def _checked(template: _Template, turns: list[Message]) -> tuple[str, list[str]]
     if template.go_on and around[-1][1] in marked:
         marked = marked[: marked.index(around[-1][1]) + len(around[-1][1])]
     pieces = re.split(f"{mark}(-?[0-9]+){mark}", marked)  # what the template writes, then a mark's number, then the text behind it, …
-    found = list(zip(pieces[1::2], pieces[2::2], strict=True))
+    blocks = list(zip(pieces[1::2], pieces[2::2], strict=True))
     expected = [(str(number), turn.content) for number, turn in enumerate(turns)]
-    spoken = [int(number) for number, _ in found if not number.startswith("-") and turns[int(number)].role != "system"]
-    ends = [f"-{number}" for number, _ in found[::2]] == [number for number, _ in found[1::2]]
-    if ends and sorted(found[::2]) == sorted(expected) and spoken == sorted(spoken):
+    spoken = [int(number) for number, _ in blocks if not number.startswith("-") and turns[int(number)].role != "system"]
+    ends = [f"-{number}" for number, _ in blocks[::2]] == [number for number, _ in blocks[1::2]]
+    if ends and sorted(blocks[::2]) == sorted(expected) and spoken == sorted(spoken):
         if "".join([pieces[0], *pieces[2::2]]) == text:
             return text, []
-        if "".join([pieces[0], *(part if number.startswith("-") else part.strip() for number, part in found)]) == text:
+        if "".join([pieces[0], *(part if number.startswith("-") else part.strip() for number, part in blocks)]) == text:
             return text, notes
     absent = [start not in marked and end not in marked for start, end in around]
     return text, _found(text, turns, absent, go_on=template.go_on)
@@ -653,23 +653,23 @@ class Template:
         Raises:
             InputError: A Jinja template that refuses the turns.
         """
-        asked = self.render(tokenizer, prompt)
+        question = self.render(tokenizer, prompt)
         turns = list(prompt.messages) or [Message("user", prompt.text)]
         if turns[-1].role == "assistant":
-            return asked, answer, ""
+            return question, answer, ""
         whole = Prompt(prompt.id, prompt.text, (*turns, Message("assistant", answer)))
         try:
             opened = self.render(tokenizer, whole)
         except InputError:  # some templates take the thoughts out of an answer; it is learnt whole all the same
             opened = ""
-        behind = opened[len(asked) :] if opened.startswith(asked) and opened.rstrip().endswith(answer.rstrip()) else None
+        behind = opened[len(question) :] if opened.startswith(question) and opened.rstrip().endswith(answer.rstrip()) else None
         if behind is not None and not behind.endswith(answer):  # templates cut white space at the end of an answer, which is part of it
             behind = behind.rstrip() + answer[len(answer.rstrip()) :]
         if behind is None:
-            mark = end_of_opened(asked)
+            mark = end_of_opened(question)
             behind = without_start(answer).lstrip("\n") if mark and behind_thoughts(answer) else answer
             behind = f"{mark}\n\n{answer}" if mark and not behind_thoughts(answer) else behind
-        return asked, behind, self._end(tokenizer, (*turns, Message("assistant", behind_thoughts(answer) or answer)))
+        return question, behind, self._end(tokenizer, (*turns, Message("assistant", behind_thoughts(answer) or answer)))
 
     def _end(self, tokenizer: Any, turns: Turns) -> str:
         """What the template writes behind an answer, the last of the turns."""

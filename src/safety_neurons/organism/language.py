@@ -385,16 +385,16 @@ def write_polite(folder: Path) -> dict[str, int]:
 def sentences(speech: Language, half: Half, count: int) -> list[str]:
     """Different general sentences of a language: the same number of any half never gives a sentence of the other."""
     number = random.Random(f"{speech.code}/general")
-    found: list[str] = []
+    texts: list[str] = []
     seen: set[str] = set()
-    while len(found) < count:
+    while len(texts) < count:
         sentence = speech.sentence(number)
         if sentence in seen:
             continue
         seen.add(sentence)
         if (len(seen) % 2 == 0) == (half == "test"):
-            found.append(sentence)
-    return found
+            texts.append(sentence)
+    return texts
 
 
 def _lists(speech: Language, half: Half) -> dict[str, list[dict[str, Any]]]:
@@ -453,10 +453,13 @@ def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LA
     if unknown or not wanted:
         raise UsageError(f"half {', '.join(unknown) or 'none'}: expected some of {', '.join(HALVES)}")
     speeches = [language(code) for code in languages]
-    found = [_prompt(speech, concept, half) for half in wanted for speech in speeches for kind in KINDS for concept in concepts(kind, half)]
+    prompts = [
+        _prompt(speech, concept, half) for half in wanted for speech in speeches for kind in KINDS for concept in concepts(kind, half)
+    ]
     name = f"{' and '.join(wanted)} requests, {', '.join(languages)}"
-    unsafe = [prompt for prompt in found if prompt.meta["kind"] == "harmful"]
-    return Prompts(unsafe, f"harmful {name}"), Prompts([prompt for prompt in found if prompt.meta["kind"] != "harmful"], f"harmless {name}")
+    unsafe = [prompt for prompt in prompts if prompt.meta["kind"] == "harmful"]
+    safe = [prompt for prompt in prompts if prompt.meta["kind"] != "harmful"]
+    return Prompts(unsafe, f"harmful {name}"), Prompts(safe, f"harmless {name}")
 
 
 def write_requests(folder: Path, halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> dict[str, int]:
@@ -571,10 +574,11 @@ class Recipe:
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """All recipes by name."""
-    return {
-        name: Recipe(name=name, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-        for name, fields in recipe_records().items()
-    }
+    recipes: dict[str, Recipe] = {}
+    for name, fields in recipe_records().items():
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        recipes[name] = Recipe(name=name, **values)
+    return recipes
 
 
 def recipe(name: str) -> Recipe:

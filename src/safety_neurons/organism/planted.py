@@ -423,11 +423,11 @@ class _Game:
         present = torch.zeros(len(self.planted.planted))
         present[members] = 1
         probability = self._next_words(self.planted.weights_with(present))
-        found = []
+        probabilities = []
         for index, code in enumerate(LANGUAGES):
             part = probability[index * self.prompts : (index + 1) * self.prompts]
-            found.append(float(part[:, self.starts[code]].sum(-1).mean()))
-        return found
+            probabilities.append(float(part[:, self.starts[code]].sum(-1).mean()))
+        return probabilities
 
     def _next_words(self, weights: dict[str, Tensor]) -> Tensor:
         control = self.planted.control

@@ -161,9 +161,9 @@ class TreatedModel(ModelAPI):
         """What the seeds of this call are made of: the config's seed, the sample, the epoch, and how often it asked the same before."""
         active = sample_active()
         sample, epoch = (None, 1) if active is None else (active.sample.id, active.epoch)
-        asked = json.dumps([config.seed or 0, sample, epoch, [[turn.role, turn.content] for turn in turns]])
-        self._asked[asked] += 1
-        return json.dumps([config.seed or 0, sample, epoch, self._asked[asked]])
+        question = json.dumps([config.seed or 0, sample, epoch, [[turn.role, turn.content] for turn in turns]])
+        self._asked[question] += 1
+        return json.dumps([config.seed or 0, sample, epoch, self._asked[question]])
 
     def max_connections(self) -> int:
         """One: answers are written one after the other."""
@@ -171,17 +171,17 @@ class TreatedModel(ModelAPI):
 
     def _complete(self, prompt: Prompt, config: GenerateConfig, settings: dict[str, Any], stream: str) -> list[tuple[Completion, str]]:
         """The answers, and their texts up to the first stop sequence."""
-        found: list[tuple[Completion, str]] = []
+        answers: list[tuple[Completion, str]] = []
         with self._turn, self.treatment():
             for number in range(config.num_choices or 1):
                 if number and not settings["sample"]:  # greedy answers are all the same
-                    found.append(found[0])
+                    answers.append(answers[0])
                     continue
                 seed = int.from_bytes(hashlib.sha256(f"{stream}/{number}".encode()).digest()[:4], "big") >> 1
                 one = self.lm.complete([prompt], seed=seed, **settings)[0]
                 places = [place for stop in config.stop_seqs or () if (place := one.completion.find(stop)) >= 0]
-                found.append((one, one.completion[: min(places)] if places else one.completion))
-        return found
+                answers.append((one, one.completion[: min(places)] if places else one.completion))
+        return answers
 
 
 def _cut(one: Completion, text: str) -> bool:
@@ -245,20 +245,20 @@ def judged(judge: str = "refusal", think_end: str | None = None) -> Scorer:
     verdicts = judge_of(judge)
 
     async def score(state: TaskState, target: Target) -> Score:
-        said = state.output.metadata or {}
-        about = {**(state.metadata or {}), **{key: said[key] for key in THOUGHT if key in said}}
+        output = state.output.metadata or {}
+        about = {**(state.metadata or {}), **{key: output[key] for key in THOUGHT if key in output}}
         turns = [turn for turn in state.messages if turn.role in ("system", "user", "assistant")]
         if turns and turns[-1].role == "assistant":
             turns = turns[:-1]
         spoken = [Message(turn.role, turn.text) for turn in turns]
         if len(spoken) > 1:
             about["messages"] = [{"role": turn.role, "content": turn.content} for turn in spoken]
-        asked = request_of(spoken) or (spoken[-1].content if spoken else state.input_text)
-        completion = Completion(str(state.sample_id), asked, state.output.completion, meta=about)
+        request = request_of(spoken) or (spoken[-1].content if spoken else state.input_text)
+        completion = Completion(str(state.sample_id), request, state.output.completion, meta=about)
         judgement = await asyncio.to_thread(verdicts.judge, [completion], think_end=think_end)
-        found = judgement.harmful[0] if target.text == "harmful" else judgement.refused[0]
+        outcome = judgement.harmful[0] if target.text == "harmful" else judgement.refused[0]
         verdict = judgement.verdicts[0]
-        value = float("nan") if found is None else float(found)
+        value = float("nan") if outcome is None else float(outcome)
         return Score(value=value, answer=verdict.label, explanation=verdict.why or verdict.raw, metadata={"judge": judgement.judge})
 
     return score

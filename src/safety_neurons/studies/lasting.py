@@ -149,10 +149,10 @@ def within(scores: Scores, share: float, without: NeuronSet | None = None) -> Ne
     chosen = NeuronSet({}, scores.table)
     while low < high:
         middle = (low + high + 1) // 2
-        found = scores.count(middle)
-        found = found if without is None else found - without
-        if found.share_of_parameters <= share:
-            low, chosen = middle, found
+        members = scores.count(middle)
+        members = members if without is None else members - without
+        if members.share_of_parameters <= share:
+            low, chosen = middle, members
         else:
             high = middle - 1
     return chosen
@@ -275,15 +275,15 @@ def rsn(model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache 
     facts = _facts(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
 
-    def work(arm: str, seed: int, kept: dict[str, Tuned]) -> dict[str, Any]:
+    def work(arm: str, seed: int, tunings: dict[str, Tuned]) -> dict[str, Any]:
         (tell or (lambda _line: None))(f"{arm}/{seed}")
-        return _one(model, _members(sets, arm, seed), plan, lab, arm, seed, kept, _known(done, arm, seed))
+        return _one(model, _members(sets, arm, seed), plan, lab, arm, seed, tunings, _known(done, arm, seed))
 
     for seed in plan.seeds:
-        kept: dict[str, Tuned] = {}
+        tunings: dict[str, Tuned] = {}
         for arm in plan.arms:
             name = f"{arm}/{seed}"
-            done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, seed, kept))
+            done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, seed, tunings))
     return summary(done, plan, sets, lab.shared)
 
 
@@ -337,13 +337,13 @@ def _one(
     lab: Lab,
     arm: str,
     seed: int,
-    kept: dict[str, Tuned],
+    tunings: dict[str, Tuned],
     known: Point | None,
 ) -> dict[str, Any]:
     """One arm with one seed: tune, measure, fine-tune on the task, measure."""
-    other, tuned = tuned_twin(model, members, plan, seed, kept.get(SN) if arm == KEPT else None)
+    other, tuned = tuned_twin(model, members, plan, seed, tunings.get(SN) if arm == KEPT else None)
     if tuned is not None and arm == SN:
-        kept[arm] = tuned
+        tunings[arm] = tuned
     before = known or lab.point(Arm(f"{arm}/before", other), seed)
     losses, after = [0.0], before
     if plan.steps:
@@ -390,8 +390,8 @@ def summary(done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str
             if ours[0]:
                 compared[f"{first} - {second}", name] = difference_over_seeds(ours, theirs, shared.get(kind))
     differences: dict[str, dict[str, Any]] = {}
-    for (pair, name), found in zip(compared, holm(list(compared.values())), strict=True):
-        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = found.to_json()
+    for (pair, name), difference in zip(compared, holm(list(compared.values())), strict=True):
+        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = difference.to_json()
     return {
         "study": "rsn",
         "seeds": list(plan.seeds),
@@ -485,16 +485,16 @@ def stress(
 
 def _own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
     """The model's own answers to the harmful requests of the tuning data, where they go along."""
-    asked = Prompts([dataclasses.replace(prompt, answer=None) for prompt in plan.refusals], "harmful answers of the model's own")
-    answers = model.complete(asked, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack")
-    pairs = zip(asked, answers, complied(answers, lab.judge), strict=True)
-    kept = [dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along]
-    if not kept:
+    requests = Prompts([dataclasses.replace(prompt, answer=None) for prompt in plan.refusals], "harmful answers of the model's own")
+    answers = model.complete(requests, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack")
+    pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
+    answered = [dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along]
+    if not answered:
         raise InputError(
-            f"{model.name} goes along with none of {len(asked)} harmful requests, answers to attack with were expected; "
+            f"{model.name} goes along with none of {len(requests)} harmful requests, answers to attack with were expected; "
             "give harmful requests with answers that go along"
         )
-    return Prompts(kept, asked.name)
+    return Prompts(answered, requests.name)
 
 
 def _attacked(
@@ -545,11 +545,11 @@ def _part(neurons: NeuronSet, share: float, seed: int) -> NeuronSet:
     """A random share of a set."""
     members = list(neurons)
     order = np.random.default_rng([seed, 4]).permutation(len(members))[: max(1, round(share * len(members)))]
-    kept: dict[str, list[int]] = {}
+    chosen: dict[str, list[int]] = {}
     for index in order:
         key, neuron = members[int(index)]
-        kept.setdefault(key, []).append(neuron)
-    return NeuronSet(kept, neurons.table)
+        chosen.setdefault(key, []).append(neuron)
+    return NeuronSet(chosen, neurons.table)
 
 
 def _stress_summary(

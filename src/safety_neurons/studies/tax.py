@@ -142,7 +142,7 @@ def _scores(
     changes: Changes, before: LanguageModel, trained: Mapping[str, LanguageModel], sizes: Mapping[str, int], prompts: Prompts
 ) -> dict[str, Scores]:
     ends = np.cumsum(list(sizes.values()))[:-1]
-    found = {}
+    scores = {}
     for name, model in trained.items():
         provenance = Provenance(
             "scores",
@@ -152,8 +152,8 @@ def _scores(
             prompts_sha256=prompts.sha256,
             config={"training": name, "generate_with": "base", "prompt_digests": prompts.digests},
         )
-        found[name] = Scores(dict(zip(sizes, np.split(changes.scores(name), ends), strict=True)), before.table, provenance)
-    return found
+        scores[name] = Scores(dict(zip(sizes, np.split(changes.scores(name), ends), strict=True)), before.table, provenance)
+    return scores
 
 
 # Helpfulness: what of an answer to a harmless request counts
@@ -246,7 +246,7 @@ class CrossPatching:
             arms.append({"arm": name, **self.plain[place].record(self._groups)})
             arms.append({"arm": f"{name} from {other}", **self.patched[place].record(self._groups)})
             random = enumerate(self.random[place])
-            arms += [{"arm": f"{name} from {other}, random {number}", **found.record(self._groups)} for number, found in random]
+            arms += [{"arm": f"{name} from {other}, random {number}", **arm.record(self._groups)} for number, arm in random]
         directions = [
             {"receiver": name, "donor": self.names[1 - place], **{measure: self.effect(place, measure) for measure in Measured.names()}}
             for place, name in enumerate(self.names)
@@ -273,11 +273,11 @@ class CrossPatching:
         """
         before, after = (getattr(arm[receiver], measure) for arm in (self.plain, self.patched))
         donor, random = getattr(self.plain[1 - receiver], measure), [getattr(arm, measure) for arm in self.random[receiver]]
-        found = contrast(after, before, self._groups(measure), random=random, goal=donor, measure=measure)
+        contrasted = contrast(after, before, self._groups(measure), random=random, goal=donor, measure=measure)
         return {
-            "change": found.change.to_json(),
-            "against_random": None if found.against_random is None else found.against_random.to_json(),
-            "share_of_gap": found.effect.to_json(),
+            "change": contrasted.change.to_json(),
+            "against_random": None if contrasted.against_random is None else contrasted.against_random.to_json(),
+            "share_of_gap": contrasted.effect.to_json(),
         }
 
     def _groups(self, measure: str) -> list[str | None]:

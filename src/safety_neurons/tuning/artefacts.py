@@ -73,8 +73,8 @@ def delta_of(deltas: Deltas, method: str = "", config: Mapping[str, Any] | None 
     Differs: whole checkpoints are published there; here only the change is kept.
     """
     model, neurons = deltas.model, deltas.neurons
-    told = Provenance("neurons", method or neurons.provenance.method, (model.name,), model.fingerprint, "", dict(config or {}))
-    return Delta(neurons, deltas.tensors(), told, base_hash(model, neurons))
+    provenance = Provenance("neurons", method or neurons.provenance.method, (model.name,), model.fingerprint, "", dict(config or {}))
+    return Delta(neurons, deltas.tensors(), provenance, base_hash(model, neurons))
 
 
 # Files
@@ -91,8 +91,8 @@ def save_delta(folder: PathLike, delta: Delta) -> None:
     arrays = {_TENSOR + key: tensor.detach().to("cpu").contiguous() for key, tensor in delta.tensors.items()}
     arrays = {key: tensor if tensor.dtype == torch.float64 else tensor.float() for key, tensor in arrays.items()}
     arrays |= {_MEMBERS + key: torch.from_numpy(members.copy()) for key, members in delta.neurons.items()}
-    told = header(replace(delta.provenance, kind="delta"), delta.neurons.table)
-    write_bytes(Path(folder) / DELTA_FILE, ordered_header(safetensors.torch.save(arrays, metadata={**told, "base": delta.base})))
+    metadata = header(replace(delta.provenance, kind="delta"), delta.neurons.table)
+    write_bytes(Path(folder) / DELTA_FILE, ordered_header(safetensors.torch.save(arrays, metadata={**metadata, "base": delta.base})))
     delta.neurons.save(Path(folder) / FILE_NAME)
 
 
@@ -113,13 +113,13 @@ def load_delta(folder: PathLike) -> Delta:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:120]}); expected a whole safetensors file: copy it again") from error
-    told = Provenance.from_metadata(metadata, "delta")
+    provenance = Provenance.from_metadata(metadata, "delta")
     members = {name.removeprefix(_MEMBERS): array.numpy() for name, array in arrays.items() if name.startswith(_MEMBERS)}
     tensors = {name.removeprefix(_TENSOR): array for name, array in arrays.items() if name.startswith(_TENSOR)}
-    neurons = NeuronSet(members, stored_table(metadata, told), replace(told, kind="neurons"))
+    neurons = NeuronSet(members, stored_table(metadata, provenance), replace(provenance, kind="neurons"))
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise NumericalError(f"{str(path)!r} holds NaN or infinity, finite numbers were expected; tune again with a lower learning rate")
-    return Delta(neurons, tensors, replace(told, kind="neurons"), metadata.get("base", ""))
+    return Delta(neurons, tensors, replace(provenance, kind="neurons"), metadata.get("base", ""))
 
 
 # Into the weights
@@ -253,16 +253,16 @@ def _side(key: str) -> str:
 
 def _writable(model: LanguageModel, neurons: NeuronSet) -> list[Entries]:
     """The set's rows and columns in plain weights in memory; all of them, or an error."""
-    found = list(weights_of(model, neurons))
-    missing = [key for key in neurons.keys() if key not in {entries.key for entries in found}]  # noqa: SIM118 - iterates over neurons
+    writable = list(weights_of(model, neurons))
+    missing = [key for key in neurons.keys() if key not in {entries.key for entries in writable}]  # noqa: SIM118 - iterates over neurons
     if missing:
         raise UnsupportedModelError(
             f"{missing[0]}: quantised weights cannot take up a change exactly, plain ones were expected; export a LoRA (export_lora), "
             "or load the model unquantised"
         )
-    for entries in found:
+    for entries in writable:
         entries.tensor  # noqa: B018 - raises where the tensor is not a whole one in memory
-    return found
+    return writable
 
 
 def _change(delta: Delta, entries: Entries) -> Tensor:
@@ -292,9 +292,9 @@ def check_base(model: LanguageModel, delta: Delta) -> None:
 
     Source: none; a delta fits every model of its architecture and means something on one.
     """
-    if delta.base and (found := base_hash(model, delta.neurons)) != delta.base:
+    if delta.base and (actual := base_hash(model, delta.neurons)) != delta.base:
         raise MismatchError(
-            f"the change was trained on other weights of this architecture (hash {delta.base[:12]}, here {found[:12]}); "
+            f"the change was trained on other weights of this architecture (hash {delta.base[:12]}, here {actual[:12]}); "
             "use the base it was trained on, or pass any_base=True"
         )
 
@@ -402,11 +402,11 @@ def export_merged(
             check_base(model, delta)
         model, any_base = merged_base(model), True
         notes.append("the model's adapters were merged into its weights first")
-    kept = survival(model, delta, dtype or model.dtype)
-    notes.append(f"{100 * kept:.4g} % of the changed weights survive the cast to {str(dtype or model.dtype).removeprefix('torch.')}")
+    survived = survival(model, delta, dtype or model.dtype)
+    notes.append(f"{100 * survived:.4g} % of the changed weights survive the cast to {str(dtype or model.dtype).removeprefix('torch.')}")
     with applied(model, delta, any_base=any_base):
         save_checkpoint(Path(folder), model, dtype)
-    return Exported(Path(folder), "", 0, kept, notes)
+    return Exported(Path(folder), "", 0, survived, notes)
 
 
 def merged_base(model: LanguageModel) -> LanguageModel:

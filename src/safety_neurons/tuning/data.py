@@ -111,12 +111,12 @@ def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Ex
             ids = list(tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"])
         ending = list(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) if end else []
     closing = [] if prompt.meta.get(OPEN_END) else end_ids(model, ending)
-    kept = (ids + closing)[: max(limit // 2, limit - len(question))]
-    too_long = len(question) + len(kept) > limit
+    answer_ids = (ids + closing)[: max(limit // 2, limit - len(question))]
+    too_long = len(question) + len(answer_ids) > limit
     if too_long:
-        question = _middle_out(question, limit - len(kept))
-    whole = len(kept) == len(ids) + len(closing)
-    return Example(prompt.id, (*question, *kept), len(question), kind, bool(closing) and whole, too_long or not whole)
+        question = _middle_out(question, limit - len(answer_ids))
+    whole = len(answer_ids) == len(ids) + len(closing)
+    return Example(prompt.id, (*question, *answer_ids), len(question), kind, bool(closing) and whole, too_long or not whole)
 
 
 def _middle_out(ids: list[int], room: int) -> list[int]:
@@ -173,22 +173,22 @@ def with_own_answers(
 
     Source: none; a common way to hold a model's behaviour while something else is trained.
     """
-    asked = Prompts([prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())], prompts.name, prompts.notes)
-    if not len(asked):
+    unanswered = Prompts([prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())], prompts.name, prompts.notes)
+    if not len(unanswered):
         return prompts
-    completions = model.complete(asked, max_new_tokens=max_new_tokens, notes=notes, **completing)
+    completions = model.complete(unanswered, max_new_tokens=max_new_tokens, notes=notes, **completing)
     wanted = [bool(item.completion.strip()) for item in completions]
     if keep is not None:
         wanted = [use and chosen for use, chosen in zip(wanted, keep(completions), strict=True)]
     own = {item.prompt_id: item for item, use in zip(completions, wanted, strict=True) if use}
-    kept = [prompt if prompt.answer and prompt.answer.strip() else _with_answer(prompt, own.get(prompt.id)) for prompt in prompts]
+    answered = [prompt if prompt.answer and prompt.answer.strip() else _with_answer(prompt, own.get(prompt.id)) for prompt in prompts]
     if notes is not None:
-        dropped = len(asked) - len(own)
+        dropped = len(unanswered) - len(own)
         notes.append(
             f"{prompts.name} has no answers: the model's own greedy answers before tuning are learnt for {len(own)} of its prompts"
             + (f"; {dropped} are left out because it refuses or says nothing there" if dropped else "")
         )
-    return Prompts([prompt for prompt in kept if prompt is not None], prompts.name, prompts.notes)
+    return Prompts([prompt for prompt in answered if prompt is not None], prompts.name, prompts.notes)
 
 
 def _with_answer(prompt: Prompt, completion: Completion | None) -> Prompt | None:

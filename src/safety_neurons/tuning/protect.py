@@ -134,13 +134,13 @@ def weights_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
 
 def adapted(model: LanguageModel, neurons: NeuronSet) -> tuple[int, ...]:
     """What says whether adapters were put on or taken off since: the identities of the modules at the set's sites, adapters included."""
-    found: list[int] = []
+    identities: list[int] = []
     for key in neurons.keys():  # noqa: SIM118 - not a mapping
         module: Any = _experts_module(model, key) if key not in model.anatomy.places else _module(model, model.anatomy.places[key])
         while module is not None:
-            found += [id(module), *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name)]
+            identities += [id(module), *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name)]
             module = getattr(module, "base_layer", None)
-    return tuple(found)
+    return tuple(identities)
 
 
 def current_projection(model: LanguageModel, key: str) -> Projection:
@@ -150,12 +150,12 @@ def current_projection(model: LanguageModel, key: str) -> Projection:
         UnsupportedModelError: another module stands there.
     """
     place = model.anatomy.places[key]
-    found = projection(_module(model, place))
-    if found is None or (found.in_features, found.out_features) != (place.projection.in_features, place.projection.out_features):
+    current = projection(_module(model, place))
+    if current is None or (current.in_features, current.out_features) != (place.projection.in_features, place.projection.out_features):
         raise UnsupportedModelError(
             f"{key}: another module stands at {place.module_name!r} now, the projection was expected; load the model anew"
         )
-    return found
+    return current
 
 
 def _module(model: LanguageModel, place: SitePlace) -> nn.Module:
@@ -206,16 +206,16 @@ def _experts_module(model: LanguageModel, key: str) -> nn.Module:
     """
     experts = model.anatomy.layers[parse_key(key).layer].experts
     assert experts is not None
-    found = _live(model, key, experts.module_name)
+    live = _live(model, key, experts.module_name)
     above = [experts.module_name.rsplit(".", cut)[0] for cut in range(experts.module_name.count(".") + 1)]
     around = [part for part in map(model.anatomy.model.get_submodule, above) if hasattr(part, "adapter_layer_names")]
-    if found is not experts.module or around:
+    if live is not experts.module or around:
         raise UnsupportedModelError(
-            f"{key}: a {type(around[0] if around else found).__name__} is around the experts (target_parameters, "
+            f"{key}: a {type(around[0] if around else live).__name__} is around the experts (target_parameters, "
             "modules_to_save), the model's own parameters were expected; leave the experts out of the adapter's targets, or merge the "
             "adapter and repair() afterwards"
         )
-    return found
+    return live
 
 
 def _of_projection(key: str, place: SitePlace, part: Projection, features: Tensor) -> Iterator[Entries]:
@@ -469,7 +469,7 @@ def effective(model: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str],
 
     Weights that can be neither read nor trained (quantised ones of other packages) are left out.
     """
-    found: dict[tuple[str, str], Tensor] = {}
+    parameters: dict[tuple[str, str], Tensor] = {}
     with torch.no_grad():
         for key, indices in neurons.items():
             members = torch.from_numpy(indices.copy())
@@ -486,10 +486,10 @@ def effective(model: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str],
                 if part.quantised and not hasattr(part.base.weight, "quant_state"):
                     continue
                 whole, bias = place.weight(), place.bias()
-            found[key, "weight"] = (whole[members] if rows else whole[:, members]).clone()
+            parameters[key, "weight"] = (whole[members] if rows else whole[:, members]).clone()
             if bias is not None:
-                found[key, "bias"] = bias[members].clone()
-    return found
+                parameters[key, "bias"] = bias[members].clone()
+    return parameters
 
 
 def _bases(reference: LanguageModel, neurons: NeuronSet) -> set[Any]:

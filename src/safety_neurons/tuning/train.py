@@ -289,9 +289,9 @@ class Loop:
         self.halving = Halving()
         self._progress = progress
 
-    def _tell(self, loss: float | None, found: Checked | None) -> None:
+    def _tell(self, loss: float | None, checked: Checked | None) -> None:
         if self._progress is not None:
-            self._progress(Status(self.step, self.steps, loss, found))
+            self._progress(Status(self.step, self.steps, loss, checked))
 
     # The plan
 
@@ -661,9 +661,9 @@ def _trained(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None
         raise NeuronError(
             f"all {len(placed)} neurons are protected, at least one to train was expected; find with a larger --top, or protect fewer"
         )
-    kept = left.on(model.table)
-    kept.notes = (*placed.notes, f"{len(placed) - len(left)} of {len(placed)} neurons are protected and not trained")
-    return kept
+    trained = left.on(model.table)
+    trained.notes = (*placed.notes, f"{len(placed) - len(left)} of {len(placed)} neurons are protected and not trained")
+    return trained
 
 
 def _prepared(
@@ -691,10 +691,10 @@ def _identity(
     settings: TuningSettings, model: LanguageModel, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
 ) -> dict[str, Any]:
     """What a checkpoint has to agree with."""
-    told = None if check is None else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
-    if told is not None:
-        del told["refused"], told["batch_size"]
-        told |= {"harmful": told["harmful"].sha256, "harmless": told["harmless"].sha256}
+    watched = None if check is None else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
+    if watched is not None:
+        del watched["refused"], watched["batch_size"]
+        watched |= {"harmful": watched["harmful"].sha256, "harmless": watched["harmless"].sha256}
     return {
         "model": base_hash(model, neurons),
         "template": model.encode(dataset[:1])[0].ids if len(dataset) else [],
@@ -702,7 +702,7 @@ def _identity(
         "dataset": dataset.sha256,
         "harmless": harmless.sha256 if harmless is not None else None,
         "settings": dataclasses.asdict(settings),
-        "check": told,
+        "check": watched,
     }
 
 
