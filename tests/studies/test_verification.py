@@ -14,7 +14,7 @@ from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results.records import VerificationRecord
 from safety_neurons.studies import bench, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
 from safety_neurons.studies.bench import Bench
-from safety_neurons.studies.evaluation import requests_of
+from safety_neurons.studies.evaluation import Sources, requests_of
 from safety_neurons.studies.guard_data import cases_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
@@ -213,7 +213,7 @@ def test_studies_take_requests_as_finders_do(pair, scores, monkeypatch, given):
         with pytest.raises(Reached) as found:
             study()
         assert found.value.args == (HARMFUL, HARMLESS)
-    (harmful, harmless) = requests_of([asked()], asked(HARMLESS)).requests
+    (harmful, harmless) = requests_of([asked()], Sources(over_refusal=asked(HARMLESS))).requests
     assert (harmful.prompts.texts, harmless.prompts.texts) == (HARMFUL, HARMLESS)
     cases = cases_of(asked(), asked(HARMLESS))
     assert [case.prompt.text for case in cases.items] == [*HARMFUL, *HARMLESS]

@@ -191,8 +191,8 @@ def difference_over_seeds(
     rows = ours - theirs
     means = tuple(_mean(row) for row in rows)
     spread = [between([mean for mean in means if mean is not None], 0.0)]
-    found = _difference(rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows), what))
-    return dataclasses.replace(found, by_seed=means)
+    difference = _difference(rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows), what))
+    return dataclasses.replace(difference, by_seed=means)
 
 
 def against_random(treated: Outcomes, random: Sequence[Outcomes], groups: GroupLabels = None) -> Difference:
@@ -281,21 +281,21 @@ def _difference(
     return Difference(mean, low, high, n, unscored, why, p)
 
 
-def holm(found: Sequence[Difference]) -> list[Difference]:
+def holm(differences: Sequence[Difference]) -> list[Difference]:
     """The comparisons of one table; of more than ten, the family-wise rate is held.
 
     Source: Holm, Scandinavian Journal of Statistics 1979.
     """
-    tested = [one.p for one in found if one.p is not None]
+    tested = [one.p for one in differences if one.p is not None]
     if len(tested) <= MANY:
-        return list(found)
+        return list(differences)
     order = sorted(tested)
     adjusted: dict[float, float] = {}
     largest = 0.0
-    for place, p in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - place)))
+    for rank, p in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
         adjusted.setdefault(p, largest)
-    return [one if one.p is None else dataclasses.replace(one, p_holm=adjusted[one.p]) for one in found]
+    return [one if one.p is None else dataclasses.replace(one, p_holm=adjusted[one.p]) for one in differences]
 
 
 def comparisons(table: Any) -> Iterator[Mapping[str, Any]]:
@@ -814,11 +814,11 @@ def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = (
     one, two = scored(first), scored(second)
     if one.shape != two.shape:
         raise InputError(f"{len(one)} and {len(two)} verdicts; expected two judges of the same completions")
-    kept = ~(np.isnan(one) | np.isnan(two))
-    unscored = int((~kept).sum())
-    if not np.isin(one[kept], (0, 1)).all() or not np.isin(two[kept], (0, 1)).all():
+    both = ~(np.isnan(one) | np.isnan(two))
+    unscored = int((~both).sum())
+    if not np.isin(one[both], (0, 1)).all() or not np.isin(two[both], (0, 1)).all():
         raise InputError("verdicts between 0 and 1; expected yes or no of both judges")
-    a, b = one[kept] == 1, two[kept] == 1
+    a, b = one[both] == 1, two[both] == 1
     table = tuple(tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True))
     same = dataclasses.replace(rate(a == b), unscored=unscored)
     return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]

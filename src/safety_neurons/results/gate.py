@@ -48,22 +48,22 @@ class Gate:
         """
         source = Path(path)
         try:
-            found = tomllib.loads(source.read_bytes().decode("utf-8-sig"))
+            entries = tomllib.loads(source.read_bytes().decode("utf-8-sig"))
         except OSError as error:
             raise InputError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a gate in TOML: check the path") from error
         except ValueError as error:
             raise InputError(f"{str(source)!r} is not TOML ({str(error)[:100]}); expected lines such as harm = 0.05") from error
-        return cls.of(found, source.name)
+        return cls.of(entries, source.name)
 
     @classmethod
-    def of(cls, found: Mapping[str, Any], name: str = "gate") -> "Gate":
+    def of(cls, entries: Mapping[str, Any], name: str = "gate") -> "Gate":
         """The gate of the entries of such a file.
 
         Raises:
             UsageError: an unknown key, or a threshold that is no share.
         """
-        _known(found, _KEYS, name)
-        tables = {key: found.get(key, {}) for key in ("suite", "capability")}
+        _known(entries, _KEYS, name)
+        tables = {key: entries.get(key, {}) for key in ("suite", "capability")}
         for key, table in tables.items():
             if not isinstance(table, Mapping) or not all(isinstance(entry, Mapping) for entry in table.values()):
                 raise UsageError(f"{name}: {key} is no table of tables; expected a heading such as [{key}.NAME] with thresholds below it")
@@ -71,16 +71,16 @@ class Gate:
             _known(entry, MEASURES, f"{name}, suite.{suite}")
         for task, entry in tables["capability"].items():
             _known(entry, _TASK_KEYS, f"{name}, capability.{task}")
-        achieved = found.get("achieved", False)
+        achieved = entries.get("achieved", False)
         if not isinstance(achieved, bool):
             raise UsageError(f"{name}: achieved is {achieved!r}; expected true or false")
-        bound, judges = found.get("bound", "value"), found.get("judges", [])
+        bound, judges = entries.get("bound", "value"), entries.get("judges", [])
         if bound not in BOUNDS:
             raise UsageError(f"{name}: bound {bound!r} is unknown; expected one of {', '.join(BOUNDS)}")
         if not isinstance(judges, Sequence) or isinstance(judges, str) or not all(isinstance(judge, str) for judge in judges):
             raise UsageError(f"{name}: judges {judges!r}; expected a list of names")
         gate = cls(
-            {key: _number(found[key], f"{name}: {key}", share=True) for key in SHARES if key in found},
+            {key: _number(entries[key], f"{name}: {key}", share=True) for key in SHARES if key in entries},
             {suite: {key: _number(value, f"{name}: suite.{suite}.{key}", share=True) for key, value in entry.items()}
              for suite, entry in tables["suite"].items()},
             {task: {key: _number(value, f"{name}: capability.{task}.{key}", share=key == "drop") for key, value in entry.items()}
@@ -108,8 +108,8 @@ class Gate:
         """
         missed = []
         if self.achieved and result.get("achieved") is not True:
-            told = "achieved" in result
-            missed.append(f"achieved: no ({result['why']})" if told else "achieved: not told by this run; expected a tuning")
+            known = "achieved" in result
+            missed.append(f"achieved: no ({result['why']})" if known else "achieved: not told by this run; expected a tuning")
         arm = result.get("treated") or result.get("untreated") or {}
         if "suites" not in arm:
             unmeasured = [*self.shares, *(f"suite {name}" for name in self.suites), *(f"capability {name}" for name in self.capability)]
@@ -123,8 +123,8 @@ class Gate:
             held = set()
             for entry in arm["suites"]:
                 limit = self._limit(measure, entry["suite"])
-                for judge, found in self._of(entry) if limit is not None else ():
-                    rate = _share_unscored(found) if measure == "unscored" else found.get(measure)
+                for judge, judged in self._of(entry) if limit is not None else ():
+                    rate = _share_unscored(judged) if measure == "unscored" else judged.get(measure)
                     if rate is not None and limit is not None:
                         held.add(entry["suite"])
                         yield from self._at_most(measure.replace("_", "-"), f"{entry['suite']} by {judge}", rate, limit)
@@ -140,9 +140,9 @@ class Gate:
                 yield f"{word} on {suite}: not measured, expected at most {self.suites[suite][measure]:g}"
 
     def _of(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        for judge, found in entry["judges"].items():
-            if not self.judges or judge in self.judges or found.get("name") in self.judges:
-                yield judge, found
+        for judge, judged in entry["judges"].items():
+            if not self.judges or judge in self.judges or judged.get("name") in self.judges:
+                yield judge, judged
 
     def _limit(self, measure: str, suite: str) -> float | None:
         return self.suites.get(suite, {}).get(measure, self.shares.get(measure))
@@ -189,8 +189,8 @@ class Gate:
                 yield f"capability {task}: {entry['metric']} {value:.4g}, expected {word} {own[key]:g}"
 
 
-def _share_unscored(found: Mapping[str, Any]) -> dict[str, float | None]:
-    rate = next((found[measure] for measure in ("harm", "over_refusal", "refused") if found.get(measure) is not None), None)
+def _share_unscored(judged: Mapping[str, Any]) -> dict[str, float | None]:
+    rate = next((judged[measure] for measure in ("harm", "over_refusal", "refused") if judged.get(measure) is not None), None)
     total = 0 if rate is None else rate["n"] + rate["unscored"]
     share = rate["unscored"] / total if rate is not None and total else None
     return {"value": share, "high": share}

@@ -214,9 +214,9 @@ def contents_of(path: str | os.PathLike[str], wanted: Sequence[str] = ("**/*",))
         return dict(zip(places, pool.map(file_sha256, places.values()), strict=True))
 
 
-def within(place: object, contents: Mapping[str, str]) -> Contents:
+def within(prefix: object, contents: Mapping[str, str]) -> Contents:
     """The same contents one level deeper: of one of several things that were named together."""
-    return {f"{place}/{name}" if name else str(place): digest for name, digest in contents.items()}
+    return {f"{prefix}/{name}" if name else str(prefix): digest for name, digest in contents.items()}
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -244,9 +244,9 @@ def _digest(path: str, _seen: tuple[int, ...]) -> str:
 def _files(folder: pathlib.Path, wanted: Sequence[str]) -> Iterator[tuple[str, pathlib.Path]]:
     """Sorted by place, so that the order in which a disk lists them does not matter."""
     for path in sorted({path for pattern in wanted for path in folder.glob(pattern)}):
-        place = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in place.parts):
-            yield place.as_posix(), path
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix(), path
 
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
@@ -269,8 +269,8 @@ class Lock:
         Raises:
             RunError: another process holds it, or the folder is not writable.
         """
-        place = self.folder.resolve() / _LOCK
-        lock = FileLock(place, timeout=0, thread_local=False, is_singleton=True)
+        path = self.folder.resolve() / _LOCK
+        lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
         try:
             lock.acquire()
         except Timeout:
@@ -281,7 +281,7 @@ class Lock:
             raise RunError(f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error
         self._held = lock
         if lock.lock_counter == 1:
-            write_json(place.with_name(_HOLDER), {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
+            write_json(path.with_name(_HOLDER), {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
 
     def release(self) -> None:
         """Gives the lock back, where it is held; the last to do so leaves nothing of it in the folder."""
@@ -300,8 +300,8 @@ class Lock:
 
     def _holder(self) -> str:
         try:
-            found = read_json(self.folder / _HOLDER)
-            return f"process {int(found['pid'])} on {str(found['host'])[:60]} since {str(found['since'])[:30]}"
+            holder = read_json(self.folder / _HOLDER)
+            return f"process {int(holder['pid'])} on {str(holder['host'])[:60]} since {str(holder['since'])[:30]}"
         except (InputError, LookupError, TypeError, ValueError):
             return "another process"
 
@@ -536,9 +536,9 @@ class RunFolder:
         timings = {**self._record["timings"], "finished": now(), "seconds": seconds, **plain(about.pop("timings", {}))}
         result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
         self._record |= {**plain(about), "result": result, "paths": paths, "status": "finished", "timings": timings}
-        kept = [name for name in self._record["files"] if not name.startswith("checkpoints/") and (self.folder / name).exists()]
+        left = [name for name in self._record["files"] if not name.startswith("checkpoints/") and (self.folder / name).exists()]
         dropped = [name for name in self._record["files"] if name.startswith("checkpoints/")]
-        self._record["files"] = kept
+        self._record["files"] = left
         self._write()
         self._remove(dropped)
         self._lock.release()
@@ -571,19 +571,19 @@ class RunFolder:
         try:
             if not source.exists():
                 return None
-            found = read_json(source)
+            record = read_json(source)
         except (InputError, OSError) as error:
             raise RunError(f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out") from error
         shape = {"verb": str, "status": str, "arguments": dict, "inputs": dict, "versions": dict, "files": list, "timings": dict}
-        whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in shape.items())
-        whole = whole and found["status"] in ("running", "finished")
-        lists = [found.get("files"), found.get("notes", [])] if whole else []
+        whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in shape.items())
+        whole = whole and record["status"] in ("running", "finished")
+        lists = [record.get("files"), record.get("notes", [])] if whole else []
         whole = whole and all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
-        whole = whole and (found["status"] == "running" or isinstance(found.get("result"), dict))
-        seconds = found["timings"].get("seconds", 0.0) if whole else None
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or found.get("schema") != SCHEMA:
+        whole = whole and (record["status"] == "running" or isinstance(record.get("result"), dict))
+        seconds = record["timings"].get("seconds", 0.0) if whole else None
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or record.get("schema") != SCHEMA:
             raise RunError(f"{str(source)!r} is not a run record of this version; pass --overwrite or choose another --out")
-        return found
+        return record
 
     def _compare(self, now: Mapping[str, Any]) -> None:
         """Raises an error that says what is not as it was.
@@ -607,9 +607,9 @@ class RunFolder:
             if named != given:  # nothing has changed: other things were named
                 raise RunError(f"{where} with {name} {_shown(named)!r}, not {_shown(given)!r}; {advice}")
             raise RunError(f"{where} on another {name}: {_shown(given)!r} {what} since; {advice}")
-        made, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
-        if made != ours:
-            raise RunError(f"{where} of version {made[:20]}, this is version {ours}; {advice}")
+        theirs, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
+        if theirs != ours:
+            raise RunError(f"{where} of version {theirs[:20]}, this is version {ours}; {advice}")
         gone = next((name for name in earlier["files"] if self.finished and not (self.folder / name).exists()), None)
         if gone is not None:
             raise RunError(f"{where} that is finished, but its file {_shown(gone)!r} is not there; put it back, or {advice}")
@@ -649,10 +649,10 @@ def _changed(before: Any, after: Any) -> str | None:
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):
         return "was not there" if after is not None else "was there"
-    places = [place for place in sorted({*before, *after}) if before.get(place) != after.get(place)]
-    counted = f" and {len(places) - 1} more files" if len(places) > 1 else ""
-    kind = "new" if places[0] not in before else "gone" if places[0] not in after else "other content"
-    named = f" ({kind}: {places[0]}{counted})" if places[0] else ""
+    changed = [path for path in sorted({*before, *after}) if before.get(path) != after.get(path)]
+    counted = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+    kind = "new" if changed[0] not in before else "gone" if changed[0] not in after else "other content"
+    named = f" ({kind}: {changed[0]}{counted})" if changed[0] else ""
     return f"has changed{named}"
 
 
@@ -665,7 +665,7 @@ def _unplaced(value: Any, roots: tuple[pathlib.Path, ...]) -> tuple[Any, list[li
     if not items:
         return value, []
     done = [(key, *_unplaced(item, roots)) for key, item in items]
-    paths: list[list[str | int]] = [[key, *path] for key, _, found in done for path in found]
+    paths: list[list[str | int]] = [[key, *path] for key, _, inner in done for path in inner]
     return ({key: item for key, item, _ in done} if isinstance(value, dict) else [item for _, item, _ in done]), paths
 
 

@@ -262,10 +262,10 @@ class _Rows:
         # Lost with the set off: the sign of refusals with it off.
         off = [against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared) for name in real]
         held = holm([*patched_in, *off])
-        found = dict(zip(real, zip(held[: len(real)], held[len(real) :], strict=True), strict=True))
+        against = dict(zip(real, zip(held[: len(real)], held[len(real) :], strict=True), strict=True))
         return [
-            dataclasses.replace(row, against_random=found[row.method][0], necessity_against_random=found[row.method][1])
-            if row.method in found
+            dataclasses.replace(row, against_random=against[row.method][0], necessity_against_random=against[row.method][1])
+            if row.method in against
             else row
             for row in rows
         ]
@@ -340,8 +340,8 @@ def _unit_numbers(table: SiteTable, sites: Sequence[str]) -> dict[str, np.ndarra
 
 def unit_recall(neurons: NeuronSet, truth: NeuronSet) -> float:
     """Share of the true units that are in the set."""
-    true, found = _units(truth), _units(neurons)
-    return len(true & found) / len(true)
+    true, chosen = _units(truth), _units(neurons)
+    return len(true & chosen) / len(true)
 
 
 def _units(neurons: NeuronSet) -> set[int]:
@@ -353,11 +353,11 @@ def _units(neurons: NeuronSet) -> set[int]:
 def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tuple[AgreementRecord, ...]:
     chance_overlap = budget * budget / n_units
     chance = chance_overlap / (2 * budget - chance_overlap)
-    found = {row.method: _units(row.neurons) for row in rows}
+    units = {row.method: _units(row.neurons) for row in rows}
     pairs: list[AgreementRecord] = []
-    for first, second in itertools.combinations(found, 2):
+    for first, second in itertools.combinations(units, 2):
         with contextlib.suppress(ZeroDivisionError):
-            jaccard = len(found[first] & found[second]) / len(found[first] | found[second])
+            jaccard = len(units[first] & units[second]) / len(units[first] | units[second])
             pairs.append({"methods": [first, second], "jaccard": jaccard, "chance": chance})
     return tuple(pairs)
 
@@ -429,15 +429,15 @@ class Ranking:
     @property
     def leaders(self) -> list[LeaderRecord]:
         """For each group and measure, the methods whose mean is the best; random sets and times take no part."""
-        found: list[LeaderRecord] = []
+        leaders: list[LeaderRecord] = []
         for group, measure in dict.fromkeys((one.group, one.measure) for one in self.standings if one.measure != "seconds"):
             here = [one for one in self.standings if (one.group, one.measure) == (group, measure) and one.method != "random"]
             means = [one.mean for one in here if one.mean is not None]
             if means:
                 best = (min if measure in SMALLER_IS_BETTER else max)(means)
                 names = [one.method for one in here if one.mean == best]
-                found.append({"group": group, "measure": measure, "methods": names, "mean": best})
-        return found
+                leaders.append({"group": group, "measure": measure, "methods": names, "mean": best})
+        return leaders
 
     def record(self) -> RankingRecord:
         """As JSON values."""
@@ -521,25 +521,25 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
     for entry in entries:
         for row in entry.comparison.methods:
             method = "random" if row.method.startswith("random ") else row.method
-            told = {
+            numbers = {
                 "recall": row.recall,
                 "causal_effect": row.causal_effect.value,
                 "necessity": row.necessity.value,
                 "harmless_refused": row.harmless_refused.value,
                 "seconds": row.seconds,
             }
-            for measure, value in told.items():
+            for measure, value in numbers.items():
                 if measure == "recall" and entry.kind != "planted":
                     continue
                 values.setdefault((entry.group, measure, method), {}).setdefault(entry.organism, []).append(value)
-    made = [Standing.of(method, group, measure, _means(by)) for (group, measure, method), by in values.items()]
+    rows = [Standing.of(method, group, measure, _means(by)) for (group, measure, method), by in values.items()]
     order = list(MEASURES)
 
     def key(one: Standing) -> tuple[str, int, float]:
         sign = 1 if one.measure in SMALLER_IS_BETTER else -1
         return one.group, order.index(one.measure), float("inf") if one.mean is None else sign * one.mean
 
-    return sorted(made, key=key)
+    return sorted(rows, key=key)
 
 
 def _means(by: dict[str, list[float | None]]) -> dict[str, float | None]:

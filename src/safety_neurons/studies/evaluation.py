@@ -258,8 +258,8 @@ class EvaluationBench(Bench):
         for kind, completions in sorted(self.judged.items()):
             score = scored("all", kind, [completions], {judge.name: asked for asked, judge in self.judges})
             measure = "harm" if kind == "harmful" else "over_refusal"
-            said = [(name, judged.outcomes[measure]) for name, judged in score.judged.items() if measure in judged.outcomes]
-            for (first, one), (second, other) in itertools.combinations(said, 2):
+            outcomes = [(name, judged.outcomes[measure]) for name, judged in score.judged.items() if measure in judged.outcomes]
+            for (first, one), (second, other) in itertools.combinations(outcomes, 2):
                 pairs.append({"kind": kind, "measure": measure, **cohen_kappa(one, other, names=(first, second)).record()})
         return cast(list[JudgesRecord], plain(pairs))
 
@@ -483,13 +483,13 @@ def _suite(source: Any, kind: str | None, own: pathlib.Path | None, how: Sources
     return suite(named, folder=folder, offline=how.offline, limit=how.limit, column=how.column, kind=kind)
 
 
-def _stamped(found: Prompts, name: str, kind: str) -> Suite:
+def _stamped(requests: Prompts, name: str, kind: str) -> Suite:
     """Prompts as a suite, with the entries that attacks, judges and tables read."""
 
     def about(prompt: Any) -> dict[str, Any]:
         return {"goal": prompt.text, "behavior_id": prompt.id, "method": "direct", **prompt.meta, "suite": name, "kind": kind}
 
-    return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in found], name, found.notes), kind, name)
+    return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in requests], name, requests.notes), kind, name)
 
 
 def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | None) -> Prompts:
@@ -498,33 +498,33 @@ def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | N
         return harmful
     if "gcg" in attacks and model is None:
         raise UsageError("attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients")
-    kept: list[Prompt] = []
+    attacked: list[Prompt] = []
     for method in dict.fromkeys(attacks):
-        made = attack(harmful, method, model=model if method == "gcg" else None)
-        kept += [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in made] if method == "gcg" else made
-    return Prompts(kept, harmful.name, harmful.notes)
+        variants = attack(harmful, method, model=model if method == "gcg" else None)
+        attacked += [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in variants] if method == "gcg" else variants
+    return Prompts(attacked, harmful.name, harmful.notes)
 
 
-def _labelled(found: Prompts, model: str | None) -> Prompts:
+def _labelled(requests: Prompts, model: str | None) -> Prompts:
     """Attack prompts with how their results are to be read: what was optimised on another model is transferred to this one."""
-    kept = []
-    for one in found:
+    labelled = []
+    for one in requests:
         optimised = one.meta.get("adaptive") is True or one.meta.get("label") == ADAPTIVE
         label = ADAPTIVE if optimised and one.meta.get("source_model") == model else STATIC
         says = isinstance(one.meta.get("adaptive"), bool) or one.meta.get("label") in (ADAPTIVE, STATIC)
-        kept.append(dataclasses.replace(one, meta={**one.meta, "label": label}) if says else one)
-    return Prompts(kept, found.name, found.notes)
+        labelled.append(dataclasses.replace(one, meta={**one.meta, "label": label}) if says else one)
+    return Prompts(labelled, requests.name, requests.notes)
 
 
 def unique(prompts: Prompts) -> Prompts:
     """The prompts, with a number behind an id that occurred before: an id stands for one prompt."""
     seen: dict[str, int] = {}
-    kept = []
+    distinct = []
     for prompt in prompts:
         seen[prompt.id] = seen.get(prompt.id, 0) + 1
         new = prompt.id if seen[prompt.id] == 1 else f"{prompt.id}/{seen[prompt.id]}"
-        kept.append(prompt if new == prompt.id else dataclasses.replace(prompt, id=new))
-    return Prompts(kept, prompts.name, prompts.notes)
+        distinct.append(prompt if new == prompt.id else dataclasses.replace(prompt, id=new))
+    return Prompts(distinct, prompts.name, prompts.notes)
 
 
 # Scores of an arm: what judges said of every suite, by category, language and attack
@@ -589,7 +589,7 @@ class SuiteScore:
             "suite": self.suite,
             "kind": self.kind,
             "n": len(self.ids),
-            "judges": {judge: found.record(self.shared) for judge, found in self.judged.items()},
+            "judges": {judge: judged.record(self.shared) for judge, judged in self.judged.items()},
             "by": self._tables(),
         }
 
@@ -603,13 +603,16 @@ class SuiteScore:
         return tables
 
     def _row(self, value: str | None, values: Sequence[str | None]) -> SliceRecord:
-        places = [place for place, other in enumerate(values) if other == value]
-        shared = None if self.shared is None else [self.shared[place] for place in places]
+        positions = [position for position, other in enumerate(values) if other == value]
+        shared = None if self.shared is None else [self.shared[position] for position in positions]
         judges = {
-            judge: {measure: rate([numbers[place] for place in places], shared).to_json() for measure, numbers in found.outcomes.items()}
-            for judge, found in self.judged.items()
+            judge: {
+                measure: rate([numbers[position] for position in positions], shared).to_json()
+                for measure, numbers in judged.outcomes.items()
+            }
+            for judge, judged in self.judged.items()
         }
-        return {"value": value or "not said", "n": len(places), "judges": judges}
+        return {"value": value or "not said", "n": len(positions), "judges": judges}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -672,13 +675,13 @@ def labels_of(meta: Mapping[str, Any]) -> dict[str, str]:
     attack = meta.get("method")
     if attack and meta.get("label") in (ADAPTIVE, STATIC):
         attack = f"{attack}, {meta['label']}"
-    found = {"category": meta.get("category"), "language": meta.get("language"), "attack": attack}
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+    labels = {"category": meta.get("category"), "language": meta.get("language"), "attack": attack}
+    return {name: str(value) for name, value in labels.items() if value not in (None, "")}
 
 
 def _verdict(completion: Completion, judge: str) -> Mapping[str, Any]:
-    found = completion.verdicts.get(judge)
-    return found if isinstance(found, Mapping) else {}
+    verdict = completion.verdicts.get(judge)
+    return verdict if isinstance(verdict, Mapping) else {}
 
 
 def _harmful(verdict: Mapping[str, Any]) -> float | None:
@@ -708,7 +711,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def pooled(scores: Sequence[SuiteScore], measure: str) -> dict[str, EstimateRecord]:
     """By judge the rate of a measure over all suites together, as JSON values."""
-    judges = dict.fromkeys(judge for score in scores for judge, found in score.judged.items() if measure in found.outcomes)
+    judges = dict.fromkeys(judge for score in scores for judge, judged in score.judged.items() if measure in judged.outcomes)
     rates: dict[str, EstimateRecord] = {}
     for judge in judges:
         having = [score for score in scores if judge in score.judged and measure in score.judged[judge].outcomes]
@@ -730,12 +733,12 @@ def suite_changes(before: ArmScores, after: ArmScores) -> list[SuiteChangeRecord
     changes: list[tuple[SuiteChangeRecord, Difference]] = []
     for score in after.suites:
         other = earlier.get((score.suite, score.kind))
-        for judge, found in score.judged.items():
-            for measure in found.outcomes:
+        for judge, judged in score.judged.items():
+            for measure in judged.outcomes:
                 if other is not None and judge in other.judged and measure in other.judged[judge].outcomes:
                     changes.append(_suite_change(other, score, judge, measure))
     differences = holm([difference for _, difference in changes])
-    return [{**change, "difference": found.to_json()} for (change, _), found in zip(changes, differences, strict=True)]
+    return [{**change, "difference": difference.to_json()} for (change, _), difference in zip(changes, differences, strict=True)]
 
 
 def _suite_change(before: SuiteScore, after: SuiteScore, judge: str, measure: str) -> tuple[SuiteChangeRecord, Difference]:
@@ -764,20 +767,20 @@ def _paired(
     before: SuiteScore, after: SuiteScore, judge: str, measure: str
 ) -> tuple[list[float | None], list[float | None], list[str | None]]:
     """Outcomes of the prompts both arms were asked, and what these share."""
-    place = {key: number for number, key in enumerate(zip(before.ids, before.texts, strict=True))}
-    shared = [(place[key], number) for number, key in enumerate(zip(after.ids, after.texts, strict=True)) if key in place]
+    position = {key: number for number, key in enumerate(zip(before.ids, before.texts, strict=True))}
+    shared = [(position[key], number) for number, key in enumerate(zip(after.ids, after.texts, strict=True)) if key in position]
     one, other = before.judged[judge].outcomes[measure], after.judged[judge].outcomes[measure]
     return (
         [one[first] for first, _ in shared],
         [other[second] for _, second in shared],
-        [after.shared[place] if after.shared else None for _, place in shared],
+        [after.shared[position] if after.shared else None for _, position in shared],
     )
 
 
 def capability_changes(before: ArmScores, after: ArmScores) -> list[TaskChangeRecord]:
     """For every task both arms have: both values and the share of the baseline that is lost, with its paired interval."""
     earlier = {measured.task: measured for measured in before.capability}
-    return [_capability_change(earlier[found.task], found) for found in after.capability if found.task in earlier]
+    return [_capability_change(earlier[measured.task], measured) for measured in after.capability if measured.task in earlier]
 
 
 def _capability_change(before: Measurement, after: Measurement) -> TaskChangeRecord:
@@ -805,8 +808,8 @@ def _drop(before: float | None, after: float | None, higher_is_better: bool) -> 
 
 
 def _shared(before: Measurement, after: Measurement) -> list[tuple[int, int]]:
-    place = {name: number for number, name in enumerate(before.ids)}
-    return [(place[name], number) for number, name in enumerate(after.ids) if name in place]
+    position = {name: number for number, name in enumerate(before.ids)}
+    return [(position[name], number) for number, name in enumerate(after.ids) if name in position]
 
 
 def _drop_interval(before: Measurement, after: Measurement) -> tuple[float | None, float | None, int]:
@@ -826,9 +829,11 @@ def _drop_interval(before: Measurement, after: Measurement) -> tuple[float | Non
     return lost.low, lost.high, len(usable)
 
 
-def _columns(measured: Measurement, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(measured: Measurement, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     counts = measured.counts or (1,) * len(measured.outcomes)
-    return np.array([measured.outcomes[place] for place in places], float), np.array([counts[place] for place in places], float)
+    return np.array([measured.outcomes[position] for position in positions], float), np.array(
+        [counts[position] for position in positions], float
+    )
 
 
 # An earlier run as the arm before
@@ -840,17 +845,17 @@ def baseline(folder: PathLike) -> ArmScores:
     Raises:
         InputError: no finished run of `evaluate`, or its completions are gone.
     """
-    place = pathlib.Path(folder)
-    place = place.parent if place.name == "run.json" else place
-    record = read_json(place / "run.json")
+    directory = pathlib.Path(folder)
+    directory = directory.parent if directory.name == "run.json" else directory
+    record = read_json(directory / "run.json")
     if not isinstance(record, Mapping) or record.get("verb") != "evaluate" or record.get("status") != "finished":
         what = f"{record.get('verb')!r}, {record.get('status')!r}" if isinstance(record, Mapping) else "no run"
         raise InputError(f"baseline {str(folder)!r} is {what}; expected the folder of a finished run of evaluate")
     result = record["result"]
     arm = "treated" if result.get("treated") else "untreated"
-    completions = Completions.load(place / "completions.jsonl")
+    completions = Completions.load(directory / "completions.jsonl")
     suites = tuple(_suites(result[arm], completions.arm(str(result[arm]["name"]))))
-    items = read_json(place / ITEMS).get(str(result[arm]["name"]), {}) if (place / ITEMS).is_file() else {}
+    items = read_json(directory / ITEMS).get(str(result[arm]["name"]), {}) if (directory / ITEMS).is_file() else {}
     return ArmScores("baseline", suites, tuple(_measurement(entry, items.get(entry["task"], {})) for entry in result[arm]["capability"]))
 
 
@@ -861,7 +866,7 @@ def _suites(record: Mapping[str, Any], completions: Completions) -> Iterator[Sui
         ]
         seeds = [Completions(one for one in own if one.seed == seed) for seed in sorted({one.seed for one in own})]
         if seeds and len({len(row) for row in seeds}) == 1:
-            yield scored(entry["suite"], entry["kind"], seeds, {judge: found["name"] for judge, found in entry["judges"].items()})
+            yield scored(entry["suite"], entry["kind"], seeds, {judge: judged["name"] for judge, judged in entry["judges"].items()})
 
 
 def _measurement(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measurement:

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inspect_ai import Task, task
@@ -46,7 +46,6 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.prompt_lists.records import request_of
 from safety_neurons.results import Completion
-from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Treatment
 from safety_neurons.studies.evaluation import Sources, Treated, requests_of
 from safety_neurons.suites import suite as suite_of
@@ -143,7 +142,7 @@ class TreatedModel(ModelAPI):
         """One answer to a conversation, one at a time: a treatment is a state of the model."""
         if tools:
             raise UsageError(f"{len(tools)} tools for a model that calls none; expected a task without tools")
-        settings = settings_of(config) | (stops(self.lm, config.stop_seqs) if config.stop_seqs else {})
+        settings = {**settings_of(config), **(stops(self.lm, config.stop_seqs) if config.stop_seqs else {})}
         turns = tuple(_turn(message) for message in input)
         prompt = Prompt("0", request_of(turns) or turns[-1].content, turns)
         answers = await asyncio.to_thread(self._complete, prompt, config, settings, self._stream(config, turns))
@@ -189,7 +188,7 @@ def _cut(one: Completion, text: str) -> bool:
     return one.finish_reason == "length" and text == one.completion
 
 
-def settings_of(config: GenerateConfig) -> JsonObject:
+def settings_of(config: GenerateConfig) -> Mapping[str, Any]:
     """The options as `LanguageModel.complete` takes them, seeds aside.
 
     Raises:

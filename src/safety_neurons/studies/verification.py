@@ -265,10 +265,19 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
         if not all(control.disjoint for control in controls):
             notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a layer")
         random = tuple(subject.measure(f"random {number} of {len(members)}", control) for number, control in enumerate(controls))
-        found = subject.contrast(treated, random)
-        changes.append(found.change)
+        contrasted = subject.contrast(treated, random)
+        changes.append(contrasted.change)
         points.append(
-            SizePoint(size, len(members), treated, random, found.effect, found.random_effects, tuple(controls), found.against_random)
+            SizePoint(
+                size,
+                len(members),
+                treated,
+                random,
+                contrasted.effect,
+                contrasted.random_effects,
+                tuple(controls),
+                contrasted.against_random,
+            )
         )
     held = holm([point.against_random for point in points if point.against_random is not None])
     if held:
@@ -296,8 +305,8 @@ def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> 
     routed = [key for key in everything.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
     if kind != "patch" or not routed or any(key in members for members in sets for key in routed):
         return everything, []
-    kept = NeuronSet({key: indices for key, indices in everything.items() if key not in routed}, everything.table)
-    return kept, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
+    dense = NeuronSet({key: indices for key, indices in everything.items() if key not in routed}, everything.table)
+    return dense, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
 
 
 def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
@@ -315,12 +324,12 @@ def with_parameters(base: LanguageModel, donor: LanguageModel, neurons: NeuronSe
 
     Source: none; what a patch of activations leaves behind are the columns that read them.
     """
-    kept = [(entries, entries.read()) for entries in entries_of(base, neurons)]
+    originals = [(entries, entries.read()) for entries in entries_of(base, neurons)]
     try:
         repair(base, donor, neurons)
         yield
     finally:
-        for entries, values in kept:
+        for entries, values in originals:
             entries.write(values)
 
 
@@ -363,14 +372,14 @@ def columns_differ(base: LanguageModel, donor: LanguageModel) -> bool:
     """Whether the two models compute with other `o` or `down` columns somewhere."""
     for key in base.table.keys:
         if parse_key(key).site in ("o", "down") and key in base.anatomy.places:
-            found = []
+            weights = []
             for model in (base, donor):
                 with model.active():
-                    place = model.anatomy.place(key)
-                    found.append(place.weight() if not place.projection.quantised else None)
-            if found[0] is None or found[1] is None:
+                    site = model.anatomy.place(key)
+                    weights.append(site.weight() if not site.projection.quantised else None)
+            if weights[0] is None or weights[1] is None:
                 continue
-            if not bool((found[0] == found[1].to(found[0])).all()):
+            if not bool((weights[0] == weights[1].to(weights[0])).all()):
                 return True
     return False
 
@@ -434,8 +443,8 @@ class Progressive:
         whole = self.untreated.harmful_refused.value
         if order == ALONE or not whole:
             return None
-        found = [step.n_neurons for step in self.curve(order) if (step.arm.harmful_refused.value or 0.0) <= whole / 2]
-        return min(found, default=None)
+        sizes = [step.n_neurons for step in self.curve(order) if (step.arm.harmful_refused.value or 0.0) <= whole / 2]
+        return min(sizes, default=None)
 
     def _band(self, kind: str) -> list[dict[str, Any]]:
         """Step by step the mean and the range over random orders."""
@@ -443,16 +452,16 @@ class Progressive:
         return [self._over(steps) for steps in zip(*curves, strict=True)]
 
     def _over(self, steps: Sequence[Step]) -> dict[str, Any]:
-        found: dict[str, Any] = {"n_neurons": [step.n_neurons for step in steps], "layers": [list(step.layers) for step in steps]}
+        band: dict[str, Any] = {"n_neurons": [step.n_neurons for step in steps], "layers": [list(step.layers) for step in steps]}
         for name in ("harmful_refused", "harmless_refused", "perplexity", "divergence"):
             values = [getattr(step.arm, name) for step in steps]
             numbers = [value if isinstance(value, float | None) else value.value for value in values]
             known = [number for number in numbers if number is not None]
             mean = sum(known) / len(known) if known else None
-            found[name] = {"value": mean, "low": min(known, default=None), "high": max(known, default=None), "n": len(known)}
+            band[name] = {"value": mean, "low": min(known, default=None), "high": max(known, default=None), "n": len(known)}
         arms = [step.arm.harmful for step in steps]
-        found["change"] = difference_over_seeds(arms, [self.untreated.harmful] * len(arms), self.groups, "random order").to_json()
-        return found
+        band["change"] = difference_over_seeds(arms, [self.untreated.harmful] * len(arms), self.groups, "random order").to_json()
+        return band
 
 
 def progressive(
@@ -503,7 +512,7 @@ def progressive(
     steps += [walker.step(ALONE, _named(block), neurons.only(layers=block)) for block in blocks]
     generator = np.random.default_rng(seed)
     for number in range(random if len(blocks) > 2 else 0):
-        shuffled = [blocks[place] for place in generator.permutation(len(blocks))]
+        shuffled = [blocks[position] for position in generator.permutation(len(blocks))]
         steps += walker.cumulative(f"{RANDOM_LAYERS} {number}", neurons, shuffled)
     if scores is not None:
         sizes = ladder(len(neurons), points)
@@ -538,11 +547,11 @@ class _Walker:
     def cumulative(self, order: str, neurons: NeuronSet, blocks: Sequence[Sequence[int]]) -> Iterable[Step]:
         """The steps of switching blocks of layers off one after another."""
         off: list[int] = []
-        found = []
+        steps = []
         for block in blocks:
             off += block
-            found.append(self.step(order, _named(block), neurons.only(layers=sorted(off))))
-        return found
+            steps.append(self.step(order, _named(block), neurons.only(layers=sorted(off))))
+        return steps
 
     def step(self, order: str, name: str, neurons: NeuronSet) -> Step:
         """One point of a curve."""
