@@ -202,7 +202,7 @@ def score_attribution(method: Attribution, run: Run) -> Scored:
     model = run.aligned
     encoded = model.encode(run.prompts, reserve=SCORED_TOKENS)
     sides = [method.texts["refusal"], method.texts["compliance"]]
-    units = [explained(row.ids, *([_ids(model, row.ids, text) for text in texts] for texts in sides)) for row in encoded]
+    units = [explained(row.ids, *([tokens_behind(model, row.ids, text) for text in texts] for texts in sides)) for row in encoded]
     steps = midpoints_of(method.integrated) if method.integrated else [1.0]
 
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def score_attribution(method: Attribution, run: Run) -> Scored:
     return Scored(values, counts, folded.votes)
 
 
-def _ids(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
+def tokens_behind(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
     """Tokens of a text behind a prompt: with a space between where the prompt ends in a visible character."""
     end = model.tokenizer.decode([prompt[-1]], skip_special_tokens=True)
     space = " " if end and not end[-1].isspace() else ""

@@ -20,11 +20,11 @@ from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.calibration import check_probability
 from safety_neurons.guard.features import Request, as_request_prompts, model_lock, readings
 from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
-from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
-from safety_neurons.model.language_model import Answer, Decoding, Texts, end_ids, generate
+from safety_neurons.model import BatchSize, LanguageModel, Progress
+from safety_neurons.model.language_model import Answer, Decoding, PendingCompletions, Texts, end_ids, generate
 from safety_neurons.model.sites import unwrapped
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
-from safety_neurons.results import Completion, Completions, conversation_of
+from safety_neurons.results import Completion, Completions
 
 REFUSAL = "I can't help with that."
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
@@ -559,19 +559,18 @@ class GuardedModel:
 
         `meta["guard"]` of every completion holds the probability, whether it was flagged, and where it was stopped.
         """
-        requests, settings = list(as_prompts(prompts)), self.decoding(**decoding)
-        before = {completion.prompt_id: completion for completion in done or ()}
-        earlier = [before.get(prompt.id) for prompt in requests]
-        results = {index: one for index, one in enumerate(earlier) if one is not None and one.answers(requests[index])}
+        settings = self.decoding(**decoding)
+        pending = PendingCompletions(prompts, arm, settings.seed, done, answered)
 
         def keep(index: int, answer: GuardedAnswer) -> None:
-            results[index] = completion = _completion(requests[index], answer, arm, settings.seed)
-            if answered is not None:
-                answered(completion)
+            reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
+            verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
+            meta = {"guard": {**verdict, "stopped_at": answer.stopped_at}}
+            pending.add(index, answer.text, reason, answer.token_ids, meta)
 
-        skip = sorted(results)
+        requests, skip = list(pending.prompts), sorted(pending.results)
         self._answers(requests, settings, batch_size=batch_size, progress=progress, notes=notes, skip=skip, answered=keep)
-        return Completions([results[index] for index in range(len(requests))])
+        return pending.completions
 
     def stream(self, messages: Request, **decoding: Any) -> GuardedStream:
         """The answer to one request piece by piece; the pieces together are the text of `generate`, whose arguments it takes.
@@ -714,21 +713,6 @@ def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[Gua
         vars(model).pop("complete", None)
         if before is not None:
             vars(model)["complete"] = before
-
-
-def _completion(prompt: Prompt, answer: GuardedAnswer, arm: str, seed: int) -> Completion:
-    reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
-    verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
-    return Completion(
-        prompt_id=prompt.id,
-        prompt=prompt.text,
-        completion=answer.text,
-        token_ids=answer.token_ids,
-        finish_reason=reason,
-        arm=arm,
-        seed=seed,
-        meta={**conversation_of(prompt), "guard": {**verdict, "stopped_at": answer.stopped_at}},
-    )
 
 
 def _event(answer: GuardedAnswer, shadow: bool) -> dict[str, Any]:

@@ -254,8 +254,7 @@ class LanguageModel:
         room = self.max_length - reserve
         if room < 2:
             raise ModelError(f"{reserve} new tokens in a context of {self.max_length} leave no room for the prompt: ask for fewer")
-        tail = room // 2
-        return ids[: room - tail] + ids[len(ids) - tail :]
+        return middle_out(ids, room)
 
     def encode_texts(self, texts: Iterable[str], limit: int | None = None) -> list[list[int]]:
         """Token ids of running text (perplexity, general corpora): no template, one BOS where the tokenizer adds one.
@@ -334,6 +333,12 @@ class LanguageModel:
         sequences, skip = [item.ids for item in encoded], sorted(pending.results)
         generate(self, sequences, how, batch_size=batch_size, skip=skip, progress=progress, answered=keep, notes=notes)
         return pending.completions
+
+
+def middle_out(ids: list[int], room: int) -> list[int]:
+    """The beginning and the end of ids, as many as there is room for."""
+    tail = room // 2
+    return ids[: room - tail] + ids[len(ids) - tail :]
 
 
 class PendingCompletions:
@@ -769,7 +774,7 @@ def weights_sha256(model: LanguageModel, wanted: Callable[[str, Tensor], bool] |
 
 def _named(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     order = {name: f"adapter{number}" for number, name in enumerate(_active_adapters(model))}
-    inactive = set(_all_adapters(model)) - set(order)
+    inactive = set(getattr(model.model, "peft_config", ())) - set(order)
     for kind in (model.inner.named_parameters, model.inner.named_buffers):
         for name, value in kind():
             parts = name.split(".")
@@ -780,10 +785,6 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 def plain_name(name: str) -> str:
     """A parameter's name without the wrappers of adapters around its layer."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _all_adapters(model: LanguageModel) -> Sequence[str]:
-    return tuple(model.model.peft_config) if is_adapted(model.model) else ()
 
 
 def _active_adapters(model: LanguageModel) -> tuple[str, ...]:

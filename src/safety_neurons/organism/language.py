@@ -308,10 +308,7 @@ def encode_chat(request: str, answer: str | None = None, *, system: str | None =
     if system is not None:
         ids += [words["<|system|>"], *(words[word] for word in system.split())]
     ids += [words["<|user|>"], *(words[word] for word in request.split()), words["<|assistant|>"]]
-    length = len(ids)
-    if answer is not None:
-        ids += [*(words[word] for word in answer.split()), words[EOS]]
-    return ids, length
+    return _answered(ids, answer)
 
 
 def encode_question(request: str, answer: str | None = None) -> tuple[list[int], int]:
@@ -322,10 +319,14 @@ def encode_question(request: str, answer: str | None = None) -> tuple[list[int],
     words = vocabulary()
     mark = [words[UNKNOWN]] * 2
     ids = [words[BOS], *mark, *(words[word] for word in request.split()), *mark]
-    length = len(ids)
-    if answer is not None:
-        ids += [*(words[word] for word in answer.split()), words[EOS]]
-    return ids, length
+    return _answered(ids, answer)
+
+
+def _answered(prompt: list[int], answer: str | None) -> tuple[list[int], int]:
+    """Ids of a prompt with its answer and EOS behind it, and how many are the prompt's."""
+    words = vocabulary()
+    behind = [] if answer is None else [*(words[word] for word in answer.split()), words[EOS]]
+    return prompt + behind, len(prompt)
 
 
 PROMPTS = 256

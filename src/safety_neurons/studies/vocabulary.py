@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from safety_neurons.declarations import Positive
-from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
 from safety_neurons.detectors.methods import Attribution, CardOptions
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
@@ -405,7 +405,7 @@ class RefusalOdds:
         encoded = model.encode(prompts, reserve=SCORED_TOKENS)
         if base is None:
             sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
-            rows = [explained(one.ids, *([_tokens_behind(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
+            rows = [explained(one.ids, *([tokens_behind(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
             texts: dict[str, Any] = {"refusal": sides[0], "compliance": sides[1]}
             return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))
         written = [
@@ -432,16 +432,6 @@ class RefusalOdds:
         values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
         ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
         return np.array([part.sum() for part in np.split(np.array(values), ends)])
-
-
-def _tokens_behind(model: LanguageModel, prompt: Sequence[int], text: str) -> list[int]:
-    """Tokens of a text behind a prompt, with a space between where the prompt ends in a visible character."""
-    end = model.decode([prompt[-1]])
-    space = " " if end and not end[-1].isspace() else ""
-    ids = model.tokenizer(space + text.strip(), add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputError(f"the text {text!r} has no tokens; expected a sentence to score")
-    return [int(number) for number in ids]
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch
+from safety_neurons.model.language_model import middle_out
 from safety_neurons.model.template import encode_text, require_tokenizer, untouched
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
@@ -114,15 +115,9 @@ def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Ex
     answer_ids = (ids + closing)[: max(limit // 2, limit - len(question))]
     too_long = len(question) + len(answer_ids) > limit
     if too_long:
-        question = _middle_out(question, limit - len(answer_ids))
+        question = middle_out(question, limit - len(answer_ids))
     whole = len(answer_ids) == len(ids) + len(closing)
     return Example(prompt.id, (*question, *answer_ids), len(question), kind, bool(closing) and whole, too_long or not whole)
-
-
-def _middle_out(ids: list[int], room: int) -> list[int]:
-    """The beginning and the end of ids, as many as there is room for."""
-    tail = room // 2
-    return ids[: room - tail] + ids[len(ids) - tail :]
 
 
 def end_ids(model: LanguageModel, written: Sequence[int]) -> list[int]:
