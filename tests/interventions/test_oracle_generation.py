@@ -64,23 +64,16 @@ def continuation(model: LanguageModel, records: dict[str, torch.Tensor], prefix:
         )
 
 
+@pytest.mark.parametrize("models", ["pair", "separate"])
 @pytest.mark.parametrize("name", SETS)
-def test_one_stacked_batch_gives_the_recorded_tokens(name: str, pair: Pair, records: dict[str, torch.Tensor]) -> None:
-    prefix = f"guided/sft<-dpo/{name}/batch0"
-    with patched(pair.base, pair.aligned, members(records, name)):
-        output = continuation(pair.base, records, prefix)
-    assert torch.equal(output.sequences, records[f"{prefix}/sequences"])
-    if f"{prefix}/scores" in records:
-        assert (torch.stack(output.logits) - records[f"{prefix}/scores"]).abs().max() <= 1e-3
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_two_models_in_memory_give_the_recorded_tokens(
-    name: str, separate: tuple[LanguageModel, LanguageModel], records: dict[str, torch.Tensor]
+def test_one_stacked_batch_and_two_models_in_memory_give_the_recorded_tokens(
+    name: str, models: str, records: dict[str, torch.Tensor], request: pytest.FixtureRequest
 ) -> None:
     prefix = f"guided/sft<-dpo/{name}/batch0"
-    with patched(*separate, members(records, name)):
-        output = continuation(separate[0], records, prefix)
+    value = request.getfixturevalue(models)
+    base, donor = (value.base, value.aligned) if models == "pair" else value
+    with patched(base, donor, members(records, name)):
+        output = continuation(base, records, prefix)
     assert torch.equal(output.sequences, records[f"{prefix}/sequences"])
     if f"{prefix}/scores" in records:
         assert (torch.stack(output.logits) - records[f"{prefix}/scores"]).abs().max() <= 1e-3

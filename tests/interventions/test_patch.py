@@ -36,6 +36,12 @@ def assert_same(output: object, expected: tuple[torch.Tensor, torch.Tensor], tol
     assert (torch.stack(output.logits) - scores).abs().max() <= tolerance * scores.abs().max().clamp(min=1)
 
 
+def assert_alike(output: object, expected: object) -> None:
+    """The same tokens of two generations, and logits within what summation order may change."""
+    assert torch.equal(output.sequences, expected.sequences)
+    assert (torch.stack(output.logits) - torch.stack(expected.logits)).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_models_generate_what_rerunning_both_on_the_whole_text_gives(family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     base, donor = pair_of(family)
@@ -71,8 +77,7 @@ def test_adapters_that_cannot_be_stacked_are_switched_between_two_passes(
     monkeypatch.setattr("safety_neurons.interventions.patch.can_stack", lambda *_: False)
     with patched(base, donor, neurons):
         switched = generated(base, *batch, STEPS)
-    assert torch.equal(stacked.sequences, switched.sequences)
-    assert (torch.stack(stacked.logits) - torch.stack(switched.logits)).abs().max() <= 2e-5
+    assert_alike(stacked, switched)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -140,8 +145,7 @@ def test_all_neurons_of_a_pair_by_activation_scales_is_the_aligned_model(batch: 
     expected = generated(alone(donor), *batch, STEPS)
     with patched(base, donor, some(base, 1.0, sites=("down",))):
         output = generated(base, *batch, STEPS)
-    assert torch.equal(output.sequences, expected.sequences)
-    assert (torch.stack(output.logits) - torch.stack(expected.logits)).abs().max() <= 2e-5
+    assert_alike(output, expected)
 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])
@@ -152,8 +156,7 @@ def test_a_model_patched_with_itself_is_unchanged(family: str, share: float, bat
     for donor in (base, lm(copy.deepcopy(base.model))):
         with patched(base, donor, some(base, share)):
             output = generated(base, *batch, STEPS)
-        assert torch.equal(output.sequences, expected.sequences)
-        assert (torch.stack(output.logits) - torch.stack(expected.logits)).abs().max() <= 2e-5
+        assert_alike(output, expected)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -3,10 +3,10 @@
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
 import transformers
+from trained import lora, some
 
 from families import build as tiny_model
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
@@ -17,12 +17,6 @@ from safety_neurons.tuning.protect import entries_of, protected, repair
 from tiny import tiny_llama
 
 IDS = torch.randint(4, 90, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-def some(model: LanguageModel, share: float = 0.3, seed: int = 0) -> NeuronSet:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {key: torch.randperm(size, generator=generator)[: max(1, int(share * size))] for key, size in model.table.sizes.items()}
-    return NeuronSet({key: members.numpy() for key, members in drawn.items()}, model.table)
 
 
 def train(parameters, model, steps=4, optimizer=None):
@@ -99,12 +93,6 @@ def test_momentum_from_before_the_context_does_not_move_the_set():
     assert equal(before, weights_of(model, neurons))
 
 
-def lora(model, **config):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}))
-
-
 @pytest.mark.parametrize(
     ("family", "config"),
     [("llama", {}), ("gpt2", {}), ("phi3", {}), ("llama", {"use_rslora": True}), ("gpt2", {"lora_bias": True}), ("gpt2", {"bias": "all"})],
@@ -124,16 +112,6 @@ def test_a_lora_has_no_share_in_the_set_before_or_after_merging(family, config):
     assert not equal(weights_of(original, rest), weights_of(model, rest))
     merged = LanguageModel(adapted.merge_and_unload())
     assert equal(weights_of(original, neurons), weights_of(merged, neurons))
-
-
-def test_an_adapter_put_on_inside_the_context_is_seen():
-    plain = tiny_llama()
-    model = LanguageModel(copy.deepcopy(plain))
-    neurons = some(model)
-    with protected(model, neurons):
-        adapted = lora(model.model)
-        train([p for p in adapted.parameters() if p.requires_grad], adapted)
-    assert equal(weights_of(LanguageModel(plain), neurons), weights_of(LanguageModel(adapted), neurons))
 
 
 def test_a_lora_that_has_changed_the_set_is_an_error_until_it_is_repaired():

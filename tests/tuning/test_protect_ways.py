@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize, prune
+from trained import lora
 
 from families import build as tiny_model
 from safety_neurons.errors import ForeignModelError, MismatchError, NeuronError, SafetyNeuronsError, UnsupportedModelError
@@ -55,15 +56,8 @@ def train(model, steps=3):
     model.eval()
 
 
-def with_lora(model, **config):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
-        return peft.get_peft_model(model, peft.LoraConfig(**wanted))
-
-
 def with_second(model, **config):
-    adapted = with_lora(model)
+    adapted = lora(model)
     yield adapted
     adapted.add_adapter("second", peft.LoraConfig(r=2, target_modules="all-linear", **config))
     adapted.set_adapter("second")
@@ -104,18 +98,18 @@ def tied(model):
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 WAYS = {
     "nothing": lambda model: model,
-    "lora": with_lora,
-    "lora bias": lambda model: with_lora(model, bias="all"),
-    "lora_bias": lambda model: with_lora(model, lora_bias=True),
-    "dora": lambda model: with_lora(model, use_dora=True),
-    "pissa": lambda model: with_lora(model, init_lora_weights="pissa"),
-    "olora": lambda model: with_lora(model, init_lora_weights="olora"),
-    "saved module": lambda model: with_lora(model, target_modules=["k_proj"], modules_to_save=["up_proj"]),
-    "saved block": lambda model: with_lora(model, target_modules=["k_proj"], modules_to_save=["mlp"]),
-    "saved embeddings": lambda model: with_lora(model, modules_to_save=["embed_tokens", "lm_head"]),
-    "trainable tokens": lambda model: with_lora(model, trainable_token_indices=[5, 6]),
-    "layer replication": lambda model: with_lora(model, layer_replication=[[0, 2], [0, 2]]),
-    "target parameters": lambda model: with_lora(model, target_modules=["k_proj"], target_parameters=["up_proj.weight"]),
+    "lora": lora,
+    "lora bias": lambda model: lora(model, bias="all"),
+    "lora_bias": lambda model: lora(model, lora_bias=True),
+    "dora": lambda model: lora(model, use_dora=True),
+    "pissa": lambda model: lora(model, init_lora_weights="pissa"),
+    "olora": lambda model: lora(model, init_lora_weights="olora"),
+    "saved module": lambda model: lora(model, target_modules=["k_proj"], modules_to_save=["up_proj"]),
+    "saved block": lambda model: lora(model, target_modules=["k_proj"], modules_to_save=["mlp"]),
+    "saved embeddings": lambda model: lora(model, modules_to_save=["embed_tokens", "lm_head"]),
+    "trainable tokens": lambda model: lora(model, trainable_token_indices=[5, 6]),
+    "layer replication": lambda model: lora(model, layer_replication=[[0, 2], [0, 2]]),
+    "target parameters": lambda model: lora(model, target_modules=["k_proj"], target_parameters=["up_proj.weight"]),
     "ia3": with_other(peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
     "ia3 other side": with_other(peft.IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"], task_type="CAUSAL_LM")),
     "adalora": with_other(peft.AdaLoraConfig(target_modules=TARGETS, total_step=10, tinit=1, tfinal=1, task_type="CAUSAL_LM")),
@@ -129,7 +123,7 @@ WAYS = {
     "weight norm": normed,
     "pruned": pruned,
     "tied": tied,
-    "merged": with_lora,
+    "merged": lora,
 }
 BEFORE = {"parametrized", "weight norm", "pruned", "tied"}
 """What changes the model by itself and is therefore put on before the context, too, against what it is then."""
@@ -190,9 +184,9 @@ def test_what_is_around_experts_is_refused(way, when):
 
     def put_on():
         if way == "target_parameters":
-            return with_lora(plain, target_modules=["q_proj"], target_parameters=[f"{experts}.gate_up_proj", f"{experts}.down_proj"])
+            return lora(plain, target_modules=["q_proj"], target_parameters=[f"{experts}.gate_up_proj", f"{experts}.down_proj"])
         if way == "modules_to_save":
-            return with_lora(plain, target_modules=["q_proj"], modules_to_save=["experts"])
+            return lora(plain, target_modules=["q_proj"], modules_to_save=["experts"])
         for layer in plain.model.layers:
             parametrizations.weight_norm(layer.mlp.experts, "gate_up_proj")
         return plain
@@ -223,6 +217,6 @@ def test_repair_refuses_what_it_cannot_put_back():
     neurons = NeuronSet({"layers.0.experts.1.down": [2]}, reference.table)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = with_lora(plain, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+        adapted = lora(plain, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     with pytest.raises(UnsupportedModelError, match="around the experts"):
         repair(LanguageModel(adapted), reference, neurons)

@@ -34,37 +34,54 @@ def judged(states, **options):
     return judge, verdicts
 
 
-def test_the_state_that_refuses_most_without_over_refusal_is_kept_and_the_latest_of_equals():
-    judge, _ = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.15), at(3, 0.9, 0.1), at(4, 1.0, 0.3)], settled=None)
-    assert judge.best.step == 3
+@pytest.mark.parametrize(
+    ("states", "options", "verdicts"),
+    [
+        pytest.param(
+            [at(1, 0.5, 0.1), at(2, 0.9, 0.5), at(3, 1.0, 0.6), at(4, 1.0, 0.6)],
+            {},
+            [GOING_ON, GOING_ON, GOING_ON, OVER_REFUSAL],
+            id="harmless prompts keep being refused",
+        ),
+        pytest.param(
+            [at(1, 0.9, 0.5), at(2, 0.9, 0.5), at(3, 0.9, 0.1), at(4, 0.9, 0.5)],
+            {"patience": 3},
+            [GOING_ON] * 4,
+            id="a single check that over-refuses ends nothing",
+        ),
+        pytest.param([at(1, 0.9, 0.1, 0.6)] * 2, {"patience": 2, "max_divergence": 0.5}, [GOING_ON, DRIFT], id="drift beyond a limit"),
+        pytest.param([at(1, 0.9, 0.1, 0.6)] * 2, {"patience": 2}, [GOING_ON] * 2, id="drift without a limit"),
+        pytest.param(
+            [at(1, 1.0, 0.1), at(2, 1.0, 0.3), at(3, 1.0, 0.1), at(4, 1.0, 0.1)],
+            {"settled": 2},
+            [GOING_ON, GOING_ON, GOING_ON, SETTLED],
+            id="nothing is left to gain",
+        ),
+    ],
+)
+def test_when_training_ends(states, options, verdicts):
+    assert judged(states, **options)[1] == verdicts
 
 
-def test_training_ends_when_harmless_prompts_keep_being_refused():
-    _, verdicts = judged([at(1, 0.5, 0.1), at(2, 0.9, 0.5), at(3, 1.0, 0.6), at(4, 1.0, 0.6)])
-    assert verdicts == [GOING_ON, GOING_ON, GOING_ON, OVER_REFUSAL]
-
-
-def test_a_single_check_that_over_refuses_ends_nothing():
-    _, verdicts = judged([at(1, 0.9, 0.5), at(2, 0.9, 0.5), at(3, 0.9, 0.1), at(4, 0.9, 0.5)], patience=3)
-    assert verdicts == [GOING_ON] * 4
-
-
-def test_drift_ends_training_where_a_limit_is_set():
-    _, verdicts = judged([at(1, 0.9, 0.1, 0.6)] * 2, patience=2, max_divergence=0.5)
-    assert verdicts[-1] == DRIFT
-    _, verdicts = judged([at(1, 0.9, 0.1, 0.6)] * 2, patience=2)
-    assert verdicts[-1] == GOING_ON
-
-
-def test_training_ends_when_nothing_is_left_to_gain():
-    _, verdicts = judged([at(1, 1.0, 0.1), at(2, 1.0, 0.3), at(3, 1.0, 0.1), at(4, 1.0, 0.1)], settled=2)
-    assert verdicts == [GOING_ON, GOING_ON, GOING_ON, SETTLED]
-
-
-def test_without_a_sound_state_the_one_that_over_refuses_least_for_what_it_refuses_is_kept():
-    judge, _ = judged([at(1, 1.0, 1.0), at(2, 0.9, 0.3), at(3, 1.0, 0.9)], patience=9)
-    assert judge.best.step == 2
-    assert not judge.sound(judge.best)
+@pytest.mark.parametrize(
+    ("states", "options", "best", "sound"),
+    [
+        pytest.param(
+            [at(1, 0.5, 0.1), at(2, 0.9, 0.15), at(3, 0.9, 0.1), at(4, 1.0, 0.3)],
+            {"settled": None},
+            3,
+            True,
+            id="refuses most without over-refusal, the latest of equals",
+        ),
+        pytest.param(
+            [at(1, 1.0, 1.0), at(2, 0.9, 0.3), at(3, 1.0, 0.9)], {"patience": 9}, 2, False, id="over-refuses least where none is sound"
+        ),
+        pytest.param([at(1, 0.5, 0.1), at(2, 1.0, 0.1, float("nan"))], {}, 1, True, id="a divergence that is no number is never sound"),
+    ],
+)
+def test_which_state_is_kept(states, options, best, sound):
+    judge, _ = judged(states, **options)
+    assert (judge.best.step, judge.sound(judge.best)) == (best, sound)
 
 
 def test_a_judge_goes_on_from_its_state():
@@ -94,8 +111,3 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
     assert found.harmful_refused.low == pytest.approx(0.025, abs=1e-9)  # exact: one of one
     assert (found.harmful_refused.value, found.harmful_refused.n, found.harmful_refused.unscored) == (1.0, 1, 1)
     assert np.isfinite(found.divergence)
-
-
-def test_a_divergence_that_is_no_number_is_never_sound():
-    judge, _ = judged([at(1, 0.5, 0.1), at(2, 1.0, 0.1, float("nan"))])
-    assert judge.best.step == 1

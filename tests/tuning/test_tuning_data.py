@@ -65,17 +65,12 @@ def test_the_end_is_taught_where_padding_and_end_are_one_id():
     assert example.n_answer
 
 
-def test_a_turn_end_that_is_not_the_eos_is_taught():
-    tokenizer = tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", "house"))
+@pytest.mark.parametrize(("written", "taught"), [("house", "house"), ("", "</s>")], ids=["another end than EOS", "no end"])
+def test_the_end_that_the_template_writes_is_taught_or_else_eos(written, taught):
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", written))
     model = LanguageModel(tiny_llama(eos_token_id=[2, tokenizer.convert_tokens_to_ids("house")]), tokenizer)
     (example,) = tuning_examples(Prompts([REFUSAL]), model)
-    assert words(model, example.ids)[-2:] == ["help", "house"]
-
-
-def test_a_template_that_writes_no_end_still_teaches_one():
-    model = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", "")))
-    (example,) = tuning_examples(Prompts([REFUSAL]), model)
-    assert words(model, example.ids)[-2:] == ["help", "</s>"]
+    assert words(model, example.ids)[-2:] == ["help", taught]
 
 
 def test_a_thinking_part_that_the_prompt_opens_is_closed_before_the_answer():

@@ -1,8 +1,10 @@
 """Sets, examples and references for tests of deltas."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 
+import peft
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,14 @@ def some(model: LanguageModel, share: float = 0.3, seed: int = 0, sites: tuple[s
         if sites is None or key.rsplit(".", 1)[1] in sites:
             members[key] = torch.randperm(size, generator=generator)[: max(1, int(share * size))].numpy()
     return NeuronSet(members, model.table)
+
+
+def lora(model: nn.Module, **config: object) -> nn.Module:
+    """The model with a fresh LoRA on all linear layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+        return peft.get_peft_model(model, peft.LoraConfig(**wanted))
 
 
 def batches(n: int, rows: int = 3, tokens: int = 7) -> list[Tensor]:
