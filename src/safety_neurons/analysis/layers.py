@@ -14,7 +14,7 @@ from scipy.stats import skew
 
 from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
-from safety_neurons.results.records import ChanceRecord
+from safety_neurons.results.records import ChanceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
 
 PARTS = ("self-attention", "feed-forward")
@@ -72,10 +72,10 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class Layers(Recorded[JsonObject]):
     """Where one set lies."""
 
-    item: Named
+    item: Named = dataclasses.field(metadata=called(None))
     by_layer: tuple[Place, ...]
     by_site: tuple[Place, ...]
     by_part: tuple[Place, ...]
@@ -91,10 +91,7 @@ class Layers:
 
     def record(self) -> JsonObject:
         """As JSON values."""
-        names = ("by_layer", "by_site", "by_part", "by_matrix", "by_head")
-        places = {name: [place.record() for place in getattr(self, name)] for name in names}
-        rest: JsonObject = {"depth": self.depth, "ranks": list(self.ranks), "skewness": self.skewness, "claims": list(self.claims)}
-        return {**self.item.record(), **places, **rest}
+        return {**self.item.record(), **super().record()}
 
 
 def layers(item: Named) -> Layers:

@@ -48,7 +48,7 @@ from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.neurons import NeuronSet, SiteTable
 from safety_neurons.results import Estimate
 from safety_neurons.results.estimates import resampled
-from safety_neurons.results.records import ChanceRecord, SetPairRecord, SharedRecord
+from safety_neurons.results.records import ChanceRecord, Recorded, SetPairRecord, SharedRecord, called
 from safety_neurons.strict_json import JsonObject
 
 INTERSECTION, UNION, SHARED = "specific, minus intersection", "specific, minus union", "shared by all"
@@ -140,11 +140,11 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class SetPair:
+class SetPair(Recorded[SetPairRecord]):
     """Two sets held against one another."""
 
     names: tuple[str, str]
-    neurons: Shared
+    neurons: Shared = dataclasses.field(metadata=called(None))
     units: Shared
     outside: tuple[int, int]
     """Members of each set that the other search did not look at, which are left out."""
@@ -155,21 +155,14 @@ class SetPair:
 
     def record(self) -> SetPairRecord:
         """As JSON values."""
-        return {
-            "names": list(self.names),
-            **self.neurons.record(),
-            "outside": list(self.outside),
-            "units": self.units.record(),
-            "spearman": self.spearman,
-            "spearman_union": self.spearman_union,
-        }
+        return {**self.neurons.record(), **super().record()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap:
+class Overlap(Recorded[JsonObject]):
     """Any number of sets, every two of them held against one another."""
 
-    items: tuple[Named, ...]
+    items: tuple[Named, ...] = dataclasses.field(metadata=called("sets"))
     pairs: tuple[SetPair, ...]
     in_all: ChanceRecord
     """How many neurons are in every set, beside chance."""
@@ -178,13 +171,7 @@ class Overlap:
         """As JSON values."""
         jaccards = [pair.neurons.jaccard for pair in self.pairs]
         spearmans = [pair.spearman["value"] for pair in self.pairs if pair.spearman["value"] is not None]
-        return {
-            "sets": [item.record() for item in self.items],
-            "pairs": [pair.record() for pair in self.pairs],
-            "in_all": self.in_all,
-            "mean_jaccard": _spread(jaccards),
-            "mean_spearman": _spread(spearmans),
-        }
+        return {**super().record(), "mean_jaccard": _spread(jaccards), "mean_spearman": _spread(spearmans)}
 
 
 def overlap(items: Sequence[Named], *, seed: int = 0) -> Overlap:
@@ -552,7 +539,7 @@ class Changes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Directions:
+class Directions(Recorded[JsonObject]):
     """How two trainings move the activations of a set of neurons.
 
     Attributes:
@@ -564,10 +551,6 @@ class Directions:
     cosine: Estimate
     opposed: Estimate
     difference: Estimate
-
-    def record(self) -> JsonObject:
-        """As JSON values."""
-        return {name: estimate.to_json() for name, estimate in vars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)

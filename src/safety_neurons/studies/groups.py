@@ -23,7 +23,7 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.results.records import DifferenceRecord
+from safety_neurons.results.records import DifferenceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
 from safety_neurons.studies.comparison import Place, Searches, whole_units
@@ -152,38 +152,29 @@ def _file_name(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Recorded[JsonObject]):
     """What one set does to one group."""
 
     set: str
     group: str
-    refused: Rate
+    refused: Rate = dataclasses.field(metadata=called("harmful_refused"))
     change: Difference
     """Refusals under the treatment minus refusals without it, over the same prompts."""
-    against_random: Difference | None
+    against_random: Difference | None = dataclasses.field(metadata=called("change_against_random"))
     """The same minus what random sets do, as a difference from the next one to be drawn."""
-    random: tuple[float | None, ...]
+    random: tuple[float | None, ...] = dataclasses.field(metadata=called("random_refused"))
     """Share refused under each random set."""
-    effect: Effect | None = None
+    effect: Effect | None = dataclasses.field(default=None, metadata=called("causal_effect"))
     """Causal effect, under patching."""
     random_effects: tuple[float | None, ...] = ()
-    controls: tuple[NeuronSet, ...] = ()
+    controls: tuple[NeuronSet, ...] = dataclasses.field(default=(), metadata=called(None))
     """The random sets."""
 
     def record(self) -> JsonObject:
         """As JSON values."""
-        found: JsonObject = {
-            "set": self.set,
-            "group": self.group,
-            "harmful_refused": self.refused.to_json(),
-            "change": self.change.to_json(),
-            "change_against_random": self.against_random.to_json() if self.against_random else None,
-            "random_refused": list(self.random),
-            "random_sets": [control.control_record() for control in self.controls],
-        }
-        if self.effect is not None:
-            found |= {"causal_effect": self.effect.to_json(), "random_effects": list(self.random_effects)}
-        return found
+        written = {**super().record(), "random_sets": [control.control_record() for control in self.controls]}
+        unpatched = () if self.effect is not None else ("causal_effect", "random_effects")
+        return {name: value for name, value in written.items() if name not in unpatched}
 
 
 @dataclasses.dataclass

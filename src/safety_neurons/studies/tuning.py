@@ -18,6 +18,7 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
+from safety_neurons.results.records import Recorded
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
@@ -58,15 +59,11 @@ class Checking:
 
 
 @dataclasses.dataclass(frozen=True)
-class Achievement:
+class Achievement(Recorded[JsonObject]):
     """Whether something achieved what it is for, and why (or why not), in a line."""
 
     achieved: bool
     why: str
-
-    def record(self) -> JsonObject:
-        """`{achieved, why}`."""
-        return {"achieved": self.achieved, "why": self.why}
 
 
 @dataclasses.dataclass(frozen=True)
