@@ -169,8 +169,6 @@ class ByMatrix:
             return NotImplemented
         return self.keys() == other.keys() and all(np.array_equal(vector, other._vectors[key]) for key, vector in self.items())
 
-    __hash__ = None  # type: ignore[assignment]  # compared by value, and large
-
     @property
     def n_neurons(self) -> int:
         """Members of a set, or scored neurons."""
