@@ -689,6 +689,146 @@ class EvaluationRecord(TypedDict):
     notes: list[str]
 
 
+# Guard
+
+
+class AreaRecord(EstimateRecord):
+    """An area under the ROC curve; of several random sets their mean, lowest and highest."""
+
+    sets: NotRequired[list[float]]
+
+
+class GuardSliceRecord(TypedDict):
+    """A slice of the requests a guard is held against, with the area of every classifier on it."""
+
+    value: str
+    n_unsafe: int
+    n_safe: int
+    against: str | None
+    """What a slice of one kind is held against."""
+    flagged_unsafe: EstimateRecord
+    flagged_safe: EstimateRecord
+    auroc: dict[str, AreaRecord]
+    difference: dict[str, DifferenceRecord]
+    """From the classifier that all are compared with."""
+    look_alikes: NotRequired["GuardSliceRecord"]
+
+
+class GuardMeasures(TypedDict):
+    """What a classifier does on the requests as written; of random sets the means."""
+
+    average_precision: EstimateRecord
+    tpr_at_fpr: dict[str, EstimateRecord]
+    expected_calibration_error: float
+
+
+class GuardClassifierRecord(GuardMeasures):
+    """A classifier by name, beside the one that all are compared with."""
+
+    name: str
+    auroc: AreaRecord
+    difference: NotRequired[DifferenceRecord]
+
+
+class ReliabilityRecord(TypedDict):
+    """A bin of a reliability diagram: mean probability, and the share of unsafe requests with its interval."""
+
+    probability: float
+    unsafe: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class HistogramRecord(TypedDict):
+    """Counts between edges."""
+
+    edges: list[float]
+    safe: list[int]
+    unsafe: list[int]
+
+
+class GuardCurvesRecord(TypedDict):
+    """Curves of every classifier, of random sets the first, and the histogram of the reference's probabilities."""
+
+    roc: dict[str, list[tuple[float, float]]]
+    precision_recall: dict[str, list[tuple[float, float]]]
+    reliability: dict[str, list[ReliabilityRecord]]
+    histogram: HistogramRecord
+
+
+class GuardEvaluationRecord(GuardMeasures):
+    """guard evaluate: the guard on the requests as written, and the tables beside it."""
+
+    auroc: AreaRecord
+    n_neurons: int
+    pooling: str
+    threshold: float
+    in_force: str
+    n_unsafe: int
+    n_safe: int
+    flagged_unsafe: EstimateRecord
+    flagged_safe: EstimateRecord
+    compared: str
+    baselines: list[GuardClassifierRecord]
+    tables: dict[str, list[GuardSliceRecord]]
+    over_refusal: list[GuardSliceRecord]
+    attacks: list[GuardSliceRecord]
+    perturbations: list[GuardSliceRecord]
+    lengths: list[GuardSliceRecord]
+    leave_out: dict[str, list[GuardSliceRecord]]
+
+
+class GuardWorthRecord(GuardEvaluationRecord):
+    """A guard's evaluation with its curves and warnings."""
+
+    curves: GuardCurvesRecord
+    notes: list[str]
+
+
+class GuardRatesRecord(TypedDict):
+    """Unsafe outputs without and with the guard, the share cut, and the safe requests it does not answer."""
+
+    before: EstimateRecord
+    after: EstimateRecord
+    cut: EstimateRecord
+    blocked: EstimateRecord
+
+
+class GuardLanguageRecord(GuardRatesRecord):
+    """The same for one language."""
+
+    language: str
+
+
+class GuardOutputsRecord(GuardRatesRecord):
+    """What was written with and without the guard, as a judge sees it."""
+
+    judge: str
+    change: DifferenceRecord
+    asked: EstimateRecord
+    written: EstimateRecord
+    changed: int
+    refused_by_model: int
+    by: list[GuardLanguageRecord]
+
+
+class GuardSettingRecord(TypedDict):
+    """Areas of a set of neurons and of random ones in one setting, and their paired difference."""
+
+    setting: str
+    auroc: float
+    random: list[float]
+    difference: DifferenceRecord
+
+
+class GuardCountRecord(GuardSettingRecord):
+    """The same of so many neurons by one method."""
+
+    method: str
+    count: int
+
+
 # doctor
 
 

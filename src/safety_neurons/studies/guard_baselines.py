@@ -20,7 +20,7 @@ from safety_neurons.model.passes import run_batches
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
-from safety_neurons.strict_json import JsonObject
+from safety_neurons.results.records import GuardCountRecord, GuardSettingRecord
 from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_of
 
 GUARD, WORDS, CHARACTERS, RANDOM = "guard", "TF-IDF words", "TF-IDF characters", "random neurons"
@@ -294,7 +294,7 @@ def neuron_counts(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
     **tests: Any,
-) -> list[JsonObject]:
+) -> list[GuardCountRecord]:
     """Areas under the ROC curve of classifiers on the highest-scored neurons, each beside random sets with as many in every matrix.
 
     Logistic regression on standardised activations at the last token, one penalty for all. Settings: held-out requests; look-alikes alone
@@ -332,7 +332,7 @@ def neuron_counts(
     values = read_poolings(model, model.encode(cases.prompts), everything, [last], batch_size=batch_size)[last].values
     areas = _SetAreas(values, everything, cases)
     settings = _settings(cases, asked)
-    rows = []
+    rows: list[GuardCountRecord] = []
     for name, one in scores.items():
         for count in sorted({min(count, sum(len(part) for _, part in one.items())) for count in asked.counts}):
             if progress is not None:
@@ -395,7 +395,7 @@ class _SetAreas:
             self._known[key] = regression(self.values[np.ix_(fit, columns)], self.unsafe[fit], PENALTY)
         return self._known[key].scores(torch.from_numpy(self.values[np.ix_(test, columns)])).numpy()
 
-    def row(self, setting: CountSetting, sets: Sequence[NeuronSet]) -> dict[str, Any]:
+    def row(self, setting: CountSetting, sets: Sequence[NeuronSet]) -> GuardSettingRecord:
         """Areas of a set and of random ones, and their paired difference, averaged over the parts of the setting."""
         parts, areas = [], []
         for fit, test in setting.parts:
