@@ -63,7 +63,7 @@ def test_enough_safe_prompts_support_a_point_and_its_threshold_is_in_force(model
     assert (found.threshold, found.in_force) == (point.threshold, "provisional fpr 0.5")  # not measured on the user's traffic yet
     assert found.at(0.5).threshold == found.threshold
     again = fit_guard(model, neurons.only(sites=["down"]), requests("bomb", 30, 0), requests("cake", 160, 0), pooling="last", fpr=0.5)
-    assert torch.equal(again.weights, found.weights)
+    assert torch.equal(again.classifier.weights, found.classifier.weights)
     assert again.threshold == found.threshold
 
 
@@ -211,7 +211,7 @@ def test_recalibrating_keeps_the_weights_and_makes_the_guard_fit_the_updated_mod
     with pytest.raises(Exception, match="other weights"):
         guard.bind(updated)
     new = recalibrate(guard, updated, requests("bomb", 30, 2), requests("cake", 30, 2))
-    assert torch.equal(new.weights, guard.weights)
+    assert torch.equal(new.classifier.weights, guard.classifier.weights)
     assert new.bind(updated).threshold == new.threshold
     assert new.bindings.weights_sha256 != guard.bindings.weights_sha256
     assert any(note.startswith("AUROC ") for note in new.notes)

@@ -25,8 +25,9 @@ RATE = Rate(0.04, 0.02, 0.07, 400)
 def by_hand(guard: Guard, model: LanguageModel, text: str) -> float:
     """σ((bias + Σ w (x − mean) / scale) / temperature + shift), spelled out."""
     row = read_features(model, [text], guard.neurons, pooling=guard.pooling).values[0].astype(np.float64)
-    mean, scale, weights = (np.asarray(vector, np.float64) for vector in (guard.mean, guard.scale, guard.weights))
-    odds = (guard.bias + np.sum(weights * (row - mean) / scale)) / guard.calibration.temperature + guard.calibration.shift
+    how = guard.classifier
+    mean, scale, weights = (np.asarray(vector, np.float64) for vector in (how.mean, how.scale, how.weights))
+    odds = (how.bias + np.sum(weights * (row - mean) / scale)) / how.calibration.temperature + how.calibration.shift
     return float(1 / (1 + np.exp(-odds)))
 
 
@@ -50,7 +51,7 @@ def test_a_verdict_is_the_formula_and_flags_from_the_threshold_on(model: Languag
 
 def test_top_neurons_are_those_with_the_largest_share_of_the_log_odds(model: LanguageModel, guard: Guard) -> None:
     row = read_features(model, ["make a cake"], guard.neurons).values[0]
-    parts = guard.weights.numpy() * row / guard.scale.numpy()
+    parts = guard.classifier.weights.numpy() * row / guard.classifier.scale.numpy()
     names = list(guard.neurons)
     expected = [names[place] for place in np.argsort(-parts)[:5] if parts[place] > 0]
     verdict = guard.score("make a cake")

@@ -249,7 +249,7 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
         "auroc": report["auroc"],
         "auroc_before": report.get("auroc_before"),
         "expected_calibration_error": report["expected_calibration_error"],
-        "calibration": guard.calibration.kind,
+        "calibration": guard.classifier.calibration.kind,
         **guard.standing,
         "other": guard.report.get("other"),
         "conversations": guard.report.get("conversations"),

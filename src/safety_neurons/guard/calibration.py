@@ -48,7 +48,7 @@ def _typed(kind: Any, found: Any) -> Any:
     if issubclass(several, Estimate):
         return several.from_json(found)
     if is_dataclass(several):
-        return from_json(several, found)
+        return from_json(cast(type, several), found)
     if not isinstance(found, (float, int) if several is float else several) or (isinstance(found, bool) and several is not bool):
         raise TypeError(f"{str(found)[:20]!r}; expected {several.__name__}")
     return float(found) if several is float else found
@@ -272,16 +272,12 @@ class Classifier:
         mean, _, weights = map(torch.from_numpy, self.wide)
         return (features.to("cpu", torch.float64) - mean) @ weights + self.bias
 
-    def log_odds(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
-        """Calibrated log odds of being unsafe, cut off at ±30."""
-        return self.calibration(self.scores(features)).clamp(-LIMIT, LIMIT)
-
     def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Calibrated probability of being unsafe; NaN where a feature is."""
-        return self.log_odds(features).sigmoid()
+        return self.chances(self.scores(features))
 
     def chances(self, scores: Float64[Tensor, " prompt"]) -> Float64[Tensor, " prompt"]:
-        """Calibrated probabilities of scores."""
+        """Calibrated probabilities of scores, whose log odds are cut off at ±30."""
         return self.calibration(scores).clamp(-LIMIT, LIMIT).sigmoid()
 
     def standardised(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, "prompt neuron"]:

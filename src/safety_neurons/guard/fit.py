@@ -153,21 +153,18 @@ def check_classes(labels: Labels) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
-    """A classifier with what is known of it.
+class Calibrated:
+    """A calibrated classifier with what is known of it on the examples that calibrated it.
 
     Attributes:
         classifier: calibrated.
         operating_points: for the false-positive rates asked for.
         threshold: the one in force: that of the wanted false-positive rate, provisional where too few safe examples support it.
         fpr: the false-positive rate that was wanted.
-        penalty: the inverse strength of the L2 penalty that was chosen.
-        validation_auroc: of the chosen penalty, on the split that chose it.
-        auroc: on the calibration split, which chose nothing.
+        auroc: on the examples, which chose nothing.
         calibration_error: expected calibration error there; in sample for the calibration's own few numbers.
         log_losses: cross-validated log loss of each calibration that was tried.
-        split: who was in which part.
-        probabilities: calibrated, of the calibration split, in its order.
+        probabilities: calibrated, of the examples, in their order.
         notes: warnings.
     """
 
@@ -175,14 +172,26 @@ class Fitted:
     operating_points: tuple[OperatingPoint, ...]
     threshold: float
     fpr: float
-    penalty: float
-    validation_auroc: Rate
     auroc: Rate
     calibration_error: float
     log_losses: Mapping[str, float]
-    split: Split
     probabilities: Float[np.ndarray, " example"]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted(Calibrated):
+    """A classifier that was fit and calibrated.
+
+    Attributes:
+        penalty: the inverse strength of the L2 penalty that was chosen.
+        validation_auroc: of the chosen penalty, on the split that chose it.
+        split: who was in which part; the calibration part calibrated.
+    """
+
+    penalty: float
+    validation_auroc: Rate
+    split: Split
 
 
 def fit_on_features(
@@ -227,25 +236,31 @@ def fit_on_features(
     uncalibrated = regression(values[both], labels[both], choice.penalty, notes)
     held, unsafe = torch.from_numpy(np.ascontiguousarray(values[parts.calibration])), labels[parts.calibration]
     scores = largest_scores(uncalibrated, held, [(readings or {}).get(int(example)) for example in parts.calibration])
-    calibrated, losses = fit_calibration(scores, unsafe, how.calibration, how.seed)
-    classifier = dataclasses.replace(uncalibrated, calibration=calibrated)
-    probabilities = classifier.chances(torch.from_numpy(scores)).numpy()
     held_groups = None if shared is None else shared[parts.calibration].tolist()
-    points, threshold, provisional = thresholds(probabilities, unsafe, how.fpr, how.targets, held_groups)
+    calibrated = calibrate(uncalibrated, scores, unsafe, how, how.targets, held_groups)
     return Fitted(
-        classifier,
-        points,
-        threshold,
-        how.fpr,
-        choice.penalty,
-        choice.auroc,
-        auroc(scores, unsafe, held_groups),
-        expected_calibration_error(probabilities, unsafe),
-        losses,
-        parts,
-        probabilities,
-        tuple(dict.fromkeys([*notes, *provisional])),
+        **{**vars(calibrated), "notes": tuple(dict.fromkeys([*notes, *calibrated.notes]))},
+        penalty=choice.penalty,
+        validation_auroc=choice.auroc,
+        split=parts,
     )
+
+
+def calibrate(
+    classifier: Classifier,
+    scores: Float64[np.ndarray, " prompt"],
+    unsafe: Labels,
+    how: CalibrationSettings,
+    targets: Iterable[float],
+    groups: GroupLabels = None,
+) -> Calibrated:
+    """A classifier calibrated on scores of examples that it was not fit on, and its thresholds, which are set on the same."""
+    calibration, losses = fit_calibration(scores, unsafe, how.calibration, how.seed)
+    calibrated = dataclasses.replace(classifier, calibration=calibration)
+    probabilities = calibrated.chances(torch.from_numpy(scores)).numpy()
+    points, threshold, notes = thresholds(probabilities, unsafe, how.fpr, targets, groups)
+    error = expected_calibration_error(probabilities, unsafe)
+    return Calibrated(calibrated, points, threshold, how.fpr, auroc(scores, unsafe, groups), error, losses, probabilities, tuple(notes))
 
 
 def thresholds(
@@ -470,7 +485,7 @@ def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: Batch
             f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more "
             f"than the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
         )
-    return dataclasses.replace(guard, report={**guard.report, "other": plain(told)}, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+    return guard.noted(notes, report={**guard.report, "other": plain(told)})
 
 
 def warned(guard: Guard) -> Guard:
@@ -481,7 +496,7 @@ def warned(guard: Guard) -> Guard:
             "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on "
             "safe requests of yours, guard evaluate measures it"
         )
-    return dataclasses.replace(guard, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+    return guard.noted(notes)
 
 
 @dataclass(frozen=True)
@@ -641,36 +656,36 @@ def recalibrate(
     check_varying(model, {guard.pooling: features.values[usable]})
     further = further_readings(model, [data.prompts[int(place)] for place in np.flatnonzero(usable)], neurons, guard.pooling, batch_size)
     scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
-    calibrated, losses = fit_calibration(scores, labels, how.calibration, how.seed)
-    classifier = dataclasses.replace(guard.classifier, calibration=calibrated)
-    chances = classifier.chances(torch.from_numpy(scores)).numpy()
     shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
-    points, threshold, provisional = thresholds(chances, labels, how.fpr, [one.fpr_target for one in guard.operating_points], shared)
-    area = auroc(scores, labels, shared)
+    found = calibrate(guard.classifier, scores, labels, how, [one.fpr_target for one in guard.operating_points], shared)
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
-    own = not provisional and not seen and not safe_prompts.name.startswith(PREFIX)
+    own = not found.notes and not seen and not safe_prompts.name.startswith(PREFIX)
     measured = {
-        **{"own": own, "auroc": area, "auroc_before": guard.report.get("auroc"), "log_losses": losses, "bindings_before": guard.bindings},
-        "expected_calibration_error": expected_calibration_error(chances, labels),
+        "own": own,
+        "auroc": found.auroc,
+        "auroc_before": guard.report.get("auroc"),
+        "log_losses": found.log_losses,
+        "bindings_before": guard.bindings,
+        "expected_calibration_error": found.calibration_error,
         "prompts": {**_counted(labels), "left_out": int((~usable).sum())},
     }
-    notes = [*features.notes, *data.notes, *_said(guard, area.value, len(data.prompts), seen, int((~usable).sum()))]
-    notes += provisional
+    notes = [*features.notes, *data.notes, *_said(guard, found.auroc.value, len(data.prompts), seen, int((~usable).sum()))]
+    notes += found.notes
     again = dataclasses.replace(
         guard,
         neurons=neurons,
-        classifier=classifier,
-        operating_points=points,
-        threshold=threshold,
+        classifier=found.classifier,
+        operating_points=found.operating_points,
+        threshold=found.threshold,
         in_force=f"{'' if own else PROVISIONAL}fpr {how.fpr:g}",
         bindings=bindings_of(model, neurons),
-        reference=histograms(classifier, features.values[usable], chances, labels),
+        reference=histograms(found.classifier, features.values[usable], found.probabilities, labels),
         report=plain({**guard.report, "recalibrated": measured, "fpr": how.fpr, "other": None, "conversations": None}),
         notes=tuple(dict.fromkeys(notes)),
         recheck=None,
         model=model,
     )
-    return warned(with_conversations(again, features.values[usable], labels, chances, further))
+    return warned(with_conversations(again, features.values[usable], labels, found.probabilities, further))
 
 
 def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: int) -> list[str]:
@@ -736,7 +751,7 @@ def calibrate_recheck(
     measured, caught = rates_at(p, is_unsafe, threshold)
     notes = [f"the threshold of re-checks is provisional: {why}"] if why else []
     recheck = Recheck(every, max_new_tokens, threshold, fpr, measured, caught, not why, why)
-    return dataclasses.replace(guard, recheck=recheck, notes=tuple(dict.fromkeys([*guard.notes, *notes])))
+    return guard.noted(notes, recheck=recheck)
 
 
 def _largest_checks(

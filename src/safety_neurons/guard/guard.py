@@ -7,7 +7,7 @@ import os
 import pathlib
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -281,31 +281,6 @@ class Guard:
         columns = ["false-positive rate asked for", "threshold", "false-positive rate", "true-positive rate"]
         return notebook.html_table(repr(self), columns, rows)
 
-    @property
-    def weights(self) -> Float[Tensor, " neuron"]:
-        """Weights of the standardised features."""
-        return self.classifier.weights
-
-    @property
-    def bias(self) -> float:
-        """Log odds of the mean prompt, before calibration."""
-        return self.classifier.bias
-
-    @property
-    def mean(self) -> Float[Tensor, " neuron"]:
-        """Mean of each feature where the guard was fit."""
-        return self.classifier.mean
-
-    @property
-    def scale(self) -> Float[Tensor, " neuron"]:
-        """Standard deviation there."""
-        return self.classifier.scale
-
-    @property
-    def calibration(self) -> Calibration:
-        """From log odds to calibrated log odds."""
-        return self.classifier.calibration
-
     def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Calibrated probability of an unsafe answer for features that `read_features` gave; NaN where a feature is."""
         return self.classifier.probabilities(features)
@@ -313,11 +288,16 @@ class Guard:
     @property
     def sha256(self) -> str:
         """Hash of what decides its verdicts: neurons, pooling, weights, calibration, threshold."""
-        parts = [str(self.pooling), repr(self.bias), repr(self.calibration), repr(self.threshold), repr(self.neurons.counts())]
+        how = self.classifier
+        parts = [str(self.pooling), repr(how.bias), repr(how.calibration), repr(self.threshold), repr(self.neurons.counts())]
         digest = hashlib.sha256("\n".join(parts).encode())
-        for vector in (self.weights, self.mean, self.scale, *(torch.from_numpy(members.copy()) for _, members in self.neurons.items())):
+        for vector in (how.weights, how.mean, how.scale, *(torch.from_numpy(members.copy()) for _, members in self.neurons.items())):
             digest.update(vector.numpy().tobytes())
         return digest.hexdigest()
+
+    def noted(self, notes: Iterable[str], **changes: Any) -> "Guard":
+        """The guard with further warnings, each once, and with other fields changed."""
+        return dataclasses.replace(self, notes=tuple(dict.fromkeys([*self.notes, *notes])), **changes)
 
     # Thresholds
 
@@ -514,12 +494,12 @@ class Guard:
         latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
         verdicts = []
         for row, score in enumerate(scores):
-            score += self.bias
+            score += self.classifier.bias
             length = None if lengths is None else lengths[row]
             if not math.isfinite(score):
                 verdicts.append(self.failed(_NOT_FINITE, threshold=limit, fail_open=fail_open, latency_ms=latency, n_tokens=length))
                 continue
-            odds = min(max(self.calibration.of_one(score), -LIMIT), LIMIT)
+            odds = min(max(self.classifier.calibration.of_one(score), -LIMIT), LIMIT)
             chance = 1 / (1 + math.exp(-odds))
             flagged = chance >= limit or (truncated[row] and not fail_open)
             status: Status = "truncated" if truncated[row] else "ok"
@@ -585,7 +565,7 @@ class Guard:
         arrays |= {MEMBERS + key: torch.from_numpy(indices.copy()) for key, indices in self.neurons.items()}
         metadata = {**header(self.neurons.provenance, self.neurons.table), "guard": SCHEMA}
         write_bytes(place / WEIGHTS, ordered_header(to_bytes(arrays, metadata=metadata)))
-        facts = {one.name: getattr(self, one.name, None) for one in dataclasses.fields(GuardFacts)}
+        facts = {one.name: getattr(self, one.name, getattr(self.classifier, one.name, None)) for one in dataclasses.fields(GuardFacts)}
         write_json(place / FACTS, {"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
 
     @staticmethod

@@ -786,9 +786,8 @@ def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, "
 def _by_language(
     asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray
 ) -> list[GuardLanguageRecord]:
-    codes, groups = (
-        np.array([getattr(prompt, name) or none for prompt in asked], object) for name, none in (("language", ""), ("group", None))
-    )
+    codes = np.array([prompt.language or "" for prompt in asked])
+    groups = np.array([prompt.group for prompt in asked], object)
     rows: list[GuardLanguageRecord] = []
     for code in dict.fromkeys(codes[codes != ""].tolist()):
         ours, safe = codes[label] == code, (codes == code) & ~label
