@@ -153,7 +153,7 @@ def check_classes(labels: Labels) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated:
+class CalibratedClassifier:
     """A calibrated classifier with what is known of it on the examples that calibrated it.
 
     Attributes:
@@ -180,7 +180,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted(Calibrated):
+class Fitted(CalibratedClassifier):
     """A classifier that was fit and calibrated.
 
     Attributes:
@@ -253,14 +253,16 @@ def calibrate(
     how: CalibrationSettings,
     targets: Iterable[float],
     groups: GroupLabels = None,
-) -> Calibrated:
+) -> CalibratedClassifier:
     """A classifier calibrated on scores of examples that it was not fit on, and its thresholds, which are set on the same."""
     calibration, losses = fit_calibration(scores, unsafe, how.calibration, how.seed)
     calibrated = dataclasses.replace(classifier, calibration=calibration)
     probabilities = calibrated.chances(torch.from_numpy(scores)).numpy()
     points, threshold, notes = thresholds(probabilities, unsafe, how.fpr, targets, groups)
     error = expected_calibration_error(probabilities, unsafe)
-    return Calibrated(calibrated, points, threshold, how.fpr, auroc(scores, unsafe, groups), error, losses, probabilities, tuple(notes))
+    return CalibratedClassifier(
+        calibrated, points, threshold, how.fpr, auroc(scores, unsafe, groups), error, losses, probabilities, tuple(notes)
+    )
 
 
 def thresholds(
