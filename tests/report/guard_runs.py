@@ -8,7 +8,7 @@ from report_runs import MODEL, run_folder
 from safety_neurons.guard.calibration import operating_points
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import write_json
-from safety_neurons.results.files import plain
+from safety_neurons.results.records import plain
 from safety_neurons.studies.guard_baselines import GUARD
 from safety_neurons.studies.guard_data import cases_of
 from safety_neurons.studies.guard_evaluation import ScoredCases

@@ -231,7 +231,7 @@ def recalibrate(
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
     """Save the guard into the run's folder and say what it is worth."""
     from safety_neurons.guard.guard import FACTS, WEIGHTS
-    from safety_neurons.results.files import plain
+    from safety_neurons.results.records import plain
 
     for name in (FACTS, WEIGHTS):
         session.folder.path(f"guard/{name}")
