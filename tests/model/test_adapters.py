@@ -57,6 +57,15 @@ def test_a_pair_on_one_base_shares_it_and_each_view_has_its_own_adapters(folders
     torch.testing.assert_close(_logits(pair.aligned), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_that_is_named_twice_counts_twice_and_is_shared_all_the_same(folders):
+    once, twice = f"{folders['base']}+{folders['first']}", f"{folders['base']}+{folders['first']}+{folders['first']}"
+    pair = load_pair(once, twice)
+    assert pair.shared
+    assert (pair.base.adapters, pair.aligned.adapters) == (("a0",), ("a0", "a1"))
+    for view in (load(twice), pair.aligned):
+        torch.testing.assert_close(_logits(view), _logits(_scaled(folders["first"], folders["first"])), atol=1e-4, rtol=1e-4)
+
+
 def test_the_plain_base_of_a_pair_is_the_plain_model(folders):
     pair = load_pair(folders["base"], f"{folders['base']}+{folders['second']}")
     assert pair.shared

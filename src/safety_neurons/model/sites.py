@@ -159,7 +159,7 @@ def projection(module: nn.Module) -> Projection | None:
     """`module` as a linear map, or None if it is something else."""
     base = _base(module)
     weight = getattr(base, "weight", None)
-    if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features") and not _is_container(base)):
+    if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features") and not list(base.children())):
         return Projection(module, base, int(base.in_features), int(base.out_features), False)
     if hasattr(base, "nf") and weight is not None and weight.ndim == 2 and weight.shape[1] == base.nf:
         return Projection(module, base, int(weight.shape[0]), int(base.nf), True)
@@ -179,10 +179,6 @@ def _base(module: nn.Module) -> Any:
             current = current.base_layer
         else:
             return current
-
-
-def _is_container(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
 
 
 @dataclass(frozen=True)
@@ -670,7 +666,8 @@ class Anatomy:
         present = {re.sub(r"experts\.\d+", "experts", key) for key in self.table.keys}
         refused = {re.sub(r"experts\.\d+", "experts", key) for key in self.refused} - present
         counted = {id(place.projection.base): place.projection.n_parameters for place in self.places.values()}
-        routed = sum(_expert_parameters(layer.experts) for layer in self.layers if layer.experts)
+        modules = [layer.experts.module for layer in self.layers if layer.experts]
+        routed = sum(parameter.numel() for module in modules for parameter in module.parameters(recurse=False))
         return Coverage(len(present), len(present) + len(refused), sum(counted.values()) + routed, self.all_parameters)
 
 
@@ -698,10 +695,6 @@ def count_parameters(model: nn.Module) -> int:
             state = getattr(parameter, "quant_state", None)
             total += state.shape.numel() if state is not None else parameter.numel()
     return total
-
-
-def _expert_parameters(experts: ExpertsAnatomy) -> int:
-    return sum(parameter.numel() for parameter in experts.module.parameters(recurse=False))
 
 
 def _infos(layer: LayerAnatomy) -> list[SiteInfo]:

@@ -263,9 +263,9 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def total_norm(tensors: Mapping[str, Tensor]) -> float:
-    """L2 norm over all entries."""
-    return float(torch.stack([full(tensor).double().norm().cpu() for tensor in tensors.values()]).norm()) if tensors else 0.0
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    """L2 norm over all entries, summed in float64."""
+    return float(torch.stack([full(tensor.detach()).double().norm().cpu() for tensor in tensors]).norm())
 
 
 CHILD = "neuron_deltas"
@@ -512,7 +512,7 @@ class Deltas:
 
     def norm(self) -> float:
         """L2 norm of all deltas together."""
-        return total_norm({key: parameter.detach() for key, parameter in self.named_parameters().items()})
+        return total_norm(self.parameters())
 
     # Reference and end
 

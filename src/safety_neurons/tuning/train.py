@@ -35,7 +35,7 @@ from safety_neurons.results.records import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
 from safety_neurons.tuning.data import Example, label_rows, mix, tuning_examples, with_own_answers
-from safety_neurons.tuning.deltas import Deltas, attach, weight_of
+from safety_neurons.tuning.deltas import Deltas, attach, total_norm, weight_of
 from safety_neurons.tuning.settings import TuningSettings, checked_rate
 
 Refused = Callable[[Completions], Sequence[bool | None]]
@@ -387,7 +387,7 @@ class Loop:
     def _clip(self, parameters: Sequence[Tensor]) -> float:
         """Scale the gradients to the largest norm that is allowed; their joint norm before, summed in float64."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = float(torch.stack([gradient.detach().double().norm().cpu() for gradient in gradients]).norm())
+        norm = total_norm(gradients)
         scale = self.settings.clip / (norm + 1e-12)
         if scale < 1:
             for gradient in gradients:
