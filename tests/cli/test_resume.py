@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from running import command, done, interruptible, record
 
-from safety_neurons.detectors import streaming
+from safety_neurons.detectors import runner, streaming
 from safety_neurons.model import language_model
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import run as run_files
@@ -31,7 +31,7 @@ def words_of(method, pair, out):
 def counted(monkeypatch, die_after=None):
     """Counts batches that are fed and batches of text that are written; saves after each and dies right after a state was saved."""
     seen = collections.Counter()
-    collate, save, write = streaming.collate, streaming.Stream.save, language_model._generate_rows
+    collate, save, write = runner.collate, streaming.Stream.save, language_model._generate_rows
 
     def counting_collate(*args, **options):
         seen["fed"] += 1
@@ -47,7 +47,7 @@ def counted(monkeypatch, die_after=None):
         if seen["saved"] == die_after:
             raise MemoryError("killed here")
 
-    monkeypatch.setattr(streaming, "collate", counting_collate)
+    monkeypatch.setattr(runner, "collate", counting_collate)
     monkeypatch.setattr(language_model, "_generate_rows", counting_write)
     monkeypatch.setattr(run_files.Checkpoint, "due", True)
     monkeypatch.setattr(streaming.Stream, "save", saving)

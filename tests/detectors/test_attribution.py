@@ -8,13 +8,13 @@ from safety_neurons.detectors import attribution as module
 from safety_neurons.detectors import find_attribution, find_attribution_patching
 from safety_neurons.detectors.attribution import (
     ScoredRow,
-    _ids,
     explained,
     mask_gradients,
     midpoints_of,
     own_completions,
     patching_gradients,
     score_rows,
+    tokens_behind,
 )
 from safety_neurons.detectors.methods import AttributionPatching
 from safety_neurons.detectors.runner import Run
@@ -32,7 +32,7 @@ def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, l
     """All scored rows of some prompts in one batch."""
     sides = [[TEXTS["refusal"]], TEXTS["compliance"]]
     rows = [
-        row for one in lm.encode(prompts) for row in explained(one.ids, *([_ids(lm, one.ids, text) for text in side] for side in sides))
+        row for one in lm.encode(prompts) for row in explained(one.ids, *([tokens_behind(lm, one.ids, text) for text in side] for side in sides))
     ]
     return collate([row.ids for row in rows], range(len(rows))), rows
 
