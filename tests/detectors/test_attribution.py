@@ -32,7 +32,9 @@ def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, l
     """All scored rows of some prompts in one batch."""
     sides = [[TEXTS["refusal"]], TEXTS["compliance"]]
     rows = [
-        row for one in lm.encode(prompts) for row in explained(one.ids, *([tokens_behind(lm, one.ids, text) for text in side] for side in sides))
+        row
+        for one in lm.encode(prompts)
+        for row in explained(one.ids, *([tokens_behind(lm, one.ids, text) for text in side] for side in sides))
     ]
     return collate([row.ids for row in rows], range(len(rows))), rows
 
