@@ -14,7 +14,7 @@ SOURCE = pathlib.Path(safety_neurons.__file__).parent
 FLOORS = [
     {"errors", "strict_json"},
     {"declarations"},
-    {"prompt_lists", "neurons", "results", "analysis"},
+    {"prompt_lists", "neurons", "results", "analysis", "display"},
     {"model"},
     {"organism", "detectors", "interventions", "tuning", "guard", "judges", "suites", "capability"},
     {"studies"},

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, OneModel, OtherText, PromptFile, Repeats, TwoModels, listed
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
@@ -36,9 +35,9 @@ def layers(session: Session, given: NamedSets) -> dict[str, Any]:
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count, together=False)
         tables = [analysis.layers(item) for item in items]
-        return {"sets": [table.record() for table in tables], **figure(session, "layers_figure", tables)}
+        return drawn(session, {"sets": [table.record() for table in tables]})
 
-    return session.run(work, show_layers)
+    return session.run(work)
 
 
 @verb("analyze overlap")
@@ -49,10 +48,9 @@ def overlap(session: Session, given: NamedSets) -> dict[str, Any]:
         from safety_neurons import analysis
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count)
-        agreement = analysis.overlap(items, seed=session.common.seed)
-        return {**agreement.record(), **figure(session, "overlap_figure", agreement)}
+        return drawn(session, analysis.overlap(items, seed=session.common.seed).record())
 
-    return session.run(work, show_overlap)
+    return session.run(work)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,9 +192,9 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
         session.notes.extend(matrix.notes)
         method = "given" if study.given else study.chosen
         result = {"method": method, **compared.record(), **matrix.record(), "neurons": kept(session, compared.named())}
-        return {**result, **figure(session, "matrix_figure", result["matrix"], "change", "neurons that are off")}
+        return drawn(session, result)
 
-    return session.run(work, show_languages)
+    return session.run(work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +275,9 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
         together = analysis.overlap(named, seed=session.common.seed).record() if len(sets) > 1 else {"pairs": []}
         agreed = {"overlap": together["pairs"], "mean_jaccard": together.get("mean_jaccard")}
         result = {"method": method, **moved.record(), **agreed, "neurons": kept(session, sets)}
-        return {**result, **figure(session, "matrix_figure", result["matrix"], "causal_effect", "found on")}
+        return drawn(session, result)
 
-    return session.run(work, show_transfer)
+    return session.run(work)
 
 
 def paths(sets: list[str]) -> list[str]:
@@ -288,13 +286,9 @@ def paths(sets: list[str]) -> list[str]:
     return [f"{name}={resolve(path)}" if path.startswith("organism:") else resolve(f"{name}{sign}{path}") for name, sign, path in named]
 
 
-def figure(session: Session, name: str, *values: Any) -> dict[str, str]:
-    """Draw the analysis's figure into the run folder; where it is."""
-    from safety_neurons.analysis import figures
-
-    file = session.folder.path("figure.svg")
-    getattr(figures, name)(*values, file)
-    return {"figure": str(file)}
+def drawn(session: Session, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with a figure beside it."""
+    return session.drawn(result, session.folder.path("figure.svg"))
 
 
 def named_files(text: str | None) -> dict[str, str]:
@@ -373,148 +367,3 @@ def suite(name: str) -> Any:
     from safety_neurons.suites import suite as open_suite
 
     return open_suite(name).prompts
-
-
-def show_layers(result: dict[str, Any]) -> None:
-    """One table of claims over all sets, then layers and sites of each."""
-    claims: dict[str, list[str]] = {}
-    for found in result["sets"]:
-        for claim in found["claims"]:
-            claims.setdefault(claim["claim"], []).append(answer(claim))
-    names = [found["name"] for found in result["sets"]]
-    rows = [[claim, *cells] for claim, cells in claims.items()]
-    console.print_table("What the papers say", ["claim", *names], rows, caption="in brackets: the range of random sets of the same size")
-    for found in result["sets"]:
-        title = (
-            f"\n{found['name']}: {found['n_neurons']:,} of {found['n_candidates']:,} neurons searched "
-            f"({console.share(found['share_of_parameters'])} of all parameters)"
-        )
-        rows = [
-            [place["name"], place["members"], chance(place), console.share(place["share_of_population"]), place["verdict"]]
-            for group in ("by_part", "by_site", "by_layer")
-            for place in found[group]
-        ]
-        console.print_table(title, ["place", "neurons", "random set", "of its population", "against chance"], rows)
-
-
-def show_overlap(result: dict[str, Any]) -> None:
-    """One row a pair; every number beside what unrelated sets would give."""
-    rows = []
-    for pair in result["pairs"]:
-        jaccard, ranks, union = pair["jaccard"], pair["spearman"], pair["spearman_union"]
-        rows.append(
-            [
-                ", ".join(pair["names"]),
-                f"{jaccard['value']:.3f}",
-                span(jaccard),
-                span(jaccard["matched"]),
-                "–" if ranks["value"] is None else f"{ranks['value']:.2f}",
-                "–" if union["value"] is None else f"{union['value']:.2f} ({union['expected']:.2f})",
-            ]
-        )
-    mean = result["mean_jaccard"]
-    console.print_table(
-        f"{len(result['sets'])} sets, mean Jaccard index {mean['value']:.3f} ({mean['lowest']:.3f} to {mean['highest']:.3f})",
-        ["sets", "Jaccard", "by chance", "matched", "Spearman", "in the union"],
-        rows,
-        caption="by chance, matched: range of unrelated sets of the same sizes, anywhere or with as many in every matrix;\n"
-        "Spearman over all candidates, and over neurons in at least one set (in brackets what unrelated scores give)",
-    )
-    for pair in result["pairs"]:
-        if any(pair["outside"]):
-            left = " and ".join(f"{number:,} of {name}" for number, name in zip(pair["outside"], pair["names"], strict=True) if number)
-            line = f"{', '.join(pair['names'])}: {left} left out, where the other search did not look"
-            console.say(line)
-
-
-def span(number: dict[str, Any]) -> str:
-    """The range that chance gives."""
-    return f"{number['low']:.3f} to {number['high']:.3f}"
-
-
-def chance(place: dict[str, Any]) -> str:
-    """What a random set would have there."""
-    return f"{place['expected']:.1f} [{place['low']:.0f}, {place['high']:.0f}]"
-
-
-def answer(claim: dict[str, Any]) -> str:
-    """Yes or no with the number, and what a random set gives."""
-    if claim["holds"] is None:
-        return f"– ({claim['note']})"
-    value = f"{'yes' if claim['holds'] else 'no'}, {claim['value']:.3f}"
-    found = claim["chance"]
-    return value if found is None else f"{value} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
-def show_languages(result: dict[str, Any]) -> None:
-    """What is shared and what is specific, then the matrix."""
-    rows = [
-        [
-            row["language"],
-            row["n_units"],
-            counted(row["minus_intersection"], row["n_neurons"]),
-            counted(row["minus_union"], row["n_neurons"]),
-        ]
-        for row in result["languages"]
-    ]
-    console.print_table(
-        f"Units of each language's set; {result['shared']['n_units']} shared by all",
-        ["language", "units", "specific, minus intersection", "specific, minus union"],
-        rows,
-        caption="units (share of the set's neurons, in brackets what unrelated sets would have)",
-    )
-    show_matrix("\nRefusals of harmful requests while a set is off, minus refusals without", result["matrix"], "change", "set that is off")
-    untreated = ", ".join(f"{name} {rate['value']:.2f}" for name, rate in result["untreated"].items() if rate["value"] is not None)
-    console.say(f"refused untreated: {untreated}")
-    if result["skipped"]:
-        console.say(f"empty sets, not measured: {', '.join(result['skipped'])}")
-
-
-def counted(part: dict[str, Any], whole: int) -> str:
-    """Units of a part, its share of the set's neurons, and the share by chance."""
-    return f"{part['n_units']} ({100 * part['share']:.0f} %, chance {100 * part['expected'] / max(1, whole):.0f} %)"
-
-
-def show_matrix(title: str, cells: list[dict[str, Any]], field: str, corner: str) -> None:
-    """Sets down, groups across; a star where a set clearly does more than random ones."""
-    groups = list(dict.fromkeys(cell["group"] for cell in cells))
-    rows = []
-    for name in dict.fromkeys(cell["set"] for cell in cells):
-        mine = {cell["group"]: cell for cell in cells if cell["set"] == name}
-        rows.append([name, *(in_cell(mine[group], field) for group in groups)])
-    few = next((cell["change_against_random"]["why"] for cell in cells if (cell["change_against_random"] or {}).get("why")), "")
-    notes = ["* clearly more than random sets with as many neurons in every matrix", few]
-    console.print_table(title, [corner, *groups], rows, caption="\n".join(note for note in notes if note), compared=cells)
-
-
-def in_cell(cell: dict[str, Any], field: str) -> str:
-    """A number, with a star where the set does more than random sets do."""
-    from safety_neurons.results import is_clear
-
-    value, against = cell[field]["value"], cell["change_against_random"]
-    if value is None:
-        return "–"
-    if field == "change":
-        return f"{value:+.2f}{'*' if is_clear(against) and against['value'] < 0 else ''}"
-    return f"{value:.2f}{'*' if is_clear(against) and against['value'] > 0 else ''}"
-
-
-def show_transfer(result: dict[str, Any]) -> None:
-    """The matrix of causal effects, then what patching costs."""
-    show_matrix("Causal effect: found on (rows), measured on (columns)", result["matrix"], "causal_effect", "found on")
-    means = result["own_and_other"]
-    shown = {name: "–" if mean["value"] is None else f"{mean['value']:.2f}" for name, mean in means.items()}
-    console.say(f"mean causal effect on the set found on {shown['own']}, on others {shown['other']}")
-    names = list(dict.fromkeys(name for row in result["ability"] for name in row["capability"]))
-    rows = [
-        [row["name"], digits(row["harmless_refused"]), *(digits(row["capability"].get(name)) for name in names), digits(row["task"])]
-        for row in result["ability"]
-    ]
-    console.print_table("\nAbility while patched", ["arm", "harmless refused", *names, "task"], rows)
-
-
-def digits(number: dict[str, Any] | None) -> str:
-    """A value and below it its interval, three digits that matter."""
-    if number is None or number["value"] is None:
-        return "–"
-    return f"{number['value']:.3g}\n[{number['low']:.3g}, {number['high']:.3g}]"

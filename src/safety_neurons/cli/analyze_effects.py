@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
-from safety_neurons.cli.analyze import MEASURE, MaybePair, figure, models
+from safety_neurons.cli.analyze import MEASURE, MaybePair, drawn, models
 from safety_neurons.cli.options import (
     EvaluationPrompts,
     ModelName,
@@ -94,10 +93,9 @@ def vocabulary(
                 model, neurons, harmful, harmless, base=base, scores=ranks, progress=tell, **shown.values(), **session.running
             )
         session.notes.extend(cards.notes)
-        result = cards.record()
-        return {**result, **figure(session, "cards_figure", result)}
+        return drawn(session, dict(cards.record()))
 
-    return session.run(work, show_cards)
+    return session.run(work)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,10 +131,9 @@ def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Cur
         with session.status("analyze progressive") as tell:
             found = studies.progressive(model, neurons, harmful, harmless, progress=tell, **options)
         session.notes.extend(found.notes)
-        result = found.record()
-        return {**result, **figure(session, "progressive_figure", result)}
+        return drawn(session, dict(found.record()))
 
-    return session.run(work, show_progressive)
+    return session.run(work)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +217,6 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
-        from safety_neurons.analysis.figures import tax_figure
         from safety_neurons.analysis.overlap import relations
         from safety_neurons.prompt_lists import Prompts
 
@@ -261,11 +257,9 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
         }
         record |= {**crossed.record(), "completions": str(completions)}
         files = keep(session, read, shared)
-        drawing = session.folder.path("figure.svg")
-        tax_figure(record, drawing)
-        return {**record, "files": files, "figure": str(drawing)}
+        return drawn(session, {**record, "files": files})
 
-    return session.run(work, show_tax)
+    return session.run(work)
 
 
 def read_neuron(text: str) -> tuple[str, int]:
@@ -287,117 +281,3 @@ def keep(session: Session, read: Any, shared: Any) -> dict[str, str]:
     files["shared"] = session.folder.path("shared.safetensors")
     shared.save(files["shared"])
     return {name: str(path) for name, path in files.items()}
-
-
-def show_cards(result: dict[str, Any]) -> None:
-    """One row a neuron: what it writes and what it alone does."""
-    from safety_neurons.analysis.figures import words
-
-    kinds = list(result["log_odds"])
-    rows = []
-    for card in result["cards"]:
-        writes = card["writes"]
-        likelier, against = (words(writes[side][:4]) if writes["defined"] else "–" for side in ("top", "bottom"))
-        effects = [with_star(card["effects"][kind], result["random"][kind]) for kind in kinds]
-        rows.append([card["neuron"].removeprefix("layers."), likelier, against, *effects])
-    columns = ["neuron", "makes likelier", "makes less likely", *kinds]
-    caption = "change of the refusal's log-odds by this neuron alone; * clear, and the interval lies outside 95 % of random neurons"
-    console.print_table("Neuron cards", columns, rows, caption, result["cards"])
-    for kind in kinds:
-        alone, odds = result["random"][kind], result["log_odds"][kind]
-        spread = f"random neurons {alone['low']:+.3f} to {alone['high']:+.3f}" if alone["n"] else "no random neurons"
-        together = odds["change_together"]["value"]
-        console.say(f"{kind}: untreated {odds['untreated']:+.2f}, all cards together {together:+.2f}, {spread}")
-
-
-def with_star(number: dict[str, Any], alone: dict[str, Any]) -> str:
-    """A signed number, marked where it stands out among random neurons."""
-    from safety_neurons.results import stands_out
-
-    if number["value"] is None:
-        return "undefined"
-    if number["low"] is None:
-        return f"{number['value']:+.3f}"
-    return f"{number['value']:+.3f}{'*' if stands_out(number, alone) else ''}"
-
-
-def show_progressive(result: dict[str, Any]) -> None:
-    """Every curve as rows, the bands behind them."""
-    untreated = result["untreated"]
-    rows = [["untreated", "", 0, *measured(untreated)]]
-    for curve in result["curves"]:
-        for place, point in enumerate(curve["points"]):
-            rows.append([curve["order"] if place == 0 else "", point["step"], point["n_neurons"], *measured(point)])
-    columns = ["order", "off last", "off", "harmful refused", "harmless", "perplexity", "KL"]
-    caption = "off: neurons switched off so far; harmless: harmless requests refused; KL: per token on harmless requests, in nats"
-    console.print_table(f"{result['n_neurons']:,} neurons switched off bit by bit", columns, rows, caption, result["curves"])
-    for kind, band in result["random"].items():
-        line = ", ".join(
-            f"{from_to(point['n_neurons'])} off {point['harmful_refused']['low']:.2f} to {point['harmful_refused']['high']:.2f}"
-            for point in band
-            if point["harmful_refused"]["low"] is not None
-        )
-        console.say(f"{kind}, harmful refused: {line}")
-
-
-def from_to(numbers: list[int]) -> str:
-    """Numbers of neurons at one step, which differ where orders of layers do."""
-    return f"{max(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)}–{max(numbers)}"
-
-
-def measured(arm: dict[str, Any]) -> list[Any]:
-    """The numbers of one point."""
-    return [arm["harmful_refused"], arm["harmless_refused"]["value"], arm["perplexity"], arm["divergence"]]
-
-
-def show_tax(result: dict[str, Any]) -> None:
-    """Pairs of trainings, then the models under cross-patching, then the price in two sentences."""
-    from safety_neurons.results import clear_word
-
-    rows = []
-    for pair in result["relations"]:
-        overlap, ranks, chance = pair["overlap"], pair["spearman"], pair["chance"]
-        rows.append(
-            [
-                " and ".join(pair["pair"]),
-                f"{overlap['value']:.0f} of {pair['size']}",
-                *(
-                    f"{chance[name]['expected']:.1f} [{chance[name]['low']:.0f}, {chance[name]['high']:.0f}]"
-                    for name in ("all", "in_activation")
-                ),
-                with_interval(ranks["all"]),
-                with_interval(ranks["given_activation"]),
-                with_interval(ranks["union"]),
-                None if pair["shared"] is None else pair["shared"]["cosine"],
-            ]
-        )
-    console.print_table(
-        f"Top {console.share(result['top'])} of {result['relations'][0]['candidates']:,} neurons, {result['prompts']} prompts",
-        ["trainings", "shared", "by chance", "as active", "Spearman", "given activation", "in the union", "cosine"],
-        rows,
-        caption="by chance: range of random sets; as active: of sets with as many in every layer and tenth of it by activation\n"
-        "Spearman of change scores: over all neurons, with activation held fixed, over the union of the two sets (95 % over prompts)\n"
-        "cosine: of the two changes of the shared neurons' activations (1 the same way, -1 opposite ways)",
-    )
-    rows = [[arm["arm"], arm["refused"], arm["helpful"], arm["over_refused"]] for arm in result["arms"]]
-    console.print_table(
-        f"\nCross-patching of {result['n_shared']} shared neurons ({result['helpfulness']})",
-        ["model", "harmful refused", "helpful", "harmless refused"],
-        rows,
-        compared=result["cross_patching"],
-    )
-    for direction in result["cross_patching"]:
-        receiver, donor = direction["receiver"], direction["donor"]
-        told = []
-        for name, word in (("refused", "refusals of harmful requests"), ("helpful", "helpful answers")):
-            found = direction[name]
-            against = found["against_random"]
-            clear = "" if against is None else f" (against random neurons {console.shown(against)}, {clear_word(against)})"
-            told.append(f"{word} {console.shown(found['change'])}{clear}")
-        console.say(f"{receiver} from {donor}: {'; '.join(told)}")
-
-
-def with_interval(number: dict[str, Any]) -> str | None:
-    """A correlation with its interval over prompts."""
-    low, high = number["interval"]
-    return None if number["value"] is None else console.shown({"value": number["value"], "low": low, "high": high})

@@ -3,11 +3,9 @@
 import dataclasses
 from typing import Annotated, Any
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, NeuronFile, PromptFile, Requested, Some, listed, parse_sizes
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
-from safety_neurons.cli.verify import effect
 from safety_neurons.declarations import Count, Declaration, Panel, Positive, Reads
 from safety_neurons.detectors.methods import AtSites, by_name
 from safety_neurons.errors import UsageError
@@ -118,15 +116,13 @@ def compare(session: Session, compared: Compared, lists: Lists, truth: KnownTrut
         session.notes.extend(comparison.bench.notes)
         return {**comparison.record(), "completions": str(completions)}
 
-    return session.run(work, show)
+    return session.run(work)
 
 
 def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodBudget) -> dict[str, Any]:
     """All methods over several organisms, with a figure beside the table."""
 
     def work() -> dict[str, Any]:
-        from safety_neurons.report.charts import ranking_figure
-        from safety_neurons.results import write_bytes
         from safety_neurons.studies import rank
 
         with session.status("compare") as progress:
@@ -144,58 +140,7 @@ def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodB
             )
         session.notes.extend(dict.fromkeys(note for entry in ranking.entries for note in entry.comparison.bench.notes))
         record = ranking.record()
-        figure = session.folder.path("ranking.svg").absolute()
-        write_bytes(figure, ranking_figure(record).encode())
-        return {**record, "figure": str(figure), "methods": record["organisms"][0]["methods"]}
+        shown = session.drawn(dict(record), session.folder.path("ranking.svg").absolute())
+        return {**shown, "methods": record["organisms"][0]["methods"]}
 
-    return session.run(work, show_ranking)
-
-
-def show_ranking(result: dict[str, Any]) -> None:
-    """One table a group of organisms: mean over organisms and the worst of them."""
-    for group in dict.fromkeys(row["group"] for row in result["ranking"]):
-        here = [row for row in result["ranking"] if row["group"] == group]
-        measures = list(dict.fromkeys(row["measure"] for row in here))
-        cells = {(row["method"], row["measure"]): row for row in here}
-        methods = list(dict.fromkeys(row["method"] for row in here))
-        console.print_table(
-            f"{group}: {len(here[0]['by_organism'])} organisms",
-            ["method", *(measure.replace("_", " ") for measure in measures)],
-            [[method, *(_mean(cells[method, measure]) for measure in measures)] for method in methods],
-            caption="mean over organisms, in brackets the worst of them",
-        )
-    console.say(("dim", "\nfigure "), result["figure"])
-
-
-def _mean(row: dict[str, Any]) -> str:
-    if row["mean"] is None:
-        return "–"
-    return f"{row['mean']:.1f}" if row["measure"] == "seconds" else f"{row['mean']:.2f} ({row['worst']:.2f})"
-
-
-def show(result: dict[str, Any]) -> None:
-    """One row a method: recall where the truth is known, what the set restores when patched, what is lost while it is off."""
-    known = any(row["recall"] is not None for row in result["methods"])
-    wide = console.out().width >= 110
-    columns = {
-        "method": lambda row: row["method"],
-        "neurons": lambda row: row["n_neurons"],
-        **({"recall": lambda row: row["recall"]} if known else {}),
-        "causal effect": lambda row: row["causal_effect"],
-        "lost when off": lambda row: row["necessity"],
-        **({"harmful refused": lambda row: row["harmful_refused"]} if wide else {}),
-        "harmless": lambda row: row["harmless_refused"] if wide else row["harmless_refused"]["value"],
-        **({"seconds": lambda row: row["seconds"]} if wide else {}),
-    }
-    console.print_table(
-        f"{result['budget']:,} of {result['n_units']:,} units at {', '.join(result['sites'])}",
-        list(columns),
-        [[cell(row) for cell in columns.values()] for row in result["methods"]],
-        caption="a unit counts once; causal effect: patched into the base; lost when off: share of harmful requests the aligned model\n"
-        "no longer refuses; harmless: share of harmless requests refused under patching; [95 % interval]",
-        compared=result["methods"],
-    )
-    console.say(f"\n{result.get('ceiling_called', 'ceiling')} {effect(result['ceiling_effect'])}")
-    console.say(f"ceiling by parameters {effect(result['ceiling_by_parameters_effect'])}")
-    if result["ceiling_why"]:
-        console.say(result["ceiling_why"])
+    return session.run(work)

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from safety_neurons import strict_json
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from safety_neurons.display import ReportedRun
+
 ACCENT = "cyan"
+TONES = {"shown": "green", "pass": "green", "not shown": "red", "fail": "red", "in part": "yellow", "caution": "yellow"}
+"""Colours of what a finding came out as."""
+SHORT = 24
+"""Rows of a table that a page folds and a terminal still prints."""
+FOLDED = 24
+"""Width down to which words are folded where a table is too wide."""
 Report = Callable[[int, int, int], None]
 """Told the prompts done, all prompts, and the tokens done so far."""
 Part = str | tuple[str, object]
@@ -207,61 +215,93 @@ def tell(text: str) -> None:
     stream.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", compared: Any = ()) -> None:
-    """A table: the first column is words, the others are numbers. No text in it is markup, and none is cut to fit.
+def sentence(*parts: Part) -> None:
+    """A sentence of the result: broken between words on a terminal, in one line in a pipe."""
+    console = out()
+    console.print(styled(*parts), soft_wrap=not console.is_terminal)
 
-    Of the comparisons in `compared`, the JSON values the table is made of, the caption says what is held where they are many.
+
+def show(run: "ReportedRun") -> None:
+    """A result as its display has it: what was not achieved, its tables, then what was found.
+
+    Tables that a page folds are printed too where they are short, or where the first of them is all there is; the others are named.
+    """
+    from safety_neurons.display import findings_of, part_of
+    from safety_neurons.display.parts import plain
+
+    part, findings = part_of(run), findings_of(run)
+    for missed in part.missed:
+        sentence(("bold red", plain(missed)))
+    sentence(("bold", plain(part.heading)))
+    if part.lead:
+        sentence(plain(part.lead))
+    folded = []
+    for number, table in enumerate([*part.tables, *part.details]):
+        if number < max(len(part.tables), 1) or (part.tables and len(table.rows) <= SHORT):
+            rows = [[plain(cell) for cell in row] for row in table.rows]
+            print_table(f"\n{plain(table.caption)}", [plain(column) for column in table.columns], rows, quiet=table.quiet)
+        else:
+            folded.append(plain(table.caption))
+    if findings:
+        say()
+    for finding in findings:
+        sentence((TONES.get(finding.verdict, "dim"), f"{finding.verdict}: "), plain(finding.text))
+    if folded:
+        sentence(("dim", f"\nin a report also: {'; '.join(folded)}"))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", quiet: Container[int] = ()) -> None:
+    """A table: columns of numbers stand at the right. No text in it is markup, and none is cut to fit.
+
+    Where the terminal is too narrow, words are folded; columns that still have no room stand below, each time behind the first.
+
+    Args:
+        title: stands above it.
+        columns: headers.
+        rows: cells; None is a dash, and whole numbers get separators.
+        caption: stands below it.
+        quiet: numbers of the rows that stand back.
     """
     from rich.table import Table
 
-    from safety_neurons.results import captioned
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    words = [number == 0 or any(row[number].plain[:1].isalpha() for row in cells) for number in range(len(columns))]
+    sentence(("bold", title))
+    for place, piece in enumerate(_pieces(columns, cells, words)):
+        if place:
+            say()
+        table = Table(box=None, pad_edge=False)
+        for number in piece:
+            justify: Literal["left", "right"] = "left" if words[number] else "right"
+            table.add_column(styled(columns[number]), justify=justify, header_style=f"bold {ACCENT}", overflow="fold")
+        for place, row in enumerate(cells):
+            table.add_row(*(row[number] for number in piece), style="dim" if place in quiet else None)
+        out().print(table)
+    if caption:
+        sentence(("dim", caption))
 
-    caption = captioned(caption, compared, "\n")
 
-    head, below = styled(title), styled(caption) if caption else None
-    table = Table(title=head, title_justify="left", title_style="bold", caption=below, caption_justify="left", box=None, pad_edge=False)
+def _pieces(columns: Sequence[str], cells: Sequence[Sequence["Text"]], words: Sequence[bool]) -> list[list[int]]:
+    """Numbers of the columns that stand side by side: numbers are never folded, words and headers between words."""
+    width = out().width
+    least = []
     for number, column in enumerate(columns):
-        justify: Literal["left", "right"] = "left" if number == 0 else "right"
-        table.add_column(styled(column), justify=justify, header_style=f"bold {ACCENT}", style=None, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell if _is_text(cell) else styled(shown(cell)) for cell in row))
-    out().print(table)
+        widest = max((row[number].cell_len for row in cells), default=0)
+        least.append(2 + max([min(widest, FOLDED) if words[number] else widest, *map(len, seen(column).split())]))
+    pieces = [[0]]
+    for number in range(1, len(columns)):
+        if len(pieces[-1]) > 1 and sum(least[one] for one in (*pieces[-1], number)) > width + 2:
+            pieces.append([0])
+        pieces[-1].append(number)
+    return pieces
 
 
-def _is_text(cell: object) -> bool:
+def _cell(value: object) -> "Text":
     from rich.text import Text
 
-    return isinstance(cell, Text)
-
-
-def shown(value: Any) -> str:
-    """A cell: numbers with the digits that matter, rates with their interval, nothing for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
-    if isinstance(value, dict) and "low" in value:
-        return interval(value)
-    return seen(value, lines=True)
-
-
-def interval(found: Mapping[str, Any] | None, digits: int = 2, *, signed: bool = False, scale: float = 1.0) -> str:
-    """An estimate as JSON values with its interval, where it has one."""
-    if found is None or found["value"] is None:
-        return "undefined"
-    value, low, high = (
-        None if found[end] is None else f"{scale * found[end]:{'+' if signed else ''}.{digits}f}" for end in ("value", "low", "high")
-    )
-    return f"{value} [{low}, {high}]" if low is not None and high is not None else str(value)
-
-
-def share(value: float) -> str:
-    """A share as per cent with two significant digits below ten per cent, and one decimal where there is one above."""
-    return f"{100 * value:.2g} %" if value < 0.1 else f"{100 * value:.1f} %".replace(".0 %", " %")
+    if isinstance(value, Text):
+        return value
+    return styled("–" if value is None else f"{value:,}" if type(value) is int else value)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import ModelName, NeuronFile, Some, listed, parse_object
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
@@ -195,7 +193,7 @@ def evaluate(
         session.notes.extend(evaluation.notes)
         return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
 
-    return session.gated(session.run(work, show), held.gate)
+    return session.gated(session.run(work), held.gate)
 
 
 def models(session: Session, evaluated: Evaluated) -> dict[str, Any]:
@@ -223,91 +221,3 @@ def models(session: Session, evaluated: Evaluated) -> dict[str, Any]:
     if evaluated.reference is not None:
         loaded["reference"] = session.model(evaluated.reference)
     return loaded
-
-
-# What a person sees
-
-
-def show(result: dict[str, Any]) -> None:
-    """Suites by judge as rows and arms as columns; capability; what changed; agreement of the judges."""
-    from safety_neurons.results import clear_word
-
-    arms = [(name, result[name]) for name in ("baseline", "untreated", "treated") if result[name]]
-    rows = []
-    for entry in arms[-1][1]["suites"]:
-        for judge in entry["judges"]:
-            for measure in ("harm", "refused", "over_refusal"):
-                cells = [_rate(arm, entry["suite"], entry["kind"], judge, measure) for _, arm in arms]
-                if any(cells) and measure != "refused":
-                    rows.append([_short(entry["suite"]), _word(entry["judges"][judge], measure), judge, *cells, _unscored(cells[-1])])
-    title = result["model"] + (f", {result['treatment']}" if result["treatment"] else "")
-    columns = ["suite", "measure", "judge", *(name for name, _ in arms), "unscored"]
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    console.print_table(title, columns, rows, caption="95 % intervals; what could not be judged is unscored, never safe")
-    _show_capability(result, arms)
-    changed = [
-        [
-            _short(change["suite"]),
-            change["measure"].replace("_", "-"),
-            change["judge"],
-            _signed(change["difference"]),
-            clear_word(change["difference"]),
-            _p(change["mcnemar"]),
-        ]
-        for change in result["changes"]
-        if change["measure"] != "refused"
-    ]
-    if changed:
-        console.print_table(
-            "\nChange, paired over prompts",
-            ["suite", "measure", "judge", "difference", "", "McNemar p"],
-            changed,
-            compared=result["changes"],
-        )
-    for pair in result["agreement"]:
-        about = "harmful" if pair["kind"] == "harmful" else "harmless"
-        kappa = console.shown(pair["kappa"])
-        console.say(f"agreement on {about} requests, {pair['first']} and {pair['second']}: κ {kappa}")
-    if result["gate"]:
-        console.say("gate: passed" if result["gate"]["passed"] else "gate: not met")
-
-
-def _show_capability(result: Mapping[str, Any], arms: list[tuple[str, Any]]) -> None:
-    tasks = list(dict.fromkeys((entry["task"], entry["metric"]) for _, arm in arms for entry in arm["capability"]))
-    if not tasks:
-        return
-    drops = {change["task"]: change["drop"] for change in result["capability_changes"]}
-    rows = []
-    for task, metric in tasks:
-        found = [next((entry for entry in arm["capability"] if entry["task"] == task), None) for _, arm in arms]
-        lost = drops.get(task)
-        kind, _, source = task.partition(":")
-        short = f"{kind} {pathlib.PurePath(source).name}" if source and not source.startswith("builtin") else task
-        rows.append([short, metric, *found, "–" if lost is None else console.share(lost)])
-    console.print_table("\nCapability", ["task", "metric", *(name for name, _ in arms), "lost"], rows)
-
-
-def _rate(arm: Mapping[str, Any], suite: str, kind: str, judge: str, measure: str) -> Any:
-    entry = next((entry for entry in arm["suites"] if (entry["suite"], entry["kind"]) == (suite, kind)), None)
-    return None if entry is None else entry["judges"].get(judge, {}).get(measure)
-
-
-def _short(suite: str) -> str:
-    return suite.removeprefix("builtin:")
-
-
-def _word(judged: Mapping[str, Any], measure: str) -> str:
-    return str(judged["harm_is"]) if measure == "harm" else measure.replace("_", "-")
-
-
-def _unscored(rate: Any) -> int | None:
-    return None if rate is None else rate["unscored"]
-
-
-def _signed(difference: Mapping[str, Any]) -> str:
-    return console.interval(difference, signed=True)
-
-
-def _p(test: Mapping[str, Any] | None) -> str:
-    return "–" if test is None or test["p"] is None else f"{test['p']:.2g}"

@@ -123,7 +123,7 @@ def import_neurons(session: Session, source: ForeignFile, kept: Kept) -> dict[st
             "counts": chosen.counts(),
         }
 
-    return session.run(work, _show_neurons)
+    return session.run(work)
 
 
 def _foreign(source: ForeignFile, table: Any) -> Any:
@@ -139,14 +139,6 @@ def _foreign(source: ForeignFile, table: Any) -> Any:
         return foreign.probe_scores(files.read_named(file), table, file)
     other = files.read_weights(utility) if utility is not None else None
     return foreign.weight_scores(files.read_weights(file), other, table, path=file)
-
-
-def _show_neurons(result: dict[str, Any]) -> None:
-    """How many neurons came, and where they are."""
-    console.print_table(
-        f"{result['n_neurons']:,} neurons", ["matrix", "neurons"], [[key, count] for key, count in result["counts"].items()]
-    )
-    console.say(("dim", "\nneurons "), result["neurons"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,10 +170,4 @@ def export_neurons(session: Session, named: NamedNeurons) -> dict[str, Any]:
         write_json(path, names)
         return {"names": str(path), "tool": tool, "n_neurons": len(chosen), "places": list(names)}
 
-    return session.run(work, _show_names)
-
-
-def _show_names(result: dict[str, Any]) -> None:
-    """How many neurons at how many places, and the file."""
-    console.say(f"{result['n_neurons']:,} neurons at {len(result['places'])} places of {result['tool']}")
-    console.say(("dim", "names "), result["names"])
+    return session.run(work)

@@ -131,7 +131,7 @@ def find(session: Session, method: Method, models: Declaration, planned: Planned
 
     if planned.dry_run:
         return estimate(session, specs)
-    return session.run(run, show)
+    return session.run(run)
 
 
 def load(session: Session, specs: Sequence[str]) -> list[Any]:
@@ -196,28 +196,6 @@ def keep(session: Session, found: Any) -> dict[str, Any]:
         "method": found.scores.provenance.method,
         "notes": list(found.notes),
     }
-
-
-def show(result: dict[str, Any]) -> None:
-    """What was found: counts, where it sits, and the files."""
-    from safety_neurons.neurons import SITES, NeuronSet, parse_key
-
-    neurons = NeuronSet.load(result["neurons"])
-    used = result["prompts"]
-    searched, all_of_it = console.share(result["share_of_neurons"]), console.share(result["share_of_parameters"])
-    shares = f"{searched} of the neurons searched, {all_of_it} of all parameters"
-    counts = f"prompts {used['used']:,} used, {used['failed']:,} failed, {used['truncated']:,} truncated"
-    console.say(("bold", f"{result['n_neurons']:,} neurons"), f" by {result['method']}: {shares}; {counts}\n")
-    by_layer: dict[int, dict[str, int]] = {}
-    for key, indices in neurons.items():
-        parsed = parse_key(key)
-        row = by_layer.setdefault(parsed.layer, {})
-        row[parsed.site] = row.get(parsed.site, 0) + len(indices)
-    sites = [site for site in SITES if any(site in row for row in by_layer.values())]
-    rows = [[f"layer {layer}", *(row.get(site, 0) for site in sites), sum(row.values())] for layer, row in sorted(by_layer.items())]
-    totals = ["all", *(sum(row.get(site, 0) for row in by_layer.values()) for site in sites), len(neurons)]
-    console.print_table("Where they are", ["", *sites, "together"], [*rows, totals])
-    console.say(("dim", "\nneurons "), result["neurons"], ("dim", "\nscores  "), result["scores"])
 
 
 def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:

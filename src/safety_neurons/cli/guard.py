@@ -1,12 +1,10 @@
 """guard fit, recalibrate, evaluate: a classifier on neurons that stops unsafe output before it is written, and what it is worth."""
 
 import dataclasses
-import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import NeuronFile, OneModel, PromptFile, Some, listed, named
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
@@ -205,7 +203,7 @@ def fit(
                 )
         return written(session, guard, data.labels)
 
-    return session.run(work, show)
+    return session.run(work)
 
 
 @verb("guard recalibrate")
@@ -225,7 +223,7 @@ def recalibrate(
             guard = again(old, model, data.unsafe, data.safe, progress=progress, **options)
         return written(session, guard, data.labels)
 
-    return session.run(work, show)
+    return session.run(work)
 
 
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,76 +257,6 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
         "split": guard.report["split"],
         "labels": dict(labels),
     }
-
-
-def show(result: dict[str, Any]) -> None:
-    """What it was fit on, how well it ranks, its operating points, what the threshold in force catches."""
-    prompts, before = result["prompts"], result["auroc_before"]
-    if not result["achieved"]:
-        console.say(("bold red", "Not achieved"), f": {result['why']}")
-    left = f", {prompts['left_out']:,} left out" if prompts["left_out"] else ""
-    console.say(
-        ("bold", f"guard on {result['n_neurons']:,} neurons of {result['model']}"),
-        f", {prompts['unsafe']:,} unsafe and {prompts['safe']:,} safe prompts{left}",
-    )
-    if len(result["poolings"]) > 1 and before is None:
-        chosen = [
-            [entry["pooling"], entry["auroc"], entry["log_loss"], entry["pooling"] == result["pooling"]] for entry in result["poolings"]
-        ]
-        console.print_table("\nPooling, by validation", ["pooling", "AUROC", "log loss", "chosen"], chosen)
-    console.print_table(
-        "\nOn prompts that neither fit nor chose anything",
-        ["measure", "value"],
-        [
-            ["AUROC", rated(result["auroc"])],
-            *([["AUROC where it was fit", rated(before)]] if before else []),
-            [f"expected calibration error ({result['calibration']})", result["expected_calibration_error"]],
-        ],
-    )
-    rows = [
-        [
-            f"{point['fpr_target']:g}",
-            "–" if point["threshold"] is None else f"{point['threshold']:.4g}",
-            rated(point["fpr"]),
-            rated(point["tpr"]),
-            "yes" if point["supported"] else f"no, {point['fpr']['n']:,} of {math.ceil(20 / point['fpr_target']):,} safe",
-        ]
-        for point in result["operating_points"]
-    ]
-    columns = ["FPR wanted", "threshold", "FPR", "TPR", "supported"]
-    console.print_table(
-        "\nOperating points",
-        columns,
-        rows,
-        caption="95 % intervals. FPR: safe prompts flagged, TPR: unsafe ones.\nA point that too few safe prompts support has no threshold.",
-    )
-    console.say(f"\nthreshold in force {result['threshold']:.4g} ({result['in_force']})")
-    flagged = [["held-out requests of the fit", rated(result["caught"]), rated(result["false_positives"])]]
-    if result["conversations"]:
-        read = result["conversations"]
-        flagged.append(["conversations among them", rated(read["tpr"]), rated(read["fpr"])])
-        flagged.append(["the same read as a whole only", rated(read["tpr_read_whole"]), rated(read["fpr_read_whole"])])
-    if result["other"]:
-        other = result["other"]
-        flagged.append([f"another source: {other['unsafe']}, {other['safe']}", rated(other["tpr"]), rated(other["fpr"])])
-    console.print_table(
-        "\nWhat it flags at the threshold in force",
-        ["requests", "unsafe", "safe"],
-        flagged,
-        caption="95 % intervals. What it flags of your own safe requests nobody knows until it was measured on them.",
-    )
-    if result["recheck"]:
-        again = result["recheck"]
-        console.say(
-            f"re-checks every {again['every']} tokens: threshold {again['threshold']:.4g}, stops {rated(again['fpr'])} of the answers to "
-            f"safe prompts and {rated(again['tpr'])} of those to unsafe ones"
-        )
-    console.say(f"guard {result['guard']}")
-
-
-def rated(rate: Mapping[str, Any] | None) -> str:
-    """A rate with its interval, with digits for small ones."""
-    return console.interval(rate, 3)
 
 
 # What a guard is worth
@@ -497,7 +425,7 @@ def evaluate(
         session.notes.extend(evaluation.notes)
         return {**evaluation.result, "counts": sizes, "outputs": answered, "curves": str(curves)}
 
-    return session.run(work, show_worth)
+    return session.run(work)
 
 
 def answers_of(
@@ -532,155 +460,3 @@ def _renamed(prompts: Any, name: str) -> Any:
     from safety_neurons.prompt_lists import Prompts
 
     return Prompts(prompts, name, prompts.notes)
-
-
-def show_worth(result: dict[str, Any]) -> None:
-    """The guard beside the baselines, then every table, then what to take away."""
-    console.say(
-        ("bold", f"guard on {result['n_neurons']:,} neurons"),
-        f" ({result['pooling']}), {result['n_unsafe']:,} unsafe and {result['n_safe']:,} safe requests",
-    )
-    ours = {"name": "guard", **{name: result[name] for name in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
-    wide = console.out().width >= 120
-    cell = fine if wide else point
-    rows = [
-        [
-            row["name"],
-            fine(row["auroc"]) if wide else short(row["auroc"]),
-            cell(row["average_precision"]),
-            *(cell(row["tpr_at_fpr"][fpr]) for fpr in ("0.05", "0.01")),
-        ]
-        + [f"{row['expected_calibration_error']:.3f}", signed(row.get("difference"), short=not wide)]
-        for row in (ours, *result["baselines"])
-    ]
-    heads = ["average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", "AUROC difference"]
-    console.print_table(
-        "\nOn the requests as written",
-        ["classifier", "AUROC", *(heads if wide else ["AP", "TPR 5 %", "TPR 1 %", "ECE", "difference"])],
-        rows,
-        caption="[95 % interval]; of random sets mean, lowest, highest. TPR at a false-positive rate.\n"
-        f"Difference of AUROC: {result['compared']} minus this one, paired; * clear.",
-        compared=result["baselines"],
-    )
-    shown = fine(result["flagged_unsafe"]), fine(result["flagged_safe"])
-    console.say(
-        f"\nat threshold {result['threshold']:.4g} ({result['in_force']}) it flags {shown[0]} of the unsafe requests "
-        f"and {shown[1]} of the safe ones"
-    )
-    for column, rows in result["tables"].items():
-        sliced(f"By {column}", rows, result["compared"])
-    for title, name in (
-        ("Over-refusal sets", "over_refusal"),
-        ("Under attack", "attacks"),
-        ("Perturbed", "perturbations"),
-        ("By length", "lengths"),
-    ):
-        sliced(title, result[name], result["compared"])
-    for column, rows in result["leave_out"].items():
-        sliced(f"Each {column} left out of fitting", rows, "guard's neurons", flags=False)
-    counted(result["counts"] or ())
-    if result["outputs"]:
-        show_outputs(result["outputs"])
-
-
-def show_outputs(found: Mapping[str, Any]) -> None:
-    """Unsafe outputs before and after, by language."""
-    rows = [{"language": "all", **found}, *found["by"]]
-    cells = [[row["language"], *(fine(row[name]) for name in ("before", "after", "cut", "blocked"))] for row in rows]
-    console.print_table(
-        "\nWhat the model writes",
-        ["", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"],
-        cells,
-        caption=f"judge: {found['judge']}; {found['changed']} answers that the guard let pass differ from those without it\n"
-        f"AUROC for what is asked {fine(found['asked'])}, for what would be written {fine(found['written'])}; "
-        f"{found['refused_by_model']} unsafe requests have no unsafe answer to begin with",
-    )
-
-
-def counted(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Sizes by setting: the area of each detector's neurons, the mean of its random sets behind it."""
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    table = {(row["method"], row["count"], row["setting"]): row for row in rows}
-    cells = []
-    for method, count in dict.fromkeys((row["method"], row["count"]) for row in rows):
-        found = [table[method, count, setting] for setting in settings]
-        pairs = [f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}" for row in found]
-        cells.append([f"{method}, {count:,}", *pairs])
-    if cells:
-        console.print_table(
-            "\nHow many neurons, and which",
-            ["", *settings],
-            cells,
-            caption="AUROC (mean of random sets with as many in every matrix); + or -: clearly better or worse than these",
-            compared=rows,
-        )
-
-
-SHORT = {
-    "guard's neurons": "neurons",
-    "random neurons": "random",
-    "TF-IDF words": "words",
-    "TF-IDF characters": "letters",
-    "residual stream": "residual",
-    "refusal direction": "direction",
-}
-"""Names of classifiers where a table has one column for each."""
-LEFT_OUT = ("TF-IDF characters", "residual stream")
-"""Classifiers that a narrow terminal has no room for; they are in the result."""
-
-
-def sliced(title: str, rows: Sequence[Mapping[str, Any]], reference: str, *, flags: bool = True) -> None:
-    """One table: a slice a row, the area of every classifier, what the guard flags."""
-    if not rows:
-        return
-    names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
-    names.sort(key=lambda name: name != reference)
-    if console.out().width < 100:
-        names = [name for name in names if name not in LEFT_OUT]
-    flagged = ["caught", "blocked"] if flags else []
-    cells = [
-        [row["value"] + ("*" if row["against"] else ""), f"{row['n_unsafe']:,}/{row['n_safe']:,}"]
-        + [point(row["auroc"].get(name)) + mark(row["difference"].get(name)) for name in names]
-        + ([point(row["flagged_unsafe"]), point(row["flagged_safe"])] if flags else [])
-        for row in rows
-    ]
-    console.print_table(
-        f"\n{title}",
-        ["", "unsafe/safe", *(SHORT.get(name, name) for name in names), *flagged],
-        cells,
-        caption=f"AUROC; + or -: {SHORT.get(reference, reference)} clearly better or worse than this one (95 % interval, paired)"
-        + ("; caught, blocked: unsafe and safe requests it flags" if flags else "")
-        + ("\n* one kind alone, held against all requests of the other" if any(row["against"] for row in rows) else ""),
-        compared=rows,
-    )
-
-
-def fine(found: Mapping[str, Any] | None) -> str:
-    """A rate with its interval in three digits."""
-    return "–" if found is None or found["value"] is None else console.interval(found, 3)
-
-
-def short(found: Mapping[str, Any]) -> str:
-    """A rate with its interval, without the leading zeros."""
-    return fine(found).replace("0.", ".")
-
-
-def point(found: Mapping[str, Any] | None) -> str:
-    """A rate without its interval."""
-    return "–" if found is None or found["value"] is None else f"{found['value']:.3f}"
-
-
-def signed(found: Mapping[str, Any] | None, *, short: bool = False) -> str:
-    """A difference with its interval, a star where it is clear."""
-    if found is None or found["value"] is None:
-        return "–"
-    if short:
-        return f"{found['value']:+.3f}{'*' if mark(found) else ''}"
-    return f"{console.interval(found, 3, signed=True)}{'*' if mark(found) else ''}"
-
-
-def mark(found: Mapping[str, Any] | None) -> str:
-    """`+` where the difference is clearly above 0, `-` where it is clearly below."""
-    from safety_neurons.results import is_clear
-
-    return "" if found is None or not is_clear(found) else "+" if found["value"] > 0 else "-"

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +44,7 @@ class Session:
         """Whether nothing but the JSON object may be printed."""
         return self.common.json
 
-    def run(self, work: Callable[[], Result], show: Callable[[Result], None]) -> Result:
+    def run(self, work: Callable[[], Result]) -> Result:
         """Do the work unless this run is finished, keep its result, and show it."""
         self.foresee()
         finished = self.folder.finished
@@ -53,15 +54,21 @@ class Session:
         if not self.common.json:
             if finished:
                 console.tell(f"this run is finished: {console.line_of(self.folder.folder)} (start it again with --overwrite)\n")
-            self._show(result, show)
+            self._show()
             console.print_notes(notes)
-            console.say(("dim", "\nrun "), str(self.folder.folder))
+            folder = str(self.folder.folder.absolute())
+            console.say(("dim", "\nrun   "), str(self.folder.folder))
+            for name, value in result.items():
+                if isinstance(value, str) and str(pathlib.Path(value).absolute()).startswith(folder + os.sep):
+                    console.say(("dim", f"{name:5} "), value)
         return {**result, "run": str(self.folder.folder.absolute())}
 
-    def _show(self, result: Result, show: Callable[[Result], None]) -> None:
-        """Show a result; it is kept already, so that nothing that goes wrong here may end the run."""
+    def _show(self) -> None:
+        """Show the result; it is kept already, so that nothing that goes wrong here may end the run."""
+        from safety_neurons.display import ReportedRun
+
         try:
-            show(result)
+            console.show(ReportedRun(self.folder.folder, self.folder.record))
         except BrokenPipeError:
             raise
         except Exception as error:
@@ -186,6 +193,17 @@ class Session:
         root = self.folder.folder.absolute()
         for file in sorted(path for path in (root / name).rglob("*") if path.is_file()):
             self.folder.path(str(file.relative_to(root)))
+
+    def drawn(self, result: Result, file: pathlib.Path) -> Result:
+        """The result, and where its figures are: drawn into a file that needs no report."""
+        from safety_neurons.display import ReportedRun, part_of
+        from safety_neurons.display.charts import standalone
+        from safety_neurons.display.parts import plain
+        from safety_neurons.results import write_bytes
+
+        figures = part_of(ReportedRun.of(self.verb, result, self.folder.folder, self.config)).figures
+        write_bytes(file, standalone([(figure.drawing, plain(figure.caption)) for figure in figures]).encode())
+        return {**result, "figure": str(file)}
 
     def gated(self, result: Result, gate: pathlib.Path | None) -> Result:
         """Hold a result, also of a run that was finished before, to a gate; where it is not met, say every miss and exit with 3."""

@@ -33,18 +33,11 @@ def doctor(session: Session, models: OneModel) -> dict[str, Any]:
         with session.status("doctor") as progress:
             return {**examine(loaded, seed=session.common.seed, progress=progress).record()}
 
-    result = session.run(work, show_checks)
+    result = session.run(work)
     if not result["healthy"]:
         failed = [check["check"] for check in result["checks"] if check["passed"] is False]
         raise ModelError(f"{len(failed)} checks failed ({', '.join(failed)}); numbers found on this model are not to be trusted")
     return result
-
-
-def show_checks(result: dict[str, Any]) -> None:
-    """One row a check."""
-    marks = {True: ("green", "pass"), False: ("red", "FAIL"), None: ("dim", "–")}
-    rows = [[check["check"], console.styled(marks[check["passed"]]), check["measured"], check["allowed"]] for check in result["checks"]]
-    console.print_table(f"doctor: {result['model']}", ["check", "", "measured", "allowed"], rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, OtherText, Requested, listed
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
@@ -210,7 +209,7 @@ def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
             result = studies.rsn(model, sets, plan, lab, cache=Cache(session.folder.path), tell=tell)
         return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
-    return session.run(work, show_rsn)
+    return session.run(work)
 
 
 @verb("study stress")
@@ -236,7 +235,7 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
             result = studies.stress(model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell)
         return {**result, "judge": lab.judge, **keep(session, sets, lab)}
 
-    return session.run(work, show_stress)
+    return session.run(work)
 
 
 def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: tuple[str, ...], steps: int) -> tuple[Any, Any, Any]:
@@ -299,77 +298,3 @@ def keep(session: Session, sets: Any, lab: Any) -> dict[str, Any]:
         files[name] = str(session.folder.path(f"{name}.safetensors"))
         getattr(sets, name).save(files[name])
     return {"neurons": files, "measured_on": {"harmful": len(lab.harmful), "harmless": len(lab.harmless), "task": len(lab.task)}}
-
-
-def show_rsn(result: dict[str, Any]) -> None:
-    """Arms as rows, before and after the downstream fine-tune."""
-    from safety_neurons.results import clear_word
-
-    down, safety = result["downstream"], result["sets"]["safety"]
-    for arm in result["arms"]:
-        if arm["tuning"] and not arm["tuning"]["achieved"]:
-            console.say(("bold red", "Not achieved"), f" by {arm['arm']}: {arm['tuning']['why']}")
-    columns = ["arm", "harmful", "answered", "perplexity"]
-    rows = [[arm["arm"], score(arm["before"]["harmful"]), *costs(arm["before"])] for arm in result["arms"]]
-    caption = "harmful score: mean over seeds (worst seed); answered: harmless requests, per cent"
-    if down["steps"]:
-        columns += ["harmful after", "answered", "task"]
-        for row, arm in zip(rows, result["arms"], strict=True):
-            row += [score(arm["after"]["harmful"]), percent(arm["after"]["harmless"]), percent(arm["after"]["task"])]
-        caption += f"; after {down['steps']} steps of {down['how']} fine-tuning, task: solved, per cent"
-    title = (
-        f"{len(result['seeds'])} seeds, {safety['n_neurons']} neurons ({console.share(safety['share_of_parameters'])} of the parameters)"
-    )
-    console.print_table(title, columns, rows, caption, result["differences"])
-    when = "after" if down["steps"] else "before"
-    for name, found in result["differences"].items():
-        told = f"{name}: {hundred(found[when])} ({clear_word(found[when])})"
-        console.say(f"harmful score{' after the task' if down['steps'] else ''}, {told}")
-
-
-def costs(point: dict[str, Any]) -> list[str]:
-    """What a state costs elsewhere."""
-    text = point["perplexity"]["value"]
-    return [percent(point["harmless"]), "–" if text is None else f"{text:.2f}"]
-
-
-def show_stress(result: dict[str, Any]) -> None:
-    """Every attack as a curve in rows."""
-    from safety_neurons.results.estimates import FEWEST_SEEDS
-
-    if not result["achieved"]:
-        console.say(("bold red", "Not achieved"), f" by SN-Tune: {result['why']}")
-    rows = [
-        [point["attack"], f"{point['amount']:g}", score(point["before"]), score(point["after"]), starred(point["difference"])]
-        for point in result["curves"]
-    ]
-    console.print_table(
-        f"Harmful score under attack, {len(result['seeds'])} seeds",
-        ["attack", "how much", "untuned", "SN-Tune", "difference"],
-        rows,
-        caption="mean (worst seed); how much: share of the set pruned, or steps; difference with its 95 % interval over seeds and prompts, "
-        f"* clear{'' if len(result['seeds']) >= FEWEST_SEEDS else f' (never with fewer than {FEWEST_SEEDS} seeds)'}",
-        compared=result["curves"],
-    )
-
-
-def starred(difference: dict[str, Any]) -> str:
-    """A difference in points, marked where it is clear."""
-    from safety_neurons.results import is_clear
-
-    return hundred(difference) + ("*" if is_clear(difference) else "")
-
-
-def score(spread: dict[str, Any]) -> str:
-    """A harmful score: mean, and the worst seed."""
-    return "–" if spread["value"] is None else f"{100 * spread['value']:.1f} ({100 * spread['highest']:.1f})"
-
-
-def percent(spread: dict[str, Any] | None) -> str:
-    """A share in per cent."""
-    return "–" if spread is None or spread["value"] is None else f"{100 * spread['value']:.1f}"
-
-
-def hundred(spread: dict[str, Any]) -> str:
-    """A difference in points with its interval."""
-    return console.interval(spread, 1, signed=True, scale=100.0)

@@ -126,7 +126,7 @@ def tune(
         session.notes.extend(tuning.notes)
         return keep(session, written, loaded, tuning)
 
-    return session.gated(session.run(work, show), written.gate)
+    return session.gated(session.run(work), written.gate)
 
 
 def base_of(session: Session, spec: str, merge: bool) -> Any:
@@ -242,7 +242,7 @@ def repair(session: Session, repaired: Repaired) -> dict[str, Any]:
             session.notes.append(f"{done.rounded:,} of {done.n_entries:,} entries of the reference were rounded to {loaded.dtype}")
         return {**dataclasses.asdict(done), **saved(session, loaded, done)}
 
-    return session.run(work, show_repair)
+    return session.run(work)
 
 
 def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
@@ -312,48 +312,3 @@ def held_out(checked: Any) -> str:
 
     refused = f"held out: refuses {percent(checked.harmful_refused)} harmful, {percent(checked.harmless_refused)} harmless"
     return f"{refused}, KL {checked.divergence:.3f}"
-
-
-def show(result: dict[str, Any]) -> None:
-    """What was trained, before and after as rows, and the files."""
-    word = ("bold", "Achieved") if result["achieved"] else ("bold red", "Not achieved")
-    console.say(word, f": {result['why']}")
-    steps = f"{result['steps']:,} of {result['planned_steps']:,} steps ({result['stopped']}), state of step {result['kept_step']:,} kept"
-    trained = f"{result['trained_parameters']:,} parameters, {console.share(result['share_of_parameters'])} of the model"
-    console.say(("bold", f"{result['n_neurons']:,} neurons tuned"), f": {trained}; {steps}\n")
-    rows = [
-        [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
-        for name, arm in (("before", result["before"]), ("after", result["after"]))
-    ]
-    console.print_table(
-        "Before and after, on test prompts",
-        ["", "harmful refused", "harmless refused", "perplexity", "KL per token"],
-        rows,
-        caption="95 % intervals; KL(untreated ‖ tuned) in nats on the harmless prompts",
-    )
-    checks = [
-        [str(check["step"]), check["harmful_refused"]["value"], check["harmless_refused"]["value"], check["divergence"]]
-        for check in result["checks"]
-    ]
-    if checks:
-        columns = ["step", "harmful refused", "harmless refused", "KL per token"]
-        console.print_table("\nWhile training, on prompts held out of the data", columns, checks)
-    survives, frozen = result["survives_cast"], {True: "bit for bit as before", False: "CHANGED", None: "not looked at"}
-    cast = "" if survives is None else f"; {console.share(survives)} of the changed weights survive the cast to the model's type"
-    console.say(
-        f"\nrefusals of harmful requests change by {console.shown(result['change'])}, of harmless ones by "
-        f"{console.shown(result['harmless_change'])}\n"
-        f"everything outside the set: {frozen[result['frozen_unchanged']]}{cast}"
-    )
-    for name in ("adapter", "delta", "merged"):
-        if result[name]:
-            console.say(("dim", f"{name:8} "), result[name])
-
-
-def show_repair(result: dict[str, Any]) -> None:
-    """What was put back, and where it is."""
-    place = result.get("model") or result.get("adapter")
-    text = f"{result['n_neurons']:,} neurons put back: {result['changed']:,} of {result['n_entries']:,} weights differed"
-    if result["adapter_changed"]:
-        text += f", {result['adapter_changed']:,} entries of adapters cleared"
-    console.say(f"{text}\n{'adapter' if 'adapter' in result else 'model'} {place}")

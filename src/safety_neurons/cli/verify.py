@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-from safety_neurons.cli import console
 from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, Repeats, ScoreFile, Some, TwoModels, parse_sizes
 from safety_neurons.cli.session import Session
 from safety_neurons.cli.verb import verb
@@ -49,7 +48,7 @@ def deactivate(session: Session, models: OneModel, verified: Verified, beside: V
         model = session.model(models.model)
         return measured(session, verified, beside, model, functools.partial(verify_deactivate, model))
 
-    return session.run(work, show)
+    return session.run(work)
 
 
 @verb("verify patch")
@@ -63,7 +62,7 @@ def patch(session: Session, models: TwoModels, verified: Verified, beside: Verif
         study = functools.partial(verify_patch, pair.base, pair.aligned)
         return measured(session, verified, beside, pair.base, study)
 
-    return session.run(work, show)
+    return session.run(work)
 
 
 def measured(session: Session, verified: Verified, beside: VerifiedOn, model: Any, study: Any) -> dict[str, Any]:
@@ -92,61 +91,3 @@ def measured(session: Session, verified: Verified, beside: VerifiedOn, model: An
         if shared:
             session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
     return {**verification.record(), "completions": str(completions)}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Arms as rows; the causal effect, or the change, in a sentence."""
-    arms = [("untreated", result["untreated"]), ("aligned", result["aligned"]), ("treated", result["treated"])]
-    arms += [(f"random {number}", arm) for number, arm in enumerate(result["random"])]
-    rows = [
-        [name, arm["harmful_refused"], arm["harmless_refused"], arm["perplexity"], arm["divergence"]]
-        for name, arm in [*arms, *ceilings(result)]
-        if arm
-    ]
-    verb_word = "patched" if result["kind"] == "patch" else "deactivated"
-    console.print_table(
-        f"{result['n_neurons']:,} neurons {verb_word}",
-        ["arm", "harmful refused", "harmless refused", "perplexity", "KL per token"],
-        rows,
-        caption="95 % intervals; KL(untreated ‖ treated) in nats on the harmless prompts",
-    )
-    if len(result["sizes"]) > 1:
-        sweep = [
-            [console.share(p["size"]), p["n_neurons"], p["treated"]["harmful_refused"], random_range(p), p["causal_effect"]]
-            for p in result["sizes"]
-        ]
-        columns = ["size", "neurons", "harmful refused", "random sets", "causal effect"]
-        console.print_table("\nSweep", columns, sweep, compared=result["sizes"])
-    print_effect(result)
-
-
-def ceilings(result: dict[str, Any]) -> list[tuple[str, Any]]:
-    """All neurons of the sites, by activations and by parameters, with the words they deserve."""
-    return [(result.get("ceiling_called", "ceiling"), result["ceiling"]), ("ceiling by parameters", result.get("ceiling_by_parameters"))]
-
-
-def random_range(point: dict[str, Any]) -> str:
-    """Lowest and highest share refused with the random sets of one size."""
-    values = [arm["harmful_refused"]["value"] for arm in point["random"] if arm["harmful_refused"]["value"] is not None]
-    return f"{min(values):.2f} to {max(values):.2f}" if values else "–"
-
-
-def print_effect(result: dict[str, Any]) -> None:
-    """The one sentence to take away."""
-    from safety_neurons.results import clear_word
-
-    if result["kind"] == "patch":
-        all_patched = f"{result.get('ceiling_called', 'ceiling')} {effect(result['ceiling_effect'])}"
-        console.say(f"\ncausal effect {effect(result['causal_effect'])}, {all_patched}")
-        if result.get("ceiling_by_parameters_effect"):
-            console.say(f"ceiling by parameters {effect(result['ceiling_by_parameters_effect'])}")
-    change, against = result["change"], result["change_against_random"]
-    line = f"refusals of harmful requests change by {console.shown(change)}"
-    if against:
-        line += f"; against random sets by {console.shown(against)} ({clear_word(against)})"
-    console.say(line)
-
-
-def effect(record: dict[str, Any]) -> str:
-    """An effect in words."""
-    return f"undefined: {record['why']}" if record["value"] is None else console.shown(record)

@@ -273,8 +273,8 @@ class Guard:
             [
                 f"{100 * point.fpr_target:g} %",
                 notebook.number(point.threshold, 3) if point.supported else f"not supported: {point.why}",
-                notebook.interval(point.fpr.value, point.fpr.low, point.fpr.high),
-                notebook.interval(point.tpr.value, point.tpr.low, point.tpr.high),
+                notebook.interval(point.fpr.to_json()),
+                notebook.interval(point.tpr.to_json()),
             ]
             for point in self.operating_points
         ]

@@ -91,7 +91,7 @@ class Judgement:
     def _repr_html_(self) -> str:
         unscored = ", ".join(f"{why}: {count}" for why, count in self.errors.items())
         columns = ["judge", "measure", "rate, 95 % interval", "n", "unscored", "why unscored"]
-        shown = notebook.interval(self.rate.value, self.rate.low, self.rate.high)
+        shown = notebook.interval(self.rate.to_json())
         row = [self.judge, self.measure, shown, self.rate.n, self.rate.unscored, unscored]
         return notebook.html_table("Judgement", columns, [row])
 

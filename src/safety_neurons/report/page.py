@@ -10,21 +10,21 @@ import importlib.resources
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from safety_neurons.report import analyses, evaluated, guards, parts
-from safety_neurons.report.analyses import cards_of
-from safety_neurons.report.evaluated import evaluate_findings, evaluate_part, evaluate_tile, rsn_part, stress_part, tune_part, tuned
-from safety_neurons.report.evaluated import tile as tune_tile
-from safety_neurons.report.findings import Finding, Tile, asked, findings, ranked_by, sweep_order, tiles
-from safety_neurons.report.parts import ReportPart, Table, checks_table, compare_part, deactivate_part, find_part, patch_parts
-from safety_neurons.report.reading import ReportedRun, guarded, read_runs
-from safety_neurons.report.text import NONE, duration, in_script, name, say, visible
+from safety_neurons.display import DISPLAYS, Finding, Part, ReportedRun, Tile, findings_of, part_of
+from safety_neurons.display.analyses import cards_of
+from safety_neurons.display.found import block, opened
+from safety_neurons.display.parts import guarded, ranked_by
+from safety_neurons.display.registry import display_of
+from safety_neurons.display.text import NONE, duration, in_script, name, say, visible
+from safety_neurons.display.verified import patch_parts, sweep_order
+from safety_neurons.report.reading import read_runs
 from safety_neurons.results import Completion, write_bytes
 from safety_neurons.results.run import now
 
@@ -32,8 +32,6 @@ BUDGET = 3_400_000
 """Bytes of completions in a page."""
 LIMITS = (4000, 2000, 1000, 500, 250, 120)
 """Characters kept of a text; the first that fits the budget."""
-VERBS = ("verify-patch", "verify-deactivate", "compare", "tune", "evaluate", "guard-evaluate")
-"""Verbs whose completions stand in a page."""
 MOST_JUDGES = 8
 """Judges whose verdicts a page holds, the last ones of a file."""
 FIRST = 12
@@ -61,7 +59,7 @@ class Sheet:
 
 def sheet(run: ReportedRun, title: str) -> Sheet | None:
     """The completions of a run, where its folder has any."""
-    if run.verb not in VERBS or run.completions is None:
+    if not display_of(run).completions or run.completions is None:
         return None
     arms: dict[str, int] = {}
     rows: dict[tuple[str, str], Row] = {}
@@ -199,6 +197,10 @@ _FIRST = ("tune", "verify-patch", "verify-deactivate", "guard-evaluate", "evalua
 """What answers the question comes first; what was measured on the way after it."""
 
 
+_TILES = ("tune", "verify-patch", "verify-deactivate", "guard-evaluate", "evaluate", "ranking", "compare", "doctor")
+"""Whose answers stand on the first screen, the most telling first."""
+
+
 @dataclass(frozen=True)
 class Section:
     """One section of the page."""
@@ -206,82 +208,25 @@ class Section:
     anchor: str
     heading: str
     introduction: str
-    parts: Sequence[ReportPart]
-
-
-Make = Callable[[ReportedRun, Sequence[ReportedRun]], ReportPart]
-
-
-def _find(run: ReportedRun, runs: Sequence[ReportedRun]) -> ReportPart:
-    opened = parts.opened(runs)
-    return find_part(run, opened.index(run) if run in opened else None)
-
-
-def _doctor(run: ReportedRun, _: Sequence[ReportedRun]) -> ReportPart:
-    return ReportPart(say("Checks on {}", name(run.result["model"])), tables=[checks_table(run)])
-
-
-_PARTS: Mapping[str, tuple[str, Make]] = {
-    "find": ("where", _find),
-    "tune": ("tuned", lambda run, _: tune_part(run)),
-    "study-rsn": ("lasting", lambda run, _: rsn_part(run)),
-    "study-stress": ("lasting", lambda run, _: stress_part(run)),
-    "evaluate": ("evaluated", lambda run, _: evaluate_part(run)),
-    "ranking": ("methods", lambda run, _: evaluated.ranking_part(run)),
-    "compare": ("methods", lambda run, _: compare_part(run)),
-    "verify-deactivate": ("necessary", deactivate_part),
-    "doctor": ("doctor", _doctor),
-    "guard-evaluate": ("guarded", lambda run, _: guards.evaluate_part(run)),
-    "guard-fit": ("guarded", lambda run, _: guards.fit_part(run)),
-    "guard-recalibrate": ("guarded", lambda run, _: guards.fit_part(run)),
-    "analyze-layers": ("understood", lambda run, _: analyses.layers_part(run)),
-    "analyze-overlap": ("understood", lambda run, _: analyses.overlap_part(run)),
-    "analyze-languages": ("understood", lambda run, _: analyses.languages_part(run)),
-    "analyze-transfer": ("understood", lambda run, _: analyses.transfer_part(run)),
-    "analyze-tax": ("understood", lambda run, _: analyses.tax_part(run)),
-    "analyze-progressive": ("alone", lambda run, _: analyses.progressive_part(run)),
-    "analyze-vocabulary": ("alone", lambda run, _: analyses.cards_part(run)),
-}
-_FINDINGS: Mapping[str, Callable[[ReportedRun], list[Finding]]] = {
-    "tune": tuned,
-    "evaluate": evaluate_findings,
-    "guard-evaluate": guards.evaluate_findings,
-    "guard-fit": guards.fit_findings,
-    "guard-recalibrate": guards.fit_findings,
-    "ranking": evaluated.ranking_findings,
-    "analyze-layers": analyses.layers_findings,
-    "analyze-overlap": analyses.overlap_findings,
-    "analyze-languages": analyses.matrix_findings,
-    "analyze-transfer": analyses.matrix_findings,
-    "analyze-tax": analyses.tax_findings,
-    "analyze-progressive": analyses.progressive_findings,
-    "analyze-vocabulary": analyses.cards_findings,
-}
-_TILES: Mapping[str, Callable[[ReportedRun], Tile]] = {
-    "tune": tune_tile,
-    "guard-evaluate": guards.evaluate_tile,
-    "evaluate": evaluate_tile,
-    "ranking": evaluated.ranking_tile,
-}
+    parts: Sequence[Part]
 
 
 def sections(runs: Sequence[ReportedRun]) -> list[Section]:
-    """Every section that has any part."""
-    made: dict[str, list[ReportPart]] = {}
-    patched = [run for run in runs if run.verb == "verify-patch"]
+    """Every section that has any part; sweeps of the same pair stand in one figure."""
+    made: dict[str, list[Part]] = {}
+    patched, maps = [run for run in runs if run.verb == "verify-patch"], opened(runs)
     if patched:
-        made["sufficient"] = guarded(patched[0], lambda: patch_parts(patched, runs))
+        made["sufficient"] = guarded(patched[0], lambda _: patch_parts(patched))
     for run in runs:
         if run.verb != "verify-patch":
-            anchor, make = _PARTS.get(run.kind, ("others", lambda run, _: _other(run)))
-            made.setdefault(anchor, []).append(guarded(run, lambda run=run, make=make: make(run, runs)))  # type: ignore[misc]
+            part = replace(part_of(run), opens=maps.index(run) if run in maps else None)
+            made.setdefault(display_of(run).section, []).append(part)
     return [Section(anchor, heading, words, made[anchor]) for anchor, heading, words in HEADINGS if made.get(anchor)]
 
 
 def sentences(runs: Sequence[ReportedRun]) -> tuple[list[Finding], list[Finding]]:
     """What the first screen says: the first sentence of the first run of every verb; and all sentences."""
-    ordered = sorted(runs, key=_rank)
-    said = [(run, guarded(run, lambda run=run: _said(run, runs))) for run in ordered]  # type: ignore[misc]
+    said = [(run, findings_of(run)) for run in sorted(runs, key=_rank)]
     head: dict[str, Finding] = {}
     for run, found in said:
         if found:
@@ -291,45 +236,55 @@ def sentences(runs: Sequence[ReportedRun]) -> tuple[list[Finding], list[Finding]
 
 
 def short_answers(runs: Sequence[ReportedRun]) -> list[Tile]:
-    """The tiles of the first screen: what tuning did, whether the neurons matter, what a guard or an evaluation says, then the rest."""
-    first = {run.kind: run for run in reversed(runs) if run.kind in _TILES}
-    own = {kind: guarded(run, lambda kind=kind: _TILES[kind](first[kind])) for kind, run in first.items()}  # type: ignore[misc]
-    others = guarded(runs[0], lambda: tiles(runs))
-    verified = len({run.verb for run in runs} & {"verify-patch", "verify-deactivate"})
-    leading = [own[kind] for kind in ("tune",) if kind in own] + others[:verified]
-    return [*leading, *(own[kind] for kind in _TILES if kind in own and kind != "tune"), *others[verified:]][:4]
+    """The tiles of the first screen: one for a kind of run, two where pairs are compared or several models are examined."""
+    tiles = []
+    for kind in _TILES:
+        ordered = sorted((run for run in runs if run.kind == kind), key=_rank)
+        make = DISPLAYS[kind].tile
+        assert make is not None
+        tiles += [guarded(run, make) for run in ordered[: 2 if kind in ("compare", "doctor") else 1]]
+    return tiles[:4]
 
 
-def sheet_name(run: ReportedRun, runs: Sequence[ReportedRun]) -> str:
+def sheet_name(run: ReportedRun) -> str:
     """What the completions of a run are called."""
-    words = {
-        "verify-patch": "patched, ranked by {}",
-        "verify-deactivate": "deactivated, chosen by {}",
-        "compare": "methods compared",
-        "evaluate": "evaluated",
-        "tune": "tuned, chosen by {}",
-        "guard-evaluate": "without and with the guard",
-    }
-    return words[run.verb].format(ranked_by(run, runs)) + f" · {run.label}" if run.verb in words else run.label
+    words = display_of(run).completions
+    return words.format(ranked_by(run)) + f" · {run.label}" if words else run.label
 
 
 def _rank(run: ReportedRun) -> tuple[float | int, ...]:
     place = next((place for place, verb in enumerate(_FIRST) if run.verb.startswith(verb)), len(_FIRST))
-    return (place, *(guarded(run, lambda: sweep_order(run)) if run.verb == "verify-patch" else ()))
+    return (place, *(guarded(run, sweep_order) if run.verb == "verify-patch" else ()))
 
 
-def _said(run: ReportedRun, runs: Sequence[ReportedRun]) -> list[Finding]:
-    own = _FINDINGS.get(run.kind)
-    return own(run) if own else findings(run, runs)
-
-
-def _other(run: ReportedRun) -> ReportPart:
-    """A verb this version draws nothing for: its numbers as they are."""
-    rows: list[list[Any]] = [[visible(key, 60), visible(value, 300)] for key, value in run.result.items()]
-    return ReportPart(
-        say("{} <span class=sub>{}</span>", visible(run.verb, 40), name(run.label)),
-        tables=[Table("Result as recorded", ["entry", "value"], rows)],
-    )
+def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
+    """The questions these runs answer."""
+    kinds = {run.verb for run in runs}
+    questions = []
+    pairs = list(dict.fromkeys(run.models for run in runs if len(run.models) == 2))
+    single = list(dict.fromkeys(run.models for run in runs if len(run.models) == 1))
+    if pairs:
+        parts = [say("{} refuse harmful requests which {} answers", name(aligned), name(base)) for base, aligned in pairs[:3]]
+        questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
+    elif single and any(kind.startswith(("find", "verify", "tune", "compare", "study")) for kind in kinds):
+        questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
+    if "verify-patch" in kinds:
+        questions.append(Markup("Are they sufficient: does patching them alone carry the refusals over?"))
+    if "verify-deactivate" in kinds:
+        questions.append(Markup("Are they necessary: what is lost without them?"))
+    if "compare" in kinds:
+        questions.append(Markup("Which method finds them at equal budget?"))
+    if "tune" in kinds:
+        questions.append(Markup("Does tuning them alone make the model safer, and at what price?"))
+    if "evaluate" in kinds:
+        questions.append(Markup("How much harm is left, how much is refused without need, and what can the model still do?"))
+    if kinds & {"guard-fit", "guard-evaluate", "guard-recalibrate"}:
+        questions.append(Markup("Does a guard on them tell, before the first token, what will be unsafe?"))
+    if any(kind.startswith("analyze") for kind in kinds):
+        questions.append(Markup("What are these neurons, and what do sets of them share beyond chance?"))
+    if "doctor" in kinds:
+        questions.append(Markup("Can numbers found on this model be trusted?"))
+    return questions
 
 
 SCRIPTS = ("map.js", "completions.js")
@@ -364,10 +319,11 @@ def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *,
 
 def render(runs: Sequence[ReportedRun], *, title: str) -> str:
     """The page as text."""
+    runs = [replace(run, beside=runs) for run in runs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Hand-made files are noted in the page.
         said, everything = sentences(runs)
-        sheets = [guarded(run, lambda run=run: sheet(run, sheet_name(run, runs))) for run in runs]  # type: ignore[misc]
+        sheets = [guarded(run, lambda run: sheet(run, sheet_name(run))) for run in runs]
         made = [sheet for sheet in sheets if sheet is not None]
         holds = packed(made)
         style, script = _asset("style.css"), "".join(_asset(file) for file in SCRIPTS)
@@ -382,7 +338,7 @@ def render(runs: Sequence[ReportedRun], *, title: str) -> str:
             "findings": said,
             "everything": everything,
             "sections": sections(runs),
-            "neurons": parts.block(runs, cards_of(runs)),
+            "neurons": block(runs, cards_of(runs)),
             "sheets": made,
             "first": [(sheet, first_rows(sheet, holds.limit)) for sheet in made[:1]],
             "holds": holds,

@@ -34,6 +34,156 @@ _FLIPS = 4999
 _ENUMERATED = 12
 
 
+<<<<<<< HEAD
+=======
+EstimateT = TypeVar("EstimateT", bound="Estimate")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval. `value` is None where it is undefined, the ends where nothing bounds them; `why` says why."""
+
+    value: float | None
+    low: float | None
+    """Lower end of the 95 % interval."""
+    high: float | None
+    """Upper end of the 95 % interval."""
+    n: int
+    """Prompts (or pairs, or texts) it rests on."""
+    unscored: int = 0
+    """Prompts that could not be scored: left out and never counted as 0."""
+    why: str | None = None
+    """What keeps the number from being defined, bounded or shown as clear."""
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def to_json(self) -> EstimateRecord:
+        """`{value, low, high, n, unscored}`, and what else is known of the number; over seeds the lowest and the highest of them."""
+        written = {name: value for name, value in vars(self).items() if name in _BASIC or value not in (None, ())}
+        if by_seed := written.get("by_seed"):
+            known = [value for value in by_seed if value is not None]
+            written |= {"by_seed": list(by_seed), "lowest": min(known, default=None), "highest": max(known, default=None)}
+        return cast(EstimateRecord, written)
+
+    @classmethod
+    def from_json(cls: type[EstimateT], found: Mapping[str, Any]) -> EstimateT:
+        """The estimate that `to_json` wrote; other keys are left alone.
+
+        Raises:
+            KeyError, TypeError: one of the basic five is missing or no number, or this is no object.
+        """
+        more = [field.name for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found]
+        values: dict[str, Any] = {name: found[name] for name in (*_BASIC, *more)}
+        wrong = next((name for name in _BASIC if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)), None)
+        if wrong is not None:
+            raise TypeError(f"{wrong} {str(found[wrong])[:20]!r}; expected a number")
+        typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**typed)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"undefined, n {self.n}, unscored {self.unscored}"
+        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f} {ends}, n {self.n}, unscored {self.unscored}"
+
+
+_BASIC = ("value", "low", "high", "n", "unscored")
+_COMPARED = {*_BASIC, "p", "clear"}
+"""By which a difference is known among JSON values."""
+
+
+@dataclass(frozen=True)
+class Rate(Estimate):
+    """A mean over scored outcomes."""
+
+    by_seed: tuple[float | None, ...] = ()
+    """The mean of every seed, where there are several."""
+
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.to_json())
+        return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
+
+
+@dataclass(frozen=True)
+class Effect(Estimate):
+    """A causal effect: the share of the difference between two models that a treatment restores."""
+
+    measure: str = "refused"
+    """The score whose difference is explained."""
+
+    def __str__(self) -> str:
+        if self.value is None or self.low is None or self.high is None:
+            return f"undefined ({self.why})"
+        return (
+            f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] of the difference in {self.measure}, n {self.n}, unscored {self.unscored}"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.to_json()) + (f": {self.why}" if self.value is None else "")
+        columns = ["share of the difference, 95 % interval", "n", "unscored"]
+        return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of paired differences."""
+
+    p: float | None = None
+    """Two-sided p-value of no difference; of yes and no under two treatments McNemar's exact one."""
+    p_holm: float | None = None
+    """The same held against all comparisons of a table of more than ten."""
+    by_seed: tuple[float | None, ...] = ()
+    """The difference of every seed, where there are several."""
+
+    @property
+    def clear(self) -> bool:
+        """What this project calls clearly more (or clearly less, where the value is below 0).
+
+        The interval excludes 0, the exact or calibrated test rejects (over a table of more than ten by Holm), and there are prompts, random
+        sets and seeds enough to say so. The interval is made to hold 0 where the test does not reject, so that the two never contradict.
+        """
+        p = self.p if self.p_holm is None else self.p_holm
+        return self.why is None and p is not None and p <= LEVEL and self.excludes_zero
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"undefined, n {self.n}, unscored {self.unscored}"
+        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.value:+.2f} {ends}, n {self.n}, unscored {self.unscored}"
+
+    def _repr_html_(self) -> str:
+        shown = notebook.interval(self.to_json(), signed=True)
+        columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
+        return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
+
+    def to_json(self) -> DifferenceRecord:
+        """`{value, low, high, n, unscored, clear, p}`, and what else is known of the difference."""
+        return {**super().to_json(), "p": self.p, "clear": self.clear}
+
+
+def is_clear(record: Mapping[str, Any] | None) -> bool:
+    """Whether a difference read back from JSON is clear; one written without the decision is not."""
+    return bool(record and record.get("clear"))
+
+
+def stands_out(record: Mapping[str, Any], chance: Mapping[str, Any]) -> bool:
+    """Whether a difference is clear and its interval lies outside the range that chance has; of no range, whether it is clear."""
+    if not is_clear(record) or chance.get("low") is None:
+        return is_clear(record)
+    return bool(record["low"] > chance["high"] or record["high"] < chance["low"])
+
+
+def clear_word(record: Mapping[str, Any] | None) -> str:
+    """`clear`, `not clear`, or why nothing can be said, of a difference as JSON values."""
+    if record is None:
+        return "not compared"
+    return "clear" if is_clear(record) else str(record.get("why") or "not clear")
+
+
+>>>>>>> 438911a (Say what a result shows in one place: terminal, notebook and report render the tables, findings and figures of its display)
 # Rates
 
 

@@ -1,14 +1,16 @@
-"""How results look in a notebook: small tables in the colours of the notebook itself, light or dark, every text escaped and visible."""
+"""How results look: numbers and intervals everywhere; in a notebook small tables in its own colours, every text escaped and visible."""
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are named, never drawn.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
     "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
+MINUS, HOLD, NONE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}", "\N{EN DASH}"
 LONG = 300
 """Characters shown of one cell."""
 
@@ -46,12 +48,17 @@ def _cell(value: object) -> str:
 
 def number(value: float | int | None, digits: int = 2, *, signed: bool = False) -> str:
     """A number with a true minus sign; a dash where there is none."""
-    return "\N{EN DASH}" if value is None else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def interval(value: float | None, low: float | None, high: float | None, *, signed: bool = False) -> str:
-    """`0.97 [0.93, 0.99]`, or that it is undefined."""
     if value is None:
+        return NONE
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace("-", MINUS)
+
+
+def interval(found: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 2) -> str:
+    """An estimate as JSON values: `0.87 [0.80, 0.94]`, or that it is undefined."""
+    if found is None:
+        return NONE
+    if found["value"] is None:
         return "undefined"
-    shown = number(value, signed=signed)
-    return shown if low is None or high is None else f"{shown} [{number(low, signed=signed)}, {number(high, signed=signed)}]"
+    value, low, high = (number(found[end], digits, signed=signed) for end in ("value", "low", "high"))
+    return value if NONE in (low, high) else f"{value}{HOLD}[{low},{HOLD}{high}]"

@@ -25,6 +25,7 @@ import numpy as np
 
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
+from safety_neurons.display import Shown
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, load_pair
@@ -47,7 +48,6 @@ from safety_neurons.results.records import (
     called,
 )
 from safety_neurons.results.run import Cache
-from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
 from safety_neurons.studies.verification import Ceiling, SubjectModels
 
@@ -93,8 +93,10 @@ class MethodResult(Recorded[MethodRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison(Recorded[ComparisonRecord]):
+class Comparison(Recorded[ComparisonRecord], Shown):
     """Detectors side by side."""
+
+    verb = "compare"
 
     budget: int
     """Units in every set."""
@@ -110,9 +112,6 @@ class Comparison(Recorded[ComparisonRecord]):
     bench: Bench = dataclasses.field(metadata=called(None))
     limits: Ceiling = dataclasses.field(metadata=called(None))
     """The ceiling by activations and by parameters, with the word it deserves."""
-
-    def _repr_html_(self) -> str:
-        return notebook.comparison_table(self.record())
 
     def record(self) -> ComparisonRecord:
         """As JSON values."""
@@ -420,8 +419,10 @@ class Standing(Recorded[StandingRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class Ranking(Shown):
     """Methods over organisms."""
+
+    verb = "compare"
 
     entries: tuple[Entry, ...]
     standings: tuple[Standing, ...]

@@ -22,6 +22,7 @@ from safety_neurons.capability import check as check_task
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
 from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
+from safety_neurons.display import Shown
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
@@ -64,7 +65,6 @@ from safety_neurons.results.records import (
 )
 from safety_neurons.results.run import PathLike
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Progress, Treatment, Writing, content_of, hold
 from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
 
@@ -302,8 +302,10 @@ class EvaluationBench(Bench):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(Recorded[EvaluationRecord]):
+class Evaluation(Recorded[EvaluationRecord], Shown):
     """What an evaluation gave."""
+
+    verb = "evaluate"
 
     model: str
     treatment: str | None
@@ -334,9 +336,6 @@ class Evaluation(Recorded[EvaluationRecord]):
     def gate(self) -> Mapping[str, Any] | None:
         """Whether the gate is passed, as JSON values; None where there is none."""
         return None if self.missed is None else {"passed": self.passed, "missed": list(self.missed)}
-
-    def _repr_html_(self) -> str:
-        return notebook.evaluation_table(self.record())
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safety_neurons.detectors import find_importance
+from safety_neurons.display import Shown
 from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, batches, forward
@@ -19,7 +20,6 @@ from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results.records import CheckRecord, ExaminationRecord, Recorded
-from safety_neurons.studies import notebook
 
 TEXTS = (
     "Name three fruits that grow on trees.",
@@ -41,8 +41,10 @@ class Check(Recorded[CheckRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Examination(Recorded[ExaminationRecord]):
+class Examination(Recorded[ExaminationRecord], Shown):
     """All checks of one model."""
+
+    verb = "doctor"
 
     model: str
     checks: tuple[Check, ...]
@@ -53,9 +55,6 @@ class Examination(Recorded[ExaminationRecord]):
     def healthy(self) -> bool:
         """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
-
-    def _repr_html_(self) -> str:
-        return notebook.examination_table(self.record())
 
 
 def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress: Callable[[str], None] | None = None) -> Examination:

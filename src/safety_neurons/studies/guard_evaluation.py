@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 
+from safety_neurons.display import Shown
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, stratified_split
 from safety_neurons.guard.calibration import EXAMPLES, LIMIT, TARGETS, expected_calibration_error
@@ -53,7 +54,6 @@ from safety_neurons.results.records import (
     GuardWorthRecord,
     ReliabilityRecord,
 )
-from safety_neurons.studies import notebook
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
 from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Cases, Sources, cases_of
 
@@ -367,7 +367,7 @@ Rows = Int[np.ndarray, " _"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GuardEvaluation:
+class GuardEvaluation(Shown):
     """What a guard is worth.
 
     Attributes:
@@ -376,6 +376,8 @@ class GuardEvaluation:
         curves: ROC, precision-recall and reliability, for drawing.
         notes: warnings.
     """
+
+    verb = "guard-evaluate"
 
     scored: ScoredCases
     result: GuardEvaluationRecord
@@ -386,9 +388,6 @@ class GuardEvaluation:
     def auroc(self) -> AreaRecord:
         """Area under the ROC curve of the guard."""
         return self.result["auroc"]
-
-    def _repr_html_(self) -> str:
-        return notebook.guard_table(self.result)
 
     def record(self) -> GuardWorthRecord:
         """The evaluation as JSON values, with at least the keys of the design."""

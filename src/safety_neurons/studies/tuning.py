@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safety_neurons.display import Shown
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
@@ -20,7 +21,6 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Checkpoint, Completion, Completions, Difference, paired_difference
 from safety_neurons.results.records import Recorded
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
 from safety_neurons.tuning import Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
@@ -67,8 +67,10 @@ class Achievement(Recorded[JsonObject]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
+class Tuning(Shown):
     """A tuned set of neurons, and what that did to the model."""
+
+    verb = "tune"
 
     tuned: Tuned
     before: ArmOutcome
@@ -91,9 +93,6 @@ class Tuning:
     def achievement(self) -> Achievement:
         """Whether the tuning achieved what it is for, and why."""
         return tuning_achievement(self.before, self.after, self.change, self.harmless_change, sound=self.tuned.sound)
-
-    def _repr_html_(self) -> str:
-        return notebook.tuning_table(self.record())
 
     def record(self) -> JsonObject:
         """As JSON values, with the keys of the design but the paths; the history of single steps is `tuned.history`."""

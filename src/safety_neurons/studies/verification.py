@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from safety_neurons.display import Shown
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
@@ -34,7 +35,6 @@ from safety_neurons.results.records import (
     VerificationRecord,
     called,
 )
-from safety_neurons.studies import notebook
 from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, ArmOutcome, Bench, Contrasted, How, Treat, contrast
 from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
@@ -90,7 +90,7 @@ class SizePoint(Recorded[SizeRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification(Recorded[VerificationRecord]):
+class Verification(Recorded[VerificationRecord], Shown):
     """What a set of neurons does, beside what chance and everything do."""
 
     kind: str
@@ -117,6 +117,11 @@ class Verification(Recorded[VerificationRecord]):
     ALSO = ("treated", "random", "random_sets", "causal_effect", "change_against_random")
 
     @property
+    def verb(self) -> str:
+        """`verify-deactivate` or `verify-patch`."""
+        return f"verify-{self.kind}"
+
+    @property
     def treated(self) -> ArmOutcome:
         """The arm of the (largest) set."""
         return self.points[-1].treated
@@ -140,9 +145,6 @@ class Verification(Recorded[VerificationRecord]):
     def change_against_random(self) -> Difference | None:
         """The refusals of the (largest) set minus those of random sets."""
         return self.points[-1].against_random
-
-    def _repr_html_(self) -> str:
-        return notebook.verification_table(self.record())
 
     def record(self) -> VerificationRecord:
         """As JSON values; single entries are of the largest set."""
@@ -409,8 +411,10 @@ class Step(Recorded[StepRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Progressive:
+class Progressive(Shown):
     """Curves of safety and capability while more and more is off."""
+
+    verb = "analyze-progressive"
 
     n_neurons: int
     untreated: ArmOutcome

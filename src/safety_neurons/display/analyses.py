@@ -1,32 +1,35 @@
-"""What a report says of analyses: where sets lie, how far they agree, languages and transfer, the tax, single neurons; beside chance."""
+"""What analyses found: where sets lie, how far they agree, languages and transfer, the tax, single neurons; beside chance."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.report.charts import (
-    BesideChance,
-    DotRow,
-    Line,
-    Plane,
-    agreement_figure,
-    beside_figure,
-    dot_figure,
-    line_figure,
-    matrix_figure,
+from safety_neurons.display.charts import BesideChance, agreement_figure, beside_figure, matrix_figure
+from safety_neurons.display.parts import (
+    FACT,
+    NO,
+    YES,
+    Figure,
+    Finding,
+    Part,
+    ReportedRun,
+    Table,
+    dots_of,
+    estimate_row,
+    guarded,
+    random_row,
+    titled,
 )
-from safety_neurons.report.findings import FACT, NO, YES, Finding
-from safety_neurons.report.parts import Figure, ReportPart, Table, titled
-from safety_neurons.report.reading import ReportedRun, guarded
-from safety_neurons.report.text import NONE, count, interval, number, plural, say, share, visible
+from safety_neurons.display.text import NONE, count, interval, number, plural, say, share, visible
 from safety_neurons.results import captioned, clear_word, stands_out
 
 MOST = 48
 """Rows of a chart."""
 
 
-def layers_part(run: ReportedRun) -> ReportPart:
+def layers_part(run: ReportedRun) -> Part:
     """Where the neurons of sets lie, beside random sets of the same size."""
     figures, details, claims = [], [], []
     for found in run.result["sets"]:
@@ -36,7 +39,7 @@ def layers_part(run: ReportedRun) -> ReportPart:
     columns = ["set", "claim", "paper", "holds", "measured", "random sets"]
     tables = [Table("What the papers say of place, asked of every set", columns, claims)]
     lead = Markup("A dot is what a set has, the grey bar what 95\u00a0% of random sets of its size have.")
-    return ReportPart(titled("Where sets lie", run), lead, figures, tables, details)
+    return Part(titled("Where sets lie", run), lead, figures, tables, details)
 
 
 def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
@@ -53,11 +56,15 @@ def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
     ]
     top = max([end for row in rows for end in (row.value, row.high) if end is not None], default=1.0)
     words = "; ".join(f"{row.label} {row.text} (random {share(row.low)} to {share(row.high)})" for row in rows)
-    caption = say("<b>{}</b>: share of the set by {}; {}.", visible(found["name"], 40), word, plural(found["n_neurons"], "neuron"))
-    title = f"share of the set, {word}"
-    return Figure(
-        beside_figure(rows, title, domain=(-0.04 * top, min(1.02, top * 1.06) or 1.0)), f"{found['name']}, {title}: {words}.", caption
+    caption = say(
+        "<b>{}</b>: share of the set by {}; {}.",
+        visible(found["name"], 40),
+        word,
+        plural(found["n_neurons"], "neuron"),
     )
+    title = f"share of the set, {word}"
+    draw = partial(beside_figure, rows, title, domain=(-0.04 * top, min(1.02, top * 1.06) or 1.0))
+    return Figure(draw, f"{found['name']}, {title}: {words}.", caption)
 
 
 def _claim(claim: Mapping[str, Any]) -> list[Any]:
@@ -92,7 +99,13 @@ def layers_findings(run: ReportedRun) -> list[Finding]:
         parts = "; ".join(f"{word}: {', '.join(claims)}" for word, claims in said.items() if claims)
         densest = max(found["by_layer"], key=lambda place: place["members"], default=None)
         where = say(", most of all in {} ({})", densest["name"], share(densest["share_of_set"])) if densest else Markup("")
-        text = say("<b>{}</b> lies in {}{}. {}.", visible(found["name"], 40), _layers(found), where, parts[:1].upper() + parts[1:])
+        text = say(
+            "<b>{}</b> lies in {}{}. {}.",
+            visible(found["name"], 40),
+            _layers(found),
+            where,
+            parts[:1].upper() + parts[1:],
+        )
         made.append(Finding(FACT, text))
     return made
 
@@ -104,7 +117,7 @@ def _layers(found: Mapping[str, Any]) -> str:
     return plural(sum(place["members"] > 0 for place in found["by_layer"]), "layer")
 
 
-def overlap_part(run: ReportedRun) -> ReportPart:
+def overlap_part(run: ReportedRun) -> Part:
     """How far sets agree, beside unrelated sets."""
     result = run.result
     names = [visible(found["name"], 30) for found in result["sets"]]
@@ -122,15 +135,31 @@ def overlap_part(run: ReportedRun) -> ReportPart:
         ]
         for pair in result["pairs"]
     ]
-    columns = ["sets", "Jaccard index", "unrelated sets", "as many per matrix", "Spearman, all", "in the union (unrelated)"]
+    columns = [
+        "sets",
+        "Jaccard index",
+        "unrelated sets",
+        "as many per matrix",
+        "Spearman, all",
+        "in the union (unrelated)",
+    ]
     mean = result["mean_jaccard"]
     lead = say(
-        "Mean Jaccard index of {}: {}; {} in all of them.", plural(mean["n_pairs"], "pair"), number(mean["value"], 3), _in_all(result)
+        "Mean Jaccard index of {}: {}; {} in all of them.",
+        plural(mean["n_pairs"], "pair"),
+        number(mean["value"], 3),
+        _in_all(result),
     )
-    return ReportPart(
+    return Part(
         titled("How far sets agree", run),
         lead,
-        [Figure(agreement_figure(names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
+        [
+            Figure(
+                partial(agreement_figure, names, jaccard),
+                f"Jaccard index of every two sets: {words}.",
+                caption,
+            )
+        ],
         [Table("Every two sets beside unrelated ones; ranges hold 95\u00a0% of them", columns, rows)],
     )
 
@@ -164,12 +193,7 @@ def overlap_findings(run: ReportedRun) -> list[Finding]:
     return [Finding(FACT if above else NO, text)]
 
 
-RANDOM = "random neurons"
-ALONE = "one layer alone"
-"""Steps that are no curve: every layer by itself."""
-
-
-def languages_part(run: ReportedRun) -> ReportPart:
+def languages_part(run: ReportedRun) -> Part:
     """What languages share, and what is lost in one where the neurons of another are off."""
     result = run.result
     rows = [
@@ -189,7 +213,7 @@ def languages_part(run: ReportedRun) -> ReportPart:
         plural(round(shared["value"]), "neuron"),
         f"{number(shared['low'], 0)} to {number(shared['high'], 0)}",
     )
-    return ReportPart(titled("Languages", run), lead, figures, [*tables, *more])
+    return Part(titled("Languages", run), lead, figures, [*tables, *more])
 
 
 def _specific(found: Mapping[str, Any]) -> str:
@@ -212,9 +236,8 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
         caption = Markup(
             "<b>Refusals lost</b>: change of refusals of harmful requests (columns) while the neurons of one set (rows) are off."
         )
-    figure = Figure(
-        matrix_figure(sets, groups, values, ("neurons of", "requests")), f"{measure.replace('_', ' ')}: {visible(words, 2000)}.", caption
-    )
+    draw = partial(matrix_figure, sets, groups, values, ("neurons of", "requests"))
+    figure = Figure(draw, f"{measure.replace('_', ' ')}: {visible(words, 2000)}.", caption)
     rows = [
         [
             f"{visible(cell['set'], 30)} → {visible(cell['group'], 30)}",
@@ -226,11 +249,18 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
         ]
         for cell in cells
     ]
-    columns = ["neurons → requests", "refused", "change", "against random sets", "clear", *(["causal effect"] if effect else [])]
+    columns = [
+        "neurons → requests",
+        "refused",
+        "change",
+        "against random sets",
+        "clear",
+        *(["causal effect"] if effect else []),
+    ]
     return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
-def transfer_part(run: ReportedRun) -> ReportPart:
+def transfer_part(run: ReportedRun) -> Part:
     """Effect on other requests, and what patching costs."""
     result = run.result
     figures, tables = _matrix_figures(result)
@@ -249,8 +279,12 @@ def transfer_part(run: ReportedRun) -> ReportPart:
         ]
         for each in result["ability"]
     ]
-    ability = Table("General ability under patching", ["model", "harmless refused", *(visible(task, 40) for task in tasks)], rows)
-    return ReportPart(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
+    ability = Table(
+        "General ability under patching",
+        ["model", "harmless refused", *(visible(task, 40) for task in tasks)],
+        rows,
+    )
+    return Part(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
 
 
 def _measured(record: Any) -> str:
@@ -278,10 +312,15 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
         if transfers
         else "With the neurons of one language off, refusals change by {} in that language and by {} in the others."
     )
-    return [Finding(FACT, say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)))]
+    return [
+        Finding(
+            FACT,
+            say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)),
+        )
+    ]
 
 
-def tax_part(run: ReportedRun) -> ReportPart:
+def tax_part(run: ReportedRun) -> Part:
     """What two preference trainings share, and what cross-patching shows."""
     result = run.result
     rows = [
@@ -294,12 +333,28 @@ def tax_part(run: ReportedRun) -> ReportPart:
         ]
         for pair in result["relations"]
     ]
-    columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union", "cosine of changes"]
+    columns = [
+        "trainings",
+        "shared",
+        "random sets",
+        "as active",
+        "Spearman, all",
+        "given activation",
+        "in the union",
+        "cosine of changes",
+    ]
     tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)]
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
     cells = [[visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))] for arm in result["arms"]]
     quiet = frozenset(place for place, arm in enumerate(result["arms"]) if arm not in arms)
-    tables.append(Table("Cross-patching of the shared neurons", ["model", "harmful refused", "helpful", "harmless refused"], cells, quiet))
+    tables.append(
+        Table(
+            "Cross-patching of the shared neurons",
+            ["model", "harmful refused", "helpful", "harmless refused"],
+            cells,
+            quiet,
+        )
+    )
     moved = [
         [
             f"{visible(each['receiver'], 30)} from {visible(each['donor'], 30)}",
@@ -317,12 +372,16 @@ def tax_part(run: ReportedRun) -> ReportPart:
             moved,
         )
     )
-    lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
+    lead = say(
+        "{} shared; helpfulness is “{}”.",
+        plural(result["n_shared"], "neuron"),
+        visible(result["helpfulness"], 30),
+    )
     figures = [
         _arms_figure(result["arms"], "refused", "harmful requests refused"),
         _arms_figure(result["arms"], "helpful", "helpful answers"),
     ]
-    return ReportPart(titled("The alignment tax", run), lead, figures, tables)
+    return Part(titled("The alignment tax", run), lead, figures, tables)
 
 
 def _expected(chance: Mapping[str, Any]) -> str:
@@ -335,11 +394,12 @@ def _arms_figure(arms: Sequence[Mapping[str, Any]], kind: str, title: str) -> Fi
     for arm in (arm for arm in arms if "random" not in arm["arm"]):
         chance = [other[kind]["value"] for other in arms if other["arm"].startswith(f"{arm['arm']}, random")]
         dots = [value for value in chance if value is not None]
-        rate = arm[kind]
-        rows.append(DotRow(visible(arm["arm"], 40), rate["value"], rate["low"], rate["high"], interval(rate), dots=dots))
-    said = "; ".join(f"{row.label} {row.text}" for row in rows)
-    caption = say("<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.", title.capitalize())
-    return Figure(dot_figure(rows, title, domain=(-0.03, 1.03)), f"{title.capitalize()}: {said}.", caption)
+        rows.append(estimate_row(arm["arm"], arm[kind], dots=dots))
+    caption = say(
+        "<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.",
+        title.capitalize(),
+    )
+    return dots_of(rows, title, caption, title.capitalize())
 
 
 def _ranked(found: Mapping[str, Any]) -> str:
@@ -371,78 +431,13 @@ def tax_findings(run: ReportedRun) -> list[Finding]:
     return made
 
 
-def progressive_part(run: ReportedRun) -> ReportPart:
-    """What is left of refusals while more and more is off."""
-    result = run.result
-    whole = max(result["n_neurons"], 1)
-    lines = []
-    for curve in result["curves"]:
-        points = [(float(point["n_neurons"]), point["harmful_refused"]) for point in curve["points"]]
-        known = [(at, rate) for at, rate in points if rate["value"] is not None]
-        drawn = sorted((at, rate["value"]) for at, rate in known)
-        if curve["order"] != ALONE:
-            lines.append(Line(visible(curve["order"], 30), drawn, marked=True))
-    highest = float(max([whole, *(at for line in lines for at, _ in line.points)]))
-    chance = next((kind for kind in (RANDOM, *result["random"]) if kind in result["random"]), None)
-    band = [
-        (sum(step["n_neurons"]) / len(step["n_neurons"]), step["harmful_refused"]["low"], step["harmful_refused"]["high"])
-        for steps in ([result["random"][chance]] if chance else [])
-        for step in steps
-        if step["harmful_refused"]["low"] is not None
-    ]
-    plane = Plane("neurons off", "harmful requests refused", (0.0, highest), (0.0, 1.02))
-    said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value)}" for at, value in line.points) for line in lines)
-    beside = visible(chance or "no random sets", 40)
-    caption = say("<b>Refusals left</b> while more and more is off; the band is what {} leave.", beside)
-    figure = Figure(line_figure(lines, plane, band=sorted(band)), f"Refusals left: {said}.", caption)
-    rows = [
-        [
-            f"{visible(curve['order'], 30)}, {visible(point['step'], 30)}",
-            count(point["n_neurons"]),
-            interval(point["harmful_refused"]),
-            interval(point["change"], signed=True),
-            interval(point["harmless_refused"]),
-            number(point["perplexity"]),
-            number(point["divergence"], 3),
-        ]
-        for curve in result["curves"]
-        for point in curve["points"]
-    ]
-    columns = ["order, step", "off", "harmful refused", "change", "harmless refused", "perplexity", "KL per token, nats"]
-    halves = [
-        say("{} {}", visible(curve["order"], 30), plural(curve["neurons_for_half"], "neuron"))
-        for curve in result["curves"]
-        if curve["neurons_for_half"] is not None
-    ]
-    lead = (
-        say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
-    )
-    return ReportPart(
-        titled("Off bit by bit", run),
-        lead,
-        [figure],
-        (),
-        [Table(captioned("Every step; shares with 95\u00a0% intervals", result["curves"]), columns, rows)],
-    )
-
-
-def progressive_findings(run: ReportedRun) -> list[Finding]:
-    """How many neurons halve the refusals, by the quickest order."""
-    known = [curve for curve in run.result["curves"] if curve["neurons_for_half"] is not None]
-    if not known:
-        return [
-            Finding(NO, say("Switching off any part of the {} does not halve the refusals.", plural(run.result["n_neurons"], "neuron")))
-        ]
-    best = min(known, key=lambda curve: curve["neurons_for_half"])
-    text = "Refusals are halved with {} of {} off ({})."
-    return [
-        Finding(FACT, say(text, count(best["neurons_for_half"]), plural(run.result["n_neurons"], "neuron"), visible(best["order"], 40)))
-    ]
-
-
 VERB = "analyze-vocabulary"
+
+
 TOKENS = 12
 """Tokens of either end on a card."""
+
+
 PLACES = 5
 
 
@@ -452,7 +447,7 @@ def cards_of(runs: Sequence[ReportedRun]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         if run.verb == VERB:
             for card in run.result["cards"]:
-                found[f"{visible(card['key'], 60)}.{int(card['index'])}"] = guarded(run, lambda card=card: _sections(card))  # type: ignore[misc]
+                found[f"{visible(card['key'], 60)}.{int(card['index'])}"] = guarded(run, lambda _, card=card: _sections(card))  # type: ignore[misc]
     return found
 
 
@@ -481,7 +476,7 @@ def _place(entry: Mapping[str, Any]) -> list[str]:
     return [visible(entry["before"], 120), visible(entry["token"], 60), visible(entry["after"], 120), about]
 
 
-def cards_part(run: ReportedRun) -> ReportPart:
+def cards_part(run: ReportedRun) -> Part:
     """All cards of a run as a table."""
     result = run.result
     treatments = list(dict.fromkeys(treatment for card in result["cards"] for treatment in card["effects"]))
@@ -510,7 +505,28 @@ def cards_part(run: ReportedRun) -> ReportPart:
         )
         or "an unknown amount",
     )
-    return ReportPart(titled("Neuron cards", run), lead, (), [Table("Neuron cards", columns, rows)])
+    figures = [_effects_figure(result, treatment) for treatment in treatments]
+    return Part(titled("Neuron cards", run), lead, figures, [Table(captioned("Neuron cards", result["cards"]), columns, rows)])
+
+
+def _effects_figure(result: Mapping[str, Any], treatment: str) -> Figure:
+    """What every neuron of the cards does alone, beside random neurons of the same matrices."""
+    rows = [
+        estimate_row(f"{card['neuron'].removeprefix('layers.')} {_in_a_row(card['writes']['top'][:3])}", card["effects"][treatment])
+        for card in result["cards"]
+        if treatment in card["effects"]
+    ]
+    alone = random_row(result["random"][treatment].get("values") or ())
+    ends = [end for row in rows for end in (row.value, row.low, row.high, *row.dots) if end is not None]
+    room = 0.06 * (max([0.0, *ends]) - min([0.0, *ends]) or 1.0)
+    title = f"change of the refusal’s log-odds, {visible(treatment, 30)}"
+    caption = say("<b>{}</b> by each neuron alone; bars are 95\u00a0% intervals, ticks random neurons.", title.capitalize())
+    return dots_of([*rows, *alone], title, caption, domain=(min([0.0, *ends]) - room, max([0.0, *ends]) + room))
+
+
+def _in_a_row(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens without the blanks around them; one of blanks alone is shown as Python writes it."""
+    return " ".join(entry["token"].strip() or repr(entry["token"]) for entry in entries)
 
 
 def _tokens(entries: Sequence[Mapping[str, Any]]) -> Markup | str:

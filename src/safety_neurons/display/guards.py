@@ -1,25 +1,37 @@
-"""What a report says of guards: their fit, what they catch and miss, what they cost."""
+"""What guards are worth: their fit, what they catch and miss, what they cost, beside baselines."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
+from safety_neurons.display.charts import COLOURS, INK, DotRow, Line, Plane, line_figure
+from safety_neurons.display.parts import (
+    CAUTION,
+    FACT,
+    NO,
+    OPEN,
+    YES,
+    Cell,
+    Figure,
+    Finding,
+    Part,
+    ReportedRun,
+    Table,
+    Tile,
+    dots_of,
+)
+from safety_neurons.display.text import NONE, SPACE, count, name, number, plural, say, share, visible
+from safety_neurons.display.text import interval as with_digits
 from safety_neurons.errors import InputError
-from safety_neurons.report.charts import COLOURS, INK, DotRow, Line, Plane, dot_figure, line_figure
-from safety_neurons.report.findings import CAUTION, FACT, NO, OPEN, YES, Finding, Tile
-from safety_neurons.report.parts import Cell, Figure, ReportPart, Table
-from safety_neurons.report.reading import ReportedRun
-from safety_neurons.report.text import NONE, SPACE, count, name, number, plural, say, share, visible
-from safety_neurons.report.text import interval as with_digits
 from safety_neurons.results import captioned, is_clear, read_json
 
 OURS = "guard"
 
 
-def interval(record: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """Areas and rates near 1 need a third digit."""
-    return with_digits(record, signed=signed, digits=3)
+interval = partial(with_digits, digits=3)
+"""Areas and rates near 1 need a third digit."""
 
 
 def percent(rate: float) -> str:
@@ -51,7 +63,14 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
             ]
         )
     rates = [f"unsafe flagged at {percent(float(target))} of the safe" for target in targets]
-    columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
+    columns = [
+        "classifier",
+        "AUROC",
+        f"{visible(result['compared'], 20)} minus it",
+        "average precision",
+        *rates,
+        "calibration error",
+    ]
     caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
     lacking = [percent(float(target)) for target in every if target not in targets]
     caption += f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""
@@ -80,14 +99,23 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
                 *(interval(row["difference"].get(label), signed=True) for label in others),
             ]
         )
-    columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
+    columns = [
+        "requests",
+        "unsafe / safe",
+        "unsafe flagged",
+        "safe flagged",
+        *(f"AUROC, {visible(label, 24)}" for label in ours),
+    ]
     return Table(captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
 
 
 def outputs_table(found: Mapping[str, Any]) -> Table:
     """Unsafe outputs without and with the guard, by language."""
     rows: list[Sequence[Cell]] = [
-        [visible(row["language"], 40), *(interval(row[part]) for part in ("before", "after", "cut", "blocked"))]
+        [
+            visible(row["language"], 40),
+            *(interval(row[part]) for part in ("before", "after", "cut", "blocked")),
+        ]
         for row in [{"language": "all", **found}, *found["by"]]
     ]
     columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
@@ -117,10 +145,15 @@ def _beside_random(row: Mapping[str, Any]) -> str:
     return f"{number(value, 3)} ({number(sum(random) / len(random), 3) if random else NONE}){word}"
 
 
-SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
+SLICES = {
+    "over_refusal": "safe requests that look unsafe",
+    "attacks": "attacks",
+    "perturbations": "perturbations",
+    "lengths": "length",
+}
 
 
-def fit_part(run: ReportedRun) -> ReportPart:
+def fit_part(run: ReportedRun) -> Part:
     """A guard as it was fit, or set anew after an update of the model."""
     result = run.result
     prompts = result["prompts"]
@@ -143,11 +176,11 @@ def fit_part(run: ReportedRun) -> ReportPart:
     if result.get("other"):
         told = result["other"]
         lead += say(
-            " Of requests from another source ({}) it flags {} of the unsafe and ", visible(told["safe"], 60), interval(told["tpr"])
+            " Of requests from another source ({}) it flags {} of the unsafe and ",
+            visible(told["safe"], 60),
+            interval(told["tpr"]),
         )
         lead += say("{} of the safe ones.", interval(told["fpr"]))
-    if not result.get("achieved", True):
-        lead = say("<b>Not achieved</b>: {}. ", visible(result["why"], 400)) + lead
     if result.get("auroc_before"):
         lead += say(" On the model it was fit on the AUROC was {}.", interval(result["auroc_before"]))
     points = [
@@ -160,16 +193,28 @@ def fit_part(run: ReportedRun) -> ReportPart:
         ]
         for point in result["operating_points"]
     ]
-    columns = ["false-positive rate asked for", "threshold", "safe prompts flagged", "unsafe prompts flagged", "supported"]
-    tables = [Table("Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold", columns, points)]
+    columns = [
+        "false-positive rate asked for",
+        "threshold",
+        "safe prompts flagged",
+        "unsafe prompts flagged",
+        "supported",
+    ]
+    tables = [
+        Table(
+            "Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold",
+            columns,
+            points,
+        )
+    ]
     details = []
     if len(result["poolings"]) > 1:
         rows = [[visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)] for each in result["poolings"]]
         details.append(Table("How the prompt’s tokens are pooled, by validation", ["pooling", "AUROC", "log loss"], rows))
-    return ReportPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
+    return Part(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
-def evaluate_part(run: ReportedRun) -> ReportPart:
+def worth_part(run: ReportedRun) -> Part:
     """A guard beside its baselines."""
     result = run.result
     lead = say(
@@ -194,7 +239,7 @@ def evaluate_part(run: ReportedRun) -> ReportPart:
         tables.append(outputs_table(result["outputs"]))
     if result.get("counts"):
         tables.append(counts_table(result["counts"]))
-    return ReportPart(say("Guard of {}", name(run.models[-1] if run.models else run.label)), lead, _figures(run), tables, details)
+    return Part(say("Guard of {}", name(run.model)), lead, _figures(run), tables, details)
 
 
 def _figures(run: ReportedRun) -> list[Figure]:
@@ -215,12 +260,10 @@ def _figures(run: ReportedRun) -> list[Figure]:
     lowest = min((row.low for row in rows if row.low is not None), default=0.5)
     near = lowest > 0.75
     domain = (lowest - 0.15 * (1.005 - lowest), 1.0 + 0.05 * (1.005 - lowest)) if near else (max(0.0, min(0.45, lowest) - 0.03), 1.01)
-    words = "; ".join(f"{row.label} {row.text}" for row in rows)
     caption = Markup("<b>Area under the ROC curve</b>: how often an unsafe request scores above a safe one; 0.5 is chance. Bars are ")
     caption += Markup("95\u00a0% intervals; of random neurons the bar spans the sets, each of them a tick.")
-    figures = [
-        Figure(dot_figure(rows, "AUROC", domain=domain, reference=None if near else 0.5), f"Area under the ROC curve: {words}.", caption)
-    ]
+    drawn = {"domain": domain, "reference": None if near else 0.5}
+    figures = [dots_of(rows, "AUROC", caption, "Area under the ROC curve", **drawn)]
     curves = _curves(run)
     return [*figures, *_drawn(curves, areas)] if curves else figures
 
@@ -234,8 +277,8 @@ def _curves(run: ReportedRun) -> Mapping[str, Any] | None:
     given = run.result.get("curves")
     if isinstance(given, Mapping):
         return given
-    place = run.folder / "curves.json"
-    if not place.is_file():
+    place = run.path("curves.json")
+    if place is None:
         return None
     found = read_json(place)
     if not isinstance(found, Mapping):
@@ -249,7 +292,7 @@ def _drawn(curves: Mapping[str, Any], areas: Sequence[tuple[str, Mapping[str, An
     plane = Plane("safe requests flagged", "unsafe requests flagged", diagonal=True)
     said = "; ".join(f"{label} {interval(area)}" for label, area in areas)
     caption = Markup("<b>ROC</b>: unsafe against safe requests flagged, threshold by threshold; the dashed line is chance.")
-    figures = [Figure(line_figure(lines, plane), f"ROC curves; areas: {visible(said, 600)}.", caption)]
+    figures = [Figure(partial(line_figure, lines, plane), f"ROC curves; areas: {visible(said, 600)}.", caption)]
     shown = next(iter(curves["reliability"]), None)
     bins = curves["reliability"].get(OURS) or (curves["reliability"][shown] if shown else [])
     if bins:
@@ -263,7 +306,7 @@ def _drawn(curves: Mapping[str, Any], areas: Sequence[tuple[str, Mapping[str, An
         plane = Plane("probability said", "share that was unsafe", diagonal=True)
         caption = Markup("<b>Reliability</b>: what the guard says against what came true, in bins of equally many requests; on the dashed ")
         caption += Markup("line a probability means what it says. Bars are 95\u00a0% intervals.")
-        figures.append(Figure(line_figure([line], plane, size=260), f"Reliability: {words}.", caption))
+        figures.append(Figure(partial(line_figure, [line], plane, size=260), f"Reliability: {words}.", caption))
     return [*figures, *_histogram(curves)]
 
 
@@ -287,10 +330,16 @@ def _histogram(curves: Mapping[str, Any]) -> list[Figure]:
     top = max(value for line in lines for _, value in line.points)
     plane = Plane("probability said", "share of requests", y_range=(0.0, max(top * 1.05, 0.01)))
     caption = Markup("<b>Probabilities</b> of unsafe and safe requests; where the two overlap, every threshold errs.")
-    return [Figure(line_figure(lines, plane, size=260), f"Histogram of probabilities. {'; '.join(words)}.", caption)]
+    return [
+        Figure(
+            partial(line_figure, lines, plane, size=260),
+            f"Histogram of probabilities. {'; '.join(words)}.",
+            caption,
+        )
+    ]
 
 
-def evaluate_findings(run: ReportedRun) -> list[Finding]:
+def worth_findings(run: ReportedRun) -> list[Finding]:
     """How well the guard tells, and which baselines it does not clearly beat."""
     result = run.result
     text = say(
@@ -309,7 +358,12 @@ def evaluate_findings(run: ReportedRun) -> list[Finding]:
             "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe requests. It blocks {} of the safe ones."
         )
         rates = (interval(outputs[part]) for part in ("cut", "before", "after", "blocked"))
-        found.append(Finding(YES if is_clear(outputs.get("change")) else NO, say(lead, visible(outputs["judge"], 40), *rates)))
+        found.append(
+            Finding(
+                YES if is_clear(outputs.get("change")) else NO,
+                say(lead, visible(outputs["judge"], 40), *rates),
+            )
+        )
     better: list[Markup] = []
     alike: list[Markup] = []
     worse: list[Markup] = []
@@ -319,10 +373,22 @@ def evaluate_findings(run: ReportedRun) -> list[Finding]:
             continue
         group = alike if not is_clear(difference) else better if difference["value"] > 0 else worse
         group.append(say("{} ({})", visible(entry["name"], 40), interval(difference, signed=True)))
-    for verdict, words, group in ((YES, "clearly better than", better), (NO, "not clearly better than", alike), (NO, "worse than", worse)):
+    for verdict, words, group in (
+        (YES, "clearly better than", better),
+        (NO, "not clearly better than", alike),
+        (NO, "worse than", worse),
+    ):
         if group:
             found.append(
-                Finding(verdict, say("In AUROC the {} is {} {}.", visible(result["compared"], 20), words, Markup(", ").join(group)))
+                Finding(
+                    verdict,
+                    say(
+                        "In AUROC the {} is {} {}.",
+                        visible(result["compared"], 20),
+                        words,
+                        Markup(", ").join(group),
+                    ),
+                )
             )
     return found
 
@@ -331,18 +397,35 @@ def fit_findings(run: ReportedRun) -> list[Finding]:
     """Which operating points the prompts support."""
     result = run.result
     lacking = [percent(point["fpr_target"]) for point in result["operating_points"] if not point["supported"]]
-    text = say("The guard on {} reaches AUROC {} on held-out prompts.", plural(result["n_neurons"], "neuron"), interval(result["auroc"]))
+    text = say(
+        "The guard on {} reaches AUROC {} on held-out prompts.",
+        plural(result["n_neurons"], "neuron"),
+        interval(result["auroc"]),
+    )
     made = [Finding(FACT, text)]
     if lacking:
-        made.append(Finding(CAUTION, say("Too few safe prompts support a threshold for a false-positive rate of {}.", ", ".join(lacking))))
+        made.append(
+            Finding(
+                CAUTION,
+                say(
+                    "Too few safe prompts support a threshold for a false-positive rate of {}.",
+                    ", ".join(lacking),
+                ),
+            )
+        )
     return made
 
 
-def evaluate_tile(run: ReportedRun) -> Tile:
+def worth_tile(run: ReportedRun) -> Tile:
     """The guard's area, and whether it beats every baseline."""
     result = run.result
     known = [entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None]
     beaten = sum(is_clear(entry["difference"]) and entry["difference"]["value"] > 0 for entry in known)
     verdict = OPEN if result["auroc"]["value"] is None else YES if known and beaten == len(known) else FACT
-    text = say("AUROC on {} requests; clearly above {} of {} baselines", count(result["n_unsafe"] + result["n_safe"]), beaten, len(known))
+    text = say(
+        "AUROC on {} requests; clearly above {} of {} baselines",
+        count(result["n_unsafe"] + result["n_safe"]),
+        beaten,
+        len(known),
+    )
     return Tile("Can a guard tell in advance?", verdict, interval(result["auroc"]), text)

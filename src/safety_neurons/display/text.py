@@ -1,19 +1,29 @@
-"""Text of the page: numbers with their intervals, and foreign text made harmless and visible."""
+"""Words of a display: numbers, shares, intervals and durations in words, and foreign text made harmless and visible."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.results import visible
+from safety_neurons.results.notebook import HOLD, MINUS, NONE, interval, number, visible
 
-__all__ = ["HOLD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number", "plural", "say", "share"]
+__all__ = [
+    "HOLD",
+    "MINUS",
+    "NONE",
+    "SPACE",
+    "count",
+    "duration",
+    "in_script",
+    "interval",
+    "name",
+    "number",
+    "plural",
+    "say",
+    "share",
+]
 __all__ += ["visible"]
 SPACE = "\N{NARROW NO-BREAK SPACE}"
-HOLD = "\N{NO-BREAK SPACE}"
-MINUS = "\N{MINUS SIGN}"
-NONE = "\N{EN DASH}"
 
 
 def name(text: object, limit: int = 80) -> Markup:
@@ -24,26 +34,6 @@ def name(text: object, limit: int = 80) -> Markup:
 def say(pattern: str, *values: object, **named: object) -> Markup:
     """A sentence; everything put into it is escaped unless it is markup of our own."""
     return Markup(pattern).format(*values, **named)  # noqa: S704 - the patterns are literals of this package
-
-
-def number(value: float | int | None, digits: int = 2, *, signed: bool = False) -> str:
-    """A number with a true minus sign; a dash where there is none."""
-    if value is None:
-        return NONE
-    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace("-", MINUS)
-
-
-def interval(record: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 2) -> str:
-    """`0.87 [0.80, 0.94]`, or that it is undefined."""
-    if record is None:
-        return NONE
-    if record["value"] is None:
-        return "undefined"
-    value = number(record["value"], digits, signed=signed)
-    if record["low"] is None or record["high"] is None:
-        return value
-    return f"{value}{HOLD}[{number(record['low'], digits, signed=signed)},{HOLD}{number(record['high'], digits, signed=signed)}]"
 
 
 def share(value: float | int | None, digits: int = 1) -> str:

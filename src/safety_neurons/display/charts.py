@@ -1,23 +1,37 @@
-"""The charts of a report as static SVG that follows the page's colours: drawn by Vega-Lite, then rewritten through a list of what may stay.
+"""All charts, as static SVG in the colours of a page or its own: drawn by Vega-Lite, then rewritten through a list of what may stay.
 
 The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they become classes, so that light, dark and print are one drawing.
 Every chart comes with its labels in words; tables beside it carry the same numbers.
 """
 
+from __future__ import annotations
+
 import functools
+import importlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-import altair as alt
 import numpy as np
-import vl_convert
 from markupsafe import Markup
 
+from safety_neurons.display.text import interval, visible
 from safety_neurons.neurons import SITES
-from safety_neurons.report.text import interval, visible
+
+if TYPE_CHECKING:
+    import altair as alt
+else:
+
+    class _Later:
+        """Altair, imported where a chart is drawn: a terminal shows tables and need not wait for it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("altair"), name)
+
+    alt = _Later()
 
 INK, SOFT, FAINT, GRID, PAPER, BAND = "#f0a001", "#f0a002", "#f0a003", "#f0a004", "#f0a005", "#f0a006"
 COLOURS = tuple(f"#f0b{number:03x}" for number in range(1, 9))
@@ -35,8 +49,35 @@ _CLASSES = {
 }
 _TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan", "circle"}
 _ATTRIBUTES = {
-    *("d", "x", "y", "x1", "x2", "y1", "y2", "dx", "dy", "cx", "cy", "r", "width", "height", "transform", "text-anchor", "opacity"),
-    *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
+    *(
+        "d",
+        "x",
+        "y",
+        "x1",
+        "x2",
+        "y1",
+        "y2",
+        "dx",
+        "dy",
+        "cx",
+        "cy",
+        "r",
+        "width",
+        "height",
+        "transform",
+        "text-anchor",
+        "opacity",
+    ),
+    *(
+        "fill",
+        "stroke",
+        "fill-opacity",
+        "stroke-opacity",
+        "stroke-width",
+        "stroke-dasharray",
+        "stroke-linecap",
+        "stroke-linejoin",
+    ),
     *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
 }
 ROOM = 16
@@ -48,7 +89,14 @@ _CONFIG = {
     "background": "transparent",
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
-    "legend": {"labelFontSize": 12, "labelColor": INK, "symbolStrokeWidth": 2.4, "symbolSize": 260, "labelLimit": 200, "title": None},
+    "legend": {
+        "labelFontSize": 12,
+        "labelColor": INK,
+        "symbolStrokeWidth": 2.4,
+        "symbolSize": 260,
+        "labelLimit": 200,
+        "title": None,
+    },
     "axis": {
         **{
             "labelColor": SOFT,
@@ -58,14 +106,24 @@ _CONFIG = {
             "titleFontWeight": "normal",
             "labelLimit": 260,
         },
-        **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
+        **{
+            "gridColor": GRID,
+            "domainColor": FAINT,
+            "tickColor": FAINT,
+            "tickSize": 4,
+            "titlePadding": 8,
+            "labelPadding": 5,
+        },
     },
 }
 
 
 @functools.lru_cache(maxsize=256)
 def _drawn(specification: str) -> str:
-    return vl_convert.vegalite_to_svg(specification)
+    import vl_convert
+
+    svg: str = vl_convert.vegalite_to_svg(specification)
+    return svg
 
 
 def drawing(
@@ -135,8 +193,25 @@ def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> Element
     return kept
 
 
-METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "mask")
-SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-left", "triangle-right")
+METHODS = (
+    "contrast",
+    "attribution-patching",
+    "importance-contrast",
+    "importance",
+    "attribution",
+    "weight-change",
+    "mask",
+)
+SHAPES = (
+    "circle",
+    "diamond",
+    "square",
+    "triangle-up",
+    "cross",
+    "triangle-down",
+    "triangle-left",
+    "triangle-right",
+)
 WIDE, NARROW = 770, 262
 
 
@@ -222,7 +297,16 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
             tip = f"{sweep.method}, {n:,} neurons: {interval(effect)}"
             if effect["value"] is not None:
                 ends = {name: float(effect[name]) for name in ("value", "low", "high")}
-                lines.append({"method": visible(sweep.method, 40), "n": n, "tip": tip, "colour": colour, "shape": shape, **ends})
+                lines.append(
+                    {
+                        "method": visible(sweep.method, 40),
+                        "n": n,
+                        "tip": tip,
+                        "colour": colour,
+                        "shape": shape,
+                        **ends,
+                    }
+                )
             values = [float(other["value"]) for other in point["random_effects"] if other["value"] is not None]
             if values:
                 low, high = band.get(n, (np.inf, -np.inf))
@@ -233,7 +317,15 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         "value:Q",
         scale=alt.Scale(domain=[bottom, top], nice=False),
         title="causal effect",
-        axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
+        axis=alt.Axis(
+            titleAngle=0,
+            titleAlign="left",
+            titleX=-36,
+            titleY=-12,
+            values=[0, 0.25, 0.5, 0.75, 1],
+            format=".2~f",
+            domain=False,
+        ),
     )
     x = alt.X("n:Q", scale=scale, title=_size_title(width), axis=_size_axis(sizes, width))
     ceilings = _ceilings(sweeps)
@@ -270,7 +362,12 @@ def _size_axis(sizes: Mapping[int, float], width: int) -> alt.Axis:
 
 
 def _range(lines: list[dict[str, Any]], band: Mapping[int, tuple[float, float]], sweeps: Sequence[Sweep]) -> tuple[float, float]:
-    values = [0.0, 1.0, *(row[end] for row in lines for end in ("low", "high")), *(value for ends in band.values() for value in ends)]
+    values = [
+        0.0,
+        1.0,
+        *(row[end] for row in lines for end in ("low", "high")),
+        *(value for ends in band.values() for value in ends),
+    ]
     values += [sweep.ceiling["high"] for sweep in sweeps if sweep.ceiling.get("high") is not None]
     return min(max(values), 2.5) + 0.06, max(min(values), -1.5) - 0.06
 
@@ -297,7 +394,13 @@ def _ceilings(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     rows = []
     for sweep in known.values():
         whose = "" if len(known) == 1 else f" ({visible(sweep.method, 40)})"
-        rows.append({"value": sweep.ceiling["value"], "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}", "colour": INK})
+        rows.append(
+            {
+                "value": sweep.ceiling["value"],
+                "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}",
+                "colour": INK,
+            }
+        )
     return rows
 
 
@@ -331,7 +434,12 @@ def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y
         return [
             alt.Chart(data([row]))
             .mark_text(align="right", fontWeight="bold", aria=False)
-            .encode(x=alt.value(width), y=alt.value(-16 * (len(ordered) - place) - 8), text="method:N", color=colour)
+            .encode(
+                x=alt.value(width),
+                y=alt.value(-16 * (len(ordered) - place) - 8),
+                text="method:N",
+                color=colour,
+            )
             for place, row in enumerate(ordered)
         ]
     below, labels = np.inf, []
@@ -359,7 +467,11 @@ class DotRow:
 
 
 def dot_figure(
-    rows: Sequence[DotRow], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None
+    rows: Sequence[DotRow],
+    title: str,
+    *,
+    domain: tuple[float | int, float | int],
+    reference: float | int | None = None,
 ) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
     sizes = (("wide", 228, 150), ("narrow", 88, 132))
@@ -369,11 +481,24 @@ def dot_figure(
 
 
 def _dots(
-    rows: Sequence[DotRow], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
+    rows: Sequence[DotRow],
+    title: str,
+    domain: tuple[float | int, float | int],
+    reference: float | int | None,
+    width: int,
+    labels: int,
 ) -> Any:
     order = [visible(row.label, 40) for row in rows]
     shown = [
-        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "colour": row.colour, "shape": row.shape}
+        {
+            "label": label,
+            "value": row.value,
+            "low": row.low,
+            "high": row.high,
+            "text": row.text,
+            "colour": row.colour,
+            "shape": row.shape,
+        }
         | {"tip": f"{label}: {row.text}"}
         for label, row in zip(order, rows, strict=True)
     ]
@@ -418,7 +543,10 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
     order = [visible(each, 40) for each in names]
     bottom = alt.Axis(orient="bottom", labelAngle=-40, ticks=False, domain=False)
     left = alt.Axis(ticks=False, domain=False, labelColor=INK)
-    x, y = alt.X("column:N", sort=order, title=None, axis=bottom), alt.Y("row:N", sort=order, title=None, axis=left)
+    x, y = (
+        alt.X("column:N", sort=order, title=None, axis=bottom),
+        alt.Y("row:N", sort=order, title=None, axis=left),
+    )
     chart = _heat_map(rows, x, y, stroke=PAPER, strokeWidth=2)
     columns = max(len(order) - 1, 1)
     narrow = max(20, 190 // columns) * columns
@@ -524,10 +652,22 @@ def beside_figure(rows: Sequence[BesideChance], title: str, *, domain: tuple[flo
 def _beside(rows: Sequence[BesideChance], title: str, domain: tuple[float, float], labels: int) -> Any:
     order = [visible(row.label, 48) for row in rows]
     shown = [
-        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "tip": f"{label}: {row.text}"}
+        {
+            "label": label,
+            "value": row.value,
+            "low": row.low,
+            "high": row.high,
+            "text": row.text,
+            "tip": f"{label}: {row.text}",
+        }
         for label, row in zip(order, rows, strict=True)
     ]
-    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels))
+    y = alt.Y(
+        "label:N",
+        sort=order,
+        title=None,
+        axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels),
+    )
     x_axis = alt.Axis(tickCount=4, format=".2~f", domain=False)
     x = alt.X("value:Q", title=title, scale=alt.Scale(domain=list(domain), nice=False, clamp=True), axis=x_axis)
     ranged = alt.Chart(data([row for row in shown if row["low"] is not None]))
@@ -555,7 +695,11 @@ def matrix_figure(
             value = values.get((row, column))
             if value is None:
                 continue
-            named = {"row": visible(row, 30), "column": visible(column, 30), "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}")}
+            named = {
+                "row": visible(row, 30),
+                "column": visible(column, 30),
+                "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
+            }
             tip = f"{titles[0]} {named['row']}, {titles[1]} {named['column']}: {named['label']}"
             cells.append(named | {"tip": tip} | _on_ramp(value, largest))
     gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
@@ -575,42 +719,49 @@ def matrix_figure(
     )
 
 
-SHOWN = {"recall": "planted units found", "causal_effect": "causal effect", "harmless_refused": "harmless refused"}
-"""Measures that have a panel, and what it says above."""
-DOT, BAR, GREY = "#0072b2", "#d55e00", "#5b6470"
+_LIGHT = {
+    **{"ink": "#15202b", "soft": "#52606d", "faint": "#9aa7b4", "grid": "#e5e9ee", "paper": "#ffffff", "band": "#cfd6de"},
+    **{
+        "c0": "#0068a8",
+        "c1": "#bf4d00",
+        "c2": "#007a5a",
+        "c3": "#a23b7c",
+        "c4": "#574100",
+        "c5": "#5a4fcf",
+        "c6": "#a61e1e",
+        "c7": "#46515c",
+    },
+    **{"r0": "#f0f4f8", "r1": "#dbe7f2", "r2": "#c0d7ea", "r3": "#9dc2df", "r4": "#77abd3", "r5": "#3878ad", "r6": "#256399"},
+    **{"r7": "#154e82", "r8": "#0a3763", "on0": "#15202b", "on1": "#ffffff"},
+}
+"""What a page's classes are where there is no page: its colours in light."""
+LINE = 17
+"""Height of a line of a caption, in pixels."""
 
 
-def ranking_figure(record: Mapping[str, Any]) -> str:
-    """A standalone SVG with one panel per group of organisms and measure: dots are organisms, the bar is their mean."""
-    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for standing in record["ranking"]:
-        if standing["measure"] in SHOWN and standing["mean"] is not None:
-            panels.setdefault((standing["measure"], standing["group"]), []).append(standing)
-    drawn = [_panel(measure, group, rows) for (measure, group), rows in panels.items() if _tells(measure, group)]
-    chart = alt.hconcat(*drawn, spacing=28).configure_view(stroke=None).configure_axis(labelFontSize=12, titleFontSize=12)
-    svg: str = vl_convert.vegalite_to_svg(chart.to_json())
-    return svg
+def standalone(drawn: Sequence[tuple[Markup, str]]) -> str:
+    """Drawings of a page and their captions below one another, as one SVG file that needs no page.
 
-
-def _tells(measure: str, group: str) -> bool:
-    """Patching cannot restore what is silent in the base, so planted organisms have no panel of causal effects."""
-    return group != "planted" or measure == "recall"
-
-
-def _panel(measure: str, group: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    methods = [row["method"] for row in rows]
-    dots = [
-        {"method": row["method"], "organism": name, "value": value}
-        for row in rows
-        for name, value in row["by_organism"].items()
-        if value is not None
-    ]
-    means = [{"method": row["method"], "value": row["mean"]} for row in rows]
-    y = alt.Y("method:N", sort=methods, title=None)
-    highest = max([1.0, *(dot["value"] for dot in dots)])
-    lowest = min([0.0, *(dot["value"] for dot in dots)])
-    x = alt.X("value:Q", title=SHOWN[measure], scale=alt.Scale(domain=[lowest, highest]))
-    title = f"{group.split()[0]} organisms" + (f", {float(group.split()[1]):.0%} of the units" if " " in group else ", as many as are true")
-    points = alt.Chart(alt.Data(values=dots)).mark_circle(size=42, opacity=0.55, color=DOT).encode(x=x, y=y)
-    ticks = alt.Chart(alt.Data(values=means)).mark_tick(thickness=3, size=16, color=BAR).encode(x=x, y=y)
-    return (points + ticks).properties(width=230, height=alt.Step(20), title=alt.Title(title, fontSize=12, color=GREY, anchor="start"))
+    Args:
+        drawn: what `drawing` made (of several sizes the first is taken) and the words above it.
+    """
+    root, top, right = ElementTree.Element("svg", {"xmlns": _NAMESPACE[1:-1], "font-family": _CONFIG["font"]}), 0.0, 0.0
+    paper = ElementTree.SubElement(root, "rect", {"fill": _LIGHT["paper"]})
+    for markup, caption in drawn:
+        chart = ElementTree.fromstring(f"<p>{markup}</p>")[0]
+        width, tall = (float(number) for number in chart.get("viewBox", "").split()[2:])
+        for line in textwrap.wrap(caption, int(max(width, 420) / 6)):
+            top += LINE
+            text = {"x": f"{ROOM}", "y": f"{top:g}", "font-size": "12", "fill": _LIGHT["soft"]}
+            ElementTree.SubElement(root, "text", text).text = line
+        for element in chart.iter():
+            for name in (element.attrib.pop("class", None) or "").split():
+                what, _, colour = name.partition("-")
+                if colour in _LIGHT:
+                    element.set(what, _LIGHT[colour])
+        chart.attrib |= {"y": f"{top + LINE / 2:g}", "height": f"{tall:g}"}
+        root.append(chart)
+        top, right = top + tall + 2 * LINE, max(right, width, 420.0)
+    for element in (root, paper):
+        element.attrib |= {"width": f"{right + ROOM:g}", "height": f"{top:g}"}
+    return ElementTree.tostring(root, encoding="unicode")

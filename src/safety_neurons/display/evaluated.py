@@ -1,0 +1,321 @@
+"""What evaluate and doctor found: harm, over-refusal and capability by suite and judge; checks on the model itself."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from safety_neurons.display.charts import INK
+from safety_neurons.display.parts import (
+    CAUTION,
+    FACT,
+    FAIL,
+    PASS,
+    TREATED,
+    Figure,
+    Finding,
+    Part,
+    ReportedRun,
+    Table,
+    Tile,
+    dots_of,
+    estimate_row,
+)
+from safety_neurons.display.text import NONE, count, interval, name, number, say, share, visible
+from safety_neurons.results import captioned, clear_word
+
+ARMS = ("baseline", "untreated", "treated")
+
+
+_SIDES = (("harmful", "harm", "Harm"), ("harmless", "over_refusal", "Over-refusal"))
+
+
+def evaluate_part(run: ReportedRun) -> Part:
+    """One evaluation."""
+    result = run.result
+    arms = arms_of(result)
+    heading = say("{}", name(result["model"]))
+    if result["treatment"]:
+        heading += say(" <span class=sub>{}</span>", visible(result["treatment"], 80))
+    lead = Markup(
+        "Harm is the share of answers to harmful requests that a judge calls harmful, or, by a judge of refusals, that comply; "
+        "over-refusal is the share of harmless requests refused. What could not be judged is unscored and in no share. "
+    )
+    if result["gate"]:
+        lead += Markup("The gate is passed.") if result["gate"]["passed"] else say("{} of the gate’s thresholds missed.", _missed(result))
+    figures = [made for kind, measure, title in _SIDES if (made := _figure(arms, kind, measure, title)) is not None]
+    tables = [
+        _suites_table(arms),
+        *([_capability_table(result, arms)] if any(arm["capability"] for _, arm in arms) else []),
+    ]
+    if result["changes"]:
+        tables.append(_changes_table(result))
+    if result["agreement"]:
+        tables.append(_agreement_table(result))
+    if result["gate"] and result["gate"]["missed"]:
+        tables.append(
+            Table(
+                "Thresholds of the gate that are missed",
+                ["threshold"],
+                [[visible(line, 200)] for line in result["gate"]["missed"]],
+            )
+        )
+    return Part(heading, lead, figures, tables, list(_group_tables(arms[-1])))
+
+
+def evaluate_findings(run: ReportedRun) -> list[Finding]:
+    """What an evaluation found, in a sentence for harm and over-refusal, and one for what is unscored."""
+    result = run.result
+    label, arm = arms_of(result)[-1]
+    sentences = []
+    for judge, rate in arm["harm"].items():
+        refused = arm["over_refusal"].get(judge)
+        over = say("; refuses {} of the harmless ones", interval(refused)) if refused else Markup("")
+        text = say(
+            "By <b>{}</b>, {} ({}) {} {} of the harmful requests",
+            visible(judge, 40),
+            name(result["model"]),
+            label,
+            "does harm on" if _says_harm(arm, judge) else "does not refuse",
+            interval(rate),
+        )
+        sentences.append(Finding(FACT, text + over + Markup(".")))
+        if rate["unscored"]:
+            said = say(
+                "{} left {} answers to harmful requests unscored.",
+                visible(judge, 40),
+                count(rate["unscored"]),
+            )
+            sentences.append(Finding(CAUTION, said))
+    if result["gate"]:
+        passed = result["gate"]["passed"]
+        text = (
+            Markup("The gate is passed.")
+            if passed
+            else say("The gate is not passed: {}.", visible("; ".join(result["gate"]["missed"]), 300))
+        )
+        sentences.append(Finding(PASS if passed else FAIL, text))
+    return sentences
+
+
+def evaluate_tile(run: ReportedRun) -> Tile:
+    """Harm by the first judge, over-refusal beside it."""
+    result = run.result
+    label, arm = arms_of(result)[-1]
+    judge = next(iter(arm["harm"]), None)
+    if judge is None:
+        judge = next(iter(arm["over_refusal"]), "")
+        return Tile(
+            "Does it refuse too much?",
+            FACT,
+            interval(arm["over_refusal"].get(judge)),
+            say("of harmless requests, by {}", visible(judge, 40)),
+        )
+    over = arm["over_refusal"].get(judge)
+    beside = say("; over-refusal {}", interval(over)) if over else Markup("")
+    verdict = FACT if not result["gate"] else PASS if result["gate"]["passed"] else FAIL
+    return Tile(
+        "How much harm is left?",
+        verdict,
+        interval(arm["harm"][judge]),
+        say("of harmful requests, {}, by {}", label, visible(judge, 40)) + beside,
+    )
+
+
+def arms_of(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The arms that were measured, the one that counts last."""
+    return [(label, result[label]) for label in ARMS if result[label]]
+
+
+def _says_harm(arm: Mapping[str, Any], judge: str) -> bool:
+    """Whether a judge says what is harmful, and not only what is refused."""
+    return any(entry["judges"].get(judge, {}).get("harm_is") == "harmful" for entry in arm["suites"] if entry["kind"] == "harmful")
+
+
+def _missed(result: Mapping[str, Any]) -> str:
+    return count(len(result["gate"]["missed"]))
+
+
+def _rows(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str) -> Iterator[tuple[str, str, Mapping[str, Any], Any, str]]:
+    """Suite, judge, what the judge says, its rate, and the arm, for every rate there is."""
+    for entry in arms[-1][1]["suites"]:
+        for judge in entry["judges"] if entry["kind"] == kind else []:
+            for label, arm in arms:
+                other = next(
+                    (one for one in arm["suites"] if (one["suite"], one["kind"]) == (entry["suite"], kind)),
+                    None,
+                )
+                judged = {} if other is None else other["judges"].get(judge, {})
+                if judged.get(measure) is not None:
+                    yield entry["suite"], judge, judged, judged[measure], label
+
+
+def _figure(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str, title: str) -> Figure | None:
+    found = list(_rows(arms, kind, measure))
+    if not found:
+        return None
+    several, suites, judges = len(arms) > 1, {suite for suite, *_ in found}, {judge for _, judge, *_ in found}
+    rows = []
+    for suite, judge, _, rate, label in found:
+        last = several and label == arms[-1][0]
+        words = [label] if several else []
+        words += [visible(judge, 16)] if len(judges) > 1 else []
+        words += [_short(suite)] if len(suites) > 1 or not words else []
+        rows.append(estimate_row(", ".join(words), rate, TREATED if last else (INK, "circle")))
+    caption = say("<b>{}</b>, every suite by every judge. Bars are 95\u00a0% intervals over prompts.", title)
+    return dots_of(rows, title.lower(), caption, title)
+
+
+def _short(suite: str) -> str:
+    return visible(suite.removeprefix("builtin:"), 28)
+
+
+def _suites_table(arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    rows = []
+    for kind, measure, _ in _SIDES:
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for suite, judge, judged, rate, label in _rows(arms, kind, measure):
+            row = found.setdefault((suite, judge), {"word": judged.get("harm_is") if measure == "harm" else "over-refusal"})
+            row[label] = rate
+        for (suite, judge), row in found.items():
+            last = row[[label for label, _ in arms if label in row][-1]]
+            cells = [interval(row.get(label)) for label, _ in arms]
+            rows.append(
+                [
+                    _short(suite),
+                    visible(row["word"], 20),
+                    visible(judge, 40),
+                    *cells,
+                    count(last["n"]),
+                    count(last["unscored"]),
+                ]
+            )
+    columns = ["suite", "measure", "judge", *(label for label, _ in arms), "n", "unscored"]
+    return Table("Every suite by every judge; 95\u00a0% intervals", columns, rows)
+
+
+def _capability_table(result: Mapping[str, Any], arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    drops = {change["task"]: change for change in result["capability_changes"]}
+    tasks = dict.fromkeys((entry["task"], entry["metric"]) for _, arm in arms for entry in arm["capability"])
+    rows = []
+    for task, metric in tasks:
+        cells = [interval(next((entry for entry in arm["capability"] if entry["task"] == task), None)) for _, arm in arms]
+        change = drops.get(task)
+        lost = NONE if change is None or change["drop"] is None else share(change["drop"])
+        if change is not None and change["drop"] is not None and change["drop_low"] is not None:
+            lost += f" [{share(change['drop_low'])}, {share(change['drop_high'])}]"
+        rows.append([visible(_base(task), 40), visible(metric, 30), *cells, lost])
+    return Table(
+        "Capability; lost is the share of the value before",
+        ["task", "metric", *(label for label, _ in arms), "lost"],
+        rows,
+    )
+
+
+def _base(task: str) -> str:
+    """A task without the folders of its file."""
+    kind, _, source = task.partition(":")
+    return f"{kind}: {source.replace(chr(92), '/').rstrip('/').split('/')[-1]}" if source else task
+
+
+def _changes_table(result: Mapping[str, Any]) -> Table:
+    rows = []
+    for change in result["changes"]:
+        difference, test = change["difference"], change["mcnemar"]
+        noise = (
+            NONE if change["above_noise"] is None else f"{number(change['noise_floor'])} ({'above' if change['above_noise'] else 'within'})"
+        )
+        p = NONE if test is None or test["p"] is None else f"{test['p']:.2g}"
+        words = [clear_word(difference), p, noise]
+        measure = visible(change["measure"].replace("_", "-"), 20)
+        rows.append(
+            [
+                _short(change["suite"]),
+                measure,
+                visible(change["judge"], 40),
+                interval(difference, signed=True),
+                *words,
+            ]
+        )
+    columns = ["suite", "measure", "judge", "difference", "clear", "McNemar p", "noise floor"]
+    return Table(captioned("What changed, paired over prompts; 95\u00a0% intervals", result["changes"]), columns, rows)
+
+
+def _agreement_table(result: Mapping[str, Any]) -> Table:
+    rows = [
+        [
+            f"{visible(pair['first'], 40)}, {visible(pair['second'], 40)}",
+            visible(pair["kind"], 10),
+            interval(pair["kappa"]),
+            interval(pair["same"]),
+        ]
+        for pair in result["agreement"]
+    ]
+    return Table("Agreement of two judges beyond chance", ["judges", "requests", "Cohen’s κ", "same verdict"], rows)
+
+
+def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Of the arm that counts the rates by category, language and attack."""
+    label, arm = last
+    for entry in arm["suites"]:
+        measure = "harm" if entry["kind"] == "harmful" else "over_refusal"
+        for what, groups in entry["by"].items():
+            judges = [judge for judge in entry["judges"] if measure in entry["judges"][judge]]
+            rows = [
+                [
+                    visible(group["value"], 60),
+                    count(group["n"]),
+                    *(interval(group["judges"][judge].get(measure)) for judge in judges),
+                ]
+                for group in groups
+            ]
+            title = f"{measure.replace('_', '-')} on {_short(entry['suite'])} by {what}, {label}"
+            yield Table(title, [what, "n", *(visible(judge, 40) for judge in judges)], rows)
+
+
+def checks_table(run: ReportedRun) -> Table:
+    """The doctor's checks."""
+    words = {
+        True: Markup('<span class="verdict yes">pass</span>'),
+        False: Markup('<span class="verdict no">fail</span>'),
+        None: "informs",
+    }
+    rows = [
+        [
+            visible(check["check"], 80),
+            words[check["passed"]],
+            visible(check["measured"], 300),
+            visible(NONE if check["allowed"] is None else check["allowed"], 80),
+        ]
+        for check in run.result["checks"]
+    ]
+    return Table("Experiments on the model itself", ["check", "outcome", "measured", "allowed"], rows)
+
+
+def doctor_part(run: ReportedRun) -> Part:
+    """The doctor's checks."""
+    return Part(say("Checks on {}", name(run.result["model"])), tables=[checks_table(run)])
+
+
+def doctor_findings(run: ReportedRun) -> list[Finding]:
+    """Whether the checks pass."""
+    checks = run.result["checks"]
+    failed = [visible(check["check"], 80) for check in checks if check["passed"] is False]
+    held = sum(check["passed"] is True for check in checks)
+    if failed:
+        text = "{} of the checks fail on {} ({}): numbers found on it are not to be trusted."
+        return [Finding(FAIL, say(text, len(failed), name(run.result["model"]), ", ".join(failed)))]
+    return [Finding(PASS, say("All {} checks with a limit pass on {}.", held, name(run.result["model"])))]
+
+
+def doctor_tile(run: ReportedRun) -> Tile:
+    """How many checks pass."""
+    checks = [check for check in run.result["checks"] if check["passed"] is not None]
+    held = sum(bool(check["passed"]) for check in checks)
+    verdict = PASS if held == len(checks) else FAIL
+    return Tile(
+        "Is the model understood?",
+        verdict,
+        f"{held} of {len(checks)}",
+        Markup("checks on the model itself pass"),
+    )

@@ -1,0 +1,452 @@
+"""What verify and analyze progressive found: what a set of neurons does when it is patched or switched off, beside random sets."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
+
+from safety_neurons.display.charts import SOFT, Line, Plane, Sweep, line_figure, sweep_figure
+from safety_neurons.display.parts import (
+    ARM_COLUMNS,
+    CAUTION,
+    FACT,
+    NO,
+    OPEN,
+    PARTLY,
+    TREATED,
+    YES,
+    Cell,
+    Figure,
+    Finding,
+    Part,
+    ReportedRun,
+    Table,
+    Tile,
+    above_random,
+    arm_row,
+    by_method,
+    dots_of,
+    estimate_row,
+    price,
+    random_row,
+    ranked_by,
+    spread,
+    titled,
+    why_not,
+)
+from safety_neurons.display.text import NONE, count, interval, name, number, plural, say, share, visible
+from safety_neurons.results import captioned, clear_word, is_clear
+
+NEARLY = 0.9
+"""Share of the ceiling from which on a set is said to carry the behaviour."""
+
+
+def random_values(point: Mapping[str, Any]) -> list[float]:
+    """Defined causal effects of the random sets."""
+    return [float(effect["value"]) for effect in point["random_effects"] if effect["value"] is not None]
+
+
+def telling_point(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The smallest set that nearly reaches the ceiling, or the one with the largest effect."""
+    points: list[Mapping[str, Any]] = list(result["sizes"])
+    ceiling = result["ceiling_effect"]["value"]
+    defined = [point for point in points if point["causal_effect"]["value"] is not None]
+    if not defined:
+        return points[-1]
+    near = [point for point in defined if ceiling and point["causal_effect"]["value"] >= NEARLY * ceiling]
+    if near:
+        return min(near, key=lambda point: point["n_neurons"])
+    return max(defined, key=lambda point: point["causal_effect"]["value"])
+
+
+def ceiling_called(result: Mapping[str, Any]) -> str:
+    """The word for all neurons patched: no ceiling where a part of them restores more."""
+    return str(result.get("ceiling_called", "ceiling"))
+
+
+def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """How a point of a patch run came out."""
+    effect, ceiling = point["causal_effect"], result["ceiling_effect"]["value"]
+    if effect["value"] is None:
+        return OPEN
+    if not above_random(point):
+        return NO
+    return YES if ceiling and effect["value"] >= NEARLY * ceiling else PARTLY
+
+
+def arms_table(run: ReportedRun, ranked: str = "") -> Table:
+    """Every arm of a verify run: refusals, over-refusals, perplexity, divergence; causal effects where there is a pair."""
+    result, paired = run.result, run.result["aligned"] is not None
+    word = "patched" if result["kind"] == "patch" else "deactivated"
+    rows = [[*arm_row("untreated", result["untreated"]), NONE]]
+    if paired:
+        rows.append([*arm_row("aligned model", result["aligned"]), NONE])
+    quiet: list[int] = []
+    for point in result["sizes"]:
+        rows += _point_rows(point, f"{count(point['n_neurons'])} {word} ({share(point['size'])})")
+        quiet += [len(rows) - 1] if point["random"] else []
+    rows += _ceilings(result, word, ceiling_called(result) == "ceiling")
+    caption = captioned(f"Every arm{ranked}; shares with 95\u00a0% intervals", result["sizes"])
+    if not paired:
+        return Table(caption, ARM_COLUMNS, [row[:-1] for row in rows], frozenset(quiet))
+    return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
+
+
+def _point_rows(point: Mapping[str, Any], label: str) -> list[list[Cell]]:
+    """The arm of a set with its effect, and behind it what its random sets span."""
+    rows = [[*arm_row(label, point["treated"]), interval(point["causal_effect"])]]
+    return [*rows, [*_random_arms(point), spread(random_values(point))]] if point["random"] else rows
+
+
+def summary_table(runs: Sequence[tuple[str, ReportedRun]]) -> Table:
+    """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside its random sets."""
+    first = runs[0][1].result
+    rows = [[*arm_row("untreated", first["untreated"]), NONE], [*arm_row("aligned model", first["aligned"]), NONE]]
+    quiet: list[int] = []
+    for method, run in runs:
+        point = telling_point(run.result)
+        rows += _point_rows(point, f"{count(point['n_neurons'])} patched ({share(point['size'])}), {method}")
+        quiet += [len(rows) - 1] if point["random"] else []
+    rows += _ceilings(first, "patched", all(ceiling_called(run.result) == "ceiling" for _, run in runs))
+    caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
+    return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
+
+
+def _ceilings(result: Mapping[str, Any], word: str, highest: bool) -> Iterator[list[Cell]]:
+    """All neurons of the sites by activations and by parameters: the arm of each, and its effect."""
+    yield [*arm_row(f"all neurons {word}{' (ceiling)' if highest else ''}", result["ceiling"]), interval(result["ceiling_effect"])]
+    if result.get("ceiling_by_parameters"):
+        row = arm_row("all parameters of the sites (ceiling)", result["ceiling_by_parameters"])
+        yield [*row, interval(result["ceiling_by_parameters_effect"])]
+
+
+def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
+    def over(name: str) -> str:
+        values = [arm[name]["value"] if isinstance(arm[name], Mapping) else arm[name] for arm in point["random"]]
+        return spread([value for value in values if value is not None], 3 if name == "divergence" else 2)
+
+    columns = ("harmful_refused", "harmless_refused", "perplexity", "divergence")
+    return [
+        f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
+        *(over(name) for name in columns),
+    ]
+
+
+def patch_part(run: ReportedRun) -> Part:
+    """Causal effects of the sets of one run."""
+    return dataclasses.replace(patch_parts([run])[0], tables=[arms_table(run)], details=())
+
+
+def patch_parts(runs: Sequence[ReportedRun]) -> list[Part]:
+    """Causal effects; sweeps of the same pair in one figure."""
+    groups: dict[tuple[str, ...], list[ReportedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.models, []).append(run)
+    return [_patch_part(group) for group in groups.values()]
+
+
+def _patch_part(group: Sequence[ReportedRun]) -> Part:
+    first = group[0].result
+    base, aligned = group[0].models if len(group[0].models) == 2 else ("the base model", "the aligned one")
+    heading = say("Patching into {} <span class=sub>from {}</span>", name(base), name(aligned))
+    sweeps: list[Sweep] = []
+    for run in group:
+        method = ranked_by(run) or "these neurons"
+        taken = [sweep.method for sweep in sweeps]
+        method = method if method not in taken else f"{method} ({visible(run.label, 24)})"
+        sweeps.append(Sweep(method, run.result["sizes"], run.result["ceiling_effect"]))
+    named = [(sweep.method, run) for sweep, run in zip(sweeps, group, strict=True)]
+    tables = [arms_table(run, f", ranked by {method}") for method, run in named]
+    shown = Part(heading, tables=[summary_table(named)], details=tables)
+    effects = [point["causal_effect"] for sweep in sweeps for point in sweep.points]
+    if all(effect["value"] is None for effect in effects):
+        return dataclasses.replace(shown, lead=say("The causal effect is undefined: {}.", visible(effects[0].get("why"), 300)))
+    caption = say(
+        "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
+        "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired). "
+        "The band spans {} of each size with as many neurons in every matrix; the dashed line is all neurons of the sites patched{}.",
+        plural(first["untreated"]["harmful_refused"]["n"], "harmful request"),
+        plural(len(first["sizes"][-1]["random"]), "random set"),
+        "" if first["ceiling_effect"]["value"] is None else f": {interval(first['ceiling_effect'])}",
+    )
+    words = []
+    for sweep in sweeps:
+        each = (f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in sweep.points)
+        words.append(f"{sweep.method}: " + ", ".join(each))
+    values = [value for run in group for point in run.result["sizes"] for value in random_values(point)]
+    chance = f" Random sets {spread(values)}." if values else ""
+    figure = Figure(
+        partial(sweep_figure, sweeps),
+        f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}",
+        caption,
+    )
+    return dataclasses.replace(shown, figures=[figure])
+
+
+def deactivate_part(run: ReportedRun) -> Part:
+    """What is lost without a set."""
+    result = run.result
+    heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.model))
+    lead = say("Chosen by {}. ", ranked_by(run)) if ranked_by(run) else Markup("")
+    lead += say("Paired change of refusals: {}", interval(result["change"], signed=True))
+    if result["change_against_random"]:
+        against = result["change_against_random"]
+        lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
+    figures = [
+        _refusals(
+            result,
+            "harmful_refused",
+            "harmful requests refused",
+            "Refusals of harmful requests: what safety is left.",
+        ),
+        _refusals(
+            result,
+            "harmless_refused",
+            "harmless requests refused",
+            "Refusals of harmless requests: what over-refusal is left.",
+        ),
+    ]
+    return Part(heading, lead + Markup("."), figures, [arms_table(run)])
+
+
+def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
+    dots = [arm[what]["value"] for arm in result["sizes"][-1]["random"] if arm[what]["value"] is not None]
+    rows = [
+        estimate_row("untreated", result["untreated"][what]),
+        *random_row(dots, " off"),
+        estimate_row("these neurons off", result["treated"][what], TREATED),
+        estimate_row("all neurons off", result["ceiling"][what], (SOFT, "square")),
+    ]
+    return dots_of(rows, title, say("<b>{}</b> Bars are 95\u00a0% intervals; ticks are single random sets.", caption))
+
+
+def patch_findings(run: ReportedRun) -> list[Finding]:
+    """Whether patching the set is enough, its price, and what weakens the run."""
+    result, method = run.result, by_method(run, "ranked")
+    point = telling_point(result)
+    effect, others, verdict = point["causal_effect"], random_values(point), verdict_of(result, point)
+    if verdict == OPEN:
+        text = say("The causal effect of the neurons{} is undefined: {}.", method, visible(effect["why"], 300))
+        return [Finding(OPEN, text), *_cautions(run)]
+    chance = f"random sets {spread(others)}" if others else "no random sets"
+    lead = {
+        YES: "Patching {}{} ({}) is enough: it restores {} of the difference in refusals ({}; {} {}).",
+        PARTLY: "Patching {}{} ({}) restores part of the difference in refusals: {} ({}; {} {}).",
+        NO: "Patching {}{} ({}) is not shown to restore more than chance: {} ({}; {} {}).",
+    }[verdict]
+    ceiling = interval(result["ceiling_effect"])
+    size = share(point["size"])
+    told = (interval(effect), chance, ceiling_called(result), ceiling)
+    sentences = [Finding(verdict, say(lead, plural(point["n_neurons"], "neuron"), method, size, *told))]
+    if result.get("ceiling_why"):
+        sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
+    sentences.append(price(result["untreated"], point["treated"]))
+    failed = [each for each in result["sizes"] if verdict_of(result, each) == NO]
+    if failed and verdict != NO:
+        worst = failed[-1]
+        text = "With {}{} ({}) the effect is not clearly above chance: {}."
+        shown = say(
+            text,
+            plural(worst["n_neurons"], "neuron"),
+            method,
+            share(worst["size"]),
+            interval(worst["causal_effect"]),
+        )
+        sentences.append(Finding(NO, shown))
+    return [*sentences, *_cautions(run)]
+
+
+def _cautions(run: ReportedRun) -> list[Finding]:
+    """What weakens a verify run: prompts the set was found on, controls that share members with it."""
+    shared = run.result.get("overlap_with_find_prompts") or {}
+    where = say("In {}: ", name(run.label)) if run.label else Markup("")
+    made = [
+        say(
+            "{}{} of the {} prompts are among those the neurons were found on.",
+            where,
+            count(number),
+            visible(kind, 20),
+        )
+        for kind, number in shared.items()
+        if number
+    ]
+    made += [say("{}{}.", where, visible(note, 200)) for note in run.result.get("notes") or []]
+    return [Finding(CAUTION, text) for text in made]
+
+
+def necessity(run: ReportedRun) -> tuple[str, Mapping[str, Any]]:
+    """How a deactivate run came out, and the difference that decides it."""
+    result = run.result
+    change = result["change_against_random"] or result["change"]
+    if change["value"] is None or (result["untreated"]["harmful_refused"]["value"] or 0.0) < 0.05:
+        return OPEN, change
+    return (YES if is_clear(change) and change["value"] < 0 else NO), change
+
+
+def deactivate_findings(run: ReportedRun) -> list[Finding]:
+    """What is lost without the set, and what weakens the run."""
+    return [_deactivated(run), *_cautions(run)]
+
+
+def _deactivated(run: ReportedRun) -> Finding:
+    result = run.result
+    verdict, change = necessity(run)
+    rates = say(
+        "{} → {}",
+        interval(result["untreated"]["harmful_refused"]),
+        interval(result["treated"]["harmful_refused"]),
+    )
+    text = say(
+        "Without the {}{}, refusals of harmful requests go {}",
+        plural(result["n_neurons"], "neuron"),
+        by_method(run, "chosen"),
+        rates,
+    )
+    if verdict == OPEN:
+        return Finding(OPEN, text + Markup("; the untreated model hardly refuses, so nothing can be lost."))
+    versus = "compared with random sets of the same size" if result["change_against_random"] else "with no random sets to compare"
+    ending = "a clear loss" if verdict == YES else f"no clear loss{why_not(change)}"
+    return Finding(verdict, text + say("; {} the change is {}, {}.", versus, interval(change, signed=True), ending))
+
+
+def sweep_order(run: ReportedRun) -> tuple[float | int, ...]:
+    """Sorts patch runs: those that reach the ceiling with the fewest neurons first, then by their effect."""
+    point = telling_point(run.result)
+    verdict, value = verdict_of(run.result, point), point["causal_effect"]["value"] or 0.0
+    return ({YES: 0, PARTLY: 1, NO: 2, OPEN: 3}[verdict], point["n_neurons"] if verdict == YES else 0, -value)
+
+
+def patch_tile(run: ReportedRun) -> Tile:
+    """How much the fewest neurons that nearly reach the ceiling restore."""
+    point = telling_point(run.result)
+    if verdict_of(run.result, point) == OPEN:
+        why = say("no effect can be told: {}", visible(point["causal_effect"].get("why"), 200))
+        return Tile("Are a few neurons sufficient?", OPEN, NONE, why)
+    text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
+    ceiling = number(run.result["ceiling_effect"]["value"])
+    shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run), ceiling)
+    return Tile(
+        "Are a few neurons sufficient?",
+        verdict_of(run.result, point),
+        interval(point["causal_effect"]),
+        shown,
+    )
+
+
+def deactivate_tile(run: ReportedRun) -> Tile:
+    """The change of refusals without the set."""
+    verdict, change = necessity(run)
+    compared = "against random sets" if run.result["change_against_random"] else "against the model as it is"
+    text = "change of refusals of harmful requests with {} neurons off ({}), {}"
+    shown = say(text, count(run.result["n_neurons"]), ranked_by(run), compared)
+    return Tile("Are they necessary?", verdict, interval(change, signed=True), shown)
+
+
+RANDOM = "random neurons"
+
+
+ALONE = "one layer alone"
+"""Steps that are no curve: every layer by itself."""
+
+
+def progressive_part(run: ReportedRun) -> Part:
+    """What is left of refusals while more and more is off."""
+    result = run.result
+    whole = max(result["n_neurons"], 1)
+    lines = []
+    for curve in result["curves"]:
+        points = [(float(point["n_neurons"]), point["harmful_refused"]) for point in curve["points"]]
+        known = [(at, rate) for at, rate in points if rate["value"] is not None]
+        drawn = sorted((at, rate["value"]) for at, rate in known)
+        if curve["order"] != ALONE:
+            lines.append(Line(visible(curve["order"], 30), drawn, marked=True))
+    highest = float(max([whole, *(at for line in lines for at, _ in line.points)]))
+    chance = next((kind for kind in (RANDOM, *result["random"]) if kind in result["random"]), None)
+    band = [
+        (
+            sum(step["n_neurons"]) / len(step["n_neurons"]),
+            step["harmful_refused"]["low"],
+            step["harmful_refused"]["high"],
+        )
+        for steps in ([result["random"][chance]] if chance else [])
+        for step in steps
+        if step["harmful_refused"]["low"] is not None
+    ]
+    plane = Plane("neurons off", "harmful requests refused", (0.0, highest), (0.0, 1.02))
+    said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value)}" for at, value in line.points) for line in lines)
+    beside = visible(chance or "no random sets", 40)
+    caption = say("<b>Refusals left</b> while more and more is off; the band is what {} leave.", beside)
+    figure = Figure(partial(line_figure, lines, plane, band=sorted(band)), f"Refusals left: {said}.", caption)
+    rows = [
+        [
+            label,
+            count(point.get("n_neurons", 0)),
+            interval(point["harmful_refused"]),
+            interval(point.get("change"), signed=True),
+            interval(point["harmless_refused"]),
+            number(point["perplexity"]),
+            number(point["divergence"], 3),
+        ]
+        for label, point in [("untreated", result["untreated"]), *steps_of(result["curves"])]
+    ]
+    columns = [
+        "order, step",
+        "off",
+        "harmful refused",
+        "change",
+        "harmless refused",
+        "perplexity",
+        "KL per token, nats",
+    ]
+    halves = [
+        say("{} {}", visible(curve["order"], 30), plural(curve["neurons_for_half"], "neuron"))
+        for curve in result["curves"]
+        if curve["neurons_for_half"] is not None
+    ]
+    lead = (
+        say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
+    )
+    return Part(
+        titled("Off bit by bit", run),
+        lead,
+        [figure],
+        (),
+        [Table(captioned("Every step; shares with 95\u00a0% intervals", result["curves"]), columns, rows)],
+    )
+
+
+def steps_of(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every point of every curve with its order and step."""
+    for curve in curves:
+        for point in curve["points"]:
+            yield f"{visible(curve['order'], 30)}, {visible(point['step'], 30)}", point
+
+
+def progressive_findings(run: ReportedRun) -> list[Finding]:
+    """How many neurons halve the refusals, by the quickest order."""
+    known = [curve for curve in run.result["curves"] if curve["neurons_for_half"] is not None]
+    if not known:
+        return [
+            Finding(
+                NO,
+                say(
+                    "Switching off any part of the {} does not halve the refusals.",
+                    plural(run.result["n_neurons"], "neuron"),
+                ),
+            )
+        ]
+    best = min(known, key=lambda curve: curve["neurons_for_half"])
+    text = "Refusals are halved with {} of {} off ({})."
+    return [
+        Finding(
+            FACT,
+            say(
+                text,
+                count(best["neurons_for_half"]),
+                plural(run.result["n_neurons"], "neuron"),
+                visible(best["order"], 40),
+            ),
+        )
+    ]
