@@ -15,10 +15,11 @@ import vl_convert
 
 from paired import Row, finish, median, parser
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "report"))
 import headless
-import report_runs
 
+import report_runs
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions
 

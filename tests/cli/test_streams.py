@@ -166,7 +166,7 @@ def harmless(text):
         lambda text: console.say(("bold", text), text),
         lambda text: console.rule(text),
         lambda text: console.print_table(text, [text, text], [[text, text], [text, console.styled(text)]], caption=text),
-        lambda text: console.print_table("t", ["a"], [[{"value": None, "low": text}], [pathlib.PurePath(text)]]),
+        lambda text: console.print_table("t", ["a"], [[{"value": None, "low": text}], [pathlib.PurePath(text)]], quiet={0}),
         lambda text: console.print_notes([text, f"two\nlines {text}"]),
         lambda text: console.tell(console.line_of(text)),
     ],
@@ -229,12 +229,10 @@ def test_names_of_files_labels_and_models_reach_the_terminal_as_text(tiny_pair, 
 
 
 def test_a_result_that_cannot_be_shown_is_kept_and_the_run_is_done(tiny_pair, tmp_path, monkeypatch):
-    from safety_neurons.cli import find
-
-    def broken(_result):
+    def broken(_run):
         raise ValueError("closing tag '[/red]' does not match")
 
-    monkeypatch.setattr(find, "show", broken)
+    monkeypatch.setattr(console, "show", broken)
     words = ["find", "importance", "--model", tiny_pair.plain, "--prompts", tiny_pair.harmful, "--limit", "2", "--top", "0.1"]
     said = command(*words, "--out", tmp_path / "run")
     assert said.code == 0

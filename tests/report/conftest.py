@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import headless
 import pytest
+
 import report_runs
 from page_text import HALF, HOSTILE, Outline
-
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions
 

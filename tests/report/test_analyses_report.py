@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+
 import report_runs
 from page_text import HOSTILE, Outline
 from report_runs import MODEL, run_folder
-
 from safety_neurons import analysis
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+
 import report_runs
 from page_text import HOSTILE, Outline
-
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 from page_text import Outline
 from report_runs import MODEL, run_folder
-
 from safety_neurons.capability import Measurement
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions, Rate

@@ -2,14 +2,13 @@
 
 import json
 
-import guard_runs
 import pytest
-from page_text import HOSTILE, Outline
 
+import guard_runs
+from page_text import HOSTILE, Outline
+from safety_neurons.display import findings_of, part_of
 from safety_neurons.errors import InputError
 from safety_neurons.report import read_runs, write_report
-from safety_neurons.report.guards import _figures, evaluate_findings
-from safety_neurons.studies import notebook
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +39,8 @@ def test_what_is_left_of_unsafe_outputs_and_how_many_neurons_it_takes_are_told(s
     assert "contrast, 100 0.910 (0.820), better" in text
 
 
-def test_a_notebook_shows_the_same_table(runs):
-    result = json.loads((runs[1] / "run.json").read_text())["result"]
-    shown = notebook.guard_table(result)
-    for entry in result["baselines"]:
-        area = entry["auroc"]
-        assert f"<bdi>{entry['name']}</bdi></th><td><bdi>{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]" in shown
-
-
 def test_a_baseline_that_wins_is_said_to_win(runs):
-    said = [(finding.verdict, str(finding.text)) for finding in evaluate_findings(read_runs(runs[1:])[0])]
+    said = [(finding.verdict, str(finding.text)) for finding in findings_of(read_runs(runs[1:])[0])]
     for verdict, name in (("not shown", "TF-IDF words"), ("shown", "random neurons"), ("shown", "residual stream")):
         assert [each for each, text in said if name in text] == [verdict]
 
@@ -61,7 +52,7 @@ def test_operating_points_without_enough_prompts_have_no_threshold(seen):
 
 
 def test_curves_are_drawn_for_every_classifier_and_told_in_words(runs):
-    figures = {str(figure.caption).partition("</b>")[0]: figure for figure in _figures(read_runs(runs[1:])[0])}
+    figures = {str(figure.caption).partition("</b>")[0]: figure for figure in part_of(read_runs(runs[1:])[0]).figures}
     assert list(figures) == ["<b>Area under the ROC curve", "<b>ROC", "<b>Reliability", "<b>Probabilities"]
     for name in ("guard", "random neurons", "TF-IDF words", "residual stream"):
         assert name in figures["<b>ROC"].drawing

@@ -2,9 +2,9 @@ import json
 import re
 
 import pytest
+
 import report_runs
 from page_text import HALF, Outline
-
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from report_runs import MODEL, run_folder, table
 
+from report_runs import MODEL, run_folder, table
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts

@@ -1,6 +1,5 @@
 """Ranking: what is averaged over organisms, who leads, and one command over folders of organisms."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,7 +9,6 @@ import pytest
 
 from conforming import misfits
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.report.charts import ranking_figure
 from safety_neurons.results.records import RankingRecord
 from safety_neurons.results.run import write_json
 from safety_neurons.studies.comparison import Comparison, Entry, MethodResult, Ranking, rank, standings
@@ -67,14 +65,6 @@ def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_lead_nothing():
     assert ("planted", "seconds") not in leaders
     order = [one.method for one in ranking.standings if (one.group, one.measure) == ("planted", "recall")]
     assert order == ["b", "a"]
-
-
-def test_the_figure_names_every_method_and_shows_every_organism():
-    record = {"ranking": [dataclasses.asdict(one) for one in standings(ENTRIES)]}
-    figure = ranking_figure(record)
-    assert figure.startswith("<svg")
-    for said in (">a<", ">b<", ">random<", "planted units found", "causal effect", "2% of the units"):
-        assert said in figure
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ class Rate(Estimate):
     """The mean of every seed, where there are several."""
 
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high)
+        shown = notebook.interval(self.to_json())
         return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
 
 
@@ -243,7 +243,7 @@ class Effect(Estimate):
         )
 
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high) + (f": {self.why}" if self.value is None else "")
+        shown = notebook.interval(self.to_json()) + (f": {self.why}" if self.value is None else "")
         columns = ["share of the difference, 95 % interval", "n", "unscored"]
         return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
 
@@ -276,7 +276,7 @@ class Difference(Estimate):
         return f"{self.value:+.2f} {ends}, n {self.n}, unscored {self.unscored}"
 
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.value, self.low, self.high, signed=True)
+        shown = notebook.interval(self.to_json(), signed=True)
         columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
         return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
 
@@ -348,7 +348,7 @@ class Agreement(Recorded[KappaRecord]):
         return f"κ {self.kappa} ({self.first}, {self.second})"
 
     def _repr_html_(self) -> str:
-        kappa, same = (notebook.interval(each.value, each.low, each.high) for each in (self.kappa, self.same))
+        kappa, same = (notebook.interval(each.to_json()) for each in (self.kappa, self.same))
         columns = ["judges", "Cohen’s κ", "same verdict", "n"]
         return notebook.html_table("Agreement beyond chance", columns, [[f"{self.first}, {self.second}", kappa, same, self.kappa.n]])
 

@@ -3,8 +3,8 @@
 import pathlib
 
 import numpy as np
-from report_runs import MODEL, run_folder
 
+from report_runs import MODEL, run_folder
 from safety_neurons.guard.calibration import operating_points
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import write_json

@@ -1,0 +1,230 @@
+"""Displays: the same words and numbers in a terminal, in a notebook and in a report, whatever text the record holds."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import pytest
+
+import guard_runs
+import report_runs
+from page_text import Outline
+from safety_neurons.cli import console
+from safety_neurons.display import DISPLAYS, ReportedRun, part_of
+from safety_neurons.display.parts import plain
+from safety_neurons.display.registry import html_of
+from safety_neurons.report.page import render
+from safety_neurons.report.reading import read_runs
+from safety_neurons.results import comparisons, holm_in, paired_difference
+from safety_neurons.studies import Examination
+from safety_neurons.studies.examination import Check
+
+UNDEFINED = {"value": None, "low": None, "high": None, "n": 0, "unscored": 0, "measure": "refused", "why": "base and aligned do not differ"}
+HELD = "comparisons the family-wise rate is held (Holm)"
+MAKE = {
+    "verify-patch": lambda folder: report_runs.patch_run(folder, "contrast", (0.1, 0.9), n=20),
+    "verify-deactivate": lambda folder: report_runs.deactivate_run(folder, "contrast", n=20),
+    "compare": lambda folder: report_runs.compare_run(folder, (0.1, 0.9), (0.0, 0.5), n=20),
+    "tune": lambda folder: report_runs.tune_run(folder, "importance", 0.1, n=20),
+    "find": lambda folder: report_runs.find_run(folder, "contrast"),
+    "doctor": lambda folder: report_runs.doctor_run(folder, failed=True),
+    "guard-fit": guard_runs.fit_run,
+    "guard-evaluate": lambda folder: guard_runs.evaluate_run(folder, n=30),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {kind: read_runs([make(root / kind)])[0] for kind, make in MAKE.items()}
+
+
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """What a run looks like: the text of the terminal, of the notebook and of the page."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def of(run):
+        console.show(run)
+        texts = [capsys.readouterr().out, Outline(html_of(run)).text, Outline(render([run], title="t")).text]
+        return [plain(" ".join(text.split())) for text in texts]
+
+    return of
+
+
+def with_result(run, **changes):
+    """The run as it would be read had it found this."""
+    return dataclasses.replace(run, record={**run.record, "result": {**run.result, **changes}})
+
+
+UNTOLD = ("random", "random_effects", "tables", "lengths", "checks")
+"""What stands in tables as a range, or in those that a page folds."""
+
+
+def rates(value, key=""):
+    """The estimates that stand in the tables: every rate of refusal and every causal effect."""
+    if isinstance(value, dict):
+        if key in ("harmful_refused", "harmless_refused", "causal_effect", "auroc") and value.get("low") is not None:
+            yield value
+        for name, part in value.items():
+            yield from () if name in UNTOLD else rates(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from rates(part, key)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_numbers_of_the_record_stand_in_all_three(runs, shown, kind):
+    run = runs[kind]
+    terminal, notebook, page = shown(run)
+    digits = 3 if kind.startswith("guard") else 2
+    told = [row for row in run.result.get("methods", [])] or dict(run.result)
+    for rate in rates(told):
+        ends = [f"{rate[end]:.{digits}f}" for end in ("value", "low", "high")]
+        for text in (terminal, notebook, page):
+            assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in text.replace("-0." + "0" * digits, "0." + "0" * digits)
+    for row in [*run.result.get("methods", []), *run.result.get("checks", []), *run.result.get("baselines", [])]:
+        name = row.get("method") or row.get("check") or row.get("name")
+        assert all(name in text for text in (terminal, notebook, page) if name is not None)
+    for table in part_of(run).tables:
+        assert plain(table.caption) in terminal
+        assert plain(table.caption) in notebook
+
+
+@pytest.mark.parametrize("kind", ["verify-patch", "compare", "doctor", "tune", "guard-fit", "guard-evaluate"])
+def test_hostile_text_is_seen_and_obeyed_by_none(runs, shown, kind):
+    text = "<img src=x onerror=a()>\u202e\x00\x1b[2J"
+
+    def spoilt(value, key=""):
+        if isinstance(value, dict):
+            return {name: spoilt(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [spoilt(part, key) for part in value]
+        told = ("why", "method", "check", "measured", "name", "stopped", "model", "base", "aligned", "in_force", "pooling", "judge")
+        return text if isinstance(value, str) and key in told else value
+
+    run = runs[kind]
+    made = dataclasses.replace(run, folder=run.folder.with_name("<b>\u202e"), record=spoilt(run.record))
+    for seen in shown(made):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", seen)
+        assert "<img src=x onerror=a()>⟨U+202E⟩⟨U+0000⟩⟨U+001B⟩" in seen
+    outline = Outline(html_of(made))
+    assert not {"script", "img", "svg", "style", "iframe", "meta", "a"} & set(outline.tags)
+    assert not [name for name in outline.attributes if name.startswith("on")]
+
+
+def many(result, name):
+    """Twelve rows under a name, each with its differences, and what is clear of these held together."""
+    rows = holm_in([*copy.deepcopy(result[name])] * 12)
+    assert len(list(comparisons(rows))) > 10
+    return {name: rows}
+
+
+CLEAR = paired_difference([1] * 7 + [0] * 33, [0] * 40).to_json()
+COUNTS = [
+    {"method": "contrast", "count": n, "setting": "x", "auroc": 0.9, "random": [0.8], "difference": CLEAR} for n in range(12)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("verify-patch", lambda result: many(result, "sizes")),
+        ("compare", lambda result: many(result, "methods")),
+        ("guard-evaluate", lambda result: many(result, "baselines")),
+        ("guard-evaluate", lambda result: many(result, "lengths")),
+        ("guard-evaluate", lambda result: {"counts": holm_in(copy.deepcopy(COUNTS))}),
+    ],
+)
+def test_tables_of_many_comparisons_say_that_the_family_wise_rate_is_held(runs, shown, kind, change):
+    run = runs[kind]
+    plainly = with_result(run, tables={}, leave_out={}, outputs=None, counts=[], lengths=[]) if kind == "guard-evaluate" else run
+    assert HELD not in "".join(shown(plainly))
+    changed = change(run.result)
+    terminal, notebook, page = shown(with_result(plainly, **changed))
+    assert HELD in terminal
+    assert HELD in page
+    assert HELD in notebook or "lengths" in changed, "what a page folds is not in a notebook"
+
+
+def test_a_set_that_is_switched_off_bit_by_bit_is_many_comparisons(shown, tmp_path):
+    rate = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 20, "unscored": 0}
+    point = {"n_neurons": 5, "step": "5", "harmful_refused": rate, "harmless_refused": rate, "perplexity": None, "divergence": None}
+    point["change"] = paired_difference([0] * 20, [1] * 20).to_json()
+    curves = holm_in([{"order": "by score", "points": [point] * 12, "neurons_for_half": 5}])
+    result = json.loads(json.dumps({"n_neurons": 5, "untreated": point, "curves": curves, "random": {}}))
+    folder = report_runs.run_folder(tmp_path / "run", "analyze-progressive", {"model": "m"}, result)
+    terminal, _, page = shown(read_runs([folder])[0])
+    assert HELD in terminal
+    assert HELD in page
+    assert "Refusals are halved with 5 of 5 neurons off (by score)." in terminal
+
+
+def test_an_undefined_effect_says_why(runs, shown):
+    run = runs["verify-patch"]
+    sizes = [{**point, "causal_effect": UNDEFINED, "random_effects": [UNDEFINED] * 3} for point in run.result["sizes"]]
+    for text in shown(with_result(run, sizes=sizes, causal_effect=UNDEFINED, ceiling_effect=UNDEFINED)):
+        assert "undefined: base and aligned do not differ" in text.replace("is undefined", "undefined")
+
+
+def test_what_was_not_achieved_is_said_first(runs, shown):
+    terminal, notebook, page = shown(runs["tune"])
+    for text in (terminal, notebook, page):
+        assert "Not achieved: refusals of harmful requests rise by 0 points." in text
+    assert terminal.startswith("Not achieved: refusals of harmful requests rise by 0 points.")
+    terminal, *_ = shown(with_result(runs["guard-fit"], achieved=False, why="it flags nothing"))
+    assert terminal.startswith("Not achieved: it flags nothing.")
+
+
+def test_a_claim_that_cannot_be_told_says_so(shown, tmp_path):
+    claim = {"claim": "mostly in self-attention", "paper": 1, "holds": None, "note": "", "value": None, "chance": None}
+    place = {"name": "layer 0", "members": 3, "candidates": 9, "expected": 1.0, "low": 0, "high": 2, "enrichment": 3.0, "verdict": "more"}
+    found = {"name": "one", "n_neurons": 3, "claims": [claim], "by_part": [], "by_site": [], "by_layer": [{**place, "share_of_set": 1.0}]}
+    folder = report_runs.run_folder(tmp_path / "run", "analyze-layers", {"sets": ["one"]}, {"sets": [found]})
+    for text in shown(read_runs([folder])[0]):
+        assert "cannot be told" in text
+
+
+def test_every_display_has_a_section_and_a_result_in_memory_shows_itself():
+    assert all(display.section for display in DISPLAYS.values())
+    examined = Examination("<b>m</b>", (Check("a", False, "x<script>"), Check("b", None, 0.5)))
+    assert examined.tables()[0].columns == ["check", "outcome", "measured", "allowed"]
+    assert [finding.verdict for finding in examined.findings()] == ["fail"]
+    assert list(examined.figures()) == []
+    seen = Outline(examined._repr_html_())
+    assert "x<script>" in seen.text
+    assert "1 of the checks fail on <b>m</b> (a)" in seen.text
+    assert {"script"}.isdisjoint(seen.tags)
+
+
+def test_a_result_that_only_is_in_memory_needs_no_folder(runs, shown):
+    for kind, run in runs.items():
+        if kind != "find":
+            terminal, *_ = shown(ReportedRun.of(run.verb, run.result))
+            assert "the model" in terminal or "the base model" in terminal or run.result.get("model"), kind
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_folds_words_and_sets_columns_below_and_cuts_nothing(runs, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    run = runs["compare"]
+    console.show(run)
+    out = capsys.readouterr().out
+    lines = out.split("\n\n")
+    assert "…" not in out
+    for row in run.result["methods"]:
+        effect = row["causal_effect"]
+        cell = f"{effect['value']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]"
+        assert any(row["method"] in line and cell in line for piece in lines for line in piece.splitlines())
+
+
+def test_what_a_page_folds_is_printed_where_it_is_short_and_named_where_it_is_long(runs, capsys):
+    console.show(runs["tune"])
+    assert "Checks while training" in capsys.readouterr().out
+    console.show(runs["compare"])
+    assert "in a report also: Units shared by two sets" in capsys.readouterr().out
+    console.show(runs["find"])
+    out = capsys.readouterr().out
+    assert re.search(r"all +205 +205", out)
+    assert "in a report also: The 25 neurons with the largest scores" in out
