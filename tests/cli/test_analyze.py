@@ -67,7 +67,7 @@ def test_names_are_shown_as_they_read_and_whole(runs, tmp_path):
     name = "[/bold]a-rather-long-name-of-a-set\x1b[31m"
     shown = command("analyze", "layers", f"{name}={runs / 'one'}", "--out", tmp_path / "layers")
     assert shown.code == 0, shown.err
-    assert "[/bold]a-rather-long-name-of-a-set⟨U+001B⟩[31m: " in shown.out
+    assert "[/bold]a-rather-long-name-of-a-set⟨U+001B⟩[31m lies in" in shown.out
     several = [f"a-rather-long-name-of-set-{number}={runs / 'one'}" for number in range(4)]
     shown = command("analyze", "layers", *several, "--out", tmp_path / "several")
     assert "…" not in shown.out
@@ -107,7 +107,7 @@ def test_languages_and_transfer_are_one_command_each(words, tiny_pair, tmp_path)
         (name, group) for name in ("en", "de", "shared by all") for group in ("en", "de")
     }
     assert pathlib.Path(found["figure"]).is_file()
-    assert "empty sets" in command(*line).out
+    assert "Not measured are the empty sets en specific, minus intersection" in command(*line).out
     assert NeuronSet.load(found["neurons"]["de"]).n_units == 6
     line = ["analyze", "transfer", *tiny_pair.models, "--prompts", words / "find.en.jsonl", "--harmful", words / "test.en.jsonl", *common]
     line += ["--harmless", tiny_pair.harmless, "--tasks", f"perplexity:{tiny_pair.text}", "--out", tmp_path / "transfer"]
@@ -115,7 +115,7 @@ def test_languages_and_transfer_are_one_command_each(words, tiny_pair, tmp_path)
     assert found["groups"] == ["a", "b"]
     assert len(found["matrix"]) == 4
     assert found["overlap"][0]["names"] == ["a", "b"]
-    assert "Ability while patched" in command(*line).out
+    assert "General ability under patching" in command(*line).out
 
 
 def test_prompts_to_measure_on_are_read_before_anything_is_found(words, tiny_pair, tmp_path):
@@ -136,7 +136,7 @@ def test_vocabulary_and_progressive_are_one_command_each(tiny_pair, tmp_path):
     found = done(*line, "--out", tmp_path / "cards")
     scores = Scores.load(tmp_path / "found")
     assert [card["score"] for card in found["cards"]] == sorted(np.concatenate([part for _, part in scores.items()]).tolist())[:-3:-1]
-    assert "makes likelier" in command(*line, "--out", tmp_path / "cards").out
+    assert "writes towards" in command(*line, "--out", tmp_path / "cards").out
     line = ["analyze", "progressive", "--model", tiny_pair.aligned, "--neurons", tmp_path / "found", *few, "--text", tiny_pair.text]
     line += ["--random", 1, "--points", 2, "--max-new-tokens", 3, "--out", tmp_path / "steps"]
     found = done(*line)

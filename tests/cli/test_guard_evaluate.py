@@ -76,7 +76,7 @@ def test_it_gives_the_object_of_the_design_and_keeps_its_curves(place, tmp_path)
 def test_a_person_gets_tables_that_fit_a_terminal(place, tmp_path):
     shown = command(*evaluated(place, "--perturbations", "none", "--out", tmp_path / "run"))
     assert shown.code == 0, shown.err
-    for words in ("On the requests as written", "random neurons", "TF-IDF words", "By language", "at threshold", "by 3 folds"):
+    for words in ("The guard beside", "random neurons", "TF-IDF words", "By language", "At the threshold", "by 3 folds"):
         assert re.search(words, shown.out + shown.err), words
 
 

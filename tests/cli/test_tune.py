@@ -118,10 +118,10 @@ def test_a_finished_run_is_shown_as_tables(tuned, tiny_pair, data):
     outcome = command(*words_of(tiny_pair, data, "--merge", "--learning-rate", "0.03", "--out", tuned["run"]))
     assert outcome.code == 0
     assert "8 neurons tuned" in outcome.out
-    assert "Before and after, on test prompts" in outcome.out
+    assert "Before and after" in outcome.out
     for row in ("before", "after"):
         assert any(line.startswith(row) for line in outcome.out.splitlines())
-    assert "everything outside the set: bit for bit as before" in outcome.out
+    assert "Everything outside the set is bit for bit as it was" in outcome.out
     assert tuned["adapter"] in outcome.out.replace("\n", "")
 
 

@@ -8,12 +8,13 @@ from markupsafe import Markup
 
 from safety_neurons.display.charts import BesideChance, agreement_figure, beside_figure, matrix_figure
 from safety_neurons.display.parts import (
+    CAUTION,
     FACT,
     NO,
     YES,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     dots_of,
@@ -29,7 +30,7 @@ MOST = 48
 """Rows of a chart."""
 
 
-def layers_part(run: ReportedRun) -> Part:
+def layers_part(run: ReportedRun) -> DisplayPart:
     """Where the neurons of sets lie, beside random sets of the same size."""
     figures, details, claims = [], [], []
     for found in run.result["sets"]:
@@ -39,7 +40,7 @@ def layers_part(run: ReportedRun) -> Part:
     columns = ["set", "claim", "paper", "holds", "measured", "random sets"]
     tables = [Table("What the papers say of place, asked of every set", columns, claims)]
     lead = Markup("A dot is what a set has, the grey bar what 95\u00a0% of random sets of its size have.")
-    return Part(titled("Where sets lie", run), lead, figures, tables, details)
+    return DisplayPart(titled("Where sets lie", run), lead, figures, tables, details)
 
 
 def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
@@ -117,7 +118,7 @@ def _layers(found: Mapping[str, Any]) -> str:
     return plural(sum(place["members"] > 0 for place in found["by_layer"]), "layer")
 
 
-def overlap_part(run: ReportedRun) -> Part:
+def overlap_part(run: ReportedRun) -> DisplayPart:
     """How far sets agree, beside unrelated sets."""
     result = run.result
     names = [visible(found["name"], 30) for found in result["sets"]]
@@ -150,7 +151,7 @@ def overlap_part(run: ReportedRun) -> Part:
         number(mean["value"], 3),
         _in_all(result),
     )
-    return Part(
+    return DisplayPart(
         titled("How far sets agree", run),
         lead,
         [
@@ -181,6 +182,13 @@ def overlap_findings(run: ReportedRun) -> list[Finding]:
     best = max(pairs, key=lambda pair: pair["jaccard"]["value"], default=None)
     if best is None:
         return []
+    made = []
+    for pair in pairs:
+        left = [f"{count(n)} of {visible(each, 40)}" for n, each in zip(pair.get("outside") or (), pair["names"], strict=False) if n]
+        if left:
+            where = "{}: {} left out, where the other search did not look."
+            names = ", ".join(visible(each, 40) for each in pair["names"])
+            made.append(Finding(CAUTION, say(where, names, " and ".join(left))))
     text = say(
         "{} of {} of sets share more neurons than unrelated sets with as many in every matrix; the closest are {} and {}, Jaccard index {} "
         "(unrelated {}).",
@@ -190,10 +198,10 @@ def overlap_findings(run: ReportedRun) -> list[Finding]:
         number(best["jaccard"]["value"], 3),
         chance_range(best["jaccard"]["matched"]),
     )
-    return [Finding(FACT if above else NO, text)]
+    return [Finding(FACT if above else NO, text), *made]
 
 
-def languages_part(run: ReportedRun) -> Part:
+def languages_part(run: ReportedRun) -> DisplayPart:
     """What languages share, and what is lost in one where the neurons of another are off."""
     result = run.result
     rows = [
@@ -213,7 +221,12 @@ def languages_part(run: ReportedRun) -> Part:
         plural(round(shared["value"]), "neuron"),
         f"{number(shared['low'], 0)} to {number(shared['high'], 0)}",
     )
-    return Part(titled("Languages", run), lead, figures, [*tables, *more])
+    if result["untreated"]:
+        rates = (f"{visible(each, 30)} {interval(rate)}" for each, rate in result["untreated"].items())
+        lead += say(" Refused by the model as it is: {}.", ", ".join(rates))
+    if result.get("skipped"):
+        lead += say(" Not measured are the empty sets {}.", ", ".join(visible(each, 60) for each in result["skipped"]))
+    return DisplayPart(titled("Languages", run), lead, figures, [*tables, *more])
 
 
 def _specific(found: Mapping[str, Any]) -> str:
@@ -260,7 +273,7 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
     return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
-def transfer_part(run: ReportedRun) -> Part:
+def transfer_part(run: ReportedRun) -> DisplayPart:
     """Effect on other requests, and what patching costs."""
     result = run.result
     figures, tables = _matrix_figures(result)
@@ -284,7 +297,7 @@ def transfer_part(run: ReportedRun) -> Part:
         ["model", "harmless refused", *(visible(task, 40) for task in tasks)],
         rows,
     )
-    return Part(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
+    return DisplayPart(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
 
 
 def _measured(record: Any) -> str:
@@ -320,7 +333,7 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
     ]
 
 
-def tax_part(run: ReportedRun) -> Part:
+def tax_part(run: ReportedRun) -> DisplayPart:
     """What two preference trainings share, and what cross-patching shows."""
     result = run.result
     rows = [
@@ -381,7 +394,7 @@ def tax_part(run: ReportedRun) -> Part:
         _arms_figure(result["arms"], "refused", "harmful requests refused"),
         _arms_figure(result["arms"], "helpful", "helpful answers"),
     ]
-    return Part(titled("The alignment tax", run), lead, figures, tables)
+    return DisplayPart(titled("The alignment tax", run), lead, figures, tables)
 
 
 def _expected(chance: Mapping[str, Any]) -> str:
@@ -476,7 +489,7 @@ def _place(entry: Mapping[str, Any]) -> list[str]:
     return [visible(entry["before"], 120), visible(entry["token"], 60), visible(entry["after"], 120), about]
 
 
-def cards_part(run: ReportedRun) -> Part:
+def cards_part(run: ReportedRun) -> DisplayPart:
     """All cards of a run as a table."""
     result = run.result
     treatments = list(dict.fromkeys(treatment for card in result["cards"] for treatment in card["effects"]))
@@ -505,8 +518,11 @@ def cards_part(run: ReportedRun) -> Part:
         )
         or "an unknown amount",
     )
+    for treatment, odds in result.get("log_odds", {}).items():
+        text = " Untreated the log-odds are {}; all of these {} change them by {}."
+        lead += say(text, number(odds["untreated"]), visible(treatment, 30), number(odds["change_together"]["value"], signed=True))
     figures = [_effects_figure(result, treatment) for treatment in treatments]
-    return Part(titled("Neuron cards", run), lead, figures, [Table(captioned("Neuron cards", result["cards"]), columns, rows)])
+    return DisplayPart(titled("Neuron cards", run), lead, figures, [Table(captioned("Neuron cards", result["cards"]), columns, rows)])
 
 
 def _effects_figure(result: Mapping[str, Any], treatment: str) -> Figure:

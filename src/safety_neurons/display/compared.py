@@ -15,9 +15,9 @@ from safety_neurons.display.parts import (
     PARTLY,
     YES,
     Cell,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     Tile,
@@ -105,7 +105,7 @@ def agreement_table(run: ReportedRun) -> Table:
     return Table("Units shared by two sets ÷ units in either", ["two sets", "Jaccard index", "two random sets"], rows)
 
 
-def compare_part(run: ReportedRun) -> Part:
+def compare_part(run: ReportedRun) -> DisplayPart:
     """Methods at one budget."""
     result = run.result
     real, chance = methods_of(result)
@@ -137,7 +137,7 @@ def compare_part(run: ReportedRun) -> Part:
     if result["agreement"]:
         figures.append(_agreement(result, names))
     details = [agreement_table(run)] if result["agreement"] else []
-    return Part(heading, lead, figures, [methods_table(run)], details)
+    return DisplayPart(heading, lead, figures, [methods_table(run)], details)
 
 
 def _interval_rows(
@@ -291,7 +291,7 @@ DRAWN = {
 CHANCE = "random"
 
 
-def ranking_part(run: ReportedRun) -> Part:
+def ranking_part(run: ReportedRun) -> DisplayPart:
     """Every method over every organism: means, the worst, each single one."""
     figures, tables = [], []
     for group in dict.fromkeys(str(row["group"]) for row in run.result["ranking"]):
@@ -299,7 +299,7 @@ def ranking_part(run: ReportedRun) -> Part:
         figures += [_ranked_figure(group, measure, rows) for measure in DRAWN if any(row["measure"] == measure for row in rows)]
         tables.append(_table(group, rows))
     lead = Markup("Means over organisms; faint marks are single organisms and seeds, the number in brackets is the worst of them.")
-    return Part(
+    return DisplayPart(
         titled("Over several organisms", run),
         lead,
         [figure for figure in figures if figure is not None],

@@ -12,9 +12,9 @@ from safety_neurons.display.parts import (
     FAIL,
     PASS,
     TREATED,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     Tile,
@@ -30,7 +30,7 @@ ARMS = ("baseline", "untreated", "treated")
 _SIDES = (("harmful", "harm", "Harm"), ("harmless", "over_refusal", "Over-refusal"))
 
 
-def evaluate_part(run: ReportedRun) -> Part:
+def evaluate_part(run: ReportedRun) -> DisplayPart:
     """One evaluation."""
     result = run.result
     arms = arms_of(result)
@@ -60,7 +60,7 @@ def evaluate_part(run: ReportedRun) -> Part:
                 [[visible(line, 200)] for line in result["gate"]["missed"]],
             )
         )
-    return Part(heading, lead, figures, tables, list(_group_tables(arms[-1])))
+    return DisplayPart(heading, lead, figures, tables, list(_group_tables(arms[-1])))
 
 
 def evaluate_findings(run: ReportedRun) -> list[Finding]:
@@ -292,9 +292,9 @@ def checks_table(run: ReportedRun) -> Table:
     return Table("Experiments on the model itself", ["check", "outcome", "measured", "allowed"], rows)
 
 
-def doctor_part(run: ReportedRun) -> Part:
+def doctor_part(run: ReportedRun) -> DisplayPart:
     """The doctor's checks."""
-    return Part(say("Checks on {}", name(run.result["model"])), tables=[checks_table(run)])
+    return DisplayPart(say("Checks on {}", name(run.result["model"])), tables=[checks_table(run)])
 
 
 def doctor_findings(run: ReportedRun) -> list[Finding]:

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from safety_neurons.display.charts import site_map
-from safety_neurons.display.parts import FOUND, Cell, Figure, Finding, Part, ReportedRun, Table
+from safety_neurons.display.parts import FOUND, Cell, DisplayPart, Figure, Finding, ReportedRun, Table
 from safety_neurons.display.text import NONE, count, in_script, name, plural, say, share, visible
 from safety_neurons.neurons import SITES, Scores, parse_key
 
@@ -214,7 +214,7 @@ TALL = 12
 """Layers beyond which two maps stand side by side."""
 
 
-def find_part(run: ReportedRun) -> Part:
+def find_part(run: ReportedRun) -> DisplayPart:
     """Where the neurons of a find run are."""
     heading = say("{} <span class=sub>on {}</span>", visible(run.method, 40), run.pair)
     used = run.result["prompts"]
@@ -227,13 +227,13 @@ def find_part(run: ReportedRun) -> Part:
     )
     cells = cells_of(run)
     if not cells:
-        return Part(
+        return DisplayPart(
             heading,
             lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."),
         )
     top = neurons_table(run)
     tall = len({layer for layer, _ in cells}) > TALL
-    return Part(
+    return DisplayPart(
         heading,
         lead,
         _maps(run, cells),
@@ -281,20 +281,20 @@ def _short(value: float) -> str:
     return "0" if value == 0 else "<1" if abs(value) < 0.95 else f"{value:.0f}"
 
 
-def foreign_part(run: ReportedRun) -> Part:
+def foreign_part(run: ReportedRun) -> DisplayPart:
     """Neurons that others found."""
     result = run.result
     lead = say("{}, {} of all.", plural(result["n_neurons"], "neuron"), share(result["share_of_all_neurons"], 2))
     rows = [[visible(key, 60), count(members)] for key, members in result["counts"].items()]
     heading = say("Neurons read from a file <span class=sub>{}</span>", visible(result["format"], 40))
-    return Part(heading, lead, tables=[Table("Neurons of every matrix", ["matrix", "neurons"], rows)])
+    return DisplayPart(heading, lead, tables=[Table("Neurons of every matrix", ["matrix", "neurons"], rows)])
 
 
-def named_part(run: ReportedRun) -> Part:
+def named_part(run: ReportedRun) -> DisplayPart:
     """Neurons under the names of another tool."""
     result = run.result
     lead = say("{} at {}.", plural(result["n_neurons"], "neuron"), plural(len(result["places"]), "place"))
-    return Part(say("Neurons named for {}", visible(result["tool"], 40)), lead)
+    return DisplayPart(say("Neurons named for {}", visible(result["tool"], 40)), lead)
 
 
 def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:

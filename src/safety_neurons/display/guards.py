@@ -14,9 +14,9 @@ from safety_neurons.display.parts import (
     OPEN,
     YES,
     Cell,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     Tile,
@@ -120,6 +120,9 @@ def outputs_table(found: Mapping[str, Any]) -> Table:
     ]
     columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
     caption = f"What the model writes, by {visible(found['judge'], 40)}; {count(found['changed'])} answers that were let pass differ"
+    if "asked" in found:
+        caption += f"; AUROC for what is asked {interval(found['asked'])}, for what would be written {interval(found['written'])}"
+        caption += f"; {count(found['refused_by_model'])} unsafe requests have no unsafe answer to begin with"
     return Table(caption, columns, rows)
 
 
@@ -153,7 +156,7 @@ SLICES = {
 }
 
 
-def fit_part(run: ReportedRun) -> Part:
+def fit_part(run: ReportedRun) -> DisplayPart:
     """A guard as it was fit, or set anew after an update of the model."""
     result = run.result
     prompts = result["prompts"]
@@ -181,6 +184,14 @@ def fit_part(run: ReportedRun) -> Part:
             interval(told["tpr"]),
         )
         lead += say("{} of the safe ones.", interval(told["fpr"]))
+    if result.get("conversations"):
+        read = result["conversations"]
+        text = " Of conversations among them it flags {} of the unsafe and {} of the safe ones ({} and {} where each is read as a whole)."
+        lead += say(text, *(interval(read[rate]) for rate in ("tpr", "fpr", "tpr_read_whole", "fpr_read_whole")))
+    if result.get("recheck"):
+        again = result["recheck"]
+        text = " Re-checks every {} tokens, at threshold {}, stop {} of the answers to unsafe prompts and {} of those to safe ones."
+        lead += say(text, count(again["every"]), number(again["threshold"], 3), interval(again["tpr"]), interval(again["fpr"]))
     if result.get("auroc_before"):
         lead += say(" On the model it was fit on the AUROC was {}.", interval(result["auroc_before"]))
     points = [
@@ -211,10 +222,10 @@ def fit_part(run: ReportedRun) -> Part:
     if len(result["poolings"]) > 1:
         rows = [[visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)] for each in result["poolings"]]
         details.append(Table("How the prompt’s tokens are pooled, by validation", ["pooling", "AUROC", "log loss"], rows))
-    return Part(say("Guard on {}", name(result["model"])), lead, (), tables, details)
+    return DisplayPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
-def worth_part(run: ReportedRun) -> Part:
+def worth_part(run: ReportedRun) -> DisplayPart:
     """A guard beside its baselines."""
     result = run.result
     lead = say(
@@ -239,7 +250,7 @@ def worth_part(run: ReportedRun) -> Part:
         tables.append(outputs_table(result["outputs"]))
     if result.get("counts"):
         tables.append(counts_table(result["counts"]))
-    return Part(say("Guard of {}", name(run.model)), lead, _figures(run), tables, details)
+    return DisplayPart(say("Guard of {}", name(run.model)), lead, _figures(run), tables, details)
 
 
 def _figures(run: ReportedRun) -> list[Figure]:

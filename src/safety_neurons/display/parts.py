@@ -171,7 +171,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Part:
+class DisplayPart:
     """One heading with its sentences, figures and tables."""
 
     heading: Markup

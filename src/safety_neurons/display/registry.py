@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.display import analyses, compared, evaluated, found, guards, tuned, verified
-from safety_neurons.display.parts import Figure, Finding, Part, ReportedRun, Table, Tile, guarded, not_achieved, plain
+from safety_neurons.display.parts import DisplayPart, Figure, Finding, ReportedRun, Table, Tile, guarded, not_achieved, plain
 from safety_neurons.display.text import name, say, visible
 from safety_neurons.results import html_table
 
@@ -18,7 +18,7 @@ class Display:
 
     section: str
     """The section of a report that it stands in."""
-    part: Callable[[ReportedRun], Part]
+    part: Callable[[ReportedRun], DisplayPart]
     """Heading, sentences, figures and tables."""
     findings: Callable[[ReportedRun], list[Finding]] = lambda _: []
     tile: Callable[[ReportedRun], Tile] | None = None
@@ -27,11 +27,11 @@ class Display:
     """What its completions are called; `{}` is the method that chose the neurons."""
 
 
-def _as_recorded(run: ReportedRun) -> Part:
+def _as_recorded(run: ReportedRun) -> DisplayPart:
     """The numbers of a verb that this version draws nothing for."""
     rows = [[visible(key, 60), visible(value, 300)] for key, value in run.result.items()]
     heading = say("{} <span class=sub>{}</span>", visible(run.verb, 40), name(run.label))
-    return Part(heading, tables=[Table("Result as recorded", ["entry", "value"], rows)])
+    return DisplayPart(heading, tables=[Table("Result as recorded", ["entry", "value"], rows)])
 
 
 _GUARD_FIT = Display("guarded", guards.fit_part, guards.fit_findings)
@@ -71,7 +71,7 @@ def display_of(run: ReportedRun) -> Display:
     return DISPLAYS.get(run.kind, _OTHER)
 
 
-def part_of(run: ReportedRun) -> Part:
+def part_of(run: ReportedRun) -> DisplayPart:
     """Heading, sentences, figures and tables of a run.
 
     Raises:
@@ -98,7 +98,7 @@ def html_of(run: ReportedRun) -> str:
     return str(say("<p><b>{}</b></p>{}<ul>{}</ul>", part.heading, Markup("").join(lines), said))
 
 
-class Shown:
+class Displayed:
     """A result that shows itself: its tables, findings and figures are those of a report and of the command line."""
 
     @property

@@ -14,9 +14,9 @@ from safety_neurons.display.parts import (
     TREATED,
     YES,
     Cell,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     Tile,
@@ -29,7 +29,7 @@ from safety_neurons.display.text import NONE, count, interval, name, number, plu
 from safety_neurons.results import captioned, clear_word, is_clear
 
 
-def tune_part(run: ReportedRun) -> Part:
+def tune_part(run: ReportedRun) -> DisplayPart:
     """Before and after, and what held-out prompts said on the way."""
     result = run.result
     heading = say("{} tuned in {}", plural(result["n_neurons"], "neuron"), name(run.model))
@@ -71,7 +71,7 @@ def tune_part(run: ReportedRun) -> Part:
     ]
     columns = ["step", "harmful refused", "harmless refused", "KL per token, nats"]
     details = [Table("Checks while training, on prompts held out of the data", columns, checks)] if checks else []
-    return Part(
+    return DisplayPart(
         heading,
         lead,
         figures,
@@ -139,17 +139,17 @@ COLUMNS = (
 )
 
 
-def repair_part(run: ReportedRun) -> Part:
+def repair_part(run: ReportedRun) -> DisplayPart:
     """What was put back."""
     result = run.result
     text = "{} put back: {} of {} weights differed"
     lead = say(text, plural(result["n_neurons"], "neuron"), count(result["changed"]), count(result["n_entries"]))
     if result["adapter_changed"]:
         lead += say(", {} entries of adapters cleared", count(result["adapter_changed"]))
-    return Part(say("Repair of {}", name(run.model)), lead + Markup("."))
+    return DisplayPart(say("Repair of {}", name(run.model)), lead + Markup("."))
 
 
-def rsn_part(run: ReportedRun) -> Part:
+def rsn_part(run: ReportedRun) -> DisplayPart:
     """Arms before and after the downstream fine-tune."""
     result, safety = run.result, run.result["sets"]["safety"]
     down = result["downstream"]
@@ -201,7 +201,7 @@ def rsn_part(run: ReportedRun) -> Part:
         ("arms", "before", "after", "clear"),
         pairs,
     )
-    return Part(
+    return DisplayPart(
         say("Safety through a fine-tune of {}", name(run.model)),
         lead,
         [dots_of(rows, title, caption)],
@@ -209,7 +209,7 @@ def rsn_part(run: ReportedRun) -> Part:
     )
 
 
-def stress_part(run: ReportedRun) -> Part:
+def stress_part(run: ReportedRun) -> DisplayPart:
     """Curves under attack, before and after tuning."""
     result = run.result
     rows: list[list[Cell]] = [
@@ -229,7 +229,7 @@ def stress_part(run: ReportedRun) -> Part:
         plural(len(result["seeds"]), "seed"),
     )
     columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")
-    return Part(
+    return DisplayPart(
         say("Attacks on {}", name(run.model)),
         lead,
         (),

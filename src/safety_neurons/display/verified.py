@@ -18,9 +18,9 @@ from safety_neurons.display.parts import (
     TREATED,
     YES,
     Cell,
+    DisplayPart,
     Figure,
     Finding,
-    Part,
     ReportedRun,
     Table,
     Tile,
@@ -134,12 +134,12 @@ def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
-def patch_part(run: ReportedRun) -> Part:
+def patch_part(run: ReportedRun) -> DisplayPart:
     """Causal effects of the sets of one run."""
     return dataclasses.replace(patch_parts([run])[0], tables=[arms_table(run)], details=())
 
 
-def patch_parts(runs: Sequence[ReportedRun]) -> list[Part]:
+def patch_parts(runs: Sequence[ReportedRun]) -> list[DisplayPart]:
     """Causal effects; sweeps of the same pair in one figure."""
     groups: dict[tuple[str, ...], list[ReportedRun]] = {}
     for run in runs:
@@ -147,7 +147,7 @@ def patch_parts(runs: Sequence[ReportedRun]) -> list[Part]:
     return [_patch_part(group) for group in groups.values()]
 
 
-def _patch_part(group: Sequence[ReportedRun]) -> Part:
+def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
     first = group[0].result
     base, aligned = group[0].models if len(group[0].models) == 2 else ("the base model", "the aligned one")
     heading = say("Patching into {} <span class=sub>from {}</span>", name(base), name(aligned))
@@ -159,7 +159,7 @@ def _patch_part(group: Sequence[ReportedRun]) -> Part:
         sweeps.append(Sweep(method, run.result["sizes"], run.result["ceiling_effect"]))
     named = [(sweep.method, run) for sweep, run in zip(sweeps, group, strict=True)]
     tables = [arms_table(run, f", ranked by {method}") for method, run in named]
-    shown = Part(heading, tables=[summary_table(named)], details=tables)
+    shown = DisplayPart(heading, tables=[summary_table(named)], details=tables)
     effects = [point["causal_effect"] for sweep in sweeps for point in sweep.points]
     if all(effect["value"] is None for effect in effects):
         return dataclasses.replace(shown, lead=say("The causal effect is undefined: {}.", visible(effects[0].get("why"), 300)))
@@ -185,7 +185,7 @@ def _patch_part(group: Sequence[ReportedRun]) -> Part:
     return dataclasses.replace(shown, figures=[figure])
 
 
-def deactivate_part(run: ReportedRun) -> Part:
+def deactivate_part(run: ReportedRun) -> DisplayPart:
     """What is lost without a set."""
     result = run.result
     heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.model))
@@ -208,7 +208,7 @@ def deactivate_part(run: ReportedRun) -> Part:
             "Refusals of harmless requests: what over-refusal is left.",
         ),
     ]
-    return Part(heading, lead + Markup("."), figures, [arms_table(run)])
+    return DisplayPart(heading, lead + Markup("."), figures, [arms_table(run)])
 
 
 def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
@@ -351,7 +351,7 @@ ALONE = "one layer alone"
 """Steps that are no curve: every layer by itself."""
 
 
-def progressive_part(run: ReportedRun) -> Part:
+def progressive_part(run: ReportedRun) -> DisplayPart:
     """What is left of refusals while more and more is off."""
     result = run.result
     whole = max(result["n_neurons"], 1)
@@ -408,7 +408,7 @@ def progressive_part(run: ReportedRun) -> Part:
     lead = (
         say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
     )
-    return Part(
+    return DisplayPart(
         titled("Off bit by bit", run),
         lead,
         [figure],

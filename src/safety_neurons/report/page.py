@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from safety_neurons.display import DISPLAYS, Finding, Part, ReportedRun, Tile, findings_of, part_of
+from safety_neurons.display import DISPLAYS, DisplayPart, Finding, ReportedRun, Tile, findings_of, part_of
 from safety_neurons.display.analyses import cards_of
 from safety_neurons.display.found import block, opened
 from safety_neurons.display.parts import guarded, ranked_by
@@ -208,12 +208,12 @@ class Section:
     anchor: str
     heading: str
     introduction: str
-    parts: Sequence[Part]
+    parts: Sequence[DisplayPart]
 
 
 def sections(runs: Sequence[ReportedRun]) -> list[Section]:
     """Every section that has any part; sweeps of the same pair stand in one figure."""
-    made: dict[str, list[Part]] = {}
+    made: dict[str, list[DisplayPart]] = {}
     patched, maps = [run for run in runs if run.verb == "verify-patch"], opened(runs)
     if patched:
         made["sufficient"] = guarded(patched[0], lambda _: patch_parts(patched))

@@ -25,7 +25,7 @@ import numpy as np
 
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, load_pair
@@ -93,7 +93,7 @@ class MethodResult(Recorded[MethodRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison(Recorded[ComparisonRecord], Shown):
+class Comparison(Recorded[ComparisonRecord], Displayed):
     """Detectors side by side."""
 
     verb = "compare"
@@ -419,7 +419,7 @@ class Standing(Recorded[StandingRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking(Shown):
+class Ranking(Displayed):
     """Methods over organisms."""
 
     verb = "compare"

@@ -22,7 +22,7 @@ from safety_neurons.capability import check as check_task
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
 from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, guarding
 from safety_neurons.interventions import deactivated, patched
@@ -302,7 +302,7 @@ class EvaluationBench(Bench):
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation(Recorded[EvaluationRecord], Shown):
+class Evaluation(Recorded[EvaluationRecord], Displayed):
     """What an evaluation gave."""
 
     verb = "evaluate"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safety_neurons.detectors import find_importance
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, batches, forward
@@ -41,7 +41,7 @@ class Check(Recorded[CheckRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Examination(Recorded[ExaminationRecord], Shown):
+class Examination(Recorded[ExaminationRecord], Displayed):
     """All checks of one model."""
 
     verb = "doctor"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, stratified_split
 from safety_neurons.guard.calibration import EXAMPLES, LIMIT, TARGETS, expected_calibration_error
@@ -367,7 +367,7 @@ Rows = Int[np.ndarray, " _"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GuardEvaluation(Shown):
+class GuardEvaluation(Displayed):
     """What a guard is worth.
 
     Attributes:

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
@@ -67,7 +67,7 @@ class Achievement(Recorded[JsonObject]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning(Shown):
+class Tuning(Displayed):
     """A tuned set of neurons, and what that did to the model."""
 
     verb = "tune"

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
@@ -90,7 +90,7 @@ class SizePoint(Recorded[SizeRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification(Recorded[VerificationRecord], Shown):
+class Verification(Recorded[VerificationRecord], Displayed):
     """What a set of neurons does, beside what chance and everything do."""
 
     kind: str
@@ -411,7 +411,7 @@ class Step(Recorded[StepRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Progressive(Shown):
+class Progressive(Displayed):
     """Curves of safety and capability while more and more is off."""
 
     verb = "analyze-progressive"

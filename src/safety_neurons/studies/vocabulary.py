@@ -13,7 +13,7 @@ from torch import Tensor
 from safety_neurons.declarations import Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
 from safety_neurons.detectors.methods import Attribution, CardOptions
-from safety_neurons.display import Shown
+from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, run_batches, token_log_probabilities
@@ -105,7 +105,7 @@ class Card:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cards(Shown):
+class Cards(Displayed):
     """Cards of a handful of neurons, and what the same numbers are for random ones."""
 
     verb = "analyze-vocabulary"
