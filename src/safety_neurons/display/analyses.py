@@ -57,12 +57,7 @@ def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
     ]
     top = max([end for row in rows for end in (row.value, row.high) if end is not None], default=1.0)
     words = "; ".join(f"{row.label} {row.text} (random {share(row.low)} to {share(row.high)})" for row in rows)
-    caption = say(
-        "<b>{}</b>: share of the set by {}; {}.",
-        visible(found["name"], 40),
-        word,
-        plural(found["n_neurons"], "neuron"),
-    )
+    caption = say("<b>{}</b>: share of the set by {}; {}.", visible(found["name"], 40), word, plural(found["n_neurons"], "neuron"))
     title = f"share of the set, {word}"
     draw = partial(beside_figure, rows, title, domain=(-0.04 * top, min(1.02, top * 1.06) or 1.0))
     return Figure(draw, f"{found['name']}, {title}: {words}.", caption)
@@ -100,13 +95,7 @@ def layers_findings(run: ReportedRun) -> list[Finding]:
         parts = "; ".join(f"{word}: {', '.join(claims)}" for word, claims in said.items() if claims)
         densest = max(found["by_layer"], key=lambda place: place["members"], default=None)
         where = say(", most of all in {} ({})", densest["name"], share(densest["share_of_set"])) if densest else Markup("")
-        text = say(
-            "<b>{}</b> lies in {}{}. {}.",
-            visible(found["name"], 40),
-            _layers(found),
-            where,
-            parts[:1].upper() + parts[1:],
-        )
+        text = say("<b>{}</b> lies in {}{}. {}.", visible(found["name"], 40), _layers(found), where, parts[:1].upper() + parts[1:])
         made.append(Finding(FACT, text))
     return made
 
@@ -136,31 +125,15 @@ def overlap_part(run: ReportedRun) -> DisplayPart:
         ]
         for pair in result["pairs"]
     ]
-    columns = [
-        "sets",
-        "Jaccard index",
-        "unrelated sets",
-        "as many per matrix",
-        "Spearman, all",
-        "in the union (unrelated)",
-    ]
+    columns = ["sets", "Jaccard index", "unrelated sets", "as many per matrix", "Spearman, all", "in the union (unrelated)"]
     mean = result["mean_jaccard"]
     lead = say(
-        "Mean Jaccard index of {}: {}; {} in all of them.",
-        plural(mean["n_pairs"], "pair"),
-        number(mean["value"], 3),
-        _in_all(result),
+        "Mean Jaccard index of {}: {}; {} in all of them.", plural(mean["n_pairs"], "pair"), number(mean["value"], 3), _in_all(result)
     )
     return DisplayPart(
         titled("How far sets agree", run),
         lead,
-        [
-            Figure(
-                partial(agreement_figure, names, jaccard),
-                f"Jaccard index of every two sets: {words}.",
-                caption,
-            )
-        ],
+        [Figure(partial(agreement_figure, names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
         [Table("Every two sets beside unrelated ones; ranges hold 95\u00a0% of them", columns, rows)],
     )
 
@@ -205,11 +178,7 @@ def languages_part(run: ReportedRun) -> DisplayPart:
     """What languages share, and what is lost in one where the neurons of another are off."""
     result = run.result
     rows = [
-        [
-            visible(row["language"], 30),
-            count(row["n_neurons"]),
-            *(_specific(row[kind]) for kind in ("minus_intersection", "minus_union")),
-        ]
+        [visible(row["language"], 30), count(row["n_neurons"]), *(_specific(row[kind]) for kind in ("minus_intersection", "minus_union"))]
         for row in result["languages"]
     ]
     columns = ["language", "neurons", "not in all languages", "in no other language"]
@@ -262,14 +231,7 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
         ]
         for cell in cells
     ]
-    columns = [
-        "neurons → requests",
-        "refused",
-        "change",
-        "against random sets",
-        "clear",
-        *(["causal effect"] if effect else []),
-    ]
+    columns = ["neurons → requests", "refused", "change", "against random sets", "clear", *(["causal effect"] if effect else [])]
     return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
@@ -285,18 +247,10 @@ def transfer_part(run: ReportedRun) -> DisplayPart:
     )
     tasks = list(dict.fromkeys(task for each in result["ability"] for task in each["capability"]))
     rows = [
-        [
-            visible(each["name"], 40),
-            interval(each["harmless_refused"]),
-            *(_measured(each["capability"].get(task)) for task in tasks),
-        ]
+        [visible(each["name"], 40), interval(each["harmless_refused"]), *(_measured(each["capability"].get(task)) for task in tasks)]
         for each in result["ability"]
     ]
-    ability = Table(
-        "General ability under patching",
-        ["model", "harmless refused", *(visible(task, 40) for task in tasks)],
-        rows,
-    )
+    ability = Table("General ability under patching", ["model", "harmless refused", *(visible(task, 40) for task in tasks)], rows)
     return DisplayPart(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
 
 
@@ -325,12 +279,7 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
         if transfers
         else "With the neurons of one language off, refusals change by {} in that language and by {} in the others."
     )
-    return [
-        Finding(
-            FACT,
-            say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)),
-        )
-    ]
+    return [Finding(FACT, say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)))]
 
 
 def tax_part(run: ReportedRun) -> DisplayPart:
@@ -346,28 +295,12 @@ def tax_part(run: ReportedRun) -> DisplayPart:
         ]
         for pair in result["relations"]
     ]
-    columns = [
-        "trainings",
-        "shared",
-        "random sets",
-        "as active",
-        "Spearman, all",
-        "given activation",
-        "in the union",
-        "cosine of changes",
-    ]
+    columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union", "cosine of changes"]
     tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)]
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
     cells = [[visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))] for arm in result["arms"]]
     quiet = frozenset(place for place, arm in enumerate(result["arms"]) if arm not in arms)
-    tables.append(
-        Table(
-            "Cross-patching of the shared neurons",
-            ["model", "harmful refused", "helpful", "harmless refused"],
-            cells,
-            quiet,
-        )
-    )
+    tables.append(Table("Cross-patching of the shared neurons", ["model", "harmful refused", "helpful", "harmless refused"], cells, quiet))
     moved = [
         [
             f"{visible(each['receiver'], 30)} from {visible(each['donor'], 30)}",
@@ -385,11 +318,7 @@ def tax_part(run: ReportedRun) -> DisplayPart:
             moved,
         )
     )
-    lead = say(
-        "{} shared; helpfulness is “{}”.",
-        plural(result["n_shared"], "neuron"),
-        visible(result["helpfulness"], 30),
-    )
+    lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
     figures = [
         _arms_figure(result["arms"], "refused", "harmful requests refused"),
         _arms_figure(result["arms"], "helpful", "helpful answers"),
@@ -408,10 +337,7 @@ def _arms_figure(arms: Sequence[Mapping[str, Any]], kind: str, title: str) -> Fi
         chance = [other[kind]["value"] for other in arms if other["arm"].startswith(f"{arm['arm']}, random")]
         dots = [value for value in chance if value is not None]
         rows.append(estimate_row(arm["arm"], arm[kind], dots=dots))
-    caption = say(
-        "<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.",
-        title.capitalize(),
-    )
+    caption = say("<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.", title.capitalize())
     return dots_of(rows, title, caption, title.capitalize())
 
 

@@ -49,35 +49,8 @@ _CLASSES = {
 }
 _TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan", "circle"}
 _ATTRIBUTES = {
-    *(
-        "d",
-        "x",
-        "y",
-        "x1",
-        "x2",
-        "y1",
-        "y2",
-        "dx",
-        "dy",
-        "cx",
-        "cy",
-        "r",
-        "width",
-        "height",
-        "transform",
-        "text-anchor",
-        "opacity",
-    ),
-    *(
-        "fill",
-        "stroke",
-        "fill-opacity",
-        "stroke-opacity",
-        "stroke-width",
-        "stroke-dasharray",
-        "stroke-linecap",
-        "stroke-linejoin",
-    ),
+    *("d", "x", "y", "x1", "x2", "y1", "y2", "dx", "dy", "cx", "cy", "r", "width", "height", "transform", "text-anchor", "opacity"),
+    *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
     *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
 }
 ROOM = 16
@@ -89,14 +62,7 @@ _CONFIG = {
     "background": "transparent",
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
-    "legend": {
-        "labelFontSize": 12,
-        "labelColor": INK,
-        "symbolStrokeWidth": 2.4,
-        "symbolSize": 260,
-        "labelLimit": 200,
-        "title": None,
-    },
+    "legend": {"labelFontSize": 12, "labelColor": INK, "symbolStrokeWidth": 2.4, "symbolSize": 260, "labelLimit": 200, "title": None},
     "axis": {
         **{
             "labelColor": SOFT,
@@ -106,14 +72,7 @@ _CONFIG = {
             "titleFontWeight": "normal",
             "labelLimit": 260,
         },
-        **{
-            "gridColor": GRID,
-            "domainColor": FAINT,
-            "tickColor": FAINT,
-            "tickSize": 4,
-            "titlePadding": 8,
-            "labelPadding": 5,
-        },
+        **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
     },
 }
 
@@ -127,13 +86,7 @@ def _drawn(specification: str) -> str:
 
 
 def drawing(
-    chart: Any,
-    width: float | int,
-    height: float | int,
-    *,
-    step: bool = False,
-    size: str = "",
-    places: Mapping[str, str] | None = None,
+    chart: Any, width: float | int, height: float | int, *, step: bool = False, size: str = "", places: Mapping[str, str] | None = None
 ) -> Markup:
     """The chart as an SVG element without scripts, styles, links or colours of its own.
 
@@ -193,25 +146,8 @@ def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> Element
     return kept
 
 
-METHODS = (
-    "contrast",
-    "attribution-patching",
-    "importance-contrast",
-    "importance",
-    "attribution",
-    "weight-change",
-    "mask",
-)
-SHAPES = (
-    "circle",
-    "diamond",
-    "square",
-    "triangle-up",
-    "cross",
-    "triangle-down",
-    "triangle-left",
-    "triangle-right",
-)
+METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "mask")
+SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-left", "triangle-right")
 WIDE, NARROW = 770, 262
 
 
@@ -297,16 +233,7 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
             tip = f"{sweep.method}, {n:,} neurons: {interval(effect)}"
             if effect["value"] is not None:
                 ends = {name: float(effect[name]) for name in ("value", "low", "high")}
-                lines.append(
-                    {
-                        "method": visible(sweep.method, 40),
-                        "n": n,
-                        "tip": tip,
-                        "colour": colour,
-                        "shape": shape,
-                        **ends,
-                    }
-                )
+                lines.append({"method": visible(sweep.method, 40), "n": n, "tip": tip, "colour": colour, "shape": shape, **ends})
             values = [float(other["value"]) for other in point["random_effects"] if other["value"] is not None]
             if values:
                 low, high = band.get(n, (np.inf, -np.inf))
@@ -317,15 +244,7 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         "value:Q",
         scale=alt.Scale(domain=[bottom, top], nice=False),
         title="causal effect",
-        axis=alt.Axis(
-            titleAngle=0,
-            titleAlign="left",
-            titleX=-36,
-            titleY=-12,
-            values=[0, 0.25, 0.5, 0.75, 1],
-            format=".2~f",
-            domain=False,
-        ),
+        axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
     )
     x = alt.X("n:Q", scale=scale, title=_size_title(width), axis=_size_axis(sizes, width))
     ceilings = _ceilings(sweeps)
@@ -362,12 +281,7 @@ def _size_axis(sizes: Mapping[int, float], width: int) -> alt.Axis:
 
 
 def _range(lines: list[dict[str, Any]], band: Mapping[int, tuple[float, float]], sweeps: Sequence[Sweep]) -> tuple[float, float]:
-    values = [
-        0.0,
-        1.0,
-        *(row[end] for row in lines for end in ("low", "high")),
-        *(value for ends in band.values() for value in ends),
-    ]
+    values = [0.0, 1.0, *(row[end] for row in lines for end in ("low", "high")), *(value for ends in band.values() for value in ends)]
     values += [sweep.ceiling["high"] for sweep in sweeps if sweep.ceiling.get("high") is not None]
     return min(max(values), 2.5) + 0.06, max(min(values), -1.5) - 0.06
 
@@ -394,13 +308,7 @@ def _ceilings(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     rows = []
     for sweep in known.values():
         whose = "" if len(known) == 1 else f" ({visible(sweep.method, 40)})"
-        rows.append(
-            {
-                "value": sweep.ceiling["value"],
-                "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}",
-                "colour": INK,
-            }
-        )
+        rows.append({"value": sweep.ceiling["value"], "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}", "colour": INK})
     return rows
 
 
@@ -434,12 +342,7 @@ def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y
         return [
             alt.Chart(data([row]))
             .mark_text(align="right", fontWeight="bold", aria=False)
-            .encode(
-                x=alt.value(width),
-                y=alt.value(-16 * (len(ordered) - place) - 8),
-                text="method:N",
-                color=colour,
-            )
+            .encode(x=alt.value(width), y=alt.value(-16 * (len(ordered) - place) - 8), text="method:N", color=colour)
             for place, row in enumerate(ordered)
         ]
     below, labels = np.inf, []
@@ -467,11 +370,7 @@ class DotRow:
 
 
 def dot_figure(
-    rows: Sequence[DotRow],
-    title: str,
-    *,
-    domain: tuple[float | int, float | int],
-    reference: float | int | None = None,
+    rows: Sequence[DotRow], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None
 ) -> Markup:
     """A dot plot with intervals and the numbers at the right."""
     sizes = (("wide", 228, 150), ("narrow", 88, 132))
@@ -481,24 +380,11 @@ def dot_figure(
 
 
 def _dots(
-    rows: Sequence[DotRow],
-    title: str,
-    domain: tuple[float | int, float | int],
-    reference: float | int | None,
-    width: int,
-    labels: int,
+    rows: Sequence[DotRow], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
 ) -> Any:
     order = [visible(row.label, 40) for row in rows]
     shown = [
-        {
-            "label": label,
-            "value": row.value,
-            "low": row.low,
-            "high": row.high,
-            "text": row.text,
-            "colour": row.colour,
-            "shape": row.shape,
-        }
+        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "colour": row.colour, "shape": row.shape}
         | {"tip": f"{label}: {row.text}"}
         for label, row in zip(order, rows, strict=True)
     ]
@@ -543,10 +429,7 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
     order = [visible(each, 40) for each in names]
     bottom = alt.Axis(orient="bottom", labelAngle=-40, ticks=False, domain=False)
     left = alt.Axis(ticks=False, domain=False, labelColor=INK)
-    x, y = (
-        alt.X("column:N", sort=order, title=None, axis=bottom),
-        alt.Y("row:N", sort=order, title=None, axis=left),
-    )
+    x, y = (alt.X("column:N", sort=order, title=None, axis=bottom), alt.Y("row:N", sort=order, title=None, axis=left))
     chart = _heat_map(rows, x, y, stroke=PAPER, strokeWidth=2)
     columns = max(len(order) - 1, 1)
     narrow = max(20, 190 // columns) * columns
@@ -652,22 +535,10 @@ def beside_figure(rows: Sequence[BesideChance], title: str, *, domain: tuple[flo
 def _beside(rows: Sequence[BesideChance], title: str, domain: tuple[float, float], labels: int) -> Any:
     order = [visible(row.label, 48) for row in rows]
     shown = [
-        {
-            "label": label,
-            "value": row.value,
-            "low": row.low,
-            "high": row.high,
-            "text": row.text,
-            "tip": f"{label}: {row.text}",
-        }
+        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "tip": f"{label}: {row.text}"}
         for label, row in zip(order, rows, strict=True)
     ]
-    y = alt.Y(
-        "label:N",
-        sort=order,
-        title=None,
-        axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels),
-    )
+    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels))
     x_axis = alt.Axis(tickCount=4, format=".2~f", domain=False)
     x = alt.X("value:Q", title=title, scale=alt.Scale(domain=list(domain), nice=False, clamp=True), axis=x_axis)
     ranged = alt.Chart(data([row for row in shown if row["low"] is not None]))
@@ -695,11 +566,7 @@ def matrix_figure(
             value = values.get((row, column))
             if value is None:
                 continue
-            named = {
-                "row": visible(row, 30),
-                "column": visible(column, 30),
-                "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
-            }
+            named = {"row": visible(row, 30), "column": visible(column, 30), "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}")}
             tip = f"{titles[0]} {named['row']}, {titles[1]} {named['column']}: {named['label']}"
             cells.append(named | {"tip": tip} | _on_ramp(value, largest))
     gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)

@@ -28,18 +28,7 @@ from safety_neurons.display.parts import (
     titled,
     why_not,
 )
-from safety_neurons.display.text import (
-    NONE,
-    count,
-    duration,
-    interval,
-    name,
-    number,
-    plural,
-    say,
-    share,
-    visible,
-)
+from safety_neurons.display.text import NONE, count, duration, interval, name, number, plural, say, share, visible
 from safety_neurons.results import captioned
 
 
@@ -85,21 +74,13 @@ def methods_table(run: ReportedRun) -> Table:
         "harmless refused",
         "time to find",
     ]
-    return Table(
-        captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]),
-        columns,
-        rows,
-    )
+    return Table(captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]), columns, rows)
 
 
 def agreement_table(run: ReportedRun) -> Table:
     """Jaccard index of every two sets, beside chance."""
     rows = [
-        [
-            f"{visible(pair['methods'][0], 40)}, {visible(pair['methods'][1], 40)}",
-            number(pair["jaccard"], 3),
-            number(pair["chance"], 3),
-        ]
+        [f"{visible(pair['methods'][0], 40)}, {visible(pair['methods'][1], 40)}", number(pair["jaccard"], 3), number(pair["chance"], 3)]
         for pair in sorted(run.result["agreement"], key=lambda pair: -pair["jaccard"])
     ]
     return Table("Units shared by two sets ÷ units in either", ["two sets", "Jaccard index", "two random sets"], rows)
@@ -165,20 +146,12 @@ def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
     jaccard = {(visible(a, 40), visible(b, 40)): float(pair["jaccard"]) for pair in result["agreement"] for a, b in [pair["methods"]]}
     order = [*names, *sorted({each for pair in jaccard for each in pair if each.startswith("random")})[:1]]
     chance = float(result["agreement"][0]["chance"])
-    kept = sorted(
-        ((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)),
-        key=lambda item: -item[1],
-    )
+    kept = sorted(((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)), key=lambda item: -item[1])
     words = "; ".join(f"{a} and {b} {value:.2f}" for (a, b), value in kept)
     caption = say(
-        "<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.",
-        number(chance, 3),
+        "<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.", number(chance, 3)
     )
-    return Figure(
-        partial(agreement_figure, order, jaccard),
-        f"Agreement of every two methods: {words}. Chance {chance:.3f}.",
-        caption,
-    )
+    return Figure(partial(agreement_figure, order, jaccard), f"Agreement of every two methods: {words}. Chance {chance:.3f}.", caption)
 
 
 def compare_findings(run: ReportedRun) -> list[Finding]:
@@ -188,12 +161,7 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
     pair = say("On {}", name(run.model))
     sentences = []
     defined = [row for row in real if row["causal_effect"]["value"] is not None]
-    budget = say(
-        "{} of {} units ({})",
-        count(result["budget"]),
-        count(result["n_units"]),
-        share(result["budget"] / result["n_units"]),
-    )
+    budget = say("{} of {} units ({})", count(result["budget"]), count(result["n_units"]), share(result["budget"] / result["n_units"]))
     if not defined:
         why = real[0]["causal_effect"].get("why") if real else "no method was run"
         return [Finding(OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300)))]
@@ -206,22 +174,13 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
     sentences.append(_most_necessary(pair, budget, real, chance))
     text = say(
-        "{}, at {}, <b>{}</b> has the largest causal effect: {}",
-        pair,
-        budget,
-        visible(best["method"], 40),
-        interval(best["causal_effect"]),
+        "{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"])
     )
     if len(defined) > 1:
         second = defined[1]
         apart = (best["causal_effect"]["low"] or 0.0) > (second["causal_effect"]["high"] or 0.0)
         ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
-        text += say(
-            "; then <b>{}</b>, {}: {}",
-            visible(second["method"], 40),
-            interval(second["causal_effect"]),
-            ending,
-        )
+        text += say("; then <b>{}</b>, {}: {}", visible(second["method"], 40), interval(second["causal_effect"]), ending)
     sentences.append(Finding(FACT, text + Markup(".")))
     weak = [visible(row["method"], 40) for row in defined if not above_random(row, "against_random")]
     if weak:
@@ -231,17 +190,7 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         by_recall = sorted(real, key=lambda row: -row["recall"])
         parts = ", ".join(f"{visible(row['method'], 40)} {number(row['recall'])}" for row in by_recall)
         luck = ", ".join(number(row["recall"]) for row in chance)
-        sentences.append(
-            Finding(
-                FACT,
-                say(
-                    "{}, share of the planted units found: {}{}.",
-                    pair,
-                    parts,
-                    f"; random {luck}" if luck else "",
-                ),
-            )
-        )
+        sentences.append(Finding(FACT, say("{}, share of the planted units found: {}{}.", pair, parts, f"; random {luck}" if luck else "")))
     return sentences
 
 
@@ -281,11 +230,7 @@ def compare_tile(run: ReportedRun) -> Tile:
     return Tile("Which method at equal budget?", verdict, interval(effect), text)
 
 
-DRAWN = {
-    "recall": "planted units found",
-    "causal_effect": "causal effect",
-    "necessity": "refusals lost when off",
-}
+DRAWN = {"recall": "planted units found", "causal_effect": "causal effect", "necessity": "refusals lost when off"}
 
 
 CHANCE = "random"
@@ -299,12 +244,7 @@ def ranking_part(run: ReportedRun) -> DisplayPart:
         figures += [_ranked_figure(group, measure, rows) for measure in DRAWN if any(row["measure"] == measure for row in rows)]
         tables.append(_table(group, rows))
     lead = Markup("Means over organisms; faint marks are single organisms and seeds, the number in brackets is the worst of them.")
-    return DisplayPart(
-        titled("Over several organisms", run),
-        lead,
-        [figure for figure in figures if figure is not None],
-        tables,
-    )
+    return DisplayPart(titled("Over several organisms", run), lead, [figure for figure in figures if figure is not None], tables)
 
 
 def _ranked_figure(group: str, measure: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:

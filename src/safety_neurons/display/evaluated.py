@@ -44,21 +44,14 @@ def evaluate_part(run: ReportedRun) -> DisplayPart:
     if result["gate"]:
         lead += Markup("The gate is passed.") if result["gate"]["passed"] else say("{} of the gate’s thresholds missed.", _missed(result))
     figures = [made for kind, measure, title in _SIDES if (made := _figure(arms, kind, measure, title)) is not None]
-    tables = [
-        _suites_table(arms),
-        *([_capability_table(result, arms)] if any(arm["capability"] for _, arm in arms) else []),
-    ]
+    tables = [_suites_table(arms), *([_capability_table(result, arms)] if any(arm["capability"] for _, arm in arms) else [])]
     if result["changes"]:
         tables.append(_changes_table(result))
     if result["agreement"]:
         tables.append(_agreement_table(result))
     if result["gate"] and result["gate"]["missed"]:
         tables.append(
-            Table(
-                "Thresholds of the gate that are missed",
-                ["threshold"],
-                [[visible(line, 200)] for line in result["gate"]["missed"]],
-            )
+            Table("Thresholds of the gate that are missed", ["threshold"], [[visible(line, 200)] for line in result["gate"]["missed"]])
         )
     return DisplayPart(heading, lead, figures, tables, list(_group_tables(arms[-1])))
 
@@ -81,11 +74,7 @@ def evaluate_findings(run: ReportedRun) -> list[Finding]:
         )
         sentences.append(Finding(FACT, text + over + Markup(".")))
         if rate["unscored"]:
-            said = say(
-                "{} left {} answers to harmful requests unscored.",
-                visible(judge, 40),
-                count(rate["unscored"]),
-            )
+            said = say("{} left {} answers to harmful requests unscored.", visible(judge, 40), count(rate["unscored"]))
             sentences.append(Finding(CAUTION, said))
     if result["gate"]:
         passed = result["gate"]["passed"]
@@ -141,10 +130,7 @@ def _rows(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str
     for entry in arms[-1][1]["suites"]:
         for judge in entry["judges"] if entry["kind"] == kind else []:
             for label, arm in arms:
-                other = next(
-                    (one for one in arm["suites"] if (one["suite"], one["kind"]) == (entry["suite"], kind)),
-                    None,
-                )
+                other = next((one for one in arm["suites"] if (one["suite"], one["kind"]) == (entry["suite"], kind)), None)
                 judged = {} if other is None else other["judges"].get(judge, {})
                 if judged.get(measure) is not None:
                     yield entry["suite"], judge, judged, judged[measure], label
@@ -180,16 +166,7 @@ def _suites_table(arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
         for (suite, judge), row in found.items():
             last = row[[label for label, _ in arms if label in row][-1]]
             cells = [interval(row.get(label)) for label, _ in arms]
-            rows.append(
-                [
-                    _short(suite),
-                    visible(row["word"], 20),
-                    visible(judge, 40),
-                    *cells,
-                    count(last["n"]),
-                    count(last["unscored"]),
-                ]
-            )
+            rows.append([_short(suite), visible(row["word"], 20), visible(judge, 40), *cells, count(last["n"]), count(last["unscored"])])
     columns = ["suite", "measure", "judge", *(label for label, _ in arms), "n", "unscored"]
     return Table("Every suite by every judge; 95\u00a0% intervals", columns, rows)
 
@@ -205,11 +182,7 @@ def _capability_table(result: Mapping[str, Any], arms: Sequence[tuple[str, Mappi
         if change is not None and change["drop"] is not None and change["drop_low"] is not None:
             lost += f" [{share(change['drop_low'])}, {share(change['drop_high'])}]"
         rows.append([visible(_base(task), 40), visible(metric, 30), *cells, lost])
-    return Table(
-        "Capability; lost is the share of the value before",
-        ["task", "metric", *(label for label, _ in arms), "lost"],
-        rows,
-    )
+    return Table("Capability; lost is the share of the value before", ["task", "metric", *(label for label, _ in arms), "lost"], rows)
 
 
 def _base(task: str) -> str:
@@ -228,15 +201,7 @@ def _changes_table(result: Mapping[str, Any]) -> Table:
         p = NONE if test is None or test["p"] is None else f"{test['p']:.2g}"
         words = [clear_word(difference), p, noise]
         measure = visible(change["measure"].replace("_", "-"), 20)
-        rows.append(
-            [
-                _short(change["suite"]),
-                measure,
-                visible(change["judge"], 40),
-                interval(difference, signed=True),
-                *words,
-            ]
-        )
+        rows.append([_short(change["suite"]), measure, visible(change["judge"], 40), interval(difference, signed=True), *words])
     columns = ["suite", "measure", "judge", "difference", "clear", "McNemar p", "noise floor"]
     return Table(captioned("What changed, paired over prompts; 95\u00a0% intervals", result["changes"]), columns, rows)
 
@@ -262,11 +227,7 @@ def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
         for what, groups in entry["by"].items():
             judges = [judge for judge in entry["judges"] if measure in entry["judges"][judge]]
             rows = [
-                [
-                    visible(group["value"], 60),
-                    count(group["n"]),
-                    *(interval(group["judges"][judge].get(measure)) for judge in judges),
-                ]
+                [visible(group["value"], 60), count(group["n"]), *(interval(group["judges"][judge].get(measure)) for judge in judges)]
                 for group in groups
             ]
             title = f"{measure.replace('_', '-')} on {_short(entry['suite'])} by {what}, {label}"
@@ -275,11 +236,7 @@ def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
 
 def checks_table(run: ReportedRun) -> Table:
     """The doctor's checks."""
-    words = {
-        True: Markup('<span class="verdict yes">pass</span>'),
-        False: Markup('<span class="verdict no">fail</span>'),
-        None: "informs",
-    }
+    words = {True: Markup('<span class="verdict yes">pass</span>'), False: Markup('<span class="verdict no">fail</span>'), None: "informs"}
     rows = [
         [
             visible(check["check"], 80),
@@ -313,9 +270,4 @@ def doctor_tile(run: ReportedRun) -> Tile:
     checks = [check for check in run.result["checks"] if check["passed"] is not None]
     held = sum(bool(check["passed"]) for check in checks)
     verdict = PASS if held == len(checks) else FAIL
-    return Tile(
-        "Is the model understood?",
-        verdict,
-        f"{held} of {len(checks)}",
-        Markup("checks on the model itself pass"),
-    )
+    return Tile("Is the model understood?", verdict, f"{held} of {len(checks)}", Markup("checks on the model itself pass"))

@@ -227,20 +227,10 @@ def find_part(run: ReportedRun) -> DisplayPart:
     )
     cells = cells_of(run)
     if not cells:
-        return DisplayPart(
-            heading,
-            lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."),
-        )
+        return DisplayPart(heading, lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."))
     top = neurons_table(run)
     tall = len({layer for layer, _ in cells}) > TALL
-    return DisplayPart(
-        heading,
-        lead,
-        _maps(run, cells),
-        (),
-        [sites_table(cells), *([top] if top else []), cells_table(cells)],
-        tall=tall,
-    )
+    return DisplayPart(heading, lead, _maps(run, cells), (), [sites_table(cells), *([top] if top else []), cells_table(cells)], tall=tall)
 
 
 def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
@@ -267,13 +257,7 @@ def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
         what = "mean size of the score (signs left out)" if is_signed(run.scores) else "mean score"
         caption = say("<b>Score</b>: {} of all neurons of the matrix; 100 = {}.", what, f"{largest:.3g}")
         text = "Largest: " + "; ".join(tips[place] for place in most)
-        figures.append(
-            Figure(
-                partial(site_map, means, labels, tips, places),
-                f"Heat map of the {what} of each matrix. {text}.",
-                caption,
-            )
-        )
+        figures.append(Figure(partial(site_map, means, labels, tips, places), f"Heat map of the {what} of each matrix. {text}.", caption))
     return figures
 
 
@@ -311,15 +295,7 @@ def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
     for place in np.argsort(-values, kind="stable")[:n]:
         key = parse_key(kept[keys[place]][0])
         part = "shared expert" if key.shared else f"expert {key.expert}" if key.expert is not None else ""
-        rows.append(
-            [
-                f"{len(rows) + 1}",
-                f"{key.layer}",
-                f"{key.site} {part}".strip(),
-                f"{indices[place]}",
-                f"{values[place]:.4g}",
-            ]
-        )
+        rows.append([f"{len(rows) + 1}", f"{key.layer}", f"{key.site} {part}".strip(), f"{indices[place]}", f"{values[place]:.4g}"])
     return Table(f"The {len(rows)} neurons with the largest scores", ["rank", "layer", "site", "index", "score"], rows)
 
 
@@ -350,11 +326,7 @@ def cells_table(counts: Mapping[tuple[int, str], tuple[int, int, float | None]])
         for (layer, site), (members, size, mean) in sorted(counts.items())
         if members or mean is not None
     ]
-    return Table(
-        "Neurons found and mean score, matrix by matrix",
-        ["layer", "site", "found", "of", "share", "mean score"],
-        rows,
-    )
+    return Table("Neurons found and mean score, matrix by matrix", ["layer", "site", "found", "of", "share", "mean score"], rows)
 
 
 def find_findings(run: ReportedRun) -> list[Finding]:

@@ -7,21 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.display.charts import COLOURS, INK, DotRow, Line, Plane, line_figure
-from safety_neurons.display.parts import (
-    CAUTION,
-    FACT,
-    NO,
-    OPEN,
-    YES,
-    Cell,
-    DisplayPart,
-    Figure,
-    Finding,
-    ReportedRun,
-    Table,
-    Tile,
-    dots_of,
-)
+from safety_neurons.display.parts import CAUTION, FACT, NO, OPEN, YES, Cell, DisplayPart, Figure, Finding, ReportedRun, Table, Tile, dots_of
 from safety_neurons.display.text import NONE, SPACE, count, name, number, plural, say, share, visible
 from safety_neurons.display.text import interval as with_digits
 from safety_neurons.errors import InputError
@@ -63,14 +49,7 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
             ]
         )
     rates = [f"unsafe flagged at {percent(float(target))} of the safe" for target in targets]
-    columns = [
-        "classifier",
-        "AUROC",
-        f"{visible(result['compared'], 20)} minus it",
-        "average precision",
-        *rates,
-        "calibration error",
-    ]
+    columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
     caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
     lacking = [percent(float(target)) for target in every if target not in targets]
     caption += f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""
@@ -99,23 +78,14 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
                 *(interval(row["difference"].get(label), signed=True) for label in others),
             ]
         )
-    columns = [
-        "requests",
-        "unsafe / safe",
-        "unsafe flagged",
-        "safe flagged",
-        *(f"AUROC, {visible(label, 24)}" for label in ours),
-    ]
+    columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
     return Table(captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
 
 
 def outputs_table(found: Mapping[str, Any]) -> Table:
     """Unsafe outputs without and with the guard, by language."""
     rows: list[Sequence[Cell]] = [
-        [
-            visible(row["language"], 40),
-            *(interval(row[part]) for part in ("before", "after", "cut", "blocked")),
-        ]
+        [visible(row["language"], 40), *(interval(row[part]) for part in ("before", "after", "cut", "blocked"))]
         for row in [{"language": "all", **found}, *found["by"]]
     ]
     columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
@@ -148,12 +118,7 @@ def _beside_random(row: Mapping[str, Any]) -> str:
     return f"{number(value, 3)} ({number(sum(random) / len(random), 3) if random else NONE}){word}"
 
 
-SLICES = {
-    "over_refusal": "safe requests that look unsafe",
-    "attacks": "attacks",
-    "perturbations": "perturbations",
-    "lengths": "length",
-}
+SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
 
 
 def fit_part(run: ReportedRun) -> DisplayPart:
@@ -179,9 +144,7 @@ def fit_part(run: ReportedRun) -> DisplayPart:
     if result.get("other"):
         told = result["other"]
         lead += say(
-            " Of requests from another source ({}) it flags {} of the unsafe and ",
-            visible(told["safe"], 60),
-            interval(told["tpr"]),
+            " Of requests from another source ({}) it flags {} of the unsafe and ", visible(told["safe"], 60), interval(told["tpr"])
         )
         lead += say("{} of the safe ones.", interval(told["fpr"]))
     if result.get("conversations"):
@@ -204,20 +167,8 @@ def fit_part(run: ReportedRun) -> DisplayPart:
         ]
         for point in result["operating_points"]
     ]
-    columns = [
-        "false-positive rate asked for",
-        "threshold",
-        "safe prompts flagged",
-        "unsafe prompts flagged",
-        "supported",
-    ]
-    tables = [
-        Table(
-            "Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold",
-            columns,
-            points,
-        )
-    ]
+    columns = ["false-positive rate asked for", "threshold", "safe prompts flagged", "unsafe prompts flagged", "supported"]
+    tables = [Table("Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold", columns, points)]
     details = []
     if len(result["poolings"]) > 1:
         rows = [[visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)] for each in result["poolings"]]
@@ -308,10 +259,7 @@ def _drawn(curves: Mapping[str, Any], areas: Sequence[tuple[str, Mapping[str, An
     bins = curves["reliability"].get(OURS) or (curves["reliability"][shown] if shown else [])
     if bins:
         line = Line(
-            OURS,
-            [(each["probability"], each["unsafe"]) for each in bins],
-            [(each["low"], each["high"]) for each in bins],
-            marked=True,
+            OURS, [(each["probability"], each["unsafe"]) for each in bins], [(each["low"], each["high"]) for each in bins], marked=True
         )
         words = "; ".join(f"said {number(each['probability'])}, were {interval_of_bin(each)}" for each in bins)
         plane = Plane("probability said", "share that was unsafe", diagonal=True)
@@ -341,13 +289,7 @@ def _histogram(curves: Mapping[str, Any]) -> list[Figure]:
     top = max(value for line in lines for _, value in line.points)
     plane = Plane("probability said", "share of requests", y_range=(0.0, max(top * 1.05, 0.01)))
     caption = Markup("<b>Probabilities</b> of unsafe and safe requests; where the two overlap, every threshold errs.")
-    return [
-        Figure(
-            partial(line_figure, lines, plane, size=260),
-            f"Histogram of probabilities. {'; '.join(words)}.",
-            caption,
-        )
-    ]
+    return [Figure(partial(line_figure, lines, plane, size=260), f"Histogram of probabilities. {'; '.join(words)}.", caption)]
 
 
 def worth_findings(run: ReportedRun) -> list[Finding]:
@@ -369,12 +311,7 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
             "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe requests. It blocks {} of the safe ones."
         )
         rates = (interval(outputs[part]) for part in ("cut", "before", "after", "blocked"))
-        found.append(
-            Finding(
-                YES if is_clear(outputs.get("change")) else NO,
-                say(lead, visible(outputs["judge"], 40), *rates),
-            )
-        )
+        found.append(Finding(YES if is_clear(outputs.get("change")) else NO, say(lead, visible(outputs["judge"], 40), *rates)))
     better: list[Markup] = []
     alike: list[Markup] = []
     worse: list[Markup] = []
@@ -384,22 +321,10 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
             continue
         group = alike if not is_clear(difference) else better if difference["value"] > 0 else worse
         group.append(say("{} ({})", visible(entry["name"], 40), interval(difference, signed=True)))
-    for verdict, words, group in (
-        (YES, "clearly better than", better),
-        (NO, "not clearly better than", alike),
-        (NO, "worse than", worse),
-    ):
+    for verdict, words, group in ((YES, "clearly better than", better), (NO, "not clearly better than", alike), (NO, "worse than", worse)):
         if group:
             found.append(
-                Finding(
-                    verdict,
-                    say(
-                        "In AUROC the {} is {} {}.",
-                        visible(result["compared"], 20),
-                        words,
-                        Markup(", ").join(group),
-                    ),
-                )
+                Finding(verdict, say("In AUROC the {} is {} {}.", visible(result["compared"], 20), words, Markup(", ").join(group)))
             )
     return found
 
@@ -408,22 +333,10 @@ def fit_findings(run: ReportedRun) -> list[Finding]:
     """Which operating points the prompts support."""
     result = run.result
     lacking = [percent(point["fpr_target"]) for point in result["operating_points"] if not point["supported"]]
-    text = say(
-        "The guard on {} reaches AUROC {} on held-out prompts.",
-        plural(result["n_neurons"], "neuron"),
-        interval(result["auroc"]),
-    )
+    text = say("The guard on {} reaches AUROC {} on held-out prompts.", plural(result["n_neurons"], "neuron"), interval(result["auroc"]))
     made = [Finding(FACT, text)]
     if lacking:
-        made.append(
-            Finding(
-                CAUTION,
-                say(
-                    "Too few safe prompts support a threshold for a false-positive rate of {}.",
-                    ", ".join(lacking),
-                ),
-            )
-        )
+        made.append(Finding(CAUTION, say("Too few safe prompts support a threshold for a false-positive rate of {}.", ", ".join(lacking))))
     return made
 
 
@@ -433,10 +346,5 @@ def worth_tile(run: ReportedRun) -> Tile:
     known = [entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None]
     beaten = sum(is_clear(entry["difference"]) and entry["difference"]["value"] > 0 for entry in known)
     verdict = OPEN if result["auroc"]["value"] is None else YES if known and beaten == len(known) else FACT
-    text = say(
-        "AUROC on {} requests; clearly above {} of {} baselines",
-        count(result["n_unsafe"] + result["n_safe"]),
-        beaten,
-        len(known),
-    )
+    text = say("AUROC on {} requests; clearly above {} of {} baselines", count(result["n_unsafe"] + result["n_safe"]), beaten, len(known))
     return Tile("Can a guard tell in advance?", verdict, interval(result["auroc"]), text)

@@ -221,10 +221,7 @@ def titled(words: str, run: ReportedRun) -> Markup:
 
 def not_achieved(result: Mapping[str, Any]) -> Iterator[Markup]:
     """What a run says that did not do what its verb is for: itself, or one of its arms."""
-    for who, outcome in [
-        ("", result),
-        *((f" by {arm['arm']}", arm.get("tuning") or {}) for arm in result.get("arms") or ()),
-    ]:
+    for who, outcome in [("", result), *((f" by {arm['arm']}", arm.get("tuning") or {}) for arm in result.get("arms") or ())]:
         if outcome.get("achieved") is False:
             yield say("<b>Not achieved</b>{}: {}.", visible(who, 40), visible(outcome["why"], 400))
 

@@ -7,21 +7,7 @@ from markupsafe import Markup
 
 from safety_neurons.results.notebook import HOLD, MINUS, NONE, interval, number, visible
 
-__all__ = [
-    "HOLD",
-    "MINUS",
-    "NONE",
-    "SPACE",
-    "count",
-    "duration",
-    "in_script",
-    "interval",
-    "name",
-    "number",
-    "plural",
-    "say",
-    "share",
-]
+__all__ = ["HOLD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number", "plural", "say", "share"]
 __all__ += ["visible"]
 SPACE = "\N{NARROW NO-BREAK SPACE}"
 

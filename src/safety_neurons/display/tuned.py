@@ -46,45 +46,21 @@ def tune_part(run: ReportedRun) -> DisplayPart:
     if result.get("survives_cast") is not None:
         lead += say(" {} of the changed weights survive the cast to the model’s type.", share(result["survives_cast"]))
     figures = [
-        _refusals(
-            result,
-            "harmful_refused",
-            "harmful requests refused",
-            "Refusals of harmful requests: what tuning is for.",
-        ),
-        _refusals(
-            result,
-            "harmless_refused",
-            "harmless requests refused",
-            "Refusals of harmless requests: its price.",
-        ),
+        _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what tuning is for."),
+        _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: its price."),
     ]
     rows = [arm_row(arm, result[arm]) for arm in ("before", "after")]
     checks = [
-        [
-            count(each["step"]),
-            interval(each["harmful_refused"]),
-            interval(each["harmless_refused"]),
-            number(each["divergence"], 3),
-        ]
+        [count(each["step"]), interval(each["harmful_refused"]), interval(each["harmless_refused"]), number(each["divergence"], 3)]
         for each in result["checks"]
     ]
     columns = ["step", "harmful refused", "harmless refused", "KL per token, nats"]
     details = [Table("Checks while training, on prompts held out of the data", columns, checks)] if checks else []
-    return DisplayPart(
-        heading,
-        lead,
-        figures,
-        [Table("Before and after; shares with 95\u00a0% intervals", ARM_COLUMNS, rows)],
-        details,
-    )
+    return DisplayPart(heading, lead, figures, [Table("Before and after; shares with 95\u00a0% intervals", ARM_COLUMNS, rows)], details)
 
 
 def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
-    rows = [
-        estimate_row("before", result["before"][what]),
-        estimate_row("after", result["after"][what], TREATED),
-    ]
+    rows = [estimate_row("before", result["before"][what]), estimate_row("after", result["after"][what], TREATED)]
     return dots_of(rows, title, say("<b>{}</b> Bars are 95\u00a0% intervals.", caption))
 
 
@@ -110,12 +86,7 @@ def tune_findings(run: ReportedRun) -> list[Finding]:
         interval(result["change"], signed=True),
     )
     if "why" in result:
-        text = say(
-            "{}: {}. {}",
-            "Achieved" if result["achieved"] else "Not achieved",
-            visible(result["why"], 400),
-            text,
-        )
+        text = say("{}: {}. {}", "Achieved" if result["achieved"] else "Not achieved", visible(result["why"], 400), text)
     made = [Finding(verdict_of(run), text + Markup(".")), price(before, after)]
     if result["frozen_unchanged"] is False:
         made.append(Finding(FAIL, say("In {}, weights outside the set changed.", name(run.label))))
@@ -128,15 +99,7 @@ def tune_tile(run: ReportedRun) -> Tile:
     return Tile("Does tuning them make it safer?", verdict_of(run), interval(run.result["change"], signed=True), text)
 
 
-COLUMNS = (
-    "arm",
-    "harmful complied",
-    "harmless complied",
-    "perplexity",
-    "harmful after",
-    "harmless after",
-    "task after",
-)
+COLUMNS = ("arm", "harmful complied", "harmless complied", "perplexity", "harmful after", "harmless after", "task after")
 
 
 def repair_part(run: ReportedRun) -> DisplayPart:
@@ -166,34 +129,14 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
     when = "after" if down["steps"] else "before"
     rows = [_seeds(arm["arm"], arm[when]["harmful"]) for arm in result["arms"]]
     title = f"harmful requests complied with {when} the task" if down["steps"] else "harmful requests complied with"
-    caption = say(
-        "<b>{}.</b> Bars are 95\u00a0% intervals over seeds and prompts, faint dots single seeds.",
-        title.capitalize(),
-    )
+    caption = say("<b>{}.</b> Bars are 95\u00a0% intervals over seeds and prompts, faint dots single seeds.", title.capitalize())
     cells: list[list[Cell]] = []
     for arm in result["arms"]:
         before, after = arm["before"], arm["after"]
-        shown = [
-            interval(before["harmful"]),
-            interval(before["harmless"]),
-            number(before["perplexity"]["value"]),
-        ]
-        cells.append(
-            [
-                visible(arm["arm"], 40),
-                *shown,
-                interval(after["harmful"]),
-                interval(after["harmless"]),
-                interval(after["task"]),
-            ]
-        )
+        shown = [interval(before["harmful"]), interval(before["harmless"]), number(before["perplexity"]["value"])]
+        cells.append([visible(arm["arm"], 40), *shown, interval(after["harmful"]), interval(after["harmless"]), interval(after["task"])])
     pairs = [
-        [
-            visible(pair, 60),
-            interval(found["before"], signed=True),
-            interval(found["after"], signed=True),
-            _clear(found[when]),
-        ]
+        [visible(pair, 60), interval(found["before"], signed=True), interval(found["after"], signed=True), _clear(found[when])]
         for pair, found in result["differences"].items()
     ]
     differences = Table(

@@ -128,10 +128,7 @@ def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
         return spread([value for value in values if value is not None], 3 if name == "divergence" else 2)
 
     columns = ("harmful_refused", "harmless_refused", "perplexity", "divergence")
-    return [
-        f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
-        *(over(name) for name in columns),
-    ]
+    return [f"{len(point['random'])} random sets of {count(point['n_neurons'])}", *(over(name) for name in columns)]
 
 
 def patch_part(run: ReportedRun) -> DisplayPart:
@@ -177,11 +174,7 @@ def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
         words.append(f"{sweep.method}: " + ", ".join(each))
     values = [value for run in group for point in run.result["sizes"] for value in random_values(point)]
     chance = f" Random sets {spread(values)}." if values else ""
-    figure = Figure(
-        partial(sweep_figure, sweeps),
-        f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}",
-        caption,
-    )
+    figure = Figure(partial(sweep_figure, sweeps), f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}", caption)
     return dataclasses.replace(shown, figures=[figure])
 
 
@@ -195,18 +188,8 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
         against = result["change_against_random"]
         lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
     figures = [
-        _refusals(
-            result,
-            "harmful_refused",
-            "harmful requests refused",
-            "Refusals of harmful requests: what safety is left.",
-        ),
-        _refusals(
-            result,
-            "harmless_refused",
-            "harmless requests refused",
-            "Refusals of harmless requests: what over-refusal is left.",
-        ),
+        _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what safety is left."),
+        _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: what over-refusal is left."),
     ]
     return DisplayPart(heading, lead + Markup("."), figures, [arms_table(run)])
 
@@ -247,13 +230,7 @@ def patch_findings(run: ReportedRun) -> list[Finding]:
     if failed and verdict != NO:
         worst = failed[-1]
         text = "With {}{} ({}) the effect is not clearly above chance: {}."
-        shown = say(
-            text,
-            plural(worst["n_neurons"], "neuron"),
-            method,
-            share(worst["size"]),
-            interval(worst["causal_effect"]),
-        )
+        shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
         sentences.append(Finding(NO, shown))
     return [*sentences, *_cautions(run)]
 
@@ -263,12 +240,7 @@ def _cautions(run: ReportedRun) -> list[Finding]:
     shared = run.result.get("overlap_with_find_prompts") or {}
     where = say("In {}: ", name(run.label)) if run.label else Markup("")
     made = [
-        say(
-            "{}{} of the {} prompts are among those the neurons were found on.",
-            where,
-            count(number),
-            visible(kind, 20),
-        )
+        say("{}{} of the {} prompts are among those the neurons were found on.", where, count(number), visible(kind, 20))
         for kind, number in shared.items()
         if number
     ]
@@ -293,16 +265,9 @@ def deactivate_findings(run: ReportedRun) -> list[Finding]:
 def _deactivated(run: ReportedRun) -> Finding:
     result = run.result
     verdict, change = necessity(run)
-    rates = say(
-        "{} → {}",
-        interval(result["untreated"]["harmful_refused"]),
-        interval(result["treated"]["harmful_refused"]),
-    )
+    rates = say("{} → {}", interval(result["untreated"]["harmful_refused"]), interval(result["treated"]["harmful_refused"]))
     text = say(
-        "Without the {}{}, refusals of harmful requests go {}",
-        plural(result["n_neurons"], "neuron"),
-        by_method(run, "chosen"),
-        rates,
+        "Without the {}{}, refusals of harmful requests go {}", plural(result["n_neurons"], "neuron"), by_method(run, "chosen"), rates
     )
     if verdict == OPEN:
         return Finding(OPEN, text + Markup("; the untreated model hardly refuses, so nothing can be lost."))
@@ -327,12 +292,7 @@ def patch_tile(run: ReportedRun) -> Tile:
     text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
     ceiling = number(run.result["ceiling_effect"]["value"])
     shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run), ceiling)
-    return Tile(
-        "Are a few neurons sufficient?",
-        verdict_of(run.result, point),
-        interval(point["causal_effect"]),
-        shown,
-    )
+    return Tile("Are a few neurons sufficient?", verdict_of(run.result, point), interval(point["causal_effect"]), shown)
 
 
 def deactivate_tile(run: ReportedRun) -> Tile:
@@ -365,11 +325,7 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
     highest = float(max([whole, *(at for line in lines for at, _ in line.points)]))
     chance = next((kind for kind in (RANDOM, *result["random"]) if kind in result["random"]), None)
     band = [
-        (
-            sum(step["n_neurons"]) / len(step["n_neurons"]),
-            step["harmful_refused"]["low"],
-            step["harmful_refused"]["high"],
-        )
+        (sum(step["n_neurons"]) / len(step["n_neurons"]), step["harmful_refused"]["low"], step["harmful_refused"]["high"])
         for steps in ([result["random"][chance]] if chance else [])
         for step in steps
         if step["harmful_refused"]["low"] is not None
@@ -391,15 +347,7 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
         ]
         for label, point in [("untreated", result["untreated"]), *steps_of(result["curves"])]
     ]
-    columns = [
-        "order, step",
-        "off",
-        "harmful refused",
-        "change",
-        "harmless refused",
-        "perplexity",
-        "KL per token, nats",
-    ]
+    columns = ["order, step", "off", "harmful refused", "change", "harmless refused", "perplexity", "KL per token, nats"]
     halves = [
         say("{} {}", visible(curve["order"], 30), plural(curve["neurons_for_half"], "neuron"))
         for curve in result["curves"]
@@ -429,24 +377,10 @@ def progressive_findings(run: ReportedRun) -> list[Finding]:
     known = [curve for curve in run.result["curves"] if curve["neurons_for_half"] is not None]
     if not known:
         return [
-            Finding(
-                NO,
-                say(
-                    "Switching off any part of the {} does not halve the refusals.",
-                    plural(run.result["n_neurons"], "neuron"),
-                ),
-            )
+            Finding(NO, say("Switching off any part of the {} does not halve the refusals.", plural(run.result["n_neurons"], "neuron")))
         ]
     best = min(known, key=lambda curve: curve["neurons_for_half"])
     text = "Refusals are halved with {} of {} off ({})."
     return [
-        Finding(
-            FACT,
-            say(
-                text,
-                count(best["neurons_for_half"]),
-                plural(run.result["n_neurons"], "neuron"),
-                visible(best["order"], 40),
-            ),
-        )
+        Finding(FACT, say(text, count(best["neurons_for_half"]), plural(run.result["n_neurons"], "neuron"), visible(best["order"], 40)))
     ]
