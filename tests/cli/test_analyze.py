@@ -164,12 +164,3 @@ def test_what_no_model_can_make_right_is_said_at_once(line, said, tmp_path):
     assert outcome.code == 2, outcome.err
     assert said in outcome.err
     assert not (tmp_path / "run").exists()
-
-
-def test_an_empty_specific_set_keeps_its_chance_and_orders_their_range():
-    from safety_neurons.cli.analyze import counted
-    from safety_neurons.cli.analyze_effects import from_to
-
-    assert counted({"n_units": 0, "share": 0.0, "value": 0, "expected": 9.0}, 10) == "0 (0 %, chance 90 %)"
-    assert counted({"n_units": 2, "share": 0.5, "value": 5, "expected": 9.0}, 10) == "2 (50 %, chance 90 %)"
-    assert (from_to([3, 3]), from_to([16, 39])) == ("3", "16–39")

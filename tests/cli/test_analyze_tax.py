@@ -44,7 +44,7 @@ def test_both_directions_are_measured_and_the_figure_is_drawn(result):
     assert set(answers.arms) == {f"{arm['arm']}/{kind}" for arm in result["arms"] for kind in ("harmful", "harmless")}
     figure = pathlib.Path(result["figure"]).read_text(encoding="utf-8")
     assert figure.startswith("<svg")
-    assert "Cross-patching" in figure
+    assert all(f">{arm['arm']}<" in figure for arm in result["arms"] if "random" not in arm["arm"])
 
 
 @pytest.mark.parametrize(

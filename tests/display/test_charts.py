@@ -70,4 +70,7 @@ def test_a_file_has_the_colours_of_a_page_in_light_and_no_class():
     style = importlib.resources.files("safety_neurons.report").joinpath("assets", "style.css").read_text(encoding="utf-8")
     light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", re.search(r":root \{(.*?)\}", style, re.DOTALL)[1]))
     assert light.items() >= _LIGHT.items()
-    assert "class=" not in drawn("analyze-vocabulary", cards("x"))
+    svg = drawn("analyze-vocabulary", cards("x"))
+    assert "class=" not in svg
+    colours = re.findall(r'(?:fill|stroke)="([^"]*)"', svg)
+    assert {_LIGHT["ink"], _LIGHT["grid"]} < set(colours) <= {*_LIGHT.values(), "none", "transparent"}

@@ -35,7 +35,7 @@ def layers(session: Session, given: NamedSets) -> dict[str, Any]:
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count, together=False)
         tables = [analysis.layers(item) for item in items]
-        return drawn(session, {"sets": [table.record() for table in tables]})
+        return with_figure(session, {"sets": [table.record() for table in tables]})
 
     return session.run(work)
 
@@ -48,7 +48,7 @@ def overlap(session: Session, given: NamedSets) -> dict[str, Any]:
         from safety_neurons import analysis
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count)
-        return drawn(session, analysis.overlap(items, seed=session.common.seed).record())
+        return with_figure(session, analysis.overlap(items, seed=session.common.seed).record())
 
     return session.run(work)
 
@@ -192,7 +192,7 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
         session.notes.extend(matrix.notes)
         method = "given" if study.given else study.chosen
         result = {"method": method, **compared.record(), **matrix.record(), "neurons": kept(session, compared.named())}
-        return drawn(session, result)
+        return with_figure(session, result)
 
     return session.run(work)
 
@@ -275,7 +275,7 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
         together = analysis.overlap(named, seed=session.common.seed).record() if len(sets) > 1 else {"pairs": []}
         agreed = {"overlap": together["pairs"], "mean_jaccard": together.get("mean_jaccard")}
         result = {"method": method, **moved.record(), **agreed, "neurons": kept(session, sets)}
-        return drawn(session, result)
+        return with_figure(session, result)
 
     return session.run(work)
 
@@ -286,7 +286,7 @@ def paths(sets: list[str]) -> list[str]:
     return [f"{name}={resolve(path)}" if path.startswith("organism:") else resolve(f"{name}{sign}{path}") for name, sign, path in named]
 
 
-def drawn(session: Session, result: dict[str, Any]) -> dict[str, Any]:
+def with_figure(session: Session, result: dict[str, Any]) -> dict[str, Any]:
     """The result with a figure beside it."""
     return session.drawn(result, session.folder.path("figure.svg"))
 

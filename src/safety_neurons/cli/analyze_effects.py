@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli.analyze import MEASURE, MaybePair, drawn, models
+from safety_neurons.cli.analyze import MEASURE, MaybePair, models, with_figure
 from safety_neurons.cli.options import (
     EvaluationPrompts,
     ModelName,
@@ -93,7 +93,7 @@ def vocabulary(
                 model, neurons, harmful, harmless, base=base, scores=ranks, progress=tell, **shown.values(), **session.running
             )
         session.notes.extend(cards.notes)
-        return drawn(session, dict(cards.record()))
+        return with_figure(session, dict(cards.record()))
 
     return session.run(work)
 
@@ -131,7 +131,7 @@ def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Cur
         with session.status("analyze progressive") as tell:
             found = studies.progressive(model, neurons, harmful, harmless, progress=tell, **options)
         session.notes.extend(found.notes)
-        return drawn(session, dict(found.record()))
+        return with_figure(session, dict(found.record()))
 
     return session.run(work)
 
@@ -257,7 +257,7 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
         }
         record |= {**crossed.record(), "completions": str(completions)}
         files = keep(session, read, shared)
-        return drawn(session, {**record, "files": files})
+        return with_figure(session, {**record, "files": files})
 
     return session.run(work)
 

@@ -301,7 +301,7 @@ def _cell(value: object) -> "Text":
 
     if isinstance(value, Text):
         return value
-    return styled("–" if value is None else f"{value:,}" if type(value) is int else value)
+    return styled("–" if value is None else f"{value:,}" if type(value) is int else str(value))
 
 
 @contextlib.contextmanager

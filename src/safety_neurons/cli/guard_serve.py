@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.guard import rated
 from safety_neurons.cli.options import OneModel
 from safety_neurons.cli.session import Session, resolve
 from safety_neurons.cli.verb import verb
@@ -226,7 +225,10 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
     )
     who = "clients with the token" if settings.token else "this machine only, without a token"
     standing = guard.standing
-    caught, wrong = (rated(standing[name]) if standing[name] else "nobody knows what share" for name in RATES)
+    from safety_neurons.display.guards import interval
+    from safety_neurons.display.parts import plain
+
+    caught, wrong = (plain(interval(standing[name])) if standing[name] else "nobody knows what share" for name in RATES)
     return [
         f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
         f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",

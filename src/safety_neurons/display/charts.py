@@ -623,9 +623,9 @@ def standalone(drawn: Sequence[tuple[Markup, str]]) -> str:
             ElementTree.SubElement(root, "text", text).text = line
         for element in chart.iter():
             for name in (element.attrib.pop("class", None) or "").split():
-                what, _, colour = name.partition("-")
+                attribute, _, colour = name.partition("-")
                 if colour in _LIGHT:
-                    element.set(what, _LIGHT[colour])
+                    element.set({"f": "fill", "s": "stroke"}[attribute], _LIGHT[colour])
         chart.attrib |= {"y": f"{top + LINE / 2:g}", "height": f"{tall:g}"}
         root.append(chart)
         top, right = top + tall + 2 * LINE, max(right, width, 420.0)
