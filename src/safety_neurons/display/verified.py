@@ -347,6 +347,12 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
         ]
         for label, point in [("untreated", result["untreated"]), *steps_of(result["curves"])]
     ]
+    quiet = len(rows)
+    for kind, steps in result["random"].items():
+        for step in steps:
+            ends = [end for end in (step["harmful_refused"]["low"], step["harmful_refused"]["high"]) if end is not None]
+            off = " to ".join(count(each) for each in dict.fromkeys((min(step["n_neurons"]), max(step["n_neurons"]))))
+            rows.append([visible(kind, 60), off, spread(ends), *[NONE] * 4])
     columns = ["order, step", "off", "harmful refused", "change", "harmless refused", "perplexity", "KL per token, nats"]
     halves = [
         say("{} {}", visible(curve["order"], 30), plural(curve["neurons_for_half"], "neuron"))
@@ -361,7 +367,14 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
         lead,
         [figure],
         (),
-        [Table(captioned("Every step; shares with 95\u00a0% intervals", result["curves"]), columns, rows)],
+        [
+            Table(
+                captioned("Every step; shares with 95\u00a0% intervals", result["curves"]),
+                columns,
+                rows,
+                frozenset(range(quiet, len(rows))),
+            )
+        ],
     )
 
 
