@@ -15,7 +15,7 @@ from safety_neurons.guard.features import MOST_TURNS, readings
 from safety_neurons.guard.fit import calibrate_recheck
 from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.guard import largest
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, load
 from safety_neurons.prompt_lists import Message, Prompt, as_prompt
 from safety_neurons.results import Rate
 from waiting import until
@@ -58,6 +58,15 @@ def test_rows_that_are_not_flagged_get_the_tokens_they_get_without_a_guard(
         assert answer.finish_reason == ("guard" if answer.stopped else expected.finish_reason)
         assert answer.stopped_at == (0 if answer.stopped else None)
     assert hooks_on(model) == 0
+
+
+def test_a_stop_string_ends_a_guarded_answer_where_it_ends_the_models_own(shared: Any) -> None:
+    lm = load(shared / "oracle-contrast" / "fixture" / "base", template="none")
+    stop = lm.complete(["Answer this"], max_new_tokens=12)[0].completion[4:6]
+    plain = lm.complete(["Answer this", "And that"], max_new_tokens=12, stop_strings=stop)
+    answers = GuardedModel(lm, tiny_guard(lm, threshold=1.0)).generate(["Answer this", "And that"], max_new_tokens=12, stop_strings=stop)
+    assert [answer.token_ids for answer in answers] == [one.token_ids for one in plain]
+    assert answers[0].text.endswith(stop)
 
 
 def test_shadow_changes_nothing_and_logs_every_verdict_without_text(model: LanguageModel, guard: Guard) -> None:

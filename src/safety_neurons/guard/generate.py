@@ -138,9 +138,17 @@ class Watch:
         if self._due(self.steps):
             self._open()
 
-    def __call__(self, model: Any, ids: Int[Tensor, "row token"], logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-                 **prepared: Any) -> Int[Tensor, "row whole"]:  # fmt: skip
-        """The decoding loop of `generate` (its `custom_generate`): greedy search or sampling, watched; arguments as it prepares them."""
+    def __call__(
+        self,
+        model: Any,
+        ids: Int[Tensor, "row token"],
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **prepared: Any,
+    ) -> Int[Tensor, "row whole"]:
+        """Decode by greedy search or sampling, as the `custom_generate` of transformers' `generate`, with the arguments it prepares."""
         prepared.pop("position_ids", None)  # of the prompt alone; Feed has those of every pass
         mask, cache = (prepared.pop(name, None) for name in ("attention_mask", "past_key_values"))
         feed = Feed(model, mask, cache, chunk=generation_config.prefill_chunk_size, **prepared)
@@ -157,8 +165,8 @@ class Watch:
             going = going & ~stopping_criteria(ids, None) & ~self.stopped.to(ids.device)
             if self.channel is not None:
                 self.channel.put(int(tokens[0]))
-            left = self.channel is not None and self.channel.cancelled.is_set()
-            return tokens if bool(going.any()) and not left else None
+                going &= not self.channel.cancelled.is_set()
+            return tokens if bool(going.any()) else None
 
         for _ in steps(feed, ids, self, take):
             pass
