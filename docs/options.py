@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 
-from safety_neurons.cli.options import Common
+from safety_neurons.cli.session import Common
 from safety_neurons.cli.verb import DECLARED, build, sentence
 from safety_neurons.declarations import Option
 

@@ -39,7 +39,7 @@ _HOME = {
     "causal_effect": "results",
     "compare": "studies",
     "deactivated": "interventions",
-    "demo": "cli.story",
+    "demo": "cli.runs",
     "doctor": "studies",
     "evaluate": "studies",
     "evaluate_guard": "studies.guard_evaluation",

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from safety_neurons import organism
 from safety_neurons.cli import verb
-from safety_neurons.cli.options import Common
-from safety_neurons.cli.session import Session, inputs_of
+from safety_neurons.cli.session import Common, Session, inputs_of
 from safety_neurons.cli.verb import DECLARED
 from safety_neurons.declarations import Reads
 from safety_neurons.model import load

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from running import command, done, refused
 
-from safety_neurons.cli import options
+from safety_neurons.cli import session as options
 from safety_neurons.cli.verb import build
 
 CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from safety_neurons.cli import guard_serve
-from safety_neurons.cli.options import Common
-from safety_neurons.cli.session import Session
+from safety_neurons.cli import guard as guard_serve
+from safety_neurons.cli.session import Common, Session
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.guard import OperatingPoint
 from safety_neurons.guard.server.serving import address, bound

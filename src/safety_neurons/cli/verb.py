@@ -15,8 +15,7 @@ from typer.main import get_command
 
 from safety_neurons import __version__
 from safety_neurons.cli import console
-from safety_neurons.cli.options import Common
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import Common, Session
 from safety_neurons.declarations import Declaration, Option
 from safety_neurons.errors import SafetyNeuronsError, command_line
 
@@ -75,10 +74,10 @@ def write_section(heading: str, records: list[tuple[str, str]], formatter: Any) 
 
 Verb = Callable[..., dict[str, Any] | None]
 VERBS = {
-    "demo": ("story", "The whole story on a small organism; ends with the path of a report."),
-    "doctor": ("story", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
+    "demo": ("runs", "The whole story on a small organism; ends with the path of a report."),
+    "doctor": ("runs", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
     "compare": (
-        "compare",
+        "verify",
         "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms.",
     ),
     "report": ("runs", "One self-contained HTML page from finished runs; --out names the file."),
@@ -93,19 +92,19 @@ VERBS = {
         "tune",
         "Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned.",
     ),
-    "study": ("study", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
-    "evaluate": ("evaluate", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
+    "study": ("tune", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
+    "evaluate": ("verify", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
     "analyze": (
-        "analyze analyze_effects",
+        "analyze",
         "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive.",
     ),
-    "guard": ("guard guard_serve", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
-    "organism": ("runs", "Small models whose safety behaviour is known."),
-    "data": ("runs", "The built-in prompts and the named suites."),
+    "guard": ("guard", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
+    "organism": ("exchange", "Small models whose safety behaviour is known."),
+    "data": ("exchange", "The built-in prompts and the named suites."),
     "import": ("exchange", "Bring in what others made: prompts, neurons."),
     "export": ("exchange", "Give neurons the names they have in other tools."),
 }
-"""For every verb or group of verbs the modules it lives in, imported when it is asked for, and the sentence that describes it."""
+"""For every verb or group of verbs the module it lives in, imported when it is asked for, and the sentence that describes it."""
 APPS: dict[str, typer.Typer] = {}
 """Those that are imported."""
 DECLARED: dict[str, tuple[type[Declaration], ...]] = {}
@@ -158,8 +157,8 @@ def command_of(run: str, function: Callable[..., Any], taken: dict[str, type[Dec
     def command(**given: Any) -> None:
         def call() -> dict[str, Any] | None:
             parts = {key: kind(**{one.name: given[one.name] for one in kind.options()}) for key, kind in kinds.items()}
-            for part in parts.values():
-                part.check()
+            for declaration in parts.values():
+                declaration.check()
             common = parts.pop("common")
             assert isinstance(common, Common)
             return function(Session(run, common, list(parts.values())), **parts)
@@ -264,9 +263,8 @@ class VerbList(Contents):
 
 
 def load(name: str) -> Any:
-    """Import the modules of a verb and make its command."""
-    for module in VERBS[name][0].split():
-        importlib.import_module(f"safety_neurons.cli.{module}")
+    """Import the module of a verb and make its command."""
+    importlib.import_module(f"safety_neurons.cli.{VERBS[name][0]}")
     return get_command(APPS[name])
 
 

@@ -1,14 +1,30 @@
-"""verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, beside controls."""
+"""verify, compare, evaluate: measure what a set of neurons does, methods side by side, and a model as it is or treated, held to a gate."""
 
 import dataclasses
 import functools
-from typing import Any
+import pathlib
+from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli.options import EvaluationPrompts, NeuronFile, OneModel, Repeats, ScoreFile, Some, TwoModels, parse_sizes
-from safety_neurons.cli.session import Session
+from safety_neurons.cli.session import (
+    EvaluationPrompts,
+    ModelName,
+    NeuronFile,
+    OneModel,
+    PromptFile,
+    Repeats,
+    Requested,
+    ScoreFile,
+    Session,
+    Some,
+    TwoModels,
+    listed,
+    parse_object,
+    parse_sizes,
+)
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Declaration
-from safety_neurons.errors import UsageError
+from safety_neurons.declarations import Count, Declaration, NotNegative, Panel, Positive, Reads, Share
+from safety_neurons.detectors.methods import AtSites, by_name
+from safety_neurons.errors import InputError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,3 +107,351 @@ def measured(session: Session, verified: Verified, beside: VerifiedOn, model: An
         if shared:
             session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
     return {**verification.record(), "completions": str(completions)}
+
+
+PROMPTS = Panel("Prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared(Declaration):
+    """A pair of models, or organisms in its place."""
+
+    base: ModelName | None = None
+    """The less safe model: ID[@REVISION][+ADAPTER…] or organism:NAME/base."""
+    aligned: ModelName | None = None
+    """The safer model of the same architecture."""
+    organism: Annotated[list[str] | None, Reads("organism")] = None
+    """Instead of models: an organism, by name or folder; several rank methods."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookedAt(Declaration):
+    """What methods look at."""
+
+    prompts: Annotated[PromptFile, PROMPTS] = "builtin:harmful"
+    """A file or builtin:NAME[/LANG]."""
+    find_harmless: PromptFile = "builtin:harmless"
+    """Harmless prompts some methods look at: a file or builtin:NAME[/LANG]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lists(Some, Requested, LookedAt):
+    """All prompts; the last base has the first options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownTruth(Declaration):
+    """What is known of the neurons."""
+
+    truth: NeuronFile | None = None
+    """Neuron file of the planted truth; the budget is then its number of units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodBudget(Declaration):
+    """Which methods, at which budget."""
+
+    top: str = "0.05"
+    """Budget as a share of the units, without --truth; with --organism several: 0.01,0.02."""
+    methods: str | None = None
+    """Comma-separated methods. [default: all]"""
+    random: Count = 5
+    """Random sets."""
+    find: Positive = 100
+    """With --organism: prompts that methods look at, of each kind."""
+    max_new_tokens: Annotated[Positive, PROMPTS] = 64
+    """Length of a completion, in tokens."""
+
+    def check(self) -> None:
+        """Also the shares and the names of methods."""
+        super().check()
+        parse_sizes(self.top, "--top")
+        for name in listed(self.methods) or ():
+            by_name(name)
+
+    def values(self) -> dict[str, Any]:
+        """With one share as a number, so that 0.05 and 0.050 are the same run."""
+        shares = parse_sizes(self.top, "--top")
+        return super().values() | ({"top": shares[0]} if len(shares) == 1 else {})
+
+
+@verb("compare")
+def compare(session: Session, compared: Compared, lists: Lists, truth: KnownTruth, at: AtSites, budget: MethodBudget) -> dict[str, Any]:
+    """Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms."""
+    base, aligned, shares = compared.base, compared.aligned, parse_sizes(budget.top, "--top")
+    if compared.organism:
+        if base or aligned or truth.truth or at.sites:
+            raise UsageError("--organism brings its own models, truth and sites; leave --base, --aligned, --truth and --sites out")
+        return ranked(session, compared.organism, lists, budget)
+    if base is None or aligned is None or len(shares) != 1:
+        raise UsageError("expected --base and --aligned with one --top, or --organism")
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import compare as study
+
+        pair = session.pair(base, aligned)
+        completions = session.folder.path("completions.jsonl")
+        names = ("harmful", "harmless", "prompts", "find_harmless")
+        harmful, harmless, *looked_at = (session.read(name, pair.base, lists.limit) for name in names)
+        with session.status("compare") as progress:
+            comparison = study(
+                pair.base,
+                pair.aligned,
+                harmful,
+                harmless,
+                find_prompts=looked_at[0],
+                find_harmless=looked_at[1],
+                truth=session.neurons(truth.truth, pair.base) if truth.truth else None,
+                sites=listed(at.sites),
+                top=shares[0],
+                methods=listed(budget.methods),
+                random=budget.random,
+                max_new_tokens=budget.max_new_tokens,
+                completions_file=completions,
+                place=session.folder.path,
+                progress=progress,
+                **session.running,
+            )
+        session.notes.extend(comparison.bench.notes)
+        return {**comparison.record(), "completions": str(completions)}
+
+    return session.run(work)
+
+
+def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodBudget) -> dict[str, Any]:
+    """All methods over several organisms, with a figure beside the table."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import rank
+
+        with session.status("compare") as progress:
+            ranking = rank(
+                organisms,
+                tops=parse_sizes(budget.top, "--top"),
+                methods=listed(budget.methods),
+                random=budget.random,
+                find=budget.find,
+                measured=lists.limit or 200,
+                max_new_tokens=budget.max_new_tokens,
+                place=session.folder.path,
+                progress=progress,
+                **session.running,
+            )
+        session.notes.extend(dict.fromkeys(note for entry in ranking.entries for note in entry.comparison.bench.notes))
+        record = ranking.record()
+        shown = session.drawn(dict(record), session.folder.path("ranking.svg").absolute())
+        return {**shown, "methods": record["organisms"][0]["methods"]}
+
+    return session.run(work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated(Declaration):
+    """The model that is evaluated, or a server in its place, and what is done to it."""
+
+    PANEL: ClassVar[str | None] = "Treatment"
+    MODELS = Panel("Models")
+
+    model: Annotated[ModelName | None, MODELS] = None
+    """ID[@REVISION][+ADAPTER…], a folder, or organism:NAME."""
+    endpoint: Annotated[str | None, MODELS] = None
+    """An OpenAI-compatible server in the place of --model: URL#MODEL; its key in OPENAI_API_KEY."""
+    request: Annotated[str | None, MODELS] = None
+    """JSON object: further fields of each request to --endpoint; null leaves one out."""
+    reference: Annotated[ModelName | None, MODELS] = None
+    """The model that capability kl compares with."""
+    deactivate: NeuronFile | None = None
+    """Neuron file: these are off."""
+    patch: NeuronFile | None = None
+    """Neuron file: patched from --donor."""
+    donor: ModelName | None = None
+    """The model that gives the activations of --patch."""
+    guard: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Folder of a guard: flagged prompts get its refusal."""
+
+    def check(self) -> None:
+        """Also that there is one model with one treatment."""
+        super().check()
+        if (self.model is None) == (self.endpoint is None):
+            raise UsageError(f"{'neither' if self.model is None else 'both'} of --model and --endpoint given, expected one of them")
+        if parse_object("--request", self.request) is not None and self.endpoint is None:
+            raise UsageError("--request without --endpoint; expected --endpoint URL#MODEL, whose requests these fields are for")
+        treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if getattr(self, name) is not None]
+        if self.endpoint is not None and (treatments or self.reference):
+            raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
+        if len(treatments) > 1:
+            raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
+        if (self.patch is None) != (self.donor is None):
+            raise UsageError("--patch and --donor belong together; expected both, or neither")
+        if self.guard is not None:
+            from safety_neurons.guard import Guard
+
+            Guard.load(self.guard)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions(Declaration):
+    """What the model is asked, and who judges."""
+
+    PANEL: ClassVar[str | None] = "What is asked"
+
+    suite: Annotated[str, Reads("suites")] = "builtin:harmful-test"
+    """Comma-separated: builtin:NAME, names of `data list`, files, NAME=FILE, hub:…"""
+    over_refusal: Annotated[str, Reads("suites")] = "builtin:harmless-test"
+    """Harmless requests, asked where no suite has any; none leaves them out."""
+    attack: str = "direct"
+    """Comma-separated attacks put around harmful requests; direct is none."""
+    judge: Annotated[str | None, Reads("judges")] = None
+    """Comma-separated judges. [default: refusal,strings:advbench]"""
+    capability: Annotated[str | None, Reads("files")] = None
+    """Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER, lm-eval:TASK"""
+    folder: Annotated[pathlib.Path | None, Reads("folder")] = None
+    """Folder of the suites' files. [default: SAFETY_NEURONS_DATA]"""
+
+    def check(self) -> None:
+        """Also that something is asked."""
+        super().check()
+        for name in ("suite", "attack"):
+            if not listed(getattr(self, name)):
+                raise UsageError(f"--{name} names nothing; expected at least one, comma-separated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks(Declaration):
+    """How capability is measured."""
+
+    PANEL: ClassVar[str | None] = "What is asked"
+
+    capability_limit: Positive | None = None
+    """Items of each capability task."""
+    shots: Count | None = None
+    """Examples shown by tasks. [default: what is usual]"""
+    tasks_folder: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Task files of lm-evaluation-harness."""
+
+    def check(self) -> None:
+        """Also that the folder is one."""
+        super().check()
+        if self.tasks_folder is not None and not self.tasks_folder.is_dir():
+            raise InputError(f"--tasks-folder {str(self.tasks_folder)!r} is no folder; expected task files of lm-evaluation-harness")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions(Declaration):
+    """How the model answers."""
+
+    PANEL: ClassVar[str | None] = "How it answers"
+
+    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 128
+    """Length of a completion, in tokens."""
+    answer_tokens: Positive = 256
+    """Length of an answer in tasks that generate."""
+    samples: Positive = 1
+    """Completions of every prompt, each with its own seed."""
+    temperature: NotNegative = 0.0
+    """Of sampling; 0 is greedy."""
+    top_p: Share = 1.0
+    """Of sampling."""
+
+    def check(self) -> None:
+        """Also that samples differ."""
+        super().check()
+        if self.samples > 1 and not self.temperature:
+            raise UsageError(f"--samples {self.samples} at --temperature 0 are all the same; expected a temperature above 0, such as 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Held(Declaration):
+    """What the result is held against."""
+
+    PANEL: ClassVar[str | None] = "What it is compared with"
+
+    baseline: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Folder of an earlier evaluate run, in place of the untreated arm."""
+    gate: pathlib.Path | None = None
+    """Thresholds in TOML; exit 3 where one is not met."""
+
+    def check(self) -> None:
+        """Also that the gate can be read."""
+        super().check()
+        if self.gate is not None:
+            from safety_neurons.results import Gate
+
+            Gate.load(self.gate)
+
+
+@verb("evaluate")
+def evaluate(
+    session: Session, evaluated: Evaluated, requests: Questions, some: Some, tasks: Tasks, answers: AnswerOptions, held: Held
+) -> dict[str, Any]:
+    """Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.capability import TaskSettings
+        from safety_neurons.studies import evaluate as study
+
+        common, loaded = session.common, models(session, evaluated)
+        for name in ("completions.jsonl", "judgements.sqlite", "capability.json", "answered_by.json"):
+            session.folder.path(name)
+        settings = TaskSettings(
+            tasks.capability_limit,
+            tasks.shots,
+            answers.answer_tokens,
+            session.batch_size(),
+            common.seed,
+            tasks_folder=tasks.tasks_folder,
+            offline=common.offline,
+        )
+        judges: dict[str, Any] = {"judges": listed(requests.judge)} if requests.judge else {}
+        with session.status("evaluate") as progress:
+            evaluation = study(
+                loaded.pop("model"),
+                listed(requests.suite) or (),
+                capability=listed(requests.capability) or (),
+                over_refusal=None if requests.over_refusal == "none" else requests.over_refusal,
+                attacks=listed(requests.attack) or (),
+                limit=some.limit,
+                data=requests.folder,
+                column=some.column,
+                offline=common.offline,
+                settings=settings,
+                judge_options=session.judging,
+                out=session.folder.folder,
+                progress=progress,
+                **{name: value for name, value in answers.values().items() if name != "answer_tokens"},
+                **held.values(),
+                **session.running,
+                **judges,
+                **loaded,
+            )
+        session.notes.extend(evaluation.notes)
+        return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
+
+    return session.gated(session.run(work), held.gate)
+
+
+def models(session: Session, evaluated: Evaluated) -> dict[str, Any]:
+    """The model, its treatment and its reference, as the study takes them."""
+    common = session.common
+    if evaluated.endpoint is not None:
+        from safety_neurons.model.chat_server import Endpoint
+
+        session.device = "endpoint"
+        request = parse_object("--request", evaluated.request)
+        endpoint = Endpoint(evaluated.endpoint, system=common.system, request=request, think_end=common.think_end, offline=common.offline)
+        return {"model": endpoint}
+    assert evaluated.model is not None
+    if evaluated.patch is not None and evaluated.donor is not None:
+        pair = session.pair(evaluated.model, evaluated.donor)
+        loaded = {"model": pair.base, "donor": pair.aligned, "patch": session.neurons(evaluated.patch, pair.base)}
+    else:
+        loaded = {"model": session.model(evaluated.model)}
+        if evaluated.deactivate is not None:
+            loaded["deactivate"] = session.neurons(evaluated.deactivate, loaded["model"])
+    if evaluated.guard is not None:
+        from safety_neurons.guard import Guard
+
+        loaded["guard"] = Guard.load(evaluated.guard, loaded["model"])
+    if evaluated.reference is not None:
+        loaded["reference"] = session.model(evaluated.reference)
+    return loaded
