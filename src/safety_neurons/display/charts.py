@@ -57,8 +57,9 @@ ROOM = 16
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
+FONT = "Helvetica, Arial, sans-serif"
 _CONFIG = {
-    "font": "Helvetica, Arial, sans-serif",
+    "font": FONT,
     "background": "transparent",
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
@@ -612,7 +613,7 @@ def standalone(drawn: Sequence[tuple[Markup, str]]) -> str:
     Args:
         drawn: what `drawing` made (of several sizes the first is taken) and the words above it.
     """
-    root, top, right = ElementTree.Element("svg", {"xmlns": _NAMESPACE[1:-1], "font-family": _CONFIG["font"]}), 0.0, 0.0
+    root, top, right = ElementTree.Element("svg", {"xmlns": _NAMESPACE[1:-1], "font-family": FONT}), 0.0, 0.0
     paper = ElementTree.SubElement(root, "rect", {"fill": _LIGHT["paper"]})
     for markup, caption in drawn:
         chart = ElementTree.fromstring(f"<p>{markup}</p>")[0]

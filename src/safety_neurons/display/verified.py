@@ -211,8 +211,8 @@ def patch_findings(run: ReportedRun) -> list[Finding]:
     point = telling_point(result)
     effect, others, verdict = point["causal_effect"], random_values(point), verdict_of(result, point)
     if verdict == OPEN:
-        text = say("The causal effect of the neurons{} is undefined: {}.", method, visible(effect["why"], 300))
-        return [Finding(OPEN, text), *_cautions(run)]
+        why = say("The causal effect of the neurons{} is undefined: {}.", method, visible(effect["why"], 300))
+        return [Finding(OPEN, why), *_cautions(run)]
     chance = f"random sets {spread(others)}" if others else "no random sets"
     lead = {
         YES: "Patching {}{} ({}) is enough: it restores {} of the difference in refusals ({}; {} {}).",
