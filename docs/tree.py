@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "safety_neurons"
 FLOORS = (
     "errors.py strict_json.py declarations.py",
-    "prompt_lists neurons results analysis",
+    "prompt_lists neurons results analysis display",
     "model",
     "organism detectors interventions tuning guard judges suites capability",
     "studies",
