@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from running import command, done, interruptible, record
 
-from safety_neurons.detectors import runner, streaming
+from safety_neurons.detectors import runner
 from safety_neurons.model import language_model
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import run as run_files
@@ -31,7 +31,7 @@ def words_of(method, pair, out):
 def counted(monkeypatch, die_after=None):
     """Counts batches that are fed and batches of text that are written; saves after each and dies right after a state was saved."""
     seen = collections.Counter()
-    collate, save, write = runner.collate, streaming.Stream.save, language_model._generate_rows
+    collate, save, write = runner.collate, runner.Stream.save, language_model._generate_rows
 
     def counting_collate(*args, **options):
         seen["fed"] += 1
@@ -50,7 +50,7 @@ def counted(monkeypatch, die_after=None):
     monkeypatch.setattr(runner, "collate", counting_collate)
     monkeypatch.setattr(language_model, "_generate_rows", counting_write)
     monkeypatch.setattr(run_files.Checkpoint, "due", True)
-    monkeypatch.setattr(streaming.Stream, "save", saving)
+    monkeypatch.setattr(runner.Stream, "save", saving)
     return seen
 
 
@@ -95,15 +95,15 @@ def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
     script = (
         "import os, sys\n"
         "from safety_neurons.cli import main\n"
-        "from safety_neurons.detectors import streaming\n"
+        "from safety_neurons.detectors import runner\n"
         "from safety_neurons.results import Checkpoint\n"
         "Checkpoint.due = True\n"
-        "save = streaming.Stream.save\n"
+        "save = runner.Stream.save\n"
         "def saved(self):\n"
         "    save(self)\n"
         "    os.write(1, b'saved\\n')\n"
         "    sys.__stdin__.read()\n"
-        "streaming.Stream.save = saved\n"
+        "runner.Stream.save = saved\n"
         "main()\n"
     )
     words = [str(word) for word in words_of("importance", tiny_pair, tmp_path / "run")]

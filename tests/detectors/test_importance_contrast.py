@@ -12,8 +12,7 @@ from safety_neurons.detectors import find_importance_contrast, find_weight_chang
 from safety_neurons.detectors.attribution import ScoredRow, midpoints_of, score_rows
 from safety_neurons.detectors.importance_contrast import SoftSwap, SwapComparison, parting
 from safety_neurons.detectors.methods import ImportanceContrast
-from safety_neurons.detectors.runner import Run
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import Run, Stream
 from safety_neurons.detectors.text import Span, texts
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel

@@ -12,8 +12,7 @@ from safety_neurons.detectors.attribution import ScoredRow, own_completions, sco
 from safety_neurons.detectors.importance_contrast import contested, parting
 from safety_neurons.detectors.mask import Activations, Course, Parameters, Search, _asked
 from safety_neurons.detectors.methods import Mask
-from safety_neurons.detectors.runner import Run
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import Run, Stream
 from safety_neurons.errors import UsageError
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.prompt_lists import Prompts

@@ -11,8 +11,7 @@ from safety_neurons.detectors import find_contrast
 from safety_neurons.detectors.contrast import contrast_statistics
 from safety_neurons.detectors.methods import Contrast
 from safety_neurons.detectors.reading import read
-from safety_neurons.detectors.runner import PromptCounts, Run
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import PromptCounts, Run, Stream
 from safety_neurons.detectors.text import Span, Texts, texts
 from safety_neurons.model import load_pair
 from safety_neurons.model.batches import collate

@@ -14,8 +14,7 @@ from safety_neurons.cli import console
 from safety_neurons.display import DISPLAYS, ReportedRun, part_of
 from safety_neurons.display.parts import plain
 from safety_neurons.display.registry import html_of
-from safety_neurons.report.page import render
-from safety_neurons.report.reading import read_runs
+from safety_neurons.report.page import read_runs, render
 from safety_neurons.results import comparisons, holm_in, paired_difference
 from safety_neurons.studies import Examination
 from safety_neurons.studies.examination import Check

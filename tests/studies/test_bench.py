@@ -8,8 +8,7 @@ import torch
 
 from safety_neurons import studies
 from safety_neurons.detectors.methods import Importance
-from safety_neurons.detectors.runner import Run, _resume_key
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import Run, Stream, _resume_key
 from safety_neurons.errors import RunError, UnsupportedModelError
 from safety_neurons.model import load, load_pair
 from safety_neurons.model.language_model import identity

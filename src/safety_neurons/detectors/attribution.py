@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from safety_neurons.detectors.methods import Attribution, AttributionPatching
 from safety_neurons.detectors.reading import donated
-from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
+from safety_neurons.detectors.runner import BatchSums, Folded, PromptCounts, Run, Scored, to_numpy
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks

@@ -21,8 +21,7 @@ from safety_neurons.detectors.methods import (
     WeightMagnitude,
 )
 from safety_neurons.detectors.reading import chosen_rows, columns, read, rows_at
-from safety_neurons.detectors.runner import Found, PromptCounts, Run, Scored, chosen_from
-from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
+from safety_neurons.detectors.runner import BatchSums, Folded, Found, PromptCounts, Run, Scored, chosen_from, to_numpy
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import Encoded, LanguageModel, hooks

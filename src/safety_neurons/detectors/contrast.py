@@ -11,8 +11,7 @@ from torch import Tensor
 
 from safety_neurons.detectors.methods import Contrast
 from safety_neurons.detectors.reading import PositionRows, chosen_rows, in_both, read, rows_at
-from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.streaming import BatchSums, Folded, Sums, to_numpy
+from safety_neurons.detectors.runner import BatchSums, Folded, Run, Scored, Sums, to_numpy
 from safety_neurons.detectors.text import Span, Texts, texts_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, token_budget

@@ -17,8 +17,7 @@ from torch import Tensor
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors, chunk_size, scores_at_once
 from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.reading import Shown, input_scale, watching
-from safety_neurons.detectors.runner import PromptCounts, Run, Scored
-from safety_neurons.detectors.streaming import BatchSums
+from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Scored
 from safety_neurons.errors import InputError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionPlan, AttentionStates, prove_attention, tolerance

@@ -15,8 +15,7 @@ from safety_neurons.detectors.importance import MlpScorer, prove_layers
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors
 from safety_neurons.detectors.methods import ImportanceContrast, SwapAttribution
 from safety_neurons.detectors.reading import Shown, columns, projected, under, watching
-from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.streaming import BatchSums, Folded, to_numpy
+from safety_neurons.detectors.runner import BatchSums, Folded, Run, Scored, to_numpy
 from safety_neurons.detectors.text import Span, texts_of
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel

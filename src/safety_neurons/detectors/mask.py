@@ -19,8 +19,7 @@ from safety_neurons.detectors.attribution import TOKEN_BUDGET, ScoredRow, mask_g
 from safety_neurons.detectors.importance_contrast import SoftSwap, contested
 from safety_neurons.detectors.methods import Mask
 from safety_neurons.detectors.reading import donated
-from safety_neurons.detectors.runner import Run, Scored
-from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.detectors.runner import Progress, Run, Scored, Stream
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel

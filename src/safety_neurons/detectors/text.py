@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.detectors.reading import writer_of
-from safety_neurons.detectors.runner import PromptCounts
-from safety_neurons.detectors.streaming import Progress, Stream
+from safety_neurons.detectors.runner import Progress, PromptCounts, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize

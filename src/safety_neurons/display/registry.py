@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display import analyses, compared, evaluated, found, guards, tuned, verified
+from safety_neurons.display import analyses, evaluated, found, guards, verified
 from safety_neurons.display.parts import DisplayPart, Figure, Finding, ReportedRun, Table, Tile, guarded, not_achieved, plain
 from safety_neurons.display.text import name, say, visible
 from safety_neurons.results import html_table
@@ -43,12 +43,12 @@ DISPLAYS: Mapping[str, Display] = {
     "verify-deactivate": Display(
         "necessary", verified.deactivate_part, verified.deactivate_findings, verified.deactivate_tile, "deactivated, chosen by {}"
     ),
-    "compare": Display("methods", compared.compare_part, compared.compare_findings, compared.compare_tile, "methods compared"),
-    "ranking": Display("methods", compared.ranking_part, compared.ranking_findings, compared.ranking_tile),
-    "tune": Display("tuned", tuned.tune_part, tuned.tune_findings, tuned.tune_tile, "tuned, chosen by {}"),
-    "repair": Display("tuned", tuned.repair_part),
-    "study-rsn": Display("lasting", tuned.rsn_part),
-    "study-stress": Display("lasting", tuned.stress_part),
+    "compare": Display("methods", verified.compare_part, verified.compare_findings, verified.compare_tile, "methods compared"),
+    "ranking": Display("methods", verified.ranking_part, verified.ranking_findings, verified.ranking_tile),
+    "tune": Display("tuned", evaluated.tune_part, evaluated.tune_findings, evaluated.tune_tile, "tuned, chosen by {}"),
+    "repair": Display("tuned", evaluated.repair_part),
+    "study-rsn": Display("lasting", evaluated.rsn_part),
+    "study-stress": Display("lasting", evaluated.stress_part),
     "evaluate": Display("evaluated", evaluated.evaluate_part, evaluated.evaluate_findings, evaluated.evaluate_tile, "evaluated"),
     "doctor": Display("doctor", evaluated.doctor_part, evaluated.doctor_findings, evaluated.doctor_tile),
     "guard-fit": _GUARD_FIT,

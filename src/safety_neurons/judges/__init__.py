@@ -15,7 +15,7 @@ from safety_neurons.judges.judgement import (
     unscored,
 )
 from safety_neurons.judges.registry import DEFAULT_JUDGES, JUDGES, agreement, judge, judge_names, judge_refusal
-from safety_neurons.judges.strings import ComplianceJudgement, PhraseList, StringJudge, judge_compliance, string_judge
+from safety_neurons.judges.wording import ComplianceJudgement, PhraseList, StringJudge, judge_compliance, string_judge
 
 __all__ = [
     "DEFAULT_JUDGES",

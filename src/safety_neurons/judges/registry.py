@@ -6,9 +6,8 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges.judgement import FunctionJudge, Judge, Judgement, RefusalJudge, ending, judged
-from safety_neurons.judges.strings import PREFIX_VERSION, ComplianceJudge, judge_by_prefix, string_judge
+from safety_neurons.judges.wording import PREFIX_VERSION, ComplianceJudge, judge_by_prefix, judge_by_wording, string_judge
 from safety_neurons.judges.wording import VERSION as WORDING_VERSION
-from safety_neurons.judges.wording import judge_by_wording
 from safety_neurons.results import Agreement, Completion, cohen_kappa
 
 JUDGES: dict[str, tuple[RefusalJudge, int]] = {

@@ -1,8 +1,4 @@
-"""The page: for every verb its section, sentences, tile and completions, written whole, and nothing in it that loads, runs or calls home.
-
-Texts of completions are stored once however many arms gave them. When the page would become too large, long texts are cut further and
-said to be cut.
-"""
+"""The page: finished runs read and checked, a section for each; nothing in it loads, runs or calls home."""
 
 import base64
 import hashlib
@@ -17,16 +13,51 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from safety_neurons.display import DISPLAYS, DisplayPart, Finding, ReportedRun, Tile, findings_of, part_of
+from safety_neurons.display import DISPLAYS, DisplayPart, Finding, Tile, findings_of, part_of
 from safety_neurons.display.analyses import cards_of
 from safety_neurons.display.found import block, opened
-from safety_neurons.display.parts import guarded, ranked_by
+from safety_neurons.display.parts import RECORD, ReportedRun, guarded, ranked_by
 from safety_neurons.display.registry import display_of
 from safety_neurons.display.text import NONE, duration, in_script, name, say, visible
 from safety_neurons.display.verified import patch_parts, sweep_order
-from safety_neurons.report.reading import read_runs
-from safety_neurons.results import Completion, write_bytes
+from safety_neurons.errors import InputError, UsageError
+from safety_neurons.results import Completion, read_json, write_bytes
 from safety_neurons.results.run import now
+
+
+def read_runs(paths: Sequence[pathlib.Path | str]) -> list[ReportedRun]:
+    """The runs, each once, in the order given.
+
+    Raises:
+        UsageError: no run was given.
+        InputError: a folder without a run record, an unfinished run, or a damaged record; the message names it.
+    """
+    runs: dict[pathlib.Path, ReportedRun] = {}
+    for path in map(pathlib.Path, paths):
+        folder = path.parent if path.name == RECORD else path
+        runs.setdefault(folder.resolve(), _read(folder))
+    if not runs:
+        raise UsageError("no run was given, expected the folders of finished runs; give the --out folders of find, verify or compare")
+    return list(runs.values())
+
+
+def _read(folder: pathlib.Path) -> ReportedRun:
+    source = folder / RECORD
+    if not source.is_file():
+        what = "has no run.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"{str(folder)!r} {what}, expected the folder of a finished run; give the --out folder of find, verify or compare")
+    record = read_json(source)
+    shape = {"verb": str, "status": str, "arguments": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), kind) for part, kind in shape.items()):
+        raise InputError(f"{str(source)!r} is not a run record, expected verb, status and arguments; run the verb again")
+    if record["status"] != "finished" or not isinstance(record.get("result"), dict):
+        status = " ".join(record["status"].split())[:40]
+        raise InputError(
+            f"the run in {str(folder)!r} is not finished (status {status!r}), expected a finished one;"
+            " repeat its command to continue it, or leave it out"
+        )
+    return ReportedRun(folder, record)
+
 
 BUDGET = 3_400_000
 """Bytes of completions in a page."""

@@ -33,7 +33,7 @@ from safety_neurons.detectors import find_attribution, find_importance
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.judges import judge_refusal
-from safety_neurons.judges.strings import judge_compliance
+from safety_neurons.judges.wording import judge_compliance
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import descend, padded
 from safety_neurons.neurons import NeuronSet, Scores

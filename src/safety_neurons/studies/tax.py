@@ -16,8 +16,7 @@ import numpy as np
 from safety_neurons.analysis.overlap import Changes
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
 from safety_neurons.detectors.methods import Contrast, listed
-from safety_neurons.detectors.runner import Run
-from safety_neurons.detectors.streaming import Stream
+from safety_neurons.detectors.runner import Run, Stream
 from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.interventions import patched
