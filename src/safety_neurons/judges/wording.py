@@ -523,7 +523,7 @@ def _own_words(answer: str, asks_for_text: bool) -> str:
     return "\n".join(re.sub(r"(?<=[^\W\d]): .*$", ":", line) if len(kept) <= OPENING else line for line in kept)
 
 
-VERSION = 1
+STRINGS_VERSION = 1
 _MARKS = "\"'([-– ¡¿“«"
 
 
@@ -613,7 +613,7 @@ def string_judge(name: str) -> StringJudge:
 @functools.cache
 def built_in_lists() -> dict[str, PhraseList]:
     """The lists that come with the package, by name."""
-    source = importlib.resources.files("safety_neurons.judges") / "phrases" / f"strings_{VERSION}.json"
+    source = importlib.resources.files("safety_neurons.judges") / "phrases" / f"strings_{STRINGS_VERSION}.json"
     record = strict_json.loads(source.read_text(encoding="utf-8"))
     return {name: _list({**entry, "name": name, "version": record["version"]}) for name, entry in record["lists"].items()}
 
