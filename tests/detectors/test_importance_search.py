@@ -162,6 +162,12 @@ def test_agreement_uses_the_same_rule_as_a_selection(lm):
     assert len(found.neurons) == sum(int(mask.sum()) for mask in chosen.values())
 
 
+def test_the_share_a_prompt_chooses_is_of_the_neurons_that_have_a_published_score(lm):
+    options = {"as_published": True, "top": 0.1}
+    voted, chosen = find_importance(lm, PROMPTS[:1], agreement=1.0, **options), find_importance(lm, PROMPTS[:1], **options)
+    assert list(voted.neurons) == list(chosen.neurons)
+
+
 @pytest.mark.parametrize("options", [{"layers": range(1, 2)}, {"layers": "1:2"}, {"as_published": True}])
 def test_shares_are_of_the_neurons_that_were_searched(lm, options):
     found = find_importance(lm, PROMPTS[:1], count=6, **options)

@@ -152,10 +152,6 @@ class ExpertsReader:
         return self._norms
 
 
-PUBLISHED_SITES = ("q", "k", "v", "o", "up", "down")
-"""The public code has no score for gate."""
-
-
 def published_mlp(states: Mapping[str, Float[Tensor, "token neuron"]]) -> dict[str, Float[Tensor, " neuron"]]:
     """One list for up and down: Σ over tokens of |output of the up projection|.
 
@@ -500,7 +496,6 @@ def _keys(method: Importance, run: Run) -> tuple[str, ...]:
     keys = tuple(run.sizes)
     if method.as_published:
         run.notes.append("the public code has no score for gate; gate is left out")
-        keys = tuple(key for key in keys if key.rsplit(".", 1)[-1] in PUBLISHED_SITES)
         if any(".experts." in key for key in keys):
             raise UnsupportedModelError(
                 "experts have no published score: leave as_published out, or score q, k, v and o only (--sites q,k,v,o)"

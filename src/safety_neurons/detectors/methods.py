@@ -342,10 +342,10 @@ class Importance(Method, Voted):
         """Without the memory, which changes nothing."""
         return {name: value for name, value in super().config(run).items() if name != "memory_budget"}
 
-    def searched_config(self) -> dict[str, Any]:
-        """Without the site that the public code does not score."""
-        searched = super().searched_config()
-        return searched | {"sites": [site for site in searched["sites"] if not (self.as_published and site == "gate")]}
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Without the site that the public code does not score, so that a share of a prompt's neurons means those that have a score."""
+        return tuple(site for site in super().searched if not (self.as_published and site == "gate"))
 
 
 @register
