@@ -1,12 +1,14 @@
 """What analyses found: where sets lie, how far they agree, languages and transfer, the tax, single neurons; beside chance."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display.charts import BesideChance, agreement_figure, beside_figure, matrix_figure
+from safety_neurons.display.charts import COLOURS, DotRow, agreement_figure, matrix_figure
 from safety_neurons.display.parts import (
     CAUTION,
     FACT,
@@ -45,22 +47,23 @@ def layers_part(run: ReportedRun) -> DisplayPart:
 
 def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
     whole = max(found["n_neurons"], 1)
-    rows = [
-        BesideChance(
-            str(place["name"]),
-            place["members"] / whole,
-            place["low"] / whole,
-            place["high"] / whole,
-            f"{share(place['members'] / whole)}, {place['verdict']}",
-        )
-        for place in found[group][:MOST]
-    ]
-    top = max([end for row in rows for end in (row.value, row.high) if end is not None], default=1.0)
-    words = "; ".join(f"{row.label} {row.text} (random {share(row.low)} to {share(row.high)})" for row in rows)
+    rows = []
+    for place in found[group][:MOST]:
+        low, high = (place[end] / whole for end in ("low", "high"))
+        text = f"{share(place['members'] / whole)}, {place['verdict']}"
+        row = DotRow(str(place["name"]), place["members"] / whole, None, None, text, COLOURS[0])
+        rows.append(replace(row, chance=[{"low": low, "high": high}], beside=f"random {share(low)} to {share(high)}"))
     caption = say("<b>{}</b>: share of the set by {}; {}.", visible(found["name"], 40), word, plural(found["n_neurons"], "neuron"))
     title = f"share of the set, {word}"
-    draw = partial(beside_figure, rows, title, domain=(-0.04 * top, min(1.02, top * 1.06) or 1.0))
-    return Figure(draw, f"{found['name']}, {title}: {words}.", caption)
+    return dots_of(rows, title, caption, f"{found['name']}, {title}", domain=_from_zero(rows, most=1.02))
+
+
+def _from_zero(rows: Sequence[DotRow], most: float = math.inf) -> tuple[float, float]:
+    """An axis that holds zero, the numbers and what chance gives."""
+    ends = [end for row in rows for end in (row.value, row.low, row.high, *(each.get(to) for each in row.chance for to in ("low", "high")))]
+    known = [0.0, *(end for end in ends if end is not None)]
+    top, bottom = max(known) or 1.0, min(known)
+    return bottom - 0.04 * (top - bottom), min(most, top + 0.06 * (top - bottom))
 
 
 def _claim(claim: Mapping[str, Any]) -> list[Any]:
@@ -113,7 +116,7 @@ def overlap_part(run: ReportedRun) -> DisplayPart:
     names = [visible(found["name"], 30) for found in result["sets"]]
     jaccard = {(visible(a, 30), visible(b, 30)): pair["jaccard"]["value"] for pair in result["pairs"] for a, b in [pair["names"]]}
     words = "; ".join(f"{a} and {b} {value:.3f}" for (a, b), value in jaccard.items())
-    caption = Markup("<b>Jaccard index</b>: neurons two sets share ÷ neurons in either; what unrelated sets give stands in the table.")
+    caption = Markup("<b>Jaccard index</b>: neurons two sets share ÷ neurons in either.")
     rows = [
         [
             f"{visible(pair['names'][0], 30)}, {visible(pair['names'][1], 30)}",
@@ -133,9 +136,31 @@ def overlap_part(run: ReportedRun) -> DisplayPart:
     return DisplayPart(
         titled("How far sets agree", run),
         lead,
-        [Figure(partial(agreement_figure, names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
+        [_jaccards(result), Figure(partial(agreement_figure, names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
         [Table("Every two sets beside unrelated ones; ranges hold 95\u00a0% of them", columns, rows)],
     )
+
+
+BARS = "95\u00a0% of {} lie in the grey bar, of {} in the line below it; ticks are means."
+
+
+def _jaccards(result: Mapping[str, Any]) -> Figure:
+    """The Jaccard index of every two sets beside that of unrelated ones; of many pairs the closest."""
+    rows = []
+    for pair in sorted(result["pairs"], key=lambda pair: -pair["jaccard"]["value"])[:MOST]:
+        found, matched = pair["jaccard"], pair["jaccard"]["matched"]
+        told = f"unrelated {chance_range(found)}, as many per matrix {chance_range(matched)}"
+        rows.append(_with_chance(pair["names"], found, number(found["value"], 3), told, [found, matched]))
+    caption = say("<b>Jaccard index beside chance</b>. " + BARS, "unrelated sets", "those with as many neurons per matrix")
+    return dots_of(rows, "Jaccard index of the neurons", caption, domain=_from_zero(rows, most=1.02))
+
+
+def _with_chance(
+    names: Sequence[str], found: Mapping[str, Any], text: str, told: str, chance: Sequence[Mapping[str, Any]], *, ends: bool = False
+) -> DotRow:
+    label = " and ".join(visible(each, 30) for each in names)
+    low, high = (found["low"], found["high"]) if ends else (None, None)
+    return DotRow(label, found["value"], low, high, text, COLOURS[0], chance=chance, beside=told)
 
 
 def _in_all(result: Mapping[str, Any]) -> str:
@@ -320,10 +345,38 @@ def tax_part(run: ReportedRun) -> DisplayPart:
     )
     lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
     figures = [
+        _shared_figure(result["relations"]),
+        *(_ranks_figure(pair) for pair in result["relations"]),
         _arms_figure(result["arms"], "refused", "harmful requests refused"),
         _arms_figure(result["arms"], "helpful", "helpful answers"),
     ]
     return DisplayPart(titled("The alignment tax", run), lead, figures, tables)
+
+
+def _shared_figure(relations: Sequence[Mapping[str, Any]]) -> Figure:
+    """Neurons in both top sets of every two trainings, beside random sets."""
+    rows = []
+    for pair in relations:
+        found, drawn = pair["overlap"], [pair["chance"][kind] for kind in ("all", "in_activation")]
+        told = "random sets {}, as active {}".format(*map(_expected, drawn))
+        text = f"{number(found['value'], 0)} of {count(pair['size'])}"
+        rows.append(_with_chance(pair["pair"], found, text, told, drawn, ends=True))
+    caption = say("<b>Overlap</b> of the top sets. " + BARS, "random sets", "those of neurons as active in their layers")
+    return dots_of(rows, "neurons in both top sets", caption, "Overlap", domain=_from_zero(rows))
+
+
+RANKS = {"all": "all neurons", "given_activation": "given activation", "union": "in either top set"}
+
+
+def _ranks_figure(pair: Mapping[str, Any]) -> Figure:
+    """Rank agreement of the change scores of two trainings, over every index set."""
+    ranked = {word: _estimate(pair["spearman"][kind]) for kind, word in RANKS.items()}
+    rows = [estimate_row(word, found, (colour, "circle")) for (word, found), colour in zip(ranked.items(), COLOURS, strict=False)]
+    names = " and ".join(visible(each, 30) for each in pair["pair"])
+    caption = say("<b>Rank agreement</b> of {}; bars are 95\u00a0% intervals over prompts.", names)
+    ends = [0.0, 1.0, *(end for found in ranked.values() for end in found.values() if end is not None)]
+    domain = (min(ends) - 0.03, max(ends) + 0.03)
+    return dots_of(rows, "Spearman of change scores", caption, f"Rank agreement of {names}", domain=domain, reference=0.0)
 
 
 def _expected(chance: Mapping[str, Any]) -> str:
@@ -342,8 +395,12 @@ def _arms_figure(arms: Sequence[Mapping[str, Any]], kind: str, title: str) -> Fi
 
 
 def _ranked(found: Mapping[str, Any]) -> str:
+    return interval(_estimate(found))
+
+
+def _estimate(found: Mapping[str, Any]) -> dict[str, Any]:
     low, high = found.get("interval") or (None, None)
-    return interval({"value": found["value"], "low": low, "high": high})
+    return {"value": found["value"], "low": low, "high": high}
 
 
 def tax_findings(run: ReportedRun) -> list[Finding]:

@@ -368,13 +368,27 @@ class DotRow:
     shape: str = "circle"
     dots: Sequence[float | int] = ()
     """Further values drawn faintly, such as single random sets."""
+    chance: Sequence[Mapping[str, Any]] = ()
+    """What chance gives, as `low`, `high` and `expected` where it is known: the first as a grey bar, a second as a line below it."""
+    beside: str = ""
+    """What the text alternative says of chance."""
+
+    @property
+    def words(self) -> str:
+        """The row as text."""
+        return f"{self.label}: {self.text}{self.beside and f' ({self.beside})'}"
+
+
+NAMES = 72
+"""Characters of a row's name: two names of sets and the word between them."""
 
 
 def dot_figure(
     rows: Sequence[DotRow], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None
 ) -> Markup:
-    """A dot plot with intervals and the numbers at the right."""
-    sizes = (("wide", 228, 150), ("narrow", 88, 132))
+    """A dot plot with intervals, what chance gives, and the numbers at the right."""
+    longest = max((len(visible(row.label, NAMES)) for row in rows), default=0)
+    sizes = (("wide", 228, min(max(150, 7 * longest), 320)), ("narrow", 88, 132))
     return Markup("").join(
         drawing(_dots(rows, title, domain, reference, width, labels), width, 28, step=True, size=size) for size, width, labels in sizes
     )
@@ -383,26 +397,28 @@ def dot_figure(
 def _dots(
     rows: Sequence[DotRow], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
 ) -> Any:
-    order = [visible(row.label, 40) for row in rows]
+    order = [visible(row.label, NAMES) for row in rows]
     shown = [
         {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "colour": row.colour, "shape": row.shape}
-        | {"tip": f"{label}: {row.text}"}
+        | {"tip": row.words}
         for label, row in zip(order, rows, strict=True)
     ]
     axis = alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels)
     y = alt.Y("label:N", sort=order, title=None, axis=axis, scale=alt.Scale(domain=order))
     room = (domain[1] - domain[0]) / (6 if width > 150 else 3)
-    step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5) if step >= room), 1.0)
-    ticks = [round(tick * step, 2) for tick in range(round(-4 / step), round(4 / step) + 1) if domain[0] <= tick * step <= domain[1]]
+    power = 10.0 ** np.floor(np.log10(room))
+    step = float(next(power * part for part in (1, 2.5 if power >= 0.1 else 2, 5, 10) if power * part >= room))
+    ticks = [round(tick * step, 9) for tick in range(int(domain[0] / step) - 1, int(domain[1] / step) + 2)]
+    ticks = [tick for tick in ticks if domain[0] <= tick <= domain[1]]
     x = alt.X(
         "value:Q",
         scale=alt.Scale(domain=list(domain), nice=False, clamp=True),
         title=title,
-        axis=alt.Axis(values=ticks, format=".2~f", domain=False),
+        axis=alt.Axis(values=ticks, format=",.3~r", domain=False),
     )
     colour = alt.Color("colour:N", scale=None)
     base = alt.Chart(data(shown)).encode(y=y)
-    layers = []
+    layers = _chance(order, rows, y, x)
     if reference is not None:
         rule = alt.Chart(data([{"value": reference}])).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False)
         layers.append(rule.encode(x=x))
@@ -415,6 +431,23 @@ def _dots(
     layers.append(dotted.encode(y=y, x=x, color=colour, shape=alt.Shape("shape:N", scale=None), description="tip:N"))
     layers.append(base.mark_text(align="left", dx=10, aria=False).encode(x=alt.value(width), text="text:N"))
     return alt.layer(*layers)
+
+
+def _chance(order: Sequence[str], rows: Sequence[DotRow], y: alt.Y, x: alt.X) -> list[Any]:
+    """Ranges of chance behind the rows; two kinds differ in place and width, not by colour alone."""
+    looks = ((BAND, 12, 0), (COLOURS[1], 3, 9))
+    layers = []
+    for kind, (colour, thick, below) in enumerate(looks):
+        ranges = [{"label": label, **row.chance[kind]} for label, row in zip(order, rows, strict=True) if len(row.chance) > kind]
+        known = [each for each in ranges if each.get("low") is not None and each.get("high") is not None]
+        means = [{"label": each["label"], "value": each["expected"]} for each in known if each.get("expected") is not None]
+        if known:
+            bars = alt.Chart(data(known)).mark_rule(color=colour, strokeWidth=thick, yOffset=below, aria=False)
+            layers.append(bars.encode(y=y, x=alt.X("low:Q"), x2="high:Q"))
+        if means:
+            ticks = alt.Chart(data(means)).mark_tick(color=colour if below else FAINT, thickness=2, size=12 - below // 3, yOffset=below)
+            layers.append(ticks.encode(y=y, x=x, description=alt.value("mean of chance")))
+    return layers
 
 
 def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], float]) -> Markup:
@@ -469,14 +502,18 @@ class Plane:
     """Whether the diagonal is what chance (or perfection) gives."""
 
 
-def line_figure(lines: Sequence[Line], plane: Plane, *, band: Sequence[tuple[float, float, float]] = (), size: int = 330) -> Markup:
-    """Curves in one plane, with a key. `band` is x, lower and upper end of what random choices give."""
+Bands = Mapping[str, Sequence[tuple[float, float, float]]]
+"""By name x, lower and upper end of what random choices give."""
+
+
+def line_figure(lines: Sequence[Line], plane: Plane, *, bands: Bands | None = None, size: int = 330) -> Markup:
+    """Curves in one plane, with a key: the first of the bands is a grey area, others are dashed outlines."""
     kept = [line for line in lines if line.points][: len(COLOURS)]
-    wide = drawing(_curves(kept, plane, band, size), size, size * 0.8, size="wide")
-    return wide + drawing(_curves(kept, plane, band, PHONE), PHONE, 210, size="narrow")
+    wide = drawing(_curves(kept, plane, bands or {}, size), size, size * 0.8, size="wide")
+    return wide + drawing(_curves(kept, plane, bands or {}, PHONE), PHONE, 210, size="narrow")
 
 
-def _curves(lines: Sequence[Line], plane: Plane, band: Sequence[tuple[float, float, float]], width: int) -> Any:
+def _curves(lines: Sequence[Line], plane: Plane, bands: Bands, width: int) -> Any:
     def axis(title: str, ends: tuple[float, float]) -> dict[str, Any]:
         return {
             "title": title,
@@ -486,9 +523,10 @@ def _curves(lines: Sequence[Line], plane: Plane, band: Sequence[tuple[float, flo
 
     x, y = alt.X("x:Q", **axis(plane.x, plane.x_range)), alt.Y("y:Q", **axis(plane.y, plane.y_range))
     layers: list[Any] = []
-    if band:
+    for place, band in enumerate(bands.values()):
         rows = [{"x": at, "y": low, "high": high} for at, low, high in band]
-        layers.append(alt.Chart(data(rows)).mark_area(color=BAND, opacity=0.6, aria=False).encode(x=x, y=y, y2="high:Q"))
+        edge = {"stroke": SOFT, "strokeDash": [3, 3], "strokeWidth": 1.2, "color": GRID} if place else {"color": BAND}
+        layers.append(alt.Chart(data(rows)).mark_area(opacity=0.6, aria=False, **edge).encode(x=x, y=y, y2="high:Q"))
     if plane.diagonal:
         (left, right), (low, high) = plane.x_range, plane.y_range
         ends = data([{"x": left, "y": low}, {"x": right, "y": high}])
@@ -514,42 +552,6 @@ def _curves(lines: Sequence[Line], plane: Plane, band: Sequence[tuple[float, flo
             points = alt.Chart(data(dots)).mark_point(filled=True, size=46, opacity=1, shape=shape)
             layers.append(points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N"))
     return alt.layer(*layers)
-
-
-@dataclass(frozen=True)
-class BesideChance:
-    """A number beside the range that chance gives for it."""
-
-    label: str
-    value: float | int | None
-    low: float | int | None
-    high: float | int | None
-    text: str
-
-
-def beside_figure(rows: Sequence[BesideChance], title: str, *, domain: tuple[float, float]) -> Markup:
-    """A dot for every number on a grey bar for the range of chance, and the numbers at the right."""
-    sizes = (("wide", 240, 190), ("narrow", 96, 110))
-    return Markup("").join(drawing(_beside(rows, title, domain, labels), width, 24, step=True, size=size) for size, width, labels in sizes)
-
-
-def _beside(rows: Sequence[BesideChance], title: str, domain: tuple[float, float], labels: int) -> Any:
-    order = [visible(row.label, 48) for row in rows]
-    shown = [
-        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "tip": f"{label}: {row.text}"}
-        for label, row in zip(order, rows, strict=True)
-    ]
-    y = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelColor=INK, labelLimit=labels))
-    x_axis = alt.Axis(tickCount=4, format=".2~f", domain=False)
-    x = alt.X("value:Q", title=title, scale=alt.Scale(domain=list(domain), nice=False, clamp=True), axis=x_axis)
-    ranged = alt.Chart(data([row for row in shown if row["low"] is not None]))
-    dotted = alt.Chart(data([row for row in shown if row["value"] is not None]))
-    narrow = labels < 150
-    return alt.layer(
-        ranged.mark_rule(color=BAND, strokeWidth=11, aria=False).encode(y=y, x=alt.X("low:Q"), x2="high:Q"),
-        dotted.mark_point(filled=True, size=72, opacity=1, color=COLOURS[0]).encode(y=y, x=x, description="tip:N"),
-        alt.Chart(data(shown)).mark_text(align="left", dx=8, aria=False).encode(y=y, x=alt.value(96 if narrow else 240), text="text:N"),
-    )
 
 
 def matrix_figure(

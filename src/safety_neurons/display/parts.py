@@ -298,6 +298,6 @@ def estimate_row(label: str, found: Mapping[str, Any], look: tuple[str, str] = (
 
 def dots_of(rows: Sequence[DotRow], title: str, caption: Markup, alternative: str = "", **drawn: Any) -> Figure:
     """A dot plot of these rows, which are its text alternative too; shares unless another `domain` is given."""
-    words = "; ".join(f"{row.label} {row.text}" for row in rows)
+    words = "; ".join(f"{row.label} {row.text}{row.beside and f' ({row.beside})'}" for row in rows)
     draw = functools.partial(dot_figure, rows, title, **{"domain": (-0.03, 1.03), **drawn})
     return Figure(draw, f"{alternative or title}: {words}.", caption)

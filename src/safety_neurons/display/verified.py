@@ -314,27 +314,9 @@ ALONE = "one layer alone"
 def progressive_part(run: ReportedRun) -> DisplayPart:
     """What is left of refusals while more and more is off."""
     result = run.result
-    whole = max(result["n_neurons"], 1)
-    lines = []
-    for curve in result["curves"]:
-        points = [(float(point["n_neurons"]), point["harmful_refused"]) for point in curve["points"]]
-        known = [(at, rate) for at, rate in points if rate["value"] is not None]
-        drawn = sorted((at, rate["value"]) for at, rate in known)
-        if curve["order"] != ALONE:
-            lines.append(Line(visible(curve["order"], 30), drawn, marked=True))
-    highest = float(max([whole, *(at for line in lines for at, _ in line.points)]))
-    chance = next((kind for kind in (RANDOM, *result["random"]) if kind in result["random"]), None)
-    band = [
-        (sum(step["n_neurons"]) / len(step["n_neurons"]), step["harmful_refused"]["low"], step["harmful_refused"]["high"])
-        for steps in ([result["random"][chance]] if chance else [])
-        for step in steps
-        if step["harmful_refused"]["low"] is not None
-    ]
-    plane = Plane("neurons off", "harmful requests refused", (0.0, highest), (0.0, 1.02))
-    said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value)}" for at, value in line.points) for line in lines)
-    beside = visible(chance or "no random sets", 40)
-    caption = say("<b>Refusals left</b> while more and more is off; the band is what {} leave.", beside)
-    figure = Figure(partial(line_figure, lines, plane, band=sorted(band)), f"Refusals left: {said}.", caption)
+    figures = [_curves(result, "harmful_refused", "harmful requests refused", "Refusals left")]
+    if any(point["divergence"] is not None for _, point in steps_of(result["curves"])):
+        figures.append(_curves(result, "divergence", "KL per token, nats", "Divergence on harmless requests"))
     rows = [
         [
             label,
@@ -365,7 +347,7 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
     return DisplayPart(
         titled("Off bit by bit", run),
         lead,
-        [figure],
+        figures,
         (),
         [
             Table(
@@ -376,6 +358,38 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
             )
         ],
     )
+
+
+def _curves(result: Mapping[str, Any], measure: str, title: str, words: str) -> Figure:
+    """One measure against the number of neurons that are off, from the untreated model on, beside random orders."""
+    start = 0.0 if measure == "divergence" else result["untreated"][measure]["value"]
+    lines, bands = [], {}
+    for curve in result["curves"]:
+        values = [(float(point["n_neurons"]), _value(point[measure])) for point in curve["points"]]
+        known = sorted((at, value) for at, value in [(0.0, start), *values] if value is not None)
+        if curve["order"] != ALONE and any(value is not None for _, value in values):
+            lines.append(Line(visible(curve["order"], 30), known, marked=True))
+    for kind in sorted(result["random"], key=lambda kind: kind != RANDOM):
+        ends = [(sum(step["n_neurons"]) / len(step["n_neurons"]), step.get(measure) or {}) for step in result["random"][kind]]
+        band = [(at, each["low"], each["high"]) for at, each in ends if each.get("low") is not None]
+        if band:
+            bands[visible(kind, 40)] = sorted([*([] if start is None else [(0.0, start, start)]), *band])
+    across = [max(result["n_neurons"], 1), *(at for line in lines for at, _ in line.points)]
+    highest = [value for line in lines for _, value in line.points] + [high for band in bands.values() for _, _, high in band]
+    top = 1.02 if measure != "divergence" else 1.05 * max(highest, default=0.0) or 1.0
+    plane = Plane("neurons off", title, (0.0, float(max(across))), (0.0, top))
+    digits = 3 if measure == "divergence" else 2
+    said = "; ".join(
+        f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value, digits)}" for at, value in line.points) for line in lines
+    )
+    first, *others = [*bands] or ["no random sets"]
+    caption = say("<b>{}</b> while more and more is off; the band is what {} leave", words, first)
+    caption += say("{}.", "".join(f"; the dashed outline is the range of {other}" for other in others))
+    return Figure(partial(line_figure, lines, plane, bands=bands), f"{words}: {said}.", caption)
+
+
+def _value(found: Any) -> float | None:
+    return found["value"] if isinstance(found, Mapping) else found
 
 
 def steps_of(curves: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
