@@ -25,6 +25,100 @@ def words_of(svg):
     return "".join(ElementTree.fromstring(svg.encode()).itertext())
 
 
+def titles(svg):
+    return [element.text for element in ElementTree.fromstring(svg.encode()).iter() if element.tag.endswith("title")]
+
+
+CHANCE = {"value": 0.141, "expected": 0.005, "low": 0.0, "high": 0.01}
+MATCHED = {"expected": 0.02, "low": 0.012, "high": 0.032}
+
+
+def agreeing(*pairs):
+    nothing = {"spearman": {"value": None}, "spearman_union": {"value": None}}
+    pairs = [{"names": names, "jaccard": {**found, "matched": matched}, **nothing} for names, found, matched in pairs]
+    names = dict.fromkeys(name for pair in pairs for name in pair["names"])
+    mean = {"value": 0.1, "n_pairs": len(pairs)}
+    return {"sets": [{"name": name} for name in names], "pairs": pairs, "mean_jaccard": mean, "in_all": CHANCE}
+
+
+def marks(svg, colour):
+    """Lines of a colour."""
+    return [element for element in ElementTree.fromstring(svg.encode()).iter() if _LIGHT[colour] in (element.get("stroke"),)]
+
+
+def test_every_jaccard_index_stands_beside_unrelated_sets_and_those_matched_per_matrix():
+    result = agreeing((["one", "two"], CHANCE, MATCHED), (["one", "three"], {**CHANCE, "value": 0.0}, {"verdict": None}))
+    svg = drawn("analyze-overlap", result)
+    for text in ("one and two", "0.141", "one and three", "0.000", "Jaccard index of the neurons", "unrelated sets"):
+        assert text in words_of(svg)
+    assert "one and two: 0.141 (unrelated 0.000 to 0.010, as many per matrix 0.012 to 0.032)" in titles(svg)
+    assert "one and three: 0.000 (unrelated 0.000 to 0.010, as many per matrix \N{EN DASH})" in titles(svg)
+    assert len(marks(svg, "band")) == 2
+    assert len(marks(svg, "c1")) == 1, "a range that is not known is not drawn"
+    figure = part_of(ReportedRun.of("analyze-overlap", result)).figures[0]
+    assert "one and two 0.141 (unrelated 0.000 to 0.010, as many per matrix 0.012 to 0.032)" in figure.alternative
+
+
+def taxed(**ranks):
+    expected = {"expected": 5.0, "low": 1.0, "high": 9.0}
+    known = {"value": 0.4, "interval": [0.3, 0.5]}
+    spearman = {"all": known, "given_activation": known, "union": known, **ranks}
+    pair = {"pair": ["safety", "helpfulness"], "size": 102, "overlap": {"value": 40, "low": 35, "high": 44}, "shared": None}
+    pair |= {"chance": {"all": expected, "in_activation": {**expected, "high": 19.0}}, "spearman": spearman}
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    arms = [
+        {"arm": name, "refused": rate, "helpful": rate, "over_refused": rate}
+        for name in ("safety", "safety from helpfulness", "safety from helpfulness, random 0")
+    ]
+    return {"relations": [pair], "n_shared": 40, "helpfulness": "taught", "arms": arms, "cross_patching": []}
+
+
+def test_the_tax_draws_overlap_beside_chance_ranks_and_cross_patching():
+    svg = drawn("analyze-tax", taxed(given_activation={"value": None, "interval": [None, None]}))
+    titled = ("neurons in both top sets", "Spearman of change scores", "harmful requests refused", "helpful answers")
+    for text in (*titled, "safety and helpfulness", "40 of 102", "all neurons", "given activation", "in either top set"):
+        assert text in words_of(svg)
+    chance = "random sets 5.0 [1, 9], as active 5.0 [1, 19]"
+    assert f"safety and helpfulness: 40 of 102 ({chance})" in titles(svg)
+    assert "0.40\N{NO-BREAK SPACE}[0.30,\N{NO-BREAK SPACE}0.50]" in words_of(svg)
+    assert words_of(svg).count("undefined") == 1
+    assert len([title for title in titles(svg) if title.startswith(("all neurons", "given activation", "in either"))]) == 2
+    alone = {key: value for key, value in taxed().items() if key not in ("relations", "helpfulness")}
+    assert "neurons in both top sets" not in words_of(drawn("analyze-tax", alone))
+
+
+def step(n, refused, divergence, **more):
+    rate = {"value": refused, "low": 0.0, "high": 1.0}
+    return {"n_neurons": n, "harmful_refused": rate, "harmless_refused": rate, "perplexity": None, "divergence": divergence, **more}
+
+
+def bit_by_bit(*divergences):
+    points = [step(10 * (n + 1), 0.9 - 0.3 * n, value, step=str(n)) for n, value in enumerate(divergences)]
+    curves = [{"order": order, "points": points, "neurons_for_half": None} for order in ("by score", "one layer alone")]
+    ends = {"value": 0.2, "low": 0.1, "high": 0.3}
+    random = {
+        kind: [{"n_neurons": [10, 12], "harmful_refused": ends, "divergence": ends}]
+        for kind in ("random order of layers", "random neurons")
+    }
+    return {"n_neurons": 20, "untreated": step(0, 1.0, None), "curves": curves, "random": random}
+
+
+def test_refusals_and_divergence_are_drawn_from_the_untreated_model_on_beside_both_kinds_of_random_orders():
+    svg = drawn("analyze-progressive", bit_by_bit(0.1, 0.4))
+    for text in ("neurons off", "harmful requests refused", "KL per token, nats"):
+        assert text in words_of(svg)
+    for figure in part_of(ReportedRun.of("analyze-progressive", bit_by_bit(0.1, 0.4))).figures:
+        assert "the band is what random neurons leave; the dashed outline: random order of layers." in figure.caption
+    for title in ("by score: 0, 1.000", "by score: 10, 0.900", "by score: 0, 0.000", "by score: 20, 0.400"):
+        assert title in titles(svg)
+    assert not [title for title in titles(svg) if title.startswith("one layer alone")], "no curve"
+
+
+def test_a_divergence_that_is_undefined_is_left_out_of_its_curve_and_of_the_page_where_there_is_none():
+    assert "by score: 10, 0.000" not in titles(drawn("analyze-progressive", bit_by_bit(None, 0.4)))
+    assert "KL per token" not in words_of(drawn("analyze-progressive", bit_by_bit(None, None)))
+
+
 def cards(token):
     effect = {"value": 0.1, "low": 0.0, "high": 0.2, "as_large_among_random": 0, "n_random": 0}
     writes = {"defined": True, "how": "", "top": [{"token": token}], "bottom": []}

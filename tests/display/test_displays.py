@@ -10,10 +10,12 @@ import pytest
 import guard_runs
 import report_runs
 from page_text import Outline
+from safety_neurons import analysis
 from safety_neurons.cli import console
 from safety_neurons.display import DISPLAYS, ReportedRun, part_of
 from safety_neurons.display.parts import plain
 from safety_neurons.display.registry import html_of
+from safety_neurons.neurons import NeuronSet
 from safety_neurons.report.page import read_runs, render
 from safety_neurons.results import comparisons, holm_in, paired_difference
 from safety_neurons.studies import Examination
@@ -227,3 +229,14 @@ def test_what_a_page_folds_is_printed_where_it_is_short_and_named_where_it_is_lo
     out = capsys.readouterr().out
     assert re.search(r"all +205 +205", out)
     assert "in a report also: The 25 neurons with the largest scores" in out
+
+
+def test_analyses_in_memory_show_what_the_report_shows():
+    table = report_runs.table()
+    sets = [(name, NeuronSet({"layers.3.down": list(range(start, start + 40))}, table)) for name, start in (("one", 0), ("two", 20))]
+    named = analysis.name_sets(sets)
+    where, agreed, spoken = analysis.layers(named[0]), analysis.overlap(named), analysis.languages(dict(sets))
+    assert "one lies in 1 layer" in plain(where.findings()[0].text)
+    assert [len(list(shown.figures())) for shown in (where, agreed, spoken)] == [2, 2, 0]
+    assert "0.333" in Outline(agreed._repr_html_()).text
+    assert "Sets by language" in Outline(spoken._repr_html_()).text

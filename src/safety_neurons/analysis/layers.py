@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import skew
 
 from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
+from safety_neurons.display import Displayed
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
 from safety_neurons.results.records import ChanceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
@@ -72,8 +73,10 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers(Recorded[JsonObject]):
+class Layers(Recorded[JsonObject], Displayed):
     """Where one set lies."""
+
+    verb = "analyze-layers"
 
     item: Named = dataclasses.field(metadata=called(None))
     by_layer: tuple[Place, ...]
@@ -92,6 +95,9 @@ class Layers(Recorded[JsonObject]):
     def record(self) -> JsonObject:
         """As JSON values."""
         return {**self.item.record(), **super().record()}
+
+    def _result(self) -> JsonObject:
+        return {"sets": [self.record()]}
 
 
 def layers(item: Named) -> Layers:

@@ -44,6 +44,7 @@ from safety_neurons.analysis.chance import (
     simulated_counts,
     total,
 )
+from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.neurons import NeuronSet, SiteTable
 from safety_neurons.results import Estimate
@@ -159,8 +160,10 @@ class SetPair(Recorded[SetPairRecord]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap(Recorded[JsonObject]):
+class Overlap(Recorded[JsonObject], Displayed):
     """Any number of sets, every two of them held against one another."""
+
+    verb = "analyze-overlap"
 
     items: tuple[Named, ...] = dataclasses.field(metadata=called("sets"))
     pairs: tuple[SetPair, ...]
@@ -424,7 +427,7 @@ def _simulated(
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageSets:
+class LanguageSets(Displayed):
     """One set per language, and what follows from them.
 
     Attributes:
@@ -435,6 +438,8 @@ class LanguageSets:
         overlap: every two languages held against one another.
         seed: of what is simulated.
     """
+
+    verb = "analyze-languages"
 
     sets: Mapping[str, NeuronSet]
     shared: NeuronSet

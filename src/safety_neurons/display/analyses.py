@@ -215,7 +215,7 @@ def languages_part(run: ReportedRun) -> DisplayPart:
         plural(round(shared["value"]), "neuron"),
         f"{number(shared['low'], 0)} to {number(shared['high'], 0)}",
     )
-    if result["untreated"]:
+    if result.get("untreated"):
         rates = (f"{visible(each, 30)} {interval(rate)}" for each, rate in result["untreated"].items())
         lead += say(" Refused by the model as it is: {}.", ", ".join(rates))
     if result.get("skipped"):
@@ -308,8 +308,9 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
 
 
 def tax_part(run: ReportedRun) -> DisplayPart:
-    """What two preference trainings share, and what cross-patching shows."""
+    """What two preference trainings share, and what cross-patching shows; in a notebook the second may stand alone."""
     result = run.result
+    relations = result.get("relations") or []
     rows = [
         [
             " and ".join(visible(each, 30) for each in pair["pair"]),
@@ -318,10 +319,10 @@ def tax_part(run: ReportedRun) -> DisplayPart:
             *(_ranked(pair["spearman"][kind]) for kind in ("all", "given_activation", "union")),
             NONE if pair["shared"] is None else interval(pair["shared"]["cosine"], signed=True),
         ]
-        for pair in result["relations"]
+        for pair in relations
     ]
     columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union", "cosine of changes"]
-    tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)]
+    tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)] if rows else []
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
     cells = [[visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))] for arm in result["arms"]]
     quiet = frozenset(place for place, arm in enumerate(result["arms"]) if arm not in arms)
@@ -343,10 +344,11 @@ def tax_part(run: ReportedRun) -> DisplayPart:
             moved,
         )
     )
-    lead = say("{} shared; helpfulness is “{}”.", plural(result["n_shared"], "neuron"), visible(result["helpfulness"], 30))
+    lead = say("{} shared", plural(result["n_shared"], "neuron"))
+    lead += say("; helpfulness is “{}”.", visible(result["helpfulness"], 30)) if "helpfulness" in result else Markup(".")
     figures = [
-        _shared_figure(result["relations"]),
-        *(_ranks_figure(pair) for pair in result["relations"]),
+        *([_shared_figure(relations)] if relations else []),
+        *(_ranks_figure(pair) for pair in relations),
         _arms_figure(result["arms"], "refused", "harmful requests refused"),
         _arms_figure(result["arms"], "helpful", "helpful answers"),
     ]
@@ -361,7 +363,7 @@ def _shared_figure(relations: Sequence[Mapping[str, Any]]) -> Figure:
         told = "random sets {}, as active {}".format(*map(_expected, drawn))
         text = f"{number(found['value'], 0)} of {count(pair['size'])}"
         rows.append(_with_chance(pair["pair"], found, text, told, drawn, ends=True))
-    caption = say("<b>Overlap</b> of the top sets. " + BARS, "random sets", "those of neurons as active in their layers")
+    caption = say("<b>Overlap</b> of the top sets. " + BARS, "random sets", "those as active in their layers")
     return dots_of(rows, "neurons in both top sets", caption, "Overlap", domain=_from_zero(rows))
 
 
@@ -406,7 +408,7 @@ def _estimate(found: Mapping[str, Any]) -> dict[str, Any]:
 def tax_findings(run: ReportedRun) -> list[Finding]:
     """Shared beyond chance, and the price in both directions."""
     result, made = run.result, []
-    for pair in result["relations"][:1]:
+    for pair in (result.get("relations") or [])[:1]:
         chance = pair["chance"]["in_activation"]
         beyond = pair["overlap"]["value"] > chance["high"]
         text = "{} share {} of {} neurons, {} what sets of equally active neurons share ({})"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from safety_neurons.display.charts import COLOURS, INK, SOFT, DotRow, dot_figure
-from safety_neurons.display.text import HOLD, MINUS, NONE, SPACE, interval, name, number, say, visible
+from safety_neurons.display.text import KEYBOARD, NONE, interval, name, number, say, visible
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import Completions, is_clear
@@ -208,10 +208,7 @@ class Tile:
 
 def plain(text: object) -> str:
     """The words of a sentence or a cell, without tags, and with the blanks and signs of a keyboard."""
-    return (text.striptags() if isinstance(text, Markup) else str(text)).translate(_PLAIN)
-
-
-_PLAIN = str.maketrans({SPACE: " ", HOLD: " ", MINUS: "-"})
+    return (text.striptags() if isinstance(text, Markup) else str(text)).translate(KEYBOARD)
 
 
 def titled(words: str, run: ReportedRun) -> Markup:

@@ -127,4 +127,8 @@ class Displayed:
 
     @property
     def _run(self) -> ReportedRun:
-        return ReportedRun.of(self.verb, self.record())
+        return ReportedRun.of(self.verb, self._result())
+
+    def _result(self) -> Mapping[str, Any]:
+        """What the verb writes of this object; its record, where the verb adds nothing."""
+        return self.record()

@@ -5,11 +5,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.results.notebook import HOLD, MINUS, NONE, interval, number, visible
+from safety_neurons.results.notebook import HOLD, KEYBOARD, MINUS, NONE, SPACE, interval, number, visible
 
-__all__ = ["HOLD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number", "plural", "say", "share"]
-__all__ += ["visible"]
-SPACE = "\N{NARROW NO-BREAK SPACE}"
+__all__ = ["HOLD", "KEYBOARD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number"]
+__all__ += ["plural", "say", "share", "visible"]
 
 
 def name(text: object, limit: int = 80) -> Markup:

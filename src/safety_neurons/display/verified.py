@@ -379,12 +379,10 @@ def _curves(result: Mapping[str, Any], measure: str, title: str, words: str) -> 
     top = 1.02 if measure != "divergence" else 1.05 * max(highest, default=0.0) or 1.0
     plane = Plane("neurons off", title, (0.0, float(max(across))), (0.0, top))
     digits = 3 if measure == "divergence" else 2
-    said = "; ".join(
-        f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value, digits)}" for at, value in line.points) for line in lines
-    )
+    said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value, digits)}" for at, value in line.points) for line in lines)
     first, *others = [*bands] or ["no random sets"]
     caption = say("<b>{}</b> while more and more is off; the band is what {} leave", words, first)
-    caption += say("{}.", "".join(f"; the dashed outline is the range of {other}" for other in others))
+    caption += say("{}.", "".join(f"; the dashed outline: {other}" for other in others))
     return Figure(partial(line_figure, lines, plane, bands=bands), f"{words}: {said}.", caption)
 
 

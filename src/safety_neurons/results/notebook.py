@@ -11,6 +11,9 @@ UNSEEN = re.compile(
     "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
 MINUS, HOLD, NONE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}", "\N{EN DASH}"
+SPACE = "\N{NARROW NO-BREAK SPACE}"
+KEYBOARD = str.maketrans({SPACE: " ", HOLD: " ", MINUS: "-"})
+"""The blanks and signs of a keyboard, for text that is searched and copied."""
 LONG = 300
 """Characters shown of one cell."""
 

@@ -176,6 +176,9 @@ class Estimate:
     why: str | None = None
     """What keeps the number from being defined, bounded or shown as clear."""
 
+    SIGNED: ClassVar[bool] = False
+    """Whether it is shown with its sign."""
+
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of 0."""
@@ -205,10 +208,12 @@ class Estimate:
         return cls(**typed)
 
     def __str__(self) -> str:
-        if self.value is None:
-            return f"undefined, n {self.n}, unscored {self.unscored}"
-        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f} {ends}, n {self.n}, unscored {self.unscored}"
+        return f"{self._shown()}, n {self.n}, unscored {self.unscored}".translate(notebook.KEYBOARD)
+
+    def _shown(self) -> str:
+        """The number and its interval, or why there is none."""
+        shown = notebook.interval(self.to_json(), signed=self.SIGNED)
+        return f"{shown}: {self.why}" if self.value is None and self.why else shown
 
 
 _BASIC = ("value", "low", "high", "n", "unscored")
@@ -224,7 +229,7 @@ class Rate(Estimate):
     """The mean of every seed, where there are several."""
 
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.to_json())
+        shown = self._shown()
         return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
 
 
@@ -235,15 +240,11 @@ class Effect(Estimate):
     measure: str = "refused"
     """The score whose difference is explained."""
 
-    def __str__(self) -> str:
-        if self.value is None or self.low is None or self.high is None:
-            return f"undefined ({self.why})"
-        return (
-            f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] of the difference in {self.measure}, n {self.n}, unscored {self.unscored}"
-        )
+    def _shown(self) -> str:
+        return super()._shown() + (f" of the difference in {self.measure}" if self.value is not None else "")
 
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.to_json()) + (f": {self.why}" if self.value is None else "")
+        shown = super()._shown()
         columns = ["share of the difference, 95 % interval", "n", "unscored"]
         return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
 
@@ -252,6 +253,7 @@ class Effect(Estimate):
 class Difference(Estimate):
     """A mean of paired differences."""
 
+    SIGNED = True
     p: float | None = None
     """Two-sided p-value of no difference; of yes and no under two treatments McNemar's exact one."""
     p_holm: float | None = None
@@ -269,14 +271,8 @@ class Difference(Estimate):
         p = self.p if self.p_holm is None else self.p_holm
         return self.why is None and p is not None and p <= LEVEL and self.excludes_zero
 
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"undefined, n {self.n}, unscored {self.unscored}"
-        ends = "no interval" if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
-        return f"{self.value:+.2f} {ends}, n {self.n}, unscored {self.unscored}"
-
     def _repr_html_(self) -> str:
-        shown = notebook.interval(self.to_json(), signed=True)
+        shown = self._shown()
         columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
         return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
 

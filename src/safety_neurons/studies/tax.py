@@ -18,6 +18,7 @@ from safety_neurons.detectors.contrast import ContrastStatistics, contrast_stati
 from safety_neurons.detectors.methods import Contrast, listed
 from safety_neurons.detectors.runner import Run, Stream
 from safety_neurons.detectors.text import Texts, texts
+from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.interventions import patched
 from safety_neurons.judges import judge_refusal
@@ -213,7 +214,7 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossPatching:
+class CrossPatching(Displayed):
     """Both models as they are, each with the other's activations of the shared neurons, and of random ones.
 
     Attributes:
@@ -225,6 +226,8 @@ class CrossPatching:
         random: the same for every random set.
         bench: the prompts and completions.
     """
+
+    verb = "analyze-tax"
 
     names: tuple[str, str]
     n_neurons: int
