@@ -129,6 +129,14 @@ def test_prompts_that_share_a_group_are_drawn_together(models):
     assert len(pairs.changes.tokens) == len(alone.changes.tokens)
 
 
+def test_cross_patching_in_memory_shows_every_arm_and_what_it_changes(crossed):
+    arms = crossed.tables()[0]
+    assert [row[0] for row in arms.rows] == [arm["arm"] for arm in crossed.record()["arms"]]
+    assert len(crossed.findings()) == 2
+    assert len(crossed.figures()) == 2
+    assert "Cross-patching of the shared neurons" in crossed._repr_html_()
+
+
 def test_nothing_shared_is_an_error_that_names_the_way_out(models):
     with pytest.raises(NeuronError, match="top"):
         cross_patch(models[1], NeuronSet({}), Prompts.from_list(HARMFUL), Prompts.from_list(HARMLESS), measure=helpfulness("answered"))
