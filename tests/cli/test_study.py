@@ -132,6 +132,9 @@ def test_a_recipe_of_several_steps_hands_folders_on(tiny_pair, tmp_path):
     kept = [NeuronSet.load(tmp_path / "run" / name) for name in ("foundation", "robust")]
     assert not len(kept[0] & kept[1])
     assert len(kept[1])
+    shown = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run")
+    assert shown.code == 0, shown
+    assert shown.out.count("neurons kept") == 2
 
 
 def test_a_recipe_stops_at_the_step_that_fails(tiny_pair, tmp_path):

@@ -202,7 +202,7 @@ def test_pairs_of_different_shape_or_tokenizer_are_mismatches(base, tmp_path):
 
 
 def test_two_full_models_of_one_shape_are_a_pair_of_two(base, tmp_path):
-    pair = load_pair(base, tiny_llama_folder(tmp_path / "aligned", seed=1), template="none", dtype="float64")
+    pair = load_pair(base=base, aligned=tiny_llama_folder(tmp_path / "aligned", seed=1), template="none", dtype="float64")
     assert not pair.shared
     assert pair.base.dtype == pair.aligned.dtype == torch.float64
     assert pair.base.template.kind == pair.aligned.template.kind == "none"

@@ -79,15 +79,14 @@ def _one(words: list[str], *, quiet: bool) -> Any:
     """Run one command; with `--json` its object is taken, and printed by this verb at its end, unless it failed."""
     from safety_neurons.cli.verb import build
 
+    failed = None
     with console.caught() if quiet else console.shared() as said:
         try:
             build()(words, standalone_mode=False)
         except SystemExit as stop:
             failed = stop.code
-            if not failed:
-                return said.result
-        else:
-            return said.result
+    if not failed:
+        return said.result if quiet else None
     if quiet:
         console.streams().out.write(said.text)
     raise SystemExit(failed)

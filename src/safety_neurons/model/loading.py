@@ -137,11 +137,11 @@ def parse_spec(spec: str | Path) -> ModelSpec:
     return ModelSpec(*named[0], tuple(named[1:]))
 
 
-def load(spec: str | Path, **options: Any) -> LanguageModel:
+def load(name: str | Path, **options: Any) -> LanguageModel:
     """Loads a model, with adapters unmerged, from a folder or the hub.
 
     Args:
-        spec: `ID[@REVISION][+ADAPTER…]`, or `organism:NAME[/STAGE]`.
+        name: `ID[@REVISION][+ADAPTER…]`, or `organism:NAME[/STAGE]`.
         **options: `device` (by default a GPU if there is one), `dtype` (`auto`, the checkpoint's, or `float32`, `float64`,
             `bfloat16`, `float16`), `offline` (open no connection), `trust_remote_code` (run code that comes with the
             checkpoint), `merge_adapters` (into the weights, in order; needed for adapters of several types), `template`,
@@ -155,23 +155,23 @@ def load(spec: str | Path, **options: Any) -> LanguageModel:
         UsageError: A malformed spec, an unknown dtype, or adapters of several types.
         InputError: No such organism, or none of its stages.
     """
-    return load_several([spec], **options)[0]
+    return load_several([name], **options)[0]
 
 
-def load_pair(base_spec: str | Path, aligned_spec: str | Path, **options: Any) -> Pair:
+def load_pair(base: str | Path, aligned: str | Path, **options: Any) -> Pair:
     """Loads the two models of a comparison; adapters of one type on one base share that base in memory.
 
     Args:
-        base_spec: The less safe model.
-        aligned_spec: The safer model.
+        base: The less safe model.
+        aligned: The safer model.
         **options: As for `load`.
 
     Raises:
         MismatchError: Models of different shapes, or tokenizers that disagree.
         ModelError: As for `load`.
     """
-    base, aligned = load_several((base_spec, aligned_spec), **options)
-    return Pair(base, aligned, base.model is aligned.model)
+    first, second = load_several((base, aligned), **options)
+    return Pair(first, second, first.model is second.model)
 
 
 def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageModel]:
