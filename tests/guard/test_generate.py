@@ -12,9 +12,9 @@ from guarded import texts, tiny_guard, tiny_model
 from safety_neurons.errors import DecodeError, InputError, MismatchError, UsageError
 from safety_neurons.guard import REFUSAL, FlaggedError, Guard, GuardedModel, Recheck, Verdict
 from safety_neurons.guard.features import MOST_TURNS, readings
-from safety_neurons.guard.fit import calibrate_recheck
 from safety_neurons.guard.generate import Detokenizer
-from safety_neurons.guard.guard import largest
+from safety_neurons.guard.recalibration import calibrate_recheck
+from safety_neurons.guard.verdict import largest
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.prompt_lists import Message, Prompt, as_prompt
 from safety_neurons.results import Rate

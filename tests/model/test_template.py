@@ -7,17 +7,8 @@ import transformers
 
 from safety_neurons.errors import InputError, MismatchError, ModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.template import (
-    FOLDED,
-    THOUGHTS,
-    TRIMMED,
-    TooMuchError,
-    conversation_text,
-    folded,
-    joined,
-    render_template,
-    render_turns,
-)
+from safety_neurons.model.sandbox import TooMuchError, render_template
+from safety_neurons.model.template import FOLDED, THOUGHTS, TRIMMED, conversation_text, folded, joined, render_turns
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results.completions import after_thought
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer

@@ -9,7 +9,8 @@ from report_runs import MODEL, run_folder
 from safety_neurons.capability import Measurement
 from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions, Rate
-from safety_neurons.studies.evaluation import ArmScores, Evaluation, JudgeScore, SuiteScore, suite_changes
+from safety_neurons.studies.evaluation import Evaluation
+from safety_neurons.studies.scoring import ArmScores, JudgeScore, SuiteScore, suite_changes
 
 N = 20
 HARM = {"untreated": 0.8, "treated": 0.2}

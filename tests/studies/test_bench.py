@@ -11,7 +11,7 @@ from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.runner import Run, Stream, _resume_key
 from safety_neurons.errors import RunError, UnsupportedModelError
 from safety_neurons.model import load, load_pair
-from safety_neurons.model.language_model import identity
+from safety_neurons.model.identity import identity
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Checkpoint
 from safety_neurons.studies import bench, tax

@@ -16,7 +16,7 @@ from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, Gate, RunFolder
 from safety_neurons.results.records import EvaluationRecord
 from safety_neurons.studies import evaluate, evaluation
-from safety_neurons.studies.evaluation import labels_of, scored
+from safety_neurons.studies.scoring import labels_of, scored
 from safety_neurons.suites import AttackPrompt, Attacks, Suite
 
 HARMFUL = Prompts(

@@ -18,8 +18,9 @@ from safety_neurons.errors import NumericalError, RunError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, plan, said_of_failed, token_budget
 from safety_neurons.model.hooks import evaluating
+from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.language_model import Texts as Asked
-from safety_neurons.model.language_model import identity, json_sha256, takes_padding
+from safety_neurons.model.language_model import takes_padding
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, Selection, SiteTable, Votes
 from safety_neurons.neurons.scores import said_of_zeros
 from safety_neurons.prompt_lists import Prompts

@@ -2,9 +2,11 @@
 
 from safety_neurons.guard.calibration import Calibration, Classifier, OperatingPoint, Recheck, expected_calibration_error, operating_points
 from safety_neurons.guard.features import Features, Pooling, Request, read_features, read_poolings
-from safety_neurons.guard.fit import Fitted, Split, calibrate_recheck, fit_guard, fit_on_features, recalibrate, stratified_split
+from safety_neurons.guard.fit import Fitted, Split, fit_guard, fit_on_features, stratified_split
 from safety_neurons.guard.generate import REFUSAL, GuardedAnswer, GuardedModel, GuardedStream, guarding
-from safety_neurons.guard.guard import Bindings, FlaggedError, Guard, TopNeuron, Verdict, bindings_of
+from safety_neurons.guard.guard import Bindings, Guard, bindings_of
+from safety_neurons.guard.recalibration import calibrate_recheck, recalibrate
+from safety_neurons.guard.verdict import FlaggedError, TopNeuron, Verdict
 
 __all__ = [
     "REFUSAL",

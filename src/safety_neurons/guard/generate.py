@@ -19,7 +19,8 @@ from transformers import StopStringCriteria
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.calibration import check_probability
 from safety_neurons.guard.features import Request, as_request_prompts, model_lock, readings
-from safety_neurons.guard.guard import FAILURES, TOP, FlaggedError, Guard, Verdict, largest
+from safety_neurons.guard.guard import FAILURES, TOP, Guard
+from safety_neurons.guard.verdict import FlaggedError, Verdict, largest
 from safety_neurons.model import BatchSize, LanguageModel, Progress
 from safety_neurons.model.language_model import Answer, Decoding, PendingCompletions, Texts, end_ids, generate
 from safety_neurons.model.sites import unwrapped

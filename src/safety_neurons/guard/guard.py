@@ -1,4 +1,4 @@
-"""Guard: a calibrated classifier on neurons of one model, its verdicts on prompts, what it is bound to, and its files."""
+"""Guard: a calibrated classifier on neurons of one model, what it is bound to, and its files."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from safety_neurons import strict_json
-from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, NeuronError, SafetyNeuronsError, UsageError
+from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, NeuronError, UsageError
 from safety_neurons.guard.calibration import (
     LIMIT,
     Calibration,
@@ -33,12 +33,13 @@ from safety_neurons.guard.calibration import (
     rates_at,
 )
 from safety_neurons.guard.features import Collector, Pooling, Request, RequestReading, as_request_prompts, collect, last_layer, readings
+from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
-from safety_neurons.model.language_model import plain_name, template_sha256, tokenizer_sha256, weights_sha256
+from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompt_lists import as_prompt
-from safety_neurons.results import Rate, html_table, notebook, write_bytes, write_json
+from safety_neurons.results import Rate, notebook, write_bytes, write_json
 from safety_neurons.results.run import ordered_header
 
 SCHEMA = "safety-neurons-guard/1"
@@ -48,103 +49,6 @@ MEMBERS = "neurons/"
 MOST_NEURONS = 5_000_000
 MOST_JSON = 32 * 2**20
 MOST_HEADER = 16 * 2**20
-_LONGEST_WORDS = 200
-Status = Literal["ok", "truncated", "error"]
-
-
-class FlaggedError(SafetyNeuronsError):
-    """A guarded model was asked something its guard flags, and told to raise an error on that.
-
-    Attributes:
-        verdict: on the first such prompt.
-    """
-
-    def __init__(self, message: str, verdict: "Verdict") -> None:
-        super().__init__(message)
-        self.verdict = verdict
-
-
-@dataclass(frozen=True)
-class TopNeuron:
-    """A neuron with what it adds to the log odds of one prompt, against the mean prompt of the fit, before calibration."""
-
-    key: str
-    index: int
-    contribution: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard says of one prompt. No text of the prompt is in it."""
-
-    p_unsafe: float | None
-    """Calibrated probability of an unsafe answer; None where there is none (`status` is "error")."""
-    flagged: bool
-    """Whether to stop: the probability reaches the threshold, or the status is not "ok" and nothing said to fail open."""
-    threshold: float
-    """That flagged is about."""
-    status: Status = "ok"
-    """`truncated`: the middle of the prompt was not read, so that a low probability says nothing. `error`: see `error`."""
-    latency_ms: float = 0.0
-    """Wall time from the start of the batch that the prompt was read in to this verdict; in guarded generation what the guard itself took
-    behind the prefill."""
-    top_neurons: tuple[TopNeuron, ...] = ()
-    """Neurons that raise the log odds most, largest first."""
-    log_odds: float | None = None
-    """The probability as calibrated log odds."""
-    distance: float | None = None
-    """Root mean square of the standardised features: about 1 for prompts like those of the fit."""
-    n_tokens: int | None = None
-    """Tokens that were read, template included."""
-    error: str | None = None
-    """What went wrong, in one line."""
-    reading: str = "conversation"
-    """Which reading of the request this is about: the whole conversation, the one without the last answer, or one turn by itself."""
-
-    def _repr_html_(self) -> str:
-        probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
-        rows = [
-            ["flagged", "yes" if self.flagged else "no"],
-            ["probability of an unsafe answer", f"{probability} (threshold {self.threshold:.3f})"],
-            ["decided by", self.reading],
-            ["status", self.status if self.error is None else f"{self.status}: {self.error}"],
-            ["time", f"{self.latency_ms:.1f} ms"],
-            *([f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"] for each in self.top_neurons),
-        ]
-        return html_table("Verdict of a guard", ["what", "value"], rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return dataclasses.asdict(self)
-
-
-@runtime_checkable
-class Comparable(Protocol):
-    """What `largest` compares."""
-
-    @property
-    def flagged(self) -> bool:
-        """Whether to stop."""
-
-    @property
-    def status(self) -> str:
-        """`ok`, or why there is no sound verdict."""
-
-    @property
-    def p_unsafe(self) -> float | None:
-        """Calibrated probability of an unsafe answer."""
-
-
-Found = TypeVar("Found", bound=Comparable)
-
-
-def largest(verdicts: Sequence[Found]) -> Found:
-    """The verdict on a request from those on its readings, the whole conversation first.
-
-    A sound one that flags goes first, then one that is not sound, then the largest probability: a reading that could not be judged is never
-    covered by one that could.
-    """
-    return max(verdicts, key=lambda verdict: (verdict.flagged and verdict.status == "ok", verdict.status != "ok", verdict.p_unsafe or 0.0))
 
 
 @dataclass(frozen=True)
@@ -611,7 +515,7 @@ class GuardFacts:
     def __post_init__(self) -> None:
         if not math.isfinite(self.bias):
             raise InputError(f"a guard with bias {self.bias}; expected a finite number")
-        if len(self.in_force) > _LONGEST_WORDS:
+        if len(self.in_force) > LONGEST_WORDS:
             raise InputError(f"a guard whose threshold is said to come from {len(self.in_force):,} characters; expected a few words")
         # Thresholds are weighed by them.
         for value in (value for values in (self.reference.get("probabilities") or {}).values() for value in values):

@@ -16,7 +16,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.judges.judgement import Case, Judge, JudgeVerdict, Measure, harm_verdict, refusal_verdict, unscored
 from safety_neurons.model import BatchSize, LanguageModel, TextReader, load_classifier, load_scorer
 from safety_neurons.model.files import model_contents
-from safety_neurons.model.language_model import identity
+from safety_neurons.model.identity import identity
 
 
 def revision_of(folder: pathlib.Path, *adapters: pathlib.Path) -> str:

@@ -1,21 +1,17 @@
 """Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
 
+from safety_neurons.results.areas import AreaPart, area_difference, auroc, cohen_kappa, mean_area_difference
 from safety_neurons.results.completions import Completion, Completions, conversation_of
 from safety_neurons.results.estimates import (
-    AreaPart,
     against_random,
-    area_difference,
-    auroc,
     captioned,
     causal_effect,
-    cohen_kappa,
     comparisons,
     difference_over_seeds,
     family,
     holm,
     holm_in,
     mcnemar,
-    mean_area_difference,
     paired_difference,
     per_token,
     perplexity,

@@ -17,7 +17,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
-from safety_neurons.model.language_model import identity, json_sha256
+from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source

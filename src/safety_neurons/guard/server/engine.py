@@ -21,9 +21,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import WHOLE, RequestReading
-from safety_neurons.guard.guard import largest
 from safety_neurons.guard.server.door import Metrics, Settings
 from safety_neurons.guard.server.shapes import Problem, busy, closing, too_long, too_many_characters
+from safety_neurons.guard.verdict import largest
 
 _SMOOTHING = 0.2
 _CHARACTERS_A_TURN = 1 << 16
