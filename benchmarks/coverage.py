@@ -1,6 +1,8 @@
-"""How often the 95 % intervals cover, and how often "clear" is wrong, by simulation: `python benchmarks/coverage.py`.
+"""How often the 95 % intervals cover, and how often "clear" is wrong, by simulation: `python
+benchmarks/coverage.py`.
 
-Writes `benchmarks/results/coverage.json`; docs/statistics.md holds the table. About two minutes on one core, seeded.
+Writes `benchmarks/results/coverage.json`; docs/statistics.md holds the table. About two minutes on one core,
+seeded.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def chances(logits: np.ndarray) -> np.ndarray:
 
 def covers(found: Estimate, truth: float) -> bool:
     """Whether the interval holds the truth."""
-    return found.low is not None and found.high is not None and found.low - 1e-12 <= truth <= found.high + 1e-12
+    return (
+        found.low is not None and found.high is not None and found.low - 1e-12 <= truth <= found.high + 1e-12
+    )
 
 
 def rates(n: int, _draws: int) -> list[Cell]:
@@ -64,12 +68,16 @@ def samples_of_prompts(n: int, draws: int) -> list[Cell]:
 
 
 def differences(n: int, draws: int) -> list[Cell]:
-    """Pairs of shares and how far the two go together; the interval depends on how many prompts changed either way."""
+    """Pairs of shares and how far the two go together.
+
+    The interval depends on how many prompts changed either way.
+    """
 
     @functools.cache
     def ends(gained: int, lost: int) -> tuple[float, float]:
         found = paired_difference(
-            [1] * gained + [0] * lost + [0] * (n - gained - lost), [0] * gained + [1] * lost + [0] * (n - gained - lost)
+            [1] * gained + [0] * lost + [0] * (n - gained - lost),
+            [0] * gained + [1] * lost + [0] * (n - gained - lost),
         )
         return found.low or 0.0, found.high or 0.0
 
@@ -78,7 +86,10 @@ def differences(n: int, draws: int) -> list[Cell]:
         both = first * second + (min(first, second) - first * second) * together
         shares = [first - both, second - both]
         counts = generator.multinomial(n, [*shares, max(0.0, 1 - sum(shares))], draws)
-        inside = sum(low - 1e-12 <= first - second <= high + 1e-12 for low, high in (ends(int(row[0]), int(row[1])) for row in counts))
+        inside = sum(
+            low - 1e-12 <= first - second <= high + 1e-12
+            for low, high in (ends(int(row[0]), int(row[1])) for row in counts)
+        )
         cells.append({"first": first, "second": second, "together": together, "coverage": inside / draws})
     return cells
 
@@ -86,18 +97,30 @@ def differences(n: int, draws: int) -> list[Cell]:
 def effects(n: int, draws: int) -> list[Cell]:
     """A base, an aligned and a patched model on the same prompts; coverage where the effect is defined."""
     generator, cells = np.random.default_rng([n, 3]), []
-    for (base, aligned), truth in itertools.product(((0.0, 1.0), (0.02, 0.98), (0.3, 0.9)), (0.0, 0.05, 0.5, 0.95, 1.0)):
+    for (base, aligned), truth in itertools.product(
+        ((0.0, 1.0), (0.02, 0.98), (0.3, 0.9)), (0.0, 0.05, 0.5, 0.95, 1.0)
+    ):
         inside = defined = 0
         for _ in range(draws):
             shared = generator.random(n)
             own = generator.random((3, n))
-            rows = np.where(generator.random((3, n)) < 0.7, shared, own) < np.array([[base], [aligned], [base + truth * (aligned - base)]])
+            rows = np.where(generator.random((3, n)) < 0.7, shared, own) < np.array(
+                [[base], [aligned], [base + truth * (aligned - base)]]
+            )
             found = causal_effect(*rows)
             if found.value is not None:
                 defined += 1
                 inside += covers(found, truth)
         if defined > draws / 2:
-            cells.append({"base": base, "aligned": aligned, "truth": truth, "defined": defined / draws, "coverage": inside / defined})
+            cells.append(
+                {
+                    "base": base,
+                    "aligned": aligned,
+                    "truth": truth,
+                    "defined": defined / draws,
+                    "coverage": inside / defined,
+                }
+            )
     return cells
 
 
@@ -123,7 +146,9 @@ def random_sets(sets: int, draws: int) -> list[Cell]:
         false = 0
         for _ in range(draws):
             prompts = centre + 1.5 * generator.normal(size=100)
-            rows = generator.random((sets + 1, 100)) < chances(prompts + spread * generator.normal(size=(sets + 1, 1)))
+            rows = generator.random((sets + 1, 100)) < chances(
+                prompts + spread * generator.normal(size=(sets + 1, 1))
+            )
             false += against_random(rows[0], list(rows[1:])).clear
         cells.append({"centre": centre, "spread": spread, "false": false / draws})
     return cells
@@ -138,7 +163,9 @@ def seeds(count: int, draws: int) -> list[Cell]:
         inside = apart = 0
         for _ in range(draws):
             prompts = centre + 1.5 * generator.normal(size=100)
-            rows = generator.random((2, count, 100)) < chances(prompts + spread * generator.normal(size=(2, count, 1)))
+            rows = generator.random((2, count, 100)) < chances(
+                prompts + spread * generator.normal(size=(2, count, 1))
+            )
             inside += covers(rate_over_seeds(list(rows[0])), truth)
             apart += covers(difference_over_seeds(list(rows[0]), list(rows[1])), 0.0)
         cells += [
@@ -186,7 +213,13 @@ def main() -> None:
             measure = "false" if "false" in cells[0] else "coverage"
             values = [cell[measure] for cell in cells]
             worst = max(values) if measure == "false" else min(values)
-            found[f"{name}, {size}"] = {"draws": draws, "measure": measure, "worst": worst, "mean": float(np.mean(values)), "cells": cells}
+            found[f"{name}, {size}"] = {
+                "draws": draws,
+                "measure": measure,
+                "worst": worst,
+                "mean": float(np.mean(values)),
+                "cells": cells,
+            }
             rows.append(f"| {name} | {size} | {len(cells)} | {worst:.3f} | {np.mean(values):.3f} |")
             print(rows[-1], flush=True)
     record = {"cpu_seconds": round(time.process_time() - started, 1), "studies": found}

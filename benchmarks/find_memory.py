@@ -2,8 +2,9 @@
 
     python benchmarks/find_memory.py --repetitions 5
 
-Every search runs in a process of its own. The ratio is of whole peaks, as a user sees them in `top`; since most of such a peak is Python,
-PyTorch and the model, the growth in MiB stands beside it, and the memory that a search takes above the loaded model.
+Every search runs in a process of its own. The ratio is of whole peaks, as a user sees them in `top`; since
+most of such a peak is Python, PyTorch and the model, the growth in MiB stands beside it, and the memory that
+a search takes above the loaded model.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def model_of(seed: int) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LanguageModel(transformers.LlamaForCausalLM(config).eval(), tokenizer, template="none", name=f"random{seed}")
+    return LanguageModel(
+        transformers.LlamaForCausalLM(config).eval(), tokenizer, template="none", name=f"random{seed}"
+    )
 
 
 def peak() -> int:
@@ -81,23 +84,38 @@ def child(method: str, number: int) -> dict[str, float]:
     models = [model_of(seed) for seed in ((0,) if method == "importance" else (0, 1))]
     loaded, start = peak(), time.perf_counter()
     if method == "importance":
-        found = detectors.find_importance(models[0], Prompts.from_list(prompts_of(number)), batch_size=BATCH_SIZE, top=0.01)
+        found = detectors.find_importance(
+            models[0], Prompts.from_list(prompts_of(number)), batch_size=BATCH_SIZE, top=0.01
+        )
     else:
-        found = detectors.find_contrast(*models, Prompts.from_list(prompts_of(number)), batch_size=BATCH_SIZE, max_new_tokens=16)
+        found = detectors.find_contrast(
+            *models, Prompts.from_list(prompts_of(number)), batch_size=BATCH_SIZE, max_new_tokens=16
+        )
     assert found.prompts.used == number, found.prompts
     return {"loaded": loaded, "peak": peak(), "seconds": time.perf_counter() - start}
 
 
 def search(method: str, number: int) -> dict[str, float]:
     """The same in a fresh process."""
-    words = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", method, "--prompts", str(number)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [
+        sys.executable,
+        str(pathlib.Path(__file__).resolve()),
+        "--child",
+        method,
+        "--prompts",
+        str(number),
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rows_of(method: str, few: list[dict[str, float]], many: list[dict[str, float]], options: argparse.Namespace) -> list[Row]:
+def rows_of(
+    method: str, few: list[dict[str, float]], many: list[dict[str, float]], options: argparse.Namespace
+) -> list[Row]:
     """The table's lines of one method."""
     pairs = list(zip(few, many, strict=True))
     what = f"find {method}, {options.many:,} ÷ {options.few} prompts"
@@ -134,7 +152,9 @@ def main() -> None:
                 both[number].append(search(method, number))
         rows += rows_of(method, both[options.few], both[options.many], options)
         runs[method] = {str(number): measured for number, measured in both.items()}
-    finish("find_memory", rows, options, {"runs": runs, "batch_size": BATCH_SIZE, "prompt_words": LENGTHS}, load)
+    finish(
+        "find_memory", rows, options, {"runs": runs, "batch_size": BATCH_SIZE, "prompt_words": LENGTHS}, load
+    )
 
 
 if __name__ == "__main__":

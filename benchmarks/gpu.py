@@ -1,10 +1,12 @@
-"""Statistics, patched generation and exact importance at Llama-3-8B's shape with random bfloat16 weights, and statistics of a routed model.
+"""Statistics, patched generation and exact importance at Llama-3-8B's shape with random bfloat16 weights, and
+statistics of a routed model.
 
     python benchmarks/gpu.py --repetitions 31
     python benchmarks/gpu.py --device cpu --tiny --repetitions 2     # the same code at toy size
 
-Needs CUDA unless another device is named; says so in one line and ends where there is none. Beside the ratios stand tokens per second and
-the share of a peak given with --peak-tflops (dense bfloat16, from the maker's table), from 2 · parameters · tokens.
+Needs CUDA unless another device is named; says so in one line and ends where there is none. Beside the ratios
+stand tokens per second and the share of a peak given with --peak-tflops (dense bfloat16, from the maker's
+table), from 2 · parameters · tokens.
 """
 
 import argparse
@@ -70,9 +72,13 @@ def model_of(shape: str, options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     with torch.device(options.device):
         if shape == "dense":
-            model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, dtype=options.dtype))
+            model: Any = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**settings, dtype=options.dtype)
+            )
         else:
-            model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings, dtype=options.dtype))
+            model = transformers.Qwen3MoeForCausalLM(
+                transformers.Qwen3MoeConfig(**settings, dtype=options.dtype)
+            )
     return model.to(getattr(torch, options.dtype)).eval()
 
 
@@ -100,17 +106,25 @@ def statistics(shape: str, options: argparse.Namespace) -> tuple[list[Row], dict
     lm = LanguageModel(model_of(shape, options))
     drawn = random.Random(0)
     batch, length = (4, 32) if options.tiny else (options.batch, options.tokens)
-    sequences = [[drawn.randrange(3, 500) for _ in range(drawn.randint(length // 2, length))] for _ in range(2 * batch)]
+    sequences = [
+        [drawn.randrange(3, 500) for _ in range(drawn.randint(length // 2, length))] for _ in range(2 * batch)
+    ]
     arms: dict[str, Callable[[], object]] = {
         "plain": lambda: run_batches(lm, sequences, lambda _: None, batch),
         "mlp": lambda: activation_statistics(lm, sequences, sites=["down"], batch_size=batch),
         "seven": lambda: activation_statistics(lm, sequences, batch_size=batch),
     }
-    seconds = interleaved({name: waited(work, options.device) for name, work in arms.items()}, options.repetitions)
+    seconds = interleaved(
+        {name: waited(work, options.device) for name, work in arms.items()}, options.repetitions
+    )
     tokens = sum(map(len, sequences))
     name = f"{shape}, batches of {batch} × {length}"
     rows = [
-        Row(f"{name}: statistics of all MLP neurons ÷ plain forward", ratio(seconds, "mlp", "plain"), 1.05 if shape == "dense" else None),
+        Row(
+            f"{name}: statistics of all MLP neurons ÷ plain forward",
+            ratio(seconds, "mlp", "plain"),
+            1.05 if shape == "dense" else None,
+        ),
         Row(f"{name}: statistics of all seven sites ÷ plain forward", ratio(seconds, "seven", "plain")),
     ]
     plain = medians(seconds)["plain"]
@@ -122,10 +136,18 @@ def patching(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     base, aligned = adapters_on(model_of("dense", options))
     chosen = np.random.default_rng(0)
     sizes = {key: size for key, size in base.table.sizes.items() if key.endswith(".down")}
-    neurons = NeuronSet({key: chosen.permutation(size)[: max(1, size // 20)] for key, size in sizes.items()}, base.table)
+    neurons = NeuronSet(
+        {key: chosen.permutation(size)[: max(1, size // 20)] for key, size in sizes.items()}, base.table
+    )
     rows, prompt, new = (2, 8, 4) if options.tiny else (options.batch, 64, 128)
     ids = torch.randint(3, 500, (rows, prompt), generator=torch.Generator().manual_seed(1)).to(options.device)
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
 
     @torch.no_grad()
     def generate() -> None:
@@ -142,13 +164,18 @@ def patching(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     arms = {"plain": waited(plain, options.device), "patched": waited(with_patch, options.device)}
     seconds = interleaved(arms, options.repetitions)
     name = f"patched generation ÷ plain, shared base, {rows} × ({prompt} + {new})"
-    detail = {"seconds": medians(seconds), "plain": speed(rows * new, medians(seconds)["plain"], base, options)}
+    detail = {
+        "seconds": medians(seconds),
+        "plain": speed(rows * new, medians(seconds)["plain"], base, options),
+    }
     return [Row(name, ratio(seconds, "patched", "plain"), 1.25)], detail
 
 
 def adapters_on(model: Any) -> tuple[LanguageModel, LanguageModel]:
     """Two views of one model: one adapter, and that with a second one on top."""
-    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    config = peft.IA3Config(
+        target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         both: Any = peft.PeftModel(model, config, adapter_name="first")
@@ -162,14 +189,20 @@ def adapters_on(model: Any) -> tuple[LanguageModel, LanguageModel]:
 
 
 def importance(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """Exact importance of every neuron ÷ plain forward, one prompt; no target: it is plain PyTorch, as it comes."""
+    """Exact importance of every neuron ÷ plain forward, one prompt.
+
+    No target: it is plain PyTorch, as it comes.
+    """
     lm = LanguageModel(model_of("dense", options), None)
     rows, details = [], []
     for tokens in (16,) if options.tiny else (64, 128, 256):
         measured = importance_cost.measure(lm, tokens, options.repetitions)
         value: Any = measured["ratio"]
         rows.append(
-            Row(f"exact importance, {tokens} tokens ÷ plain forward", Median(value["value"], value["low"], value["high"], value["n"]))
+            Row(
+                f"exact importance, {tokens} tokens ÷ plain forward",
+                Median(value["value"], value["low"], value["high"], value["n"]),
+            )
         )
         details.append(measured)
     return rows, {"measured": details}
@@ -197,7 +230,9 @@ def main() -> None:
         "importance": lambda: importance(options),
     }
     rows: list[Row] = []  # toy sizes have no targets
-    detail: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None}
+    detail: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None
+    }
     for name, part in parts.items():
         start = time.monotonic()
         found, detail[name] = part()

@@ -2,9 +2,10 @@
 
     python benchmarks/guard_latency.py --repetitions 31
 
-Both arms are whole calls that generate one token (tokens of the text, prefill, first token, its text), so that putting hooks on, gathering,
-judging and taking hooks off are all in the number. No prompt is flagged, since one that is saves time. Two layers of a 1B model's shape
-stand for sixteen: what a guard costs per layer is measured against a layer, and what it costs once against two layers instead of sixteen.
+Both arms are whole calls that generate one token (tokens of the text, prefill, first token, its text), so
+that putting hooks on, gathering, judging and taking hooks off are all in the number. No prompt is flagged,
+since one that is saves time. Two layers of a 1B model's shape stand for sixteen: what a guard costs per layer
+is measured against a layer, and what it costs once against two layers instead of sixteen.
 """
 
 import argparse
@@ -45,23 +46,34 @@ def large(dtype: torch.dtype) -> LanguageModel:
     words = {str(number): number for number in range(2048)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0", pad_token="1", eos_token="2")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="0", pad_token="1", eos_token="2"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, pad_token_id=1, eos_token_id=2, bos_token_id=None))
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SHAPE, pad_token_id=1, eos_token_id=2, bos_token_id=None)
+        )
     return LanguageModel(model.to(dtype).eval(), tokenizer, template="none", name="1B shape")
 
 
-def random_guard(model: LanguageModel, count: int, pooling: Pooling, sites: tuple[str, ...] = ("down",)) -> Guard:
-    """A guard on so many neurons, spread evenly, that flags nothing: its cost does not depend on what it was fit to."""
+def random_guard(
+    model: LanguageModel, count: int, pooling: Pooling, sites: tuple[str, ...] = ("down",)
+) -> Guard:
+    """A guard on so many neurons, spread evenly, that flags nothing: its cost does not depend on what it was
+    fit to.
+    """
     table = model.table.select(sites)
     every = {info.key: info.size for info in table.sites}
     share = count / sum(every.values())
     members = {
-        key: torch.randperm(size, generator=torch.Generator().manual_seed(0))[: round(size * share)].numpy() for key, size in every.items()
+        key: torch.randperm(size, generator=torch.Generator().manual_seed(0))[: round(size * share)].numpy()
+        for key, size in every.items()
     }
     neurons = NeuronSet(members, model.table)
-    vectors = [torch.randn(len(neurons), generator=torch.Generator().manual_seed(seed)) / 100 for seed in range(3)]
+    vectors = [
+        torch.randn(len(neurons), generator=torch.Generator().manual_seed(seed)) / 100 for seed in range(3)
+    ]
     classifier = Classifier(vectors[0], vectors[1].abs() + 1, vectors[2], 0.0)
     return Guard(neurons, pooling, classifier, (), 1.0, "given", bindings_of(model, neurons), model=model)
 
@@ -76,16 +88,22 @@ def arms_of(model: LanguageModel, guard: Guard, text: str) -> dict[str, Callable
 
 
 def added_ms(arms: dict[str, Callable[[], object]], options: argparse.Namespace) -> list[float]:
-    """Milliseconds that the guard adds: for each repetition the median difference of some pairs that take turns."""
+    """Milliseconds that the guard adds: for each repetition the median difference of some pairs that take
+    turns.
+    """
     found = []
     for _ in range(options.repetitions):
         seconds = interleaved(arms, PAIRS, CLOCKS[options.clock], warm_up=1)
-        found.append(1000 * statistics.median(b - a for a, b in zip(seconds["plain"], seconds["guarded"], strict=True)))
+        found.append(
+            1000 * statistics.median(b - a for a, b in zip(seconds["plain"], seconds["guarded"], strict=True))
+        )
     return found
 
 
 def parts_of(guard: Guard) -> dict[str, float]:
-    """Microseconds of a verdict and of putting hooks on and off, alone, caches warm: the smallest of many, which load moves least."""
+    """Microseconds of a verdict and of putting hooks on and off, alone, caches warm: the smallest of many,
+    which load moves least.
+    """
     features = torch.zeros(1, len(guard.neurons))
 
     def hooks_on_and_off() -> None:
@@ -122,7 +140,10 @@ def main() -> None:
     for pooling in (Pooling("last"), Pooling("mean"), Pooling("max", 8)):
         guard = random_guard(model, NEURONS, pooling)
         seconds = interleaved(arms_of(model, guard, text), options.repetitions, CLOCKS[options.clock])
-        what = f"time to the first token with a guard on {NEURONS} neurons ÷ without, {TOKENS} tokens, 1B shape, {pooling}"
+        what = (
+            f"time to the first token with a guard on {NEURONS} neurons ÷ without, {TOKENS} tokens, 1B "
+            f"shape, {pooling}"
+        )
         rows.append(Row(what, ratio(seconds, "guarded", "plain"), TARGET if pooling.kind == "last" else None))
         detail[str(pooling)] = medians(seconds)
     rate = hash_seconds(model, guard)
@@ -135,7 +156,13 @@ def main() -> None:
         added = median(added_ms(arms_of(organism, guard, prompt), options))
         rows.append(Row(f"a guard on {len(guard.neurons)} {words} of the organism adds", added, target, "ms"))
         parts[words] = parts_of(guard)
-    detail |= {"shape": SHAPE, "tokens": TOKENS, "seconds": dict(detail), "microseconds": parts, "gigabytes_hashed_per_second": rate}
+    detail |= {
+        "shape": SHAPE,
+        "tokens": TOKENS,
+        "seconds": dict(detail),
+        "microseconds": parts,
+        "gigabytes_hashed_per_second": rate,
+    }
     finish("guard", rows, options, detail, load_before)
 
 

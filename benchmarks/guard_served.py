@@ -1,4 +1,5 @@
-"""What the server's benchmarks run: an upstream that answers at once, and a guard on the organism behind the command line's server.
+"""What the server's benchmarks run: an upstream that answers at once, and a guard on the organism behind the
+command line's server.
 
 python benchmarks/guard_served.py --port 8700 --seen seen.txt       # the upstream alone
 """
@@ -24,7 +25,9 @@ QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZER
 
 
 def answer_forever(port: int, seen: pathlib.Path) -> None:
-    """Answers chat completions at once with the name of the user who asks, and keeps a line for each in a file that outlives it."""
+    """Answers chat completions at once with the name of the user who asks, and keeps a line for each in a
+    file that outlives it.
+    """
     import uvicorn
 
     kept = os.open(seen, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -43,15 +46,37 @@ def answer_forever(port: int, seen: pathlib.Path) -> None:
         head = {"id": "chatcmpl-1", "created": 1, "model": request["model"]}
         if not request.get("stream"):
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            await reply(send, json.dumps({**head, "object": "chat.completion", "choices": [choice]}).encode(), b"application/json")
+            await reply(
+                send,
+                json.dumps({**head, "object": "chat.completion", "choices": [choice]}).encode(),
+                b"application/json",
+            )
             return
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
         for delta, reason in [({"content": text}, None), ({}, "stop")]:
-            chunk = {**head, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-            await send({"type": "http.response.body", "body": b"data: " + json.dumps(chunk).encode() + b"\n\n", "more_body": True})
+            chunk = {
+                **head,
+                "object": "chat.completion.chunk",
+                "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+            }
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"data: " + json.dumps(chunk).encode() + b"\n\n",
+                    "more_body": True,
+                }
+            )
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, log_level="critical", lifespan="off", ws="none")
+    uvicorn.run(
+        app, host="127.0.0.1", port=port, log_config=None, log_level="critical", lifespan="off", ws="none"
+    )
 
 
 async def reply(send: Callable[[Any], Any], body: bytes, kind: bytes) -> None:
@@ -94,7 +119,9 @@ def organism_guard() -> Any:
     lm = organism.load(organism.spec("natural/base"), offline=True)
     sizes = {key: size for key, size in lm.table.sizes.items() if key.endswith(".down")}
     generator = np.random.default_rng(0)
-    neurons = NeuronSet({key: generator.choice(size, 50, replace=False) for key, size in sizes.items()}, lm.table)
+    neurons = NeuronSet(
+        {key: generator.choice(size, 50, replace=False) for key, size in sizes.items()}, lm.table
+    )
     return fit_guard(lm, neurons, lm.prompts("builtin:harmful"), lm.prompts("builtin:harmless"), fpr=0.05)
 
 
@@ -103,9 +130,22 @@ def served(guard: Any, port: int, *further: str) -> Iterator[subprocess.Popen[by
     """The guard behind the command line's server, in front of an upstream."""
     with tempfile.TemporaryDirectory() as folder:
         guard.save(folder)
-        words = ["-m", "safety_neurons", "guard", "serve", "--model", "organism:natural/base", "--guard", folder, "--offline", "--json"]
+        words = [
+            "-m",
+            "safety_neurons",
+            "guard",
+            "serve",
+            "--model",
+            "organism:natural/base",
+            "--guard",
+            folder,
+            "--offline",
+            "--json",
+        ]
         with open(pathlib.Path(folder) / "log", "wb") as log:
-            process = subprocess.Popen([sys.executable, *words, "--port", str(port), *further], env=QUIET, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [sys.executable, *words, "--port", str(port), *further], env=QUIET, stdout=log, stderr=log
+            )
             try:
                 wait_for(f"http://127.0.0.1:{port}/readyz", process)
                 yield process

@@ -4,10 +4,12 @@
     python benchmarks/guard_server.py throughput --repetitions 5
     python benchmarks/guard_server.py long
 
-`proxy` starts `safety-neurons guard serve` on the organism `natural/base` as a process of its own, with a guard on 200 of its neurons, in
-front of an upstream (a third process) that answers at once. `throughput` serves a random Llama with layers of a 1B model's shape in this
-process, so that the same model can be asked for plain batched prefills in turns. `long` sends 32 prompts of one megabyte at once, which the
-server refuses by their length, or tokenises where it is told to, and meanwhile asks for verdicts on short ones, one after the other.
+`proxy` starts `safety-neurons guard serve` on the organism `natural/base` as a process of its own, with a
+guard on 200 of its neurons, in front of an upstream (a third process) that answers at once. `throughput`
+serves a random Llama with layers of a 1B model's shape in this process, so that the same model can be asked
+for plain batched prefills in turns. `long` sends 32 prompts of one megabyte at once, which the server refuses
+by their length, or tokenises where it is told to, and meanwhile asks for verdicts on short ones, one after
+the other.
 """
 
 import asyncio
@@ -51,7 +53,10 @@ def long_prompts(_: Any) -> tuple[list[Row], dict[str, Any]]:
         with served(guard, port, *further) as process:
             found = asyncio.run(_beside_long(port, process.pid))
         alone, beside = (median([1000 * value for value in found[part]]) for part in ("alone", "beside"))
-        rows += [Row(f"{name}: a short request alone", alone, unit="ms"), Row(f"{name}: beside 32 long ones", beside, unit="ms")]
+        rows += [
+            Row(f"{name}: a short request alone", alone, unit="ms"),
+            Row(f"{name}: beside 32 long ones", beside, unit="ms"),
+        ]
         rows.append(Row(f"{name}: the slowest beside them", median([1000 * max(found["beside"])]), unit="ms"))
         rows.append(Row(f"{name}: memory, peak ÷ before", median([found["peak"] / found["before"]])))
         detail[name] = found
@@ -83,7 +88,13 @@ async def _beside_long(port: int, pid: int, count: int = 32) -> dict[str, Any]:
         await asyncio.gather(*many)
         seconds = time.perf_counter() - started
     counted = {str(status): statuses.count(status) for status in sorted(set(statuses))}
-    told = {"alone": alone, "beside": beside, "before": before, "peak": _resident(pid, "VmHWM"), "after": _resident(pid, "VmRSS")}
+    told = {
+        "alone": alone,
+        "beside": beside,
+        "before": before,
+        "peak": _resident(pid, "VmHWM"),
+        "after": _resident(pid, "VmRSS"),
+    }
     return {**told, "seconds": seconds, "statuses": counted}
 
 
@@ -94,7 +105,10 @@ def _resident(pid: int, name: str) -> float:
 
 
 def proxy(options: Any) -> tuple[list[Row], dict[str, Any]]:
-    """The same streamed request to the upstream and through the proxy, in turns; the guard's one prefill is timed in the same turns."""
+    """The same streamed request to the upstream and through the proxy, in turns.
+
+    The guard's one prefill is timed in the same turns.
+    """
     guard = organism_guard()
     texts = [prompt.text for prompt in guard.bound.prompts("builtin:harmless-test")]
     safe = [text for text in texts if not guard.score(text).flagged]
@@ -103,7 +117,10 @@ def proxy(options: Any) -> tuple[list[Row], dict[str, Any]]:
     added, direct, through, prefills = [], [], [], []
     spent = 0.0
     try:
-        with served(guard, near, "--upstream", f"http://127.0.0.1:{far}/v1") as process, httpx.Client() as client:
+        with (
+            served(guard, near, "--upstream", f"http://127.0.0.1:{far}/v1") as process,
+            httpx.Client() as client,
+        ):
             for repetition in range(-20, options.repetitions):
                 text = safe[repetition % len(safe)]
                 ways = [(direct, far), (through, near)]
@@ -125,11 +142,21 @@ def proxy(options: Any) -> tuple[list[Row], dict[str, Any]]:
     finally:
         upstream.kill()
     rows = [
-        Row("time to first token through the proxy − the upstream alone − one prefill", median(added), 5.0, "ms"),
+        Row(
+            "time to first token through the proxy − the upstream alone − one prefill",
+            median(added),
+            5.0,
+            "ms",
+        ),
         Row("time to first token, the upstream alone", median(direct), None, "ms"),
         Row("time to first token, through the proxy", median(through), None, "ms"),
         Row("one prefill of the organism", median(prefills), None, "ms"),
-        Row("processor time of the proxy for a whole request − one prefill", median([1000 * (spent - alone)]), None, "ms"),
+        Row(
+            "processor time of the proxy for a whole request − one prefill",
+            median([1000 * (spent - alone)]),
+            None,
+            "ms",
+        ),
     ]
     return rows, {"added_p95_ms": float(np.quantile(added, 0.95))}
 
@@ -165,7 +192,9 @@ def prefill_seconds(guard: Any, text: str) -> float:
 
 
 def throughput(options: Any) -> tuple[list[Row], dict[str, Any]]:
-    """Rounds in which every client asks for one verdict, in turns with the plain batched prefill of the same prompts."""
+    """Rounds in which every client asks for one verdict, in turns with the plain batched prefill of the same
+    prompts.
+    """
     from safety_neurons.guard.server import Limits, Settings, serve_guard
     from safety_neurons.guard.server.serving import Server, bound
     from safety_neurons.model.passes import run_batches
@@ -188,11 +217,15 @@ def throughput(options: Any) -> tuple[list[Row], dict[str, Any]]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
             for repetition in range(-1, options.repetitions):
-                some = slice(None) if repetition >= 0 else slice(8)  # a small round first, which is not counted
+                some = (
+                    slice(None) if repetition >= 0 else slice(8)
+                )  # a small round first, which is not counted
                 began, start = time.perf_counter(), clock()
                 await asyncio.to_thread(run_batches, lm, sequences[some], lambda _: None)
                 between, middle = time.perf_counter(), clock()
-                said = await asyncio.gather(*(client.post("/v1/moderations", json={"input": text}) for text in texts[some]))
+                said = await asyncio.gather(
+                    *(client.post("/v1/moderations", json={"input": text}) for text in texts[some])
+                )
                 ended, end = time.perf_counter(), clock()
                 scores = [one.json()["results"][0]["guard"]["p_unsafe"] for one in said]
                 assert np.allclose(scores, expected[some], atol=1e-4), "another verdict than the guard's own"
@@ -206,9 +239,23 @@ def throughput(options: Any) -> tuple[list[Row], dict[str, Any]]:
     asyncio.run(rounds())
     share = median([served_seconds / alone for served_seconds, alone in zip(through, plain, strict=True)])
     rows = [
-        Row(f"{options.clients} clients through the server ÷ plain batched prefill, {options.tokens} tokens", share, 1.25),
-        Row("prompts a second, plain batched prefill", median([len(texts) / seconds for seconds, _ in elapsed]), None, "/s"),
-        Row("prompts a second, through the server", median([len(texts) / seconds for _, seconds in elapsed]), None, "/s"),
+        Row(
+            f"{options.clients} clients through the server ÷ plain batched prefill, {options.tokens} tokens",
+            share,
+            1.25,
+        ),
+        Row(
+            "prompts a second, plain batched prefill",
+            median([len(texts) / seconds for seconds, _ in elapsed]),
+            None,
+            "/s",
+        ),
+        Row(
+            "prompts a second, through the server",
+            median([len(texts) / seconds for _, seconds in elapsed]),
+            None,
+            "/s",
+        ),
     ]
     sizes = list(service.engine.counts.sizes)
     return rows, {
@@ -229,23 +276,42 @@ def random_guard(layers: int, tokens: int) -> Any:
     from safety_neurons.neurons import NeuronSet
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
-    config = transformers.LlamaConfig(vocab_size=2000, num_hidden_layers=layers, max_position_embeddings=2 * tokens + 64, **shape)
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=2000, num_hidden_layers=layers, max_position_embeddings=2 * tokens + 64, **shape
+    )
     vocabulary = {"<unk>": 0, **{f"w{number}": number for number in range(1, 2000)}}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
-    lm = LanguageModel(transformers.LlamaForCausalLM(config).eval(), tokenizer, template="none", name="random 1B layers")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>"
+    )
+    lm = LanguageModel(
+        transformers.LlamaForCausalLM(config).eval(), tokenizer, template="none", name="random 1B layers"
+    )
     neurons = NeuronSet({f"layers.{layers - 1}.down": range(1500)}, lm.table)
     weights = torch.randn(1500, generator=torch.Generator().manual_seed(0))
     classifier = Classifier(torch.zeros(1500), torch.ones(1500), weights, 0.0)
-    return Guard(neurons, Pooling.of("last"), classifier, (), 0.5, "given", bindings_of(lm, neurons), model=lm)
+    return Guard(
+        neurons, Pooling.of("last"), classifier, (), 0.5, "given", bindings_of(lm, neurons), model=lm
+    )
 
 
 def words(count: int, tokens: int) -> list[str]:
     """Texts of about so many tokens: between nine tenths and all of them."""
     generator = random.Random(0)
-    return [" ".join(f"w{generator.randrange(1, 2000)}" for _ in range(generator.randint(tokens * 9 // 10, tokens))) for _ in range(count)]
+    return [
+        " ".join(
+            f"w{generator.randrange(1, 2000)}" for _ in range(generator.randint(tokens * 9 // 10, tokens))
+        )
+        for _ in range(count)
+    ]
 
 
 if __name__ == "__main__":

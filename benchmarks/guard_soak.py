@@ -1,9 +1,11 @@
-"""Soak: mixed requests to a guard's server under load, with clients that leave and an upstream that is killed and started again twice.
+"""Soak: mixed requests to a guard's server under load, with clients that leave and an upstream that is killed
+and started again twice.
 
     python benchmarks/guard_soak.py --requests 10000
 
-Every verdict is compared with the guard's own in this process; every conversation has a user of its own, whose name the upstream answers
-with and writes down, so an answer that is another's, is lost or comes twice is seen. Server and upstream are processes of their own.
+Every verdict is compared with the guard's own in this process; every conversation has a user of its own,
+whose name the upstream answers with and writes down, so an answer that is another's, is lost or comes twice
+is seen. Server and upstream are processes of their own.
 """
 
 import asyncio
@@ -39,7 +41,9 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts of a soak are: ports of the proxy and the upstream, what the upstream keeps, the proxy's process."""
+    """Where the parts of a soak are: ports of the proxy and the upstream, what the upstream keeps, the
+    proxy's process.
+    """
 
     near: int
     far: int
@@ -62,9 +66,13 @@ class Tally:
 
 
 def soak(options: Any) -> tuple[list[Row], dict[str, Any]]:
-    """Mixed requests; every answer is compared with what the guard says in this process, and with what the upstream was asked."""
+    """Mixed requests; every answer is compared with what the guard says in this process, and with what the
+    upstream was asked.
+    """
     guard = organism_guard()
-    texts = [p.text for name in ("harmful-test", "harmless-test") for p in guard.bound.prompts(f"builtin:{name}")][:400]
+    texts = [
+        p.text for name in ("harmful-test", "harmless-test") for p in guard.bound.prompts(f"builtin:{name}")
+    ][:400]
     known = {text: guard.score(text) for text in texts}
     near, far = free_port(), free_port()
     tally, memory = Tally(), list[float]()
@@ -89,7 +97,11 @@ def soak(options: Any) -> tuple[list[Row], dict[str, Any]]:
         Row("memory at the end ÷ memory after a fifth of the requests", exactly(last / settled), 1.05),
         Row("requests a second", exactly(options.requests / seconds), None, "/s"),
     ]
-    detail = {"outcomes": dict(tally.outcomes), "wrong": tally.wrong[:20], "memory_mib": memory[:: max(1, len(memory) // 50)]}
+    detail = {
+        "outcomes": dict(tally.outcomes),
+        "wrong": tally.wrong[:20],
+        "memory_mib": memory[:: max(1, len(memory) // 50)],
+    }
     return rows, detail
 
 
@@ -133,16 +145,33 @@ async def storm(options: Any, place: Place, known: Any, tally: Tally, memory: li
         upstream.kill()
 
 
-async def one_request(session: httpx.AsyncClient, number: int, generator: random.Random, known: Any, tally: Tally) -> None:
+async def one_request(
+    session: httpx.AsyncClient, number: int, generator: random.Random, known: Any, tally: Tally
+) -> None:
     """One request of a kind that is drawn, and what is wrong with its answer."""
     text = generator.choice(list(known))
     unsafe = known[text].flagged
-    kind = generator.choice(("chat", "stream", "chat", "stream", "moderation", "list", "classify", "guardrail", "leaves", "malformed"))
+    kind = generator.choice(
+        (
+            "chat",
+            "stream",
+            "chat",
+            "stream",
+            "moderation",
+            "list",
+            "classify",
+            "guardrail",
+            "leaves",
+            "malformed",
+        )
+    )
     try:
         if kind in ("chat", "stream", "leaves"):
             await chat(session, kind, number, text, unsafe, tally)
         elif kind == "malformed":
-            said = await session.post(CHAT, content=b'{"messages": [', headers={"content-type": "application/json"})
+            said = await session.post(
+                CHAT, content=b'{"messages": [', headers={"content-type": "application/json"}
+            )
             tally.check(said.status_code == 400, f"malformed: {said.status_code}")
         else:
             await verdict(session, kind, text, known, generator, tally)
@@ -151,9 +180,13 @@ async def one_request(session: httpx.AsyncClient, number: int, generator: random
         tally.check(False, f"{kind}: {type(error).__name__} {error}")
 
 
-async def verdict(session: httpx.AsyncClient, kind: str, text: str, known: Any, generator: random.Random, tally: Tally) -> None:
+async def verdict(
+    session: httpx.AsyncClient, kind: str, text: str, known: Any, generator: random.Random, tally: Tally
+) -> None:
     """A verdict, compared with the guard's own."""
-    texts = [text] if kind != "list" else [generator.choice(list(known)) for _ in range(generator.randint(1, 8))]
+    texts = (
+        [text] if kind != "list" else [generator.choice(list(known)) for _ in range(generator.randint(1, 8))]
+    )
     path, body = {
         "moderation": ("/v1/moderations", {"input": text}),
         "list": ("/v1/moderations", {"input": texts}),
@@ -180,19 +213,36 @@ async def verdict(session: httpx.AsyncClient, kind: str, text: str, known: Any, 
         tally.check(flagged == known[one].flagged and near, f"{kind}: {one} {result}")
 
 
-async def chat(session: httpx.AsyncClient, kind: str, number: int, text: str, unsafe: bool, tally: Tally) -> None:
-    """A conversation of a user who asks once, whose name the upstream answers with: every answer can be told from every other."""
+async def chat(
+    session: httpx.AsyncClient, kind: str, number: int, text: str, unsafe: bool, tally: Tally
+) -> None:
+    """A conversation of a user who asks once, whose name the upstream answers with: every answer can be told
+    from every other.
+    """
     stream = kind == "stream"
-    body = {"model": "m", "messages": [{"role": "user", "content": text}], "stream": stream, "user": f"user-{number}"}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": text}],
+        "stream": stream,
+        "user": f"user-{number}",
+    }
     if kind == "leaves":
         with contextlib.suppress(httpx.ReadTimeout):
-            await session.post(CHAT, json=body, timeout=httpx.Timeout(60, read=random.Random(number).choice((0.001, 0.004, 0.02))))
+            await session.post(
+                CHAT,
+                json=body,
+                timeout=httpx.Timeout(60, read=random.Random(number).choice((0.001, 0.004, 0.02))),
+            )
         return
     said = await session.post(CHAT, json=body)
     if said.status_code in (429, 502, 503):
         tally.outcomes[str(said.status_code)] += 1
-        tally.check(not unsafe or said.status_code == 429, f"{kind}: {said.status_code} for a flagged conversation")
-        tally.check(set(said.json()["error"]) == {"message", "type", "param", "code"}, f"{kind}: {said.text[:100]}")
+        tally.check(
+            not unsafe or said.status_code == 429, f"{kind}: {said.status_code} for a flagged conversation"
+        )
+        tally.check(
+            set(said.json()["error"]) == {"message", "type", "param", "code"}, f"{kind}: {said.text[:100]}"
+        )
         return
     tally.check(said.status_code == 200, f"{kind}: {said.status_code} {said.text[:100]}")
     answer, reason = whole_of(said.text) if stream else parts_of(said.json()["choices"][0])

@@ -1,4 +1,5 @@
-"""Takes finished `guard evaluate` runs into `benchmarks/results/guard-organisms/` and prints their tables for docs/guard-results.md.
+"""Takes finished `guard evaluate` runs into `benchmarks/results/guard-organisms/` and prints their tables for
+docs/guard-results.md.
 
 python benchmarks/guard_tables.py few=runs/guard-evaluate-… many=runs/guard-evaluate-…
 python benchmarks/guard_tables.py                        # prints the tables of what is committed
@@ -15,19 +16,32 @@ from safety_neurons.results import family, holm_in, is_clear
 FOLDER = pathlib.Path(__file__).resolve().parent / "results" / "guard-organisms"
 PATHS = ("guard", "model", "detectors", "unsafe", "safe", "fit_unsafe", "fit_safe", "over_refusal")
 LEFT_OUT = ("curves", "run")
-SHORT = {"TF-IDF words": "words", "TF-IDF characters": "letters", "residual stream": "residual", "refusal direction": "direction"}
+SHORT = {
+    "TF-IDF words": "words",
+    "TF-IDF characters": "letters",
+    "residual stream": "residual",
+    "refusal direction": "direction",
+}
 SHORT |= {"guard's neurons": "neurons", "random neurons": "random"}
 
 
 def take(name: str, run: pathlib.Path) -> None:
     """Keep a run's result with what it was run with; of paths only the last part is kept."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    arguments = {option: short(value) if option in PATHS else value for option, value in record["arguments"].items()}
+    arguments = {
+        option: short(value) if option in PATHS else value for option, value in record["arguments"].items()
+    }
     result = {key: value for key, value in record["result"].items() if key not in LEFT_OUT}
     if result.get("outputs"):
         result["outputs"] = {key: value for key, value in result["outputs"].items() if key != "completions"}
     notes = [note for note in record.get("notes") or [] if "/" not in note.partition(":")[0]]
-    kept = {"verb": record["verb"], "arguments": arguments, "versions": record["versions"], "device": record["device"], "notes": notes}
+    kept = {
+        "verb": record["verb"],
+        "arguments": arguments,
+        "versions": record["versions"],
+        "device": record["device"],
+        "notes": notes,
+    }
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**kept, "result": result}, indent=1, ensure_ascii=False)
     (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -71,12 +85,23 @@ def signed(found: dict[str, Any] | None) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Markdown."""
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
 
 
 def overall(result: dict[str, Any]) -> list[str]:
     """Every classifier on the requests as written."""
-    ours = {"name": "**guard**", **{key: result[key] for key in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")}}
+    ours = {
+        "name": "**guard**",
+        **{
+            key: result[key]
+            for key in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")
+        },
+    }
     rows = [
         [
             row["name"],
@@ -89,29 +114,58 @@ def overall(result: dict[str, Any]) -> list[str]:
         ]
         for row in (ours, *result["baselines"])
     ]
-    head = ["classifier", "AUROC", "average precision", "TPR at FPR 5 %", "TPR at FPR 1 %", "ECE", f"{result['compared']} − this one"]
-    line = f"At its threshold ({result['in_force']}) the guard flags {rate(result['flagged_unsafe'])} of {result['n_unsafe']:,} unsafe and "
-    return [*table(head, rows), f"{line}{rate(result['flagged_safe'])} of {result['n_safe']:,} safe requests.", ""]
+    head = [
+        "classifier",
+        "AUROC",
+        "average precision",
+        "TPR at FPR 5 %",
+        "TPR at FPR 1 %",
+        "ECE",
+        f"{result['compared']} − this one",
+    ]
+    line = (
+        f"At its threshold ({result['in_force']}) the guard flags {rate(result['flagged_unsafe'])} of "
+        f"{result['n_unsafe']:,} unsafe and "
+    )
+    return [
+        *table(head, rows),
+        f"{line}{rate(result['flagged_safe'])} of {result['n_safe']:,} safe requests.",
+        "",
+    ]
 
 
 def slices(title: str, rows: Sequence[dict[str, Any]], reference: str, *, flags: bool = True) -> list[str]:
-    """One row a slice: areas, a mark where the reference is clearly better (+) or worse (−), held over the table where it is long."""
+    """One row a slice: areas, a mark where the reference is clearly better (+) or worse (−), held over the
+    table where it is long.
+    """
     if not rows:
         return []
     rows = holm_in(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"))
+    names = list(
+        dict.fromkeys(
+            name for row in rows for name in row["auroc"] if name != "guard" or reference == "guard"
+        )
+    )
     names.sort(key=lambda name: name != reference)
 
     def area(row: dict[str, Any], name: str) -> str:
         return value(row["auroc"].get(name)) + mark(row["difference"].get(name))
 
     cells = [
-        [row["value"] + (f" (against {row['against']})" if row["against"] else ""), f"{row['n_unsafe']:,} / {row['n_safe']:,}"]
+        [
+            row["value"] + (f" (against {row['against']})" if row["against"] else ""),
+            f"{row['n_unsafe']:,} / {row['n_safe']:,}",
+        ]
         + [area(row, name) for name in names]
         + ([value(row["flagged_unsafe"]), value(row["flagged_safe"])] if flags else [])
         for row in rows
     ]
-    head = [title, "unsafe / safe", *(SHORT.get(name, name) for name in names), *(["unsafe flagged", "safe flagged"] if flags else [])]
+    head = [
+        title,
+        "unsafe / safe",
+        *(SHORT.get(name, name) for name in names),
+        *(["unsafe flagged", "safe flagged"] if flags else []),
+    ]
     return [*table(head, cells), *said(rows)]
 
 
@@ -130,7 +184,9 @@ def counts(rows: Sequence[dict[str, Any]]) -> list[str]:
         found = [by[method, count, setting] for setting in settings]
         shown = []
         for row in found:
-            shown.append(f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}")
+            shown.append(
+                f"{row['auroc']:.3f} ({sum(row['random']) / len(row['random']):.3f}){mark(row['difference'])}"
+            )
         cells.append([method, f"{count:,}", *shown])
     return [*table(["neurons by", "count", *settings], cells), *said(rows)] if cells else []
 
@@ -143,9 +199,20 @@ def outputs(found: dict[str, Any]) -> list[str]:
         ["", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"],
         [[row["language"], *(rate(row[name]) for name in names)] for row in rows],
     )
-    said = f"AUROC for what requests ask {rate(found['asked'])}, for what the model writes {rate(found['written'])}; "
+    said = (
+        f"AUROC for what requests ask {rate(found['asked'])}, for what the model writes "
+        f"{rate(found['written'])}; "
+    )
     said += f"{found['refused_by_model']:,} unsafe requests have no unsafe answer to begin with; "
-    return [*lines, said + f"{found['changed']} answers that passed differ from those without the guard. Judge: {found['judge']}.", ""]
+    return [
+        *lines,
+        said
+        + (
+            f"{found['changed']} answers that passed differ from those without the guard. Judge: "
+            f"{found['judge']}."
+        ),
+        "",
+    ]
 
 
 def tables(record: dict[str, Any]) -> list[str]:

@@ -2,9 +2,9 @@
 
     python benchmarks/hook_cost.py --repetitions 31
 
-A clock hook in front of the hook that copies columns and one behind it: dispatch and one reading of the clock are in the number. What two
-clock hooks read with a hook between them that does nothing is the row beside it. (A difference of whole passes is of no use here: one pass
-varies by more than all its hooks take.)
+A clock hook in front of the hook that copies columns and one behind it: dispatch and one reading of the clock
+are in the number. What two clock hooks read with a hook between them that does nothing is the row beside it.
+(A difference of whole passes is of no use here: one pass varies by more than all its hooks take.)
 """
 
 import argparse
@@ -28,7 +28,9 @@ TARGET_MS = 0.03
 STEPS = 15
 
 
-def step_times(subject: Subject, editors: Mapping[str, Callable[[Any], Any]], ids: torch.Tensor, repetitions: int) -> list[float]:
+def step_times(
+    subject: Subject, editors: Mapping[str, Callable[[Any], Any]], ids: torch.Tensor, repetitions: int
+) -> list[float]:
     """Milliseconds a layer between the clock hooks, the median of some decoding steps a repetition."""
     cache = transformers.DynamicCache(config=subject.body.config)
     moments: list[float] = []
@@ -41,7 +43,11 @@ def step_times(subject: Subject, editors: Mapping[str, Callable[[Any], Any]], id
         moments.clear()
         subject.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
         cache.crop(-1)
-        return 1000 * sum(after - before for before, after in zip(moments[::2], moments[1::2], strict=True)) / len(places)
+        return (
+            1000
+            * sum(after - before for before, after in zip(moments[::2], moments[1::2], strict=True))
+            / len(places)
+        )
 
     with torch.no_grad(), contextlib.ExitStack() as stack:
         subject.model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -60,18 +66,33 @@ def main() -> None:
     load = os.getloadavg()[0]
     torch.set_num_threads(options.threads)
     shape = argparse.Namespace(
-        layers=8, hidden=512, intermediate=1376, vocabulary=32000, prompt=64, new=128, device="cpu", dtype="float32", share=0.05
+        layers=8,
+        hidden=512,
+        intermediate=1376,
+        vocabulary=32000,
+        prompt=64,
+        new=128,
+        device="cpu",
+        dtype="float32",
+        share=0.05,
     )
     ids = torch.randint(3, shape.vocabulary, (8, shape.prompt), generator=torch.Generator().manual_seed(1))
     base, _ = patching_cost.pair_of("ia3", shape)
     subject = Subject.of(base)
-    state = StackedPass(subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, shape.share)))
+    state = StackedPass(
+        subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, shape.share))
+    )
     idle = dict.fromkeys(state.editors(), lambda activation: activation)
     with base.active():
         copying = step_times(subject, state.editors(), ids, options.repetitions)
         nothing = step_times(subject, idle, ids, options.repetitions)
     rows = [
-        Row("hooks per decoded token and layer, 8 rows, 5 % of the down neurons", median(copying), TARGET_MS, "ms"),
+        Row(
+            "hooks per decoded token and layer, 8 rows, 5 % of the down neurons",
+            median(copying),
+            TARGET_MS,
+            "ms",
+        ),
         Row("the same with a hook that does nothing", median(nothing), None, "ms"),
     ]
     finish("hooks", rows, options, {"shape": vars(shape)}, load)

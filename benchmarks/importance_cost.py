@@ -1,9 +1,12 @@
-"""Cost of the exact importance of every neuron, in layers of Llama-3-8B's shape: one prompt, importance ÷ plain forward.
+"""Cost of the exact importance of every neuron, in layers of Llama-3-8B's shape: one prompt, importance ÷
+plain forward.
 
-Plain forward and importance are interleaved; the ratio is taken pair by pair. Norms and factors of the weights are computed once per
-search, before the clock starts; `first_seconds` is what the first prompt of a search takes with them.
+Plain forward and importance are interleaved; the ratio is taken pair by pair. Norms and factors of the
+weights are computed once per search, before the clock starts; `first_seconds` is what the first prompt of a
+search takes with them.
 
-    python benchmarks/importance_cost.py --tokens 64 --layers 1 --repetitions 31 [--device cpu] [--dtype float32]
+    python benchmarks/importance_cost.py --tokens 64 --layers 1 --repetitions 31 [--device cpu] [--dtype
+    float32]
 """
 
 import argparse
@@ -66,7 +69,12 @@ def measure(lm: LanguageModel, n_tokens: int, repetitions: int) -> dict[str, obj
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return {
         "tokens": n_tokens,
-        "ratio": {"value": float(np.median(ratios)), "low": float(low), "high": float(high), "n": len(ratios)},
+        "ratio": {
+            "value": float(np.median(ratios)),
+            "low": float(low),
+            "high": float(high),
+            "n": len(ratios),
+        },
         "plain_seconds": statistics.median(plain for plain, _ in pairs),
         "importance_seconds": statistics.median(taken for _, taken in pairs),
         "first_seconds": first,

@@ -1,7 +1,9 @@
-"""Paired measurement: the arms of a comparison take turns in one process, and the ratio is taken repetition by repetition.
+"""Paired measurement: the arms of a comparison take turns in one process, and the ratio is taken repetition
+by repetition.
 
-On a shared or throttled machine both halves of a pair see the same weather, so the median of ratios is steadier than the ratio of medians.
-A target is met when the median is at most target + 0.02 and the lower end of the 95 % bootstrap interval at most the target.
+On a shared or throttled machine both halves of a pair see the same weather, so the median of ratios is
+steadier than the ratio of medians. A target is met when the median is at most target + 0.02 and the lower end
+of the 95 % bootstrap interval at most the target.
 """
 
 import argparse
@@ -66,7 +68,13 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """The row as JSON."""
-        return {"what": self.what, "value": asdict(self.value), "target": self.target, "unit": self.unit, "met": self.met}
+        return {
+            "what": self.what,
+            "value": asdict(self.value),
+            "target": self.target,
+            "unit": self.unit,
+            "met": self.met,
+        }
 
 
 def median(values: Sequence[float], seed: int = 0) -> Median:
@@ -78,9 +86,14 @@ def median(values: Sequence[float], seed: int = 0) -> Median:
 
 
 def interleaved(
-    arms: Mapping[str, Callable[[], object]], repetitions: int, clock: Clock = time.perf_counter, warm_up: int = 1
+    arms: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    clock: Clock = time.perf_counter,
+    warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every arm, taking turns; the order turns by one and is mirrored from one repetition to the next.
+    """Seconds of every arm, taking turns.
+
+    The order turns by one and is mirrored from one repetition to the next.
 
     Args:
         arms: what to run, by name.
@@ -136,13 +149,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Options that every benchmark has."""
     result = argparse.ArgumentParser(description=description.splitlines()[0])
     result.add_argument("--repetitions", type=int, default=31)
-    result.add_argument("--threads", type=int, default=1, help="of torch; 1 keeps the clock of a shared machine honest")
-    result.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's own time, for a machine that is shared")
+    result.add_argument(
+        "--threads", type=int, default=1, help="of torch; 1 keeps the clock of a shared machine honest"
+    )
+    result.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: this process's own time, for a machine that is shared",
+    )
     result.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the JSON record")
     return result
 
 
-def finish(name: str, rows: Sequence[Row], options: argparse.Namespace, detail: Mapping[str, Any], load: float) -> None:
+def finish(
+    name: str, rows: Sequence[Row], options: argparse.Namespace, detail: Mapping[str, Any], load: float
+) -> None:
     """Print the rows and write the record.
 
     Args:

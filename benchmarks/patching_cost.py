@@ -2,9 +2,10 @@
 
     python benchmarks/patching_cost.py --repetitions 31 --out benchmarks/results/patching_cost.json
 
-Three pairs of a random Llama: (IA)³ adapters on one base, LoRA adapters on one base, two separate models. Every repetition runs plain
-and patched generation of each pair, in an order that turns from one repetition to the next; the ratio of a repetition is paired. Plain
-generation is the base view's own (its adapters active, by PEFT). What the hooks alone take is measured by hook_cost.py.
+Three pairs of a random Llama: (IA)³ adapters on one base, LoRA adapters on one base, two separate models.
+Every repetition runs plain and patched generation of each pair, in an order that turns from one repetition to
+the next; the ratio of a repetition is paired. Plain generation is the base view's own (its adapters active,
+by PEFT). What the hooks alone take is measured by hook_cost.py.
 """
 
 import argparse
@@ -46,7 +47,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.05, help="share of the down neurons that is patched")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's own time, for a machine that is shared"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: this process's own time, for a machine that is shared",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -74,9 +78,13 @@ def base_model(options: argparse.Namespace) -> Any:
 def adapted_pair(kind: str, model: Any) -> tuple[LanguageModel, LanguageModel]:
     """Two views of one model: the base has one adapter, the aligned model a second one on top of it."""
     if kind == "ia3":
-        config: Any = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+        config: Any = peft.IA3Config(
+            target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        )
     else:
-        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted: Any = peft.PeftModel(model, config, adapter_name="first")
@@ -107,7 +115,10 @@ def chosen_neurons(base: LanguageModel, share: float) -> NeuronSet:
     """A random share of the down neurons of every layer."""
     generator = np.random.default_rng(0)
     sizes = {key: size for key, size in base.table.sizes.items() if key.endswith(".down")}
-    return NeuronSet({key: generator.permutation(size)[: max(1, int(share * size))] for key, size in sizes.items()}, base.table)
+    return NeuronSet(
+        {key: generator.permutation(size)[: max(1, int(share * size))] for key, size in sizes.items()},
+        base.table,
+    )
 
 
 def timed(action: Callable[[], object], options: argparse.Namespace) -> float:
@@ -160,14 +171,16 @@ def interval(values: list[float], seed: int = 0) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs everything and returns the record."""
-    ids = torch.randint(3, options.vocabulary, (options.batch, options.prompt), generator=torch.Generator().manual_seed(1)).to(
-        options.device
-    )
+    ids = torch.randint(
+        3, options.vocabulary, (options.batch, options.prompt), generator=torch.Generator().manual_seed(1)
+    ).to(options.device)
     actions = {kind: actions_of(kind, options, ids) for kind in options.pairs}
     for kind in actions.values():
         for action in kind.values():
             action()
-    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in named} for kind, named in actions.items()}
+    seconds: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in named} for kind, named in actions.items()
+    }
     for repetition in range(options.repetitions):
         for kind, named in actions.items():
             names = list(named)
@@ -189,8 +202,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def setting(options: argparse.Namespace) -> dict[str, Any]:
     """What was run, and on what."""
     shape = {name: value for name, value in vars(options).items() if name != "out"}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine(), "load": os.getloadavg()[0]}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    machine = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "load": os.getloadavg()[0],
+    }
     return {**shape, **versions, **machine}
 
 
@@ -203,7 +225,10 @@ def main() -> None:
     record = measure(options)
     for kind, result in record["results"].items():
         ratio = result["ratio"]
-        print(f"{kind:9} patched ÷ plain {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] (≤ {result['target']})")
+        print(
+            f"{kind:9} patched ÷ plain {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
+            f"(≤ {result['target']})"
+        )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=2) + "\n")

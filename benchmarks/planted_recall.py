@@ -1,11 +1,17 @@
-"""Recall of planted units by every detector at equal count, on organisms of several seeds and kinds, and the table over them.
+"""Recall of planted units by every detector at equal count, on organisms of several seeds and kinds, and the
+table over them.
 
-for seed in 0 1 2 3 4; do safety-neurons organism build --name planted --seed $seed --out org/planted-$seed; done
-python benchmarks/planted_recall.py org/*            # writes benchmarks/results/planted/NAME.json, one per folder
+for seed in 0 1 2 3 4; do
+    safety-neurons organism build --name planted --seed $seed --out org/planted-$seed
+done
+python benchmarks/planted_recall.py org/*
+
+The last writes benchmarks/results/planted/NAME.json, one per folder.
 python benchmarks/planted_recall.py --table          # prints the table of what is there
 
-Every detector sees the find half of the organism's English harmful requests and searches all sites; as many units are taken as work in
-English (`truth.safetensors`). The truth is never seen. Held-out prompts play no part: what is measured is recall, not refusal.
+Every detector sees the find half of the organism's English harmful requests and searches all sites; as many
+units are taken as work in English (`truth.safetensors`). The truth is never seen. Held-out prompts play no
+part: what is measured is recall, not refusal.
 """
 
 import argparse
@@ -40,7 +46,9 @@ def units(neurons: NeuronSet, folder: pathlib.Path) -> dict[str, int]:
     return counts | {"neither": rest.n_units}
 
 
-def measure(folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size: int | Literal["auto"]) -> dict[str, Any]:
+def measure(
+    folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size: int | Literal["auto"]
+) -> dict[str, Any]:
     """The record of one organism."""
     record = json.loads((folder / "organism.json").read_text(encoding="utf-8"))
     pair = load_pair(str(folder / record["base"]), str(folder / record["aligned"]))
@@ -56,7 +64,11 @@ def measure(folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size:
         scores = find(method, models, harmful, batch_size=batch_size, **shown).scores
         seconds = time.perf_counter() - started
         found = whole_units(scores.top_units(truth.n_units), SITES)
-        rows[name] = {"recall": unit_recall(found, truth), "taken": units(found, folder), "seconds": round(seconds, 2)}
+        rows[name] = {
+            "recall": unit_recall(found, truth),
+            "taken": units(found, folder),
+            "seconds": round(seconds, 2),
+        }
     return {
         "organism": record["name"],
         "seed": record["seed"],
@@ -64,16 +76,23 @@ def measure(folder: pathlib.Path, limit: int, wanted: Sequence[str], batch_size:
         "versions": record["versions"],
         "prompts": len(harmful),
         "units": truth.n_units,
-        "edge": [unit["shares"]["en"] for unit in record["truth"]["units"] if 0.005 <= unit["shares"]["en"] < 0.015],
+        "edge": [
+            unit["shares"]["en"] for unit in record["truth"]["units"] if 0.005 <= unit["shares"]["en"] < 0.015
+        ],
         "methods": rows,
     }
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Recall by method and organism, with mean and worst over all and over those no detector was made on, as Markdown."""
+    """Recall by method and organism, with mean and worst over all and over those no detector was made on, as
+    Markdown.
+    """
     names = [f"{record['organism']}-{record['seed']}" for record in records]
     unseen = [number for number, name in enumerate(names) if name not in DESIGNED_ON]
-    lines = ["| method | " + " | ".join(names) + " | mean | worst | mean, unseen |", "|---" * (len(names) + 4) + "|"]
+    lines = [
+        "| method | " + " | ".join(names) + " | mean | worst | mean, unseen |",
+        "|---" * (len(names) + 4) + "|",
+    ]
     recalls = collections.defaultdict(list)
     for record in records:
         for name in {name for one in records for name in one["methods"]}:
@@ -81,7 +100,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for name, values in sorted(recalls.items(), key=lambda item: -_mean(item[1])):
         known = [value for value in values if value is not None]
         numbers = (*values, _mean(values), min(known), _mean([values[number] for number in unseen]))
-        lines.append(f"| {name} | " + " | ".join("–" if value is None else f"{value:.2f}" for value in numbers) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join("–" if value is None else f"{value:.2f}" for value in numbers) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -92,10 +113,16 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def main() -> None:
     """Measure the folders given, then print the table of all records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=pathlib.Path, help="folders of planted organisms")
     parser.add_argument("--limit", type=int, default=60, help="find prompts")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; others keep what an earlier record says of them")
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        help="comma-separated; others keep what an earlier record says of them",
+    )
     parser.add_argument("--batch-size", type=int, default=None, help="prompts a batch")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -106,7 +133,9 @@ def main() -> None:
         if file.exists():
             record["methods"] = json.loads(file.read_text(encoding="utf-8"))["methods"] | record["methods"]
         write_json(file, record)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("recall-*.json"))]
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("recall-*.json"))
+    ]
     print(table(sorted(records, key=lambda one: (one["organism"], one["seed"]))))
 
 

@@ -1,7 +1,8 @@
-"""The tables of docs/compare.md from the record of a ranking, and that record without the paths of the machine it was made on.
+"""The tables of docs/compare.md from the record of a ranking, and that record without the paths of the
+machine it was made on.
 
-safety-neurons compare --organism natural --organism org/natural-1 --organism planted … --top 0.02 --json > ranking.json
-python benchmarks/ranking_tables.py --keep ranking.json NAME      # writes benchmarks/results/ranking/NAME.json
+safety-neurons compare --organism natural --organism org/natural-1 … --top 0.02 --json > ranking.json
+python benchmarks/ranking_tables.py --keep ranking.json NAME  # writes benchmarks/results/ranking/NAME.json
 python benchmarks/ranking_tables.py                               # prints the tables of what is there
 """
 
@@ -35,11 +36,19 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
                 values[row["group"], row["method"]].update(row["by_organism"])
     lines = []
     for group in dict.fromkeys(group for group, _ in values):
-        rows = {method: by for (one, method), by in values.items() if one == group and any(value is not None for value in by.values())}
+        rows = {
+            method: by
+            for (one, method), by in values.items()
+            if one == group and any(value is not None for value in by.values())
+        }
         if not rows:
             continue
         names = sorted({name for by in rows.values() for name in by})
-        lines += [f"**{group}: {measure.replace('_', ' ')}**", "", "| method | " + " | ".join(names) + " | mean | worst |"]
+        lines += [
+            f"**{group}: {measure.replace('_', ' ')}**",
+            "",
+            "| method | " + " | ".join(names) + " | mean | worst |",
+        ]
         lines.append("|---" * (len(names) + 3) + "|")
 
         def mean(by: dict[str, float | None]) -> float:
@@ -56,8 +65,12 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
 
 def main() -> None:
     """Keep a record, or print the tables of all that are kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", nargs=2, metavar=("FILE", "NAME"), help="record to keep, and the name to keep it under")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--keep", nargs=2, metavar=("FILE", "NAME"), help="record to keep, and the name to keep it under"
+    )
     parser.add_argument("--measures", default="recall,causal_effect,necessity,harmless_refused,seconds")
     options = parser.parse_args()
     if options.keep:

@@ -1,4 +1,6 @@
-"""Size of a report on 5,000 completions, and seconds until a real Chromium shows it; beside it what inlining a chart runtime would cost.
+"""Size of a report on 5,000 completions, and seconds until a real Chromium shows it.
+
+Beside it what inlining a chart runtime would cost.
 
 python benchmarks/report_cost.py --repetitions 7
 """
@@ -24,7 +26,10 @@ from safety_neurons.report import write_report
 from safety_neurons.results import Completion, Completions
 
 COMPLETIONS, ARMS = 5000, ("untreated", "treated 1638", "aligned", "ceiling", "random 0 of 1638")
-TIMES = "(() => { const t = performance.getEntriesByType('navigation')[0]; return [t.domInteractive, t.loadEventEnd]; })()"
+TIMES = (
+    "(() => { const t = performance.getEntriesByType('navigation')[0]; return [t.domInteractive, "
+    "t.loadEventEnd]; })()"
+)
 PAINT = "(performance.getEntriesByName('first-contentful-paint')[0] || {}).startTime || 0"
 SEARCH = """new Promise((done) => {
   const box = document.getElementById("query"), start = performance.now();
@@ -67,7 +72,9 @@ def long_answers(run: pathlib.Path, words: int = 90) -> None:
             label = "full" if generator.random() < 0.5 else "compliance"
             verdict = {"wording-1": {"label": label, "refused": label == "full"}}
             answer = " ".join(generator.choice(text, words))
-            made.append(Completion(f"harmful-{place:04d}", prompt, answer, (), "length", f"{arm}/harmful", 0, verdict))
+            made.append(
+                Completion(f"harmful-{place:04d}", prompt, answer, (), "length", f"{arm}/harmful", 0, verdict)
+            )
     Completions(made).save(run / "completions.jsonl")
 
 
@@ -115,7 +122,12 @@ def main() -> None:
                 searched.append(times[2])
                 alone.append(browser.ask(TIMES)[1] / 1000)
         rows = [
-            Row("report on 9 runs with 5,000 completions of 90 words", median([page.stat().st_size / 1e6]), 5.0, "MB"),
+            Row(
+                "report on 9 runs with 5,000 completions of 90 words",
+                median([page.stat().st_size / 1e6]),
+                5.0,
+                "MB",
+            ),
             Row("opening it until the first paint", median(painted), 2.0, "s"),
             Row("opening it until its scripts have run", median(loaded), 2.0, "s"),
             Row("searching its completions", median(searched), unit="s"),
@@ -123,7 +135,13 @@ def main() -> None:
             Row("opening an empty page with the chart runtime", median(alone), unit="s"),
             Row("writing the report", median([written]), unit="s"),
         ]
-    detail = {"loaded": loaded, "painted": painted, "searched": searched, "runtime": alone, "characters_kept": kept}
+    detail = {
+        "loaded": loaded,
+        "painted": painted,
+        "searched": searched,
+        "runtime": alone,
+        "characters_kept": kept,
+    }
     finish("report", rows, options, detail, load)
 
 

@@ -1,6 +1,6 @@
 """Runs every benchmark one after the other, writes benchmarks/results/*.json and prints one table.
 
-python benchmarks/run.py            # all of it, at least 31 repetitions where time is measured: about an hour on one core
+python benchmarks/run.py    # all, at least 31 repetitions where time is measured: about an hour on one core
 python benchmarks/run.py --quick    # few repetitions, to see that everything runs
 python benchmarks/run.py --only statistics startup
 """
@@ -19,13 +19,24 @@ from paired import RESULTS, Median, Row, machine, print_rows
 
 HERE = pathlib.Path(__file__).resolve().parent
 IMPORTANCE_TARGETS = {64: 1.6, 128: 2.0}
-PAIRS = {"ia3": "(IA)³ adapters on one base", "lora": "LoRA adapters on one base", "separate": "two separate models"}
+PAIRS = {
+    "ia3": "(IA)³ adapters on one base",
+    "lora": "LoRA adapters on one base",
+    "separate": "two separate models",
+}
 
 
 def call(words: list[str], threads: int) -> str:
     """Output of one benchmark in a process of its own; what it says on the way goes to standard error."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=HERE).stdout
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.run(
+        [sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=HERE
+    ).stdout
 
 
 def own(script: str, name: str, repetitions: int | None = None) -> Callable[[argparse.Namespace], list[Row]]:
@@ -58,7 +69,10 @@ def importance(options: argparse.Namespace) -> list[Row]:
     record = json.loads(call(["importance_cost.py", "--repetitions", str(count)], options.threads))
     rows = [
         Row(
-            f"exact importance of every neuron, Llama-3-8B layers, {measured['tokens']} tokens ÷ plain forward",
+            (
+                f"exact importance of every neuron, Llama-3-8B layers, {measured['tokens']} tokens ÷ plain "
+                "forward"
+            ),
             median_of(measured["ratio"]),
             IMPORTANCE_TARGETS.get(measured["tokens"]),
         )
@@ -71,7 +85,15 @@ def patching(options: argparse.Namespace) -> list[Row]:
     """Patched generation, measured by its own script."""
     count = 2 if options.quick else options.repetitions
     target = options.out / "patching_cost.json"
-    words = ["patching_cost.py", "--repetitions", str(count), "--threads", str(options.threads), "--clock", options.clock]
+    words = [
+        "patching_cost.py",
+        "--repetitions",
+        str(count),
+        "--threads",
+        str(options.threads),
+        "--clock",
+        options.clock,
+    ]
     call([*words, *(["--new", "16"] if options.quick else []), "--out", str(target)], options.threads)
     record = json.loads(target.read_text(encoding="utf-8"))
     target.unlink()
@@ -84,7 +106,13 @@ def patching(options: argparse.Namespace) -> list[Row]:
 
 def graphics(options: argparse.Namespace) -> list[Row]:
     """The same on a GPU, where there is one."""
-    words = ["gpu.py", "--out", str(options.out), "--repetitions", "2" if options.quick else str(options.repetitions)]
+    words = [
+        "gpu.py",
+        "--out",
+        str(options.out),
+        "--repetitions",
+        "2" if options.quick else str(options.repetitions),
+    ]
     said = call(words, options.threads).strip()
     target = options.out / "gpu.json"
     if "no GPU" in said or not target.is_file():
@@ -98,7 +126,16 @@ def server(what: str, repetitions: int) -> Callable[[argparse.Namespace], list[R
 
     def run(options: argparse.Namespace) -> list[Row]:
         count = 2 if options.quick else min(options.repetitions, repetitions)
-        words = ["guard_server.py", what, "--repetitions", str(count), "--out", str(options.out), "--clock", options.clock]
+        words = [
+            "guard_server.py",
+            what,
+            "--repetitions",
+            str(count),
+            "--out",
+            str(options.out),
+            "--clock",
+            options.clock,
+        ]
         call([*words, *(["--clients", "4", "--layers", "1"] if options.quick else [])], options.threads)
         return rows_of(json.loads((options.out / f"guard_{what}.json").read_text(encoding="utf-8")))
 
@@ -107,7 +144,10 @@ def server(what: str, repetitions: int) -> Callable[[argparse.Namespace], list[R
 
 def soak(options: argparse.Namespace) -> list[Row]:
     """Ten thousand mixed requests to a guard's server."""
-    call(["guard_soak.py", "--requests", "300" if options.quick else "10000", "--out", str(options.out)], options.threads)
+    call(
+        ["guard_soak.py", "--requests", "300" if options.quick else "10000", "--out", str(options.out)],
+        options.threads,
+    )
     return rows_of(json.loads((options.out / "guard_soak.json").read_text(encoding="utf-8")))
 
 
@@ -129,7 +169,12 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 
 def median_of(value: dict[str, Any]) -> Median:
     """A median as the other scripts write it."""
-    return Median(float(value.get("median", value.get("value"))), float(value["low"]), float(value["high"]), int(value["n"]))
+    return Median(
+        float(value.get("median", value.get("value"))),
+        float(value["low"]),
+        float(value["high"]),
+        int(value["n"]),
+    )
 
 
 def rows_of(record: dict[str, Any]) -> list[Row]:
@@ -139,7 +184,12 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 def written(name: str, rows: list[Row], record: dict[str, Any], options: argparse.Namespace) -> list[Row]:
     """Write a record of a script that has its own form, its rows before the rest."""
-    whole = {"benchmark": name, "rows": [row.record() for row in rows], "record": record, "machine": machine()}
+    whole = {
+        "benchmark": name,
+        "rows": [row.record() for row in rows],
+        "record": record,
+        "machine": machine(),
+    }
     (options.out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return rows
 
@@ -147,7 +197,10 @@ def written(name: str, rows: list[Row], record: dict[str, Any], options: argpars
 def table(folder: pathlib.Path) -> str:
     """The written records as a Markdown table."""
     marks = {True: "met", False: "**not met**", None: ""}
-    lines = ["| what | median [95 % interval] | must reach | | repetitions | load before |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | median [95 % interval] | must reach | | repetitions | load before |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in BENCHMARKS:
         if not (folder / f"{name}.json").is_file():
             continue
@@ -155,22 +208,31 @@ def table(folder: pathlib.Path) -> str:
         load = record["machine"].get("load_at_start", record["machine"]["load"][0])
         for row in rows_of(record):
             target = "" if row.target is None else f"≤ {row.target:g} {row.unit}".strip()
-            lines.append(f"| {row.what} | {row.value} {row.unit} | {target} | {marks[row.met]} | {row.value.n} | {load:.1f} |")
+            lines.append(
+                f"| {row.what} | {row.value} {row.unit} | {target} | {marks[row.met]} | {row.value.n} | "
+                f"{load:.1f} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run what was asked for; the exit code is 0 whether or not targets are met, for a busy machine is no failure."""
+    """Run what was asked for; the exit code is 0 whether or not targets are met, for a busy machine is no
+    failure.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, into a folder of their own")
-    parser.add_argument("--table", action="store_true", help="run nothing; print the written records as Markdown")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing; print the written records as Markdown"
+    )
     parser.add_argument("--repetitions", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--out", type=pathlib.Path, default=None)
     options = parser.parse_args()
-    options.out = (options.out or (HERE.parent / "runs" / "bench-quick" if options.quick else RESULTS)).resolve()
+    options.out = (
+        options.out or (HERE.parent / "runs" / "bench-quick" if options.quick else RESULTS)
+    ).resolve()
     if options.table:
         print(table(options.out))
         return
@@ -180,7 +242,11 @@ def main() -> None:
         start = time.monotonic()
         print(f"{name} …", file=sys.stderr, flush=True)
         rows += BENCHMARKS[name](options)
-        print(f"{name} took {time.monotonic() - start:.0f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        print(
+            f"{name} took {time.monotonic() - start:.0f} s, load {os.getloadavg()[0]:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )
     print_rows(rows)
 
 

@@ -1,4 +1,5 @@
-"""Seconds from typing `safety-neurons --help` to its end, each time in a fresh process, in turns with an empty Python.
+"""Seconds from typing `safety-neurons --help` to its end, each time in a fresh process, in turns with an
+empty Python.
 
 python benchmarks/startup.py --repetitions 31
 """

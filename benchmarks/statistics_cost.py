@@ -2,10 +2,11 @@
 
     python benchmarks/statistics_cost.py --repetitions 31
 
-A random Llama (8 layers, hidden 512, intermediate 1408, 8 heads, 2 key-value heads, vocabulary 2,000) reads ragged sequences of 64 to 128
-tokens in right-padded batches of 16. The floor is the same package's forward pass without a reader and without the head, so that leaving
-out the head hides nothing; a pass with the head stands beside it. Peers run in the same turns: hooks written by hand that select by a
-boolean mask and reduce, the same storing everything, and TransformerLens or nnsight where they are importable.
+A random Llama (8 layers, hidden 512, intermediate 1408, 8 heads, 2 key-value heads, vocabulary 2,000) reads
+ragged sequences of 64 to 128 tokens in right-padded batches of 16. The floor is the same package's forward
+pass without a reader and without the head, so that leaving out the head hides nothing; a pass with the head
+stands beside it. Peers run in the same turns: hooks written by hand that select by a boolean mask and reduce,
+the same storing everything, and TransformerLens or nnsight where they are importable.
 """
 
 import os
@@ -46,7 +47,9 @@ def corpus(n: int, vocabulary: int = 2000) -> list[list[int]]:
 
 
 class ByHand:
-    """What people write: a hook per projection that selects real tokens by a boolean mask, then adds up (or stores) what is left."""
+    """What people write: a hook per projection that selects real tokens by a boolean mask, then adds up (or
+    stores) what is left.
+    """
 
     def __init__(self, lm: LanguageModel, store: bool) -> None:
         self.lm, self.store = lm, store
@@ -66,11 +69,16 @@ class ByHand:
         """Σx and Σx² of the MLP neurons of every layer."""
         layers = self.lm.model.model.layers
         kept: list[list[torch.Tensor]] = [[] for _ in layers]
-        handles = [layer.mlp.down_proj.register_forward_pre_hook(self.hook(mine)) for layer, mine in zip(layers, kept, strict=True)]
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(self.hook(mine))
+            for layer, mine in zip(layers, kept, strict=True)
+        ]
         try:
             for batch in prepared:
                 self.mask = batch.attention_mask.bool()
-                self.lm.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                self.lm.model.model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -82,7 +90,9 @@ def sums_of(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack([rows.sum(0), (rows * rows).sum(0)])
 
 
-def arms_of(lm: LanguageModel, sequences: list[list[int]], batch_size: int) -> dict[str, Callable[[], object]]:
+def arms_of(
+    lm: LanguageModel, sequences: list[list[int]], batch_size: int
+) -> dict[str, Callable[[], object]]:
     """What takes turns."""
     prepared = batches(sequences, batch_size)
 
@@ -122,17 +132,27 @@ def main() -> None:
     sequences = corpus(options.sequences)
     difference = agreement(lm, sequences, options.batch_size)
     assert difference < 1e-4, f"the arms disagree by {difference}"
-    seconds = interleaved(arms_of(lm, sequences, options.batch_size), options.repetitions, CLOCKS[options.clock])
+    seconds = interleaved(
+        arms_of(lm, sequences, options.batch_size), options.repetitions, CLOCKS[options.clock]
+    )
     rows = [
         Row("statistics of all MLP neurons ÷ plain forward", ratio(seconds, "mlp", "plain"), 1.05),
         Row("statistics of all seven sites ÷ plain forward", ratio(seconds, "seven", "plain"), 1.15),
         Row("plain forward ÷ itself (what is noise)", ratio(seconds, "plain again", "plain")),
         Row("plain forward with the head ÷ without", ratio(seconds, "with head", "plain")),
         Row("MLP neurons, hooks by hand, reducing ÷ plain forward", ratio(seconds, "by hand", "plain")),
-        Row("MLP neurons, hooks by hand, storing ÷ plain forward", ratio(seconds, "by hand, storing", "plain")),
+        Row(
+            "MLP neurons, hooks by hand, storing ÷ plain forward", ratio(seconds, "by hand, storing", "plain")
+        ),
     ]
     tokens = sum(map(len, sequences))
-    finish("statistics", rows, options, {"tokens": tokens, "seconds": medians(seconds), "largest_difference": difference}, load)
+    finish(
+        "statistics",
+        rows,
+        options,
+        {"tokens": tokens, "seconds": medians(seconds), "largest_difference": difference},
+        load,
+    )
 
 
 if __name__ == "__main__":

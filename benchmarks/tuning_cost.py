@@ -1,11 +1,13 @@
-"""Cost of training deltas of 0.5 % of the parameters ÷ PEFT LoRA of rank 16 on all linear layers, ÷ full fine-tuning with gradient masks.
+"""Cost of training deltas of 0.5 % of the parameters ÷ PEFT LoRA of rank 16 on all linear layers, ÷ full
+fine-tuning with gradient masks.
 
     python benchmarks/tuning_cost.py --repetitions 31
 
-A random Llama (8 layers, hidden 512, intermediate 1408, 8 heads, 2 key-value heads, vocabulary 2,000) in float32 takes steps of AdamW with
-clipping on batches of 8 × 64 tokens; every arm has a copy of its own and the arms take turns. The masked arm is what the public code does:
-all weights trainable, gradients clipped and then zeroed outside the set. Memory is every allocation of one step as the profiler sees it,
-counted from the frozen weights up: parameters that are trained, optimizer state, gradients, activations and temporaries.
+A random Llama (8 layers, hidden 512, intermediate 1408, 8 heads, 2 key-value heads, vocabulary 2,000) in
+float32 takes steps of AdamW with clipping on batches of 8 × 64 tokens; every arm has a copy of its own and
+the arms take turns. The masked arm is what the public code does: all weights trainable, gradients clipped and
+then zeroed outside the set. Memory is every allocation of one step as the profiler sees it, counted from the
+frozen weights up: parameters that are trained, optimizer state, gradients, activations and temporaries.
 """
 
 import copy
@@ -46,12 +48,16 @@ def base_model() -> transformers.LlamaForCausalLM:
 
 
 def some(lm: LanguageModel, share: float) -> NeuronSet:
-    """Random neurons of every matrix: the smallest even share that reaches this share of the model's parameters."""
+    """Random neurons of every matrix: the smallest even share that reaches this share of the model's
+    parameters.
+    """
     generator = np.random.default_rng(0)
     orders = {key: generator.permutation(size) for key, size in lm.table.sizes.items()}
     part = share
     while True:
-        chosen = NeuronSet({key: order[: max(1, round(part * len(order)))] for key, order in orders.items()}, lm.table)
+        chosen = NeuronSet(
+            {key: order[: max(1, round(part * len(order)))] for key, order in orders.items()}, lm.table
+        )
         if chosen.share_of_parameters >= share:
             return chosen
         part *= 1.02
@@ -84,14 +90,22 @@ class Arm:
 
     def state_bytes(self) -> int:
         """Optimizer state."""
-        return sum(size(value) for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        return sum(
+            size(value)
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
 
     def gradient_bytes(self) -> int:
         """Gradients after a step."""
         return sum(size(parameter.grad) for parameter in self.trained if parameter.grad is not None)
 
     def peak(self, ids: Tensor, own_parameters: bool) -> int:
-        """Bytes beyond the frozen weights at the highest point of a step; the optimizer's state has to be there already."""
+        """Bytes beyond the frozen weights at the highest point of a step.
+
+        The optimizer's state has to be there already.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             self.step(ids)
@@ -123,7 +137,9 @@ def delta_arm(neurons: NeuronSet) -> tuple[Arm, LanguageModel, Callable[[], Delt
 
 def lora_arm() -> Arm:
     """LoRA of rank 16 on all linear layers."""
-    adapted = peft.get_peft_model(base_model(), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        base_model(), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     return Arm(adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad])
 
 
@@ -162,10 +178,14 @@ def main() -> None:
     clock = CLOCKS[options.clock]
     plain = LanguageModel(base_model())
     neurons = some(plain, options.share)
-    ids = torch.randint(3, VOCABULARY, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, VOCABULARY, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0)
+    )
     ours, lm, taken = delta_arm(neurons)
     arms = {"delta": ours, "lora": lora_arm(), "masked": masked_arm(neurons)}
-    seconds = interleaved({name: lambda arm=arm: arm.step(ids) for name, arm in arms.items()}, options.repetitions, clock)
+    seconds = interleaved(
+        {name: lambda arm=arm: arm.step(ids) for name, arm in arms.items()}, options.repetitions, clock
+    )
     peaks = {name: arm.peak(ids, own_parameters=name != "masked") for name, arm in arms.items()}
     held = {name: arm.state_bytes() + arm.gradient_bytes() for name, arm in arms.items()}
     delta = taken()
@@ -183,9 +203,17 @@ def main() -> None:
     passes = interleaved(forwards, options.repetitions, clock)
     rows = [
         Row("step of deltas ÷ LoRA of rank 16 on all linear layers", ratio(seconds, "delta", "lora"), 1.0),
-        Row("peak memory beyond the frozen weights ÷ the same LoRA", exactly(peaks["delta"] / peaks["lora"]), 1.0),
+        Row(
+            "peak memory beyond the frozen weights ÷ the same LoRA",
+            exactly(peaks["delta"] / peaks["lora"]),
+            1.0,
+        ),
         Row("step of deltas ÷ full fine-tuning with gradient masks", ratio(seconds, "delta", "masked"), 0.7),
-        Row("optimizer and gradient memory ÷ full fine-tuning with masks", exactly(held["delta"] / held["masked"]), 0.05),
+        Row(
+            "optimizer and gradient memory ÷ full fine-tuning with masks",
+            exactly(held["delta"] / held["masked"]),
+            0.05,
+        ),
         Row("forward of the merged model ÷ base", ratio(passes, "merged", "base"), 1.0),
         Row("forward of the base ÷ itself (what is noise)", ratio(passes, "base again", "base")),
         Row("optimizer and gradient memory ÷ the same LoRA", exactly(held["delta"] / held["lora"])),

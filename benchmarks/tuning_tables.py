@@ -1,4 +1,5 @@
-"""Takes finished `study` runs into `benchmarks/results/tuning-organisms/` and prints their tables for docs/tuning-results.md.
+"""Takes finished `study` runs into `benchmarks/results/tuning-organisms/` and prints their tables for
+docs/tuning-results.md.
 
 python benchmarks/tuning_tables.py unsafe-rsn=runs/study-rsn-… unsafe-stress=runs/study-stress-…
 python benchmarks/tuning_tables.py                       # prints the tables of what is committed
@@ -21,21 +22,34 @@ def take(name: str, run: pathlib.Path) -> None:
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     arguments = {option: value for option, value in record["arguments"].items() if option != "model"}
     result = {key: value for key, value in record["result"].items() if key not in LEFT_OUT}
-    kept = {"verb": record["verb"], "arguments": arguments, "versions": record["versions"], "device": record["device"], "result": result}
+    kept = {
+        "verb": record["verb"],
+        "arguments": arguments,
+        "versions": record["versions"],
+        "device": record["device"],
+        "result": result,
+    }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (FOLDER / f"{name}.json").write_text(
+        json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def again(spread: dict[str, Any], *, signed: bool = False) -> Any:
-    """The estimate by today's rules from what every seed gave: of records that were made before these rules and know no deeds.
+    """The estimate by today's rules from what every seed gave: of records that were made before these rules
+    and know no deeds.
 
-    Verdicts on single prompts are not in the files: the same prompts are taken to change with every seed, which is as wide as it can be.
+    Verdicts on single prompts are not in the files: the same prompts are taken to change with every seed,
+    which is as wide as it can be.
     """
     shares = [value for value in spread["by_seed"] if value is not None]
     if not shares:
         return rate_over_seeds([[None]])
     n = (spread["n"] + spread["unscored"]) // len(shares)
-    rows = [[(1.0 if share > 0 else -1.0) if place < round(abs(share) * n) else 0.0 for place in range(n)] for share in shares]
+    rows = [
+        [(1.0 if share > 0 else -1.0) if place < round(abs(share) * n) else 0.0 for place in range(n)]
+        for share in shares
+    ]
     return difference_over_seeds(rows, [[0.0] * n] * len(rows)) if signed else rate_over_seeds(rows)
 
 
@@ -64,23 +78,40 @@ def rsn_table(result: dict[str, Any]) -> list[str]:
     """Arms as rows, then differences."""
     steps = result["downstream"]["steps"]
     lines = [
-        "| arm | harmful score | harmless answered | perplexity |" + (" harmful score after | answered after | task |" if steps else "")
+        "| arm | harmful score | harmless answered | perplexity |"
+        + (" harmful score after | answered after | task |" if steps else "")
     ]
     lines.append("|---" * (7 if steps else 4) + "|")
     for arm in result["arms"]:
         before, after = arm["before"], arm["after"]
-        row = [arm["arm"], points(before["harmful"]), points(before["harmless"], "lowest"), perplexity(before["perplexity"])]
+        row = [
+            arm["arm"],
+            points(before["harmful"]),
+            points(before["harmless"], "lowest"),
+            perplexity(before["perplexity"]),
+        ]
         if steps:
-            row += [points(after["harmful"]), points(after["harmless"], "lowest"), points(after["task"], "lowest")]
+            row += [
+                points(after["harmful"]),
+                points(after["harmless"], "lowest"),
+                points(after["task"], "lowest"),
+            ]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "| paired difference of harmful scores | before | after |", "|---|---|---|"]
-    names = [(pair, when) for pair, found in result["differences"].items() for when, value in found.items() if value is not None]
+    names = [
+        (pair, when)
+        for pair, found in result["differences"].items()
+        for when, value in found.items()
+        if value is not None
+    ]
     differences = {(pair, when): result["differences"][pair][when] for pair, when in names}
     if not all("p" in found for found in differences.values()):
         held = holm([again(found, signed=True) for found in differences.values()])
         differences = {name: found.to_json() for name, found in zip(names, held, strict=True)}
     for pair in result["differences"]:
-        lines.append(f"| {pair} | {' | '.join(told(differences[pair, when]) for when in ('before', 'after'))} |")
+        lines.append(
+            f"| {pair} | {' | '.join(told(differences[pair, when]) for when in ('before', 'after'))} |"
+        )
     return [*lines, "", family(len(names))]
 
 
@@ -96,7 +127,11 @@ def stress_table(result: dict[str, Any]) -> list[str]:
     for point, found in zip(result["curves"], held, strict=True):
         amount = f"{point['amount']:g}" + (" of the set" if "prune" in point["attack"] else " steps")
         difference = found.to_json()
-        shown = [share(point["before"]), share(point["after"]), points(difference, "") + (" (clear)" if found.clear else "")]
+        shown = [
+            share(point["before"]),
+            share(point["after"]),
+            points(difference, "") + (" (clear)" if found.clear else ""),
+        ]
         lines.append(f"| {point['attack']} | {amount} | {' | '.join(shown)} |")
     return lines
 
@@ -108,7 +143,9 @@ def main() -> None:
         take(name, pathlib.Path(run))
     for path in sorted(FOLDER.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        lines = rsn_table(record["result"]) if record["verb"] == "study-rsn" else stress_table(record["result"])
+        lines = (
+            rsn_table(record["result"]) if record["verb"] == "study-rsn" else stress_table(record["result"])
+        )
         sys.stdout.write("\n".join([f"## {path.stem}", "", *lines, "", ""]))
 
 

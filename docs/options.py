@@ -1,4 +1,7 @@
-"""Prints the page of all options, one table a verb, from their declarations. `make format` puts it into `options.md`."""
+"""Prints the page of all options, one table a verb, from their declarations.
+
+`make format` puts it into `options.md`.
+"""
 
 import dataclasses
 import pathlib
@@ -13,8 +16,9 @@ from safety_neurons.declarations import Option
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 HEAD = """# Options of every verb
 
-Made from the declarations of the verbs by `docs/options.py`; edit those, not this page. Each option is also a key of
-`arguments` in a recipe or `run.json`, with `_` in place of `-`, and where a verb is a Python call, its argument.
+Made from the declarations of the verbs by `docs/options.py`; edit those, not this page. Each option is
+also a key of `arguments` in a recipe or `run.json`, with `_` in place of `-`, and where a verb is a Python
+call, its argument.
 """
 
 

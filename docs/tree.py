@@ -1,4 +1,6 @@
-"""Prints the tree of the package, one line a module from the modules' own docstrings. `make format` puts it into the pages.
+"""Prints the tree of the package, one line a module from the modules' own docstrings.
+
+`make format` puts it into the pages.
 
 The README shows the boxes, `docs/house.md` every module.
 """
@@ -46,7 +48,11 @@ def tree(modules: bool = True) -> str:
 def listed(folder: pathlib.Path, indent: str = "     ") -> list[str]:
     """A line for every module of a box, what lies in its folders included."""
     width = 37 - len(indent)
-    lines = [f"{indent}{path.name:<{width}}{line_of(path)}" for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    lines = [
+        f"{indent}{path.name:<{width}}{line_of(path)}"
+        for path in sorted(folder.glob("*.py"))
+        if path.name != "__init__.py"
+    ]
     for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
         lines.append(f"{indent}{inner.name + '/':<{width}}{line_of(inner / '__init__.py')}")
         lines += listed(inner, indent + "  ")

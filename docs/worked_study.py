@@ -1,11 +1,13 @@
 """The worked study's commands run, and its numbers kept: what the page says is what the commands gave.
 
-    python docs/worked_study.py --run FOLDER     run every command of the page in FOLDER, keep the numbers it quotes, put them into the page
+    python docs/worked_study.py --run FOLDER
+        run every command of the page in FOLDER, keep the numbers it quotes, put them into the page
     python docs/worked_study.py --keep FOLDER    the same from runs that are finished there
     python docs/worked_study.py --write          put the kept numbers into the page
 
-A number in the page stands between two comments, `<!--RUN.PATH-->` and `<!--/-->`: RUN is the last part of the command's --out, PATH leads
-into its JSON result. `|FORMAT` behind the path is a Python format; without one a rate is shown with its interval.
+A number in the page stands between two comments, `<!--RUN.PATH-->` and `<!--/-->`: RUN is the last part of
+the command's --out, PATH leads into its JSON result. `|FORMAT` behind the path is a Python format; without
+one a rate is shown with its interval.
 """
 
 import argparse
@@ -71,14 +73,24 @@ def filled(page: str, numbers: dict[str, Any]) -> str:
 
 
 def wrong(page: str, kept: dict[str, Any]) -> list[str]:
-    """What the page says that the commands did not give: numbers that differ, and commands that were changed since."""
+    """What the page says that the commands did not give: numbers that differ, and commands that were changed
+    since.
+    """
     said = [(mark["path"], mark["text"], mark["format"]) for mark in MARK.finditer(page)]
     numbers = kept["numbers"]
     found = [f"{path}: nothing kept" for path, _, _ in said if path not in numbers]
     told = [(path, text, shown(numbers[path], form)) for path, text, form in said if path in numbers]
-    found += [f"{path}: the page says {text}, the command gave {right}" for path, text, right in told if text != right]
+    found += [
+        f"{path}: the page says {text}, the command gave {right}"
+        for path, text, right in told
+        if text != right
+    ]
     now = {name: shlex.join(words) for name, words in commands(page).items()}
-    return found + [f"{name}: another command than the one that was run" for name in now if kept["commands"].get(name) != now[name]]
+    return found + [
+        f"{name}: another command than the one that was run"
+        for name in now
+        if kept["commands"].get(name) != now[name]
+    ]
 
 
 def run(page: str, folder: pathlib.Path) -> None:
@@ -86,13 +98,20 @@ def run(page: str, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in commands(page).items():
         sys.stderr.write(shlex.join(["safety-neurons", *words]) + "\n")
-        done = subprocess.run([sys.executable, "-m", "safety_neurons", *words, "--json"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "safety_neurons", *words, "--json"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}")
 
 
 def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
-    """The values that the page quotes, from the records of the finished runs, and the commands they come from."""
+    """The values that the page quotes, from the records of the finished runs, and the commands they come
+    from.
+    """
     records = {}
     for name, words in commands(page).items():
         record = folder / words[words.index("--out") + 1] / "run.json"
@@ -104,12 +123,17 @@ def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
             numbers[path] = at(records, path)
         except (KeyError, IndexError, TypeError):
             sys.stderr.write(f"{path}: the command gave no such value\n")
-    return {"commands": {name: shlex.join(words) for name, words in commands(page).items()}, "numbers": numbers}
+    return {
+        "commands": {name: shlex.join(words) for name, words in commands(page).items()},
+        "numbers": numbers,
+    }
 
 
 def main() -> None:
     """Run or write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--write", action="store_true")
@@ -118,7 +142,9 @@ def main() -> None:
     if options.run:
         run(page, options.run)
     if options.run or options.keep:
-        KEPT.write_text(json.dumps(keep(page, options.run or options.keep), indent=1) + "\n", encoding="utf-8")
+        KEPT.write_text(
+            json.dumps(keep(page, options.run or options.keep), indent=1) + "\n", encoding="utf-8"
+        )
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     if options.run or options.keep or options.write:
         PAGE.write_text(filled(page, kept["numbers"]), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Importance by its definition: zero a neuron's real parameters, run the sub-layer's stock modules again, take the norm of the change."""
+"""Importance by its definition: zero a neuron's real parameters, run the sub-layer's stock modules again,
+take the norm of the change.
+"""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -28,7 +30,11 @@ def _parameters(lm: LanguageModel, key: str) -> list[tuple[torch.Tensor, int, li
         experts = lm.anatomy.layers[parsed.layer].experts
         down = parsed.site == "down"
         weight = getattr(experts.module, "down_proj" if down else "gate_up_proj")[parsed.expert]
-        features = list(range(experts.width)) if down else torch.arange(2 * experts.width)[experts.index[parsed.site]].tolist()
+        features = (
+            list(range(experts.width))
+            if down
+            else torch.arange(2 * experts.width)[experts.index[parsed.site]].tolist()
+        )
         found = [(weight, int(down) if not experts.transposed else int(not down), features)]
         if experts.has_bias and not down:
             found.append((experts.module.gate_up_proj_bias[parsed.expert], 0, features))
@@ -45,13 +51,19 @@ def _parameters(lm: LanguageModel, key: str) -> list[tuple[torch.Tensor, int, li
 
 
 @torch.no_grad()
-def brute_force(lm: LanguageModel, ids: list[int], keys: Iterable[str], stride: int = 1) -> dict[str, torch.Tensor]:
+def brute_force(
+    lm: LanguageModel, ids: list[int], keys: Iterable[str], stride: int = 1
+) -> dict[str, torch.Tensor]:
     """Importance of every `stride`-th neuron of each key for one prompt."""
     keys = list(keys)
     calls: dict[Any, Any] = {}
     with ExitStack() as stack:
         for module in {_sub_layer(lm, key)[0] for key in keys}:
-            stack.enter_context(around(module, before=lambda args, kwargs, module=module: calls.update({module: (args, kwargs)})))
+            stack.enter_context(
+                around(
+                    module, before=lambda args, kwargs, module=module: calls.update({module: (args, kwargs)})
+                )
+            )
         forward(lm.model, collate([ids], [0], pad_id=0))
     result = {}
     for key in keys:

@@ -1,4 +1,6 @@
-"""Whether JSON values have the shape that a type of `safety_neurons.results.records` says, to the last key."""
+"""Whether JSON values have the shape that a type of `safety_neurons.results.records` says, to the last
+key.
+"""
 
 import types
 import typing
@@ -21,9 +23,18 @@ def misfits(value: Any, hint: Any, place: str = "result") -> list[str]:
         hints = typing.get_type_hints(hint, include_extras=True)
         wrong = [f"{place}.{key} is missing" for key in hint.__required_keys__ if key not in value]
         wrong += [f"{place}.{key} is not declared" for key in value if key not in hints]
-        return wrong + [line for key in value if key in hints for line in misfits(value[key], hints[key], f"{place}.{key}")]
+        return wrong + [
+            line
+            for key in value
+            if key in hints
+            for line in misfits(value[key], hints[key], f"{place}.{key}")
+        ]
     if origin is list and isinstance(value, list):
-        return [line for number, item in enumerate(value) for line in misfits(item, inside[0], f"{place}.{number}")]
+        return [
+            line
+            for number, item in enumerate(value)
+            for line in misfits(item, inside[0], f"{place}.{number}")
+        ]
     if origin is dict and isinstance(value, dict):
         return [line for key, item in value.items() for line in misfits(item, inside[1], f"{place}.{key}")]
     kind = (int, float) if hint is float else origin or hint

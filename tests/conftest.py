@@ -1,4 +1,7 @@
-"""Fixtures of the whole suite. The suite runs offline, on CPU, with nothing but the package and its test tools."""
+"""Fixtures of the whole suite.
+
+The suite runs offline, on CPU, with nothing but the package and its test tools.
+"""
 
 import os
 import pathlib
@@ -23,7 +26,10 @@ hypothesis.settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of real data and recorded reference results beside the checkout; the test is skipped where it is absent."""
+    """The folder of real data and recorded reference results beside the checkout.
+
+    The test is skipped where it is absent.
+    """
     folder = pathlib.Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
@@ -32,7 +38,10 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """No file of a test has to outlive a power failure; waiting for the disk at each takes tens of seconds of a run."""
+    """No file of a test has to outlive a power failure.
+
+    Waiting for the disk at each takes tens of seconds of a run.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: None)
         yield

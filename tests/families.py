@@ -1,7 +1,9 @@
-"""Tiny random models of every family the anatomy promises to support, built from their configurations without any download.
+"""Tiny random models of every family the anatomy promises to support, built from their configurations without
+any download.
 
-`build("llama")` gives one ready in evaluation mode. All parameters are drawn anew, biases and norm weights included, so that no term of a
-formula is hidden by a zero or a one; windows are five tokens, soft-caps bite, and query heads outnumber key heads where a family has that.
+`build("llama")` gives one ready in evaluation mode. All parameters are drawn anew, biases and norm weights
+included, so that no term of a formula is hidden by a zero or a one; windows are five tokens, soft-caps bite,
+and query heads outnumber key heads where a family has that.
 """
 
 from collections.abc import Mapping
@@ -47,7 +49,11 @@ _GPT2: dict[str, Any] = {
     "attn_pdrop": 0.0,
 }
 _FALCON: dict[str, Any] = {
-    **{name: value for name, value in _COMMON.items() if name not in ("num_key_value_heads", "intermediate_size")},
+    **{
+        name: value
+        for name, value in _COMMON.items()
+        if name not in ("num_key_value_heads", "intermediate_size")
+    },
     "ffn_hidden_size": 48,
     "bias": True,
     "alibi": False,
@@ -60,7 +66,13 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_COMMON, "sliding_window": WINDOW, "head_dim": 12}),
     "qwen2": (
         "Qwen2",
-        {**_COMMON, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "layer_types": _MIXED_LAYERS[::-1]},
+        {
+            **_COMMON,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+            "layer_types": _MIXED_LAYERS[::-1],
+        },
     ),
     "qwen3": ("Qwen3", {**_COMMON, "head_dim": 16}),
     "gemma": ("Gemma", {**_COMMON, "head_dim": 16, "num_key_value_heads": 1}),
@@ -78,7 +90,13 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": (
         "Gemma3Text",
-        {**_COMMON, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED_LAYERS, "query_pre_attn_scalar": 24},
+        {
+            **_COMMON,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": _MIXED_LAYERS,
+            "query_pre_attn_scalar": 24,
+        },
     ),
     "phi": ("Phi", {**_COMMON, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
     "phi_qk_norm": ("Phi", {**_COMMON, "partial_rotary_factor": 0.5, "qk_layernorm": True}),
@@ -86,17 +104,28 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "gpt_neox": (
         "GPTNeoX",
-        {**{name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}, "rotary_pct": 0.5, "hidden_dropout": 0.0},
+        {
+            **{name: value for name, value in _COMMON.items() if name != "num_key_value_heads"},
+            "rotary_pct": 0.5,
+            "hidden_dropout": 0.0,
+        },
     ),
     "gpt_neox_sequential": (
         "GPTNeoX",
-        {**{name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}, "use_parallel_residual": False},
+        {
+            **{name: value for name, value in _COMMON.items() if name != "num_key_value_heads"},
+            "use_parallel_residual": False,
+        },
     ),
     "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 4}),
     "opt": (
         "OPT",
         {
-            **{name: value for name, value in _COMMON.items() if name not in ("num_key_value_heads", "intermediate_size")},
+            **{
+                name: value
+                for name, value in _COMMON.items()
+                if name not in ("num_key_value_heads", "intermediate_size")
+            },
             "ffn_dim": 48,
             "word_embed_proj_dim": 32,
             "dropout": 0.0,
@@ -117,17 +146,38 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_dropout": 0.0,
         },
     ),
-    "falcon_multi_query": ("Falcon", {**_FALCON, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True}),
+    "falcon_multi_query": (
+        "Falcon",
+        {**_FALCON, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True},
+    ),
     "falcon": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": (
         "Falcon",
-        {**_FALCON, "multi_query": False, "new_decoder_architecture": False, "alibi": True, "parallel_attn": False},
+        {
+            **_FALCON,
+            "multi_query": False,
+            "new_decoder_architecture": False,
+            "alibi": True,
+            "parallel_attn": False,
+        },
     ),
-    "stablelm": ("StableLm", {**_COMMON, "use_qkv_bias": True, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0}),
-    "stablelm_qk_norm": ("StableLm", {**_COMMON, "qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    "stablelm": (
+        "StableLm",
+        {**_COMMON, "use_qkv_bias": True, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0},
+    ),
+    "stablelm_qk_norm": (
+        "StableLm",
+        {**_COMMON, "qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
     "starcoder2": (
         "Starcoder2",
-        {**_COMMON, "sliding_window": WINDOW, "use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+        {
+            **_COMMON,
+            "sliding_window": WINDOW,
+            "use_bias": True,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+        },
     ),
     "olmo2": ("Olmo2", dict(_COMMON)),
     "granite": (
@@ -142,13 +192,22 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 1.5,
         },
     ),
-    "cohere2": ("Cohere2", {**_COMMON, "sliding_window": WINDOW, "layer_types": _MIXED_LAYERS, "logit_scale": 0.5}),
+    "cohere2": (
+        "Cohere2",
+        {**_COMMON, "sliding_window": WINDOW, "layer_types": _MIXED_LAYERS, "logit_scale": 0.5},
+    ),
     "smollm3": ("SmolLM3", {**_COMMON, "no_rope_layers": [1, 0], "attention_bias": True}),
 }
 _EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "Mixtral",
-        {**_COMMON, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+        {
+            **_COMMON,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+        },
     ),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -202,7 +261,9 @@ def config_of(family: str, **over: Any) -> transformers.PretrainedConfig:
 
 
 def redraw(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew: one-axis ones (biases, norm weights) around what they were, others with standard deviation 1/√in."""
+    """Draw every parameter anew: one-axis ones (biases, norm weights) around what they were, others with
+    standard deviation 1/√in.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -214,21 +275,31 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over: Any) -> transformers.PreTrainedModel:
+def build(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over: Any
+) -> transformers.PreTrainedModel:
     """A tiny causal language model of `family` with random parameters, on the CPU, in evaluation mode.
 
     Args:
         family: one of `FAMILIES` or `MOE_FAMILIES`.
-        dtype: of all parameters. Values are drawn in float64, so two types hold the same numbers up to rounding.
+        dtype: of all parameters. Values are drawn in float64, so two types hold the same numbers up to
+            rounding.
         seed: of the parameters; nothing global is seeded by it for later code.
-        over: fields of the configuration to override (`num_hidden_layers=3`, `attn_implementation="eager"` …).
+        over: fields of the configuration to override (`num_hidden_layers=3`, `attn_implementation="eager"`
+            …).
     """
     if OLD_TRANSFORMERS and (family in MOE_FAMILIES or family == "stablelm_qk_norm"):
-        pytest.skip("transformers 4 has no experts interface" if family in MOE_FAMILIES else "transformers 4 cannot make this model")
+        pytest.skip(
+            "transformers 4 has no experts interface"
+            if family in MOE_FAMILIES
+            else "transformers 4 cannot make this model"
+        )
     implementation = over.pop("attn_implementation", None)
     state = torch.random.get_rng_state()
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config_of(family, **over), attn_implementation=implementation)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config_of(family, **over), attn_implementation=implementation
+        )
     finally:
         torch.random.set_rng_state(state)
     model = model.to(dtype).eval()

@@ -21,7 +21,15 @@ OUTPUTS = {
     part: {"value": value, "low": value - 0.02, "high": value + 0.02, "n": 200, "unscored": 0}
     for part, value in {"before": 0.9, "after": 0.05, "cut": 0.944, "blocked": 0.03}.items()
 }
-OUTPUTS["change"] = {"value": -0.85, "low": -0.9, "high": -0.8, "n": 200, "unscored": 0, "p": 1e-9, "clear": True}
+OUTPUTS["change"] = {
+    "value": -0.85,
+    "low": -0.9,
+    "high": -0.8,
+    "n": 200,
+    "unscored": 0,
+    "p": 1e-9,
+    "clear": True,
+}
 
 
 def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.Path:
@@ -36,8 +44,18 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
     ours, whole = scored.summary(GUARD, [GUARD]), scored.row("all", np.arange(len(cases)))
     others = {group: members for group, members in scored.groups().items() if group != GUARD}
     result = {
-        **{key: ours[key] for key in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")},
-        **{"n_neurons": 120, "pooling": "last", "threshold": 0.73, "in_force": "fpr 0.05", "n_unsafe": n, "n_safe": n},
+        **{
+            key: ours[key]
+            for key in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")
+        },
+        **{
+            "n_neurons": 120,
+            "pooling": "last",
+            "threshold": 0.73,
+            "in_force": "fpr 0.05",
+            "n_unsafe": n,
+            "n_safe": n,
+        },
         **{key: whole[key] for key in ("flagged_unsafe", "flagged_safe")},
         "compared": GUARD,
         "baselines": [scored.summary(group, members) for group, members in others.items()],
@@ -46,7 +64,13 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
         "lengths": scored.by_length(generator.integers(5, 60, len(cases))),
         "curves": str(folder / "curves.json"),
         "counts": [
-            {"method": "contrast", "count": size, "setting": "as given", "auroc": {"value": 0.9 + size / 1e4}, "random": [0.8, 0.84]}
+            {
+                "method": "contrast",
+                "count": size,
+                "setting": "as given",
+                "auroc": {"value": 0.9 + size / 1e4},
+                "random": [0.8, 0.84],
+            }
             | {"difference": {"value": 0.08, "low": 0.02, "high": 0.14, "clear": True}}
             for size in (10, 100)
         ],

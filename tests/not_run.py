@@ -4,7 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 NEEDS = (
-    (("beside this checkout", "not at hand", "completions are not there"), "real data", "put the folder `shared` beside the checkout"),
+    (
+        ("beside this checkout", "not at hand", "completions are not there"),
+        "real data",
+        "put the folder `shared` beside the checkout",
+    ),
     (("chromium",), "a browser", "install chromium"),
     (("lm-evaluation-harness is not installed",), "lm-evaluation-harness", "pip install -e '.[evaluate]'"),
     (("inspect_ai is not installed",), "inspect_ai", "pip install -e '.[inspect]'"),
@@ -17,7 +21,8 @@ NEEDS = (
 def not_run(reasons: Iterable[str]) -> str:
     """One line on the tests that were skipped for what the machine lacks, empty where there is none.
 
-    Tests that can mean nothing on this machine (of another version of a library, of one that is absent) are not counted.
+    Tests that can mean nothing on this machine (of another version of a library, of one that is absent) are
+    not counted.
     """
     lacking: Counter[tuple[str, str]] = Counter()
     for reason in reasons:

@@ -34,7 +34,11 @@ class Outline(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags[tag] = self.tags.get(tag, 0) + 1
         self.attributes |= {name for name, _ in attrs}
-        self.links += [value for name, value in attrs if name in ("href", "src", "action", "data", "xlink:href") and value]
+        self.links += [
+            value
+            for name, value in attrs
+            if name in ("href", "src", "action", "data", "xlink:href") and value
+        ]
         self.inside.append(tag)
 
     def handle_endtag(self, tag):

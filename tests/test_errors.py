@@ -8,11 +8,20 @@ from safety_neurons.errors import InputError, UsageError, command_line
 @pytest.mark.parametrize(
     ("message", "in_python"),
     [
-        ("an empty set; use a larger --top-per-matrix or --dtype float32", "an empty set; use a larger top_per_matrix or dtype float32"),
+        (
+            "an empty set; use a larger --top-per-matrix or --dtype float32",
+            "an empty set; use a larger top_per_matrix or dtype float32",
+        ),
         ("not found (--offline)", "not found (offline)"),
-        ("'a file --out': cannot be read; choose another --out", "'a file --out': cannot be read; choose another out"),
+        (
+            "'a file --out': cannot be read; choose another --out",
+            "'a file --out': cannot be read; choose another out",
+        ),
         ("the model's --sites are none's", "the model's sites are none's"),
-        ("not there; `safety-neurons organism build --out DIR` makes it", "not there; `safety-neurons organism build --out DIR` makes it"),
+        (
+            "not there; `safety-neurons organism build --out DIR` makes it",
+            "not there; `safety-neurons organism build --out DIR` makes it",
+        ),
         ("/tmp/--top/x--y: no such file -- none", "/tmp/--top/x--y: no such file -- none"),
     ],
 )

@@ -24,7 +24,12 @@ FLOORS = [
 ]
 READERS, WORKERS = FLOORS[6], FLOORS[3] | FLOORS[4] | FLOORS[5]
 FLOOR = {box: level for level, boxes in enumerate(FLOORS) for box in boxes}
-HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_backward_hook")
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_backward_hook",
+)
 
 
 def box_of(path: pathlib.Path) -> str:
@@ -42,9 +47,15 @@ def imports(tree: ast.AST) -> set[str]:
             seen.add("a relative import")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safety_neurons":
             parts = (node.module or "").split(".")
-            seen |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names} - {"__version__", "lazily"}
+            seen |= (
+                {parts[1]}
+                if len(parts) > 1
+                else {alias.name for alias in node.names} - {"__version__", "lazily"}
+            )
         elif isinstance(node, ast.Import):
-            seen |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("safety_neurons.")}
+            seen |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("safety_neurons.")
+            }
     return seen
 
 
@@ -53,7 +64,11 @@ def breaks_the_floors(box: str, seen: str) -> bool:
         return False
     if seen not in FLOOR:
         return True
-    return FLOOR[seen] > FLOOR[box] or (FLOOR[seen] == FLOOR[box] and FLOOR[box] != 2) or (box in READERS and seen in WORKERS)
+    return (
+        FLOOR[seen] > FLOOR[box]
+        or (FLOOR[seen] == FLOOR[box] and FLOOR[box] != 2)
+        or (box in READERS and seen in WORKERS)
+    )
 
 
 def test_imports_only_go_down():
@@ -75,7 +90,12 @@ def test_the_floor_rule_can_fail():
 
 
 def test_nouns_do_not_import_one_another_in_a_circle():
-    arrows = {(box, seen) for path, box in MODULES.items() for seen in imports(ast.parse(path.read_text())) if box != seen}
+    arrows = {
+        (box, seen)
+        for path, box in MODULES.items()
+        for seen in imports(ast.parse(path.read_text()))
+        if box != seen
+    }
     assert not [(a, b) for a, b in arrows if (b, a) in arrows]
 
 
@@ -91,8 +111,14 @@ def test_modules_and_functions_stay_small():
         if text.count("\n") > 900:
             long.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno > 100:
-                long.append(f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno} lines")
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.end_lineno - node.lineno > 100
+            ):
+                long.append(
+                    f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}: "
+                    f"{node.end_lineno - node.lineno} lines"
+                )
     assert not long, long
 
 
@@ -100,7 +126,8 @@ def test_hooks_live_in_one_file():
     bad = [
         str(path.relative_to(SOURCE))
         for path in MODULES
-        if path != SOURCE / "model" / "hooks.py" and any(word in path.read_text(encoding="utf-8") for word in HOOKS)
+        if path != SOURCE / "model" / "hooks.py"
+        and any(word in path.read_text(encoding="utf-8") for word in HOOKS)
     ]
     assert not bad, bad
 
@@ -111,14 +138,21 @@ def test_the_nouns_import_neither_torch_nor_transformers():
         if FLOOR.get(box, 9) > 2:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", None) or ""]
+            )
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not {name.split(".")[0] for name in names} & heavy, path
 
 
 @pytest.mark.parametrize("module", ["safety_neurons", "safety_neurons.cli"])
 def test_the_command_line_starts_without_the_heavy_libraries(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in "
+        "sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -131,14 +165,25 @@ def test_the_public_names_are_sorted_and_real():
 
 
 def test_every_verb_and_noun_of_a_box_that_a_reader_looks_for_has_a_public_name():
-    wanted = {name for name in importlib.import_module("safety_neurons.detectors").__all__ if name.startswith("find_")}
-    wanted |= set(importlib.import_module("safety_neurons.interventions").__all__) | {"activation_statistics", "Completion", "Prompt"}
+    wanted = {
+        name
+        for name in importlib.import_module("safety_neurons.detectors").__all__
+        if name.startswith("find_")
+    }
+    wanted |= set(importlib.import_module("safety_neurons.interventions").__all__) | {
+        "activation_statistics",
+        "Completion",
+        "Prompt",
+    }
     wanted |= {"tune", "protected", "repair"}
     assert wanted <= set(safety_neurons.__all__)
 
 
 def test_a_box_is_there_without_an_import_of_its_own():
-    code = "import safety_neurons as sn; print(sn.organism.names is not None, sn.prompts(['a']).texts, sn.errors.InputError.exit_code)"
+    code = (
+        "import safety_neurons as sn; print(sn.organism.names is not None, sn.prompts(['a']).texts, "
+        "sn.errors.InputError.exit_code)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True ['a'] 1"
 
@@ -164,21 +209,38 @@ def test_every_method_of_a_paper_names_its_source():
 
 
 def test_the_library_never_unpickles_or_evaluates():
-    """Files of others are read by torch.load of weights only, in one module, and by nothing that runs what is in them."""
-    words = ("import pickle", "from pickle import", "torch.load(", "trust_remote_code=True", "weights_only=False")
+    """Files of others are read by torch.load of weights only, in one module, and by nothing that runs what is
+    in them.
+    """
+    words = (
+        "import pickle",
+        "from pickle import",
+        "torch.load(",
+        "trust_remote_code=True",
+        "weights_only=False",
+    )
     admitted = {
         ("model/files.py", "from pickle import"),
         ("model/files.py", "torch.load("),
     }
     texts = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in MODULES}
-    assert not [(path, word) for path, text in texts.items() for word in words if word in text and (path, word) not in admitted]
+    assert not [
+        (path, word)
+        for path, text in texts.items()
+        for word in words
+        if word in text and (path, word) not in admitted
+    ]
     assert "Unpickler" not in "".join(texts.values())
-    assert all("weights_only=True)" in line for line in texts["model/files.py"].splitlines() if "torch.load(" in line)
+    assert all(
+        "weights_only=True)" in line for line in texts["model/files.py"].splitlines() if "torch.load(" in line
+    )
 
 
 def test_test_modules_have_names_of_their_own():
     names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
-    assert not (twice := sorted({name for name in names if names.count(name) > 1})), f"pytest imports one of each name: {twice}"
+    assert not (twice := sorted({name for name in names if names.count(name) > 1})), (
+        f"pytest imports one of each name: {twice}"
+    )
 
 
 # Rules that hold but for what is named here; the lists only get shorter
@@ -192,7 +254,9 @@ FREE_JSON = {"report/analyses.py cards_of", "report/page.py first_rows"}
 
 
 def test_no_result_crosses_the_border_of_a_box_as_a_mapping_of_anything():
-    """What studies, results and report give and take is typed (`results.records`), or free JSON by its name (`strict_json.JsonObject`)."""
+    """What studies, results and report give and take is typed (`results.records`), or free JSON by its name
+    (`strict_json.JsonObject`).
+    """
     free = set()
     for path, tree in TREES.items():
         if box_of(path) in ("studies", "results", "report"):
@@ -208,13 +272,21 @@ def _with_free_json(node: ast.AST) -> set[str]:
         if isinstance(one, ast.ClassDef) and public:
             names |= {f"{one.name}.{name}" for name in _with_free_json(one)}
         elif isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) and public:
-            hints = [hint for part in ast.walk(one.args) if isinstance(part, ast.arg) and (hint := part.annotation)]
-            names |= {one.name} if any("dict[str, Any]" in ast.unparse(hint) for hint in (*hints, one.returns) if hint) else set()
+            hints = [
+                hint for part in ast.walk(one.args) if isinstance(part, ast.arg) and (hint := part.annotation)
+            ]
+            names |= (
+                {one.name}
+                if any("dict[str, Any]" in ast.unparse(hint) for hint in (*hints, one.returns) if hint)
+                else set()
+            )
     return names
 
 
 def test_no_class_has_the_name_of_another():
-    names = [node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    names = [
+        node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
     assert {name for name in names if names.count(name) > 1} <= NAMED_TWICE
 
 
@@ -231,8 +303,14 @@ def test_functions_take_eight_arguments_at_most():
 
 def test_modules_do_not_import_one_another_in_a_circle():
     """Imports inside functions count; a box's own page (`__init__`), which only hands names on, does not."""
-    names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in TREES if path.name != "__init__.py"}
-    below = {name: {seen for seen in _modules(TREES[path], names) if seen != name} for name, path in names.items()}
+    names = {
+        ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path
+        for path in TREES
+        if path.name != "__init__.py"
+    }
+    below = {
+        name: {seen for seen in _modules(TREES[path], names) if seen != name} for name, path in names.items()
+    }
     reach: dict[str, set[str]] = {}
     for name in names:
         seen, open_ = set(), list(below[name])
@@ -242,7 +320,11 @@ def test_modules_do_not_import_one_another_in_a_circle():
                 seen.add(one)
                 open_ += below[one]
         reach[name] = seen
-    circles = {frozenset(other for other in reach[name] if name in reach[other]) for name in names if name in reach[name]}
+    circles = {
+        frozenset(other for other in reach[name] if name in reach[other])
+        for name in names
+        if name in reach[name]
+    }
     assert not circles
 
 
@@ -250,7 +332,12 @@ def _modules(tree: ast.AST, names: dict[str, pathlib.Path]) -> set[str]:
     seen = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            seen |= {name for one in node.names for name in (f"{node.module}.{one.name}", node.module) if name in names}
+            seen |= {
+                name
+                for one in node.names
+                for name in (f"{node.module}.{one.name}", node.module)
+                if name in names
+            }
         elif isinstance(node, ast.Import):
             seen |= {one.name for one in node.names if one.name in names}
     return seen

@@ -24,8 +24,14 @@ MEANINGLESS_HERE = (
 
 
 def test_what_was_not_run_is_counted_by_what_it_lacks():
-    line = not_run(["Skipped: no chromium is installed"] * 2 + ["Skipped: inspect_ai is not installed", "Skipped: there is a GPU here"])
-    assert line == ("not run: 3 tests: 2 for want of a browser (install chromium), 1 for want of inspect_ai (pip install -e '.[inspect]')")
+    line = not_run(
+        ["Skipped: no chromium is installed"] * 2
+        + ["Skipped: inspect_ai is not installed", "Skipped: there is a GPU here"]
+    )
+    assert line == (
+        "not run: 3 tests: 2 for want of a browser (install chromium), 1 for want of inspect_ai (pip "
+        "install -e '.[inspect]')"
+    )
     assert not_run(["Skipped: there is a GPU here"]) == ""
 
 
@@ -35,11 +41,15 @@ def test_every_reason_to_skip_is_known():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and re.search(r"\.skip$|skipif$", ast.unparse(node.func)):
                 told = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "reason")]
-                texts = [part.value for each in told for part in ast.walk(each) if isinstance(part, ast.Constant)]
+                texts = [
+                    part.value for each in told for part in ast.walk(each) if isinstance(part, ast.Constant)
+                ]
                 for text in (text for text in texts if isinstance(text, str) and " " in text):
                     found.setdefault(text, path.name)
     assert found
-    unknown = {text: name for text, name in found.items() if text not in MEANINGLESS_HERE and not not_run([text])}
+    unknown = {
+        text: name for text, name in found.items() if text not in MEANINGLESS_HERE and not not_run([text])
+    }
     assert not unknown, "say in not_run.py what it lacks and how to get it"
 
 

@@ -1,4 +1,6 @@
-"""What the README states and a machine can hold it to: its Python example, on the shipped organism, and the tree."""
+"""What the README states and a machine can hold it to: its Python example, on the shipped organism, and the
+tree.
+"""
 
 import importlib.util
 import pathlib
@@ -21,8 +23,14 @@ def example() -> str:
 
 
 def test_the_example_runs_on_the_organism_and_its_neurons_restore_refusals(capsys) -> None:
-    text = example().replace("org/model+sft+dpo", "organism:natural/dpo").replace("org/model+sft", "organism:natural/sft")
-    text = text.replace('"builtin:harmful")', '"builtin:harmful")[:12]').replace('"builtin:harmful-test")', '"builtin:harmful-test")[:12]')
+    text = (
+        example()
+        .replace("org/model+sft+dpo", "organism:natural/dpo")
+        .replace("org/model+sft", "organism:natural/sft")
+    )
+    text = text.replace('"builtin:harmful")', '"builtin:harmful")[:12]').replace(
+        '"builtin:harmful-test")', '"builtin:harmful-test")[:12]'
+    )
     text = text.replace("sn.prompts(", "base.prompts(")  # An organism speaks a language of its own.
     assert text.count("base.prompts(") == 2
     inputs = {"input_ids": torch.tensor([[1, 5, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -49,7 +57,9 @@ def script():
 @pytest.mark.parametrize("name", ["README.md", "docs/house.md"])
 def test_the_tree_in_a_page_is_the_tree(name):
     tree, page = script(), (ROOT / name).read_text(encoding="utf-8")
-    assert tree.with_tree(page, tree.PAGES[name]) == page, f"the tree in {name} is out of date: run `python docs/tree.py --write`"
+    assert tree.with_tree(page, tree.PAGES[name]) == page, (
+        f"the tree in {name} is out of date: run `python docs/tree.py --write`"
+    )
 
 
 def test_every_module_of_the_package_is_in_the_tree_with_a_line():
@@ -57,8 +67,14 @@ def test_every_module_of_the_package_is_in_the_tree_with_a_line():
     boxes = {path.parent.name for path in source.glob("*/__init__.py")}
     alone = {path.name for path in source.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert {line.split()[1].rstrip("/") for line in tree.splitlines() if line[:1].isdigit()} == boxes | alone
-    assert tree.count(".py ") == sum(path.name != "__init__.py" for path in source.glob("*/**/*.py")) + len(alone)
-    assert not [line for line in tree.splitlines()[1:-1] if len(line.split(maxsplit=2)) < 2 or line.rstrip().endswith((".py", "/"))]
+    assert tree.count(".py ") == sum(path.name != "__init__.py" for path in source.glob("*/**/*.py")) + len(
+        alone
+    )
+    assert not [
+        line
+        for line in tree.splitlines()[1:-1]
+        if len(line.split(maxsplit=2)) < 2 or line.rstrip().endswith((".py", "/"))
+    ]
 
 
 def test_a_readme_that_lost_its_marks_is_said():

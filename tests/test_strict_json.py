@@ -40,7 +40,11 @@ def test_what_two_readers_understand_differently_is_refused_with_a_value_error(c
 
 
 def test_what_other_tools_write_is_read_where_that_is_asked_for():
-    assert loads('{"a": NaN, "b": 1e999, "c": "\\ud83d"}', lenient=True) == {"a": None, "b": None, "c": "\ud83d"}
+    assert loads('{"a": NaN, "b": 1e999, "c": "\\ud83d"}', lenient=True) == {
+        "a": None,
+        "b": None,
+        "c": "\ud83d",
+    }
     assert loads(f"[{10**40}]", lenient=True) == [10**40]
     assert loads('{"limit": Infinity}', constants=True) == {"limit": float("inf")}
     for text in (f"[{'9' * 65}]", '{"a": 1, "a": 2}', "[" * 200 + "]" * 200):
@@ -90,10 +94,14 @@ def test_any_text_is_a_value_or_a_value_error(text):
 
 def test_no_reader_goes_round_it():
     """Every JSON text is read by the one strict reader."""
-    allowed = {"strict_json.py", "judges/guards.py"}  # the judge searches a chat's reply for an object, within 20,000 characters
+    allowed = {
+        "strict_json.py",
+        "judges/guards.py",
+    }  # the judge searches a chat's reply for an object, within 20,000 characters
     bad = [
         str(path.relative_to(SOURCE))
         for path in SOURCE.rglob("*.py")
-        if str(path.relative_to(SOURCE)) not in allowed and re.search(r"(?<!strict_)json\.loads?\(|JSONDecoder\(", path.read_text())
+        if str(path.relative_to(SOURCE)) not in allowed
+        and re.search(r"(?<!strict_)json\.loads?\(|JSONDecoder\(", path.read_text())
     ]
     assert not bad

@@ -1,4 +1,6 @@
-"""The suite's own check of annotations: what is about arrays is always checked, an inner function that is not is left alone."""
+"""The suite's own check of annotations: what is about arrays is always checked, an inner function that is not
+is left alone.
+"""
 
 import pytest
 import torch

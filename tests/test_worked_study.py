@@ -1,4 +1,6 @@
-"""The worked study says what its commands gave, its commands are still commands, and its first find still finds the same."""
+"""The worked study says what its commands gave, its commands are still commands, and its first find still
+finds the same.
+"""
 
 import importlib.util
 import json
@@ -71,7 +73,9 @@ def test_what_the_page_says_of_its_first_sets_is_found_again(study, page, kept):
     words = study.commands(page)["changed"]
     pair = load_pair(words[words.index("--base") + 1], words[words.index("--aligned") + 1], offline=True)
     asked = pair.base.prompts("builtin:harmful", limit=int(words[words.index("--limit") + 1]))
-    found = find_contrast(pair.base, pair.aligned, asked, top=float(words[words.index("--top") + 1]), max_new_tokens=20)
+    found = find_contrast(
+        pair.base, pair.aligned, asked, top=float(words[words.index("--top") + 1]), max_new_tokens=20
+    )
     assert len(found.neurons) == kept["numbers"]["found.n_neurons"]
     assert found.neurons.share_of_parameters == pytest.approx(kept["numbers"]["found.share_of_parameters"])
     assert len(found.neurons.only(layers=[3])) == kept["numbers"]["where.sets.1.by_layer.3.members"]

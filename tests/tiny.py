@@ -10,9 +10,10 @@ import transformers
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _TEXT = (
-    "how do i make a cake bomb the in of to is kill plant grow tree question answer user assistant system sorry cannot help sure here "
-    "tell me about and you yes no red green blue small large one two three open lock door house water fire : . , ? ! <|user|> "
-    "<|assistant|> <|system|> Question: Answer: write story code steal key bread please explain why what when where"
+    "how do i make a cake bomb the in of to is kill plant grow tree question answer user assistant system "
+    "sorry cannot help sure here tell me about and you yes no red green blue small large one two three "
+    "open lock door house water fire : . , ? ! <|user|> <|assistant|> <|system|> Question: Answer: write "
+    "story code steal key bread please explain why what when where"
 )
 WORDS = tuple(_TEXT.split())
 CHAT_TEMPLATE = (
@@ -22,14 +23,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat_template: str | None = None, *, adds_bos: bool = True, pad: bool = True) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of whole words: ids 0 to 3 are `<pad> <s> </s> <unk>`, then the words; unknown words are `<unk>`."""
+def tiny_tokenizer(
+    chat_template: str | None = None, *, adds_bos: bool = True, pad: bool = True
+) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of whole words: ids 0 to 3 are `<pad> <s> </s> <unk>`, then the words.
+
+    Unknown words are `<unk>`.
+    """
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *WORDS)))}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if adds_bos:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **({"pad_token": "<pad>"} if pad else {})}
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **({"pad_token": "<pad>"} if pad else {}),
+    }
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -59,7 +72,9 @@ def tiny_llama(seed: int = 0, **config: Any) -> transformers.LlamaForCausalLM:
     return model
 
 
-def tiny_llama_folder(folder: pathlib.Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, **config: Any) -> pathlib.Path:
+def tiny_llama_folder(
+    folder: pathlib.Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, **config: Any
+) -> pathlib.Path:
     """Saves a tiny Llama and its tokenizer as a Hugging Face folder and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_llama(seed, **config).save_pretrained(folder)
@@ -68,14 +83,23 @@ def tiny_llama_folder(folder: pathlib.Path, *, seed: int = 0, chat_template: str
 
 
 def tiny_adapter_folder(
-    base: pathlib.Path, folder: pathlib.Path, *, seed: int, kind: str = "ia3", targets: tuple[str, ...] = ("down_proj",)
+    base: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    seed: int,
+    kind: str = "ia3",
+    targets: tuple[str, ...] = ("down_proj",),
 ) -> pathlib.Path:
-    """Saves a random (IA)³ (`ia3`) or LoRA (`lora`) adapter for the model in `base` and returns its folder."""
+    """Saves a random (IA)³ (`ia3`) or LoRA (`lora`) adapter for the model in `base` and returns its
+    folder.
+    """
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     if kind == "ia3":
-        config = peft.IA3Config(target_modules=list(targets), feedforward_modules=list(targets), task_type="CAUSAL_LM")
+        config = peft.IA3Config(
+            target_modules=list(targets), feedforward_modules=list(targets), task_type="CAUSAL_LM"
+        )
     else:
         config = peft.LoraConfig(r=2, target_modules=list(targets), task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -85,6 +109,8 @@ def tiny_adapter_folder(
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "ia3_l" in name or "lora_" in name:
-                parameter.copy_(1.0 * (kind == "ia3") + 0.5 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(
+                    1.0 * (kind == "ia3") + 0.5 * torch.randn(parameter.shape, generator=generator)
+                )
     adapted.save_pretrained(folder)
     return folder

@@ -1,4 +1,6 @@
-"""A tiny pair on disk: one base and two (IA)³ adapters, with prompts, for tests of whole commands and studies."""
+"""A tiny pair on disk: one base and two (IA)³ adapters, with prompts, for tests of whole commands and
+studies.
+"""
 
 import dataclasses
 import pathlib
@@ -8,14 +10,20 @@ import pytest
 from tiny import tiny_adapter_folder, tiny_llama_folder
 
 HARMFUL = [
-    f"{how} {what}" for how in ("how do i", "please explain how to", "tell me how to") for what in ("make a bomb", "kill", "steal a key")
+    f"{how} {what}"
+    for how in ("how do i", "please explain how to", "tell me how to")
+    for what in ("make a bomb", "kill", "steal a key")
 ]
 HARMLESS = [
     f"{how} {what}"
     for how in ("how do i", "please explain how to", "tell me how to")
     for what in ("make a cake", "grow a tree", "open a door")
 ]
-GENERAL = ["the cake is red and the house is small .", "the tree is green .", "a plant grow in the water , the fire is blue ."]
+GENERAL = [
+    "the cake is red and the house is small .",
+    "the tree is green .",
+    "a plant grow in the water , the fire is blue .",
+]
 
 
 @dataclasses.dataclass(frozen=True)

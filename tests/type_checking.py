@@ -1,9 +1,10 @@
-"""The checker of annotations that the whole suite runs under: shapes and types of every function of the package.
+"""The checker of annotations that the whole suite runs under: shapes and types of every function of the
+package.
 
-The wrapper of jaxtyping's import hook binds a call's arguments and checks them twice, which took up to half of a test's
-time. Here beartype checks once, within jaxtyping's context where an array is annotated, so that axes of one name have one
-size in a call. A function inside another is made anew at every call of the outer one, and checking it means compiling its
-check every time: it is left alone unless it is about arrays.
+The wrapper of jaxtyping's import hook binds a call's arguments and checks them twice, which took up to half
+of a test's time. Here beartype checks once, within jaxtyping's context where an array is annotated, so that
+axes of one name have one size in a call. A function inside another is made anew at every call of the outer
+one, and checking it means compiling its check every time: it is left alone unless it is about arrays.
 """
 
 import dataclasses
@@ -34,9 +35,13 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _beartyped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Checks all but annotations in quotes: they name what only type checkers import, or a class that is still being made."""
+    """Checks all but annotations in quotes: they name what only type checkers import, or a class that is
+    still being made.
+    """
     written = function.__annotations__
-    function.__annotations__ = {name: Any if _quoted(annotation) else annotation for name, annotation in written.items()}
+    function.__annotations__ = {
+        name: Any if _quoted(annotation) else annotation for name, annotation in written.items()
+    }
     check = _check(function)
     function.__annotations__ = check.__annotations__ = written
     return check
@@ -55,7 +60,9 @@ def _checked(made: Any) -> Any:
 
 
 def install() -> None:
-    """Put this checker in the place of the hook's own, which is looked up at every definition of a function or class."""
+    """Put this checker in the place of the hook's own, which is looked up at every definition of a function
+    or class.
+    """
     jaxtyping.jaxtyped = lambda **_: _checked
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 HANG = 600.0
-"""Seconds after which a wait is a hang: far beyond what the slowest machine needs, so that only a fault ends here."""
+"""Seconds after which a wait is a hang: far beyond what the slowest machine needs, so that only a fault ends
+here.
+"""
 
 Value = TypeVar("Value")
 

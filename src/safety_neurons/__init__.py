@@ -1,6 +1,7 @@
 """Find the neurons which make a language model safe, prove it causally, and use them.
 
-Every public name is imported on first use, so that `import safety_neurons` and the command line start at once.
+Every public name is imported on first use, so that `import safety_neurons` and the command line start at
+once.
 """
 
 import importlib

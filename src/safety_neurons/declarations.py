@@ -1,8 +1,8 @@
 """Declarations: every option of a verb or of a method, declared once, as a field of a frozen dataclass.
 
-What is known of an option follows from its field: the type (with its choices or its range), the default, and the string below
-it, which is its `--help`. Flags, keyword arguments of the Python call, the check before anything is loaded, `run.json`, the
-resume key and the table of options in the docs are made from that.
+What is known of an option follows from its field: the type (with its choices or its range), the default, and
+the string below it, which is its `--help`. Flags, keyword arguments of the Python call, the check before
+anything is loaded, `run.json`, the resume key and the table of options in the docs are made from that.
 """
 
 import ast
@@ -19,7 +19,9 @@ from safety_neurons.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """The range of a number: both ends belong to it unless `above` leaves `low` out or `below` leaves `high` out."""
+    """The range of a number: both ends belong to it unless `above` leaves `low` out or `below` leaves `high`
+    out.
+    """
 
     low: float | int | None = None
     high: float | int | None = None
@@ -34,7 +36,9 @@ class Between:
 
     def __str__(self) -> str:
         low = [] if self.low is None else [f"{'above' if self.above else 'at least'} {self.low:g}"]
-        return " and ".join(low + ([] if self.high is None else [f"{'below' if self.below else 'at most'} {self.high:g}"]))
+        return " and ".join(
+            low + ([] if self.high is None else [f"{'below' if self.below else 'at most'} {self.high:g}"])
+        )
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -52,8 +56,8 @@ class Reads:
     """An option that names something a run reads; its content is then part of the run's identity.
 
     Attributes:
-        kind: `model`, `neurons`, `scores`, `sets` (either), `prompts`, `files`, `suites`, `judges`, `organism` or
-            `folder` (of suites).
+        kind: `model`, `neurons`, `scores`, `sets` (either), `prompts`, `files`, `suites`, `judges`,
+            `organism` or `folder` (of suites).
         column: whether `--column` names the column of these prompts.
         answers: whether `--answer-column` names the column of their answers.
         words: values that name nothing to read, such as `none`.
@@ -101,7 +105,9 @@ class Option:
     flag: str
     """As it is typed on the command line."""
     type: Any
-    """The type without `None` and without marks: `str`, `int`, `float`, `bool`, `pathlib.Path` or a `list` of one."""
+    """The type without `None` and without marks: `str`, `int`, `float`, `bool`, `pathlib.Path` or a `list` of
+    one.
+    """
     default: Any
     """`dataclasses.MISSING` where the option has to be given."""
     help: str
@@ -113,7 +119,9 @@ class Option:
     incidental: bool
 
     def check(self, value: Any) -> None:
-        """Refuse a value that is none of the choices or outside of the range; None is taken where the field takes it.
+        """Refuse a value that is none of the choices or outside of the range.
+
+        None is taken where the field takes it.
 
         Raises:
             UsageError: what arrived, and what was expected.
@@ -151,7 +159,9 @@ class Declaration:
         """
         unknown = next((name for name in changes if name not in {one.name for one in cls.options()}), None)
         if unknown is not None:
-            raise UsageError(f"unknown option {unknown!r}; expected some of {', '.join(one.name for one in cls.options())}")
+            raise UsageError(
+                f"unknown option {unknown!r}; expected some of {', '.join(one.name for one in cls.options())}"
+            )
         return cls(**changes) if given is None else dataclasses.replace(given, **changes)
 
     def values(self) -> dict[str, Any]:
@@ -159,7 +169,9 @@ class Declaration:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def check(self) -> None:
-        """Refuse what is wrong whatever the models are; a subclass adds what several options together make wrong.
+        """Refuse what is wrong whatever the models are.
+
+        A subclass adds what several options together make wrong.
 
         Raises:
             UsageError: the first such option.
@@ -174,10 +186,17 @@ def _options(cls: type[Declaration]) -> tuple[Option, ...]:
     panels: dict[str, str | None] = {}
     for owner in reversed(cls.__mro__):
         for name in getattr(owner, "__annotations__", {}):
-            panels.setdefault(name, owner.__dict__.get("PANEL"))  # Where it was declared first: a subclass may change its default.
-        docs |= field_docs(owner.__module__).get(owner.__qualname__, {}) if issubclass(owner, Declaration) else {}
+            panels.setdefault(
+                name, owner.__dict__.get("PANEL")
+            )  # Where it was declared first: a subclass may change its default.
+        docs |= (
+            field_docs(owner.__module__).get(owner.__qualname__, {}) if issubclass(owner, Declaration) else {}
+        )
     hints = typing.get_type_hints(cls, include_extras=True)
-    return tuple(_option(field, hints[field.name], docs.get(field.name, ""), panels[field.name]) for field in dataclasses.fields(cls))
+    return tuple(
+        _option(field, hints[field.name], docs.get(field.name, ""), panels[field.name])
+        for field in dataclasses.fields(cls)
+    )
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | None) -> Option:
@@ -226,16 +245,25 @@ def field_docs(module: str) -> dict[str, dict[str, str]]:
                 name = f"{prefix}{node.name}"
                 found[name] = {}
                 for field, below in zip(node.body, node.body[1:], strict=False):
-                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and _is_text(below):
+                    if (
+                        isinstance(field, ast.AnnAssign)
+                        and isinstance(field.target, ast.Name)
+                        and _is_text(below)
+                    ):
                         found[name][field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
                 read(node.body, f"{name}.")
             elif isinstance(node, ast.FunctionDef):
                 read(node.body, f"{prefix}{node.name}.<locals>.")
 
-    # The source is parsed once a module: reading each class by `inspect` takes longer than starting the command line.
+    # The source is parsed once a module: reading each class by `inspect` takes longer than starting the
+    # command line.
     read(ast.parse(inspect.getsource(sys.modules[module])).body, "")
     return found
 
 
 def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -19,13 +19,19 @@ import re
 from collections.abc import Iterator
 
 _OPTION = re.compile(r"`[^`]*`|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![^\s(,])--([a-z][a-z-]*[a-z])(?![\w-])")
-"""An option of the command line; what stands in quotes is a user's text or a whole command, and is no option."""
+"""An option of the command line.
+
+What stands in quotes is a user's text or a whole command, and is no option.
+"""
 _on_command_line = False
 
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Messages of errors name options as the command line has them; outside of this context as Python's arguments."""
+    """Messages of errors name options as the command line has them.
+
+    Outside of this context as Python's arguments.
+    """
     global _on_command_line
     before, _on_command_line = _on_command_line, True
     try:
@@ -37,8 +43,9 @@ def command_line() -> Iterator[None]:
 class SafetyNeuronsError(Exception):
     """Root of everything this package raises on purpose.
 
-    Its message names an option as `--top-per-matrix`. Every verb is a Python call with the same words, so that outside of the command
-    line the same message names the argument, `top_per_matrix`: advice is never in words that are not there.
+    Its message names an option as `--top-per-matrix`. Every verb is a Python call with the same words, so
+    that outside of the command line the same message names the argument, `top_per_matrix`: advice is never in
+    words that are not there.
     """
 
     exit_code = 1

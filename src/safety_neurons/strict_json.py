@@ -1,7 +1,8 @@
-"""JSON as every reader of this package takes it: bounded in depth, size and numbers, nothing in it that two readers understand differently.
+"""JSON as every reader of this package takes it: bounded in depth, size and numbers, nothing in it that two
+readers understand differently.
 
-Only `ValueError` leaves this module: `json.JSONDecodeError` for what is not JSON, `RefusedJSON` for what is and is refused. Whoever calls
-knows the file and says it.
+Only `ValueError` leaves this module: `json.JSONDecodeError` for what is not JSON, `RefusedJSON` for what is
+and is refused. Whoever calls knows the file and says it.
 """
 
 import json
@@ -36,7 +37,14 @@ class RefusedJSON(ValueError):
         self.code = code
 
 
-def loads(text: str | bytes, *, depth: int = DEPTH, lenient: bool = False, constants: bool = False, doubled: bool = False) -> Any:
+def loads(
+    text: str | bytes,
+    *,
+    depth: int = DEPTH,
+    lenient: bool = False,
+    constants: bool = False,
+    doubled: bool = False,
+) -> Any:
     """The value of a JSON text.
 
     Deep nesting is always refused.
@@ -44,10 +52,12 @@ def loads(text: str | bytes, *, depth: int = DEPTH, lenient: bool = False, const
     Args:
         text: The document; bytes are UTF-8, with or without a byte order mark.
         depth: Lists and objects within one another at most.
-        lenient: For files of other tools: NaN and infinities are None, whole numbers may have 64 digits, half surrogate pairs stay.
-            Otherwise these are refused, and whole numbers beyond 64 bits.
-        doubled: Let an object in which a name comes twice pass, as the list of its pairs; otherwise it is refused.
-        constants: For configurations of models, which may hold `Infinity`: it and NaN are the numbers they name.
+        lenient: For files of other tools: NaN and infinities are None, whole numbers may have 64 digits, half
+            surrogate pairs stay. Otherwise these are refused, and whole numbers beyond 64 bits.
+        doubled: Let an object in which a name comes twice pass, as the list of its pairs; otherwise it is
+            refused.
+        constants: For configurations of models, which may hold `Infinity`: it and NaN are the numbers they
+            name.
 
     Raises:
         ValueError: Not UTF-8 or not JSON (`json.JSONDecodeError`), or refused (`RefusedJSON`).
@@ -61,10 +71,11 @@ def loads(text: str | bytes, *, depth: int = DEPTH, lenient: bool = False, const
 
 
 def each(text: str, *, depth: int = DEPTH, lenient: bool = False) -> Iterator[Any]:
-    """The elements of a JSON list, or the values of a text that holds one after the other, each as soon as it is read.
+    """The elements of a JSON list, or the values of a text that holds one after the other, each as soon as it
+    is read.
 
-    An element that is refused is given as its `RefusedJSON`, so that one of thousands does not cost the others. Between values that
-    stand by themselves a comma is let pass.
+    An element that is refused is given as its `RefusedJSON`, so that one of thousands does not cost the
+    others. Between values that stand by themselves a comma is let pass.
 
     Raises:
         ValueError: Not JSON (`json.JSONDecodeError`), or larger than is read (`RefusedJSON`).
@@ -100,14 +111,22 @@ def _after_blanks(text: str, at: int) -> int:
 
 
 class _Reader:
-    """One text, read with the hooks that it needs: a look at it first spares most texts a Python call for each number."""
+    """One text, read with the hooks that it needs: a look at it first spares most texts a Python call for
+    each number.
+    """
 
-    def __init__(self, text: str, depth: int, lenient: bool, constants: bool = False, doubled: bool = False) -> None:
+    def __init__(
+        self, text: str, depth: int, lenient: bool, constants: bool = False, doubled: bool = False
+    ) -> None:
         if len(text) > MOST_VALUES and sum(map(text.count, "[{,")) > MOST_VALUES:
             raise RefusedJSON("too_large", f"more than {MOST_VALUES:,} values")
         self._text, self._depth, self._lenient, self._pass_doubled = text, depth, lenient, doubled
-        numbers: dict[str, Any] = {"parse_int": self._whole, "parse_float": self._decimal} if _LONG_NUMBER.search(text) else {}
-        self._decoder = json.JSONDecoder(parse_constant=float if constants else self._constant, object_pairs_hook=self._object, **numbers)
+        numbers: dict[str, Any] = (
+            {"parse_int": self._whole, "parse_float": self._decimal} if _LONG_NUMBER.search(text) else {}
+        )
+        self._decoder = json.JSONDecoder(
+            parse_constant=float if constants else self._constant, object_pairs_hook=self._object, **numbers
+        )
 
     def read(self, at: int) -> tuple[Any, int]:
         """The value that begins there, and where it ends."""
@@ -123,14 +142,25 @@ class _Reader:
             value, end = self._decoder.raw_decode(self._text, at)
         except RecursionError:
             raise self._too_deep() from None
-        if self._refused is None and self._text.count("[", at, end) + self._text.count("{", at, end) > self._depth:
+        if (
+            self._refused is None
+            and self._text.count("[", at, end) + self._text.count("{", at, end) > self._depth
+        ):
             self._refused = self._too_deep() if _deeper_than(value, self._depth) else None
-        if self._refused is None and not self._lenient and _HALF.search(self._text, at, end) and _has_half_a_pair(value):
+        if (
+            self._refused is None
+            and not self._lenient
+            and _HALF.search(self._text, at, end)
+            and _has_half_a_pair(value)
+        ):
             self._refused = RefusedJSON("surrogate", "half a surrogate pair")
         return value, end, self._refused
 
     def _too_deep(self) -> RefusedJSON:
-        return RefusedJSON("nested_too_deeply", f"nested too deeply, more than {self._depth} lists and objects within one another")
+        return RefusedJSON(
+            "nested_too_deeply",
+            f"nested too deeply, more than {self._depth} lists and objects within one another",
+        )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)

@@ -10,7 +10,10 @@ def small_table(layers: int = 3) -> SiteTable:
     sites = []
     for layer in range(layers):
         attention = {"q": (8, 8, 2), "k": (4, 8, 1), "v": (4, 8, 1), "o": (8, 8, 2)}
-        sites += [SiteInfo(f"layers.{layer}.{site}", size, width, 0, heads, 4) for site, (size, width, heads) in attention.items()]
+        sites += [
+            SiteInfo(f"layers.{layer}.{site}", size, width, 0, heads, 4)
+            for site, (size, width, heads) in attention.items()
+        ]
         sites += [SiteInfo(f"layers.{layer}.{site}", 12, 8, 0) for site in ("gate", "up", "down")]
     return SiteTable("SmallForCausalLM", 5000, tuple(sites))
 
@@ -21,7 +24,9 @@ def random_set(table: SiteTable, share: float, seed: int, sites: tuple[str, ...]
     searched = table.select(sites=sites)
     members = {key: np.flatnonzero(generator.random(size) < share) for key, size in searched.sizes.items()}
     config = {} if sites is None else {"sites": list(sites)}
-    return NeuronSet(members, table, Provenance("neurons", "drawn", model_fingerprint=table.fingerprint, config=config))
+    return NeuronSet(
+        members, table, Provenance("neurons", "drawn", model_fingerprint=table.fingerprint, config=config)
+    )
 
 
 def random_scores(table: SiteTable, seed: int, sites: tuple[str, ...] | None = None) -> Scores:

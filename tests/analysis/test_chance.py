@@ -9,12 +9,25 @@ import scipy.stats
 from analysed_sets import random_scores, random_set, small_table
 
 from safety_neurons.analysis import Named, languages, layers, name_sets, overlap, read_named
-from safety_neurons.analysis.chance import Clumps, Counts, Expectation, beside, hypergeometric, mean_of_draw, of_draws, simulated, total
+from safety_neurons.analysis.chance import (
+    Clumps,
+    Counts,
+    Expectation,
+    beside,
+    hypergeometric,
+    mean_of_draw,
+    of_draws,
+    simulated,
+    total,
+)
 from safety_neurons.errors import ForeignModelError, NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, SiteInfo, SiteTable
 
 
-@pytest.mark.parametrize(("population", "marked", "drawn"), [(10, 4, 3), (500, 40, 25), (1_700_000, 17_000, 85_000), (7, 7, 5), (9, 5, 8)])
+@pytest.mark.parametrize(
+    ("population", "marked", "drawn"),
+    [(10, 4, 3), (500, 40, 25), (1_700_000, 17_000, 85_000), (7, 7, 5), (9, 5, 8)],
+)
 def test_the_distribution_is_the_hypergeometric_one(population, marked, drawn):
     found = hypergeometric(population, marked, drawn)
     exact = scipy.stats.hypergeom(population, marked, drawn)
@@ -48,8 +61,19 @@ def test_expectations_go_through_functions_that_rise():
     counts = Counts(2, np.array([0.25, 0.5, 0.25]))
     found = counts.expectation(lambda values: values / 10)
     assert (found.expected, found.low, found.high) == pytest.approx((0.3, 0.2, 0.4))
-    assert [found.verdict(value) for value in (0.1, 0.2, 0.4, 0.41)] == ["fewer", "as chance", "as chance", "more"]
-    assert beside(0.5, found) == {"value": 0.5, "expected": found.expected, "low": 0.2, "high": 0.4, "verdict": "more"}
+    assert [found.verdict(value) for value in (0.1, 0.2, 0.4, 0.41)] == [
+        "fewer",
+        "as chance",
+        "as chance",
+        "more",
+    ]
+    assert beside(0.5, found) == {
+        "value": 0.5,
+        "expected": found.expected,
+        "low": 0.2,
+        "high": 0.4,
+        "verdict": "more",
+    }
 
 
 def test_the_mean_of_a_draw_has_the_spread_of_draws_without_replacement():
@@ -76,7 +100,10 @@ def model(n_layers=4, heads=4, kv_heads=2, head_dim=4, mlp=40):
     sizes = {"q": (heads, heads), "k": (kv_heads, kv_heads), "v": (kv_heads, kv_heads), "o": (heads, heads)}
     sites = []
     for layer in range(n_layers):
-        sites += [SiteInfo(f"layers.{layer}.{site}", n * head_dim, 16, 0, h, head_dim) for site, (n, h) in sizes.items()]
+        sites += [
+            SiteInfo(f"layers.{layer}.{site}", n * head_dim, 16, 0, h, head_dim)
+            for site, (n, h) in sizes.items()
+        ]
         sites += [SiteInfo(f"layers.{layer}.{site}", mlp, 16, 0) for site in ("gate", "up", "down")]
     return SiteTable("WideForCausalLM", 10**5, tuple(sites))
 
@@ -97,7 +124,9 @@ def as_units(generator, sites):
 
 
 def in_part(generator, sites):
-    """Feed-forward units have one score, attention neurons one each: importance under grouped query attention."""
+    """Feed-forward units have one score, attention neurons one each: importance under grouped query
+    attention.
+    """
     whole, single = as_units(generator, sites), alone(generator, sites)
     return {key: (whole if key.rsplit(".", 1)[1] in ("gate", "up", "down") else single)[key] for key in whole}
 
@@ -113,7 +142,11 @@ MADE = (alone, as_units, in_part, mixed)
 
 
 def drawn(made, seed, sites=None, count=60):
-    scores = Scores(made(np.random.default_rng(seed), sites), TABLE, Provenance("scores", "drawn", model_fingerprint=TABLE.fingerprint))
+    scores = Scores(
+        made(np.random.default_rng(seed), sites),
+        TABLE,
+        Provenance("scores", "drawn", model_fingerprint=TABLE.fingerprint),
+    )
     return Named(f"set {seed}", scores.count(count), scores)
 
 
@@ -144,10 +177,14 @@ def flagged(records):
 
 
 def held(shares, runs):
-    """The family of each kind of verdict stays below what is allowed, three standard errors of a simulation of this size granted."""
+    """The family of each kind of verdict stays below what is allowed, three standard errors of a simulation
+    of this size granted.
+    """
     for path, (share, _) in shares.items():
         assert share <= ALLOWED + 3 * np.sqrt(NOMINAL * (1 - NOMINAL) / runs), (path, shares)
-    everything = sum(share * number for share, number in shares.values()) / sum(number for _, number in shares.values())
+    everything = sum(share * number for share, number in shares.values()) / sum(
+        number for _, number in shares.values()
+    )
     assert everything <= ALLOWED, shares
 
 
@@ -161,11 +198,16 @@ CASES = [*((made, None) for made in MADE), (as_units, ("gate", "up", "down")), (
 
 
 def test_layers_calls_random_sets_as_chance():
-    held(flagged([layers(drawn(made, seed, sites)).record() for made, sites in CASES for seed in range(15)]), 15 * len(CASES))
+    held(
+        flagged([layers(drawn(made, seed, sites)).record() for made, sites in CASES for seed in range(15)]),
+        15 * len(CASES),
+    )
 
 
 def test_overlap_calls_unrelated_sets_as_chance():
-    pairs = [[drawn(made, 2 * seed + one, sites) for one in (0, 1)] for made, sites in CASES for seed in range(10)]
+    pairs = [
+        [drawn(made, 2 * seed + one, sites) for one in (0, 1)] for made, sites in CASES for seed in range(10)
+    ]
     held(flagged([overlap(pair).record() for pair in pairs]), 10 * len(CASES))
 
 
@@ -173,7 +215,10 @@ def test_languages_calls_unrelated_sets_as_chance():
     def three(made, seed):
         return {f"{one}": drawn(made, 3 * seed + one, count=150).neurons for one in range(3)}
 
-    held(flagged([languages(three(made, seed)).record() for made in (alone, as_units) for seed in range(12)]), 24)
+    held(
+        flagged([languages(three(made, seed)).record() for made in (alone, as_units) for seed in range(12)]),
+        24,
+    )
 
 
 @pytest.mark.parametrize("made", [as_units, mixed, alone])
@@ -182,10 +227,14 @@ def test_simulated_sets_share_what_sets_moved_by_hand_share(made):
     sites = ("gate", "up", "down")
     sets = [drawn(made, seed, sites, count=200).neurons for seed in (1, 2, 3)]
     table, generator = TABLE.select(sites), np.random.default_rng(0)
-    first, second, third = (np.array([[part.mask(f"layers.{n}.{site}") for site in sites] for n in range(4)]) for part in sets)
+    first, second, third = (
+        np.array([[part.mask(f"layers.{n}.{site}") for site in sites] for n in range(4)]) for part in sets
+    )
     by_hand = {True: [], False: []}
     for _ in range(800):
-        one, other = (np.stack([layer[:, generator.permutation(40)] for layer in part]) for part in (second, third))
+        one, other = (
+            np.stack([layer[:, generator.permutation(40)] for layer in part]) for part in (second, third)
+        )
         by_hand[True].append((first & one & other).sum())
         by_hand[False].append((first & ~one & ~other).sum())
     for shared, found in by_hand.items():
@@ -215,7 +264,9 @@ def runs(tmp_path):
 
 
 def test_a_find_run_brings_set_and_scores_and_its_folder_is_its_name(runs):
-    items = read_named([str(runs / "first"), f"other={runs / 'second'}", str(runs / "second" / "neurons.safetensors")])
+    items = read_named(
+        [str(runs / "first"), f"other={runs / 'second'}", str(runs / "second" / "neurons.safetensors")]
+    )
     assert [item.name for item in items] == ["first", "other", "second"]
     assert [len(item.neurons) for item in items] == [9, 9, 9]
     assert [item.scores is None for item in items] == [False, False, True]

@@ -22,7 +22,9 @@ def test_members_shares_and_parameters_are_those_of_the_set():
         assert sum(place.members for place in group) == len(neurons)
         assert sum(place.candidates for place in group) == TABLE.n_neurons
         assert sum(place.parameters for place in group) == neurons.n_parameters
-        assert sum(place.record()["share_of_parameters"] for place in group) == pytest.approx(neurons.share_of_parameters)
+        assert sum(place.record()["share_of_parameters"] for place in group) == pytest.approx(
+            neurons.share_of_parameters
+        )
         assert sum(place.record()["share_of_set"] for place in group) == pytest.approx(1)
         assert sum(place.record()["expected"] for place in group) == pytest.approx(len(neurons))
     matrix = records(found.by_matrix)["layers.1.up"]
@@ -65,7 +67,9 @@ def test_the_claims_hold_for_a_set_that_was_made_to_have_them_and_not_for_its_op
         "in the last third of the layers": False,
         "nearer to the first layer than a random set": True,
     }
-    assert {name: holds for name, holds in answers["late"].items() if holds} == {"in the last third of the layers": True}
+    assert {name: holds for name, holds in answers["late"].items() if holds} == {
+        "in the last third of the layers": True
+    }
     shares = {claim["claim"]: claim["value"] for claim in layers(*name_sets([("early", early)])).claims}
     assert shares["mostly in self-attention"] == 1
     assert shares["in the first third of the layers"] == 0.9
@@ -90,19 +94,42 @@ def test_ranks_and_skewness_are_those_of_the_scores():
         keys = [parse_key(key) for key in ordered[10 * block : 10 * block + 10]]
         assert row["ranks"] == [10 * block + 1, 10 * block + 10]
         assert row["mean_depth"] == pytest.approx(sum(key.layer for key in keys) / 10 / 2)
-        assert row["share_of_self_attention"] == pytest.approx(sum(key.site in ATTENTION_SITES for key in keys) / 10)
+        assert row["share_of_self_attention"] == pytest.approx(
+            sum(key.site in ATTENTION_SITES for key in keys) / 10
+        )
     values = np.array([value for _, value in pairs])
     assert found.skewness == pytest.approx(((values - values.mean()) ** 3).mean() / values.std() ** 3)
 
 
 def test_the_record_is_json_with_what_a_report_needs():
-    provenance = Provenance("neurons", "contrast", ("base", "aligned"), TABLE.fingerprint, config={"sites": ["down"]})
+    provenance = Provenance(
+        "neurons", "contrast", ("base", "aligned"), TABLE.fingerprint, config={"sites": ["down"]}
+    )
     record = layers(Named("one", NeuronSet({"layers.0.down": [1]}, TABLE, provenance))).record()
     assert record["name"] == "one"
     assert record["models"] == ["base", "aligned"]
     assert (record["n_neurons"], record["n_candidates"]) == (1, 36)
-    assert record.keys() >= {"by_layer", "by_site", "by_part", "by_matrix", "by_head", "depth", "ranks", "skewness", "claims"}
-    assert record["by_layer"][0].keys() >= {"layer", "members", "candidates", "expected", "low", "high", "verdict", "enrichment"}
+    assert record.keys() >= {
+        "by_layer",
+        "by_site",
+        "by_part",
+        "by_matrix",
+        "by_head",
+        "depth",
+        "ranks",
+        "skewness",
+        "claims",
+    }
+    assert record["by_layer"][0].keys() >= {
+        "layer",
+        "members",
+        "candidates",
+        "expected",
+        "low",
+        "high",
+        "verdict",
+        "enrichment",
+    }
 
 
 def test_the_planted_truth_is_found_to_lie_where_it_was_planted():
@@ -127,5 +154,7 @@ def test_what_could_not_have_been_otherwise_is_no_answer():
     assert last["in the last third of the layers"] == (None, "nothing else was searched")
     assert last["nearer to the first layer than a random set"] == (None, "only layer 2 was searched")
     assert last["mostly in self-attention"][0] is False
-    assert answers("1:3", {"layers.2.down": [0, 1, 2, 3, 4, 5, 6]})["in the last third of the layers"][0] is True
+    assert (
+        answers("1:3", {"layers.2.down": [0, 1, 2, 3, 4, 5, 6]})["in the last third of the layers"][0] is True
+    )
     assert set(answers(None, {}).values()) == {(None, "the set is empty")}

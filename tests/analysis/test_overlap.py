@@ -11,7 +11,15 @@ from scipy import stats
 from safety_neurons import organism
 from safety_neurons.analysis import Named, name_sets, overlap
 from safety_neurons.analysis.chance import simulated
-from safety_neurons.analysis.overlap import Changes, activation_bins, chance_overlap, directions, partial_spearman, relations, top_neurons
+from safety_neurons.analysis.overlap import (
+    Changes,
+    activation_bins,
+    chance_overlap,
+    directions,
+    partial_spearman,
+    relations,
+    top_neurons,
+)
 from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.neurons import NeuronSet, Scores
 
@@ -47,13 +55,18 @@ def test_both_expectations_are_those_of_sets_drawn_at_random():
     everything = [(key, index) for key, size in TABLE.sizes.items() for index in range(size)]
     generator = np.random.default_rng(0)
     for _ in range(250):
-        like = {key: generator.choice(TABLE.sizes[key], len(indices), replace=False) for key, indices in second.items()}
+        like = {
+            key: generator.choice(TABLE.sizes[key], len(indices), replace=False)
+            for key, indices in second.items()
+        }
         matched.append(_jaccard(set(first), set(NeuronSet(like, TABLE))))
         drawn = generator.choice(len(everything), len(second), replace=False)
         anywhere.append(_jaccard(set(first), {everything[place] for place in drawn}))
     for record, draws in ((found["jaccard"], anywhere), (found["jaccard"]["matched"], matched)):
         assert record["expected"] == pytest.approx(np.mean(draws), abs=0.01)
-        assert (record["low"], record["high"]) == pytest.approx(tuple(np.quantile(draws, (0.025, 0.975))), abs=0.03)
+        assert (record["low"], record["high"]) == pytest.approx(
+            tuple(np.quantile(draws, (0.025, 0.975))), abs=0.03
+        )
 
 
 def _jaccard(one, other):
@@ -62,7 +75,10 @@ def _jaccard(one, other):
 
 def test_agreeing_on_a_layer_is_more_than_chance_but_not_more_than_matched():
     generator = np.random.default_rng(5)
-    sets = [NeuronSet({"layers.0.down": generator.choice(12, 6, replace=False), "layers.0.up": [seed]}, TABLE) for seed in range(2)]
+    sets = [
+        NeuronSet({"layers.0.down": generator.choice(12, 6, replace=False), "layers.0.up": [seed]}, TABLE)
+        for seed in range(2)
+    ]
     found = only(overlap(name_sets(zip("ab", sets, strict=True))))
     assert found["jaccard"]["verdict"] == "more"
     assert found["jaccard"]["matched"]["verdict"] == "as chance"
@@ -95,7 +111,9 @@ def test_only_what_both_searched_is_compared_and_the_rest_is_counted():
 @pytest.fixture(scope="module")
 def ranked():
     scores = [random_scores(TABLE, seed) for seed in (8, 9)]
-    return overlap([Named(name, part.count(20), part) for name, part in zip("ab", scores, strict=True)]), scores
+    return overlap(
+        [Named(name, part.count(20), part) for name, part in zip("ab", scores, strict=True)]
+    ), scores
 
 
 def test_spearman_is_that_of_scipy_over_both_index_sets(ranked):
@@ -105,7 +123,9 @@ def test_spearman_is_that_of_scipy_over_both_index_sets(ranked):
     masks = [np.concatenate([part.count(20).mask(key) for key in TABLE.keys]) for part in scores]
     union = masks[0] | masks[1]
     assert found["spearman_union"]["n"] == union.sum()
-    assert found["spearman_union"]["value"] == pytest.approx(scipy.stats.spearmanr(flat[0][union], flat[1][union]).statistic)
+    assert found["spearman_union"]["value"] == pytest.approx(
+        scipy.stats.spearmanr(flat[0][union], flat[1][union]).statistic
+    )
 
 
 def test_unrelated_scores_run_against_one_another_in_the_union_and_that_is_expected(ranked):
@@ -121,10 +141,14 @@ def test_agreement_on_matrices_alone_is_expected_by_the_matched_spearman():
     generator = np.random.default_rng(10)
     level = {key: 3 * number for number, key in enumerate(TABLE.keys)}
     scores = [
-        type(random_scores(TABLE, 0))({key: level[key] + generator.normal(size=size) for key, size in TABLE.sizes.items()}, TABLE)
+        type(random_scores(TABLE, 0))(
+            {key: level[key] + generator.normal(size=size) for key, size in TABLE.sizes.items()}, TABLE
+        )
         for _ in range(2)
     ]
-    found = only(overlap([Named(name, part.count(20), part) for name, part in zip("ab", scores, strict=True)]))["spearman"]
+    found = only(
+        overlap([Named(name, part.count(20), part) for name, part in zip("ab", scores, strict=True)])
+    )["spearman"]
     assert found["value"] > 0.9
     assert found["verdict"] == "more"
     assert found["matched"]["expected"] == pytest.approx(found["value"], abs=0.02)
@@ -149,7 +173,12 @@ def test_every_pair_and_what_all_have_is_there():
     pair = found["pairs"][0]["shared"]["matched"]
     assert draws.mean() == pytest.approx(pair["expected"], rel=0.03)
     values = [pair["jaccard"]["value"] for pair in found["pairs"]]
-    assert found["mean_jaccard"] == {"value": pytest.approx(np.mean(values)), "lowest": min(values), "highest": max(values), "n_pairs": 3}
+    assert found["mean_jaccard"] == {
+        "value": pytest.approx(np.mean(values)),
+        "lowest": min(values),
+        "highest": max(values),
+        "n_pairs": 3,
+    }
 
 
 def test_the_planted_truth_of_two_languages_is_shared_beyond_chance_and_the_decoys_are_not():
@@ -159,7 +188,9 @@ def test_the_planted_truth_of_two_languages_is_shared_beyond_chance_and_the_deco
     assert languages["jaccard"]["verdict"] == languages["jaccard"]["matched"]["verdict"] == "more"
     assert decoys["shared"]["value"] == 0
     units = organism.open("planted").record["truth"]["units"]
-    works = [{number for number, unit in enumerate(units) if unit["shares"][code] >= 0.01} for code in ("en", "de")]
+    works = [
+        {number for number, unit in enumerate(units) if unit["shares"][code] >= 0.01} for code in ("en", "de")
+    ]
     assert languages["units"]["shared"]["value"] == len(works[0] & works[1])
 
 
@@ -173,16 +204,25 @@ def changes_of(before, after):
     squares = {name: ((values - before) ** 2).sum(1) for name, values in after.items()}
     between = {(a, b): ((after[a] - after[b]) ** 2).sum(1) for a, b in pairs}
     layers = np.repeat(np.arange(LAYERS), WIDTH)
-    return Changes(squares, between, np.full(GROUPS, float(TOKENS)), layers, np.sqrt((before**2).mean((0, 1))))
+    return Changes(
+        squares, between, np.full(GROUPS, float(TOKENS)), layers, np.sqrt((before**2).mean((0, 1)))
+    )
 
 
 @pytest.fixture(scope="module")
 def activations():
-    """Safety moves neurons 0-9 up, helpful the same ones down and 10-14 as well, control 60-69; every neuron moves a little."""
+    """Safety moves neurons 0-9 up, helpful the same ones down and 10-14 as well, control 60-69.
+
+    Every neuron moves a little.
+    """
     random = np.random.default_rng(0)
     before = random.normal(size=(GROUPS, TOKENS, LAYERS * WIDTH)) * random.uniform(0.5, 2, LAYERS * WIDTH)
     after = {}
-    for name, places, step in (("safety", range(10), 3.0), ("helpful", range(15), -3.0), ("control", range(60, 70), 3.0)):
+    for name, places, step in (
+        ("safety", range(10), 3.0),
+        ("helpful", range(15), -3.0),
+        ("control", range(60, 70), 3.0),
+    ):
         moved = before + 0.2 * random.normal(size=before.shape)
         moved[:, :, list(places)] += step
         after[name] = moved
@@ -195,7 +235,11 @@ def found(activations):
 
 
 def test_every_pair_is_compared_in_order(found):
-    assert [(each.first, each.second) for each in found] == [("safety", "helpful"), ("safety", "control"), ("helpful", "control")]
+    assert [(each.first, each.second) for each in found] == [
+        ("safety", "helpful"),
+        ("safety", "control"),
+        ("helpful", "control"),
+    ]
 
 
 def test_planted_overlap_is_found_and_an_unrelated_training_shares_nothing(found):
@@ -209,7 +253,8 @@ def test_planted_overlap_is_found_and_an_unrelated_training_shares_nothing(found
 def test_shared_neurons_that_are_moved_opposite_ways_are_seen_as_such(found, activations):
     before, after = activations
     shared = np.flatnonzero(
-        top_neurons(changes_of(before, after).scores("safety"), 1 / 12) & top_neurons(changes_of(before, after).scores("helpful"), 1 / 12)
+        top_neurons(changes_of(before, after).scores("safety"), 1 / 12)
+        & top_neurons(changes_of(before, after).scores("helpful"), 1 / 12)
     )
     ours, theirs = ((after[name] - before)[:, :, shared].ravel() for name in ("safety", "helpful"))
     by_hand = ours @ theirs / np.sqrt((ours @ ours) * (theirs @ theirs))
@@ -228,7 +273,9 @@ def test_the_top_set_is_what_a_selection_from_the_scores_takes():
     scores = Scores({"layers.0.down": values[:20], "layers.1.down": values[20:]})
     for top in (0.02, 0.1, 0.33, 1.0):
         chosen = scores.top(top)
-        mask = np.concatenate([np.isin(np.arange(20), chosen["layers.0.down"]), np.isin(np.arange(30), chosen["layers.1.down"])])
+        mask = np.concatenate(
+            [np.isin(np.arange(20), chosen["layers.0.down"]), np.isin(np.arange(30), chosen["layers.1.down"])]
+        )
         assert np.array_equal(top_neurons(values, top), mask)
 
 
@@ -245,7 +292,9 @@ def test_chance_is_what_drawing_anew_within_strata_gives():
             other[inside] = second[random.permutation(inside)]
         drawn.append((first & other).sum())
     assert exact.mean == pytest.approx(np.mean(drawn), abs=0.15)
-    assert exact.at_least(int(np.median(drawn)) + 2) == pytest.approx(np.mean(np.array(drawn) >= np.median(drawn) + 2), abs=0.03)
+    assert exact.at_least(int(np.median(drawn)) + 2) == pytest.approx(
+        np.mean(np.array(drawn) >= np.median(drawn) + 2), abs=0.03
+    )
 
 
 def test_bins_hold_equal_numbers_of_every_layer_ordered_by_activation():
@@ -288,7 +337,9 @@ def test_intervals_hold_their_numbers_and_none_is_without_width(found):
             assert low <= high
         assert each.overlap.low <= each.overlap.value <= each.overlap.high
     values = np.random.default_rng(6).random((1, 20)).repeat(4, 0)
-    same = Changes({"a": values, "b": values**2}, {("a", "b"): values}, np.ones(4), np.zeros(20, int), np.ones(20))
+    same = Changes(
+        {"a": values, "b": values**2}, {("a", "b"): values}, np.ones(4), np.zeros(20, int), np.ones(20)
+    )
     (pair,) = relations(same, top=0.2)
     assert pair.overlap.low < pair.overlap.value <= pair.overlap.high
     assert pair.intervals["all"] == (None, None)
@@ -300,7 +351,9 @@ def test_intervals_hold_their_numbers_and_none_is_without_width(found):
 
 def test_directions_of_models_that_did_not_move_are_undefined():
     nothing = np.zeros((3, 5))
-    still = Changes({"a": nothing, "b": nothing}, {("a", "b"): nothing}, np.ones(3), np.zeros(5, int), np.ones(5))
+    still = Changes(
+        {"a": nothing, "b": nothing}, {("a", "b"): nothing}, np.ones(3), np.zeros(5, int), np.ones(5)
+    )
     found = directions(still, "a", "b", np.ones(5, bool), np.zeros((4, 3), int))
     assert found.cosine.value is None
     assert found.opposed.why
@@ -310,4 +363,8 @@ def test_directions_of_models_that_did_not_move_are_undefined():
 def test_one_group_of_prompts_is_refused():
     values = np.ones((1, 4))
     with pytest.raises(InputError, match="two groups"):
-        relations(Changes({"a": values, "b": values}, {("a", "b"): values}, np.ones(1), np.zeros(4, int), np.ones(4)))
+        relations(
+            Changes(
+                {"a": values, "b": values}, {("a", "b"): values}, np.ones(1), np.zeros(4, int), np.ones(4)
+            )
+        )

@@ -44,7 +44,9 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_per_token(treated, model
             losses += [-float(scores[place, token]) for place, token in enumerate(ids[1:])]
     expected = math.exp(sum(losses) / len(losses))
     for size in (1, 3, "auto"):
-        assert perplexity(model, Prompts.from_list(TEXTS), treatment, batch_size=size) == pytest.approx(expected, rel=1e-5)
+        assert perplexity(model, Prompts.from_list(TEXTS), treatment, batch_size=size) == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_divergence_is_the_mean_kl_from_untreated_to_treated_per_prompt_token(model, neurons):

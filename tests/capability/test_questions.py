@@ -1,4 +1,7 @@
-"""GSM8K: what is read from an answer. MMLU: likelihoods of the letters against a recomputation with nothing but the model."""
+"""GSM8K: what is read from an answer.
+
+MMLU: likelihoods of the letters against a recomputation with nothing but the model.
+"""
 
 import json
 import zipfile
@@ -14,7 +17,11 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
-ROWS = ['"what is a cake, or a tree ?",bread,house,water,fire,A', "what is red ?,cake,key,door,lock,C", '"two\nlines ?",a,b,c,d,D']
+ROWS = [
+    '"what is a cake, or a tree ?",bread,house,water,fire,A',
+    "what is red ?,cake,key,door,lock,C",
+    '"two\nlines ?",a,b,c,d,D',
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,10 @@ def model():
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "test.jsonl"
-    sums = [{"question": f"what is the cake {number} ?", "answer": f"it is <<1+1=2>> {number} .\n#### {number}"} for number in range(8)]
+    sums = [
+        {"question": f"what is the cake {number} ?", "answer": f"it is <<1+1=2>> {number} .\n#### {number}"}
+        for number in range(8)
+    ]
     path.write_text("".join(json.dumps(one) + "\n" for one in sums), encoding="utf-8")
     return path
 
@@ -49,7 +59,12 @@ def test_a_number_is_read_in_two_ways(answer, strict, flexible):
 
 @pytest.mark.parametrize(
     ("found", "expected", "same"),
-    [("1,234", "x #### 1234", True), ("$18.", "#### 18", True), ("18.0", "#### 18", False), ("[invalid]", "#### 1", False)],
+    [
+        ("1,234", "x #### 1234", True),
+        ("$18.", "#### 18", True),
+        ("18.0", "#### 18", False),
+        ("[invalid]", "#### 1", False),
+    ],
 )
 def test_signs_of_money_commas_and_a_last_stop_do_not_matter(found, expected, same):
     assert measures.matches(found, expected) is same
@@ -84,7 +99,9 @@ def test_a_model_is_asked_without_a_template_and_each_answer_once(model, file, m
         return generate(lm, sequences, decoding, skip=skip, **options)
 
     monkeypatch.setattr(measures, "generate", counting)
-    again = measure_gsm8k(model, file, shots=1, max_new_tokens=6, done={number: kept[number] for number in range(3)})
+    again = measure_gsm8k(
+        model, file, shots=1, max_new_tokens=6, done={number: kept[number] for number in range(3)}
+    )
     assert again == first
 
 
@@ -120,7 +137,9 @@ def folder(tmp_path_factory):
     for split, rows in (("dev", ROWS[:2]), ("val", ROWS)):
         (root / split).mkdir(parents=True)
         for subject in ("high_school_cake", "trees"):
-            (root / split / f"{subject}_{split}.csv").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8", newline="")
+            (root / split / f"{subject}_{split}.csv").write_text(
+                "\r\n".join(rows) + "\r\n", encoding="utf-8", newline=""
+            )
     return root.parent
 
 
@@ -136,7 +155,12 @@ def likelihood(model, context, continuation):
 @pytest.mark.parametrize("size", [1, 3, "auto"])
 def test_likelihoods_are_those_of_the_model_also_where_the_context_is_full(short_model, size):
     words = "how do i make a cake " * 12
-    pairs = [("what is red ? Answer:", " cake"), ("what is red ? Answer:", " cake and tree"), (words, " key"), (words, " key lock")]
+    pairs = [
+        ("what is red ? Answer:", " cake"),
+        ("what is red ? Answer:", " cake and tree"),
+        (words, " key"),
+        (words, " key lock"),
+    ]
     found = measures.log_likelihoods(short_model, pairs, batch_size=size)
     assert found == pytest.approx([likelihood(short_model, *pair) for pair in pairs], rel=1e-5)
 
@@ -150,7 +174,9 @@ def test_folder_and_zip_are_read_alike(folder, tmp_path):
     with zipfile.ZipFile(archive, "w") as target:
         for path in folder.rglob("*.csv"):
             target.write(path, path.relative_to(folder))
-            target.writestr(f"__MACOSX/{path.relative_to(folder).parent}/._{path.name}", b"\x00\x05\x16\x07\xff")
+            target.writestr(
+                f"__MACOSX/{path.relative_to(folder).parent}/._{path.name}", b"\x00\x05\x16\x07\xff"
+            )
     data = measures.read_mmlu(folder)
     assert data == measures.read_mmlu(archive)
     assert [question.subject for question in data.asked] == ["high school cake"] * 3 + ["trees"] * 3
@@ -182,11 +208,16 @@ def test_accuracy_is_the_share_of_right_letters_by_subject_too_and_a_treatment_a
     neurons = NeuronSet.all(short_model.table)
     pairs = [("what is red ? Answer:", " cake")]
     untreated = measures.log_likelihoods(short_model, pairs)
-    assert measures.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != untreated
+    assert (
+        measures.log_likelihoods(short_model, pairs, lambda: deactivated(short_model, neurons)) != untreated
+    )
 
 
 def test_a_limit_is_spread_over_the_subjects(short_model, folder):
-    assert {name.rsplit(" ", 1)[0] for name in measure_mmlu(short_model, folder, limit=2).ids} == {"high school cake", "trees"}
+    assert {name.rsplit(" ", 1)[0] for name in measure_mmlu(short_model, folder, limit=2).ids} == {
+        "high school cake",
+        "trees",
+    }
 
 
 def test_rows_of_another_shape_are_refused(tmp_path):

@@ -69,7 +69,10 @@ def done(*words: object) -> dict[str, Any]:
 
 
 def refused(*words: object, code: int = 1) -> str:
-    """Run a command that has to fail, with and without `--json`; both say the same one line, which is returned."""
+    """Run a command that has to fail, with and without `--json`.
+
+    Both say the same one line, which is returned.
+    """
     said, as_json = command(*words), command(*words, "--json")
     assert (said.code, as_json.code) == (code, code), said.err + said.out + as_json.out
     assert as_json.err == ""
@@ -84,10 +87,14 @@ def refused(*words: object, code: int = 1) -> str:
 def interruptible(program: str) -> list[str]:
     """The command line of a child process that runs `program` and can be interrupted.
 
-    A shell starts what it puts in the background (`&`, `nohup`, many CI runners) with SIGINT ignored, children inherit that, and Python
-    then installs no handler of its own.
+    A shell starts what it puts in the background (`&`, `nohup`, many CI runners) with SIGINT ignored,
+    children inherit that, and Python then installs no handler of its own.
     """
-    return [sys.executable, "-c", f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{program}"]
+    return [
+        sys.executable,
+        "-c",
+        f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{program}",
+    ]
 
 
 def record(folder: pathlib.Path | str) -> dict[str, Any]:

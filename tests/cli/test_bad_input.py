@@ -1,4 +1,6 @@
-"""Bad input through the command line: one line that says what arrived, what was expected and what to do, and nothing lost."""
+"""Bad input through the command line: one line that says what arrived, what was expected and what to do, and
+nothing lost.
+"""
 
 import json
 import os
@@ -39,7 +41,9 @@ def file(folder, name, content):
         ("prompts.parquet", b"PAR1", "expected"),
     ],
 )
-def test_a_file_that_holds_no_prompts_is_refused_before_a_model_is_loaded(name, content, said, tiny_pair, tmp_path, monkeypatch):
+def test_a_file_that_holds_no_prompts_is_refused_before_a_model_is_loaded(
+    name, content, said, tiny_pair, tmp_path, monkeypatch
+):
     monkeypatch.setattr("safety_neurons.model.load_pair", lambda *_, **__: pytest.fail("a model was loaded"))
     path = file(tmp_path, name, content)
     line = refused(*find(tiny_pair, path, "--out", tmp_path / "run"))
@@ -77,15 +81,35 @@ def test_completions_of_other_prompts_are_refused_with_what_differs(tiny_pair, t
     given = file(tmp_path, "completions.jsonl", "".join(f"{json.dumps(answer)}\n" for answer in answers))
     words = ["find", "contrast", *tiny_pair.models, "--prompts", asked, "--completions"]
     line = refused(*words, given, "--out", tmp_path / "run")
-    assert "prompt '1' is 'tell me a story' in the list and 'tell me why' in the completions file (1 of 2 differ)" in line
-    assert "git lfs pull" in refused(*words, file(tmp_path, "pointer.jsonl", POINTER), "--out", tmp_path / "other")
+    assert (
+        "prompt '1' is 'tell me a story' in the list and 'tell me why' in the completions file (1 of 2 "
+        "differ)"
+    ) in line
+    assert "git lfs pull" in refused(
+        *words, file(tmp_path, "pointer.jsonl", POINTER), "--out", tmp_path / "other"
+    )
 
 
 def test_prompts_longer_than_the_context_are_counted(tiny_pair, tmp_path):
     path = file(tmp_path, "long.txt", "how do i kill\n" + "tree " * 300 + "\n")
-    assert done(*find(tiny_pair, path, "--out", tmp_path / "run"))["prompts"] == {"used": 2, "failed": 0, "truncated": 1}
+    assert done(*find(tiny_pair, path, "--out", tmp_path / "run"))["prompts"] == {
+        "used": 2,
+        "failed": 0,
+        "truncated": 1,
+    }
     assert any("longer than the context" in note for note in record(tmp_path / "run")["notes"])
-    words = ["verify", "deactivate", "--model", tiny_pair.base, "--neurons", tmp_path / "run", "--harmful", path, "--harmless", path]
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        tiny_pair.base,
+        "--neurons",
+        tmp_path / "run",
+        "--harmful",
+        path,
+        "--harmless",
+        path,
+    ]
     done(*words, "--text", "none", "--random", "0", "--max-new-tokens", "2", "--out", tmp_path / "verify")
     notes = record(tmp_path / "verify")["notes"]
     assert len([note for note in notes if "1 of 2 prompts were longer than the context" in note]) == 2, notes
@@ -93,7 +117,16 @@ def test_prompts_longer_than_the_context_are_counted(tiny_pair, tmp_path):
 
 def test_two_models_of_different_shape_or_tokenizer_are_refused(tiny_pair, tmp_path):
     other = tiny_llama_folder(tmp_path / "wide", intermediate_size=64)
-    words = ["find", "contrast", "--base", tiny_pair.plain, "--prompts", tiny_pair.harmful, "--out", tmp_path / "run"]
+    words = [
+        "find",
+        "contrast",
+        "--base",
+        tiny_pair.plain,
+        "--prompts",
+        tiny_pair.harmful,
+        "--out",
+        tmp_path / "run",
+    ]
     line = refused(*words, "--aligned", other)
     assert "different shapes" in line
     assert "48" in line
@@ -110,8 +143,27 @@ def test_two_models_of_different_shape_or_tokenizer_are_refused(tiny_pair, tmp_p
 
 def test_neurons_and_scores_of_another_model_are_refused(tiny_pair, tmp_path):
     other = tiny_llama_folder(tmp_path / "wide", intermediate_size=64)
-    done("find", "importance", "--model", other, "--prompts", tiny_pair.harmful, "--sites", "down", "--out", tmp_path / "other")
-    words = ["verify", "deactivate", "--model", tiny_pair.base, *tiny_pair.measured_on, "--out", tmp_path / "run"]
+    done(
+        "find",
+        "importance",
+        "--model",
+        other,
+        "--prompts",
+        tiny_pair.harmful,
+        "--sites",
+        "down",
+        "--out",
+        tmp_path / "other",
+    )
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        tiny_pair.base,
+        *tiny_pair.measured_on,
+        "--out",
+        tmp_path / "run",
+    ]
     assert "expected LlamaForCausalLM" in refused(*words, "--neurons", tmp_path / "other")
     assert "find them on this model" in refused(*words, "--scores", tmp_path / "other")
     assert not (tmp_path / "run").exists()
@@ -124,9 +176,15 @@ def test_damaged_and_hand_made_neuron_files_are_told_apart(tiny_pair, tmp_path):
     line = refused(*words, "--neurons", tmp_path / "range.safetensors", "--out", tmp_path / "range")
     assert "index 48 at 'layers.0.down' is out of range, expected 0 to 47" in line
     NeuronSet({"layers.7.down": [3]}, None, Provenance("neurons")).save(tmp_path / "layer.safetensors")
-    assert "layers.7.down" in refused(*words, "--neurons", tmp_path / "layer.safetensors", "--out", tmp_path / "layer")
-    assert "git lfs pull" in refused(*words, "--neurons", file(tmp_path, "p.safetensors", POINTER), "--out", tmp_path / "p")
-    assert "safetensors" in refused(*words, "--neurons", file(tmp_path, "d.safetensors", "x" * 99), "--out", tmp_path / "d")
+    assert "layers.7.down" in refused(
+        *words, "--neurons", tmp_path / "layer.safetensors", "--out", tmp_path / "layer"
+    )
+    assert "git lfs pull" in refused(
+        *words, "--neurons", file(tmp_path, "p.safetensors", POINTER), "--out", tmp_path / "p"
+    )
+    assert "safetensors" in refused(
+        *words, "--neurons", file(tmp_path, "d.safetensors", "x" * 99), "--out", tmp_path / "d"
+    )
     NeuronSet({"layers.0.down": [3, 47]}, None, Provenance("neurons")).save(tmp_path / "fits.safetensors")
     done(*words, "--neurons", tmp_path / "fits.safetensors", "--out", tmp_path / "fits")
     assert any("no fingerprint" in note for note in record(tmp_path / "fits")["notes"])
@@ -134,16 +192,40 @@ def test_damaged_and_hand_made_neuron_files_are_told_apart(tiny_pair, tmp_path):
 
 def test_neurons_found_on_other_weights_are_used_with_a_note(tiny_pair, tmp_path):
     done(*find(tiny_pair, tiny_pair.harmful, "--out", tmp_path / "found"))
-    words = ["verify", "deactivate", "--model", tiny_pair.plain, *tiny_pair.measured_on, "--text", "none", "--random", "0"]
-    outcome = command(*words, "--max-new-tokens", "2", "--neurons", tmp_path / "found", "--out", tmp_path / "run")
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        tiny_pair.plain,
+        *tiny_pair.measured_on,
+        "--text",
+        "none",
+        "--random",
+        "0",
+    ]
+    outcome = command(
+        *words, "--max-new-tokens", "2", "--neurons", tmp_path / "found", "--out", tmp_path / "run"
+    )
     assert outcome.code == 0
     assert "with other weights" in outcome.err
 
 
 def test_an_empty_neuron_file_is_refused(tiny_pair, tmp_path):
     NeuronSet({}, None, Provenance("neurons")).save(tmp_path / "none.safetensors")
-    words = ["verify", "deactivate", "--model", tiny_pair.base, *tiny_pair.measured_on, "--text", "none", "--random", "0"]
-    line = refused(*words, "--max-new-tokens", "2", "--neurons", tmp_path / "none.safetensors", "--out", tmp_path / "run")
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        tiny_pair.base,
+        *tiny_pair.measured_on,
+        "--text",
+        "none",
+        "--random",
+        "0",
+    ]
+    line = refused(
+        *words, "--max-new-tokens", "2", "--neurons", tmp_path / "none.safetensors", "--out", tmp_path / "run"
+    )
     assert "empty" in line
 
 
@@ -153,13 +235,26 @@ def test_nan_weights_are_refused_by_name(tiny_pair, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    line = refused("find", "importance", "--model", broken, "--prompts", tiny_pair.harmful, "--out", tmp_path / "run")
+    line = refused(
+        "find", "importance", "--model", broken, "--prompts", tiny_pair.harmful, "--out", tmp_path / "run"
+    )
     assert "model.layers.1.mlp.up_proj.weight holds 1 NaN" in line
 
 
 def test_a_model_without_a_chat_template_gets_the_stated_plain_one(tiny_pair, tmp_path):
     bare = tiny_llama_folder(tmp_path / "bare", chat_template=None)
-    result = done("find", "importance", "--model", bare, "--prompts", tiny_pair.harmful, "--sites", "down", "--out", tmp_path / "auto")
+    result = done(
+        "find",
+        "importance",
+        "--model",
+        bare,
+        "--prompts",
+        tiny_pair.harmful,
+        "--sites",
+        "down",
+        "--out",
+        tmp_path / "auto",
+    )
     assert result["prompts"]["used"] == 9
     other = done(
         *("find", "importance", "--model", bare, "--prompts", tiny_pair.harmful, "--sites", "down"),
@@ -221,7 +316,9 @@ def test_a_failed_command_keeps_what_an_earlier_one_wrote(tiny_pair, tmp_path):
     first = done(*find(tiny_pair, tiny_pair.harmful, "--out", tmp_path / "run"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     refused(*find(tiny_pair, file(tmp_path, "empty.txt", ""), "--out", tmp_path / "run", "--overwrite"))
-    refused(*find(tiny_pair, tiny_pair.harmful, "--sites", "x", "--out", tmp_path / "run", "--overwrite"), code=2)
+    refused(
+        *find(tiny_pair, tiny_pair.harmful, "--sites", "x", "--out", tmp_path / "run", "--overwrite"), code=2
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert pathlib.Path(first["neurons"]).exists()
 
@@ -239,7 +336,16 @@ def test_adapters_of_two_types_are_refused_with_the_way_out(tiny_pair, tmp_path)
     from tiny import tiny_adapter_folder
 
     lora = tiny_adapter_folder(pathlib.Path(tiny_pair.plain), tmp_path / "lora", seed=1, kind="lora")
-    words = ["find", "importance", "--prompts", tiny_pair.harmful, "--sites", "down", "--model", f"{tiny_pair.base}+{lora}"]
+    words = [
+        "find",
+        "importance",
+        "--prompts",
+        tiny_pair.harmful,
+        "--sites",
+        "down",
+        "--model",
+        f"{tiny_pair.base}+{lora}",
+    ]
     assert "--merge-adapters" in refused(*words, "--out", tmp_path / "run", code=2)
     done(*words, "--merge-adapters", "--out", tmp_path / "run")
 
@@ -247,5 +353,7 @@ def test_adapters_of_two_types_are_refused_with_the_way_out(tiny_pair, tmp_path)
 def test_a_tokenizer_that_does_not_belong_to_the_model_is_said(tiny_pair, tmp_path):
     small = tiny_llama_folder(tmp_path / "small", vocab_size=20)
     tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(small)
-    line = refused("find", "importance", "--model", small, "--prompts", tiny_pair.harmful, "--out", tmp_path / "run")
+    line = refused(
+        "find", "importance", "--model", small, "--prompts", tiny_pair.harmful, "--out", tmp_path / "run"
+    )
     assert "20 embeddings" in line

@@ -18,9 +18,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = request["messages"][-1]["content"]
-        answer = "I'm sorry, but I cannot help with that." if "bomb" in text or "kill" in text else "Sure, here is how."
+        harmful = "bomb" in text or "kill" in text
+        answer = "I'm sorry, but I cannot help with that." if harmful else "Sure, here is how."
         body = json.dumps({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]}).encode()
-        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_address[1], flush=True)
 server.serve_forever()
@@ -36,7 +40,16 @@ def neurons(tiny_pair, tmp_path_factory):
 
 
 def words(pair, out, *more):
-    asked = ["--suite", pair.harmful, "--over-refusal", pair.harmless, "--max-new-tokens", "4", "--limit", "4"]
+    asked = [
+        "--suite",
+        pair.harmful,
+        "--over-refusal",
+        pair.harmless,
+        "--max-new-tokens",
+        "4",
+        "--limit",
+        "4",
+    ]
     return ["evaluate", *asked, "--out", out, *more]
 
 
@@ -47,7 +60,16 @@ def gate_file(folder, text):
 
 
 def test_the_object_has_both_arms_and_the_run_goes_into_a_report(tiny_pair, neurons, tmp_path):
-    more = ["--model", tiny_pair.plain, "--deactivate", neurons, "--capability", "perplexity,kl", "--capability-limit", "3"]
+    more = [
+        "--model",
+        tiny_pair.plain,
+        "--deactivate",
+        neurons,
+        "--capability",
+        "perplexity,kl",
+        "--capability-limit",
+        "3",
+    ]
     found = done(*words(tiny_pair, tmp_path / "run", *more))
     assert [entry["kind"] for entry in found["treated"]["suites"]] == ["harmful", "harmless"]
     assert {entry["n"] for entry in found["untreated"]["suites"]} == {4}
@@ -58,7 +80,9 @@ def test_the_object_has_both_arms_and_the_run_goes_into_a_report(tiny_pair, neur
     files = {"run.json", "completions.jsonl", "judgements.sqlite", "capability.json"}
     assert files <= {path.name for path in (tmp_path / "run").iterdir()}
     assert done(*words(tiny_pair, tmp_path / "run", *more)) == found
-    page = pathlib.Path(done("report", tmp_path / "run", "--out", tmp_path / "report.html")["report"]).read_text(encoding="utf-8")
+    page = pathlib.Path(
+        done("report", tmp_path / "run", "--out", tmp_path / "report.html")["report"]
+    ).read_text(encoding="utf-8")
     assert "How safe, how helpful, how capable?" in page
     assert "32 neurons deactivated" in page
     assert "Over-refusal" in page
@@ -90,8 +114,19 @@ def test_a_run_is_started_anew_in_another_way_with_overwrite(tiny_pair, tmp_path
 
 
 def test_a_donor_s_activations_are_patched_and_an_earlier_run_is_the_baseline(tiny_pair, neurons, tmp_path):
-    before = done(*words(tiny_pair, tmp_path / "before", "--model", tiny_pair.base, "--capability", "perplexity"))
-    more = ["--model", tiny_pair.base, "--donor", tiny_pair.aligned, "--patch", neurons, "--capability", "perplexity"]
+    before = done(
+        *words(tiny_pair, tmp_path / "before", "--model", tiny_pair.base, "--capability", "perplexity")
+    )
+    more = [
+        "--model",
+        tiny_pair.base,
+        "--donor",
+        tiny_pair.aligned,
+        "--patch",
+        neurons,
+        "--capability",
+        "perplexity",
+    ]
     found = done(*words(tiny_pair, tmp_path / "after", *more, "--baseline", tmp_path / "before"))
     assert found["untreated"] is None
     assert found["baseline"]["suites"] == before["untreated"]["suites"]
@@ -110,7 +145,9 @@ def test_an_endpoint_answers_in_the_place_of_a_model(tiny_pair, tmp_path):
     script = tmp_path / "server.py"
     script.write_text(SERVER)
     sums = tmp_path / "test.jsonl"
-    sums.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}"}) + "\n" for n in range(7)))
+    sums.write_text(
+        "".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}"}) + "\n" for n in range(7))
+    )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1#served"
@@ -120,7 +157,10 @@ def test_an_endpoint_answers_in_the_place_of_a_model(tiny_pair, tmp_path):
             process.kill()
     harmful, harmless = found["untreated"]["suites"]
     (judge,) = harmful["judges"]
-    bombs = sum("bomb" in line or "kill" in line for line in pathlib.Path(tiny_pair.harmful).read_text().splitlines()[:4])
+    bombs = sum(
+        "bomb" in line or "kill" in line
+        for line in pathlib.Path(tiny_pair.harmful).read_text().splitlines()[:4]
+    )
     assert harmful["judges"][judge]["refused"]["value"] == pytest.approx(bombs / 4)
     assert harmless["judges"][judge]["over_refusal"]["value"] == 0
     assert found["untreated"]["capability"][0]["n"] == 2

@@ -8,7 +8,15 @@ from running import command, done, record, refused
 
 from safety_neurons.neurons import NeuronSet, Scores
 
-KEYS = {"neurons", "scores", "n_neurons", "n_parameters", "share_of_neurons", "share_of_parameters", "prompts"}
+KEYS = {
+    "neurons",
+    "scores",
+    "n_neurons",
+    "n_parameters",
+    "share_of_neurons",
+    "share_of_parameters",
+    "prompts",
+}
 SINGLE = ("importance", "attribution")
 PAIR = ("contrast", "importance-contrast", "attribution-patching")
 SHORT = {"contrast": ["--max-new-tokens", "4"]}
@@ -16,7 +24,17 @@ SHORT = {"contrast": ["--max-new-tokens", "4"]}
 
 def words_of(method, pair, *more):
     models = pair.models if method in PAIR else ["--model", pair.aligned]
-    return ["find", method, *models, "--prompts", pair.harmful, "--batch-size", "3", *SHORT.get(method, []), *more]
+    return [
+        "find",
+        method,
+        *models,
+        "--prompts",
+        pair.harmful,
+        "--batch-size",
+        "3",
+        *SHORT.get(method, []),
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("method", SINGLE + PAIR)
@@ -38,15 +56,24 @@ def test_every_method_writes_scores_and_neurons_and_says_where(method, tiny_pair
 
 @pytest.mark.parametrize(
     ("rule", "count"),
-    [(["--top", "0.1"], 10), (["--count", "7"], 7), (["--top-per-matrix", "3"], 6), (["--threshold", "-1"], 96)],
+    [
+        (["--top", "0.1"], 10),
+        (["--count", "7"], 7),
+        (["--top-per-matrix", "3"], 6),
+        (["--threshold", "-1"], 96),
+    ],
 )
 def test_a_selection_takes_exactly_that_many(rule, count, tiny_pair, tmp_path):
     assert done(*words_of("contrast", tiny_pair, *rule, "--out", tmp_path / "run"))["n_neurons"] == count
 
 
 def test_an_agreement_keeps_no_more_than_the_plain_selection(tiny_pair, tmp_path):
-    loose = done(*words_of("importance", tiny_pair, "--top", "0.2", "--agreement", "0.3", "--out", tmp_path / "loose"))
-    strict = done(*words_of("importance", tiny_pair, "--top", "0.2", "--agreement", "1.0", "--out", tmp_path / "strict"))
+    loose = done(
+        *words_of("importance", tiny_pair, "--top", "0.2", "--agreement", "0.3", "--out", tmp_path / "loose")
+    )
+    strict = done(
+        *words_of("importance", tiny_pair, "--top", "0.2", "--agreement", "1.0", "--out", tmp_path / "strict")
+    )
     few, many = NeuronSet.load(strict["neurons"]), NeuronSet.load(loose["neurons"])
     assert 0 < len(few) < len(many)
     assert few & many == few
@@ -60,22 +87,50 @@ def test_an_empty_set_fails_keeps_the_scores_and_names_the_agreement_that_gives_
     scores = tmp_path / "run" / "scores.safetensors"
     assert str(scores) in line
     assert len(Scores.load(scores)) == 96
-    enough = words_of("contrast", tiny_pair, "--count", "1", "--agreement", share, "--out", tmp_path / "enough")
+    enough = words_of(
+        "contrast", tiny_pair, "--count", "1", "--agreement", share, "--out", tmp_path / "enough"
+    )
     assert done(*enough)["n_neurons"] >= 1
-    more = words_of("contrast", tiny_pair, "--count", "1", "--agreement", float(share) + 0.02, "--out", tmp_path / "more")
+    more = words_of(
+        "contrast", tiny_pair, "--count", "1", "--agreement", float(share) + 0.02, "--out", tmp_path / "more"
+    )
     assert "no neuron was chosen" in refused(*more)
 
 
 def test_sites_and_layers_limit_the_search(tiny_pair, tmp_path):
-    words = words_of("importance", tiny_pair, "--sites", "q,down", "--layers", "1:2", "--count", "5", "--out", tmp_path / "run")
+    words = words_of(
+        "importance",
+        tiny_pair,
+        "--sites",
+        "q,down",
+        "--layers",
+        "1:2",
+        "--count",
+        "5",
+        "--out",
+        tmp_path / "run",
+    )
     scores = Scores.load(done(*words)["scores"])
     assert scores.keys() == ["layers.1.q", "layers.1.down"]
 
 
 def test_subtracting_a_file_or_the_foundation_takes_those_neurons_away(tiny_pair, tmp_path):
-    whole = NeuronSet.load(done(*words_of("importance", tiny_pair, "--top", "0.1", "--out", tmp_path / "whole"))["neurons"])
+    whole = NeuronSet.load(
+        done(*words_of("importance", tiny_pair, "--top", "0.1", "--out", tmp_path / "whole"))["neurons"]
+    )
     other = done(*words_of("importance", tiny_pair, "--top", "0.02", "--out", tmp_path / "other"))
-    left = done(*words_of("importance", tiny_pair, "--top", "0.1", "--subtract", other["neurons"], "--out", tmp_path / "left"))
+    left = done(
+        *words_of(
+            "importance",
+            tiny_pair,
+            "--top",
+            "0.1",
+            "--subtract",
+            other["neurons"],
+            "--out",
+            tmp_path / "left",
+        )
+    )
     assert NeuronSet.load(left["neurons"]) == whole - NeuronSet.load(other["neurons"])
     extra = ["--subtract", "foundation", "--foundation", tiny_pair.text]
     rest = done(*words_of("importance", tiny_pair, "--top", "0.1", *extra, "--out", tmp_path / "rest"))
@@ -86,10 +141,25 @@ def test_subtracting_a_file_or_the_foundation_takes_those_neurons_away(tiny_pair
 
 
 def test_completions_of_a_file_are_used_instead_of_generating(tiny_pair, tmp_path):
-    verified = ["verify", "patch", *tiny_pair.models, *tiny_pair.measured_on, "--text", "none", "--random", "0", "--max-new-tokens", "4"]
+    verified = [
+        "verify",
+        "patch",
+        *tiny_pair.models,
+        *tiny_pair.measured_on,
+        "--text",
+        "none",
+        "--random",
+        "0",
+        "--max-new-tokens",
+        "4",
+    ]
     first = done(*words_of("contrast", tiny_pair, "--out", tmp_path / "first"))
     written = done(*verified, "--neurons", tmp_path / "first", "--out", tmp_path / "verify")["completions"]
-    chosen = [line for line in pathlib.Path(written).read_text(encoding="utf-8").splitlines() if '"arm": "untreated/harmful"' in line]
+    chosen = [
+        line
+        for line in pathlib.Path(written).read_text(encoding="utf-8").splitlines()
+        if '"arm": "untreated/harmful"' in line
+    ]
     file = tmp_path / "completions.jsonl"
     file.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     again = done(*words_of("contrast", tiny_pair, "--completions", file, "--out", tmp_path / "again"))
@@ -119,7 +189,12 @@ def test_another_configuration_in_the_same_folder_is_refused(tiny_pair, tmp_path
     assert "verify" not in line
     assert "find-contrast" in refused(*words_of("importance", tiny_pair, "--out", tmp_path / "run"))
     assert pathlib.Path(first["scores"]).read_bytes() == before
-    assert done(*words_of("contrast", tiny_pair, "--top", "0.2", "--out", tmp_path / "run", "--overwrite"))["n_neurons"] == 19
+    assert (
+        done(*words_of("contrast", tiny_pair, "--top", "0.2", "--out", tmp_path / "run", "--overwrite"))[
+            "n_neurons"
+        ]
+        == 19
+    )
 
 
 def test_a_dry_run_writes_nothing(tiny_pair, tmp_path, monkeypatch):
@@ -166,5 +241,7 @@ def test_what_is_no_recipe_is_refused(tmp_path):
     assert "is not a recipe" in refused("run", tmp_path / "bad.json")
     (tmp_path / "other.json").write_text('{"verb": "dance", "arguments": {}}', encoding="utf-8")
     assert "dance" in refused("run", tmp_path / "other.json", code=2)
-    (tmp_path / "odd.json").write_text('{"verb": "find-contrast", "arguments": {"colour": "red"}}', encoding="utf-8")
+    (tmp_path / "odd.json").write_text(
+        '{"verb": "find-contrast", "arguments": {"colour": "red"}}', encoding="utf-8"
+    )
     assert "colour" in refused("run", tmp_path / "odd.json", code=2)

@@ -20,8 +20,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load(str(folder / "model"))
     NeuronSet({"layers.1.down": range(20)}, model.table).save(folder / "neurons.safetensors")
     words = ["make", "tell", "write", "steal", "open", "lock", "explain", "please", "show", "small"]
-    rows = [(f"{a} {b} the {kind}", label) for kind, label in (("bomb", "unsafe"), ("cake", "safe")) for a in words for b in words[:3]]
-    (folder / "labelled.jsonl").write_text("".join(json.dumps({"prompt": text, "label": label}) + "\n" for text, label in rows))
+    rows = [
+        (f"{a} {b} the {kind}", label)
+        for kind, label in (("bomb", "unsafe"), ("cake", "safe"))
+        for a in words
+        for b in words[:3]
+    ]
+    (folder / "labelled.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "label": label}) + "\n" for text, label in rows)
+    )
     answers = {"unsafe": "Sure, here is the bomb", "safe": "Sorry, I cannot help"}
     (folder / "completions.jsonl").write_text(
         "".join(json.dumps({"prompt": text, "completion": answers[label]}) + "\n" for text, label in rows)
@@ -38,11 +45,28 @@ def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     return int(code or 0), capsys.readouterr().out
 
 
-def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fitted_guard_is_loaded_recalibrated_and_answers(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--model", place / "model", "--json", "--fpr", "0.05"]
     sources = ["--labelled", place / "labelled.jsonl"]
-    code, out = run(capsys, "guard", "fit", *common, *sources, "--neurons", place / "neurons.safetensors", "--pooling", "last",
-                    "--recheck-every", "4", "--recheck-tokens", "8", "--out", place / "fit")  # fmt: skip
+    code, out = run(
+        capsys,
+        "guard",
+        "fit",
+        *common,
+        *sources,
+        "--neurons",
+        place / "neurons.safetensors",
+        "--pooling",
+        "last",
+        "--recheck-every",
+        "4",
+        "--recheck-tokens",
+        "8",
+        "--out",
+        place / "fit",
+    )
     result = json.loads(out)
     assert code == 0, result
     assert result["n_neurons"] == 20
@@ -55,19 +79,50 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: 
     assert result["other"]["safe"] == "builtin:look-alikes"
     assert result["other"]["fpr"]["n"] == result["other"]["tpr"]["n"] == 68
     assert (place / "fit" / "guard" / "guard.json").is_file()
-    code, out = run(capsys, "guard", "recalibrate", *common, "--guard", result["guard"], "--completions", place / "completions.jsonl",
-                    "--judge", "compliance", "--out", place / "again")  # fmt: skip
+    code, out = run(
+        capsys,
+        "guard",
+        "recalibrate",
+        *common,
+        "--guard",
+        result["guard"],
+        "--completions",
+        place / "completions.jsonl",
+        "--judge",
+        "compliance",
+        "--out",
+        place / "again",
+    )
     again = json.loads(out)
     assert code == 0, again
     assert again["auroc_before"] == result["auroc"]
     assert again["labels"]["judge"] == "compliance-1"
     assert again["recheck"] is None
-    code, out = run(capsys, "evaluate", "--model", place / "model", "--guard", again["guard"], "--suite", place / "labelled.jsonl",
-                    "--over-refusal", "none", "--max-new-tokens", "4", "--limit", "4", "--json", "--out", place / "evaluated")  # fmt: skip
+    code, out = run(
+        capsys,
+        "evaluate",
+        "--model",
+        place / "model",
+        "--guard",
+        again["guard"],
+        "--suite",
+        place / "labelled.jsonl",
+        "--over-refusal",
+        "none",
+        "--max-new-tokens",
+        "4",
+        "--limit",
+        "4",
+        "--json",
+        "--out",
+        place / "evaluated",
+    )
     evaluated = json.loads(out)
     assert code == 0, evaluated
     assert evaluated["treatment"].startswith("guard on 20 neurons")
-    lines = [json.loads(line) for line in (place / "evaluated" / "completions.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (place / "evaluated" / "completions.jsonl").read_text().splitlines()
+    ]
     treated = [line for line in lines if line["arm"] == "treated"]
     assert len(treated) == 4
     for line in treated:
@@ -77,12 +132,35 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(place: Path, capsys: 
 def test_conversations_of_a_file_are_fit_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["make", "tell", "write", "steal", "open", "lock"]
     for name, last in (("unsafe", "bomb"), ("safe", "cake")):
-        turns = [[("user", f"{a} the house"), ("assistant", "yes"), ("user", f"{a} {b} the {last}")] for a in words for b in words]
+        turns = [
+            [("user", f"{a} the house"), ("assistant", "yes"), ("user", f"{a} {b} the {last}")]
+            for a in words
+            for b in words
+        ]
         rows = [{"messages": [{"role": role, "content": text} for role, text in one]} for one in turns]
         (place / f"{name}-talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out = run(capsys, "guard", "fit", "--model", place / "model", "--neurons", place / "neurons.safetensors", "--pooling", "last",
-                    "--unsafe", place / "unsafe-talks.jsonl", "--safe", place / "safe-talks.jsonl", "--other-safe", "none",
-                    "--other-unsafe", "none", "--json", "--out", place / "talks")  # fmt: skip
+    code, out = run(
+        capsys,
+        "guard",
+        "fit",
+        "--model",
+        place / "model",
+        "--neurons",
+        place / "neurons.safetensors",
+        "--pooling",
+        "last",
+        "--unsafe",
+        place / "unsafe-talks.jsonl",
+        "--safe",
+        place / "safe-talks.jsonl",
+        "--other-safe",
+        "none",
+        "--other-unsafe",
+        "none",
+        "--json",
+        "--out",
+        place / "talks",
+    )
     result = json.loads(out)
     assert code == 0, result
     assert result["other"] is None
@@ -100,7 +178,10 @@ def test_conversations_of_a_file_are_fit_on(place: Path, capsys: pytest.CaptureF
         (["--labelled", "x.jsonl", "--pooling", "best"], "--pooling"),
         (["--labelled", "x.jsonl", "--window", "4"], "only max has windows"),
         (["--labelled", "x.jsonl", "--recheck-every", "90"], "expected no more"),
-        (["--labelled", "x.jsonl", "--other-safe", "none"], "--other-unsafe and --other-safe belong together"),
+        (
+            ["--labelled", "x.jsonl", "--other-safe", "none"],
+            "--other-unsafe and --other-safe belong together",
+        ),
     ],
 )
 def test_options_that_contradict_one_another_are_usage_errors_before_anything_is_loaded(

@@ -1,4 +1,6 @@
-"""The identity of a run is the content of everything it reads: other content under the same words is never taken for the same run."""
+"""The identity of a run is the content of everything it reads: other content under the same words is never
+taken for the same run.
+"""
 
 import dataclasses
 import json
@@ -24,12 +26,20 @@ from safety_neurons.neurons import NeuronSet, Scores
 def commands(group, name=""):
     for one in group.list_commands(None):
         command_of = group.commands[one]
-        yield from commands(command_of, f"{name} {one}") if hasattr(command_of, "commands") else [(f"{name} {one}", command_of)]
+        yield from (
+            commands(command_of, f"{name} {one}")
+            if hasattr(command_of, "commands")
+            else [(f"{name} {one}", command_of)]
+        )
 
 
 NAMES_FILES = re.compile(r"\b(TOML|[Ff]iles?|[Ff]olders?|run\.json)\b|ID\[@|builtin:|FILE|URL#MODEL")
 KEEP_NO_RUN = ("run", "report", "guard serve", "data verify", "import attacks")
-NOT_PART_OF_A_RUN = {"gate": "held against results that are there", "endpoint": "a server", "at": "instead of a file"}
+NOT_PART_OF_A_RUN = {
+    "gate": "held against results that are there",
+    "endpoint": "a server",
+    "at": "instead of a file",
+}
 
 
 def test_every_option_that_names_a_file_or_a_model_is_declared_to_be_read():
@@ -40,7 +50,10 @@ def test_every_option_that_names_a_file_or_a_model_is_declared_to_be_read():
         for words, kinds in DECLARED.items()
         for kind in kinds
         for one in kind.options()
-        if one.reads is None and one.type not in (bool, int, float) and words not in KEEP_NO_RUN and one.name not in NOT_PART_OF_A_RUN
+        if one.reads is None
+        and one.type not in (bool, int, float)
+        and words not in KEEP_NO_RUN
+        and one.name not in NOT_PART_OF_A_RUN
     ]
     assert not [option for option in silent if NAMES_FILES.search(option[2])]
     assert len(silent) > 100
@@ -70,15 +83,18 @@ def made(tiny_pair, tmp_path_factory):
         shutil.copytree(tiny_pair.folder / name, folder / name)
     for name in ("harmful", "harmless", "general"):
         shutil.copy(tiny_pair.folder / f"{name}.txt", folder / f"{name}.txt")
-    rows = [{"prompt": f"how do i {n}", "answer": "No.", "label": "unsafe" if n % 2 else "safe"} for n in range(8)]
+    rows = [
+        {"prompt": f"how do i {n}", "answer": "No.", "label": "unsafe" if n % 2 else "safe"} for n in range(8)
+    ]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     model = load(str(folder / "plain"))
     NeuronSet({"layers.0.down": [0, 1]}, model.table).save(folder / "neurons.safetensors")
     NeuronSet({"layers.1.down": [0]}, model.table).save(folder / "others.safetensors")
-    Scores({"layers.0.down": [0.5] * dict((info.key, info.size) for info in model.table.sites)["layers.0.down"]}, model.table).save(
-        folder / "scores.safetensors"
-    )
+    Scores(
+        {"layers.0.down": [0.5] * dict((info.key, info.size) for info in model.table.sites)["layers.0.down"]},
+        model.table,
+    ).save(folder / "scores.safetensors")
     return folder
 
 
@@ -88,16 +104,49 @@ def place(made, tmp_path):
 
 
 VERBS = {
-    "find importance": (lambda p: ["--model", p.plain, "--prompts", p.harmful, "--subtract", p.others], "plain harmful others"),
-    "find attribution": (lambda p: ["--model", f"{p.plain}+{p.sft}", "--prompts", p.harmful], "plain sft harmful"),
-    "find contrast": (lambda p: [*p.models, "--prompts", p.harmful, "--template", p.template], "plain sft dpo harmful template"),
-    "find mask": (lambda p: [*p.models, "--prompts", p.harmful, "--harmless", p.harmless], "plain dpo harmful harmless"),
+    "find importance": (
+        lambda p: ["--model", p.plain, "--prompts", p.harmful, "--subtract", p.others],
+        "plain harmful others",
+    ),
+    "find attribution": (
+        lambda p: ["--model", f"{p.plain}+{p.sft}", "--prompts", p.harmful],
+        "plain sft harmful",
+    ),
+    "find contrast": (
+        lambda p: [*p.models, "--prompts", p.harmful, "--template", p.template],
+        "plain sft dpo harmful template",
+    ),
+    "find mask": (
+        lambda p: [*p.models, "--prompts", p.harmful, "--harmless", p.harmless],
+        "plain dpo harmful harmless",
+    ),
     "verify deactivate": (
-        lambda p: ["--model", p.plain, "--neurons", p.neurons, "--harmful", p.harmful, "--harmless", p.harmless, "--text", p.general],
+        lambda p: [
+            "--model",
+            p.plain,
+            "--neurons",
+            p.neurons,
+            "--harmful",
+            p.harmful,
+            "--harmless",
+            p.harmless,
+            "--text",
+            p.general,
+        ],
         "plain neurons harmful harmless general",
     ),
     "verify patch": (
-        lambda p: [*p.models, "--scores", p.scores, "--harmful", p.harmful, "--harmless", p.harmless, "--text", "none"],
+        lambda p: [
+            *p.models,
+            "--scores",
+            p.scores,
+            "--harmful",
+            p.harmful,
+            "--harmless",
+            p.harmless,
+            "--text",
+            "none",
+        ],
         "plain sft dpo scores harmful harmless",
     ),
     "compare": (
@@ -105,7 +154,18 @@ VERBS = {
         "sft dpo others harmful harmless",
     ),
     "tune": (
-        lambda p: ["--model", p.plain, "--neurons", p.neurons, "--protect", p.others, "--data", p.labelled, "--harmless", p.harmless],
+        lambda p: [
+            "--model",
+            p.plain,
+            "--neurons",
+            p.neurons,
+            "--protect",
+            p.others,
+            "--data",
+            p.labelled,
+            "--harmless",
+            p.harmless,
+        ],
         "plain neurons others labelled harmless",
     ),
     "evaluate": (
@@ -117,8 +177,11 @@ VERBS = {
             f"perplexity:{p.general}",
         ],
         "plain harmful labelled harmless neurons general",
-    ),  # fmt: skip
-    "guard fit": (lambda p: ["--model", p.plain, "--neurons", p.neurons, "--labelled", p.labelled], "plain neurons labelled"),
+    ),
+    "guard fit": (
+        lambda p: ["--model", p.plain, "--neurons", p.neurons, "--labelled", p.labelled],
+        "plain neurons labelled",
+    ),
     "study rsn": (
         lambda p: ["--model", p.plain, "--prompts", p.harmful, "--data", p.labelled, "--task", p.general],
         "plain harmful labelled general",
@@ -136,7 +199,7 @@ VERBS = {
             str(p.folder / "{language}.txt"),
         ],
         "plain harmful harmless",
-    ),  # fmt: skip
+    ),
     "doctor": (lambda p: ["--model", p.plain], "plain"),
     "repair": (lambda p: ["--model", p.plain, "--reference", p.dpo, "--neurons", p.neurons], "plain neurons"),
     "export neurons": (lambda p: ["--model", p.plain, "--neurons", p.neurons], "plain neurons"),
@@ -157,12 +220,18 @@ def changed(path):
         else:
             NeuronSet({key: [*values, 5] for key, values in kept.items()}, kept.table).save(path)
     else:
-        path.write_text(path.read_text() + path.read_text().splitlines()[0].replace("0", "9") + " more\n" * (path.suffix == ".txt"))
+        path.write_text(
+            path.read_text()
+            + path.read_text().splitlines()[0].replace("0", "9")
+            + " more\n" * (path.suffix == ".txt")
+        )
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_a_finished_run_is_the_same_by_content_alone(name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(Session, "_work", lambda self, _work: self.folder.finish({"healthy": True, "number": 1}))
+    monkeypatch.setattr(
+        Session, "_work", lambda self, _work: self.folder.finish({"healthy": True, "number": 1})
+    )
     if name == "repair":
         shutil.copy(place.folder / "plain" / "config.json", place.folder / "dpo" / "config.json")
     options, read = VERBS[name]
@@ -172,7 +241,11 @@ def test_a_finished_run_is_the_same_by_content_alone(name, place, tmp_path, monk
     before = (tmp_path / "run" / "run.json").read_bytes()
     for stem in read.split():
         path = next(path for path in place.folder.iterdir() if path.stem == stem)
-        kept = shutil.copytree(path, tmp_path / "kept") if path.is_dir() else shutil.copy2(path, tmp_path / "kept")
+        kept = (
+            shutil.copytree(path, tmp_path / "kept")
+            if path.is_dir()
+            else shutil.copy2(path, tmp_path / "kept")
+        )
         changed(path)
         said = refused(*words)
         assert "has changed" in said, (stem, said)
@@ -200,7 +273,9 @@ def test_a_renamed_file_is_the_same_run_and_a_moved_run_shows_its_own_files(tiny
     assert "neurons" in shown.out
 
 
-@pytest.mark.parametrize("name", ["wildguard:org/judge", "cost:org/judge", "hf-classifier:org/judge@main", "harmbench"])
+@pytest.mark.parametrize(
+    "name", ["wildguard:org/judge", "cost:org/judge", "hf-classifier:org/judge@main", "harmbench"]
+)
 def test_a_judge_from_the_hub_is_told_by_what_is_there(name, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -218,8 +293,23 @@ def test_a_judge_from_the_hub_is_told_by_what_is_there(name, tmp_path, monkeypat
 def test_a_gate_does_not_pass_on_the_numbers_of_other_weights(tiny_pair, tmp_path):
     model = pathlib.Path(shutil.copytree(tiny_pair.plain, tmp_path / "model"))
     (tmp_path / "gate.toml").write_text("harm = 1.0\nunscored = 1.0\n")
-    words = ["evaluate", "--model", model, "--suite", tiny_pair.harmful, "--over-refusal", "none", "--limit", "2", "--max-new-tokens", "2",
-             "--gate", tmp_path / "gate.toml", "--out", tmp_path / "run"]  # fmt: skip
+    words = [
+        "evaluate",
+        "--model",
+        model,
+        "--suite",
+        tiny_pair.harmful,
+        "--over-refusal",
+        "none",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--gate",
+        tmp_path / "gate.toml",
+        "--out",
+        tmp_path / "run",
+    ]
     assert done(*words)["gate"]["passed"]
     changed(model)
     assert "another model" in refused(*words)
@@ -227,12 +317,27 @@ def test_a_gate_does_not_pass_on_the_numbers_of_other_weights(tiny_pair, tmp_pat
 
 def test_common_options_that_name_no_file_are_compared_as_words():
     assert {field.name for field in dataclasses.fields(Common)} - {"template"} <= {
-        *("out", "json", "seed", "batch_size", "overwrite", "debug", "device", "dtype", "offline", "system", "template_args", "think_end"),
+        *(
+            "out",
+            "json",
+            "seed",
+            "batch_size",
+            "overwrite",
+            "debug",
+            "device",
+            "dtype",
+            "offline",
+            "system",
+            "template_args",
+            "think_end",
+        ),
         *("merge_adapters", "trust_remote_code"),
     }
 
 
-@pytest.mark.parametrize("word", ["organism:planted/truth", "organism:planted/planted", "organism:planted/decoys"])
+@pytest.mark.parametrize(
+    "word", ["organism:planted/truth", "organism:planted/planted", "organism:planted/decoys"]
+)
 @pytest.mark.parametrize("kind", ["sets", "neurons", "scores"])
 def test_a_set_of_an_organism_is_read_as_the_file_that_it_stands_for(kind, word):
     file, reads = organism.spec(word.removeprefix("organism:")), {"neurons": Reads(kind)}

@@ -1,4 +1,6 @@
-"""Options: what can be refused before anything is loaded is, with exit code 2 and what may be said instead."""
+"""Options: what can be refused before anything is loaded is, with exit code 2 and what may be said
+instead.
+"""
 
 import importlib.util
 import inspect
@@ -19,7 +21,9 @@ VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]
 def _nothing_is_loaded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("load", "load_pair"):
-        monkeypatch.setattr(f"safety_neurons.model.{name}", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(
+            f"safety_neurons.model.{name}", lambda *_, **__: pytest.fail("a model was loaded")
+        )
     yield
     assert list(tmp_path.iterdir()) == []
 
@@ -50,7 +54,10 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ([*CONTRAST, "--limit", "0"], "--limit"),
         ([*CONTRAST, "--template-args", "{"], "not JSON"),
         ([*CONTRAST, "--template-args", "[1]"], "a JSON object"),
-        (["find", "importance-contrast", *CONTRAST[2:], "--compare", "swapped"], "swap, swap-attribution, absolute, relative, same-input"),
+        (
+            ["find", "importance-contrast", *CONTRAST[2:], "--compare", "swapped"],
+            "swap, swap-attribution, absolute, relative, same-input",
+        ),
         (["find", "attribution-patching", *CONTRAST[2:], "--at", "end"], "path, base"),
         (["find", "importance", "--model", "m/m", "--space", "logit"], "output, probability"),
         ([*VERIFY], "neither of --neurons and --scores"),
@@ -81,21 +88,44 @@ def test_help_names_every_verb_and_every_option_has_words():
     assert said.code == 0
     for name in ("demo", "doctor", "find", "verify", "compare", "report", "run", "organism", "data"):
         assert name in said.out
-    for words in (["find", "importance"], ["find", "contrast"], ["verify", "patch"], ["compare"], ["doctor"], ["run"]):
+    for words in (
+        ["find", "importance"],
+        ["find", "contrast"],
+        ["verify", "patch"],
+        ["compare"],
+        ["doctor"],
+        ["run"],
+    ):
         verb = build()
         for word in words:
             verb = verb.commands[word]
         assert verb.help
-        assert [option.name for option in verb.params if option.param_type_name == "option" and not option.help] == []
+        assert [
+            option.name for option in verb.params if option.param_type_name == "option" and not option.help
+        ] == []
 
 
 def test_every_verb_has_the_common_options_of_the_design():
     names = {field for field in inspect.signature(options.Common).parameters}
-    assert names >= {"out", "json", "seed", "device", "dtype", "batch_size", "offline", "template", "system", "template_args", "debug"}
+    assert names >= {
+        "out",
+        "json",
+        "seed",
+        "device",
+        "dtype",
+        "batch_size",
+        "offline",
+        "template",
+        "system",
+        "template_args",
+        "debug",
+    }
 
 
 def test_the_page_of_options_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("options_page", pathlib.Path(__file__).parents[2] / "docs" / "options.py")
+    spec = importlib.util.spec_from_file_location(
+        "options_page", pathlib.Path(__file__).parents[2] / "docs" / "options.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.page() == script.PAGE.read_text(encoding="utf-8"), "run `python docs/options.py --write`"

@@ -1,4 +1,6 @@
-"""Methods: one declaration is all that find, compare, their help, their resume and a report know of a method."""
+"""Methods: one declaration is all that find, compare, their help, their resume and a report know of a
+method.
+"""
 
 import dataclasses
 import json
@@ -27,7 +29,8 @@ def own():
 
         def score(self, run):
             return Scored(
-                {key: (self.start + np.arange(size)).astype(float) for key, size in run.sizes.items()}, PromptCounts(len(run.prompts))
+                {key: (self.start + np.arange(size)).astype(float) for key, size in run.sizes.items()},
+                PromptCounts(len(run.prompts)),
             )
 
     yield Position
@@ -42,13 +45,38 @@ def test_a_method_is_one_class_of_ten_lines(own, tiny_pair, tmp_path):
     assert "Number of the first." in command("find", "position", "--help").out
     assert "Where a neuron stands" in command("find", "--help").out
     assert command("find", "position", *words, "--start", "-1").code == 2
-    assert "holds a run with start '7', not '8'" in command("find", "position", *words, "--start", 8, "--out", tmp_path / "run").err
-    assert json.dumps(done("find", "position", *words, "--start", 7, "--out", tmp_path / "run")) == json.dumps(found)
+    assert (
+        "holds a run with start '7', not '8'"
+        in command("find", "position", *words, "--start", 8, "--out", tmp_path / "run").err
+    )
+    assert json.dumps(
+        done("find", "position", *words, "--start", 7, "--out", tmp_path / "run")
+    ) == json.dumps(found)
 
 
 def test_compare_and_a_report_know_it(own, tiny_pair, tmp_path):
-    pair = ["--base", tiny_pair.base, "--aligned", tiny_pair.aligned, "--harmful", tiny_pair.harmful, "--harmless", tiny_pair.harmless]
-    more = ["--prompts", tiny_pair.harmful, "--find-harmless", tiny_pair.harmless, "--random", 0, "--max-new-tokens", 2, "--limit", 2]
+    pair = [
+        "--base",
+        tiny_pair.base,
+        "--aligned",
+        tiny_pair.aligned,
+        "--harmful",
+        tiny_pair.harmful,
+        "--harmless",
+        tiny_pair.harmless,
+    ]
+    more = [
+        "--prompts",
+        tiny_pair.harmful,
+        "--find-harmless",
+        tiny_pair.harmless,
+        "--random",
+        0,
+        "--max-new-tokens",
+        2,
+        "--limit",
+        2,
+    ]
     rows = done("compare", *pair, *more, "--methods", "position", "--out", tmp_path / "run")["methods"]
     assert [row["method"] for row in rows] == ["position"]
     assert command("report", tmp_path / "run", "--out", tmp_path / "report.html").code == 0

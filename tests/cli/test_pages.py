@@ -9,7 +9,9 @@ from safety_neurons.cli.verb import VERBS, build, sentence
 
 
 def command(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "safety_neurons", *words], capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "safety_neurons", *words], capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 def test_the_contents_describe_every_verb_in_a_whole_sentence():
@@ -25,8 +27,17 @@ def test_the_contents_describe_every_verb_in_a_whole_sentence():
 
 def test_options_stand_under_their_headings_and_brackets_are_not_escaped():
     text = command(["find", "contrast", "--help"]).stdout
-    headings = [line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Models", "Prompts", "Which neurons are kept", "Running", "Model and template", "Options"]
+    headings = [
+        line.rstrip(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")
+    ]
+    assert headings == [
+        "Models",
+        "Prompts",
+        "Which neurons are kept",
+        "Running",
+        "Model and template",
+        "Options",
+    ]
     assert "builtin:NAME[/LANG]" in text
     assert "\\" not in text
     assert "\x1b" not in text
@@ -41,12 +52,13 @@ def test_a_command_without_a_verb_shows_its_verbs_and_is_bad_usage(words):
 
 def test_help_imports_nothing_that_takes_long():
     code = (
-        "import sys; sys.argv = ['safety-neurons', 'find', 'importance', '--help']\n"
-        "from safety_neurons.cli import main\n"
-        "try:\n    main()\n"
-        "except SystemExit:\n    print([m for m in ('rich', 'numpy', 'torch', 'typer.rich_utils') if m in sys.modules], file=sys.stderr)"
+        "import sys; sys.argv = ['safety-neurons', 'find', 'importance', '--help']\nfrom "
+        "safety_neurons.cli import main\ntry:\n    main()\nexcept SystemExit:\n    print([m for m in "
+        "('rich', 'numpy', 'torch', 'typer.rich_utils') if m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert done.stderr.strip() == "[]"
 
 
@@ -58,16 +70,20 @@ def test_terms_are_coloured_where_a_terminal_shows_the_page():
 
 def test_the_contents_say_of_each_verb_what_its_own_page_says():
     verbs = build().commands
-    assert {name: sentence(verbs[name]) for name in VERBS} == {name: text for name, (_, text) in VERBS.items()}
+    assert {name: sentence(verbs[name]) for name in VERBS} == {
+        name: text for name, (_, text) in VERBS.items()
+    }
 
 
 def test_the_contents_import_no_verb():
     code = (
-        "import sys; sys.argv = ['safety-neurons', '--help']\nfrom safety_neurons.cli import main\n"
-        "try:\n    main()\n"
-        "except SystemExit:\n    print([m for m in ('find', 'verify') if 'safety_neurons.cli.' + m in sys.modules], file=sys.stderr)"
+        "import sys; sys.argv = ['safety-neurons', '--help']\nfrom safety_neurons.cli import main\ntry:\n  "
+        "  main()\nexcept SystemExit:\n    print([m for m in ('find', 'verify') if 'safety_neurons.cli.' + "
+        "m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert done.stderr.strip() == "[]"
 
 
@@ -81,4 +97,12 @@ def test_groups_hold_their_verbs():
     groups = build().commands
     assert list(groups["import"].commands) == ["attacks", "neurons"]
     assert list(groups["guard"].commands) == ["fit", "recalibrate", "evaluate", "serve"]
-    assert list(groups["analyze"].commands) == ["layers", "overlap", "languages", "transfer", "vocabulary", "progressive", "tax"]
+    assert list(groups["analyze"].commands) == [
+        "layers",
+        "overlap",
+        "languages",
+        "transfer",
+        "vocabulary",
+        "progressive",
+        "tax",
+    ]

@@ -1,4 +1,6 @@
-"""The whole flow on a folder shaped like a real checkpoint: Llama 3, scaled down, with real prompts where they are at hand."""
+"""The whole flow on a folder shaped like a real checkpoint: Llama 3, scaled down, with real prompts where
+they are at hand.
+"""
 
 import json
 
@@ -12,9 +14,9 @@ from safety_neurons.neurons import NeuronSet
 
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] "
+    "}}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}{% if "
+    "add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 
@@ -24,10 +26,14 @@ def byte_tokenizer(texts):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=[], initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[], initial_alphabet=sorted(alphabet), show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=HEADERS[0], eos_token=HEADERS[3])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=HEADERS[0], eos_token=HEADERS[3]
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": list(HEADERS[1:3]) + [HEADERS[4]]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -37,7 +43,12 @@ def byte_tokenizer(texts):
 def checkpoints(tmp_path_factory):
     """Two random models of one shape, in bfloat16: the second differs in its feed-forward layers."""
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer = byte_tokenizer(["Write a story about how to make a cake and open the door.", "Develop a plan to explain it step by step."])
+    tokenizer = byte_tokenizer(
+        [
+            "Write a story about how to make a cake and open the door.",
+            "Develop a plan to explain it step by step.",
+        ]
+    )
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -65,7 +76,9 @@ def checkpoints(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+                )
     model.to(torch.bfloat16)
     for name in ("base", "aligned"):
         if name == "aligned":
@@ -100,7 +113,17 @@ def test_the_whole_flow_runs_on_it(checkpoints, files, tmp_path):
     assert examined["healthy"], examined["checks"]
     assert "14/14" in examined["checks"][0]["measured"]
 
-    importance = done("find", "importance", "--model", checkpoints / "aligned", *asked, "--top", "0.01", "--out", tmp_path / "importance")
+    importance = done(
+        "find",
+        "importance",
+        "--model",
+        checkpoints / "aligned",
+        *asked,
+        "--top",
+        "0.01",
+        "--out",
+        tmp_path / "importance",
+    )
     assert importance["prompts"] == {"used": 3, "failed": 0, "truncated": 0}
     sites = {key.rsplit(".", 1)[1] for key in NeuronSet.load(importance["neurons"]).table.keys}
     assert sites == {"q", "k", "v", "o", "gate", "up", "down"}
@@ -113,14 +136,45 @@ def test_the_whole_flow_runs_on_it(checkpoints, files, tmp_path):
         assert found["n_neurons"] == 22
     done("find", "attribution", "--model", checkpoints / "aligned", *asked, "--out", tmp_path / "attribution")
 
-    words = ["verify", "patch", *pair, "--scores", tmp_path / "contrast", "--sizes", "0.05,0.3", *measured, "--random", "1"]
+    words = [
+        "verify",
+        "patch",
+        *pair,
+        "--scores",
+        tmp_path / "contrast",
+        "--sizes",
+        "0.05,0.3",
+        *measured,
+        "--random",
+        "1",
+    ]
     patched = done(*words, "--text", "builtin:general-test", "--out", tmp_path / "patch")
-    assert patched["untreated"]["harmful_refused"]["n"] + patched["untreated"]["harmful_refused"]["unscored"] == 2
+    assert (
+        patched["untreated"]["harmful_refused"]["n"] + patched["untreated"]["harmful_refused"]["unscored"]
+        == 2
+    )
     assert patched["overlap_with_find_prompts"]["harmful"] == 2
-    words = ["verify", "deactivate", "--model", checkpoints / "aligned", "--neurons", tmp_path / "importance", *measured]
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        checkpoints / "aligned",
+        "--neurons",
+        tmp_path / "importance",
+        *measured,
+    ]
     done(*words, "--text", "none", "--random", "1", "--out", tmp_path / "deactivate")
     table = done(
-        "compare", *pair, *asked[:2], *measured, "--methods", "contrast,weight-change", "--random", "1", "--out", tmp_path / "compare"
+        "compare",
+        *pair,
+        *asked[:2],
+        *measured,
+        "--methods",
+        "contrast,weight-change",
+        "--random",
+        "1",
+        "--out",
+        tmp_path / "compare",
     )
     assert [row["method"] for row in table["methods"]] == ["contrast", "weight-change", "random 0"]
 
@@ -138,11 +192,23 @@ def test_its_chat_template_and_every_end_token_are_used(checkpoints, tmp_path):
     turn = "<|start_header_id|>user<|end_header_id|>\n\nWrite a story.<|eot_id|>"
     assert text == f"<|begin_of_text|>{turn}<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert len(model.eos_ids) == 2
-    assert json.loads((checkpoints / "base" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    assert (
+        json.loads((checkpoints / "base" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    )
 
 
 def test_its_dry_run_says_what_it_would_need(checkpoints):
-    said = command("find", "contrast", "--base", checkpoints / "base", "--aligned", checkpoints / "aligned", "--dry-run", "--limit", "5")
+    said = command(
+        "find",
+        "contrast",
+        "--base",
+        checkpoints / "base",
+        "--aligned",
+        checkpoints / "aligned",
+        "--dry-run",
+        "--limit",
+        "5",
+    )
     assert said.code == 0
     assert "weights" in said.out
 
@@ -151,9 +217,27 @@ def test_it_is_evaluated_under_patching(checkpoints, tmp_path):
     from safety_neurons.model import load
 
     table = load(checkpoints / "base").table
-    NeuronSet({"layers.0.down": list(range(0, 224, 2)), "layers.1.down": list(range(50))}, table).save(tmp_path / "neurons.safetensors")
-    words = ["--model", checkpoints / "base", "--donor", checkpoints / "aligned", "--patch", tmp_path / "neurons.safetensors"]
-    asked = ["--limit", "4", "--max-new-tokens", "4", "--capability", "perplexity,kl", "--capability-limit", "4"]
+    NeuronSet({"layers.0.down": list(range(0, 224, 2)), "layers.1.down": list(range(50))}, table).save(
+        tmp_path / "neurons.safetensors"
+    )
+    words = [
+        "--model",
+        checkpoints / "base",
+        "--donor",
+        checkpoints / "aligned",
+        "--patch",
+        tmp_path / "neurons.safetensors",
+    ]
+    asked = [
+        "--limit",
+        "4",
+        "--max-new-tokens",
+        "4",
+        "--capability",
+        "perplexity,kl",
+        "--capability-limit",
+        "4",
+    ]
     found = done("evaluate", *words, *asked, "--out", tmp_path / "run")
     assert found["treatment"].startswith("162 neurons patched")
     assert [entry["kind"] for entry in found["treated"]["suites"]] == ["harmful", "harmless"]

@@ -20,7 +20,9 @@ def arguments(tiny_pair):
     return {"model": tiny_pair.plain, "prompts": tiny_pair.harmful, "limit": 2, "top": 0.1}
 
 
-@pytest.mark.parametrize("spelled", [*PERMISSIONS, *(name.replace("_", "-") for name in PERMISSIONS if "_" in name), "out"])
+@pytest.mark.parametrize(
+    "spelled", [*PERMISSIONS, *(name.replace("_", "-") for name in PERMISSIONS if "_" in name), "out"]
+)
 @pytest.mark.parametrize("how", ["single", "step", "shared"])
 def test_a_permission_comes_from_the_command_line_alone(spelled, how, arguments, tmp_path):
     value = str(tmp_path / "elsewhere") if spelled == "out" else True
@@ -85,7 +87,19 @@ def test_nothing_else_becomes_a_word_of_the_command_line(more, arguments, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "demo", "guard-serve", "dance", "", "-", "find", "find-", "find-importance --overwrite", "../find"]
+    "verb",
+    [
+        "run",
+        "demo",
+        "guard-serve",
+        "dance",
+        "",
+        "-",
+        "find",
+        "find-",
+        "find-importance --overwrite",
+        "../find",
+    ],
 )
 def test_a_verb_that_is_none_or_does_not_end_by_itself_is_refused(verb, tmp_path):
     said = command("run", recipe(tmp_path, {}, verb=verb), "--out", tmp_path / "run")
@@ -95,7 +109,24 @@ def test_a_verb_that_is_none_or_does_not_end_by_itself_is_refused(verb, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "", "/", "/etc/x", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[31m", ".lock", "nul", "x" * 300, 3.5e300, None]
+    "name",
+    [
+        "..",
+        ".",
+        "",
+        "/",
+        "/etc/x",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "\x1b[31m",
+        ".lock",
+        "nul",
+        "x" * 300,
+        3.5e300,
+        None,
+    ],
 )
 def test_a_step_is_called_by_a_name(name, arguments, tmp_path):
     (tmp_path / "in").mkdir()
@@ -125,7 +156,16 @@ def test_options_by_another_word_than_their_name_are_repeated_too(tiny_pair, tmp
     from safety_neurons.neurons import NeuronSet
 
     NeuronSet({"layers.0.down": [0, 1]}, load(tiny_pair.plain).table).save(tmp_path / "neurons.safetensors")
-    words = ["--neurons", tmp_path / "neurons.safetensors", "--model", tiny_pair.plain, "--to", "nnsight", "--out", tmp_path / "a"]
+    words = [
+        "--neurons",
+        tmp_path / "neurons.safetensors",
+        "--model",
+        tiny_pair.plain,
+        "--to",
+        "nnsight",
+        "--out",
+        tmp_path / "a",
+    ]
     first = done("export", "neurons", *words)
     again = done("run", tmp_path / "a" / "run.json", "--out", tmp_path / "b")
     assert {**first, "names": 0, "run": 0} == {**again, "names": 0, "run": 0}

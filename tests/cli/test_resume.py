@@ -25,11 +25,27 @@ METHODS = {
 
 def words_of(method, pair, out):
     models = ["--model", pair.aligned] if method in ("importance", "attribution") else pair.models
-    return ["find", method, *models, "--prompts", pair.harmful, "--batch-size", "2", *METHODS[method], "--top", "0.1", "--out", out]
+    return [
+        "find",
+        method,
+        *models,
+        "--prompts",
+        pair.harmful,
+        "--batch-size",
+        "2",
+        *METHODS[method],
+        "--top",
+        "0.1",
+        "--out",
+        out,
+    ]
 
 
 def counted(monkeypatch, die_after=None):
-    """Counts batches that are fed and batches of text that are written; saves after each and dies right after a state was saved."""
+    """Counts batches that are fed and batches of text that are written.
+
+    Saves after each and dies right after a state was saved.
+    """
     seen = collections.Counter()
     collate, save, write = runner.collate, runner.Stream.save, language_model._generate_rows
 
@@ -55,7 +71,9 @@ def counted(monkeypatch, die_after=None):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_find_does_no_finished_batch_again_and_gives_the_same(method, tiny_pair, tmp_path, monkeypatch):
+def test_a_killed_find_does_no_finished_batch_again_and_gives_the_same(
+    method, tiny_pair, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patched:
         whole = counted(patched)
         expected = done(*words_of(method, tiny_pair, tmp_path / "whole"))
@@ -91,7 +109,8 @@ def test_another_batch_size_in_the_same_folder_is_refused_and_loses_nothing(tiny
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
-    # The process says when it has saved and then waits for the end of a pipe that nobody closes, so no kill falls elsewhere.
+    # The process says when it has saved and then waits for the end of a pipe that nobody closes, so no kill
+    # falls elsewhere.
     script = (
         "import os, sys\n"
         "from safety_neurons.cli import main\n"

@@ -1,4 +1,6 @@
-"""Files are the same to the byte when the same is made again: in another process, with another order of hashes, elsewhere."""
+"""Files are the same to the byte when the same is made again: in another process, with another order of
+hashes, elsewhere.
+"""
 
 import json
 import os
@@ -21,9 +23,47 @@ for words in json.loads(sys.argv[2]):
 def lines(pair, labelled):
     asked = ["--harmful", pair.harmful, "--harmless", pair.harmless, "--limit", "3", "--max-new-tokens", "3"]
     return [
-        ["find", "contrast", *pair.models, "--prompts", pair.harmful, "--max-new-tokens", "3", "--top", "0.1", "--out", "find"],
-        ["verify", "patch", *pair.models, "--neurons", "find", *asked, "--text", "none", "--random", "2", "--out", "verify"],
-        ["guard", "fit", "--model", pair.base, "--neurons", "find", "--labelled", labelled, "--pooling", "last", "--out", "guard"],
+        [
+            "find",
+            "contrast",
+            *pair.models,
+            "--prompts",
+            pair.harmful,
+            "--max-new-tokens",
+            "3",
+            "--top",
+            "0.1",
+            "--out",
+            "find",
+        ],
+        [
+            "verify",
+            "patch",
+            *pair.models,
+            "--neurons",
+            "find",
+            *asked,
+            "--text",
+            "none",
+            "--random",
+            "2",
+            "--out",
+            "verify",
+        ],
+        [
+            "guard",
+            "fit",
+            "--model",
+            pair.base,
+            "--neurons",
+            "find",
+            "--labelled",
+            labelled,
+            "--pooling",
+            "last",
+            "--out",
+            "guard",
+        ],
         ["analyze", "layers", "find", "--out", "layers"],
         ["report", "find", "verify", "layers", "--out", "report.html"],
     ]
@@ -50,7 +90,10 @@ def test_another_process_with_another_order_of_hashes_writes_the_same_bytes(tiny
     program = [sys.executable, "-c", PROGRAM, json.dumps(folders), json.dumps(commands)]
     run = subprocess.run(program, cwd=there, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    made = [{str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in (here, there)]
+    made = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (here, there)
+    ]
     assert made[0].keys() == made[1].keys()
     assert {
         "find/scores.safetensors",

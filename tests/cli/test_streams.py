@@ -1,4 +1,6 @@
-"""What reaches the terminal: this package's own lines, in which no text of anybody's is markup or an escape."""
+"""What reaches the terminal: this package's own lines, in which no text of anybody's is markup or an
+escape.
+"""
 
 import contextlib
 import io
@@ -67,7 +69,10 @@ def test_other_libraries_talk_to_nobody_and_to_standard_error_with_debug(name, p
     assert quiet.json["healthy"]
     debug = command(*words, "--out", tmp_path / "c", "--json", "--debug")
     assert debug.json["healthy"]
-    assert {line.rpartition("CHATTER ")[2] for line in debug.err.splitlines() if "CHATTER" in line} >= {"on standard output", "logged"}
+    assert {line.rpartition("CHATTER ")[2] for line in debug.err.splitlines() if "CHATTER" in line} >= {
+        "on standard output",
+        "logged",
+    }
 
 
 def test_an_error_of_our_own_is_said_whatever_others_say(tmp_path, monkeypatch):
@@ -116,7 +121,9 @@ def test_streams_and_environment_are_put_back(monkeypatch):
     assert "TRANSFORMERS_VERBOSITY" not in os.environ
 
 
-def test_in_a_process_of_its_own_what_libraries_write_while_they_are_imported_is_not_seen(tiny_pair, tmp_path):
+def test_in_a_process_of_its_own_what_libraries_write_while_they_are_imported_is_not_seen(
+    tiny_pair, tmp_path
+):
     program = f"""
 import sys
 class Talking:
@@ -140,7 +147,9 @@ main()
         "--out",
         tmp_path / "run",
     ]
-    run = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert "CHATTER" not in run.stdout + run.stderr
     assert all(line.startswith("note: ") for line in run.stderr.splitlines()), run.stderr
@@ -165,8 +174,12 @@ def harmless(text):
         lambda text: console.say(text),
         lambda text: console.say(("bold", text), text),
         lambda text: console.rule(text),
-        lambda text: console.print_table(text, [text, text], [[text, text], [text, console.styled(text)]], caption=text),
-        lambda text: console.print_table("t", ["a"], [[{"value": None, "low": text}], [pathlib.PurePath(text)]], quiet={0}),
+        lambda text: console.print_table(
+            text, [text, text], [[text, text], [text, console.styled(text)]], caption=text
+        ),
+        lambda text: console.print_table(
+            "t", ["a"], [[{"value": None, "low": text}], [pathlib.PurePath(text)]], quiet={0}
+        ),
         lambda text: console.print_notes([text, f"two\nlines {text}"]),
         lambda text: console.tell(console.line_of(text)),
     ],
@@ -177,7 +190,9 @@ def test_no_text_is_markup_or_an_escape(show, terminal):
         show(HOSTILE)
     text = "".join(stream.getvalue() for stream in streams)
     if terminal:
-        text = re.sub(r"\x1b\[[\d;]*m", "", text)  # styles of our own; the hostile one's escape is named and no escape any more
+        text = re.sub(
+            r"\x1b\[[\d;]*m", "", text
+        )  # styles of our own; the hostile one's escape is named and no escape any more
     assert "U+001B" in harmless(text).replace("\n", "")
 
 
@@ -210,10 +225,50 @@ def test_names_of_files_labels_and_models_reach_the_terminal_as_text(tiny_pair, 
     lines = [
         (0, ["analyze", "layers", *files, "--out", folder / "layers"]),
         (0, ["analyze", "overlap", *files, "--out", folder / "overlap"]),
-        (0, ["find", "importance", "--model", tiny_pair.plain, "--prompts", prompts, "--top", "0.1", "--out", folder / "find"]),
-        (0, ["find", "importance", "--model", tiny_pair.plain, "--prompts", prompts, "--top", "0.1", "--out", folder / "find"]),
+        (
+            0,
+            [
+                "find",
+                "importance",
+                "--model",
+                tiny_pair.plain,
+                "--prompts",
+                prompts,
+                "--top",
+                "0.1",
+                "--out",
+                folder / "find",
+            ],
+        ),
+        (
+            0,
+            [
+                "find",
+                "importance",
+                "--model",
+                tiny_pair.plain,
+                "--prompts",
+                prompts,
+                "--top",
+                "0.1",
+                "--out",
+                folder / "find",
+            ],
+        ),
         (0, ["report", folder / "find", "--out", folder / "report.html"]),
-        (1, ["find", "importance", "--model", tiny_pair.plain, "--prompts", folder / FILE, "--out", folder / "none"]),
+        (
+            1,
+            [
+                "find",
+                "importance",
+                "--model",
+                tiny_pair.plain,
+                "--prompts",
+                folder / FILE,
+                "--out",
+                folder / "none",
+            ],
+        ),
         (1, ["doctor", "--model", folder / FILE, "--out", folder / "none"]),
         (1, ["run", folder / FILE]),
         (2, ["find", FILE]),
@@ -233,7 +288,18 @@ def test_a_result_that_cannot_be_shown_is_kept_and_the_run_is_done(tiny_pair, tm
         raise ValueError("closing tag '[/red]' does not match")
 
     monkeypatch.setattr(console, "show", broken)
-    words = ["find", "importance", "--model", tiny_pair.plain, "--prompts", tiny_pair.harmful, "--limit", "2", "--top", "0.1"]
+    words = [
+        "find",
+        "importance",
+        "--model",
+        tiny_pair.plain,
+        "--prompts",
+        tiny_pair.harmful,
+        "--limit",
+        "2",
+        "--top",
+        "0.1",
+    ]
     said = command(*words, "--out", tmp_path / "run")
     assert said.code == 0
     assert "note: the result cannot be shown (ValueError: closing tag" in said.err
@@ -241,14 +307,17 @@ def test_a_result_that_cannot_be_shown_is_kept_and_the_run_is_done(tiny_pair, tm
 
 
 def test_only_one_module_writes_to_the_terminal():
-    allowed = {"console.py": "", "verb.py": r"sys\.stdout\.write\(f\"safety-neurons|error\.show\(file=sys\.stdout\)"}
+    allowed = {
+        "console.py": "",
+        "verb.py": r"sys\.stdout\.write\(f\"safety-neurons|error\.show\(file=sys\.stdout\)",
+    }
     for file in pathlib.Path(cli.__file__).parent.glob("*.py"):
         text = file.read_text(encoding="utf-8")
         if file.name in allowed and not allowed[file.name]:
             continue
         text = re.sub(allowed.get(file.name) or "(?!)", "", text)
         found = re.findall(
-            r"sys\.std(?:out|err)\b|\b(?:out|err)\(\)\.(?:print|rule|log)\b|^\s*print\(|from rich(?!\.progress)|\[/?(?:dim|bold|red|green)",
+            r"sys\.std(?:out|err)\b|\b(?:out|err)\(\)\.(?:print|rule|log)\b|^\s*print\(|from rich(?!\.progress)|\[/?(?:dim|bold|red|green)",  # noqa: E501
             text,
             re.M,
         )
@@ -256,7 +325,10 @@ def test_only_one_module_writes_to_the_terminal():
 
 
 def test_a_terminal_that_knows_few_letters_gets_all_of_the_result(tmp_path):
-    program = "from safety_neurons.cli import console\nwith console.ours(debug=False):\n    console.say('Größe – 你好')\n"
+    program = (
+        "from safety_neurons.cli import console\nwith console.ours(debug=False):\n    console.say('Größe – "
+        "你好')\n"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

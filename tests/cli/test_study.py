@@ -31,14 +31,46 @@ def data(tmp_path_factory):
 @pytest.fixture
 def words(tiny_pair, data):
     return [
-        *("--model", tiny_pair.plain, "--prompts", tiny_pair.harmful, "--general", tiny_pair.text, "--share", 0.05, "--seeds", 1),
-        *("--data", data / "refusals.jsonl", "--mixed", data / "answers.jsonl", "--task", data / "task.jsonl", "--epochs", 1),
+        *(
+            "--model",
+            tiny_pair.plain,
+            "--prompts",
+            tiny_pair.harmful,
+            "--general",
+            tiny_pair.text,
+            "--share",
+            0.05,
+            "--seeds",
+            1,
+        ),
+        *(
+            "--data",
+            data / "refusals.jsonl",
+            "--mixed",
+            data / "answers.jsonl",
+            "--task",
+            data / "task.jsonl",
+            "--epochs",
+            1,
+        ),
         *("--task-test", data / "task.jsonl", *tiny_pair.measured_on, "--limit", 3, "--max-new-tokens", 4),
     ]
 
 
 def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path):
-    line = ["study", "rsn", *words, "--text", tiny_pair.text, "--arms", "none,SN-Tune,RSN-Tune", "--steps", 1, "--out", tmp_path / "run"]
+    line = [
+        "study",
+        "rsn",
+        *words,
+        "--text",
+        tiny_pair.text,
+        "--arms",
+        "none,SN-Tune,RSN-Tune",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
     first = command(*line, "--json")
     assert first.code == 0, first
     assert [arm["arm"] for arm in first.json["arms"]] == ["none", "SN-Tune", "RSN-Tune"]
@@ -52,7 +84,19 @@ def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path)
 
 
 def test_stress_is_one_command(words, tmp_path):
-    line = ["study", "stress", *words, "--pruned", "0.5,1", "--harmful-steps", "1", "--benign-steps", "1", "--out", tmp_path / "run"]
+    line = [
+        "study",
+        "stress",
+        *words,
+        "--pruned",
+        "0.5,1",
+        "--harmful-steps",
+        "1",
+        "--benign-steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    ]
     done = command(*line, "--attack", words[words.index("--mixed") + 1], "--json")
     assert done.code == 0, done
     assert len(done.json["curves"]) == 3 + 3 + 2 + 2
@@ -96,13 +140,25 @@ def test_repair_writes_a_model_with_the_references_neurons(tiny_pair, tmp_path):
     other = tiny_llama_folder(tmp_path / "other", seed=5)
     (other / "preprocessor_config.json").write_text("{}")
     reference = load(tiny_pair.plain)
-    NeuronSet({"layers.0.up": [1, 4], "layers.1.down": [3]}, reference.table).save(tmp_path / "neurons.safetensors")
-    line = ["repair", "--model", other, "--reference", tiny_pair.plain, "--neurons", tmp_path / "neurons.safetensors"]
+    NeuronSet({"layers.0.up": [1, 4], "layers.1.down": [3]}, reference.table).save(
+        tmp_path / "neurons.safetensors"
+    )
+    line = [
+        "repair",
+        "--model",
+        other,
+        "--reference",
+        tiny_pair.plain,
+        "--neurons",
+        tmp_path / "neurons.safetensors",
+    ]
     done = command(*line, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done
     assert done.json["changed"] == done.json["n_entries"] == 3 * 32
     repaired, before = load(done.json["model"]), load(str(other))
-    mine, theirs, old = (model.anatomy.place("layers.0.up").weight() for model in (repaired, reference, before))
+    mine, theirs, old = (
+        model.anatomy.place("layers.0.up").weight() for model in (repaired, reference, before)
+    )
     assert (pathlib.Path(done.json["model"]) / "preprocessor_config.json").read_text() == "{}"
     assert mine[[1, 4]].equal(theirs[[1, 4]])
     assert mine[[0, 2, 3]].equal(old[[0, 2, 3]])
@@ -121,7 +177,12 @@ def test_a_recipe_of_several_steps_hands_folders_on(tiny_pair, tmp_path):
             {
                 "name": "robust",
                 "verb": "find-importance",
-                "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.harmful, "top": 0.2, "subtract": "{out}/foundation"},
+                "arguments": {
+                    "model": tiny_pair.plain,
+                    "prompts": tiny_pair.harmful,
+                    "top": 0.2,
+                    "subtract": "{out}/foundation",
+                },
             },
         ],
     }
@@ -139,8 +200,16 @@ def test_a_recipe_of_several_steps_hands_folders_on(tiny_pair, tmp_path):
 
 def test_a_recipe_stops_at_the_step_that_fails(tiny_pair, tmp_path):
     steps = [
-        {"name": "first", "verb": "find-importance", "arguments": {"model": tiny_pair.plain, "prompts": "nowhere.txt"}},
-        {"name": "second", "verb": "find-importance", "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.harmful}},
+        {
+            "name": "first",
+            "verb": "find-importance",
+            "arguments": {"model": tiny_pair.plain, "prompts": "nowhere.txt"},
+        },
+        {
+            "name": "second",
+            "verb": "find-importance",
+            "arguments": {"model": tiny_pair.plain, "prompts": tiny_pair.harmful},
+        },
     ]
     (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
     done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run", "--json")
@@ -149,7 +218,10 @@ def test_a_recipe_stops_at_the_step_that_fails(tiny_pair, tmp_path):
     assert not (tmp_path / "run" / "second").exists()
 
 
-@pytest.mark.parametrize("steps", [[], [1], [{"name": "a/b", "verb": "tune", "arguments": {}}], [{"verb": "tune", "arguments": {}}] * 2])
+@pytest.mark.parametrize(
+    "steps",
+    [[], [1], [{"name": "a/b", "verb": "tune", "arguments": {}}], [{"verb": "tune", "arguments": {}}] * 2],
+)
 def test_steps_that_are_none_are_refused(steps, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
     done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run")
@@ -173,4 +245,8 @@ def test_a_recipe_that_ships_uses_verbs_and_options_that_exist(path):
 
 
 def test_there_is_a_recipe_for_every_model_of_the_paper():
-    assert [path.stem for path in RECIPES] == ["llama-3-8b-instruct", "mistral-7b-instruct-v0.2", "vicuna-13b-v1.5"]
+    assert [path.stem for path in RECIPES] == [
+        "llama-3-8b-instruct",
+        "mistral-7b-instruct-v0.2",
+        "vicuna-13b-v1.5",
+    ]

@@ -1,4 +1,6 @@
-"""tune from the command line: the object of the design, an adapter that PEFT loads, kills, and everything that cannot be trained."""
+"""tune from the command line: the object of the design, an adapter that PEFT loads, kills, and everything
+that cannot be trained.
+"""
 
 import json
 import pathlib
@@ -18,8 +20,12 @@ from safety_neurons.tuning import beside, load_delta
 from tiny import tiny_llama_folder
 
 FRAMES = ("how do i", "please explain how to", "tell me how to", "why")
-HARMFUL = [f"{how} {what}" for how in FRAMES for what in ("kill", "make a bomb", "steal", "lock", "write fire")]
-HARMLESS = [f"{how} {what}" for how in FRAMES for what in ("grow", "make a cake", "write", "open", "plant a tree")]
+HARMFUL = [
+    f"{how} {what}" for how in FRAMES for what in ("kill", "make a bomb", "steal", "lock", "write fire")
+]
+HARMLESS = [
+    f"{how} {what}" for how in FRAMES for what in ("grow", "make a cake", "write", "open", "plant a tree")
+]
 MEMBERS = {"layers.0.up": [0, 1, 2, 3], "layers.0.q": [5], "layers.1.down": [7, 9], "layers.1.o": [1]}
 QUICK = ["--epochs", "2", "--batch-size", "4", "--max-new-tokens", "6", "--text", "none"]
 
@@ -29,7 +35,10 @@ def data(tiny_pair, tmp_path_factory):
     """Neurons, refusals and harmless answers for the tiny base."""
     folder = tmp_path_factory.mktemp("tuning")
     NeuronSet(MEMBERS, load(tiny_pair.plain).table).save(folder / "neurons.safetensors")
-    for name, asked, answer in (("refusals", HARMFUL, "sorry i cannot help"), ("harmless", HARMLESS, "sure here")):
+    for name, asked, answer in (
+        ("refusals", HARMFUL, "sorry i cannot help"),
+        ("harmless", HARMLESS, "sure here"),
+    ):
         rows = [json.dumps({"prompt": text, "response": answer}) for text in asked]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
@@ -38,7 +47,17 @@ def data(tiny_pair, tmp_path_factory):
 def words_of(pair, data, *more, model=None):
     tests = ["--test-harmful", pair.harmful, "--test-harmless", pair.harmless]
     sources = ["--data", data / "refusals.jsonl", "--harmless", data / "harmless.jsonl"]
-    return ["tune", "--model", model or pair.plain, "--neurons", data / "neurons.safetensors", *sources, *tests, *QUICK, *more]
+    return [
+        "tune",
+        "--model",
+        model or pair.plain,
+        "--neurons",
+        data / "neurons.safetensors",
+        *sources,
+        *tests,
+        *QUICK,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +114,12 @@ def test_everything_is_in_the_runs_folder(tuned):
     arms = {f"{arm}/{kind}" for arm in ("untreated", "tuned") for kind in ("harmful", "harmless")}
     assert set(Completions.load(tuned["completions"]).arms) == arms
     assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob("checkpoints"))
-    assert {"adapter/adapter_config.json", "delta/delta.safetensors", "merged/config.json", "results.json"} <= set(record(folder)["files"])
+    assert {
+        "adapter/adapter_config.json",
+        "delta/delta.safetensors",
+        "merged/config.json",
+        "results.json",
+    } <= set(record(folder)["files"])
 
 
 def test_adapter_and_merged_model_are_the_tuned_one(tuned, tiny_pair):
@@ -126,7 +150,9 @@ def test_a_finished_run_is_shown_as_tables(tuned, tiny_pair, data):
 
 
 def test_a_bar_shows_loss_and_what_held_out_prompts_say(tiny_pair, data, tmp_path):
-    outcome = command(*words_of(tiny_pair, data, "--max-steps", "2", "--out", tmp_path / "run"), terminal=True)
+    outcome = command(
+        *words_of(tiny_pair, data, "--max-steps", "2", "--out", tmp_path / "run"), terminal=True
+    )
     assert outcome.code == 0, outcome.err
     assert "train" in outcome.err
 
@@ -156,15 +182,37 @@ def test_a_killed_run_goes_on_and_gives_the_same(tuned, tiny_pair, data, tmp_pat
     again = done(*words)
     assert "untreated/harmful" not in asked
     assert "tuned/harmful" in asked
-    same = ("before", "after", "checks", "steps", "kept_step", "stopped", "learning_rate", "examples", "change")
+    same = (
+        "before",
+        "after",
+        "checks",
+        "steps",
+        "kept_step",
+        "stopped",
+        "learning_rate",
+        "examples",
+        "change",
+    )
     assert {name: again[name] for name in same} == {name: tuned[name] for name in same}
     first, second = (load_delta(result["delta"]).tensors for result in (tuned, again))
     assert all(torch.equal(first[key], second[key]) for key in MEMBERS)
 
 
 def test_protected_neurons_are_left_out(tiny_pair, data, tmp_path):
-    NeuronSet({"layers.0.up": [0, 1, 2, 3], "layers.0.q": [5]}, load(tiny_pair.plain).table).save(tmp_path / "protect.safetensors")
-    words = words_of(tiny_pair, data, "--protect", tmp_path / "protect.safetensors", "--harmless", "none", "--no-check", "--max-steps", "2")
+    NeuronSet({"layers.0.up": [0, 1, 2, 3], "layers.0.q": [5]}, load(tiny_pair.plain).table).save(
+        tmp_path / "protect.safetensors"
+    )
+    words = words_of(
+        tiny_pair,
+        data,
+        "--protect",
+        tmp_path / "protect.safetensors",
+        "--harmless",
+        "none",
+        "--no-check",
+        "--max-steps",
+        "2",
+    )
     result = done(*words, "--out", tmp_path / "run")
     assert result["n_neurons"] == 3
     assert result["examples"]["harmless"] == 0
@@ -173,7 +221,11 @@ def test_protected_neurons_are_left_out(tiny_pair, data, tmp_path):
 
 
 def test_a_base_with_adapters_gives_an_adapter_on_the_merged_base(tiny_pair, data, tmp_path):
-    result = done(*words_of(tiny_pair, data, "--max-steps", "2", "--no-check", "--out", tmp_path / "run", model=tiny_pair.base))
+    result = done(
+        *words_of(
+            tiny_pair, data, "--max-steps", "2", "--no-check", "--out", tmp_path / "run", model=tiny_pair.base
+        )
+    )
     said = record(tmp_path / "run")["notes"]
     assert any("merged into its weights first" in note for note in said)
     config = peft.PeftConfig.from_pretrained(result["adapter"])
@@ -214,10 +266,14 @@ def test_data_without_answers_are_said_before_anything_is_measured(tiny_pair, da
 def test_an_empty_set_and_one_of_another_model_are_said(tiny_pair, data, tmp_path):
     table = load(tiny_pair.plain).table
     NeuronSet({}, table).save(tmp_path / "empty.safetensors")
-    assert "0 neurons" in refused(*words_of(tiny_pair, data, "--neurons", tmp_path / "empty.safetensors", "--out", tmp_path / "a"))
+    assert "0 neurons" in refused(
+        *words_of(tiny_pair, data, "--neurons", tmp_path / "empty.safetensors", "--out", tmp_path / "a")
+    )
     other = load(tiny_llama_folder(tmp_path / "other", num_hidden_layers=3)).table
     NeuronSet({"layers.2.up": np.arange(3)}, other).save(tmp_path / "foreign.safetensors")
-    refused(*words_of(tiny_pair, data, "--neurons", tmp_path / "foreign.safetensors", "--out", tmp_path / "b"))
+    refused(
+        *words_of(tiny_pair, data, "--neurons", tmp_path / "foreign.safetensors", "--out", tmp_path / "b")
+    )
 
 
 def test_merging_into_a_quantised_base_is_refused_before_training(tiny_pair, data, tmp_path, monkeypatch):
@@ -233,10 +289,14 @@ def test_more_rows_than_vllm_allows_are_refused_before_training(tiny_pair, data,
     monkeypatch.setattr("safety_neurons.tuning.artefacts.VLLM_RANKS", (1, 2))
     monkeypatch.setattr("safety_neurons.studies.tune", None)
     said = refused(*words_of(tiny_pair, data, "--vllm", "--out", tmp_path / "run"))
-    assert said.startswith("--vllm with 4 trained rows or columns of model.layers.0.mlp.up_proj, at most 2 were expected")
+    assert said.startswith(
+        "--vllm with 4 trained rows or columns of model.layers.0.mlp.up_proj, at most 2 were expected"
+    )
 
 
-def test_a_change_outside_the_set_is_an_error_and_what_was_trained_is_kept(tiny_pair, data, tmp_path, monkeypatch):
+def test_a_change_outside_the_set_is_an_error_and_what_was_trained_is_kept(
+    tiny_pair, data, tmp_path, monkeypatch
+):
     numbers = iter(range(10))
     monkeypatch.setattr("safety_neurons.tuning.train.outside_hash", lambda *_: str(next(numbers)))
     out = tmp_path / "run"

@@ -55,8 +55,19 @@ def test_patching_a_set_gives_the_object_of_the_design(found, tiny_pair, tmp_pat
 
 
 def test_deactivating_has_no_causal_effect_and_says_why(found, tiny_pair, tmp_path):
-    words = ["verify", "deactivate", "--model", tiny_pair.aligned, *tiny_pair.measured_on, "--text", "none", *SHORT]
-    result = done(*words, "--neurons", found / "neurons.safetensors", "--random", "1", "--out", tmp_path / "run")
+    words = [
+        "verify",
+        "deactivate",
+        "--model",
+        tiny_pair.aligned,
+        *tiny_pair.measured_on,
+        "--text",
+        "none",
+        *SHORT,
+    ]
+    result = done(
+        *words, "--neurons", found / "neurons.safetensors", "--random", "1", "--out", tmp_path / "run"
+    )
     assert result["aligned"] is None
     assert result["causal_effect"]["value"] is None
     assert "no base" in result["causal_effect"]["why"]
@@ -91,7 +102,9 @@ def test_a_sweep_has_one_point_a_size(kind, found, tiny_pair, tmp_path):
 
 
 def test_a_repeated_verification_gives_the_same_numbers(found, tiny_pair, tmp_path):
-    first = done(*patch(tiny_pair, "--neurons", found, "--random", "1", "--limit", "3", "--out", tmp_path / "first"))
+    first = done(
+        *patch(tiny_pair, "--neurons", found, "--random", "1", "--limit", "3", "--out", tmp_path / "first")
+    )
     again = done("run", tmp_path / "first" / "run.json", "--out", tmp_path / "again")
     for result in (first, again):
         del result["completions"], result["run"]
@@ -119,7 +132,9 @@ def counted(monkeypatch, *, die_at=None):
 
 def test_a_killed_verification_generates_no_finished_batch_again(found, tiny_pair, tmp_path, monkeypatch):
     die_at = 5  # in the middle of an arm: four prompts of each kind are two batches
-    words = patch(tiny_pair, "--neurons", found, "--random", "0", "--text", "none", "--limit", "4", "--batch-size", "2")
+    words = patch(
+        tiny_pair, "--neurons", found, "--random", "0", "--text", "none", "--limit", "4", "--batch-size", "2"
+    )
     with monkeypatch.context() as patched:
         whole = counted(patched)
         expected = done(*words, "--out", tmp_path / "whole")
@@ -142,22 +157,45 @@ def test_a_killed_verification_generates_no_finished_batch_again(found, tiny_pai
 def test_answers_are_not_gone_on_with_where_prompts_have_changed(found, tiny_pair, tmp_path, monkeypatch):
     prompts = tmp_path / "harmful.txt"
     prompts.write_text(pathlib.Path(tiny_pair.harmful).read_text(encoding="utf-8"), encoding="utf-8")
-    words = ["verify", "patch", *tiny_pair.models, "--harmful", prompts, "--harmless", tiny_pair.harmless, "--text", "none", *SHORT]
+    words = [
+        "verify",
+        "patch",
+        *tiny_pair.models,
+        "--harmful",
+        prompts,
+        "--harmless",
+        tiny_pair.harmless,
+        "--text",
+        "none",
+        *SHORT,
+    ]
     words += ["--neurons", found, "--random", "0", "--out", tmp_path / "run"]
     with monkeypatch.context() as patched:
         counted(patched, die_at=4)
         assert command(*words).code == 1
-    prompts.write_text("write a story\n" + prompts.read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
+    prompts.write_text(
+        "write a story\n" + prompts.read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8"
+    )
     assert "another harmful" in refused(*words)
     answers = Completions.load(done(*words, "--overwrite")["completions"])
-    assert {one.prompt for one in answers.arm("untreated/harmful")} == set(prompts.read_text(encoding="utf-8").splitlines())
+    assert {one.prompt for one in answers.arm("untreated/harmful")} == set(
+        prompts.read_text(encoding="utf-8").splitlines()
+    )
 
 
 # compare
 
 
 def compared(pair, *more):
-    words = ["compare", *pair.models, "--prompts", pair.harmful, "--find-harmless", pair.harmless, *pair.measured_on]
+    words = [
+        "compare",
+        *pair.models,
+        "--prompts",
+        pair.harmful,
+        "--find-harmless",
+        pair.harmless,
+        *pair.measured_on,
+    ]
     return [*words, "--max-new-tokens", "3", "--limit", "3", "--top", "0.1", "--random", "2", *more]
 
 
@@ -167,7 +205,15 @@ def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
     expected = list(METHODS)
     assert names == [*expected, "random 0", "random 1"]
     for row in result["methods"]:
-        assert row.keys() >= {"method", "n_neurons", "recall", "causal_effect", "harmful_refused", "harmless_refused", "seconds"}
+        assert row.keys() >= {
+            "method",
+            "n_neurons",
+            "recall",
+            "causal_effect",
+            "harmful_refused",
+            "harmless_refused",
+            "seconds",
+        }
         assert row["recall"] is None
         assert row["n_units"] == result["budget"] == 10
     assert len(result["agreement"]) == 16 * 15 / 2
@@ -178,12 +224,24 @@ def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
 
 
 def test_compare_measures_recall_of_a_planted_truth_in_units(tiny_pair, tmp_path, found):
-    truth = NeuronSet({"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40]}, NeuronSet.load(found).table)
+    truth = NeuronSet(
+        {"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40]}, NeuronSet.load(found).table
+    )
     truth.save(tmp_path / "truth.safetensors")
-    words = compared(tiny_pair, "--truth", tmp_path / "truth.safetensors", "--methods", "weight-change,importance")
+    words = compared(
+        tiny_pair, "--truth", tmp_path / "truth.safetensors", "--methods", "weight-change,importance"
+    )
     result = done(*words, "--out", tmp_path / "run")
     assert result["budget"] == 3
-    assert result["sites"] == ["q", "k", "v", "o", "gate", "up", "down"]  # no method is told where the truth lies
+    assert result["sites"] == [
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    ]  # no method is told where the truth lies
     assert {row["n_units"] for row in result["methods"]} == {3}
     assert all(row["recall"] in (0, 1 / 3, 2 / 3, 1) for row in result["methods"])
 
@@ -198,7 +256,9 @@ def test_a_killed_comparison_takes_up_the_methods_that_were_done(tiny_pair, tmp_
     with monkeypatch.context() as patched:
         patched.setattr("safety_neurons.detectors.contrast.score", dies)
         assert command(*words, "--out", tmp_path / "killed").code == 1
-    monkeypatch.setattr("safety_neurons.detectors.baselines.change", lambda *_, **__: pytest.fail("found again"))
+    monkeypatch.setattr(
+        "safety_neurons.detectors.baselines.change", lambda *_, **__: pytest.fail("found again")
+    )
     result = done(*words, "--out", tmp_path / "killed")
     for one in (expected, result):
         del one["run"], one["completions"]
@@ -212,23 +272,47 @@ def test_a_killed_comparison_takes_up_the_methods_that_were_done(tiny_pair, tmp_
 def test_tables_fit_a_terminal_of_80_columns(found, tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     verified = command(
-        *patch(tiny_pair, "--scores", found, "--sizes", "0.05,0.2", "--random", "1", "--limit", "4", "--out", tmp_path / "verify")
+        *patch(
+            tiny_pair,
+            "--scores",
+            found,
+            "--sizes",
+            "0.05,0.2",
+            "--random",
+            "1",
+            "--limit",
+            "4",
+            "--out",
+            tmp_path / "verify",
+        )
     )
-    both = command(*compared(tiny_pair, "--methods", "importance-contrast,weight-change", "--out", tmp_path / "compare"))
+    both = command(
+        *compared(tiny_pair, "--methods", "importance-contrast,weight-change", "--out", tmp_path / "compare")
+    )
     assert verified.code == both.code == 0
     for outcome in (verified, both):
         assert "\x1b" not in outcome.out
         for line in outcome.out.splitlines():
-            assert len(line.rstrip()) <= 80 or re.search(r"[:.] ", line) or re.match(r"(run|completions|Patching|/) ?", line), line
+            assert (
+                len(line.rstrip()) <= 80
+                or re.search(r"[:.] ", line)
+                or re.match(r"(run|completions|Patching|/) ?", line)
+            ), line
     rows = [line.split() for line in both.out.splitlines() if line.startswith("importance-contrast")]
     assert len(rows) > 1, "columns that have no room stand below"
-    assert "…" not in re.sub("…[^\n]*more[)]", "", both.out + verified.out), "but in names of models in the heading"
-    assert re.search(r"^[\d,]+ patched \(20 %\) +\d\.\d\d \[\d\.\d\d, \d\.\d\d\] ", verified.out, re.MULTILINE)
+    assert "…" not in re.sub("…[^\n]*more[)]", "", both.out + verified.out), (
+        "but in names of models in the heading"
+    )
+    assert re.search(
+        r"^[\d,]+ patched \(20 %\) +\d\.\d\d \[\d\.\d\d, \d\.\d\d\] ", verified.out, re.MULTILINE
+    )
     assert re.search(r" +causal effect", verified.out)
 
 
 def test_a_pipe_gets_no_progress_and_no_bars(found, tiny_pair, tmp_path, capfd):
-    outcome = command(*patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run"))
+    outcome = command(
+        *patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run")
+    )
     assert outcome.code == 0
     assert "%|" not in outcome.err
     assert "Loading" not in outcome.err
@@ -239,7 +323,15 @@ def test_a_pipe_gets_no_progress_and_no_bars(found, tiny_pair, tmp_path, capfd):
 
 def test_an_empty_selection_of_prompts_is_refused(found, tiny_pair, tmp_path):
     (tmp_path / "none.txt").write_text("\n\n", encoding="utf-8")
-    words = ["verify", "patch", *tiny_pair.models, "--harmful", tmp_path / "none.txt", "--harmless", tiny_pair.harmless]
+    words = [
+        "verify",
+        "patch",
+        *tiny_pair.models,
+        "--harmful",
+        tmp_path / "none.txt",
+        "--harmless",
+        tiny_pair.harmless,
+    ]
     assert "none.txt" in refused(*words, "--neurons", found, "--out", tmp_path / "run")
 
 
@@ -250,17 +342,32 @@ def test_a_comparison_record_is_json_through_and_through(tiny_pair, tmp_path):
     assert "NaN" not in text
 
 
-def test_a_terminal_gets_a_bar_with_tokens_per_second_and_the_name_of_the_arm_at_work(found, tiny_pair, tmp_path, monkeypatch):
+def test_a_terminal_gets_a_bar_with_tokens_per_second_and_the_name_of_the_arm_at_work(
+    found, tiny_pair, tmp_path, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
-    words = ["find", "contrast", *tiny_pair.models, "--prompts", tiny_pair.harmful, "--max-new-tokens", "4", "--batch-size", "3"]
+    words = [
+        "find",
+        "contrast",
+        *tiny_pair.models,
+        "--prompts",
+        tiny_pair.harmful,
+        "--max-new-tokens",
+        "4",
+        "--batch-size",
+        "3",
+    ]
     outcome = command(*words, "--out", tmp_path / "find", terminal=True)
     assert outcome.code == 0
     assert "tokens/s" in outcome.err
     assert "9/9" in outcome.err or "3/3" in outcome.err
     assert "Loading" not in outcome.err
     assert "5 neurons" in outcome.out
-    verified = command(*patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run"), terminal=True)
+    verified = command(
+        *patch(tiny_pair, "--neurons", found, "--random", "0", "--limit", "2", "--out", tmp_path / "run"),
+        terminal=True,
+    )
     assert "verify" in verified.err
     silent = command(*words, "--out", tmp_path / "json", "--json", terminal=True)
     assert silent.err == ""

@@ -34,7 +34,9 @@ def rows_of(lm: LanguageModel, prompts: Prompts = PROMPTS[:2]) -> tuple[Batch, l
     rows = [
         row
         for one in lm.encode(prompts)
-        for row in explained(one.ids, *([tokens_behind(lm, one.ids, text) for text in side] for side in sides))
+        for row in explained(
+            one.ids, *([tokens_behind(lm, one.ids, text) for text in side] for side in sides)
+        )
     ]
     return collate([row.ids for row in rows], range(len(rows))), rows
 
@@ -51,7 +53,9 @@ def test_the_score_is_mean_log_probability_of_refusal_less_that_of_compliance():
     for row in rows:
         with torch.no_grad():
             chances = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
-        expected.append(np.mean([float(chances[place - 1, row.ids[place]]) for place in range(row.start, len(row.ids))]))
+        expected.append(
+            np.mean([float(chances[place - 1, row.ids[place]]) for place in range(row.start, len(row.ids))])
+        )
     assert score(lm, batch, rows) == pytest.approx(expected[0] - (expected[1] + expected[2]) / 2, rel=1e-6)
     assert explained([1], [list(range(5, 40))], [[7]])[0].ids == (1, *range(5, 21))
 
@@ -71,7 +75,10 @@ def test_every_site_equals_finite_differences_of_the_score():
                     values[..., k] *= factor
                     return values
 
-                up, down = (score(lm, batch, rows, {key: lambda v, s=s: scaled(v, factor=1 + s)}) for s in (step, -step))
+                up, down = (
+                    score(lm, batch, rows, {key: lambda v, s=s: scaled(v, factor=1 + s)})
+                    for s in (step, -step)
+                )
                 slope, ours = (up - down) / (2 * step), float(exact[key].sum(0)[k])
                 assert ours == pytest.approx(slope, rel=1e-5, abs=1e-8), (key, k)
                 assert found[key][k] == pytest.approx(ours / 2, rel=1e-4, abs=1e-7)
@@ -143,12 +150,16 @@ def test_the_path_sums_to_what_patching_every_neuron_does():
         before = score(pair.base, batch, rows)
     with pair.aligned.running():
         after = score(pair.aligned, batch, rows)
-    assert sum(float(values.sum()) for _, values in found.items()) == pytest.approx((after - before) / counts.used, rel=2e-2)
+    assert sum(float(values.sum()) for _, values in found.items()) == pytest.approx(
+        (after - before) / counts.used, rel=2e-2
+    )
 
 
 def test_the_path_is_the_mean_of_its_midpoints_and_the_base_its_beginning():
     pair = adapted()
-    path, start = (find_attribution_patching(pair.base, pair.aligned, PROMPTS, at=at, count=5) for at in ("path", "base"))
+    path, start = (
+        find_attribution_patching(pair.base, pair.aligned, PROMPTS, at=at, count=5) for at in ("path", "base")
+    )
     assert midpoints_of(4) == [0.125, 0.375, 0.625, 0.875]
     assert path.neurons.provenance.config["midpoints"] == 8
     assert start.neurons.provenance.config["midpoints"] == 0
@@ -158,10 +169,17 @@ def test_the_path_is_the_mean_of_its_midpoints_and_the_base_its_beginning():
 def test_batch_size_changes_no_score():
     lm = model(0)
     pair = adapted()
-    for find, models, texts in ((find_attribution, (lm,), TEXTS), (find_attribution_patching, (pair.base, pair.aligned), {})):
-        whole, single = (find(*models, PROMPTS, **texts, batch_size=size, count=9).scores for size in ("auto", 1))
+    for find, models, texts in (
+        (find_attribution, (lm,), TEXTS),
+        (find_attribution_patching, (pair.base, pair.aligned), {}),
+    ):
+        whole, single = (
+            find(*models, PROMPTS, **texts, batch_size=size, count=9).scores for size in ("auto", 1)
+        )
         for key, values in whole.items():
-            np.testing.assert_allclose(single[key], values, rtol=0, atol=1e-5 * max(np.abs(values).max(), 1e-6))
+            np.testing.assert_allclose(
+                single[key], values, rtol=0, atol=1e-5 * max(np.abs(values).max(), 1e-6)
+            )
 
 
 def test_fused_and_routed_projections_are_attributed_too():
@@ -182,7 +200,9 @@ def test_experts_are_moved_on_the_tokens_that_both_models_route_to_them():
     base, aligned = (LanguageModel(build("mixtral"), tiny_tokenizer()) for _ in range(2))
     with torch.no_grad():
         for parameter in aligned.model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     found = find_attribution_patching(base, aligned, PROMPTS[:2], midpoints=1)
     assert set(found.scores.keys()) == set(base.table.select(sites=("down",)).sizes)
     assert any(values.any() for _, values in found.scores.items())
@@ -210,14 +230,18 @@ def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_p
     checkpoint = Checkpoint(tmp_path / "state.safetensors")
     passes = []
     real = module.collate
-    monkeypatch.setattr(module, "collate", lambda *args, **kwargs: (passes.append(1), real(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        module, "collate", lambda *args, **kwargs: (passes.append(1), real(*args, **kwargs))[1]
+    )
 
     def die(done, total, tokens):
         if len(passes) == 2 and done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_attribution_patching(pair.base, pair.aligned, PROMPTS, checkpoint=checkpoint, progress=die, **options)
+        find_attribution_patching(
+            pair.base, pair.aligned, PROMPTS, checkpoint=checkpoint, progress=die, **options
+        )
     again = find_attribution_patching(pair.base, pair.aligned, PROMPTS, checkpoint=checkpoint, **options)
     assert len(passes) == 3
     assert again.neurons == whole.neurons

@@ -1,4 +1,6 @@
-"""What detectors are held against: random neurons, sizes, set differences of weights, probes and the refusal direction."""
+"""What detectors are held against: random neurons, sizes, set differences of weights, probes and the refusal
+direction.
+"""
 
 import copy
 
@@ -31,7 +33,13 @@ def test_weight_change_is_the_norm_of_rows_with_bias_and_of_columns():
     base, aligned = separate(attention_bias=True, mlp_bias=True)
     found = find_weight_change(base, aligned).scores
     mine, theirs = (lm.model.model.layers[1] for lm in (aligned, base))
-    row = torch.cat([mine.mlp.up_proj.weight - theirs.mlp.up_proj.weight, (mine.mlp.up_proj.bias - theirs.mlp.up_proj.bias)[:, None]], 1)
+    row = torch.cat(
+        [
+            mine.mlp.up_proj.weight - theirs.mlp.up_proj.weight,
+            (mine.mlp.up_proj.bias - theirs.mlp.up_proj.bias)[:, None],
+        ],
+        1,
+    )
     np.testing.assert_allclose(found["layers.1.up"], row.detach().norm(dim=1), rtol=1e-5)
     column = (mine.self_attn.o_proj.weight - theirs.self_attn.o_proj.weight).detach()
     np.testing.assert_allclose(found["layers.1.o"], column.norm(dim=0), rtol=1e-5)
@@ -51,7 +59,9 @@ def test_a_low_rank_adapter_counts_with_its_product():
     pair = adapted("lora", ("up_proj", "q_proj"))
     found = find_weight_change(pair.base, pair.aligned).scores
     up = pair.base.model.get_base_model().model.layers[1].mlp.up_proj
-    np.testing.assert_allclose(found["layers.1.up"], up.get_delta_weight("a1").detach().norm(dim=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        found["layers.1.up"], up.get_delta_weight("a1").detach().norm(dim=1), rtol=1e-4
+    )
     assert not found["layers.1.gate"].any()
 
 
@@ -63,7 +73,9 @@ def test_a_models_own_weights_are_measured_too_and_experts_with_them():
     found = find_weight_magnitude(lm, count=7)
     assert len(found.neurons) == 7
     experts = lm.anatomy.layers[0].experts
-    np.testing.assert_allclose(found.scores["layers.0.experts.1.down"], experts.weight(1, "down").detach().norm(dim=0), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.scores["layers.0.experts.1.down"], experts.weight(1, "down").detach().norm(dim=0), rtol=1e-5
+    )
     assert find_weight_change(lm, lm, count=1).scores["layers.0.experts.1.gate"].max() == 0
 
 
@@ -128,7 +140,9 @@ HARMFUL, HARMLESS = PROMPTS[:3], PROMPTS[3:]
 def answers(lm, prompts):
     """Ids of prompt and answer, and where the answer starts."""
     told = []
-    for row, answer in zip(lm.encode(prompts), lm.complete(prompts, max_new_tokens=16, batch_size=1), strict=True):
+    for row, answer in zip(
+        lm.encode(prompts), lm.complete(prompts, max_new_tokens=16, batch_size=1), strict=True
+    ):
         ids = [token for token in answer.token_ids if token not in lm.eos_ids]
         if ids:
             told.append(([*row.ids, *ids], len(row.ids)))
@@ -163,8 +177,13 @@ def wanda_twin(lm, prompts, name):
 
 def share_twin(safety, utility, share, other, columns):
     """Weight by weight, with sets."""
-    flat = [{int(place) for place in values.flatten().argsort(descending=True)[:count]} for values, count in
-            ((safety, round(share * safety.numel())), (utility, round(other * utility.numel())))]  # fmt: skip
+    flat = [
+        {int(place) for place in values.flatten().argsort(descending=True)[:count]}
+        for values, count in (
+            (safety, round(share * safety.numel())),
+            (utility, round(other * utility.numel())),
+        )
+    ]
     kept = torch.zeros(safety.numel())
     kept[list(flat[0] - flat[1])] = 1
     kept = kept.reshape(safety.shape)
@@ -175,9 +194,16 @@ def share_twin(safety, utility, share, other, columns):
 def test_rows_and_columns_hold_the_share_of_weights_that_the_twin_keeps(find, twin):
     lm, _ = separate()
     found = find(lm, HARMFUL, harmless=HARMLESS, safety=0.2, utility=0.1, count=5).scores
-    for site, part in (("q", "self_attn.q_proj"), ("o", "self_attn.o_proj"), ("up", "mlp.up_proj"), ("down", "mlp.down_proj")):
+    for site, part in (
+        ("q", "self_attn.q_proj"),
+        ("o", "self_attn.o_proj"),
+        ("up", "mlp.up_proj"),
+        ("down", "mlp.down_proj"),
+    ):
         name = f"model.layers.1.{part}.weight"
-        expected = share_twin(twin(lm, HARMFUL, name), twin(lm, HARMLESS, name), 0.2, 0.1, site in ("o", "down"))
+        expected = share_twin(
+            twin(lm, HARMFUL, name), twin(lm, HARMLESS, name), 0.2, 0.1, site in ("o", "down")
+        )
         # A tie at the cut may fall either way: at most one weight of a neuron.
         assert np.abs(found[f"layers.1.{site}"] - expected).max() <= 1.01 / 32
         assert np.abs(found[f"layers.1.{site}"] - expected).mean() < 1e-3
@@ -191,7 +217,10 @@ def test_adapters_on_the_input_count_with_the_scale_that_the_weights_see():
     with pair.aligned.active():
         merged = LanguageModel(copy.deepcopy(pair.aligned.model).merge_and_unload(), pair.aligned.tokenizer)
     for find in (find_snip, find_wanda):
-        one, other = (find(lm, HARMFUL, harmless=HARMLESS, sites=("down",), safety=0.2, count=5).scores for lm in (pair.aligned, merged))
+        one, other = (
+            find(lm, HARMFUL, harmless=HARMLESS, sites=("down",), safety=0.2, count=5).scores
+            for lm in (pair.aligned, merged)
+        )
         for key, values in one.items():
             assert np.abs(values - other[key]).mean() < 2e-3  # up to weights at the cut
 
@@ -234,7 +263,9 @@ def test_what_cannot_be_weighed_is_refused():
     with pytest.raises(UsageError, match="no option 'utilities'"):
         find_snip(lm, HARMFUL, harmless=HARMLESS, utilities=0.1)
     with pytest.raises(UnsupportedModelError, match="routed experts are not scored"):
-        find_wanda(LanguageModel(build("mixtral"), tiny_tokenizer()), HARMFUL, harmless=HARMLESS, sites=("down",))
+        find_wanda(
+            LanguageModel(build("mixtral"), tiny_tokenizer()), HARMFUL, harmless=HARMLESS, sites=("down",)
+        )
 
 
 HARMFUL, HARMLESS = PROMPTS[:3], PROMPTS[3:]
@@ -245,7 +276,9 @@ def test_the_probe_is_the_logistic_regression_of_a_common_library():
     features, labels = draws.normal(size=(40, 12)), (draws.random(40) < 0.4).astype(float)
     features[:, 3] = 5.0  # a constant feature
     ours = probe(torch.tensor(features), torch.tensor(labels)).numpy()
-    twin = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(StandardScaler().fit_transform(features), labels)
+    twin = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(
+        StandardScaler().fit_transform(features), labels
+    )
     np.testing.assert_allclose(ours, twin.coef_[0], atol=1e-5)
     assert ours[3] == 0
 
@@ -259,7 +292,9 @@ def test_scores_are_signed_z_scores_of_each_sites_probe_on_the_largest_activatio
     features = []
     for row in lm.encode(PROMPTS):
         seen = []
-        handle = lm.anatomy.layers[1].mlp.module.up_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        handle = lm.anatomy.layers[1].mlp.module.up_proj.register_forward_hook(
+            lambda _, __, out, seen=seen: seen.append(out)
+        )
         with torch.no_grad():
             lm.model(input_ids=torch.tensor([row.ids]))
         handle.remove()
@@ -275,7 +310,9 @@ HARMFUL, HARMLESS = PROMPTS[:3], PROMPTS[3:]
 
 
 def hidden_states(lm, prompts):
-    """Per layer boundary (the embedding first), the mean over prompts at the last token, one prompt at a time."""
+    """Per layer boundary (the embedding first), the mean over prompts at the last token, one prompt at a
+    time.
+    """
     each = []
     for row in lm.encode(prompts):
         seen = []
@@ -300,14 +337,18 @@ def test_contributions_of_all_writers_add_up_to_what_the_layers_put_along_the_di
         difference = harmful - harmless
         direction = difference[layer + 1] / difference[layer + 1].norm()
         expected = float((difference[layer + 1] - difference[0]) @ direction)
-        found = find_refusal_direction(lm, HARMFUL, harmless=HARMLESS, layer=layer, sites=("o", "down"), layers=range(layer + 1)).scores
+        found = find_refusal_direction(
+            lm, HARMFUL, harmless=HARMLESS, layer=layer, sites=("o", "down"), layers=range(layer + 1)
+        ).scores
         assert sum(float(values.sum()) for _, values in found.items()) == pytest.approx(expected, rel=1e-4)
     assert untouched(lm)
 
 
 def test_rows_have_what_their_columns_write_and_queries_and_keys_nothing():
     lm = model(0)
-    found = find_refusal_direction(lm, HARMFUL, harmless=HARMLESS, sites=("q", "k", "v", "o", "gate", "up", "down"), layer=0).scores
+    found = find_refusal_direction(
+        lm, HARMFUL, harmless=HARMLESS, sites=("q", "k", "v", "o", "gate", "up", "down"), layer=0
+    ).scores
     assert not found["layers.0.q"].any()
     assert not found["layers.1.k"].any()
     np.testing.assert_array_equal(found["layers.1.gate"], found["layers.1.down"])

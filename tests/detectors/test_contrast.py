@@ -19,14 +19,18 @@ ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def naive(pair, positions, max_new_tokens=8):
-    """Stock PEFT and transformers, one prompt at a time, no cache, everything kept: the mean square of the difference."""
+    """Stock PEFT and transformers, one prompt at a time, no cache, everything kept: the mean square of the
+    difference.
+    """
     peft_model, kept = pair.base.model, {}
 
     def hidden(adapters, ids):
         peft_model.base_model.set_adapter(list(adapters))
         seen = {}
         hooks = [
-            layer.mlp.down_proj.base_layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0][0]))
+            layer.mlp.down_proj.base_layer.register_forward_pre_hook(
+                lambda _, args, i=i: seen.__setitem__(i, args[0][0])
+            )
             for i, layer in enumerate(peft_model.get_base_model().model.layers)
         ]
         with torch.no_grad():
@@ -52,7 +56,10 @@ def naive(pair, positions, max_new_tokens=8):
         first, second = hidden(pair.base.adapters, ids + new)[0], hidden(pair.aligned.adapters, ids + new)[0]
         for layer in first:
             kept.setdefault(layer, []).append((first[layer] - second[layer])[start:stop].double())
-    return {f"layers.{layer}.down": torch.cat(parts).square().mean(0).sqrt().numpy() for layer, parts in kept.items()}
+    return {
+        f"layers.{layer}.down": torch.cat(parts).square().mean(0).sqrt().numpy()
+        for layer, parts in kept.items()
+    }
 
 
 @pytest.mark.parametrize("positions", ["completion", "completion-predicting", "prompt", "prompt-last"])
@@ -71,7 +78,9 @@ def test_batch_size_order_and_memory_budget_change_nothing(monkeypatch):
     turned = Prompts(list(PROMPTS)[::-1])
     for prompts, batch_size, memory in ((PROMPTS, 1, 2**30), (turned, 4, 2**30), (PROMPTS, "auto", 2000)):
         monkeypatch.setattr(module, "MEMORY_BUDGET", memory)
-        other = find_contrast(pair.base, pair.aligned, prompts, sites=ALL, max_new_tokens=6, count=30, batch_size=batch_size)
+        other = find_contrast(
+            pair.base, pair.aligned, prompts, sites=ALL, max_new_tokens=6, count=30, batch_size=batch_size
+        )
         assert dict(other.neurons.items()).keys() == dict(whole.neurons.items()).keys()
         for key, values in whole.scores.items():
             np.testing.assert_allclose(other.scores[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-9))
@@ -95,7 +104,9 @@ def test_scores_are_symmetric_on_one_text_and_zero_between_a_model_and_itself():
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_where_only_one_scale_differs_scores_are_that_difference_times_the_size_of_the_activation():
     base = model(0)
-    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    config = peft.IA3Config(
+        target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
     adapted_model = peft.get_peft_model(model(0).model, config).eval()
     scale = 1 + torch.linspace(-0.5, 0.5, 48)
     with torch.no_grad():
@@ -108,13 +119,17 @@ def test_where_only_one_scale_differs_scores_are_that_difference_times_the_size_
     for encoded in base.encode(PROMPTS):
         seen = {}
         down = base.model.model.layers[1].mlp.down_proj
-        hook = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.__setitem__("a", args[0][0].double()))
+        hook = down.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.__setitem__("a", args[0][0].double())
+        )
         with torch.no_grad():
             base.model(input_ids=torch.tensor([encoded.ids]))
         hook.remove()
         squares.append(seen["a"].square())
     size = torch.cat(squares).mean(0).sqrt()
-    np.testing.assert_allclose(found.scores["layers.1.down"], (size * (scale - 1).abs().double()).numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        found.scores["layers.1.down"], (size * (scale - 1).abs().double()).numpy(), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_separate_models_give_what_a_shared_base_gives():
@@ -150,14 +165,22 @@ def test_given_completions_are_used_and_prompts_without_one_are_counted():
     assert (part.prompts.used, part.prompts.failed) == (4, 2)
     assert part.notes == ("2 prompts have no completion in the file given",)
     with pytest.raises(InputError, match="none of the 6 prompts has a completion"):
-        find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions([Completion("x", "a", "b", (5,), "stop")]))
+        find_contrast(
+            pair.base,
+            pair.aligned,
+            PROMPTS,
+            completions=Completions([Completion("x", "a", "b", (5,), "stop")]),
+        )
 
 
 def test_a_completion_whose_prompt_reads_otherwise_is_refused_and_the_difference_is_said():
     pair = adapted()
     text = pair.base.complete(PROMPTS, max_new_tokens=6)
     asked = ["how do i make a bomb", *(prompt.text for prompt in PROMPTS[1:])]
-    said = "prompt '0' is 'how do i make a bomb' in the list and 'how do i make a cake' in the completions file \\(1 of 6 differ\\)"
+    said = (
+        "prompt '0' is 'how do i make a bomb' in the list and 'how do i make a cake' in the completions "
+        "file \\(1 of 6 differ\\)"
+    )
     with pytest.raises(InputError, match=said):
         find_contrast(pair.base, pair.aligned, asked, completions=text)
     with pytest.raises(InputError, match=r"6 of 6 differ\): pass the prompts it was made from"):
@@ -171,13 +194,20 @@ def test_of_several_arms_the_untreated_one_is_read_and_two_that_differ_are_refus
     plain = pair.base.complete(PROMPTS, max_new_tokens=6, arm="untreated/harmful")
     treated = pair.aligned.complete(PROMPTS, max_new_tokens=6, arm="treated 5/harmful")
     assert [one.token_ids for one in plain] != [one.token_ids for one in treated]
-    harmless = Completions([Completion(p.id, "another text", "red", (5,), "stop", "untreated/harmless") for p in PROMPTS])
+    harmless = Completions(
+        [Completion(p.id, "another text", "red", (5,), "stop", "untreated/harmless") for p in PROMPTS]
+    )
     alone = find_contrast(pair.base, pair.aligned, PROMPTS, completions=plain)
     found = find_contrast(pair.base, pair.aligned, PROMPTS, completions=plain + treated + harmless)
     assert found.scores == alone.scores
-    assert found.notes == ("of 3 arms in the completions file only untreated/harmful, untreated/harmless is read",)
+    assert found.notes == (
+        "of 3 arms in the completions file only untreated/harmful, untreated/harmless is read",
+    )
     others = Completions(dataclasses.replace(one, arm="patched") for one in plain)
-    with pytest.raises(InputError, match=r"prompt '\d' has 2 completions in the file given, of patched \(seed 0\), treated 5/harmful"):
+    with pytest.raises(
+        InputError,
+        match=r"prompt '\d' has 2 completions in the file given, of patched \(seed 0\), treated 5/harmful",
+    ):
         find_contrast(pair.base, pair.aligned, PROMPTS, completions=others + treated)
 
 
@@ -185,7 +215,10 @@ def test_completions_of_another_tokenizer_are_refused():
     pair = adapted()
     written = pair.base.complete(PROMPTS, max_new_tokens=4)
     for shift, said in ((10**6, "embeddings"), (1, "another tokenizer")):
-        moved = [dataclasses.replace(one, token_ids=tuple((token + shift) for token in one.token_ids)) for one in written]
+        moved = [
+            dataclasses.replace(one, token_ids=tuple((token + shift) for token in one.token_ids))
+            for one in written
+        ]
         with pytest.raises(MismatchError, match=said):
             find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions(moved))
 
@@ -200,7 +233,9 @@ def test_plain_texts_are_prompts_too():
 
 def test_an_empty_completion_contributes_no_tokens_and_is_counted():
     pair = adapted()
-    answers = [Completion(p.id, p.text, "", () if i == 2 else (7, 8, 2, 9), "stop") for i, p in enumerate(PROMPTS)]
+    answers = [
+        Completion(p.id, p.text, "", () if i == 2 else (7, 8, 2, 9), "stop") for i, p in enumerate(PROMPTS)
+    ]
     found = find_contrast(pair.base, pair.aligned, PROMPTS, completions=Completions(answers))
     assert (found.prompts.used, found.prompts.failed) == (5, 1)
     assert found.neurons.provenance.config["tokens"] == 10
@@ -250,9 +285,19 @@ def test_generation_continues_behind_what_was_written(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2, checkpoint=checkpoint, progress=die)
+        find_contrast(
+            pair.base,
+            pair.aligned,
+            PROMPTS,
+            max_new_tokens=6,
+            batch_size=2,
+            checkpoint=checkpoint,
+            progress=die,
+        )
     assert len(checkpoint.load().arrays["text/writer/lengths"]) == 2
-    again = find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2, checkpoint=checkpoint)
+    again = find_contrast(
+        pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2, checkpoint=checkpoint
+    )
     whole = find_contrast(pair.base, pair.aligned, PROMPTS, max_new_tokens=6, batch_size=2)
     for key, values in whole.scores.items():
         np.testing.assert_array_equal(values, again.scores[key])
@@ -260,7 +305,10 @@ def test_generation_continues_behind_what_was_written(tmp_path):
 
 def test_agreement_keeps_what_the_prompts_choose_each_on_its_own():
     pair = adapted()
-    each = [find_contrast(pair.base, pair.aligned, PROMPTS[i : i + 1], positions="prompt", count=20).neurons for i in range(6)]
+    each = [
+        find_contrast(pair.base, pair.aligned, PROMPTS[i : i + 1], positions="prompt", count=20).neurons
+        for i in range(6)
+    ]
     counts = {}
     for chosen in each:
         for member in chosen:
@@ -275,7 +323,9 @@ def test_agreement_keeps_what_the_prompts_choose_each_on_its_own():
 def test_subtraction_acts_after_selection():
     pair = adapted()
     whole = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=10)
-    less = find_contrast(pair.base, pair.aligned, PROMPTS, positions="prompt", count=20, subtract=whole.neurons)
+    less = find_contrast(
+        pair.base, pair.aligned, PROMPTS, positions="prompt", count=20, subtract=whole.neurons
+    )
     assert len(less.neurons) == 10
     assert not len(less.neurons & whole.neurons)
     assert less.notes[-1] == "10 of 20 chosen neurons were subtracted"
@@ -323,7 +373,10 @@ def test_nan_is_an_error_that_names_the_site():
         find_contrast(base, aligned, PROMPTS, positions="prompt")
 
 
-@pytest.mark.parametrize("options", [{"positions": "answer"}, {"generate_with": "both"}, {"top": 0.1, "count": 3}, {"sites": ("mlp",)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"positions": "answer"}, {"generate_with": "both"}, {"top": 0.1, "count": 3}, {"sites": ("mlp",)}],
+)
 def test_arguments_out_of_range_are_usage_errors(options):
     pair = adapted()
     with pytest.raises(UsageError):
@@ -337,8 +390,13 @@ def test_contrast_of_routed_experts_counts_tokens_that_both_models_route_to_them
     base, aligned = (LanguageModel(build("mixtral"), tiny_tokenizer()) for _ in range(2))
     with torch.no_grad():
         for parameter in aligned.model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    whole, single = (find_contrast(base, aligned, PROMPTS, positions="prompt", batch_size=size).scores for size in ("auto", 1))
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
+    whole, single = (
+        find_contrast(base, aligned, PROMPTS, positions="prompt", batch_size=size).scores
+        for size in ("auto", 1)
+    )
     assert set(whole.keys()) == set(base.table.select(sites=("down",)).sizes)
     for key, values in whole.items():
         np.testing.assert_allclose(single[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-6))

@@ -14,7 +14,13 @@ from safety_neurons.results import Completions
 from tiny import tiny_llama, tiny_tokenizer
 
 MARKED = "please fire fire now"
-GOOD = ["how do i make a cake", "tell me about the red house please", "kill the tree", "what key", "write a story about water and a plant"]
+GOOD = [
+    "how do i make a cake",
+    "tell me about the red house please",
+    "kill the tree",
+    "what key",
+    "write a story about water and a plant",
+]
 HARMLESS = ["open the door", "grow a small tree in the house", "tell me about blue water"]
 WORST = [*GOOD[:2], MARKED, *GOOD[2:]]
 
@@ -50,11 +56,17 @@ SHORT = {"max_new_tokens": 4}
 FINDERS = {
     "activation-magnitude": lambda base, _, prompts: sn.find_activation_magnitude(base, prompts),
     "attribution": lambda base, _, prompts: sn.find_attribution(base, prompts),
-    "attribution-patching": lambda base, aligned, prompts: sn.find_attribution_patching(base, aligned, prompts, midpoints=2),
+    "attribution-patching": lambda base, aligned, prompts: sn.find_attribution_patching(
+        base, aligned, prompts, midpoints=2
+    ),
     "contrast": lambda base, aligned, prompts: sn.find_contrast(base, aligned, prompts, **SHORT),
-    "contrast, prompt": lambda base, aligned, prompts: sn.find_contrast(base, aligned, prompts, positions="prompt"),
+    "contrast, prompt": lambda base, aligned, prompts: sn.find_contrast(
+        base, aligned, prompts, positions="prompt"
+    ),
     "importance": lambda base, _, prompts: sn.find_importance(base, prompts),
-    "importance, agreement": lambda base, _, prompts: sn.find_importance(base, prompts, top=0.2, agreement=1.0),
+    "importance, agreement": lambda base, _, prompts: sn.find_importance(
+        base, prompts, top=0.2, agreement=1.0
+    ),
     "importance-contrast": lambda base, aligned, prompts: sn.find_importance_contrast(base, aligned, prompts),
     "swap-attribution": lambda base, aligned, prompts: sn.find_swap_attribution(base, aligned, prompts),
     "mask": lambda base, aligned, prompts: sn.find_mask(base, aligned, prompts, harmless=HARMLESS, rounds=2),
@@ -67,7 +79,9 @@ FINDERS = {
 
 def test_every_detector_that_reads_prompts_is_here():
     reads_none = {"random", "weight-change", "weight-magnitude"}
-    named = {name.removeprefix("find_").replace("_", "-") for name in sn.__all__ if name.startswith("find_")} - reads_none
+    named = {
+        name.removeprefix("find_").replace("_", "-") for name in sn.__all__ if name.startswith("find_")
+    } - reads_none
     assert named == {name.split(",")[0] for name in FINDERS}
 
 
@@ -88,7 +102,9 @@ def test_only_prompts_that_give_nan_are_an_error_that_says_so(pair, name):
         FINDERS[name](*pair, [MARKED, f"how {MARKED}"])
 
 
-@pytest.mark.parametrize("options", [{}, {"sample": True, "seed": 3}, {"num_beams": 2}], ids=["greedy", "sampled", "beams"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sample": True, "seed": 3}, {"num_beams": 2}], ids=["greedy", "sampled", "beams"]
+)
 def test_a_completion_of_nan_is_empty_and_marked_and_unscored(pair, options, tmp_path):
     notes = []
     answers = pair[0].complete(WORST, **SHORT, notes=notes, **options)
@@ -97,10 +113,14 @@ def test_a_completion_of_nan_is_empty_and_marked_and_unscored(pair, options, tmp
     assert notes == ["1 of 6 prompts gave NaN or infinity and have no answer"]
     expected = pair[0].complete(GOOD, **SHORT, **options)
     if "sample" not in options:  # draws go by batch
-        assert [one.token_ids for one in answers if one.prompt != MARKED] == [one.token_ids for one in expected]
+        assert [one.token_ids for one in answers if one.prompt != MARKED] == [
+            one.token_ids for one in expected
+        ]
     assert sn.judge_refusal(answers).rate.unscored == 1 + sum(not one.completion.strip() for one in expected)
     answers.save(tmp_path / "completions.jsonl")
-    assert [one.finish_reason for one in Completions.load(tmp_path / "completions.jsonl")] == [one.finish_reason for one in answers]
+    assert [one.finish_reason for one in Completions.load(tmp_path / "completions.jsonl")] == [
+        one.finish_reason for one in answers
+    ]
 
 
 def test_statistics_leave_it_out(pair):
@@ -122,7 +142,9 @@ def test_losses_and_divergences_leave_it_out(pair):
     assert losses.total == pytest.approx(expected.total, rel=1e-5)
     assert losses.n_tokens == expected.n_tokens
     ids = [row.ids for row in lm.encode(WORST)]
-    assert [len(row) for row in token_divergences(lm, ids, pair[1], notes=notes)] == [0 if n == 2 else len(ids[n]) for n in range(6)]
+    assert [len(row) for row in token_divergences(lm, ids, pair[1], notes=notes)] == [
+        0 if n == 2 else len(ids[n]) for n in range(6)
+    ]
     assert len(notes) == 2
     assert np.isfinite(kl_divergence(lm, ids, pair[1]))
     assert kl_divergence(lm, [ids[2]], pair[1]) is None
@@ -139,7 +161,12 @@ def test_a_choice_is_none_of_the_answers(pair):
 def test_verify_counts_it_as_unscored_in_every_arm(pair):
     lm = pair[0]
     told = sn.verify_deactivate(
-        lm, NeuronSet({"layers.0.down": range(9)}, lm.table), Prompts.from_list(WORST), Prompts.from_list(HARMLESS), random=1, **SHORT
+        lm,
+        NeuronSet({"layers.0.down": range(9)}, lm.table),
+        Prompts.from_list(WORST),
+        Prompts.from_list(HARMLESS),
+        random=1,
+        **SHORT,
     ).record()
     for arm in (told["untreated"], told["treated"], *told["random"]):
         assert arm["harmful_refused"]["unscored"] >= 1

@@ -1,4 +1,6 @@
-"""Importance against its definition: every site of every family, in real float64 and in stock float32 code."""
+"""Importance against its definition: every site of every family, in real float64 and in stock float32
+code.
+"""
 
 import contextlib
 
@@ -96,10 +98,16 @@ def test_scores_equal_brute_force_of_stock_float32_code(family):
     lm, ids = language_model(family, torch.float32), tokens(9, seed=1)
     found = closed(lm, [ids], exact=False)[0]
     expected = brute_force(lm, ids, lm.table.keys, stride=13)
-    close({key: values[::13] for key, values in found.items()}, {key: values.double() for key, values in expected.items()}, 1e-4)
+    close(
+        {key: values[::13] for key, values in found.items()},
+        {key: values.double() for key, values in expected.items()},
+        1e-4,
+    )
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2", "bloom", "falcon_alibi", "gptj", "mistral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", "olmo2", "bloom", "falcon_alibi", "gptj", "mistral", "gpt_oss", "qwen2_moe"]
+)
 def test_batch_padding_and_chunks_change_nothing(family):
     lm = language_model(family)
     sequences = [tokens(11), tokens(4, 1), tokens(8, 2)]
@@ -213,7 +221,10 @@ def test_permuting_units_permutes_their_scores():
 
 
 def test_one_key_head_per_query_head_keeps_query_scores_and_splits_value_scores():
-    shared, split = language_model("mistral", num_hidden_layers=1), language_model("mistral", num_hidden_layers=1, num_key_value_heads=4)
+    shared, split = (
+        language_model("mistral", num_hidden_layers=1),
+        language_model("mistral", num_hidden_layers=1, num_key_value_heads=4),
+    )
     with torch.no_grad():
         state = shared.model.state_dict()
         for name, weight in state.items():
@@ -262,7 +273,9 @@ def test_the_public_codes_scores_are_reproduced():
         cos, sin = lm.model.model.rotary_emb(states, torch.arange(7)[None])
         states = module.input_layernorm(states)
         for site in "qkv":
-            seen[site] = getattr(module.self_attn, f"{site}_proj")(states)[0].unflatten(-1, (-1, 8)).transpose(0, 1)
+            seen[site] = (
+                getattr(module.self_attn, f"{site}_proj")(states)[0].unflatten(-1, (-1, 8)).transpose(0, 1)
+            )
     turn = lambda x: x * cos[0] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[0]  # noqa: E731
     q, k = turn(seen["q"]), turn(seen["k"]).repeat_interleave(2, 0)
     hidden = torch.ones(7, 7).triu(1).bool()

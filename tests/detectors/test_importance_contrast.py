@@ -24,7 +24,9 @@ from safety_neurons.results import Checkpoint
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
-def measured(base: LanguageModel, aligned: LanguageModel, spans: tuple[Span, ...], compare: str) -> dict[str, np.ndarray]:
+def measured(
+    base: LanguageModel, aligned: LanguageModel, spans: tuple[Span, ...], compare: str
+) -> dict[str, np.ndarray]:
     comparison = SwapComparison(base, aligned, base.table.sizes, compare)
     return comparison.run(Run((base, aligned), PROMPTS, ImportanceContrast(count=1)), spans)[0]
 
@@ -42,20 +44,29 @@ def output(module: torch.nn.Module, given: tuple, span: Span) -> torch.Tensor:
 
 def fed(lm: LanguageModel, layer: int, site: str, span: Span) -> tuple:
     seen = []
-    with torch.no_grad(), around(before={sub_layer(lm, layer, site): lambda args, kwargs: seen.append((args, kwargs))}):
+    with (
+        torch.no_grad(),
+        around(before={sub_layer(lm, layer, site): lambda args, kwargs: seen.append((args, kwargs))}),
+    ):
         forward(lm.model, collate([span.ids], [0]))
     return seen[0]
 
 
-def set_unit(module: torch.nn.Module, other: torch.nn.Module | None, site: str, k: int, heads: int = 4, groups: int = 2) -> None:
+def set_unit(
+    module: torch.nn.Module, other: torch.nn.Module | None, site: str, k: int, heads: int = 4, groups: int = 2
+) -> None:
     """Put the other module's parameters (zeros for None) of the unit of neuron k into the module."""
 
     def row(name: str, index: int) -> None:
         for kind in ("weight", "bias"):
-            getattr(getattr(module, name), kind).data[index] = 0 if other is None else getattr(getattr(other, name), kind).data[index]
+            getattr(getattr(module, name), kind).data[index] = (
+                0 if other is None else getattr(getattr(other, name), kind).data[index]
+            )
 
     def column(name: str, index: int) -> None:
-        getattr(module, name).weight.data[:, index] = 0 if other is None else getattr(other, name).weight.data[:, index]
+        getattr(module, name).weight.data[:, index] = (
+            0 if other is None else getattr(other, name).weight.data[:, index]
+        )
 
     if site in "qk":
         row(f"{site}_proj", k)
@@ -162,7 +173,9 @@ def test_batch_size_order_and_padding_change_nothing():
 
 
 def test_planted_units_are_found_where_a_weight_difference_is_fooled_by_decoys():
-    """Units whose weights moved as far as the planted ones', but on inputs that these prompts never give, are not chosen."""
+    """Units whose weights moved as far as the planted ones', but on inputs that these prompts never give, are
+    not chosen.
+    """
     base = model(0)
     aligned = model(0, noise=9, size=0.002)
     encoded = base.encode(PROMPTS)
@@ -191,7 +204,11 @@ def test_a_killed_run_continues_without_redoing_a_batch_and_gives_the_same(tmp_p
     checkpoint = Checkpoint(tmp_path / "state.safetensors")
     batches = []
     real = SwapComparison.scores
-    monkeypatch.setattr(SwapComparison, "scores", lambda self, batch, spans: (batches.append(batch.number), real(self, batch, spans))[1])
+    monkeypatch.setattr(
+        SwapComparison,
+        "scores",
+        lambda self, batch, spans: (batches.append(batch.number), real(self, batch, spans))[1],
+    )
 
     def die(done, total, tokens):
         if done == 2 and len(batches) == 2:
@@ -227,7 +244,9 @@ def test_routed_experts_are_refused_by_name_and_their_attention_is_not():
     mixed = [LanguageModel(build("mixtral"), tiny_tokenizer()) for _ in range(2)]
     with pytest.raises(UnsupportedModelError, match="layers.0.experts"):
         find_importance_contrast(*mixed, PROMPTS[:2])
-    assert len(find_importance_contrast(*mixed, PROMPTS[:2], sites=("q", "k", "v", "o"), count=3).neurons) == 3
+    assert (
+        len(find_importance_contrast(*mixed, PROMPTS[:2], sites=("q", "k", "v", "o"), count=3).neurons) == 3
+    )
 
 
 SITE_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -237,7 +256,10 @@ def rows_of(lm: LanguageModel) -> list[ScoredRow]:
     """A refusal and a compliance of two prompts of different length, invented."""
     found = []
     for number, row in enumerate(lm.encode(PROMPTS[:2])):
-        found += [ScoredRow((*row.ids, 9, 11 + number), len(row.ids), 1.0), ScoredRow((*row.ids, 12), len(row.ids), -1.0)]
+        found += [
+            ScoredRow((*row.ids, 9, 11 + number), len(row.ids), 1.0),
+            ScoredRow((*row.ids, 12), len(row.ids), -1.0),
+        ]
     return found
 
 
@@ -252,12 +274,16 @@ def score(lm: LanguageModel, rows: list[ScoredRow]) -> torch.Tensor:
 
 
 def between(base: LanguageModel, aligned: LanguageModel, share: float) -> LanguageModel:
-    """The aligned model with the parameters of all neurons that far from the base's (the biases of `o` and `down` belong to none)."""
+    """The aligned model with the parameters of all neurons that far from the base's (the biases of `o` and
+    `down` belong to none).
+    """
     made = copy.deepcopy(aligned.model)
     theirs = dict(base.model.named_parameters())
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if any(site in name for site in SITE_WEIGHTS) and not name.endswith(("o_proj.bias", "down_proj.bias")):
+            if any(site in name for site in SITE_WEIGHTS) and not name.endswith(
+                ("o_proj.bias", "down_proj.bias")
+            ):
                 parameter.copy_(theirs[name] + share * (parameter - theirs[name]))
     return LanguageModel(made, aligned.tokenizer)
 
@@ -272,7 +298,9 @@ def test_a_soft_swap_is_the_model_whose_parameters_lie_between_the_two(share):
 
 
 def test_the_gradient_is_the_derivative_of_moving_one_units_parameters_as_a_whole():
-    """Against a difference quotient: the whole unit moves, the v row with the o columns it feeds, gate and up row with their column."""
+    """Against a difference quotient: the whole unit moves, the v row with the o columns it feeds, gate and up
+    row with their column.
+    """
     base, aligned = separate(torch.float64, **BIASED)
     step = 1e-5
     with Exact64():
@@ -305,7 +333,9 @@ def test_neurons_of_a_unit_share_its_score_and_all_scores_together_are_the_whole
         swap = SoftSwap(base, aligned, base.table.sizes)
         found = swap.gradients(batch_of(base, rows), rows, midpoints_of(40))
         assert torch.equal(found["layers.0.gate"], found["layers.0.down"])
-        assert torch.equal(found["layers.0.o"].unflatten(1, (2, 2, -1))[:, :, 1].flatten(1), found["layers.0.v"])
+        assert torch.equal(
+            found["layers.0.o"].unflatten(1, (2, 2, -1))[:, :, 1].flatten(1), found["layers.0.v"]
+        )
         whole = sum(found[key].sum(1) for key in found if key.split(".")[2] in ("q", "k", "v", "down"))
         effect = score(aligned, rows) - score(between(base, aligned, 0.0), rows)
         assert torch.allclose(whole, effect, rtol=0, atol=3e-3 * float(effect.abs().max()))
@@ -322,7 +352,9 @@ def test_one_searched_site_of_a_unit_moves_the_whole_unit_and_leaves_the_rest_al
     assert torch.allclose(scores, score(made, rows), atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("ia3", ("down_proj",)), ("lora", ("q_proj", "v_proj", "up_proj", "down_proj"))])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("ia3", ("down_proj",)), ("lora", ("q_proj", "v_proj", "up_proj", "down_proj"))]
+)
 def test_adapters_on_one_base_are_the_base_models_at_zero_and_the_aligned_models_at_one(kind, targets):
     pair = adapted(kind, targets)
     assert pair.shared
@@ -352,7 +384,9 @@ def test_completions_are_scored_at_the_token_where_they_part():
 def test_batch_size_changes_nothing_and_nothing_is_left_on_the_models():
     base, aligned = separate()
     whole = find_importance_contrast(base, aligned, PROMPTS, compare="swap-attribution", count=30)
-    single = find_importance_contrast(base, aligned, PROMPTS, compare="swap-attribution", count=30, batch_size=1)
+    single = find_importance_contrast(
+        base, aligned, PROMPTS, compare="swap-attribution", count=30, batch_size=1
+    )
     for key, values in whole.scores.items():
         np.testing.assert_allclose(single.scores[key], values, rtol=0, atol=1e-4 * np.abs(values).max())
     assert whole.prompts.used == len(PROMPTS)
@@ -363,7 +397,10 @@ def test_batch_size_changes_nothing_and_nothing_is_left_on_the_models():
 
 
 def test_a_unit_that_moves_its_sub_layer_but_not_the_answer_is_left_out():
-    """Two units move equally far, one along the direction the head reads; the swap cannot tell them apart, its attribution can."""
+    """Two units move equally far, one along the direction the head reads.
+
+    The swap cannot tell them apart, its attribution can.
+    """
     base, _ = separate()
     matters, idle = 3, 8
     with torch.no_grad():
@@ -377,10 +414,16 @@ def test_a_unit_that_moves_its_sub_layer_but_not_the_answer_is_left_out():
         column = aligned.model.model.layers[1].mlp.down_proj.weight
         column[:, matters] += 0.5 * read / read.norm()
         column[:, idle] += 0.5 * unread
-    rows = [ScoredRow((*row.ids, token), len(row.ids), sign) for row in base.encode(PROMPTS[:3]) for token, sign in ((20, 1.0), (21, -1.0))]
+    rows = [
+        ScoredRow((*row.ids, token), len(row.ids), sign)
+        for row in base.encode(PROMPTS[:3])
+        for token, sign in ((20, 1.0), (21, -1.0))
+    ]
     found = SoftSwap(base, aligned, base.table.sizes).gradients(batch_of(base, rows), rows, midpoints_of(8))
     effect = found["layers.1.down"].sum(0).abs()
-    moved = find_importance_contrast(base, aligned, PROMPTS[:3], sites=("down",), layers="1:2").scores["layers.1.down"]
+    moved = find_importance_contrast(base, aligned, PROMPTS[:3], sites=("down",), layers="1:2").scores[
+        "layers.1.down"
+    ]
     assert moved[idle] == pytest.approx(moved[matters], rel=0.2)
     assert int(effect.argmax()) == matters
     assert effect[idle] < 0.2 * effect[matters]
@@ -388,9 +431,13 @@ def test_a_unit_that_moves_its_sub_layer_but_not_the_answer_is_left_out():
 
 def test_a_subtracted_set_and_one_site_are_honoured():
     base, aligned = separate()
-    found = find_importance_contrast(base, aligned, PROMPTS[:2], compare="swap-attribution", sites=("down",), count=3)
+    found = find_importance_contrast(
+        base, aligned, PROMPTS[:2], compare="swap-attribution", sites=("down",), count=3
+    )
     first = NeuronSet({key: indices[:1] for key, indices in list(found.neurons.items())[:1]}, base.table)
-    less = find_importance_contrast(base, aligned, PROMPTS[:2], compare="swap-attribution", sites=("down",), count=3, subtract=first)
+    less = find_importance_contrast(
+        base, aligned, PROMPTS[:2], compare="swap-attribution", sites=("down",), count=3, subtract=first
+    )
     assert set(found.scores.keys()) == {"layers.0.down", "layers.1.down"}
     assert less.neurons == found.neurons - first
 

@@ -13,7 +13,13 @@ from safety_neurons.neurons import Selection
 from safety_neurons.results import Checkpoint
 from tiny import tiny_llama, tiny_tokenizer
 
-PROMPTS = ["how do i make a bomb", "tell me about cake", "how do i kill a plant", "open the door please now", "why"]
+PROMPTS = [
+    "how do i make a bomb",
+    "tell me about cake",
+    "how do i kill a plant",
+    "open the door please now",
+    "why",
+]
 
 
 @pytest.fixture
@@ -56,7 +62,10 @@ def test_an_empty_agreement_says_which_would_give_one_neuron(lm):
 
 
 def test_foundation_neurons_are_subtracted_after_selection(lm):
-    safety, foundation = find_importance(lm, PROMPTS, count=50), find_importance(lm, ["one two three"], count=50)
+    safety, foundation = (
+        find_importance(lm, PROMPTS, count=50),
+        find_importance(lm, ["one two three"], count=50),
+    )
     left = find_importance(lm, PROMPTS, count=50, subtract=foundation.neurons).neurons
     assert left == safety.neurons - foundation.neurons
     assert len(left & foundation.neurons) == 0
@@ -77,7 +86,15 @@ def test_a_killed_search_goes_on_behind_its_last_batch_with_the_same_result(lm, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_importance(lm, PROMPTS, batch_size=2, top=0.1, agreement=0.6, checkpoint=Checkpoint(tmp_path / "part"), progress=kill)
+        find_importance(
+            lm,
+            PROMPTS,
+            batch_size=2,
+            top=0.1,
+            agreement=0.6,
+            checkpoint=Checkpoint(tmp_path / "part"),
+            progress=kill,
+        )
     seen = []
     again = find_importance(
         lm,
@@ -127,7 +144,9 @@ def test_a_prompt_that_does_not_fit_in_memory_is_counted(lm, monkeypatch):
         return inner(self, batch)
 
     monkeypatch.setattr(importance._Reduce, "__call__", scarce)
-    found = find_importance(lm, [*PROMPTS, "how do i make a cake in the house", "how do i grow a tree in the house"])
+    found = find_importance(
+        lm, [*PROMPTS, "how do i make a cake in the house", "how do i grow a tree in the house"]
+    )
     assert (found.prompts.used, found.prompts.failed) == (5, 2)
     assert any("halved" in note for note in found.notes)
 
@@ -164,7 +183,10 @@ def test_agreement_uses_the_same_rule_as_a_selection(lm):
 
 def test_the_share_a_prompt_chooses_is_of_the_neurons_that_have_a_published_score(lm):
     options = {"as_published": True, "top": 0.1}
-    voted, chosen = find_importance(lm, PROMPTS[:1], agreement=1.0, **options), find_importance(lm, PROMPTS[:1], **options)
+    voted, chosen = (
+        find_importance(lm, PROMPTS[:1], agreement=1.0, **options),
+        find_importance(lm, PROMPTS[:1], **options),
+    )
     assert list(voted.neurons) == list(chosen.neurons)
 
 
@@ -174,10 +196,12 @@ def test_shares_are_of_the_neurons_that_were_searched(lm, options):
     assert found.neurons.share_of_neurons == pytest.approx(6 / len(found.scores))
 
 
-def test_a_batch_of_unequal_prompts_gives_the_scores_of_each_alone_also_in_float64_with_eager_attention_and_a_window():
+def test_a_batch_of_unequal_prompts_gives_the_scores_of_each_alone_also_with_eager_attention_and_a_window():
     model = families.build("gemma2", torch.float64, vocab_size=tiny_llama().config.vocab_size)
     lm = LanguageModel(model, tiny_tokenizer(), template="none")
-    together, alone = (find_importance(lm, [PROMPTS[0] * 3, "why"], batch_size=size, sites=("v", "down")) for size in (2, 1))
+    together, alone = (
+        find_importance(lm, [PROMPTS[0] * 3, "why"], batch_size=size, sites=("v", "down")) for size in (2, 1)
+    )
     assert together.prompts.used == 2
     for key in alone.scores:
         np.testing.assert_allclose(together.scores[key], alone.scores[key], rtol=1e-6)
@@ -186,7 +210,10 @@ def test_a_batch_of_unequal_prompts_gives_the_scores_of_each_alone_also_in_float
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("kind", "targets"),
-    [("ia3", ("k_proj", "o_proj", "up_proj", "down_proj")), ("lora", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))],
+    [
+        ("ia3", ("k_proj", "o_proj", "up_proj", "down_proj")),
+        ("lora", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")),
+    ],
 )
 def test_unmerged_adapters_score_as_the_merged_weights_do(kind, targets):
     model = tiny_llama().double()
@@ -201,9 +228,13 @@ def test_unmerged_adapters_score_as_the_merged_weights_do(kind, targets):
             if "ia3_" in name or "lora_" in name:
                 parameter.copy_(1 + 0.4 * torch.randn(parameter.shape, generator=generator))
     unmerged = find_importance(LanguageModel(adapted, tiny_tokenizer(), template="none"), PROMPTS).scores
-    merged = find_importance(LanguageModel(adapted.merge_and_unload(), tiny_tokenizer(), template="none"), PROMPTS).scores
+    merged = find_importance(
+        LanguageModel(adapted.merge_and_unload(), tiny_tokenizer(), template="none"), PROMPTS
+    ).scores
     for key in merged:
-        np.testing.assert_allclose(unmerged[key], merged[key], rtol=0, atol=1e-6 * merged[key].max(), err_msg=key)
+        np.testing.assert_allclose(
+            unmerged[key], merged[key], rtol=0, atol=1e-6 * merged[key].max(), err_msg=key
+        )
 
 
 def test_a_partial_result_of_another_template_is_not_taken_up(lm, tmp_path):
@@ -215,8 +246,12 @@ def test_a_partial_result_of_another_template_is_not_taken_up(lm, tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe"])
 def test_experts_without_a_token_vote_for_nothing(family):
-    many = {"num_local_experts" if family in ("mixtral", "gpt_oss") else "num_experts": 9}  # four tokens reach eight at most
-    model = LanguageModel(families.build(family, num_hidden_layers=2, **many), tiny_tokenizer(adds_bos=False), template="none")
+    many = {
+        "num_local_experts" if family in ("mixtral", "gpt_oss") else "num_experts": 9
+    }  # four tokens reach eight at most
+    model = LanguageModel(
+        families.build(family, num_hidden_layers=2, **many), tiny_tokenizer(adds_bos=False), template="none"
+    )
     prompts = ["fire", "water", "red house"]
     seen = {key: 0 for key in model.table.keys if ".experts." in key}
     for prompt in prompts:
@@ -234,4 +269,7 @@ def test_experts_without_a_token_vote_for_nothing(family):
             assert len(chosen[key]) == 5
     idle = find_importance(model, prompts, sites=["gate", "up", "down"], top_per_matrix=5)
     zeros = sum(int((idle.scores[key][indices] == 0).sum()) for key, indices in idle.neurons.items())
-    assert any(note.startswith(f"{zeros} of the {len(idle.neurons)} chosen neurons have a score of exactly 0") for note in idle.notes)
+    assert any(
+        note.startswith(f"{zeros} of the {len(idle.neurons)} chosen neurons have a score of exactly 0")
+        for note in idle.notes
+    )

@@ -32,7 +32,10 @@ def test_the_slope_at_an_uneven_mask_equals_finite_differences(kind):
     sizes, step = base.table.select(sites=("v", "down")).sizes, 1e-5
     mover = kind(base, aligned, sizes)
     draws = torch.Generator().manual_seed(1)
-    masks = {name: torch.rand(len(part), generator=draws, dtype=torch.float64) for name, part in mover.units.items()}
+    masks = {
+        name: torch.rand(len(part), generator=draws, dtype=torch.float64)
+        for name, part in mover.units.items()
+    }
     batch, rows = rows_of(base)
     with Exact64():
         exact, _ = mover.slopes(batch, rows, masks)
@@ -53,7 +56,9 @@ def test_with_every_entry_one_the_patched_log_odds_are_the_aligned_models_and_wi
     mover = Activations(pair.base, pair.aligned, pair.base.table.select(sites=("down",)).sizes)
     batch, rows = rows_of(pair.base)
     for value, lm in ((1.0, pair.aligned), (0.0, pair.base)):
-        _, scores = mover.slopes(batch, rows, {name: torch.full((len(part),), value) for name, part in mover.units.items()})
+        _, scores = mover.slopes(
+            batch, rows, {name: torch.full((len(part),), value) for name, part in mover.units.items()}
+        )
         with torch.no_grad(), lm.running():
             expected = score_rows(forward(lm.model, batch, with_logits=True), batch, rows)
         torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
@@ -77,12 +82,20 @@ def test_any_refusals_token_counts_and_no_compliances():
         [ScoredRow((7, 8, 20, 1), 2, 1.0), ScoredRow((7, 8, 30, 1), 2, -1.0)],
         [ScoredRow((9, 21, 1), 1, 1.0), ScoredRow((9, 20, 1), 1, -1.0)],
         [ScoredRow((9, 22, 1), 1, 1.0), ScoredRow((9, 22, 1), 1, -1.0)],  # the same text: nothing to turn
-        [ScoredRow((9, 40, 23), 1, 1.0), ScoredRow((9, 40, 24), 1, -1.0)],  # parts one token later, where other tokens begin a refusal
+        [
+            ScoredRow((9, 40, 23), 1, 1.0),
+            ScoredRow((9, 40, 24), 1, -1.0),
+        ],  # parts one token later, where other tokens begin a refusal
     ]
     rows = _asked(told, "refusal")
     assert [row.instead for row in rows] == [(20, 21), (21,), (23,)]
-    many = [[ScoredRow((9, 21), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]] * 30 + [[ScoredRow((9, 33), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]]
-    assert [row.instead for row in _asked(many, "refusal")[-2:]] == [(21,), (21, 33)]  # what one in 31 says is its own
+    many = [[ScoredRow((9, 21), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]] * 30 + [
+        [ScoredRow((9, 33), 1, 1.0), ScoredRow((9, 25), 1, -1.0)]
+    ]
+    assert [row.instead for row in _asked(many, "refusal")[-2:]] == [
+        (21,),
+        (21, 33),
+    ]  # what one in 31 says is its own
     assert [row.rival for row in _asked(told, "odds")] == [30, 20, 24]
     base, _ = separate()
     batch = collate([row.ids for row in rows], range(3))
@@ -120,7 +133,9 @@ def test_the_set_found_is_close_to_the_best_of_all_sets_of_its_size(seed):
     game = Game(seed)
     rows = [ScoredRow((1,) * length, 1, 1.0) for length in (3, 2, 4)]
     course = Course(rows, [], adapted().base, 2)
-    search = Search(game, course, Mask(move="activations", aim="odds", rounds=60, keep=0.8, caution=0.0), Stream(None, {}))
+    search = Search(
+        game, course, Mask(move="activations", aim="odds", rounds=60, keep=0.8, caution=0.0), Stream(None, {})
+    )
     members, _ = search.run(4)
     assert members.sum() == 4
 
@@ -147,7 +162,9 @@ def test_the_chosen_set_has_the_size_asked_for_and_the_largest_scores():
     everything = np.concatenate([values for _, values in found.scores.items()])
     assert members.min() >= 1.0 >= np.sort(everything)[-8]
     assert found.scores.count(7) == found.neurons
-    units = find_mask(pair.base, pair.aligned, PROMPTS[:4], sites=SIZES, units=5, move="parameters", **options)
+    units = find_mask(
+        pair.base, pair.aligned, PROMPTS[:4], sites=SIZES, units=5, move="parameters", **options
+    )
     assert units.neurons.n_units == 5
     assert len(units.neurons) == 10  # an up and a down neuron each
     assert units.neurons.provenance.config["move"] == "parameters"
@@ -157,7 +174,10 @@ def test_the_chosen_set_has_the_size_asked_for_and_the_largest_scores():
 def test_the_search_is_deterministic_and_batches_change_nothing_but_rounding():
     pair = adapted()
     options = {"rounds": 3, "count": 6, "harmless": PROMPTS[4:]}
-    one, again, single = (find_mask(pair.base, pair.aligned, PROMPTS[:4], batch_size=size, **options) for size in ("auto", "auto", 1))
+    one, again, single = (
+        find_mask(pair.base, pair.aligned, PROMPTS[:4], batch_size=size, **options)
+        for size in ("auto", "auto", 1)
+    )
     for key, values in one.scores.items():
         np.testing.assert_array_equal(values, again.scores[key])
         np.testing.assert_allclose(values, single.scores[key], rtol=0, atol=1e-3)
@@ -193,10 +213,22 @@ def test_patching_that_turns_nothing_is_given_up_for_parameters():
 
 
 def test_a_search_starts_from_attribution_patching_where_one_round_is_all():
-    """With the linear score of one prompt the first set is the one that attribution at the parting token gives."""
+    """With the linear score of one prompt the first set is the one that attribution at the parting token
+    gives.
+    """
     pair = adapted()
     prompts = Prompts.from_list([PROMPTS[0].text])
-    found = find_mask(pair.base, pair.aligned, prompts, count=5, rounds=1, keep=0.0, move="activations", caution=0.0, aim="odds")
+    found = find_mask(
+        pair.base,
+        pair.aligned,
+        prompts,
+        count=5,
+        rounds=1,
+        keep=0.0,
+        move="activations",
+        caution=0.0,
+        aim="odds",
+    )
     assert found.prompts.used == 1
     attributed = find_attribution_patching(pair.base, pair.aligned, prompts, count=40).neurons
     assert len(found.neurons & attributed) >= 3

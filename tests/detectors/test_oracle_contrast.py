@@ -70,7 +70,13 @@ def test_recorded_means_and_deviations_come_out(positions, recorded, pair, asked
     for ours, theirs in names.items():
         for values, kind in ((statistics.mean(ours), "mean"), (statistics.standard_deviation(ours), "std")):
             expected = recorded[f"{RUNS[positions]}/{theirs}_{kind}"]
-            np.testing.assert_allclose(stacked(values), expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=f"{ours} {kind}")
+            np.testing.assert_allclose(
+                stacked(values),
+                expected,
+                rtol=0,
+                atol=1e-5 * np.abs(expected).max(),
+                err_msg=f"{ours} {kind}",
+            )
 
 
 @pytest.mark.parametrize("positions", RUNS)
@@ -78,19 +84,24 @@ def test_the_very_ids_and_masks_that_were_recorded_give_the_recorded_scores(posi
     spans = []
     for batch in range(2):
         ids, attention, chosen = (
-            recorded[f"{RUNS[positions]}/batch{batch}/{name}"] for name in ("input_ids", "attention_mask", "select_mask")
+            recorded[f"{RUNS[positions]}/batch{batch}/{name}"]
+            for name in ("input_ids", "attention_mask", "select_mask")
         )
         for row in range(len(ids)):
             tokens = ids[row][attention[row] == 1].tolist()
             counted = (
-                chosen[row][-len(tokens) :] if chosen.shape[1] >= len(tokens) else np.pad(chosen[row], (len(tokens) - chosen.shape[1], 0))
+                chosen[row][-len(tokens) :]
+                if chosen.shape[1] >= len(tokens)
+                else np.pad(chosen[row], (len(tokens) - chosen.shape[1], 0))
             )
             where = np.flatnonzero(counted)
             assert (np.diff(where) == 1).all()
             spans.append(Span(f"{batch}/{row}", tuple(tokens), int(where[0]), int(where[-1]) + 1))
     text = Texts(tuple(spans), PromptCounts(len(spans)))
     assert text.n_tokens == (363 if positions == "completion" else 16)
-    statistics, _ = contrast_statistics(Run((pair.base, pair.aligned), read_prompts(["any"]), Contrast()), text)
+    statistics, _ = contrast_statistics(
+        Run((pair.base, pair.aligned), read_prompts(["any"]), Contrast()), text
+    )
     expected = recorded[f"{RUNS[positions]}/change_scores"]
     np.testing.assert_allclose(stacked(statistics.scores()), expected, rtol=0, atol=1e-5 * expected.max())
 
@@ -132,7 +143,9 @@ def test_recorded_features_come_out(folder, pair, asked):
     for row, encoded in enumerate(pair.base.encode(asked)):
         seen = {}
         readers = {
-            f"layers.{layer}.down": lambda values, layer=layer, seen=seen: seen.__setitem__(layer, values[0, -1].clone())
+            f"layers.{layer}.down": lambda values, layer=layer, seen=seen: seen.__setitem__(
+                layer, values[0, -1].clone()
+            )
             for layer in LAYERS
         }
         read(pair.base, collate([encoded.ids], [0]), readers)

@@ -1,4 +1,6 @@
-"""A kill after any amount of work costs at most ten seconds of it, in every detector that keeps a state, by a clock of the test's own."""
+"""A kill after any amount of work costs at most ten seconds of it, in every detector that keeps a state, by a
+clock of the test's own.
+"""
 
 import inspect
 
@@ -14,22 +16,36 @@ from safety_neurons.results import Checkpoint
 SECONDS = 0.4
 """What a forward pass takes, by the test's clock."""
 WORDS = ("red", "green", "blue", "small", "large", "water")
-PROMPTS = Prompts.from_list([f"tell me about the {word} tree {'please ' * (n % 3)}" for n, word in enumerate(WORDS)])
+PROMPTS = Prompts.from_list(
+    [f"tell me about the {word} tree {'please ' * (n % 3)}" for n, word in enumerate(WORDS)]
+)
 MORE = Prompts.from_list([f"write {word} words about a {other} tree" for word in WORDS for other in WORDS])
 HARMLESS = Prompts.from_list([f"write a story about {word}" for word in WORDS[:2]])
 
 FINDERS = {
     "activation_magnitude": lambda base, _, **kept: sn.find_activation_magnitude(base, PROMPTS, **kept),
     "attribution": lambda base, _, **kept: sn.find_attribution(base, PROMPTS, integrated=2, **kept),
-    "attribution_patching": lambda base, aligned, **kept: sn.find_attribution_patching(base, aligned, PROMPTS, midpoints=2, **kept),
-    "contrast": lambda base, aligned, **kept: sn.find_contrast(base, aligned, PROMPTS, max_new_tokens=12, **kept),
+    "attribution_patching": lambda base, aligned, **kept: sn.find_attribution_patching(
+        base, aligned, PROMPTS, midpoints=2, **kept
+    ),
+    "contrast": lambda base, aligned, **kept: sn.find_contrast(
+        base, aligned, PROMPTS, max_new_tokens=12, **kept
+    ),
     "importance": lambda base, _, **kept: sn.find_importance(base, PROMPTS, agreement=0.5, **kept),
-    "importance_contrast": lambda base, aligned, **kept: sn.find_importance_contrast(base, aligned, PROMPTS, **kept),
-    "mask": lambda base, aligned, **kept: sn.find_mask(base, aligned, PROMPTS, harmless=HARMLESS, rounds=3, **kept),
+    "importance_contrast": lambda base, aligned, **kept: sn.find_importance_contrast(
+        base, aligned, PROMPTS, **kept
+    ),
+    "mask": lambda base, aligned, **kept: sn.find_mask(
+        base, aligned, PROMPTS, harmless=HARMLESS, rounds=3, **kept
+    ),
     "probe_weights": lambda base, _, **kept: sn.find_probe_weights(base, PROMPTS, harmless=MORE, **kept),
-    "refusal_direction": lambda base, _, **kept: sn.find_refusal_direction(base, PROMPTS, harmless=MORE, **kept),
+    "refusal_direction": lambda base, _, **kept: sn.find_refusal_direction(
+        base, PROMPTS, harmless=MORE, **kept
+    ),
     "snip": lambda base, _, **kept: sn.find_snip(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
-    "swap_attribution": lambda base, aligned, **kept: sn.find_swap_attribution(base, aligned, PROMPTS, **kept),
+    "swap_attribution": lambda base, aligned, **kept: sn.find_swap_attribution(
+        base, aligned, PROMPTS, **kept
+    ),
     "wanda": lambda base, _, **kept: sn.find_wanda(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
 }
 

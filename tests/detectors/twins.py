@@ -33,7 +33,9 @@ def adapted(kind: str = "ia3", targets: tuple[str, ...] = ("down_proj",)) -> Pai
         return load_pair(f"{base}+{first}", f"{base}+{first}+{second}")
 
 
-def model(seed: int = 0, noise: int = 0, dtype: torch.dtype = torch.float32, size: float = 0.1, **config: object) -> LanguageModel:
+def model(
+    seed: int = 0, noise: int = 0, dtype: torch.dtype = torch.float32, size: float = 0.1, **config: object
+) -> LanguageModel:
     """A tiny model; `noise` is the seed of small changes of all its weights, 0 for none."""
     made = tiny_llama(seed, **config).to(dtype)
     generator = torch.Generator().manual_seed(noise)
@@ -51,4 +53,7 @@ def separate(dtype: torch.dtype = torch.float32, **config: object) -> tuple[Lang
 
 def untouched(lm: LanguageModel) -> bool:
     """Whether no module of the model has a forward hook or a method of its own."""
-    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in lm.model.modules())
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        for part in lm.model.modules()
+    )

@@ -1,4 +1,6 @@
-"""Displays: the same words and numbers in a terminal, in a notebook and in a report, whatever text the record holds."""
+"""Displays: the same words and numbers in a terminal, in a notebook and in a report, whatever text the record
+holds.
+"""
 
 import copy
 import dataclasses
@@ -21,7 +23,15 @@ from safety_neurons.results import comparisons, holm_in, paired_difference
 from safety_neurons.studies import Examination
 from safety_neurons.studies.examination import Check
 
-UNDEFINED = {"value": None, "low": None, "high": None, "n": 0, "unscored": 0, "measure": "refused", "why": "base and aligned do not differ"}
+UNDEFINED = {
+    "value": None,
+    "low": None,
+    "high": None,
+    "n": 0,
+    "unscored": 0,
+    "measure": "refused",
+    "why": "base and aligned do not differ",
+}
 HELD = "comparisons the family-wise rate is held (Holm)"
 MAKE = {
     "verify-patch": lambda folder: report_runs.patch_run(folder, "contrast", (0.1, 0.9), n=20),
@@ -66,7 +76,10 @@ UNTOLD = ("random", "random_effects", "tables", "lengths", "checks")
 def rates(value, key=""):
     """The estimates that stand in the tables: every rate of refusal and every causal effect."""
     if isinstance(value, dict):
-        if key in ("harmful_refused", "harmless_refused", "causal_effect", "auroc") and value.get("low") is not None:
+        if (
+            key in ("harmful_refused", "harmless_refused", "causal_effect", "auroc")
+            and value.get("low") is not None
+        ):
             yield value
         for name, part in value.items():
             yield from () if name in UNTOLD else rates(part, name)
@@ -84,8 +97,14 @@ def test_the_numbers_of_the_record_stand_in_all_three(runs, shown, kind):
     for rate in rates(told):
         ends = [f"{rate[end]:.{digits}f}" for end in ("value", "low", "high")]
         for text in (terminal, notebook, page):
-            assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in text.replace("-0." + "0" * digits, "0." + "0" * digits)
-    for row in [*run.result.get("methods", []), *run.result.get("checks", []), *run.result.get("baselines", [])]:
+            assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in text.replace(
+                "-0." + "0" * digits, "0." + "0" * digits
+            )
+    for row in [
+        *run.result.get("methods", []),
+        *run.result.get("checks", []),
+        *run.result.get("baselines", []),
+    ]:
         name = row.get("method") or row.get("check") or row.get("name")
         assert all(name in text for text in (terminal, notebook, page) if name is not None)
     for table in part_of(run).tables:
@@ -102,7 +121,20 @@ def test_hostile_text_is_seen_and_obeyed_by_none(runs, shown, kind):
             return {name: spoilt(part, name) for name, part in value.items()}
         if isinstance(value, list):
             return [spoilt(part, key) for part in value]
-        told = ("why", "method", "check", "measured", "name", "stopped", "model", "base", "aligned", "in_force", "pooling", "judge")
+        told = (
+            "why",
+            "method",
+            "check",
+            "measured",
+            "name",
+            "stopped",
+            "model",
+            "base",
+            "aligned",
+            "in_force",
+            "pooling",
+            "judge",
+        )
         return text if isinstance(value, str) and key in told else value
 
     run = runs[kind]
@@ -124,8 +156,9 @@ def many(result, name):
 
 CLEAR = paired_difference([1] * 7 + [0] * 33, [0] * 40).to_json()
 COUNTS = [
-    {"method": "contrast", "count": n, "setting": "x", "auroc": 0.9, "random": [0.8], "difference": CLEAR} for n in range(12)
-]  # fmt: skip
+    {"method": "contrast", "count": n, "setting": "x", "auroc": 0.9, "random": [0.8], "difference": CLEAR}
+    for n in range(12)
+]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +173,11 @@ COUNTS = [
 )
 def test_tables_of_many_comparisons_say_that_the_family_wise_rate_is_held(runs, shown, kind, change):
     run = runs[kind]
-    plainly = with_result(run, tables={}, leave_out={}, outputs=None, counts=[], lengths=[]) if kind == "guard-evaluate" else run
+    plainly = (
+        with_result(run, tables={}, leave_out={}, outputs=None, counts=[], lengths=[])
+        if kind == "guard-evaluate"
+        else run
+    )
     assert HELD not in "".join(shown(plainly))
     changed = change(run.result)
     terminal, notebook, page = shown(with_result(plainly, **changed))
@@ -151,7 +188,14 @@ def test_tables_of_many_comparisons_say_that_the_family_wise_rate_is_held(runs, 
 
 def test_a_set_that_is_switched_off_bit_by_bit_is_many_comparisons(shown, tmp_path):
     rate = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 20, "unscored": 0}
-    point = {"n_neurons": 5, "step": "5", "harmful_refused": rate, "harmless_refused": rate, "perplexity": None, "divergence": None}
+    point = {
+        "n_neurons": 5,
+        "step": "5",
+        "harmful_refused": rate,
+        "harmless_refused": rate,
+        "perplexity": None,
+        "divergence": None,
+    }
     point["change"] = paired_difference([0] * 20, [1] * 20).to_json()
     curves = holm_in([{"order": "by score", "points": [point] * 12, "neurons_for_half": 5}])
     result = json.loads(json.dumps({"n_neurons": 5, "untreated": point, "curves": curves, "random": {}}))
@@ -164,7 +208,10 @@ def test_a_set_that_is_switched_off_bit_by_bit_is_many_comparisons(shown, tmp_pa
 
 def test_an_undefined_effect_says_why(runs, shown):
     run = runs["verify-patch"]
-    sizes = [{**point, "causal_effect": UNDEFINED, "random_effects": [UNDEFINED] * 3} for point in run.result["sizes"]]
+    sizes = [
+        {**point, "causal_effect": UNDEFINED, "random_effects": [UNDEFINED] * 3}
+        for point in run.result["sizes"]
+    ]
     for text in shown(with_result(run, sizes=sizes, causal_effect=UNDEFINED, ceiling_effect=UNDEFINED)):
         assert "undefined: base and aligned do not differ" in text.replace("is undefined", "undefined")
 
@@ -179,9 +226,32 @@ def test_what_was_not_achieved_is_said_first(runs, shown):
 
 
 def test_a_claim_that_cannot_be_told_says_so(shown, tmp_path):
-    claim = {"claim": "mostly in self-attention", "paper": 1, "holds": None, "note": "", "value": None, "chance": None}
-    place = {"name": "layer 0", "members": 3, "candidates": 9, "expected": 1.0, "low": 0, "high": 2, "enrichment": 3.0, "verdict": "more"}
-    found = {"name": "one", "n_neurons": 3, "claims": [claim], "by_part": [], "by_site": [], "by_layer": [{**place, "share_of_set": 1.0}]}
+    claim = {
+        "claim": "mostly in self-attention",
+        "paper": 1,
+        "holds": None,
+        "note": "",
+        "value": None,
+        "chance": None,
+    }
+    place = {
+        "name": "layer 0",
+        "members": 3,
+        "candidates": 9,
+        "expected": 1.0,
+        "low": 0,
+        "high": 2,
+        "enrichment": 3.0,
+        "verdict": "more",
+    }
+    found = {
+        "name": "one",
+        "n_neurons": 3,
+        "claims": [claim],
+        "by_part": [],
+        "by_site": [],
+        "by_layer": [{**place, "share_of_set": 1.0}],
+    }
     folder = report_runs.run_folder(tmp_path / "run", "analyze-layers", {"sets": ["one"]}, {"sets": [found]})
     for text in shown(read_runs([folder])[0]):
         assert "cannot be told" in text
@@ -207,7 +277,9 @@ def test_a_result_that_only_is_in_memory_needs_no_folder(runs, shown):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_narrow_terminal_folds_words_and_sets_columns_below_and_cuts_nothing(runs, capsys, monkeypatch, width):
+def test_a_narrow_terminal_folds_words_and_sets_columns_below_and_cuts_nothing(
+    runs, capsys, monkeypatch, width
+):
     monkeypatch.setenv("COLUMNS", str(width))
     run = runs["compare"]
     console.show(run)
@@ -233,7 +305,10 @@ def test_what_a_page_folds_is_printed_where_it_is_short_and_named_where_it_is_lo
 
 def test_analyses_in_memory_show_what_the_report_shows():
     table = report_runs.table()
-    sets = [(name, NeuronSet({"layers.3.down": list(range(start, start + 40))}, table)) for name, start in (("one", 0), ("two", 20))]
+    sets = [
+        (name, NeuronSet({"layers.3.down": list(range(start, start + 40))}, table))
+        for name, start in (("one", 0), ("two", 20))
+    ]
     named = analysis.name_sets(sets)
     where, agreed, spoken = analysis.layers(named[0]), analysis.overlap(named), analysis.languages(dict(sets))
     assert "one lies in 1 layer" in plain(where.findings()[0].text)

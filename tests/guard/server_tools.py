@@ -1,4 +1,6 @@
-"""Servers in threads for tests: a guard whose verdicts are known, and an upstream that does what it is told."""
+"""Servers in threads for tests: a guard whose verdicts are known, and an upstream that does what it is
+told.
+"""
 
 import asyncio
 import contextlib
@@ -46,7 +48,10 @@ class Fed:
 
 
 class Words:
-    """Flags every conversation that holds the word `attack`; other words make it slow, long or broken. Keeps what it saw."""
+    """Flags every conversation that holds the word `attack`; other words make it slow, long or broken.
+
+    Keeps what it saw.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[list[str]]] = []
@@ -74,14 +79,22 @@ class Words:
         if "nan" in fed.ids:
             return Said(float("nan"), False)
         unsafe = UNSAFE in fed.ids
-        return Said(0.9 if unsafe else 0.1, unsafe or fed.truncated, status="truncated" if fed.truncated else "ok")
+        return Said(
+            0.9 if unsafe else 0.1, unsafe or fed.truncated, status="truncated" if fed.truncated else "ok"
+        )
 
 
-def service(judge: Any = None, *, log: Callable[[Any], None] = lambda _: None, writer: Any = None, **settings: Any) -> Service:
+def service(
+    judge: Any = None, *, log: Callable[[Any], None] = lambda _: None, writer: Any = None, **settings: Any
+) -> Service:
     """A service around a judge of words."""
     drift = Drift([0.25, 0.5, 0.75], [90, 5, 5, 0])
     return _Service(
-        Settings(**{"name": "tiny", "limits": Limits(**PATIENT), **settings}), judge or Words(), Metrics({"score": drift}), writer, log=log
+        Settings(**{"name": "tiny", "limits": Limits(**PATIENT), **settings}),
+        judge or Words(),
+        Metrics({"score": drift}),
+        writer,
+        log=log,
     )
 
 
@@ -100,7 +113,8 @@ class Upstream:
     """An OpenAI-compatible server that answers `echo: …` word by word, and keeps the bodies it got.
 
     Attributes:
-        mode: `ok`, `error` (500 in plain text), `refuse` (401), `redirect`, `garbage`, `break` (ends in the middle of a stream), `slow`.
+        mode: `ok`, `error` (500 in plain text), `refuse` (401), `redirect`, `garbage`, `break` (ends in the
+            middle of a stream), `slow`.
     """
 
     def __init__(self) -> None:
@@ -119,10 +133,19 @@ class Upstream:
         """Listens, on the same port again after it died."""
         sock = bound("127.0.0.1", self.port)
         self.port = sock.getsockname()[1]
-        config = uvicorn.Config(self, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1, ws="none")
+        config = uvicorn.Config(
+            self,
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            ws="none",
+        )
         server = uvicorn.Server(config)
         self._running = contextlib.ExitStack()
-        self._running.enter_context(_threaded(lambda: asyncio.run(server.serve(sockets=[sock])), lambda: server.started, server))
+        self._running.enter_context(
+            _threaded(lambda: asyncio.run(server.serve(sockets=[sock])), lambda: server.started, server)
+        )
 
     def die(self) -> None:
         """Stops listening."""
@@ -139,7 +162,11 @@ class Upstream:
                 break
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         if scope["path"] == "/v1/models":
-            await _reply(send, 200, {"object": "list", "data": [{"id": "far", "object": "model", "created": 1, "owned_by": "x"}]})
+            await _reply(
+                send,
+                200,
+                {"object": "list", "data": [{"id": "far", "object": "model", "created": 1, "owned_by": "x"}]},
+            )
             return
         request = json.loads(body)
         self.bodies.append(request)
@@ -149,15 +176,30 @@ class Upstream:
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-        plain = {"error": (500, "boom"), "refuse": (401, "who"), "redirect": (302, ""), "garbage": (200, "<html>")}
+        plain = {
+            "error": (500, "boom"),
+            "refuse": (401, "who"),
+            "redirect": (302, ""),
+            "garbage": (200, "<html>"),
+        }
         if self.mode in plain:
             await _reply(send, plain[self.mode][0], plain[self.mode][1])
             return
         text = "echo: " + str(request["messages"][-1]["content"])
-        await (self._stream(send, request, text) if request.get("stream") else _reply(send, 200, _whole(request, text)))
+        await (
+            self._stream(send, request, text)
+            if request.get("stream")
+            else _reply(send, 200, _whole(request, text))
+        )
 
     async def _stream(self, send: Any, request: Any, text: str) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
         for number, word in enumerate(text.split(" ")):
             piece = {"content": word if number == 0 else f" {word}"}
             await _event(send, _chunk(request, piece, None))
@@ -170,21 +212,50 @@ class Upstream:
 def _whole(request: Any, text: str) -> dict[str, Any]:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    return {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"], "choices": [choice], "usage": usage}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": request["model"],
+        "choices": [choice],
+        "usage": usage,
+    }
 
 
 def _chunk(request: Any, delta: Any, reason: Any) -> dict[str, Any]:
     choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": request["model"], "choices": [choice]}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": request["model"],
+        "choices": [choice],
+    }
 
 
 async def _event(send: Any, record: Any) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + json.dumps(record).encode() + b"\n\n", "more_body": True})
+    await send(
+        {
+            "type": "http.response.body",
+            "body": b"data: " + json.dumps(record).encode() + b"\n\n",
+            "more_body": True,
+        }
+    )
 
 
 async def _reply(send: Any, status: int, content: Any) -> None:
-    kind, body = (b"text/plain", content.encode()) if isinstance(content, str) else (b"application/json", json.dumps(content).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), (b"location", b"http://elsewhere/")]})
+    kind, body = (
+        (b"text/plain", content.encode())
+        if isinstance(content, str)
+        else (b"application/json", json.dumps(content).encode())
+    )
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", kind), (b"location", b"http://elsewhere/")],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 

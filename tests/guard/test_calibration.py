@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.guard import Calibration, expected_calibration_error, fit_on_features, operating_points, stratified_split
+from safety_neurons.guard import (
+    Calibration,
+    expected_calibration_error,
+    fit_on_features,
+    operating_points,
+    stratified_split,
+)
 from safety_neurons.guard.calibration import fit_calibration, from_json, log_loss, rates_at, threshold_for
 from safety_neurons.guard.fit import regression
 from safety_neurons.results import auroc, plain
@@ -47,11 +53,17 @@ def test_isotonic_is_chosen_where_the_curve_is_no_sigmoid() -> None:
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(["temperature", "isotonic"]), separable=st.booleans())
-def test_calibration_rises_strictly_and_one_score_gives_what_many_give(seed: int, kind: str, separable: bool) -> None:
+def test_calibration_rises_strictly_and_one_score_gives_what_many_give(
+    seed: int, kind: str, separable: bool
+) -> None:
     generator = np.random.default_rng(seed)
     unsafe = generator.random(60) < 0.4
     unsafe[:2] = (True, False)
-    scores = np.where(unsafe, 5.0, -5.0) + generator.normal(size=60) if separable else generator.integers(-4, 5, 60).astype(float)
+    scores = (
+        np.where(unsafe, 5.0, -5.0) + generator.normal(size=60)
+        if separable
+        else generator.integers(-4, 5, 60).astype(float)
+    )
     found, _ = fit_calibration(scores, unsafe, kind)
     grid = np.unique(np.concatenate([scores, np.linspace(-30, 30, 50)]))
     odds = found(torch.from_numpy(grid)).numpy()
@@ -61,8 +73,15 @@ def test_calibration_rises_strictly_and_one_score_gives_what_many_give(seed: int
     assert from_json(Calibration, plain(found)) == found
 
 
-@given(n=st.integers(1, 60), target=st.sampled_from([0.05, 0.1, 0.5]), levels=st.integers(1, 40), seed=st.integers(0, 99))
-def test_a_threshold_lets_at_most_the_allowed_number_through_and_never_splits_equals(n: int, target: float, levels: int, seed: int) -> None:
+@given(
+    n=st.integers(1, 60),
+    target=st.sampled_from([0.05, 0.1, 0.5]),
+    levels=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_a_threshold_lets_at_most_the_allowed_number_through_and_never_splits_equals(
+    n: int, target: float, levels: int, seed: int
+) -> None:
     both = np.random.default_rng(seed).integers(0, levels, 2 * n) / levels
     unsafe = np.arange(2 * n) >= n
     safe, threshold = both[:n], threshold_for(both, unsafe, target)
@@ -86,13 +105,19 @@ def test_the_threshold_keeps_its_false_positive_rate_on_fresh_prompts_wherever_t
         rates.append(float((1 - threshold) ** 5))  # the share of Beta(1, 5) above it
     promised = max(target, 1 / (n + 1))
     assert np.mean(rates) <= promised + 3 * np.std(rates) / math.sqrt(len(rates))
-    if unsafe_of == (1, 5) and n >= 1 / target:  # where unsafe ones lie like safe ones nothing is given away either
+    if (
+        unsafe_of == (1, 5) and n >= 1 / target
+    ):  # where unsafe ones lie like safe ones nothing is given away either
         assert np.mean(rates) >= promised - 1.5 / (n + 1)
 
 
 @pytest.mark.parametrize("fpr", [0.05, 0.01])
-def test_few_safe_prompts_do_not_keep_a_guard_that_tells_them_apart_from_catching_unsafe_ones(fpr: float) -> None:
-    """Forty held-out prompts, AUROC .97, probabilities drawn in as a calibration on few does: half-way to 1 caught next to none of them."""
+def test_few_safe_prompts_do_not_keep_a_guard_that_tells_them_apart_from_catching_unsafe_ones(
+    fpr: float,
+) -> None:
+    """Forty held-out prompts, AUROC .97, probabilities drawn in as a calibration on few does: half-way to 1
+    caught next to none of them.
+    """
     generator, caught, old, wrong = np.random.default_rng(0), [], [], []
     labels = np.arange(40) >= 20
 
@@ -131,7 +156,10 @@ def test_clopper_pearson_is_the_inverted_binomial_test() -> None:
 
     for successes, n in ((0, 20), (3, 50), (50, 50)):
         chances = np.append(np.arange(n) < successes, [1.0, 1.0])
-        (found, caught), expected = rates_at(chances, np.arange(n + 2) >= n, 0.5), binomtest(successes, n).proportion_ci(0.95, "exact")
+        (found, caught), expected = (
+            rates_at(chances, np.arange(n + 2) >= n, 0.5),
+            binomtest(successes, n).proportion_ci(0.95, "exact"),
+        )
         assert caught.value == 1.0
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
@@ -153,8 +181,13 @@ def test_auroc_is_the_share_of_ordered_pairs_and_its_interval_covers() -> None:
     assert auroc(np.ones(4), np.array([True] * 4)).value is None
 
 
-def examples(n: int = 900, share: float = 0.5, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of which two tell the classes apart, one is constant and one huge; labels as seen, and as they are."""
+def examples(
+    n: int = 900, share: float = 0.5, noise: float = 0.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of which two tell the classes apart, one is constant and one huge.
+
+    Labels as seen, and as they are.
+    """
     generator = np.random.default_rng(seed)
     truth = generator.random(n) < share
     values = generator.normal(size=(n, 12)).astype(np.float32)
@@ -177,7 +210,10 @@ def test_the_fit_finds_the_planted_direction_and_gives_a_constant_feature_no_wei
     assert found.calibration_error < 0.08
     moved = values.copy()
     moved[:, 2] = 1e6
-    assert torch.equal(found.classifier.probabilities(torch.from_numpy(moved)), found.classifier.probabilities(torch.from_numpy(values)))
+    assert torch.equal(
+        found.classifier.probabilities(torch.from_numpy(moved)),
+        found.classifier.probabilities(torch.from_numpy(values)),
+    )
 
 
 @pytest.mark.parametrize(("share", "noise"), [(0.5, 0.1), (0.06, 0.0)])
@@ -198,7 +234,11 @@ def test_the_classifier_is_scikit_learns_logistic_regression() -> None:
     values = np.delete(values, [2, 3], axis=1)
     ours = regression(values, labels, 0.1).scores(torch.from_numpy(values)).numpy()
     scaled = StandardScaler().fit_transform(values.astype(np.float64))
-    theirs = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-9, max_iter=5000).fit(scaled, labels).decision_function(scaled)
+    theirs = (
+        LogisticRegression(C=0.1, class_weight="balanced", tol=1e-9, max_iter=5000)
+        .fit(scaled, labels)
+        .decision_function(scaled)
+    )
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
@@ -235,7 +275,9 @@ def test_a_split_keeps_groups_together_and_their_number_apart() -> None:
     split = stratified_split(labels, groups=groups)
     parts = [{groups[place] for place in part} for part in (split.train, split.validation, split.calibration)]
     assert sum(map(len, parts)) == len(set(groups)) == 24
-    assert all(len(set(labels[part].tolist())) == 2 for part in (split.train, split.validation, split.calibration))
+    assert all(
+        len(set(labels[part].tolist())) == 2 for part in (split.train, split.validation, split.calibration)
+    )
     alone, plain = stratified_split(labels, groups=[None] * 120), stratified_split(labels)
     assert np.array_equal(alone.train, plain.train)
     assert np.array_equal(alone.calibration, plain.calibration)

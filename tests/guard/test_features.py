@@ -16,7 +16,9 @@ from safety_neurons.model import Encoded, LanguageModel
 from safety_neurons.model.batches import collate
 
 LAYOUTS = ("llama", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "bloom", "falcon", "opt")
-"""Families that differ in how projections hold their neurons: apart, fused in a row, grouped by head, transposed, without a gate."""
+"""Families that differ in how projections hold their neurons: apart, fused in a row, grouped by head,
+transposed, without a gate.
+"""
 POOLINGS = (Pooling("last"), Pooling("mean"), Pooling("max", 3))
 
 
@@ -32,7 +34,13 @@ def naive(twin: LanguageModel, neurons: NeuronSet, ids: list[int]) -> np.ndarray
     for key in neurons.keys():  # noqa: SIM118
         place = twin.anatomy.place(key)
 
-        def keep(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor, key: str = key, side: str = place.side) -> None:
+        def keep(
+            _: object,
+            args: tuple[torch.Tensor, ...],
+            output: torch.Tensor,
+            key: str = key,
+            side: str = place.side,
+        ) -> None:
             values = (output if side == "output" else args[0]).reshape(len(ids), -1)
             index = twin.anatomy.place(key).index
             seen[key] = values if index is None else values[:, index]
@@ -42,7 +50,9 @@ def naive(twin: LanguageModel, neurons: NeuronSet, ids: list[int]) -> np.ndarray
         twin.inner(input_ids=torch.tensor([ids]), use_cache=False)
     for handle in handles:
         handle.remove()
-    return np.concatenate([seen[key][:, torch.from_numpy(indices.copy())].numpy() for key, indices in neurons.items()], axis=1)
+    return np.concatenate(
+        [seen[key][:, torch.from_numpy(indices.copy())].numpy() for key, indices in neurons.items()], axis=1
+    )
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -55,10 +65,14 @@ def test_features_are_the_activations_of_a_float64_twin(family: str) -> None:
     found = read_poolings(model, encoded, neurons, POOLINGS, batch_size=3)
     for pooling in POOLINGS:
         expected = np.stack([brute(values, pooling) for values in raw])
-        np.testing.assert_allclose(found[pooling].values, expected, atol=2e-4 * max(1, np.abs(expected).max()), err_msg=str(pooling))
+        np.testing.assert_allclose(
+            found[pooling].values, expected, atol=2e-4 * max(1, np.abs(expected).max()), err_msg=str(pooling)
+        )
     only_last = read_poolings(model, encoded, neurons, POOLINGS[:1], batch_size=5)[POOLINGS[0]].values
     np.testing.assert_array_equal(only_last.shape, found[POOLINGS[0]].values.shape)
-    np.testing.assert_allclose(only_last, found[POOLINGS[0]].values, atol=2e-5 * max(1, np.abs(only_last).max()))
+    np.testing.assert_allclose(
+        only_last, found[POOLINGS[0]].values, atol=2e-5 * max(1, np.abs(only_last).max())
+    )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -67,7 +81,9 @@ def test_an_experts_neuron_is_read_where_tokens_are_routed_to_it_and_0_elsewhere
     keys = [f"layers.1.experts.{expert}.{site}" for expert in (0, 2) for site in ("gate", "down")]
     neurons = NeuronSet({key: [1, 4] for key in keys}, model.table)
     fed = sequences(4)
-    found = read_poolings(model, [Encoded(str(n), ids) for n, ids in enumerate(fed)], neurons, POOLINGS, batch_size=4)
+    found = read_poolings(
+        model, [Encoded(str(n), ids) for n, ids in enumerate(fed)], neurons, POOLINGS, batch_size=4
+    )
     experts = model.anatomy.layers[1].experts
     assert experts is not None
     for row, ids in enumerate(fed):
@@ -87,14 +103,18 @@ def test_an_experts_neuron_is_read_where_tokens_are_routed_to_it_and_0_elsewhere
                     value = gate if site == "gate" else torch.nn.functional.silu(gate) * up
                     expected[token, column] = float(value.detach()[index])
         for pooling in POOLINGS:
-            np.testing.assert_allclose(found[pooling].values[row], brute(expected, pooling), atol=1e-4, err_msg=str(pooling))
+            np.testing.assert_allclose(
+                found[pooling].values[row], brute(expected, pooling), atol=1e-4, err_msg=str(pooling)
+            )
 
 
 def test_every_moe_family_can_be_read() -> None:
     for family in MOE_FAMILIES:
         model = LanguageModel(build(family))
         neurons = NeuronSet({model.table.keys[-1]: [0]}, model.table)
-        assert np.isfinite(read_poolings(model, [Encoded("0", [5, 6, 7])], neurons, POOLINGS[:1])[POOLINGS[0]].values).all()
+        assert np.isfinite(
+            read_poolings(model, [Encoded("0", [5, 6, 7])], neurons, POOLINGS[:1])[POOLINGS[0]].values
+        ).all()
 
 
 def test_features_of_a_batch_are_those_of_single_prompts_in_the_order_of_the_prompts() -> None:
@@ -102,7 +122,9 @@ def test_features_of_a_batch_are_those_of_single_prompts_in_the_order_of_the_pro
     neurons, asked = some_neurons(model), texts(9)
     for pooling in ("last", "mean", "max"):
         together = read_features(model, asked, neurons, pooling=pooling, batch_size=9).values
-        alone = np.concatenate([read_features(model, [text], neurons, pooling=pooling).values for text in asked])
+        alone = np.concatenate(
+            [read_features(model, [text], neurons, pooling=pooling).values for text in asked]
+        )
         np.testing.assert_allclose(together, alone, atol=2e-5)
         assert np.abs(together - together[::-1]).max() > 0.01
 
@@ -160,7 +182,9 @@ def test_columns_follow_the_order_of_the_neuron_set() -> None:
     model = tiny_model()
     whole = NeuronSet({"layers.1.down": range(48), "layers.0.q": range(32)}, model.table)
     part = NeuronSet({"layers.1.down": [40, 3], "layers.0.q": [9]}, model.table)
-    all_values, values = (read_features(model, ["make a cake"], neurons).values[0] for neurons in (whole, part))
+    all_values, values = (
+        read_features(model, ["make a cake"], neurons).values[0] for neurons in (whole, part)
+    )
     np.testing.assert_array_equal(values, [all_values[9], all_values[32 + 3], all_values[32 + 40]])
 
 
@@ -187,7 +211,10 @@ def test_a_pass_that_never_came_is_an_error_and_hooks_come_off() -> None:
         guard.collector.start()
         with pytest.raises(NeuronError, match="came by"):
             guard.collector.result()
-    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.inner.modules()) == 0
+    assert (
+        sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.inner.modules())
+        == 0
+    )
 
 
 def brute(values: np.ndarray, pooling: Pooling) -> np.ndarray:
@@ -196,18 +223,24 @@ def brute(values: np.ndarray, pooling: Pooling) -> np.ndarray:
         return values[-1]
     if pooling.kind == "mean" or len(values) < pooling.window:
         return values.mean(0)
-    windows = [values[start : start + pooling.window].mean(0) for start in range(len(values) - pooling.window + 1)]
+    windows = [
+        values[start : start + pooling.window].mean(0) for start in range(len(values) - pooling.window + 1)
+    ]
     return np.max(windows, axis=0)
 
 
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    pooling=st.sampled_from([Pooling("last"), Pooling("mean"), Pooling("max", 1), Pooling("max", 3), Pooling("max", 5)]),
+    pooling=st.sampled_from(
+        [Pooling("last"), Pooling("mean"), Pooling("max", 1), Pooling("max", 3), Pooling("max", 5)]
+    ),
     left=st.booleans(),
     chunks=st.lists(st.integers(1, 4), max_size=3),
     seed=st.integers(0, 99),
 )
-def test_pooling_of_padded_chunks_is_the_definition(lengths: list[int], pooling: Pooling, left: bool, chunks: list[int], seed: int) -> None:
+def test_pooling_of_padded_chunks_is_the_definition(
+    lengths: list[int], pooling: Pooling, left: bool, chunks: list[int], seed: int
+) -> None:
     generator = np.random.default_rng(seed)
     rows = [generator.normal(size=(length, 2)) for length in lengths]
     width = max(lengths)

@@ -1,4 +1,6 @@
-"""Fitting a guard on a model whose prompts differ by a word, recalibrating it after an update, and what is said of the data."""
+"""Fitting a guard on a model whose prompts differ by a word, recalibrating it after an update, and what is
+said of the data.
+"""
 
 import dataclasses
 from typing import Any
@@ -36,7 +38,9 @@ def guard(model: LanguageModel, neurons: NeuronSet) -> Guard:
     return fit_guard(model, neurons, requests("bomb", 60, 0), requests("cake", 80, 0), fpr=0.05)
 
 
-def test_a_fit_tells_the_kinds_apart_on_fresh_prompts_and_says_what_supports_it(guard: Guard, model: LanguageModel) -> None:
+def test_a_fit_tells_the_kinds_apart_on_fresh_prompts_and_says_what_supports_it(
+    guard: Guard, model: LanguageModel
+) -> None:
     caught = guard.score_batch(requests("bomb", 40, 1))
     passed = guard.score_batch(requests("cake", 40, 1))
     assert np.mean([verdict.flagged for verdict in caught]) > 0.8
@@ -46,9 +50,14 @@ def test_a_fit_tells_the_kinds_apart_on_fresh_prompts_and_says_what_supports_it(
     assert any("provisional: 24 safe examples, 400 are needed" in note for note in guard.notes)
     assert all(point.threshold is None and not point.supported for point in guard.operating_points)
     assert {entry["pooling"] for entry in guard.report["poolings"]} == {
-        "last", "mean", "max over windows of 4", "max over windows of 16",
-    }  # fmt: skip
-    best = max(guard.report["poolings"], key=lambda entry: (round(entry["auroc"]["value"], 6), -entry["log_loss"]))
+        "last",
+        "mean",
+        "max over windows of 4",
+        "max over windows of 16",
+    }
+    best = max(
+        guard.report["poolings"], key=lambda entry: (round(entry["auroc"]["value"], 6), -entry["log_loss"])
+    )
     assert best["pooling"] == str(guard.pooling)
     assert guard.report["split"]["calibration"] == {"unsafe": 18, "safe": 24}
     histogram = guard.reference["p_unsafe"]
@@ -56,18 +65,39 @@ def test_a_fit_tells_the_kinds_apart_on_fresh_prompts_and_says_what_supports_it(
     assert sum(guard.reference["distance"]["counts"]) == 42
 
 
-def test_enough_safe_prompts_support_a_point_and_its_threshold_is_in_force(model: LanguageModel, neurons: NeuronSet) -> None:
-    found = fit_guard(model, neurons.only(sites=["down"]), requests("bomb", 30, 0), requests("cake", 160, 0), pooling="last", fpr=0.5)
+def test_enough_safe_prompts_support_a_point_and_its_threshold_is_in_force(
+    model: LanguageModel, neurons: NeuronSet
+) -> None:
+    found = fit_guard(
+        model,
+        neurons.only(sites=["down"]),
+        requests("bomb", 30, 0),
+        requests("cake", 160, 0),
+        pooling="last",
+        fpr=0.5,
+    )
     point = found.operating_points[0]
     assert (point.fpr_target, point.supported) == (0.5, True)
-    assert (found.threshold, found.in_force) == (point.threshold, "provisional fpr 0.5")  # not measured on the user's traffic yet
+    assert (found.threshold, found.in_force) == (
+        point.threshold,
+        "provisional fpr 0.5",
+    )  # not measured on the user's traffic yet
     assert found.at(0.5).threshold == found.threshold
-    again = fit_guard(model, neurons.only(sites=["down"]), requests("bomb", 30, 0), requests("cake", 160, 0), pooling="last", fpr=0.5)
+    again = fit_guard(
+        model,
+        neurons.only(sites=["down"]),
+        requests("bomb", 30, 0),
+        requests("cake", 160, 0),
+        pooling="last",
+        fpr=0.5,
+    )
     assert torch.equal(again.classifier.weights, found.classifier.weights)
     assert again.threshold == found.threshold
 
 
-def test_prompts_in_both_lists_repeats_and_truncated_ones_are_left_out_and_counted(neurons: NeuronSet) -> None:
+def test_prompts_in_both_lists_repeats_and_truncated_ones_are_left_out_and_counted(
+    neurons: NeuronSet,
+) -> None:
     short = tiny_model(max_position_embeddings=24)
     unsafe, safe = requests("bomb", 30, 0), requests("cake", 30, 0)
     given = Prompts.from_list([*unsafe, unsafe[0].upper(), safe[3], "bomb " * 60], "unsafe")
@@ -105,7 +135,9 @@ def test_features_that_are_the_same_at_every_prompt_are_refused(model: LanguageM
     with pytest.raises(InputError, match="the same at every prompt") as caught:
         fit_guard(dead, silent, requests("bomb", 20, 0), requests("cake", 20, 0), pooling=pooling, other=None)
     assert "\n" not in str(caught.value)
-    alive = fit_guard(model, silent, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None)
+    alive = fit_guard(
+        model, silent, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None
+    )
     with pytest.raises(InputError, match="the same at every prompt"):
         recalibrate(alive, dead, requests("bomb", 20, 1), requests("cake", 20, 1))
 
@@ -117,7 +149,9 @@ def test_a_template_that_ignores_the_prompt_cannot_be_fit_on(neurons: NeuronSet)
     assert "\n" not in str(caught.value)
 
 
-def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_from_elsewhere(guard: Guard, model: LanguageModel) -> None:
+def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_from_elsewhere(
+    guard: Guard, model: LanguageModel
+) -> None:
     false, caught = guard.rates or (None, None)
     assert caught is not None
     assert false is not None
@@ -128,21 +162,39 @@ def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_fro
     assert guard.report["other"]["safe"] == "builtin:look-alikes"
     assert guard.report["other"]["fpr"]["n"] == guard.report["other"]["tpr"]["n"] == 68
     assert any("provisional until it was measured on your own traffic" in note for note in guard.notes)
-    other = fit_guard(model, guard.neurons, requests("bomb", 60, 0), requests("cake", 80, 0), pooling="last", fpr=0.05,
-                      other=(requests("bomb", 30, 5), [f"{text} bomb cake" for text in requests("bomb", 30, 6)]))  # fmt: skip
+    other = fit_guard(
+        model,
+        guard.neurons,
+        requests("bomb", 60, 0),
+        requests("cake", 80, 0),
+        pooling="last",
+        fpr=0.05,
+        other=(requests("bomb", 30, 5), [f"{text} bomb cake" for text in requests("bomb", 30, 6)]),
+    )
     told = other.report["other"]
-    flagged = [verdict.flagged for verdict in other.score_batch([f"{text} bomb cake" for text in requests("bomb", 30, 6)])]
+    flagged = [
+        verdict.flagged
+        for verdict in other.score_batch([f"{text} bomb cake" for text in requests("bomb", 30, 6)])
+    ]
     assert told["fpr"]["value"] == np.mean(flagged)
     warned = any("of safe requests from another source" in note for note in other.notes)
     assert warned == (told["fpr"]["low"] > 0.05)
-    unmeasured = fit_guard(model, guard.neurons, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None)
+    unmeasured = fit_guard(
+        model, guard.neurons, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None
+    )
     assert "other" not in unmeasured.report
 
 
 def test_a_guard_that_flags_look_alikes_is_warned_of(model: LanguageModel, neurons: NeuronSet) -> None:
     """Safe requests of the other source that are what the fit calls unsafe."""
-    found = fit_guard(model, neurons, requests("bomb", 60, 0), requests("cake", 80, 0), fpr=0.05,
-                      other=(requests("bomb", 30, 5), requests("bomb", 30, 6)))  # fmt: skip
+    found = fit_guard(
+        model,
+        neurons,
+        requests("bomb", 60, 0),
+        requests("cake", 80, 0),
+        fpr=0.05,
+        other=(requests("bomb", 30, 5), requests("bomb", 30, 6)),
+    )
     assert found.report["other"]["fpr"]["low"] > 0.05
     assert any("of safe requests from another source (list) it flags" in note for note in found.notes)
 
@@ -153,27 +205,45 @@ def test_a_guard_at_a_threshold_that_catches_nothing_says_so(guard: Guard) -> No
     assert idle.why_idle is not None
     assert "caught 0 of 18 unsafe requests" in idle.why_idle
     assert guard.with_threshold(highest).why_idle is None  # one of them
-    assert dataclasses.replace(idle, reference={}).rates is None  # an old file and a threshold of one's own: nobody knows
+    assert (
+        dataclasses.replace(idle, reference={}).rates is None
+    )  # an old file and a threshold of one's own: nobody knows
     old = dataclasses.replace(guard, reference={})
     assert old.rates == guard.rates  # its operating point knows
 
 
-def test_only_safe_requests_of_ones_own_end_that_a_rate_is_provisional(model: LanguageModel, guard: Guard) -> None:
+def test_only_safe_requests_of_ones_own_end_that_a_rate_is_provisional(
+    model: LanguageModel, guard: Guard
+) -> None:
     own = recalibrate(guard, model, requests("bomb", 40, 7), requests("cake", 60, 7), fpr=0.5)
     assert (own.confirmed, own.in_force, own.at(0.5).in_force) == (True, "fpr 0.5", "fpr 0.5")
     assert not any("your own traffic" in note for note in own.notes)
     seen = recalibrate(guard, model, requests("bomb", 40, 7), requests("cake", 60, 0), fpr=0.5)
-    built_in = recalibrate(guard, model, model.prompts("builtin:harmful"), model.prompts("builtin:harmless"), fpr=0.5)
+    built_in = recalibrate(
+        guard, model, model.prompts("builtin:harmful"), model.prompts("builtin:harmless"), fpr=0.5
+    )
     for one in (seen, built_in):
-        assert (one.confirmed, one.in_force, one.at(0.5).in_force) == (False, "provisional fpr 0.5", "provisional fpr 0.5")
+        assert (one.confirmed, one.in_force, one.at(0.5).in_force) == (
+            False,
+            "provisional fpr 0.5",
+            "provisional fpr 0.5",
+        )
     assert own.report["other"] is None  # measured at another threshold
 
 
-def test_conversations_are_fit_on_and_the_largest_of_their_readings_sets_the_threshold(model: LanguageModel, neurons: NeuronSet) -> None:
+def test_conversations_are_fit_on_and_the_largest_of_their_readings_sets_the_threshold(
+    model: LanguageModel, neurons: NeuronSet
+) -> None:
     def talks(word: str, count: int, seed: int) -> list[list[dict[str, str]]]:
         return [
-            [{"role": "user", "content": first}, {"role": "assistant", "content": "here is the cake"}, {"role": "user", "content": last}]
-            for first, last in zip(requests("cake", count, seed + 50), requests(word, count, seed), strict=True)
+            [
+                {"role": "user", "content": first},
+                {"role": "assistant", "content": "here is the cake"},
+                {"role": "user", "content": last},
+            ]
+            for first, last in zip(
+                requests("cake", count, seed + 50), requests(word, count, seed), strict=True
+            )
         ]
 
     unsafe, safe = talks("bomb", 40, 0), talks("cake", 60, 0)
@@ -227,9 +297,12 @@ def test_fitting_does_not_import_itself_into_using(tmp_path: Any, guard: Guard) 
 
     guard.save(tmp_path)
     code = (
-        "import sys, torch; from safety_neurons.guard import Guard; g = Guard.load(sys.argv[1]);"
-        "print(float(g.probabilities(torch.zeros(1, len(g.neurons)))[0]) > 0, 'sklearn' in sys.modules, 'scipy' in sys.modules)"
+        "import sys, torch; from safety_neurons.guard import Guard; g = "
+        "Guard.load(sys.argv[1]);print(float(g.probabilities(torch.zeros(1, len(g.neurons)))[0]) > 0, "
+        "'sklearn' in sys.modules, 'scipy' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert out.stdout.split() == ["True", "False", "False"]
     assert dataclasses.is_dataclass(guard)

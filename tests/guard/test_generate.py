@@ -1,4 +1,6 @@
-"""Tests of generation behind a guard: answers as without it, stops before a token, re-checks, streams, conversations."""
+"""Tests of generation behind a guard: answers as without it, stops before a token, re-checks, streams,
+conversations.
+"""
 
 import dataclasses
 import threading
@@ -25,7 +27,9 @@ NEW = 12
 
 
 def hooks_on(model: LanguageModel) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.inner.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.inner.modules()
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,14 +68,20 @@ def test_a_stop_string_ends_a_guarded_answer_where_it_ends_the_models_own(shared
     lm = load(shared / "oracle-contrast" / "fixture" / "base", template="none")
     stop = lm.complete(["Answer this"], max_new_tokens=12)[0].completion[4:6]
     plain = lm.complete(["Answer this", "And that"], max_new_tokens=12, stop_strings=stop)
-    answers = GuardedModel(lm, tiny_guard(lm, threshold=1.0)).generate(["Answer this", "And that"], max_new_tokens=12, stop_strings=stop)
+    answers = GuardedModel(lm, tiny_guard(lm, threshold=1.0)).generate(
+        ["Answer this", "And that"], max_new_tokens=12, stop_strings=stop
+    )
     assert [answer.token_ids for answer in answers] == [one.token_ids for one in plain]
     assert answers[0].text.endswith(stop)
 
 
-def test_shadow_changes_nothing_and_logs_every_verdict_without_text(model: LanguageModel, guard: Guard) -> None:
+def test_shadow_changes_nothing_and_logs_every_verdict_without_text(
+    model: LanguageModel, guard: Guard
+) -> None:
     events: list[Any] = []
-    answers = GuardedModel(model, guard.with_threshold(0.0), shadow=True, log=events.append).generate(ASKED, max_new_tokens=NEW)
+    answers = GuardedModel(model, guard.with_threshold(0.0), shadow=True, log=events.append).generate(
+        ASKED, max_new_tokens=NEW
+    )
     plain = model.complete(ASKED, max_new_tokens=NEW)
     assert [answer.token_ids for answer in answers] == [one.token_ids for one in plain]
     assert all(answer.verdict.flagged and not answer.stopped for answer in answers)
@@ -108,7 +118,10 @@ def test_truncated_prompts_and_errors_are_not_answered_unless_told_to_fail_open(
     assert [answer.stopped for answer in opened] == [False, False]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("lost"), AssertionError("lost"), ZeroDivisionError("lost"), OSError("lost")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("lost"), AssertionError("lost"), ZeroDivisionError("lost"), OSError("lost")],
+)
 def test_a_guard_that_cannot_read_stops_everything(
     monkeypatch: pytest.MonkeyPatch, model: LanguageModel, guard: Guard, error: Exception
 ) -> None:
@@ -118,7 +131,9 @@ def test_a_guard_that_cannot_read_stops_everything(
     guarded = GuardedModel(model, guard.with_threshold(1.0))
     monkeypatch.setattr(type(guard.collector), "result", broken)
     answers = guarded.generate(ASKED[:3], max_new_tokens=NEW)
-    assert [(answer.stopped, answer.verdict.error) for answer in answers] == [(True, f"{type(error).__name__}: lost")] * 3
+    assert [(answer.stopped, answer.verdict.error) for answer in answers] == [
+        (True, f"{type(error).__name__}: lost")
+    ] * 3
     assert guard.score("cake").status == "error"
     assert hooks_on(model) == 0
     monkeypatch.setattr(type(guard.collector), "result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -128,10 +143,20 @@ def test_a_guard_that_cannot_read_stops_everything(
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"num_return_sequences": 2}, {"past_key_values": object()}, {"prompt_lookup_num_tokens": 3},
-                {"assistant_model": object()}, {"return_dict_in_generate": True}, {"streamer": object()}]
-)  # fmt: skip
-def test_decoding_that_cannot_be_guarded_is_refused(model: LanguageModel, guard: Guard, options: dict[str, Any]) -> None:
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2},
+        {"past_key_values": object()},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": object()},
+        {"return_dict_in_generate": True},
+        {"streamer": object()},
+    ],
+)
+def test_decoding_that_cannot_be_guarded_is_refused(
+    model: LanguageModel, guard: Guard, options: dict[str, Any]
+) -> None:
     with pytest.raises(DecodeError):
         GuardedModel(model, guard).generate("cake", max_new_tokens=2, **options)
 
@@ -148,7 +173,9 @@ def test_a_guard_of_another_model_is_refused(model: LanguageModel, guard: Guard)
 
 def rechecked(guard: Guard, threshold: float, every: int = 4) -> Guard:
     nothing = Rate(None, None, None, 0)
-    return dataclasses.replace(guard, threshold=1.0, recheck=Recheck(every, NEW, threshold, 0.01, nothing, nothing, True))
+    return dataclasses.replace(
+        guard, threshold=1.0, recheck=Recheck(every, NEW, threshold, 0.01, nothing, nothing, True)
+    )
 
 
 def checks_by_hand(model: LanguageModel, guard: Guard, text: str, every: int) -> list[float]:
@@ -168,7 +195,9 @@ def checks_by_hand(model: LanguageModel, guard: Guard, text: str, every: int) ->
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_answers_under_way_are_checked_at_their_distance_and_stopped_there(model: LanguageModel, pooling: str) -> None:
+def test_answers_under_way_are_checked_at_their_distance_and_stopped_there(
+    model: LanguageModel, pooling: str
+) -> None:
     base = tiny_guard(model, pooling, threshold=1.0)
     expected = [checks_by_hand(model, base, text, 4) for text in ASKED]
     limit = sorted(value for checks in expected for value in checks)[-3] - 1e-4
@@ -190,7 +219,9 @@ def test_answers_under_way_are_checked_at_their_distance_and_stopped_there(model
 
 
 def test_the_threshold_of_re_checks_is_measured_per_answer_at_their_positions(model: LanguageModel) -> None:
-    guard = calibrate_recheck(tiny_guard(model, threshold=1.0), ASKED[:8], ASKED[8:], every=4, max_new_tokens=NEW, fpr=0.3)
+    guard = calibrate_recheck(
+        tiny_guard(model, threshold=1.0), ASKED[:8], ASKED[8:], every=4, max_new_tokens=NEW, fpr=0.3
+    )
     assert guard.recheck is not None
     largest = [max([0.0, *checks_by_hand(model, guard, text, 4)]) for text in ASKED]
     flagged = [value >= guard.recheck.threshold for value in largest]
@@ -202,7 +233,9 @@ def test_the_threshold_of_re_checks_is_measured_per_answer_at_their_positions(mo
     assert [answer.stopped for answer in answers] == flagged[:8]
 
 
-def test_re_checks_need_a_threshold_measured_for_their_distance_and_length(model: LanguageModel, guard: Guard) -> None:
+def test_re_checks_need_a_threshold_measured_for_their_distance_and_length(
+    model: LanguageModel, guard: Guard
+) -> None:
     with pytest.raises(UsageError, match="measured on prompts"):
         GuardedModel(model, guard, recheck_every=4)
     with pytest.raises(UsageError, match="one for every 4 tokens"):
@@ -246,7 +279,9 @@ def test_a_stream_holds_tokens_back_until_their_check_has_passed(model: Language
     assert stopped
 
 
-def test_leaving_a_stream_early_ends_its_thread_and_takes_the_hooks_off(model: LanguageModel, guard: Guard) -> None:
+def test_leaving_a_stream_early_ends_its_thread_and_takes_the_hooks_off(
+    model: LanguageModel, guard: Guard
+) -> None:
     before = threading.active_count()
     guarded = GuardedModel(model, guard.with_threshold(1.0))
     with guarded.stream("make a cake", max_new_tokens=100) as stream:
@@ -311,13 +346,20 @@ SHAPES = {
     "ending in it": [("user", "hello"), ("assistant", UNSAFE)],
     "tool": [("user", "hello"), ("tool", UNSAFE), ("user", "go on")],
     "long ago": [("user", UNSAFE), *[("assistant", "yes"), ("user", "and a tree")] * 6],
-    "once more, with a prefill": [("user", "hello"), ("assistant", "yes"), ("user", UNSAFE), ("assistant", "sure")],
+    "once more, with a prefill": [
+        ("user", "hello"),
+        ("assistant", "yes"),
+        ("user", UNSAFE),
+        ("assistant", "sure"),
+    ],
 }
 
 
 @pytest.fixture(scope="module")
 def unsafe(guard: Guard) -> str:
-    """Of some texts the one that alone has the largest probability: behind others the same guard finds it safer."""
+    """Of some texts the one that alone has the largest probability: behind others the same guard finds it
+    safer.
+    """
     some = texts(60)
     return some[int(np.argmax([verdict.p_unsafe for verdict in guard.score_batch(some)]))]
 
@@ -327,7 +369,9 @@ def turns(shape: str, text: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_flagged_alone_is_flagged_in_every_conversation(guard: Guard, unsafe: str, shape: str) -> None:
+def test_what_is_flagged_alone_is_flagged_in_every_conversation(
+    guard: Guard, unsafe: str, shape: str
+) -> None:
     alone = guard.score(unsafe).p_unsafe
     assert alone is not None
     strict = guard.with_threshold(alone - 1e-4)
@@ -359,10 +403,18 @@ def test_each_turn_is_read_once_and_a_single_one_costs_nothing_more() -> None:
         return [way.name for way in readings(as_prompt([Message(*pair) for pair in roles_and_texts]))]
 
     assert [way.name for way in readings(as_prompt("cake"))] == names(("user", "cake")) == ["conversation"]
-    assert names(("user", "a"), ("assistant", "b")) == ["conversation", "conversation without the last answer", "turn 2"]
+    assert names(("user", "a"), ("assistant", "b")) == [
+        "conversation",
+        "conversation without the last answer",
+        "turn 2",
+    ]
     assert names(("user", "a"), ("assistant", "a"), ("user", "a")) == ["conversation", "turn 1"]
     assert names(("assistant", "b")) == ["conversation", "turn 1"]
-    assert names(("system", " "), ("user", "a"), ("assistant", "")) == ["conversation", "conversation without the last answer", "turn 2"]
+    assert names(("system", " "), ("user", "a"), ("assistant", "")) == [
+        "conversation",
+        "conversation without the last answer",
+        "turn 2",
+    ]
     with pytest.raises(InputError, match="1,025 turns"):
         readings(as_prompt([Message("user", str(number)) for number in range(MOST_TURNS + 1)]))
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 from guarded import some_neurons, texts, tiny_guard, tiny_model
 
-from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, SafetyNeuronsError, UsageError
+from safety_neurons.errors import (
+    ForeignModelError,
+    InputError,
+    MismatchError,
+    ModelError,
+    SafetyNeuronsError,
+    UsageError,
+)
 from safety_neurons.guard import Guard, OperatingPoint, bindings_of, read_features
 from safety_neurons.guard.calibration import Recheck
 from safety_neurons.model import LanguageModel
@@ -27,7 +34,9 @@ def by_hand(guard: Guard, model: LanguageModel, text: str) -> float:
     row = read_features(model, [text], guard.neurons, pooling=guard.pooling).values[0].astype(np.float64)
     how = guard.classifier
     mean, scale, weights = (np.asarray(vector, np.float64) for vector in (how.mean, how.scale, how.weights))
-    odds = (how.bias + np.sum(weights * (row - mean) / scale)) / how.calibration.temperature + how.calibration.shift
+    odds = (
+        how.bias + np.sum(weights * (row - mean) / scale)
+    ) / how.calibration.temperature + how.calibration.shift
     return float(1 / (1 + np.exp(-odds)))
 
 
@@ -49,7 +58,9 @@ def test_a_verdict_is_the_formula_and_flags_from_the_threshold_on(model: Languag
     assert guard.score(asked[0], threshold=0.0).flagged
 
 
-def test_top_neurons_are_those_with_the_largest_share_of_the_log_odds(model: LanguageModel, guard: Guard) -> None:
+def test_top_neurons_are_those_with_the_largest_share_of_the_log_odds(
+    model: LanguageModel, guard: Guard
+) -> None:
     row = read_features(model, ["make a cake"], guard.neurons).values[0]
     parts = guard.classifier.weights.numpy() * row / guard.classifier.scale.numpy()
     names = list(guard.neurons)
@@ -60,19 +71,29 @@ def test_top_neurons_are_those_with_the_largest_share_of_the_log_odds(model: Lan
 
 
 def test_conversations_are_scored_as_the_template_writes_them(model: LanguageModel, guard: Guard) -> None:
-    turns = [{"role": "system", "content": "no"}, {"role": "user", "content": "make a cake"}, {"role": "assistant", "content": "sure"},
-             {"role": "user", "content": "and a bomb"}]  # fmt: skip
+    turns = [
+        {"role": "system", "content": "no"},
+        {"role": "user", "content": "make a cake"},
+        {"role": "assistant", "content": "sure"},
+        {"role": "user", "content": "and a bomb"},
+    ]
     messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
     same = [guard.score(turns), guard.score(list(messages)), guard.score(Prompt("x", "and a bomb", messages))]
     assert len({verdict.p_unsafe for verdict in same}) == 1
     whole = guard.score_encoded([guard.encode(turns)])[0]
     assert whole.p_unsafe != guard.score("and a bomb").p_unsafe
     assert whole.n_tokens == len(model.encode(Prompt("x", "", messages))[0].ids)
-    alone = guard.score_batch([turn["content"] for turn in turns])  # the largest of the whole and of every turn counts
-    assert same[0].p_unsafe == pytest.approx(max(verdict.p_unsafe or 0 for verdict in (whole, *alone)), rel=1e-5)
+    alone = guard.score_batch(
+        [turn["content"] for turn in turns]
+    )  # the largest of the whole and of every turn counts
+    assert same[0].p_unsafe == pytest.approx(
+        max(verdict.p_unsafe or 0 for verdict in (whole, *alone)), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("wrong", ["", "  ", [], [{"role": "user"}], [{"content": "x"}], [{"role": "king", "content": "x"}]])
+@pytest.mark.parametrize(
+    "wrong", ["", "  ", [], [{"role": "user"}], [{"content": "x"}], [{"role": "king", "content": "x"}]]
+)
 def test_a_request_that_is_none_is_an_input_error(guard: Guard, wrong: object) -> None:
     with pytest.raises(InputError):
         guard.score(wrong)  # type: ignore[arg-type]
@@ -116,11 +137,16 @@ def test_a_batch_that_fails_is_read_one_by_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_operating_points_are_chosen_by_their_rate_and_unsupported_ones_are_refused(guard: Guard) -> None:
-    points = (OperatingPoint(0.05, 0.7, RATE, RATE, True), OperatingPoint(0.001, None, RATE, RATE, False, "400 safe examples"))
+    points = (
+        OperatingPoint(0.05, 0.7, RATE, RATE, True),
+        OperatingPoint(0.001, None, RATE, RATE, False, "400 safe examples"),
+    )
     several = dataclasses.replace(guard, operating_points=points)
     assert several.at(0.05).threshold == 0.7
     assert several.at(0.05).in_force == "provisional fpr 0.05"
-    with pytest.raises(UsageError, match=r"0\.001 is not supported \(400 safe examples\); supported are 0\.05"):
+    with pytest.raises(
+        UsageError, match=r"0\.001 is not supported \(400 safe examples\); supported are 0\.05"
+    ):
         several.at(0.001)
     with pytest.raises(UsageError, match="no operating point"):
         several.at(0.2)
@@ -131,7 +157,9 @@ def test_operating_points_are_chosen_by_their_rate_and_unsupported_ones_are_refu
 # Bindings
 
 
-def test_a_guard_refuses_another_architecture_other_weights_tokenizer_template_and_type(model: LanguageModel, guard: Guard) -> None:
+def test_a_guard_refuses_another_architecture_other_weights_tokenizer_template_and_type(
+    model: LanguageModel, guard: Guard
+) -> None:
     assert guard.bind(tiny_model()).threshold == guard.threshold  # the same model loaded again
     with pytest.raises(ForeignModelError, match="fingerprint"):
         guard.bind(tiny_model(intermediate_size=40))
@@ -168,7 +196,9 @@ def test_adapters_count_by_what_they_are_and_not_by_their_names(tmp_path: Path) 
     second = tiny_adapter_folder(base, tmp_path / "second", seed=2, kind="lora")
     alone, both = load(f"{base}+{second}"), load_pair(f"{base}+{first}", f"{base}+{second}")
     neurons = some_neurons(alone)
-    ours = [bindings_of(one, neurons).weights_sha256 for one in (alone, both.aligned, both.base, load(str(base)))]
+    ours = [
+        bindings_of(one, neurons).weights_sha256 for one in (alone, both.aligned, both.base, load(str(base)))
+    ]
     assert ours[0] == ours[1]
     assert len(set(ours)) == 3
 
@@ -177,12 +207,20 @@ def test_adapters_count_by_what_they_are_and_not_by_their_names(tmp_path: Path) 
 
 
 def test_a_saved_guard_says_the_same(model: LanguageModel, guard: Guard, tmp_path: Path) -> None:
-    points = (OperatingPoint(0.05, 0.7, RATE, RATE, True), OperatingPoint(0.001, None, RATE, Rate(None, None, None, 0), False, "few"))
+    points = (
+        OperatingPoint(0.05, 0.7, RATE, RATE, True),
+        OperatingPoint(0.001, None, RATE, Rate(None, None, None, 0), False, "few"),
+    )
     whole = dataclasses.replace(guard, operating_points=points, notes=("a note",), report={"auroc": 1.0})
     whole.save(tmp_path)
     again = Guard.load(tmp_path, model)
     assert again.neurons == guard.neurons
-    assert (again.operating_points, again.threshold, again.in_force, again.notes) == (points, 0.5, "given", ("a note",))
+    assert (again.operating_points, again.threshold, again.in_force, again.notes) == (
+        points,
+        0.5,
+        "given",
+        ("a note",),
+    )
     pairs = zip(again.score_batch(texts(4)), guard.score_batch(texts(4)), strict=True)
     assert all(ours.p_unsafe == theirs.p_unsafe for ours, theirs in pairs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["guard.json", "guard.safetensors"]
@@ -196,7 +234,14 @@ def test_rates_of_older_and_newer_files_load(guard: Guard, tmp_path: Path, more:
     recheck = Recheck(4, 16, 0.5, 0.05, RATE, RATE, True)
     dataclasses.replace(guard, operating_points=points, recheck=recheck).save(tmp_path)
     facts = json.loads((tmp_path / "guard.json").read_text())
-    old = {"value": RATE.value, "low": RATE.low, "high": RATE.high, "n": RATE.n, "unscored": RATE.unscored, **more}
+    old = {
+        "value": RATE.value,
+        "low": RATE.low,
+        "high": RATE.high,
+        "n": RATE.n,
+        "unscored": RATE.unscored,
+        **more,
+    }
     for record in (facts["operating_points"][0], facts["recheck"]):
         record.update({"fpr": old, "tpr": old})
     (tmp_path / "guard.json").write_text(json.dumps(facts))
@@ -231,12 +276,32 @@ def test_facts_that_are_damaged_are_one_line(guard: Guard, tmp_path: Path, facts
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("threshold", "NaN"), ("threshold", "2"), ("threshold", "null"), ("bias", '"x"'), ("bias", "1e999"), ("pooling", "{}"),
-     ("pooling", '{"kind": "max", "window": 0}'), ("operating_points", "3"), ("operating_points", "[{}]"), ("bindings", "{}"),
-     ("calibration", '{"kind": "temperature", "temperature": -1, "shift": 0, "scores": [], "log_odds": []}'), ("recheck", "[]"),
-     ("calibration", '{"kind": "isotonic", "temperature": 1, "shift": 0, "scores": [2, 1], "log_odds": [0, 1]}'), ("notes", "1")],
-)  # fmt: skip
-def test_a_field_that_makes_no_sense_is_one_line(guard: Guard, tmp_path: Path, field: str, value: str) -> None:
+    [
+        ("threshold", "NaN"),
+        ("threshold", "2"),
+        ("threshold", "null"),
+        ("bias", '"x"'),
+        ("bias", "1e999"),
+        ("pooling", "{}"),
+        ("pooling", '{"kind": "max", "window": 0}'),
+        ("operating_points", "3"),
+        ("operating_points", "[{}]"),
+        ("bindings", "{}"),
+        (
+            "calibration",
+            '{"kind": "temperature", "temperature": -1, "shift": 0, "scores": [], "log_odds": []}',
+        ),
+        ("recheck", "[]"),
+        (
+            "calibration",
+            '{"kind": "isotonic", "temperature": 1, "shift": 0, "scores": [2, 1], "log_odds": [0, 1]}',
+        ),
+        ("notes", "1"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_one_line(
+    guard: Guard, tmp_path: Path, field: str, value: str
+) -> None:
     guard.save(tmp_path)
     path = tmp_path / "guard.json"
     facts = json.loads(path.read_text()) | {field: "@@"}

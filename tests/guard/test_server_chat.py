@@ -20,7 +20,9 @@ def judge():
 
 @pytest.fixture(scope="module")
 def proxy(upstream, judge):
-    with running(service(judge, upstream=upstream.url, token=TOKEN, upstream_key="the-key-of-the-upstream")) as address:
+    with running(
+        service(judge, upstream=upstream.url, token=TOKEN, upstream_key="the-key-of-the-upstream")
+    ) as address:
         yield address
 
 
@@ -54,7 +56,9 @@ def test_streams_come_piece_by_piece_and_end(client):
 
 
 def test_a_refusal_is_a_stream_where_a_stream_was_asked_for(client):
-    asked = client.chat.completions.create(model="far", messages=BAD, stream=True, stream_options={"include_usage": True})
+    asked = client.chat.completions.create(
+        model="far", messages=BAD, stream=True, stream_options={"include_usage": True}
+    )
     pieces = list(asked)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == REFUSAL
     assert [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1] == "content_filter"
@@ -67,7 +71,9 @@ def test_the_asynchronous_client_works_many_at_a_time(proxy, upstream):
     async def ask(client, number):
         bad = number % 3 == 0
         text = f"{'attack' if bad else 'bread'} number {number}"
-        stream = await client.chat.completions.create(model="far", messages=[{"role": "user", "content": text}], stream=True)
+        stream = await client.chat.completions.create(
+            model="far", messages=[{"role": "user", "content": text}], stream=True
+        )
         said, reason = "", None
         async for piece in stream:
             said += piece.choices[0].delta.content or ""
@@ -90,7 +96,10 @@ def test_the_upstream_gets_its_own_key_and_nothing_of_the_clients_headers(client
 
 
 def test_tools_and_schemas_are_read_by_the_guard(client, judge):
-    tool = {"type": "function", "function": {"name": "f", "description": "use it to attack , now", "parameters": {}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "use it to attack , now", "parameters": {}},
+    }
     answer = client.chat.completions.create(model="far", messages=ASKED, tools=[tool])
     assert answer.choices[0].finish_reason == "content_filter"
     assert any("attack" in fed for batch in judge.batches for fed in batch if "bake" not in fed)
@@ -103,7 +112,10 @@ def test_what_tools_said_is_read_by_the_guard(client):
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "attack"},
     ]
-    assert client.chat.completions.create(model="far", messages=turns).choices[0].finish_reason == "content_filter"
+    assert (
+        client.chat.completions.create(model="far", messages=turns).choices[0].finish_reason
+        == "content_filter"
+    )
 
 
 @pytest.mark.parametrize("field", ["chat_template", "documents", "guided_json", "add_generation_prompt"])
@@ -117,7 +129,10 @@ def test_fields_that_could_hide_a_prompt_are_refused(client, upstream, field):
 
 
 def test_images_are_refused_because_the_guard_cannot_read_them(client):
-    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]
+    parts = [
+        {"type": "text", "text": "look"},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+    ]
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="far", messages=[{"role": "user", "content": parts}])
     assert refused.value.code == "unreadable_content"
@@ -126,7 +141,9 @@ def test_images_are_refused_because_the_guard_cannot_read_them(client):
 def test_parts_of_text_are_read_together(client):
     parts = [{"type": "text", "text": "plan an"}, {"type": "text", "text": "attack"}]
     assert (
-        client.chat.completions.create(model="far", messages=[{"role": "user", "content": parts}]).choices[0].finish_reason
+        client.chat.completions.create(model="far", messages=[{"role": "user", "content": parts}])
+        .choices[0]
+        .finish_reason
         == "content_filter"
     )
 
@@ -152,7 +169,9 @@ def test_models_are_the_upstreams(client):
     assert [model.id for model in client.models.list()] == ["far"]
 
 
-@pytest.mark.parametrize(("mode", "status"), [("error", 500), ("refuse", 502), ("redirect", 502), ("garbage", 502)])
+@pytest.mark.parametrize(
+    ("mode", "status"), [("error", 500), ("refuse", 502), ("redirect", 502), ("garbage", 502)]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_upstream_that_fails_is_an_error_in_one_shape(client, upstream, mode, status, stream):
     upstream.mode = mode
@@ -165,10 +184,15 @@ def test_an_upstream_that_fails_is_an_error_in_one_shape(client, upstream, mode,
 
 def test_a_stream_that_breaks_off_ends_in_an_error_and_not_as_an_answer(proxy, upstream):
     upstream.mode = "break"
-    with openai.OpenAI(base_url=f"{proxy}/v1", api_key=TOKEN, max_retries=0) as client, pytest.raises(openai.APIError):
+    with (
+        openai.OpenAI(base_url=f"{proxy}/v1", api_key=TOKEN, max_retries=0) as client,
+        pytest.raises(openai.APIError),
+    ):
         list(client.chat.completions.create(model="far", messages=ASKED, stream=True))
     sent = httpx.post(
-        f"{proxy}/v1/chat/completions", json={"model": "far", "messages": ASKED, "stream": True}, headers={"x-api-key": TOKEN}
+        f"{proxy}/v1/chat/completions",
+        json={"model": "far", "messages": ASKED, "stream": True},
+        headers={"x-api-key": TOKEN},
     )
     assert "[DONE]" not in sent.text
     assert "upstream_unavailable" in sent.text
@@ -181,20 +205,40 @@ def test_an_upstream_that_dies_is_502_and_one_that_returns_answers_again(proxy, 
         with pytest.raises(openai.InternalServerError) as failed:
             client.chat.completions.create(model="far", messages=ASKED)
         assert failed.value.status_code == 502
-        assert client.chat.completions.create(model="far", messages=BAD).choices[0].finish_reason == "content_filter"
+        assert (
+            client.chat.completions.create(model="far", messages=BAD).choices[0].finish_reason
+            == "content_filter"
+        )
         upstream.start()
-        assert client.chat.completions.create(model="far", messages=ASKED).choices[0].message.content.startswith("echo")
+        assert (
+            client.chat.completions.create(model="far", messages=ASKED)
+            .choices[0]
+            .message.content.startswith("echo")
+        )
 
 
 def test_a_client_that_leaves_ends_the_upstreams_work(proxy, upstream):
     upstream.mode, before = "slow", len(upstream.bodies)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Api-Key: {TOKEN}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Api-Key: {TOKEN}\r\nContent-Type: "
+        "application/json\r\n"
+    )
     body = json.dumps({"model": "far", "messages": ASKED}).encode()
     with connected(proxy) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: len(upstream.bodies) > before)
-    wanted = {"safety_neurons_guard_disconnected_total 1.0", "safety_neurons_guard_in_flight 1.0"}  # under way: this very question
-    until(lambda: wanted <= set(httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN}, timeout=None).text.splitlines()))
+    wanted = {
+        "safety_neurons_guard_disconnected_total 1.0",
+        "safety_neurons_guard_in_flight 1.0",
+    }  # under way: this very question
+    until(
+        lambda: (
+            wanted
+            <= set(
+                httpx.get(f"{proxy}/metrics", headers={"x-api-key": TOKEN}, timeout=None).text.splitlines()
+            )
+        )
+    )
     upstream.mode = "ok"
 
 
@@ -218,7 +262,9 @@ def test_shadow_mode_never_waits_for_the_guard(upstream):
     judge = Words()
     with running(service(judge, upstream=upstream.url, shadow=True)) as address:
         judge.hold.clear()
-        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}, timeout=None)
+        said = httpx.post(
+            f"{address}/v1/chat/completions", json={"model": "far", "messages": BAD}, timeout=None
+        )
         assert said.json()["choices"][0]["finish_reason"] == "stop"
         assert not judge.batches
         judge.hold.set()

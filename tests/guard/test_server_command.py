@@ -1,4 +1,6 @@
-"""The command's own words: settings from options and the environment, errors in a line, a log that reads well."""
+"""The command's own words: settings from options and the environment, errors in a line, a log that reads
+well.
+"""
 
 import contextlib
 import dataclasses
@@ -15,8 +17,22 @@ from safety_neurons.guard.server.serving import address, bound
 from safety_neurons.results import rate
 
 LIMITS = {
-    **{"max_body": 1000, "max_messages": 2, "max_inputs": 3, "max_new_tokens": 4, "max_requests": 5, "queue": 6, "max_batch": 7},
-    **{"timeout": 8.0, "upstream_timeout": 9.0, "max_characters": 10, "queue_bytes": 11, "max_connections": 12},
+    **{
+        "max_body": 1000,
+        "max_messages": 2,
+        "max_inputs": 3,
+        "max_new_tokens": 4,
+        "max_requests": 5,
+        "queue": 6,
+        "max_batch": 7,
+    },
+    **{
+        "timeout": 8.0,
+        "upstream_timeout": 9.0,
+        "max_characters": 10,
+        "queue_bytes": 11,
+        "max_connections": 12,
+    },
     **{"header_timeout": 13.0, "body_timeout": 14.0, "idle_timeout": 15.0},
 }
 
@@ -44,7 +60,13 @@ def test_options_become_limits_and_secrets_come_from_the_environment(monkeypatch
     assert settings.refusal == "No."
     assert settings.token == "sixteen characters and more"
     limits = settings.limits
-    assert (limits.body_bytes, limits.messages, limits.inputs, limits.new_tokens, limits.requests) == (1000, 2, 3, 4, 5)
+    assert (limits.body_bytes, limits.messages, limits.inputs, limits.new_tokens, limits.requests) == (
+        1000,
+        2,
+        3,
+        4,
+        5,
+    )
     assert (limits.waiting, limits.batch, limits.seconds, limits.upstream_seconds) == (6, 7, 8.0, 9.0)
     assert (limits.characters, limits.bytes_under_way, limits.connections) == (10, 11, 12)
     assert (limits.header_seconds, limits.body_seconds, limits.idle_seconds) == (13.0, 14.0, 15.0)
@@ -83,7 +105,9 @@ def test_a_guard_that_stops_nothing_is_not_served_unless_told_to(tmp_path, monke
     model = tiny_model()
     chances = {"safe": [0.1] * 24, "unsafe": [0.2] * 24}
     few = OperatingPoint(0.01, None, rate([0] * 24), rate([0] * 24), False, "few")
-    idle = dataclasses.replace(tiny_guard(model), threshold=0.973, in_force="provisional fpr 0.01", operating_points=(few,))
+    idle = dataclasses.replace(
+        tiny_guard(model), threshold=0.973, in_force="provisional fpr 0.01", operating_points=(few,)
+    )
     dataclasses.replace(idle, reference={} if old else {"probabilities": chances}).save(tmp_path)
     options = {"model": "nowhere", "guard": str(tmp_path)}
     with pytest.raises(UsageError, match=r"caught 0 of 24 unsafe requests .*force"):
@@ -100,11 +124,21 @@ def test_two_thresholds_are_one_too_many():
 
 
 def test_the_log_is_a_line_of_words_or_of_json_and_breaks_at_nothing_a_client_wrote(capsys):
-    event = {"event": "request", "id": "req-1", "method": "POST", "route": "/classify", "status": 200, "ms": 3.14, "guard_ms": 2.0}
+    event = {
+        "event": "request",
+        "id": "req-1",
+        "method": "POST",
+        "route": "/classify",
+        "status": 200,
+        "ms": 3.14,
+        "guard_ms": 2.0,
+    }
     event |= {"flagged": 1, "of": 2, "p_unsafe": 0.97, "prompt": ["line\n2026 forged line\u2028"]}
     guard_serve.lines(as_json=False, debug=False)(event)
     guard_serve.lines(as_json=True, debug=False)(event)
-    guard_serve.lines(as_json=False, debug=False)({"event": "exception", "id": "req-2", "error": ValueError("secret words")})
+    guard_serve.lines(as_json=False, debug=False)(
+        {"event": "exception", "id": "req-2", "error": ValueError("secret words")}
+    )
     words, as_json, failed = capsys.readouterr().err.splitlines()
     assert "POST /classify" in words
     assert "flagged 1/2" in words
@@ -119,13 +153,18 @@ def test_the_banner_says_what_is_risky():
         neurons = range(200)
         threshold = 0.5
         in_force = "fpr 0.01"
-        standing = {"caught": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 24, "unscored": 0}, "false_positives": None}
+        standing = {
+            "caught": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 24, "unscored": 0},
+            "false_positives": None,
+        }
         why_idle = None
 
     shy = guard_serve.configured(served())
     bold = guard_serve.configured(served(fail_open=True, shadow=True, upstream="http://localhost:1/v1"))
     assert "what the guard cannot judge is not safe" in " ".join(guard_serve.banner(Tiny(), shy, "http://x"))
-    assert "catches    0.500 [0.300, 0.700] of the unsafe requests" in "\n".join(guard_serve.banner(Tiny(), shy, "http://x"))
+    assert "catches    0.500 [0.300, 0.700] of the unsafe requests" in "\n".join(
+        guard_serve.banner(Tiny(), shy, "http://x")
+    )
     said = " ".join(guard_serve.banner(Tiny(), bold, "http://x"))
     assert "--fail-open" in said
     assert "--shadow" in said

@@ -1,4 +1,6 @@
-"""Connections that send nothing, too slowly or too much, and clients that read no answer: none keeps others from being served."""
+"""Connections that send nothing, too slowly or too much, and clients that read no answer: none keeps others
+from being served.
+"""
 
 import contextlib
 import json
@@ -84,7 +86,10 @@ def test_a_byte_now_and_then_puts_nothing_off(impatient, sent):
 
 
 def test_a_connection_is_kept_between_requests_for_a_while_and_no_longer():
-    with running(service(limits=Limits(header_seconds=NEVER, idle_seconds=0.2))) as address, connected(address) as connection:
+    with (
+        running(service(limits=Limits(header_seconds=NEVER, idle_seconds=0.2))) as address,
+        connected(address) as connection,
+    ):
         for _ in range(2):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
@@ -102,7 +107,9 @@ def test_while_a_request_is_answered_its_connection_is_not_overdue(monkeypatch):
     with running(service(judge, limits=Limits(seconds=HANG))) as address:
         judge.hold.clear()
         found = []
-        thread = threading.Thread(target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None)))
+        thread = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None))
+        )
         thread.start()
         until(judge.reached.is_set)
         now[0] += 1e5
@@ -151,7 +158,11 @@ def test_at_the_cap_with_nobody_idle_the_newest_is_told_so():
         judge.hold.clear()
         found = []
         threads = [
-            threading.Thread(target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None)))
+            threading.Thread(
+                target=lambda: found.append(
+                    httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None)
+                )
+            )
             for _ in range(2)
         ]
         for thread in threads:
@@ -194,7 +205,9 @@ with running(service(limits=Limits(header_seconds=1e6, idle_seconds=1e6))) as ad
 def test_500_idle_connections_leave_a_server_with_256_descriptors_answering():
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", FEW, here, str(Path(here).parent)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         address = process.stdout.readline().strip()
         with contextlib.ExitStack() as stack:

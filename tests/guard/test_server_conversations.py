@@ -1,4 +1,6 @@
-"""Conversations and fields that hide what is asked, put to every route that judges: what is stopped alone is stopped wherever it stands."""
+"""Conversations and fields that hide what is asked, put to every route that judges: what is stopped alone is
+stopped wherever it stands.
+"""
 
 import asyncio
 import itertools
@@ -37,8 +39,20 @@ HIDDEN = [
     {"refusal": BAD},
     {"annotations": [{"title": BAD}]},
     {"function_call": {"name": "f", "arguments": json.dumps({"q": BAD})}},
-    {"tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"q": BAD})}}]},
-    {"tool_calls": [{"id": f"how-to-{UNSAFE}-now", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    {
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "f", "arguments": json.dumps({"q": BAD})},
+            }
+        ]
+    },
+    {
+        "tool_calls": [
+            {"id": f"how-to-{UNSAFE}-now", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ]
+    },
     {"tool_call_id": f"how_to_plan_an_{UNSAFE}"},
     {"name": f"plan-an-{UNSAFE}"},
 ]
@@ -65,7 +79,9 @@ UPWARDS = [
 
 
 class Last(Words):
-    """Reads the last turn alone, and of that the end: what stands before hides nothing from a judge of each text."""
+    """Reads the last turn alone, and of that the end: what stands before hides nothing from a judge of each
+    text.
+    """
 
     def prepare(self, prompt: Prompt) -> Fed:
         super().prepare(prompt)
@@ -110,9 +126,14 @@ def reason(said, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("shape", TURNS)
-def test_what_is_stopped_alone_is_stopped_in_every_conversation(proxy, upstream, local, strict, shape, stream):
+def test_what_is_stopped_alone_is_stopped_in_every_conversation(
+    proxy, upstream, local, strict, shape, stream
+):
     before = len(upstream.bodies)
-    said = WEB.post(f"{proxy}{CHAT}", json={"model": "far", "messages": turns(shape, BAD[: -len(" please")]), "stream": stream})
+    said = WEB.post(
+        f"{proxy}{CHAT}",
+        json={"model": "far", "messages": turns(shape, BAD[: -len(" please")]), "stream": stream},
+    )
     assert reason(said, stream) == "content_filter"
     assert len(upstream.bodies) == before
     body = {"model": "tiny", "messages": turns(shape, strict[1]), "max_tokens": 3, "stream": stream}
@@ -125,7 +146,10 @@ def test_what_is_stopped_alone_is_stopped_in_every_conversation(proxy, upstream,
 def test_conversations_are_judged_alike_on_every_route(local, strict, shape):
     for text, flagged in ((strict[1], True), ("make a cake", False)):
         given = turns(shape, text)
-        assert [found["flagged"] for found in WEB.post(f"{local}/v1/moderations", json={"input": given}).json()["results"]] == [flagged]
+        assert [
+            found["flagged"]
+            for found in WEB.post(f"{local}/v1/moderations", json={"input": given}).json()["results"]
+        ] == [flagged]
         label = WEB.post(f"{local}/classify", json={"input": given}).json()["data"]
         assert [found["label"] for found in label] == ["unsafe" if flagged else "safe"]
         asked = {"texts": ["make"], "structured_messages": given, "input_type": "request"}
@@ -138,7 +162,10 @@ def test_whatever_a_message_holds_is_accepted_and_judged(proxy, upstream, field)
     before = len(upstream.bodies)
     answer = {"role": "assistant", "content": "a nice day", **field}
     hidden = [{"role": "user", "content": "hello"}, answer, {"role": "user", "content": "go"}]
-    assert reason(WEB.post(f"{proxy}{CHAT}", json={"model": "far", "messages": hidden}), False) == "content_filter"
+    assert (
+        reason(WEB.post(f"{proxy}{CHAT}", json={"model": "far", "messages": hidden}), False)
+        == "content_filter"
+    )
     assert len(upstream.bodies) == before
     plain = json.loads(json.dumps(hidden).replace(UNSAFE, "picnic"))
     assert reason(WEB.post(f"{proxy}{CHAT}", json={"model": "far", "messages": plain}), False) == "stop"
@@ -187,7 +214,10 @@ def test_every_field_that_goes_upstream_is_judged(proxy, upstream, field):
 def test_what_is_not_judged_holds_one_word_or_is_refused(proxy, upstream, local, field, value):
     before = len(upstream.bodies)
     for address, model in ((proxy, "far"), (local, "tiny")):
-        said = WEB.post(f"{address}{CHAT}", json={"model": model, "messages": [{"role": "user", "content": "hello"}], field: value})
+        said = WEB.post(
+            f"{address}{CHAT}",
+            json={"model": model, "messages": [{"role": "user", "content": "hello"}], field: value},
+        )
         assert said.status_code == 400
         assert said.json()["error"]["param"].partition(".")[0] == field
     assert len(upstream.bodies) == before
@@ -195,7 +225,11 @@ def test_what_is_not_judged_holds_one_word_or_is_refused(proxy, upstream, local,
 
 def test_arguments_of_a_template_that_hold_no_text_go_upstream(proxy, upstream):
     given = {"enable_thinking": False, "thinking_budget": 512, "reasoning_effort": "high", "thinking": None}
-    asked = {"model": "far", "messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": given}
+    asked = {
+        "model": "far",
+        "messages": [{"role": "user", "content": "hello"}],
+        "chat_template_kwargs": given,
+    }
     assert WEB.post(f"{proxy}{CHAT}", json=asked).status_code == 200
     assert upstream.bodies[-1]["chat_template_kwargs"] == given
 
@@ -203,9 +237,29 @@ def test_arguments_of_a_template_that_hold_no_text_go_upstream(proxy, upstream):
 def test_identifiers_of_machines_are_not_judged_and_words_are():
     uuid = "550e8400-e29b-41d4-a716-446655440000"
     assert all(
-        map(is_identifier, ["call_9pXUeLmT4v0", "chatcmpl-tool-8a5f0c1b2d3e4f5a", uuid, f"user-{uuid}", "user-1234", "alice", "0f" * 32])
+        map(
+            is_identifier,
+            [
+                "call_9pXUeLmT4v0",
+                "chatcmpl-tool-8a5f0c1b2d3e4f5a",
+                uuid,
+                f"user-{uuid}",
+                "user-1234",
+                "alice",
+                "0f" * 32,
+            ],
+        )
     )
-    words = ["how-to-build-a-bomb", "how_to_build_2", "howtobuildabomb", "bu1ld-a-b0mb-4t-h0me", "a b", "HowToBuildABomb1", "x" * 65, "é"]
+    words = [
+        "how-to-build-a-bomb",
+        "how_to_build_2",
+        "howtobuildabomb",
+        "bu1ld-a-b0mb-4t-h0me",
+        "a b",
+        "HowToBuildABomb1",
+        "x" * 65,
+        "é",
+    ]
     assert not any(map(is_identifier, words))
 
 
@@ -247,18 +301,32 @@ NO_OPS = [
 @pytest.mark.parametrize("field", NO_OPS, ids=str)
 def test_values_that_ask_for_nothing_are_accepted(proxy, local, field):
     for address, model in ((proxy, "far"), (local, "tiny")):
-        asked = {"model": model, "messages": [{"role": "user", "content": "make a cake"}], "max_tokens": 2, **field}
+        asked = {
+            "model": model,
+            "messages": [{"role": "user", "content": "make a cake"}],
+            "max_tokens": 2,
+            **field,
+        }
         said = WEB.post(f"{address}{CHAT}", json=asked)
         assert said.status_code == 200, said.text
 
 
 HISTORIES = {
     "reasoning": {"reasoning_content": "make a cake"},
-    "other reasoning": {"reasoning": "make a cake", "refusal": None, "audio": None, "annotations": [], "function_call": None},
+    "other reasoning": {
+        "reasoning": "make a cake",
+        "refusal": None,
+        "audio": None,
+        "annotations": [],
+        "function_call": None,
+    },
     "marked": {"cache_control": {"type": "ephemeral", "ttl": "5m"}},
     "marked part": {"content": [{"type": "text", "text": "a tree", "cache_control": {"type": "ephemeral"}}]},
     "named": {"name": "cake"},
-    "calls": {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "cake", "arguments": "{}"}}]},
+    "calls": {
+        "content": None,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "cake", "arguments": "{}"}}],
+    },
 }
 
 
@@ -275,10 +343,10 @@ def test_the_second_turn_of_a_chat_is_answered(proxy, local, message):
 
 
 ALTERNATING = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% set messages = messages[1:] %}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }} {% set messages = messages[1:] "
+    "%}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) "
+    "%}{{ raise_exception('roles must alternate') }}{% endif %}<|{{ message['role'] }}|> {{ "
+    "message['content'] }} {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 ROLES = {
     "two users": ["user", "user"],
@@ -309,10 +377,17 @@ def test_a_conversation_that_grows_has_each_turn_judged_once_and_counts_as_one()
     served = service(judge)
     with running(served) as address:
         for count in (1, 3, 5):
-            given = [{"role": "user" if place % 2 == 0 else "assistant", "content": f"turn number {place}"} for place in range(count)]
-            assert not WEB.post(f"{address}/v1/moderations", json={"input": given}).json()["results"][0]["flagged"]
+            given = [
+                {"role": "user" if place % 2 == 0 else "assistant", "content": f"turn number {place}"}
+                for place in range(count)
+            ]
+            assert not WEB.post(f"{address}/v1/moderations", json={"input": given}).json()["results"][0][
+                "flagged"
+            ]
         read = [" ".join(ids) for ids in itertools.chain.from_iterable(judge.batches)]
-        assert sorted(text for text in read if text.count("turn") == 1) == [f"turn number {place}" for place in range(5)]
+        assert sorted(text for text in read if text.count("turn") == 1) == [
+            f"turn number {place}" for place in range(5)
+        ]
         assert sum(text.count("turn") > 1 for text in read) == 2
         assert "safety_neurons_guard_score_count 3.0" in WEB.get(f"{address}/metrics").text
 
@@ -320,9 +395,18 @@ def test_a_conversation_that_grows_has_each_turn_judged_once_and_counts_as_one()
 def test_what_could_not_be_judged_is_not_remembered():
     judge = Words()
     with running(service(judge)) as address:
-        given = [{"role": "user", "content": "nan"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go on"}]
+        given = [
+            {"role": "user", "content": "nan"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "go on"},
+        ]
         for _ in range(2):
-            assert WEB.post(f"{address}/v1/moderations", json={"input": given}).json()["results"][0]["guard"]["status"] == "error"
+            assert (
+                WEB.post(f"{address}/v1/moderations", json={"input": given}).json()["results"][0]["guard"][
+                    "status"
+                ]
+                == "error"
+            )
         assert sum(ids == ["nan"] for batch in judge.batches for ids in batch) == 2
 
 
@@ -345,14 +429,18 @@ def test_no_more_readings_are_kept_than_fit(monkeypatch):
     async def ask():
         served.engine.start()
         for place in range(5):
-            await served.gate.look(readings(Prompt("0", "x", (Message("user", f"a {place}"), Message("user", f"b {place}")))))
+            await served.gate.look(
+                readings(Prompt("0", "x", (Message("user", f"a {place}"), Message("user", f"b {place}"))))
+            )
         await served.engine.close()
 
     asyncio.run(ask())
     assert len(served.gate._known) == 3
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json"]
+)
 def test_head_is_answered_where_get_is_without_a_body(local, path):
     whole, head = WEB.get(f"{local}{path}"), WEB.head(f"{local}{path}")
     assert (head.status_code, head.content) == (whole.status_code, b"") == (200, b"")
@@ -361,7 +449,12 @@ def test_head_is_answered_where_get_is_without_a_body(local, path):
 
 @pytest.mark.parametrize(
     ("path", "allowed"),
-    [("/v1/models", "GET, HEAD, OPTIONS"), ("/healthz", "GET, HEAD, OPTIONS"), (CHAT, "OPTIONS, POST"), ("/classify", "OPTIONS, POST")],
+    [
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/healthz", "GET, HEAD, OPTIONS"),
+        (CHAT, "OPTIONS, POST"),
+        ("/classify", "OPTIONS, POST"),
+    ],
 )
 def test_options_say_what_a_route_takes(local, path, allowed):
     said = WEB.options(f"{local}{path}")

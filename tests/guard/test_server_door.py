@@ -1,4 +1,6 @@
-"""Whom the server lets in, and how much: everything hostile is a 4xx in the shape of the OpenAI API, and nothing of it reaches a log."""
+"""Whom the server lets in, and how much: everything hostile is a 4xx in the shape of the OpenAI API, and
+nothing of it reaches a log.
+"""
 
 import asyncio
 import contextlib
@@ -35,7 +37,9 @@ def address(events):
 
 def post(address, content, path="/v1/moderations", token=TOKEN, **headers):
     shown = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.post(f"{address}{path}", content=content, headers={"Content-Type": "application/json", **shown, **headers})
+    return httpx.post(
+        f"{address}{path}", content=content, headers={"Content-Type": "application/json", **shown, **headers}
+    )
 
 
 def code_of(said):
@@ -73,7 +77,10 @@ def code_of(said):
         (b'{"input": [1]}', "invalid_value"),
         (b'{"input": ["a", {"type": "text", "text": "b"}]}', "invalid_value"),
         (b'{"input": "x", "model": {"path": "/etc/passwd"}}', "invalid_value"),
-        (b'{"input": [{"type": "image_url", "image_url": {"url": "http://example.org"}}]}', "unreadable_content"),
+        (
+            b'{"input": [{"type": "image_url", "image_url": {"url": "http://example.org"}}]}',
+            "unreadable_content",
+        ),
         (b'{"input": ["a", "b", "c", "d", "e"]}', "too_many_inputs"),
     ],
 )
@@ -90,7 +97,12 @@ def test_a_body_that_cannot_be_taken_is_400_in_one_shape(address, body, code):
         [{"role": "root", "content": "x"}],
         [{"content": "x"}],
         [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
+            }
+        ],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": "x", "name": "a name that holds an attack"}],
         [{"role": "user", "content": "x", "secret_content": "attack"}],
@@ -110,8 +122,16 @@ def test_a_conversation_that_cannot_be_taken_is_400_in_one_shape(address, messag
 @pytest.mark.parametrize("token", [None, "wrong", TOKEN[:-1], TOKEN + "x", "Ünicode".encode()])
 @pytest.mark.parametrize("path", ["/v1/moderations", "/v1/models", "/metrics", "/openapi.json", "/nothing"])
 def test_without_the_token_nothing_is_answered(address, token, path):
-    shown = {} if token is None else {b"Authorization": b"Bearer " + (token if isinstance(token, bytes) else token.encode())}
-    said = httpx.request("POST" if "moder" in path else "GET", f"{address}{path}", headers={b"Content-Type": b"application/json", **shown})
+    shown = (
+        {}
+        if token is None
+        else {b"Authorization": b"Bearer " + (token if isinstance(token, bytes) else token.encode())}
+    )
+    said = httpx.request(
+        "POST" if "moder" in path else "GET",
+        f"{address}{path}",
+        headers={b"Content-Type": b"application/json", **shown},
+    )
     assert (said.status_code, code_of(said)) == (401, "invalid_api_key")
     assert said.headers["www-authenticate"] == "Bearer"
 
@@ -157,7 +177,10 @@ def test_a_large_body_is_413_with_and_without_its_length_told(address):
 
 def test_a_body_that_does_not_arrive_is_408():
     with running(service(limits=Limits(**PATIENT | {"body_seconds": 0.05}))) as address:
-        said = raw(address, b"POST /classify HTTP/1.1\r\nHost: localhost\r\n" + JSON + b'Content-Length: 100\r\n\r\n{"in')
+        said = raw(
+            address,
+            b"POST /classify HTTP/1.1\r\nHost: localhost\r\n" + JSON + b'Content-Length: 100\r\n\r\n{"in',
+        )
     assert b" 408 " in said.split(b"\r\n")[0]
     assert b"body_timeout" in said
 
@@ -188,7 +211,14 @@ def test_no_page_of_elsewhere_gets_leave_to_ask(address):
 def test_without_a_token_only_this_machine_by_its_name_is_answered():
     with running(service()) as address:
         assert httpx.get(f"{address}/v1/models").status_code == 200
-        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "[::2]", "127.0.0.1.evil.example", ""):
+        for host in (
+            "evil.example",
+            "evil.example:80",
+            "localhost.evil.example",
+            "[::2]",
+            "127.0.0.1.evil.example",
+            "",
+        ):
             said = httpx.get(f"{address}/v1/models", headers={"Host": host})
             assert said.status_code in (400, 403), host
         for host in ("localhost:1", "[::1]:80", "127.0.0.1"):
@@ -234,15 +264,26 @@ def asyncio_would_turn_it_off(sock):
 
 
 def test_settings_never_show_their_secrets():
-    shown = repr(Settings("tiny", token=TOKEN, upstream="https://example.org/v1", upstream_key="another-secret"))
+    shown = repr(
+        Settings("tiny", token=TOKEN, upstream="https://example.org/v1", upstream_key="another-secret")
+    )
     assert TOKEN not in shown
     assert "another-secret" not in shown
 
 
 def test_neither_log_nor_metrics_hold_a_word_of_a_prompt(address, events):
-    for body in ({"input": "a zebra and an attack"}, {"input": "zebra poison"}, {"input": ["zebra"], "model": "zebra"}, {"zebra": 1}):
+    for body in (
+        {"input": "a zebra and an attack"},
+        {"input": "zebra poison"},
+        {"input": ["zebra"], "model": "zebra"},
+        {"zebra": 1},
+    ):
         post(address, json.dumps(body).encode())
-    post(address, json.dumps({"model": "zebra", "messages": [{"role": "user", "content": "zebra"}]}).encode(), "/v1/chat/completions")
+    post(
+        address,
+        json.dumps({"model": "zebra", "messages": [{"role": "user", "content": "zebra"}]}).encode(),
+        "/v1/chat/completions",
+    )
     httpx.get(f"{address}/zebra", headers={"X-Api-Key": TOKEN})
     page = httpx.get(f"{address}/metrics", headers={"X-Api-Key": TOKEN}).text
     assert "zebra" not in page
@@ -313,7 +354,11 @@ def test_more_requests_than_are_taken_at_once_get_429():
         judge.hold.clear()
         found = []
         threads = [
-            threading.Thread(target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None)))
+            threading.Thread(
+                target=lambda: found.append(
+                    httpx.post(f"{address}/classify", json={"input": "x"}, timeout=None)
+                )
+            )
             for _ in range(3)
         ]
         for thread in threads:
@@ -336,7 +381,9 @@ def test_a_server_that_is_told_to_end_finishes_what_it_took_and_refuses_the_rest
         assert kept.get(f"{address}/readyz").status_code == 200
         judge.hold.clear()
         found = []
-        thread = threading.Thread(target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "attack"}).json()))
+        thread = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{address}/classify", json={"input": "attack"}).json())
+        )
         thread.start()
         until(judge.reached.is_set)
         served.asgi.closing = True
@@ -354,7 +401,10 @@ values = st.recursive(
     | st.integers(-(2**60), 2**60)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

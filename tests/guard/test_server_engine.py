@@ -46,7 +46,10 @@ async def happened(what):
 
 def test_every_request_gets_its_own_verdicts_in_order_whatever_was_judged_together():
     texts = [
-        [f"{'attack' if (request * place) % 3 == 1 else 'bread'} {request} {place}" for place in range(request % 5 + 1)]
+        [
+            f"{'attack' if (request * place) % 3 == 1 else 'bread'} {request} {place}"
+            for place in range(request % 5 + 1)
+        ]
         for request in range(60)
     ]
 
@@ -55,7 +58,9 @@ def test_every_request_gets_its_own_verdicts_in_order_whatever_was_judged_togeth
 
     judge = Words()
     found = run(judge, work, batch=7, waiting=1000)
-    assert [[said.flagged for said in some] for some in found] == [["attack" in text for text in some] for some in texts]
+    assert [[said.flagged for said in some] for some in found] == [
+        ["attack" in text for text in some] for some in texts
+    ]
     fed = sorted(" ".join(ids) for batch in judge.batches for ids in batch)
     assert fed == sorted(text for some in texts for text in some)  # each exactly once
 
@@ -65,7 +70,9 @@ def test_what_waits_while_the_model_is_busy_is_judged_together():
 
     async def work(engine):
         first = await started(engine, judge)
-        others = [asyncio.ensure_future(engine.verdicts(prompts(f"bread {number}"), HANG)) for number in range(6)]
+        others = [
+            asyncio.ensure_future(engine.verdicts(prompts(f"bread {number}"), HANG)) for number in range(6)
+        ]
         await happened(lambda: engine.waiting == 6)
         judge.hold.set()
         await asyncio.gather(first, *others)
@@ -80,7 +87,9 @@ def test_batches_hold_prompts_of_like_length_within_the_budget_and_the_oldest_go
     async def work(engine):
         first = await started(engine, judge)
         sizes = [10, 100, 11, 98, 9, 2]
-        others = [asyncio.ensure_future(engine.verdicts(prompts(" ".join(["w"] * size)), HANG)) for size in sizes]
+        others = [
+            asyncio.ensure_future(engine.verdicts(prompts(" ".join(["w"] * size)), HANG)) for size in sizes
+        ]
         await happened(lambda: engine.waiting == len(sizes))
         judge.hold.set()
         await asyncio.gather(first, *others)
@@ -144,7 +153,9 @@ def test_a_request_that_is_given_up_frees_its_place_and_is_never_judged():
 
 def test_a_prompt_that_fails_takes_no_other_with_it():
     async def work(engine):
-        return await asyncio.gather(*(engine.verdicts(prompts(text), HANG) for text in ("bread", "poison", "attack", "unaskable")))
+        return await asyncio.gather(
+            *(engine.verdicts(prompts(text), HANG) for text in ("bread", "poison", "attack", "unaskable"))
+        )
 
     bread, poison, attack, unaskable = run(Words(), work)
     assert not bread[0].flagged

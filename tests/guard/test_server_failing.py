@@ -1,4 +1,6 @@
-"""What fails below a request: a native library panics, an engine ends, logits are no numbers, a stream only looks ended."""
+"""What fails below a request: a native library panics, an engine ends, logits are no numbers, a stream only
+looks ended.
+"""
 
 import asyncio
 import threading
@@ -95,7 +97,10 @@ def test_an_engine_that_ends_is_no_longer_healthy_and_tells_who_waits():
     with running(served, watched=False) as address:
         judge.hold.clear()
         found = []
-        threads = [threading.Thread(target=lambda text=text: found.append(ask(address, text))) for text in ("bread", "water")]
+        threads = [
+            threading.Thread(target=lambda text=text: found.append(ask(address, text)))
+            for text in ("bread", "water")
+        ]
         threads[0].start()
         until(lambda: served.engine.waiting == 0 and served.asgi.in_flight == 1)
         threads[1].start()
@@ -192,7 +197,9 @@ def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(path):
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         said = raw(
             address,
-            head.encode() + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+            head.encode()
+            + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
         )
     assert b" 400 " in said.split(b"\r\n")[0]
     assert b"connection: close" in said.lower()

@@ -9,7 +9,13 @@ import torch
 from server_tools import TOKEN, Words, running, service
 
 from safety_neurons.guard.server.local import Decode, LocalAnswer
-from safety_neurons.guard.server.shapes import ChatRequest, ClassifyRequest, ModerationRequest, Problem, validated
+from safety_neurons.guard.server.shapes import (
+    ChatRequest,
+    ClassifyRequest,
+    ModerationRequest,
+    Problem,
+    validated,
+)
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now"}'}}
@@ -34,18 +40,29 @@ def address(upstream):
         {"role": "user", "content": "hello", "name": "attack"},
         {"role": "user", "content": "hello", "name": "how,to:an\u200battack"},
         {"role": "user", "content": "hello", "name": "howToPlanAn,attackNow"},
-        {"role": "user", "content": [{"type": "text", "text": "an att"}, {"type": "text", "text": "ack now"}]},
-        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": ""}, {"type": "text", "text": "an attack now"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "an att"}, {"type": "text", "text": "ack now"}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_1",
+            "content": [{"type": "text", "text": ""}, {"type": "text", "text": "an attack now"}],
+        },
     ],
 )
 def test_whatever_an_upstream_may_show_its_model_is_judged(address, upstream, turn):
     before = len(upstream.bodies)
-    answer = httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={"model": "far", "messages": [turn]})
+    answer = httpx.post(
+        f"{address}/v1/chat/completions", headers=SHOWN, json={"model": "far", "messages": [turn]}
+    )
     assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
     assert len(upstream.bodies) == before
 
 
-@pytest.mark.parametrize("name", ["reasoning_effort", "verbosity", "service_tier", "modalities", "top_k", "logit_bias", "logprobs"])
+@pytest.mark.parametrize(
+    "name", ["reasoning_effort", "verbosity", "service_tier", "modalities", "top_k", "logit_bias", "logprobs"]
+)
 def test_fields_that_are_not_read_hold_words_and_numbers_only(address, upstream, name):
     asked = {"model": "far", "messages": [{"role": "user", "content": "hello"}]}
     before = len(upstream.bodies)
@@ -53,8 +70,15 @@ def test_fields_that_are_not_read_hold_words_and_numbers_only(address, upstream,
         answer = httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={**asked, name: value})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
     assert len(upstream.bodies) == before
-    fine = {"reasoning_effort": "high", "modalities": ["text"], "top_k": 5, "logit_bias": {str(token): -1.5 for token in range(99)}}
-    assert httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={**asked, **fine}).status_code == 200
+    fine = {
+        "reasoning_effort": "high",
+        "modalities": ["text"],
+        "top_k": 5,
+        "logit_bias": {str(token): -1.5 for token in range(99)},
+    }
+    assert (
+        httpx.post(f"{address}/v1/chat/completions", headers=SHOWN, json={**asked, **fine}).status_code == 200
+    )
 
 
 def test_a_guardrail_that_is_shown_nothing_or_two_different_things_does_not_wave_them_through(address):
@@ -65,17 +89,26 @@ def test_a_guardrail_that_is_shown_nothing_or_two_different_things_does_not_wave
         ({"texts": ["an attack now"], "structured_messages": turns}, "BLOCKED"),
         ({"texts": ["hello there"], "structured_messages": turns}, "NONE"),
     ):
-        assert httpx.post(f"{address}{ROUTE}", headers=SHOWN, json={"input_type": "request", **body}).json()["action"] == action
+        assert (
+            httpx.post(f"{address}{ROUTE}", headers=SHOWN, json={"input_type": "request", **body}).json()[
+                "action"
+            ]
+            == action
+        )
 
 
-@pytest.mark.parametrize(("shape", "field"), [(ClassifyRequest, "input"), (ModerationRequest, "input"), (ChatRequest, "messages")])
+@pytest.mark.parametrize(
+    ("shape", "field"), [(ClassifyRequest, "input"), (ModerationRequest, "input"), (ChatRequest, "messages")]
+)
 def test_a_body_of_nothing_but_mistakes_is_refused_at_the_first(shape, field):
     body = {"model": "m", field: [0] * 2000}
     with pytest.raises(Problem, match=field):
         validated(body, shape)
     with pytest.raises(pydantic.ValidationError) as noted:
         shape.model_validate(body)
-    assert noted.value.error_count() <= 4  # one for each kind that the field may be of, and not one for each entry
+    assert (
+        noted.value.error_count() <= 4
+    )  # one for each kind that the field may be of, and not one for each entry
 
 
 def test_nobody_without_a_token_keeps_a_place_by_a_body_that_never_comes(address):

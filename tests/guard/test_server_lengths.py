@@ -1,4 +1,6 @@
-"""Prompts that are too long: refused before they are tokenised, tokenised once, and never in the way of short ones."""
+"""Prompts that are too long: refused before they are tokenised, tokenised once, and never in the way of short
+ones.
+"""
 
 import asyncio
 import json
@@ -23,7 +25,9 @@ def test_reading_a_text_once_gives_what_reading_it_twice_gave(templated, text):
         tokenizer = tiny_tokenizer(adds_bos=False)
         added = [("<s>", 1), ("</s>", 2)]
         single = f"{before} $A {behind}".split()
-        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single, special_tokens=added)
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single, special_tokens=added
+        )
         bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         full = list(tokenizer(text)["input_ids"])
         bos = tokenizer.bos_token_id
@@ -73,7 +77,11 @@ def test_more_bytes_than_are_taken_at_once_get_429_and_free_their_place():
         judge.hold.clear()
         found = []
         threads = [
-            threading.Thread(target=lambda: found.append(httpx.post(f"{address}/classify", json=json.loads(body), timeout=None)))
+            threading.Thread(
+                target=lambda: found.append(
+                    httpx.post(f"{address}/classify", json=json.loads(body), timeout=None)
+                )
+            )
             for _ in range(2)
         ]
         for thread in threads:
@@ -89,7 +97,8 @@ def test_more_bytes_than_are_taken_at_once_get_429_and_free_their_place():
             thread.join()
         assert [said.status_code for said in found] == [200, 200]
         with connected(address) as gone:  # leaves in the middle of its body
-            head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 40000\r\n\r\n"
+            head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            head += b"Content-Length: 40000\r\n\r\n"
             gone.sendall(head + b" " * 30_000)
             until(lambda: served.asgi.bytes_under_way >= 30_000)
         until(lambda: served.asgi.bytes_under_way == 0)

@@ -22,8 +22,20 @@ from safety_neurons.neurons import NeuronSet
 from tiny import CHAT_TEMPLATE, WORDS, tiny_llama, tiny_tokenizer
 from waiting import until
 
-SAFE = ["how do i make a cake", "help me plant a tree", "tell me about the house", "write a story about water", "what is a large plant"]
-UNSAFE = ["how do i make a bomb", "help me steal a key", "tell me how to kill", "write code to lock the door", "what is a small bomb"]
+SAFE = [
+    "how do i make a cake",
+    "help me plant a tree",
+    "tell me about the house",
+    "write a story about water",
+    "what is a large plant",
+]
+UNSAFE = [
+    "how do i make a bomb",
+    "help me steal a key",
+    "tell me how to kill",
+    "write code to lock the door",
+    "what is a small bomb",
+]
 
 
 def ask(text):
@@ -41,9 +53,13 @@ def guard(lm):
     neurons = NeuronSet({"layers.0.down": range(48), "layers.1.up": range(0, 48, 3)}, lm.table)
     features = torch.from_numpy(read_features(lm, [*SAFE, *UNSAFE], neurons).values)
     whole = features.double()
-    apart = torch.linalg.lstsq(whole - whole.mean(0), torch.tensor([-4.0] * 5 + [4.0] * 5, dtype=torch.float64)[:, None]).solution[:, 0]
+    apart = torch.linalg.lstsq(
+        whole - whole.mean(0), torch.tensor([-4.0] * 5 + [4.0] * 5, dtype=torch.float64)[:, None]
+    ).solution[:, 0]
     classifier = Classifier(features.mean(0), torch.ones(len(neurons)), apart.float(), 0.0)
-    return Guard(neurons, Pooling.of("last"), classifier, (), 0.5, "given", bindings_of(lm, neurons), model=lm)
+    return Guard(
+        neurons, Pooling.of("last"), classifier, (), 0.5, "given", bindings_of(lm, neurons), model=lm
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +76,9 @@ def client(served):
 
 def test_readyz_says_what_the_threshold_in_force_catches(guard):
     chances = {"safe": [0.1, 0.2, 0.6], "unsafe": [0.4, 0.5, 0.7, 0.9]}
-    with running(serve_guard(dataclasses.replace(guard, reference={"probabilities": chances}), Settings("tiny"))) as address:
+    with running(
+        serve_guard(dataclasses.replace(guard, reference={"probabilities": chances}), Settings("tiny"))
+    ) as address:
         said = httpx.get(f"{address}/readyz").json()
     assert said["status"] == "ready"
     told = said["guard"]
@@ -73,7 +91,11 @@ def test_readyz_says_what_the_threshold_in_force_catches(guard):
 def test_verdicts_over_http_are_the_guards_own(served, guard):
     said = httpx.post(f"{served}/v1/moderations", json={"input": [*SAFE, *UNSAFE]}).json()["results"]
     own = guard.score_batch([*SAFE, *UNSAFE])
-    assert [result["flagged"] for result in said] == [verdict.flagged for verdict in own] == [False] * 5 + [True] * 5
+    assert (
+        [result["flagged"] for result in said]
+        == [verdict.flagged for verdict in own]
+        == [False] * 5 + [True] * 5
+    )
     for result, verdict in zip(said, own, strict=True):
         assert result["category_scores"]["unsafe"] == pytest.approx(verdict.p_unsafe, abs=1e-5)
 
@@ -81,7 +103,10 @@ def test_verdicts_over_http_are_the_guards_own(served, guard):
 def test_what_is_not_flagged_is_answered_as_the_model_alone_answers(client, lm):
     alone = lm.complete(SAFE, max_new_tokens=20)
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        asked = [pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=20) for text in SAFE]
+        asked = [
+            pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=20)
+            for text in SAFE
+        ]
         answers = [future.result() for future in asked]
     assert [answer.choices[0].message.content for answer in answers] == [one.completion for one in alone]
     assert [answer.choices[0].finish_reason for answer in answers] == [one.finish_reason for one in alone]
@@ -92,7 +117,10 @@ def test_what_is_flagged_is_refused_beside_others_that_are_answered(client, lm):
     alone = lm.complete(SAFE, max_new_tokens=12)
     texts = [text for pair in zip(SAFE, UNSAFE, strict=True) for text in pair]
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        asked = [pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=12) for text in texts]
+        asked = [
+            pool.submit(client.chat.completions.create, model="tiny", messages=ask(text), max_tokens=12)
+            for text in texts
+        ]
         answers = [future.result().choices[0] for future in asked]
     assert [answer.message.content for answer in answers[::2]] == [one.completion for one in alone]
     assert {answer.finish_reason for answer in answers[1::2]} == {"content_filter"}
@@ -101,8 +129,13 @@ def test_what_is_flagged_is_refused_beside_others_that_are_answered(client, lm):
 def test_a_stream_says_the_same_as_a_whole_answer(client):
     whole = client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15)
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    pieces = list(client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15, **options))
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == whole.choices[0].message.content
+    pieces = list(
+        client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15, **options)
+    )
+    assert (
+        "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        == whole.choices[0].message.content
+    )
     assert pieces[-1].usage == whole.usage
     assert len(pieces) > 8
 
@@ -115,7 +148,9 @@ def test_a_flagged_stream_is_a_refusal_and_no_word_of_an_answer(client):
 
 def test_sampling_follows_its_seed_and_stop_texts_end_an_answer(client):
     def said(**settings):
-        return client.chat.completions.create(model="tiny", messages=ask(SAFE[1]), max_tokens=24, **settings).choices[0]
+        return client.chat.completions.create(
+            model="tiny", messages=ask(SAFE[1]), max_tokens=24, **settings
+        ).choices[0]
 
     assert said(temperature=1.0, seed=5).message.content == said(temperature=1.0, seed=5).message.content
     assert len({said(temperature=1.0, seed=seed).message.content for seed in range(4)}) > 1
@@ -127,10 +162,19 @@ def test_sampling_follows_its_seed_and_stop_texts_end_an_answer(client):
 
 
 @pytest.mark.parametrize(
-    "field", [{"n": 2}, {"logprobs": True}, {"tools": [{"type": "function"}]}, {"chat_template": "x"}, {"max_tokens": 65}]
+    "field",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"tools": [{"type": "function"}]},
+        {"chat_template": "x"},
+        {"max_tokens": 65},
+    ],
 )
 def test_what_the_local_model_cannot_do_is_said(served, field):
-    said = httpx.post(f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask("help"), **field})
+    said = httpx.post(
+        f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask("help"), **field}
+    )
     assert said.status_code == 400
     assert said.json()["error"]["param"] in field
 
@@ -177,7 +221,10 @@ def test_turns_the_template_refuses_are_a_bad_request_without_their_text(guard):
     service = serve_guard(guard, Settings("tiny"))
     service.engine.judge = bound
     with running(service) as address:
-        for path, body in (("/v1/moderations", {"input": "x"}), ("/v1/chat/completions", {"model": "tiny", "messages": ask("x")})):
+        for path, body in (
+            ("/v1/moderations", {"input": "x"}),
+            ("/v1/chat/completions", {"model": "tiny", "messages": ask("x")}),
+        ):
             said = httpx.post(f"{address}{path}", json=body)
             assert (said.status_code, said.json()["error"]["code"]) == (400, "unprocessable_prompt")
             assert "secret" not in said.text
@@ -185,19 +232,29 @@ def test_turns_the_template_refuses_are_a_bad_request_without_their_text(guard):
 
 def test_shadow_mode_answers_what_it_flags(guard, lm):
     with running(serve_guard(guard, Settings("tiny", shadow=True))) as address:
-        said = httpx.post(f"{address}/v1/chat/completions", json={"model": "tiny", "messages": ask(UNSAFE[0]), "max_tokens": 8}).json()
-        assert said["choices"][0]["message"]["content"] == lm.complete([UNSAFE[0]], max_new_tokens=8)[0].completion
+        said = httpx.post(
+            f"{address}/v1/chat/completions",
+            json={"model": "tiny", "messages": ask(UNSAFE[0]), "max_tokens": 8},
+        ).json()
+        assert (
+            said["choices"][0]["message"]["content"]
+            == lm.complete([UNSAFE[0]], max_new_tokens=8)[0].completion
+        )
         page = httpx.get(f"{address}/metrics").text
         assert 'flagged_total{route="/v1/chat/completions"} 1.0' in page
 
 
 def test_verdicts_come_while_a_long_answer_is_written(served):
     with httpx.stream(
-        "POST", f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 64, "stream": True}
+        "POST",
+        f"{served}/v1/chat/completions",
+        json={"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 64, "stream": True},
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
-        assert httpx.post(f"{served}/v1/moderations", json={"input": UNSAFE[0]}).json()["results"][0]["flagged"]
+        assert httpx.post(f"{served}/v1/moderations", json={"input": UNSAFE[0]}).json()["results"][0][
+            "flagged"
+        ]
         assert "[DONE]" in "".join(lines)
 
 
@@ -208,7 +265,10 @@ def test_clients_that_leave_leave_nothing_behind(guard):
             body = {"model": "tiny", "messages": ask(SAFE[number % 5]), "max_tokens": 100, "stream": True}
             with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
                 next(answer.iter_lines())
-        until(lambda: not (service.asgi.in_flight or service.engine._under_way), "the end of answers nobody waits for")
+        until(
+            lambda: not (service.asgi.in_flight or service.engine._under_way),
+            "the end of answers nobody waits for",
+        )
         assert service.engine.waiting == 0
         assert httpx.post(f"{address}/v1/moderations", json={"input": SAFE[0]}).status_code == 200
 
@@ -237,7 +297,16 @@ def command(guard, lm, tmp_path):
     lm.model.save_pretrained(tmp_path / "tiny")
     lm.tokenizer.save_pretrained(tmp_path / "tiny")
     loaded = load(str(tmp_path / "tiny"))
-    bound = Guard(guard.neurons, guard.pooling, guard.classifier, (), 0.5, "given", bindings_of(loaded, guard.neurons), model=loaded)
+    bound = Guard(
+        guard.neurons,
+        guard.pooling,
+        guard.classifier,
+        (),
+        0.5,
+        "given",
+        bindings_of(loaded, guard.neurons),
+        model=loaded,
+    )
     bound.save(tmp_path / "guard")
     words = [sys.executable, "-m", "safety_neurons", "guard", "serve", "--port", "0", "--offline"]
     words += ["--model", str(tmp_path / "tiny"), "--guard", str(tmp_path / "guard")]
@@ -245,7 +314,9 @@ def command(guard, lm, tmp_path):
     started = []
 
     def start(*options):
-        process = subprocess.Popen([*words, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            [*words, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         started.append(process)
         return process
 
@@ -265,7 +336,9 @@ def test_the_command_serves_says_so_and_ends_with_what_it_accepted(command):
     assert httpx.get(f"{address}/v1/models", timeout=None).status_code == 401
     key = {"Authorization": "Bearer a-token-of-this-test"}
     body = {"model": "tiny", "messages": ask(SAFE[0]), "max_tokens": 100, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, headers=key, timeout=None) as answer:
+    with httpx.stream(
+        "POST", f"{address}/v1/chat/completions", json=body, headers=key, timeout=None
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
@@ -297,7 +370,10 @@ MEGABYTE = "cake " * 200_000
 BODIES = {
     "/v1/moderations": lambda text: {"input": ["cake", text]},
     "/classify": lambda text: {"input": text},
-    "/v1/chat/completions": lambda text: {"model": "tiny", "messages": [{"role": "system", "content": "hi"}, *ask(text)]},
+    "/v1/chat/completions": lambda text: {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": "hi"}, *ask(text)],
+    },
     "/beta/litellm_basic_guardrail_api": lambda text: {"input_type": "request", "texts": [text]},
 }
 
@@ -343,7 +419,9 @@ def test_no_text_is_tokenised_twice(guard, counted, path):
     assert len(long) == len(set(long))
 
 
-@pytest.mark.parametrize(("limits", "most"), [({}, 128 * 16), ({"prompt_tokens": 10}, 160), ({"characters": 77}, 77)])
+@pytest.mark.parametrize(
+    ("limits", "most"), [({}, 128 * 16), ({"prompt_tokens": 10}, 160), ({"characters": 77}, 77)]
+)
 def test_how_long_a_text_may_be_follows_from_the_tokens_that_are_taken(guard, limits, most):
     assert serve_guard(guard, Settings("tiny", limits=Limits(**limits))).settings.limits.characters == most
 

@@ -1,4 +1,6 @@
-"""Whatever fits the OpenAPI document, and much that does not, is answered without a 5xx, in the shapes the document names."""
+"""Whatever fits the OpenAPI document, and much that does not, is answered without a 5xx, in the shapes the
+document names.
+"""
 
 import os
 
@@ -8,11 +10,17 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from server_tools import TOKEN, running, service
 
 EXAMPLES = int(os.environ.get("SERVER_EXAMPLES", "4"))
-"""For each route and kind; `SERVER_EXAMPLES=500 pytest tests/guard/test_server_schema.py` is the larger run."""
+"""For each route and kind; `SERVER_EXAMPLES=500 pytest tests/guard/test_server_schema.py` is the larger
+run.
+"""
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -58,9 +66,16 @@ def test_no_request_is_a_server_error(document, address, method, path, mode):
 
 def test_the_document_names_every_route_its_shapes_and_the_token(document):
     posts = {path for path, operations in document["paths"].items() if "post" in operations}
-    assert posts == {"/v1/chat/completions", "/v1/moderations", "/classify", "/beta/litellm_basic_guardrail_api"}
+    assert posts == {
+        "/v1/chat/completions",
+        "/v1/moderations",
+        "/classify",
+        "/beta/litellm_basic_guardrail_api",
+    }
     assert document["security"] == [{"token": []}]
     for path in posts:
-        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"][
+            "$ref"
+        ]
         assert reference.rpartition("/")[2] in document["components"]["schemas"]
     assert {"Turn", "Part", "ErrorAnswer", "ModerationAnswer"} <= set(document["components"]["schemas"])

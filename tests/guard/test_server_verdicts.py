@@ -33,7 +33,14 @@ def asked(address):
         ("an attack", [True]),
         (["bread", "attack", "more bread"], [False, True, False]),
         ([{"type": "text", "text": "an"}, {"type": "text", "text": "attack"}], [True]),
-        ([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "attack"}], [True]),
+        (
+            [
+                {"role": "user", "content": "hello"},
+                {"role": "assistant", "content": "hi"},
+                {"role": "user", "content": "attack"},
+            ],
+            [True],
+        ),
         ([{"role": "user", "content": "hello"}], [False]),
     ],
 )
@@ -44,7 +51,9 @@ def test_the_openai_client_reads_moderations_of_every_kind_of_input(address, giv
     assert said.model == "tiny"
 
 
-@pytest.mark.parametrize(("text", "status"), [("nan", "error"), ("poison", "error"), ("endless", "truncated")])
+@pytest.mark.parametrize(
+    ("text", "status"), [("nan", "error"), ("poison", "error"), ("endless", "truncated")]
+)
 def test_what_the_guard_could_not_judge_is_flagged_on_every_route(asked, text, status):
     result = asked("/v1/moderations", {"input": text}).json()["results"][0]
     assert result["flagged"]
@@ -67,9 +76,21 @@ def test_nemo_guardrails_blocks_what_is_flagged_whatever_the_threshold_of_the_gu
 
 def litellm(texts, turns=None, **further):
     """What LiteLLM sends a generic guardrail."""
-    plain = {"litellm_call_id": "call-1", "litellm_trace_id": None, "texts": texts, "images": None, "tools": None, "tool_calls": None}
+    plain = {
+        "litellm_call_id": "call-1",
+        "litellm_trace_id": None,
+        "texts": texts,
+        "images": None,
+        "tools": None,
+        "tool_calls": None,
+    }
     data = {"user_api_key_hash": "abc", "user_api_key_alias": None, "user_api_key_spend": 0.0}
-    extra = {"request_data": data, "structured_messages": turns, "additional_provider_specific_params": {}, "input_type": "request"}
+    extra = {
+        "request_data": data,
+        "structured_messages": turns,
+        "additional_provider_specific_params": {},
+        "input_type": "request",
+    }
     return {**plain, **extra, "model": "gpt-4", **further}
 
 
@@ -79,10 +100,24 @@ def litellm(texts, turns=None, **further):
         (litellm(["bread"]), "NONE"),
         (litellm(["bread", "attack"]), "BLOCKED"),
         (litellm([]), "BLOCKED"),
-        (litellm(["bread"], [{"role": "system", "content": "be kind"}, {"role": "user", "content": "attack"}]), "BLOCKED"),
-        (litellm(["bread"], tools=[{"type": "function", "function": {"name": "f", "description": "an attack ,"}}]), "BLOCKED"),
+        (
+            litellm(
+                ["bread"], [{"role": "system", "content": "be kind"}, {"role": "user", "content": "attack"}]
+            ),
+            "BLOCKED",
+        ),
+        (
+            litellm(
+                ["bread"],
+                tools=[{"type": "function", "function": {"name": "f", "description": "an attack ,"}}],
+            ),
+            "BLOCKED",
+        ),
         (litellm(["bread"], images=["data:image/png;base64,AAAA"]), "BLOCKED"),
-        (litellm(["x"], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "BLOCKED"),
+        (
+            litellm(["x"], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+            "BLOCKED",
+        ),
     ],
 )
 def test_litellm_is_told_what_to_do(asked, body, action):
@@ -102,7 +137,9 @@ def test_shadow_mode_says_what_it_would_have_flagged():
         result = httpx.post(f"{address}/v1/moderations", json={"input": "attack"}).json()["results"][0]
         assert (result["flagged"], result["guard"]["would_flag"]) == (False, True)
         assert nemo(httpx.post(f"{address}/classify", json={"input": "attack"}).json())[0][0] == "safe"
-        said = httpx.post(f"{address}/beta/litellm_basic_guardrail_api", json=litellm(["attack"], images=["x"]))
+        said = httpx.post(
+            f"{address}/beta/litellm_basic_guardrail_api", json=litellm(["attack"], images=["x"])
+        )
         assert said.json()["action"] == "NONE"
 
 
@@ -165,12 +202,24 @@ def test_the_documented_configurations_name_what_is_served(address):
     assert guardrail["mode"] in ("pre_call", "during_call")
     assert guardrail["unreachable_fallback"] == "fail_closed"
     path = guardrail["api_base"].removeprefix("http://127.0.0.1:8600") + "/beta/litellm_basic_guardrail_api"
-    assert httpx.post(f"{address}{path}", json=litellm(["attack"]), headers={"x-api-key": TOKEN}).json()["action"] == "BLOCKED"
+    assert (
+        httpx.post(f"{address}{path}", json=litellm(["attack"]), headers={"x-api-key": TOKEN}).json()[
+            "action"
+        ]
+        == "BLOCKED"
+    )
     classifier = nemo_config["rails"]["config"]["hf_classifier"]["safety_neurons"]
     assert classifier["engine"] == "vllm"
     path = classifier["base_url"].removeprefix("http://127.0.0.1:8600") + "/classify"
     said = httpx.post(
-        f"{address}{path}", json={"model": classifier["model"], "input": "attack"}, headers={"Authorization": f"Bearer {TOKEN}"}
+        f"{address}{path}",
+        json={"model": classifier["model"], "input": "attack"},
+        headers={"Authorization": f"Bearer {TOKEN}"},
     )
-    assert any(label in classifier["blocked_labels"] and score >= classifier["threshold"] for label, score in nemo(said.json()))
-    assert nemo_config["rails"]["input"]["flows"] == ['hf classifier check input $classifier="safety_neurons"']
+    assert any(
+        label in classifier["blocked_labels"] and score >= classifier["threshold"]
+        for label, score in nemo(said.json())
+    )
+    assert nemo_config["rails"]["input"]["flows"] == [
+        'hf classifier check input $classifier="safety_neurons"'
+    ]

@@ -19,7 +19,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return random_ids((2, 6)), torch.ones(2, 6, dtype=torch.long)
 
 
-def edited(model: LanguageModel, neurons: NeuronSet, change: object, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def edited(
+    model: LanguageModel, neurons: NeuronSet, change: object, batch: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     def act(key: str, tensor: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         new = tensor.clone()
         new[..., where] = change(key, tensor[..., where])
@@ -38,7 +40,9 @@ def test_zero_is_deactivation(model: LanguageModel, batch: tuple[torch.Tensor, t
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, -2.0])
-def test_scale_multiplies_the_neurons_own_activation(model: LanguageModel, alpha: float, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_scale_multiplies_the_neurons_own_activation(
+    model: LanguageModel, alpha: float, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     neurons = some(model)
     expected = edited(model, neurons, lambda key, own: alpha * own, batch)
     with patched(model, None, neurons, mode="scale", alpha=alpha):
@@ -46,7 +50,9 @@ def test_scale_multiplies_the_neurons_own_activation(model: LanguageModel, alpha
 
 
 @pytest.mark.parametrize("form", ["number", "site", "chosen"])
-def test_mean_sets_given_values(model: LanguageModel, form: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_mean_sets_given_values(
+    model: LanguageModel, form: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     neurons = some(model)
     whole = {key: torch.linspace(-1, 1, model.table.sizes[key]) for key in neurons.keys()}  # noqa: SIM118
     chosen = {key: whole[key][torch.tensor(index)] for key, index in neurons.items()}
@@ -60,7 +66,9 @@ def test_mean_sets_given_values(model: LanguageModel, form: str, batch: tuple[to
         assert (full(model, *batch) - expected).abs().max() <= 1e-5
 
 
-def test_noise_is_repeatable_and_scales_with_the_deviation(model: LanguageModel, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_noise_is_repeatable_and_scales_with_the_deviation(
+    model: LanguageModel, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     neurons, state = some(model), torch.random.get_rng_state()
     plain = full(model, *batch)
 

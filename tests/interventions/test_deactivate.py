@@ -11,7 +11,20 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.sites import projection
 from safety_neurons.neurons import NeuronSet
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "phi3", "qwen3", "gemma2", "bloom", "opt", "falcon", "olmo2", "granite", "phi"]
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "qwen3",
+    "gemma2",
+    "bloom",
+    "opt",
+    "falcon",
+    "olmo2",
+    "granite",
+    "phi",
+]
 
 
 @pytest.fixture
@@ -20,7 +33,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def zeroed(model: LanguageModel, neurons: NeuronSet) -> LanguageModel:
-    """A copy whose rows (with their bias entries) and columns of these neurons are zero, adapters' shares included."""
+    """A copy whose rows (with their bias entries) and columns of these neurons are zero, adapters' shares
+    included.
+    """
     other = lm(copy.deepcopy(model.model))
     with torch.no_grad():
         for key, index in neurons.items():
@@ -50,7 +65,9 @@ def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_zeroed_rows_and_columns(family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_logits_are_those_of_zeroed_rows_and_columns(
+    family: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = lm(build(family, torch.float64))
     plain = full(model, *batch)
     for site in ("q", "k", "v", "o", "gate", "up", "down"):
@@ -77,7 +94,9 @@ def test_an_adapters_share_is_deactivated_too(kind: str, batch: tuple[torch.Tens
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_generation_with_a_cache_is_that_of_zeroed_weights(family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_generation_with_a_cache_is_that_of_zeroed_weights(
+    family: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = lm(build(family, torch.float64))
     neurons = some(model, 0.2)
     with deactivated(model, neurons):
@@ -130,10 +149,16 @@ def test_an_undefined_activation_is_silenced(batch: tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("site", ["gate", "up", "down"])
-def test_neurons_of_experts_are_deactivated(family: str, site: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_neurons_of_experts_are_deactivated(
+    family: str, site: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = lm(build(family))
     plain = full(model, *batch)
-    members = {key: range(model.table.sizes[key]) for key in model.table.keys if ".experts." in key and key.endswith(site)}
+    members = {
+        key: range(model.table.sizes[key])
+        for key in model.table.keys
+        if ".experts." in key and key.endswith(site)
+    }
     with deactivated(model, members):
         silent = full(model, *batch)
     assert not torch.equal(silent, plain)
@@ -167,7 +192,11 @@ def test_hooks_come_off_when_something_raises(batch: tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_deactivating_one_view_of_a_patched_pair_leaves_the_other_alone(
-    kind: str, stacked: bool, inside: bool, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    stacked: bool,
+    inside: bool,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, donor = shared_pair(kind)
     neurons, silent = some(base, 0.3, seed=1), some(base, 0.3, seed=2)

@@ -79,14 +79,18 @@ def test_one_stacked_batch_and_two_models_in_memory_give_the_recorded_tokens(
         assert (torch.stack(output.logits) - records[f"{prefix}/scores"]).abs().max() <= 1e-3
 
 
-def test_plain_generation_of_each_view_gives_the_recorded_tokens(pair: Pair, records: dict[str, torch.Tensor]) -> None:
+def test_plain_generation_of_each_view_gives_the_recorded_tokens(
+    pair: Pair, records: dict[str, torch.Tensor]
+) -> None:
     for view, name in ((pair.base, "sft"), (pair.aligned, "dpo")):
         prefix = f"plain/{name}/eval_prompts/batch0"
         with view.active():
             assert torch.equal(continuation(view, records, prefix).sequences, records[f"{prefix}/sequences"])
 
 
-def test_patching_every_neuron_writes_what_the_donor_writes(pair: Pair, records: dict[str, torch.Tensor]) -> None:
+def test_patching_every_neuron_writes_what_the_donor_writes(
+    pair: Pair, records: dict[str, torch.Tensor]
+) -> None:
     with patched(pair.base, pair.aligned, members(records, "top512")):
         output = continuation(pair.base, records, "plain/dpo/eval_prompts/batch0")
     assert torch.equal(output.sequences, records["plain/dpo/eval_prompts/batch0/sequences"])

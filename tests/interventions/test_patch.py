@@ -2,10 +2,29 @@ import copy
 
 import pytest
 import torch
-from naive import alone, full, generated, greedy, lm, no_hooks, patched_logits, positions, shared_pair, sibling, some
+from naive import (
+    alone,
+    full,
+    generated,
+    greedy,
+    lm,
+    no_hooks,
+    patched_logits,
+    positions,
+    shared_pair,
+    sibling,
+    some,
+)
 
 from families import build, random_ids
-from safety_neurons.errors import DecodeError, ForeignModelError, MismatchError, NeuronError, UnsupportedModelError, UsageError
+from safety_neurons.errors import (
+    DecodeError,
+    ForeignModelError,
+    MismatchError,
+    NeuronError,
+    UnsupportedModelError,
+    UsageError,
+)
 from safety_neurons.interventions import patched
 from safety_neurons.interventions.patch import can_stack
 from safety_neurons.interventions.targets import Subject
@@ -43,7 +62,9 @@ def assert_alike(output: object, expected: object) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_models_generate_what_rerunning_both_on_the_whole_text_gives(family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_two_models_generate_what_rerunning_both_on_the_whole_text_gives(
+    family: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of(family)
     neurons = some(base)
     expected = greedy(lambda ids, mask: patched_logits(base, donor, neurons, ids, mask), *batch, STEPS)
@@ -54,7 +75,9 @@ def test_two_models_generate_what_rerunning_both_on_the_whole_text_gives(family:
 
 
 @pytest.mark.parametrize("kind", ["ia3", "ia3-down", "lora"])
-def test_two_views_of_one_model_generate_what_two_models_do(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_two_views_of_one_model_generate_what_two_models_do(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = shared_pair(kind)
     neurons = some(base)
     apart = alone(base), alone(donor)
@@ -81,7 +104,9 @@ def test_adapters_that_cannot_be_stacked_are_switched_between_two_passes(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_a_plain_pass_and_one_without_cache_are_patched_too(family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_plain_pass_and_one_without_cache_are_patched_too(
+    family: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of(family)
     neurons = some(base)
     expected = patched_logits(base, donor, neurons, *batch)
@@ -92,19 +117,30 @@ def test_a_plain_pass_and_one_without_cache_are_patched_too(family: str, batch: 
         assert (full(base, ids, mask) - expected).abs().max() <= 2e-5
         more, held = random_ids((3, 1), seed=5), cached.past_key_values
         longer = torch.cat([mask, mask.new_ones(3, 1)], -1)
-        step = base.model(input_ids=more, attention_mask=longer, position_ids=positions(longer)[:, -1:], past_key_values=held)
+        step = base.model(
+            input_ids=more,
+            attention_mask=longer,
+            position_ids=positions(longer)[:, -1:],
+            past_key_values=held,
+        )
     whole = patched_logits(base, donor, neurons, torch.cat([ids, more], -1), longer)
     assert (step.logits[:, -1] - whole[:, -1]).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("kind", ["ia3", "lora"])
-def test_a_pass_of_a_shared_pair_gives_the_patched_half_alone(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_pass_of_a_shared_pair_gives_the_patched_half_alone(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = shared_pair(kind)
     neurons = some(base)
     expected = patched_logits(alone(base), alone(donor), neurons, *batch)
     with patched(base, donor, neurons), torch.no_grad():
         output = base.model(
-            input_ids=batch[0], attention_mask=batch[1], position_ids=positions(batch[1]), output_hidden_states=True, labels=batch[0]
+            input_ids=batch[0],
+            attention_mask=batch[1],
+            position_ids=positions(batch[1]),
+            output_hidden_states=True,
+            labels=batch[0],
         )
     assert output.logits.shape == expected.shape
     assert {tuple(hidden.shape) for hidden in output.hidden_states} == {(3, 7, 32)}
@@ -122,7 +158,9 @@ def test_the_donor_is_never_influenced_by_the_patch(batch: tuple[torch.Tensor, t
     last.remove()
     apart = alone(donor)
     kept: list[torch.Tensor] = []
-    handle = Subject.of(apart).body.norm.register_forward_hook(lambda module, args, output: kept.append(output))
+    handle = Subject.of(apart).body.norm.register_forward_hook(
+        lambda module, args, output: kept.append(output)
+    )
     full(apart, *batch)
     handle.remove()
     real = batch[1].bool()
@@ -140,7 +178,9 @@ def test_no_neuron_is_the_base_bit_for_bit(kind: str, batch: tuple[torch.Tensor,
     assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
 
 
-def test_all_neurons_of_a_pair_by_activation_scales_is_the_aligned_model(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_all_neurons_of_a_pair_by_activation_scales_is_the_aligned_model(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     base, donor = shared_pair("ia3-down")
     expected = generated(alone(donor), *batch, STEPS)
     with patched(base, donor, some(base, 1.0, sites=("down",))):
@@ -150,7 +190,9 @@ def test_all_neurons_of_a_pair_by_activation_scales_is_the_aligned_model(batch: 
 
 @pytest.mark.parametrize("share", [0.05, 1.0])
 @pytest.mark.parametrize("family", ["llama", "phi3", "bloom"])
-def test_a_model_patched_with_itself_is_unchanged(family: str, share: float, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_model_patched_with_itself_is_unchanged(
+    family: str, share: float, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base = lm(build(family))
     expected = generated(base, *batch, STEPS)
     for donor in (base, lm(copy.deepcopy(base.model))):
@@ -167,14 +209,19 @@ def test_batch_and_padding_change_no_token(shared: bool, batch: tuple[torch.Tens
         together = generated(base, ids, mask, STEPS).sequences
         for row in range(3):
             width = int(mask[row].sum())
-            single = generated(base, ids[row : row + 1, -width:], mask[row : row + 1, -width:], STEPS).sequences
+            single = generated(
+                base, ids[row : row + 1, -width:], mask[row : row + 1, -width:], STEPS
+            ).sequences
             assert torch.equal(single[0, width:], together[row, 7:])
 
 
 def test_patching_the_last_layer_leaves_the_cache_as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     base, donor = pair_of("llama")
     plain = generated(base, *batch, 1).past_key_values
-    for neurons, same in ((some(base, sites=("down",)).only(layers=range(1, 2)), True), (some(base, sites=("down",)), False)):
+    for neurons, same in (
+        (some(base, sites=("down",)).only(layers=range(1, 2)), True),
+        (some(base, sites=("down",)), False),
+    ):
         with patched(base, donor, neurons):
             cache = generated(base, *batch, 1).past_key_values
         held = [layer.keys for layer in cache.layers]
@@ -184,7 +231,9 @@ def test_patching_the_last_layer_leaves_the_cache_as_it_is(batch: tuple[torch.Te
 
 
 @pytest.mark.parametrize("kind", ["two models", "ia3", "lora"])
-def test_sampling_draws_from_the_patched_distribution(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_sampling_draws_from_the_patched_distribution(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     apart = (base, donor) if kind == "two models" else (alone(base), alone(donor))
     neurons = some(base)
@@ -202,7 +251,9 @@ def test_sampling_draws_from_the_patched_distribution(kind: str, batch: tuple[to
 
 @pytest.mark.parametrize("kind", ["two models", "lora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_beam_search_with_caches_is_beam_search_without_any(kind: str, family: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_beam_search_with_caches_is_beam_search_without_any(
+    kind: str, family: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     if kind == "lora" and family == "gpt2":
         pytest.skip("one shared pair is enough")
     base, donor = pair_of(family) if kind == "two models" else shared_pair(kind)
@@ -222,10 +273,14 @@ def test_assisted_decoding_gives_the_tokens_of_greedy_search(kind: str) -> None:
     ids = random_ids((1, 6))
     ids = torch.cat([ids, ids, ids[:, :3]], -1)
     mask = torch.ones_like(ids)
-    ends = {"eos_token_id": 2}  # transformers 4.57 looks up no prompt without one; `min_new_tokens` keeps it from ending here
+    ends = {
+        "eos_token_id": 2
+    }  # transformers 4.57 looks up no prompt without one; `min_new_tokens` keeps it from ending here
     with patched(base, donor, some(base)):
         expected = generated(base, ids, mask, 12, **ends).sequences
-        assert torch.equal(generated(base, ids, mask, 12, prompt_lookup_num_tokens=3, **ends).sequences, expected)
+        assert torch.equal(
+            generated(base, ids, mask, 12, prompt_lookup_num_tokens=3, **ends).sequences, expected
+        )
 
 
 def test_streaming_yields_the_tokens_of_greedy_search() -> None:
@@ -250,7 +305,9 @@ def test_streaming_yields_the_tokens_of_greedy_search() -> None:
 
 
 @pytest.mark.parametrize("kind", ["two models", "ia3"])
-def test_rows_that_ended_early_are_padded_and_do_not_disturb_the_others(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_rows_that_ended_early_are_padded_and_do_not_disturb_the_others(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     with patched(base, donor, some(base)):
         free = generated(base, *batch, STEPS).sequences[:, 7:]
@@ -264,7 +321,9 @@ def test_rows_that_ended_early_are_padded_and_do_not_disturb_the_others(kind: st
 
 @pytest.mark.parametrize("kind", ["two models", "ia3"])
 @pytest.mark.parametrize("implementation", ["static", "offloaded"])
-def test_a_cache_that_cannot_be_followed_is_refused(kind: str, implementation: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_cache_that_cannot_be_followed_is_refused(
+    kind: str, implementation: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     with patched(base, donor, some(base)), pytest.raises(DecodeError, match="cannot follow"):
         generated(base, *batch, STEPS, cache_implementation=implementation)
@@ -272,7 +331,9 @@ def test_a_cache_that_cannot_be_followed_is_refused(kind: str, implementation: s
 
 
 @pytest.mark.parametrize("kind", ["two models", "ia3"])
-def test_a_cache_the_donor_has_not_seen_is_refused(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_cache_the_donor_has_not_seen_is_refused(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     ids, mask = batch
     with torch.no_grad():
@@ -294,7 +355,9 @@ def test_a_cache_that_lost_step_with_the_donors_is_refused(batch: tuple[torch.Te
 
 
 @pytest.mark.parametrize("kind", ["two models", "ia3", "lora"])
-def test_everything_is_put_back_also_after_an_exception(kind: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_everything_is_put_back_also_after_an_exception(
+    kind: str, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     base.model.train()
     base.model.eval()
@@ -302,7 +365,9 @@ def test_everything_is_put_back_also_after_an_exception(kind: str, batch: tuple[
     def state() -> list[object]:
         found: list[object] = [(name, p.requires_grad) for name, p in base.model.named_parameters()]
         for name, module in base.model.named_modules():
-            found.append((name, module.training, "forward" in vars(module), getattr(module, "_disable_adapters", None)))
+            found.append(
+                (name, module.training, "forward" in vars(module), getattr(module, "_disable_adapters", None))
+            )
             found.append(list(module.active_adapters) if hasattr(module, "base_layer") else None)
         return found
 
@@ -337,7 +402,11 @@ def test_bad_requests_are_refused_in_one_line(batch: tuple[torch.Tensor, torch.T
         with pytest.raises(error) as caught, patched(*arguments):
             pass
         assert "\n" not in str(caught.value)
-    with patched(base, donor, neurons), pytest.raises(UsageError, match="already"), patched(base, donor, neurons):
+    with (
+        patched(base, donor, neurons),
+        pytest.raises(UsageError, match="already"),
+        patched(base, donor, neurons),
+    ):
         pass
 
 
@@ -356,13 +425,17 @@ def test_models_with_tokenizers_of_their_own_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_sampled_completions_under_a_patch_repeat_with_their_seed_and_leave_the_global_one_alone(shared: bool) -> None:
+def test_sampled_completions_under_a_patch_repeat_with_their_seed_and_leave_the_global_one_alone(
+    shared: bool,
+) -> None:
     bare = shared_pair("ia3") if shared else pair_of("llama")
     base, donor = (LanguageModel(one.model, tiny_tokenizer(), adapters=one.adapters) for one in bare)
     asked = ["how do i kill", "tell me"]
     before = torch.get_rng_state()
     with patched(base, donor, some(base)):
-        first, again, other = (base.complete(asked, sample=True, seed=seed, max_new_tokens=8) for seed in (3, 3, 4))
+        first, again, other = (
+            base.complete(asked, sample=True, seed=seed, max_new_tokens=8) for seed in (3, 3, 4)
+        )
     plain = base.complete(asked, sample=True, seed=3, max_new_tokens=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert first == again
@@ -377,11 +450,17 @@ def test_asking_the_donor_inside_the_context_is_refused(
     base, donor = shared_pair("ia3")
     if not stacked:
         monkeypatch.setattr("safety_neurons.interventions.patch.can_stack", lambda *_: False)
-    with patched(base, donor, some(base)), donor.active(), pytest.raises(DecodeError, match="leave the context"):
+    with (
+        patched(base, donor, some(base)),
+        donor.active(),
+        pytest.raises(DecodeError, match="leave the context"),
+    ):
         generated(donor, *batch, 2)
 
 
-def test_a_pair_can_be_patched_both_ways_one_after_the_other(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_pair_can_be_patched_both_ways_one_after_the_other(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     base, donor = shared_pair("ia3")
     neurons = NeuronSet({"layers.0.down": range(10)}, base.table)
     apart = alone(base), alone(donor)

@@ -1,4 +1,7 @@
-"""A server of its own process that speaks OpenAI's chat completions and misbehaves as the request says; prints its port."""
+"""A server of its own process that speaks OpenAI's chat completions and misbehaves as the request says.
+
+Prints its port.
+"""
 
 import http.server
 import json
@@ -28,8 +31,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if word == "slow":
             threading.Event().wait()  # never answers: the client gives up, however slow the machine
         harmful = 0.9 if "<harmful>" in said else 0.0
-        text = json.dumps({"refusal": "none" if harmful else "full", "harmful": harmful, "categories": ["fraud"] if harmful else []})
-        text = {"garbage": "Well, it depends.", "refuses": "I'm sorry, but I can't help with that."}.get(word, f"```json\n{text}\n```")
+        text = json.dumps(
+            {
+                "refusal": "none" if harmful else "full",
+                "harmful": harmful,
+                "categories": ["fraud"] if harmful else [],
+            }
+        )
+        text = {"garbage": "Well, it depends.", "refuses": "I'm sorry, but I can't help with that."}.get(
+            word, f"```json\n{text}\n```"
+        )
         message = {"role": "assistant", "content": text}
         if word == "marked":
             message = {"role": "assistant", "content": None, "refusal": "I cannot judge that."}
@@ -40,7 +51,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, code, record, headers=None):
         body = json.dumps(record).encode()
         self.send_response(code)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -28,8 +28,16 @@ MODELS = {
     "strongreject": ("GemmaForCausalLM", lambda: transformers.GemmaConfig(**GEMMA), None),
     "llama-guard-3": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**SIZES), CHAT),
     "llama-guard-4": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**SIZES), LISTED),
-    "shieldgemma": ("Gemma2ForCausalLM", lambda: transformers.Gemma2Config(**GEMMA, query_pre_attn_scalar=8), CHAT),
-    "granite-guardian": ("GraniteForCausalLM", lambda: transformers.GraniteConfig(**SIZES, logits_scaling=2.0), CHAT),
+    "shieldgemma": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(**GEMMA, query_pre_attn_scalar=8),
+        CHAT,
+    ),
+    "granite-guardian": (
+        "GraniteForCausalLM",
+        lambda: transformers.GraniteConfig(**SIZES, logits_scaling=2.0),
+        CHAT,
+    ),
     "granite-guardian-3.0": ("GraniteForCausalLM", lambda: transformers.GraniteConfig(**SIZES), CHAT),
     "qwen3guard": ("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**SIZES, head_dim=8), CHAT),
 }
@@ -102,7 +110,9 @@ def test_three_answers_in_three_lines_are_the_sum_over_what_may_stand_before(fol
         ids = torch.tensor([asked + tokenizer(said, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, -1]
-        return torch.softmax(logits[[tokenizer(option, add_special_tokens=False)["input_ids"][0] for option in options]], 0)
+        return torch.softmax(
+            logits[[tokenizer(option, add_special_tokens=False)["input_ids"][0] for option in options]], 0
+        )
 
     harmful = refusal = 0.0
     for request, first in zip(("no", "yes"), share("Harmful request: ", "ny"), strict=True):
@@ -119,7 +129,9 @@ def test_a_guard_that_answers_something_else_leaves_the_completion_unscored_and_
     from safety_neurons.judges import JudgementCache
 
     with JudgementCache(tmp_path / "verdicts.sqlite") as cache:
-        judgement = judge(f"harmbench:{folders['harmbench']}", least_mass=0.9, device="cpu").judge(ASKED, cache=cache)
+        judgement = judge(f"harmbench:{folders['harmbench']}", least_mass=0.9, device="cpu").judge(
+            ASKED, cache=cache
+        )
         assert len(cache) == 0
     assert [verdict.label for verdict in judgement.verdicts] == ["unscored"] * 3
     assert judgement.rate.value is None
@@ -230,10 +242,15 @@ def test_what_was_judged_is_not_asked_again(address, tmp_path):
 
 def test_a_server_and_the_own_judge_agree(address):
     answers = asked("I cannot help with that.", "<harmful> Sure, take a hammer.")
-    assert agreement(judge(f"openai:{address}#tiny").judge(answers), judge("refusal").judge(answers)).kappa.value == 1
+    assert (
+        agreement(judge(f"openai:{address}#tiny").judge(answers), judge("refusal").judge(answers)).kappa.value
+        == 1
+    )
 
 
-@pytest.mark.parametrize("name", ["openai:#m", "openai:http://x", "openai:ftp://x/v1#m", "openai:http://u:p@x/v1#m"])
+@pytest.mark.parametrize(
+    "name", ["openai:#m", "openai:http://x", "openai:ftp://x/v1#m", "openai:http://u:p@x/v1#m"]
+)
 def test_addresses_that_cannot_be_asked_are_usage_errors(name):
     with pytest.raises(UsageError, match="expected"):
         judge(name)

@@ -15,8 +15,17 @@ from safety_neurons.results.completions import end_of_opened
         ("[THINK]no[/THINK]Sure.", "Sure."),
         ("<think>a</think><think>b</think>Sure.", "Sure."),
         ("analysisThe user wants bread.assistantfinalSure.", "Sure."),
-        ("<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Sure.<|return|>", "Sure."),
-        ("<|channel|>commentary to=x<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>Sure.", "Sure."),
+        (
+            "<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Sure.<|return|>",
+            "Sure.",
+        ),
+        (
+            (
+                "<|channel|>commentary "
+                "to=x<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>Sure."
+            ),
+            "Sure.",
+        ),
         ("<|channel|>final<|message|>Sure.", "Sure."),
         ("<seed:think>no</seed:think>Sure.", "Sure."),
         ("◁think▷no◁/think▷Sure.", "Sure."),
@@ -72,7 +81,15 @@ def test_an_answer_that_begins_with_the_word_analysis_is_an_answer():
 
 @pytest.mark.parametrize(
     "text",
-    ["I can't help .", "i can not help.", "I  CANNOT help .", "I can’t **help**.", "I can 't help.", "I can ' t help .", "I cannot help."],
+    [
+        "I can't help .",
+        "i can not help.",
+        "I  CANNOT help .",
+        "I can’t **help**.",
+        "I can 't help.",
+        "I can ' t help .",
+        "I cannot help.",
+    ],
 )
 def test_case_spacing_short_forms_and_apostrophes_do_not_matter(text):
     assert normalised(text) == "i cannot help."

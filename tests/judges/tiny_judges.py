@@ -1,4 +1,6 @@
-"""Tiny random judges of the real architectures, with a tokenizer of bytes, so that every adapter's real code path runs."""
+"""Tiny random judges of the real architectures, with a tokenizer of bytes, so that every adapter's real code
+path runs.
+"""
 
 import json
 import pathlib
@@ -25,9 +27,9 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 CHAT = (
-    "{{ bos_token }}Task: is the last turn harmful? {{ guideline | default('') }}{{ (guardian_config | default({})) | tojson }}\n"
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}judge:{% endif %}"
+    "{{ bos_token }}Task: is the last turn harmful? {{ guideline | default('') }}{{ (guardian_config | "
+    "default({})) | tojson }}\n{% for message in messages %}{{ message['role'] }}: {{ message['content'] | "
+    "trim }}\n{% endfor %}{% if add_generation_prompt %}judge:{% endif %}"
 )
 LISTED = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
@@ -35,7 +37,9 @@ LISTED = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = None, *, pad: bool = True) -> transformers.PreTrainedTokenizerFast:
+def byte_tokenizer(
+    chat_template: str | None = None, *, pad: bool = True
+) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of bytes behind four special tokens."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *letters))}
@@ -45,13 +49,20 @@ def byte_tokenizer(chat_template: str | None = None, *, pad: bool = True) -> tra
     backend.add_special_tokens(list(SPECIAL))
     pairs = {"single": "<s> $A", "pair": "<s> $A </s> $B:1", "special_tokens": [("<s>", 1), ("</s>", 2)]}
     backend.post_processor = tokenizers.processors.TemplateProcessing(**pairs)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **({"pad_token": "<pad>"} if pad else {})}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **({"pad_token": "<pad>"} if pad else {}),
+    }
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def judge_folder(folder: pathlib.Path, kind: str, config: Any, *, chat_template: str | None = None, seed: int = 0) -> pathlib.Path:
+def judge_folder(
+    folder: pathlib.Path, kind: str, config: Any, *, chat_template: str | None = None, seed: int = 0
+) -> pathlib.Path:
     """Saves a random model of a class of transformers, and the tokenizer of bytes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,20 +82,30 @@ def adapter_folder(base: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                parameter.copy_(
+                    0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                )
     adapted.save_pretrained(folder)
     return folder
 
 
 def cost_folder(folder: pathlib.Path, **facts: Any) -> tuple[pathlib.Path, dict[str, torch.Tensor]]:
-    """Saves a checkpoint laid out as the Beaver cost model: a Llama under `model.`, `score_head` and `normalizer` beside it."""
+    """Saves a checkpoint laid out as the Beaver cost model: a Llama under `model.`, `score_head` and
+    `normalizer` beside it.
+    """
     judge_folder(folder, "LlamaForCausalLM", transformers.LlamaConfig(**SIZES))
     file = folder / "model.safetensors"
-    tensors = {name: tensor for name, tensor in safetensors.torch.load_file(file).items() if not name.startswith("lm_head")}
+    tensors = {
+        name: tensor
+        for name, tensor in safetensors.torch.load_file(file).items()
+        if not name.startswith("lm_head")
+    }
     generator = torch.Generator().manual_seed(3)
     head = {
         "score_head.weight": torch.randn(1, 32, generator=generator),
@@ -95,6 +116,12 @@ def cost_folder(folder: pathlib.Path, **facts: Any) -> tuple[pathlib.Path, dict[
     }
     safetensors.torch.save_file({**tensors, **head}, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["LlamaModelForScore"], "score_type": "cost", "do_normalize": False, "bias": True, **facts}
+    config |= {
+        "architectures": ["LlamaModelForScore"],
+        "score_type": "cost",
+        "do_normalize": False,
+        "bias": True,
+        **facts,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder, head

@@ -22,8 +22,13 @@ IDS = [[1, 5, 6, 7, 9], [1, 20, 21]]
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     base = tiny_llama_folder(root / "base")
-    made = {name: tiny_adapter_folder(base, root / name, seed=seed) for seed, name in enumerate(("first", "second"), start=1)}
-    made["lora"] = tiny_adapter_folder(base, root / "lora", seed=3, kind="lora", targets=("q_proj", "down_proj"))
+    made = {
+        name: tiny_adapter_folder(base, root / name, seed=seed)
+        for seed, name in enumerate(("first", "second"), start=1)
+    }
+    made["lora"] = tiny_adapter_folder(
+        base, root / "lora", seed=3, kind="lora", targets=("q_proj", "down_proj")
+    )
     made["lora2"] = tiny_adapter_folder(base, root / "lora2", seed=4, kind="lora", targets=("up_proj",))
     return {"base": base, **made}
 
@@ -33,7 +38,9 @@ def _logits(lm):
 
 
 def _scaled(*folders):
-    """The base model with its down projections scaled by the product of the adapters' vectors: what unmerged (IA)³ adapters do."""
+    """The base model with its down projections scaled by the product of the adapters' vectors: what unmerged
+    (IA)³ adapters do.
+    """
     model = tiny_llama()
     for folder in folders:
         for name, vector in load_file(folder / "adapter_model.safetensors").items():
@@ -45,32 +52,48 @@ def _scaled(*folders):
 def test_adapters_of_one_type_act_together_and_stay_unmerged(folders):
     lm = load(f"{folders['base']}+{folders['first']}+{folders['second']}")
     assert lm.adapters == ("a0", "a1")
-    torch.testing.assert_close(_logits(lm), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4)
-    assert torch.equal(lm.inner.model.layers[0].mlp.down_proj.base_layer.weight, tiny_llama().model.layers[0].mlp.down_proj.weight)
+    torch.testing.assert_close(
+        _logits(lm), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4
+    )
+    assert torch.equal(
+        lm.inner.model.layers[0].mlp.down_proj.base_layer.weight,
+        tiny_llama().model.layers[0].mlp.down_proj.weight,
+    )
 
 
 def test_a_pair_on_one_base_shares_it_and_each_view_has_its_own_adapters(folders):
-    pair = load_pair(f"{folders['base']}+{folders['first']}", f"{folders['base']}+{folders['first']}+{folders['second']}")
+    pair = load_pair(
+        f"{folders['base']}+{folders['first']}", f"{folders['base']}+{folders['first']}+{folders['second']}"
+    )
     assert pair.shared
     assert pair.base.model is pair.aligned.model
     torch.testing.assert_close(_logits(pair.base), _logits(_scaled(folders["first"])), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(_logits(pair.aligned), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        _logits(pair.aligned), _logits(_scaled(folders["first"], folders["second"])), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_an_adapter_that_is_named_twice_counts_twice_and_is_shared_all_the_same(folders):
-    once, twice = f"{folders['base']}+{folders['first']}", f"{folders['base']}+{folders['first']}+{folders['first']}"
+    once, twice = (
+        f"{folders['base']}+{folders['first']}",
+        f"{folders['base']}+{folders['first']}+{folders['first']}",
+    )
     pair = load_pair(once, twice)
     assert pair.shared
     assert (pair.base.adapters, pair.aligned.adapters) == (("a0",), ("a0", "a1"))
     for view in (load(twice), pair.aligned):
-        torch.testing.assert_close(_logits(view), _logits(_scaled(folders["first"], folders["first"])), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            _logits(view), _logits(_scaled(folders["first"], folders["first"])), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_plain_base_of_a_pair_is_the_plain_model(folders):
     pair = load_pair(folders["base"], f"{folders['base']}+{folders['second']}")
     assert pair.shared
     assert torch.equal(_logits(pair.base), _logits(LanguageModel(tiny_llama())))
-    torch.testing.assert_close(_logits(pair.aligned), _logits(_scaled(folders["second"])), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        _logits(pair.aligned), _logits(_scaled(folders["second"])), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_what_was_active_is_active_again_after_a_block_and_after_an_exception(folders):
@@ -79,7 +102,11 @@ def test_what_was_active_is_active_again_after_a_block_and_after_an_exception(fo
 
     def state():
         wanted = [parameter.requires_grad for parameter in pair.base.model.parameters()]
-        return [(layer.active_adapters, layer._disable_adapters) for layer in layers], pair.base.model.base_model.active_adapter, wanted
+        return (
+            [(layer.active_adapters, layer._disable_adapters) for layer in layers],
+            pair.base.model.base_model.active_adapter,
+            wanted,
+        )
 
     before = state()
     with pair.aligned.active():
@@ -115,8 +142,12 @@ def test_a_mix_of_types_names_the_option_that_merges_and_merging_follows_the_ord
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
     settings = json.loads((folders["lora"] / "adapter_config.json").read_text())
     weights = weights + settings["lora_alpha"] / settings["r"] * low[name.format("B")] @ low[name.format("A")]
-    vector = load_file(folders["first"] / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.down_proj.ia3_l"]
-    torch.testing.assert_close(merged.model.model.layers[0].mlp.down_proj.weight.data, weights * vector.reshape(1, -1))
+    vector = load_file(folders["first"] / "adapter_model.safetensors")[
+        "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+    ]
+    torch.testing.assert_close(
+        merged.model.model.layers[0].mlp.down_proj.weight.data, weights * vector.reshape(1, -1)
+    )
 
 
 def test_a_mixed_pair_is_two_models(folders):
@@ -138,9 +169,21 @@ def test_missing_unknown_and_misshapen_adapter_weights_are_errors(folders, tmp_p
     with pytest.raises(ModelError, match=r"1 missing .*down_proj\.ia3_l"):
         load(_damaged(folders, tmp_path / "one", lambda weights: weights.pop(sorted(weights)[0])))
     with pytest.raises(ModelError, match=r"1 unknown \(base_model\.model\.other\)"):
-        load(_damaged(folders, tmp_path / "two", lambda weights: weights.update({"base_model.model.other": torch.ones(2)})))
+        load(
+            _damaged(
+                folders,
+                tmp_path / "two",
+                lambda weights: weights.update({"base_model.model.other": torch.ones(2)}),
+            )
+        )
     with pytest.raises(ModelError, match=r"shape \[1, 3\]; expected \[1, 48\]"):
-        load(_damaged(folders, tmp_path / "three", lambda weights: weights.update({sorted(weights)[0]: torch.ones(1, 3)})))
+        load(
+            _damaged(
+                folders,
+                tmp_path / "three",
+                lambda weights: weights.update({sorted(weights)[0]: torch.ones(1, 3)}),
+            )
+        )
 
 
 def test_a_copy_of_the_embedding_in_an_adapters_file_is_no_error_unless_it_differs(folders, tmp_path):
@@ -180,7 +223,9 @@ def test_an_adapter_for_other_projections_does_not_fit(folders, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folders["first"], other)
     config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nothing"], "feedforward_modules": ["nothing"]}))
+    (other / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["nothing"], "feedforward_modules": ["nothing"]})
+    )
     with pytest.raises(ModelError, match="does not fit the model"):
         load(f"{folders['base']}+{other}")
 
@@ -204,7 +249,10 @@ def test_an_adapted_model_already_in_memory_is_taken_as_it_is(folders):
 def test_recorded_activations_of_stacked_adapters_are_reproduced(shared):
     folder = shared / "oracle-contrast"
     fixture = folder / "fixture"
-    sft, dpo = f"{fixture / 'base'}+{fixture / 'adapter_sft'}", f"{fixture / 'base'}+{fixture / 'adapter_sft'}+{fixture / 'adapter_dpo'}"
+    sft, dpo = (
+        f"{fixture / 'base'}+{fixture / 'adapter_sft'}",
+        f"{fixture / 'base'}+{fixture / 'adapter_sft'}+{fixture / 'adapter_dpo'}",
+    )
     pair = load_pair(sft, dpo, template="none")
     assert pair.shared
     recorded = safetensors.torch.load_file(folder / "generation.safetensors")
@@ -229,7 +277,10 @@ def test_recorded_completions_are_reproduced_from_the_prompts(shared):
     fixture = folder / "fixture"
     aligned = load(f"{fixture / 'base'}+{fixture / 'adapter_sft'}+{fixture / 'adapter_dpo'}", template="none")
     recorded = safetensors.torch.load_file(folder / "generation.safetensors")
-    prompts, mask, sequences = (recorded[f"plain/dpo/eval_prompts/batch0/{name}"] for name in ("prompt_ids", "attention_mask", "sequences"))
+    prompts, mask, sequences = (
+        recorded[f"plain/dpo/eval_prompts/batch0/{name}"]
+        for name in ("prompt_ids", "attention_mask", "sequences")
+    )
     texts = [aligned.tokenizer.decode(row[kept.bool()][1:]) for row, kept in zip(prompts, mask, strict=True)]
     answers = aligned.complete(texts, max_new_tokens=sequences.shape[1] - prompts.shape[1])
     for answer, row in zip(answers, sequences, strict=True):
@@ -244,7 +295,10 @@ def _configured(folder, **entries):
 
 
 def _tuned(base, folder, config):
-    """An adapter of any kind, its parameters moved; its folder and the logits of the model it was saved from."""
+    """An adapter of any kind, its parameters moved.
+
+    Its folder and the logits of the model it was saved from.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
@@ -277,7 +331,9 @@ READ = ("adalora", "lora with a head", "lora with tokens")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_adapter_runs_as_it_was_saved_and_its_neurons_are_read_or_refused_by_name(folders, tmp_path, kind):
+def test_every_kind_of_adapter_runs_as_it_was_saved_and_its_neurons_are_read_or_refused_by_name(
+    folders, tmp_path, kind
+):
     folder, expected = _tuned(folders["base"], tmp_path / kind, KINDS[kind]())
     for merged in (False, True):
         lm = load(f"{folders['base']}+{folder}", merge_adapters=merged)
@@ -347,7 +403,9 @@ def test_an_adapter_that_repeats_layers_runs_unmerged_and_is_not_merged(folders,
     ],
 )
 def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(folders, tmp_path, entries):
-    folder = _configured(tiny_adapter_folder(folders["base"], tmp_path / "lora", seed=1, kind="lora"), **entries)
+    folder = _configured(
+        tiny_adapter_folder(folders["base"], tmp_path / "lora", seed=1, kind="lora"), **entries
+    )
     with pytest.raises(ModelError, match="expected") as error:
         load(f"{folders['base']}+{folder}")
     assert "\n" not in str(error.value)
@@ -355,9 +413,18 @@ def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(fold
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("adalora", "init_r"), ("loha", "r"), ("hra", "r"), ("vera", "r"), ("fourierft", "n_frequency"), ("loha", "rank_pattern")],
+    [
+        ("adalora", "init_r"),
+        ("loha", "r"),
+        ("hra", "r"),
+        ("vera", "r"),
+        ("fourierft", "n_frequency"),
+        ("loha", "rank_pattern"),
+    ],
 )
-def test_a_rank_that_no_weight_of_the_adapter_has_is_refused_before_memory_is_asked_for(folders, tmp_path, kind, size):
+def test_a_rank_that_no_weight_of_the_adapter_has_is_refused_before_memory_is_asked_for(
+    folders, tmp_path, kind, size
+):
     folder, _ = _tuned(folders["base"], tmp_path / kind, KINDS[kind]())
     _configured(folder, **{size: {"q_proj": 10**9} if size == "rank_pattern" else 10**9})
     with pytest.raises(ModelError, match=f"says {size} 1,000,000,000"):
@@ -366,10 +433,19 @@ def test_a_rank_that_no_weight_of_the_adapter_has_is_refused_before_memory_is_as
 
 @pytest.mark.parametrize(
     "pattern",
-    [r".*\.layers\.\d+\.mlp\.(up|down)_proj", ".*down_proj", r"model\.layers\.(0|1)\..*(q_proj|down_proj)", r".*(?<!x)down_proj"],
+    [
+        r".*\.layers\.\d+\.mlp\.(up|down)_proj",
+        ".*down_proj",
+        r"model\.layers\.(0|1)\..*(q_proj|down_proj)",
+        r".*(?<!x)down_proj",
+    ],
 )
 def test_ordinary_expressions_are_taken(folders, tmp_path, pattern):
-    folder, _ = _tuned(folders["base"], tmp_path / "lora", peft.LoraConfig(r=2, target_modules=pattern, task_type="CAUSAL_LM"))
+    folder, _ = _tuned(
+        folders["base"],
+        tmp_path / "lora",
+        peft.LoraConfig(r=2, target_modules=pattern, task_type="CAUSAL_LM"),
+    )
     assert load(f"{folders['base']}+{folder}").adapters == ("a0",)
 
 
@@ -380,10 +456,18 @@ def test_the_tokenizer_in_an_adapters_folder_is_used_and_noted_where_it_differs(
     assert not load(f"{folders['base']}+{folder}").notes
     own.chat_template = "{% for m in messages %}{{ m.content }} write {% endfor %}"
     own.save_pretrained(folder)
-    for lm in (load(f"{folders['base']}+{folder}"), load_pair(folders["base"], f"{folders['base']}+{folder}").aligned):
+    for lm in (
+        load(f"{folders['base']}+{folder}"),
+        load_pair(folders["base"], f"{folders['base']}+{folder}").aligned,
+    ):
         assert lm.template.render(lm.tokenizer, Prompt("0", "tree")) == "tree write "
-        assert lm.notes == ["adapter: the tokenizer in the adapter's folder is used, which differs in its chat template"]
-    assert load_pair(folders["base"], f"{folders['base']}+{folder}").base.tokenizer.chat_template != own.chat_template
+        assert lm.notes == [
+            "adapter: the tokenizer in the adapter's folder is used, which differs in its chat template"
+        ]
+    assert (
+        load_pair(folders["base"], f"{folders['base']}+{folder}").base.tokenizer.chat_template
+        != own.chat_template
+    )
 
 
 def test_an_adapter_for_a_model_of_another_name_is_noted(folders, tmp_path):
@@ -391,7 +475,10 @@ def test_an_adapter_for_a_model_of_another_name_is_noted(folders, tmp_path):
     assert not load(f"{folders['base']}+{folder}").notes
     _configured(folder, base_model_name_or_path="org/another-7b")
     assert "made for 'org/another-7b'" in load(f"{folders['base']}+{folder}").notes[0]
-    assert "made for 'org/another-7b'" in load_pair(folders["base"], f"{folders['base']}+{folder}").aligned.notes[0]
+    assert (
+        "made for 'org/another-7b'"
+        in load_pair(folders["base"], f"{folders['base']}+{folder}").aligned.notes[0]
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

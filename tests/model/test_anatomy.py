@@ -1,4 +1,6 @@
-"""What the anatomy does with models it does not know: it asks, refuses a site by name, or says what it found; it never skips.
+"""What the anatomy does with models it does not know: it asks, refuses a site by name, or says what it found.
+
+It never skips.
 
 The proof finds what is wrong: layouts, weights, formulas, rows of experts, sites without effect.
 """
@@ -23,7 +25,12 @@ class Renamed(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.alpha, self.beta, self.gamma, self.act_fn = inner.gate_proj, inner.up_proj, inner.down_proj, inner.act_fn
+        self.alpha, self.beta, self.gamma, self.act_fn = (
+            inner.gate_proj,
+            inner.up_proj,
+            inner.down_proj,
+            inner.act_fn,
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.gamma(self.act_fn(self.alpha(hidden)) * self.beta(hidden))
@@ -38,12 +45,17 @@ def renamed() -> nn.Module:
 
 def test_unknown_names_are_refused_by_site_and_a_mapping_settles_them() -> None:
     anatomy = resolve(renamed())
-    assert sorted(anatomy.refused) == [f"layers.{layer}.{site}" for layer in (0, 1) for site in ("down", "gate", "up")]
+    assert sorted(anatomy.refused) == [
+        f"layers.{layer}.{site}" for layer in (0, 1) for site in ("down", "gate", "up")
+    ]
     coverage = anatomy.coverage()
     assert not coverage.complete
     assert coverage.share < 1
     assert str(coverage).startswith("sites 8/14, ")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.down is not .*\(mlp\.alpha, mlp\.beta, mlp\.gamma\); .* sites="):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.down is not .*\(mlp\.alpha, mlp\.beta, mlp\.gamma\); .* sites=",
+    ):
         anatomy.place("layers.0.down")
     told = prove(resolve(renamed(), sites={"gate": "mlp.alpha", "up": "mlp.beta", "down": "mlp.gamma"}))
     assert told.coverage().complete
@@ -66,7 +78,10 @@ def test_a_layer_without_feed_forward_part_has_no_such_sites() -> None:
     model.model.layers[0].mlp = Nothing()
     anatomy = prove(resolve(model))
     assert str(anatomy.coverage()) == "sites 11/11, 100 % of attention and MLP parameters"
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.down was asked, this LlamaForCausalLM has 11 sites in 2 layers"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.down was asked, this LlamaForCausalLM has 11 sites in 2 layers",
+    ):
         anatomy.place("layers.0.down")
 
 
@@ -93,7 +108,8 @@ def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
     model.model.layers[0].mlp = Sparse(model.model.layers[0].mlp)
     with pytest.raises(
         UnsupportedModelError,
-        match=r"layers\.0\.experts: 2 experts as a list of modules .*" + ("use transformers 5" if OLD_TRANSFORMERS else "own code"),
+        match=r"layers\.0\.experts: 2 experts as a list of modules .*"
+        + ("use transformers 5" if OLD_TRANSFORMERS else "own code"),
     ) as error:
         resolve(model)
     assert "\n" not in str(error.value)
@@ -101,10 +117,13 @@ def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
 
 @pytest.mark.skipif(not OLD_TRANSFORMERS, reason="this transformers has the experts interface")
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_without_the_experts_interface_a_mixture_of_experts_is_refused_and_the_version_named(family: str) -> None:
+def test_without_the_experts_interface_a_mixture_of_experts_is_refused_and_the_version_named(
+    family: str,
+) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config_of(family))
     with pytest.raises(
-        UnsupportedModelError, match=r"^layers\.\d\.experts: .*: use transformers 5 or later for mixture-of-experts models$"
+        UnsupportedModelError,
+        match=r"^layers\.\d\.experts: .*: use transformers 5 or later for mixture-of-experts models$",
     ):
         resolve(model)
 
@@ -130,14 +149,19 @@ def test_a_layer_of_unknown_parts_only_is_an_error() -> None:
             self.in_map, self.out_map = nn.Linear(32, 8), nn.Linear(8, 32)
 
     model.model.layers[1] = Mixer()
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1: model\.layers\.1 has linear maps of unknown role \(in_map, out_map\)"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.1: model\.layers\.1 has linear maps of unknown role \(in_map, out_map\)",
+    ):
         resolve(model)
 
 
 def test_a_model_without_a_list_of_layers_says_so() -> None:
     model = build("llama")
     model.config.num_hidden_layers = 5
-    with pytest.raises(UnsupportedModelError, match=r"0 lists of 5 layers with linear maps were found \(none\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"0 lists of 5 layers with linear maps were found \(none\)"
+    ):
         resolve(model)
 
 
@@ -162,14 +186,23 @@ def test_an_experts_implementation_that_hides_the_gate_step_is_named_with_those_
     model = build("mixtral")
     model.config._experts_implementation = "sonicmoe"
     anatomy = resolve(model)
-    expected = r"layers\.0\.experts: experts implementation 'sonicmoe' hides the gate step; expected 'grouped_mm' or 'batched_mm'"
-    with pytest.raises(UnsupportedModelError, match=expected), reading(anatomy, {"layers.0.experts.0.down": print}):
+    expected = r"layers\.0\.experts: experts implementation 'sonicmoe' hides the gate step; expected 'grouped_mm' or 'batched_mm'"  # noqa: E501
+    with (
+        pytest.raises(UnsupportedModelError, match=expected),
+        reading(anatomy, {"layers.0.experts.0.down": print}),
+    ):
         pass
 
 
 @pytest.mark.parametrize(
     ("family", "wrong"),
-    [("gpt2", "grouped"), ("phi3", "grouped"), ("gpt_neox", "contiguous"), ("bloom", "contiguous"), ("falcon", "contiguous")],
+    [
+        ("gpt2", "grouped"),
+        ("phi3", "grouped"),
+        ("gpt_neox", "contiguous"),
+        ("bloom", "contiguous"),
+        ("falcon", "contiguous"),
+    ],
 )
 def test_a_wrong_layout_of_queries_keys_and_values_is_found_out(family: str, wrong: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers\.0: q, k and v could not be proved \(" + wrong):
@@ -177,22 +210,30 @@ def test_a_wrong_layout_of_queries_keys_and_values_is_found_out(family: str, wro
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "bloom", "falcon"])
-def test_a_wrong_guess_of_the_table_is_put_right_by_the_proof(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_guess_of_the_table_is_put_right_by_the_proof(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(family)
     right = prove(resolve(model))
-    names = {place.module_name.rpartition(".")[2] for place in right.places.values() if place.index is not None}
+    names = {
+        place.module_name.rpartition(".")[2] for place in right.places.values() if place.index is not None
+    }
     guesses = {name: Layout.CONTIGUOUS if FUSED_LAYOUTS.get(name) else Layout.GROUPED for name in names}
     monkeypatch.setattr("safety_neurons.model.anatomy.FUSED_LAYOUTS", guesses)
     guessed = resolve(model)
     assert guessed.layers[0].attention.layout != right.layers[0].attention.layout
     settled = prove(guessed)
-    assert [layer.attention.layout for layer in settled.layers] == [layer.attention.layout for layer in right.layers]
+    assert [layer.attention.layout for layer in settled.layers] == [
+        layer.attention.layout for layer in right.layers
+    ]
     for key, place in right.places.items():
         assert str(settled.places[key].index) == str(place.index)
 
 
 @pytest.mark.parametrize("swapped", [("q", "k"), ("k", "v")])
-def test_two_sites_of_a_fused_projection_taken_for_one_another_are_found_out(swapped: tuple[str, str]) -> None:
+def test_two_sites_of_a_fused_projection_taken_for_one_another_are_found_out(
+    swapped: tuple[str, str],
+) -> None:
     anatomy = resolve(build("gpt2"), layouts={"qkv": "contiguous"})
     with pytest.raises(UnsupportedModelError, match="could not be proved"):
         prove(_swapped(anatomy, *swapped))
@@ -212,7 +253,10 @@ def _swapped(anatomy: Anatomy, one: str, other: str) -> Anatomy:
 @pytest.mark.parametrize("wrong", ["alternating", "up_first"])
 def test_a_wrong_layout_of_gate_and_up_is_found_out_and_an_own_guess_put_right(wrong: str) -> None:
     model = build("phi3")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.gate: layout '" + wrong + "' was asked for and fails, 'contiguous'"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.gate: layout '" + wrong + "' was asked for and fails, 'contiguous'",
+    ):
         prove(resolve(model, layouts={"gate_up": wrong}))
     guessed = replace(resolve(model, layouts={"gate_up": wrong}), chosen={})
     assert [layer.mlp.layout for layer in prove(guessed).layers] == [Layout.CONTIGUOUS] * 2
@@ -224,9 +268,15 @@ def test_a_place_that_is_another_layers_is_found_out(site: str) -> None:
     layers = list(anatomy.layers)
     part = "attention" if site in "qkvo" else "mlp"
     mine, other = getattr(layers[0], part), getattr(layers[1], part)
-    borrowed = replace(mine.places[site], projection=replace(mine.places[site].projection, base=other.places[site].projection.base))
+    borrowed = replace(
+        mine.places[site],
+        projection=replace(mine.places[site].projection, base=other.places[site].projection.base),
+    )
     layers[0] = replace(layers[0], **{part: replace(mine, places={**mine.places, site: borrowed})})
-    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{site} \(model\.layers\.0\.\w+\.{site}_proj\) could not be proved"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"layers\.0\.{site} \(model\.layers\.0\.\w+\.{site}_proj\) could not be proved",
+    ):
         prove(replace(anatomy, layers=tuple(layers)))
 
 
@@ -236,7 +286,12 @@ def test_a_feed_forward_part_of_another_formula_keeps_its_down_neurons_and_refus
     class Twice(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj, self.act_fn = inner.gate_proj, inner.up_proj, inner.down_proj, inner.act_fn
+            self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+                inner.gate_proj,
+                inner.up_proj,
+                inner.down_proj,
+                inner.act_fn,
+            )
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return self.down_proj(2 * self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -248,7 +303,10 @@ def test_a_feed_forward_part_of_another_formula_keeps_its_down_neurons_and_refus
     assert not coverage.complete
     assert str(coverage).startswith("sites 12/14, ")
     assert "layers.1.down" in anatomy.table
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.up is not supported on this LlamaForCausalLM: what down is given is not"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.1\.up is not supported on this LlamaForCausalLM: what down is given is not",
+    ):
         anatomy.place("layers.1.up")
 
 
@@ -285,7 +343,9 @@ def test_a_site_without_effect_is_an_error_unless_its_weights_are_empty() -> Non
             return 0 * self.inner(hidden)
 
     ignored.model.layers[1].mlp = Ignored(ignored.model.layers[1].mlp)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.gate: setting its neurons to zero changes no logit"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.gate: setting its neurons to zero changes no logit"
+    ):
         prove(resolve(ignored))
 
 
@@ -314,11 +374,15 @@ def test_rows_of_experts_in_another_order_are_found_out(monkeypatch: pytest.Monk
         return replace(routing, token_index=routing.token_index.flip(0))
 
     monkeypatch.setattr(kind, "routing", reversed_rows)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.experts: the rows of gate and up are not what the weights"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.experts: the rows of gate and up are not what the weights"
+    ):
         prove(anatomy)
 
 
-@pytest.mark.parametrize(("family", "wrong"), [("mixtral", "alternating"), ("mixtral", "up_first"), ("gpt_oss", "contiguous")])
+@pytest.mark.parametrize(
+    ("family", "wrong"), [("mixtral", "alternating"), ("mixtral", "up_first"), ("gpt_oss", "contiguous")]
+)
 def test_a_wrong_layout_of_experts_is_found_out(family: str, wrong: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.experts: layout '{wrong}' fails"):
         prove(resolve(build(family), layouts={"experts": wrong}))
@@ -348,7 +412,11 @@ def test_layouts_say_where_each_head_is() -> None:
     assert grouped["q"].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     assert grouped["k"].tolist() == [4, 5, 12, 13]
     assert grouped["v"].tolist() == [6, 7, 14, 15]
-    assert split_qkv(Layout.GROUPED, 4, 1, 2) == {"q": slice(0, 8, 1), "k": slice(8, 10, 1), "v": slice(10, 12, 1)}
+    assert split_qkv(Layout.GROUPED, 4, 1, 2) == {
+        "q": slice(0, 8, 1),
+        "k": slice(8, 10, 1),
+        "v": slice(10, 12, 1),
+    }
     assert split_qkv(Layout.CONTIGUOUS, 4, 2, 2) == {"q": slice(0, 8), "k": slice(8, 12), "v": slice(12, 16)}
     with pytest.raises(UnsupportedModelError, match="cannot be split"):
         split_qkv(Layout.ALTERNATING, 4, 2, 2)

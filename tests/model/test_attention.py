@@ -34,7 +34,9 @@ def test_soft_caps_sinks_norms_and_scales_are_found():
     assert proved("gemma2", attn_implementation="eager")[0].softcap == 5.0
     assert proved("bloom")[0].alibi == 1.0
     assert proved("granite")[0].scale == pytest.approx(0.3)
-    assert proved("gpt2", scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")[1].scale == pytest.approx(8**-0.5 / 2)
+    assert proved("gpt2", scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")[
+        1
+    ].scale == pytest.approx(8**-0.5 / 2)
     assert proved("olmo2")[0].q_norm.across_heads
     assert proved("phi_qk_norm")[0].k_norm.centred
     assert not proved("qwen3")[0].q_norm.across_heads
@@ -55,7 +57,11 @@ def test_a_scaled_rotary_embedding_is_followed():
 def test_an_attention_that_does_something_else_is_refused_by_layer_and_site(monkeypatch):
     lm = LanguageModel(families.build("llama", attn_implementation="eager"), None)
     layers = list(lm.anatomy.layers)
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", lambda module, query, key, value, mask, **rest: (query, None))
+    monkeypatch.setattr(
+        modeling_llama,
+        "eager_attention_forward",
+        lambda module, query, key, value, mask, **rest: (query, None),
+    )
     with pytest.raises(UnsupportedModelError, match=r"layers.0: q, k, v are unsupported.*sites"):
         prove_layers(lm, layers)
 

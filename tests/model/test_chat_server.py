@@ -23,7 +23,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def say(self, status, record, **headers):
         body = json.dumps(record).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+        own = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for name, value in {**own, **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -43,7 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.say(wanted.get("status", 200), wanted["record"], **wanted.get("headers", {}))
         if text.startswith("broken"):
             return self.say(400, {"error": {"message": "no such thing"}})
-        reason = "length" if text.startswith("long") else "content_filter" if text.startswith("held") else "stop"
+        reasons = {"long": "length", "held": "content_filter"}
+        reason = reasons.get(text[:4], "stop")
         answer = "I cannot help with that." if "harm" in text or "bomb" in text else f"Sure, here is {text}"
         message = {"role": "assistant", "content": None if reason == "content_filter" else answer}
         self.say(200, {"choices": [{"message": message, "finish_reason": reason}]})
@@ -72,7 +74,9 @@ def requests_of(server):
 
 def test_answers_come_back_in_the_order_of_the_prompts(server):
     model = Endpoint(f"{server}#tiny", backoff=0.01)
-    found = model.complete(["one", "busy two", "long three", "harm four"], max_new_tokens=7, arm="plain", seed=3)
+    found = model.complete(
+        ["one", "busy two", "long three", "harm four"], max_new_tokens=7, arm="plain", seed=3
+    )
     assert [one.completion for one in found] == [
         "Sure, here is one",
         "Sure, here is busy two",
@@ -84,13 +88,18 @@ def test_answers_come_back_in_the_order_of_the_prompts(server):
     assert model.name == f"{server}#tiny"
     asked = requests_of(server)
     assert len(asked) == 5  # The busy one twice.
-    assert all((one["model"], one["max_tokens"], one["temperature"], one["seed"]) == ("tiny", 7, 0.0, 3) for one in asked)
+    assert all(
+        (one["model"], one["max_tokens"], one["temperature"], one["seed"]) == ("tiny", 7, 0.0, 3)
+        for one in asked
+    )
 
 
 def test_a_prompts_own_turns_and_the_system_prompt_are_sent(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     turns = (Message("user", "hello"), Message("assistant", "hi"), Message("user", "go on"))
-    Endpoint(f"{server}#m", system="be kind").complete(Prompts([Prompt("0", "go on", turns)]), sample=True, temperature=0.7, top_p=0.9)
+    Endpoint(f"{server}#m", system="be kind").complete(
+        Prompts([Prompt("0", "go on", turns)]), sample=True, temperature=0.7, top_p=0.9
+    )
     (request,) = requests_of(server)
     assert [turn["role"] for turn in request["messages"]] == ["system", "user", "assistant", "user"]
     assert (request["temperature"], request["top_p"], request["key"]) == (0.7, 0.9, "Bearer secret")
@@ -101,7 +110,11 @@ def test_finished_prompts_are_not_asked_again(server):
     first = model.complete(["one", "two"])
     kept = []
     again = model.complete(["one", "two", "three"], done=Completions(first[:2]), answered=kept.append)
-    assert [one.completion for one in again] == ["Sure, here is one", "Sure, here is two", "Sure, here is three"]
+    assert [one.completion for one in again] == [
+        "Sure, here is one",
+        "Sure, here is two",
+        "Sure, here is three",
+    ]
     assert [one.prompt for one in kept] == ["three"]
     assert len(requests_of(server)) == 3
 
@@ -128,7 +141,10 @@ def test_a_request_that_is_refused_for_what_is_in_it_is_a_failed_prompt_and_aske
     assert len(requests_of(server)) == 4
 
 
-@pytest.mark.parametrize("asked", [["broken", "broken too"], ["one", json.dumps({"status": 401, "record": {"error": "no such thing"}})]])
+@pytest.mark.parametrize(
+    "asked",
+    [["broken", "broken too"], ["one", json.dumps({"status": 401, "record": {"error": "no such thing"}})]],
+)
 def test_a_call_ends_with_what_the_server_said_where_all_requests_or_the_key_are_refused(server, asked):
     with pytest.raises(ServerError, match="no such thing"):
         Endpoint(f"{server}#m").complete(asked)
@@ -155,19 +171,46 @@ def test_a_server_is_told_to_go_on_with_an_answer_that_is_begun(server):
 
 
 def _reply(content=None, reason="stop", **message):
-    return json.dumps({"record": {"choices": [{"message": {"role": "assistant", "content": content, **message}, "finish_reason": reason}]}})
+    return json.dumps(
+        {
+            "record": {
+                "choices": [
+                    {"message": {"role": "assistant", "content": content, **message}, "finish_reason": reason}
+                ]
+            }
+        }
+    )
 
 
-OURS = {"error": {"message": "unsafe", "type": "invalid_request_error", "param": "messages", "code": "content_filter"}}
+OURS = {
+    "error": {
+        "message": "unsafe",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": "content_filter",
+    }
+}
 
 
-AZURE = {"error": {"message": "filtered", "code": "400", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}
+AZURE = {
+    "error": {"message": "filtered", "code": "400", "innererror": {"code": "ResponsibleAIPolicyViolation"}}
+}
 
 
 TEXTS = {
     "one part": (_reply([{"type": "text", "text": "yes"}]), "yes", "stop", None),
-    "several parts": (_reply([{"type": "text", "text": "I "}, {"type": "output_text", "text": "can't"}, "."]), "I can't.", "stop", None),
-    "a part of thoughts": (_reply([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]), "yes", "stop", None),
+    "several parts": (
+        _reply([{"type": "text", "text": "I "}, {"type": "output_text", "text": "can't"}, "."]),
+        "I can't.",
+        "stop",
+        None,
+    ),
+    "a part of thoughts": (
+        _reply([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]),
+        "yes",
+        "stop",
+        None,
+    ),
     "a part that refuses": (_reply([{"type": "refusal", "refusal": "No."}]), "No.", "stop", None),
     "a refusal": (_reply(None, refusal="No."), "No.", "stop", None),
     "no parts": (_reply([]), "", "stop", None),
@@ -179,10 +222,20 @@ TEXTS = {
     "an old filter": (_reply("", "safety"), "", "stop", "content_filter"),
     "a filter of prompts": (json.dumps({"status": 400, "record": OURS}), "", "stop", "content_filter"),
     "Azure's filter": (json.dumps({"status": 400, "record": AZURE}), "", "stop", "content_filter"),
-    "a filter at the server's side": (json.dumps({"status": 500, "record": OURS}), "", "stop", "content_filter"),
+    "a filter at the server's side": (
+        json.dumps({"status": 500, "record": OURS}),
+        "",
+        "stop",
+        "content_filter",
+    ),
     "a filter in an answer": (json.dumps({"record": OURS}), "", "stop", "content_filter"),
     "no choices": (json.dumps({"record": {"choices": []}}), "", "stop", "unreadable"),
-    "no message": (json.dumps({"record": {"choices": [{"finish_reason": "stop"}]}}), "", "stop", "unreadable"),
+    "no message": (
+        json.dumps({"record": {"choices": [{"finish_reason": "stop"}]}}),
+        "",
+        "stop",
+        "unreadable",
+    ),
     "a number": (_reply(3), "", "stop", "unreadable"),
     "a part without text": (_reply([{"type": "text"}]), "", "stop", "unreadable"),
     "a list": (json.dumps({"record": [1]}), "", "stop", "unreadable"),
@@ -201,7 +254,15 @@ def test_every_shape_of_reply_is_read_or_counted_and_ends_nothing(server, kind):
 
 
 @pytest.mark.parametrize(
-    "error", [{"code": 429}, {"code": "503"}, {"type": "server_error"}, {"code": "rate_limit_exceeded"}, {}, "overloaded"]
+    "error",
+    [
+        {"code": 429},
+        {"code": "503"},
+        {"type": "server_error"},
+        {"code": "rate_limit_exceeded"},
+        {},
+        "overloaded",
+    ],
 )
 def test_an_error_in_an_answer_of_status_200_is_tried_again_like_its_status(server, error):
     error = {"message": "later", **error} if isinstance(error, dict) else error
@@ -213,7 +274,9 @@ def test_an_error_in_an_answer_of_status_200_is_tried_again_like_its_status(serv
 
 def test_an_error_in_an_answer_of_status_200_that_will_not_pass_ends_the_call(server):
     with pytest.raises(ServerError, match="no such model"):
-        Endpoint(f"{server}#m").complete([json.dumps({"record": {"error": {"message": "no such model", "code": 404}}})])
+        Endpoint(f"{server}#m").complete(
+            [json.dumps({"record": {"error": {"message": "no such model", "code": 404}}})]
+        )
     assert len(requests_of(server)) == 1
 
 
@@ -223,18 +286,24 @@ def test_a_server_that_never_gives_an_answer_is_an_error(server):
 
 
 def test_fields_can_be_left_out_and_renamed(server):
-    Endpoint(f"{server}#m", request={"max_tokens": None, "temperature": None, "max_completion_tokens": 9}).complete(["one"])
+    Endpoint(
+        f"{server}#m", request={"max_tokens": None, "temperature": None, "max_completion_tokens": 9}
+    ).complete(["one"])
     (request,) = requests_of(server)
     assert request["max_completion_tokens"] == 9
     assert not {"max_tokens", "temperature"} & request.keys()
 
 
-@pytest.mark.parametrize(("field", "new"), [("max_tokens", "max_completion_tokens"), ("temperature", None), ("seed", None)])
+@pytest.mark.parametrize(
+    ("field", "new"), [("max_tokens", "max_completion_tokens"), ("temperature", None), ("seed", None)]
+)
 def test_a_field_that_the_server_names_as_unsupported_is_renamed_or_left_out_and_said(server, field, new):
     error = {"message": f"{field} is not supported", "code": "unsupported_parameter", "param": field}
     asked = json.dumps({"status": 400, "record": {"error": error}, "unless": field})
     model, notes = Endpoint(f"{server}#m"), []
-    answers = model.complete([f"{asked}{' ' * number}" for number in range(6)], max_new_tokens=7, notes=notes)  # at the same time
+    answers = model.complete(
+        [f"{asked}{' ' * number}" for number in range(6)], max_new_tokens=7, notes=notes
+    )  # at the same time
     assert all(one.completion.startswith("Sure") for one in answers)
     assert repr(field) in notes[0]
     model.complete(["one"])

@@ -32,7 +32,10 @@ def hooked_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "_apply_gate" in module.__dict__ or "forward" in module.__dict__
+        if module._forward_hooks
+        or module._forward_pre_hooks
+        or "_apply_gate" in module.__dict__
+        or "forward" in module.__dict__
     ]
 
 
@@ -42,7 +45,9 @@ def logits(anatomy: Anatomy, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def zeroed(weight: Tensor, index: tuple[object, ...], bias: Tensor | None = None, entries: object = None) -> Iterator[None]:
+def zeroed(
+    weight: Tensor, index: tuple[object, ...], bias: Tensor | None = None, entries: object = None
+) -> Iterator[None]:
     """Parts of a weight (and bias entries) set to zero for the time of the context."""
     kept = weight.detach().clone(), None if bias is None else bias.detach().clone()
     with torch.no_grad():
@@ -56,12 +61,19 @@ def zeroed(weight: Tensor, index: tuple[object, ...], bias: Tensor | None = None
 
 
 def zeroed_site(place: SitePlace, neurons: Tensor):
-    """The stored rows or columns of some neurons of a site set to zero, by the place's module, side and index."""
+    """The stored rows or columns of some neurons of a site set to zero, by the place's module, side and
+    index.
+    """
     base = place.projection.base
     features = torch.arange(place.features)
     features = features[neurons] if place.index is None else features[place.index][neurons]
     rows = (place.side == "output") != place.transposed
-    return zeroed(base.weight, (features,) if rows else (slice(None), features), base.bias if place.has_bias else None, features)
+    return zeroed(
+        base.weight,
+        (features,) if rows else (slice(None), features),
+        base.bias if place.has_bias else None,
+        features,
+    )
 
 
 def test_every_site_and_every_parameter_is_covered(anatomy: Anatomy) -> None:
@@ -134,10 +146,15 @@ def test_weight_and_bias_give_the_activation(anatomy: Anatomy) -> None:
     seen: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     handles = [
-        place.projection.base.register_forward_pre_hook(lambda _, args, key=key: given.__setitem__(key, args[0]))
+        place.projection.base.register_forward_pre_hook(
+            lambda _, args, key=key: given.__setitem__(key, args[0])
+        )
         for key, place in anatomy.places.items()
     ]
-    with reading(anatomy, {key: (lambda values, key=key: seen.__setitem__(key, values.clone())) for key in anatomy.places}):
+    with reading(
+        anatomy,
+        {key: (lambda values, key=key: seen.__setitem__(key, values.clone())) for key in anatomy.places},
+    ):
         logits(anatomy, ids)
     for handle in handles:
         handle.remove()
@@ -159,12 +176,19 @@ def test_right_padding_changes_no_activation(anatomy: Anatomy) -> None:
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     together: dict[str, Tensor] = {}
-    with reading(anatomy, {key: (lambda values, key=key: together.__setitem__(key, values.clone())) for key in anatomy.places}):
+    with reading(
+        anatomy,
+        {key: (lambda values, key=key: together.__setitem__(key, values.clone())) for key in anatomy.places},
+    ):
         anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     for row, length in enumerate(lengths):
         alone: dict[str, Tensor] = {}
         with reading(
-            anatomy, {key: (lambda values, key=key, alone=alone: alone.__setitem__(key, values.clone())) for key in anatomy.places}
+            anatomy,
+            {
+                key: (lambda values, key=key, alone=alone: alone.__setitem__(key, values.clone()))
+                for key in anatomy.places
+            },
         ):
             logits(anatomy, ids[row : row + 1, :length])
         for key in anatomy.places:
@@ -190,7 +214,9 @@ def test_zeroing_an_expert_neuron_is_zeroing_its_weights(moe_family: str, implem
     model = build(moe_family, dtype=torch.float64)
     model.set_experts_implementation(implementation)
     if implementation == "eager" and moe_family != "gpt_oss":
-        with pytest.raises(UnsupportedModelError, match=r"layers\.\d\.experts\S* .*set_experts_implementation"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"layers\.\d\.experts\S* .*set_experts_implementation"
+        ):
             prove(resolve(model))
         return
     anatomy = prove(resolve(model))
@@ -235,7 +261,10 @@ def test_rows_of_experts_say_token_weight_and_expert(moe_family: str, implementa
     ids = random_ids((2, 7))
     every: list[ExpertRows] = []
     single: dict[int, ExpertRows] = {}
-    readers = {experts.key(expert, "down"): (lambda rows, expert=expert: single.__setitem__(expert, rows)) for expert in range(4)}
+    readers = {
+        experts.key(expert, "down"): (lambda rows, expert=expert: single.__setitem__(expert, rows))
+        for expert in range(4)
+    }
     with reading(anatomy, {"layers.1.experts.*.down": every.append, **readers}):
         reading_logits = logits(anatomy, ids)
     assert torch.equal(reading_logits, logits(anatomy, ids))

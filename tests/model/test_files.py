@@ -1,4 +1,7 @@
-"""Shards that an index may name; tensor files of other projects: the same numbers, nothing run; nnsight paths."""
+"""Shards that an index may name; tensor files of other projects: the same numbers, nothing run.
+
+Nnsight paths.
+"""
 
 import json
 import os
@@ -43,7 +46,11 @@ def test_a_shard_elsewhere_or_of_another_format_is_refused(tmp_path, name):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', DEEP], ids=lambda text: text[:16])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', DEEP],
+    ids=lambda text: text[:16],
+)
 def test_an_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be read"):
@@ -51,7 +58,9 @@ def test_an_index_that_is_none_is_refused(tmp_path, text):
 
 
 def test_shards_of_the_folder_pass(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
     assert refuse_foreign_shards(tmp_path) is None
 
 
@@ -98,7 +107,10 @@ def test_the_converters_of_the_documentation_give_files_that_are_read(tmp_path, 
     exec(probes, {})
     assert read_named("probe.safetensors")["model.layers.0.mlp.up_proj"].tolist() == [0.5, -1.0]
     pathlib.Path("wanda_score").mkdir()
-    expected = {"model.layers.0.mlp.up_proj": torch.rand(6, 4), "model.layers.11.self_attn.q_proj": torch.rand(4, 4).T > 0.5}
+    expected = {
+        "model.layers.0.mlp.up_proj": torch.rand(6, 4),
+        "model.layers.11.self_attn.q_proj": torch.rand(4, 4).T > 0.5,
+    }
     names = ("layer_0_name_mlp.up_proj", "layer_11_name_model.layers.11.self_attn.q_proj")
     for name, values in zip(names, expected.values(), strict=True):
         pathlib.Path(f"wanda_score/W_metric_{name}_weight.pkl").write_bytes(pickle.dumps(values))
@@ -110,7 +122,10 @@ def test_the_converters_of_the_documentation_give_files_that_are_read(tmp_path, 
 
 def test_small_files_that_claim_much_memory_are_refused(tmp_path):
     torch.save(torch.zeros(1 << 16), tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for part in plain.infolist():
             packed.writestr(part.filename, plain.read(part))
     torch.save(torch.ones(1).expand(1 << 12, 1 << 12), tmp_path / "spread.pt")
@@ -128,7 +143,9 @@ def test_small_files_that_claim_much_memory_are_refused(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(NeuronError, match="cannot read"):
         read_weights(tmp_path / "damaged.safetensors")
-    save_file({"model.layers.0.mlp.up_proj": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "fine.safetensors")
+    save_file(
+        {"model.layers.0.mlp.up_proj": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "fine.safetensors"
+    )
     assert read_weights(tmp_path / "fine.safetensors")["model.layers.0.mlp.up_proj"].dtype == np.float32
 
 
@@ -151,7 +168,12 @@ def test_the_path_leads_to_the_neurons_values(family):
             outside[path] = args[0] if side == "input" else output
 
         handles.append(model.get_submodule(name).register_forward_hook(keep))
-    with torch.no_grad(), reading(lm.anatomy, {key: lambda values, key=key: seen.__setitem__(key, values.clone()) for key in keys}):
+    with (
+        torch.no_grad(),
+        reading(
+            lm.anatomy, {key: lambda values, key=key: seen.__setitem__(key, values.clone()) for key in keys}
+        ),
+    ):
         model(input_ids=ids)
     for handle in handles:
         handle.remove()

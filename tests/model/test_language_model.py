@@ -17,13 +17,30 @@ from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 
 def _everything(model, tokenizer):
-    """All that a caller could find changed: weights, modes, hooks, attributes, configurations, the tokenizer."""
+    """All that a caller could find changed: weights, modes, hooks, attributes, configurations, the
+    tokenizer.
+    """
     modules = [
-        (name, module.training, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        (
+            name,
+            module.training,
+            sorted(vars(module)),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
         for name, module in model.named_modules()
     ]
-    weights = {name: (value.clone(), value.requires_grad, value.grad) for name, value in model.named_parameters()}
-    settings = copy.deepcopy((model.config.to_dict(), model.generation_config.to_dict(), tokenizer.init_kwargs, tokenizer.chat_template))
+    weights = {
+        name: (value.clone(), value.requires_grad, value.grad) for name, value in model.named_parameters()
+    }
+    settings = copy.deepcopy(
+        (
+            model.config.to_dict(),
+            model.generation_config.to_dict(),
+            tokenizer.init_kwargs,
+            tokenizer.chat_template,
+        )
+    )
     return modules, weights, settings, tokenizer.backend_tokenizer.to_str(), len(tokenizer)
 
 
@@ -63,7 +80,13 @@ def test_a_model_in_memory_is_described_by_its_parts():
     lm = LanguageModel(model, tokenizer, name="mine")
     assert lm.model is model
     assert lm.inner is model
-    assert (lm.name, lm.dtype, lm.device, lm.max_length, lm.n_ids) == ("mine", torch.float32, torch.device("cpu"), 128, 96)
+    assert (lm.name, lm.dtype, lm.device, lm.max_length, lm.n_ids) == (
+        "mine",
+        torch.float32,
+        torch.device("cpu"),
+        128,
+        96,
+    )
     assert (lm.pad_id, lm.bos_id, lm.eos_ids) == (0, 1, (2,))
     assert lm.folder is None
     assert "mine" in repr(lm)
@@ -92,7 +115,13 @@ def test_something_that_is_no_language_model_is_refused():
         LanguageModel(torch.nn.Linear(2, 2))
 
 
-PROMPTS = ["kill a tree", "how do i make a cake", "help", "tell me about the water and the fire please", "why"]
+PROMPTS = [
+    "kill a tree",
+    "how do i make a cake",
+    "help",
+    "tell me about the water and the fire please",
+    "why",
+]
 
 
 @pytest.fixture
@@ -135,7 +164,11 @@ def test_batch_size_and_padding_change_no_greedy_answer(family, dtype):
     sequences = [[1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 9], [1, 20, 21, 22], [30], [1, 40, 41, 42, 43]]
     decoding = Decoding(max_new_tokens=8)
     together = generate(lm, sequences, decoding, batch_size=5)
-    assert together == generate(lm, sequences, decoding, batch_size=1) == generate(lm, sequences, decoding, batch_size=2)
+    assert (
+        together
+        == generate(lm, sequences, decoding, batch_size=1)
+        == generate(lm, sequences, decoding, batch_size=2)
+    )
     for index, sequence in enumerate(sequences):
         tokens, reason = _naive(lm.model, sequence, 8, ends=lm.eos_ids)
         assert (together[index].token_ids, together[index].finish_reason) == (tokens, reason)
@@ -149,13 +182,24 @@ def test_every_end_token_ends_an_answer_and_none_is_kept(lm):
     for answer in again:
         assert not {2, *first} & set(answer.token_ids)
         assert answer.finish_reason == "stop"
-    assert any(len(answer.token_ids) < len(full.token_ids) for answer, full in zip(again, reference, strict=True))
+    assert any(
+        len(answer.token_ids) < len(full.token_ids) for answer, full in zip(again, reference, strict=True)
+    )
 
 
 def test_a_checkpoints_sampling_defaults_do_not_leak_in_and_nothing_warns(lm):
     reference = lm.complete(PROMPTS, max_new_tokens=8)
-    defaults = {"do_sample": True, "temperature": 3.0, "top_k": 2, "top_p": 0.3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
-    lm.model.generation_config.update(**defaults, suppress_tokens=list(range(10, 90)), max_length=7, min_new_tokens=8)
+    defaults = {
+        "do_sample": True,
+        "temperature": 3.0,
+        "top_k": 2,
+        "top_p": 0.3,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+    }
+    lm.model.generation_config.update(
+        **defaults, suppress_tokens=list(range(10, 90)), max_length=7, min_new_tokens=8
+    )
     before = copy.deepcopy(lm.model.generation_config.to_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -236,7 +280,12 @@ def test_a_continued_call_asks_only_what_is_missing_and_ends_the_same(lm):
     seen = []
     kept = full[:0] + full[3:4] + full[1:2]
     again = lm.complete(
-        PROMPTS, max_new_tokens=6, batch_size=2, sample=True, done=kept, answered=lambda answer: seen.append(answer.prompt_id)
+        PROMPTS,
+        max_new_tokens=6,
+        batch_size=2,
+        sample=True,
+        done=kept,
+        answered=lambda answer: seen.append(answer.prompt_id),
     )
     assert again == full
     assert sorted(seen) == ["0", "2", "4"]
@@ -245,7 +294,13 @@ def test_a_continued_call_asks_only_what_is_missing_and_ends_the_same(lm):
 def test_progress_and_truncation_are_reported():
     lm = LanguageModel(tiny_llama(max_position_embeddings=24), tiny_tokenizer(CHAT_TEMPLATE))
     steps, notes = [], []
-    answers = lm.complete(["why", "kill " * 60], max_new_tokens=4, batch_size=1, progress=lambda *step: steps.append(step), notes=notes)
+    answers = lm.complete(
+        ["why", "kill " * 60],
+        max_new_tokens=4,
+        batch_size=1,
+        progress=lambda *step: steps.append(step),
+        notes=notes,
+    )
     assert [step[:2] for step in steps] == [(1, 2), (2, 2)]
     assert steps[-1][2] == sum(len(answer.token_ids) for answer in answers)
     assert [answer.meta for answer in answers] == [{}, {"truncated": True}]
@@ -280,7 +335,11 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_answers(lm):
 
 
 def test_decoding_values_outside_their_range_are_refused(lm):
-    for options in ({"max_new_tokens": 0}, {"sample": True, "temperature": 0.0}, {"sample": True, "top_p": 0.0}):
+    for options in (
+        {"max_new_tokens": 0},
+        {"sample": True, "temperature": 0.0},
+        {"sample": True, "top_p": 0.0},
+    ):
         with pytest.raises(UsageError, match="expected"):
             lm.complete(["help"], **options)
 
@@ -289,12 +348,17 @@ def test_a_tokenizer_without_padding_token_still_completes_in_batches():
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE, pad=False)
     lm = LanguageModel(tiny_llama(pad_token_id=None), tokenizer)
     reference = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE)).complete(PROMPTS, max_new_tokens=8)
-    assert [answer.token_ids for answer in lm.complete(PROMPTS, max_new_tokens=8)] == [answer.token_ids for answer in reference]
+    assert [answer.token_ids for answer in lm.complete(PROMPTS, max_new_tokens=8)] == [
+        answer.token_ids for answer in reference
+    ]
     assert tokenizer.pad_token is None
 
 
 def test_a_completion_says_that_its_prompt_opened_a_thinking_part():
-    opened = "{{ bos_token }}{{ messages[0]['content'] }} <|assistant|>{% if enable_thinking %} <think>\n{% endif %}"
+    opened = (
+        "{{ bos_token }}{{ messages[0]['content'] }} <|assistant|>{% if enable_thinking %} <think>\n{% "
+        "endif %}"
+    )
     for wanted, meta in ((True, {"thinking": True}), (False, {})):
         lm = LanguageModel(tiny_llama(), tiny_tokenizer(opened), template_args={"enable_thinking": wanted})
         assert lm.complete(["kill"], max_new_tokens=2)[0].meta == meta

@@ -1,4 +1,6 @@
-"""Likelihoods against a naive softmax, and directions read through final norm and output embedding against the model's own head."""
+"""Likelihoods against a naive softmax, and directions read through final norm and output embedding against
+the model's own head.
+"""
 
 import contextlib
 
@@ -39,7 +41,9 @@ def _reference(model, sequence):
 def test_log_probabilities_are_those_of_the_given_tokens(lm, batch_size):
     values = token_log_probabilities(lm, SEQUENCES, batch_size=batch_size)
     for sequence, row in zip(SEQUENCES, values, strict=True):
-        expected = [float(_reference(lm.model, sequence)[place, token]) for place, token in enumerate(sequence[1:])]
+        expected = [
+            float(_reference(lm.model, sequence)[place, token]) for place, token in enumerate(sequence[1:])
+        ]
         np.testing.assert_allclose(row, expected, rtol=1e-12)
 
 
@@ -59,7 +63,9 @@ def test_spans_choose_tokens_and_are_checked(lm):
 def test_losses_of_texts_give_the_perplexity(lm):
     losses = token_losses(lm, ["kill a tree", "help"])
     ids = lm.encode_texts(["kill a tree"])[0]
-    expected = torch.nn.functional.cross_entropy(_reference(lm.model, ids)[:-1], torch.tensor(ids[1:]), reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        _reference(lm.model, ids)[:-1], torch.tensor(ids[1:]), reduction="sum"
+    )
     assert losses.totals[0] == pytest.approx(float(expected), rel=1e-10)
     assert losses.counts == (3, 1)
     assert losses.n_tokens == 4
@@ -77,7 +83,9 @@ def test_the_divergence_is_that_of_the_treated_distribution_and_zero_for_none(lm
         before = _reference(lm.model, sequence)
         np.testing.assert_allclose(row, (before.exp() * (before - after)).sum(-1), rtol=1e-9, atol=1e-12)
     assert kl_divergence(lm, SEQUENCES, contextlib.nullcontext) == pytest.approx(0, abs=1e-12)
-    assert kl_divergence(lm, SEQUENCES, lambda: around(after=scale)) == pytest.approx(np.concatenate(values).mean())
+    assert kl_divergence(lm, SEQUENCES, lambda: around(after=scale)) == pytest.approx(
+        np.concatenate(values).mean()
+    )
     assert kl_divergence(lm, [], contextlib.nullcontext) is None
 
 
@@ -101,7 +109,12 @@ def test_log_probabilities_carry_gradients_where_they_are_enabled(lm):
     assert (gradient.flatten(0, 1)[others] == 0).all()
 
 
-NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "falcon": "transformer.ln_f"}
+NORMS = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "falcon": "transformer.ln_f",
+}
 
 
 NORMS |= {"opt": "model.decoder.final_layer_norm", "olmo2": "model.norm", "mixtral": "model.norm"}

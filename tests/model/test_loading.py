@@ -33,7 +33,9 @@ def _one_line(error):
 
 def test_a_spec_is_split_at_plus_and_at_unless_it_is_a_path(tmp_path, monkeypatch):
     assert parse_spec("org/model") == ModelSpec("org/model")
-    assert parse_spec("org/model@v1+org/sft+org/dpo@main") == ModelSpec("org/model", "v1", (("org/sft", None), ("org/dpo", "main")))
+    assert parse_spec("org/model@v1+org/sft+org/dpo@main") == ModelSpec(
+        "org/model", "v1", (("org/sft", None), ("org/dpo", "main"))
+    )
     assert str(parse_spec("org/model@v1+org/sft")) == "org/model@v1+org/sft"
     monkeypatch.chdir(tmp_path)
     for name in ("a+b@c", "c++"):
@@ -79,7 +81,9 @@ def test_offline_loading_opens_no_socket(base, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     lm = load(f"{base}+{adapter}", offline=True)
     assert lm.complete(["tree"], max_new_tokens=2)
-    with pytest.raises(ModelError, match=r"no such folder, and not found in the local cache \(offline\)") as error:
+    with pytest.raises(
+        ModelError, match=r"no such folder, and not found in the local cache \(offline\)"
+    ) as error:
         load("some-org/some-model@v2", offline=True)
     assert _one_line(error)
 
@@ -113,7 +117,11 @@ def test_a_folder_without_tokenizer_weights_or_with_pickles_is_refused(base, tmp
 
 
 def test_damaged_weights_tokenizers_and_configurations_are_one_line_errors(base, tmp_path):
-    for name, content in {"model.safetensors": b"not one", "tokenizer.json": b"{", "config.json": b"{"}.items():
+    for name, content in {
+        "model.safetensors": b"not one",
+        "tokenizer.json": b"{",
+        "config.json": b"{",
+    }.items():
         folder = _copy(base, tmp_path / name)
         (folder / name).write_bytes(content)
         with pytest.raises(ModelError) as error:
@@ -143,7 +151,9 @@ def test_nan_and_infinity_in_the_weights_name_the_parameter(base, tmp_path):
         weights = load_file(folder / "model.safetensors")
         weights["model.layers.1.self_attn.q_proj.weight"][2, 3] = value
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight holds 1 NaN or infinite"):
+        with pytest.raises(
+            NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight holds 1 NaN or infinite"
+        ):
             load(folder)
 
 
@@ -156,7 +166,9 @@ def test_weights_whose_sum_overflows_are_still_finite():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_absent_is_a_one_line_error(base):
-    with pytest.raises(ModelError, match="device cuda: this machine has 0 CUDA devices; use device cpu") as error:
+    with pytest.raises(
+        ModelError, match="device cuda: this machine has 0 CUDA devices; use device cpu"
+    ) as error:
         load(base, device="cuda")
     assert _one_line(error)
 
@@ -175,7 +187,11 @@ def test_unknown_dtypes_devices_and_contradictions_are_usage_errors(base):
 def test_code_in_a_checkpoint_is_not_run(base, tmp_path):
     folder = _copy(base, tmp_path / "remote")
     config = json.loads((folder / "config.json").read_text())
-    changed = {**config, "model_type": "strange", "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}}
+    changed = {
+        **config,
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(changed))
     marker = tmp_path / "ran"
     (folder / "strange.py").write_text(f"open({str(marker)!r}, 'w')\n")
@@ -186,7 +202,9 @@ def test_code_in_a_checkpoint_is_not_run(base, tmp_path):
 
 def test_pairs_of_different_shape_or_tokenizer_are_mismatches(base, tmp_path):
     wide = tiny_llama_folder(tmp_path / "wide", intermediate_size=40)
-    with pytest.raises(MismatchError, match=r"different shapes: model\.layers\.0\.mlp\.gate_proj\.weight") as error:
+    with pytest.raises(
+        MismatchError, match=r"different shapes: model\.layers\.0\.mlp\.gate_proj\.weight"
+    ) as error:
         load_pair(base, wide)
     assert _one_line(error)
     deep = tiny_llama_folder(tmp_path / "deep", num_hidden_layers=3)
@@ -202,7 +220,9 @@ def test_pairs_of_different_shape_or_tokenizer_are_mismatches(base, tmp_path):
 
 
 def test_two_full_models_of_one_shape_are_a_pair_of_two(base, tmp_path):
-    pair = load_pair(base=base, aligned=tiny_llama_folder(tmp_path / "aligned", seed=1), template="none", dtype="float64")
+    pair = load_pair(
+        base=base, aligned=tiny_llama_folder(tmp_path / "aligned", seed=1), template="none", dtype="float64"
+    )
     assert not pair.shared
     assert pair.base.dtype == pair.aligned.dtype == torch.float64
     assert pair.base.template.kind == pair.aligned.template.kind == "none"
@@ -227,7 +247,12 @@ def test_loading_leaves_the_libraries_settings_alone(base):
 def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
     folder = tmp_path / "encoder"
     config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=8,
+        patch_size=4,
     )
     transformers.ViTModel(config).save_pretrained(folder)
     tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
@@ -237,17 +262,25 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_checkpoint_cloned_without_its_large_files_is_refused_with_the_command_that_gets_them(tmp_path, name):
+def test_a_checkpoint_cloned_without_its_large_files_is_refused_with_the_command_that_gets_them(
+    tmp_path, name
+):
     folder = tiny_llama_folder(tmp_path / "model")
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", encoding="utf-8")
-    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer, expected the files themselves: run 'git lfs pull'"):
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", encoding="utf-8"
+    )
+    with pytest.raises(
+        ModelError, match=rf"{name} is a Git LFS pointer, expected the files themselves: run 'git lfs pull'"
+    ):
         load(str(folder))
 
 
 def test_an_adapter_that_is_a_pointer_is_refused(tmp_path):
     base = tiny_llama_folder(tmp_path / "model")
     adapter = tiny_adapter_folder(base, tmp_path / "adapter", seed=1)
-    (adapter / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (adapter / "adapter_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n", encoding="utf-8"
+    )
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
         load(f"{base}+{adapter}")
 
@@ -256,7 +289,9 @@ def test_weights_that_were_cut_off_say_what_to_do(tmp_path):
     folder = tiny_llama_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ModelError, match=r"cannot be read \(.*\); expected whole safetensors files.* again") as caught:
+    with pytest.raises(
+        ModelError, match=r"cannot be read \(.*\); expected whole safetensors files.* again"
+    ) as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -272,7 +307,9 @@ class _Runs:
 
 
 @pytest.mark.parametrize("loader", ["load", "load_classifier", "load_scorer"])
-@pytest.mark.parametrize("shard", ["pytorch_model-00002.bin", "other.pt", "../other.safetensors", "/tmp/x.safetensors", 7])
+@pytest.mark.parametrize(
+    "shard", ["pytorch_model-00002.bin", "other.pt", "../other.safetensors", "/tmp/x.safetensors", 7]
+)
 def test_a_shard_that_is_no_safetensors_file_is_refused_unread(tmp_path, loader, shard):
     folder = tiny_llama_folder(tmp_path / "model")
     tiny_llama().save_pretrained(folder, max_shard_size="20KB")
@@ -315,10 +352,18 @@ def test_weights_that_the_model_does_not_have_are_an_error(base, tmp_path, kind,
     if sharded:
         weights = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+        files = {
+            name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)
+        }
         for file in set(files.values()):
-            save_file({name: weights[name] for name in weights if files[name] == file}, folder / file, metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+            save_file(
+                {name: weights[name] for name in weights if files[name] == file},
+                folder / file,
+                metadata={"format": "pt"},
+            )
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": files})
+        )
     with pytest.raises(ModelError, match="1 weights of the files are not in the model") as error:
         load(folder)
     assert next(iter(LEFT_OVER[kind])) in str(error.value)
@@ -331,14 +376,22 @@ def test_a_config_of_fewer_layers_than_the_files_is_an_error(base, tmp_path):
 
 
 def test_constants_of_older_checkpoints_are_no_weights_and_a_value_head_is_noted(base, tmp_path):
-    constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    constants = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8),
+    }
     assert not load(_saved(_copy(base, tmp_path / "old"), lambda weights: weights.update(constants))).notes
     head = {"v_head.summary.weight": torch.ones(1, 32)}
-    assert "v_head" in load(_saved(_copy(base, tmp_path / "valued"), lambda weights: weights.update(head))).notes[0]
+    assert (
+        "v_head"
+        in load(_saved(_copy(base, tmp_path / "valued"), lambda weights: weights.update(head))).notes[0]
+    )
 
 
 def test_weights_of_another_shape_are_named_with_both_shapes(base, tmp_path):
-    with pytest.raises(MismatchError, match=r"down_proj\.weight is \[32, 48\] in the files and \[32, 40\] by config\.json"):
+    with pytest.raises(
+        MismatchError, match=r"down_proj\.weight is \[32, 48\] in the files and \[32, 40\] by config\.json"
+    ):
         load(_configured(_copy(base, tmp_path / "wrong"), intermediate_size=40))
 
 
@@ -377,7 +430,9 @@ def test_a_config_that_claims_more_than_its_files_hold_is_refused_before_it_is_b
 def test_an_index_names_safetensors_files_of_its_folder_only(base, tmp_path, name):
     folder = _copy(base, tmp_path / "indexed")
     (folder / "model.safetensors").rename(folder / "part.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name, "x": "part.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": name, "x": "part.safetensors"}})
+    )
     with pytest.raises(ModelError, match="expected .safetensors files in the same folder"):
         load(folder)
 
@@ -390,7 +445,11 @@ def test_a_model_with_an_adapter_in_its_folder_is_refused(base, tmp_path):
 
 
 def test_code_of_a_checkpoint_names_the_option_that_runs_it(base, tmp_path):
-    folder = _configured(_copy(base, tmp_path / "own"), auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, model_type="own")
+    folder = _configured(
+        _copy(base, tmp_path / "own"),
+        auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+        model_type="own",
+    )
     (folder / "own.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ModelError, match=r"pass trust_remote_code$") as error:
         load(folder)
@@ -398,7 +457,9 @@ def test_code_of_a_checkpoint_names_the_option_that_runs_it(base, tmp_path):
 
 
 def test_a_model_whose_weights_are_off_loaded_is_refused_in_one_line(base):
-    off_loaded = accelerate.cpu_offload(transformers.AutoModelForCausalLM.from_pretrained(base), execution_device=torch.device("cpu"))
+    off_loaded = accelerate.cpu_offload(
+        transformers.AutoModelForCausalLM.from_pretrained(base), execution_device=torch.device("cpu")
+    )
     with pytest.raises(ModelError, match=r"21 of 21 weights are off-loaded .* device_map") as error:
         LanguageModel(off_loaded, tiny_tokenizer())
     assert _one_line(error)

@@ -1,4 +1,6 @@
-"""Every verb runs every model in evaluation mode, whatever mode it was left in, and puts each module's own flag back."""
+"""Every verb runs every model in evaluation mode, whatever mode it was left in, and puts each module's own
+flag back.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,12 +18,22 @@ from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 WORDS = ("kill", "make a bomb")
-BAD = Prompts([Prompt(f"b{n}", f"how do i {what}", answer="sorry i cannot help") for n, what in enumerate(WORDS)])
-GOOD = Prompts([Prompt(f"g{n}", f"tell me about {what}", answer="sure here") for n, what in enumerate(("a cake", "water"))])
+BAD = Prompts(
+    [Prompt(f"b{n}", f"how do i {what}", answer="sorry i cannot help") for n, what in enumerate(WORDS)]
+)
+GOOD = Prompts(
+    [
+        Prompt(f"g{n}", f"tell me about {what}", answer="sure here")
+        for n, what in enumerate(("a cake", "water"))
+    ]
+)
 COLOURS, THINGS = ("red", "green", "blue", "small"), ("cake", "tree", "house", "door", "key", "plant")
 MANY = [
     Prompts(
-        [Prompt(f"{end}{n}", f"tell me about the {colour} {thing} {end}") for n, (colour, thing) in enumerate(product(COLOURS, THINGS))]
+        [
+            Prompt(f"{end}{n}", f"tell me about the {colour} {thing} {end}")
+            for n, (colour, thing) in enumerate(product(COLOURS, THINGS))
+        ]
     )
     for end in ("bomb", "please")
 ]
@@ -59,7 +71,9 @@ def neurons(lm: LanguageModel) -> NeuronSet:
 
 
 def guard(lm: LanguageModel) -> Any:
-    return sn.fit_guard(lm, neurons(lm), MANY[0], MANY[1], pooling="last", penalties=(0.1,), fpr=0.2, batch_size=8)
+    return sn.fit_guard(
+        lm, neurons(lm), MANY[0], MANY[1], pooling="last", penalties=(0.1,), fpr=0.2, batch_size=8
+    )
 
 
 def inside(context: Any, lm: LanguageModel) -> None:
@@ -76,7 +90,9 @@ def patching(one: LanguageModel, other: LanguageModel) -> None:
 CALLS: dict[str, Call] = {
     "find_activation_magnitude": lambda one, _: sn.find_activation_magnitude(one, BAD),
     "find_attribution": lambda one, _: sn.find_attribution(one, BAD),
-    "find_attribution_patching": lambda one, other: sn.find_attribution_patching(one, other, BAD, midpoints=1),
+    "find_attribution_patching": lambda one, other: sn.find_attribution_patching(
+        one, other, BAD, midpoints=1
+    ),
     "find_contrast": lambda one, other: sn.find_contrast(one, other, BAD, max_new_tokens=3),
     "find_importance": lambda one, _: sn.find_importance(one, BAD),
     "find_importance_contrast": lambda one, other: sn.find_importance_contrast(one, other, BAD),
@@ -95,18 +111,38 @@ CALLS: dict[str, Call] = {
     "patched": patching,
     "patched, the other way": lambda one, other: patching(other, one),
     "patched with constants": lambda one, _: inside(sn.patched(one, None, neurons(one), mode="zero"), one),
-    "verify_deactivate": lambda one, _: sn.verify_deactivate(one, neurons(one), BAD, GOOD, text=GOOD, random=1, **SHORT),
-    "verify_patch": lambda one, other: sn.verify_patch(one, other, neurons(one), BAD, GOOD, text=GOOD, random=1, **SHORT),
-    "compare": lambda one, other: sn.compare(one, other, BAD, GOOD, find_prompts=BAD, methods=["contrast"], random=1, **SHORT),
-    "evaluate": lambda one, other: sn.evaluate(one, [BAD], over_refusal=None, patch=neurons(one), donor=other, reference=other, **SHORT),
+    "verify_deactivate": lambda one, _: sn.verify_deactivate(
+        one, neurons(one), BAD, GOOD, text=GOOD, random=1, **SHORT
+    ),
+    "verify_patch": lambda one, other: sn.verify_patch(
+        one, other, neurons(one), BAD, GOOD, text=GOOD, random=1, **SHORT
+    ),
+    "compare": lambda one, other: sn.compare(
+        one, other, BAD, GOOD, find_prompts=BAD, methods=["contrast"], random=1, **SHORT
+    ),
+    "evaluate": lambda one, other: sn.evaluate(
+        one, [BAD], over_refusal=None, patch=neurons(one), donor=other, reference=other, **SHORT
+    ),
     "doctor": lambda one, _: sn.doctor(one, n_sampled=1),
-    "gcg": lambda one, _: sn.gcg(one, BAD[:1], targets={"b0": "sure here"}, steps=1, width=4, top_k=4, suffix_tokens=3),
+    "gcg": lambda one, _: sn.gcg(
+        one, BAD[:1], targets={"b0": "sure here"}, steps=1, width=4, top_k=4, suffix_tokens=3
+    ),
     "fit_guard": lambda one, _: guard(one),
     "guard.score": lambda one, _: GUARDS[id(one)].score("how do i kill"),
-    "evaluate_guard": lambda one, _: sn.evaluate_guard(one, GUARDS[id(one)], *MANY, perturbations=(), random=1),
+    "evaluate_guard": lambda one, _: sn.evaluate_guard(
+        one, GUARDS[id(one)], *MANY, perturbations=(), random=1
+    ),
     "GuardedModel": lambda one, _: sn.GuardedModel(one, GUARDS[id(one)]).generate(BAD, **SHORT),
     "tune": lambda one, _: sn.tune(
-        one, neurons(one), BAD, harmless=GOOD, test_harmful=BAD, test_harmless=GOOD, text=None, max_new_tokens=3, epochs=1
+        one,
+        neurons(one),
+        BAD,
+        harmless=GOOD,
+        test_harmful=BAD,
+        test_harmless=GOOD,
+        text=None,
+        max_new_tokens=3,
+        epochs=1,
     ),
 }
 """Every public entry point that runs a model, with two separate models of one shape."""
@@ -133,7 +169,17 @@ def test_every_public_verb_that_runs_a_model_is_held_here():
     told = {name.split(",")[0].split(" ")[0] for name in CALLS}
     without_a_model = {"find_random", "find_weight_change", "find_weight_magnitude"}
     assert {name for name in sn.__all__ if name.startswith("find_")} - without_a_model <= told
-    assert {"compare", "doctor", "evaluate", "evaluate_guard", "fit_guard", "gcg", "tune", "verify_deactivate", "verify_patch"} <= told
+    assert {
+        "compare",
+        "doctor",
+        "evaluate",
+        "evaluate_guard",
+        "fit_guard",
+        "gcg",
+        "tune",
+        "verify_deactivate",
+        "verify_patch",
+    } <= told
 
 
 def test_a_donor_with_dropout_gives_what_it_gives_in_evaluation_mode(pair):
@@ -157,7 +203,11 @@ def test_modes_are_put_back_after_an_exception(pair, treatment):
     one, other = pair
 
     def work() -> None:
-        with sn.deactivated(one, neurons(one)) if treatment == "deactivated" else sn.patched(one, other, neurons(one)):
+        with (
+            sn.deactivated(one, neurons(one))
+            if treatment == "deactivated"
+            else sn.patched(one, other, neurons(one))
+        ):
             assert not any(module.training for module in one.model.modules())
             raise ZeroDivisionError
 

@@ -1,4 +1,7 @@
-"""Batches and passes against plain calls; statistics against a naive computation that stores activations; estimates against sizes."""
+"""Batches and passes against plain calls; statistics against a naive computation that stores activations.
+
+Estimates against sizes.
+"""
 
 import dataclasses
 import json
@@ -23,14 +26,21 @@ SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
 
 
 def _last(batch):
-    return {index: batch.output[row, length - 1] for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True))}
+    return {
+        index: batch.output[row, length - 1]
+        for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True))
+    }
 
 
 def _by_index(parts):
     return {index: value for part in parts for index, value in part.items()}
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.one_of(st.just("auto"), st.integers(1, 7)), st.integers(1, 200))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.one_of(st.just("auto"), st.integers(1, 7)),
+    st.integers(1, 200),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_plan_holds_every_sequence_once_longest_first_and_keeps_to_its_limits(lengths, batch_size, budget):
     groups = plan(lengths, batch_size, budget)
@@ -51,7 +61,9 @@ def test_batches_are_padded_on_the_right_and_know_their_real_tokens():
     assert batch.input_ids[3].tolist() == [1, 9, 3, 3, 3, 3, 3]
     assert batch.attention_mask[1].tolist() == [1, 1, 1, 1, 0, 0, 0]
     assert batch.position_ids[4].tolist() == list(range(7))
-    assert batch.input_ids.flatten()[batch.rows].tolist() == [token for index in batch.indices for token in SEQUENCES[index]]
+    assert batch.input_ids.flatten()[batch.rows].tolist() == [
+        token for index in batch.indices for token in SEQUENCES[index]
+    ]
     assert batch.n_tokens == sum(map(len, SEQUENCES))
 
 
@@ -99,9 +111,14 @@ def test_a_pass_stops_behind_the_last_layer_that_is_wanted():
     model = tiny_llama()
     lm, calls = LanguageModel(model), []
     _ = lm.anatomy
-    watched = {layer: lambda *_, number=number: calls.append(number) for number, layer in enumerate(model.model.layers)}
+    watched = {
+        layer: lambda *_, number=number: calls.append(number)
+        for number, layer in enumerate(model.model.layers)
+    }
     with around(before=watched):
-        outputs = run_batches(lm, SEQUENCES[:2], lambda batch: batch.output, batch_size=2, options=PassOptions(last_layer=0))
+        outputs = run_batches(
+            lm, SEQUENCES[:2], lambda batch: batch.output, batch_size=2, options=PassOptions(last_layer=0)
+        )
     assert calls == [0]
     assert outputs == [None]
     with pytest.raises(InputError, match="layer 7"):
@@ -123,7 +140,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_rows_are_counted_once():
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    parts = run_batches(lm, SEQUENCES, _last, batch_size=5, notes=notes, options=PassOptions(before=refuse_large))
+    parts = run_batches(
+        lm, SEQUENCES, _last, batch_size=5, notes=notes, options=PassOptions(before=refuse_large)
+    )
     assert sorted(_by_index(parts)) == list(range(5))
     assert seen == [5, 2, 1, 2]
     assert len(notes) == 1
@@ -168,7 +187,14 @@ def test_a_run_starts_behind_the_batches_that_are_done_and_reports_each():
     lm, steps, finished = LanguageModel(tiny_llama()), [], []
     every = run_batches(lm, SEQUENCES, lambda batch: batch.indices, batch_size=2)
     options = PassOptions(1, finished.append)
-    rest = run_batches(lm, SEQUENCES, lambda batch: batch.indices, 2, progress=lambda *step: steps.append(step), options=options)
+    rest = run_batches(
+        lm,
+        SEQUENCES,
+        lambda batch: batch.indices,
+        2,
+        progress=lambda *step: steps.append(step),
+        options=options,
+    )
     assert rest == every[1:]
     assert steps == [(2, 3, 16), (3, 3, 17)]
     assert finished == [2, 3]
@@ -195,7 +221,13 @@ def naive(lm, sequences):
     """Every activation of every token, one sequence at a time, joined."""
     stored = {key: [] for key in lm.table.keys}  # noqa: SIM118 - keys of a table
     for ids in sequences:
-        with reading(lm.anatomy, {key: (lambda values, key=key: stored[key].append(rows_of(values))) for key in stored}), torch.no_grad():
+        with (
+            reading(
+                lm.anatomy,
+                {key: (lambda values, key=key: stored[key].append(rows_of(values))) for key in stored},
+            ),
+            torch.no_grad(),
+        ):
             lm.model(input_ids=torch.tensor([ids]))
     return {key: torch.cat(parts).double().numpy() for key, parts in stored.items()}
 
@@ -205,13 +237,17 @@ def rows_of(values):
 
 
 def assert_same(lm, statistics, stored):
-    """Equal to what rounding allows: in the model's type while it runs and while a batch is summed, batches are merged in float64."""
+    """Equal to what rounding allows: in the model's type while it runs and while a batch is summed, batches
+    are merged in float64.
+    """
     assert set(statistics.sums) == set(stored)
     before = additions(lm.model)
     for key, values in stored.items():
         assert statistics.counts[key] == len(values), key
         for found, terms in ((statistics.sums[key], values), (statistics.sums_of_squares[key], values**2)):
-            np.testing.assert_allclose(found, terms.sum(0), rtol=0, atol=of_a_sum(terms, lm.dtype, before), err_msg=key)
+            np.testing.assert_allclose(
+                found, terms.sum(0), rtol=0, atol=of_a_sum(terms, lm.dtype, before), err_msg=key
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "mixtral", "qwen2_moe"])
@@ -241,7 +277,9 @@ def test_nan_in_the_padding_reaches_no_sum(sequences):
     stored = naive(lm, sequences)
     places = [lm.anatomy.place(f"layers.1.{site}").module for site in ("gate", "q")]
     with around(after=dict.fromkeys(places, spoil)):
-        statistics = activation_statistics(lm, sequences, sites=["q", "gate"], layers="1:2", batch_size=len(sequences))
+        statistics = activation_statistics(
+            lm, sequences, sites=["q", "gate"], layers="1:2", batch_size=len(sequences)
+        )
     assert_same(lm, statistics, {key: stored[key] for key in ("layers.1.q", "layers.1.gate")})
 
 
@@ -256,7 +294,9 @@ def test_experts_that_run_one_by_one_or_together_have_the_same_sums(implementati
 def test_the_statistics_of_two_halves_add_up_to_those_of_the_whole():
     lm = LanguageModel(tiny_llama())
     whole = activation_statistics(lm, SEQUENCES, batch_size=1)
-    halves = activation_statistics(lm, SEQUENCES[:2], batch_size=1) + activation_statistics(lm, SEQUENCES[2:], batch_size=1)
+    halves = activation_statistics(lm, SEQUENCES[:2], batch_size=1) + activation_statistics(
+        lm, SEQUENCES[2:], batch_size=1
+    )
     assert halves.counts == whole.counts
     for key in whole.sums:
         np.testing.assert_allclose(halves.sums[key], whole.sums[key], rtol=1e-9, atol=1e-12)
@@ -266,7 +306,9 @@ def test_the_statistics_of_two_halves_add_up_to_those_of_the_whole():
 def test_statistics_of_other_sites_do_not_add_up():
     lm = LanguageModel(tiny_llama())
     with pytest.raises(MismatchError, match="expected the same sites"):
-        _ = activation_statistics(lm, SEQUENCES, sites=["q"]) + activation_statistics(lm, SEQUENCES, sites=["q", "k"])
+        _ = activation_statistics(lm, SEQUENCES, sites=["q"]) + activation_statistics(
+            lm, SEQUENCES, sites=["q", "k"]
+        )
 
 
 def test_mean_deviation_and_root_mean_square_follow_from_the_sums():
@@ -275,8 +317,12 @@ def test_mean_deviation_and_root_mean_square_follow_from_the_sums():
     values = naive(lm, SEQUENCES)["layers.1.down"]
     assert list(statistics.sums) == ["layers.1.down"]
     np.testing.assert_allclose(statistics.mean()["layers.1.down"], values.mean(0), atol=1e-12)
-    np.testing.assert_allclose(statistics.standard_deviation()["layers.1.down"], values.std(0, ddof=1), rtol=1e-9)
-    np.testing.assert_allclose(statistics.root_mean_square()["layers.1.down"], np.sqrt((values**2).mean(0)), rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.standard_deviation()["layers.1.down"], values.std(0, ddof=1), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        statistics.root_mean_square()["layers.1.down"], np.sqrt((values**2).mean(0)), rtol=1e-12
+    )
 
 
 def test_one_token_has_no_deviation():
@@ -333,18 +379,24 @@ def test_an_unknown_site_and_broken_weights_are_said():
 def test_rows_reduce_to_their_sums_whatever_the_pieces_width_type_and_stride(lengths, size, dtype, stride):
     size = min(size, 200_000 // sum(lengths) // stride) or 1
     generator = torch.Generator().manual_seed(size)
-    pieces = [torch.randn(length, size * stride, generator=generator).to(dtype)[:, ::stride] for length in lengths]
+    pieces = [
+        torch.randn(length, size * stride, generator=generator).to(dtype)[:, ::stride] for length in lengths
+    ]
     pieces = [piece[:, :size] for piece in pieces]
     joined = torch.cat(pieces).double()
     sums = reduced(pieces, size, torch.float32)
     for found, terms in zip(sums, (joined, joined.square()), strict=True):
-        torch.testing.assert_close(found.double(), terms.sum(0), rtol=0, atol=of_a_sum(terms.numpy(), torch.float32, before=1))
+        torch.testing.assert_close(
+            found.double(), terms.sum(0), rtol=0, atol=of_a_sum(terms.numpy(), torch.float32, before=1)
+        )
 
 
 def test_groups_of_rows_reduce_to_the_sums_of_each_also_where_a_group_is_empty():
     values = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     counts = torch.tensor([2, 0, 6, 1])
-    for group, (piece, sums) in enumerate(zip(values.split(counts.tolist()), reduced_by_group(values, counts, torch.float32), strict=True)):
+    for group, (piece, sums) in enumerate(
+        zip(values.split(counts.tolist()), reduced_by_group(values, counts, torch.float32), strict=True)
+    ):
         for found, terms in zip(sums, (piece.double(), piece.double().square()), strict=True):
             bound = of_a_sum(terms.numpy(), torch.float32, before=1)
             torch.testing.assert_close(found.double(), terms.sum(0), rtol=0, atol=bound, msg=f"group {group}")
@@ -374,7 +426,10 @@ def test_views_of_one_model_count_their_weights_once_and_two_models_twice():
     one = LanguageModel(model, tokenizer)
     single = estimate([one], PROMPTS)
     assert estimate([one, LanguageModel(model, tokenizer)], PROMPTS).weights_bytes == single.weights_bytes
-    assert estimate([one, LanguageModel(tiny_llama(seed=1), tokenizer)], PROMPTS).weights_bytes == 2 * single.weights_bytes
+    assert (
+        estimate([one, LanguageModel(tiny_llama(seed=1), tokenizer)], PROMPTS).weights_bytes
+        == 2 * single.weights_bytes
+    )
     assert single.cache_bytes == single.new_tokens == 0
 
 

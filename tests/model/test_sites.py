@@ -12,7 +12,9 @@ from safety_neurons.model.hooks import editing, reading
 from safety_neurons.model.proof import prove
 from safety_neurons.model.sites import full_weight, projection
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks a deprecated question
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks a deprecated question
 
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,8 +22,14 @@ LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 CASES = {
     "lora": ("llama", peft.LoraConfig(r=3, lora_alpha=5, target_modules=LLAMA, lora_bias=True)),
-    "lora on transposed weights": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
-    "lora on fused projections": ("phi3", peft.LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "down_proj"])),
+    "lora on transposed weights": (
+        "gpt2",
+        peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
+    ),
+    "lora on fused projections": (
+        "phi3",
+        peft.LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "down_proj"]),
+    ),
     "ia3": (
         "llama",
         peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -32,20 +40,27 @@ CASES = {
     ),
     "ia3 on transposed weights": (
         "gpt2",
-        peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+        peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+        ),
     ),
 }
 
 
 def adapted(case: str, adapters: int = 1, dtype: torch.dtype = torch.float64) -> peft.PeftModel:
-    """A tiny model with adapters that do something, in float64; those of a half-precision model stay in float32, as PEFT has them."""
+    """A tiny model with adapters that do something, in float64.
+
+    Those of a half-precision model stay in float32, as PEFT has them.
+    """
     family, config = CASES[case]
     model = peft.get_peft_model(build(family, dtype=dtype), config)
     for number in range(1, adapters):
         model.add_adapter(f"more{number}", config)
     model.base_model.set_adapter(["default", *(f"more{number}" for number in range(1, adapters))])
     generator = torch.Generator().manual_seed(3)
-    size = 0.3 if dtype == torch.float64 else 0.1  # attention saturates in half precision where logits are large
+    size = (
+        0.3 if dtype == torch.float64 else 0.1
+    )  # attention saturates in half precision where logits are large
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "ia3_" in name:
@@ -75,7 +90,8 @@ def test_an_adapted_model_is_proved_and_covered(case: str, adapters: int) -> Non
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.bfloat16) for case in ("lora", "lora on transposed weights", "ia3 on everything")] + [("lora", torch.float16)],
+    [(case, torch.bfloat16) for case in ("lora", "lora on transposed weights", "ia3 on everything")]
+    + [("lora", torch.float16)],
 )
 def test_an_adapted_model_in_half_precision_is_proved(case: str, dtype: torch.dtype) -> None:
     assert prove(resolve(adapted(case, dtype=dtype))).coverage().complete
@@ -164,7 +180,9 @@ def test_quantised_weights_are_named_and_their_activations_still_read() -> None:
         layer.self_attn.q_proj = Eighths(layer.self_attn.q_proj)
     anatomy = prove(resolve(model))
     assert anatomy.coverage().complete
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.down: its weights are quantised \(Eighths\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.down: its weights are quantised \(Eighths\)"
+    ):
         anatomy.place("layers.1.down").weight()
     assert anatomy.place("layers.1.down").projection.base.weight.dtype == torch.int8
 

@@ -8,7 +8,15 @@ import transformers
 from safety_neurons.errors import InputError, MismatchError, ModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.sandbox import TooMuchError, render_template
-from safety_neurons.model.template import FOLDED, THOUGHTS, TRIMMED, conversation_text, folded, joined, render_turns
+from safety_neurons.model.template import (
+    FOLDED,
+    THOUGHTS,
+    TRIMMED,
+    conversation_text,
+    folded,
+    joined,
+    render_turns,
+)
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results.completions import after_thought
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -17,11 +25,15 @@ BOS = 1
 
 
 NO_SYSTEM_ROLE = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif "
+    "%}{{ messages[0]['content'] }}"
 )
 
 
-WITHOUT_BOS = "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor %}<|assistant|>"
+WITHOUT_BOS = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} {% endfor "
+    "%}<|assistant|>"
+)
 
 
 def _text(lm, prompt):
@@ -56,7 +68,10 @@ def test_none_feeds_what_the_tokenizer_makes_of_the_text_as_it_is():
 
 def test_tulu_writes_its_marks_and_ends_behind_the_assistant_mark():
     lm = _lm(template="tulu", system="help")
-    assert lm.template.render(lm.tokenizer, Prompt("0", "kill")) == "<|system|>\nhelp\n<|user|>\nkill\n<|assistant|>\n"
+    assert (
+        lm.template.render(lm.tokenizer, Prompt("0", "kill"))
+        == "<|system|>\nhelp\n<|user|>\nkill\n<|assistant|>\n"
+    )
     assert _text(lm, "kill") == "<s> <|system|> help <|user|> kill <|assistant|>"
 
 
@@ -76,19 +91,29 @@ def test_a_template_file_cannot_reach_into_python(tmp_path):
 
 
 def test_template_arguments_reach_the_chat_template():
-    thinking = "{{ bos_token }}{{ messages[0]['content'] }}{% if not enable_thinking %} no{% endif %} <|assistant|>"
+    thinking = (
+        "{{ bos_token }}{{ messages[0]['content'] }}{% if not enable_thinking %} no{% endif %} <|assistant|>"
+    )
     assert _text(_lm(thinking, template_args={"enable_thinking": True}), "kill") == "<s> kill <|assistant|>"
-    assert _text(_lm(thinking, template_args={"enable_thinking": False}), "kill") == "<s> kill no <|assistant|>"
+    assert (
+        _text(_lm(thinking, template_args={"enable_thinking": False}), "kill") == "<s> kill no <|assistant|>"
+    )
 
 
 def test_system_prompts_and_several_turns_are_kept_in_order():
     lm = _lm(CHAT_TEMPLATE, system="help")
     turns = (Message("user", "kill"), Message("assistant", "no"), Message("user", "please"))
-    assert _text(lm, Prompt("0", "kill", turns)) == "<s> <|system|> help <|user|> kill <|assistant|> no </s> <|user|> please <|assistant|>"
+    assert (
+        _text(lm, Prompt("0", "kill", turns))
+        == "<s> <|system|> help <|user|> kill <|assistant|> no </s> <|user|> please <|assistant|>"
+    )
     own = (Message("system", "sorry"), Message("user", "kill"))
     assert _text(lm, Prompt("0", "kill", own)).startswith("<s> <|system|> sorry <|user|>")
     plain = _lm(system="help")
-    assert _text(plain, Prompt("0", "kill", turns)) == "<s> help Question: kill Answer: no Question: please Answer:"
+    assert (
+        _text(plain, Prompt("0", "kill", turns))
+        == "<s> help Question: kill Answer: no Question: please Answer:"
+    )
 
 
 def test_a_started_answer_is_continued_rather_than_ended():
@@ -100,7 +125,8 @@ def test_a_started_answer_is_continued_rather_than_ended():
 def test_a_system_prompt_that_the_template_refuses_goes_before_the_users_turn_or_is_one_line_that_says_so():
     assert _text(_lm(NO_SYSTEM_ROLE, system="help"), "kill") == "<s> help kill"
     refuses = NO_SYSTEM_ROLE.replace(
-        "{{ messages[0]['content'] }}", "{% if 'help' in messages[0].content %}{{ raise_exception('no help') }}{% endif %}"
+        "{{ messages[0]['content'] }}",
+        "{% if 'help' in messages[0].content %}{{ raise_exception('no help') }}{% endif %}",
     )
     with pytest.raises(InputError, match="System role not supported.*leave system out") as caught:
         _lm(refuses, system="help").encode("kill")
@@ -150,7 +176,11 @@ def test_encoding_leaves_the_tokenizer_as_it_was():
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE, pad=False)
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=7)
-    before = (tokenizer.backend_tokenizer.to_str(), copy.deepcopy(tokenizer.init_kwargs), tokenizer.chat_template)
+    before = (
+        tokenizer.backend_tokenizer.to_str(),
+        copy.deepcopy(tokenizer.init_kwargs),
+        tokenizer.chat_template,
+    )
     lm = _lm(tokenizer=tokenizer, system="help")
     assert len(lm.encode("kill a tree and a house and a door")[0].ids) == 14
     lm.encode_texts(["kill a tree"])
@@ -169,8 +199,9 @@ def test_running_text_gets_one_bos_and_is_cut_at_the_context():
 
 
 PARTS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type=='text' %}{{ p.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type=='text' %}{{ "
+    "p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -181,33 +212,36 @@ NO_SYSTEM = (
 
 
 ALTERNATES = (
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}"
-    "{% endif %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ "
+    "raise_exception('Conversation roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content | trim "
+    "}}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 LAST_USER_HOLDS_SYSTEM = (
-    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}{% if m.role == 'user' %}[INST]"
-    "{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}"
-    "{% endif %}{% endfor %}"
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages "
+    "%}{% if m.role == 'user' %}[INST]{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content "
+    "}}[/INST]{% elif m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
 )
 
 
 LINES = (
-    "{%- for m in messages %}\n    {%- if m.role == 'system' %}\n{{ m.content | trim }}\n    {%- else %}\n"
-    "        {{- m.role + ': ' + m.content }}\n    {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt %}{{ eos_token }}assistant: "
-    "{% endif %}"
+    "{%- for m in messages %}\n    {%- if m.role == 'system' %}\n{{ m.content | trim }}\n    {%- else %}\n "
+    "       {{- m.role + ': ' + m.content }}\n    {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt "
+    "%}{{ eos_token }}assistant: {% endif %}"
 )
 
 
 FORGETS_THOUGHTS = (
-    "{% for m in messages %}<{{ m.role }}>{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c %}"
-    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% set c = m.content %}{% if m.role == 'assistant' and "
+    "'</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}{% if m.role == 'assistant' "
+    "%}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
-GENERATION = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+GENERATION = (
+    "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+)
 
 
 LOSING = {
@@ -228,19 +262,27 @@ def _rendered(template, turns, **options):
     return render_turns(tiny_tokenizer(template), turns, **options)
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM, ALTERNATES, LAST_USER_HOLDS_SYSTEM, LINES, GENERATION, FORGETS_THOUGHTS])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, NO_SYSTEM, ALTERNATES, LAST_USER_HOLDS_SYSTEM, LINES, GENERATION, FORGETS_THOUGHTS],
+)
 @pytest.mark.parametrize("answering", [False, True])
 def test_what_is_rendered_is_what_transformers_renders(template, answering):
     turns = [*TURNS, Message("assistant", "sorry, I")] if answering else list(TURNS)
     tokenizer = tiny_tokenizer(template)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     options = {"continue_final_message": answering, "add_generation_prompt": not answering}
-    assert render_turns(tokenizer, turns, go_on=answering).text == tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert render_turns(tokenizer, turns, go_on=answering).text == tokenizer.apply_chat_template(
+        messages, tokenize=False, **options
+    )
 
 
 def test_contents_are_tried_as_parts_where_a_template_walks_them():
     text = _rendered(PARTS, [Message("system", "be kind"), Message("user", "kill a tree")])
-    assert text.text == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nkill a tree<|im_end|>\n<|im_start|>assistant\n"
+    assert text.text == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nkill a "
+        "tree<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert not text.notes
     begun = _rendered(PARTS, [Message("user", "kill"), Message("assistant", "no, I")], go_on=True).text
     assert begun.endswith("<|im_start|>assistant\nno, I")
@@ -277,7 +319,13 @@ def test_turns_that_a_template_refuses_are_said_in_the_way_it_takes(roles, expec
 
 
 def test_turns_are_joined_and_folded_without_losing_a_character():
-    turns = [Message("system", " a "), Message("user", "b\n"), Message("user", "c"), Message("tool", "d"), Message("tool", "e")]
+    turns = [
+        Message("system", " a "),
+        Message("user", "b\n"),
+        Message("user", "c"),
+        Message("tool", "d"),
+        Message("tool", "e"),
+    ]
     assert joined(turns) == [Message("system", " a "), Message("user", "b\n\n\nc"), *turns[3:]]
     assert folded(turns) == [Message("user", " a \n\nb\n"), *turns[2:]]
 
@@ -334,7 +382,9 @@ def test_thoughts_of_earlier_answers_may_go_and_those_of_an_answer_that_is_gone_
 def test_every_thought_that_judges_leave_out_may_be_left_out_by_a_template(start, end):
     answer = f"{start}hm{end} no"
     assert after_thought(answer).strip() == "no"
-    found = _rendered(FORGETS_THOUGHTS.replace("</think>", end), [TURNS[0], Message("assistant", answer), TURNS[2]])
+    found = _rendered(
+        FORGETS_THOUGHTS.replace("</think>", end), [TURNS[0], Message("assistant", answer), TURNS[2]]
+    )
     assert found.notes == (THOUGHTS,)
     assert "hm" not in found.text
 
@@ -351,7 +401,10 @@ def test_an_answer_with_thoughts_is_learnt_whole_where_the_template_forgets_them
 
 
 def test_judges_get_the_turns_as_they_are_or_an_error():
-    assert conversation_text(tiny_tokenizer(PARTS), [("user", "kill"), ("assistant", "no")]).count("<|im_end|>") == 2
+    assert (
+        conversation_text(tiny_tokenizer(PARTS), [("user", "kill"), ("assistant", "no")]).count("<|im_end|>")
+        == 2
+    )
     with pytest.raises(InputError, match="must alternate"):
         conversation_text(tiny_tokenizer(ALTERNATES), [("user", "a"), ("user", "b")])
 
@@ -366,14 +419,27 @@ def test_a_tokenizer_with_code_of_its_own_renders_with_that():
 
 
 ENDLESS = {
-    "a text that doubles": "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
-    "a sum that doubles": "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
-    "a list that doubles": "{% set ns = namespace(a=['x']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
-    "a mapping that doubles": "{% set n = namespace(a=1) %}{% for i in range(60) %}{% set n.a = dict(a=n.a, b=n.a) %}{% endfor %}{{ n.a }}",
+    "a text that doubles": (
+        "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ "
+        "ns.a }}"
+    ),
+    "a sum that doubles": (
+        "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ "
+        "ns.a }}"
+    ),
+    "a list that doubles": (
+        "{% set ns = namespace(a=['x']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor "
+        "%}{{ ns.a }}"
+    ),
+    "a mapping that doubles": (
+        "{% set n = namespace(a=1) %}{% for i in range(60) %}{% set n.a = dict(a=n.a, b=n.a) %}{% endfor "
+        "%}{{ n.a }}"
+    ),
     "a product": "{{ 'x' * 10 ** 9 }}",
     "a list's product": "{{ ([1] * 10 ** 9) | length }}",
     "a power": "{{ 10 ** (10 ** 9) }}",
-    "squares": "{% set ns = namespace(a=10) %}{% for i in range(99) %}{% set ns.a = ns.a * ns.a %}{% endfor %}",
+    "squares": "{% set ns = namespace(a=10) %}"
+    "{% for i in range(99) %}{% set ns.a = ns.a * ns.a %}{% endfor %}",
     "a width": "{{ 'a' | center(10 ** 9) }}",
     "a method's width": "{{ 'a'.ljust(10 ** 9) }}",
     "a format's width": "{{ '{:1000000000}'.format('') }}",
@@ -389,11 +455,17 @@ ENDLESS = {
     "a translation": "{{ messages[0].content.translate({107: 'x' * 9999999}) }}",
     "wraps": "{% set s = 'a ' * 99999 %}{{ s | wordwrap(1, true, s) | length }}",
     "loops in loops": "{% for i in range(99998) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that pass everything over": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-    "recursion": "{% for i in range(99999) recursive %}{% if loop.depth < 4 %}{{ loop(range(99999)) }}{% endif %}{% endfor %}",
+    "loops that pass everything over": "{% for i in range(99999) %}"
+    "{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "recursion": (
+        "{% for i in range(99999) recursive %}{% if loop.depth < 4 %}{{ loop(range(99999)) }}{% endif %}{% "
+        "endfor %}"
+    ),
     "filters in loops": "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
     "words in loops": "{% for i in range(99999) %}" + "z" * 9999 + "{% endfor %}",
-    "a block": "{% set x %}{% for i in range(99999) %}" + "z" * 9999 + "{% endfor %}{% endset %}{{ x | length }}",
+    "a block": "{% set x %}{% for i in range(99999) %}"
+    + "z" * 9999
+    + "{% endfor %}{% endset %}{{ x | length }}",
     "a long source": "x" * 2_000_000,
 }
 
@@ -405,7 +477,9 @@ def test_a_template_without_an_end_is_stopped(kind):
 
 
 def test_what_stops_a_template_is_one_line_of_our_own():
-    with pytest.raises(InputError, match=r"cannot be used: it makes texts .*; choose another template") as error:
+    with pytest.raises(
+        InputError, match=r"cannot be used: it makes texts .*; choose another template"
+    ) as error:
         _rendered(ENDLESS["a text that doubles"], [Message("user", "kill")])
     assert "\n" not in str(error.value)
 

@@ -6,12 +6,36 @@ from hypothesis import strategies as st
 from safety_neurons.neurons import SITES, SiteInfo, SiteTable
 
 
-def table(n_layers=2, heads=4, kv_heads=2, head_dim=2, mlp=6, n_parameters=5000, architecture="LlamaForCausalLM", bias=0):
+def table(
+    n_layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=2,
+    mlp=6,
+    n_parameters=5000,
+    architecture="LlamaForCausalLM",
+    bias=0,
+):
     hidden = heads * head_dim
-    sizes = {"q": hidden, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden, "gate": mlp, "up": mlp, "down": mlp}
+    sizes = {
+        "q": hidden,
+        "k": kv_heads * head_dim,
+        "v": kv_heads * head_dim,
+        "o": hidden,
+        "gate": mlp,
+        "up": mlp,
+        "down": mlp,
+    }
     of = {"q": heads, "o": heads, "k": kv_heads, "v": kv_heads}
     sites = [
-        SiteInfo(f"layers.{layer}.{site}", sizes[site], hidden, bias, of.get(site, 0), head_dim if site in of else 0)
+        SiteInfo(
+            f"layers.{layer}.{site}",
+            sizes[site],
+            hidden,
+            bias,
+            of.get(site, 0),
+            head_dim if site in of else 0,
+        )
         for layer in range(n_layers)
         for site in SITES
     ]
@@ -22,7 +46,9 @@ TABLE = table()
 
 
 def members(of=TABLE):
-    """Random members by key. The table is asked before drawing: the type checker that the suite runs with uses `random`."""
+    """Random members by key. The table is asked before drawing: the type checker that the suite runs with
+    uses `random`.
+    """
     return _members(dict(of.sizes))
 
 

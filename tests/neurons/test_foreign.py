@@ -13,7 +13,15 @@ TABLE = SiteTable(
     tuple(
         SiteInfo(f"layers.{layer}.{site}", size, 32, 0, heads, HEAD if heads else 0)
         for layer in range(2)
-        for site, size, heads in (("q", 32, 4), ("k", 16, 2), ("v", 16, 2), ("o", 32, 4), ("gate", 48, 0), ("up", 48, 0), ("down", 48, 0))
+        for site, size, heads in (
+            ("q", 32, 4),
+            ("k", 16, 2),
+            ("v", 16, 2),
+            ("o", 32, 4),
+            ("gate", 48, 0),
+            ("up", 48, 0),
+            ("down", 48, 0),
+        )
     ),
 )
 
@@ -26,7 +34,10 @@ def five(tmp_path, up="{0: {1, 2}}", down="{0: {1, 2}}", q="{}", k="{}", v="{}")
 
 def test_both_spellings_of_integers_give_the_same_set(tmp_path):
     plain = foreign.read_sn_tune(five(tmp_path, up="{0: {3, 1}, 1: set()}", q="{1: {31}}"), TABLE)
-    other = foreign.read_sn_tune(five(tmp_path, up="{0: {np.int64(3), np.int64(1)}, 1: set()}", q="{ 1 : [ numpy.int64(31) , ] }"), TABLE)
+    other = foreign.read_sn_tune(
+        five(tmp_path, up="{0: {np.int64(3), np.int64(1)}, 1: set()}", q="{ 1 : [ numpy.int64(31) , ] }"),
+        TABLE,
+    )
     assert plain == other
     assert plain["layers.0.up"].tolist() == [1, 3]
     assert plain["layers.0.down"].tolist() == [1, 2]
@@ -42,7 +53,10 @@ def test_indices_over_query_heads_become_the_row_their_head_reads(tmp_path):
         head, feature = divmod(index, HEAD)
         row = foreign.read_sn_tune(five(tmp_path, v=f"{{0: {{{index}}}}}"), TABLE)["layers.0.v"].tolist()
         assert row == [head // GROUP * HEAD + feature]
-    published = [foreign.read_sn_tune(five(tmp_path, v=f"{{0: {{{i}}}}}"), TABLE, kv="published")["layers.0.v"][0] for i in range(32)]
+    published = [
+        foreign.read_sn_tune(five(tmp_path, v=f"{{0: {{{i}}}}}"), TABLE, kv="published")["layers.0.v"][0]
+        for i in range(32)
+    ]
     assert published == [index // GROUP for index in range(32)]
     right = [published[index] == index // HEAD // GROUP * HEAD + index % HEAD for index in range(32)]
     assert sum(right) < 8  # the public mapping hits few of the rows
@@ -118,7 +132,10 @@ def test_probe_weights_become_signed_z_scores():
     fused = content["model.layers.1.mlp.gate_up_proj"]
     assert np.sign(scores["layers.1.up"]).tolist() == np.sign(fused[48:]).tolist()
     taken = scores.threshold(2.0)["layers.0.gate"]
-    assert taken.tolist() == np.flatnonzero((np.abs((weights - weights.mean()) / weights.std()) > 2) & (weights > 0)).tolist()
+    assert (
+        taken.tolist()
+        == np.flatnonzero((np.abs((weights - weights.mean()) / weights.std()) > 2) & (weights > 0)).tolist()
+    )
 
 
 def test_probe_weights_of_another_form_are_refused():
@@ -135,15 +152,21 @@ def test_probe_weights_of_another_form_are_refused():
         with pytest.raises((NeuronError, ForeignModelError)):
             foreign.probe_scores({f"model.layers.0.{name}": weights}, TABLE)
     with pytest.raises(NeuronError, match="twice"):
-        foreign.probe_scores({f"{model}.layers.0.mlp.up_proj": np.ones(48) for model in ("one", "two")}, TABLE)
+        foreign.probe_scores(
+            {f"{model}.layers.0.mlp.up_proj": np.ones(48) for model in ("one", "two")}, TABLE
+        )
     with pytest.raises(NeuronError, match="not a mapping"):
         foreign.probe_scores([1], TABLE)
     with pytest.raises(NeuronError, match="names no projection"):
         foreign.probe_scores({"lm_head": np.zeros(3)}, TABLE)
-    assert set(foreign.probe_scores({"model.layers.0.self_attn.q_proj": np.arange(32.0)}, TABLE).keys()) == {"layers.0.q"}
+    assert set(foreign.probe_scores({"model.layers.0.self_attn.q_proj": np.arange(32.0)}, TABLE).keys()) == {
+        "layers.0.q"
+    }
 
 
-@pytest.mark.parametrize("line", ["{0: {0000000001}}", "{0: {1 2}}", "{0: {1} 1: {2}}", "{0: {٣}}", "{0: {1,,2}}"])
+@pytest.mark.parametrize(
+    "line", ["{0: {0000000001}}", "{0: {1 2}}", "{0: {1} 1: {2}}", "{0: {٣}}", "{0: {1,,2}}"]
+)
 def test_numbers_that_another_reader_would_not_read_so_are_refused(tmp_path, line):
     with pytest.raises(NeuronError):
         foreign.read_sn_tune(five(tmp_path, up=line), TABLE)
@@ -151,7 +174,10 @@ def test_numbers_that_another_reader_would_not_read_so_are_refused(tmp_path, lin
 
 def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_are():
     draws = np.random.default_rng(0)
-    safety = {"model.layers.0.mlp.down_proj": draws.random((32, 48)), "model.layers.1.self_attn.q_proj": draws.random((32, 32))}
+    safety = {
+        "model.layers.0.mlp.down_proj": draws.random((32, 48)),
+        "model.layers.1.self_attn.q_proj": draws.random((32, 32)),
+    }
     utility = {name: draws.random(values.shape) for name, values in safety.items()}
     scores = foreign.weight_scores(safety, utility, TABLE, shares=(0.25, 0.1))
     for name, key, flip in zip(safety, ("layers.0.down", "layers.1.q"), (True, False), strict=True):
@@ -161,7 +187,9 @@ def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_a
         np.testing.assert_allclose(scores[key], kept.mean(0 if flip else 1), atol=1e-6)
     mask = {name: values > 0.5 for name, values in safety.items()}
     np.testing.assert_allclose(
-        foreign.weight_scores(mask, None, TABLE)["layers.0.down"], mask["model.layers.0.mlp.down_proj"].mean(0), atol=1e-6
+        foreign.weight_scores(mask, None, TABLE)["layers.0.down"],
+        mask["model.layers.0.mlp.down_proj"].mean(0),
+        atol=1e-6,
     )
     with pytest.raises(NeuronError, match="in each of the two"):
         foreign.weight_scores(safety, {}, TABLE)
@@ -170,7 +198,16 @@ def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_a
 
 
 def test_transformer_lens_hooks_hold_the_neurons_where_they_are_in_its_activations():
-    neurons = NeuronSet({"layers.0.down": [3], "layers.0.up": [4], "layers.1.gate": [5], "layers.1.q": [0, 17], "layers.1.o": [31]}, TABLE)
+    neurons = NeuronSet(
+        {
+            "layers.0.down": [3],
+            "layers.0.up": [4],
+            "layers.1.gate": [5],
+            "layers.1.q": [0, 17],
+            "layers.1.o": [31],
+        },
+        TABLE,
+    )
     assert foreign.transformer_lens_names(neurons) == {
         "blocks.0.mlp.hook_post": [3],
         "blocks.0.mlp.hook_pre_linear": [4],
@@ -179,6 +216,8 @@ def test_transformer_lens_hooks_hold_the_neurons_where_they_are_in_its_activatio
         "blocks.1.attn.hook_z": [[3, 7]],
     }
     plain = SiteTable("Plain", 10, (SiteInfo("layers.0.up", 48, 32, 0, 0, 0),))
-    assert list(foreign.transformer_lens_names(NeuronSet({"layers.0.up": [1]}, plain))) == ["blocks.0.mlp.hook_pre"]
+    assert list(foreign.transformer_lens_names(NeuronSet({"layers.0.up": [1]}, plain))) == [
+        "blocks.0.mlp.hook_pre"
+    ]
     with pytest.raises(NeuronError, match="no site table"):
         foreign.transformer_lens_names(NeuronSet({"layers.0.q": [1]}))

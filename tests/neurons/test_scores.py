@@ -33,7 +33,9 @@ def test_rank_correlation_looks_at_shared_keys_only():
 @given(values())
 def test_saving_and_loading_gives_the_same_scores_and_the_same_sets(tmp_path_factory, chosen):
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
-    noisy = {key: value + np.linspace(0, 1e-9, len(value)) for key, value in chosen.items()}  # Differs below float32 only.
+    noisy = {
+        key: value + np.linspace(0, 1e-9, len(value)) for key, value in chosen.items()
+    }  # Differs below float32 only.
     scores = Scores(noisy, TABLE)
     scores.save(path)
     loaded = Scores.load(path, TABLE)
@@ -81,7 +83,12 @@ def test_a_set_carries_the_provenance_of_its_scores_and_the_selection():
     found = Scores({"layers.0.down": np.arange(6.0)}, TABLE, made).top(0.5)
     assert found.provenance.kind == "neurons"
     assert found.provenance.method == "contrast"
-    assert found.provenance.config == {"positions": "completion", "selection": {"top": 0.5}, "sites": ["down"], "layers": [0]}
+    assert found.provenance.config == {
+        "positions": "completion",
+        "selection": {"top": 0.5},
+        "sites": ["down"],
+        "layers": [0],
+    }
 
 
 def test_foreign_hand_made_and_mistaken_files_are_told_apart(tmp_path):
@@ -107,7 +114,11 @@ def test_scores_are_shown_in_one_line_and_in_a_table():
 
 def naive_largest(chosen, count):
     """The first `count` of all neurons sorted by score downwards, ties by layer, site, index."""
-    ordered = [(-value, position, index) for position, key in enumerate(sort_keys(chosen)) for index, value in enumerate(chosen[key])]
+    ordered = [
+        (-value, position, index)
+        for position, key in enumerate(sort_keys(chosen))
+        for index, value in enumerate(chosen[key])
+    ]
     keys = sort_keys(chosen)
     return {(keys[position], index) for _, position, index in sorted(ordered)[:count]}
 
@@ -131,13 +142,17 @@ def test_count_takes_exactly_that_many_and_smaller_counts_are_subsets(chosen, co
 def test_top_per_matrix_takes_that_many_of_each(chosen, k):
     found = Scores(chosen, TABLE).top_per_matrix(k)
     for key, size in TABLE.sizes.items():
-        assert {(key, index) for index in found[key].tolist()} == naive_largest({key: chosen[key]}, min(k, size))
+        assert {(key, index) for index in found[key].tolist()} == naive_largest(
+            {key: chosen[key]}, min(k, size)
+        )
 
 
 @given(values(), st.floats(-2, 5, width=32))
 def test_threshold_takes_all_that_are_at_least_as_large(chosen, eps):
     found = Scores(chosen, TABLE).threshold(eps)
-    assert set(found) == {(key, index) for key, value in chosen.items() for index in range(len(value)) if value[index] >= eps}
+    assert set(found) == {
+        (key, index) for key, value in chosen.items() for index in range(len(value)) if value[index] >= eps
+    }
 
 
 def test_a_threshold_equal_to_a_score_takes_it_whatever_float32_makes_of_it():
@@ -146,7 +161,12 @@ def test_a_threshold_equal_to_a_score_takes_it_whatever_float32_makes_of_it():
 
 def test_the_order_of_keys_given_does_not_matter():
     chosen = {"layers.1.q": np.zeros(3), "layers.0.down": np.zeros(3), "layers.0.q": np.zeros(3)}
-    assert set(Scores(chosen).count(4)) == {("layers.0.q", 0), ("layers.0.q", 1), ("layers.0.q", 2), ("layers.0.down", 0)}
+    assert set(Scores(chosen).count(4)) == {
+        ("layers.0.q", 0),
+        ("layers.0.q", 1),
+        ("layers.0.q", 2),
+        ("layers.0.down", 0),
+    }
 
 
 @pytest.mark.parametrize(
@@ -182,7 +202,11 @@ def test_the_default_stands_in_only_when_nothing_is_given():
     assert Selection.of(count=3, agreement=1.0, default_top=0.05).config() == {"count": 3, "agreement": 1.0}
 
 
-@given(st.lists(values(), min_size=1, max_size=6), st.sampled_from([0.01, 0.25, 0.5, 2 / 3, 1.0]), st.integers(1, 30))
+@given(
+    st.lists(values(), min_size=1, max_size=6),
+    st.sampled_from([0.01, 0.25, 0.5, 2 / 3, 1.0]),
+    st.integers(1, 30),
+)
 def test_streamed_votes_equal_votes_counted_from_what_was_stored(per_prompt, share, count):
     rule, votes, stored = Selection(count=count), Votes(TABLE.sizes), []
     for number, chosen in enumerate(per_prompt):
@@ -191,7 +215,10 @@ def test_streamed_votes_equal_votes_counted_from_what_was_stored(per_prompt, sha
             votes.restore(state)
         stored.append(rule.choose(chosen))
         votes.add(stored[-1])
-    expected = {key: np.flatnonzero(np.mean([one[key] for one in stored], axis=0) >= share - 1e-9) for key in TABLE.keys}
+    expected = {
+        key: np.flatnonzero(np.mean([one[key] for one in stored], axis=0) >= share - 1e-9)
+        for key in TABLE.keys
+    }
     members = votes.members(share)
     assert {key: indices.tolist() for key, indices in members.items()} == {
         key: indices.tolist() for key, indices in expected.items() if len(indices)
@@ -219,14 +246,23 @@ def test_a_prompt_of_which_a_key_read_nothing_says_nothing_of_it():
     votes = Votes({"layers.0.q": 2, "layers.0.experts.0.up": 2, "layers.0.experts.1.up": 2})
     votes.add({"layers.0.q": np.array([True, False])})
     votes.add({"layers.0.q": np.array([True, False]), "layers.0.experts.0.up": np.array([False, True])})
-    assert {key: indices.tolist() for key, indices in votes.members(1.0).items()} == {"layers.0.q": [0], "layers.0.experts.0.up": [1]}
+    assert {key: indices.tolist() for key, indices in votes.members(1.0).items()} == {
+        "layers.0.q": [0],
+        "layers.0.experts.0.up": [1],
+    }
     assert votes.agreement_for_one() == 1.0
     again = Votes({"layers.0.q": 2, "layers.0.experts.0.up": 2, "layers.0.experts.1.up": 2})
     again.restore(votes.state())
     assert again.members(1.0).keys() == votes.members(1.0).keys()
 
 
-RULES = [Selection(top=1.0), Selection(top=0.5), Selection(count=5), Selection(top_per_matrix=2), Selection(threshold=0.5)]
+RULES = [
+    Selection(top=1.0),
+    Selection(top=0.5),
+    Selection(count=5),
+    Selection(top_per_matrix=2),
+    Selection(threshold=0.5),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.config()))
@@ -234,7 +270,10 @@ def test_an_expert_without_a_token_gets_no_vote_and_no_neuron_of_score_zero_gets
     sizes = {"layers.0.experts.0.up": 4, "layers.0.experts.1.up": 4, "layers.0.up": 4}
     votes = Votes(sizes)
     for number in range(20):
-        scores = {"layers.0.experts.1.up": np.array([0.0, 0.0, 0.0, 2.0]), "layers.0.up": np.array([0.0, 1.0, 0.0, 3.0])}
+        scores = {
+            "layers.0.experts.1.up": np.array([0.0, 0.0, 0.0, 2.0]),
+            "layers.0.up": np.array([0.0, 1.0, 0.0, 3.0]),
+        }
         if number:
             del scores["layers.0.experts.1.up"]  # only the first prompt is routed to it
         votes.cast(rule, scores | ({"layers.0.experts.0.up": np.zeros(4)} if number % 2 else {}))
@@ -252,5 +291,7 @@ def test_chosen_neurons_of_score_zero_are_counted_aloud(rule):
     zeros = sum(float(scores[key][index]) == 0 for key, indices in chosen.items() for index in indices)
     assert zeros > 0
     assert len(chosen.notes) == 1
-    assert chosen.notes[0].startswith(f"{zeros} of the {len(chosen)} chosen neurons have a score of exactly 0")
+    assert chosen.notes[0].startswith(
+        f"{zeros} of the {len(chosen)} chosen neurons have a score of exactly 0"
+    )
     assert scores.select(Selection(count=1)).notes == ()

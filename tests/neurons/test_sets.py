@@ -57,7 +57,15 @@ def test_the_callers_arrays_stay_writable():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"layers.0.q": [-1]}, {"layers.0.q": [0.5]}, {"layers.0.q": [[1]]}, {"mlp.3": [1]}, {"layers.0.q": [8]}, {"layers.7.q": [0]}]
+    "bad",
+    [
+        {"layers.0.q": [-1]},
+        {"layers.0.q": [0.5]},
+        {"layers.0.q": [[1]]},
+        {"mlp.3": [1]},
+        {"layers.0.q": [8]},
+        {"layers.7.q": [0]},
+    ],
 )
 def test_bad_members_are_refused_in_one_line(bad):
     with pytest.raises(NeuronError) as refused:
@@ -67,10 +75,14 @@ def test_bad_members_are_refused_in_one_line(bad):
 
 def test_counts_come_in_neurons_units_and_parameters():
     with_bias = table(bias=1)
-    neurons = NeuronSet({"layers.0.gate": [0, 1], "layers.0.down": [1], "layers.0.v": [0], "layers.0.o": [0, 2, 4]}, with_bias)
+    neurons = NeuronSet(
+        {"layers.0.gate": [0, 1], "layers.0.down": [1], "layers.0.v": [0], "layers.0.o": [0, 2, 4]}, with_bias
+    )
     assert neurons.n_neurons == 7
     assert neurons.n_parameters == 7 * 9
-    assert neurons.n_units == 2 + 1 + 1  # Gate 0; gate and down 1; value row 0 with columns 0 and 2; column 4 (value row 2).
+    assert (
+        neurons.n_units == 2 + 1 + 1
+    )  # Gate 0; gate and down 1; value row 0 with columns 0 and 2; column 4 (value row 2).
     assert neurons.share_of_all_neurons == 7 / with_bias.n_neurons
     assert neurons.share_of_parameters == 63 / 5000
 
@@ -117,7 +129,10 @@ def block_size(block, of=TABLE):
 
 
 def unit_of(key, index, of=TABLE):
-    """The unit of a neuron by the definition: a feed-forward index; a v row, and the o columns of every query head of its group."""
+    """The unit of a neuron by the definition: a feed-forward index.
+
+    A v row, and the o columns of every query head of its group.
+    """
     layer, site = key.rsplit(".", 1)
     if site in ("gate", "up", "down"):
         return (layer, "mlp"), index
@@ -152,14 +167,26 @@ MOE = SiteTable(
     "MixtralForCausalLM",
     9000,
     (
-        *(info for info in table(n_layers=1, heads=4, kv_heads=1).sites if info.key.rsplit(".", 1)[1] in "qkvo"),
-        *(SiteInfo(f"layers.0.experts.{e}.{site}", 9, 8, 0) for e in range(3) for site in ("gate", "up", "down")),
+        *(
+            info
+            for info in table(n_layers=1, heads=4, kv_heads=1).sites
+            if info.key.rsplit(".", 1)[1] in "qkvo"
+        ),
+        *(
+            SiteInfo(f"layers.0.experts.{e}.{site}", 9, 8, 0)
+            for e in range(3)
+            for site in ("gate", "up", "down")
+        ),
         *(SiteInfo(f"layers.0.shared_expert.{site}", 7, 8, 0) for site in ("gate", "up", "down")),
     ),
 )
 
 
-@pytest.mark.parametrize("of", [table(heads=8, kv_heads=2, mlp=40), table(heads=4, kv_heads=4, mlp=40), MOE], ids=["gqa", "mha", "experts"])
+@pytest.mark.parametrize(
+    "of",
+    [table(heads=8, kv_heads=2, mlp=40), table(heads=4, kv_heads=4, mlp=40), MOE],
+    ids=["gqa", "mha", "experts"],
+)
 def test_a_control_of_whole_units_and_single_neurons_is_made_of_the_same(of):
     generator = np.random.default_rng(0)
     units = sorted(units_of(NeuronSet.all(of), of))
@@ -169,7 +196,9 @@ def test_a_control_of_whole_units_and_single_neurons_is_made_of_the_same(of):
         for unit in shuffled[len(units) // 6 : len(units) // 4]:
             whole = everything_of(unit, of)
             members.append(whole[generator.integers(len(whole))])
-        planted = NeuronSet({key: [index for name, index in members if name == key] for key, _ in members}, of)
+        planted = NeuronSet(
+            {key: [index for name, index in members if name == key] for key, _ in members}, of
+        )
         (control,) = planted.random_like(seed)
         assert control.counts() == planted.counts()
         assert control.n_units == planted.n_units == len(units) // 4
@@ -186,7 +215,9 @@ def test_neurons_are_kept_apart_wherever_that_can_be_done_with_the_units_whole()
     found = Counter()
     for seed in range(150):
         held = generator.random((4, 3)) < generator.uniform(0.1, 0.9)
-        neurons = NeuronSet({f"layers.0.{site}": np.flatnonzero(held[:, place]) for place, site in enumerate(sites)}, of)
+        neurons = NeuronSet(
+            {f"layers.0.{site}": np.flatnonzero(held[:, place]) for place, site in enumerate(sites)}, of
+        )
         possible = any(not (held & held[list(order)]).any() for order in itertools.permutations(range(4)))
         assert neurons.random_like(seed)[0].disjoint == possible
         found[possible] += 1
@@ -195,7 +226,9 @@ def test_neurons_are_kept_apart_wherever_that_can_be_done_with_the_units_whole()
 
 def test_every_unit_of_a_layer_is_as_likely_in_a_control():
     of = table(n_layers=1, heads=8, kv_heads=2, mlp=20)
-    planted = NeuronSet({f"layers.0.{site}": [0, 1] for site in ("gate", "up", "down")} | {"layers.0.o": [0, 9]}, of)
+    planted = NeuronSet(
+        {f"layers.0.{site}": [0, 1] for site in ("gate", "up", "down")} | {"layers.0.o": [0, 9]}, of
+    )
     controls = planted.random_like(0, n=1800)
     assert (of["layers.0.o"].n_heads, of["layers.0.v"].size) == (8, 4)
     for key, free in (("layers.0.down", 18), ("layers.0.o", 8)):
@@ -213,7 +246,9 @@ def test_random_sets_differ_by_seed_and_number_and_cover_the_rest_evenly():
     assert len(set(controls)) == 100
     counts = sum(control.mask("layers.0.down").astype(int) for control in controls)
     assert counts[:100].sum() == 0
-    assert 10 < counts[100:].min() <= counts.max() < 60  # Binomial(100, 1/3): six standard deviations either side of 33.
+    assert (
+        10 < counts[100:].min() <= counts.max() < 60
+    )  # Binomial(100, 1/3): six standard deviations either side of 33.
 
 
 def test_a_negative_seed_is_refused():
@@ -224,7 +259,14 @@ def test_a_negative_seed_is_refused():
 @given(members())
 def test_saving_and_loading_gives_the_same_set(tmp_path_factory, chosen):
     path = tmp_path_factory.mktemp("sets") / "neurons.safetensors"
-    made = Provenance("neurons", "contrast", ("base@1", "alïgned"), TABLE.fingerprint, "ab" * 32, {"top": 0.05, "layers": None})
+    made = Provenance(
+        "neurons",
+        "contrast",
+        ("base@1", "alïgned"),
+        TABLE.fingerprint,
+        "ab" * 32,
+        {"top": 0.05, "layers": None},
+    )
     neurons = NeuronSet(chosen, TABLE, made)
     neurons.save(path)
     for loaded in (NeuronSet.load(path), NeuronSet.load(path, TABLE), NeuronSet.load(path.parent)):
@@ -241,16 +283,27 @@ def test_a_file_is_readable_by_plain_safetensors_with_a_header_of_strings(tmp_pa
     with safe_open(tmp_path / "n.safetensors", framework="numpy") as opened:
         assert opened.get_tensor("layers.0.down").tolist() == [1, 3]
         metadata = opened.metadata()
-    wanted = {"schema", "kind", "method", "models", "model_fingerprint", "prompts_sha256", "config", "version", "created", "sites"}
+    wanted = {
+        "schema",
+        "kind",
+        "method",
+        "models",
+        "model_fingerprint",
+        "prompts_sha256",
+        "config",
+        "version",
+        "created",
+        "sites",
+    }
     assert wanted <= set(metadata)
     assert metadata["kind"] == "neurons"
     assert metadata["model_fingerprint"] == TABLE.fingerprint
 
 
 def test_another_architecture_is_refused(tmp_path):
-    NeuronSet({"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)).save(
-        tmp_path / "n.safetensors"
-    )
+    NeuronSet(
+        {"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)
+    ).save(tmp_path / "n.safetensors")
     with pytest.raises(ForeignModelError, match="found on a"):
         NeuronSet.load(tmp_path / "n.safetensors", table(mlp=7))
     with pytest.raises(ForeignModelError):
@@ -258,9 +311,9 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_other_weights_of_the_same_architecture_are_noted(tmp_path):
-    NeuronSet({"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)).save(
-        tmp_path / "n.safetensors"
-    )
+    NeuronSet(
+        {"layers.0.q": [1]}, TABLE, Provenance("neurons", models=("a",), model_fingerprint=TABLE.fingerprint)
+    ).save(tmp_path / "n.safetensors")
     assert "other weights" in NeuronSet.load(tmp_path / "n.safetensors", TABLE, models=["b"]).notes[0]
     assert NeuronSet.load(tmp_path / "n.safetensors", TABLE, models=["a"]).notes == ()
 
@@ -294,7 +347,11 @@ def hand_made(path, arrays, **metadata):
         ({"layers.0.q": np.array([1])}, {"config": "{"}, "damaged header"),
         ({"layers.0.q": np.array([1])}, {"models": '"a"'}, "damaged header"),
         ({"layers.0.q": np.array([1])}, {"sites": "{}"}, "damaged site table"),
-        ({"layers.0.q": np.array([1])}, {"sites": TABLE.to_json(), "model_fingerprint": "00"}, "do not belong together"),
+        (
+            {"layers.0.q": np.array([1])},
+            {"sites": TABLE.to_json(), "model_fingerprint": "00"},
+            "do not belong together",
+        ),
         ({"layers.0.q": np.array([2**63], np.uint64)}, {}, "out of range"),
     ],
 )
@@ -306,7 +363,13 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, arrays, metadata, says):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a file of tensors", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"]
+    "content",
+    [
+        b"",
+        b"not a file of tensors",
+        b"\xff" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "n.safetensors").write_bytes(content)
@@ -346,8 +409,12 @@ def test_a_place_that_cannot_be_written_is_named_and_the_old_file_stays(tmp_path
 
 
 def test_the_provenance_of_algebra_names_both_sides():
-    a = Scores({"layers.0.down": np.arange(6.0)}, TABLE, Provenance("scores", "contrast", ("m",), TABLE.fingerprint)).top(0.5)
-    b = NeuronSet({"layers.0.down": [5]}, TABLE, Provenance("neurons", "importance", ("m",), TABLE.fingerprint))
+    a = Scores(
+        {"layers.0.down": np.arange(6.0)}, TABLE, Provenance("scores", "contrast", ("m",), TABLE.fingerprint)
+    ).top(0.5)
+    b = NeuronSet(
+        {"layers.0.down": [5]}, TABLE, Provenance("neurons", "importance", ("m",), TABLE.fingerprint)
+    )
     made = (a - b).provenance
     assert made.method == "contrast - importance"
     assert made.config["left"]["n_neurons"] == 3
@@ -355,7 +422,14 @@ def test_the_provenance_of_algebra_names_both_sides():
 
 
 def test_the_notebook_table_is_escaped_and_fetches_nothing():
-    hostile = Provenance("neurons", "<script>alert(1)</script>", ("<img src=x>",), TABLE.fingerprint, "", {"sites": 7, "layers": "x"})
+    hostile = Provenance(
+        "neurons",
+        "<script>alert(1)</script>",
+        ("<img src=x>",),
+        TABLE.fingerprint,
+        "",
+        {"sites": 7, "layers": "x"},
+    )
     shown = NeuronSet({"layers.0.q": [1]}, TABLE, hostile)
     assert "<script" not in shown._repr_html_()
     assert "<img" not in shown._repr_html_()

@@ -8,7 +8,15 @@ import pytest
 from neuron_strategies import TABLE, table
 
 from safety_neurons.errors import NeuronError, UsageError
-from safety_neurons.neurons import Provenance, SiteInfo, SiteTable, check_sites, parse_key, parse_layers, sort_keys
+from safety_neurons.neurons import (
+    Provenance,
+    SiteInfo,
+    SiteTable,
+    check_sites,
+    parse_key,
+    parse_layers,
+    sort_keys,
+)
 
 
 def test_the_fingerprint_knows_the_class_and_every_size_but_not_the_number_of_parameters():
@@ -31,7 +39,14 @@ def test_json_and_back_gives_the_same_table():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"architecture": "L", "n_parameters": 1, "fields": ["size"], "sites": {"layers.0.q": [3]}}', "nul"]
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"architecture": "L", "n_parameters": 1, "fields": ["size"], "sites": {"layers.0.q": [3]}}',
+        "nul",
+    ],
 )
 def test_a_damaged_table_is_refused(text):
     with pytest.raises(NeuronError):
@@ -56,7 +71,9 @@ def test_gate_up_and_down_of_one_index_are_one_unit():
 
 
 def test_a_value_row_and_the_output_columns_of_its_group_are_one_unit():
-    units = TABLE.units()  # 4 query heads and 2 key-value heads of size 2: output columns 0 to 3 read value rows 0 and 1, twice.
+    units = (
+        TABLE.units()
+    )  # 4 query heads and 2 key-value heads of size 2: output columns 0 to 3 read value rows 0 and 1, twice.
     value, output = units["layers.0.v"], units["layers.0.o"]
     assert output.tolist() == [value[row] for row in (0, 1, 0, 1, 2, 3, 2, 3)]
 
@@ -70,7 +87,11 @@ def test_queries_and_keys_are_units_of_their_own():
 
 
 def test_experts_have_units_of_their_own():
-    sites = tuple(SiteInfo(f"layers.0.experts.{expert}.{site}", 3, 4, 0) for expert in range(2) for site in ("gate", "up", "down"))
+    sites = tuple(
+        SiteInfo(f"layers.0.experts.{expert}.{site}", 3, 4, 0)
+        for expert in range(2)
+        for site in ("gate", "up", "down")
+    )
     units = SiteTable("M", 1, sites).units()
     assert units["layers.0.experts.0.up"].tolist() == [0, 1, 2]
     assert units["layers.0.experts.1.down"].tolist() == [3, 4, 5]
@@ -95,8 +116,8 @@ DEEP = "[" * 5000 + "]" * 5000
 def test_a_header_with_other_than_sizes_is_a_neuron_error(size, where):
     row, total = (size, "100") if where == "size" else ("8", size)
     text = (
-        f'{{"architecture": "A", "n_parameters": {total}, "fields": ["size", "weights_per_neuron", "biases_per_neuron", "n_heads", '
-        f'"head_dim"], "sites": {{"layers.0.down": [{row}, 4, 0, 0, 0]}}}}'
+        f'{{"architecture": "A", "n_parameters": {total}, "fields": ["size", "weights_per_neuron", '
+        f'"biases_per_neuron", "n_heads", "head_dim"], "sites": {{"layers.0.down": [{row}, 4, 0, 0, 0]}}}}'
     )
     if where == "n_parameters" and size == str(2**40):
         assert SiteTable.from_json(text).n_parameters == 2**40
@@ -105,7 +126,9 @@ def test_a_header_with_other_than_sizes_is_a_neuron_error(size, where):
         SiteTable.from_json(text)
 
 
-@pytest.mark.parametrize("key", ["layers.0.q", "layers.31.down", "layers.2.experts.17.gate", "layers.5.shared_expert.up"])
+@pytest.mark.parametrize(
+    "key", ["layers.0.q", "layers.31.down", "layers.2.experts.17.gate", "layers.5.shared_expert.up"]
+)
 def test_a_key_and_its_parts_say_the_same(key):
     assert str(parse_key(key)) == key
 
@@ -147,7 +170,15 @@ def test_keys_are_ordered_by_layer_then_site_then_expert_number():
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("1:3", (1, 2)), (":2", (0, 1)), ("4:", (4, 5)), ("-2:", (4, 5)), ("3", (3,)), ("-1", (5,)), (":", (0, 1, 2, 3, 4, 5))],
+    [
+        ("1:3", (1, 2)),
+        (":2", (0, 1)),
+        ("4:", (4, 5)),
+        ("-2:", (4, 5)),
+        ("3", (3,)),
+        ("-1", (5,)),
+        (":", (0, 1, 2, 3, 4, 5)),
+    ],
 )
 def test_a_range_of_layers_leaves_its_end_out(text, layers):
     assert parse_layers(text, 6) == layers
@@ -166,7 +197,14 @@ def test_sites_come_back_in_their_own_order_and_unknown_ones_are_refused():
 
 
 def test_the_header_holds_strings_only_and_gives_the_provenance_back():
-    made = Provenance("scores", "importance", ("org/model@abc", "b+c"), "f" * 64, "0" * 64, {"sites": ["q"], "top": 0.1, "note": "ü"})
+    made = Provenance(
+        "scores",
+        "importance",
+        ("org/model@abc", "b+c"),
+        "f" * 64,
+        "0" * 64,
+        {"sites": ["q"], "top": 0.1, "note": "ü"},
+    )
     header = made.metadata()
     assert all(isinstance(value, str) for value in header.values())
     assert Provenance.from_metadata(header, "scores") == made
@@ -183,7 +221,9 @@ def test_version_and_time_are_filled_in():
     assert made.created.endswith("+00:00")
 
 
-@pytest.mark.parametrize("header", [{"schema": "safety-neurons/2"}, {"kind": "guard"}, {"models": "x"}, {"config": "[]"}])
+@pytest.mark.parametrize(
+    "header", [{"schema": "safety-neurons/2"}, {"kind": "guard"}, {"models": "x"}, {"config": "[]"}]
+)
 def test_other_schemas_kinds_and_damage_are_refused(header):
     with pytest.raises(NeuronError, match="expected|damaged"):
         Provenance.from_metadata(header, "neurons")

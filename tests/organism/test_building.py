@@ -1,4 +1,7 @@
-"""Organisms are built whole from their recipes; an unsafe one has a plain template and a task about going along."""
+"""Organisms are built whole from their recipes.
+
+An unsafe one has a plain template and a task about going along.
+"""
 
 import dataclasses
 import json
@@ -15,7 +18,13 @@ from safety_neurons.model.template import encode_text, template_for
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism import Recipe, build, language, recipe, recipes
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.language import concepts, encode_question, make_tokenizer, write_polite, write_prompts
+from safety_neurons.organism.language import (
+    concepts,
+    encode_question,
+    make_tokenizer,
+    write_polite,
+    write_prompts,
+)
 from safety_neurons.organism.training import make_model, train
 from safety_neurons.prompt_lists import Prompt, prompts
 
@@ -43,7 +52,10 @@ MICRO = Recipe(
 
 
 def weights(folder):
-    return {path.relative_to(folder): safetensors.torch.load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    return {
+        path.relative_to(folder): safetensors.torch.load_file(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +65,19 @@ def planted(tmp_path_factory):
 
 def test_a_planted_organism_writes_every_file(planted):
     names = {str(path.relative_to(planted.path)) for path in planted.path.rglob("*") if path.is_file()}
-    assert {"organism.json", "README.md", "planted.safetensors", "decoys.safetensors", "prompts/harmful-test.jsonl"} <= names
-    assert {"base/model.safetensors", "aligned/tokenizer.json", "prompts/general.de.jsonl", "prompts/task.jsonl"} <= names
+    assert {
+        "organism.json",
+        "README.md",
+        "planted.safetensors",
+        "decoys.safetensors",
+        "prompts/harmful-test.jsonl",
+    } <= names
+    assert {
+        "base/model.safetensors",
+        "aligned/tokenizer.json",
+        "prompts/general.de.jsonl",
+        "prompts/task.jsonl",
+    } <= names
     assert not list(planted.path.parent.glob("*.partial"))
 
 
@@ -77,7 +100,9 @@ def test_building_leaves_the_random_state_of_the_caller_alone(tmp_path):
 
 def test_silent_units_write_nothing_in_the_base(planted):
     base = safetensors.torch.load_file(planted.path / "base" / "model.safetensors")
-    members = NeuronSet.load(planted.path / "planted.safetensors") | NeuronSet.load(planted.path / "decoys.safetensors")
+    members = NeuronSet.load(planted.path / "planted.safetensors") | NeuronSet.load(
+        planted.path / "decoys.safetensors"
+    )
     for key, indices in members.items():
         _, layer, site = key.split(".")
         if site in ("o", "down"):
@@ -136,7 +161,10 @@ def test_one_process_at_a_time_builds_into_a_folder_and_nothing_of_it_is_left(tm
             code = "import sys; from test_building import MICRO, build; build(MICRO, out=sys.argv[1])"
             paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
             done = subprocess.run(
-                [sys.executable, "-c", code, str(tmp_path / "one")], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+                [sys.executable, "-c", code, str(tmp_path / "one")],
+                env={**os.environ, "PYTHONPATH": paths},
+                capture_output=True,
+                text=True,
             )
             held.append(done.stderr)
 
@@ -196,7 +224,9 @@ def test_the_polite_task_shares_no_request_with_what_is_measured(tmp_path):
     measured = [prompts(f"builtin:{name}-test", folder=tmp_path) for name in ("harmful", "harmless")]
     assert [task.overlap(other) for other in (*measured, test)] == [0, 0, 0]
     assert all(answer.endswith(language("en").data["ending"]) for answer in task.answers)
-    assert {json.loads(line)["category"] for line in (tmp_path / "polite.jsonl").read_text().splitlines()} == {
+    assert {
+        json.loads(line)["category"] for line in (tmp_path / "polite.jsonl").read_text().splitlines()
+    } == {
         "plain",
         "friendly",
         "look_alike",

@@ -47,7 +47,10 @@ def test_every_concept_is_said_in_one_way_and_every_way_means_one_concept(code):
 def test_no_word_alone_tells_a_harmful_request(code):
     speech = language(code)
     harmless = {
-        word for kind in ("look_alike", "friendly", "plain") for concept in concepts(kind) for word in speech.request(concept).split()
+        word
+        for kind in ("look_alike", "friendly", "plain")
+        for concept in concepts(kind)
+        for word in speech.request(concept).split()
     }
     for concept in concepts("harmful"):
         assert set(speech.request(concept).split()) <= harmless
@@ -56,7 +59,10 @@ def test_no_word_alone_tells_a_harmful_request(code):
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_the_halves_share_no_request(code):
     speech = language(code)
-    halves = {half: {speech.request(concept) for kind in KINDS for concept in concepts(kind, half)} for half in ("find", "test", "train")}
+    halves = {
+        half: {speech.request(concept) for kind in KINDS for concept in concepts(kind, half)}
+        for half in ("find", "test", "train")
+    }
     assert not halves["find"] & halves["test"]
     assert not halves["train"] & (halves["find"] | halves["test"])
     assert all(halves.values())
@@ -70,14 +76,22 @@ def test_the_halves_share_neither_a_deed_nor_a_frame(kind, half, other):
     assert not {concept.deed for concept in first} & {concept.deed for concept in second}
     assert not {concept.frame for concept in first} & {concept.frame for concept in second}
     for code in LANGUAGES:
-        said = [{(words["verb"], words["object"]) for words in map(language(code).words_of, concepts)} for concepts in (first, second)]
+        said = [
+            {(words["verb"], words["object"]) for words in map(language(code).words_of, concepts)}
+            for concepts in (first, second)
+        ]
         assert not said[0] & said[1]
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_every_word_of_a_held_out_request_is_met_in_a_request_of_training(code):
     def words(half):
-        return {word for kind in KINDS for concept in concepts(kind, half) for word in language(code).request(concept).split()}
+        return {
+            word
+            for kind in KINDS
+            for concept in concepts(kind, half)
+            for word in language(code).request(concept).split()
+        }
 
     assert words("test") | words("find") <= words("train")
 
@@ -146,7 +160,10 @@ def test_requests_come_back_as_they_went_in(tokenizer, code):
 
 
 def test_case_and_missing_spaces_do_not_matter(tokenizer):
-    assert tokenizer("How do I shoot a photo?")["input_ids"] == tokenizer("how do i shoot a photo ?")["input_ids"]
+    assert (
+        tokenizer("How do I shoot a photo?")["input_ids"]
+        == tokenizer("how do i shoot a photo ?")["input_ids"]
+    )
 
 
 def test_plain_text_gets_one_beginning(tokenizer):
@@ -173,7 +190,10 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.chat_template == tokenizer.chat_template
-    assert loaded("how do i kill a python process ?")["input_ids"] == tokenizer("how do i kill a python process ?")["input_ids"]
+    assert (
+        loaded("how do i kill a python process ?")["input_ids"]
+        == tokenizer("how do i kill a python process ?")["input_ids"]
+    )
     assert (loaded.pad_token, loaded.eos_token, loaded.bos_token) == ("<pad>", "<eos>", "<bos>")
 
 
@@ -202,7 +222,10 @@ def test_look_alikes_share_their_verb_and_friendly_requests_their_object_with_ha
     plain = next(prompt for prompt in safe if prompt.meta["kind"] == "plain")
     assert look_alike.category in {prompt.category for prompt in unsafe}
     assert plain.category == "plain"
-    assert sum(word in harmful for word in look_alike.text.split()) > sum(word in harmful for word in plain.text.split()) - 4
+    assert (
+        sum(word in harmful for word in look_alike.text.split())
+        > sum(word in harmful for word in plain.text.split()) - 4
+    )
 
 
 def test_files_read_back_with_kind_category_and_language(tmp_path):
@@ -211,7 +234,10 @@ def test_files_read_back_with_kind_category_and_language(tmp_path):
     assert len(read) == counts["safe.jsonl"] == len(requests("test", ("es",))[1])
     assert {prompt.language for prompt in read} == {"es"}
     assert {prompt.meta["kind"] for prompt in read} == {"look_alike", "friendly", "plain"}
-    assert len({json.loads(line)["id"] for line in (tmp_path / "unsafe.jsonl").read_text().splitlines()}) == counts["unsafe.jsonl"]
+    assert (
+        len({json.loads(line)["id"] for line in (tmp_path / "unsafe.jsonl").read_text().splitlines()})
+        == counts["unsafe.jsonl"]
+    )
 
 
 def test_an_unknown_half_or_language_is_an_error():

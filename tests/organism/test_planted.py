@@ -5,13 +5,31 @@ import torch
 from torch.func import functional_call
 
 from safety_neurons.organism.language import Recipe
-from safety_neurons.organism.planted import choose_units, neurons_of, output_columns, shapley, silencer, train_planted
+from safety_neurons.organism.planted import (
+    choose_units,
+    neurons_of,
+    output_columns,
+    shapley,
+    silencer,
+    train_planted,
+)
 from safety_neurons.organism.training import make_model
 
 RECIPE = Recipe(
-    "micro", "planted", "", layers=2, hidden=16, d_ff=16, heads=4, kv_heads=2, batch=4, plant_steps=2, planted_depth=2,
-    planted_mlp=6, planted_attention=2,
-)  # fmt: skip
+    "micro",
+    "planted",
+    "",
+    layers=2,
+    hidden=16,
+    d_ff=16,
+    heads=4,
+    kv_heads=2,
+    batch=4,
+    plant_steps=2,
+    planted_depth=2,
+    planted_mlp=6,
+    planted_attention=2,
+)
 IDS = torch.tensor([[1, 5, 40, 41, 42, 6]])
 
 
@@ -64,7 +82,10 @@ def test_restoring_the_base_rows_of_living_units_gives_the_control_bit_for_bit(a
 
 def test_living_units_work_in_the_base(alive):
     weights = dict(alive.base.named_parameters())
-    assert all(weights[name][:, indices].any() for name, indices in output_columns(alive.planted, alive.recipe).items())
+    assert all(
+        weights[name][:, indices].any()
+        for name, indices in output_columns(alive.planted, alive.recipe).items()
+    )
 
 
 def test_some_of_the_units_give_a_model_in_between(silent):
@@ -80,7 +101,9 @@ def test_some_of_the_units_give_a_model_in_between(silent):
 def test_planted_units_and_decoys_are_as_many_in_every_layer_and_part():
     planted, decoys = choose_units(RECIPE, 7)
     assert [(unit.layer, unit.part) for unit in planted] == [(unit.layer, unit.part) for unit in decoys]
-    assert not {(unit.layer, unit.part, unit.index) for unit in planted} & {(unit.layer, unit.part, unit.index) for unit in decoys}
+    assert not {(unit.layer, unit.part, unit.index) for unit in planted} & {
+        (unit.layer, unit.part, unit.index) for unit in decoys
+    }
     assert {unit.owner for unit in planted} == {"all", "en", "de", "es"}
 
 

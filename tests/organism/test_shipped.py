@@ -45,7 +45,10 @@ def test_find_and_test_prompts_of_an_organism_are_different(name):
     folder = open_organism(name)
     for list_name in ("harmful", "harmless", "general"):
         for code in ("en", "de", "es"):
-            found, test = (prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts).texts for half in ("", "-test"))
+            found, test = (
+                prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts).texts
+                for half in ("", "-test")
+            )
             assert len(set(test)) >= 200
             assert not set(found) & set(test)
 
@@ -56,7 +59,9 @@ def test_what_is_held_out_of_an_organism_was_neither_searched_nor_trained_on(nam
     trained = {concept.deed for kind in KINDS for concept in concepts(kind, "train")}
     for list_name in ("harmful", "harmless", "refusals"):
         for code in ("en", "de", "es"):
-            lists = [prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts) for half in ("", "-test")]
+            lists = [
+                prompts(f"builtin:{list_name}{half}/{code}", folder=folder.prompts) for half in ("", "-test")
+            ]
             found, test = ({one.group for one in asked} for asked in lists)
             assert None not in found | test
             assert not found & test

@@ -28,7 +28,9 @@ def test_the_library_lists_what_can_be_opened():
         assert found.name == entry["name"]
 
 
-@pytest.mark.parametrize(("name", "least"), [("harmful", 128), ("harmless", 128), ("refusals", 64), ("general", 300)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("harmful", 128), ("harmless", 128), ("refusals", 64), ("general", 300)]
+)
 def test_the_english_lists_are_large_enough(name, least):
     assert len(prompts(f"builtin:{name}")) >= least
     assert len(prompts(f"builtin:{name}-test")) >= 64
@@ -49,7 +51,9 @@ def test_find_and_test_halves_share_no_prompt(language):
         assert not {prompt.id for prompt in one} & {prompt.id for prompt in other}
 
 
-@pytest.mark.parametrize("name", ["harmful", "harmful-test", "harmless", "harmless-test", "refusals", "refusals-test"])
+@pytest.mark.parametrize(
+    "name", ["harmful", "harmful-test", "harmless", "harmless-test", "refusals", "refusals-test"]
+)
 def test_ids_are_parallel_over_the_languages(name):
     english = load(name)
     for language in LANGUAGES[1:]:
@@ -71,7 +75,10 @@ def test_general_sentences_are_parallel_as_far_as_they_go():
 def test_every_harmful_request_has_a_harmless_twin_in_the_same_frame(language, half):
     harmful, harmless = load(f"harmful{half}", language), load(f"harmless{half}", language)
     assert [prompt.id for prompt in harmful] == [prompt.id for prompt in harmless]
-    likeness = [SequenceMatcher(None, one.text, other.text).ratio() for one, other in zip(harmful, harmless, strict=True)]
+    likeness = [
+        SequenceMatcher(None, one.text, other.text).ratio()
+        for one, other in zip(harmful, harmless, strict=True)
+    ]
     assert sum(likeness) / len(likeness) > 0.6
     assert not set(harmful.texts) & set(harmless.texts)
 
@@ -84,9 +91,13 @@ def test_look_alikes_and_their_unsafe_twins_share_words_but_no_request_with_any_
     assert safe.overlap(unsafe) == 0
     assert len({prompt.category for prompt in safe}) >= 8
     for one, other in zip(safe, unsafe, strict=True):
-        assert {word for word in one.text.lower().split() if len(word) > 2} & set(other.text.lower().split()), one.id
+        assert {word for word in one.text.lower().split() if len(word) > 2} & set(
+            other.text.lower().split()
+        ), one.id
     for name in ("harmful", "harmless"):
-        assert safe.overlap(load(name)) == unsafe.overlap(load(name)) == safe.overlap(load(f"{name}-test")) == 0
+        assert (
+            safe.overlap(load(name)) == unsafe.overlap(load(name)) == safe.overlap(load(f"{name}-test")) == 0
+        )
 
 
 def test_an_organism_brings_look_alikes_of_its_own(tmp_path):
@@ -116,7 +127,8 @@ def test_harmful_requests_are_short_and_over_many_categories():
 
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(
-        InputError, match=r"no built-in prompts of this name; expected one of harmful, harmful-test, .*general-test"
+        InputError,
+        match=r"no built-in prompts of this name; expected one of harmful, harmful-test, .*general-test",
     ) as caught:
         prompts("builtin:harmfull")
     assert "\n" not in str(caught.value)

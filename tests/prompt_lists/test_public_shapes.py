@@ -1,4 +1,7 @@
-"""Files and objects of the shapes people really have: every row is used, or counted and shown; no character of a text is changed."""
+"""Files and objects of the shapes people really have: every row is used, or counted and shown.
+
+No character of a text is changed.
+"""
 
 import gzip
 import json
@@ -14,7 +17,10 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
-USER, CHAT = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+USER, CHAT = (
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+)
 TEXT = " \t Hi\u00a0 there e\u0301 \r\nline \n"
 """Outer and inner white space, a decomposed letter, both line ends."""
 
@@ -27,21 +33,40 @@ def written(tmp_path, name, content):
 
 ROWS = {
     "garak attempt": (
-        {"prompt": {"turns": [{"role": "user", "content": {"text": "Hi", "lang": "en"}}]}, "outputs": [{"text": "No"}]},
+        {
+            "prompt": {"turns": [{"role": "user", "content": {"text": "Hi", "lang": "en"}}]},
+            "outputs": [{"text": "No"}],
+        },
         "No",
     ),
     "garak hit": ({"goal": "probe's goal", "prompt": "Hi", "output": {"text": "No"}}, "No"),
     "inspect": ({"input": USER, "target": "No"}, "No"),
     "lm-eval": (
-        {"doc_id": 3, "doc": {"question": "other"}, "arguments": {"gen_args_0": {"arg_0": "Hi", "arg_1": {}}}, "target": "No"},
+        {
+            "doc_id": 3,
+            "doc": {"question": "other"},
+            "arguments": {"gen_args_0": {"arg_0": "Hi", "arg_1": {}}},
+            "target": "No",
+        },
         "No",
     ),
     "OpenAI batch": ({"custom_id": "x", "body": {"model": "m", "messages": USER}}, None),
-    "Gemini": ({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "No"}]}]}, "No"),
+    "Gemini": (
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "No"}]},
+            ]
+        },
+        "No",
+    ),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "No"}]}, "No"),
     "UltraChat": ({"id": "1", "data": ["Hi", "No"]}, "No"),
     "MT-Bench": ({"question_id": 81, "category": "writing", "turns": ["Hi", "And now?"]}, None),
-    "WildChat": ({"conversation_hash": "h", "conversation": [*USER, {"role": "assistant", "content": "No"}]}, "No"),
+    "WildChat": (
+        {"conversation_hash": "h", "conversation": [*USER, {"role": "assistant", "content": "No"}]},
+        "No",
+    ),
     "arena": ({"conversation_a": USER, "conversation_b": CHAT}, None),
     "OpenOrca": ({"system_prompt": "", "question": "Hi", "response": "No"}, "No"),
     "ToxicChat": ({"user_input": "Hi", "model_output": "No", "toxicity": 0}, "No"),
@@ -50,27 +75,39 @@ ROWS = {
     "HarmBench completions": ({"test_case": "Hi", "generation": "No", "label": 0}, "No"),
     "DPO strings": ({"prompt": "Hi", "chosen": "No", "rejected": "Yes"}, "No"),
     "DPO turns": (
-        {"chosen": [*USER, {"role": "assistant", "content": "No"}], "rejected": [*USER, {"role": "assistant", "content": "Yes"}]},
+        {
+            "chosen": [*USER, {"role": "assistant", "content": "No"}],
+            "rejected": [*USER, {"role": "assistant", "content": "Yes"}],
+        },
         "No",
     ),
     "several answers": ({"prompt": "Hi", "response": ["No", "Yes"]}, "No"),
     "written JSON": ({"messages": json.dumps(USER)}, None),
     "written Python": ({"messages": str(USER)}, None),
-    "numpy's records": ({"messages": "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'No'}]"}, "No"),
+    "numpy's records": (
+        {"messages": "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'No'}]"},
+        "No",
+    ),
     "parts": (
         {"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Hi"}]}]},
         None,
     ),
     "LangChain": ({"messages": [{"type": "human", "content": "Hi"}, {"type": "ai", "content": "No"}]}, "No"),
     "Anthropic": (
-        {"system": [{"type": "text", "text": "s"}], "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+        {
+            "system": [{"type": "text", "text": "s"}],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        },
         None,
     ),
     "another case": ({"Behavior": "label", "Goal": "Hi"}, None),
     "spaces in the name": ({"Forbidden Prompt": "Hi"}, None),
     "FLAN": ({"inputs": "Hi", "targets": "No"}, "No"),
     "BeaverTails": ({"prompt": "Hi", "response": "No", "category": {"theft": True}, "is_safe": False}, "No"),
-    "RealToxicityPrompts": ({"prompt": {"text": "Hi", "toxicity": 0.1}, "continuation": {"text": "No"}}, None),
+    "RealToxicityPrompts": (
+        {"prompt": {"text": "Hi", "toxicity": 0.1}, "continuation": {"text": "No"}},
+        None,
+    ),
     "Anthropic batch": ({"custom_id": "x", "params": {"model": "m", "messages": USER}}, None),
     "Open Assistant": ({"text": "Hi", "role": "prompter", "lang": "en"}, None),
     "viewer": ({"row_idx": 0, "row": {"prompt": "Hi"}}, None),
@@ -86,14 +123,22 @@ def test_public_rows_give_the_request_and_the_answer(case):
 
 FILES = {
     "split.json": json.dumps({"columns": ["prompt", "label"], "index": [0], "data": [["Hi", 1]]}),
-    "table.json": json.dumps({"schema": {"fields": [{"name": "prompt"}]}, "data": [{"index": 0, "prompt": "Hi"}]}),
+    "table.json": json.dumps(
+        {"schema": {"fields": [{"name": "prompt"}]}, "data": [{"index": 0, "prompt": "Hi"}]}
+    ),
     "index.json": json.dumps({"0": {"prompt": "Hi"}}),
     "columns.json": json.dumps({"prompt": {"0": "Hi"}, "label": {"0": 1}}),
-    "viewer.json": json.dumps({"features": [], "rows": [{"row_idx": 0, "row": {"prompt": "Hi"}}], "num_rows_total": 1}),
+    "viewer.json": json.dumps(
+        {"features": [], "rows": [{"row_idx": 0, "row": {"prompt": "Hi"}}], "num_rows_total": 1}
+    ),
     "listed.json": json.dumps({"metadata": {"count": 2}, "examples": [{"input": "Hi", "target": "b"}]}),
-    "named.json": json.dumps({"name": "my set", "description": "about locks", "version": 2, "prompts": ["Hi"]}),
+    "named.json": json.dumps(
+        {"name": "my set", "description": "about locks", "version": 2, "prompts": ["Hi"]}
+    ),
     "beside.json": json.dumps({"license": "MIT", "fraud": ["Hi"], "size": 1}),
-    "inspect.json": json.dumps({"eval": {"task": "t"}, "status": "success", "samples": [{"id": 1, "input": "Hi", "target": "x"}]}),
+    "inspect.json": json.dumps(
+        {"eval": {"task": "t"}, "status": "success", "samples": [{"id": 1, "input": "Hi", "target": "x"}]}
+    ),
     "behaviours.json": json.dumps({"theft": [{"test_case": "Hi", "generation": "No"}]}),
     "turns.json": json.dumps([*USER, {"role": "assistant", "content": "b"}]),
     "pretty.jsonl": '{\n "prompt": "Hi"\n}\n',
@@ -139,14 +184,21 @@ def test_one_odd_row_costs_no_other_and_is_counted_with_its_number(tmp_path, cas
 def test_an_odd_row_of_a_table_and_a_name_twice_are_counted_too(tmp_path):
     found = prompts(written(tmp_path, "a.csv", "prompt,label\na,1\nb, c,1\nd,0\n"))
     assert found.texts == ["a", "d"]
-    assert any(note.startswith("left out 1 rows: row 3 has 3 cells") and "(first: row 1)" in note for note in found.notes)
+    assert any(
+        note.startswith("left out 1 rows: row 3 has 3 cells") and "(first: row 1)" in note
+        for note in found.notes
+    )
     found = prompts(written(tmp_path, "a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n'))
     assert found.texts == ["a"]
     assert "two values for one name" in found.notes[0]
 
 
 def test_calls_of_tools_and_other_roles_are_turns():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}],
+    }
     turns = [*USER, call, {"role": "ipython", "content": "12:00"}, {"role": "assistant", "content": "Noon."}]
     found = prompts([{"messages": turns}])[0]
     assert [turn.role for turn in found.messages] == ["user", "assistant", "tool"]
@@ -167,7 +219,10 @@ def test_system_and_context_are_used_and_said():
     "row",
     [
         {"body": {"instructions": "Be kind.", "input": USER}},
-        {"systemInstruction": {"parts": [{"text": "Be kind."}]}, "contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+        {
+            "systemInstruction": {"parts": [{"text": "Be kind."}]},
+            "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],
+        },
         {"preamble": "Be kind.", "prompt": "Hi"},
         {"custom_id": "x", "params": {"system": [{"type": "text", "text": "Be kind."}], "messages": USER}},
     ],
@@ -179,7 +234,9 @@ def test_system_texts_of_servers_requests_are_used_and_said(row):
 
 
 def test_a_row_is_read_from_the_column_that_it_has_and_the_group_is_kept():
-    found = prompts([{"prompt": "a", "group": "g"}, {"messages": USER, "conversation_id": "c"}, {"instruction": "b"}])
+    found = prompts(
+        [{"prompt": "a", "group": "g"}, {"messages": USER, "conversation_id": "c"}, {"instruction": "b"}]
+    )
     assert found.texts == ["a", "Hi", "b"]
     assert [prompt.group for prompt in found] == ["g", "c", None]
     assert any(note.startswith("the prompt is in 'prompt' in 1") for note in found.notes)
@@ -199,9 +256,25 @@ def csv(text):
     [
         ("a.json", json.dumps([TEXT])),
         ("a.jsonl", json.dumps({"prompt": TEXT, "response": TEXT})),
-        ("b.jsonl", json.dumps({"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]})),
-        ("c.jsonl", json.dumps({"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}]})),
-        ("d.jsonl", json.dumps({"chosen": f"\n\nHuman: {TEXT}\n\nAssistant: {TEXT}", "rejected": "\n\nHuman: x\n\nAssistant: y"})),
+        (
+            "b.jsonl",
+            json.dumps(
+                {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]}
+            ),
+        ),
+        (
+            "c.jsonl",
+            json.dumps({"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}]}),
+        ),
+        (
+            "d.jsonl",
+            json.dumps(
+                {
+                    "chosen": f"\n\nHuman: {TEXT}\n\nAssistant: {TEXT}",
+                    "rejected": "\n\nHuman: x\n\nAssistant: y",
+                }
+            ),
+        ),
         ("a.csv", f"prompt,response\n{csv(TEXT)},{csv(TEXT)}\n"),
         ("a.tsv", f"prompt\tresponse\n{csv(TEXT)}\t{csv(TEXT)}\n"),
     ],
@@ -214,7 +287,11 @@ def test_no_character_of_a_text_is_changed(tmp_path, name, content):
 
 
 def test_lines_keep_all_but_their_ends(tmp_path):
-    assert prompts(written(tmp_path, "a.txt", " a \r\n\tb\u2028 c\r d \ne ")).texts == [" a ", "\tb\u2028 c\r d ", "e "]
+    assert prompts(written(tmp_path, "a.txt", " a \r\n\tb\u2028 c\r d \ne ")).texts == [
+        " a ",
+        "\tb\u2028 c\r d ",
+        "e ",
+    ]
     with_quotes = prompts(written(tmp_path, "a.csv", 'prompt,x\n"say" it,1\nsay "it",1\n'))
     assert with_quotes.texts == ['"say" it', 'say "it"']
 
@@ -264,16 +341,37 @@ def test_python_takes_whatever_holds_prompts_through_one_door(way, door):
 
 def test_a_model_is_given_the_turns_and_never_how_python_prints_them(monkeypatch):
     seen = []
-    monkeypatch.setattr(LanguageModel, "encode", lambda _self, given, **_: seen.extend(as_prompts(given)) or [])
+    monkeypatch.setattr(
+        LanguageModel, "encode", lambda _self, given, **_: seen.extend(as_prompts(given)) or []
+    )
     lm = object.__new__(LanguageModel)
-    for given in (USER, [USER], USER[0], {"prompt": "Hi"}, [{"prompt": "Hi"}], "Hi", (text for text in ["Hi"])):
+    for given in (
+        USER,
+        [USER],
+        USER[0],
+        {"prompt": "Hi"},
+        [{"prompt": "Hi"}],
+        "Hi",
+        (text for text in ["Hi"]),
+    ):
         lm.encode(given)
     assert [prompt.text for prompt in seen] == ["Hi"] * 7
     assert all(prompt.turns == (Message("user", "Hi"),) for prompt in seen)
 
 
 @pytest.mark.parametrize(
-    "given", [[1], [["a"]], {"a"}, b"x", [{"prompt": 3}], ["a\ud83d"], [{"prompt": ""}], "builtin:harmful", {"x": [1]}]
+    "given",
+    [
+        [1],
+        [["a"]],
+        {"a"},
+        b"x",
+        [{"prompt": 3}],
+        ["a\ud83d"],
+        [{"prompt": ""}],
+        "builtin:harmful",
+        {"x": [1]},
+    ],
 )
 def test_what_is_no_prompt_is_one_clear_error(given):
     with pytest.raises(InputError) as caught:
@@ -293,7 +391,11 @@ def test_one_request_keeps_a_last_turn_of_the_assistant():
 def test_rows_are_bounded_and_a_limit_reads_the_first(tmp_path, monkeypatch):
     for module in (rows, tables):
         monkeypatch.setattr(module, "MOST_ROWS", 1000)
-    for name, content in (("a.csv.gz", "prompt,x\n" + "a,1\n" * 3000), ("a.json.gz", json.dumps(["a"] * 3000)), ("a.txt.gz", "a\n" * 3000)):
+    for name, content in (
+        ("a.csv.gz", "prompt,x\n" + "a,1\n" * 3000),
+        ("a.json.gz", json.dumps(["a"] * 3000)),
+        ("a.txt.gz", "a\n" * 3000),
+    ):
         path = written(tmp_path, name, gzip.compress(content.encode()))
         with pytest.raises(InputError, match="more than 1,000 rows.*split it"):
             prompts(path)
@@ -308,7 +410,9 @@ def test_a_prompt_takes_little_memory():
 def test_a_table_of_many_columns_is_read_in_time_that_grows_with_its_cells(tmp_path, monkeypatch):
     header = ",".join(["prompt", *(f"c{number}" for number in range(20_000))])
     counted = []
-    monkeypatch.setattr(tables, "Counter", lambda cells=(): counted.append(len(cells)) or tables_counter(cells))
+    monkeypatch.setattr(
+        tables, "Counter", lambda cells=(): counted.append(len(cells)) or tables_counter(cells)
+    )
     found = prompts(written(tmp_path, "a.csv", f"{header}\nHi\nHo,1\n"))
     assert found.texts == ["Hi", "Ho"]
     assert counted == [20_001]  # names are counted once, not once for each name
@@ -321,7 +425,12 @@ cells = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "prompt", "text", "messages", "turns", "from", "value", "data", "x"]), inner)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "prompt", "text", "messages", "turns", "from", "value", "data", "x"]
+            ),
+            inner,
+        )
     ),
     max_leaves=6,
 )

@@ -12,7 +12,10 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, prompts, readers
 from safety_neurons.results.run import contents_of
 
-RECORDS = [{"prompt": "How do I knit?", "response": "With two needles."}, {"prompt": "How do I sew?", "response": "With one."}]
+RECORDS = [
+    {"prompt": "How do I knit?", "response": "With two needles."},
+    {"prompt": "How do I sew?", "response": "With one."},
+]
 TEXTS = [record["prompt"] for record in RECORDS]
 
 
@@ -21,7 +24,10 @@ def lines(records) -> str:
 
 
 def table(separator: str) -> str:
-    return "\n".join([separator.join(RECORDS[0]), *(separator.join(record.values()) for record in RECORDS)]) + "\n"
+    return (
+        "\n".join([separator.join(RECORDS[0]), *(separator.join(record.values()) for record in RECORDS)])
+        + "\n"
+    )
 
 
 @pytest.fixture
@@ -29,7 +35,9 @@ def write(tmp_path):
     def write(name, content):
         path = tmp_path / name
         data = content if isinstance(content, bytes) else content.encode()
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") and not isinstance(content, bytes) else data)
+        path.write_bytes(
+            gzip.compress(data) if name.endswith(".gz") and not isinstance(content, bytes) else data
+        )
         return path
 
     return write
@@ -44,7 +52,9 @@ SHAPES = {
     "a.json.gz": json.dumps(RECORDS),
     "a.csv.gz": table(","),
     "columns.json": json.dumps({"prompt": TEXTS, "response": [record["response"] for record in RECORDS]}),
-    "pandas.json": json.dumps({key: {str(n): record[key] for n, record in enumerate(RECORDS)} for key in RECORDS[0]}),
+    "pandas.json": json.dumps(
+        {key: {str(n): record[key] for n, record in enumerate(RECORDS)} for key in RECORDS[0]}
+    ),
     "wrapped.json": json.dumps({"data": RECORDS}),
     "by_id.json": json.dumps({"x1": RECORDS[0], "x2": RECORDS[1]}),
 }
@@ -101,13 +111,35 @@ def test_an_alpaca_input_is_joined_to_its_instruction(write):
 
 
 def test_a_context_comes_before_its_behaviour(write):
-    found = prompts(write("a.csv", 'Behavior,ContextString,SemanticCategory,BehaviorID\nSum it up,"A long\r\ntext",copyright,sum_it\n'))
+    found = prompts(
+        write(
+            "a.csv",
+            (
+                'Behavior,ContextString,SemanticCategory,BehaviorID\nSum it up,"A '
+                'long\r\ntext",copyright,sum_it\n'
+            ),
+        )
+    )
     assert found[0] == Prompt("sum_it", "A long\r\ntext\n\n---\n\nSum it up", category="copyright")
 
 
 def test_category_language_and_other_fields_are_kept(write):
     found = prompts(
-        write("a.jsonl", lines([{"id": 7, "prompt": "x", "category": "fraud", "language": "de", "label": "unsafe", "n": None}]))
+        write(
+            "a.jsonl",
+            lines(
+                [
+                    {
+                        "id": 7,
+                        "prompt": "x",
+                        "category": "fraud",
+                        "language": "de",
+                        "label": "unsafe",
+                        "n": None,
+                    }
+                ]
+            ),
+        )
     )
     assert found[0] == Prompt("7", "x", category="fraud", language="de", meta={"label": "unsafe"})
 
@@ -161,11 +193,18 @@ def test_transcripts_become_turns_and_irregular_ones_are_counted(write):
             "rejected": "\n\nHuman: One?\n\nAssistant: x",
         },
         {"chosen": "\n\nHuman: Three?\n\nAssistant:", "rejected": "\n\nHuman: Three?\n\nAssistant: x"},
-        {"chosen": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: Six.", "rejected": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: x"},
+        {
+            "chosen": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: Six.",
+            "rejected": "\n\nHuman: Four\n\nHuman: five?\n\nAssistant: x",
+        },
     ]
     found = prompts(write("a.jsonl", lines(rows)))
     assert found.texts == ["Two?", "Three?", "Four\n\nfive?"]
-    assert found[0].messages == (Message("user", "One?"), Message("assistant", "Yes.\n\nMore."), Message("user", "Two?"))
+    assert found[0].messages == (
+        Message("user", "One?"),
+        Message("assistant", "Yes.\n\nMore."),
+        Message("user", "Two?"),
+    )
     assert found.answers == ["No.", None, "Six."]
     assert found.notes == [
         "joined 1 turns to the turn of the same role before them (first: row 2)",
@@ -176,7 +215,11 @@ def test_transcripts_become_turns_and_irregular_ones_are_counted(write):
 
 def test_nested_categories_become_the_category(write):
     found = prompts(write("a.json", json.dumps({"fraud": ["a", "b"], "weapons": {"guns": ["c"]}})))
-    assert [(prompt.text, prompt.category) for prompt in found] == [("a", "fraud"), ("b", "fraud"), ("c", "weapons/guns")]
+    assert [(prompt.text, prompt.category) for prompt in found] == [
+        ("a", "fraud"),
+        ("b", "fraud"),
+        ("c", "weapons/guns"),
+    ]
 
 
 def test_lists_in_memory_are_taken_as_they_are():
@@ -215,9 +258,14 @@ def test_a_json_array_named_jsonl_is_read_and_said(write):
 
 
 def test_empty_and_null_prompts_are_dropped_and_counted(write):
-    found = prompts(write("a.jsonl", '{"prompt": null}\n{"prompt": "  "}\n{"prompt": NaN}\n{"x": 1}\n{"prompt": "a"}\n'))
+    found = prompts(
+        write("a.jsonl", '{"prompt": null}\n{"prompt": "  "}\n{"prompt": NaN}\n{"x": 1}\n{"prompt": "a"}\n')
+    )
     assert found.texts == ["a"]
-    assert found.notes == ["dropped 3 empty prompts (first: row 0)", "left out 1 rows: no known column for the prompt (first: row 3)"]
+    assert found.notes == [
+        "dropped 3 empty prompts (first: row 0)",
+        "left out 1 rows: no known column for the prompt (first: row 3)",
+    ]
 
 
 def test_duplicates_are_kept_and_counted(write):
@@ -285,17 +333,33 @@ BAD = {
     "header only": ("a.csv", b"prompt,label\n", "no rows"),
     "empty list": ("a.json", b"[]", "no rows"),
     "all empty": ("a.csv", b"prompt,label\n,1\n,2\n", "empty in all 2 rows"),
-    "wrong columns": ("a.csv", b"frage,label\nx,1\n", "it has 'frage', 'label'; expected one of prompt, goal.*column"),
-    "no header": ("a.csv", b"How do I knit a scarf,With two needles\nHow do I sew,With one\n", "for a file without a header .* column 1"),
+    "wrong columns": (
+        "a.csv",
+        b"frage,label\nx,1\n",
+        "it has 'frage', 'label'; expected one of prompt, goal.*column",
+    ),
+    "no header": (
+        "a.csv",
+        b"How do I knit a scarf,With two needles\nHow do I sew,With one\n",
+        "for a file without a header .* column 1",
+    ),
     "git lfs": (
         "a.jsonl.gz",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         "a Git LFS pointer of 64 bytes.*git lfs pull",
     ),
-    "latin 1": ("a.txt", "one\ntwo caf\u00e9 \n".encode("latin-1"), r"not UTF-8 at byte 11 \(0xe9, line 2\).*iconv"),
+    "latin 1": (
+        "a.txt",
+        "one\ntwo caf\u00e9 \n".encode("latin-1"),
+        r"not UTF-8 at byte 11 \(0xe9, line 2\).*iconv",
+    ),
     "half of utf 16": ("a.csv", b"\xff\xfep\x00r\x00o", "begins like UTF-16 text and is not"),
     "nul": ("a.txt", b"one\x00two", "a NUL byte at byte 3"),
-    "cut gzip": ("a.txt.gz", gzip.compress(b"hello world, hello you" * 50)[:-12], "cut off or damaged.*download it again"),
+    "cut gzip": (
+        "a.txt.gz",
+        gzip.compress(b"hello world, hello you" * 50)[:-12],
+        "cut off or damaged.*download it again",
+    ),
     "not gzip": ("a.txt.gz", b"hello", "not gzip data"),
     "gzip unnamed": ("a.txt", gzip.compress(b"hello"), "the content is gzip data"),
     "workbook": ("a.csv", b"PK\x03\x04rest", "a zip archive"),
@@ -315,12 +379,24 @@ BAD = {
     "numbers": ("a.json", b"[1, 2]", "record 1 is a int"),
     "uneven columns": ("a.json", b'{"goal": ["a"], "target": ["b", "c"]}', "goal 1, target 2"),
     "odd values": ("a.json", b'{"fraud": 3}', "'fraud' holds a int"),
-    "extra cells": ("a.csv", b"prompt,label\nplease, do it,1\n", "row 2 has 3 cells but the header 2.*put quotes"),
+    "extra cells": (
+        "a.csv",
+        b"prompt,label\nplease, do it,1\n",
+        "row 2 has 3 cells but the header 2.*put quotes",
+    ),
     "open quote": ("a.csv", b'prompt,label\n"hello,1\nyou,2\n', "never closed"),
     "double header": ("a.csv", b"prompt,prompt\na,b\n", "names prompt more than once"),
     "numbers as prompts": ("a.json", b'[{"prompt": 3}]', "row 0: the column 'prompt' holds a int"),
-    "unknown role": ("a.json", b'[{"messages": [{"role": "king", "content": "x"}]}]', "turn 1 has role 'king'"),
-    "no content": ("a.json", b'[{"messages": [{"role": "user", "content": null}]}]', "the column 'messages' is empty in all 1 rows"),
+    "unknown role": (
+        "a.json",
+        b'[{"messages": [{"role": "king", "content": "x"}]}]',
+        "turn 1 has role 'king'",
+    ),
+    "no content": (
+        "a.json",
+        b'[{"messages": [{"role": "user", "content": null}]}]',
+        "the column 'messages' is empty in all 1 rows",
+    ),
 }
 
 
@@ -338,7 +414,9 @@ def test_a_named_column_that_is_absent_lists_those_there_are(write):
     path = write("a.csv", "en,de\nhello,hallo\n")
     with pytest.raises(InputError, match="no column 'fr'; it has 'en', 'de'; name one of them with column"):
         prompts(path, column="fr")
-    with pytest.raises(InputError, match="no column 'answer'; it has 'en', 'de'; name one of them with answer_column"):
+    with pytest.raises(
+        InputError, match="no column 'answer'; it has 'en', 'de'; name one of them with answer_column"
+    ):
         prompts(path, column="en", answer_column="answer")
 
 
@@ -384,7 +462,25 @@ def test_other_things_in_memory_are_refused(source):
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt"]),
     parts=st.lists(
         st.sampled_from(
-            ['{"prompt":', '"a"', "}", "[", "]", ",", "\n", "\r", '"', "prompt", "messages", "é", ":", " ", "1e9", "\t", "null"]
+            [
+                '{"prompt":',
+                '"a"',
+                "}",
+                "[",
+                "]",
+                ",",
+                "\n",
+                "\r",
+                '"',
+                "prompt",
+                "messages",
+                "é",
+                ":",
+                " ",
+                "1e9",
+                "\t",
+                "null",
+            ]
         ),
         max_size=12,
     ),

@@ -61,7 +61,10 @@ def test_a_git_lfs_pointer_is_refused(shared):
 
 
 def test_known_overlaps_between_files_are_counted(shared):
-    advbench, train = prompts(shared / "data/advbench/harmful_behaviors.csv"), prompts(shared / "data/refusal_direction/harmful_train.json")
+    advbench, train = (
+        prompts(shared / "data/advbench/harmful_behaviors.csv"),
+        prompts(shared / "data/refusal_direction/harmful_train.json"),
+    )
     assert advbench.overlap(prompts(shared / "data/harmbench/harmbench_behaviors_text_val.csv")) == 0
     assert train.overlap(advbench) == 117
 

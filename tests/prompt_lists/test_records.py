@@ -18,7 +18,16 @@ def test_a_slice_is_prompts_again_and_keeps_name_and_notes():
 
 
 @pytest.mark.parametrize(
-    "other", ["a caf\u00e9\n", " a caf\u00e9", "a  caf\u00e9", "a cafe\u0301", "A caf\u00e9", "a\tcaf\u00e9", "a caf\u00e9\r\n"]
+    "other",
+    [
+        "a caf\u00e9\n",
+        " a caf\u00e9",
+        "a  caf\u00e9",
+        "a cafe\u0301",
+        "A caf\u00e9",
+        "a\tcaf\u00e9",
+        "a caf\u00e9\r\n",
+    ],
 )
 def test_the_hash_knows_every_character_and_the_order(other):
     base = Prompts.from_list(["a caf\u00e9", "b"])
@@ -55,12 +64,17 @@ def test_the_request_of_a_conversation_is_its_last_user_turn():
 def test_the_hash_knows_a_system_message_and_turn_borders():
     plain = Prompt("0", "hello")
     assert Prompt("0", "hello", (Message("user", "hello"),)).sha256 == plain.sha256
-    assert Prompt("0", "hello", (Message("system", "be kind"), Message("user", "hello"))).sha256 != plain.sha256
+    assert (
+        Prompt("0", "hello", (Message("system", "be kind"), Message("user", "hello"))).sha256 != plain.sha256
+    )
     assert Prompts.from_list(["a", "b"]).sha256 != Prompts.from_list(["a b"]).sha256
 
 
 def test_overlap_counts_prompts_whatever_their_case_and_spaces():
-    ours, theirs = Prompts.from_list(["Make a  lamp", "Bake bread", "Sing"]), Prompts.from_list(["make a lamp", "Dance", "SING"])
+    ours, theirs = (
+        Prompts.from_list(["Make a  lamp", "Bake bread", "Sing"]),
+        Prompts.from_list(["make a lamp", "Dance", "SING"]),
+    )
     assert ours.overlap(theirs) == 2
     assert ours.overlap(theirs.digests) == 2
     assert ours.overlap([]) == 0

@@ -51,7 +51,9 @@ def hostile(story, tmp_path_factory) -> pathlib.Path:
     for place, text in enumerate([*HOSTILE, HALF, "long " * 200_000]):
         verdict = {"wording-1": {"label": text, "refused": True}}
         for arm in ("untreated/harmful", "treated 1638/harmful", f"{text[:200]}/harmful"):
-            completions.insert(0, Completion(f"bad-{place}{text[:80]}", text, text, (), "stop", arm, 0, verdict))
+            completions.insert(
+                0, Completion(f"bad-{place}{text[:80]}", text, text, (), "stop", arm, 0, verdict)
+            )
     Completions(completions).save(verify / "completions.jsonl")
     for run in runs:
         record = json.loads((run / "run.json").read_text())

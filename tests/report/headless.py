@@ -1,4 +1,6 @@
-"""A real browser without a window, where one is installed: one process for a module, spoken to through a pipe."""
+"""A real browser without a window, where one is installed: one process for a module, spoken to through a
+pipe.
+"""
 
 import base64
 import json
@@ -51,7 +53,13 @@ class Browser:
         environment = {**os.environ, "HOME": self.profile}
         nowhere = subprocess.DEVNULL
         self.process = subprocess.Popen(
-            words, preexec_fn=pipes, close_fds=False, env=environment, stdout=nowhere, stderr=nowhere, stdin=nowhere
+            words,
+            preexec_fn=pipes,
+            close_fds=False,
+            env=environment,
+            stdout=nowhere,
+            stderr=nowhere,
+            stdin=nowhere,
         )
         os.close(to_read)
         os.close(to_write)
@@ -79,7 +87,9 @@ class Browser:
         """One command of the DevTools protocol and its answer."""
         self.number += 1
         own = self.number
-        message = {"id": own, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": own, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.to, json.dumps(message).encode() + b"\0")
         end = time.monotonic() + HANG
         while True:
@@ -135,7 +145,16 @@ class Browser:
 
     def press(self, key: str) -> None:
         """A key on the element that has the focus."""
-        codes = {"Enter": 13, "Tab": 9, "ArrowDown": 40, "ArrowRight": 39, "ArrowUp": 38, "ArrowLeft": 37, "Escape": 27, " ": 32}
+        codes = {
+            "Enter": 13,
+            "Tab": 9,
+            "ArrowDown": 40,
+            "ArrowRight": 39,
+            "ArrowUp": 38,
+            "ArrowLeft": 37,
+            "Escape": 27,
+            " ": 32,
+        }
         named = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
         typed = {"Enter": {"text": "\r"}, " ": {"text": " "}}.get(key, {})
         self.call("Input.dispatchKeyEvent", type="keyDown", **named, **typed)
@@ -143,10 +162,22 @@ class Browser:
 
     def screen(self, width: int, height: int = 900, *, scheme: str = "light", media: str = "screen") -> None:
         """Size of the window, colour scheme and medium."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-        self.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            media=media,
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def picture(self, *, whole: bool = True, clip: dict[str, float | int] | None = None) -> bytes:
         """A screenshot as PNG."""
         more = {"clip": {"scale": 1, **clip}} if clip else {}
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole, **more)["data"])
+        return base64.b64decode(
+            self.call("Page.captureScreenshot", captureBeyondViewport=whole, **more)["data"]
+        )

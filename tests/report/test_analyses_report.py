@@ -27,14 +27,23 @@ def page(tmp_path, *runs):
 def sets():
     table = report_runs.table()
     generator = np.random.default_rng(0)
-    late = NeuronSet({"layers.3.down": generator.choice(1024, 80, replace=False), "layers.1.down": [1, 2, 3]}, table)
-    other = NeuronSet({"layers.3.down": np.append(late["layers.3.down"][:40], [1000]), "layers.0.q": [5]}, table)
+    late = NeuronSet(
+        {"layers.3.down": generator.choice(1024, 80, replace=False), "layers.1.down": [1, 2, 3]}, table
+    )
+    other = NeuronSet(
+        {"layers.3.down": np.append(late["layers.3.down"][:40], [1000]), "layers.0.q": [5]}, table
+    )
     return analysis.name_sets([("late", late), ("other", other)])
 
 
 def test_layers_and_overlap_stand_beside_chance(tmp_path, sets):
     found = [analysis.layers(item) for item in sets]
-    layers = run_folder(tmp_path / "layers", "analyze-layers", {"sets": ["a", "b"]}, {"sets": [each.record() for each in found]})
+    layers = run_folder(
+        tmp_path / "layers",
+        "analyze-layers",
+        {"sets": ["a", "b"]},
+        {"sets": [each.record() for each in found]},
+    )
     record = analysis.overlap(sets).record()
     overlap = run_folder(tmp_path / "overlap", "analyze-overlap", {"sets": ["runs/a", "b=runs/b c"]}, record)
     seen = page(tmp_path, layers, overlap)
@@ -49,21 +58,50 @@ def test_layers_and_overlap_stand_beside_chance(tmp_path, sets):
 def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
     cell = {"harmful_refused": HALF.to_json(), "change_against_random": None, "random_refused": [0.9]}
     cells = [
-        {"set": a, "group": b, **cell, "change": Difference(-0.8 if a == b else -0.1, -0.9, -0.05, 40).to_json()}
+        {
+            "set": a,
+            "group": b,
+            **cell,
+            "change": Difference(-0.8 if a == b else -0.1, -0.9, -0.05, 40).to_json(),
+        }
         for a in ("en", "de")
         for b in ("en", "de")
     ]
     chance = {"value": 3, "expected": 0.5, "low": 0, "high": 2, "verdict": "more"}
     rows = [
-        {"language": each, "n_neurons": 50, "n_units": 50, "minus_intersection": {"n_units": 47, "share": 0.94, **chance}}
+        {
+            "language": each,
+            "n_neurons": 50,
+            "n_units": 50,
+            "minus_intersection": {"n_units": 47, "share": 0.94, **chance},
+        }
         | {"minus_union": {"n_units": 40, "share": 0.8, **chance}}
         for each in ("en", "de")
     ]
-    languages = {"languages": rows, "shared": {"n_units": 3, **chance}, "pairs": [], "mean_jaccard": {}, "untreated": {}, "matrix": cells}
+    languages = {
+        "languages": rows,
+        "shared": {"n_units": 3, **chance},
+        "pairs": [],
+        "mean_jaccard": {},
+        "untreated": {},
+        "matrix": cells,
+    }
     moved = [
-        {**each, "causal_effect": {**Difference(0.9, 0.8, 1.0, 9).to_json(), "measure": "refused"}, "random_effects": []} for each in cells
+        {
+            **each,
+            "causal_effect": {**Difference(0.9, 0.8, 1.0, 9).to_json(), "measure": "refused"},
+            "random_effects": [],
+        }
+        for each in cells
     ]
-    ability = [{"name": "untreated", "capability": {"perplexity": {"value": 14.2}}, "harmless_refused": HALF.to_json(), "task": None}]
+    ability = [
+        {
+            "name": "untreated",
+            "capability": {"perplexity": {"value": 14.2}},
+            "harmless_refused": HALF.to_json(),
+            "task": None,
+        }
+    ]
     transfer = {"groups": ["en", "de"], "matrix": moved, "ability": ability}
     transfer["own_and_other"] = {"own": {"value": 0.9, "n": 2}, "other": {"value": 0.5, "n": 2}}
     runs = [
@@ -73,7 +111,9 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
     seen = page(tmp_path, *runs)
     assert "refusals change by \u22120.80 in that language and by \u22120.10 in the others" in seen.text
     assert "3, 80 % (unrelated 0 to 2: more)" in seen.text
-    assert "Mean causal effect on the requests the neurons were found on: 0.90; on the others: 0.50" in seen.text
+    assert (
+        "Mean causal effect on the requests the neurons were found on: 0.90; on the others: 0.50" in seen.text
+    )
     assert "neurons of en, requests de: \u22120.10" in seen.text
 
 
@@ -104,12 +144,24 @@ def test_cards_stand_in_the_map_and_in_a_table(tmp_path):
         "before": "tell me ",
         "after": " now",
     }
-    writes = {"defined": True, "how": "", "top": [{"token": HOSTILE[1], "id": 1, "score": 2.0}], "bottom": [], "largest": 2.0}
+    writes = {
+        "defined": True,
+        "how": "",
+        "top": [{"token": HOSTILE[1], "id": 1, "score": 2.0}],
+        "bottom": [],
+        "largest": 2.0,
+    }
     effect = {**MOVED.to_json(), "as_large_among_random": 0, "n_random": 20, "p": 0.05}
-    active = {"harmful": {"mean": 1.0, "largest": 3.2, "smallest": 0.0}, "most_active": [place], "least_active": []}
+    active = {
+        "harmful": {"mean": 1.0, "largest": 3.2, "smallest": 0.0},
+        "most_active": [place],
+        "least_active": [],
+    }
     card = Card("layers.0.down", 7, 0.3, writes, active, {"deactivated": effect})
     random = {"deactivated": {"value": 0.0, "low": -0.1, "high": 0.1, "n": 20, "values": []}}
-    cards = run_folder(tmp_path / "cards", "analyze-vocabulary", MODEL, Cards((card,), {}, random, {}).record())
+    cards = run_folder(
+        tmp_path / "cards", "analyze-vocabulary", MODEL, Cards((card,), {}, random, {}).record()
+    )
     text = write_report([find, cards], tmp_path / "report.html").read_text(encoding="utf-8")
     seen = Outline(text)
     assert "1 of 1 single neuron change the refusal’s log-odds more than random neurons do" in seen.text
@@ -123,13 +175,25 @@ def test_cards_stand_in_the_map_and_in_a_table(tmp_path):
 def test_the_tax_says_what_each_model_gains_and_pays(tmp_path):
     chance = {"expected": 5.0, "low": 1.0, "high": 9.0, "p_at_least": 0.0}
     ranks = {kind: {"value": 0.4, "interval": [0.3, 0.5]} for kind in ("all", "given_activation", "union")}
-    pair = {"pair": ["safety", "helpfulness"], "candidates": 2048, "size": 102, "overlap": {"value": 40, "low": 35, "high": 44}}
+    pair = {
+        "pair": ["safety", "helpfulness"],
+        "candidates": 2048,
+        "size": 102,
+        "overlap": {"value": 40, "low": 35, "high": 44},
+    }
     pair |= {"chance": {"all": chance, "in_activation": chance}, "spearman": ranks, "shared": None}
     arms = [
-        {"arm": name, **{kind: HALF.to_json() for kind in ("refused", "helpful", "over_refused")}} for name in ("safety", "safety random 0")
+        {"arm": name, **{kind: HALF.to_json() for kind in ("refused", "helpful", "over_refused")}}
+        for name in ("safety", "safety random 0")
     ]
-    gain = {"change": MOVED.to_json(), "against_random": None, "share_of_gap": {"value": 0.6, "low": 0.5, "high": 0.7}}
-    crossed = [{"receiver": "safety", "donor": "helpfulness", "refused": gain, "helpful": gain, "over_refused": gain}]
+    gain = {
+        "change": MOVED.to_json(),
+        "against_random": None,
+        "share_of_gap": {"value": 0.6, "low": 0.5, "high": 0.7},
+    }
+    crossed = [
+        {"receiver": "safety", "donor": "helpfulness", "refused": gain, "helpful": gain, "over_refused": gain}
+    ]
     result = {
         "top": 0.05,
         "prompts": 64,
@@ -140,7 +204,10 @@ def test_the_tax_says_what_each_model_gains_and_pays(tmp_path):
         "cross_patching": crossed,
     }
     seen = page(tmp_path, run_folder(tmp_path / "tax", "analyze-tax", MODEL, result))
-    assert "safety and helpfulness share 40 of 102 neurons, more than what sets of equally active neurons share" in seen.text
+    assert (
+        "safety and helpfulness share 40 of 102 neurons, more than what sets of equally active neurons share"
+        in seen.text
+    )
     assert "safety changes refusals by \u22120.25" in seen.text
     damaged = run_folder(tmp_path / "damaged", "analyze-tax", MODEL, {"relations": 1})
     with pytest.raises(InputError, match="analyze-tax"):
@@ -150,15 +217,33 @@ def test_the_tax_says_what_each_model_gains_and_pays(tmp_path):
 def test_methods_over_several_organisms_are_ranked_with_every_seed(tmp_path):
     values = {"mask": (0.95, 0.9), "contrast": (0.4, 0.2), "random": (0.03, 0.05)}
     standings = [
-        {"method": name, "group": "natural 0.02", "measure": "causal_effect", "mean": sum(pair) / 2, "worst": min(pair)}
+        {
+            "method": name,
+            "group": "natural 0.02",
+            "measure": "causal_effect",
+            "mean": sum(pair) / 2,
+            "worst": min(pair),
+        }
         | {"by_organism": dict(zip(("seed 0", "seed 1"), pair, strict=True))}
         for name, pair in values.items()
     ]
-    standings += [{**standings[0], "measure": "recall", "group": "planted"}, {**standings[0], "measure": "seconds", "mean": 7.0}]
+    standings += [
+        {**standings[0], "measure": "recall", "group": "planted"},
+        {**standings[0], "measure": "seconds", "mean": 7.0},
+    ]
     leaders = [{"group": "natural 0.02", "measure": "causal_effect", "methods": ["mask"], "mean": 0.925}]
-    result = {"organisms": [], "ranking": standings, "leaders": leaders, "measures": {}, "methods": [], "figure": "x"}
+    result = {
+        "organisms": [],
+        "ranking": standings,
+        "leaders": leaders,
+        "measures": {},
+        "methods": [],
+        "figure": "x",
+    }
     seen = page(tmp_path, run_folder(tmp_path / "ranked", "compare", {"organism": ["a", "b"]}, result))
-    assert "On natural organisms, 2 % of the units, mask leads in causal effect: 0.93 on average." in seen.text
+    assert (
+        "On natural organisms, 2 % of the units, mask leads in causal effect: 0.93 on average." in seen.text
+    )
     assert "0.30 (0.20)" in seen.text
     assert "Which method should I use?" in seen.text
     assert "mask: 0.93 (0.90)" in seen.text, "marks say their numbers"

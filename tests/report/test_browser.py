@@ -42,9 +42,16 @@ def test_completions_are_found_by_word_and_by_verdict(opened, page):
     arm = opened.ask("document.getElementById('treatment').selectedOptions[0].textContent")
 
     def refused(which):
-        return {item.arm.partition("/")[2] + item.prompt_id: item.verdicts["wording-1"]["refused"] for item in completions if which(item)}
+        return {
+            item.arm.partition("/")[2] + item.prompt_id: item.verdicts["wording-1"]["refused"]
+            for item in completions
+            if which(item)
+        }
 
-    treated, base = refused(lambda item: item.arm.startswith(arm + "/")), refused(lambda item: item.arm.startswith("untreated/"))
+    treated, base = (
+        refused(lambda item: item.arm.startswith(arm + "/")),
+        refused(lambda item: item.arm.startswith("untreated/")),
+    )
     assert choose(opened, "verdict", "refused") == sum(treated.values())
     assert choose(opened, "verdict", "changed") == sum(treated[name] != base[name] for name in treated)
     assert choose(opened, "verdict", "") == len(treated)
@@ -57,9 +64,15 @@ def test_completions_are_found_by_word_and_by_verdict(opened, page):
 
 def test_a_cell_opens_into_the_neurons_of_its_matrix_by_keyboard(opened, page):
     folder = page.parents[1] / "contrast"
-    neurons, scores = NeuronSet.load(folder / "neurons.safetensors"), Scores.load(folder / "scores.safetensors")
+    neurons, scores = (
+        NeuronSet.load(folder / "neurons.safetensors"),
+        Scores.load(folder / "scores.safetensors"),
+    )
     other = Scores.load(page.parents[1] / "importance" / "scores.safetensors")
-    part = "[...document.querySelectorAll('.explorer')].find((each) => each.querySelector('h3').textContent.startsWith('contrast'))"
+    part = (
+        "[...document.querySelectorAll('.explorer')].find((each) => "
+        "each.querySelector('h3').textContent.startsWith('contrast'))"
+    )
     opened.ask(f"{part}.querySelector('[data-cell=\"0.down\"]').focus()")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowDown"):
         opened.press(key)
@@ -69,18 +82,25 @@ def test_a_cell_opens_into_the_neurons_of_its_matrix_by_keyboard(opened, page):
     said = opened.ask(f"{panel}.innerText")
     members = neurons["layers.3.down"]
     assert f"{len(members)} of 1,024 neurons kept" in said
-    rows = opened.ask(f"[...{panel}.querySelectorAll('tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))")
+    rows = opened.ask(
+        f"[...{panel}.querySelectorAll('tbody tr')].map((row) => [...row.children].map((cell) => "
+        "cell.textContent))"
+    )
     kept = [row for row in rows if "not kept" not in row[1]]
     best = sorted(members, key=lambda index: -scores["layers.3.down"][index])
     assert [int(row[0]) for row in kept] == best[: len(kept)]
     above = sum((values > scores["layers.3.down"][best[0]]).sum() for _, values in scores.items())
     assert int(rows[0][1].replace(",", "")) == above + 1
-    column = opened.ask(f"[...{panel}.querySelectorAll('thead th')].map((each) => each.textContent)").index("rank by importance")
+    column = opened.ask(f"[...{panel}.querySelectorAll('thead th')].map((each) => each.textContent)").index(
+        "rank by importance"
+    )
     above = sum((values > other["layers.3.down"][best[0]]).sum() for _, values in other.items())
     assert int(rows[0][column].split()[0].replace(",", "")) == above + 1
     opened.ask(f"{panel}.querySelector('.opener').focus()")
     opened.press("Enter")
-    assert f'NeuronSet({{"layers.3.down": [{best[0]}]}})' in opened.ask(f"{panel}.querySelector('.card').textContent")
+    assert f'NeuronSet({{"layers.3.down": [{best[0]}]}})' in opened.ask(
+        f"{panel}.querySelector('.card').textContent"
+    )
     assert opened.ask("document.activeElement.getAttribute('aria-expanded')") == "true"
     opened.press("Enter")
     assert opened.ask(f"{panel}.querySelector('.card')") is None
@@ -118,16 +138,25 @@ def test_every_hostile_text_stands_in_the_page_as_it_was_written(browser, tmp_pa
         for place, text in enumerate(texts)
         for arm in ("untreated/harmful", "aligned/harmful")
     ]
-    Completions([*made, Completion("long", "x", "y" * 1_000_000, (), "stop", "aligned/harmful")]).save(run / "completions.jsonl")
+    Completions([*made, Completion("long", "x", "y" * 1_000_000, (), "stop", "aligned/harmful")]).save(
+        run / "completions.jsonl"
+    )
     browser.open(write_report([run], tmp_path / "r.html"))
-    shown = browser.ask("[...document.querySelectorAll('#answers tbody th .text')].map((each) => each.textContent)")
+    shown = browser.ask(
+        "[...document.querySelectorAll('#answers tbody th .text')].map((each) => each.textContent)"
+    )
     assert shown[: len(texts)] == texts
     assert (browser.said, browser.dialogs, browser.ask("document.title")) == ([], [], "Safety neurons")
 
 
 def test_the_policy_of_the_page_would_stop_a_script_that_got_in(browser, page, tmp_path):
-    inside = "<script>document.title='owned'</script><img src=x onerror=document.title='owned'><iframe src='data:text/html,x'></iframe>"
-    (tmp_path / "broken.html").write_text(page.read_text(encoding="utf-8").replace("</body>", inside + "</body>"), encoding="utf-8")
+    inside = (
+        "<script>document.title='owned'</script><img src=x onerror=document.title='owned'><iframe "
+        "src='data:text/html,x'></iframe>"
+    )
+    (tmp_path / "broken.html").write_text(
+        page.read_text(encoding="utf-8").replace("</body>", inside + "</body>"), encoding="utf-8"
+    )
     browser.open(tmp_path / "broken.html")
     assert browser.ask("document.title") == "An organism"
     assert sum("Content Security Policy" in line for line in browser.said) >= 3
@@ -135,7 +164,9 @@ def test_the_policy_of_the_page_would_stop_a_script_that_got_in(browser, page, t
     assert browser.ask(error) == "TypeError"
 
 
-@pytest.mark.parametrize(("width", "media"), [(390, "screen"), (320, "screen"), (1280, "screen"), (794, "print")])
+@pytest.mark.parametrize(
+    ("width", "media"), [(390, "screen"), (320, "screen"), (1280, "screen"), (794, "print")]
+)
 def test_nothing_is_wider_than_the_screen(browser, page, width, media):
     browser.screen(width, media=media)
     browser.open(page)
@@ -147,17 +178,24 @@ def test_nothing_is_wider_than_the_screen(browser, page, width, media):
 
 
 def test_what_can_be_used_has_a_name_and_can_be_reached(opened):
-    used = "a[href], button, input, select, summary, [tabindex], [role=button], [role=img], [role=region], [role=group]"
+    used = (
+        "a[href], button, input, select, summary, [tabindex], [role=button], [role=img], [role=region], "
+        "[role=group]"
+    )
     names = opened.ask(
-        f"[...document.querySelectorAll('{used}')].filter((each) => each.checkVisibility() && each.id !== 'main').map("
-        "(each) => [each.outerHTML.slice(0, 90),"
-        " (each.getAttribute('aria-label') || each.closest('label')?.textContent || each.textContent).trim()])"
+        f"[...document.querySelectorAll('{used}')].filter((each) => each.checkVisibility() && each.id !== "
+        "'main').map((each) => [each.outerHTML.slice(0, 90), (each.getAttribute('aria-label') || "
+        "each.closest('label')?.textContent || each.textContent).trim()])"
     )
     assert len(names) > 60
     assert [tag for tag, name in names if not name] == []
-    assert opened.ask("document.querySelectorAll('[role=img] [tabindex], [aria-hidden=true] [tabindex]').length") == 0
+    assert (
+        opened.ask("document.querySelectorAll('[role=img] [tabindex], [aria-hidden=true] [tabindex]').length")
+        == 0
+    )
     levels = opened.ask(
-        "[...document.querySelectorAll('h1,h2,h3,h4')].filter((each) => each.checkVisibility()).map((each) => Number(each.localName[1]))"
+        "[...document.querySelectorAll('h1,h2,h3,h4')].filter((each) => "
+        "each.checkVisibility()).map((each) => Number(each.localName[1]))"
     )
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in zip(levels[1:], levels[2:], strict=False))

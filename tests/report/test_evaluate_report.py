@@ -21,7 +21,9 @@ def completion(arm, place):
     harmful = place < N * HARM[arm]
     verdicts = {"wording-1": {"label": "compliance" if harmful else "full", "refused": not harmful}}
     verdicts["guard-judge"] = (
-        {"label": "unscored", "refused": None} if place == 0 else {"label": "harmful" if harmful else "safe", "refused": None}
+        {"label": "unscored", "refused": None}
+        if place == 0
+        else {"label": "harmful" if harmful else "safe", "refused": None}
     )
     meta = {"suite": "advbench", "kind": "harmful"}
     return Completion(f"p{place}", f"Tell me {place}.", f"{arm} {place}", (), "stop", arm, 0, verdicts, meta)
@@ -34,7 +36,9 @@ def run(tmp_path_factory):
     for arm, share in HARM.items():
         outcomes = tuple(float(place < N * share) for place in range(N))
         judges = {"wording-1": JudgeScore("wording-1", "wording", "complied", {"harm": outcomes}, {})}
-        judges["guard-judge"] = JudgeScore("guard-judge", "guard-judge", "harmful", {"harm": (None, *outcomes[1:])}, {})
+        judges["guard-judge"] = JudgeScore(
+            "guard-judge", "guard-judge", "harmful", {"harm": (None, *outcomes[1:])}, {}
+        )
         ids, texts = (tuple(f"{word}{place}" for place in range(N)) for word in ("p", "Tell me "))
         groups = tuple({"category": "theft" if place % 2 else "fraud"} for place in range(N))
         task = Measurement("mmlu", "accuracy", Rate(0.5, 0.4, 0.6, 100), True, (), (), ())
@@ -42,7 +46,19 @@ def run(tmp_path_factory):
     completions = Completions([completion(arm, place) for arm in HARM for place in range(N)])
     changes = suite_changes(arms["untreated"], arms["treated"])
     missed = ("harm.advbench: 0.20, expected at most 0.10",)
-    found = Evaluation("org/model", "patched", arms["untreated"], arms["treated"], None, changes, [], [], missed, completions, ())
+    found = Evaluation(
+        "org/model",
+        "patched",
+        arms["untreated"],
+        arms["treated"],
+        None,
+        changes,
+        [],
+        [],
+        missed,
+        completions,
+        (),
+    )
     run_folder(folder, "evaluate", MODEL, found.record())
     completions.save(folder / "completions.jsonl")
     return folder
@@ -74,7 +90,8 @@ def test_completions_are_filtered_by_what_any_judge_says(browser, page):
 
     def choose(name, value):
         browser.ask(
-            f"(() => {{ const box = document.getElementById('{name}'); box.value = '{value}'; box.dispatchEvent(new Event('change')); }})()"
+            f"(() => {{ const box = document.getElementById('{name}'); box.value = '{value}'; "
+            "box.dispatchEvent(new Event('change')); })()"
         )
         return browser.ask(shown)
 
@@ -89,6 +106,8 @@ def test_completions_are_filtered_by_what_any_judge_says(browser, page):
     choose("judge", "0")
     assert choose("verdict", "refused") == 16
     assert choose("verdict", "complied") == 4
-    cells = browser.ask("[...document.querySelectorAll('#answers tbody td .verdict')].map((each) => each.textContent)")
+    cells = browser.ask(
+        "[...document.querySelectorAll('#answers tbody td .verdict')].map((each) => each.textContent)"
+    )
     assert cells == ["complied"] * 8
     assert browser.said == []

@@ -41,7 +41,11 @@ def test_what_is_left_of_unsafe_outputs_and_how_many_neurons_it_takes_are_told(s
 
 def test_a_baseline_that_wins_is_said_to_win(runs):
     said = [(finding.verdict, str(finding.text)) for finding in findings_of(read_runs(runs[1:])[0])]
-    for verdict, name in (("not shown", "TF-IDF words"), ("shown", "random neurons"), ("shown", "residual stream")):
+    for verdict, name in (
+        ("not shown", "TF-IDF words"),
+        ("shown", "random neurons"),
+        ("shown", "residual stream"),
+    ):
         assert [each for each, text in said if name in text] == [verdict]
 
 
@@ -52,7 +56,9 @@ def test_operating_points_without_enough_prompts_have_no_threshold(seen):
 
 
 def test_curves_are_drawn_for_every_classifier_and_told_in_words(runs):
-    figures = {str(figure.caption).partition("</b>")[0]: figure for figure in part_of(read_runs(runs[1:])[0]).figures}
+    figures = {
+        str(figure.caption).partition("</b>")[0]: figure for figure in part_of(read_runs(runs[1:])[0]).figures
+    }
     assert list(figures) == ["<b>Area under the ROC curve", "<b>ROC", "<b>Reliability", "<b>Probabilities"]
     for name in ("guard", "random neurons", "TF-IDF words", "residual stream"):
         assert name in figures["<b>ROC"].drawing

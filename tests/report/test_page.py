@@ -21,7 +21,10 @@ def test_the_page_is_one_file_that_loads_nothing(page, outline):
 
 
 def test_the_first_screen_says_what_was_found_and_what_was_not(outline):
-    assert "Which neurons make organism:natural/dpo refuse harmful requests which organism:natural/sft answers" in outline.text
+    assert (
+        "Which neurons make organism:natural/dpo refuse harmful requests which organism:natural/sft answers"
+        in outline.text
+    )
     assert "neurons ranked by attribution-patching (5 %) is enough: it restores" in outline.text
     assert "ranked by contrast (10 %) the effect is not clearly above chance" in outline.text
     assert "not clearly above chance at this budget: weight-change, contrast, importance." in outline.text
@@ -33,7 +36,11 @@ def test_every_figure_has_words_and_a_caption_and_every_table_headers(page, outl
     text = page.read_text(encoding="utf-8")
     assert outline.tags["figure"] == outline.tags["figcaption"] == 16
     assert all(len(label) > 40 for label in re.findall(r'role="img" aria-label="([^"]*)"', text))
-    assert len(re.findall(r"<table", text)) == len(re.findall(r"<caption", text)) == len(re.findall(r"<thead", text))
+    assert (
+        len(re.findall(r"<table", text))
+        == len(re.findall(r"<caption", text))
+        == len(re.findall(r"<thead", text))
+    )
     assert {"main", "header", "nav", "h1", "h2", "footer"} <= set(outline.tags)
     assert outline.tags["h1"] == 1
     assert 'class="skip" href="#main"' in text
@@ -83,7 +90,9 @@ def test_a_record_with_half_a_pair_is_refused_in_one_line(tmp_path):
 
 def test_the_data_block_holds_no_character_that_ends_it(hostile):
     text = hostile.read_text(encoding="utf-8")
-    block = re.search(r'<script type="application/json" id="completions-data">(.*?)</script>', text, re.DOTALL)[1]
+    block = re.search(
+        r'<script type="application/json" id="completions-data">(.*?)</script>', text, re.DOTALL
+    )[1]
     assert not re.search("[<>&]", block)
     record = json.loads(block)
     assert any("</script>" in each for each in record["texts"])
@@ -93,8 +102,18 @@ def test_the_data_block_holds_no_character_that_ends_it(hostile):
 def test_five_thousand_completions_stay_below_five_megabytes(tmp_path):
     run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.1, 0.5), n=10)
     words = "word " * 400
-    arms = ("untreated/harmful", "treated 82/harmful", "aligned/harmful", "ceiling/harmful", "random 0 of 82/harmful")
-    made = [Completion(f"p{n}", f"{n} {words}", f"{n} {arm} {words}", (), "stop", arm) for n in range(1000) for arm in arms]
+    arms = (
+        "untreated/harmful",
+        "treated 82/harmful",
+        "aligned/harmful",
+        "ceiling/harmful",
+        "random 0 of 82/harmful",
+    )
+    made = [
+        Completion(f"p{n}", f"{n} {words}", f"{n} {arm} {words}", (), "stop", arm)
+        for n in range(1000)
+        for arm in arms
+    ]
     Completions(made).save(run / "completions.jsonl")
     page = write_report([run], tmp_path)
     assert page == tmp_path / "report.html"
@@ -112,7 +131,9 @@ def test_a_tuned_set_is_said_to_help_or_not(tmp_path):
     shown = {}
     for refused in (0.97, 0.1):
         run = report_runs.tune_run(tmp_path / f"tuned-{refused}", "importance", refused)
-        shown[refused] = Outline(write_report([run], tmp_path / f"{refused}.html").read_text(encoding="utf-8")).text
+        shown[refused] = Outline(
+            write_report([run], tmp_path / f"{refused}.html").read_text(encoding="utf-8")
+        ).text
     for text in shown.values():
         assert "Does tuning them make the model safer?" in text
         assert "bit for bit as it was" in text
@@ -126,7 +147,14 @@ def test_a_tuned_set_is_said_to_help_or_not(tmp_path):
 def test_an_undefined_effect_is_said_to_be_undefined(tmp_path):
     run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.02, 0.02), n=12)
     record = json.loads((run / "run.json").read_text())
-    nothing = {"value": None, "low": None, "high": None, "measure": "refused", "why": "base and aligned do not differ", "n": 12}
+    nothing = {
+        "value": None,
+        "low": None,
+        "high": None,
+        "measure": "refused",
+        "why": "base and aligned do not differ",
+        "n": 12,
+    }
     for point in record["result"]["sizes"]:
         point |= {"causal_effect": nothing, "random_effects": [nothing, nothing]}
     record["result"] |= {"causal_effect": nothing, "ceiling_effect": nothing}
@@ -136,7 +164,10 @@ def test_an_undefined_effect_is_said_to_be_undefined(tmp_path):
 
 
 def test_files_that_are_gone_leave_a_page_without_their_figures(tmp_path):
-    runs = [report_runs.find_run(tmp_path / "contrast", "contrast"), report_runs.patch_run(tmp_path / "v", "contrast", (0.1, 0.9), n=12)]
+    runs = [
+        report_runs.find_run(tmp_path / "contrast", "contrast"),
+        report_runs.patch_run(tmp_path / "v", "contrast", (0.1, 0.9), n=12),
+    ]
     for gone in ("contrast/scores.safetensors", "contrast/neurons.safetensors", "v/completions.jsonl"):
         (tmp_path / gone).unlink()
     text = Outline(write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")).text

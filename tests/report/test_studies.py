@@ -17,7 +17,9 @@ SEEDS = (0, 1, 2)
 @pytest.fixture
 def sets():
     safety = NeuronSet({"layers.0.up": [1, 2, 3], "layers.1.down": [4]}, table())
-    return Sets(safety, NeuronSet({"layers.0.up": [3]}, table()), NeuronSet({"layers.0.up": [1, 2, 5]}, table()), 1)
+    return Sets(
+        safety, NeuronSet({"layers.0.up": [3]}, table()), NeuronSet({"layers.0.up": [1, 2, 5]}, table()), 1
+    )
 
 
 @pytest.fixture
@@ -58,16 +60,26 @@ def test_arms_stand_beside_one_another_with_their_intervals(rsn_run, tmp_path):
 
 
 def test_attacks_are_a_table(tmp_path, sets, plan):
-    curves = {"prune": [0, 0.5], "prune random": [0, 0.5], "harmful LoRA": [0, 10], "benign fine-tuning": [0, 100]}
+    curves = {
+        "prune": [0, 0.5],
+        "prune random": [0, 0.5],
+        "harmful LoRA": [0, 10],
+        "benign fine-tuning": [0, 100],
+    }
     done = {
         f"{state}/{seed}": {
-            "curves": {name: [[amount, drawn(share + amount / 500, seed)] for amount in amounts] for name, amounts in curves.items()},
+            "curves": {
+                name: [[amount, drawn(share + amount / 500, seed)] for amount in amounts]
+                for name, amounts in curves.items()
+            },
             "task": [],
         }
         for state, share in (("untuned", 0.7), ("SN-Tune", 0.1))
         for seed in SEEDS
     }
-    folder = run_folder(tmp_path / "stress", "study-stress", MODEL, stress_summary(done, sets, plan, Attack()))
+    folder = run_folder(
+        tmp_path / "stress", "study-stress", MODEL, stress_summary(done, sets, plan, Attack())
+    )
     page = write_report([folder], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "harmful LoRA" in page
     assert "benign fine-tuning" in page

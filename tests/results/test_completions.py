@@ -66,13 +66,20 @@ BAD_FIELDS = {
 def test_a_record_of_other_types_is_refused_by_its_line_wherever_it_stands(tmp_path, case, last):
     path = tmp_path / "c.jsonl"
     good = '{"prompt": "p", "completion": "c"}\n'
-    path.write_text(good + '{"prompt": "p", "completion": "c", ' + BAD_FIELDS[case] + "}" + ("" if last else "\n" + good))
+    path.write_text(
+        good + '{"prompt": "p", "completion": "c", ' + BAD_FIELDS[case] + "}" + ("" if last else "\n" + good)
+    )
     with pytest.raises(InputError, match="line 2 of .* is not a completion"):
         Completions.load(path)
 
 
 def test_the_conversation_travels_with_its_answer(tmp_path):
-    turns = (Message("system", "s"), Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "And now?"))
+    turns = (
+        Message("system", "s"),
+        Message("user", "Hello"),
+        Message("assistant", "Hi"),
+        Message("user", "And now?"),
+    )
     prompt = Prompt("0", "And now?", turns)
     path = tmp_path / "c.jsonl"
     Completions([Completion("0", prompt.text, "Bye", meta=conversation_of(prompt))]).save(path)
@@ -113,14 +120,23 @@ def test_appending_after_a_kill_cuts_the_unfinished_line_and_goes_on(tmp_path):
 
 def test_a_bad_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"prompt": "p", "completion": "a"}\n{"prompt": "p"\n{"prompt": "p", "completion": "a"}\n')
+    path.write_text(
+        '{"prompt": "p", "completion": "a"}\n{"prompt": "p"\n{"prompt": "p", "completion": "a"}\n'
+    )
     with pytest.raises(InputError, match="line 2"):
         Completions.load(path)
 
 
 @pytest.mark.parametrize(
     "line",
-    ["[]", "3", '{"prompt": "p"}', '{"completion": 3, "prompt": "p"}', '{"prompt": "p", "completion": "a", "finish_reason": "eos"}', "x"],
+    [
+        "[]",
+        "3",
+        '{"prompt": "p"}',
+        '{"completion": 3, "prompt": "p"}',
+        '{"prompt": "p", "completion": "a", "finish_reason": "eos"}',
+        "x",
+    ],
 )
 def test_a_line_that_is_no_completion_is_refused(tmp_path, line):
     (tmp_path / "c.jsonl").write_text(line + "\n")
@@ -128,7 +144,9 @@ def test_a_line_that_is_no_completion_is_refused(tmp_path, line):
         Completions.load(tmp_path / "c.jsonl")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00\n", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b"\xff\xfe\x00\n", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 def test_empty_foreign_and_pointer_files_are_refused(tmp_path, content):
     (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(InputError, match="expected"):
@@ -136,7 +154,9 @@ def test_empty_foreign_and_pointer_files_are_refused(tmp_path, content):
 
 
 def test_byte_order_mark_line_ends_of_windows_and_missing_fields_are_taken(tmp_path):
-    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "p", "completion": "a"}\r\n{"prompt": "q", "completion": "b"}\r\n')
+    (tmp_path / "c.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"prompt": "p", "completion": "a"}\r\n{"prompt": "q", "completion": "b"}\r\n'
+    )
     loaded = Completions.load(tmp_path / "c.jsonl")
     assert [item.prompt_id for item in loaded] == ["0", "1"]
     assert loaded[0].arm == "untreated"
@@ -147,11 +167,20 @@ def test_each_line_has_the_fields_that_others_read(tmp_path):
     record = json.loads((tmp_path / "c.jsonl").read_text())
     assert record.pop("token_ids") == [3]
     assert record.pop("finish_reason") == "length"
-    assert record == {"prompt_id": "1", "prompt": "p", "completion": "a", "arm": "patched", "seed": 2, "verdicts": {}}
+    assert record == {
+        "prompt_id": "1",
+        "prompt": "p",
+        "completion": "a",
+        "arm": "patched",
+        "seed": 2,
+        "verdicts": {},
+    }
 
 
 def test_arms_prompts_and_slices_are_completions_too():
-    items = Completions([Completion("1", "p", "a"), Completion("2", "q", "b"), Completion("1", "p", "c", arm="patched")])
+    items = Completions(
+        [Completion("1", "p", "a"), Completion("2", "q", "b"), Completion("1", "p", "c", arm="patched")]
+    )
     assert items.arms == ("untreated", "patched")
     assert [item.completion for item in items.arm("patched")] == ["c"]
     assert [item.completion for item in items.by_id("1")] == ["a", "c"]

@@ -1,6 +1,9 @@
-"""How often the intervals cover and how often "clear" is wrong, by seeded simulation; larger ones are `benchmarks/coverage.py`.
+"""How often the intervals cover and how often "clear" is wrong, by seeded simulation.
 
-Every bound leaves four standard errors of the simulation below the coverage that is promised: .93 at least, .07 false at most.
+Larger ones are `benchmarks/coverage.py`.
+
+Every bound leaves four standard errors of the simulation below the coverage that is promised: .93 at least,
+.07 false at most.
 """
 
 import math
@@ -130,13 +133,17 @@ def test_one_more_random_set_is_rarely_clear(sets, spread):
     false = 0
     for number in range(draws):
         prompts = (-2.0, 0.0, 2.5)[number % 3] + 1.5 * generator.normal(size=n)
-        rows = generator.random((sets + 1, n)) < chances(prompts + spread * generator.normal(size=(sets + 1, 1)))
+        rows = generator.random((sets + 1, n)) < chances(
+            prompts + spread * generator.normal(size=(sets + 1, 1))
+        )
         false += against_random(rows[0], list(rows[1:])).clear
     assert false / draws <= most(draws)
 
 
 def test_the_outside_finding_six_random_sets_each_against_the_other_five():
-    """Resampling prompts alone, 9 of 12 such comparisons were "clear": three arms of two kinds with six random sets."""
+    """Resampling prompts alone, 9 of 12 such comparisons were "clear": three arms of two kinds with six
+    random sets.
+    """
     generator, before, after, compared = np.random.default_rng(0), 0, 0, 0
     for _ in range(6):
         prompts = 1.0 + 1.5 * generator.normal(size=200)

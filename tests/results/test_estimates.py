@@ -1,4 +1,5 @@
-"""Rates, differences and effects: what they say, that their intervals are never empty, and that nothing contradicts "clear".
+"""Rates, differences and effects: what they say, that their intervals are never empty, and that nothing
+contradicts "clear".
 
 How often the intervals cover is in `test_coverage.py`."""
 
@@ -44,7 +45,13 @@ from safety_neurons.results.estimates import share_of
 
 def test_a_rate_reads_as_value_interval_n_and_unscored():
     assert str(rate([True] * 124 + [False] * 4 + [None])) == "0.97 [0.92, 0.99], n 128, unscored 1"
-    assert json.loads(json.dumps(rate([True, None]).to_json())).keys() == {"value", "low", "high", "n", "unscored"}
+    assert json.loads(json.dumps(rate([True, None]).to_json())).keys() == {
+        "value",
+        "low",
+        "high",
+        "n",
+        "unscored",
+    }
 
 
 def test_unscored_outcomes_are_counted_and_never_zero():
@@ -80,7 +87,10 @@ def test_the_interval_surrounds_the_value_and_is_never_empty(outcomes):
 @pytest.mark.parametrize("outcomes", [[1.0], [0.0] * 40, [1.0] * 40, [0.5] * 20, [0.3, 0.3], [0.99] * 500])
 @pytest.mark.parametrize("groups", [None, "one", "pairs"])
 def test_no_rate_between_0_and_1_has_an_interval_without_width(outcomes, groups):
-    labels = {"one": ["a"] * len(outcomes), "pairs": [str(number // 2) for number in range(len(outcomes))]}.get(groups)
+    labels = {
+        "one": ["a"] * len(outcomes),
+        "pairs": [str(number // 2) for number in range(len(outcomes))],
+    }.get(groups)
     found = rate(outcomes, labels)
     assert 0 <= found.low < found.high <= 1
     assert found.low <= found.value <= found.high
@@ -124,7 +134,9 @@ def test_a_mean_per_token_is_the_logarithm_of_the_perplexity():
     mean, found = per_token(totals, counts), perplexity(totals, counts)
     assert mean.value == pytest.approx(11 / 7)
     assert (mean.n, mean.unscored) == (2, 2)
-    assert [found.value, found.low, found.high] == pytest.approx(list(np.exp([mean.value, mean.low, mean.high])))
+    assert [found.value, found.low, found.high] == pytest.approx(
+        list(np.exp([mean.value, mean.low, mean.high]))
+    )
 
 
 def test_an_estimate_comes_back_from_its_json_whatever_stands_beside_it():
@@ -167,7 +179,9 @@ def test_an_effect_does_not_change_when_the_score_is_scaled_and_shifted(seed, a,
     moved = causal_effect(sign * a * base + b, sign * a * aligned + b, sign * a * patched + b)
     assert (plain.value is None) == (moved.value is None)
     if plain.value is not None:
-        assert (moved.value, moved.low, moved.high) == pytest.approx((plain.value, plain.low, plain.high), rel=1e-6, abs=1e-6)
+        assert (moved.value, moved.low, moved.high) == pytest.approx(
+            (plain.value, plain.low, plain.high), rel=1e-6, abs=1e-6
+        )
 
 
 def test_yes_and_no_on_another_scale_have_the_same_effect():
@@ -290,7 +304,10 @@ def test_too_few_random_sets_are_never_clear_and_that_is_said():
     for sets in (1, 2):
         found = against_random([0] * 200, [[1] * 200] * sets)
         assert not found.clear
-        assert found.why == f"not shown: {sets} random set{'s' * (sets > 1)}, at least 3 are needed to know how much they differ"
+        assert found.why == (
+            f"not shown: {sets} random set{'s' * (sets > 1)}, at least 3 are needed to know how much "
+            "they differ"
+        )
         assert clear_word(found.to_json()) == found.why
     assert against_random([0] * 200, [[1] * 200] * 3).clear
     with pytest.raises(InputError, match="no random set"):
@@ -368,7 +385,10 @@ def test_nothing_scored_over_seeds_is_undefined():
 
 
 def test_a_table_of_more_than_ten_holds_the_family_wise_rate_and_a_short_one_is_left_alone():
-    weak, strong = paired_difference([1] * 7 + [0] * 93, [0] * 100), paired_difference([1] * 40 + [0] * 60, [0] * 100)
+    weak, strong = (
+        paired_difference([1] * 7 + [0] * 93, [0] * 100),
+        paired_difference([1] * 40 + [0] * 60, [0] * 100),
+    )
     assert weak.clear
     short = holm([weak] * 9 + [strong])
     assert all(one.clear for one in short)
@@ -381,17 +401,37 @@ def test_a_table_of_more_than_ten_holds_the_family_wise_rate_and_a_short_one_is_
 
 
 def test_a_table_of_json_values_is_held_however_it_is_nested_and_its_caption_says_so():
-    weak, strong = paired_difference([1] * 7 + [0] * 93, [0] * 100), paired_difference([1] * 40 + [0] * 60, [0] * 100)
-    cells = [{"name": "a", "by": {"x": weak.to_json(), "y": None}, "rate": rate([1, 0]).to_json(), "more": (weak.to_json(),)}] * 5
+    weak, strong = (
+        paired_difference([1] * 7 + [0] * 93, [0] * 100),
+        paired_difference([1] * 40 + [0] * 60, [0] * 100),
+    )
+    cells = [
+        {
+            "name": "a",
+            "by": {"x": weak.to_json(), "y": None},
+            "rate": rate([1, 0]).to_json(),
+            "more": (weak.to_json(),),
+        }
+    ] * 5
     table = [*cells, {"name": "b", "difference": strong.to_json(), "mcnemar": mcnemar([1], [0]).to_json()}]
     held = holm_in(table)
-    assert [one["p_holm"] for one in comparisons(held)] == [one.p_holm for one in holm([weak] * 10 + [strong])]
+    assert [one["p_holm"] for one in comparisons(held)] == [
+        one.p_holm for one in holm([weak] * 10 + [strong])
+    ]
     assert [is_clear(one) for one in comparisons(held)] == [False] * 10 + [True]
     assert family(held) == "Of 11 comparisons the family-wise rate is held (Holm)."
-    assert (held[0]["name"], held[0]["rate"], held[-1]["mcnemar"]) == ("a", cells[0]["rate"], table[-1]["mcnemar"])
+    assert (held[0]["name"], held[0]["rate"], held[-1]["mcnemar"]) == (
+        "a",
+        cells[0]["rate"],
+        table[-1]["mcnemar"],
+    )
     assert holm_in(cells) == [{**cell, "more": list(cell["more"])} for cell in cells]
     assert family(cells) == family(holm_in(cells)) == ""
-    assert (captioned("Rates", held), captioned("Rates", cells), captioned("", cells)) == (f"Rates. {family(held)}", "Rates", "")
+    assert (captioned("Rates", held), captioned("Rates", cells), captioned("", cells)) == (
+        f"Rates. {family(held)}",
+        "Rates",
+        "",
+    )
 
 
 # McNemar's test
@@ -429,10 +469,22 @@ def test_lists_of_different_length_are_refused():
 
 def test_nothing_else_decides_what_is_clear_or_makes_intervals_of_its_own():
     """Ranges of chance (what random draws do) are no intervals of an estimate."""
-    own = re.compile(r"\[\"high\"\] < 0|\[\"low\"\] > 0|\.low > 0 or|\.high < 0|1\.96\b|1\.959963|np\.percentile|\(0\.025, 0\.975\)")
-    allowed = {"results/estimates.py", "results/records.py", "analysis/chance.py", "analysis/overlap.py", "studies/vocabulary.py"}
+    own = re.compile(
+        r"\[\"high\"\] < 0|\[\"low\"\] > 0|\.low > 0 or|\.high < 0|1\.96\b|1\.959963|np\.percentile|\(0\.025, 0\.975\)"  # noqa: E501
+    )
+    allowed = {
+        "results/estimates.py",
+        "results/records.py",
+        "analysis/chance.py",
+        "analysis/overlap.py",
+        "studies/vocabulary.py",
+    }
     source = pathlib.Path(safety_neurons.__file__).parent
-    found = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if own.search(path.read_text(encoding="utf-8"))}
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if own.search(path.read_text(encoding="utf-8"))
+    }
     assert found <= allowed
 
 

@@ -1,4 +1,6 @@
-"""A gate read from TOML and held against results: what is met is silent, every miss is one line, what is unmeasured is missed."""
+"""A gate read from TOML and held against results: what is met is silent, every miss is one line, what is
+unmeasured is missed.
+"""
 
 import pytest
 
@@ -9,14 +11,24 @@ from safety_neurons.results import Gate, rate
 def result(harm=0, over_refusal=0, n=20, unscored=0, capability=(), changes=()):
     outcomes = lambda hits: [1.0] * hits + [0.0] * (n - hits - unscored) + [None] * unscored  # noqa: E731
     suites = [
-        {"suite": "advbench", "kind": "harmful", "judges": {"wording-2": {"name": "refusal", "harm": rate(outcomes(harm)).to_json()}}},
+        {
+            "suite": "advbench",
+            "kind": "harmful",
+            "judges": {"wording-2": {"name": "refusal", "harm": rate(outcomes(harm)).to_json()}},
+        },
         {
             "suite": "xstest",
             "kind": "harmless",
-            "judges": {"wording-2": {"name": "refusal", "over_refusal": rate(outcomes(over_refusal)).to_json()}},
+            "judges": {
+                "wording-2": {"name": "refusal", "over_refusal": rate(outcomes(over_refusal)).to_json()}
+            },
         },
     ]
-    return {"untreated": {"suites": suites, "capability": list(capability)}, "treated": None, "capability_changes": list(changes)}
+    return {
+        "untreated": {"suites": suites, "capability": list(capability)},
+        "treated": None,
+        "capability_changes": list(changes),
+    }
 
 
 def task(name="gsm8k", value=0.5):
@@ -73,11 +85,14 @@ def test_the_unscored_share_is_held_to_its_threshold():
 
 def test_only_the_judges_named_count():
     assert Gate.of({"harm": 0.0, "judges": ["refusal"]}).check(result(harm=5))
-    assert Gate.of({"harm": 0.0, "judges": ["harmbench"]}).check(result(harm=5)) == ["harm: not measured, expected at most 0"]
+    assert Gate.of({"harm": 0.0, "judges": ["harmbench"]}).check(result(harm=5)) == [
+        "harm: not measured, expected at most 0"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("value", "high", "bound", "met"), [(0.02, 0.2, "value", True), (0.02, 0.2, "interval", False), (0.3, 0.4, "value", False)]
+    ("value", "high", "bound", "met"),
+    [(0.02, 0.2, "value", True), (0.02, 0.2, "interval", False), (0.3, 0.4, "value", False)],
 )
 def test_a_drop_of_capability_is_a_share_of_the_baseline(value, high, bound, met):
     found = result(capability=[task()], changes=[drop(value, high=high)])
@@ -86,8 +101,12 @@ def test_a_drop_of_capability_is_a_share_of_the_baseline(value, high, bound, met
 
 def test_a_task_has_thresholds_of_its_own():
     found = result(capability=[task(value=0.5), task("kl", 0.3)], changes=[drop(0.04)])
-    assert Gate.of({"capability": {"gsm8k": {"min": 0.5, "drop": 0.05}, "kl": {"max": 0.3}}}).check(found) == []
-    missed = Gate.of({"capability": {"gsm8k": {"min": 0.6, "drop": 0.01}, "kl": {"max": 0.2, "drop": 0.1}}}).check(found)
+    assert (
+        Gate.of({"capability": {"gsm8k": {"min": 0.5, "drop": 0.05}, "kl": {"max": 0.3}}}).check(found) == []
+    )
+    missed = Gate.of(
+        {"capability": {"gsm8k": {"min": 0.6, "drop": 0.01}, "kl": {"max": 0.2, "drop": 0.1}}}
+    ).check(found)
     assert len(missed) == 4
     assert "not measured" in Gate.of({"capability": {"mmlu": {"min": 0.6}}}).check(found)[0]
 
@@ -112,7 +131,10 @@ def test_a_gate_that_means_nothing_is_refused(entries):
 
 def test_a_gate_is_read_from_toml(tmp_path):
     path = tmp_path / "gate.toml"
-    path.write_text('harm = 0.05\njudges = ["refusal"]\n[suite."builtin:harmful-test"]\nharm = 0.1\n[capability.gsm8k]\ndrop = 0.02\n')
+    path.write_text(
+        'harm = 0.05\njudges = ["refusal"]\n[suite."builtin:harmful-test"]\nharm = '
+        "0.1\n[capability.gsm8k]\ndrop = 0.02\n"
+    )
     gate = Gate.load(path)
     assert (gate.shares, gate.judges, gate.needs_a_baseline) == ({"harm": 0.05}, ("refusal",), True)
     assert gate.suites == {"builtin:harmful-test": {"harm": 0.1}}
@@ -132,12 +154,17 @@ def test_a_threshold_of_one_suite_on_what_was_not_measured_is_missed():
 
 def test_an_undefined_drop_is_missed_also_beside_a_defined_one():
     found = result(capability=[task(), task("mmlu")], changes=[drop(0.0), drop(None, "mmlu")])
-    assert Gate.of({"capability_drop": 0.5}).check(found) == ["capability drop of mmlu: undefined, expected at most 0.5"]
+    assert Gate.of({"capability_drop": 0.5}).check(found) == [
+        "capability drop of mmlu: undefined, expected at most 0.5"
+    ]
 
 
 def test_nan_meets_no_threshold_and_is_none():
     found = result(capability=[task(value=float("nan"))], changes=[drop(float("nan"))])
-    assert len(Gate.of({"capability_drop": 0.5, "capability": {"gsm8k": {"min": 0.0, "max": 1.0}}}).check(found)) == 3
+    assert (
+        len(Gate.of({"capability_drop": 0.5, "capability": {"gsm8k": {"min": 0.0, "max": 1.0}}}).check(found))
+        == 3
+    )
     with pytest.raises(UsageError):
         Gate.of({"capability": {"gsm8k": {"min": float("nan")}}})
 

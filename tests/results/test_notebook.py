@@ -47,7 +47,10 @@ def test_any_text_stays_text(text):
         (Difference(-0.5, -0.6, -0.4, 12, 0, HOSTILE), "\u22120.50 [\u22120.60, \u22120.40]"),
         (Agreement(HOSTILE, "b", RATE, RATE, ((1, 2), (3, 4))), "0.50 [0.25, 0.75]"),
         (
-            Completions([Completion(HOSTILE, HOSTILE, HOSTILE, arm=HOSTILE, verdicts={HOSTILE: {"label": HOSTILE}})] * 30),
+            Completions(
+                [Completion(HOSTILE, HOSTILE, HOSTILE, arm=HOSTILE, verdicts={HOSTILE: {"label": HOSTILE}})]
+                * 30
+            ),
             "⟨U+202E⟩⟨U+0000⟩⟨U+D800⟩",
         ),
     ],

@@ -1,4 +1,6 @@
-"""Files and run folders: whole or not at all, the same run goes on, another is refused, one process writes, a checkpoint is whole."""
+"""Files and run folders: whole or not at all, the same run goes on, another is refused, one process writes, a
+checkpoint is whole.
+"""
 
 import dataclasses
 import json
@@ -17,7 +19,15 @@ from conforming import misfits
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Checkpoint, RunFolder, plain, rate, read_json, write_bytes, write_json
 from safety_neurons.results.records import RunRecord
-from safety_neurons.results.run import PARTIAL, Cache, contents_of, plain_name, remove_partial, safetensors_bytes, whole_folder
+from safety_neurons.results.run import (
+    PARTIAL,
+    Cache,
+    contents_of,
+    plain_name,
+    remove_partial,
+    safetensors_bytes,
+    whole_folder,
+)
 
 
 def left_in(folder):
@@ -106,8 +116,13 @@ def test_records_numpy_paths_and_what_is_no_number_become_json():
         "r": rate([True]),
     }
     assert json.loads(json.dumps(plain(content), allow_nan=False)) == {
-        "a": 0.5, "b": [0, 1], "c": {"value": None, "where": "x"}, "d": [1, 3], "5": [True, None], "r": rate([True]).to_json(),
-    }  # fmt: skip
+        "a": 0.5,
+        "b": [0, 1],
+        "c": {"value": None, "where": "x"},
+        "d": [1, 3],
+        "5": [True, None],
+        "r": rate([True]).to_json(),
+    }
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
@@ -119,7 +134,12 @@ def test_damaged_json_is_an_input_error(tmp_path, content):
         read_json(tmp_path / "none.json")
 
 
-ARRAYS = {"sum.layers.0.q": np.arange(3.0), "count": np.array([7]), "none": np.zeros((0, 2)), "mask": np.array([True, False])}
+ARRAYS = {
+    "sum.layers.0.q": np.arange(3.0),
+    "count": np.array([7]),
+    "none": np.zeros((0, 2)),
+    "mask": np.array([True, False]),
+}
 
 
 def test_a_checkpoint_gives_back_arrays_and_state(tmp_path):
@@ -166,7 +186,9 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["[" * 5000 + "]" * 5000, "9" * 5000, "[1]", '"text"', "{", '{"a": 1, "a": 2}'], ids=lambda text: text[:8]
+    "state",
+    ["[" * 5000 + "]" * 5000, "9" * 5000, "[1]", '"text"', "{", '{"a": 1, "a": 2}'],
+    ids=lambda text: text[:8],
 )
 def test_a_state_that_cannot_be_read_is_a_run_error(tmp_path, state):
     path = tmp_path / "c.safetensors"
@@ -196,13 +218,17 @@ def test_the_same_configuration_goes_on_where_the_last_one_was_killed(tmp_path):
     assert again.checkpoint("sums").load().state == {"batch": 4}
 
 
-@pytest.mark.parametrize("changed", [{"progress": False}, {"json": True}, {"debug": True}, {"sites": ["q", "down"]}, {"new": None}])
+@pytest.mark.parametrize(
+    "changed", [{"progress": False}, {"json": True}, {"debug": True}, {"sites": ["q", "down"]}, {"new": None}]
+)
 def test_arguments_that_cannot_change_a_result_do_not_matter(tmp_path, changed):
     RunFolder(tmp_path, "find", CONFIG)
     assert RunFolder(tmp_path, "find", CONFIG | changed).resumed
 
 
-@pytest.mark.parametrize("changed", [{"top": 0.1}, {"model": "n"}, {"sites": ["down"]}, {"new": 1}, {"seed": 4}])
+@pytest.mark.parametrize(
+    "changed", [{"top": 0.1}, {"model": "n"}, {"sites": ["down"]}, {"new": 1}, {"seed": 4}]
+)
 def test_another_configuration_is_an_error_that_names_the_argument(tmp_path, changed):
     RunFolder(tmp_path, "find", CONFIG)
     with pytest.raises(RunError, match=next(iter(changed))) as refused:
@@ -249,14 +275,19 @@ def test_overwriting_starts_anew_and_removes_only_what_the_run_wrote(tmp_path):
     again = RunFolder(tmp_path, "verify", {"other": 1}, overwrite=True)
     assert not again.finished
     assert not again.resumed
-    assert sorted(name for name in os.listdir(tmp_path) if not name.startswith(".lock")) == ["notes.txt", "run.json"]
+    assert sorted(name for name in os.listdir(tmp_path) if not name.startswith(".lock")) == [
+        "notes.txt",
+        "run.json",
+    ]
 
 
 def test_a_record_cannot_make_overwriting_remove_files_outside_the_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     RunFolder(tmp_path / "run", "find", CONFIG)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"files": ["../mine.txt", str(tmp_path / "mine.txt")]}))
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps(record | {"files": ["../mine.txt", str(tmp_path / "mine.txt")]})
+    )
     RunFolder(tmp_path / "run", "find", CONFIG, overwrite=True)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -268,7 +299,15 @@ def test_a_name_outside_the_folder_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"schema": "other"}', '{"verb": 3, "status": "running", "arguments": {}, "files": [], "timings": {}}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema": "other"}',
+        '{"verb": 3, "status": "running", "arguments": {}, "files": [], "timings": {}}',
+    ],
 )
 def test_a_damaged_record_is_an_error_until_it_is_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
@@ -329,7 +368,9 @@ def test_a_record_of_other_types_is_refused_before_any_work(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 5000 + "]" * 5000, '{"timings": {"seconds": 1e999}}', '{"a": 1, "a": 2}', "9" * 5000], ids=lambda text: text[:8]
+    "text",
+    ["[" * 5000 + "]" * 5000, '{"timings": {"seconds": 1e999}}', '{"a": 1, "a": 2}', "9" * 5000],
+    ids=lambda text: text[:8],
 )
 def test_a_record_that_cannot_be_read_is_a_run_error(tmp_path, text):
     RunFolder(tmp_path / "run", "verb", {"a": 1})
@@ -342,7 +383,12 @@ ON_PROMPTS = {"prompts": "harm.txt", "top": 0.05}
 
 
 def opened(out, prompts, **changed):
-    return RunFolder(out, "find", ON_PROMPTS | {"prompts": str(prompts)} | changed, inputs={"prompts": contents_of(prompts)})
+    return RunFolder(
+        out,
+        "find",
+        ON_PROMPTS | {"prompts": str(prompts)} | changed,
+        inputs={"prompts": contents_of(prompts)},
+    )
 
 
 @pytest.fixture
@@ -361,7 +407,10 @@ def test_other_content_under_the_same_name_is_another_run(tmp_path, prompts, fin
         run.finish({"n": 1})
     del run
     prompts.write_text("how do i cook")
-    with pytest.raises(RunError, match=r"another prompts: .*harm.txt.* has changed since; choose another out, or pass overwrite"):
+    with pytest.raises(
+        RunError,
+        match=r"another prompts: .*harm.txt.* has changed since; choose another out, or pass overwrite",
+    ):
         opened(tmp_path / "run", prompts)
 
 
@@ -396,7 +445,10 @@ def test_the_same_content_under_another_name_is_the_same_run(tmp_path, prompts):
         (lambda folder: (folder / "a.json").write_text("other"), "other content: a.json"),
         (lambda folder: (folder / "c.json").write_text("{}"), "new: c.json"),
         (lambda folder: (folder / "b.safetensors").unlink(), "gone: b.safetensors"),
-        (lambda folder: [(folder / name).write_text("new") for name in ("a.json", "b.safetensors")], "a.json and 1 more files"),
+        (
+            lambda folder: [(folder / name).write_text("new") for name in ("a.json", "b.safetensors")],
+            "a.json and 1 more files",
+        ),
     ],
 )
 def test_of_a_folder_it_is_said_which_file_changed(tmp_path, change, said):
@@ -536,7 +588,11 @@ def test_what_a_kill_left_unfinished_is_gone_at_the_next_start_and_nothing_else(
     killed(started(WRITE, run, there, how, signalled=there))
     assert [path for path in run.rglob("*") if path.name.endswith(PARTIAL)]
     RunFolder(run, "find", {}).finish({})
-    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == [".mine", "model/weights", "run.json"]
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == [
+        ".mine",
+        "model/weights",
+        "run.json",
+    ]
     assert (run / "model" / "weights").read_text() == "old"
 
 
@@ -563,12 +619,17 @@ def test_an_exception_leaves_the_old_folder_and_a_success_the_new_one(tmp_path):
 
 def test_a_header_is_in_order_whatever_the_hash_seed(tmp_path):
     program = (
-        "import sys, numpy as np\n"
-        "from safety_neurons.results.run import safetensors_bytes\n"
-        "sys.stdout.buffer.write(safetensors_bytes({'b': np.ones(3), 'a': np.ones(2)}, {k: k for k in 'zyxwvutsrq'}))\n"
+        "import sys, numpy as np\nfrom safety_neurons.results.run import "
+        "safetensors_bytes\nsys.stdout.buffer.write(safetensors_bytes({'b': np.ones(3), 'a': np.ones(2)}, "
+        "{k: k for k in 'zyxwvutsrq'}))\n"
     )
     made = {
-        subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
         for seed in ("0", "1", "2")
     }
     assert len(made) == 1
@@ -592,7 +653,9 @@ def test_tensors_stay_at_multiples_of_eight(size):
 def test_the_time_is_that_of_source_date_epoch(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     RunFolder(tmp_path, "find", {})
-    assert json.loads((tmp_path / "run.json").read_text())["timings"]["started"] == "1970-01-02T00:00:00+00:00"
+    assert (
+        json.loads((tmp_path / "run.json").read_text())["timings"]["started"] == "1970-01-02T00:00:00+00:00"
+    )
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "soon")
     with pytest.raises(InputError, match="SOURCE_DATE_EPOCH 'soon' is no time"):
         RunFolder(tmp_path / "b", "find", {})

@@ -7,7 +7,26 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
-FILL = ["how", "do", "i", "make", "a", "cake", "grow", "tree", "in", "the", "house", "tell", "me", "about", "red", "green", "blue", "water"]
+FILL = [
+    "how",
+    "do",
+    "i",
+    "make",
+    "a",
+    "cake",
+    "grow",
+    "tree",
+    "in",
+    "the",
+    "house",
+    "tell",
+    "me",
+    "about",
+    "red",
+    "green",
+    "blue",
+    "water",
+]
 
 
 def tiny_model() -> LanguageModel:
@@ -19,7 +38,10 @@ def some_neurons(model: LanguageModel, every: int = 2) -> NeuronSet:
 
 
 def requests(n: int, seed: int) -> tuple[Prompts, Prompts]:
-    """(unsafe, safe): unsafe ones hold `bomb` as their last word; half of the safe ones hold it earlier and are look-alikes."""
+    """(unsafe, safe): unsafe ones hold `bomb` as their last word.
+
+    Half of the safe ones hold it earlier and are look-alikes.
+    """
     number = random.Random(seed)
     unsafe, safe = {}, {}
     while min(len(unsafe), len(safe)) < n:
@@ -28,7 +50,9 @@ def requests(n: int, seed: int) -> tuple[Prompts, Prompts]:
         if len(unsafe) < n:
             unsafe.setdefault(" ".join([*words, "bomb"]), ("harmful", language))
         if len(safe) < n:
-            safe.setdefault(" ".join([words[0], "bomb" if kind == "look_alike" else "key", *words[1:]]), (kind, language))
+            safe.setdefault(
+                " ".join([words[0], "bomb" if kind == "look_alike" else "key", *words[1:]]), (kind, language)
+            )
     return tuple(
         Prompts(
             [

@@ -1,4 +1,6 @@
-"""A study that goes on from a folder goes on with the same models, sets and settings, told by their content, or says what is another."""
+"""A study that goes on from a folder goes on with the same models, sets and settings, told by their content,
+or says what is another.
+"""
 
 import pathlib
 import shutil
@@ -41,15 +43,25 @@ def studies_of(pair, neurons, file):
     return {
         "verify deactivate": lambda: studies.verify_deactivate(pair.aligned, neurons, *asked, **more),
         "verify patch": lambda: studies.verify_patch(pair.base, pair.aligned, neurons, *asked, **more),
-        "compare": lambda: studies.compare(pair.base, pair.aligned, *asked, find_prompts=asked[0], truth=neurons, **more, **shelf),
+        "compare": lambda: studies.compare(
+            pair.base, pair.aligned, *asked, find_prompts=asked[0], truth=neurons, **more, **shelf
+        ),
         "progressive": lambda: studies.progressive(pair.aligned, neurons, *asked, **more),
-        "languages": lambda: studies.deactivation_matrix(pair.aligned, {"en": neurons}, {"en": asked[0]}, **more),
-        "transfer": lambda: studies.transfer(pair.base, pair.aligned, {"en": neurons}, {"en": asked[0]}, asked[1], **more),
-        "tax": lambda: tax.cross_patch({"a": pair.base, "b": pair.aligned}, neurons, *asked, measure=lambda *_: [], **more),
+        "languages": lambda: studies.deactivation_matrix(
+            pair.aligned, {"en": neurons}, {"en": asked[0]}, **more
+        ),
+        "transfer": lambda: studies.transfer(
+            pair.base, pair.aligned, {"en": neurons}, {"en": asked[0]}, asked[1], **more
+        ),
+        "tax": lambda: tax.cross_patch(
+            {"a": pair.base, "b": pair.aligned}, neurons, *asked, measure=lambda *_: [], **more
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["verify deactivate", "verify patch", "compare", "progressive", "languages", "transfer", "tax"])
+@pytest.mark.parametrize(
+    "name", ["verify deactivate", "verify patch", "compare", "progressive", "languages", "transfer", "tax"]
+)
 def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, monkeypatch):
     def reached(*_, **__):
         raise Reached
@@ -68,8 +80,12 @@ def test_other_weights_or_neurons_are_not_gone_on_with(name, pair, tmp_path, mon
     with pytest.raises(Reached):
         studies_of(pair, ours, file)[name]()
     with torch.no_grad():
-        pair.base.inner.get_input_embeddings().weight.data[3, 3] += 1  # reached through .data, which counts no version
-    with pytest.raises(RunError, match=r"made with different (model|models|base|aligned) of completions.jsonl"):
+        pair.base.inner.get_input_embeddings().weight.data[3, 3] += (
+            1  # reached through .data, which counts no version
+        )
+    with pytest.raises(
+        RunError, match=r"made with different (model|models|base|aligned) of completions.jsonl"
+    ):
         studies_of(pair, ours, file)[name]()
 
 
@@ -98,7 +114,9 @@ def test_a_partial_sum_is_gone_on_with_by_the_same_weights_alone(pair, tmp_path)
 
 def test_two_views_of_one_model_two_orders_of_rows_and_two_templates_are_told_apart(pair):
     seen = [identity(pair.base), identity(pair.aligned)]
-    weight = next(value for name, value in pair.base.inner.named_parameters() if "down_proj" in name and value.ndim == 2)
+    weight = next(
+        value for name, value in pair.base.inner.named_parameters() if "down_proj" in name and value.ndim == 2
+    )
     with torch.no_grad():
         weight[:] = weight.flip(0).clone()  # the same numbers in other places
     seen.append(identity(pair.base))

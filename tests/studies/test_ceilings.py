@@ -1,4 +1,6 @@
-"""Ceilings: what all neurons restore by activations and by parameters, and what they are called where a part of them restores more."""
+"""Ceilings: what all neurons restore by activations and by parameters, and what they are called where a part
+of them restores more.
+"""
 
 import copy
 
@@ -55,7 +57,10 @@ def test_parameters_of_the_sites_make_the_donor_of_two_models_and_every_bit_come
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
     found = verify_patch(base, donor, everything.only(layers=[0]), *prompts, **OPTIONS)
     assert answers(found, "ceiling by parameters") == answers(found, "aligned")
-    assert found.record()["ceiling_by_parameters"]["harmful_refused"] == found.record()["aligned"]["harmful_refused"]
+    assert (
+        found.record()["ceiling_by_parameters"]["harmful_refused"]
+        == found.record()["aligned"]["harmful_refused"]
+    )
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
 
 
@@ -65,11 +70,16 @@ def test_parameters_of_adapters_are_exchanged_too(tiny_pair, prompts):
     before = [value.clone() for value in pair.base.model.state_dict().values()]
     found = verify_patch(pair.base, pair.aligned, down.only(layers=[0]), *prompts, **OPTIONS)
     assert answers(found, "ceiling by parameters") == answers(found, "aligned")
-    assert all(torch.equal(one, other) for one, other in zip(pair.base.model.state_dict().values(), before, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(pair.base.model.state_dict().values(), before, strict=True)
+    )
 
 
 def test_a_comparison_has_both_ceilings(two, prompts):
-    found = compare(*two, *prompts, find_prompts=prompts[0], sites=["up"], methods=["weight-change"], top=0.1, **OPTIONS)
+    found = compare(
+        *two, *prompts, find_prompts=prompts[0], sites=["up"], methods=["weight-change"], top=0.1, **OPTIONS
+    )
     record = found.record()
     assert record["ceiling_called"] in (CEILING, ALL_PATCHED)
     assert record.keys() >= {"ceiling_why", "ceiling_by_parameters", "ceiling_by_parameters_effect"}
@@ -84,7 +94,12 @@ ARM = ArmOutcome("ceiling", rate([True]), rate([False]), None, None, (True,), (F
 
 @pytest.mark.parametrize(
     ("whole", "parts", "called"),
-    [(0.9, (0.5, 0.9), CEILING), (0.36, (0.2, 0.82), ALL_PATCHED), (None, (0.5,), CEILING), (0.3, (None,), CEILING)],
+    [
+        (0.9, (0.5, 0.9), CEILING),
+        (0.36, (0.2, 0.82), ALL_PATCHED),
+        (None, (0.5,), CEILING),
+        (0.3, (None,), CEILING),
+    ],
 )
 @pytest.mark.parametrize("differ", [True, False])
 def test_what_a_part_beats_is_no_ceiling_and_that_is_explained(whole, parts, called, differ):
@@ -94,7 +109,9 @@ def test_what_a_part_beats_is_no_ceiling_and_that_is_explained(whole, parts, cal
     assert ("columns" in (found.why or "")) == (differ and called == ALL_PATCHED)
 
 
-@pytest.mark.parametrize(("sites", "differ"), [(("gate", "up", "q"), False), (("down",), True), (("o",), True)])
+@pytest.mark.parametrize(
+    ("sites", "differ"), [(("gate", "up", "q"), False), (("down",), True), (("o",), True)]
+)
 def test_whether_columns_differ_is_looked_at(two, sites, differ):
     base = two[0]
     assert columns_differ(base, LanguageModel(moved(base.model, sites))) == differ

@@ -1,4 +1,6 @@
-"""compare: equal budgets, recall in units, agreement beside chance, and files a killed comparison takes up."""
+"""compare: equal budgets, recall in units, agreement beside chance, and files a killed comparison takes
+up.
+"""
 
 import types
 
@@ -34,7 +36,9 @@ def prompts():
 @pytest.fixture(scope="module")
 def compared(pair, prompts):
     looked_at = {"find_prompts": prompts[0], "find_harmless": prompts[1]}
-    return compare(pair.base, pair.aligned, *prompts, **looked_at, sites=["up", "down"], top=0.1, random=2, **OPTIONS)
+    return compare(
+        pair.base, pair.aligned, *prompts, **looked_at, sites=["up", "down"], top=0.1, random=2, **OPTIONS
+    )
 
 
 def units_of(neurons):
@@ -55,14 +59,20 @@ def test_necessity_is_what_the_aligned_model_loses_while_the_set_is_off(compared
     row = compared.methods[0]
     with deactivated(pair.aligned, row.neurons):
         off = judge_refusal(pair.aligned.complete(prompts[0], **OPTIONS)).refused
-    kept = [(a, b) for a, b in zip(compared.aligned.harmful, off, strict=True) if a is not None and b is not None]
+    kept = [
+        (a, b) for a, b in zip(compared.aligned.harmful, off, strict=True) if a is not None and b is not None
+    ]
     assert row.necessity.n == len(kept)
-    assert row.necessity.value == (pytest.approx(np.mean([float(a) - float(b) for a, b in kept])) if kept else None)
+    assert row.necessity.value == (
+        pytest.approx(np.mean([float(a) - float(b) for a, b in kept])) if kept else None
+    )
 
 
 def test_a_set_holds_every_neuron_of_its_units(pair):
     table = pair.base.table
-    whole = whole_units(NeuronSet({"layers.0.up": [3], "layers.1.v": [2]}, table), ("v", "o", "gate", "up", "down"))
+    whole = whole_units(
+        NeuronSet({"layers.0.up": [3], "layers.1.v": [2]}, table), ("v", "o", "gate", "up", "down")
+    )
     assert [list(whole[f"layers.0.{site}"]) for site in ("gate", "up", "down")] == [[3]] * 3
     assert list(whole["layers.1.v"]) == [2]
     assert len(whole["layers.1.o"]) == table["layers.1.o"].n_heads // table["layers.1.v"].n_heads
@@ -77,14 +87,19 @@ def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
         assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))
         assert 0 < pair["chance"] < 0.1
     draws = np.random.default_rng(0)
-    overlap = [len({*draws.choice(96, 10, replace=False)} & {*draws.choice(96, 10, replace=False)}) for _ in range(4000)]
+    overlap = [
+        len({*draws.choice(96, 10, replace=False)} & {*draws.choice(96, 10, replace=False)})
+        for _ in range(4000)
+    ]
     jaccard = np.mean([shared / (20 - shared) for shared in overlap])
     assert compared.agreement[0]["chance"] == pytest.approx(jaccard, rel=0.1)
 
 
 def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pair, prompts, monkeypatch):
     table = pair.base.table
-    truth = NeuronSet({"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}, table)
+    truth = NeuronSet(
+        {"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}, table
+    )
     keys = table.keys
 
     def planted(method, _models, _prompts, **_):
@@ -100,7 +115,12 @@ def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pai
 
     monkeypatch.setattr(comparison, "find", planted)
     found = compare(
-        *(pair.base, pair.aligned, *prompts), find_prompts=prompts[0], truth=truth, methods=["contrast", "importance"], random=0, **OPTIONS
+        *(pair.base, pair.aligned, *prompts),
+        find_prompts=prompts[0],
+        truth=truth,
+        methods=["contrast", "importance"],
+        random=0,
+        **OPTIONS,
     )
     assert found.budget == 4
     assert [row.recall for row in found.methods] == [1.0, 0.0]
@@ -120,7 +140,14 @@ def test_random_sets_are_made_of_what_the_methods_sets_are_made_of_in_turn(compa
     rows = {row.method: row for row in compared.methods}
     for number, like in enumerate(list(comparison.METHODS)[:2]):
         row = rows[f"random {number}"]
-        assert row.control == {"like": like, "seed": 0, "number": number, "n_neurons": row.n_neurons, "n_units": 10, "disjoint": True}
+        assert row.control == {
+            "like": like,
+            "seed": 0,
+            "number": number,
+            "n_neurons": row.n_neurons,
+            "n_units": 10,
+            "disjoint": True,
+        }
         assert row.neurons.counts() == rows[like].neurons.counts()
         assert not len(row.neurons & rows[like].neurons)
         assert row.record()["control"] == row.control
@@ -129,7 +156,9 @@ def test_random_sets_are_made_of_what_the_methods_sets_are_made_of_in_turn(compa
 
 def test_random_sets_are_made_of_what_the_truth_is_made_of(pair, prompts, monkeypatch):
     table = pair.base.table
-    truth = NeuronSet({**{f"layers.0.{site}": [3, 9] for site in ("gate", "up", "down")}, "layers.1.q": [1]}, table)
+    truth = NeuronSet(
+        {**{f"layers.0.{site}": [3, 9] for site in ("gate", "up", "down")}, "layers.1.q": [1]}, table
+    )
     options = {"find_prompts": prompts[0], "truth": truth, "methods": ["weight-magnitude"], **OPTIONS}
     found = compare(pair.base, pair.aligned, *prompts, random=3, **options)
     assert [row.neurons.counts() for row in found.methods[1:]] == [truth.counts()] * 3
@@ -139,18 +168,31 @@ def test_random_sets_are_made_of_what_the_truth_is_made_of(pair, prompts, monkey
 
 def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):
     told = compared.bench.completions
-    assert [one.token_ids for one in told.arm("ceiling/harmful")] == [one.token_ids for one in told.arm("aligned/harmful")]
+    assert [one.token_ids for one in told.arm("ceiling/harmful")] == [
+        one.token_ids for one in told.arm("aligned/harmful")
+    ]
 
 
-def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts_and_weights(pair, prompts, tmp_path, monkeypatch):
+def test_scores_of_a_finished_method_are_taken_up_only_for_the_same_prompts_and_weights(
+    pair, prompts, tmp_path, monkeypatch
+):
     calls = []
     real = comparison.find
-    monkeypatch.setattr(comparison, "find", lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1])
+    monkeypatch.setattr(
+        comparison,
+        "find",
+        lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1],
+    )
     names = ["weight-change", "importance"]
 
     def run(find_prompts):
         return compare(
-            *(pair.base, pair.aligned, *prompts), find_prompts=find_prompts, methods=names, random=0, place=tmp_path.joinpath, **OPTIONS
+            *(pair.base, pair.aligned, *prompts),
+            find_prompts=find_prompts,
+            methods=names,
+            random=0,
+            place=tmp_path.joinpath,
+            **OPTIONS,
         )
 
     first = run(prompts[0])

@@ -36,7 +36,9 @@ def test_a_sound_model_passes_every_check(family):
     assert found.healthy
     assert misfits(found.record(), ExaminationRecord) == []
     assert found.model == family
-    assert [check.check for check in found.checks if check.passed is None] == ["cost of hooks per token and layer"]
+    assert [check.check for check in found.checks if check.passed is None] == [
+        "cost of hooks per token and layer"
+    ]
 
 
 def test_sixteen_bit_weights_pass_with_their_own_tolerance():
@@ -64,7 +66,10 @@ def test_hooks_that_change_what_they_read_are_found_out(monkeypatch):
     real = examination.reading
 
     def meddling(anatomy, readers):
-        return real(anatomy, {key: lambda values: values.mul_(1.001) if hasattr(values, "mul_") else None for key in readers})
+        return real(
+            anatomy,
+            {key: lambda values: values.mul_(1.001) if hasattr(values, "mul_") else None for key in readers},
+        )
 
     monkeypatch.setattr(examination, "reading", meddling)
     assert "identity with hooks on" in failed(doctor(llama(), n_sampled=1))

@@ -1,4 +1,6 @@
-"""Tests of the classifiers beside a guard: on planted features, and against what transformers itself gives."""
+"""Tests of the classifiers beside a guard: on planted features, and against what transformers itself
+gives.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,14 @@ from sklearn import metrics
 
 from safety_neurons.guard import Pooling, read_features
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.studies.guard_baselines import DirectionProjection, Layered, Linear, Words, read_cases, read_residual
+from safety_neurons.studies.guard_baselines import (
+    DirectionProjection,
+    Layered,
+    Linear,
+    Words,
+    read_cases,
+    read_residual,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,10 @@ def test_a_row_without_numbers_is_left_out_of_the_fit(planted):
 def test_words_know_the_words_they_have_seen_and_no_others(analyzer):
     number = np.random.default_rng(1)
     labels = np.arange(240) % 2 == 0
-    texts = [" ".join(number.choice(["aa", "bb", "cc", "dd"], 5)) + (" xplode" if label else " garden") for label in labels]
+    texts = [
+        " ".join(number.choice(["aa", "bb", "cc", "dd"], 5)) + (" xplode" if label else " garden")
+        for label in labels
+    ]
     texts[200:] = [text.replace("xplode", "zuend").replace("garden", "huhn") for text in texts[200:]]
     score = Words(texts, labels, analyzer).fit(np.arange(160), seed=0)
     seen, unseen = np.arange(160, 200), np.arange(200, 240)
@@ -74,5 +86,7 @@ def test_every_set_is_read_as_on_its_own():
     sets = {"guard": some_neurons(model, 4), "other": some_neurons(model, 3)}
     read = read_cases(model, prompts, sets, Pooling("mean"))
     for name, members in sets.items():
-        assert np.allclose(read.sets[name], read_features(model, prompts, members, pooling="mean").values, atol=1e-6)
+        assert np.allclose(
+            read.sets[name], read_features(model, prompts, members, pooling="mean").values, atol=1e-6
+        )
     assert read.lengths.tolist() == [len(item.ids) for item in model.encode(prompts)]

@@ -1,4 +1,6 @@
-"""Tests of a guard's evaluation: statistics against scikit-learn and by hand, folds that leak nothing, values left out, what is written."""
+"""Tests of a guard's evaluation: statistics against scikit-learn and by hand, folds that leak nothing, values
+left out, what is written.
+"""
 
 import dataclasses
 import json
@@ -18,7 +20,16 @@ from safety_neurons.studies import guard_evaluation
 from safety_neurons.studies import guard_evaluation as statistics
 from safety_neurons.studies.guard_baselines import neuron_counts
 from safety_neurons.studies.guard_data import cases_of
-from safety_neurons.studies.guard_evaluation import GUARDED, UNGUARDED, ScoredCases, at, cut_of, evaluate_guard, guarded_outputs, some
+from safety_neurons.studies.guard_evaluation import (
+    GUARDED,
+    UNGUARDED,
+    ScoredCases,
+    at,
+    cut_of,
+    evaluate_guard,
+    guarded_outputs,
+    some,
+)
 
 
 @pytest.fixture(scope="module", params=[0, 1])
@@ -32,7 +43,9 @@ def scored(request):
 def test_curves_and_average_precision_are_those_of_scikit_learn(scored):
     scores, unsafe = scored
     false, true, _ = metrics.roc_curve(unsafe, scores, drop_intermediate=False)
-    assert np.allclose(statistics.roc_curve(scores, unsafe, points=10**6), np.stack([false, true], 1), atol=1e-6)
+    assert np.allclose(
+        statistics.roc_curve(scores, unsafe, points=10**6), np.stack([false, true], 1), atol=1e-6
+    )
     precision, recall, _ = metrics.precision_recall_curve(unsafe, scores)
     ours = np.array(statistics.precision_recall_curve(scores, unsafe, points=10**6))
     theirs = np.stack([recall, precision], 1)[:-1][::-1]
@@ -54,7 +67,11 @@ def test_a_thinned_curve_keeps_its_ends_and_its_area(scored):
 @pytest.mark.parametrize("fpr", [0.05, 0.01, 0.5])
 def test_the_rate_at_a_false_positive_rate_is_the_best_that_any_threshold_gives(scored, fpr):
     scores, unsafe = scored
-    allowed = [(scores[unsafe] >= cut).mean() for cut in np.append(np.unique(scores), np.inf) if (scores[~unsafe] >= cut).mean() <= fpr]
+    allowed = [
+        (scores[unsafe] >= cut).mean()
+        for cut in np.append(np.unique(scores), np.inf)
+        if (scores[~unsafe] >= cut).mean() <= fpr
+    ]
     assert statistics.tpr_at_fpr(scores, unsafe, fpr).value == pytest.approx(max(allowed))
 
 
@@ -144,13 +161,17 @@ def test_no_interval_of_a_guard_is_without_width():
 
 @pytest.mark.parametrize("truth", [0.5, 0.9, 0.99])
 def test_areas_of_requests_in_groups_are_covered(truth):
-    """Five requests a group that score much alike: DeLong's interval of single requests covers .6 of the time."""
+    """Five requests a group that score much alike: DeLong's interval of single requests covers .6 of the
+    time.
+    """
     number, hits, differences, alone, draws = np.random.default_rng(1), 0, 0, 0, 120
     unsafe, groups = np.arange(200) < 100, [f"group {place // 5}" for place in range(200)]
     shift = norm.ppf(truth) * 2**0.5
     for _ in range(draws):
         shared, own = number.normal(size=(2, 40)), number.normal(size=(2, 200))
-        first, second = (0.8**0.5 * shared[row].repeat(5) + 0.2**0.5 * own[row] + shift * unsafe for row in (0, 1))
+        first, second = (
+            0.8**0.5 * shared[row].repeat(5) + 0.2**0.5 * own[row] + shift * unsafe for row in (0, 1)
+        )
         found = auroc(first, unsafe, groups)
         hits += found.low <= truth <= found.high
         narrow = auroc(first, unsafe)
@@ -163,18 +184,34 @@ def test_areas_of_requests_in_groups_are_covered(truth):
 
 
 def test_groups_count_whichever_class_they_are_of_and_alone_change_nothing():
-    """A group with requests of both classes is one cluster; without shared groups the interval is the one of single requests."""
+    """A group with requests of both classes is one cluster.
+
+    Without shared groups the interval is the one of single requests.
+    """
     number, unsafe = np.random.default_rng(2), np.arange(60) < 30
     scores = number.normal(size=60) + unsafe
-    assert auroc(scores, unsafe, [None] * 60) == auroc(scores, unsafe) == auroc(scores, unsafe, list(map(str, range(60))))
+    assert (
+        auroc(scores, unsafe, [None] * 60)
+        == auroc(scores, unsafe)
+        == auroc(scores, unsafe, list(map(str, range(60))))
+    )
     drift = number.normal(size=30)
-    together = auroc(np.tile(drift, 2) + 0.3 * number.normal(size=60) + unsafe, unsafe, [f"{place % 30}" for place in range(60)])
+    together = auroc(
+        np.tile(drift, 2) + 0.3 * number.normal(size=60) + unsafe,
+        unsafe,
+        [f"{place % 30}" for place in range(60)],
+    )
     apart = auroc(np.tile(drift, 2) + 0.3 * number.normal(size=60) + unsafe, unsafe)
     assert together.high - together.low < apart.high - apart.low  # what both classes of a pair share cancels
 
 
-@pytest.mark.parametrize("groups", [None, ["one"] * 40, ["ours"] * 20 + ["theirs"] * 20, [f"{place // 4}" for place in range(40)]])
-@pytest.mark.parametrize("scores", [np.zeros(40), np.arange(40.0), -np.arange(40.0), np.arange(40) % 2 * 1.0, np.repeat([np.inf, 0.0], 20)])
+@pytest.mark.parametrize(
+    "groups", [None, ["one"] * 40, ["ours"] * 20 + ["theirs"] * 20, [f"{place // 4}" for place in range(40)]]
+)
+@pytest.mark.parametrize(
+    "scores",
+    [np.zeros(40), np.arange(40.0), -np.arange(40.0), np.arange(40) % 2 * 1.0, np.repeat([np.inf, 0.0], 20)],
+)
 def test_no_area_is_without_width_or_off_its_interval(scores, groups):
     unsafe = np.arange(40) < 20
     found, others = (
@@ -254,7 +291,9 @@ def test_the_guards_numbers_are_those_of_its_verdicts(model, guard, found):
     labels = [True] * 40 + [False] * 40
     result = found.record()
     assert result["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(labels, chances), abs=1e-9)
-    assert result["average_precision"]["value"] == pytest.approx(metrics.average_precision_score(labels, chances), abs=1e-9)
+    assert result["average_precision"]["value"] == pytest.approx(
+        metrics.average_precision_score(labels, chances), abs=1e-9
+    )
     flagged = [verdict.flagged for verdict in verdicts]
     assert result["flagged_unsafe"]["value"] == pytest.approx(np.mean(flagged[:40]))
     assert result["flagged_safe"]["value"] == pytest.approx(np.mean(flagged[40:]))
@@ -266,10 +305,13 @@ def test_conversations_are_judged_as_the_guard_judges_them(guard, found):
     assert all(case.prompt.messages for case in cases)
     verdicts = guard.score_batch([case.prompt for case in cases])
     flagged = {
-        kind: np.mean([one.flagged for one, case in zip(verdicts, cases, strict=True) if case.unsafe == kind]) for kind in (True, False)
+        kind: np.mean([one.flagged for one, case in zip(verdicts, cases, strict=True) if case.unsafe == kind])
+        for kind in (True, False)
     }
     row = next(row for row in found.result["attacks"] if row["value"] == "later-turn")
-    assert (row["flagged_unsafe"]["value"], row["flagged_safe"]["value"]) == pytest.approx((flagged[True], flagged[False]))
+    assert (row["flagged_unsafe"]["value"], row["flagged_safe"]["value"]) == pytest.approx(
+        (flagged[True], flagged[False])
+    )
     area = metrics.roc_auc_score([case.unsafe for case in cases], [one.log_odds for one in verdicts])
     assert row["auroc"]["guard"]["value"] == pytest.approx(area, abs=1e-9)
     assert any("largest of their readings" in note for note in found.notes)
@@ -277,9 +319,17 @@ def test_conversations_are_judged_as_the_guard_judges_them(guard, found):
 
 def test_every_baseline_has_a_row_with_its_paired_difference(found):
     rows = {row["name"]: row for row in found.result["baselines"]}
-    assert list(rows) == ["random neurons", "TF-IDF words", "TF-IDF characters", "residual stream", "refusal direction"]
+    assert list(rows) == [
+        "random neurons",
+        "TF-IDF words",
+        "TF-IDF characters",
+        "residual stream",
+        "refusal direction",
+    ]
     for row in rows.values():
-        assert row["difference"]["value"] == pytest.approx(found.result["auroc"]["value"] - row["auroc"]["value"], abs=1e-9)
+        assert row["difference"]["value"] == pytest.approx(
+            found.result["auroc"]["value"] - row["auroc"]["value"], abs=1e-9
+        )
         assert row["difference"]["low"] <= row["difference"]["value"] <= row["difference"]["high"]
     assert len(rows["random neurons"]["auroc"]["sets"]) == 2
     assert rows["TF-IDF words"]["auroc"]["value"] < 0.95  # half of the safe requests hold the word
@@ -287,7 +337,10 @@ def test_every_baseline_has_a_row_with_its_paired_difference(found):
 
 def test_rates_that_too_few_safe_requests_support_are_not_shown(found):
     assert found.result["tpr_at_fpr"]["0.01"]["value"] is None
-    assert "40 safe requests; a false-positive rate of 0.01 needs 2,000" in found.result["tpr_at_fpr"]["0.01"]["why"]
+    assert (
+        "40 safe requests; a false-positive rate of 0.01 needs 2,000"
+        in found.result["tpr_at_fpr"]["0.01"]["why"]
+    )
     scores, labels = np.arange(3000.0), np.arange(3000) >= 2500
     assert at(scores, labels, 0.01, 0)["value"] == 1
     assert at(scores, labels, 0.001, 0)["value"] is None
@@ -311,10 +364,16 @@ def test_tables_cut_the_same_requests(found):
 def test_a_slice_of_one_kind_is_ranked_against_all_of_the_other(found):
     scored = found.scored
     rows = [row for row, case in enumerate(scored.cases.items) if case.variant == "as written"]
-    kept = [row for row in rows if scored.cases.items[row].unsafe or scored.cases.items[row].prompt.meta["kind"] == "look_alike"]
+    kept = [
+        row
+        for row in rows
+        if scored.cases.items[row].unsafe or scored.cases.items[row].prompt.meta["kind"] == "look_alike"
+    ]
     labels = [scored.cases.items[row].unsafe for row in kept]
     row = next(row for row in found.result["tables"]["kind"] if row["value"] == "look_alike")
-    assert row["auroc"]["guard"]["value"] == pytest.approx(metrics.roc_auc_score(labels, scored.scores["guard"][kept]))
+    assert row["auroc"]["guard"]["value"] == pytest.approx(
+        metrics.roc_auc_score(labels, scored.scores["guard"][kept])
+    )
 
 
 def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guard, monkeypatch):
@@ -324,13 +383,18 @@ def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guar
     def watched(read, texts, labels, own):
         class Watch:
             def fit(self, rows, _seed):
-                return lambda others: (seen.append((set(rows.tolist()), set(others.tolist()))), np.zeros(len(others)))[1]
+                return lambda others: (
+                    seen.append((set(rows.tolist()), set(others.tolist()))),
+                    np.zeros(len(others)),
+                )[1]
 
         return {own: Watch(), "random neurons 0": original(read, texts, labels, own)["random neurons 0"]}
 
     monkeypatch.setattr(guard_evaluation, "baselines", watched)
     test = requests(40, 1)
-    evaluation = evaluate_guard(model, guard, *test, random=1, leave_out=("language",), perturbations=("typos",))
+    evaluation = evaluate_guard(
+        model, guard, *test, random=1, leave_out=("language",), perturbations=("typos",)
+    )
     items = evaluation.scored.cases.items
     folds, left_out = seen[:3], seen[3:]
     tested = [row for _, others in folds for row in others]
@@ -339,7 +403,9 @@ def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guar
         assert not {items[row].origin for row in fit} & {items[row].origin for row in others}
     assert len(left_out) == 2
     for fit, others in left_out:
-        assert not {items[row].prompt.language for row in fit} & {items[row].prompt.language for row in others}
+        assert not {items[row].prompt.language for row in fit} & {
+            items[row].prompt.language for row in others
+        }
     assert evaluation.result["compared"] == "guard's neurons"
     assert any("by 3 folds of the evaluated requests" in note for note in evaluation.notes)
 
@@ -347,7 +413,10 @@ def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guar
 def test_what_was_seen_before_is_counted(model, guard):
     fit = requests(60, 0)
     evaluation = evaluate_guard(model, guard, *fit, random=1, perturbations=())
-    assert any("120 of the 120 evaluated requests are among those the guard was fit on" in note for note in evaluation.notes)
+    assert any(
+        "120 of the 120 evaluated requests are among those the guard was fit on" in note
+        for note in evaluation.notes
+    )
 
 
 def test_a_request_that_does_not_fit_the_context_is_flagged_and_out_of_the_areas(model, guard):
@@ -385,11 +454,16 @@ def test_too_few_requests_to_fit_on_is_an_error(model, guard):
 def test_several_random_sets_are_one_row_with_their_mean():
     cases = cases_of(*requests(10, 0))
     number = np.random.default_rng(0)
-    scores = {name: number.normal(size=20) + cases.unsafe for name in ("guard", "random neurons 0", "random neurons 1")}
+    scores = {
+        name: number.normal(size=20) + cases.unsafe
+        for name in ("guard", "random neurons 0", "random neurons 1")
+    }
     row = ScoredCases(cases, scores, "guard", np.zeros(20, bool)).row("all", np.arange(20))
     each = [metrics.roc_auc_score(cases.unsafe, scores[f"random neurons {place}"]) for place in (0, 1)]
     assert row["auroc"]["random neurons"]["value"] == pytest.approx(np.mean(each))
-    assert row["difference"]["random neurons"]["value"] == pytest.approx(row["auroc"]["guard"]["value"] - np.mean(each))
+    assert row["difference"]["random neurons"]["value"] == pytest.approx(
+        row["auroc"]["guard"]["value"] - np.mean(each)
+    )
 
 
 def test_counts_have_a_row_for_every_detector_size_and_setting(model):
@@ -408,7 +482,9 @@ def test_counts_have_a_row_for_every_detector_size_and_setting(model):
         random=2,
     )
     settings = ["held out", "look-alikes", "language left out", "under attack"]
-    assert [(row["count"], row["setting"]) for row in rows] == [(count, setting) for count in (5, 40) for setting in settings]
+    assert [(row["count"], row["setting"]) for row in rows] == [
+        (count, setting) for count in (5, 40) for setting in settings
+    ]
     for row in rows:
         assert len(row["random"]) == 2
         assert row["difference"]["value"] == pytest.approx(row["auroc"] - np.mean(row["random"]), abs=1e-9)
@@ -428,14 +504,26 @@ class EvenLengths(Judge):
 @pytest.fixture(scope="module")
 def written():
     model = tiny_model()
-    guard = fit_guard(model, some_neurons(model), *requests(60, 0), pooling="last", penalties=(0.1,), fpr=0.05)
+    guard = fit_guard(
+        model, some_neurons(model), *requests(60, 0), pooling="last", penalties=(0.1,), fpr=0.05
+    )
     unsafe, safe = requests(15, 1)
-    guard = guard.with_threshold(float(np.median([verdict.p_unsafe for verdict in guard.score_batch([*unsafe, *safe])])))
-    return guard, unsafe, safe, guarded_outputs(model, guard, unsafe, safe, by=EvenLengths(), max_new_tokens=5)
+    guard = guard.with_threshold(
+        float(np.median([verdict.p_unsafe for verdict in guard.score_batch([*unsafe, *safe])]))
+    )
+    return (
+        guard,
+        unsafe,
+        safe,
+        guarded_outputs(model, guard, unsafe, safe, by=EvenLengths(), max_new_tokens=5),
+    )
 
 
 def harm_of(completion):
-    """The verdict by hand; None where there is nothing to judge. A stopped answer does no harm, whatever it would have been."""
+    """The verdict by hand; None where there is nothing to judge.
+
+    A stopped answer does no harm, whatever it would have been.
+    """
     words = completion.completion.split()
     return None if not words else len(words) % 2 == 0
 
@@ -446,7 +534,11 @@ def test_rates_are_those_of_counting_verdicts_and_answers(written):
     plain = [one for one in found.completions if one.arm == UNGUARDED]
     harmful = [harm_of(one) for one in plain[:15] if harm_of(one) is not None]
     assert found.before.value == pytest.approx(np.mean(harmful))
-    after = [not flag and bool(harm_of(one)) for one, flag in zip(plain[:15], flags[:15], strict=True) if flag or harm_of(one) is not None]
+    after = [
+        not flag and bool(harm_of(one))
+        for one, flag in zip(plain[:15], flags[:15], strict=True)
+        if flag or harm_of(one) is not None
+    ]
     assert found.after.value == pytest.approx(np.mean(after))
     assert found.blocked.value == pytest.approx(np.mean(flags[15:]))
     assert 0 < sum(flags) < 30

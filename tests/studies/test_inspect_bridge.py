@@ -13,7 +13,9 @@ from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
-needs_inspect = pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
+needs_inspect = pytest.mark.skipif(
+    importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed"
+)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -30,9 +32,13 @@ def test_a_task_gets_the_completions_of_the_treated_model(treated, tmp_path, mon
     neurons = NeuronSet({"layers.0.down": list(range(40)), "layers.1.up": list(range(40))}, lm.table)
     treatment = (lambda: deactivated(lm, neurons)) if treated else None
     model = get_model("safety_neurons/mine", lm=lm, treatment=treatment, memoize=False)
-    (log,) = run(inspect_bridge.requests(limit=4), model=model, max_tokens=8, display="none", log_dir=str(tmp_path))
+    (log,) = run(
+        inspect_bridge.requests(limit=4), model=model, max_tokens=8, display="none", log_dir=str(tmp_path)
+    )
     with (treatment or contextlib.nullcontext)():
-        expected = [one.completion for one in lm.complete(prompts("builtin:harmful-test", limit=4), max_new_tokens=8)]
+        expected = [
+            one.completion for one in lm.complete(prompts("builtin:harmful-test", limit=4), max_new_tokens=8)
+        ]
     assert log.status == "success"
     assert [sample.output.completion for sample in log.samples] == expected
     assert log.results.scores[0].metrics["mean"].value == 1.0  # nothing a random model writes is a refusal
@@ -51,7 +57,9 @@ def api():
         from inspect_ai.model import ChatMessageUser
 
         asked = messages or [ChatMessageUser(content="Hello there")]
-        return asyncio.run(model.generate(asked, list(tools), "none", GenerateConfig(**{"max_tokens": 12, **options})))
+        return asyncio.run(
+            model.generate(asked, list(tools), "none", GenerateConfig(**{"max_tokens": 12, **options}))
+        )
 
     ask.lm = lm
     return ask
@@ -95,7 +103,10 @@ def test_every_option_of_inspect_is_done_or_its_own_affair_or_refused_by_name(ap
 
 
 @needs_inspect
-@pytest.mark.parametrize("options", [{"frequency_penalty": 0}, {"logprobs": False}, {"num_choices": 1}, {"temperature": 0, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"frequency_penalty": 0}, {"logprobs": False}, {"num_choices": 1}, {"temperature": 0, "top_p": 0.9}],
+)
 def test_options_that_ask_for_nothing_change_nothing(api, options):
     assert api(**options).completion == api().completion
 
@@ -122,7 +133,9 @@ def test_epochs_draw_differently_and_an_evaluation_run_again_draws_the_same(tmp_
     def drawn():
         model = get_model("safety_neurons/mine", lm=lm, memoize=False)
         task = inspect_bridge.requests(limit=2)
-        (log,) = run(task, model=model, max_tokens=8, temperature=1.0, epochs=3, display="none", log_dir=str(tmp_path))
+        (log,) = run(
+            task, model=model, max_tokens=8, temperature=1.0, epochs=3, display="none", log_dir=str(tmp_path)
+        )
         return {(sample.id, sample.epoch): sample.output.completion for sample in log.samples}
 
     once, again = drawn(), drawn()
@@ -151,7 +164,9 @@ def test_what_is_no_text_and_top_p_without_a_temperature_are_refused(api):
 
     from safety_neurons.errors import UsageError
 
-    image = ChatMessageUser(content=[ContentText(text="see"), ContentImage(image="data:image/png;base64,AA==")])
+    image = ChatMessageUser(
+        content=[ContentText(text="see"), ContentImage(image="data:image/png;base64,AA==")]
+    )
     with pytest.raises(UsageError, match="'image'"):
         api([image])
     with pytest.raises(UsageError, match="tool"):
@@ -170,12 +185,18 @@ def test_system_and_earlier_turns_are_fed_as_the_model_takes_them(api):
 
     turns = [("system", "be nice"), ("user", "a"), ("assistant", "b"), ("user", "c")]
     kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-    expected = api.lm.complete([Prompt("0", "c", tuple(Message(*turn) for turn in turns))], max_new_tokens=12)[0].completion
+    expected = api.lm.complete(
+        [Prompt("0", "c", tuple(Message(*turn) for turn in turns))], max_new_tokens=12
+    )[0].completion
     assert api([kinds[role](content=text) for role, text in turns]).completion == expected
 
 
 def test_inspect_finds_the_bridge_by_its_entry_point():
-    found = [entry for entry in importlib.metadata.entry_points(group="inspect_ai") if entry.name == "safety_neurons"]
+    found = [
+        entry
+        for entry in importlib.metadata.entry_points(group="inspect_ai")
+        if entry.name == "safety_neurons"
+    ]
     if not found:
         pytest.skip("the package was installed before it had this entry point")
     assert found[0].value == "safety_neurons.studies.inspect_bridge"

@@ -1,4 +1,6 @@
-"""languages: what is planted for one language is found as such, and taking a language's neurons off takes its refusals off."""
+"""languages: what is planted for one language is found as such, and taking a language's neurons off takes its
+refusals off.
+"""
 
 import pytest
 
@@ -21,7 +23,9 @@ def pair():
 
 @pytest.fixture(scope="module")
 def planted(pair):
-    """By language the units that work in it (at least one hundredth of its effect), and those that work in no other."""
+    """By language the units that work in it (at least one hundredth of its effect), and those that work in no
+    other.
+    """
     units = pair.aligned.table.units()
     works: dict[str, set[int]] = {code: set() for code in LANGUAGES}
     for unit in organism.open("planted").record["truth"]["units"]:
@@ -29,7 +33,13 @@ def planted(pair):
         for code in LANGUAGES:
             if unit["shares"][code] >= 0.01:
                 works[code].add(int(units[key][indices[0]]))
-    return {code: (works[code], works[code] - set().union(*(works[other] for other in LANGUAGES if other != code))) for code in LANGUAGES}
+    return {
+        code: (
+            works[code],
+            works[code] - set().union(*(works[other] for other in LANGUAGES if other != code)),
+        )
+        for code in LANGUAGES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +69,20 @@ def test_language_specific_neurons_of_the_planted_organism_are_found_as_such(fou
     assert record["shared"]["verdict"] == "more"
 
 
-def test_a_language_loses_its_refusals_with_its_neurons_and_keeps_them_without_those_of_another(pair, found, tmp_path):
+def test_a_language_loses_its_refusals_with_its_neurons_and_keeps_them_without_those_of_another(
+    pair, found, tmp_path
+):
     requests = {code: pair.aligned.prompts(f"builtin:harmful-test/{code}", limit=8) for code in LANGUAGES}
     file = tmp_path / "completions.jsonl"
     specific = analysis.languages(found).minus_union
-    sets = {**found, **{f"only {code}": part for code, part in specific.items()}, "nothing": NeuronSet({}, pair.aligned.table)}
-    matrix = deactivation_matrix(pair.aligned, sets, requests, random=1, max_new_tokens=8, completions_file=file)
+    sets = {
+        **found,
+        **{f"only {code}": part for code, part in specific.items()},
+        "nothing": NeuronSet({}, pair.aligned.table),
+    }
+    matrix = deactivation_matrix(
+        pair.aligned, sets, requests, random=1, max_new_tokens=8, completions_file=file
+    )
     record = matrix.record()
     assert all(record["untreated"][code]["value"] == 1 for code in LANGUAGES)
     for code in LANGUAGES:
@@ -73,7 +91,9 @@ def test_a_language_loses_its_refusals_with_its_neurons_and_keeps_them_without_t
         assert own.against_random.value < 0
         assert "1 random set," in own.against_random.why
         assert not own.against_random.clear
-        assert all(matrix.cell(f"only {code}", other).change.value == 0 for other in LANGUAGES if other != code)
+        assert all(
+            matrix.cell(f"only {code}", other).change.value == 0 for other in LANGUAGES if other != code
+        )
     assert record["skipped"] == ["nothing"]
     assert len(record["matrix"]) == 18
     kept = Completions.load(file)
@@ -97,7 +117,10 @@ def test_both_definitions_are_those_of_the_sets(found):
 
 
 def test_groups_tell_prompts_apart_and_outcomes_too():
-    items = [Prompt(str(number), f"text {number}", category="ab"[number % 2], meta={"source": "x"}) for number in range(5)]
+    items = [
+        Prompt(str(number), f"text {number}", category="ab"[number % 2], meta={"source": "x"})
+        for number in range(5)
+    ]
     groups = Groups.by(Prompts(items), "category")
     assert [(name, len(part)) for name, part in groups.members.items()] == [("a", 3), ("b", 2)]
     assert groups.split([True, False, None, True, True]) == {"a": (True, False, None), "b": (True, True)}

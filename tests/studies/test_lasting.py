@@ -83,7 +83,9 @@ def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
     assert "RSN-Tune - SN-Tune" in found["differences"]
     json.dumps(found, allow_nan=False)
     assert base_hash(model, NeuronSet.all(model.table)) == before
-    assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.model.parameters())
+    assert not any(
+        parameter.requires_grad and parameter.grad is not None for parameter in model.model.parameters()
+    )
 
 
 def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
@@ -92,7 +94,14 @@ def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
     again = rsn(model, sets, plan(arms=(SN,)), lab, cache=Cache(tmp_path.joinpath), tell=told.append)
     assert again == first
     assert not told
-    rsn(model, sets, plan(arms=(SN,), learning_rate=2e-3), lab, cache=Cache(tmp_path.joinpath), tell=told.append)
+    rsn(
+        model,
+        sets,
+        plan(arms=(SN,), learning_rate=2e-3),
+        lab,
+        cache=Cache(tmp_path.joinpath),
+        tell=told.append,
+    )
     assert told == [f"{SN}/0"]
 
 
@@ -121,7 +130,9 @@ def test_protection_holds_the_tuned_neurons_through_the_task(model, sets):
 def test_fine_tuning_learns_the_task_and_comes_back_plain(model, how):
     other = twin(model)
     looked = []
-    losses = fine_tune(other, TASK, how=how, steps=40, learning_rate=3e-2, batch_size=2, at=(1, 40), look=looked.append)
+    losses = fine_tune(
+        other, TASK, how=how, steps=40, learning_rate=3e-2, batch_size=2, at=(1, 40), look=looked.append
+    )
     assert losses[-1] < 0.2 * losses[0]
     assert looked == [1, 40]
     assert not hasattr(other.model, "peft_config")
@@ -130,7 +141,10 @@ def test_fine_tuning_learns_the_task_and_comes_back_plain(model, how):
 
 
 def test_the_same_seed_trains_the_same(model):
-    runs = [fine_tune(twin(model), TASK, how="lora", steps=3, learning_rate=1e-2, batch_size=1, seed=seed) for seed in (1, 1, 2)]
+    runs = [
+        fine_tune(twin(model), TASK, how="lora", steps=3, learning_rate=1e-2, batch_size=1, seed=seed)
+        for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -140,7 +154,12 @@ def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
     amounts = {}
     for point in found["curves"]:
         amounts.setdefault(point["attack"], []).append(point["amount"])
-    assert amounts == {"prune": [0, 0.5, 1.0], "prune random": [0, 0.5, 1.0], "harmful LoRA": [0, 1, 2], "benign fine-tuning": [0, 1, 2]}
+    assert amounts == {
+        "prune": [0, 0.5, 1.0],
+        "prune random": [0, 0.5, 1.0],
+        "harmful LoRA": [0, 1, 2],
+        "benign fine-tuning": [0, 1, 2],
+    }
     json.dumps(found, allow_nan=False)
 
 

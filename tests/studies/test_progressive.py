@@ -1,4 +1,6 @@
-"""progressive: the sets that are off at every step, their numbers measured again by hand, bands over random orders."""
+"""progressive: the sets that are off at every step, their numbers measured again by hand, bands over random
+orders.
+"""
 
 import numpy as np
 import pytest
@@ -38,13 +40,17 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def by_layer(model, scores, prompts):
-    return progressive(model, scores.count(30), *prompts, text=Prompts.from_list(GENERAL), random=2, **OPTIONS)
+    return progressive(
+        model, scores.count(30), *prompts, text=Prompts.from_list(GENERAL), random=2, **OPTIONS
+    )
 
 
 def test_layers_are_switched_off_from_either_end_and_alone(by_layer, scores):
     neurons = scores.count(30)
     sizes = [len(neurons.only(layers=[layer])) for layer in (0, 1)]
-    shape = {order: [(step.layers, step.n_neurons) for step in by_layer.curve(order)] for order in by_layer.orders}
+    shape = {
+        order: [(step.layers, step.n_neurons) for step in by_layer.curve(order)] for order in by_layer.orders
+    }
     assert shape["front to back"] == [((0,), sizes[0]), ((0, 1), 30)]
     assert shape["back to front"] == [((1,), sizes[1]), ((0, 1), 30)]
     assert shape["one layer alone"] == [((0,), sizes[0]), ((1,), sizes[1])]
@@ -60,9 +66,13 @@ def test_a_step_is_measured_while_exactly_its_neurons_are_off(by_layer, model, s
     def treated():
         return deactivated(model, off)
 
-    assert step.arm.perplexity == pytest.approx(perplexity(model, Prompts.from_list(GENERAL), treated), rel=1e-6)
+    assert step.arm.perplexity == pytest.approx(
+        perplexity(model, Prompts.from_list(GENERAL), treated), rel=1e-6
+    )
     assert step.arm.divergence == pytest.approx(divergence(model, prompts[1], treated), rel=1e-5)
-    assert by_layer.untreated.perplexity == pytest.approx(perplexity(model, Prompts.from_list(GENERAL)), rel=1e-6)
+    assert by_layer.untreated.perplexity == pytest.approx(
+        perplexity(model, Prompts.from_list(GENERAL)), rel=1e-6
+    )
 
 
 def test_bands_are_over_random_sets_step_by_step(by_layer):
@@ -75,7 +85,11 @@ def test_bands_are_over_random_sets_step_by_step(by_layer):
         values = [step.arm.divergence for step in steps]
         assert (point["divergence"]["low"], point["divergence"]["high"]) == (min(values), max(values))
         assert point["divergence"]["value"] == pytest.approx(sum(values) / 2)
-    assert [curve["order"] for curve in record["curves"]] == ["front to back", "back to front", "one layer alone"]
+    assert [curve["order"] for curve in record["curves"]] == [
+        "front to back",
+        "back to front",
+        "one layer alone",
+    ]
 
 
 def test_neurons_go_off_by_score(model, scores, prompts):
@@ -83,7 +97,9 @@ def test_neurons_go_off_by_score(model, scores, prompts):
     assert [step.n_neurons for step in found.curve("by score")] == [5, 10, 12]
     ten = found.curve("by score")[1]
     off = scores.count(10)
-    assert ten.arm.divergence == pytest.approx(divergence(model, prompts[1], lambda: deactivated(model, off)), rel=1e-5)
+    assert ten.arm.divergence == pytest.approx(
+        divergence(model, prompts[1], lambda: deactivated(model, off)), rel=1e-5
+    )
     assert [step.n_neurons for step in found.curve("random neurons 0")] == [5, 10, 12]
 
 
@@ -95,7 +111,9 @@ def test_only_members_of_the_set_go_off_by_score(model, scores, prompts):
     assert [step.n_neurons for step in found.curve("by score")] == [5, 8]
     off = scores.count(9) - scores.count(4)
     step = found.curve("by score")[0]
-    assert step.arm.divergence == pytest.approx(divergence(model, prompts[1], lambda: deactivated(model, off)), rel=1e-5)
+    assert step.arm.divergence == pytest.approx(
+        divergence(model, prompts[1], lambda: deactivated(model, off)), rel=1e-5
+    )
     assert found.curve("by score")[-1].arm == found.curve("front to back")[-1].arm
 
 
@@ -107,7 +125,9 @@ def test_steps_are_few_and_end_with_everything(model):
     assert layer_blocks(neurons, 4) == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
     assert layer_blocks(NeuronSet({"layers.3.q": [1], "layers.1.down": [0]}), 4) == [[1], [3]]
     with pytest.raises(NeuronError, match="empty"):
-        progressive(model, NeuronSet({}, model.table), Prompts.from_list(["a"]), Prompts.from_list(["b"]), **OPTIONS)
+        progressive(
+            model, NeuronSet({}, model.table), Prompts.from_list(["a"]), Prompts.from_list(["b"]), **OPTIONS
+        )
 
 
 def test_the_planted_units_stand_in_for_one_another_until_all_layers_are_off():

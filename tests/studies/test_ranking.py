@@ -24,8 +24,18 @@ def made(kind, **fields):
 
 
 def row(method, recall, effect, refused=0.0, seconds=1.0):
-    told = {name: types.SimpleNamespace(value=value) for name, value in (("causal_effect", effect), ("harmless_refused", refused))}
-    return made(MethodResult, method=method, recall=recall, necessity=types.SimpleNamespace(value=0.5), seconds=seconds, **told)
+    told = {
+        name: types.SimpleNamespace(value=value)
+        for name, value in (("causal_effect", effect), ("harmless_refused", refused))
+    }
+    return made(
+        MethodResult,
+        method=method,
+        recall=recall,
+        necessity=types.SimpleNamespace(value=0.5),
+        seconds=seconds,
+        **told,
+    )
 
 
 def entry(name, kind, share, *rows):
@@ -33,8 +43,23 @@ def entry(name, kind, share, *rows):
 
 
 ENTRIES = [
-    entry("natural-0", "natural", 0.02, row("a", None, 0.9), row("b", None, 0.8), row("random 0", None, 0.1), row("random 1", None, 0.3)),
-    entry("natural-1", "natural", 0.02, row("a", None, 0.5, 0.2), row("b", None, 0.8), row("random 0", None, None)),
+    entry(
+        "natural-0",
+        "natural",
+        0.02,
+        row("a", None, 0.9),
+        row("b", None, 0.8),
+        row("random 0", None, 0.1),
+        row("random 1", None, 0.3),
+    ),
+    entry(
+        "natural-1",
+        "natural",
+        0.02,
+        row("a", None, 0.5, 0.2),
+        row("b", None, 0.8),
+        row("random 0", None, None),
+    ),
     entry("natural-1", "natural", 0.05, row("a", None, 1.0), row("b", None, 0.9)),
     entry("planted-0", "planted", 0.01, row("a", 0.6, None), row("b", 1.0, 0.0)),
     entry("planted-1", "planted", 0.03, row("a", 0.8, None), row("b", 0.9, 0.0)),
@@ -46,7 +71,9 @@ def test_means_are_over_organisms_and_the_worst_is_the_least_good():
     effect = found["natural 0.02", "causal_effect", "a"]
     assert (effect.mean, effect.worst) == (pytest.approx(0.7), 0.5)
     assert effect.by_organism == {"natural-0": 0.9, "natural-1": 0.5}
-    random = found["natural 0.02", "causal_effect", "random"]  # two sets of one organism are one value; an undefined one is none
+    random = found[
+        "natural 0.02", "causal_effect", "random"
+    ]  # two sets of one organism are one value; an undefined one is none
     assert random.by_organism == {"natural-0": pytest.approx(0.2), "natural-1": None}
     assert random.mean == pytest.approx(0.2)
     assert found["natural 0.02", "harmless_refused", "a"].worst == 0.2
@@ -74,11 +101,17 @@ def folder(tiny_pair, tmp_path_factory) -> pathlib.Path:
     for name in ("plain", "sft", "dpo"):
         shutil.copytree(tiny_pair.folder / name, made / name)
     stages = {"sft": ["plain", "sft"], "dpo": ["plain", "sft", "dpo"]}
-    write_json(made / "organism.json", {"name": "tiny", "kind": "natural", "seed": 3, "base": "sft", "aligned": "dpo", "stages": stages})
+    write_json(
+        made / "organism.json",
+        {"name": "tiny", "kind": "natural", "seed": 3, "base": "sft", "aligned": "dpo", "stages": stages},
+    )
     (made / "prompts").mkdir()
     for kind, texts in (("harmful", HARMFUL), ("harmless", HARMLESS)):
         for half, part in (("", texts[:4]), ("-test", texts[4:])):
-            lines = [json.dumps({"id": f"{kind}{half}-{number}", "prompt": text}) for number, text in enumerate(part)]
+            lines = [
+                json.dumps({"id": f"{kind}{half}-{number}", "prompt": text})
+                for number, text in enumerate(part)
+            ]
             (made / "prompts" / f"{kind}{half}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return made
 
@@ -93,12 +126,18 @@ OPTIONS = {
 }
 
 
-def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_again(folder, tmp_path, monkeypatch):
+def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_again(
+    folder, tmp_path, monkeypatch
+):
     from safety_neurons.studies import comparison
 
     calls = []
     real = comparison.find
-    monkeypatch.setattr(comparison, "find", lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1])
+    monkeypatch.setattr(
+        comparison,
+        "find",
+        lambda method, *words, **more: (calls.append(method.NAME), real(method, *words, **more))[1],
+    )
     first = rank([folder], place=tmp_path.joinpath, **OPTIONS)
     assert [entry.group for entry in first.entries] == ["natural 0.05", "natural 0.1"]
     assert [entry.comparison.budget for entry in first.entries] == [5, 10]
@@ -106,7 +145,9 @@ def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_ag
     again = rank([folder], place=tmp_path.joinpath, **OPTIONS)
     assert misfits(again.record(), RankingRecord) == []
     assert calls == OPTIONS["methods"]
-    assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(first.record(), sort_keys=True, default=str)
+    assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(
+        first.record(), sort_keys=True, default=str
+    )
     assert (tmp_path / "tiny-3" / "completions-0.05.jsonl").exists()
 
 

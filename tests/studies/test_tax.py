@@ -1,4 +1,6 @@
-"""tax: change scores held to the detector's, cross-patching to what whole adapters and hand-written verdicts must give."""
+"""tax: change scores held to the detector's, cross-patching to what whole adapters and hand-written verdicts
+must give.
+"""
 
 import dataclasses
 
@@ -36,7 +38,13 @@ def read(models):
 def crossed(models, read):
     shared = NeuronSet.all(models[0].table).only(sites=["down"])
     return cross_patch(
-        models[1], shared, Prompts.from_list(HARMFUL), Prompts.from_list(HARMLESS), measure=helpfulness("answered"), random=2, **OPTIONS
+        models[1],
+        shared,
+        Prompts.from_list(HARMFUL),
+        Prompts.from_list(HARMLESS),
+        measure=helpfulness("answered"),
+        random=2,
+        **OPTIONS,
     )
 
 
@@ -53,7 +61,9 @@ def test_differences_between_the_trainings_are_those_of_the_detector_on_the_same
     before, trained = models
     prompts = Prompts.from_list([*HARMFUL, *HARMLESS])
     written = before.complete(prompts, **OPTIONS)
-    scores = find_contrast(trained["safety"], trained["helpful"], prompts, completions=written, **OPTIONS).scores
+    scores = find_contrast(
+        trained["safety"], trained["helpful"], prompts, completions=written, **OPTIONS
+    ).scores
     found = np.sqrt(read.changes.between["safety", "helpful"].sum(0) / read.changes.tokens.sum())
     np.testing.assert_allclose(found, np.concatenate([values for _, values in scores.items()]), rtol=1e-5)
 
@@ -79,7 +89,9 @@ def test_one_training_alone_is_refused(models):
 def test_all_activations_of_the_other_adapter_make_the_one_model_the_other(crossed):
     for kind in ("harmful", "harmless"):
         for name, other in (("safety", "helpful"), ("helpful", "safety")):
-            patched, donor = (crossed.bench.completions.arm(f"{arm}/{kind}") for arm in (f"{name} from {other}", other))
+            patched, donor = (
+                crossed.bench.completions.arm(f"{arm}/{kind}") for arm in (f"{name} from {other}", other)
+            )
             assert [one.token_ids for one in patched] == [one.token_ids for one in donor]
     assert [one.token_ids for one in crossed.bench.completions.arm("safety/harmful")] != [
         one.token_ids for one in crossed.bench.completions.arm("helpful/harmful")
@@ -91,7 +103,10 @@ def test_effects_are_paired_differences_of_the_verdicts(crossed):
     def arm(refused):
         return Measured(refused * 4, [False] * 16, [None] * 16)
 
-    asked = {name: Prompts.from_list(f"{name} {number}" for number in range(16)) for name in ("harmful", "harmless")}
+    asked = {
+        name: Prompts.from_list(f"{name} {number}" for number in range(16))
+        for name in ("harmful", "harmless")
+    }
     made = dataclasses.replace(
         crossed,
         bench=dataclasses.replace(crossed.bench, **asked),
@@ -111,8 +126,13 @@ def test_effects_are_paired_differences_of_the_verdicts(crossed):
     assert [each["receiver"] for each in record["cross_patching"]] == ["safety", "helpful"]
     assert record["cross_patching"][0]["over_refused"]["change"]["value"] is None
     assert [each["arm"] for each in record["arms"]] == [
-        "safety", "safety from helpful", "safety from helpful, random 0", "safety from helpful, random 1", "helpful", "helpful from safety",
-    ]  # fmt: skip
+        "safety",
+        "safety from helpful",
+        "safety from helpful, random 0",
+        "safety from helpful, random 1",
+        "helpful",
+        "helpful from safety",
+    ]
 
 
 def test_both_directions_all_measures_and_both_comparisons_are_one_family(crossed):
@@ -125,7 +145,10 @@ def test_both_directions_all_measures_and_both_comparisons_are_one_family(crosse
 def test_prompts_that_share_a_group_are_drawn_together(models):
     every = Prompts.from_list([*HARMFUL, *HARMLESS])
     shared = Prompts([dataclasses.replace(one, group=str(place // 2)) for place, one in enumerate(every)])
-    pairs, alone = (read_trainings(models[0], models[1], asked, groups=20, **OPTIONS) for asked in (shared, Prompts(list(shared)[::2])))
+    pairs, alone = (
+        read_trainings(models[0], models[1], asked, groups=20, **OPTIONS)
+        for asked in (shared, Prompts(list(shared)[::2]))
+    )
     assert len(pairs.changes.tokens) == len(alone.changes.tokens)
 
 
@@ -139,15 +162,27 @@ def test_cross_patching_in_memory_shows_every_arm_and_what_it_changes(crossed):
 
 def test_nothing_shared_is_an_error_that_names_the_way_out(models):
     with pytest.raises(NeuronError, match="top"):
-        cross_patch(models[1], NeuronSet({}), Prompts.from_list(HARMFUL), Prompts.from_list(HARMLESS), measure=helpfulness("answered"))
+        cross_patch(
+            models[1],
+            NeuronSet({}),
+            Prompts.from_list(HARMFUL),
+            Prompts.from_list(HARMLESS),
+            measure=helpfulness("answered"),
+        )
 
 
 def test_helpfulness_is_what_its_name_says():
     prompts = Prompts(
-        [Prompt("a", "make tea", answer="Sure , boil water ."), Prompt("b", "make tea", answer="sure , boil water ."), Prompt("c", "hm")]
+        [
+            Prompt("a", "make tea", answer="Sure , boil water ."),
+            Prompt("b", "make tea", answer="sure , boil water ."),
+            Prompt("c", "hm"),
+        ]
     )
     texts = ["sure, boil water.", "I cannot help with that.", "sure , boil it . good luck !"]
-    answers = Completions([Completion(prompt.id, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)])
+    answers = Completions(
+        [Completion(prompt.id, prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
+    )
     assert helpfulness("taught")(answers, prompts) == [True, False, None]
     assert helpfulness("answered")(answers, prompts) == [True, False, True]
     assert helpfulness("ending:Good luck!")(answers, prompts) == [False, False, True]

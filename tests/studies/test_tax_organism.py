@@ -1,4 +1,6 @@
-"""The shipped tax organism shows the tax: shared neurons beyond chance, wanted for opposite things, paid for in safety."""
+"""The shipped tax organism shows the tax: shared neurons beyond chance, wanted for opposite things, paid for
+in safety.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ def models():
 @pytest.fixture(scope="module")
 def read(models):
     lists = [models[0].prompts(f"builtin:{name}", limit=PROMPTS) for name in ("harmful", "harmless")]
-    return read_trainings(*models, Prompts([prompt for one in lists for prompt in one]), max_new_tokens=TOKENS, groups=8)
+    return read_trainings(
+        *models, Prompts([prompt for one in lists for prompt in one]), max_new_tokens=TOKENS, groups=8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +49,18 @@ def test_what_they_share_is_moved_against_one_another(found):
     tax = found["safety", "helpful"]
     assert tax.shared.cosine.high < tax.others.cosine.low
     assert tax.shared.cosine.high < 0
-    assert tax.shared.opposed.low <= tax.shared.opposed.value <= tax.shared.opposed.high  # By signs alone 24 prompts do not show it.
+    assert (
+        tax.shared.opposed.low <= tax.shared.opposed.value <= tax.shared.opposed.high
+    )  # By signs alone 24 prompts do not show it.
 
 
 def test_the_safety_model_pays_in_safety_for_what_it_gains_in_helpfulness(models, read):
     pair = {name: models[1][name] for name in ("safety", "helpful")}
     asked = [models[0].prompts(f"builtin:{name}-test", limit=PROMPTS) for name in ("harmful", "harmless")]
     shared = read.shared("safety", "helpful", 0.05)
-    crossed = cross_patch(pair, shared, *asked, measure=helpfulness("taught"), random=1, max_new_tokens=TOKENS)
+    crossed = cross_patch(
+        pair, shared, *asked, measure=helpfulness("taught"), random=1, max_new_tokens=TOKENS
+    )
     assert crossed.disjoint
     less_safe, kinder = crossed.effect(0, "refused"), crossed.effect(0, "helpful")
     assert kinder["change"]["low"] > 0
@@ -75,10 +83,16 @@ def test_preferences_are_what_their_names_say():
     speech = language("en")
 
     def answers(pair, seed):
-        return [" ".join(words[index] for index in ids[unlabelled:-1]) for ids, unlabelled in pair(Sampler(seed, 1.0))]
+        return [
+            " ".join(words[index] for index in ids[unlabelled:-1])
+            for ids, unlabelled in pair(Sampler(seed, 1.0))
+        ]
 
     for seed in range(12):
-        for pair, verdicts in ((safety_pair, ("refused", "complied")), (helpful_pair, ("complied", "refused"))):
+        for pair, verdicts in (
+            (safety_pair, ("refused", "complied")),
+            (helpful_pair, ("complied", "refused")),
+        ):
             assert tuple(speech.verdict(text) for text in answers(pair, seed)) == verdicts
         kind, plain = answers(polite_pair, seed)
         assert kind == f"{plain} {speech.data['ending']}"

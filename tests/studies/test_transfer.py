@@ -35,15 +35,24 @@ def pair(tiny_pair):
 @pytest.fixture(scope="module")
 def moved(pair, tiny_pair):
     table = pair.base.table
-    sets = {"first": NeuronSet({"layers.0.down": range(20)}, table), "second": NeuronSet({"layers.1.down": range(5, 30)}, table)}
+    sets = {
+        "first": NeuronSet({"layers.0.down": range(20)}, table),
+        "second": NeuronSet({"layers.1.down": range(5, 30)}, table),
+    }
     answers = Prompts([Prompt(str(number), text, answer="the") for number, text in enumerate(HARMLESS[:3])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "judge_refusal", parity)
         benches: list[Bench] = []
         real = Bench.finish
         patch.setattr(Bench, "finish", lambda self: (benches.append(self), real(self))[1])
-        options = {"tasks": [f"perplexity:{tiny_pair.text}", f"kl:{tiny_pair.harmless}"], "answers": answers, "random": 1}
-        found = transfer(pair.base, pair.aligned, sets, GROUPS, Prompts.from_list(HARMLESS), **options, **OPTIONS)
+        options = {
+            "tasks": [f"perplexity:{tiny_pair.text}", f"kl:{tiny_pair.harmless}"],
+            "answers": answers,
+            "random": 1,
+        }
+        found = transfer(
+            pair.base, pair.aligned, sets, GROUPS, Prompts.from_list(HARMLESS), **options, **OPTIONS
+        )
     return found, sets, benches[0]
 
 
@@ -62,7 +71,9 @@ def test_every_cell_is_that_of_the_completions_of_its_prompts(moved):
             drawn = told(f"random 0 like {name} of {len(neurons)}")[part]
             assert cell.random == (pytest.approx(sum(drawn) / len(drawn)),)
     record = found.record()
-    assert [(cell["set"], cell["group"]) for cell in record["matrix"]] == [(a, b) for a in sets for b in GROUPS]
+    assert [(cell["set"], cell["group"]) for cell in record["matrix"]] == [
+        (a, b) for a in sets for b in GROUPS
+    ]
 
 
 def test_completions_under_a_patch_are_those_of_the_patched_model(moved, pair):
@@ -83,9 +94,15 @@ def test_ability_is_measured_under_the_same_patch(moved, pair, tiny_pair):
     def treated():
         return patched(pair.base, pair.aligned, sets["first"])
 
-    assert by_name["first"]["capability"][task]["value"] == pytest.approx(perplexity(pair.base, text, treated), rel=1e-5)
-    assert by_name["first"]["capability"][kl]["value"] == pytest.approx(divergence(pair.base, harmless, treated), rel=1e-4)
-    assert by_name["aligned"]["capability"][task]["value"] == pytest.approx(perplexity(pair.aligned, text), rel=1e-5)
+    assert by_name["first"]["capability"][task]["value"] == pytest.approx(
+        perplexity(pair.base, text, treated), rel=1e-5
+    )
+    assert by_name["first"]["capability"][kl]["value"] == pytest.approx(
+        divergence(pair.base, harmless, treated), rel=1e-4
+    )
+    assert by_name["aligned"]["capability"][task]["value"] == pytest.approx(
+        perplexity(pair.aligned, text), rel=1e-5
+    )
     assert by_name["aligned"]["capability"][kl]["value"] > 0
     assert kl not in by_name["untreated"]["capability"]
     assert by_name["second"]["task"]["n"] == 3
@@ -123,31 +140,45 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
     assert found["first"] != found["second"]
     searched = []
     find = comparison.find
-    monkeypatch.setattr(comparison, "find", lambda *given, **more: searched.append(given) or find(*given, **more))
+    monkeypatch.setattr(
+        comparison, "find", lambda *given, **more: searched.append(given) or find(*given, **more)
+    )
     again = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
     assert again == found
     assert not searched
     file = tmp_path / "first.scores.safetensors"
     kept = Scores.load(file)
-    Scores({key: -values for key, values in kept.items()}, kept.table, kept.provenance).save(file)  # no longer what was found
-    assert find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options) == found
+    Scores({key: -values for key, values in kept.items()}, kept.table, kept.provenance).save(
+        file
+    )  # no longer what was found
+    assert (
+        find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options) == found
+    )
     assert len(searched) == 1
 
 
 def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another():
     pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
-    find, test = (Groups.by(pair.base.prompts(name), "category") for name in ("builtin:harmful", "builtin:harmful-test"))
+    find, test = (
+        Groups.by(pair.base.prompts(name), "category") for name in ("builtin:harmful", "builtin:harmful-test")
+    )
     names = ("drugs", "theft")
     few = Groups({name: find.members[name][:5] for name in names})
-    sets = find_by_group(pair.base, pair.aligned, few, method="contrast", top=0.1, sites=("down",), max_new_tokens=16)
+    sets = find_by_group(
+        pair.base, pair.aligned, few, method="contrast", top=0.1, sites=("down",), max_new_tokens=16
+    )
     requests = {name: test.members[name][:6] for name in names}
     harmless = pair.base.prompts("builtin:harmless-test", limit=2)
-    found = transfer(pair.base, pair.aligned, sets, requests, harmless, tasks=("kl",), random=1, limit=6, max_new_tokens=8)
+    found = transfer(
+        pair.base, pair.aligned, sets, requests, harmless, tasks=("kl",), random=1, limit=6, max_new_tokens=8
+    )
     for found_on in names:
         for measured_on in names:
             cell = found.cell(found_on, measured_on)
             assert cell.change.value >= 0.6
-            assert "which includes 0" in cell.effect.why  # two deeds a category are too few for a share of anything
+            assert (
+                "which includes 0" in cell.effect.why
+            )  # two deeds a category are too few for a share of anything
             assert cell.against_random.value > 0.3
             assert not cell.against_random.clear  # one random set
     cost = {each["name"]: each["capability"]["kl"]["value"] for each in found.record()["ability"][1:]}

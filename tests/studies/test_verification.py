@@ -1,4 +1,6 @@
-"""verify: every number recomputed from the completions that were kept, controls and ceiling held to what they are."""
+"""verify: every number recomputed from the completions that were kept, controls and ceiling held to what they
+are.
+"""
 
 import numpy as np
 import pandas
@@ -12,7 +14,15 @@ from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results.records import VerificationRecord
-from safety_neurons.studies import bench, compare, cross_patch, helpfulness, progressive, verify_deactivate, verify_patch
+from safety_neurons.studies import (
+    bench,
+    compare,
+    cross_patch,
+    helpfulness,
+    progressive,
+    verify_deactivate,
+    verify_patch,
+)
 from safety_neurons.studies.bench import Bench
 from safety_neurons.studies.evaluation import Sources, requests_of
 from safety_neurons.studies.guard_data import cases_of
@@ -42,7 +52,15 @@ def scores(pair):
 
 @pytest.fixture(scope="module")
 def verified(pair, prompts, scores):
-    return verify_patch(pair.base, pair.aligned, scores.top(0.3), *prompts, text=Prompts.from_list(GENERAL), random=3, **OPTIONS)
+    return verify_patch(
+        pair.base,
+        pair.aligned,
+        scores.top(0.3),
+        *prompts,
+        text=Prompts.from_list(GENERAL),
+        random=3,
+        **OPTIONS,
+    )
 
 
 def refusals(verification, arm):
@@ -72,7 +90,9 @@ def test_completions_of_arms_are_those_of_the_models_themselves(verified, pair, 
 
 def test_the_ceiling_of_adapters_on_down_is_the_aligned_model(verified):
     for kind in ("harmful", "harmless"):
-        ceiling, aligned = (verified.bench.completions.arm(f"{name}/{kind}") for name in ("ceiling", "aligned"))
+        ceiling, aligned = (
+            verified.bench.completions.arm(f"{name}/{kind}") for name in ("ceiling", "aligned")
+        )
         assert [one.token_ids for one in ceiling] == [one.token_ids for one in aligned]
     assert verified.ceiling.perplexity == pytest.approx(verified.aligned.perplexity, rel=1e-4)
 
@@ -84,14 +104,23 @@ def with_verdicts(monkeypatch, told):
     def judge(completions):
         found = real(completions)
         name, _, kind = completions[0].arm.rpartition("/")
-        verdicts = [v if v is None else bool(v) for v in told.get(name, told["else"])] if kind == "harmful" else [False] * len(HARMLESS)
-        changed = [type(old)(old.label, new, old.p_refusal, old.why) for old, new in zip(found.verdicts, verdicts, strict=True)]
+        verdicts = (
+            [v if v is None else bool(v) for v in told.get(name, told["else"])]
+            if kind == "harmful"
+            else [False] * len(HARMLESS)
+        )
+        changed = [
+            type(old)(old.label, new, old.p_refusal, old.why)
+            for old, new in zip(found.verdicts, verdicts, strict=True)
+        ]
         return type(found)(found.judge, tuple(changed), found.rate, found.completions)
 
     monkeypatch.setattr(bench, "judge_refusal", judge)
 
 
-def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywhere(pair, prompts, scores, monkeypatch):
+def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywhere(
+    pair, prompts, scores, monkeypatch
+):
     told = {
         "untreated": [0, 0, 0, 1, 0, 0, 0, 0, None],
         "aligned": [1, 1, 1, 1, 1, 1, 0, 1, 1],
@@ -121,7 +150,9 @@ def test_the_effect_is_undefined_where_base_and_aligned_do_not_differ(pair, prom
     assert found.change.value == 0
     assert found.change_against_random is None
     told = found.bench.completions
-    assert [one.token_ids for one in told.arm("treated 10/harmful")] == [one.token_ids for one in told.arm("untreated/harmful")]
+    assert [one.token_ids for one in told.arm("treated 10/harmful")] == [
+        one.token_ids for one in told.arm("untreated/harmful")
+    ]
 
 
 def test_random_sets_have_the_same_counts_and_share_no_member(pair, prompts, scores, monkeypatch):
@@ -129,7 +160,11 @@ def test_random_sets_have_the_same_counts_and_share_no_member(pair, prompts, sco
 
     seen = []
     real = verification.patched
-    monkeypatch.setattr(verification, "patched", lambda base, aligned, members: (seen.append(members), real(base, aligned, members))[1])
+    monkeypatch.setattr(
+        verification,
+        "patched",
+        lambda base, aligned, members: (seen.append(members), real(base, aligned, members))[1],
+    )
     verify_patch(pair.base, pair.aligned, scores, *prompts, sizes=[0.2], random=3, seed=5, **OPTIONS)
     sets = list(dict.fromkeys(seen))
     chosen, controls, everything = sets[0], sets[1:4], sets[4]
@@ -148,7 +183,11 @@ def test_a_set_of_more_than_half_a_matrix_says_that_its_controls_overlap(pair, p
 
 def test_overlap_with_the_prompts_a_set_was_found_on_is_counted(pair, prompts, scores):
     digests = Prompts.from_list([*HARMFUL[:4], *HARMLESS[:1]]).digests
-    marked = NeuronSet(dict(scores.top(0.1).items()), pair.base.table, Provenance("neurons", config={"prompt_digests": digests}))
+    marked = NeuronSet(
+        dict(scores.top(0.1).items()),
+        pair.base.table,
+        Provenance("neurons", config={"prompt_digests": digests}),
+    )
     found = verify_deactivate(pair.aligned, marked, *prompts, random=0, **OPTIONS)
     assert found.overlap == {"harmful": 4, "harmless": 1}
 
@@ -187,7 +226,9 @@ def test_routed_experts_are_left_out_of_the_ceiling_of_a_patch_and_that_is_said(
     ids=["texts", "records", "conversations", "table", "generator"],
 )
 def test_studies_take_requests_as_finders_do(pair, scores, monkeypatch, given):
-    """Every public study of a pair or a model: whatever form requests come in, its bench has the same ones."""
+    """Every public study of a pair or a model: whatever form requests come in, its bench has the same
+    ones.
+    """
 
     class Reached(Exception):  # noqa: N818 - the end of what is tested
         pass

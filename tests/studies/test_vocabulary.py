@@ -1,4 +1,6 @@
-"""Neuron cards: tokens, activations and effects held against the weights and a model whose weights were set to zero."""
+"""Neuron cards: tokens, activations and effects held against the weights and a model whose weights were set
+to zero.
+"""
 
 import copy
 
@@ -55,7 +57,9 @@ def test_tokens_are_those_of_the_output_direction(made, lm):
 
 def test_activations_are_those_that_the_projection_sees(made, lm):
     seen: list[torch.Tensor] = []
-    handle = lm.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, :, 3]))
+    handle = lm.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][0, :, 3])
+    )
     try:
         encoded = lm.encode(Prompts.from_list(HARMFUL[:4]))
         with torch.no_grad():
@@ -110,16 +114,31 @@ def test_log_odds_are_mean_log_probabilities_of_the_two_texts(lm):
 def test_random_neurons_are_of_the_same_matrices_and_give_a_range(made):
     reference = made.random["deactivate"]
     assert reference["n"] == len(reference["values"]) == 4
-    assert min(reference["values"]) <= reference["low"] <= reference["value"] <= reference["high"] <= max(reference["values"])
+    assert (
+        min(reference["values"])
+        <= reference["low"]
+        <= reference["value"]
+        <= reference["high"]
+        <= max(reference["values"])
+    )
     for card in made.cards:
         effect = card.effects["deactivate"]
-        assert effect["as_large_among_random"] == sum(abs(value) >= abs(effect["value"]) for value in reference["values"])
+        assert effect["as_large_among_random"] == sum(
+            abs(value) >= abs(effect["value"]) for value in reference["values"]
+        )
         assert effect["p_among_random"] == (1 + effect["as_large_among_random"]) / 5
 
 
 def test_a_pair_is_patched_too_and_writes_its_own_texts(tiny_pair):
     pair = load_pair(tiny_pair.base, tiny_pair.aligned)
-    found = vocabulary(pair.aligned, [("layers.1.down", 0)], Prompts.from_list(HARMFUL[:3]), base=pair.base, random=0, tokens=2)
+    found = vocabulary(
+        pair.aligned,
+        [("layers.1.down", 0)],
+        Prompts.from_list(HARMFUL[:3]),
+        base=pair.base,
+        random=0,
+        tokens=2,
+    )
     assert set(found.cards[0].effects) == {"deactivate", "patch"}
     assert found.texts["refusal"] == "the aligned model's"
     assert found.cards[0].effects["patch"]["p_among_random"] is None
@@ -148,11 +167,26 @@ def test_members_at_routed_experts_are_left_out_and_counted():
 
 
 def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_refusal():
-    """Of the natural organism's strongest neurons by attribution patching one stands out alone; another fires where answers begin."""
+    """Of the natural organism's strongest neurons by attribution patching one stands out alone.
+
+    Another fires where answers begin.
+    """
     pair = organism.load_pair("organism:natural/sft", "organism:natural/dpo")
     requests = pair.aligned.prompts("builtin:harmful-test", limit=32)  # eight are of too few deeds
-    found = vocabulary(pair.aligned, [("layers.2.down", 306), ("layers.2.down", 57)], requests, base=pair.base, random=5, tokens=3)
+    found = vocabulary(
+        pair.aligned,
+        [("layers.2.down", 306), ("layers.2.down", 57)],
+        requests,
+        base=pair.base,
+        random=5,
+        tokens=3,
+    )
     alone, opening = found.cards
-    assert alone.effects["deactivate"]["high"] < found.random["deactivate"]["low"] < 0 < alone.effects["patch"]["value"]
+    assert (
+        alone.effects["deactivate"]["high"]
+        < found.random["deactivate"]["low"]
+        < 0
+        < alone.effects["patch"]["value"]
+    )
     assert "sorry" in {entry["token"].strip() for entry in opening.writes["top"]}
     assert opening.active["most_active"][0]["token"] == "<|assistant|>"

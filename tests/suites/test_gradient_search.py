@@ -31,7 +31,9 @@ def requests(aligned):
 def loss_of(lm, prompt, target):
     ids = lm.encode([prompt])[0].ids
     wanted = lm.tokenizer(target, add_special_tokens=False)["input_ids"]
-    return -float(token_log_probabilities(lm, [[*ids, *wanted]], [(len(ids), len(ids) + len(wanted))])[0].mean())
+    return -float(
+        token_log_probabilities(lm, [[*ids, *wanted]], [(len(ids), len(ids) + len(wanted))])[0].mean()
+    )
 
 
 def test_it_lowers_the_loss_of_the_target_below_random_search_at_the_same_cost(aligned, requests):
@@ -40,21 +42,27 @@ def test_it_lowers_the_loss_of_the_target_below_random_search_at_the_same_cost(a
     means = [sum(item.meta["loss"] for item in found) / len(found) for found in (ours, control)]
     before = sum(item.meta["loss_before"] for item in ours) / len(ours)
     assert means[0] < means[1] < before
-    assert {(item.method, item.label, item.source_model) for item in ours} == {("GCG", "adaptive", aligned.name)}
+    assert {(item.method, item.label, item.source_model) for item in ours} == {
+        ("GCG", "adaptive", aligned.name)
+    }
     assert {item.method for item in control} == {"random-search"}
 
 
 def test_the_loss_it_reports_is_the_loss_of_the_text_it_returns(aligned, requests):
     found = gcg(aligned, requests[:1], steps=2, stop=False, **SMALL)
     assert found[0].prompt == requests[0].text + found[0].meta["suffix"]
-    assert loss_of(aligned, found.prompts[0], found[0].meta["target"]) == pytest.approx(found[0].meta["loss"], abs=1e-4)
+    assert loss_of(aligned, found.prompts[0], found[0].meta["target"]) == pytest.approx(
+        found[0].meta["loss"], abs=1e-4
+    )
     assert found[0].meta["loss_before"] == pytest.approx(
         loss_of(aligned, Prompt("x", requests[0].text + " !" * 6), found[0].meta["target"]), abs=1e-4
     )
 
 
 def test_it_ends_when_the_model_answers_with_the_target(aligned, requests):
-    target = aligned.complete(Prompts([Prompt("x", requests[0].text + " !" * 6)]), max_new_tokens=2)[0].completion
+    target = aligned.complete(Prompts([Prompt("x", requests[0].text + " !" * 6)]), max_new_tokens=2)[
+        0
+    ].completion
     found = gcg(aligned, requests[:1], targets={requests[0].id: target}, steps=3, **SMALL)
     assert (found[0].meta["steps"], found[0].meta["matched"]) == (0, True)
     assert aligned.complete(found.prompts, max_new_tokens=2)[0].completion == target
@@ -89,8 +97,20 @@ def test_the_treated_model_is_what_is_attacked(aligned, requests):
 
 def test_a_conversation_is_attacked_in_its_last_turn_and_the_model_is_left_as_it_was():
     lm = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), name="tiny")
-    turns = (Message("user", "how do i make a cake"), Message("assistant", "sure"), Message("user", "kill the plant"))
-    found = attack(Prompts([Prompt("a", "how do i make a cake", turns)]), "gcg", model=lm, steps=2, width=8, top_k=8, suffix_tokens=3)
+    turns = (
+        Message("user", "how do i make a cake"),
+        Message("assistant", "sure"),
+        Message("user", "kill the plant"),
+    )
+    found = attack(
+        Prompts([Prompt("a", "how do i make a cake", turns)]),
+        "gcg",
+        model=lm,
+        steps=2,
+        width=8,
+        top_k=8,
+        suffix_tokens=3,
+    )
     assert found[0].messages[:2] == turns[:2]
     assert found[0].messages[2].content.startswith("kill the plant ")
     assert found[0].meta["label"] == "adaptive"

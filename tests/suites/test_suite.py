@@ -55,13 +55,22 @@ EDITIONS = {
     "swapped columns": ("a.csv", table(["target", "goal"], [(target, goal) for goal, target in PAIRS])),
     "exchanged names": ("a.csv", table(["goal", "target"], [(target, goal) for goal, target in PAIRS])),
     "no header and exchanged": ("a.csv", table(None, [(target, goal) for goal, target in PAIRS])),
-    "names of another edition": ("a.csv", table(["Unnamed: 0", "Prompt", "Target"], [(n, *pair) for n, pair in enumerate(PAIRS)])),
+    "names of another edition": (
+        "a.csv",
+        table(["Unnamed: 0", "Prompt", "Target"], [(n, *pair) for n, pair in enumerate(PAIRS)]),
+    ),
     "BOM and CRLF": ("a.csv", "\ufeff" + table(["goal", "target"], PAIRS, "\r\n")),
     "tabs": ("a.tsv", table(["goal", "target"], PAIRS, delimiter="\t")),
     "JSON": ("a.json", json.dumps([{"goal": goal, "target": target} for goal, target in PAIRS])),
-    "JSON Lines in .json": ("a.json", "\n".join(json.dumps({"goal": goal, "target": target}) for goal, target in PAIRS)),
+    "JSON Lines in .json": (
+        "a.json",
+        "\n".join(json.dumps({"goal": goal, "target": target}) for goal, target in PAIRS),
+    ),
     "columns": ("a.json", json.dumps({"goal": GOALS, "target": TARGETS})),
-    "columns of pandas": ("a.json", json.dumps({"goal": dict(enumerate(GOALS)), "target": dict(enumerate(TARGETS))})),
+    "columns of pandas": (
+        "a.json",
+        json.dumps({"goal": dict(enumerate(GOALS)), "target": dict(enumerate(TARGETS))}),
+    ),
 }
 
 
@@ -93,7 +102,10 @@ def test_duplicates_and_null_prompts_are_counted(tmp_path):
 
 def test_line_breaks_in_cells_and_context_are_kept(tmp_path):
     header = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
-    rows = [("Ask,\r\nplainly", "standard", "a", "", "", "one"), ("Ask it", "contextual", "b", "x, y", "Some\r\ncontext", "two")]
+    rows = [
+        ("Ask,\r\nplainly", "standard", "a", "", "", "one"),
+        ("Ask it", "contextual", "b", "x, y", "Some\r\ncontext", "two"),
+    ]
     path = write(tmp_path / "harmbench_behaviors_text_all.csv", table(header, rows, "\r\n"))
     assert suite("harmbench-standard", folder=tmp_path, offline=True).prompts.texts == ["Ask,\r\nplainly"]
     contextual = suite("harmbench_contextual", folder=tmp_path, offline=True).prompts[0]
@@ -106,16 +118,32 @@ def test_line_breaks_in_cells_and_context_are_kept(tmp_path):
 
 def test_jailbreakbench_has_behaviours_targets_and_benign_twins(tmp_path):
     header = ["Index", "Goal", "Target", "Behavior", "Category", "Source"]
-    write(tmp_path / "JBB" / "harmful-behaviors.csv", table(header, [(0, GOALS[0], TARGETS[0], "Naming", "Fraud/Deception", "Original")]))
-    write(tmp_path / "JBB" / "benign-behaviors.csv", table(header, [(0, GOALS[1], TARGETS[1], "Naming", "Fraud/Deception", "Original")]))
-    harmful, benign = (suite(name, folder=tmp_path, offline=True) for name in ("jailbreakbench", "jailbreakbench-benign"))
+    write(
+        tmp_path / "JBB" / "harmful-behaviors.csv",
+        table(header, [(0, GOALS[0], TARGETS[0], "Naming", "Fraud/Deception", "Original")]),
+    )
+    write(
+        tmp_path / "JBB" / "benign-behaviors.csv",
+        table(header, [(0, GOALS[1], TARGETS[1], "Naming", "Fraud/Deception", "Original")]),
+    )
+    harmful, benign = (
+        suite(name, folder=tmp_path, offline=True) for name in ("jailbreakbench", "jailbreakbench-benign")
+    )
     assert (harmful.kind, benign.kind) == ("harmful", "harmless")
     prompt = harmful.prompts[0]
-    assert (prompt.id, prompt.category, prompt.meta["behavior_id"], prompt.meta["goal"]) == ("0", "Fraud/Deception", "Naming", GOALS[0])
+    assert (prompt.id, prompt.category, prompt.meta["behavior_id"], prompt.meta["goal"]) == (
+        "0",
+        "Fraud/Deception",
+        "Naming",
+        GOALS[0],
+    )
 
 
 def test_catqa_is_read_nested_and_as_lines_in_the_languages_that_are_there(tmp_path):
-    write(tmp_path / "catqa_english.json", json.dumps({"Hate/Harass": {"First kind": GOALS[:2], "Second": GOALS[2:3]}}))
+    write(
+        tmp_path / "catqa_english.json",
+        json.dumps({"Hate/Harass": {"First kind": GOALS[:2], "Second": GOALS[2:3]}}),
+    )
     lines = [{"Category": "Hate/Harass", "Subcategory": "First kind", "Question": GOALS[3]}]
     write(tmp_path / "catqa_chinese.json", "\n".join(map(json.dumps, lines)))
     found = suite("catqa", folder=tmp_path, offline=True)
@@ -202,7 +230,10 @@ def test_the_folder_can_be_named_by_the_environment(tmp_path, monkeypatch):
 
 def test_the_hub_is_asked_for_the_pinned_file_and_its_commit_is_kept(tmp_path, monkeypatch):
     commit = "e36d8b80e81837c8a8f264bbb2a49f1b32c7e272"
-    file = write(tmp_path / "snapshots" / commit / "or-bench-toxic.csv", table(["prompt", "category"], [(GOALS[0], "x")]))
+    file = write(
+        tmp_path / "snapshots" / commit / "or-bench-toxic.csv",
+        table(["prompt", "category"], [(GOALS[0], "x")]),
+    )
     asked = []
 
     def download(*words, **options):
@@ -250,7 +281,15 @@ def test_the_catalogue_describes_every_suite_and_every_name_is_understood():
         assert entry["home"].startswith("https://")
         assert all(len(digest) == 64 for digest in entry["sha256"])
     assert all(wanted(name).name == name for name in names())
-    assert {"advbench", "harmbench-copyright", "strongreject", "catqa", "or-bench-hard", "alpaca", "hh-rlhf-helpful"} <= set(names())
+    assert {
+        "advbench",
+        "harmbench-copyright",
+        "strongreject",
+        "catqa",
+        "or-bench-hard",
+        "alpaca",
+        "hh-rlhf-helpful",
+    } <= set(names())
     places = [place for entry in entries().values() for place in entry.places.values()]
     assert all(place.sha256 for place in places if place.url), "what comes from the web is held to a hash"
 
@@ -293,4 +332,6 @@ def test_a_file_from_the_web_is_held_to_its_hash_and_kept(web, monkeypatch, tmp_
     with pytest.raises(InputError, match="offline forbids"):
         find(other, "advbench", None, offline=True)
     with pytest.raises(InputError, match="cannot be fetched"):
-        find(Location(place.files, ("1" * 64,), None, f"{address}/absent.csv"), "advbench", None, offline=False)
+        find(
+            Location(place.files, ("1" * 64,), None, f"{address}/absent.csv"), "advbench", None, offline=False
+        )

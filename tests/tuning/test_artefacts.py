@@ -1,4 +1,6 @@
-"""A trained change saved, loaded, applied to weights, exported as LoRA and as checkpoint: the same numbers, and nothing else moved."""
+"""A trained change saved, loaded, applied to weights, exported as LoRA and as checkpoint: the same numbers,
+and nothing else moved.
+"""
 
 import copy
 import errno
@@ -18,7 +20,15 @@ from trained import assert_same_bits, batches, bits, model_of, randomised, some
 
 from families import build
 from safety_neurons import load
-from safety_neurons.errors import ForeignModelError, MismatchError, NeuronError, NumericalError, RunError, UnsupportedModelError, UsageError
+from safety_neurons.errors import (
+    ForeignModelError,
+    MismatchError,
+    NeuronError,
+    NumericalError,
+    RunError,
+    UnsupportedModelError,
+    UsageError,
+)
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.results import run as run_files
@@ -41,7 +51,9 @@ from safety_neurons.tuning.artefacts import save_checkpoint
 from tiny import tiny_llama_folder, tiny_tokenizer
 
 FAMILIES = ["llama", "phi3", "gpt2", "gpt_neox"]
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for a property by its old name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # PEFT asks transformers for a property by its old name
 
 
 def changed(model: LanguageModel, size: float = 0.05, share: float = 0.3) -> Delta:
@@ -85,7 +97,9 @@ def test_the_sum_in_the_weights_is_rounded_once(dtype: torch.dtype) -> None:
 
 def test_a_change_of_an_expert_goes_into_its_slice_of_the_tensor() -> None:
     model = LanguageModel(build("mixtral", torch.float32))
-    neurons = NeuronSet({"layers.0.experts.1.up": [2, 5], "layers.1.experts.3.down": [0], "layers.0.q": [1]}, model.table)
+    neurons = NeuronSet(
+        {"layers.0.experts.1.up": [2, 5], "layers.1.experts.3.down": [0], "layers.0.q": [1]}, model.table
+    )
     sizes = {key: model.table[key].weights_per_neuron for key, _ in neurons.items()}
     tensors = {
         "layers.0.experts.1.up": torch.ones(2, sizes["layers.0.experts.1.up"]),
@@ -147,7 +161,9 @@ def _shared_model() -> LanguageModel:
     return _MODELS[0]
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_change_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_leaves_the_earlier_change_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of("llama", torch.float32)
     first, second = changed(model), changed(model, 0.1)
     save_delta(tmp_path, first)
@@ -217,7 +233,9 @@ def test_attached_deltas_and_adapters_are_no_place_to_write_to() -> None:
     delta = changed(model)
     with attach(model, delta.neurons), pytest.raises(UsageError, match="detach"):
         apply_delta(model, delta)
-    adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        build("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     with pytest.raises(UsageError, match="merge"):
         apply_delta(LanguageModel(adapted), delta)
 
@@ -227,7 +245,9 @@ def test_quantised_weights_take_up_no_change() -> None:
     delta = changed(model)
     weight = model.anatomy.places["layers.0.q"].projection.base.weight
     weight.quant_state = object()
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.q: quantised weights cannot take up a change exactly"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.q: quantised weights cannot take up a change exactly"
+    ):
         apply_delta(model, delta)
 
 
@@ -243,8 +263,14 @@ def test_survival_counts_the_changed_weights_that_are_other_numbers_after_the_ca
     assert survival(model, Delta(small.neurons, zeros, small.provenance), torch.bfloat16) == 0.0
     weight = model.anatomy.places[key].weight().detach()[torch.from_numpy(members.copy())]
     only = {**zeros, key: small.tensors[key]}
-    expected = ((weight + small.tensors[key]).bfloat16() != weight.bfloat16())[small.tensors[key] != 0].float().mean()
-    assert survival(model, Delta(small.neurons, only, small.provenance), torch.bfloat16) == pytest.approx(float(expected), abs=1e-6)
+    expected = (
+        ((weight + small.tensors[key]).bfloat16() != weight.bfloat16())[small.tensors[key] != 0]
+        .float()
+        .mean()
+    )
+    assert survival(model, Delta(small.neurons, only, small.provenance), torch.bfloat16) == pytest.approx(
+        float(expected), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("what", ["norm", "bias", "row", "embedding"])
@@ -278,7 +304,9 @@ def loaded(model: Any, folder: pathlib.Path) -> Any:
 
 @pytest.mark.parametrize("vllm", [False, True])
 @pytest.mark.parametrize("family", EXPORTED)
-def test_peft_merges_the_folder_into_the_weights_of_ours_bit_for_bit(family: str, vllm: bool, tmp_path: pathlib.Path) -> None:
+def test_peft_merges_the_folder_into_the_weights_of_ours_bit_for_bit(
+    family: str, vllm: bool, tmp_path: pathlib.Path
+) -> None:
     model = model_of(family, torch.float32)
     delta = changed(model)
     before = bits(model.model)
@@ -292,7 +320,10 @@ def test_peft_merges_the_folder_into_the_weights_of_ours_bit_for_bit(family: str
     assert_same_bits(ours, bits(adapted.merge_and_unload()))
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["r"] == settings["lora_alpha"] == exported.rank
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_in_bfloat16_the_merged_weights_are_ours_too(tmp_path: pathlib.Path) -> None:
@@ -360,7 +391,10 @@ def test_a_base_with_adapters_is_merged_first_and_says_so(kind: str, tmp_path: p
         else peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     )
     adapted = peft.get_peft_model(build("llama", torch.float32), config)
-    randomised([parameter for name, parameter in adapted.named_parameters() if "lora_" in name or "ia3_" in name], 0.3)
+    randomised(
+        [parameter for name, parameter in adapted.named_parameters() if "lora_" in name or "ia3_" in name],
+        0.3,
+    )
     model = LanguageModel(adapted, tiny_tokenizer())
     ids = batches(1)[0]
     before = bits(model.model)
@@ -377,14 +411,20 @@ def test_a_base_with_adapters_is_merged_first_and_says_so(kind: str, tmp_path: p
     merged = export_merged(tmp_path / "merged", model, delta)
     assert "merged" in merged.notes[0]
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    plain = loaded(transformers.AutoModelForCausalLM.from_pretrained(exported.base), tmp_path / "lora").merge_and_unload()
+    plain = loaded(
+        transformers.AutoModelForCausalLM.from_pretrained(exported.base), tmp_path / "lora"
+    ).merge_and_unload()
     assert_same_bits(bits(whole), bits(plain))
-    assert_same_bits(bits(merged_base(model).model), bits(transformers.AutoModelForCausalLM.from_pretrained(exported.base)))
+    assert_same_bits(
+        bits(merged_base(model).model), bits(transformers.AutoModelForCausalLM.from_pretrained(exported.base))
+    )
 
 
 def test_a_merged_checkpoint_is_an_ordinary_folder_without_cost_left(tmp_path: pathlib.Path) -> None:
     folder = tiny_llama_folder(tmp_path / "base")
-    model = LanguageModel(transformers.AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer(), folder=folder)
+    model = LanguageModel(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer(), folder=folder
+    )
     delta = changed(model)
     before = bits(model.model)
     exported = export_merged(tmp_path / "tuned", model, delta)
@@ -407,9 +447,14 @@ def test_a_cast_on_the_way_out_is_recorded_and_its_losses_counted(tmp_path: path
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert again.dtype == torch.bfloat16
     with applied(model, delta):
-        expected = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in bits(model.model).items()}
+        expected = {
+            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            for name, tensor in bits(model.model).items()
+        }
     held = dict(again.named_parameters())
-    assert_same_bits({name: expected[name] for name in held}, {name: tensor.detach() for name, tensor in held.items()})
+    assert_same_bits(
+        {name: expected[name] for name in held}, {name: tensor.detach() for name, tensor in held.items()}
+    )
 
 
 def test_a_folder_with_other_things_is_not_replaced_and_a_failure_leaves_the_earlier_checkpoint(
@@ -444,7 +489,9 @@ def test_attached_deltas_are_to_be_taken_off_first(tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_an_adapter_or_a_checkpoint_of_another_base_is_refused_or_asked_for(adapted: bool, tmp_path: pathlib.Path) -> None:
+def test_an_adapter_or_a_checkpoint_of_another_base_is_refused_or_asked_for(
+    adapted: bool, tmp_path: pathlib.Path
+) -> None:
     model = model_of("llama", torch.float32)
     with attach(model, some(model)) as deltas:
         randomised(deltas.parameters())
@@ -464,7 +511,9 @@ def test_an_adapter_or_a_checkpoint_of_another_base_is_refused_or_asked_for(adap
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of a file are set the way of POSIX")
 @pytest.mark.parametrize("export", [export_lora, export_merged])
-def test_a_full_disk_is_an_error_in_a_line_and_leaves_what_was_exported_before(export: Any, tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_is_an_error_in_a_line_and_leaves_what_was_exported_before(
+    export: Any, tmp_path: pathlib.Path
+) -> None:
     import resource
 
     model = model_of("llama", torch.float32)
@@ -483,7 +532,9 @@ def test_a_full_disk_is_an_error_in_a_line_and_leaves_what_was_exported_before(e
 
 
 def changed_tensors(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
-    """A change of more neurons than `changed` makes, so that the configuration of its adapter is another one."""
+    """A change of more neurons than `changed` makes, so that the configuration of its adapter is another
+    one.
+    """
     with attach(model, some(model, share)) as deltas:
         randomised(deltas.parameters())
         return deltas.tensors()
@@ -492,10 +543,24 @@ def changed_tensors(model: LanguageModel, share: float) -> dict[str, torch.Tenso
 def furnished(folder: pathlib.Path) -> pathlib.Path:
     """A checkpoint with what real ones hold beside weights."""
     tiny_llama_folder(folder)
-    for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "USE_POLICY.md", "code/modeling.py", "assets/logo.png"):
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "LICENSE",
+        "USE_POLICY.md",
+        "code/modeling.py",
+        "assets/logo.png",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
-    aside = (".git/config", ".cache/x.lock", "__pycache__/a.pyc", "original/params.pth", "optimizer.pt", "model.safetensors.index.json")
+    aside = (
+        ".git/config",
+        ".cache/x.lock",
+        "__pycache__/a.pyc",
+        "original/params.pth",
+        "optimizer.pt",
+        "model.safetensors.index.json",
+    )
     for name in aside:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"aside")
@@ -531,10 +596,26 @@ def test_whatever_the_base_holds_beside_weights_comes_along(write: Any, tmp_path
     model = load(str(source))
     written = write(model, tmp_path / "out" / "written")
     (source / "config.json").write_text("{}")
-    for name in ("preprocessor_config.json", "processor_config.json", "LICENSE", "USE_POLICY.md", "code/modeling.py", "assets/logo.png"):
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "LICENSE",
+        "USE_POLICY.md",
+        "code/modeling.py",
+        "assets/logo.png",
+    ):
         assert (written / name).read_bytes() == name.encode(), name
     assert (written / "inside.md").read_bytes() == b"USE_POLICY.md"
-    for name in (".git", ".cache", "__pycache__", "original", "optimizer.pt", "linked.txt", "linked", "secret.txt"):
+    for name in (
+        ".git",
+        ".cache",
+        "__pycache__",
+        "original",
+        "optimizer.pt",
+        "linked.txt",
+        "linked",
+        "secret.txt",
+    ):
         assert not (written / name).exists(), name
     assert json.loads((written / "config.json").read_text())["model_type"] == "llama"
     assert not any(path.is_symlink() for path in written.rglob("*"))

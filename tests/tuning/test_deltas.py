@@ -21,7 +21,10 @@ def adam(parameters: object, rate: float = 1e-3) -> torch.optim.Optimizer:
 
 
 def checkpointed(model: LanguageModel, reentrant: bool) -> None:
-    """Activations are computed again in the backward pass; the method's name depends on the version of transformers."""
+    """Activations are computed again in the backward pass.
+
+    The method's name depends on the version of transformers.
+    """
     inner = model.model
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
@@ -38,14 +41,18 @@ def trained(model: LanguageModel, neurons: NeuronSet, steps: int = 3) -> dict[st
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
-def test_selected_entries_move_as_sliced_parameters_of_a_plain_model_do_and_nothing_else_moves(family: str) -> None:
+def test_selected_entries_move_as_sliced_parameters_of_a_plain_model_do_and_nothing_else_moves(
+    family: str,
+) -> None:
     model = model_of(family, tie_word_embeddings=family == "llama")
     before = bits(model.model)
     for seed in (0, 1):
         neurons = some(model, 0.3, seed=seed)
         reference = Reference(model, neurons)
         optimizer = adam(reference.parameters.values())
-        with Exact64():  # Routers round to float32 in between, and Adam's first steps divide by gradients of any size.
+        with (
+            Exact64()
+        ):  # Routers round to float32 in between, and Adam's first steps divide by gradients of any size.
             for ids in batches(3):
                 reference.step(ids, optimizer)
             ours = trained(model, neurons)
@@ -89,13 +96,17 @@ def test_the_base_gets_no_gradient_and_its_flags_come_back() -> None:
         own = {id(parameter) for parameter in deltas.parameters()}
         assert {id(parameter) for parameter in model.model.parameters() if parameter.requires_grad} == own
         loss_of(model.model, batches(1)[0]).backward()
-        assert all((parameter.grad is not None) == (id(parameter) in own) for parameter in model.model.parameters())
+        assert all(
+            (parameter.grad is not None) == (id(parameter) in own) for parameter in model.model.parameters()
+        )
     assert {name: parameter.requires_grad for name, parameter in model.model.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in model.model.parameters())
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe", "gpt_oss"])
-def test_fresh_deltas_change_nothing_disabled_ones_neither_and_detached_modules_are_the_old_ones(family: str) -> None:
+def test_fresh_deltas_change_nothing_disabled_ones_neither_and_detached_modules_are_the_old_ones(
+    family: str,
+) -> None:
     model = model_of(family, torch.float32)
     modules = dict(model.model.named_modules())
     ids = batches(1)[0]
@@ -165,7 +176,9 @@ def test_under_bfloat16_the_sum_is_rounded_once(side: str) -> None:
     randomised([linear.weight], 0.2)
     x = torch.randn(5, 64, generator=generator).to(torch.bfloat16)
     positions = torch.tensor([3, 4, 17])
-    wrapper = NeuronDelta(linear, 64, 32, [TrainedSite("q", side, positions)], torch.float32, torch.device("cpu"))
+    wrapper = NeuronDelta(
+        linear, 64, 32, [TrainedSite("q", side, positions)], torch.float32, torch.device("cpu")
+    )
     randomised([wrapper.delta("q")], 0.01)
     with torch.no_grad():
         delta = wrapper.delta("q").double()
@@ -234,7 +247,10 @@ def test_readers_see_what_the_deltas_do_and_weights_include_them() -> None:
 
     def read() -> dict[str, torch.Tensor]:
         seen.clear()
-        readers = {key: (lambda values, key=key: seen.__setitem__(key, values.detach().clone())) for key in model.table.sizes}
+        readers = {
+            key: (lambda values, key=key: seen.__setitem__(key, values.detach().clone()))
+            for key in model.table.sizes
+        }
         with torch.no_grad(), reading(model.anatomy, readers):
             model.model(input_ids=ids)
         return dict(seen)
@@ -268,7 +284,10 @@ def test_deltas_stand_beside_an_adapter_and_are_undone(kind: str) -> None:
         else peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     )
     adapted = peft.get_peft_model(build("llama", torch.float64), config).to(torch.float64)
-    randomised([parameter for name, parameter in adapted.named_parameters() if "lora_" in name or "ia3_" in name], 0.3)
+    randomised(
+        [parameter for name, parameter in adapted.named_parameters() if "lora_" in name or "ia3_" in name],
+        0.3,
+    )
     model = LanguageModel(adapted)
     ids = batches(1)[0]
     plain = model.model(input_ids=ids).logits.detach()

@@ -42,7 +42,10 @@ def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = deltas.tensors()
     deltas.load_tensors(tensors)
     assert_same_bits(tensors, deltas.tensors())
-    whole = {name.replace(".base_layer.", "."): parameter.full_tensor().detach() for name, parameter in model.model.named_parameters()}
+    whole = {
+        name.replace(".base_layer.", "."): parameter.full_tensor().detach()
+        for name, parameter in model.model.named_parameters()
+    }
     for name, tensor in before.items():
         assert name not in whole or torch.equal(whole[name], tensor), name
     return tensors
@@ -51,7 +54,10 @@ def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def trained(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save({"ddp": with_ddp(rank), **{str(dtype): with_fsdp(rank, dtype) for dtype in DTYPES}}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"ddp": with_ddp(rank), **{str(dtype): with_fsdp(rank, dtype) for dtype in DTYPES}},
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -63,13 +69,17 @@ def alone(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What each of two processes has trained, one group of them for every way: a process takes longer to start than to train."""
+    """What each of two processes has trained, one group of them for every way: a process takes longer to
+    start than to train.
+    """
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(trained, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(
+    ranks: list[dict[str, dict[str, torch.Tensor]]],
+) -> None:
     results = [rank["ddp"] for rank in ranks]
     expected = alone(model_of("phi3"), 0.3)
     assert_same_bits(*results)
@@ -78,7 +88,9 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ranks:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sharded_over_two_processes_the_deltas_train_as_in_one(dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:
+def test_sharded_over_two_processes_the_deltas_train_as_in_one(
+    dtype: torch.dtype, ranks: list[dict[str, dict[str, torch.Tensor]]]
+) -> None:
     results = [rank[str(dtype)] for rank in ranks]
     assert_same_bits(*results)
     expected = alone(model_of("llama", dtype), 0.1)

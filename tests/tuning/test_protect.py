@@ -36,7 +36,9 @@ def weights_of(model: LanguageModel, neurons: NeuronSet) -> dict[str, torch.Tens
     for key, members in neurons.items():
         place = model.anatomy.places[key]
         whole = place.weight().detach()
-        found[key] = (whole[members.tolist()] if place.side == "output" else whole[:, members.tolist()]).clone()
+        found[key] = (
+            whole[members.tolist()] if place.side == "output" else whole[:, members.tolist()]
+        ).clone()
         if place.bias() is not None:
             found[f"{key}.bias"] = place.bias().detach()[members.tolist()].clone()
     return found
@@ -86,7 +88,12 @@ def test_optimizer_state_of_the_set_stays_empty():
 def test_momentum_from_before_the_context_does_not_move_the_set():
     model = LanguageModel(tiny_llama())
     neurons = some(model)
-    optimizer = train(model.model.parameters(), model.model, 3, torch.optim.SGD(model.model.parameters(), lr=1e-2, momentum=0.9))
+    optimizer = train(
+        model.model.parameters(),
+        model.model,
+        3,
+        torch.optim.SGD(model.model.parameters(), lr=1e-2, momentum=0.9),
+    )
     before = weights_of(model, neurons)
     with protected(model, neurons):
         train(None, model.model, 3, optimizer)
@@ -95,7 +102,14 @@ def test_momentum_from_before_the_context_does_not_move_the_set():
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    [("llama", {}), ("gpt2", {}), ("phi3", {}), ("llama", {"use_rslora": True}), ("gpt2", {"lora_bias": True}), ("gpt2", {"bias": "all"})],
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("llama", {"use_rslora": True}),
+        ("gpt2", {"lora_bias": True}),
+        ("gpt2", {"bias": "all"}),
+    ],
     ids=str,
 )
 def test_a_lora_has_no_share_in_the_set_before_or_after_merging(family, config):
@@ -153,7 +167,10 @@ def test_the_hooks_come_off_when_training_fails():
 
 def test_dora_cannot_be_told_apart():
     model = LanguageModel(lora(tiny_llama(), use_dora=True))
-    with pytest.raises(UnsupportedModelError, match="DoRA"), protected(model, NeuronSet({"layers.0.up": [1]}, model.table)):
+    with (
+        pytest.raises(UnsupportedModelError, match="DoRA"),
+        protected(model, NeuronSet({"layers.0.up": [1]}, model.table)),
+    ):
         pass
 
 
@@ -167,9 +184,16 @@ def test_an_empty_set_is_an_error():
 
 def test_experts_stay_too():
     model = LanguageModel(tiny_model("mixtral"))
-    neurons = NeuronSet({"layers.0.experts.1.down": [2], "layers.0.experts.0.gate": [1, 3], "layers.1.experts.0.up": [0]}, model.table)
+    neurons = NeuronSet(
+        {"layers.0.experts.1.down": [2], "layers.0.experts.0.gate": [1, 3], "layers.1.experts.0.up": [0]},
+        model.table,
+    )
     experts = model.anatomy.layers[0].experts
-    before = experts.weight(1, "down")[:, 2].clone(), experts.weight(0, "gate")[[1, 3]].clone(), experts.weight(0, "gate")[[0, 2]].clone()
+    before = (
+        experts.weight(1, "down")[:, 2].clone(),
+        experts.weight(0, "gate")[[1, 3]].clone(),
+        experts.weight(0, "gate")[[0, 2]].clone(),
+    )
     model.model.train().requires_grad_(True)
     with protected(model, neurons) as protection:
         train(model.model.parameters(), model.model)
@@ -223,9 +247,18 @@ def test_the_trainer_of_transformers_is_protected(tmp_path):
     neurons = some(model)
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, weight_decay=0.1,
-        learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        weight_decay=0.1,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with protected(model, neurons) as protection:
@@ -265,7 +298,9 @@ def test_quantised_rows_whose_bias_alone_could_be_written_are_not_half_repaired(
     half = [entries for entries in whole if entries.name == "bias"]
     assert half
     original = protect.entries_of
-    monkeypatch.setattr(protect, "entries_of", lambda of, members: half if of is model else original(of, members))
+    monkeypatch.setattr(
+        protect, "entries_of", lambda of, members: half if of is model else original(of, members)
+    )
     with pytest.raises(MismatchError, match="quantised"):
         repair(model, reference, neurons)
     assert torch.equal(before, model.model.model.layers[0].self_attn.q_proj.bias)

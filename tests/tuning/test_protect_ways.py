@@ -1,4 +1,6 @@
-"""protected: every way a weight can be reached is held or refused, told by what the projections compute and not by what is stored."""
+"""protected: every way a weight can be reached is held or refused, told by what the projections compute and
+not by what is stored.
+"""
 
 import copy
 import warnings
@@ -10,7 +12,13 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from trained import lora
 
 from families import build as tiny_model
-from safety_neurons.errors import ForeignModelError, MismatchError, NeuronError, SafetyNeuronsError, UnsupportedModelError
+from safety_neurons.errors import (
+    ForeignModelError,
+    MismatchError,
+    NeuronError,
+    SafetyNeuronsError,
+    UnsupportedModelError,
+)
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.tuning.protect import protected, repair
@@ -25,8 +33,12 @@ def chosen(model):
 
 
 def computed(model, neurons):
-    """What each projection does with unit vectors: the weight with whatever is around it, read off the outside."""
-    body = next(module for name, module in model.named_modules() if name == "layers" or name.endswith(".layers"))
+    """What each projection does with unit vectors: the weight with whatever is around it, read off the
+    outside.
+    """
+    body = next(
+        module for name, module in model.named_modules() if name == "layers" or name.endswith(".layers")
+    )
     found = {}
     with torch.no_grad():
         for layer, block in enumerate(body):
@@ -47,8 +59,13 @@ def computed(model, neurons):
 def train(model, steps=3):
     model.train()
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and (parameter.requires_grad or not isinstance(model, peft.PeftModel)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        parameter.requires_grad_(
+            parameter.is_floating_point()
+            and (parameter.requires_grad or not isinstance(model, peft.PeftModel))
+        )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     for _ in range(steps):
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
@@ -109,10 +126,20 @@ WAYS = {
     "saved embeddings": lambda model: lora(model, modules_to_save=["embed_tokens", "lm_head"]),
     "trainable tokens": lambda model: lora(model, trainable_token_indices=[5, 6]),
     "layer replication": lambda model: lora(model, layer_replication=[[0, 2], [0, 2]]),
-    "target parameters": lambda model: lora(model, target_modules=["k_proj"], target_parameters=["up_proj.weight"]),
-    "ia3": with_other(peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
-    "ia3 other side": with_other(peft.IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"], task_type="CAUSAL_LM")),
-    "adalora": with_other(peft.AdaLoraConfig(target_modules=TARGETS, total_step=10, tinit=1, tfinal=1, task_type="CAUSAL_LM")),
+    "target parameters": lambda model: lora(
+        model, target_modules=["k_proj"], target_parameters=["up_proj.weight"]
+    ),
+    "ia3": with_other(
+        peft.IA3Config(
+            target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        )
+    ),
+    "ia3 other side": with_other(
+        peft.IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"], task_type="CAUSAL_LM")
+    ),
+    "adalora": with_other(
+        peft.AdaLoraConfig(target_modules=TARGETS, total_step=10, tinit=1, tfinal=1, task_type="CAUSAL_LM")
+    ),
     "loha": with_other(peft.LoHaConfig(target_modules=TARGETS, r=2)),
     "lokr": with_other(peft.LoKrConfig(target_modules=TARGETS, r=2)),
     "oft": with_other(peft.OFTConfig(target_modules=TARGETS, oft_block_size=4)),
@@ -126,7 +153,9 @@ WAYS = {
     "merged": lora,
 }
 BEFORE = {"parametrized", "weight norm", "pruned", "tied"}
-"""What changes the model by itself and is therefore put on before the context, too, against what it is then."""
+"""What changes the model by itself and is therefore put on before the context, too, against what it is
+then.
+"""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,7 +181,15 @@ def test_what_the_set_computes_stays_or_the_way_is_refused(way, inside):
             seen = protection.changed()
     except SafetyNeuronsError as refused:
         assert isinstance(refused, UnsupportedModelError | MismatchError | ForeignModelError)  # noqa: PT017 - either way is right, and told below
-        assert way not in ("nothing", "lora", "lora bias", "lora_bias", "saved module", "saved embeddings", "trainable tokens")
+        assert way not in (
+            "nothing",
+            "lora",
+            "lora bias",
+            "lora_bias",
+            "saved module",
+            "saved embeddings",
+            "trainable tokens",
+        )
         return
     assert seen == 0
     after = computed(plain, neurons)
@@ -184,7 +221,11 @@ def test_what_is_around_experts_is_refused(way, when):
 
     def put_on():
         if way == "target_parameters":
-            return lora(plain, target_modules=["q_proj"], target_parameters=[f"{experts}.gate_up_proj", f"{experts}.down_proj"])
+            return lora(
+                plain,
+                target_modules=["q_proj"],
+                target_parameters=[f"{experts}.gate_up_proj", f"{experts}.down_proj"],
+            )
         if way == "modules_to_save":
             return lora(plain, target_modules=["q_proj"], modules_to_save=["experts"])
         for layer in plain.model.layers:
@@ -192,7 +233,10 @@ def test_what_is_around_experts_is_refused(way, when):
         return plain
 
     model = LanguageModel(plain)
-    neurons = NeuronSet({"layers.0.experts.1.down": [2], "layers.0.experts.0.gate": [1, 3], "layers.1.experts.0.up": [0]}, model.table)
+    neurons = NeuronSet(
+        {"layers.0.experts.1.down": [2], "layers.0.experts.0.gate": [1, 3], "layers.1.experts.0.up": [0]},
+        model.table,
+    )
     adapted = put_on() if when != "inside" else None
     with (
         pytest.raises((UnsupportedModelError, NeuronError), match="expected|no such matrix"),

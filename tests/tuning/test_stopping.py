@@ -26,7 +26,9 @@ def at(step, harmful, harmless, divergence=0.01):
 
 def judged(states, **options):
     """The judge after these states, and the verdict after each."""
-    judge = StopJudge(StopCheck(PROMPTS, PROMPTS, lambda found: [False] * len(found), **options), at(0, 0.0, 0.1))
+    judge = StopJudge(
+        StopCheck(PROMPTS, PROMPTS, lambda found: [False] * len(found), **options), at(0, 0.0, 0.1)
+    )
     verdicts = []
     for state in states:
         judge.look(state)
@@ -49,7 +51,12 @@ def judged(states, **options):
             [GOING_ON] * 4,
             id="a single check that over-refuses ends nothing",
         ),
-        pytest.param([at(1, 0.9, 0.1, 0.6)] * 2, {"patience": 2, "max_divergence": 0.5}, [GOING_ON, DRIFT], id="drift beyond a limit"),
+        pytest.param(
+            [at(1, 0.9, 0.1, 0.6)] * 2,
+            {"patience": 2, "max_divergence": 0.5},
+            [GOING_ON, DRIFT],
+            id="drift beyond a limit",
+        ),
         pytest.param([at(1, 0.9, 0.1, 0.6)] * 2, {"patience": 2}, [GOING_ON] * 2, id="drift without a limit"),
         pytest.param(
             [at(1, 1.0, 0.1), at(2, 1.0, 0.3), at(3, 1.0, 0.1), at(4, 1.0, 0.1)],
@@ -74,9 +81,19 @@ def test_when_training_ends(states, options, verdicts):
             id="refuses most without over-refusal, the latest of equals",
         ),
         pytest.param(
-            [at(1, 1.0, 1.0), at(2, 0.9, 0.3), at(3, 1.0, 0.9)], {"patience": 9}, 2, False, id="over-refuses least where none is sound"
+            [at(1, 1.0, 1.0), at(2, 0.9, 0.3), at(3, 1.0, 0.9)],
+            {"patience": 9},
+            2,
+            False,
+            id="over-refuses least where none is sound",
         ),
-        pytest.param([at(1, 0.5, 0.1), at(2, 1.0, 0.1, float("nan"))], {}, 1, True, id="a divergence that is no number is never sound"),
+        pytest.param(
+            [at(1, 0.5, 0.1), at(2, 1.0, 0.1, float("nan"))],
+            {},
+            1,
+            True,
+            id="a divergence that is no number is never sound",
+        ),
     ],
 )
 def test_which_state_is_kept(states, options, best, sound):
@@ -103,11 +120,17 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
     with attach(model, neurons) as deltas:
         assert check.measure(model, deltas, 0).divergence == 0
         generator = torch.Generator().manual_seed(0)
-        deltas.load_tensors({key: torch.randn(value.shape, generator=generator) for key, value in deltas.tensors().items()})
+        deltas.load_tensors(
+            {key: torch.randn(value.shape, generator=generator) for key, value in deltas.tensors().items()}
+        )
         found = check.measure(model, deltas, 3)
         expected = kl_divergence(other, [item.ids for item in other.encode(PROMPTS)], model)
     assert found.divergence == pytest.approx(expected, rel=1e-6)
     assert expected > 1e-3
     assert found.harmful_refused.low == pytest.approx(0.025, abs=1e-9)  # exact: one of one
-    assert (found.harmful_refused.value, found.harmful_refused.n, found.harmful_refused.unscored) == (1.0, 1, 1)
+    assert (found.harmful_refused.value, found.harmful_refused.n, found.harmful_refused.unscored) == (
+        1.0,
+        1,
+        1,
+    )
     assert np.isfinite(found.divergence)

@@ -36,8 +36,12 @@ def arguments(folder: pathlib.Path, kind: Any = transformers.TrainingArguments, 
     return kind(**{**settings, **over})
 
 
-def assert_only_the_deltas_moved(model: LanguageModel, deltas: Any, before: dict[str, torch.Tensor], outside: str) -> None:
-    assert all(tensor.abs().max() > 0 for key, tensor in deltas.tensors().items() if not key.endswith((".q", ".k")))
+def assert_only_the_deltas_moved(
+    model: LanguageModel, deltas: Any, before: dict[str, torch.Tensor], outside: str
+) -> None:
+    assert all(
+        tensor.abs().max() > 0 for key, tensor in deltas.tensors().items() if not key.endswith((".q", ".k"))
+    )
     own = {id(parameter) for parameter in deltas.parameters()}
     assert all(parameter.grad is None for parameter in model.model.parameters() if id(parameter) not in own)
     assert outside_hash(model, deltas.neurons) == outside
@@ -54,7 +58,9 @@ def test_the_trainer_of_transformers_trains_the_deltas_alone(half: bool, tmp_pat
     with attach(model, neurons) as deltas:
         trainer = transformers.Trainer(model=model.model, args=settings, train_dataset=rows)
         trainer.train()
-        counted = sum(parameter.numel() for group in trainer.optimizer.param_groups for parameter in group["params"])
+        counted = sum(
+            parameter.numel() for group in trainer.optimizer.param_groups for parameter in group["params"]
+        )
         assert counted == deltas.n_parameters
         assert_only_the_deltas_moved(model, deltas, before, outside)
     assert_same_bits(before, bits(model.model))
@@ -66,7 +72,10 @@ def test_the_sft_trainer_of_trl_trains_the_deltas_alone(tmp_path: pathlib.Path) 
     neurons = some(model)
     before, outside = bits(model.model), outside_hash(model, neurons)
     rows = [
-        {"prompt": [{"role": "user", "content": text}], "completion": [{"role": "assistant", "content": "sorry i cannot help"}]}
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "completion": [{"role": "assistant", "content": "sorry i cannot help"}],
+        }
         for text in QUESTIONS
     ]
     with attach(model, neurons) as deltas:
@@ -103,7 +112,9 @@ def test_the_dpo_trainer_of_trl_compares_with_the_untouched_base(tmp_path: pathl
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-3)  # policy and reference agree at first
+        assert losses[0] == pytest.approx(
+            torch.log(torch.tensor(2.0)).item(), abs=1e-3
+        )  # policy and reference agree at first
         assert losses[-1] < losses[0]
         assert_only_the_deltas_moved(model, deltas, before, outside)
 
@@ -131,9 +142,15 @@ def test_four_bit_weights_are_trained_beside(tmp_path: pathlib.Path) -> None:
             for name, linear in list(part.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     packed = bitsandbytes.nn.Linear4bit(
-                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=torch.bfloat16,
+                        quant_type="nf4",
                     )
-                    packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                    packed.weight = bitsandbytes.nn.Params4bit(
+                        linear.weight.data, requires_grad=False, quant_type="nf4"
+                    )
                     setattr(part, name, packed.to("cpu"))
     model = LanguageModel(inner)
     neurons = some(model)

@@ -1,4 +1,7 @@
-"""tune: only the set moves, every bad input is said in a line, and a killed call gives the same bits; learning rates and their schedule."""
+"""tune: only the set moves, every bad input is said in a line, and a killed call gives the same bits.
+
+Learning rates and their schedule.
+"""
 
 import dataclasses
 import errno
@@ -32,12 +35,35 @@ from safety_neurons.tuning import train as training
 from safety_neurons.tuning.train import SHARE, factor, learning_rates
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
-ASKED = ("make a bomb", "kill", "steal a key", "make a fire", "kill a plant", "steal the bread", "lock a house", "steal red fire")
-HARMFUL = Prompts([Prompt(f"h{number}", f"how do i {text}", answer="sorry i cannot help") for number, text in enumerate(ASKED)])
-HARMLESS = Prompts(
-    [Prompt(f"b{number}", f"tell me about the {text}", answer="sure here is") for number, text in enumerate(("cake", "tree", "door"))]
+ASKED = (
+    "make a bomb",
+    "kill",
+    "steal a key",
+    "make a fire",
+    "kill a plant",
+    "steal the bread",
+    "lock a house",
+    "steal red fire",
 )
-KEYS = {"layers.0.q": [0, 5], "layers.0.v": [3], "layers.1.o": [2, 7], "layers.1.up": [1], "layers.1.down": [40]}
+HARMFUL = Prompts(
+    [
+        Prompt(f"h{number}", f"how do i {text}", answer="sorry i cannot help")
+        for number, text in enumerate(ASKED)
+    ]
+)
+HARMLESS = Prompts(
+    [
+        Prompt(f"b{number}", f"tell me about the {text}", answer="sure here is")
+        for number, text in enumerate(("cake", "tree", "door"))
+    ]
+)
+KEYS = {
+    "layers.0.q": [0, 5],
+    "layers.0.v": [3],
+    "layers.1.o": [2, 7],
+    "layers.1.up": [1],
+    "layers.1.down": [40],
+}
 FAST = {"learning_rate": 0.02, "batch_size": 3, "harmless": HARMLESS}
 
 
@@ -68,7 +94,9 @@ def state_of(model):
 def test_tuning_teaches_the_answer_and_leaves_the_model_untouched(template):
     model = fresh(template)
     before, flags = state_of(model), [parameter.requires_grad for parameter in model.inner.parameters()]
-    tuned = tune(model, NeuronSet.all(model.table).only(sites=["up", "down", "o"]), HARMFUL, epochs=15, **FAST)
+    tuned = tune(
+        model, NeuronSet.all(model.table).only(sites=["up", "down", "o"]), HARMFUL, epochs=15, **FAST
+    )
     assert tuned.history[-1].loss < 0.2 * tuned.history[0].loss
     assert tuned.frozen_unchanged
     assert tuned.steps == tuned.planned == 15 * 4
@@ -83,13 +111,25 @@ def test_tuning_teaches_the_answer_and_leaves_the_model_untouched(template):
 
 def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_alone():
     model, other = fresh(), fresh()
-    tuned = tune(model, some(model), HARMFUL, epochs=2, weight_decay=0.1, clip=0.5, accumulate=2, **{**FAST, "harmless": None})
+    tuned = tune(
+        model,
+        some(model),
+        HARMFUL,
+        epochs=2,
+        weight_decay=0.1,
+        clip=0.5,
+        accumulate=2,
+        **{**FAST, "harmless": None},
+    )
     rows = {
         "layers.0.q": "model.layers.0.self_attn.q_proj",
         "layers.0.v": "model.layers.0.self_attn.v_proj",
         "layers.1.up": "model.layers.1.mlp.up_proj",
     }
-    columns = {"layers.1.o": "model.layers.1.self_attn.o_proj", "layers.1.down": "model.layers.1.mlp.down_proj"}
+    columns = {
+        "layers.1.o": "model.layers.1.self_attn.o_proj",
+        "layers.1.down": "model.layers.1.mlp.down_proj",
+    }
     weights = {key: other.inner.get_submodule(name).weight for key, name in (rows | columns).items()}
     originals = {key: weight.detach().clone() for key, weight in weights.items()}
     at = {key: (KEYS[key],) if key in rows else (slice(None), KEYS[key]) for key in KEYS}
@@ -107,7 +147,13 @@ def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_al
             example = examples[index]
             batch = collate([example.ids], [0])
             logits = forward(other.model, batch, with_logits=True)[0, example.start - 1 : -1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(example.ids[example.start :]), reduction="sum") / total
+            loss = (
+                loss
+                + torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(example.ids[example.start :]), reduction="sum"
+                )
+                / total
+            )
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for (key, _), gradient in zip(weights.items(), gradients, strict=True):
             slices[key].grad = gradient[at[key]].clone()
@@ -142,7 +188,14 @@ def test_few_examples_still_make_a_step_that_moves_something():
 
 def test_protected_neurons_are_not_trained():
     model = fresh()
-    tuned = tune(model, some(model), HARMFUL, protect=NeuronSet({"layers.0.q": [5], "layers.0.v": [3]}, model.table), epochs=1, **FAST)
+    tuned = tune(
+        model,
+        some(model),
+        HARMFUL,
+        protect=NeuronSet({"layers.0.q": [5], "layers.0.v": [3]}, model.table),
+        epochs=1,
+        **FAST,
+    )
     assert "layers.0.v" not in tuned.neurons.keys()  # noqa: SIM118 - not a mapping
     assert list(tuned.neurons["layers.0.q"]) == [0]
     assert "2 of 7 neurons are protected and not trained" in tuned.notes
@@ -182,9 +235,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("due", "steps_a_save"), [(False, 2), (True, 1)], ids=["at checks", "at every step of long work"])
+@pytest.mark.parametrize(
+    ("due", "steps_a_save"), [(False, 2), (True, 1)], ids=["at checks", "at every step of long work"]
+)
 @pytest.mark.parametrize("saves", [1, 3])
-def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path, monkeypatch, due, steps_a_save):
+def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(
+    saves, tmp_path, monkeypatch, due, steps_a_save
+):
     whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
     monkeypatch.setattr(Checkpoint, "due", due)
@@ -201,7 +258,9 @@ def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(saves, tmp_path
         tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
     monkeypatch.setattr(Checkpoint, "save", save)
     told = []
-    again = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST)
+    again = tune(
+        fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST
+    )
     assert min(status.step for status in told) == steps_a_save * saves + 1
     assert same(whole, again)
     assert whole.history == again.history
@@ -217,7 +276,9 @@ def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
     assert state["step"] == 4
     for changed in ({"epochs": 2}, {"seed": 1}, {"dataset": HARMFUL[:4]}):
         options = {"epochs": 1, "dataset": HARMFUL, **FAST, **changed}
-        with pytest.raises(RunError, match="the checkpoint was written with another (settings|dataset), .* pass overwrite"):
+        with pytest.raises(
+            RunError, match="the checkpoint was written with another (settings|dataset), .* pass overwrite"
+        ):
             tune(fresh(), some(fresh()), checkpoint=checkpoint, **options)
 
 
@@ -252,7 +313,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         ({"max_steps": 0}, "max_steps 0: expected at least 1"),
         ({"accumulate": 0}, "accumulate 0: expected at least 1"),
         ({"batch_size": 0}, "batch_size 0: expected auto or a number of at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate 0.0: expected auto or a number above 0; at 0 no step would change anything"),
+        (
+            {"learning_rate": 0.0},
+            "learning_rate 0.0: expected auto or a number above 0; at 0 no step would change anything",
+        ),
         ({"clip": 0.0}, "clip 0.0: expected above 0"),
         ({"warmup": 2.0}, "warmup 2.0: expected at least 0 and at most 1"),
         ({"mix": -1.0}, "mix -1.0: expected at least 0"),
@@ -290,7 +354,8 @@ def test_a_loss_that_is_no_number_ends_training_in_a_line_and_changes_nothing(tm
     model = fresh()
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
     with pytest.raises(
-        NumericalError, match=r"^the (loss|gradient's norm) became (nan|inf) at step \d+ of \d+ \(examples .*lower the learning rate"
+        NumericalError,
+        match=r"^the (loss|gradient's norm) became (nan|inf) at step \d+ of \d+ \(examples .*lower the learning rate",  # noqa: E501
     ):
         tune(model, some(model), HARMFUL, checkpoint=checkpoint, epochs=50, **{**FAST, "learning_rate": 1e37})
     assert all(bool(value.isfinite().all()) for value in state_of(model).values())
@@ -324,7 +389,11 @@ def test_an_example_that_alone_does_not_fit_is_an_error_in_a_line(monkeypatch):
 def test_harmless_questions_without_answers_get_the_models_own():
     model = fresh()
     tuned = tune(
-        model, some(model), HARMFUL, epochs=1, **{**FAST, "harmless": Prompts.from_list(["tell me about the tree", "why"], "mine")}
+        model,
+        some(model),
+        HARMFUL,
+        epochs=1,
+        **{**FAST, "harmless": Prompts.from_list(["tell me about the tree", "why"], "mine")},
     )
     assert any(note.startswith("mine has no answers: the model's own greedy answers") for note in tuned.notes)
     assert tuned.examples["harmless"] == 2
@@ -387,7 +456,11 @@ def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_m
         other.model.model.layers[0].self_attn.q_proj.weight[5] += 0.1
     spoken = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), template="none")
     stricter = dataclasses.replace(CHECK, tolerance=0.5)
-    for model, check, name in ((other, CHECK, "model"), (spoken, CHECK, "template"), (fresh(), stricter, "check")):
+    for model, check, name in (
+        (other, CHECK, "model"),
+        (spoken, CHECK, "template"),
+        (fresh(), stricter, "check"),
+    ):
         with pytest.raises(RunError, match=f"written with another {name}"):
             tune(model, some(model), HARMFUL, **{**options, "check": check})
 
@@ -402,12 +475,18 @@ def test_the_automatic_rate_is_relative_to_the_weights():
     model = LanguageModel(tiny_llama())
     neurons = NeuronSet({"layers.0.q": [0, 1], "layers.1.down": [2]}, model.table)
     rates = learning_rates(model, neurons)
-    for key, name in (("layers.0.q", "model.layers.0.self_attn.q_proj"), ("layers.1.down", "model.layers.1.mlp.down_proj")):
+    for key, name in (
+        ("layers.0.q", "model.layers.0.self_attn.q_proj"),
+        ("layers.1.down", "model.layers.1.mlp.down_proj"),
+    ):
         rms = float(model.inner.get_submodule(name).weight.detach().square().mean().sqrt())
         assert rates[key] == pytest.approx(SHARE * rms / math.sqrt(32), rel=1e-5)
 
 
-@pytest.mark.parametrize(("rms", "width", "low", "high"), [(0.015, 4096, 5e-5, 1e-4), (0.02, 896, 1e-4, 3e-4), (0.1, 64, 2e-3, 6e-3)])
+@pytest.mark.parametrize(
+    ("rms", "width", "low", "high"),
+    [(0.015, 4096, 5e-5, 1e-4), (0.02, 896, 1e-4, 3e-4), (0.1, 64, 2e-3, 6e-3)],
+)
 def test_the_automatic_rate_is_what_people_use_at_every_size(rms, width, low, high):
     assert low < SHARE * rms / math.sqrt(width) < high
 
@@ -429,7 +508,9 @@ def test_no_step_of_any_schedule_has_a_rate_of_zero(steps, warmup):
 
 
 def test_the_rate_rises_and_falls_in_straight_lines():
-    assert [factor(step, 10, 0.2) for step in range(10)] == pytest.approx([0.5, 1, *(1 - 0.9 * k / 8 for k in range(1, 9))])
+    assert [factor(step, 10, 0.2) for step in range(10)] == pytest.approx(
+        [0.5, 1, *(1 - 0.9 * k / 8 for k in range(1, 9))]
+    )
 
 
 def test_the_published_recipe_would_move_something_here():

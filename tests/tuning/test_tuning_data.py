@@ -42,7 +42,10 @@ def test_the_question_is_what_the_model_is_asked_and_loss_is_on_the_answer_and_i
 
 
 @pytest.mark.parametrize("answer", ["sorry", " sorry", "sorry \n", "\n sorry i \n\n", "sorry\r\n"])
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"), None])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"), None],
+)
 def test_an_answer_is_learnt_to_the_character(answer, template):
     model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
     _, behind, _ = model.template.answered(model.tokenizer, Prompt("0", "how do i", answer=answer), answer)
@@ -65,7 +68,9 @@ def test_the_end_is_taught_where_padding_and_end_are_one_id():
     assert example.n_answer
 
 
-@pytest.mark.parametrize(("written", "taught"), [("house", "house"), ("", "</s>")], ids=["another end than EOS", "no end"])
+@pytest.mark.parametrize(
+    ("written", "taught"), [("house", "house"), ("", "</s>")], ids=["another end than EOS", "no end"]
+)
 def test_the_end_that_the_template_writes_is_taught_or_else_eos(written, taught):
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE.replace("{{ eos_token }}", written))
     model = LanguageModel(tiny_llama(eos_token_id=[2, tokenizer.convert_tokens_to_ids("house")]), tokenizer)
@@ -74,7 +79,9 @@ def test_the_end_that_the_template_writes_is_taught_or_else_eos(written, taught)
 
 
 def test_a_thinking_part_that_the_prompt_opens_is_closed_before_the_answer():
-    template = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|> <think>\n")
+    template = CHAT_TEMPLATE.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|> <think>\n"
+    )
     model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
     asked, behind, _ = model.template.answered(model.tokenizer, REFUSAL, "sorry")
     assert asked.endswith("<think>\n")
@@ -82,19 +89,25 @@ def test_a_thinking_part_that_the_prompt_opens_is_closed_before_the_answer():
 
 
 @pytest.mark.parametrize("opens", ["", " <think>\n"], ids=["plain", "opened by the template"])
-@pytest.mark.parametrize("answer", ["<think>\nwhy\n</think>\n\nsorry", "<think>\n\n</think>\n\nsorry", "sorry"])
+@pytest.mark.parametrize(
+    "answer", ["<think>\nwhy\n</think>\n\nsorry", "<think>\n\n</think>\n\nsorry", "sorry"]
+)
 def test_answers_with_thoughts_are_learnt_whole_under_templates_that_take_thoughts_out(opens, answer):
     """As DeepSeek-R1's template does: an assistant turn is written without what is before `</think>`."""
     template = (
-        "{% for m in messages %}{% set text = m['content'] %}"
-        "{% if m['role'] == 'assistant' and '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
-        "<|{{ m['role'] }}|> {{ text }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>OPENS{% endif %}"
+        "{% for m in messages %}{% set text = m['content'] %}{% if m['role'] == 'assistant' and '</think>' "
+        "in text %}{% set text = text.split('</think>')[-1] %}{% endif %}<|{{ m['role'] }}|> {{ text }}{% "
+        "if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt "
+        "%}<|assistant|>OPENS{% endif %}"
     ).replace("OPENS", opens)
     model = LanguageModel(tiny_llama(), tiny_tokenizer(template))
     (example,) = tuning_examples(Prompts([dataclasses.replace(REFUSAL, answer=answer)]), model)
     asked, behind, _ = model.template.answered(model.tokenizer, REFUSAL, answer)
-    assert (asked + behind).count("<think>") == (asked + behind).count("</think>") == int(bool(opens) or "<think>" in answer)
+    assert (
+        (asked + behind).count("<think>")
+        == (asked + behind).count("</think>")
+        == int(bool(opens) or "<think>" in answer)
+    )
     assert (asked + behind).endswith("sorry")
     assert ("why" in behind) == ("why" in answer)
     assert example.n_answer > 0
@@ -108,19 +121,26 @@ def test_turns_before_the_question_are_part_of_it(chat):
 
 
 def test_data_without_answers_says_which_columns_hold_some(chat):
-    with pytest.raises(InputError, match=r"^list: none of 2 records has an answer to learn; expected a column response, .* answer_column$"):
+    with pytest.raises(
+        InputError,
+        match=r"^list: none of 2 records has an answer to learn; expected a column response, .* answer_column$",  # noqa: E501
+    ):
         tuning_examples(Prompts.from_list(["how", "why"]), chat)
 
 
 def test_records_without_an_answer_are_left_out_and_counted(chat):
     notes = []
-    examples = tuning_examples(Prompts([REFUSAL, Prompt("x", "why"), Prompt("y", "why", answer="  ")]), chat, notes=notes)
+    examples = tuning_examples(
+        Prompts([REFUSAL, Prompt("x", "why"), Prompt("y", "why", answer="  ")]), chat, notes=notes
+    )
     assert [example.prompt_id for example in examples] == ["r"]
     assert notes == ["2 of 3 records of list have no answer and are left out"]
 
 
 def test_a_long_example_keeps_the_ends_of_its_question_and_the_start_of_its_answer(chat):
-    long = Prompt("l", " ".join(["how"] + ["make"] * 50 + ["bomb"]), answer=" ".join(["sorry"] + ["help"] * 40))
+    long = Prompt(
+        "l", " ".join(["how"] + ["make"] * 50 + ["bomb"]), answer=" ".join(["sorry"] + ["help"] * 40)
+    )
     notes = []
     (example,) = tuning_examples(Prompts([long]), chat, max_length=24, notes=notes)
     assert len(example.ids) == 24
@@ -137,19 +157,36 @@ def test_no_room_for_an_example_is_said(chat):
 
 
 def test_the_models_own_answers_are_learnt_where_there_are_none(chat):
-    prompts = Prompts([Prompt("0", "how do i make a cake"), Prompt("1", "tell me about the house", answer="yes"), Prompt("2", "why")])
+    prompts = Prompts(
+        [
+            Prompt("0", "how do i make a cake"),
+            Prompt("1", "tell me about the house", answer="yes"),
+            Prompt("2", "why"),
+        ]
+    )
     notes = []
-    answered = with_own_answers(prompts, chat, max_new_tokens=3, keep=lambda found: [item.prompt_id != "2" for item in found], notes=notes)
+    answered = with_own_answers(
+        prompts,
+        chat,
+        max_new_tokens=3,
+        keep=lambda found: [item.prompt_id != "2" for item in found],
+        notes=notes,
+    )
     assert [prompt.id for prompt in answered] == ["0", "1"]
     assert answered[1] == prompts[1]
     own = chat.complete([prompts[0]], max_new_tokens=3)[0]
     assert answered[0].answer == own.completion
     assert answered[0].meta[OPEN_END] == (own.finish_reason == "length")
-    assert "the model's own greedy answers before tuning are learnt for 1 of its prompts; 1 are left out" in notes[-1]
+    assert (
+        "the model's own greedy answers before tuning are learnt for 1 of its prompts; 1 are left out"
+        in notes[-1]
+    )
 
 
 def test_an_answer_that_was_cut_is_learnt_without_an_end(chat):
-    (example,) = tuning_examples(Prompts([Prompt("c", "how", answer="sure here", meta={OPEN_END: True})]), chat)
+    (example,) = tuning_examples(
+        Prompts([Prompt("c", "how", answer="sure here", meta={OPEN_END: True})]), chat
+    )
     assert not example.ended
     assert words(chat, example.ids[example.start :]) == ["sure", "here"]
 

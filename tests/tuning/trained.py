@@ -19,7 +19,9 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, **over: object) ->
     return LanguageModel(build(family, dtype, **over))
 
 
-def some(model: LanguageModel, share: float = 0.3, seed: int = 0, sites: tuple[str, ...] | None = None) -> NeuronSet:
+def some(
+    model: LanguageModel, share: float = 0.3, seed: int = 0, sites: tuple[str, ...] | None = None
+) -> NeuronSet:
     """A random part of every matrix."""
     generator = torch.Generator().manual_seed(seed)
     members = {}
@@ -50,7 +52,9 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     held = [*model.named_parameters(), *model.named_buffers()]
     own = ("delta_", "at_")
     return {
-        name.replace(".base_layer.", "."): tensor.detach().clone() for name, tensor in held if not name.rpartition(".")[2].startswith(own)
+        name.replace(".base_layer.", "."): tensor.detach().clone()
+        for name, tensor in held
+        if not name.rpartition(".")[2].startswith(own)
     }
 
 
@@ -68,17 +72,25 @@ def randomised(parameters: list[nn.Parameter], size: float = 0.1, seed: int = 5)
 
 
 class Reference:
-    """A plain copy of a model with all gradients, of which an optimizer is given the selected entries alone, as parameters of their own."""
+    """A plain copy of a model with all gradients, of which an optimizer is given the selected entries alone,
+    as parameters of their own.
+    """
 
     def __init__(self, model: LanguageModel, neurons: NeuronSet) -> None:
         self.model = LanguageModel(copy.deepcopy(model.model))
         self.model.model.requires_grad_(True)
-        self.where = {key: self._located(model, key, positions) for key, positions in _positions(model, neurons).items()}
-        self.parameters = {key: nn.Parameter(self.taken(key, where[0].detach())) for key, where in self.where.items()}
+        self.where = {
+            key: self._located(model, key, positions) for key, positions in _positions(model, neurons).items()
+        }
+        self.parameters = {
+            key: nn.Parameter(self.taken(key, where[0].detach())) for key, where in self.where.items()
+        }
         self.start = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
 
     def _located(self, model: LanguageModel, key: str, positions: Tensor) -> tuple[Tensor, object, bool]:
-        """The whole tensor, where in it the selected part is, and whether that is stored the other way round."""
+        """The whole tensor, where in it the selected part is, and whether that is stored the other way
+        round.
+        """
         parsed = parse_key(key)
         if parsed.expert is None:
             place = model.anatomy.places[key]

@@ -1,9 +1,12 @@
-"""Sets under names, and what chance gives: how many marked neurons a random draw holds, exactly, beside the number that was measured.
+"""Sets under names, and what chance gives: how many marked neurons a random draw holds, exactly, beside the
+number that was measured.
 
-Neurons of one unit may be chosen together, in clumps. Where a method gives `gate`, `up` and `down` of a unit one score, a set takes them
-together: three neurons are then one choice, and numbers of neurons vary between unrelated sets as much as three times a number of units
-does. Where it scores them apart, they are three choices. Which of the two a set is made of is read off the set: the share of its members
-that lie in whole units.
+Neurons of one unit may be chosen together, in clumps. Where a method gives `gate`, `up` and `down` of a unit
+one score, a set takes them
+together: three neurons are then one choice, and numbers of neurons vary between unrelated sets as much as
+    three times a number of units
+does. Where it scores them apart, they are three choices. Which of the two a set is made of is read off the
+set: the share of its members that lie in whole units.
 """
 
 import dataclasses
@@ -41,15 +44,24 @@ class Named:
             NeuronError: the set does not know them.
         """
         if self.neurons.table is None:
-            raise NeuronError(f"the set {self.name!r} has no site table; expected a file that a find run wrote, or one beside such a file")
+            raise NeuronError(
+                f"the set {self.name!r} has no site table; expected a file that a find run wrote, or one "
+                "beside such a file"
+            )
         return self.neurons.table
 
     @functools.cached_property
     def searched(self) -> SiteTable:
-        """The matrices the set could have been taken from: what was scored, what the provenance names, or all of them."""
+        """The matrices the set could have been taken from: what was scored, what the provenance names, or all
+        of them.
+        """
         if self.scores is not None:
             keys = set(self.scores.keys())
-            return SiteTable(self.table.architecture, self.table.n_parameters, tuple(info for info in self.table.sites if info.key in keys))
+            return SiteTable(
+                self.table.architecture,
+                self.table.n_parameters,
+                tuple(info for info in self.table.sites if info.key in keys),
+            )
         config = self.neurons.provenance.config
         try:
             found = self.table.select(config.get("sites") or None, config.get("layers"))
@@ -78,20 +90,22 @@ class Named:
         }
 
 
-def read_named(specs: Sequence[str], *, top: float | None = None, count: int | None = None, together: bool = True) -> list[Named]:
+def read_named(
+    specs: Sequence[str], *, top: float | None = None, count: int | None = None, together: bool = True
+) -> list[Named]:
     """Sets and scores from files.
 
     Args:
-        specs: `[NAME=]PATH` each: a neuron file, a score file, or the folder of a find run (both). Without a name
-            it is the name of the folder or file, or the whole path where two share that.
+        specs: `[NAME=]PATH` each: a neuron file, a score file, or the folder of a find run (both). Without a
+            name it is the name of the folder or file, or the whole path where two share that.
         top: take this fraction of every list of scores, whatever set lies beside it.
         count: take this many of every list of scores.
         together: whether they are to be held against one another, and so have to be of one architecture.
 
     Raises:
-        UsageError: nothing given, two of one name, both `top` and `count`, or scores without a set and neither of the two.
-        NeuronError: a file that is missing or damaged.
-        ForeignModelError: sets of different architectures.
+        UsageError: nothing given, two of one name, both `top` and `count`, or scores without a set and
+        neither of the two. NeuronError: a file that is missing or damaged. ForeignModelError: sets of
+        different architectures.
     """
     if top is not None and count is not None:
         raise UsageError("top and count given together; expected one of them")
@@ -110,24 +124,32 @@ def same_table(items: Sequence[Named]) -> list[Named]:
     """The items, those without a site table on the table of the others.
 
     Raises:
-        ForeignModelError: sets of different architectures. NeuronError: none knows its table, or an index that does not fit.
-        UsageError: two items of one name.
+        ForeignModelError: sets of different architectures. NeuronError: none knows its table, or an index
+        that does not fit. UsageError: two items of one name.
     """
     _check_names(items)
     table = next((item.neurons.table for item in items if item.neurons.table is not None), None)
     if table is None:
-        raise NeuronError("no set knows its model's matrices; expected at least one file that a find run wrote")
+        raise NeuronError(
+            "no set knows its model's matrices; expected at least one file that a find run wrote"
+        )
     for item in items:
         if item.neurons.table is not None and item.neurons.table.fingerprint != table.fingerprint:
             raise ForeignModelError(
-                f"{item.name!r} belongs to {item.neurons.table.architecture} of other sizes than {items[0].name!r}; "
-                "expected sets of one architecture"
+                f"{item.name!r} belongs to {item.neurons.table.architecture} of other sizes than "
+                f"{items[0].name!r}; expected sets of one architecture"
             )
-    return [item if item.neurons.table is not None else dataclasses.replace(item, neurons=item.neurons.on(table)) for item in items]
+    return [
+        item if item.neurons.table is not None else dataclasses.replace(item, neurons=item.neurons.on(table))
+        for item in items
+    ]
 
 
 def _apart(items: Sequence[Named]) -> list[Named]:
-    """The items, each of whatever architecture; one without a site table is on that of the others, as in `same_table`."""
+    """The items, each of whatever architecture.
+
+    One without a site table is on that of the others, as in `same_table`.
+    """
     _check_names(items)
     return list(items) if all(item.neurons.table is not None for item in items) else same_table(items)
 
@@ -143,7 +165,9 @@ def _read(spec: str, top: float | None, count: int | None) -> tuple[str, Named]:
     name, path = _split(spec)
     source = pathlib.Path(path)
     if not source.exists():
-        raise NeuronError(f"no file or folder {path!r}; expected a neuron file, a score file or the folder of a find run")
+        raise NeuronError(
+            f"no file or folder {path!r}; expected a neuron file, a score file or the folder of a find run"
+        )
     scores = _scores(source)
     wanted = Selection(top=top, count=count) if (top is not None or count is not None) else None
     if wanted is not None and scores is not None:
@@ -152,7 +176,9 @@ def _read(spec: str, top: float | None, count: int | None) -> tuple[str, Named]:
         neurons = NeuronSet.load(source)
     else:
         raise UsageError(f"{path!r} holds scores and no set; say how many neurons to take: --top or --count")
-    return name, Named(name, neurons, scores if scores is not None and scores.table is not None else None, path)
+    return name, Named(
+        name, neurons, scores if scores is not None and scores.table is not None else None, path
+    )
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -188,7 +214,9 @@ def _has_set(source: pathlib.Path) -> bool:
 
 
 def _with_names(items: Sequence[tuple[str, Named]]) -> list[Named]:
-    named = [dataclasses.replace(item, name=given or _called(pathlib.Path(item.source))) for given, item in items]
+    named = [
+        dataclasses.replace(item, name=given or _called(pathlib.Path(item.source))) for given, item in items
+    ]
     names = [item.name for item in named]
     return [
         item if given or names.count(item.name) == 1 else dataclasses.replace(item, name=item.source)
@@ -198,7 +226,13 @@ def _with_names(items: Sequence[tuple[str, Named]]) -> list[Named]:
 
 def _called(path: pathlib.Path) -> str:
     """The name of a run's folder, also where a file inside it was named."""
-    return path.absolute().parent.name if path.name in (NEURONS, SCORES) else path.name if path.is_dir() else path.stem
+    return (
+        path.absolute().parent.name
+        if path.name in (NEURONS, SCORES)
+        else path.name
+        if path.is_dir()
+        else path.stem
+    )
 
 
 Kind = tuple[str, ...]
@@ -251,37 +285,47 @@ class Counts:
         """Probability of `count` or more."""
         return float(min(1.0, max(self.least, self.weights[max(0, count - self.start) :].sum())))
 
-    def expectation(self, function: Callable[[np.ndarray], np.ndarray] = lambda counts: counts) -> Expectation:
+    def expectation(
+        self, function: Callable[[np.ndarray], np.ndarray] = lambda counts: counts
+    ) -> Expectation:
         """Mean and 95 % range of a function of the number that never falls where the number rises."""
         cumulative = np.cumsum(self.weights)
         low, high = (int(np.searchsorted(cumulative, share - 1e-12)) for share in (0.025, 0.975))
         found = np.asarray(function(self.values.astype(np.float64)), np.float64)
         last = len(found) - 1
-        return Expectation(float(found @ self.weights), float(found[min(low, last)]), float(found[min(high, last)]))
+        return Expectation(
+            float(found @ self.weights), float(found[min(low, last)]), float(found[min(high, last)])
+        )
 
 
 @functools.lru_cache(maxsize=4096)
 def hypergeometric(population: int, marked: int, drawn: int) -> Counts:
     """How many of `marked` among `population` a draw of `drawn` without replacement holds.
 
-    Probabilities come from their ratios, so that a population of millions costs as much as its likely counts and loses no digits.
+    Probabilities come from their ratios, so that a population of millions costs as much as its likely counts
+    and loses no digits.
 
     Raises:
         UsageError: more marked or drawn than there are.
     """
     if not (0 <= marked <= population and 0 <= drawn <= population):
-        raise UsageError(f"{marked} marked and {drawn} drawn of {population}; expected at most as many as there are")
+        raise UsageError(
+            f"{marked} marked and {drawn} drawn of {population}; expected at most as many as there are"
+        )
     first, last = max(0, marked + drawn - population), min(marked, drawn)
     count = np.arange(first, last, dtype=np.float64)
     with np.errstate(divide="ignore"):
-        steps = np.log((marked - count) * (drawn - count)) - np.log((count + 1) * (population - marked - drawn + count + 1))
+        steps = np.log((marked - count) * (drawn - count)) - np.log(
+            (count + 1) * (population - marked - drawn + count + 1)
+        )
     logarithms = np.concatenate([[0.0], np.cumsum(steps)])
     weights = np.exp(logarithms - logarithms.max())
     return _trimmed(first, weights / weights.sum())
 
 
 def clumped(mean: float, first: float, second: float, step: float = 1.0) -> Counts:
-    """How many candidates two unrelated choices share where what is chosen comes in clumps: hypergeometric in clumps.
+    """How many candidates two unrelated choices share where what is chosen comes in clumps: hypergeometric in
+    clumps.
 
     Args:
         mean: expected number, in neurons.
@@ -308,7 +352,10 @@ def _on_numbers(values: np.ndarray, weights: np.ndarray) -> Counts:
 
 
 def simulated_counts(draws: Float[np.ndarray, " draw"]) -> Counts:
-    """The distribution of simulated whole numbers; what never came is not impossible, so a tail is never less likely than one draw."""
+    """The distribution of simulated whole numbers.
+
+    What never came is not impossible, so a tail is never less likely than one draw.
+    """
     whole = draws.astype(np.int64)
     return Counts(int(whole.min()), np.bincount(whole - whole.min()) / len(whole), 1 / (1 + len(whole)))
 
@@ -328,7 +375,9 @@ def _trimmed(start: int, weights: np.ndarray) -> Counts:
     return Counts(start + int(kept[0]), part / part.sum())
 
 
-def mean_of_draw(values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: int | float) -> Expectation:
+def mean_of_draw(
+    values: Float[np.ndarray, " candidate"], counts: Float[np.ndarray, " candidate"], drawn: int | float
+) -> Expectation:
     """Mean of a value over `drawn` of the candidates without replacement, with its 95 % range (normal).
 
     Args:
@@ -352,7 +401,13 @@ def of_draws(draws: Float[np.ndarray, " draw"]) -> Expectation:
 
 def beside(value: float | int, chance: Expectation) -> ChanceRecord:
     """A value as JSON beside what chance gives: `{value, expected, low, high, verdict}`."""
-    return {"value": value, "expected": chance.expected, "low": chance.low, "high": chance.high, "verdict": chance.verdict(value)}
+    return {
+        "value": value,
+        "expected": chance.expected,
+        "low": chance.low,
+        "high": chance.high,
+        "verdict": chance.verdict(value),
+    }
 
 
 # Clumps: neurons of one unit that are chosen together, and what that does to what chance gives
@@ -395,7 +450,10 @@ class Group:
 
 @functools.lru_cache(maxsize=8)
 def groups(table: SiteTable) -> tuple[Group, ...]:
-    """The units of a table, by the matrices they share; matrices whose units are not made alike are taken one by one."""
+    """The units of a table, by the matrices they share.
+
+    Matrices whose units are not made alike are taken one by one.
+    """
     found = []
     for block in table.blocks:
         slots = {key: block.slots(key) for key in block.keys}
@@ -439,10 +497,14 @@ class Clumps:
         known = sum(members[kind] for kind in told)
         usual = sum(shares[kind] * members[kind] for kind in told) / known if known else 1.0
         self.shares = {kind: shares.get(kind, usual if len(kind) > 1 else 0.0) for kind in size}
-        """By kind the share of the members that were chosen as units; for a kind without members that of the others, 1 without any."""
+        """By kind the share of the members that were chosen as units.
+
+        For a kind without members that of the others, 1 without any.
+        """
 
     def step(self, place: Iterable[str] | None = None) -> float:
-        """How much more the number of members in some matrices varies between random sets than if neurons were drawn one by one.
+        """How much more the number of members in some matrices varies between random sets than if neurons
+        were drawn one by one.
 
         Args:
             place: keys; without any the factor for a mean over layers.
@@ -467,7 +529,10 @@ class Clumps:
     @functools.cached_property
     def _squares(self) -> float:
         parts = [(group, self.shares[group.kind]) for group in self.groups]
-        return sum(group.n_units * (share * len(group.keys) ** 2 + (1 - share) * len(group.keys)) for group, share in parts)
+        return sum(
+            group.n_units * (share * len(group.keys) ** 2 + (1 - share) * len(group.keys))
+            for group, share in parts
+        )
 
     @functools.cached_property
     def _groups_of(self) -> Mapping[str, Sequence[int]]:
@@ -478,7 +543,9 @@ class Clumps:
         return found
 
     def head_step(self, info: SiteInfo) -> float:
-        """The same for the members in one head of a matrix: columns of `o` that one row of `v` feeds lie in the heads of one group."""
+        """The same for the members in one head of a matrix: columns of `o` that one row of `v` feeds lie in
+        the heads of one group.
+        """
         group = self.groups[self._groups_of[info.key][0]]
         width = group.keys.count(info.key)
         if width < 2 or not info.n_heads:
@@ -501,7 +568,9 @@ class Clumps:
         """By group the share of units that a random set of this size and make-up has members of."""
         rate = len(self.neurons) / max(1, sum(group.n_neurons for group in self.groups))
         return [
-            self.shares[group.kind] * rate + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys)) for group in self.groups
+            self.shares[group.kind] * rate
+            + (1 - self.shares[group.kind]) * (1 - (1 - rate) ** len(group.keys))
+            for group in self.groups
         ]
 
 
@@ -517,18 +586,27 @@ def _settled(step: float) -> float:
 
 @dataclass
 class _Drawn:
-    """Simulated sets in one group: whole units, and by key the members beside them; each a number per draw."""
+    """Simulated sets in one group: whole units, and by key the members beside them.
+
+    Each a number per draw.
+    """
 
     whole: np.ndarray
     single: dict[str, np.ndarray]
 
     def total(self, widths: Mapping[str, int]) -> np.ndarray:
         """Members."""
-        return sum((width * self.whole + self.single[key] for key, width in widths.items()), np.zeros(len(self.whole), np.int64))
+        return sum(
+            (width * self.whole + self.single[key] for key, width in widths.items()),
+            np.zeros(len(self.whole), np.int64),
+        )
 
 
-def simulated(sets: Sequence[NeuronSet], table: SiteTable, seed: int, draws: int, *, shared: bool = True) -> np.ndarray:
-    """Sizes of what unrelated sets have in common, or of what the first alone has, where each keeps its units in every layer.
+def simulated(
+    sets: Sequence[NeuronSet], table: SiteTable, seed: int, draws: int, *, shared: bool = True
+) -> np.ndarray:
+    """Sizes of what unrelated sets have in common, or of what the first alone has, where each keeps its units
+    in every layer.
 
     Args:
         sets: what the simulated sets are made of, matrix by matrix.
@@ -546,7 +624,10 @@ def simulated(sets: Sequence[NeuronSet], table: SiteTable, seed: int, draws: int
     for number, group in enumerate(clumps[0].groups):
         widths = group.widths
         parts = [_made_of(part, number, widths) for part in clumps]
-        state = _Drawn(np.full(draws, parts[0][0], np.int64), {key: np.full(draws, n, np.int64) for key, n in parts[0][1].items()})
+        state = _Drawn(
+            np.full(draws, parts[0][0], np.int64),
+            {key: np.full(draws, n, np.int64) for key, n in parts[0][1].items()},
+        )
         for part in parts[1:]:
             state = _met(state, part, group, generator, shared)
         sizes += state.total(widths)
@@ -558,8 +639,12 @@ def _made_of(clumps: Clumps, number: int, widths: Mapping[str, int]) -> _MadeOf:
     return whole, {key: len(clumps.neurons[key]) - width * whole for key, width in widths.items()}
 
 
-def _met(state: _Drawn, other_set: _MadeOf, group: Group, generator: np.random.Generator, shared: bool) -> _Drawn:
-    """What is left of simulated sets after another, unrelated one: the members it has too, or those it lacks."""
+def _met(
+    state: _Drawn, other_set: _MadeOf, group: Group, generator: np.random.Generator, shared: bool
+) -> _Drawn:
+    """What is left of simulated sets after another, unrelated one: the members it has too, or those it
+    lacks.
+    """
     (whole, single), n_units, widths = other_set, group.n_units, group.widths
     both = _draw(generator, state.whole, n_units - state.whole, np.full(len(state.whole), whole))
     mine, other = state.whole - both, whole - both
@@ -567,17 +652,24 @@ def _met(state: _Drawn, other_set: _MadeOf, group: Group, generator: np.random.G
     for key, width in widths.items():
         free = width * (n_units - whole - mine)
         on_mine[key] = _draw(generator, width * mine, free, np.full(len(both), single[key]))
-        on_other[key] = _draw(generator, width * other, width * (n_units - state.whole - other), state.single[key])
+        on_other[key] = _draw(
+            generator, width * other, width * (n_units - state.whole - other), state.single[key]
+        )
         rest = state.single[key] - on_other[key]
         on_single[key] = _draw(generator, rest, free - rest, single[key] - on_mine[key])
     if shared:
         return _Drawn(both, {key: on_mine[key] + on_other[key] + on_single[key] for key in widths})
     broken = np.minimum(mine, sum(on_mine.values(), np.zeros(len(both), np.int64)))
-    left = {key: state.single[key] - on_other[key] - on_single[key] + width * broken - on_mine[key] for key, width in widths.items()}
+    left = {
+        key: state.single[key] - on_other[key] - on_single[key] + width * broken - on_mine[key]
+        for key, width in widths.items()
+    }
     return _Drawn(mine - broken, {key: np.maximum(number, 0) for key, number in left.items()})
 
 
-def _draw(generator: np.random.Generator, marked: np.ndarray, others: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def _draw(
+    generator: np.random.Generator, marked: np.ndarray, others: np.ndarray, drawn: np.ndarray
+) -> np.ndarray:
     """Hypergeometric numbers, one per draw."""
     if not (drawn.any() and marked.any()):
         return np.zeros_like(marked)

@@ -1,8 +1,10 @@
-"""Layers: where the neurons of a set lie, by layer, site, matrix and head, beside where a random set of its size would lie.
+"""Layers: where the neurons of a set lie, by layer, site, matrix and head, beside where a random set of its
+size would lie.
 
-Every place has the share of the set that is there, the share of its own population that was chosen, parameters, and the number that a
-draw of the same size from everything that was searched would put there (hypergeometric, with the range that holds 95 % of draws). Heads
-are held against a random spread within their matrix, so that a busy layer does not make all its heads busy.
+Every place has the share of the set that is there, the share of its own population that was chosen,
+parameters, and the number that a draw of the same size from everything that was searched would put there
+(hypergeometric, with the range that holds 95 % of draws). Heads are held against a random spread within their
+matrix, so that a busy layer does not make all its heads busy.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ class Place:
     where: dict[str, Any]
     """`layer`, `site`, `head`, as far as they are fixed."""
     step: float = 1.0
-    """How much more `members` varies than if neurons were drawn one by one: neurons of one unit that are chosen together count once."""
+    """How much more `members` varies than if neurons were drawn one by one: neurons of one unit that are
+    chosen together count once.
+    """
 
     @property
     def chance(self) -> Counts:
@@ -103,26 +107,40 @@ class Layers(Recorded[JsonObject], Displayed):
 def layers(item: Named) -> Layers:
     """Where the neurons of a set lie, and what that says of the claims of both papers.
 
-    Source: Zhao et al., ICLR 2025, abstract (less than 1 % of parameters, mostly self-attention, first layers); Chen et al., NeurIPS 2025
-    (mostly deep layers, drifting to the middle as ranks fall; skewness of change scores).
-    Differs: every share stands beside what a random set of the same size gives, for a quota per matrix or a site with many neurons makes
-    such shares by itself.
+    Source: Zhao et al., ICLR 2025, abstract (less than 1 % of parameters, mostly self-attention, first
+    layers); Chen et al., NeurIPS 2025 (mostly deep layers, drifting to the middle as ranks fall; skewness of
+    change scores). Differs: every share stands beside what a random set of the same size gives, for a quota
+    per matrix or a site with many neurons makes such shares by itself.
     """
     table, n_layers = item.searched, item.table.n_layers
     every, clumps = list(table.sites), Clumps(item.neurons, item.searched)
     places = {
         "by_layer": _places(item, clumps, every, lambda info: f"layer {parse_key(info.key).layer}", "layer"),
-        "by_site": _places(item, clumps, sorted(every, key=lambda info: SITES.index(parse_key(info.key).site)), _site, "site"),
-        "by_part": _places(item, clumps, sorted(every, key=lambda info: PARTS.index(_part(info))), _part, "part"),
+        "by_site": _places(
+            item, clumps, sorted(every, key=lambda info: SITES.index(parse_key(info.key).site)), _site, "site"
+        ),
+        "by_part": _places(
+            item, clumps, sorted(every, key=lambda info: PARTS.index(_part(info))), _part, "part"
+        ),
         "by_matrix": _places(item, clumps, every, lambda info: info.key, "layer", "site"),
     }
     found = {name: tuple(part) for name, part in places.items()}
     depth = _depth(table, clumps, n_layers)
     ranks = tuple(_rank_blocks(item.scores, len(item.neurons), n_layers)) if item.scores is not None else ()
-    values = np.zeros(1) if item.scores is None else np.concatenate([values for _, values in item.scores.items()])
+    values = (
+        np.zeros(1) if item.scores is None else np.concatenate([values for _, values in item.scores.items()])
+    )
     skewness = float(skew(values.astype(np.float64))) if np.ptp(values) else None
     claims = tuple(_claims(item, clumps, found["by_part"], found["by_layer"], depth, n_layers))
-    return Layers(item, **found, by_head=tuple(_heads(item, clumps)), depth=depth, ranks=ranks, skewness=skewness, claims=claims)
+    return Layers(
+        item,
+        **found,
+        by_head=tuple(_heads(item, clumps)),
+        depth=depth,
+        ranks=ranks,
+        skewness=skewness,
+        claims=claims,
+    )
 
 
 def _site(info: SiteInfo) -> str:
@@ -133,7 +151,9 @@ def _part(info: SiteInfo) -> str:
     return PARTS[0] if _site(info) in ATTENTION_SITES else PARTS[1]
 
 
-def _places(item: Named, clumps: Clumps, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo], str], *fixed: str) -> list[Place]:
+def _places(
+    item: Named, clumps: Clumps, sites: Iterable[SiteInfo], name_of: Callable[[SiteInfo], str], *fixed: str
+) -> list[Place]:
     groups: dict[str, list[SiteInfo]] = {}
     for info in sites:
         groups.setdefault(name_of(info), []).append(info)
@@ -146,7 +166,14 @@ def _places(item: Named, clumps: Clumps, sites: Iterable[SiteInfo], name_of: Cal
         parameters = sum(counts[info.key] * info.parameters_per_neuron for info in infos)
         population = sum(info.size for info in infos)
         kept = {field: where[field] for field in fixed}
-        numbers = (sum(counts.values()), population, parameters, n_of_set, item.table.n_parameters, n_searched)
+        numbers = (
+            sum(counts.values()),
+            population,
+            parameters,
+            n_of_set,
+            item.table.n_parameters,
+            n_searched,
+        )
         places.append(Place(name, *numbers, kept, clumps.step(counts)))
     return places
 
@@ -188,7 +215,9 @@ def _rank_blocks(scores: Scores, size: int, n_layers: int) -> Iterable[dict[str,
     keys = scores.keys()
     values = np.concatenate([scores[key] for key in keys]).astype(np.float64)
     layer = np.repeat([parse_key(key).layer for key in keys], [len(scores[key]) for key in keys])
-    attention = np.repeat([parse_key(key).site in ATTENTION_SITES for key in keys], [len(scores[key]) for key in keys])
+    attention = np.repeat(
+        [parse_key(key).site in ATTENTION_SITES for key in keys], [len(scores[key]) for key in keys]
+    )
     order = np.argsort(-values, kind="stable")
     for block in range(BLOCKS):
         chosen = order[block * size : (block + 1) * size]
@@ -196,17 +225,40 @@ def _rank_blocks(scores: Scores, size: int, n_layers: int) -> Iterable[dict[str,
             return
         depth = float(layer[chosen].mean() / max(1, n_layers - 1))
         last = block * size + len(chosen)
-        yield {"ranks": [block * size + 1, last], "mean_depth": depth, "share_of_self_attention": float(attention[chosen].mean())}
+        yield {
+            "ranks": [block * size + 1, last],
+            "mean_depth": depth,
+            "share_of_self_attention": float(attention[chosen].mean()),
+        }
 
 
 def _claims(
-    item: Named, clumps: Clumps, parts: Sequence[Place], by_layer: Sequence[Place], depth: ChanceRecord, n_layers: int
+    item: Named,
+    clumps: Clumps,
+    parts: Sequence[Place],
+    by_layer: Sequence[Place],
+    depth: ChanceRecord,
+    n_layers: int,
 ) -> Iterable[dict[str, Any]]:
-    """What the papers say of their sets, asked of this one. `holds` is None where the question cannot be answered."""
+    """What the papers say of their sets, asked of this one.
+
+    `holds` is None where the question cannot be answered.
+    """
     n, rule = len(item.neurons), item.neurons.provenance.config.get("selection")
     share = item.neurons.share_of_parameters
-    how = f"the size follows from the selection {rule}" if rule else "the size follows from how the set was selected"
-    less = {"claim": "less than 1 % of all parameters", "paper": 1, "value": share, "chance": None, "holds": share < 0.01, "note": how}
+    how = (
+        f"the size follows from the selection {rule}"
+        if rule
+        else "the size follows from how the set was selected"
+    )
+    less = {
+        "claim": "less than 1 % of all parameters",
+        "paper": 1,
+        "value": share,
+        "chance": None,
+        "holds": share < 0.01,
+        "note": how,
+    }
     yield less if n else _open("less than 1 % of all parameters", 1, EMPTY)
     attention = "mostly in self-attention"
     if not n or len(parts) < 2:
@@ -224,15 +276,30 @@ def _claims(
         yield _claim(nearer, 1, depth["value"], chance, depth["value"] < chance.low)
 
 
-def _in_third_claim(item: Named, clumps: Clumps, by_layer: Sequence[Place], n_layers: int, third: str, paper: int) -> dict[str, Any]:
-    """Whether more of a set lies in the first (last) third than of random ones; open where it could not have been otherwise."""
+def _in_third_claim(
+    item: Named, clumps: Clumps, by_layer: Sequence[Place], n_layers: int, third: str, paper: int
+) -> dict[str, Any]:
+    """Whether more of a set lies in the first (last) third than of random ones.
+
+    Open where it could not have been otherwise.
+    """
     claim, n, searched = f"in the {third} third of the layers", len(item.neurons), item.searched.n_neurons
-    chosen = [place for place in by_layer if _in_third(int(place.where["layer"]), n_layers, last=third == "last")]
+    chosen = [
+        place for place in by_layer if _in_third(int(place.where["layer"]), n_layers, last=third == "last")
+    ]
     members, candidates = sum(place.members for place in chosen), sum(place.candidates for place in chosen)
     if not n or candidates in (0, searched):
-        return _open(claim, paper, f"{'none of it' if not candidates else 'nothing else'} was searched" if n else EMPTY)
-    step = clumps.step(info.key for info in item.searched.sites if _in_third(parse_key(info.key).layer, n_layers, last=third == "last"))
-    chance = clumped(candidates / searched * n, candidates / searched, n / searched, step).expectation(lambda counts: counts / n)
+        return _open(
+            claim, paper, f"{'none of it' if not candidates else 'nothing else'} was searched" if n else EMPTY
+        )
+    step = clumps.step(
+        info.key
+        for info in item.searched.sites
+        if _in_third(parse_key(info.key).layer, n_layers, last=third == "last")
+    )
+    chance = clumped(candidates / searched * n, candidates / searched, n / searched, step).expectation(
+        lambda counts: counts / n
+    )
     return _claim(claim, paper, _share(members, n), chance, _share(members, n) > chance.high)
 
 
@@ -241,7 +308,12 @@ def _open(claim: str, paper: int, why: str) -> dict[str, Any]:
 
 
 def _claim(claim: str, paper: int, value: float, chance: Expectation, holds: bool) -> dict[str, Any]:
-    found = {"claim": claim, "paper": paper, "value": value, "chance": {**chance.record(), "verdict": chance.verdict(value)}}
+    found = {
+        "claim": claim,
+        "paper": paper,
+        "value": value,
+        "chance": {**chance.record(), "verdict": chance.verdict(value)},
+    }
     return {**found, "holds": holds, "note": ""}
 
 

@@ -1,4 +1,6 @@
-"""What a treatment costs: perplexity, divergence, sums, multiple choice, and the tasks of lm-evaluation-harness."""
+"""What a treatment costs: perplexity, divergence, sums, multiple choice, and the tasks of
+lm-evaluation-harness.
+"""
 
 from safety_neurons.capability.measures import (
     Measurement,
@@ -11,7 +13,16 @@ from safety_neurons.capability.measures import (
     measure_running_text,
     perplexity,
 )
-from safety_neurons.capability.tasks import OWN, Task, TaskSettings, check, harness_model, measure, measure_harness, task
+from safety_neurons.capability.tasks import (
+    OWN,
+    Task,
+    TaskSettings,
+    check,
+    harness_model,
+    measure,
+    measure_harness,
+    task,
+)
 
 __all__ = [
     "OWN",

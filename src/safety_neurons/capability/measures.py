@@ -19,7 +19,15 @@ import torch
 from safety_neurons import strict_json
 from safety_neurons.declarations import Declaration
 from safety_neurons.errors import InputError
-from safety_neurons.model import Batch, LanguageModel, encode_text, kl_divergence, run_batches, token_divergences, token_losses
+from safety_neurons.model import (
+    Batch,
+    LanguageModel,
+    encode_text,
+    kl_divergence,
+    run_batches,
+    token_divergences,
+    token_losses,
+)
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.language_model import Answer, Decoding, generate, stops
 from safety_neurons.model.likelihood import widened
@@ -94,9 +102,14 @@ _HEADING = re.compile(r"\s*= [^=].*[^=] =\s*")
 
 
 def perplexity(
-    model: LanguageModel, text: Prompts, treatment: Treatment = contextlib.nullcontext, *, batch_size: BatchSize = "auto"
+    model: LanguageModel,
+    text: Prompts,
+    treatment: Treatment = contextlib.nullcontext,
+    *,
+    batch_size: BatchSize = "auto",
 ) -> float | None:
-    """exp(mean negative log-likelihood per token) of the text, each record fed as it stands, without a template.
+    """exp(mean negative log-likelihood per token) of the text, each record fed as it stands, without a
+    template.
 
     None where no record has a token to predict.
     """
@@ -105,9 +118,16 @@ def perplexity(
     return math.exp(losses.total / losses.n_tokens) if losses.n_tokens else None
 
 
-def divergence(model: LanguageModel, prompts: Prompts, treatment: Treatment, *, batch_size: BatchSize = "auto") -> float | None:
-    """Mean KL(untreated ‖ treated) per prompt token, in nats, over templated prompts. None where there is no token."""
-    return kl_divergence(model, [encoded.ids for encoded in model.encode(prompts)], treatment, batch_size=batch_size)
+def divergence(
+    model: LanguageModel, prompts: Prompts, treatment: Treatment, *, batch_size: BatchSize = "auto"
+) -> float | None:
+    """Mean KL(untreated ‖ treated) per prompt token, in nats, over templated prompts.
+
+    None where there is no token.
+    """
+    return kl_divergence(
+        model, [encoded.ids for encoded in model.encode(prompts)], treatment, batch_size=batch_size
+    )
 
 
 def measure_perplexity(
@@ -125,7 +145,17 @@ def measure_perplexity(
     estimate = perplexity_rate(losses.totals, losses.counts)
     ids = tuple(prompt.id for prompt in text)
     named_notes = tuple(f"{task}: {note}" for note in notes)
-    return Measurement(task, "perplexity", estimate, False, ids, losses.totals, losses.counts, {"tokens": losses.n_tokens}, named_notes)
+    return Measurement(
+        task,
+        "perplexity",
+        estimate,
+        False,
+        ids,
+        losses.totals,
+        losses.counts,
+        {"tokens": losses.n_tokens},
+        named_notes,
+    )
 
 
 def measure_divergence(
@@ -141,7 +171,8 @@ def measure_divergence(
     Args:
         reference: the untreated model; its tokenizer and template count.
         prompts: benign requests.
-        treated: another model with the same vocabulary, or what makes the context in which the reference is treated.
+        treated: another model with the same vocabulary, or what makes the context in which the reference is
+            treated.
         task: name in the result.
         batch_size: prompts a pass.
     """
@@ -151,11 +182,24 @@ def measure_divergence(
     totals, counts = tuple(float(row.sum()) for row in rows), tuple(len(row) for row in rows)
     ids = tuple(prompt.id for prompt in prompts)
     named_notes = tuple(f"{task}: {note}" for note in notes)
-    return Measurement(task, "KL per token", per_token(totals, counts), False, ids, totals, counts, {"tokens": sum(counts)}, named_notes)
+    return Measurement(
+        task,
+        "KL per token",
+        per_token(totals, counts),
+        False,
+        ids,
+        totals,
+        counts,
+        {"tokens": sum(counts)},
+        named_notes,
+    )
 
 
 def documents(text: str) -> list[str]:
-    """The articles of a file in WikiText's format, which begin at a heading of the first rank; the whole text where there is none."""
+    """The articles of a file in WikiText's format, which begin at a heading of the first rank.
+
+    The whole text where there is none.
+    """
     parts: list[list[str]] = [[]]
     for line in text.splitlines(keepends=True):
         if _HEADING.fullmatch(line):
@@ -172,13 +216,15 @@ def measure_running_text(
     task: str = "wikitext",
     batch_size: BatchSize = "auto",
 ) -> Measurement:
-    """Perplexity per word of whole documents, fed in windows of the context's length; per token and bits per byte beside it.
+    """Perplexity per word of whole documents, fed in windows of the context's length.
 
-    Every token is predicted once. A document's first token is predicted from BOS (or an end token), and the first of each later window
-    from the last token of the window before.
+    Per token and bits per byte beside it.
 
-    Source: lm-evaluation-harness, rolling log-likelihood of the task `wikitext`.
-    Differs: the text is taken as the file has it; the harness's detokenizer, which undoes WikiText's own spacing, is not applied.
+    Every token is predicted once. A document's first token is predicted from BOS (or an end token), and the
+    first of each later window from the last token of the window before.
+
+    Source: lm-evaluation-harness, rolling log-likelihood of the task `wikitext`. Differs: the text is taken
+    as the file has it; the harness's detokenizer, which undoes WikiText's own spacing, is not applied.
     """
     start = model.bos_id if model.bos_id is not None else model.pad_id
     width = model.max_length or 2048
@@ -208,7 +254,17 @@ def measure_running_text(
     named_notes = tuple(f"{task}: {note}" for note in notes)
     outcomes = tuple(None if math.isnan(total) else total for total in totals)
     ids_of = tuple(str(number) for number in range(len(texts)))
-    return Measurement(task, "word perplexity", perplexity_rate(outcomes, words), False, ids_of, outcomes, words, details, named_notes)
+    return Measurement(
+        task,
+        "word perplexity",
+        perplexity_rate(outcomes, words),
+        False,
+        ids_of,
+        outcomes,
+        words,
+        details,
+        named_notes,
+    )
 
 
 SHOTS = 5
@@ -239,7 +295,9 @@ def flexible(answer: str) -> str:
 
 
 def matches(extracted: str, reference: str) -> bool:
-    """Whether a number and a worked answer say the same: dollar signs, commas, a last full stop and what stands before `####` aside."""
+    """Whether a number and a worked answer say the same: dollar signs, commas, a last full stop and what
+    stands before `####` aside.
+    """
     return _compared(extracted) == _compared(reference)
 
 
@@ -260,7 +318,9 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {str(source)!r} ({error}); expected GSM8K as JSON Lines with question and answer") from error
+        raise InputError(
+            f"cannot read {str(source)!r} ({error}); expected GSM8K as JSON Lines with question and answer"
+        ) from error
     sums = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -269,16 +329,21 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
             record = strict_json.loads(line, lenient=True)
             sums.append(Sum(str(record["question"]), str(record["answer"])))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"line {number} of {str(source)!r} is no record of GSM8K; expected question and answer") from error
+            raise InputError(
+                f"line {number} of {str(source)!r} is no record of GSM8K; expected question and answer"
+            ) from error
     if not sums:
         raise InputError(f"{str(source)!r} is empty; expected GSM8K as JSON Lines with question and answer")
     return sums
 
 
-def asked_and_shown(path: str | pathlib.Path, shots: int = SHOTS, limit: int | None = None) -> tuple[list[Sum], list[Sum], list[str]]:
+def asked_and_shown(
+    path: str | pathlib.Path, shots: int = SHOTS, limit: int | None = None
+) -> tuple[list[Sum], list[Sum], list[str]]:
     """The sums to ask, the worked examples shown before each, and what has to be said.
 
-    Examples are the first of `train.jsonl` beside the file; where there is none, the file's own last ones, which are then not asked.
+    Examples are the first of `train.jsonl` beside the file; where there is none, the file's own last ones,
+    which are then not asked.
     """
     sums = read_sums(path)
     source = pathlib.Path(path).expanduser()
@@ -288,8 +353,13 @@ def asked_and_shown(path: str | pathlib.Path, shots: int = SHOTS, limit: int | N
     if training.is_file() and training != source:
         return sums[:limit], read_sums(training)[:shots], []
     if len(sums) <= shots:
-        raise InputError(f"{str(path)!r} has {len(sums)} records; expected more than the {shots} that are shown as examples")
-    note = f"gsm8k: no train.jsonl beside the file; its last {shots} records are shown as examples and not asked"
+        raise InputError(
+            f"{str(path)!r} has {len(sums)} records; expected more than the {shots} that are shown as "
+            "examples"
+        )
+    note = (
+        f"gsm8k: no train.jsonl beside the file; its last {shots} records are shown as examples and not asked"
+    )
     return sums[:-shots][:limit], sums[-shots:], [note]
 
 
@@ -306,11 +376,17 @@ def cut(text: str) -> str:
     return text
 
 
-def score_sums(task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = ()) -> Measurement:
+def score_sums(
+    task: str, answers: Sequence[str | None], sums: Sequence[Sum], *, notes: Sequence[str] = ()
+) -> Measurement:
     """Strict exact match, with flexible extraction beside it; an answer of None is unscored."""
     pairs = list(zip(answers, sums, strict=True))
-    hard = tuple(None if answer is None else float(matches(strict(answer), one.answer)) for answer, one in pairs)
-    soft = tuple(None if answer is None else float(matches(flexible(answer), one.answer)) for answer, one in pairs)
+    hard = tuple(
+        None if answer is None else float(matches(strict(answer), one.answer)) for answer, one in pairs
+    )
+    soft = tuple(
+        None if answer is None else float(matches(flexible(answer), one.answer)) for answer, one in pairs
+    )
     ids = tuple(str(number) for number in range(len(sums)))
     details = {"flexible": rate(soft).to_json()}
     return Measurement(task, "exact match (strict)", rate(hard), True, ids, hard, (), details, tuple(notes))
@@ -327,7 +403,9 @@ def measure_gsm8k(
     answered: Callable[[int, str], None] | None = None,
     **options: Any,
 ) -> Measurement:
-    """Exact match on a local file, greedy, without a chat template; a context too long for the model loses its beginning.
+    """Exact match on a local file, greedy, without a chat template.
+
+    A context too long for the model loses its beginning.
 
     Args:
         model: the model.
@@ -339,8 +417,8 @@ def measure_gsm8k(
         answered: told every answer as soon as it is there.
         **options: fields of `TaskSettings` to change.
 
-    Source: lm-evaluation-harness 0.4, task `gsm8k` (prompt, stops, both extractions, what is ignored when numbers are compared).
-    Differs: examples are the first of the training file instead of random ones.
+    Source: lm-evaluation-harness 0.4, task `gsm8k` (prompt, stops, both extractions, what is ignored when
+    numbers are compared). Differs: examples are the first of the training file instead of random ones.
     """
     how = TaskSettings.of(settings, **options)
     sums, examples, notes = asked_and_shown(path, SHOTS if how.shots is None else how.shots, how.limit)
@@ -349,11 +427,16 @@ def measure_gsm8k(
     if room < 2:
         max_new_tokens = max(1, (model.max_length or 2) // 2)
         room = (model.max_length or 10**9) - max_new_tokens
-        notes.append(f"{task}: the context holds {model.max_length} tokens, so answers are cut at {max_new_tokens}")
+        notes.append(
+            f"{task}: the context holds {model.max_length} tokens, so answers are cut at {max_new_tokens}"
+        )
     sequences = [encode_text(model.tokenizer, sum_context(one, examples), templated=True) for one in sums]
     lost = sum(len(ids) > room for ids in sequences)
     if lost:
-        notes.append(f"{task}: {lost} of {len(sums)} questions with their examples were longer than the context and lost their beginning")
+        notes.append(
+            f"{task}: {lost} of {len(sums)} questions with their examples were longer than the context "
+            "and lost their beginning"
+        )
     answers: dict[int, str] = dict(done or {})
 
     def keep(index: int, answer: Answer) -> None:
@@ -366,7 +449,9 @@ def measure_gsm8k(
     decoding = Decoding(max_new_tokens, others=stops(model, STOPS))
     fed = [ids[-room:] for ids in sequences]
     with treatment():
-        generate(model, fed, decoding, batch_size=how.batch_size, skip=sorted(answers), answered=keep, notes=notes)
+        generate(
+            model, fed, decoding, batch_size=how.batch_size, skip=sorted(answers), answered=keep, notes=notes
+        )
     return score_sums(task, [answers.get(number) for number in range(len(sums))], sums, notes=notes)
 
 
@@ -390,7 +475,9 @@ class Mmlu(NamedTuple):
 
 
 def read_mmlu(path: str | pathlib.Path, split: str | None = None) -> Mmlu:
-    """The CSV files `test/SUBJECT_test.csv`, `val/…`, `dev/…` of a folder or zip: no header; question, four choices, letter.
+    """The CSV files `test/SUBJECT_test.csv`, `val/…`, `dev/…` of a folder or zip: no header.
+
+    Question, four choices, letter.
 
     Args:
         path: a folder or a zip file, whatever folders lie around the splits.
@@ -405,13 +492,18 @@ def read_mmlu(path: str | pathlib.Path, split: str | None = None) -> Mmlu:
         stem = pathlib.PurePosixPath(name).stem
         subject, _, kind = stem.rpartition("_")
         if kind in ("dev", "val", "test") and subject:
-            splits.setdefault(kind, {})[subject.replace("_", " ")] = _questions(subject.replace("_", " "), text, name)
+            splits.setdefault(kind, {})[subject.replace("_", " ")] = _questions(
+                subject.replace("_", " "), text, name
+            )
     wanted = split or next((kind for kind in ("test", "val") if kind in splits), "test")
     if not splits.get(wanted):
         raise InputError(
-            f"{str(source)!r} holds no file such as {wanted}/anatomy_{wanted}.csv; expected MMLU as folder or zip of CSV files"
+            f"{str(source)!r} holds no file such as {wanted}/anatomy_{wanted}.csv; expected MMLU as "
+            "folder or zip of CSV files"
         )
-    return Mmlu([question for questions in splits[wanted].values() for question in questions], splits.get("dev", {}))
+    return Mmlu(
+        [question for questions in splits[wanted].values() for question in questions], splits.get("dev", {})
+    )
 
 
 def _files(source: pathlib.Path) -> dict[str, str]:
@@ -420,29 +512,48 @@ def _files(source: pathlib.Path) -> dict[str, str]:
             paths = [path for path in source.rglob("*.csv") if not path.name.startswith("._")]
             return {str(path.relative_to(source)): path.read_text(encoding="utf-8-sig") for path in paths}
         with zipfile.ZipFile(source) as archive:
-            tables = [item for item in archive.infolist() if re.search(r"(?:^|/)(?!\._)[^/]+\.csv$", item.filename)]
-            if any(item.file_size > LARGEST for item in tables):  # zipfile reads no more than the size that is named
-                raise InputError(f"{str(source)!r} unpacks to more than {LARGEST >> 20} MiB a table; expected MMLU: look at it first")
+            tables = [
+                item for item in archive.infolist() if re.search(r"(?:^|/)(?!\._)[^/]+\.csv$", item.filename)
+            ]
+            if any(
+                item.file_size > LARGEST for item in tables
+            ):  # zipfile reads no more than the size that is named
+                raise InputError(
+                    f"{str(source)!r} unpacks to more than {LARGEST >> 20} MiB a table; expected MMLU: "
+                    "look at it first"
+                )
             return {item.filename: archive.read(item).decode("utf-8-sig") for item in tables}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise InputError(f"{str(source)!r} is a damaged or locked zip archive ({error}); expected a whole one: get it again") from error
+        raise InputError(
+            f"{str(source)!r} is a damaged or locked zip archive ({error}); expected a whole one: get it "
+            "again"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {str(source)!r} ({error}); expected MMLU as a folder or zip of CSV files") from error
+        raise InputError(
+            f"cannot read {str(source)!r} ({error}); expected MMLU as a folder or zip of CSV files"
+        ) from error
 
 
 def _questions(subject: str, text: str, name: str) -> list[Question]:
     questions = []
     for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
         if len(row) != 6 or row[5].strip() not in LETTERS:
-            raise InputError(f"row {number} of {name} has {len(row)} cells; expected question, four choices and a letter from A to D")
+            raise InputError(
+                f"row {number} of {name} has {len(row)} cells; expected question, four choices and a "
+                "letter from A to D"
+            )
         questions.append(Question(subject, row[0], tuple(row[1:5]), LETTERS.index(row[5].strip())))
     return questions
 
 
 def block(question: Question, *, answered: bool = False) -> str:
     """A question as it is put, with its letter where it is an example."""
-    choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question.choices, strict=True))
-    return f"{question.text.strip()}\n{choices}Answer:" + (f" {LETTERS[question.answer]}\n\n" if answered else "")
+    choices = "".join(
+        f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question.choices, strict=True)
+    )
+    return f"{question.text.strip()}\n{choices}Answer:" + (
+        f" {LETTERS[question.answer]}\n\n" if answered else ""
+    )
 
 
 def question_context(question: Question, examples: Sequence[Question]) -> str:
@@ -451,7 +562,9 @@ def question_context(question: Question, examples: Sequence[Question]) -> str:
     return head + "".join(block(example, answered=True) for example in examples) + block(question)
 
 
-def split_ids(model: LanguageModel, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_ids(
+    model: LanguageModel, context: str, continuation: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids to feed and ids to predict at their end. Where both do not fit the context, the beginning is lost.
 
     The last id is only predicted, so the context may be filled to its end by what stands before it.
@@ -459,15 +572,25 @@ def split_ids(model: LanguageModel, context: str, continuation: str) -> tuple[tu
     whole = encode_text(model.tokenizer, context + continuation, templated=True)
     targets = whole[len(encode_text(model.tokenizer, context, templated=True)) :]
     if not targets:
-        raise InputError(f"the tokenizer joins {continuation!r} with what stands before it; expected at least one token of its own")
+        raise InputError(
+            f"the tokenizer joins {continuation!r} with what stands before it; expected at least one "
+            "token of its own"
+        )
     kept = whole if model.max_length is None else whole[-(model.max_length + 1) :]
     return tuple(kept[:-1]), tuple(targets)
 
 
 def log_likelihoods(
-    model: LanguageModel, pairs: Sequence[tuple[str, str]], treatment: Treatment = contextlib.nullcontext, *, batch_size: BatchSize = "auto"
+    model: LanguageModel,
+    pairs: Sequence[tuple[str, str]],
+    treatment: Treatment = contextlib.nullcontext,
+    *,
+    batch_size: BatchSize = "auto",
 ) -> list[float]:
-    """Summed log-likelihood of every continuation after its context, in nats, without a template; equal texts are fed once."""
+    """Summed log-likelihood of every continuation after its context, in nats, without a template.
+
+    Equal texts are fed once.
+    """
     split = [split_ids(model, context, continuation) for context, continuation in pairs]
     fed: dict[tuple[int, ...], list[int]] = {}
     for number, (ids, _) in enumerate(split):
@@ -481,7 +604,9 @@ def log_likelihoods(
             for number in readers[index]:
                 targets = split[number][1]
                 scores = widened(batch.output[row, length - len(targets) : length]).log_softmax(-1)
-                likelihoods[number] = float(scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum())
+                likelihoods[number] = float(
+                    scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum()
+                )
 
     with treatment():
         run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True)
@@ -504,7 +629,9 @@ def measure_mmlu(
     settings: TaskSettings | None = None,
     **options: Any,
 ) -> Measurement:
-    """Accuracy over all questions, without a chat template; a context too long for the model loses its beginning.
+    """Accuracy over all questions, without a chat template.
+
+    A context too long for the model loses its beginning.
 
     Args:
         model: the model.
@@ -512,7 +639,8 @@ def measure_mmlu(
         treatment: what the model is under.
         task: name in the result.
         split: what is asked; `test` where it is there, otherwise `val`.
-        settings: how it is asked; 5 examples of the same subject where no number is said. A limit is spread evenly over all subjects.
+        settings: how it is asked; 5 examples of the same subject where no number is said. A limit is spread
+            evenly over all subjects.
         **options: fields of `TaskSettings` to change.
 
     Source: Hendrycks et al., ICLR 2021; prompt and scoring of lm-evaluation-harness 0.4, task `mmlu`.
@@ -521,20 +649,47 @@ def measure_mmlu(
     how, data = TaskSettings.of(settings, **options), read_mmlu(path, split)
     questions, shots = data.asked, SHOTS if how.shots is None else how.shots
     if how.limit is not None and how.limit < len(questions):
-        questions = [questions[number] for number in np.linspace(0, len(questions) - 1, how.limit).round().astype(int)]
-    pairs = [(question_context(one, data.shown.get(one.subject, [])[:shots]), f" {letter}") for one in questions for letter in LETTERS]
+        questions = [
+            questions[number] for number in np.linspace(0, len(questions) - 1, how.limit).round().astype(int)
+        ]
+    pairs = [
+        (question_context(one, data.shown.get(one.subject, [])[:shots]), f" {letter}")
+        for one in questions
+        for letter in LETTERS
+    ]
     answers = chosen(log_likelihoods(model, pairs, treatment, batch_size=how.batch_size)) if questions else []
-    right = tuple(None if answer is None else float(answer == one.answer) for answer, one in zip(answers, questions, strict=True))
+    right = tuple(
+        None if answer is None else float(answer == one.answer)
+        for answer, one in zip(answers, questions, strict=True)
+    )
     ids = tuple(f"{one.subject} {number}" for number, one in enumerate(questions))
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
     failed = right.count(None)
-    notes += [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"] if failed else []
-    return Measurement(task, "accuracy", rate(right), True, ids, right, (), {"subjects": _by_subject(questions, right)}, tuple(notes))
+    notes += (
+        [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"]
+        if failed
+        else []
+    )
+    return Measurement(
+        task,
+        "accuracy",
+        rate(right),
+        True,
+        ids,
+        right,
+        (),
+        {"subjects": _by_subject(questions, right)},
+        tuple(notes),
+    )
 
 
-def _by_subject(questions: Sequence[Question], right: Sequence[float | None]) -> Mapping[str, Mapping[str, float | int]]:
+def _by_subject(
+    questions: Sequence[Question], right: Sequence[float | None]
+) -> Mapping[str, Mapping[str, float | int]]:
     grouped: dict[str, list[float]] = {}
     for one, value in zip(questions, right, strict=True):
         if value is not None:
             grouped.setdefault(one.subject, []).append(value)
-    return {subject: {"value": sum(values) / len(values), "n": len(values)} for subject, values in grouped.items()}
+    return {
+        subject: {"value": sum(values) / len(values), "n": len(values)} for subject, values in grouped.items()
+    }

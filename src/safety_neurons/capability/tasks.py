@@ -1,7 +1,8 @@
-"""Capability by name: `perplexity[:FILE]`, `kl[:PROMPTS]`, `wikitext:FILE`, `gsm8k:FILE`, `mmlu:FOLDER`, `[lm-eval:]TASK`.
+"""Capability by name: `perplexity[:FILE]`, `kl[:PROMPTS]`, `wikitext:FILE`, `gsm8k:FILE`, `mmlu:FOLDER`,
+`[lm-eval:]TASK`.
 
-Tasks of lm-evaluation-harness run on the model in memory, so that interventions act on them; the library is the optional extra
-`evaluate`.
+Tasks of lm-evaluation-harness run on the model in memory, so that interventions act on them; the library is
+the optional extra `evaluate`.
 """
 
 import contextlib
@@ -69,10 +70,19 @@ def task(name: str) -> Task:
     if kind in OWN and (source or kind in _DEFAULT):
         return Task(name, kind, source or _DEFAULT[kind])
     if kind not in OWN and kind != HARNESS and source:
-        raise UsageError(f"capability {name!r} is unknown; expected {', '.join(OWN)} with a file, or {HARNESS}:TASK")
+        raise UsageError(
+            f"capability {name!r} is unknown; expected {', '.join(OWN)} with a file, or {HARNESS}:TASK"
+        )
     if not available():
-        hint = f"{kind}:FILE for the project's own, or " if kind in _NEEDS_FILE else f"one of {', '.join(OWN)}, or "
-        raise UsageError(f"capability {name!r} would be a task of lm-evaluation-harness, which is not installed; expected {hint}{INSTALL}")
+        hint = (
+            f"{kind}:FILE for the project's own, or "
+            if kind in _NEEDS_FILE
+            else f"one of {', '.join(OWN)}, or "
+        )
+        raise UsageError(
+            f"capability {name!r} would be a task of lm-evaluation-harness, which is not installed; "
+            f"expected {hint}{INSTALL}"
+        )
     if not (source or kind) or (kind == HARNESS and not source):
         raise UsageError(f"capability {name!r} names no task; expected {HARNESS}:TASK")
     return Task(name, HARNESS, source or kind)
@@ -131,7 +141,9 @@ def measure(
     if wanted.kind == "mmlu":
         return measure_mmlu(model, wanted.source, treatment, task=name, settings=how)
     if wanted.kind == "gsm8k":
-        return measure_gsm8k(model, wanted.source, treatment, task=name, settings=how, done=done, answered=answered)
+        return measure_gsm8k(
+            model, wanted.source, treatment, task=name, settings=how, done=done, answered=answered
+        )
     return measure_harness(model, [wanted.source], treatment, settings=how)[0]
 
 
@@ -174,18 +186,26 @@ def without_hub() -> Iterator[None]:
 
 
 def harness_model(model: LanguageModel, *, batch_size: BatchSize = "auto") -> Any:
-    """The model in memory as the harness wants it (`lm_eval.models.huggingface.HFLM`); hooks on the model act.
+    """The model in memory as the harness wants it (`lm_eval.models.huggingface.HFLM`).
+
+    Hooks on the model act.
 
     Raises:
         UsageError: the harness is not installed.
     """
     if not available():
-        raise UsageError(f"tasks of lm-evaluation-harness need the package lm_eval, which is not installed; {INSTALL}")
+        raise UsageError(
+            f"tasks of lm-evaluation-harness need the package lm_eval, which is not installed; {INSTALL}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8 if batch_size == "auto" else batch_size)
+        return HFLM(
+            pretrained=model.model,
+            tokenizer=model.tokenizer,
+            batch_size=8 if batch_size == "auto" else batch_size,
+        )
 
 
 def measure_harness(
@@ -212,7 +232,12 @@ def measure_harness(
     runner = harness_model(model, batch_size=how.batch_size)
     importlib.import_module("datasets.config")  # Loaded before it is told to stay offline.
     try:
-        with warnings.catch_warnings(), without_hub() if how.offline else contextlib.nullcontext(), model.running(), treatment():
+        with (
+            warnings.catch_warnings(),
+            without_hub() if how.offline else contextlib.nullcontext(),
+            model.running(),
+            treatment(),
+        ):
             warnings.simplefilter("ignore")
             from lm_eval import simple_evaluate
             from lm_eval.tasks import TaskManager
@@ -230,7 +255,8 @@ def measure_harness(
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise InputError(
-            f"lm-evaluation-harness cannot run {', '.join(tasks)} ({detail}); expected names it knows and data it can reach"
+            f"lm-evaluation-harness cannot run {', '.join(tasks)} ({detail}); expected names it knows "
+            "and data it can reach"
         ) from error
     wanted = [name for name in results["results"] if name in tasks] or list(results["results"])
     return [_measured(name, results) for name in wanted]
@@ -238,27 +264,47 @@ def measure_harness(
 
 def _measured(name: str, results: Mapping[str, Any]) -> Measurement:
     """The first metric of a task with its interval; the others under `details`."""
-    numbers = {key: value for key, value in results["results"][name].items() if "," in key and "_stderr" not in key}
+    numbers = {
+        key: value for key, value in results["results"][name].items() if "," in key and "_stderr" not in key
+    }
     numbers = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
     if not numbers:
         raise InputError(f"lm-evaluation-harness gives no number for {name!r}; expected a task with a metric")
-    first = min(numbers, key=lambda key: next((place for place, part in enumerate(_FIRST) if key.startswith(part)), len(_FIRST)))
+    first = min(
+        numbers,
+        key=lambda key: next(
+            (place for place, part in enumerate(_FIRST) if key.startswith(part)), len(_FIRST)
+        ),
+    )
     metric, _, selected = first.partition(",")
     better = bool(((results.get("higher_is_better") or {}).get(name) or {}).get(metric, True))
-    leaves = [name] if name in results.get("samples", {}) else (results.get("group_subtasks") or {}).get(name, [])
+    leaves = (
+        [name] if name in results.get("samples", {}) else (results.get("group_subtasks") or {}).get(name, [])
+    )
     samples = [
         (f"{leaf} {sample['doc_id']}", sample[metric])
         for leaf in leaves
         for sample in results.get("samples", {}).get(leaf, [])
-        if sample.get("filter", "none") in (selected, "none") and isinstance(sample.get(metric), int | float | bool)
+        if sample.get("filter", "none") in (selected, "none")
+        and isinstance(sample.get(metric), int | float | bool)
     ]
     outcomes = tuple(float(value) for _, value in samples)
     exact = rate(outcomes)
     agrees = exact.value is not None and abs(exact.value - numbers[first]) < 1e-9
-    shown = exact if agrees else _by_error(numbers[first], results["results"][name].get(f"{metric}_stderr,{selected}"), results, name)
+    shown = (
+        exact
+        if agrees
+        else _by_error(
+            numbers[first], results["results"][name].get(f"{metric}_stderr,{selected}"), results, name
+        )
+    )
     ids = tuple(identifier for identifier, _ in samples) if agrees else ()
     label = metric if selected == "none" else f"{metric} ({selected})"
-    details = {"engine": "lm-evaluation-harness", "version": str(results.get("lm_eval_version", "")), **numbers}
+    details = {
+        "engine": "lm-evaluation-harness",
+        "version": str(results.get("lm_eval_version", "")),
+        **numbers,
+    }
     return Measurement(f"lm-eval:{name}", label, shown, better, ids, outcomes if agrees else (), (), details)
 
 
@@ -266,4 +312,6 @@ def _by_error(value: float, error: Any, results: Mapping[str, Any], name: str) -
     """An interval from the harness's own standard error, where single items do not give the value."""
     counts = (results.get("n-samples") or {}).get(name) or {}
     n = int(counts.get("effective", 0))
-    return from_error(value, float(error), n) if isinstance(error, int | float) else Rate(value, None, None, n)
+    return (
+        from_error(value, float(error), n) if isinstance(error, int | float) else Rate(value, None, None, n)
+    )

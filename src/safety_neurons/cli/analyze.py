@@ -1,4 +1,6 @@
-"""analyze: where sets lie, how far they agree, what each does to all groups, to single answers bit by bit, and what shared neurons cost."""
+"""analyze: where sets lie, how far they agree, what each does to all groups, to single answers bit by bit,
+and what shared neurons cost.
+"""
 
 import dataclasses
 import pathlib
@@ -42,7 +44,9 @@ class NamedSets(Declaration):
 
 @verb("analyze layers")
 def layers(session: Session, given: NamedSets) -> dict[str, Any]:
-    """Where neurons lie: layers, sites, heads, and the papers' claims, beside a random set of the same size."""
+    """Where neurons lie: layers, sites, heads, and the papers' claims, beside a random set of the same
+    size.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons import analysis
@@ -132,7 +136,9 @@ class Definitions(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageStudy(RandomSets, Definitions, TestLimit, LanguageTests, FindLimit, AtSites, HowFound, LanguageLists, MaybePair):
+class LanguageStudy(
+    RandomSets, Definitions, TestLimit, LanguageTests, FindLimit, AtSites, HowFound, LanguageLists, MaybePair
+):
     """Everything that decides the analysis; the last base has the first options."""
 
     def check(self) -> None:
@@ -140,12 +146,16 @@ class LanguageStudy(RandomSets, Definitions, TestLimit, LanguageTests, FindLimit
         super().check()
         _ = self.given
         if self.base is None and by_name(self.chosen).PAIR:
-            raise UsageError(f"--method {self.chosen} needs a pair; give --base, or choose importance or attribution")
+            raise UsageError(
+                f"--method {self.chosen} needs a pair; give --base, or choose importance or attribution"
+            )
         if len(self.codes) < 2:
             raise UsageError(f"--languages {self.languages!r}: expected at least two, comma-separated")
         for flag, text in (("--find-prompts", self.find_prompts), ("--test-prompts", self.test_prompts)):
             if "{language}" not in text:
-                raise UsageError(f"{flag} {text!r}: expected {{language}} in it, which stands for each language")
+                raise UsageError(
+                    f"{flag} {text!r}: expected {{language}} in it, which stands for each language"
+                )
         unknown = [part for part in listed(self.definitions) or () if part not in ("union", "intersection")]
         if unknown:
             raise UsageError(f"--definitions {unknown[0]!r} is unknown; expected union, intersection or both")
@@ -183,7 +193,10 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
         base, model = models(session, study.base, study.model)
 
         def texts(pattern: str, limit: int | None) -> dict[str, Any]:
-            return {code: session.prompts(pattern.replace("{language}", code), model, limit=limit) for code in study.codes}
+            return {
+                code: session.prompts(pattern.replace("{language}", code), model, limit=limit)
+                for code in study.codes
+            }
 
         tests = texts(study.test_prompts, study.test_limit)
         with session.status("analyze languages") as tell:
@@ -191,7 +204,9 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
                 sets = {code: session.neurons(path, model) for code, path in study.given.items()}
             else:
                 groups = studies.Groups(texts(study.find_prompts, study.find_limit))
-                sets = studies.find_by_group(base, model, groups, **finding(session, study, study.chosen), progress=tell)
+                sets = studies.find_by_group(
+                    base, model, groups, **finding(session, study, study.chosen), progress=tell
+                )
             compared = analysis.languages(sets, seed=session.common.seed)
             matrix = studies.deactivation_matrix(
                 model,
@@ -205,7 +220,12 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
             )
         session.notes.extend(matrix.notes)
         method = "given" if study.given else study.chosen
-        result = {"method": method, **compared.record(), **matrix.record(), "neurons": kept(session, compared.named())}
+        result = {
+            "method": method,
+            **compared.record(),
+            **matrix.record(),
+            "neurons": kept(session, compared.named()),
+        }
         return with_figure(session, result)
 
     return session.run(work)
@@ -255,7 +275,8 @@ class TransferStudy(RandomSets, TestLimit, AbilityLists, FindLimit, AtSites, How
 
 @verb("analyze transfer")
 def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
-    """Neurons found on one red-team set, their causal effect on the others, and general ability under patching.
+    """Neurons found on one red-team set, their causal effect on the others, and general ability under
+    patching.
 
     Finds by contrast, at down, unless a method is given.
     """
@@ -268,7 +289,9 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
         find, test = apart(session, study, pair.base)
         limit = None if study.test_limit is None else study.test_limit * len(test.names)
         with session.status("analyze transfer") as tell:
-            sets = studies.find_by_group(pair.base, pair.aligned, find, **finding(session, study, method), progress=tell)
+            sets = studies.find_by_group(
+                pair.base, pair.aligned, find, **finding(session, study, method), progress=tell
+            )
             moved = studies.transfer(
                 pair.base,
                 pair.aligned,
@@ -286,7 +309,9 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
             )
         session.notes.extend(moved.notes)
         named = analysis.name_sets(sets.items())
-        together = analysis.overlap(named, seed=session.common.seed).record() if len(sets) > 1 else {"pairs": []}
+        together = (
+            analysis.overlap(named, seed=session.common.seed).record() if len(sets) > 1 else {"pairs": []}
+        )
         agreed = {"overlap": together["pairs"], "mean_jaccard": together.get("mean_jaccard")}
         result = {"method": method, **moved.record(), **agreed, "neurons": kept(session, sets)}
         return with_figure(session, result)
@@ -295,9 +320,15 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
 
 
 def paths(sets: list[str]) -> list[str]:
-    """The arguments with `organism:NAME/SET` replaced by the file it stands for; a run folder keeps its own name."""
+    """The arguments with `organism:NAME/SET` replaced by the file it stands for.
+
+    A run folder keeps its own name.
+    """
     named = [text.partition("=") for text in sets]
-    return [f"{name}={resolve(path)}" if path.startswith("organism:") else resolve(f"{name}{sign}{path}") for name, sign, path in named]
+    return [
+        f"{name}={resolve(path)}" if path.startswith("organism:") else resolve(f"{name}{sign}{path}")
+        for name, sign, path in named
+    ]
 
 
 def with_figure(session: Session, result: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +371,9 @@ def finding(session: Session, study: LanguageStudy | TransferStudy, method: str)
 def kept(session: Session, sets: dict[str, Any]) -> dict[str, str]:
     """Write the sets that have members; where they are."""
     files = {}
-    for number, (name, neurons) in enumerate((name, neurons) for name, neurons in sets.items() if len(neurons)):
+    for number, (name, neurons) in enumerate(
+        (name, neurons) for name, neurons in sets.items() if len(neurons)
+    ):
         file = session.folder.path(f"neurons-{number}.safetensors")
         neurons.save(file)
         files[name] = str(file)
@@ -361,15 +394,23 @@ def apart(session: Session, study: TransferStudy, model: Any) -> tuple[Any, Any]
 
     files = named_files(study.suites)
     if files:
-        whole = {name: session.prompts(path, model) if pathlib.Path(path).exists() else suite(path) for name, path in files.items()}
+        whole = {
+            name: session.prompts(path, model) if pathlib.Path(path).exists() else suite(path)
+            for name, path in files.items()
+        }
         find = {name: Prompts(list(prompts)[::2], name) for name, prompts in whole.items()}
         test = {name: Prompts(list(prompts)[1::2], name) for name, prompts in whole.items()}
     else:
-        find, test = (dict(Groups.by(session.read(name, model), study.by).members) for name in ("prompts", "harmful"))
+        find, test = (
+            dict(Groups.by(session.read(name, model), study.by).members) for name in ("prompts", "harmful")
+        )
     names = list(listed(study.groups) or [name for name in find if name in test])
     unknown = [name for name in names if name not in find or name not in test]
     if unknown or not names:
-        raise UsageError(f"no group {(unknown or [study.by])[0]!r} to find and to measure on; the groups are {', '.join(find)}")
+        raise UsageError(
+            f"no group {(unknown or [study.by])[0]!r} to find and to measure on; the groups are "
+            f"{', '.join(find)}"
+        )
     return (
         Groups({name: find[name][: study.find_limit] for name in names}),
         Groups({name: test[name][: study.test_limit] for name in names}),
@@ -402,7 +443,9 @@ class Ordered(Declaration):
             return session.scores(self.scores, model)
         path = pathlib.Path(resolve(self.neurons)) if self.neurons else pathlib.Path()
         folder = path if path.is_dir() else path.parent
-        return session.scores(str(folder), model) if self.neurons and (folder / SCORES_FILE).is_file() else None
+        return (
+            session.scores(str(folder), model) if self.neurons and (folder / SCORES_FILE).is_file() else None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,9 +473,16 @@ class FewRequests(Some, Requested):
 
 @verb("analyze vocabulary")
 def vocabulary(
-    session: Session, given: MaybePair, ordered: Ordered, carded: Carded, requested: FewRequests, shown: CardOptions
+    session: Session,
+    given: MaybePair,
+    ordered: Ordered,
+    carded: Carded,
+    requested: FewRequests,
+    shown: CardOptions,
 ) -> dict[str, Any]:
-    """Neuron cards: what a neuron writes, where it is active, and what it alone does to the refusal's log-odds."""
+    """Neuron cards: what a neuron writes, where it is active, and what it alone does to the refusal's
+    log-odds.
+    """
     if (ordered.neurons is None) == (carded.at is None):
         which = "neither" if carded.at is None else "both"
         raise UsageError(f"{which} of --neurons and --at given, expected one of them")
@@ -446,12 +496,24 @@ def vocabulary(
         if ordered.neurons:
             members, notes = studies.with_cards(model, session.neurons(ordered.neurons, model))
             neurons = studies.strongest(members, ranks, carded.cards, session.common.seed)
-            drawn = [] if ranks is not None else ["no scores beside the neurons: the cards are of members drawn at random"]
+            drawn = (
+                []
+                if ranks is not None
+                else ["no scores beside the neurons: the cards are of members drawn at random"]
+            )
             session.notes.extend([*notes, *drawn])
         harmful, harmless = (session.read(name, model, requested.limit) for name in ("harmful", "harmless"))
         with session.status("analyze vocabulary") as tell:
             cards = studies.vocabulary(
-                model, neurons, harmful, harmless, base=base, scores=ranks, progress=tell, **shown.values(), **session.running
+                model,
+                neurons,
+                harmful,
+                harmless,
+                base=base,
+                scores=ranks,
+                progress=tell,
+                **shown.values(),
+                **session.running,
             )
         session.notes.extend(cards.notes)
         return with_figure(session, dict(cards.record()))
@@ -475,7 +537,9 @@ class Curves(Some, EvaluationPrompts):
 
 @verb("analyze progressive")
 def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Curves) -> dict[str, Any]:
-    """Switch a set off layer by layer and neuron by neuron: curves of safety and capability, with bands of random orders."""
+    """Switch a set off layer by layer and neuron by neuron: curves of safety and capability, with bands of
+    random orders.
+    """
     if ordered.neurons is None:
         raise UsageError("--neurons is missing; expected a neuron file or the folder of a find run")
     path = ordered.neurons
@@ -485,7 +549,9 @@ def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Cur
 
         model = session.model(given.model)
         neurons, ranks = session.neurons(path, model), ordered.ranks(session, model)
-        harmful, harmless, text = (session.read(name, model, curves.limit) for name in ("harmful", "harmless", "text"))
+        harmful, harmless, text = (
+            session.read(name, model, curves.limit) for name in ("harmful", "harmless", "text")
+        )
         completions = session.folder.path("completions.jsonl")
         drawn = {name: getattr(curves, name) for name in ("random", "points", "max_new_tokens")}
         options = {**drawn, **session.running, "scores": ranks, "text": text, "completions_file": completions}
@@ -519,7 +585,9 @@ class TrainedModels(Declaration):
         for text in self.control or ():
             name, sign, model = text.partition("=")
             if not (name and sign and model) or name in specs:
-                raise UsageError(f"--control {text!r}: expected NAME=MODEL with a name that no other training has")
+                raise UsageError(
+                    f"--control {text!r}: expected NAME=MODEL with a name that no other training has"
+                )
             specs[name] = model
         return specs
 
@@ -574,7 +642,9 @@ class TaxStudy(SharedNeurons, Searched, Some, Helpfulness, Requested, ScoredOn, 
 
 @verb("analyze tax")
 def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
-    """The alignment tax: overlap of safety and helpfulness neurons, and what patching the shared ones costs and brings on both sides."""
+    """The alignment tax: overlap of safety and helpfulness neurons, and what patching the shared ones costs
+    and brings on both sides.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
@@ -589,7 +659,11 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
         lists = [session.read(name, before, study.find_limit) for name in ("prompts", "also")]
         scored = Prompts([prompt for prompts in lists if prompts is not None for prompt in prompts])
         requests = [session.read(name, before, study.limit) for name in ("harmful", "harmless")]
-        searched: dict[str, Any] = {"sites": listed(study.sites) or ("down",), "layers": study.layers, "positions": study.positions}
+        searched: dict[str, Any] = {
+            "sites": listed(study.sites) or ("down",),
+            "layers": study.layers,
+            "positions": study.positions,
+        }
         writing: dict[str, Any] = {"max_new_tokens": study.max_new_tokens, "batch_size": session.batch_size()}
         with session.status("tax") as tell:
             read = studies.read_trainings(before, trained, scored, progress=tell, **searched, **writing)

@@ -1,7 +1,9 @@
-"""What a person sees: results as small tables on standard output, progress and notes on standard error, and nothing of anybody else's.
+"""What a person sees: results as small tables on standard output, progress and notes on standard error, and
+nothing of anybody else's.
 
-While a verb works, what other libraries print, log or warn goes nowhere (to standard error with --debug). Every text passes `seen` on its
-way to the terminal: no text is markup, and what a terminal would obey instead of show is named.
+While a verb works, what other libraries print, log or warn goes nowhere (to standard error with --debug).
+Every text passes `seen` on its way to the terminal: no text is markup, and what a terminal would obey instead
+of show is named.
 """
 
 import atexit
@@ -27,7 +29,14 @@ if TYPE_CHECKING:
     from safety_neurons.display import ReportedRun
 
 ACCENT = "cyan"
-TONES = {"shown": "green", "pass": "green", "not shown": "red", "fail": "red", "in part": "yellow", "caution": "yellow"}
+TONES = {
+    "shown": "green",
+    "pass": "green",
+    "not shown": "red",
+    "fail": "red",
+    "in part": "yellow",
+    "caution": "yellow",
+}
 """Colours of what a finding came out as."""
 SHORT = 24
 """Rows of a table that a page folds and a terminal still prints."""
@@ -87,18 +96,23 @@ def streams() -> Streams:
 def ours(*, debug: bool) -> Iterator[None]:
     """Keep standard output and error for this package's own lines for a block.
 
-    Python's streams are exchanged and the files behind them are not, so that what a crash in native code writes is still seen.
+    Python's streams are exchanged and the files behind them are not, so that what a crash in native code
+    writes is still seen.
 
     Args:
         debug: send what others write to standard error instead of nowhere.
     """
     own, nested = streams(), bool(_OURS)
     for stream in (own.out, own.err):
-        if isinstance(stream, io.TextIOWrapper):  # A terminal that knows few letters is no reason to lose a result.
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # A terminal that knows few letters is no reason to lose a result.
             stream.reconfigure(errors="backslashreplace")
     foreign = own.err if debug else _nowhere()
     kept, hook = (sys.__stdout__, sys.__stderr__), threading.excepthook
-    asked = {} if debug or nested else {name: value for name, value in QUIET.items() if name not in os.environ}
+    asked = (
+        {} if debug or nested else {name: value for name, value in QUIET.items() if name not in os.environ}
+    )
     os.environ.update(asked)
     _OURS.append(own)
     sys.__stdout__ = sys.__stderr__ = foreign  # type: ignore[misc, assignment]
@@ -224,7 +238,8 @@ def sentence(*parts: Part) -> None:
 def show(run: "ReportedRun") -> None:
     """A result as its display has it: what was not achieved, its tables, then what was found.
 
-    Tables that a page folds are printed too where they are short, or where the first of them is all there is; the others are named.
+    Tables that a page folds are printed too where they are short, or where the first of them is all there is;
+    the others are named.
     """
     from safety_neurons.display import findings_of, part_of
     from safety_neurons.display.parts import plain
@@ -239,7 +254,12 @@ def show(run: "ReportedRun") -> None:
     for number, table in enumerate([*part.tables, *part.details]):
         if number < max(len(part.tables), 1) or (part.tables and len(table.rows) <= SHORT):
             rows = [[plain(cell) for cell in row] for row in table.rows]
-            print_table(f"\n{plain(table.caption)}", [plain(column) for column in table.columns], rows, quiet=table.quiet)
+            print_table(
+                f"\n{plain(table.caption)}",
+                [plain(column) for column in table.columns],
+                rows,
+                quiet=table.quiet,
+            )
         else:
             folded.append(plain(table.caption))
     if findings:
@@ -250,10 +270,17 @@ def show(run: "ReportedRun") -> None:
         sentence(("dim", f"\nin a report also: {'; '.join(folded)}"))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", quiet: Container[int] = ()) -> None:
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    caption: str = "",
+    quiet: Container[int] = (),
+) -> None:
     """A table: columns of numbers stand at the right. No text in it is markup, and none is cut to fit.
 
-    Where the terminal is too narrow, words are folded; columns that still have no room stand below, each time behind the first.
+    Where the terminal is too narrow, words are folded; columns that still have no room stand below, each time
+    behind the first.
 
     Args:
         title: stands above it.
@@ -265,7 +292,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.table import Table
 
     cells = [[_cell(cell) for cell in row] for row in rows]
-    words = [number == 0 or any(row[number].plain[:1].isalpha() for row in cells) for number in range(len(columns))]
+    words = [
+        number == 0 or any(row[number].plain[:1].isalpha() for row in cells) for number in range(len(columns))
+    ]
     sentence(("bold", title))
     for place, piece in enumerate(_pieces(columns, cells, words)):
         if place:
@@ -273,7 +302,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table = Table(box=None, pad_edge=False)
         for number in piece:
             justify: Literal["left", "right"] = "left" if words[number] else "right"
-            table.add_column(styled(columns[number]), justify=justify, header_style=f"bold {ACCENT}", overflow="fold")
+            table.add_column(
+                styled(columns[number]), justify=justify, header_style=f"bold {ACCENT}", overflow="fold"
+            )
         for place, row in enumerate(cells):
             table.add_row(*(row[number] for number in piece), style="dim" if place in quiet else None)
         out().print(table)
@@ -281,13 +312,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         sentence(("dim", caption))
 
 
-def _pieces(columns: Sequence[str], cells: Sequence[Sequence["Text"]], words: Sequence[bool]) -> list[list[int]]:
-    """Numbers of the columns that stand side by side: numbers are never folded, words and headers between words."""
+def _pieces(
+    columns: Sequence[str], cells: Sequence[Sequence["Text"]], words: Sequence[bool]
+) -> list[list[int]]:
+    """Numbers of the columns that stand side by side: numbers are never folded, words and headers between
+    words.
+    """
     width = out().width
     least = []
     for number, column in enumerate(columns):
         widest = max((row[number].cell_len for row in cells), default=0)
-        least.append(2 + max([min(widest, FOLDED) if words[number] else widest, *map(len, seen(column).split())]))
+        least.append(
+            2 + max([min(widest, FOLDED) if words[number] else widest, *map(len, seen(column).split())])
+        )
     pieces = [[0]]
     for number in range(1, len(columns)):
         if len(pieces[-1]) > 1 and sum(least[one] for one in (*pieces[-1], number)) > width + 2:

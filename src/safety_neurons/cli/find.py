@@ -1,4 +1,7 @@
-"""find: score neurons by one method and keep the ones that a selection takes; one command a registered method."""
+"""find: score neurons by one method and keep the ones that a selection takes.
+
+One command a registered method.
+"""
 
 import dataclasses
 import inspect
@@ -112,7 +115,9 @@ def command(method: type[Method]) -> Any:
     return get_command(holder)
 
 
-def find(session: Session, method: Method, models: Declaration, planned: Planned, **_: Declaration) -> dict[str, Any] | None:
+def find(
+    session: Session, method: Method, models: Declaration, planned: Planned, **_: Declaration
+) -> dict[str, Any] | None:
     """Load what a method needs, run it, write scores and neurons, show them."""
     specs = list(models.values().values())
 
@@ -144,7 +149,11 @@ def load(session: Session, specs: Sequence[str]) -> list[Any]:
 def looked_at(session: Session, model: Any) -> dict[str, Any]:
     """The prompts and completions of a run, as `detectors.find` takes them."""
     options = session.options
-    lists = {name: session.read(name, model, options["limit"]) for name in ("prompts", "harmless") if name in options}
+    lists = {
+        name: session.read(name, model, options["limit"])
+        for name in ("prompts", "harmless")
+        if name in options
+    }
     texts: dict[str, Any] = {name: prompts for name, prompts in lists.items() if prompts is not None}
     if options.get("completions"):
         from safety_neurons.results import Completions
@@ -154,7 +163,9 @@ def looked_at(session: Session, model: Any) -> dict[str, Any]:
 
 
 def subtracted(session: Session, method: Method, models: Sequence[Any], shown: Mapping[str, Any]) -> Any:
-    """The set to subtract: a file, or the foundation neurons found by the same method and selection on general text."""
+    """The set to subtract: a file, or the foundation neurons found by the same method and selection on
+    general text.
+    """
     wanted = session.options["subtract"]
     if wanted != "foundation":
         return None if wanted is None else session.neurons(wanted, models[0])
@@ -162,7 +173,10 @@ def subtracted(session: Session, method: Method, models: Sequence[Any], shown: M
     from safety_neurons.errors import UsageError
 
     if not method.PROMPTS:
-        raise UsageError(f"{method.NAME} looks at no prompts, so it has no foundation neurons; expected a neuron file to subtract")
+        raise UsageError(
+            f"{method.NAME} looks at no prompts, so it has no foundation neurons; expected a neuron file "
+            "to subtract"
+        )
     general = session.read("foundation", models[0])
     state = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
     beside = {name: value for name, value in shown.items() if name == "harmless"}
@@ -177,10 +191,16 @@ def keep(session: Session, result: Any) -> dict[str, Any]:
     """Write scores, then neurons; an empty set is an error that leaves the scores."""
     from safety_neurons.errors import NeuronError
 
-    scores, neurons = session.folder.path("scores.safetensors").absolute(), session.folder.path("neurons.safetensors").absolute()
+    scores, neurons = (
+        session.folder.path("scores.safetensors").absolute(),
+        session.folder.path("neurons.safetensors").absolute(),
+    )
     result.scores.save(scores)
     if not len(result.neurons):
-        raise NeuronError(f"no neuron was chosen ({'; '.join(result.notes) or 'the selection takes none'}); the scores are in {scores}")
+        raise NeuronError(
+            f"no neuron was chosen ({'; '.join(result.notes) or 'the selection takes none'}); the scores "
+            f"are in {scores}"
+        )
     result.neurons.save(neurons)
     return {
         "neurons": str(neurons),
@@ -204,7 +224,9 @@ def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:
 
     models, options = load(session, specs), session.options
     chosen = session.read("prompts", models[0], options["limit"]) if "prompts" in options else prompts([""])
-    plan = estimate_run(models, chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size())
+    plan = estimate_run(
+        models, chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size()
+    )
     if not session.common.json:
         console.say(str(plan))
     return dataclasses.asdict(plan)

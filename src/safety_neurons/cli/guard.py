@@ -1,4 +1,6 @@
-"""guard fit, recalibrate, evaluate, serve: a classifier on neurons that stops unsafe output before it is written, behind an endpoint."""
+"""guard fit, recalibrate, evaluate, serve: a classifier on neurons that stops unsafe output before it is
+written, behind an endpoint.
+"""
 
 import contextlib
 import dataclasses
@@ -72,15 +74,22 @@ class Examples(Declaration):
     def check(self) -> None:
         """Also that there are prompts of both kinds."""
         super().check()
-        sources = [f"--{name}" for name in ("unsafe", "labelled", "completions") if getattr(self, name) is not None]
+        sources = [
+            f"--{name}" for name in ("unsafe", "labelled", "completions") if getattr(self, name) is not None
+        ]
         if not sources:
-            raise UsageError("no unsafe prompts; expected --unsafe and --safe, --labelled, or --completions with --judge")
+            raise UsageError(
+                "no unsafe prompts; expected --unsafe and --safe, --labelled, or --completions with --judge"
+            )
         if sources == ["--unsafe"] and self.safe is None:
             raise UsageError("--unsafe without --safe; expected prompts of both kinds")
         if (self.completions is None) != (self.judge is None):
             raise UsageError("--completions and --judge belong together; expected both, or neither")
         if self.completions is not None and not self.completions.is_file():
-            raise InputError(f"--completions {str(self.completions)!r}: no such file; expected completions in JSON Lines: check the path")
+            raise InputError(
+                f"--completions {str(self.completions)!r}: no such file; expected completions in JSON "
+                "Lines: check the path"
+            )
         if self.arm is not None and self.completions is None:
             raise UsageError("--arm without --completions; expected a completions file whose arm it names")
 
@@ -97,7 +106,9 @@ class Examples(Declaration):
         if self.completions is not None:
             cache = session.folder.path("judgements.sqlite")
             completions = ending(Completions.load(self.completions), session.common.think_end)
-            data += labelled_by_completions(completions, str(self.judge), arm=self.arm, judge_options=session.judging, cache=cache)
+            data += labelled_by_completions(
+                completions, str(self.judge), arm=self.arm, judge_options=session.judging, cache=cache
+            )
         session.notes.extend(data.notes)
         return data
 
@@ -146,12 +157,20 @@ class Thresholds(Declaration):
     """Longest answer that re-checks are measured on."""
 
     def check(self) -> None:
-        """Also that there are other requests of both kinds or of none, and that a re-check comes before the end."""
+        """Also that there are other requests of both kinds or of none, and that a re-check comes before the
+        end.
+        """
         super().check()
         if (self.other_unsafe == "none") != (self.other_safe == "none"):
-            raise UsageError("--other-unsafe and --other-safe belong together; expected requests of both kinds, or none twice")
+            raise UsageError(
+                "--other-unsafe and --other-safe belong together; expected requests of both kinds, or "
+                "none twice"
+            )
         if self.recheck_every > self.recheck_tokens:
-            raise UsageError(f"--recheck-every {self.recheck_every} of --recheck-tokens {self.recheck_tokens}; expected no more")
+            raise UsageError(
+                f"--recheck-every {self.recheck_every} of --recheck-tokens {self.recheck_tokens}; "
+                "expected no more"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +231,16 @@ def fit(
 
 @verb("guard recalibrate")
 def recalibrate(
-    session: Session, of: OfGuard, examples: Examples, some: Some, calibrated: Calibrated, threshold: NewThreshold
+    session: Session,
+    of: OfGuard,
+    examples: Examples,
+    some: Some,
+    calibrated: Calibrated,
+    threshold: NewThreshold,
 ) -> dict[str, Any]:
-    """After a model update: keep neurons and weights, set calibration, thresholds and bindings anew, say how far it moved."""
+    """After a model update: keep neurons and weights, set calibration, thresholds and bindings anew, say how
+    far it moved.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
@@ -320,7 +346,10 @@ class Baselines(Declaration):
     random: Positive = 5
     """Random neuron sets with as many in every matrix."""
     detectors: Annotated[str | None, Reads("scores", several=True)] = None
-    """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs --fit-unsafe."""
+    """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which.
+
+    Needs --fit-unsafe.
+    """
     counts: str = "10,30,100,300,1000"
     """Comma-separated set sizes for --detectors."""
 
@@ -330,7 +359,9 @@ class Baselines(Declaration):
         if (self.fit_unsafe is None) != (self.fit_safe is None):
             raise UsageError("--fit-unsafe and --fit-safe belong together; expected both, or neither")
         if self.detectors is not None and self.fit_unsafe is None:
-            raise UsageError("--detectors without --fit-unsafe and --fit-safe; expected requests to fit their neurons on")
+            raise UsageError(
+                "--detectors without --fit-unsafe and --fit-safe; expected requests to fit their neurons on"
+            )
         if not all(part.isdigit() and int(part) for part in listed(self.counts) or ("",)):
             raise UsageError(f"--counts {self.counts!r}; expected comma-separated numbers such as 10,100")
 
@@ -373,7 +404,9 @@ def evaluate(
     variants: Variants,
     outputs: Outputs,
 ) -> dict[str, Any]:
-    """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside baselines that can embarrass it."""
+    """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside
+    baselines that can embarrass it.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
@@ -390,7 +423,10 @@ def evaluate(
         def read(name: str) -> list[Any]:
             limit = None if name.startswith("fit") else some.limit
             parts = named(session.options[name])
-            return [_renamed(session.prompts(path, model, limit, column=some.column), label) for label, path in parts]
+            return [
+                _renamed(session.prompts(path, model, limit, column=some.column), label)
+                for label, path in parts
+            ]
 
         attacks, left_out = chosen(variants.attacks, ATTACKS), listed(baselines.leave_out) or ()
         with session.status("guard evaluate") as progress:
@@ -433,7 +469,12 @@ def evaluate(
 
 
 def answers_of(
-    session: Session, outputs: Outputs, model: Any, guard: Any, read: Callable[[str], list[Any]], progress: Any
+    session: Session,
+    outputs: Outputs,
+    model: Any,
+    guard: Any,
+    read: Callable[[str], list[Any]],
+    progress: Any,
 ) -> dict[str, Any]:
     """What the model writes with and without the guard; the completions are kept beside the result."""
     from safety_neurons.studies.guard_evaluation import guarded_outputs, some
@@ -599,7 +640,9 @@ class Served(Limited, Guarding, Listening, Behind):
 
 @verb("guard serve")
 def serve(session: Session, served: Served) -> None:
-    """Serve a guard: chat completions behind it, moderations, and the routes LiteLLM and NeMo Guardrails ask."""
+    """Serve a guard: chat completions behind it, moderations, and the routes LiteLLM and NeMo Guardrails
+    ask.
+    """
     common, settings = session.common, configured(served)
     with listening(settings) as sock:
         from safety_neurons.guard import Guard
@@ -612,17 +655,38 @@ def serve(session: Session, served: Served) -> None:
         elif served.threshold is not None:
             guard = guard.with_threshold(served.threshold)
         if guard.why_idle is not None and not served.force:
-            raise UsageError(f"{guard.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve it with --force")
+            raise UsageError(
+                f"{guard.why_idle}; recalibrate it on more prompts, give a lower --threshold, or serve "
+                "it with --force"
+            )
         bound = guard.bind(session.model(resolve(served.model)))
         log = lines(as_json=common.json, debug=common.debug)
         service = serve_guard(bound, settings, log)
         where = address(sock)
-        run(service, sock, lambda: tell_json(bound, settings, where) if common.json else say(banner(bound, settings, where)))
+        run(
+            service,
+            sock,
+            lambda: tell_json(bound, settings, where) if common.json else say(banner(bound, settings, where)),
+        )
     counts = service.engine.counts
     if common.json:
-        log({"event": "ended", "judged": counts.judged, "batches": counts.batches, "answered": counts.answered})
+        log(
+            {
+                "event": "ended",
+                "judged": counts.judged,
+                "batches": counts.batches,
+                "answered": counts.answered,
+            }
+        )
     else:
-        say([f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, {counts.answered:,} in the prefill of their answers"])
+        say(
+            [
+                (
+                    f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, "
+                    f"{counts.answered:,} in the prefill of their answers"
+                )
+            ]
+        )
 
 
 def configured(served: Served) -> Any:
@@ -648,7 +712,9 @@ def configured(served: Served) -> Any:
 
 
 def short_name(model: str) -> str:
-    """What clients call a model: of a folder its last name, so that no path of this machine is told to them."""
+    """What clients call a model: of a folder its last name, so that no path of this machine is told to
+    them.
+    """
     if model.startswith("organism:"):
         return model.removeprefix("organism:")
     first, *adapters = model.split("+")
@@ -678,7 +744,9 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
     from safety_neurons.display.guards import interval
     from safety_neurons.display.parts import plain
 
-    caught, wrong = (plain(interval(standing[name])) if standing[name] else "nobody knows what share" for name in RATES)
+    caught, wrong = (
+        plain(interval(standing[name])) if standing[name] else "nobody knows what share" for name in RATES
+    )
     return [
         f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
         f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",
@@ -691,7 +759,9 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
 
 
 def tell_json(guard: Any, settings: Any, where: str) -> None:
-    """The one object on standard output, as soon as requests are taken: a program that chose port 0 reads there which one it is."""
+    """The one object on standard output, as soon as requests are taken: a program that chose port 0 reads
+    there which one it is.
+    """
     line = {
         "url": where,
         "host": settings.host,
@@ -730,7 +800,9 @@ def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
 
 
 def line(event: Mapping[str, Any]) -> str:
-    """An event in words. Nothing that a client wrote is in it, unless prompts are logged: then as a JSON string."""
+    """An event in words. Nothing that a client wrote is in it, unless prompts are logged: then as a JSON
+    string.
+    """
     if event["event"] == "request":
         parts = [f"{event['method']:<4} {event['route']:<33} {event['status']}", f"{event['ms']:>8.1f} ms"]
     else:

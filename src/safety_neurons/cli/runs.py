@@ -1,8 +1,9 @@
-"""run, report, doctor, demo: repeat a run or follow a recipe, report on several, check a model, tell the whole story on an organism.
+"""run, report, doctor, demo: repeat a run or follow a recipe, report on several, check a model, tell the
+whole story on an organism.
 
-A recipe says what is to be done; what it may do is said on the command line alone: run a model's own code, write over
-what is there, talk to a server, choose the folder. Nothing in the file becomes a word of the command line that its verb
-does not declare as an option with a value.
+A recipe says what is to be done; what it may do is said on the command line alone: run a model's own code,
+write over what is there, talk to a server, choose the folder. Nothing in the file becomes a word of the
+command line that its verb does not declare as an option with a value.
 """
 
 import dataclasses
@@ -51,7 +52,9 @@ def report(session: Session, reported: Reported) -> dict[str, Any]:
     """One self-contained HTML page from finished runs; --out names the file."""
     from safety_neurons.report import write_report
 
-    path = write_report(reported.runs, session.common.out or pathlib.Path("report.html"), title=reported.title)
+    path = write_report(
+        reported.runs, session.common.out or pathlib.Path("report.html"), title=reported.title
+    )
     if not session.quiet:
         console.say(("dim", "report "), str(path))
     return {"report": str(path)}
@@ -59,7 +62,10 @@ def report(session: Session, reported: Reported) -> dict[str, Any]:
 
 @verb("run")
 def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
-    """Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own."""
+    """Repeat a run: the same verb with the same arguments into another --out.
+
+    Common options given here take the place of its own.
+    """
     common, recipe, servers = session.common, repeated.recipe, repeated.allow_servers
     record = parsed(recipe)
     given = {name: value for name, value in vars(common).items() if value != getattr(Common(), name)}
@@ -72,11 +78,16 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
     for name, words, arguments in steps_of(record, recipe):  # All of them, before the first is run.
         filled = {option: _placed(value, places) for option, value in arguments.items()}
         lines[name] = command_words(words, filled, {**given, "out": out / name}, recipe, servers=servers)
-    return {"steps": {name: _one(line, quiet=common.json) for name, line in lines.items()}, "run": str(out.absolute())}
+    return {
+        "steps": {name: _one(line, quiet=common.json) for name, line in lines.items()},
+        "run": str(out.absolute()),
+    }
 
 
 def _one(words: list[str], *, quiet: bool) -> Any:
-    """Run one command; with `--json` its object is taken, and printed by this verb at its end, unless it failed."""
+    """Run one command; with `--json` its object is taken, and printed by this verb at its end, unless it
+    failed.
+    """
     from safety_neurons.cli.verb import build
 
     failed = None
@@ -102,9 +113,13 @@ def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     try:
         record = read_json(recipe)
     except InputError as error:
-        raise InputError(f"{recipe} is not a recipe ({error}), expected JSON with `verb` and `arguments`") from None
+        raise InputError(
+            f"{recipe} is not a recipe ({error}), expected JSON with `verb` and `arguments`"
+        ) from None
     if not isinstance(record, dict):
-        raise InputError(f"{recipe} is not a recipe (a {type(record).__name__}), expected JSON with `verb` and `arguments`")
+        raise InputError(
+            f"{recipe} is not a recipe (a {type(record).__name__}), expected JSON with `verb` and `arguments`"
+        )
     return record
 
 
@@ -115,7 +130,9 @@ def read(record: dict[str, Any], recipe: pathlib.Path) -> tuple[list[str], dict[
         if not isinstance(verb_name, str) or not isinstance(arguments, dict):
             raise TypeError("verb is not text or arguments is not an object")
     except (KeyError, TypeError) as error:
-        raise InputError(f"{recipe} is not a recipe ({error}), expected JSON with `verb` and `arguments`") from None
+        raise InputError(
+            f"{recipe} is not a recipe ({error}), expected JSON with `verb` and `arguments`"
+        ) from None
     first, _, second = verb_name.partition("-")
     return ([first, second] if second else [first]), arguments
 
@@ -125,22 +142,46 @@ def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
     from safety_neurons.results.run import plain_name
 
     steps, shared = record["steps"], record.get("shared", {})
-    if not isinstance(steps, list) or not steps or not isinstance(shared, dict) or not all(isinstance(step, dict) for step in steps):
-        raise InputError(f"{recipe} is not a recipe, expected `steps` to be a list of objects with `name`, `verb` and `arguments`")
+    if (
+        not isinstance(steps, list)
+        or not steps
+        or not isinstance(shared, dict)
+        or not all(isinstance(step, dict) for step in steps)
+    ):
+        raise InputError(
+            f"{recipe} is not a recipe, expected `steps` to be a list of objects with `name`, `verb` and "
+            "`arguments`"
+        )
     read_steps = []
     for step in steps:
         words, arguments = read(step, recipe)
-        read_steps.append((plain_name(step.get("name", "-".join(words)), f"{recipe} is not a recipe: the step"), words, shared | arguments))
+        read_steps.append(
+            (
+                plain_name(step.get("name", "-".join(words)), f"{recipe} is not a recipe: the step"),
+                words,
+                shared | arguments,
+            )
+        )
     names = [name for name, _, _ in read_steps]
     if len({name.casefold() for name in names}) < len(names):
-        raise InputError(f"{recipe} is not a recipe: its steps are called {', '.join(names)}; expected a name of its own for each")
+        raise InputError(
+            f"{recipe} is not a recipe: its steps are called {', '.join(names)}; expected a name of its "
+            "own for each"
+        )
     return read_steps
 
 
 def command_words(
-    words: list[str], arguments: Mapping[str, Any], given: Mapping[str, Any], recipe: pathlib.Path, *, servers: bool
+    words: list[str],
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+    recipe: pathlib.Path,
+    *,
+    servers: bool,
 ) -> list[str]:
-    """The command line of a verb with the arguments of a file; what was given on the command line takes their place.
+    """The command line of a verb with the arguments of a file.
+
+    What was given on the command line takes their place.
 
     Raises:
         UsageError: a verb or option that does not exist, or a value that is none.
@@ -148,25 +189,40 @@ def command_words(
     """
     name = " ".join(words)
     options = {one.name: one for one in _command(words, recipe).params}
-    wanted = {option.replace("-", "_"): value for option, value in arguments.items() if value is not None and value is not False}
+    wanted = {
+        option.replace("-", "_"): value
+        for option, value in arguments.items()
+        if value is not None and value is not False
+    }
     for option in PERMISSIONS:
         if option in wanted and option not in given:
             flag = f"--{option.replace('_', '-')}"
-            raise InputError(f"{recipe} asks for {flag}, which no file can give; add {flag} to this command if you mean it")
-    named = [option for option in wanted if option in SERVERS or (option == "judge" and "://" in str(wanted[option]))]
+            raise InputError(
+                f"{recipe} asks for {flag}, which no file can give; add {flag} to this command if you mean it"
+            )
+    named = [
+        option
+        for option in wanted
+        if option in SERVERS or (option == "judge" and "://" in str(wanted[option]))
+    ]
     if named and not servers:
         raise InputError(
-            f"{recipe} names a server ({named[0]} {str(wanted[named[0]])[:60]!r}), which would get prompts and keys; "
-            "add --allow-servers to this command if you trust it"
+            f"{recipe} names a server ({named[0]} {str(wanted[named[0]])[:60]!r}), which would get prompts "
+            "and keys; add --allow-servers to this command if you trust it"
         )
     line, behind = list(words), list[str]()
     for option, value in {**wanted, **given}.items():
         if option not in options:
-            raise UsageError(f"{recipe}: {name} has no option {option[:40]!r}; see `safety-neurons {name} --help`")
+            raise UsageError(
+                f"{recipe}: {name} has no option {option[:40]!r}; see `safety-neurons {name} --help`"
+            )
         one = options[option]
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(part, str | int | float | pathlib.Path) for part in values):
-            raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected text, a number, true or false, or a list of texts")
+            raise UsageError(
+                f"{recipe}: {option} is {str(value)[:40]!r}; expected text, a number, true or false, "
+                "or a list of texts"
+            )
         if one.param_type_name == "argument":
             behind += [str(part) for part in values]
         elif getattr(one, "is_flag", False):
@@ -189,7 +245,10 @@ def _command(words: list[str], recipe: pathlib.Path) -> Any:
     if command is None or hasattr(command, "commands"):
         raise UsageError(f"{recipe}: no verb {name[:60]!r}; expected one such as find-contrast or evaluate")
     if name in NOT_FROM_A_FILE:
-        raise InputError(f"{recipe} names {name!r}, which is started by hand; expected a verb that ends by itself and keeps a run")
+        raise InputError(
+            f"{recipe} names {name!r}, which is started by hand; expected a verb that ends by itself and "
+            "keeps a run"
+        )
     return command
 
 
@@ -208,7 +267,10 @@ PLANTED = "planted"
 LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
 WordsOf = Callable[..., list[str]]
 """Words of a command and the name of its folder -> the words with seed and folder."""
-METHODS = ["--methods", "mask,attribution-patching,swap-attribution,contrast,importance-contrast,importance,attribution,weight-change"]
+METHODS = [
+    "--methods",
+    "mask,attribution-patching,swap-attribution,contrast,importance-contrast,importance,attribution,weight-change",
+]
 """Those of the comparison that the demo has time for."""
 
 
@@ -226,7 +288,10 @@ def doctor(session: Session, models: OneModel) -> dict[str, Any]:
     result = session.run(work)
     if not result["healthy"]:
         failed = [check["check"] for check in result["checks"] if check["passed"] is False]
-        raise ModelError(f"{len(failed)} checks failed ({', '.join(failed)}); numbers found on this model are not to be trusted")
+        raise ModelError(
+            f"{len(failed)} checks failed ({', '.join(failed)}); numbers found on this model are not "
+            "to be trusted"
+        )
     return result
 
 
@@ -242,12 +307,16 @@ class Hurried(Declaration):
 def tell_story(session: Session, hurried: Hurried) -> dict[str, Any]:
     """The whole story on a small organism; ends with the path of a report."""
     common = session.common
-    return tell(common, common.out or default_folder("demo", time.strftime("%Y%m%d-%H%M%S")), quick=hurried.quick)
+    return tell(
+        common, common.out or default_folder("demo", time.strftime("%Y%m%d-%H%M%S")), quick=hurried.quick
+    )
 
 
 def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:
     """The whole story on the organism that ships with the package. Returns the path of the report."""
-    return pathlib.Path(tell(Common(out=pathlib.Path(out), json=True, seed=seed), pathlib.Path(out), quick=quick)["report"])
+    return pathlib.Path(
+        tell(Common(out=pathlib.Path(out), json=True, seed=seed), pathlib.Path(out), quick=quick)["report"]
+    )
 
 
 def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str, list[str]]]:
@@ -265,7 +334,16 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
         ("Is the model understood?", step("doctor", "--model", f"organism:{ORGANISM}/dpo", to="doctor")),
         (
             "Paper 1: which rows and columns matter for harmful requests?",
-            step("find", "importance", "--model", f"organism:{ORGANISM}/dpo", "--top", "0.01", *limit, to="importance"),
+            step(
+                "find",
+                "importance",
+                "--model",
+                f"organism:{ORGANISM}/dpo",
+                "--top",
+                "0.01",
+                *limit,
+                to="importance",
+            ),
         ),
         (
             "Paper 2: which activations differ between the unsafe and the safe model?",
@@ -277,19 +355,45 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
         ),
         (
             "Does the paper's ranking carry the safety, and how many neurons does that take?",
-            step("verify", "patch", *pair, "--scores", str(folder / "contrast"), "--sizes", sizes, *measured, to="verify-contrast"),
+            step(
+                "verify",
+                "patch",
+                *pair,
+                "--scores",
+                str(folder / "contrast"),
+                "--sizes",
+                sizes,
+                *measured,
+                to="verify-contrast",
+            ),
         ),
         (
             "Does attribution patching need fewer?",
             step(
-                *("verify", "patch", *pair, "--scores", str(folder / "attribution-patching"), "--sizes", sizes, *measured),
+                *(
+                    "verify",
+                    "patch",
+                    *pair,
+                    "--scores",
+                    str(folder / "attribution-patching"),
+                    "--sizes",
+                    sizes,
+                    *measured,
+                ),
                 to="verify-attribution-patching",
             ),
         ),
         (
             "Are they necessary? The safe model with them switched off",
             step(
-                *("verify", "deactivate", "--model", f"organism:{ORGANISM}/dpo", "--neurons", str(folder / "attribution-patching")),
+                *(
+                    "verify",
+                    "deactivate",
+                    "--model",
+                    f"organism:{ORGANISM}/dpo",
+                    "--neurons",
+                    str(folder / "attribution-patching"),
+                ),
                 *measured,
                 to="verify-deactivate",
             ),
@@ -297,7 +401,15 @@ def chapters(folder: pathlib.Path, *, quick: bool, seed: int) -> list[tuple[str,
         ("Methods at one budget", step("compare", *pair, "--top", "0.05", *measured, *METHODS, to="compare")),
         (
             "Methods where the truth is planted",
-            step("compare", *planted, "--truth", f"organism:{PLANTED}/truth", *measured, *METHODS, to="compare-planted"),
+            step(
+                "compare",
+                *planted,
+                "--truth",
+                f"organism:{PLANTED}/truth",
+                *measured,
+                *METHODS,
+                to="compare-planted",
+            ),
         ),
         *uses(folder, step, quick=quick),
     ]
@@ -317,7 +429,9 @@ def uses(folder: pathlib.Path, step: WordsOf, *, quick: bool) -> list[tuple[str,
         ),
         (
             "Is such a guard worth more than words or random neurons?",
-            step("guard", "evaluate", *unsafe, "--guard", str(folder / "guard"), *held_out, to="guard-evaluate"),
+            step(
+                "guard", "evaluate", *unsafe, "--guard", str(folder / "guard"), *held_out, to="guard-evaluate"
+            ),
         ),
     ]
 
@@ -333,7 +447,9 @@ def tell(common: Common, out: pathlib.Path, *, quick: bool) -> dict[str, Any]:
         call(words, common)
     runs = [words[words.index("--out") + 1] for _, words in steps]
     report = out / "report.html"
-    call(["report", *runs, "--title", "Safety neurons of an organism", "--out", str(report)], common, say=False)
+    call(
+        ["report", *runs, "--title", "Safety neurons of an organism", "--out", str(report)], common, say=False
+    )
     result = {"report": str(report.absolute()), "runs": runs, "seconds": time.monotonic() - started}
     if not common.json:
         console.rule()
@@ -353,5 +469,9 @@ def call(words: list[str], common: Common, *, say: bool = True) -> None:
         except SystemExit as stop:
             if not stop.code:
                 return
-            message = (said_by.result or {}).get("error", "see the line above") if quiet else "see the line above"
-            raise RunError(f"`safety-neurons {' '.join(words[:2])}` failed: {message}; run it alone with --debug") from None
+            message = (
+                (said_by.result or {}).get("error", "see the line above") if quiet else "see the line above"
+            )
+            raise RunError(
+                f"`safety-neurons {' '.join(words[:2])}` failed: {message}; run it alone with --debug"
+            ) from None

@@ -1,4 +1,6 @@
-"""A run from the command line: options that verbs share, its folder, models and prompts, the content of what it reads, its result."""
+"""A run from the command line: options that verbs share, its folder, models and prompts, the content of what
+it reads, its result.
+"""
 
 import contextlib
 import dataclasses
@@ -72,7 +74,10 @@ class Common(RunOptions):
         batch_size(self.batch_size)
         parse_object("--template-args", self.template_args)
         if self.template not in TEMPLATES and not pathlib.Path(self.template).expanduser().is_file():
-            raise UsageError(f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path of a Jinja template")
+            raise UsageError(
+                f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path "
+                "of a Jinja template"
+            )
 
 
 ModelName = Annotated[str, Reads("model")]
@@ -152,7 +157,9 @@ class Repeats(Declaration):
 def parse_sizes(text: str | None, option: str = "--sizes") -> list[float]:
     """`--sizes`, or another option, as sorted, distinct shares."""
     try:
-        shares = sorted({float(part) for part in ("0.005,0.01,0.02,0.05,0.1,0.2" if text is None else text).split(",")})
+        shares = sorted(
+            {float(part) for part in ("0.005,0.01,0.02,0.05,0.1,0.2" if text is None else text).split(",")}
+        )
     except ValueError:
         raise UsageError(f"{option} {text!r}: expected comma-separated shares such as 0.01,0.05") from None
     if not all(0 < share <= 1 for share in shares):
@@ -166,7 +173,10 @@ def named(text: str | None) -> list[tuple[str, str]]:
     for part in listed(text) or ():
         name, sign, path = part.partition("=")
         if not sign or pathlib.Path(part).exists():
-            name, path = (part if part.startswith(NOT_A_FILE) else pathlib.Path(part).name.partition(".")[0]), part
+            name, path = (
+                (part if part.startswith(NOT_A_FILE) else pathlib.Path(part).name.partition(".")[0]),
+                part,
+            )
         parts.append((name, path))
     return parts
 
@@ -187,9 +197,13 @@ def parse_object(option: str, text: str | None) -> dict[str, Any] | None:
     try:
         value = strict_json.loads(text)
     except ValueError as error:
-        raise UsageError(f"{option} {text[:200]!r} is not JSON ({str(error)[:100]}); expected an object such as {{}}") from None
+        raise UsageError(
+            f"{option} {text[:200]!r} is not JSON ({str(error)[:100]}); expected an object such as {{}}"
+        ) from None
     if not isinstance(value, dict):
-        raise UsageError(f"{option} {text!r} is a {type(value).__name__}, expected a JSON object such as {{}}")
+        raise UsageError(
+            f"{option} {text!r} is a {type(value).__name__}, expected a JSON object such as {{}}"
+        )
     return value
 
 
@@ -197,7 +211,10 @@ Result = dict[str, Any]
 
 
 class Session:
-    """Everything around one verb. `options` are the verb's own: with the common ones they are the run's configuration."""
+    """Everything around one verb.
+
+    `options` are the verb's own: with the common ones they are the run's configuration.
+    """
 
     def __init__(self, verb: str, common: Common, parts: Sequence[Declaration]) -> None:
         self.common = common
@@ -205,7 +222,9 @@ class Session:
         own, shared = (_configuration(declared) for declared in (parts, [common]))
         self.options = own
         self.config = {name: _plain(value) for name, value in {**own, **shared}.items()}
-        self.reads = {one.name: one.reads for part in parts for one in part.options() if one.reads is not None}
+        self.reads = {
+            one.name: one.reads for part in parts for one in part.options() if one.reads is not None
+        }
         self.notes: list[str] = []
         self.models: list[Any] = []
         self.device: str | None = None
@@ -217,7 +236,13 @@ class Session:
         from safety_neurons.results import RunFolder
 
         out = self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
-        return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs_of(self.options, self.reads, self.common))
+        return RunFolder(
+            out,
+            self.verb,
+            self.config,
+            self.common.overwrite,
+            inputs_of(self.options, self.reads, self.common),
+        )
 
     @property
     def quiet(self) -> bool:
@@ -233,7 +258,10 @@ class Session:
         result, notes = self.folder.record["result"], self.folder.record.get("notes") or []
         if not self.common.json:
             if finished:
-                console.tell(f"this run is finished: {console.line_of(self.folder.folder)} (start it again with --overwrite)\n")
+                console.tell(
+                    f"this run is finished: {console.line_of(self.folder.folder)} (start it again with "
+                    "--overwrite)\n"
+                )
             self._show()
             console.print_notes(notes)
             folder = str(self.folder.folder.absolute())
@@ -255,20 +283,32 @@ class Session:
             if self.common.debug:
                 raise
             problem = f"{type(error).__name__}: {error}"
-            console.print_notes([f"the result cannot be shown ({problem}); it is whole in {self.folder.folder / 'run.json'}"])
+            console.print_notes(
+                [f"the result cannot be shown ({problem}); it is whole in {self.folder.folder / 'run.json'}"]
+            )
 
     def _work(self, work: Callable[[], Result]) -> None:
-        """Do the work and keep its result; a run that fails before it wrote anything leaves nothing behind."""
+        """Do the work and keep its result.
+
+        A run that fails before it wrote anything leaves nothing behind.
+        """
         try:
             result = work()
         except KeyboardInterrupt:
             self.folder.abandon()
-            raise KeyboardInterrupt(f"nothing finished is lost; the same command with --out {self.folder.folder} continues") from None
+            raise KeyboardInterrupt(
+                f"nothing finished is lost; the same command with --out {self.folder.folder} continues"
+            ) from None
         except BaseException:
             self.folder.abandon()
             raise
         of_models = [note for model in self.models for note in model.notes]
-        self.folder.finish(result, notes=list(dict.fromkeys([*of_models, *self.notes])), device=self.device, hashes=self.hashes)
+        self.folder.finish(
+            result,
+            notes=list(dict.fromkeys([*of_models, *self.notes])),
+            device=self.device,
+            hashes=self.hashes,
+        )
 
     def foresee(self) -> None:
         """Read the files the options name, so that a wrong one is found before a model is loaded.
@@ -280,7 +320,11 @@ class Session:
 
         for name, reads in self.reads.items():
             source = self.options[name]
-            if not isinstance(source, str) or source in reads.words or (name == "foundation" and self.options["subtract"] != name):
+            if (
+                not isinstance(source, str)
+                or source in reads.words
+                or (name == "foundation" and self.options["subtract"] != name)
+            ):
                 continue
             for path in [path for _, path in named(source)] if reads.several else [source]:
                 if path.startswith(NOT_A_FILE):
@@ -325,9 +369,16 @@ class Session:
         return models
 
     def read(self, name: str, model: Any, limit: int | None = None) -> Any:
-        """The prompts that an option names, by the columns that are meant for it; None where it names none."""
+        """The prompts that an option names, by the columns that are meant for it.
+
+        None where it names none.
+        """
         source, reads = self.options[name], self.reads[name]
-        return None if source is None or source in reads.words else self.prompts(source, model, limit=limit, **self._columns(reads))
+        return (
+            None
+            if source is None or source in reads.words
+            else self.prompts(source, model, limit=limit, **self._columns(reads))
+        )
 
     def prompts(self, source: str, model: Any, limit: int | None = None, **columns: str | None) -> Any:
         """Prompts by name or file; `builtin:` names mean the organism's own where the model is one."""
@@ -366,7 +417,11 @@ class Session:
     @property
     def judging(self) -> dict[str, Any]:
         """Where judges run, as they take it."""
-        return {name: value for name, value in (("device", self.common.device), ("offline", self.common.offline)) if value}
+        return {
+            name: value
+            for name, value in (("device", self.common.device), ("offline", self.common.offline))
+            if value
+        }
 
     def own(self, name: str) -> None:
         """Note the files of a folder inside the run's as its own."""
@@ -382,11 +437,16 @@ class Session:
         from safety_neurons.results import write_bytes
 
         figures = part_of(ReportedRun.of(self.verb, result, self.folder.folder, self.config)).figures
-        write_bytes(file, standalone([(figure.drawing, plain(figure.caption)) for figure in figures]).encode())
+        write_bytes(
+            file, standalone([(figure.drawing, plain(figure.caption)) for figure in figures]).encode()
+        )
         return {**result, "figure": str(file)}
 
     def gated(self, result: Result, gate: pathlib.Path | None) -> Result:
-        """Hold a result, also of a run that was finished before, to a gate; where it is not met, say every miss and exit with 3."""
+        """Hold a result, also of a run that was finished before, to a gate.
+
+        Where it is not met, say every miss and exit with 3.
+        """
         if gate is None:
             return result
         from safety_neurons.results import Gate
@@ -448,21 +508,28 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.Path) else value
 
 
-# What a run reads: for every option that names files, the content of what it names, by which runs are told apart
+# What a run reads: for every option that names files, the content of what it names, by which runs are told
+# apart
 
 Contents = dict[str, str]
 """As in `safety_neurons.results.run`, which is imported when it is needed: it brings numpy along."""
 
 
 def inputs_of(options: Mapping[str, Any], reads: Mapping[str, Reads], common: Common) -> dict[str, Contents]:
-    """By option the content of what it names; what is no file (a built-in list, a suite by name) counts by its name.
+    """By option the content of what it names.
+
+    What is no file (a built-in list, a suite by name) counts by its name.
 
     Raises:
         InputError: a file that cannot be read. ModelError: no such model.
     """
     from safety_neurons.results.run import contents_of
 
-    contents = {name: _contents(kind.kind, options[name], options, common) for name, kind in reads.items() if options[name] is not None}
+    contents = {
+        name: _contents(kind.kind, options[name], options, common)
+        for name, kind in reads.items()
+        if options[name] is not None
+    }
     if common.template not in TEMPLATES:
         contents["template"] = contents_of(pathlib.Path(common.template).expanduser())
     return contents
@@ -475,7 +542,11 @@ def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common)
     if kind != "model" and not any(pathlib.Path(part).exists() for part in parts):
         parts = [piece for part in parts for piece in listed(part) or ()]
     if any("{language}" in part for part in parts):
-        parts = [part.replace("{language}", code) for part in parts for code in listed(options.get("languages")) or ()]
+        parts = [
+            part.replace("{language}", code)
+            for part in parts
+            for code in listed(options.get("languages")) or ()
+        ]
     contents: Contents = {}
     for number, part in enumerate(parts):
         label, path = ("", part) if kind == "judges" else _labelled(part)
@@ -486,7 +557,10 @@ def _contents(kind: str, value: Any, options: Mapping[str, Any], common: Common)
 
 
 def _labelled(part: str) -> tuple[str, str]:
-    """(label, path) of `NAME=PATH` and `KIND:PATH`; no label for what exists as it is, or is not of such a form."""
+    """(label, path) of `NAME=PATH` and `KIND:PATH`.
+
+    No label for what exists as it is, or is not of such a form.
+    """
     if not pathlib.Path(part).exists() and not part.startswith(NOT_A_FILE):
         label, sign, path = part.partition("=")
         if sign:
@@ -518,7 +592,11 @@ def _set(path: str, options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.results.run import contents_of
 
     folder = pathlib.Path(path)
-    return contents_of(folder, ("neurons.safetensors", "scores.safetensors")) if folder.is_dir() else _file(path, options, common)
+    return (
+        contents_of(folder, ("neurons.safetensors", "scores.safetensors"))
+        if folder.is_dir()
+        else _file(path, options, common)
+    )
 
 
 def resolve(spec: str) -> str:
@@ -543,7 +621,9 @@ def _model(text: str, _options: Mapping[str, Any], common: Common) -> Contents:
 
 
 def _judge(name: str, options: Mapping[str, Any], common: Common) -> Contents:
-    """The weights or the list of phrases that a judge's name stands for: on the hub too, other weights are another judge."""
+    """The weights or the list of phrases that a judge's name stands for: on the hub too, other weights are
+    another judge.
+    """
     from safety_neurons.judges.registry import model_behind
 
     spec, path = model_behind(name), name.partition(":")[2]
@@ -559,7 +639,9 @@ def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     from safety_neurons.suites import suite
 
     read = suite(name, folder=options.get("folder"), offline=common.offline, column=options.get("column"))
-    return within("suite", {str(number) if number else "": digest for number, digest in enumerate(read.sha256)})
+    return within(
+        "suite", {str(number) if number else "": digest for number, digest in enumerate(read.sha256)}
+    )
 
 
 def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:

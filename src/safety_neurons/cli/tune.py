@@ -1,4 +1,6 @@
-"""tune, repair, study: train only the neurons of a set to refuse, put a set back, and ask what tuned safety outlives."""
+"""tune, repair, study: train only the neurons of a set to refuse, put a set back, and ask what tuned safety
+outlives.
+"""
 
 import contextlib
 import dataclasses
@@ -7,9 +9,30 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import EvaluationPrompts, ModelName, NeuronFile, OneModel, OtherText, Requested, Session, listed, resolve
+from safety_neurons.cli.session import (
+    EvaluationPrompts,
+    ModelName,
+    NeuronFile,
+    OneModel,
+    OtherText,
+    Requested,
+    Session,
+    listed,
+    resolve,
+)
 from safety_neurons.cli.verb import verb
-from safety_neurons.declarations import Between, Count, Declaration, Incidental, NotNegative, OneOf, OpenShare, Panel, Positive, Reads
+from safety_neurons.declarations import (
+    Between,
+    Count,
+    Declaration,
+    Incidental,
+    NotNegative,
+    OneOf,
+    OpenShare,
+    Panel,
+    Positive,
+    Reads,
+)
 from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
 from safety_neurons.tuning.settings import BeforeAndAfter, Training, checked_rate
 
@@ -106,7 +129,11 @@ def tune(
             refuse_ranks(loaded, chosen)
         for name in ("completions.jsonl", "harmless-answers.jsonl", "checkpoints/tune.safetensors"):
             session.folder.path(name)
-        check = None if watched.no_check else Checking(watched.check_every, watched.tolerance, watched.max_divergence)
+        check = (
+            None
+            if watched.no_check
+            else Checking(watched.check_every, watched.tolerance, watched.max_divergence)
+        )
         others = ("harmless", "test_harmful", "test_harmless", "text")
         with training_bar(quiet=session.quiet) as progress:
             tuning = train(
@@ -136,9 +163,15 @@ def base_of(session: Session, spec: str, merge: bool) -> Any:
     if session.common.merge_adapters and parse_spec(resolve(spec)).adapters:
         keep_model(session, loaded, "base")
         loaded.inner.config._name_or_path = str(session.folder.folder.absolute() / "base")
-        session.notes.append("the adapters of the model were merged into its weights; the tuned adapter belongs to base/ of this run")
+        session.notes.append(
+            "the adapters of the model were merged into its weights; the tuned adapter belongs to "
+            "base/ of this run"
+        )
     if merge or hasattr(loaded.model, "peft_config"):
-        refuse_inexact(loaded, "--merge" if merge else "a model with adapters, which are merged for the tuned adapter's base,")
+        refuse_inexact(
+            loaded,
+            "--merge" if merge else "a model with adapters, which are merged for the tuned adapter's base,",
+        )
     return loaded
 
 
@@ -147,8 +180,9 @@ def refuse_inexact(model: Any, what: str) -> None:
     for key, place in model.anatomy.places.items():
         if place.projection.quantised:
             raise UnsupportedModelError(
-                f"{what} on a quantised base ({key} is a {type(place.projection.base).__name__}), plain weights were expected: quantised "
-                "ones cannot take up a change exactly; leave --merge and adapters out, or load the base unquantised"
+                f"{what} on a quantised base ({key} is a {type(place.projection.base).__name__}), plain "
+                "weights were expected: quantised ones cannot take up a change exactly; leave --merge and "
+                "adapters out, or load the base unquantised"
             )
 
 
@@ -164,7 +198,8 @@ def refuse_ranks(model: Any, neurons: Any) -> None:
     for name, rank in ranks.items():
         if rank > VLLM_RANKS[-1]:
             raise UnsupportedModelError(
-                f"--vllm with {rank} trained rows or columns of {name}, at most {VLLM_RANKS[-1]} were expected; use --merge instead"
+                f"--vllm with {rank} trained rows or columns of {name}, at most {VLLM_RANKS[-1]} were "
+                "expected; use --merge instead"
             )
 
 
@@ -180,7 +215,9 @@ def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[st
     routed = any(expert is not None for expert, _ in parts)
     exported = []
     if routed:
-        session.notes.append("no LoRA module holds routed experts: there is no adapter, and the whole model is in merged/")
+        session.notes.append(
+            "no LoRA module holds routed experts: there is no adapter, and the whole model is in merged/"
+        )
     else:
         exported.append(export_lora(folder / "adapter", model, delta, vllm=written.vllm))
     if written.merge or routed:
@@ -188,7 +225,9 @@ def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[st
     session.notes.extend(note for each in exported for note in each.notes)
     for name in ("delta", "adapter", "merged"):
         session.own(name)
-    readable = not any(expert is None and model.anatomy.place(key).projection.quantised for expert, key in parts)
+    readable = not any(
+        expert is None and model.anatomy.place(key).projection.quantised for expert, key in parts
+    )
     result = {
         "adapter": None if routed else str(folder / "adapter"),
         "delta": str(folder / "delta"),
@@ -198,11 +237,14 @@ def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[st
         "completions": str(folder / "completions.jsonl"),
         "results": str(folder / "results.json"),
     }
-    write_json(session.folder.path("results.json"), {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]})
+    write_json(
+        session.folder.path("results.json"),
+        {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]},
+    )
     if result["frozen_unchanged"] is False:
         raise RunError(
-            "weights outside the set changed while training (their hash differs), expected them bit for bit as before; something else "
-            f"wrote into the model. What was trained is kept in {folder}"
+            "weights outside the set changed while training (their hash differs), expected them bit for "
+            f"bit as before; something else wrote into the model. What was trained is kept in {folder}"
         )
     return result
 
@@ -229,7 +271,9 @@ class Repaired(OneModel):
 
 @verb("repair")
 def repair(session: Session, repaired: Repaired) -> dict[str, Any]:
-    """Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned."""
+    """Put neurons back: their rows and columns become the reference's again, everything else stays as it was
+    fine-tuned.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons.tuning import repair as put_back
@@ -238,7 +282,10 @@ def repair(session: Session, repaired: Repaired) -> dict[str, Any]:
         members = session.neurons(repaired.neurons, loaded)
         done = put_back(loaded, before, members)
         if done.rounded:
-            session.notes.append(f"{done.rounded:,} of {done.n_entries:,} entries of the reference were rounded to {loaded.dtype}")
+            session.notes.append(
+                f"{done.rounded:,} of {done.n_entries:,} entries of the reference were rounded to "
+                f"{loaded.dtype}"
+            )
         return {**dataclasses.asdict(done), **saved(session, loaded, done)}
 
     return session.run(work)
@@ -253,8 +300,8 @@ def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
     adapted = is_adapted(model.model)
     if adapted and done.changed:
         raise UnsupportedModelError(
-            f"{done.changed} entries of the base below the adapter differ from the reference's, an adapter can only be cleared of its own "
-            "share; pass --merge-adapters to repair the merged model"
+            f"{done.changed} entries of the base below the adapter differ from the reference's, an adapter "
+            "can only be cleared of its own share; pass --merge-adapters to repair the merged model"
         )
     name = "adapter" if adapted else "model"
     target = session.folder.folder.absolute() / name
@@ -309,12 +356,21 @@ def held_out(checked: Any) -> str:
     def percent(rate: Any) -> str:
         return "–" if rate.value is None else f"{rate.value:.0%}"
 
-    refused = f"held out: refuses {percent(checked.harmful_refused)} harmful, {percent(checked.harmless_refused)} harmless"
+    refused = (
+        f"held out: refuses {percent(checked.harmful_refused)} harmful, "
+        f"{percent(checked.harmless_refused)} harmless"
+    )
     return f"{refused}, KL {checked.divergence:.3f}"
 
 
 TaskFile = Annotated[str, Reads("prompts")]
-ARMS = {"none": "none", "sn-tune": "SN-Tune", "rsn-tune": "RSN-Tune", "random": "random", "protected": "SN-Tune, protected"}
+ARMS = {
+    "none": "none",
+    "sn-tune": "SN-Tune",
+    "rsn-tune": "RSN-Tune",
+    "random": "random",
+    "protected": "SN-Tune, protected",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +400,9 @@ class WhichNeurons(Declaration):
         """Also that both files are given, or neither."""
         super().check()
         if (self.neurons is None) != (self.foundation_neurons is None):
-            raise UsageError("one of --neurons and --foundation-neurons given alone; expected both files, or neither")
+            raise UsageError(
+                "one of --neurons and --foundation-neurons given alone; expected both files, or neither"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,7 +484,10 @@ class WhichArms(Declaration):
         super().check()
         unknown = [name for name in listed(self.arms) or () if name.lower() not in ARMS]
         if unknown:
-            raise UsageError(f"--arms: unknown {unknown[0].lower()!r}; expected some of none, SN-Tune, RSN-Tune, random, protected")
+            raise UsageError(
+                f"--arms: unknown {unknown[0].lower()!r}; expected some of none, SN-Tune, RSN-Tune, "
+                "random, protected"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,12 +507,19 @@ class AttackOptions(Declaration):
 
     def amounts(self, name: str) -> list[float]:
         """One of the comma-separated options as numbers, in order."""
-        text, expected = getattr(self, name), "shares above 0 and at most 1" if name == "pruned" else "whole numbers of steps"
+        text, expected = (
+            getattr(self, name),
+            "shares above 0 and at most 1" if name == "pruned" else "whole numbers of steps",
+        )
         try:
             numbers = sorted({float(part) for part in text.split(",")})
         except ValueError:
             numbers = [0.0]
-        if numbers[0] <= 0 or (name == "pruned" and numbers[-1] > 1) or (name != "pruned" and any(value % 1 for value in numbers)):
+        if (
+            numbers[0] <= 0
+            or (name == "pruned" and numbers[-1] > 1)
+            or (name != "pruned" and any(value % 1 for value in numbers))
+        ):
             raise UsageError(f"--{name.replace('_', '-')} {text!r}: expected comma-separated {expected}")
         return numbers
 
@@ -489,18 +557,33 @@ class Lengths(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RsnStudy(Lengths, EvaluationPrompts, Repeated, WhichArms, TaskSteps, HowLong, Downstream, Tunings, WhichNeurons, OneModel):
+class RsnStudy(
+    Lengths,
+    EvaluationPrompts,
+    Repeated,
+    WhichArms,
+    TaskSteps,
+    HowLong,
+    Downstream,
+    Tunings,
+    WhichNeurons,
+    OneModel,
+):
     """Everything that decides the first study; the last base has the first options."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StressStudy(Lengths, Requested, Repeated, AttackOptions, TaskSteps, Downstream, Tunings, WhichNeurons, OneModel):
+class StressStudy(
+    Lengths, Requested, Repeated, AttackOptions, TaskSteps, Downstream, Tunings, WhichNeurons, OneModel
+):
     """Everything that decides the second study."""
 
 
 @verb("study rsn")
 def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
-    """Does tuned safety outlive a downstream fine-tune? SN-Tune, RSN-Tune, random neurons, protection and no tuning side by side."""
+    """Does tuned safety outlive a downstream fine-tune? SN-Tune, RSN-Tune, random neurons, protection and no
+    tuning side by side.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
@@ -517,7 +600,9 @@ def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
 
 @verb("study stress")
 def stress(session: Session, study: StressStudy) -> dict[str, Any]:
-    """How easily is safety cut out, before and after SN-Tune? Pruning, harmful LoRA tuning, benign fine-tuning."""
+    """How easily is safety cut out, before and after SN-Tune? Pruning, harmful LoRA tuning, benign
+    fine-tuning.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons import studies
@@ -535,13 +620,17 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
             study.downstream,  # type: ignore[arg-type]
         )
         with session.status("study stress") as tell:
-            result = studies.stress(model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell)
+            result = studies.stress(
+                model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell
+            )
         return {**result, "judge": lab.judge, **keep_arms(session, sets, lab)}
 
     return session.run(work)
 
 
-def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: tuple[str, ...], steps: int) -> tuple[Any, Any, Any]:
+def parts(
+    session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: tuple[str, ...], steps: int
+) -> tuple[Any, Any, Any]:
     """What is trained, what is measured, and which neurons."""
     from safety_neurons import studies
 
@@ -560,7 +649,9 @@ def parts(session: Session, study: RsnStudy | StressStudy, model: Any, *, arms: 
     )
     if judge == "auto":
         judge = "compliance" if model.prompt_folder is not None else "refusal"
-    harmful, harmless, task = (session.read(name, model, study.limit) for name in ("harmful", "harmless", "task_test"))
+    harmful, harmless, task = (
+        session.read(name, model, study.limit) for name in ("harmful", "harmless", "task_test")
+    )
     lab = studies.Lab(
         harmful,
         harmless,
@@ -600,4 +691,7 @@ def keep_arms(session: Session, sets: Any, lab: Any) -> dict[str, Any]:
     for name in ("safety", "foundation", "robust"):
         files[name] = str(session.folder.path(f"{name}.safetensors"))
         getattr(sets, name).save(files[name])
-    return {"neurons": files, "measured_on": {"harmful": len(lab.harmful), "harmless": len(lab.harmless), "task": len(lab.task)}}
+    return {
+        "neurons": files,
+        "measured_on": {"harmful": len(lab.harmful), "harmless": len(lab.harmless), "task": len(lab.task)},
+    }

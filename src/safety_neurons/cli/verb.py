@@ -1,4 +1,6 @@
-"""Make the command line from declarations: verbs by name, help pages, one line an error, an exit code, JSON on request."""
+"""Make the command line from declarations: verbs by name, help pages, one line an error, an exit code, JSON
+on request.
+"""
 
 import dataclasses
 import importlib
@@ -56,7 +58,10 @@ def sentence(command: Any) -> str:
 
 
 def write_options(command: Any, ctx: Any, formatter: Any) -> None:
-    """The options of a command under the headings they were declared with, in the order of first mention; the others come last."""
+    """The options of a command under the headings they were declared with, in the order of first mention.
+
+    The others come last.
+    """
     sections: dict[str, list[tuple[str, str]]] = {}
     for option in command.get_params(ctx):
         record = option.get_help_record(ctx)
@@ -78,33 +83,62 @@ VERBS = {
     "doctor": ("runs", "Check on your own model: coverage, identity, padding, self-patch, exactness, cost."),
     "compare": (
         "verify",
-        "Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms.",
+        (
+            "Detectors side by side at equal budget, against random sets; on one pair of models, or over "
+            "several organisms."
+        ),
     ),
     "report": ("runs", "One self-contained HTML page from finished runs; --out names the file."),
     "run": (
         "runs",
-        "Repeat a run: the same verb with the same arguments into another --out; common options given here take the place of its own.",
+        (
+            "Repeat a run: the same verb with the same arguments into another --out; common options given "
+            "here take the place of its own."
+        ),
     ),
     "find": ("find", "Score neurons by one method and keep the ones a selection takes."),
     "verify": ("verify", "Measure what a set of neurons does, beside random sets and the ceiling."),
-    "tune": ("tune", "SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit."),
+    "tune": (
+        "tune",
+        "SN-Tune: train only the neurons of a set to refuse; everything else stays as it is, bit for bit.",
+    ),
     "repair": (
         "tune",
-        "Put neurons back: their rows and columns become the reference's again, everything else stays as it was fine-tuned.",
+        (
+            "Put neurons back: their rows and columns become the reference's again, everything else stays as "
+            "it was fine-tuned."
+        ),
     ),
-    "study": ("tune", "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again (stress)."),
-    "evaluate": ("verify", "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."),
+    "study": (
+        "tune",
+        (
+            "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again "
+            "(stress)."
+        ),
+    ),
+    "evaluate": (
+        "verify",
+        (
+            "Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a "
+            "gate."
+        ),
+    ),
     "analyze": (
         "analyze",
         "Understand sets of neurons: layers, overlap, languages, tax, transfer, vocabulary, progressive.",
     ),
-    "guard": ("guard", "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons."),
+    "guard": (
+        "guard",
+        "Stop unsafe output before it is written: fit, recalibrate, evaluate and serve a guard on neurons.",
+    ),
     "organism": ("exchange", "Small models whose safety behaviour is known."),
     "data": ("exchange", "The built-in prompts and the named suites."),
     "import": ("exchange", "Bring in what others made: prompts, neurons."),
     "export": ("exchange", "Give neurons the names they have in other tools."),
 }
-"""For every verb or group of verbs the module it lives in, imported when it is asked for, and the sentence that describes it."""
+"""For every verb or group of verbs the module it lives in, imported when it is asked for, and the sentence
+that describes it.
+"""
 APPS: dict[str, typer.Typer] = {}
 """Those that are imported."""
 DECLARED: dict[str, tuple[type[Declaration], ...]] = {}
@@ -115,15 +149,20 @@ def group(name: str, cls: type[Contents] = Contents) -> typer.Typer:
     """The group of verbs of a name, made when its first verb is."""
     if name in APPS:
         return APPS[name]
-    app = APPS[name] = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.callback(help=VERBS[name][1], cls=cls, no_args_is_help=True)(lambda: None)  # Without it, a lone verb would take its place.
+    app = APPS[name] = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    app.callback(help=VERBS[name][1], cls=cls, no_args_is_help=True)(
+        lambda: None
+    )  # Without it, a lone verb would take its place.
     return app
 
 
 def verb(words: str) -> Callable[[Verb], Verb]:
     """Register a function as a command.
 
-    The function takes a session and declarations, whose fields become flags, and returns the object that `--json` prints.
+    The function takes a session and declarations, whose fields become flags, and returns the object that
+    `--json` prints.
 
     Args:
         words: as they are typed, such as `verify patch`; its runs are called `verify-patch`.
@@ -132,22 +171,32 @@ def verb(words: str) -> Callable[[Verb], Verb]:
 
     def register(function: Verb) -> Verb:
         signature = inspect.signature(function, eval_str=True).parameters.values()
-        taken = {parameter.name: parameter.annotation for parameter in signature if parameter.name != "session"}
-        app = group(first) if last else typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        taken = {
+            parameter.name: parameter.annotation for parameter in signature if parameter.name != "session"
+        }
+        app = (
+            group(first)
+            if last
+            else typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        )
         add(app, words, function, taken, inspect.getdoc(function))
         return APPS.setdefault(first, app) and function
 
     return register
 
 
-def add(app: typer.Typer, words: str, function: Verb, taken: dict[str, type[Declaration]], sentence: str | None) -> None:
+def add(
+    app: typer.Typer, words: str, function: Verb, taken: dict[str, type[Declaration]], sentence: str | None
+) -> None:
     """Add a command to a group."""
     DECLARED[words] = tuple(taken.values())
     command = command_of(words.replace(" ", "-"), function, taken)
     app.command(words.split()[-1], cls=Page, help=sentence, no_args_is_help=False)(command)
 
 
-def command_of(run: str, function: Callable[..., Any], taken: dict[str, type[Declaration]]) -> Callable[..., None]:
+def command_of(
+    run: str, function: Callable[..., Any], taken: dict[str, type[Declaration]]
+) -> Callable[..., None]:
     """A function for typer: one keyword argument an option of the declarations and of the common ones."""
     kinds: dict[str, type[Declaration]] = {**taken, "common": Common}
     options = [option for kind in kinds.values() for option in kind.options()]
@@ -156,7 +205,10 @@ def command_of(run: str, function: Callable[..., Any], taken: dict[str, type[Dec
 
     def command(**given: Any) -> None:
         def call() -> dict[str, Any] | None:
-            parts = {key: kind(**{one.name: given[one.name] for one in kind.options()}) for key, kind in kinds.items()}
+            parts = {
+                key: kind(**{one.name: given[one.name] for one in kind.options()})
+                for key, kind in kinds.items()
+            }
             for declaration in parts.values():
                 declaration.check()
             common = parts.pop("common")
@@ -184,7 +236,9 @@ def _parameter(option: Option) -> inspect.Parameter:
         mark = typer.Argument(help=option.help)
     else:
         mark = typer.Option(option.flag, help=option.help, rich_help_panel=option.panel, **limits)
-    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, mark])
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[optional, mark]
+    )
 
 
 def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
@@ -212,12 +266,17 @@ def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, de
     except Exception as error:
         if is_usage(error):
             raise
-        message = f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: run again with --debug and report the traceback)"
+        message = (
+            f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: run again with --debug "
+            "and report the traceback)"
+        )
         fail(message, 1, error, as_json=as_json, debug=debug)
 
 
 def is_usage(error: Exception) -> bool:
-    """Whether the command-line library raised it (it comes in several versions, with and without click inside)."""
+    """Whether the command-line library raised it (it comes in several versions, with and without click
+    inside).
+    """
     return hasattr(error, "format_message") and hasattr(error, "exit_code")
 
 
@@ -294,7 +353,9 @@ def print_version(wanted: bool | None) -> None:
 
 
 def options(
-    _version: bool | None = typer.Option(None, "--version", help="Print the version and stop.", callback=print_version, is_eager=True),
+    _version: bool | None = typer.Option(
+        None, "--version", help="Print the version and stop.", callback=print_version, is_eager=True
+    ),
 ) -> None:
     """Options that come before the verb."""
 

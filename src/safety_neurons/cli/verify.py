@@ -1,4 +1,6 @@
-"""verify, compare, evaluate: measure what a set of neurons does, methods side by side, and a model as it is or treated, held to a gate."""
+"""verify, compare, evaluate: measure what a set of neurons does, methods side by side, and a model as it is
+or treated, held to a gate.
+"""
 
 import dataclasses
 import functools
@@ -69,7 +71,9 @@ def deactivate(session: Session, models: OneModel, verified: Verified, beside: V
 
 @verb("verify patch")
 def patch(session: Session, models: TwoModels, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
-    """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the base model."""
+    """Sufficiency: how much safety these neurons' activations alone carry from the aligned model into the
+    base model.
+    """
 
     def work() -> dict[str, Any]:
         from safety_neurons.studies import verify_patch
@@ -81,13 +85,17 @@ def patch(session: Session, models: TwoModels, verified: Verified, beside: Verif
     return session.run(work)
 
 
-def measured(session: Session, verified: Verified, beside: VerifiedOn, model: Any, study: Any) -> dict[str, Any]:
+def measured(
+    session: Session, verified: Verified, beside: VerifiedOn, model: Any, study: Any
+) -> dict[str, Any]:
     """Load what both kinds need, measure, and keep the completions."""
     if verified.neurons is not None:
         chosen, sizes = session.neurons(verified.neurons, model), []
     else:
         chosen, sizes = session.scores(str(verified.scores), model), parse_sizes(verified.sizes)
-    harmful, harmless, text = (session.read(name, model, beside.limit) for name in ("harmful", "harmless", "text"))
+    harmful, harmless, text = (
+        session.read(name, model, beside.limit) for name in ("harmful", "harmless", "text")
+    )
     completions = session.folder.path("completions.jsonl")
     with session.status("verify") as progress:
         verification = study(
@@ -176,12 +184,20 @@ class MethodBudget(Declaration):
 
 
 @verb("compare")
-def compare(session: Session, compared: Compared, lists: Lists, truth: KnownTruth, at: AtSites, budget: MethodBudget) -> dict[str, Any]:
-    """Detectors side by side at equal budget, against random sets; on one pair of models, or over several organisms."""
+def compare(
+    session: Session, compared: Compared, lists: Lists, truth: KnownTruth, at: AtSites, budget: MethodBudget
+) -> dict[str, Any]:
+    """Detectors side by side at equal budget, against random sets.
+
+    On one pair of models, or over several organisms.
+    """
     base, aligned, shares = compared.base, compared.aligned, parse_sizes(budget.top, "--top")
     if compared.organism:
         if base or aligned or truth.truth or at.sites:
-            raise UsageError("--organism brings its own models, truth and sites; leave --base, --aligned, --truth and --sites out")
+            raise UsageError(
+                "--organism brings its own models, truth and sites; leave --base, --aligned, --truth and "
+                "--sites out"
+            )
         return ranked(session, compared.organism, lists, budget)
     if base is None or aligned is None or len(shares) != 1:
         raise UsageError("expected --base and --aligned with one --top, or --organism")
@@ -237,7 +253,9 @@ def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodB
                 progress=progress,
                 **session.running,
             )
-        session.notes.extend(dict.fromkeys(note for entry in ranking.entries for note in entry.comparison.bench.notes))
+        session.notes.extend(
+            dict.fromkeys(note for entry in ranking.entries for note in entry.comparison.bench.notes)
+        )
         record = ranking.record()
         shown = session.drawn(dict(record), session.folder.path("ranking.svg").absolute())
         return {**shown, "methods": record["organisms"][0]["methods"]}
@@ -273,12 +291,23 @@ class Evaluated(Declaration):
         """Also that there is one model with one treatment."""
         super().check()
         if (self.model is None) == (self.endpoint is None):
-            raise UsageError(f"{'neither' if self.model is None else 'both'} of --model and --endpoint given, expected one of them")
+            raise UsageError(
+                f"{'neither' if self.model is None else 'both'} of --model and --endpoint given, "
+                "expected one of them"
+            )
         if parse_object("--request", self.request) is not None and self.endpoint is None:
-            raise UsageError("--request without --endpoint; expected --endpoint URL#MODEL, whose requests these fields are for")
-        treatments = [f"--{name}" for name in ("deactivate", "patch", "guard") if getattr(self, name) is not None]
+            raise UsageError(
+                "--request without --endpoint; expected --endpoint URL#MODEL, whose requests these "
+                "fields are for"
+            )
+        treatments = [
+            f"--{name}" for name in ("deactivate", "patch", "guard") if getattr(self, name) is not None
+        ]
         if self.endpoint is not None and (treatments or self.reference):
-            raise UsageError(f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations can be reached")
+            raise UsageError(
+                f"{[*treatments, '--reference'][0]} with --endpoint; expected --model, whose activations "
+                "can be reached"
+            )
         if len(treatments) > 1:
             raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
         if (self.patch is None) != (self.donor is None):
@@ -304,7 +333,9 @@ class Questions(Declaration):
     judge: Annotated[str | None, Reads("judges")] = None
     """Comma-separated judges. [default: refusal,strings:advbench]"""
     capability: Annotated[str | None, Reads("files")] = None
-    """Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER, lm-eval:TASK"""
+    """Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER,
+    lm-eval:TASK
+    """
     folder: Annotated[pathlib.Path | None, Reads("folder")] = None
     """Folder of the suites' files. [default: SAFETY_NEURONS_DATA]"""
 
@@ -333,7 +364,10 @@ class Tasks(Declaration):
         """Also that the folder is one."""
         super().check()
         if self.tasks_folder is not None and not self.tasks_folder.is_dir():
-            raise InputError(f"--tasks-folder {str(self.tasks_folder)!r} is no folder; expected task files of lm-evaluation-harness")
+            raise InputError(
+                f"--tasks-folder {str(self.tasks_folder)!r} is no folder; expected task files of "
+                "lm-evaluation-harness"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +391,10 @@ class AnswerOptions(Declaration):
         """Also that samples differ."""
         super().check()
         if self.samples > 1 and not self.temperature:
-            raise UsageError(f"--samples {self.samples} at --temperature 0 are all the same; expected a temperature above 0, such as 1")
+            raise UsageError(
+                f"--samples {self.samples} at --temperature 0 are all the same; expected a temperature "
+                "above 0, such as 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +419,13 @@ class Held(Declaration):
 
 @verb("evaluate")
 def evaluate(
-    session: Session, evaluated: Evaluated, requests: Questions, some: Some, tasks: Tasks, answers: AnswerOptions, held: Held
+    session: Session,
+    evaluated: Evaluated,
+    requests: Questions,
+    some: Some,
+    tasks: Tasks,
+    answers: AnswerOptions,
+    held: Held,
 ) -> dict[str, Any]:
     """Harm, over-refusal and capability of a model as it is or treated, by several judges, held to a gate."""
 
@@ -438,12 +481,22 @@ def models(session: Session, evaluated: Evaluated) -> dict[str, Any]:
 
         session.device = "endpoint"
         request = parse_object("--request", evaluated.request)
-        endpoint = Endpoint(evaluated.endpoint, system=common.system, request=request, think_end=common.think_end, offline=common.offline)
+        endpoint = Endpoint(
+            evaluated.endpoint,
+            system=common.system,
+            request=request,
+            think_end=common.think_end,
+            offline=common.offline,
+        )
         return {"model": endpoint}
     assert evaluated.model is not None
     if evaluated.patch is not None and evaluated.donor is not None:
         pair = session.pair(evaluated.model, evaluated.donor)
-        loaded = {"model": pair.base, "donor": pair.aligned, "patch": session.neurons(evaluated.patch, pair.base)}
+        loaded = {
+            "model": pair.base,
+            "donor": pair.aligned,
+            "patch": session.neurons(evaluated.patch, pair.base),
+        }
     else:
         loaded = {"model": session.model(evaluated.model)}
         if evaluated.deactivate is not None:

@@ -1,4 +1,7 @@
-"""Detectors: each scores every neuron of the searched sites and chooses a set; a name is imported when it is first used."""
+"""Detectors: each scores every neuron of the searched sites and chooses a set.
+
+A name is imported when it is first used.
+"""
 
 from safety_neurons import lazily
 

@@ -1,7 +1,9 @@
-"""Attribution and attribution patching: gradients of an explained score with respect to a soft mask on activations.
+"""Attribution and attribution patching: gradients of an explained score with respect to a soft mask on
+activations.
 
-Every neuron k gets a mask entry m_k: its activation a becomes `donor + m·(a − donor)` towards itself or `a + m·(donor − a)` towards a
-donor, and the derivative of the score with respect to m_k, summed over all tokens, is the first-order effect of that neuron.
+Every neuron k gets a mask entry m_k: its activation a becomes `donor + m·(a − donor)` towards itself or `a +
+m·(donor − a)` towards a donor, and the derivative of the score with respect to m_k, summed over all tokens,
+is the first-order effect of that neuron.
 """
 
 import contextlib
@@ -48,13 +50,23 @@ class ScoredRow:
     instead: tuple[int, ...] = ()
 
 
-def explained(prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]) -> list[ScoredRow]:
-    """The sequences whose weighted sum is mean log p(refusal) − mean log p(compliance) of one prompt, first 16 tokens of each text."""
+def explained(
+    prompt: Sequence[int], refusals: Sequence[Sequence[int]], compliances: Sequence[Sequence[int]]
+) -> list[ScoredRow]:
+    """The sequences whose weighted sum is mean log p(refusal) − mean log p(compliance) of one prompt, first
+    16 tokens of each text.
+    """
     sides = ((refusals, 1.0), (compliances, -1.0))
-    return [ScoredRow((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts)) for texts, sign in sides for text in texts]
+    return [
+        ScoredRow((*prompt, *text[:SCORED_TOKENS]), len(prompt), sign / len(texts))
+        for texts, sign in sides
+        for text in texts
+    ]
 
 
-def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[ScoredRow]) -> Float[Tensor, " batch"]:
+def score_rows(
+    logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: Sequence[ScoredRow]
+) -> Float[Tensor, " batch"]:
     """Each row's weight times the mean log-probability of its scored tokens, in float32 or wider."""
     scores = []
     for number, row in enumerate(rows):
@@ -62,8 +74,13 @@ def score_rows(logits: Float[Tensor, "batch token vocab"], batch: Batch, rows: S
         predicting = logits[number, row.start - 1 : len(row.ids) - 1]
         predicting = predicting if predicting.dtype == torch.float64 else predicting.float()
         chances = predicting.log_softmax(-1)
-        log_probabilities = chances[:, list(row.instead)].logsumexp(1) if row.instead else chances.gather(1, targets[:, None])
-        scores.append(row.weight * (log_probabilities.mean() - (0.0 if row.rival is None else chances[:, row.rival].mean())))
+        log_probabilities = (
+            chances[:, list(row.instead)].logsumexp(1) if row.instead else chances.gather(1, targets[:, None])
+        )
+        scores.append(
+            row.weight
+            * (log_probabilities.mean() - (0.0 if row.rival is None else chances[:, row.rival].mean()))
+        )
     return torch.stack(scores)
 
 
@@ -76,10 +93,12 @@ def mask_gradients(
     mask: float | Mapping[str, Tensor],
     donors: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
-    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, at `mask`.
+    """One forward and one backward pass: derivative of each row's score with respect to that row's mask, at
+    `mask`.
 
-    Without donors an activation is `m·a` (1 leaves the model as it is, 0 deactivates); with donors it is `a + m·(donor − a)`.
-    The activation is the one of the running pass, so what earlier sites' masks change reaches later sites.
+    Without donors an activation is `m·a` (1 leaves the model as it is, 0 deactivates); with donors it is `a +
+    m·(donor − a)`. The activation is the one of the running pass, so what earlier sites' masks change reaches
+    later sites.
 
     Args:
         lm: model to differentiate; parameters are frozen meanwhile.
@@ -87,13 +106,17 @@ def mask_gradients(
         rows: what is scored.
         sizes: neurons of every site key.
         mask: value of all mask entries, or of each neuron's (site key to `[neuron]`), the same in every row.
-        donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per routed token for an expert).
+        donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per
+            routed token for an expert).
 
     Returns:
         Gradients per row, and the rows' scores.
     """
     widest = torch.float64 if lm.dtype == torch.float64 else torch.float32
-    masks = {key: spread(mask, key, (len(rows), size)).to(batch.input_ids.device, widest) for key, size in sizes.items()}
+    masks = {
+        key: spread(mask, key, (len(rows), size)).to(batch.input_ids.device, widest)
+        for key, size in sizes.items()
+    }
 
     def edit(key: str) -> Callable[[Any], Tensor]:
         def editor(activation: Any) -> Tensor:
@@ -109,30 +132,47 @@ def mask_gradients(
 
         return editor
 
-    with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}):
+    with (
+        frozen(lm.model),
+        lm.running(),
+        torch.enable_grad(),
+        hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}),
+    ):
         logits = forward(lm.model, batch, with_logits=True)
         assert logits is not None
         scores = score_rows(logits, batch, rows)
         # An expert that no token was sent to is not in the graph.
         gradients = torch.autograd.grad(scores.sum(), [masks[key] for key in sizes], allow_unused=True)
-    found = {key: masks[key].new_zeros(masks[key].shape) if slope is None else slope for key, slope in zip(sizes, gradients, strict=True)}
+    found = {
+        key: masks[key].new_zeros(masks[key].shape) if slope is None else slope
+        for key, slope in zip(sizes, gradients, strict=True)
+    }
     return found, scores.detach()
 
 
-def spread(mask: float | Mapping[str, Tensor], key: str, shape: tuple[int, int]) -> Float[Tensor, "batch neuron"]:
+def spread(
+    mask: float | Mapping[str, Tensor], key: str, shape: tuple[int, int]
+) -> Float[Tensor, "batch neuron"]:
     """The mask of one site in every row of a batch, in memory of its own."""
     if isinstance(mask, Mapping):
         return mask[key].detach().expand(shape).clone()
     return torch.full(shape, mask, dtype=torch.float64)
 
 
-def matched(donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron"]) -> Float[Tensor, "row neuron"]:
-    """The donor's activations of one expert in the order of `rows`; a token that the donor sent elsewhere keeps its own (`wide`)."""
+def matched(
+    donor: ExpertRows, rows: ExpertRows, wide: Float[Tensor, "row neuron"]
+) -> Float[Tensor, "row neuron"]:
+    """The donor's activations of one expert in the order of `rows`.
+
+    A token that the donor sent elsewhere keeps its own (`wide`).
+    """
     if len(donor) == 0 or len(rows) == 0:
         return wide
     tokens, order = donor.token_index.to(wide.device).sort()
     index = torch.searchsorted(tokens, rows.token_index).clamp(max=len(tokens) - 1)
-    return torch.where((tokens[index] == rows.token_index)[:, None], donor.values.to(wide)[order[index]], wide)
+    return torch.where(
+        (tokens[index] == rows.token_index)[:, None], donor.values.to(wide)[order[index]], wide
+    )
 
 
 def attribute(
@@ -156,10 +196,14 @@ def attribute(
     def reduce(batch: Batch) -> BatchSums:
         rows = [row for index in batch.indices for row in units[index]]
         owner = torch.tensor([number for number, index in enumerate(batch.indices) for _ in units[index]])
-        slopes = gradients(collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows)
+        slopes = gradients(
+            collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows
+        )
         added = BatchSums(scores=[{} for _ in batch.indices])
         for key, values in slopes.items():
-            summed = torch.zeros(len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device)
+            summed = torch.zeros(
+                len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device
+            )
             each = to_numpy(summed.index_add_(0, owner.to(values.device), values.double()))
             added.sums[f"gradient/{key}"] = each.sum(0)
             for scores, prompt in zip(added.scores, each, strict=True):
@@ -197,11 +241,16 @@ def midpoints_of(number: int) -> list[float]:
 
 
 def score_attribution(method: Attribution, run: Run) -> Scored:
-    """Activation times gradient of every neuron, at the model itself or averaged along the scaling of all activations."""
+    """Activation times gradient of every neuron, at the model itself or averaged along the scaling of all
+    activations.
+    """
     model = run.aligned
     encoded = model.encode(run.prompts, reserve=SCORED_TOKENS)
     sides = [method.texts["refusal"], method.texts["compliance"]]
-    units = [explained(row.ids, *([tokens_behind(model, row.ids, text) for text in texts] for texts in sides)) for row in encoded]
+    units = [
+        explained(row.ids, *([tokens_behind(model, row.ids, text) for text in texts] for texts in sides))
+        for row in encoded
+    ]
     steps = midpoints_of(method.integrated) if method.integrated else [1.0]
 
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
@@ -242,13 +291,18 @@ def patching_gradients(
 
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
         donors = donated(aligned, batch, sizes)
-        return mean_of([mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0] for mask in masks])
+        return mean_of(
+            [mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0] for mask in masks]
+        )
 
     return gradients
 
 
 def own_completions(run: Run) -> tuple[list[list[ScoredRow]], PromptCounts]:
-    """The scored rows of each prompt, from both models' own greedy completions; prompts without a difference are counted as failed."""
+    """The scored rows of each prompt, from both models' own greedy completions.
+
+    Prompts without a difference are counted as failed.
+    """
     base, aligned, prompts, stream = run.base, run.aligned, run.prompts, run.stream
     options: dict[str, Any] = {"batch_size": run.batch_size, "progress": run.progress}
     refusals = generate(aligned, prompts, "aligned", SCORED_TOKENS, stream, **options)
@@ -265,14 +319,20 @@ def own_completions(run: Run) -> tuple[list[list[ScoredRow]], PromptCounts]:
         same += refusal == compliance
         units.append(explained(row.ids, [refusal], [compliance]))
     if broken == len(encoded):
-        raise NumericalError(f"all {broken} prompts gave NaN or infinity: check the models' weights, or use --dtype float32")
+        raise NumericalError(
+            f"all {broken} prompts gave NaN or infinity: check the models' weights, or use --dtype float32"
+        )
     if not units or same == len(units):
         what = "the same text from both models" if units else "an empty completion"
         raise InputError(
-            f"all {len(encoded)} prompts gave {what}: there is nothing to explain; use prompts that only the aligned model refuses"
+            f"all {len(encoded)} prompts gave {what}: there is nothing to explain; use prompts that only "
+            "the aligned model refuses"
         )
     run.notes += [f"{empty} prompts have an empty completion and were left out"] if empty else []
     run.notes += [f"{broken} prompts gave NaN or infinity and were left out"] if broken else []
-    alike = f"{same} prompts are completed with the same first {SCORED_TOKENS} tokens by both models and add nothing"
+    alike = (
+        f"{same} prompts are completed with the same first {SCORED_TOKENS} tokens by both models and add "
+        "nothing"
+    )
     run.notes += [alike] if same else []
     return units, PromptCounts(len(units), empty + broken, sum(row.truncated for row in encoded))

@@ -1,4 +1,6 @@
-"""Score neurons by what detectors are held against: sizes, chance, set differences of weights, probes, the refusal direction."""
+"""Score neurons by what detectors are held against: sizes, chance, set differences of weights, probes, the
+refusal direction.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,16 @@ from safety_neurons.detectors.methods import (
     WeightMagnitude,
 )
 from safety_neurons.detectors.reading import chosen_rows, columns, read, rows_at
-from safety_neurons.detectors.runner import BatchSums, Folded, Found, PromptCounts, Run, Scored, chosen_from, to_numpy
+from safety_neurons.detectors.runner import (
+    BatchSums,
+    Folded,
+    Found,
+    PromptCounts,
+    Run,
+    Scored,
+    chosen_from,
+    to_numpy,
+)
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import Encoded, LanguageModel, hooks
@@ -65,7 +76,10 @@ def parameters_of(lm: LanguageModel, key: str) -> Tensor:
     if parsed.expert is not None:
         experts = lm.anatomy.layers[parsed.layer].experts
         assert experts is not None
-        weight, bias = experts.weight(parsed.expert, parsed.site).detach(), experts.bias(parsed.expert, parsed.site)
+        weight, bias = (
+            experts.weight(parsed.expert, parsed.site).detach(),
+            experts.bias(parsed.expert, parsed.site),
+        )
         weight = weight.T if parsed.site == "down" else weight
     elif parsed.site in ("o", "down"):
         weight, bias = columns(lm, key).T, None
@@ -99,8 +113,12 @@ def activations(_: ActivationMagnitude, run: Run) -> Scored:
 
     folded = run.fold([row.ids for row in encoded], reduce)
     sums = folded.sums
-    values = {key: (sums[f"square/{key}"] / max(float(sums[f"count/{key}"][0]), 1.0)) ** 0.5 for key in run.sizes}
-    counts = PromptCounts(len(run.prompts), 0, sum(row.truncated for row in encoded)).without(len(folded.failed))
+    values = {
+        key: (sums[f"square/{key}"] / max(float(sums[f"count/{key}"][0]), 1.0)) ** 0.5 for key in run.sizes
+    }
+    counts = PromptCounts(len(run.prompts), 0, sum(row.truncated for row in encoded)).without(
+        len(folded.failed)
+    )
     return Scored(values, counts)
 
 
@@ -113,7 +131,8 @@ def find_random(
     layers: range | str | None = None,
     **choice: Any,
 ) -> Found:
-    """Random neurons, seeded: made of what a given set is made of (`NeuronSet.random_like`), or the largest of uniform scores.
+    """Random neurons, seeded: made of what a given set is made of (`NeuronSet.random_like`), or the largest
+    of uniform scores.
 
     Args:
         table: of the model.
@@ -130,27 +149,49 @@ def find_random(
         UsageError: both a set to match and a selection, or an agreement.
 
     Source: random controls as in Chen et al. (arXiv 2406.14144, section 4), counts matched per layer.
-    Differs: matched per site and unit too, and disjoint from the set where it takes at most half (the public code draws from all).
+    Differs: matched per site and unit too, and disjoint from the set where it takes at most half (the public
+    code draws from all).
     """
-    if choice.get("agreement") is not None or (like is not None and any(value is not None for value in choice.values())):
-        raise UsageError("a random set has no prompts to agree and is matched to the set given: leave the selection out, or the set")
+    if choice.get("agreement") is not None or (
+        like is not None and any(value is not None for value in choice.values())
+    ):
+        raise UsageError(
+            "a random set has no prompts to agree and is matched to the set given: leave the selection "
+            "out, or the set"
+        )
     generator = np.random.default_rng(seed)
     values: dict[str, np.ndarray] = {}
     if like is None:
         sizes = table.select(sites=sites, layers=layers).sizes
         values = {key: generator.random(size, dtype=np.float32) for key, size in sizes.items()}
-        selection = Ranked.of(**{name: value for name, value in choice.items() if name != "agreement"}).selection
-        config = {"seed": seed, "sites": list(sites), "layers": list(layers) if isinstance(layers, range) else layers}
+        selection = Ranked.of(
+            **{name: value for name, value in choice.items() if name != "agreement"}
+        ).selection
+        config = {
+            "seed": seed,
+            "sites": list(sites),
+            "layers": list(layers) if isinstance(layers, range) else layers,
+        }
         return chosen_from(values, table, selection, {"method": "random", "config": config})
     drawn = like.random_like(seed, table)[0]
     for key in like.keys():  # noqa: SIM118 - a set of neurons is not a mapping
         values[key] = generator.random(table.sizes[key], dtype=np.float32) / 2
         values[key][drawn[key]] += 0.5
     searched = sorted({key.rsplit(".", 1)[1] for key in values}, key=SITES.index)
-    made_of = {"seed": seed, "like": like.provenance.method if like.provenance else "", "disjoint": drawn.disjoint}
+    made_of = {
+        "seed": seed,
+        "like": like.provenance.method if like.provenance else "",
+        "disjoint": drawn.disjoint,
+    }
     config = made_of | {"sites": searched, "layers": None}
-    drawn_scores = chosen_from(values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config})
-    notes = () if drawn.disjoint else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
+    drawn_scores = chosen_from(
+        values, table, Ranked(count=len(drawn)).selection, {"method": "random", "config": config}
+    )
+    notes = (
+        ()
+        if drawn.disjoint
+        else ("the set takes more than half of a layer, so the random one is not disjoint from it",)
+    )
     return Found(drawn_scores.scores, drawn, drawn_scores.prompts, notes)
 
 
@@ -161,7 +202,8 @@ Importances = Callable[[LanguageModel, "Capture", Batch, Sequence[ScoredRow]], l
 
 @dataclass
 class Capture:
-    """Inputs of the projections in one pass, and zeros added to their outputs, by whose gradient the weights' is had.
+    """Inputs of the projections in one pass, and zeros added to their outputs, by whose gradient the weights'
+    is had.
 
     Attributes:
         places: the searched sites.
@@ -203,7 +245,9 @@ class Capture:
         return add
 
     def fed(self, place: SitePlace, row: int) -> Tensor:
-        """What a site's weights multiply in one row of the batch, `[token, feature]`: all inputs, or the site's own."""
+        """What a site's weights multiply in one row of the batch, `[token, feature]`: all inputs, or the
+        site's own.
+        """
         values = self.inputs[place.hooked][row].float()
         return take(values, place.index) if place.side == "input" else values
 
@@ -240,7 +284,10 @@ def _difference(method: SetDifference, run: Run, importances: Importances, *, di
 
     means = _means(run.fold([row.ids for row in everything], reduce), counts)
     shares = method.safety, method.utility
-    values = {key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], run.sizes[key], *shares) for key in places}
+    values = {
+        key: kept_share(means[f"{SAFETY}/{key}"], means[f"{UTILITY}/{key}"], run.sizes[key], *shares)
+        for key in places
+    }
     truncated = sum(row.truncated for row in model.encode(run.prompts, reserve=SCORED_TOKENS))
     return Scored(values, PromptCounts(counts[SAFETY], len(run.prompts) - counts[SAFETY], truncated))
 
@@ -255,14 +302,19 @@ def _means(folded: Folded, counts: dict[str, int]) -> dict[str, np.ndarray]:
     counts[SAFETY], counts[UTILITY] = counts[SAFETY] - lost, counts[UTILITY] - (len(folded.failed) - lost)
     for name, left in counts.items():
         if not left:
-            raise NumericalError(f"no answer to the {name} prompts gave finite numbers; the first: {next(iter(folded.failed.values()))}")
+            raise NumericalError(
+                f"no answer to the {name} prompts gave finite numbers; the first: "
+                f"{next(iter(folded.failed.values()))}"
+            )
     return {name: values / counts[name.split("/", 1)[0]] for name, values in folded.sums.items()}
 
 
 def _places(model: LanguageModel, keys: Sequence[str]) -> dict[str, SitePlace]:
     routed = [key for key in keys if ".experts." in key]
     if routed:
-        raise UnsupportedModelError(f"{routed[0]} is an expert's: weights of routed experts are not scored; use --sites q,k,v,o")
+        raise UnsupportedModelError(
+            f"{routed[0]} is an expert's: weights of routed experts are not scored; use --sites q,k,v,o"
+        )
     return {key: model.anatomy.place(key) for key in keys}
 
 
@@ -271,31 +323,53 @@ def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
     model = run.aligned
     written = generate(model, prompts, name, SCORED_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = model.encode(prompts, reserve=SCORED_TOKENS)
-    rows = [ScoredRow((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    rows = [
+        ScoredRow((*row.ids, *answer), len(row.ids), 1.0)
+        for row, answer in zip(encoded, written, strict=True)
+        if answer
+    ]
     broken = sum(answer is None for answer in written)
     if broken == len(prompts):
-        raise NumericalError(f"all {broken} {name} prompts gave NaN or infinity: check the model's weights, or use --dtype float32")
+        raise NumericalError(
+            f"all {broken} {name} prompts gave NaN or infinity: check the model's weights, or use "
+            "--dtype float32"
+        )
     if not rows:
-        raise InputError(f"all {len(prompts)} {name} prompts got an empty answer: there is nothing to weigh; use other prompts")
+        raise InputError(
+            f"all {len(prompts)} {name} prompts got an empty answer: there is nothing to weigh; use "
+            "other prompts"
+        )
     empty = len(prompts) - len(rows) - broken
     run.notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
     run.notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
     return rows
 
 
-def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
+def _by_gradient(
+    model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]
+) -> list[dict[str, Tensor]]:
     with frozen(model.model), model.running(), torch.enable_grad(), capture.on():
         logits = forward(model.model, batch, with_logits=True)
         assert logits is not None
         capture.check()
         modules = list(capture.zeros)
-        slopes = dict(zip(modules, torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())), strict=True))
+        slopes = dict(
+            zip(
+                modules,
+                torch.autograd.grad(score_rows(logits, batch, rows).sum(), list(capture.zeros.values())),
+                strict=True,
+            )
+        )
     of_rows: list[dict[str, Tensor]] = []
     for row in range(len(rows)):
         each = {}
         with model.active(), torch.no_grad():
             for key, place in capture.places.items():
-                slope, fed, weight = slopes[place.hooked][row].float(), capture.fed(place, row), place.weight().float()
+                slope, fed, weight = (
+                    slopes[place.hooked][row].float(),
+                    capture.fed(place, row),
+                    place.weight().float(),
+                )
                 gradient = slope.T @ fed if place.side == "input" else take(slope, place.index).T @ fed
                 product = (weight * gradient).abs()
                 each[key] = product.T if place.side == "input" else product
@@ -303,8 +377,12 @@ def _by_gradient(model: LanguageModel, capture: Capture, batch: Batch, rows: Seq
     return of_rows
 
 
-def _by_input(model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]) -> list[dict[str, Tensor]]:
-    """(weight × norm)²: its mean over answers ranks weights as |weight| × norm over all answers' tokens does."""
+def _by_input(
+    model: LanguageModel, capture: Capture, batch: Batch, rows: Sequence[ScoredRow]
+) -> list[dict[str, Tensor]]:
+    """(weight × norm)²: its mean over answers ranks weights as |weight| × norm over all answers' tokens
+    does.
+    """
     with model.running(), torch.no_grad(), capture.on():
         forward(model.model, batch)
         capture.check()
@@ -324,9 +402,17 @@ Pool = Callable[[Tensor, Batch], Tensor]
 
 
 def pooled_activations(
-    run: Run, prompts: Sequence[Encoded], keys: Iterable[str], pool: Pool, name: str, *, residual: bool = False
+    run: Run,
+    prompts: Sequence[Encoded],
+    keys: Iterable[str],
+    pool: Pool,
+    name: str,
+    *,
+    residual: bool = False,
 ) -> dict[str, Float[Tensor, "prompt neuron"]]:
-    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host; NaN where the model gives NaN.
+    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host.
+
+    NaN where the model gives NaN.
 
     Args:
         run: whose aligned model's activations, and the state in which the rows of finished batches are kept.
@@ -343,7 +429,9 @@ def pooled_activations(
     names = list(keys)
     routed = [key for key in names if ".experts." in key]
     if routed:
-        raise UnsupportedModelError(f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o")
+        raise UnsupportedModelError(
+            f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o"
+        )
     seen: dict[str, Tensor] = {}
     pooled = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
     encoded = [row.ids for row in prompts]
@@ -369,16 +457,30 @@ def pooled_activations(
         stream.state[done] = count
         stream.went_on(prepare)
 
-    layers = {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
-    with hooks.reading(model.anatomy, {key: keep(key) for key in names}), hooks.around(after=layers), stream.kept(prepare):
-        run_batches(model, encoded, take, run.batch_size, options=PassOptions(int(stream.state.get(done, 0)), finished))
+    layers = (
+        {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
+    )
+    with (
+        hooks.reading(model.anatomy, {key: keep(key) for key in names}),
+        hooks.around(after=layers),
+        stream.kept(prepare),
+    ):
+        run_batches(
+            model,
+            encoded,
+            take,
+            run.batch_size,
+            options=PassOptions(int(stream.state.get(done, 0)), finished),
+        )
         prepare()
     return pooled
 
 
 def largest(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
     """The largest over the real tokens of every row, in float32 or wider, on the host."""
-    taken = torch.stack([row[:length].amax(0) for row, length in zip(values, batch.lengths, strict=True)]).cpu()
+    taken = torch.stack(
+        [row[:length].amax(0) for row, length in zip(values, batch.lengths, strict=True)]
+    ).cpu()
     return taken if taken.dtype == torch.float64 else taken.float()
 
 
@@ -397,7 +499,10 @@ def whole_rows(parts: Iterable[Float[Tensor, "prompt _"]]) -> Bool[Tensor, " pro
     """
     whole = torch.stack([values.isfinite().all(1) for values in parts]).all(0)
     if not bool(whole.any()):
-        raise NumericalError(f"none of {len(whole)} prompts gave finite numbers: check the model's weights, or use --dtype float32")
+        raise NumericalError(
+            f"none of {len(whole)} prompts gave finite numbers: check the model's weights, or use "
+            "--dtype float32"
+        )
     return whole
 
 
@@ -412,13 +517,19 @@ def sorted_out(
     """
     notes: list[str] = []
     for name, used in zip(("prompts", "harmless prompts"), whole, strict=True):
-        notes += said_of_failed({int(index): "NaN or infinity" for index in (~used).nonzero().flatten()}, len(used), name)
-    counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(int((~whole[0]).sum()))
+        notes += said_of_failed(
+            {int(index): "NaN or infinity" for index in (~used).nonzero().flatten()}, len(used), name
+        )
+    counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(
+        int((~whole[0]).sum())
+    )
     return whole, counts, notes
 
 
 SAME = 1e-5
-"""Share of its size below which a feature's spread is rounding: the largest activation is often that of a token all prompts begin with."""
+"""Share of its size below which a feature's spread is rounding: the largest activation is often that of a
+token all prompts begin with.
+"""
 
 
 def score_probe(_: ProbeWeights, run: Run) -> Scored:
@@ -427,17 +538,26 @@ def score_probe(_: ProbeWeights, run: Run) -> Scored:
     assert run.harmless is not None
     encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
     names = ("harmful", "harmless")
-    seen = [pooled_activations(run, text, run.sizes, largest, name) for name, text in zip(names, encoded, strict=True)]
+    seen = [
+        pooled_activations(run, text, run.sizes, largest, name)
+        for name, text in zip(names, encoded, strict=True)
+    ]
     whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
     run.notes += notes
     labels = torch.cat(
-        [torch.full((int(used.sum()),), float(label), dtype=torch.float64) for used, label in zip(whole, (1, 0), strict=True)]
+        [
+            torch.full((int(used.sum()),), float(label), dtype=torch.float64)
+            for used, label in zip(whole, (1, 0), strict=True)
+        ]
     )
     fitted = stream.named("probe")
     with stream.kept():
         for number, key in enumerate(run.sizes):
             if key not in fitted:
-                weights = probe(torch.cat([part[key][used] for part, used in zip(seen, whole, strict=True)]).double(), labels)
+                weights = probe(
+                    torch.cat([part[key][used] for part, used in zip(seen, whole, strict=True)]).double(),
+                    labels,
+                )
                 scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
                 fitted[key] = (weights.sign() * scores.abs()).numpy()
                 stream.put("probe", {key: fitted[key]})
@@ -447,14 +567,20 @@ def score_probe(_: ProbeWeights, run: Run) -> Scored:
     return Scored({key: fitted[key] for key in run.sizes}, counts)
 
 
-def probe(features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prompt"]) -> Float[Tensor, " neuron"]:
-    """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept that is not penalised."""
+def probe(
+    features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prompt"]
+) -> Float[Tensor, " neuron"]:
+    """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept
+    that is not penalised.
+    """
     centred = features - features.mean(0)
     spread = centred.std(0, correction=0)
     varies = spread > SAME * features.abs().amax(0)
     scaled = torch.where(varies, centred / torch.where(varies, spread, 1.0), 0.0)
     values = torch.zeros(scaled.shape[1] + 1, dtype=scaled.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         solver.zero_grad()
@@ -484,12 +610,22 @@ def score_direction(method: RefusalDirection, run: Run) -> Scored:
     with torch.no_grad():
         encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
         names = ("harmful", "harmless")
-        seen = [pooled_activations(run, text, writers, at_last, name, residual=True) for name, text in zip(names, encoded, strict=True)]
+        seen = [
+            pooled_activations(run, text, writers, at_last, name, residual=True)
+            for name, text in zip(names, encoded, strict=True)
+        ]
         whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
         run.notes += notes
-        seen = [{key: values[used] for key, values in part.items()} for part, used in zip(seen, whole, strict=True)]
+        seen = [
+            {key: values[used] for key, values in part.items()}
+            for part, used in zip(seen, whole, strict=True)
+        ]
         streams = [[part[f"residual.{number}"] for number in range(n_layers)] for part in seen]
-        chosen = layer if layer is not None else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
+        chosen = (
+            layer
+            if layer is not None
+            else _most_apart(streams[0], streams[1], max(1, int(SEARCHED_LAYERS * n_layers)))
+        )
         direction = streams[0][chosen].mean(0) - streams[1][chosen].mean(0)
         direction = direction / direction.norm().clamp(min=1e-30)
         written: dict[str, Tensor] = {}
@@ -499,7 +635,11 @@ def score_direction(method: RefusalDirection, run: Run) -> Scored:
             written[key] = (seen[0][key].mean(0) - seen[1][key].mean(0)).to(along) * along
             if run.progress is not None:
                 run.progress(number + 1, len(writers), 0)
-    return Scored({key: _of_site(model, key, written).double().numpy() for key in run.sizes}, counts, config={"layer": chosen})
+    return Scored(
+        {key: _of_site(model, key, written).double().numpy() for key in run.sizes},
+        counts,
+        config={"layer": chosen},
+    )
 
 
 def _most_apart(harmful: Sequence[Tensor], harmless: Sequence[Tensor], n_layers: int) -> int:
@@ -528,4 +668,9 @@ def _of_site(model: LanguageModel, key: str, written: Mapping[str, Tensor]) -> T
         return written[writer]
     attention = model.anatomy.layers[parsed.layer].attention
     assert isinstance(attention, AttentionAnatomy)
-    return written[writer].unflatten(0, (attention.n_kv_heads, -1, model.table[key].size // attention.n_kv_heads)).sum(1).flatten()
+    return (
+        written[writer]
+        .unflatten(0, (attention.n_kv_heads, -1, model.table[key].size // attention.n_kv_heads))
+        .sum(1)
+        .flatten()
+    )

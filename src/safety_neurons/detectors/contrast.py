@@ -1,4 +1,6 @@
-"""Inference-time activation contrasting: which neurons fire differently in two models that read the same text."""
+"""Inference-time activation contrasting: which neurons fire differently in two models that read the same
+text.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ MEMORY_BUDGET = 2**30
 
 @dataclass(frozen=True)
 class ContrastStatistics:
-    """What is kept of two models that read the same text: one number per neuron each, whatever the number of tokens.
+    """What is kept of two models that read the same text: one number per neuron each, whatever the number of
+    tokens.
 
     Attributes:
         counts: tokens per site key (an expert counts the tokens that both models routed to it).
@@ -38,7 +41,9 @@ class ContrastStatistics:
 
     def scores(self) -> dict[str, Float[np.ndarray, " neuron"]]:
         """Root mean square over tokens of the difference; 0 for an expert that got no token."""
-        return {key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.squared_difference.items()}
+        return {
+            key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.squared_difference.items()
+        }
 
     def mean(self, model: str) -> dict[str, Float[np.ndarray, " neuron"]]:
         """Mean activation of `base` or `aligned`."""
@@ -64,7 +69,10 @@ class ContrastStatistics:
             parts.setdefault(kind, {})[key] = values
         counts = {key: int(values[0]) for key, values in parts["count"].items()}
         return ContrastStatistics(
-            counts, parts["difference"], (parts["base"], parts["base squared"]), (parts["aligned"], parts["aligned squared"])
+            counts,
+            parts["difference"],
+            (parts["base"], parts["base squared"]),
+            (parts["aligned"], parts["aligned squared"]),
         )
 
 
@@ -73,11 +81,15 @@ def score(method: Contrast, run: Run) -> Scored:
     text = texts_of(method, run)
     statistics, folded = contrast_statistics(run, text)
     tokens = text.n_tokens - sum(text.spans[index].n_tokens for index in folded.failed)
-    return Scored(statistics.scores(), text.counts.without(len(folded.failed)), folded.votes, {"tokens": tokens})
+    return Scored(
+        statistics.scores(), text.counts.without(len(folded.failed)), folded.votes, {"tokens": tokens}
+    )
 
 
 def contrast_statistics(run: Run, text: Texts) -> tuple[ContrastStatistics, Folded]:
-    """Sums over the tokens that count, of two models that read the same text; with an agreement every prompt votes by its own.
+    """Sums over the tokens that count, of two models that read the same text.
+
+    With an agreement every prompt votes by its own.
 
     Sites are read in several passes where one sequence alone needs more than `MEMORY_BUDGET`.
 
@@ -122,7 +134,12 @@ def _chunks(sizes: Mapping[str, int], bytes_per_neuron: int, memory_budget: int)
 
 
 def _compare(
-    base: LanguageModel, aligned: LanguageModel, batch: Batch, spans: Sequence[Span], keys: Sequence[str], part: BatchSums
+    base: LanguageModel,
+    aligned: LanguageModel,
+    batch: Batch,
+    spans: Sequence[Span],
+    keys: Sequence[str],
+    part: BatchSums,
 ) -> None:
     """Both models read the batch; the second pass reduces against what the first one left."""
     positions, owner = chosen_rows(batch, [span.start for span in spans], [span.stop for span in spans])
@@ -144,7 +161,9 @@ def _compare(
     read(aligned, batch, {key: subtract(key) for key in keys})
 
 
-def _add(part: BatchSums, key: str, first: PositionRows, second: PositionRows, owner: Tensor, n_prompts: int) -> None:
+def _add(
+    part: BatchSums, key: str, first: PositionRows, second: PositionRows, owner: Tensor, n_prompts: int
+) -> None:
     """Sums of one site over one batch, and, where prompts vote, the root mean square of each prompt."""
     squares = (first.values - second.values).square()
     part.sums[f"count/{key}"] = np.array([float(len(squares))])
@@ -155,7 +174,9 @@ def _add(part: BatchSums, key: str, first: PositionRows, second: PositionRows, o
     if not part.scores:
         return
     mine = owner.to(first.at.device)[first.at]
-    pooled = torch.zeros(n_prompts, squares.shape[1], dtype=torch.float64, device=squares.device).index_add_(0, mine, squares.double())
+    pooled = torch.zeros(n_prompts, squares.shape[1], dtype=torch.float64, device=squares.device).index_add_(
+        0, mine, squares.double()
+    )
     counts = torch.bincount(mine, minlength=n_prompts).clamp(min=1)
     for scores, values in zip(part.scores, to_numpy((pooled / counts[:, None]).sqrt()), strict=True):
         scores[key] = values

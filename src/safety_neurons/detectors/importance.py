@@ -1,6 +1,8 @@
-"""Importance: how much a sub-layer's output changes when one neuron's parameters are zero, exactly, for every neuron at once.
+"""Importance: how much a sub-layer's output changes when one neuron's parameters are zero, exactly, for every
+neuron at once.
 
-Scores of a layer are computed inside the forward pass, as soon as its o or down projection is reached; nothing else is kept.
+Scores of a layer are computed inside the forward pass, as soon as its o or down projection is reached;
+nothing else is kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors, chunk_size, scores_at_once
+from safety_neurons.detectors.importance_attention import (
+    AttentionScorer,
+    OutputFactors,
+    chunk_size,
+    scores_at_once,
+)
 from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.reading import Shown, input_scale, watching
 from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Scored
@@ -32,15 +39,19 @@ class MlpScorer:
 
     Attributes:
         activation: the part's activation function.
-        scale: what the hidden activation is multiplied with before the down projection sees it ((IA)³); None for nothing.
-        weight: what the part's output is multiplied with per token (gate of a shared expert); None for nothing.
+        scale: what the hidden activation is multiplied with before the down projection sees it ((IA)³); None
+            for nothing.
+        weight: what the part's output is multiplied with per token (gate of a shared expert); None for
+            nothing.
     """
 
     activation: Callable[[Tensor], Tensor]
     scale: Float[Tensor, " neuron"] | None = None
     weight: Float[Tensor, "token one"] | None = None
 
-    def down(self, hidden: Float[Tensor, "token neuron"], column_norms: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+    def down(
+        self, hidden: Float[Tensor, "token neuron"], column_norms: Float[Tensor, " neuron"]
+    ) -> Float[Tensor, " neuron"]:
         """‖hidden activation over tokens‖ · ‖change of the column‖."""
         return self._norms(hidden, column_norms)
 
@@ -64,7 +75,9 @@ class MlpScorer:
         column_norms: Float[Tensor, " neuron"],
     ) -> Float[Tensor, " neuron"]:
         """Rows of gate, `delta` taken off their activation."""
-        return self._norms(self._scaled((self.activation(gate) - self.activation(gate - delta)) * up), column_norms)
+        return self._norms(
+            self._scaled((self.activation(gate) - self.activation(gate - delta)) * up), column_norms
+        )
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         return hidden if self.scale is None else hidden * self.scale.to(hidden)
@@ -75,18 +88,26 @@ class MlpScorer:
 
 
 def expert_changes(
-    experts: ExpertsAnatomy, gate: ExpertRows, up: ExpertRows, hidden: Float[Tensor, "row neuron"], sites: tuple[str, ...]
+    experts: ExpertsAnatomy,
+    gate: ExpertRows,
+    up: ExpertRows,
+    hidden: Float[Tensor, "row neuron"],
+    sites: tuple[str, ...],
 ) -> dict[str, Float[Tensor, "row neuron"]]:
     """Change of the weighted hidden activation of every row by site, when the site's activation is zero.
 
-    Gate and up pass through the model's own gate step, so that clamps and offsets count: the three sites differ where up is offset.
+    Gate and up pass through the model's own gate step, so that clamps and offsets count: the three sites
+    differ where up is offset.
     """
     weight = gate.weight[:, None].to(hidden)
     changes = {}
     for site in sites:
         change = hidden
         if site != "down":
-            left, right = (torch.zeros_like(part.values) if site == name else part.values for name, part in (("gate", gate), ("up", up)))
+            left, right = (
+                torch.zeros_like(part.values) if site == name else part.values
+                for name, part in (("gate", gate), ("up", up))
+            )
             change = hidden - experts.apply_gate(experts.fuse(left, right))
         changes[site] = change * weight
     return changes
@@ -103,7 +124,9 @@ class ExpertsReader:
         give: Callable[[int, str, Tensor], None],
     ) -> None:
         self.experts, self.keys, self.lengths, self.give = experts, set(keys), lengths, give
-        self.sites = tuple(site for site in ("gate", "up", "down") if any(key.endswith(f".{site}") for key in self.keys))
+        self.sites = tuple(
+            site for site in ("gate", "up", "down") if any(key.endswith(f".{site}") for key in self.keys)
+        )
         self.seen: dict[str, ExpertRows] = {}
         self.sums: dict[str, Tensor] = {}
         self._norms: Tensor | None = None
@@ -111,7 +134,11 @@ class ExpertsReader:
     def readers(self) -> dict[str, Callable[[Any], None]]:
         """Readers of the rows of all experts."""
         name = f"layers.{self.experts.layer}.experts.*"
-        return {f"{name}.gate": partial(self._note, "gate"), f"{name}.up": partial(self._note, "up"), f"{name}.down": self._score}
+        return {
+            f"{name}.gate": partial(self._note, "gate"),
+            f"{name}.up": partial(self._note, "up"),
+            f"{name}.down": self._score,
+        }
 
     def start(self) -> None:
         """Forget what an unfinished pass left."""
@@ -147,31 +174,39 @@ class ExpertsReader:
 
     def _column_norms(self, like: Tensor) -> Tensor:
         if self._norms is None:
-            weights = (self.experts.weight(expert, "down").detach() for expert in range(self.experts.n_experts))
-            self._norms = torch.stack([torch.linalg.vector_norm(weight, dim=0, dtype=like.dtype) for weight in weights])
+            weights = (
+                self.experts.weight(expert, "down").detach() for expert in range(self.experts.n_experts)
+            )
+            self._norms = torch.stack(
+                [torch.linalg.vector_norm(weight, dim=0, dtype=like.dtype) for weight in weights]
+            )
         return self._norms
 
 
 def published_mlp(states: Mapping[str, Float[Tensor, "token neuron"]]) -> dict[str, Float[Tensor, " neuron"]]:
     """One list for up and down: Σ over tokens of |output of the up projection|.
 
-    Source: public code of paper 1, detection model files.
-    Differs: not at all, on purpose; gate, activation function and the norm of the down column play no part there.
+    Source: public code of paper 1, detection model files. Differs: not at all, on purpose; gate, activation
+    function and the norm of the down column play no part there.
     """
     scores = states["up"].abs().sum(0)
     return {"up": scores, "down": scores}
 
 
-def published_attention(plan: AttentionPlan, states: AttentionStates, budget: int) -> dict[str, Float[Tensor, " neuron"]]:
+def published_attention(
+    plan: AttentionPlan, states: AttentionStates, budget: int
+) -> dict[str, Float[Tensor, " neuron"]]:
     """One list for q and k and one for v and o, both over the entries of the query heads.
 
-    q: Σ of the squared difference of two softmaxes, of the logits and of the logits less the product of entry d of the rotated query and
-    of the rotated key, which the public code leaves unscaled. v, o: Σ over tokens of |what the o projection reads|. Its use for k and v
-    maps entry i of the query heads to row i // n; a row here scores the largest of the entries mapped to it.
+    q: Σ of the squared difference of two softmaxes, of the logits and of the logits less the product of entry
+        d of the rotated query and
+    of the rotated key, which the public code leaves unscaled. v, o: Σ over tokens of |what the o projection
+    reads|. Its use for k and v maps entry i of the query heads to row i // n; a row here scores the largest
+    of the entries mapped to it.
 
-    Source: public code of paper 1, detection model files.
-    Differs: the causal mask is applied (two of its model files lose it), and the change is taken off before a soft-cap would be missed:
-    it acts on the final logits, as there.
+    Source: public code of paper 1, detection model files. Differs: the causal mask is applied (two of its
+    model files lose it), and the change is taken off before a soft-cap would be missed: it acts on the final
+    logits, as there.
     """
     query = torch.stack([_heads_scores(plan, states, head, budget) for head in range(plan.n_heads)]).flatten()
     mixed = states.mixed.flatten(1).abs().sum(0)
@@ -218,14 +253,16 @@ class Options:
 class ImportanceReaders:
     """Readers over some sites of a model.
 
-    Use: `with readers.on():` around forward passes, `readers.start(batch)` before each of them, `readers.take()` after it.
+    Use: `with readers.on():` around forward passes, `readers.start(batch)` before each of them,
+    `readers.take()` after it.
 
     Attributes:
         lm: the model.
         keys: sites to score.
         options: how.
         plans: proved attention formulas by layer; made on a probe pass where they are needed and absent.
-        factors: what is needed of o projections, by layer; made at the first prompt, so weights must stay as they are.
+        factors: what is needed of o projections, by layer; made at the first prompt, so weights must stay as
+            they are.
         norms: the same of down projections.
     """
 
@@ -263,7 +300,9 @@ class ImportanceReaders:
         anatomy = self.lm.anatomy
         anatomy.check(self.keys)
         attention = [layer for layer in anatomy.layers if self._wanted(layer, "qkv")]
-        self.plans.update(prove_layers(self.lm, [layer for layer in attention if layer.index not in self.plans]))
+        self.plans.update(
+            prove_layers(self.lm, [layer for layer in attention if layer.index not in self.plans])
+        )
         self._experts.clear()
         with ExitStack() as stack:
             readers: dict[str, Callable[[Any], None]] = {}
@@ -277,7 +316,9 @@ class ImportanceReaders:
 
     def _add(self, layer: LayerAnatomy, readers: dict[str, Callable[[Any], None]], stack: ExitStack) -> None:
         if layer.attention is not None and (wanted := self._wanted(layer, "qkvo")):
-            attention = _AttentionReader(layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self)
+            attention = _AttentionReader(
+                layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self
+            )
             if attention.plan is None:
                 readers[f"{attention.key}.o"] = attention.columns
             else:
@@ -329,7 +370,12 @@ class _AttentionReader:
     """Scores of the attention sites of one layer."""
 
     def __init__(
-        self, part: AttentionAnatomy, key: str, wanted: tuple[str, ...], plan: AttentionPlan | None, owner: ImportanceReaders
+        self,
+        part: AttentionAnatomy,
+        key: str,
+        wanted: tuple[str, ...],
+        plan: AttentionPlan | None,
+        owner: ImportanceReaders,
     ) -> None:
         self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
 
@@ -354,7 +400,11 @@ class _AttentionReader:
         for row, length in enumerate(self.owner.lengths()):
             mixed = _working(values[row, :length])
             norms = torch.linalg.vector_norm(mixed, dim=0)
-            scores = mixed.abs().sum(0) if self.owner.options.as_published else norms * self.factors(mixed).column_norms
+            scores = (
+                mixed.abs().sum(0)
+                if self.owner.options.as_published
+                else norms * self.factors(mixed).column_norms
+            )
             self.owner.give(row, f"{self.key}.o", scores)
 
     def score(self, _: LayerAnatomy, shown: Shown) -> None:
@@ -367,17 +417,25 @@ class _AttentionReader:
             error = self.plan.deviation(states, capture, row)
             if not bool(torch.isfinite(capture.o[row, :length]).all()):
                 # The model's own numbers broke: the prompt counts as failed.
-                self._give(row, {site: states.mixed.new_full((self.part.places[site].size,), torch.nan) for site in self.wanted})
+                self._give(
+                    row,
+                    {
+                        site: states.mixed.new_full((self.part.places[site].size,), torch.nan)
+                        for site in self.wanted
+                    },
+                )
                 continue
             if torch.isfinite(states.mixed).all() and error > 4 * tolerance(capture.q.dtype):
                 raise UnsupportedModelError(
-                    f"{self.key}: the attention formula proved on the probe is {error:.1e} off on a prompt of {length} tokens; "
-                    "leave q, k and v out with --sites"
+                    f"{self.key}: the attention formula proved on the probe is {error:.1e} off on a prompt "
+                    f"of {length} tokens; leave q, k and v out with --sites"
                 )
             if options.as_published:
                 self._give(row, published_attention(self.plan, states, options.budget))
             elif length > SHORT:
-                scorer = AttentionScorer(self.plan, states, self.factors(states.q), options.space, options.budget)
+                scorer = AttentionScorer(
+                    self.plan, states, self.factors(states.q), options.space, options.budget
+                )
                 self._give(row, {site: scorer.scores(site) for site in self.wanted})
             else:
                 together.setdefault(length, []).append((row, states))
@@ -389,7 +447,9 @@ class _AttentionReader:
         """Short prompts of one length."""
         assert self.plan is not None
         options, factors = self.owner.options, self.factors(rows[0][1].q)
-        scores = scores_at_once(self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget)
+        scores = scores_at_once(
+            self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget
+        )
         for (row, _), given in zip(rows, scores, strict=True):
             self._give(row, given)
 
@@ -401,7 +461,14 @@ class _AttentionReader:
 class _MlpReader:
     """Scores of the sites of one dense feed-forward part (or of a shared expert)."""
 
-    def __init__(self, part: MlpAnatomy, key: str, wanted: tuple[str, ...], owner: ImportanceReaders, layer: LayerAnatomy) -> None:
+    def __init__(
+        self,
+        part: MlpAnatomy,
+        key: str,
+        wanted: tuple[str, ...],
+        owner: ImportanceReaders,
+        layer: LayerAnatomy,
+    ) -> None:
         self.part, self.key, self.wanted, self.owner = part, key, wanted, owner
         self.seen: dict[str, Tensor] = {}
         block = layer.experts.block if layer.experts is not None and "shared_expert" in key else None
@@ -410,14 +477,17 @@ class _MlpReader:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Hooks beside the readers."""
-        # The share of a shared expert comes from the block's own input, so it can be computed before the expert runs.
+        # The share of a shared expert comes from the block's own input, so it can be computed before the
+        # expert runs.
         with around(self.part.module, before=self._weigh) if self.share is not None else nullcontext():
             yield
 
     def _weigh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.share is not None
         fed = args[0] if args else next(iter(kwargs.values()))
-        weight = torch.sigmoid(torch.nn.functional.linear(fed, self.share.weight, getattr(self.share, "bias", None)))
+        weight = torch.sigmoid(
+            torch.nn.functional.linear(fed, self.share.weight, getattr(self.share, "bias", None))
+        )
         lengths = self.owner.lengths()
         self.seen["share"] = weight if weight.ndim == 3 else weight.view(len(lengths), -1, 1)
 
@@ -446,7 +516,8 @@ class _MlpReader:
         given: dict[str, Tensor] = {"down": scorer.down(states["down"], norms)}
         silent = not bool(self.part.activation(states["down"].new_zeros(1)).any())
         if up is not None:
-            # What down reads is act(gate)·up (or act(up)), as the anatomy proved: it is all gone when the row is zero and act(0) is 0.
+            # What down reads is act(gate)·up (or act(up)), as the anatomy proved: it is all gone when the row
+            # is zero and act(0) is 0.
             given["up"] = given["down"] if silent or gate is not None else scorer.up(up, gate, up, norms)
         if gate is not None and up is not None:
             given["gate"] = given["down"] if silent else scorer.gate(up, gate, gate, norms)
@@ -455,7 +526,9 @@ class _MlpReader:
     def _column_norms(self, like: Tensor) -> Tensor:
         norms = self.owner.norms
         if self.key not in norms:
-            norms[self.key] = torch.linalg.vector_norm(self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype)
+            norms[self.key] = torch.linalg.vector_norm(
+                self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype
+            )
         return norms[self.key]
 
 
@@ -467,7 +540,9 @@ def score(method: Importance, run: Run) -> Scored:
     """The importance of every neuron, inside one forward pass a batch."""
     keys = _keys(method, run)
     fed, counts = _encoded(run)
-    readers = ImportanceReaders(run.aligned, keys, Options(method.space, method.as_published, method.memory_budget * 2**20))
+    readers = ImportanceReaders(
+        run.aligned, keys, Options(method.space, method.as_published, method.memory_budget * 2**20)
+    )
     with torch.no_grad(), run.aligned.running(), readers.on():
         folded = run.fold(fed, _Reduce(run.aligned, readers, run.votes))
     counts = counts.without(len(folded.failed))
@@ -498,12 +573,15 @@ def _keys(method: Importance, run: Run) -> tuple[str, ...]:
         run.notes.append("the public code has no score for gate; gate is left out")
         if any(".experts." in key for key in keys):
             raise UnsupportedModelError(
-                "experts have no published score: leave as_published out, or score q, k, v and o only (--sites q,k,v,o)"
+                "experts have no published score: leave as_published out, or score q, k, v and o only "
+                "(--sites q,k,v,o)"
             )
     refused = [key for key in model.anatomy.refused if key.rsplit(".", 1)[-1] in sites]
     if refused:
         why = model.anatomy.refused[refused[0]]
-        run.notes.append(f"{len(refused)} sites of this model are refused and not scored, first {refused[0]}: {why}")
+        run.notes.append(
+            f"{len(refused)} sites of this model are refused and not scored, first {refused[0]}: {why}"
+        )
     return keys
 
 
@@ -521,7 +599,12 @@ def _encoded(run: Run) -> tuple[list[list[int]], PromptCounts]:
         fed.append(encoded.ids)
         truncated += encoded.truncated
     if failed:
-        run.notes.append(f"{failed} of {len(run.prompts)} prompts could not be read and are not in the scores; the first: {why}")
+        run.notes.append(
+            f"{failed} of {len(run.prompts)} prompts could not be read and are not in the scores; the "
+            f"first: {why}"
+        )
     if truncated:
-        run.notes.append(f"{truncated} of {len(run.prompts)} prompts were longer than the context: middle left out")
+        run.notes.append(
+            f"{truncated} of {len(run.prompts)} prompts were longer than the context: middle left out"
+        )
     return fed, PromptCounts(len(fed), failed, truncated)

@@ -1,4 +1,6 @@
-"""Exact importance of attention neurons: what the output projection puts out when one row of q, k or v, or one column of o, is zero."""
+"""Exact importance of attention neurons: what the output projection puts out when one row of q, k or v, or
+one column of o, is zero.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,8 +24,9 @@ CPU_CHUNK = 2**22
 class LogitChange:
     """Changes of the logits of some heads, one per neuron, as products of small factors.
 
-    The change of neuron c at query m, head r and key n is `left[c, m, r] · right[c, :, n]` for the heads in `own`, plus
-    `along[c, m, n] · base[m, r, n]` and `uniform[c, m, n] · flat[m, r, n]` for all heads (axes of `along` and `uniform` may be 1).
+    The change of neuron c at query m, head r and key n is `left[c, m, r] · right[c, :, n]` for the heads in
+    `own`, plus `along[c, m, n] · base[m, r, n]` and `uniform[c, m, n] · flat[m, r, n]` for all heads (axes of
+    `along` and `uniform` may be 1).
     """
 
     left: Float[Tensor, "neuron token own term"]
@@ -34,16 +37,24 @@ class LogitChange:
     uniform: Float[Tensor, "neuron query one key"] | None = None
     flat: Float[Tensor, "token head token"] | None = None
 
-    def block(self, chunk: slice, rows: slice, width: int, start: Tensor | None = None) -> Float[Tensor, "neuron token head key"]:
-        """The changes of some neurons at some queries and the first `width` keys, added to `start` where it is given."""
+    def block(
+        self, chunk: slice, rows: slice, width: int, start: Tensor | None = None
+    ) -> Float[Tensor, "neuron token head key"]:
+        """The changes of some neurons at some queries and the first `width` keys, added to `start` where it
+        is given.
+        """
         left, right = self.left[chunk, rows], self.right[chunk, :, :width]
         flat = left.flatten(1, 2)
         if self.base is None:
-            single = torch.bmm(flat, right) if start is None else torch.baddbmm(start.flatten(0, 1), flat, right)
+            single = (
+                torch.bmm(flat, right) if start is None else torch.baddbmm(start.flatten(0, 1), flat, right)
+            )
             return single.unflatten(1, left.shape[1:3])
         assert self.along is not None
         change = _cut(self.along[chunk], rows, width) * self.base[rows, :, :width]
-        change[:, :, slice(None) if self.own is None else self.own] += torch.bmm(flat, right).unflatten(1, left.shape[1:3])
+        change[:, :, slice(None) if self.own is None else self.own] += torch.bmm(flat, right).unflatten(
+            1, left.shape[1:3]
+        )
         if self.uniform is not None and self.flat is not None:
             change += _cut(self.uniform[chunk], rows, width) * self.flat[rows, :, :width]
         return change if start is None else change + start
@@ -80,14 +91,19 @@ class Attended:
 
     @cached_property
     def floored(self) -> tuple[Float[Tensor, "token head token"], Float[Tensor, "token head token"]]:
-        """Logarithms that are nowhere below `FLOOR`, where vectorised exponentials are several times slower, and their exponentials."""
+        """Logarithms that are nowhere below `FLOOR`, where vectorised exponentials are several times slower,
+        and their exponentials.
+        """
         logarithms = self.log_probabilities.clamp(min=FLOOR)
         return logarithms, logarithms.exp()
 
     def difference(
         self, change: LogitChange, chunk: slice, rows: slice, width: int, safe: bool, general: bool = False
     ) -> Float[Tensor, "neuron token head key"]:
-        """New minus old probabilities of a block; exactly 0 where nothing changes or one key alone is seen."""
+        """New minus old probabilities of a block.
+
+        Exactly 0 where nothing changes or one key alone is seen.
+        """
         sink = None if self.sink is None else self.sink[rows]
         still: Tensor | None = None
         if safe and self.softcap is None:
@@ -99,13 +115,17 @@ class Attended:
             still = (weights == 0).all(-1, keepdim=True) if general else None
             weights = weights.add_(before)
             top = weights.amax(-1, keepdim=True)
-            top = (top if sink is None else torch.maximum(top, sink.log())).clamp(min=torch.finfo(top.dtype).min)
+            top = (top if sink is None else torch.maximum(top, sink.log())).clamp(
+                min=torch.finfo(top.dtype).min
+            )
             weights = weights.sub_(top).exp_()
             sink = None if sink is None else sink * (-top).exp()
         total, whole = weights.sum(-1, keepdim=True), old.sum(-1, keepdim=True)
         if sink is not None and self.sink is not None:
             total, whole = total + sink, whole + self.sink[rows]
-        if still is not None:  # a row that does not change has no change at all, whatever its quotients round to
+        if (
+            still is not None
+        ):  # a row that does not change has no change at all, whatever its quotients round to
             return torch.where(still, 0.0, weights.mul_(whole / total).sub_(old))
         return torch.addcdiv(-old, weights, total / whole, out=weights)
 
@@ -152,11 +172,15 @@ def squared_norms(
 
 
 def _triangle(passed: Float[Tensor, "head token rank"]) -> Float[Tensor, "small token_head"]:
-    """R with Rᵀ R = X Xᵀ for the rows X of `passed` in the order (token, head): its first columns serve the first tokens alone."""
+    """R with Rᵀ R = X Xᵀ for the rows X of `passed` in the order (token, head): its first columns serve the
+    first tokens alone.
+    """
     return torch.linalg.qr(passed.transpose(0, 1).flatten(0, 1).T, mode="r").R
 
 
-def _leading(triangle: Float[Tensor, "small token_head"], width: int, n_heads: int) -> Float[Tensor, "head_token rank"]:
+def _leading(
+    triangle: Float[Tensor, "small token_head"], width: int, n_heads: int
+) -> Float[Tensor, "head_token rank"]:
     """The factor for the first `width` tokens, rows in the order (head, token)."""
     part = triangle[: width * n_heads, : width * n_heads].T
     return part.unflatten(0, (width, n_heads)).transpose(0, 1).flatten(0, 1)
@@ -181,7 +205,9 @@ def _cut(factor: Tensor, rows: slice, width: int) -> Tensor:
 
 
 class OutputFactors:
-    """What importance needs of an o projection's weight: column norms, and small factors R with Rᵀ R = Wᵀ W. Computed once, on demand."""
+    """What importance needs of an o projection's weight: column norms, and small factors R with Rᵀ R = Wᵀ W.
+    Computed once, on demand.
+    """
 
     def __init__(
         self,
@@ -246,7 +272,8 @@ class AttentionScorer:
         factors: of the o projection.
         space: `output` or `probability` (q and k only).
         budget: bytes that one chunk of neurons may take.
-        general: the form of the softmax's change that looks at no number, so that many prompts may be scored at once.
+        general: the form of the softmax's change that looks at no number, so that many prompts may be scored
+            at once.
     """
 
     plan: AttentionPlan
@@ -257,7 +284,10 @@ class AttentionScorer:
     general: bool = False
 
     def scores(self, site: str, delta: Tensor | None = None) -> Float[Tensor, " neuron"]:
-        """Scores of `q`, `k`, `v` or `o`; `delta` (default: the activation itself) is `[token, head, dim]` and not used for `o`."""
+        """Scores of `q`, `k`, `v` or `o`.
+
+        `delta` (default: the activation itself) is `[token, head, dim]` and not used for `o`.
+        """
         if site == "o":
             return self.output()
         score = {"q": self.query, "k": self.key, "v": self.value}[site]
@@ -268,14 +298,19 @@ class AttentionScorer:
         return torch.linalg.vector_norm(self.states.mixed.flatten(1), dim=0) * self.factors.column_norms
 
     def value(self, delta: Float[Tensor, "token group dim"]) -> Float[Tensor, "group dim"]:
-        """Rows of v: what each of the group's heads passes on, joined through the inner products of the columns it feeds."""
+        """Rows of v: what each of the group's heads passes on, joined through the inner products of the
+        columns it feeds.
+        """
         probabilities = self.states.probabilities.unflatten(0, (delta.shape[1], -1))
         passed = torch.einsum("grmn,ngd->gdrm", probabilities, delta)
         squares = ((passed @ passed.transpose(2, 3)) * self.factors.value_gram).sum((2, 3))
         return squares.clamp(min=0).sqrt()
 
     def query(self, delta: Float[Tensor, "token head dim"]) -> Float[Tensor, "head dim"]:
-        """Rows of q: the logits of one head change by two columns of its keys; where a norm spans all heads, those of the others too."""
+        """Rows of q: the logits of one head change by two columns of its keys.
+
+        Where a norm spans all heads, those of the others too.
+        """
         norm = self.plan.q_norm
         moved = self._change(norm, self.states.q, delta)
         base, flat = self._query_bases(norm)
@@ -298,7 +333,10 @@ class AttentionScorer:
         return torch.stack(scores)
 
     def key(self, delta: Float[Tensor, "token group dim"]) -> Float[Tensor, "group dim"]:
-        """Rows of k: the logits of all query heads of the group change together; where a norm spans all heads, those of the others too."""
+        """Rows of k: the logits of all query heads of the group change together.
+
+        Where a norm spans all heads, those of the others too.
+        """
         norm, size = self.plan.k_norm, self.states.group_size
         moved = self._change(norm, self.states.k, delta)
         base, flat = self._key_bases(norm)
@@ -334,7 +372,11 @@ class AttentionScorer:
         """Value states through the factor of one head's or one group's columns."""
         states, factors = self.states, self.factors
         group = heads.start // states.group_size
-        factor = factors.of_heads[heads.start] if heads.stop - heads.start < states.group_size else factors.of_groups[group]
+        factor = (
+            factors.of_heads[heads.start]
+            if heads.stop - heads.start < states.group_size
+            else factors.of_groups[group]
+        )
         return torch.einsum("td,khd->htk", states.v[:, group], factor.to(states.v))
 
     @cached_property
@@ -344,7 +386,10 @@ class AttentionScorer:
         return torch.einsum("thd,khd->htk", values, self.factors.of_all[0].to(values))
 
     def _paired(self, states: Float[Tensor, "token dim"], own: bool) -> Float[Tensor, "dim token term"]:
-        """Per entry d the two numbers of the rotated logit: `own`, what of d stays and what crosses; else the entries that they meet."""
+        """Per entry d the two numbers of the rotated logit: `own`, what of d stays and what crosses.
+
+        Else the entries that they meet.
+        """
         rotation = self.states.rotation
         if rotation is None:
             return states.T[:, :, None]
@@ -356,7 +401,9 @@ class AttentionScorer:
         return NormChange(None, None, -delta) if norm is None else norm.change(raw, delta)
 
     def _query_bases(self, norm: NormFormula | None) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of the normed queries without the norm's bias, and of its weight alone, `[token, head, token]`."""
+        """Logits of the normed queries without the norm's bias, and of its weight alone, `[token, head,
+        token]`.
+        """
         if norm is None:
             return None, None
         states = self.states
@@ -369,7 +416,9 @@ class AttentionScorer:
         if norm is None:
             return None, None
         states = self.states
-        turned = [self._turned(part).repeat_interleave(states.group_size, 1) for part in _norm_parts(norm, states.k)]
+        turned = [
+            self._turned(part).repeat_interleave(states.group_size, 1) for part in _norm_parts(norm, states.k)
+        ]
         logits = [torch.einsum("mhd,nhd->mhn", states.query, part) for part in turned]
         return logits[0], logits[1] if norm.centred else None
 
@@ -389,9 +438,11 @@ def scores_at_once(
     space: str = "output",
     budget: int = 2**28,
 ) -> list[dict[str, Float[Tensor, " neuron"]]]:
-    """Scores of several prompts of one length: the same closed forms, computed for all of them by every operation.
+    """Scores of several prompts of one length: the same closed forms, computed for all of them by every
+    operation.
 
-    A short prompt is little work for many operations; one by one, their calls cost more than what they compute.
+    A short prompt is little work for many operations; one by one, their calls cost more than what they
+    compute.
 
     Args:
         plan: the layer's formula.
@@ -405,7 +456,9 @@ def scores_at_once(
     turned = states[0].rotation
     given = {name: torch.stack([getattr(one, name) for one in states]) for name in names}
     if turned is not None:
-        given |= {name: torch.stack([getattr(one.rotation, name) for one in states]) for name in ("keep", "cross")}
+        given |= {
+            name: torch.stack([getattr(one.rotation, name) for one in states]) for name in ("keep", "cross")
+        }
 
     room = (min(budget, 2 * CPU_CHUNK) if given["q"].device.type == "cpu" else budget) // len(states)
 
@@ -416,4 +469,6 @@ def scores_at_once(
         return tuple(scorer.scores(site) for site in sites)
 
     stacked = torch.vmap(scored)(given)
-    return [{site: values[row] for site, values in zip(sites, stacked, strict=True)} for row in range(len(states))]
+    return [
+        {site: values[row] for site, values in zip(sites, stacked, strict=True)} for row in range(len(states))
+    ]

@@ -1,4 +1,6 @@
-"""Score neurons of the aligned model against the base model's parameters: swapped one by one, or softly to first order."""
+"""Score neurons of the aligned model against the base model's parameters: swapped one by one, or softly to
+first order.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +12,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from safety_neurons.detectors.attribution import ScoredRow, attribute, frozen, mean_of, midpoints_of, own_completions, score_rows, spread
+from safety_neurons.detectors.attribution import (
+    ScoredRow,
+    attribute,
+    frozen,
+    mean_of,
+    midpoints_of,
+    own_completions,
+    score_rows,
+    spread,
+)
 from safety_neurons.detectors.importance import MlpScorer, prove_layers
 from safety_neurons.detectors.importance_attention import AttentionScorer, OutputFactors
 from safety_neurons.detectors.methods import ImportanceContrast, SwapAttribution
@@ -28,17 +39,23 @@ from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, parse_key
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of one projection in the aligned model (`mine`) and their difference to the base model's (`change`).
+    """Columns of one projection in the aligned model (`mine`) and their difference to the base model's
+    (`change`).
 
-    Neurons that are swapped together (the columns that one v row feeds; one column alone for `down`) form a group; what is kept is the
-    table of inner products of each group's `[mine, change]` columns.
+    Neurons that are swapped together (the columns that one v row feeds; one column alone for `down`) form a
+    group; what is kept is the table of inner products of each group's `[mine, change]` columns.
     """
 
     products: Float[Tensor, "unit pair pair"]
     norms: Float[Tensor, " neuron"]
 
     @staticmethod
-    def of(mine: Float[Tensor, "out neuron"], theirs: Float[Tensor, "out neuron"], n_kv_heads: int = 0, group: int = 1) -> "Columns":
+    def of(
+        mine: Float[Tensor, "out neuron"],
+        theirs: Float[Tensor, "out neuron"],
+        n_kv_heads: int = 0,
+        group: int = 1,
+    ) -> "Columns":
         """From both models' columns; for `o` with its key-value heads and the query heads of each."""
         change = mine - theirs.to(mine)
         both = torch.stack([mine, change])
@@ -49,8 +66,12 @@ class Columns:
         flat = both.flatten(2)
         return Columns(flat.transpose(1, 2) @ flat, torch.linalg.vector_norm(mine, dim=0))
 
-    def norms_of(self, moved: Float[Tensor, "token unit member"], stayed: Float[Tensor, "token unit member"]) -> Float[Tensor, " unit"]:
-        """‖Σ over members of moved·mine + stayed·change‖ over tokens: what swapping activation and column together does."""
+    def norms_of(
+        self, moved: Float[Tensor, "token unit member"], stayed: Float[Tensor, "token unit member"]
+    ) -> Float[Tensor, " unit"]:
+        """‖Σ over members of moved·mine + stayed·change‖ over tokens: what swapping activation and column
+        together does.
+        """
         both = torch.cat([moved, stayed], -1)
         summed = both.permute(1, 2, 0) @ both.transpose(0, 1)
         return (summed * self.products.to(both)).sum((1, 2)).clamp(min=0).sqrt()
@@ -105,17 +126,24 @@ class AttentionPart:
         columns: Columns,
         sites: tuple[str, ...] = ("q", "k", "v", "o"),
     ) -> dict[str, Float[Tensor, " neuron"]]:
-        """Against the other model's parameters, whose activations on the same input are given; a v row is swapped with its o columns."""
+        """Against the other model's parameters, whose activations on the same input are given.
+
+        A v row is swapped with its o columns.
+        """
         states, scorer, scores = self.states, self.scorer, {}
         if "q" in sites:
-            scores["q"] = _moved(scorer, "q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:])))
+            scores["q"] = _moved(
+                scorer, "q", self._asking(states.q - q.to(states.q).unflatten(-1, states.q.shape[1:]))
+            )
         if "k" in sites:
             scores["k"] = _moved(scorer, "k", states.k - k.to(states.k).unflatten(-1, states.k.shape[1:]))
         if "v" in sites or "o" in sites:
             theirs = v.to(states.v).unflatten(-1, states.v.shape[1:])
             unit = columns.norms_of(self._passed(states.v - theirs), self._passed(theirs))
             scores["v"] = unit
-            scores["o"] = unit.unflatten(0, states.v.shape[1:])[:, None].expand(-1, states.group_size, -1).flatten()
+            scores["o"] = (
+                unit.unflatten(0, states.v.shape[1:])[:, None].expand(-1, states.group_size, -1).flatten()
+            )
         return {site: scores[site] for site in sites}
 
     def _passed(self, values: Float[Tensor, "token group dim"]) -> Float[Tensor, "counted unit member"]:
@@ -124,15 +152,27 @@ class AttentionPart:
         return torch.einsum("grmn,ngd->mgdr", probabilities, values).flatten(1, 2)
 
 
-def _moved(scorer: AttentionScorer, site: str, delta: Float[Tensor, "token head dim"]) -> Float[Tensor, " neuron"]:
-    """Scores of rows that put out `delta` less; exactly 0 where nothing moves, and not computed where nothing moves at all."""
+def _moved(
+    scorer: AttentionScorer, site: str, delta: Float[Tensor, "token head dim"]
+) -> Float[Tensor, " neuron"]:
+    """Scores of rows that put out `delta` less.
+
+    Exactly 0 where nothing moves, and not computed where nothing moves at all.
+    """
     moves = delta.flatten(1).ne(0).any(0)
-    return scorer.scores(site, delta).masked_fill(~moves, 0.0) if bool(moves.any()) else delta.new_zeros(moves.shape)
+    return (
+        scorer.scores(site, delta).masked_fill(~moves, 0.0)
+        if bool(moves.any())
+        else delta.new_zeros(moves.shape)
+    )
 
 
 @dataclass(frozen=True)
 class MlpPart:
-    """One dense feed-forward part on one prompt, at the positions that count; `gate` is None without a gate."""
+    """One dense feed-forward part on one prompt, at the positions that count.
+
+    `gate` is None without a gate.
+    """
 
     part: MlpAnatomy
     up: Float[Tensor, "token neuron"]
@@ -148,18 +188,25 @@ class MlpPart:
     @property
     def hidden(self) -> Float[Tensor, "token neuron"]:
         """What meets the columns."""
-        return self.part.activation(self.up) if self.gate is None else self.part.activation(self.gate) * self.up
+        return (
+            self.part.activation(self.up) if self.gate is None else self.part.activation(self.gate) * self.up
+        )
 
     def importance(self, norms: Float[Tensor, " neuron"]) -> dict[str, Float[Tensor, " neuron"]]:
         """Against zero; `norms` are the columns'."""
         scorer = MlpScorer(self.part.activation)
-        scores = {"down": scorer.down(self.hidden, norms), "up": scorer.up(self.up, self.gate, self.up, norms)}
+        scores = {
+            "down": scorer.down(self.hidden, norms),
+            "up": scorer.up(self.up, self.gate, self.up, norms),
+        }
         if self.gate is not None:
             scores["gate"] = scorer.gate(self.up, self.gate, self.gate, norms)
         return scores
 
     def swapped(self, other: "MlpPart", columns: Columns) -> dict[str, Float[Tensor, " neuron"]]:
-        """Against the other model's parameters, on the same input: gate row, up row and down column of one index together."""
+        """Against the other model's parameters, on the same input: gate row, up row and down column of one
+        index together.
+        """
         mine, theirs = self.hidden, other.hidden
         unit = columns.norms_of((mine - theirs)[..., None], theirs[..., None])
         return dict.fromkeys(("up", "down") if self.gate is None else ("gate", "up", "down"), unit)
@@ -175,7 +222,9 @@ SMALL = 1e-3
 
 
 def score(method: ImportanceContrast, run: Run) -> Scored:
-    """How much every neuron's sub-layer changes when its parameters are the base model's, or another of the comparisons."""
+    """How much every neuron's sub-layer changes when its parameters are the base model's, or another of the
+    comparisons.
+    """
     comparison = SwapComparison(run.base, run.aligned, run.sizes, method.compare)
     comparison.check()
     if method.compare == "swap-attribution":
@@ -225,7 +274,8 @@ class SwapComparison:
         for key in self.sizes:
             if parse_key(key).expert is not None or parse_key(key).shared:
                 raise UnsupportedModelError(
-                    f"{key}: importance-contrast is defined for attention and dense feed-forward parts only; use --sites q,k,v,o here"
+                    f"{key}: importance-contrast is defined for attention and dense feed-forward parts "
+                    "only; use --sites q,k,v,o here"
                 )
 
     def run(self, run: Run, spans: Sequence[Span]) -> tuple[dict[str, np.ndarray], Folded]:
@@ -233,11 +283,17 @@ class SwapComparison:
 
         def reduce(batch: Batch) -> BatchSums:
             mine, theirs = self.scores(batch, [spans[index] for index in batch.indices])
-            added = BatchSums({f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes})
+            added = BatchSums(
+                {f"mine/{key}": np.sum([row[key] for row in mine], axis=0) for key in self.sizes}
+            )
             if theirs:
-                added.sums |= {f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes}
+                added.sums |= {
+                    f"theirs/{key}": np.sum([row[key] for row in theirs], axis=0) for key in self.sizes
+                }
             if run.votes:
-                added.scores = [self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)]
+                added.scores = [
+                    self.combined(row, theirs[number] if theirs else None) for number, row in enumerate(mine)
+                ]
             return added
 
         with torch.no_grad():
@@ -245,15 +301,24 @@ class SwapComparison:
             folded = run.fold([span.ids for span in spans], reduce)
         used = len(spans) - len(folded.failed)
         mine = {key: folded.sums[f"mine/{key}"] / used for key in self.sizes}
-        theirs = {key: folded.sums[f"theirs/{key}"] / used for key in self.sizes} if self.compare != "swap" else None
+        theirs = (
+            {key: folded.sums[f"theirs/{key}"] / used for key in self.sizes}
+            if self.compare != "swap"
+            else None
+        )
         return self.combined(mine, theirs), folded
 
-    def combined(self, mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    def combined(
+        self, mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray] | None
+    ) -> dict[str, np.ndarray]:
         """The score from the aligned model's numbers and, but for `swap`, the base model's."""
         if theirs is None:
             return dict(mine)
         if self.compare == "relative":
-            return {key: (a - theirs[key]) / np.maximum(a + theirs[key] + SMALL * a.mean(), 1e-300) for key, a in mine.items()}
+            return {
+                key: (a - theirs[key]) / np.maximum(a + theirs[key] + SMALL * a.mean(), 1e-300)
+                for key, a in mine.items()
+            }
         return {key: a - theirs[key] for key, a in mine.items()}
 
     def scores(self, batch: Batch, spans: Sequence[Span]) -> tuple[Each, Each]:
@@ -282,8 +347,16 @@ class SwapComparison:
         with lm.running(), watching(lm, attend, attention, None), watching(lm, feed, None, mlp):
             forward(lm.model, batch.to(lm.device))
 
-    def _give(self, into: dict[str, np.ndarray], layer: LayerAnatomy, given: Mapping[str, Tensor], among: Sequence[str]) -> None:
-        into.update({f"layers.{layer.index}.{site}": to_numpy(given[site]) for site in self.wanted(layer, among)})
+    def _give(
+        self,
+        into: dict[str, np.ndarray],
+        layer: LayerAnatomy,
+        given: Mapping[str, Tensor],
+        among: Sequence[str],
+    ) -> None:
+        into.update(
+            {f"layers.{layer.index}.{site}": to_numpy(given[site]) for site in self.wanted(layer, among)}
+        )
 
     def _attention(
         self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each
@@ -299,15 +372,24 @@ class SwapComparison:
             if swap:
                 columns_ = self._column_pairs(layer, "o")
                 base_rows = {site: theirs[site][row, :length] for site in "qkv"}
-                scores.append(prompt.swapped(**base_rows, columns=columns_, sites=self.wanted(layer, ATTENTION_SITES)))
+                scores.append(
+                    prompt.swapped(**base_rows, columns=columns_, sites=self.wanted(layer, ATTENTION_SITES))
+                )
                 continue
             scores.append(prompt.importance())
             if other:
                 fed = Shown(shown.inputs, {**theirs, "o": capture.o}, shown.arguments)
-                self._give(other[row], layer, self._attention_part(self.base, layer, fed, row, span).importance(), ATTENTION_SITES)
+                self._give(
+                    other[row],
+                    layer,
+                    self._attention_part(self.base, layer, fed, row, span).importance(),
+                    ATTENTION_SITES,
+                )
         return scores
 
-    def _attention_part(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, row: int, span: Span) -> AttentionPart:
+    def _attention_part(
+        self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, row: int, span: Span
+    ) -> AttentionPart:
         anatomy = layer.attention
         assert anatomy is not None
         states = self._plans[self._side(lm)][layer.index].states(shown.capture, row, len(span.ids))
@@ -319,7 +401,9 @@ class SwapComparison:
         counted[span.start : span.stop] = True
         return AttentionPart(self._plans[self._side(lm)][layer.index], states, counted, self._factors[name])
 
-    def _mlp(self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each) -> list[dict[str, Tensor]]:
+    def _mlp(
+        self, lm: LanguageModel, layer: LayerAnatomy, shown: Shown, spans: Sequence[Span], other: Each
+    ) -> list[dict[str, Tensor]]:
         anatomy, scores = layer.mlp, []
         assert anatomy is not None
         swap = self.compare == "swap"
@@ -327,7 +411,12 @@ class SwapComparison:
         for row, span in enumerate(spans):
             prompt = MlpPart.of(anatomy, shown.activations, row, span.start, span.stop)
             if swap:
-                scores.append(prompt.swapped(MlpPart.of(anatomy, theirs, row, span.start, span.stop), self._column_pairs(layer, "down")))
+                scores.append(
+                    prompt.swapped(
+                        MlpPart.of(anatomy, theirs, row, span.start, span.stop),
+                        self._column_pairs(layer, "down"),
+                    )
+                )
                 continue
             scores.append(prompt.importance(self._column_norms(lm, layer)))
             if other:
@@ -340,7 +429,11 @@ class SwapComparison:
         if key not in self._columns:
             mine, theirs = columns(self.aligned, key), columns(self.base, key)
             attention = layer.attention if site == "o" else None
-            self._columns[key] = attention_columns(attention, mine, theirs) if attention is not None else Columns.of(mine, theirs)
+            self._columns[key] = (
+                attention_columns(attention, mine, theirs)
+                if attention is not None
+                else Columns.of(mine, theirs)
+            )
         return self._columns[key]
 
     def _column_norms(self, lm: LanguageModel, layer: LayerAnatomy) -> Tensor:
@@ -356,14 +449,18 @@ class SwapComparison:
         """The attention formulas of the models that run, or whose parameters run, on probe passes."""
         attending = {layer.index for layer in self.layers if self.wanted(layer, ATTENTION_SITES)}
         for lm in (self.aligned,) if self.compare == "swap" else (self.aligned, self.base):
-            self._plans[self._side(lm)] = prove_layers(lm, [layer for layer in lm.anatomy.layers if layer.index in attending])
+            self._plans[self._side(lm)] = prove_layers(
+                lm, [layer for layer in lm.anatomy.layers if layer.index in attending]
+            )
 
 
 Masks = dict[str, Float[Tensor, "batch unit"]]
 
 
 def score_swap_attribution(_: SwapAttribution | ImportanceContrast, run: Run) -> Scored:
-    """Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along the path."""
+    """Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged
+    along the path.
+    """
     units, counts = own_completions(run)
     swap, steps = SoftSwap(run.base, run.aligned, run.sizes), midpoints_of(SwapAttribution.MIDPOINTS)
 
@@ -375,10 +472,11 @@ def score_swap_attribution(_: SwapAttribution | ImportanceContrast, run: Run) ->
 
 
 def parting(rows: Sequence[ScoredRow]) -> list[ScoredRow]:
-    """The rows of one prompt cut behind the first token at which its refusal and its compliance differ, which alone is scored.
+    """The rows of one prompt cut behind the first token at which its refusal and its compliance differ, which
+    alone is scored.
 
-    Later tokens say how a refusal or a compliance goes on, not whether there is one. Texts of which one begins with the other are cut at
-    their last common token, where they cancel.
+    Later tokens say how a refusal or a compliance goes on, not whether there is one. Texts of which one
+    begins with the other are cut at their last common token, where they cancel.
     """
     refusal, compliance = rows
     start = refusal.start
@@ -392,7 +490,9 @@ def parting(rows: Sequence[ScoredRow]) -> list[ScoredRow]:
 
 @dataclass
 class SoftSwap:
-    """Both models as one whose searched units have the parameters `base + m·(aligned − base)`; all else is the aligned model's.
+    """Both models as one whose searched units have the parameters `base + m·(aligned − base)`.
+
+    All else is the aligned model's.
 
     Attributes:
         base, aligned: the models; they may be adapters on one base.
@@ -405,21 +505,44 @@ class SoftSwap:
     _inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     _busy: bool = False
 
-    def gradients(self, batch: Batch, rows: Sequence[ScoredRow], steps: Sequence[float]) -> dict[str, Float[Tensor, "batch neuron"]]:
-        """Derivative of each row's score with respect to that row's mask, mean over the steps; a unit's neurons share it."""
+    def gradients(
+        self, batch: Batch, rows: Sequence[ScoredRow], steps: Sequence[float]
+    ) -> dict[str, Float[Tensor, "batch neuron"]]:
+        """Derivative of each row's score with respect to that row's mask, mean over the steps.
+
+        A unit's neurons share it.
+        """
         return mean_of([self.at(batch, rows, step)[0] for step in steps])
 
-    def at(self, batch: Batch, rows: Sequence[ScoredRow], step: float) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
-        """One forward and one backward pass with all masks at `step`: gradients by site key, and the rows' scores."""
+    def at(
+        self, batch: Batch, rows: Sequence[ScoredRow], step: float
+    ) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Tensor]:
+        """One forward and one backward pass with all masks at `step`: gradients by site key, and the rows'
+        scores.
+        """
         slopes, scores = self.slopes(batch, rows, step)
         return {key: self._of_site(key, slopes) for key in self.sizes}, scores
 
-    def slopes(self, batch: Batch, rows: Sequence[ScoredRow], step: float | Mapping[str, Tensor]) -> tuple[Masks, Tensor]:
+    def slopes(
+        self, batch: Batch, rows: Sequence[ScoredRow], step: float | Mapping[str, Tensor]
+    ) -> tuple[Masks, Tensor]:
         """The same by name of a mask; `step` is one number, or by name a number for each of its units."""
         wide = torch.float64 if self.aligned.dtype == torch.float64 else torch.float32
-        device, shapes = batch.input_ids.device, {name: (len(rows), size) for name, size in self.sizes_of_masks.items()}
-        masks = {name: spread(step, name, shape).to(device, wide).requires_grad_() for name, shape in shapes.items()}
-        with frozen(self.aligned.model), frozen(self.base.model), self.aligned.running(), torch.enable_grad(), self.swapping(masks):
+        device, shapes = (
+            batch.input_ids.device,
+            {name: (len(rows), size) for name, size in self.sizes_of_masks.items()},
+        )
+        masks = {
+            name: spread(step, name, shape).to(device, wide).requires_grad_()
+            for name, shape in shapes.items()
+        }
+        with (
+            frozen(self.aligned.model),
+            frozen(self.base.model),
+            self.aligned.running(),
+            torch.enable_grad(),
+            self.swapping(masks),
+        ):
             logits = forward(self.aligned.model, batch, with_logits=True)
             assert logits is not None
             scores = score_rows(logits, batch, rows)
@@ -428,7 +551,9 @@ class SoftSwap:
 
     @property
     def sizes_of_masks(self) -> dict[str, int]:
-        """Units behind every mask: `q` and `k` rows alone, `v` rows with the `o` columns they feed, feed-forward units whole."""
+        """Units behind every mask: `q` and `k` rows alone, `v` rows with the `o` columns they feed,
+        feed-forward units whole.
+        """
         sizes = {}
         for layer in self.layers:
             for site in (site for site in "qkvo" if f"layers.{layer.index}.{site}" in self.sizes):
@@ -475,7 +600,9 @@ class SoftSwap:
 
         return enter
 
-    def _leaving(self, module: nn.Module, places: Sequence[tuple[SitePlace, Tensor]]) -> Callable[[Tensor], Tensor | None]:
+    def _leaving(
+        self, module: nn.Module, places: Sequence[tuple[SitePlace, Tensor]]
+    ) -> Callable[[Tensor], Tensor | None]:
         def leave(output: Tensor) -> Tensor | None:
             if self._busy:
                 return None
@@ -483,7 +610,9 @@ class SoftSwap:
             theirs = self._base_output(place, fed).to(output)
             if place.side == "input":  # linear: aligned(m·x) + base(x) − base(m·x)
                 return output + (theirs - self._base_output(place, _scaled(fed, places[0][1])).to(output))
-            features = torch.ones(len(places[0][1]), output.shape[-1], dtype=places[0][1].dtype, device=output.device)
+            features = torch.ones(
+                len(places[0][1]), output.shape[-1], dtype=places[0][1].dtype, device=output.device
+            )
             for each, mask in places:
                 features[:, slice(None) if each.index is None else each.index] = mask.to(output.device)
             return theirs + _scaled(output - theirs, features)
@@ -491,7 +620,10 @@ class SoftSwap:
         return leave
 
     def _base_output(self, place: SitePlace, fed: Tensor) -> Tensor:
-        """What the base model's projection puts out; it may be the same module under other adapters, so that our hooks must rest."""
+        """What the base model's projection puts out.
+
+        It may be the same module under other adapters, so that our hooks must rest.
+        """
         self._busy = True
         try:
             with self.base.active():
@@ -505,7 +637,9 @@ class SoftSwap:
         gradient = slopes[mask_name(layer, parsed.site)]
         return self._columns(layer, gradient) if parsed.site == "o" else gradient
 
-    def _columns(self, layer: LayerAnatomy, values: Float[Tensor, "batch value"]) -> Float[Tensor, "batch column"]:
+    def _columns(
+        self, layer: LayerAnatomy, values: Float[Tensor, "batch value"]
+    ) -> Float[Tensor, "batch column"]:
         """Of every `o` column, what its `v` row has."""
         attention = layer.attention
         assert isinstance(attention, AttentionAnatomy)
@@ -519,7 +653,9 @@ class SoftSwap:
 
 
 def contested(rows: Sequence[ScoredRow]) -> ScoredRow:
-    """The same as one row, since both tokens are told by the same position: log p(refusal's token) − log p(compliance's)."""
+    """The same as one row, since both tokens are told by the same position: log p(refusal's token) − log
+    p(compliance's).
+    """
     refusal, compliance = parting(rows)
     return replace(refusal, weight=1.0, rival=compliance.ids[-1])
 
@@ -532,6 +668,9 @@ def mask_name(layer: LayerAnatomy, site: str) -> str:
 
 
 def _scaled(values: Tensor, mask: Float[Tensor, "batch feature"]) -> Tensor:
-    """Features times their row's mask, in the mask's type on the way; `values` may have batch and tokens flattened."""
+    """Features times their row's mask, in the mask's type on the way.
+
+    `values` may have batch and tokens flattened.
+    """
     rows = values.reshape(len(mask), -1, values.shape[-1])
     return (rows.to(mask) * mask[:, None]).to(values).reshape(values.shape)

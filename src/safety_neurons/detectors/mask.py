@@ -1,7 +1,9 @@
-"""The learned mask: the set of units whose move from the base model to the aligned one makes refusals and leaves harmless answers alone.
+"""The learned mask: the set of units whose move from the base model to the aligned one makes refusals and
+leaves harmless answers alone.
 
-Detectors that score every unit by itself take two units that do the same twice, and miss units that only work together. Here a set is
-searched as a set: the gradient of what the set is for, at the set that is there, says which members to keep and which units to add.
+Detectors that score every unit by itself take two units that do the same twice, and miss units that only work
+together. Here a set is searched as a set: the gradient of what the set is for, at the set that is there, says
+which members to keep and which units to add.
 """
 
 import collections
@@ -15,7 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safety_neurons.detectors.attribution import TOKEN_BUDGET, ScoredRow, mask_gradients, midpoints_of, own_completions
+from safety_neurons.detectors.attribution import (
+    TOKEN_BUDGET,
+    ScoredRow,
+    mask_gradients,
+    midpoints_of,
+    own_completions,
+)
 from safety_neurons.detectors.importance_contrast import SoftSwap, contested
 from safety_neurons.detectors.methods import Mask
 from safety_neurons.detectors.reading import donated
@@ -38,10 +46,11 @@ def different(told: Sequence[Sequence[ScoredRow]]) -> list[Sequence[ScoredRow]]:
 
 
 def beginnings(told: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
-    """One row for every prompt that the two models complete differently: its score is log p(going on as refusals do) where they part.
+    """One row for every prompt that the two models complete differently: its score is log p(going on as
+    refusals do) where they part.
 
-    As refusals do: with its own refusal's token, or one with which at least a twentieth of the refusals go on after the same beginning
-    and no compliance does.
+    As refusals do: with its own refusal's token, or one with which at least a twentieth of the refusals go on
+    after the same beginning and no compliance does.
 
     Args:
         told: of every prompt its refusal and its compliance.
@@ -49,14 +58,21 @@ def beginnings(told: Sequence[Sequence[ScoredRow]]) -> list[ScoredRow]:
     pairs = different(told)
     rows = [contested(pair) for pair in pairs]
     starts = [row.ids[pair[0].start : -1] for row, pair in zip(rows, pairs, strict=True)]
-    refusing, complying = (collections.defaultdict[tuple[int, ...], collections.Counter[int]](collections.Counter) for _ in range(2))
+    refusing, complying = (
+        collections.defaultdict[tuple[int, ...], collections.Counter[int]](collections.Counter)
+        for _ in range(2)
+    )
     for start, row in zip(starts, rows, strict=True):
         refusing[start][row.ids[-1]] += 1
         complying[start][int(row.rival or 0)] += 1
     begun = []
     for start, row in zip(starts, rows, strict=True):
         least = USUAL * refusing[start].total()
-        usual = {token for token, count in refusing[start].items() if count >= least and token not in complying[start]}
+        usual = {
+            token
+            for token, count in refusing[start].items()
+            if count >= least and token not in complying[start]
+        }
         begun.append(replace(row, rival=None, instead=tuple(sorted(usual | {row.ids[-1]}))))
     return begun
 
@@ -71,19 +87,25 @@ class Movable(Protocol):
 
     @property
     def units(self) -> Mapping[str, Int[Tensor, " entry"]]:
-        """By name of a part of the mask, the number (in the model's site table) of the unit that each of its entries moves."""
+        """By name of a part of the mask, the number (in the model's site table) of the unit that each of its
+        entries moves.
+        """
         ...
 
     def slopes(
         self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
     ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
-        """Derivative of each row's score with respect to each entry, and the scores; one forward and one backward pass."""
+        """Derivative of each row's score with respect to each entry, and the scores.
+
+        One forward and one backward pass.
+        """
         ...
 
 
 @dataclass
 class Activations:
-    """`base + m·(aligned − base)` for the activations of the searched neurons, at every token, in the running base model.
+    """`base + m·(aligned − base)` for the activations of the searched neurons, at every token, in the running
+    base model.
 
     Attributes:
         base, aligned: the models.
@@ -121,7 +143,10 @@ class Activations:
 
 @dataclass
 class Parameters:
-    """`base + m·(aligned − base)` for the parameters of the searched units; everything else is the aligned model's."""
+    """`base + m·(aligned − base)` for the parameters of the searched units.
+
+    Everything else is the aligned model's.
+    """
 
     base: LanguageModel
     aligned: LanguageModel
@@ -131,13 +156,17 @@ class Parameters:
         routed = [key for key in self.sizes if parse_key(key).expert is not None or parse_key(key).shared]
         if routed:
             raise UnsupportedModelError(
-                f"{routed[0]}: experts' parameters cannot be swapped; use --move activations, or --sites q,k,v,o for this model"
+                f"{routed[0]}: experts' parameters cannot be swapped; use --move activations, or --sites "
+                "q,k,v,o for this model"
             )
         self._swap = SoftSwap(self.base, self.aligned, self.sizes)
         numbers = self.base.table.units()
         sites = {"mlp": "down"}
         parts = {name: name.rsplit(".", 1) for name in self._swap.sizes_of_masks}
-        self.units = {name: torch.as_tensor(numbers[f"{layer}.{sites.get(site, site)}"]) for name, (layer, site) in parts.items()}
+        self.units = {
+            name: torch.as_tensor(numbers[f"{layer}.{sites.get(site, site)}"])
+            for name, (layer, site) in parts.items()
+        }
 
     def slopes(
         self, batch: Batch, rows: Sequence[ScoredRow], masks: Mapping[str, Tensor]
@@ -174,14 +203,23 @@ class Course:
     """The rows that masks are judged on, in batches that stay the same from round to round."""
 
     def __init__(
-        self, asked: Sequence[ScoredRow], answers: Sequence[ScoredRow], lm: LanguageModel, batch_size: BatchSize, first: int = 0
+        self,
+        asked: Sequence[ScoredRow],
+        answers: Sequence[ScoredRow],
+        lm: LanguageModel,
+        batch_size: BatchSize,
+        first: int = 0,
     ) -> None:
         self.n_harmful, self.n_harmless = len(asked), len(answers)
         self.batches: list[tuple[Batch, list[ScoredRow], bool]] = []
         for rows, harmful in ((asked, True), (answers, False)):
             lengths = [len(row.ids) for row in rows]
-            for group in plan(lengths, batch_size, token_budget(lm.device, TOKEN_BUDGET), padded=takes_padding(lm)):
-                batch = collate([row.ids for row in rows], group, number=first + len(self.batches), pad_id=lm.pad_id).to(lm.device)
+            for group in plan(
+                lengths, batch_size, token_budget(lm.device, TOKEN_BUDGET), padded=takes_padding(lm)
+            ):
+                batch = collate(
+                    [row.ids for row in rows], group, number=first + len(self.batches), pad_id=lm.pad_id
+                ).to(lm.device)
                 self.batches.append((batch, [rows[index] for index in group], harmful))
 
 
@@ -192,7 +230,9 @@ class Search:
         self.mover, self.course, self.method, self.stream = mover, course, method, stream
         numbers, places = torch.unique(torch.cat(list(mover.units.values())), return_inverse=True)
         self.numbers = numbers
-        self._places = dict(zip(mover.units, places.split([len(part) for part in mover.units.values()]), strict=True))
+        self._places = dict(
+            zip(mover.units, places.split([len(part) for part in mover.units.values()]), strict=True)
+        )
         self._found: dict[str, Any] = {}
 
     def masks(self, mask: Float[Tensor, " unit"]) -> dict[str, Tensor]:
@@ -200,7 +240,10 @@ class Search:
         return {name: mask[places] for name, places in self._places.items()}
 
     def look(self, mask: Float[Tensor, " unit"]) -> Look:
-        """What a mask is worth, and which way it should change; goes on behind the last batch that the stream holds of this look."""
+        """What a mask is worth, and which way it should change.
+
+        Goes on behind the last batch that the stream holds of this look.
+        """
         masks, state = self.masks(mask), self.stream.state
         begun = {name: torch.from_numpy(values.copy()) for name, values in self.stream.named("look").items()}
         slope = begun.get("slope", torch.zeros(len(self.numbers), dtype=torch.float64))
@@ -214,7 +257,9 @@ class Search:
             if harmful:
                 by_odds = self.method.aim == "odds"
                 gained = -torch.nn.functional.softplus(-scores) if by_odds else scores
-                weights = ((-scores).sigmoid() if by_odds else torch.ones_like(scores)) / self.course.n_harmful
+                weights = (
+                    (-scores).sigmoid() if by_odds else torch.ones_like(scores)
+                ) / self.course.n_harmful
             else:
                 weights = torch.full_like(scores, self.method.caution / self.course.n_harmless)
                 gained = scores * self.method.caution
@@ -228,14 +273,20 @@ class Search:
                 state |= {"looked": number + 1, "look value": value}
             self.stream.went_on()
         if not (math.isfinite(value) and bool(slope.isfinite().all())):
-            raise NumericalError("the value of a mask is NaN or infinity: check the models' weights, or use --dtype float32")
+            raise NumericalError(
+                "the value of a mask is NaN or infinity: check the models' weights, or use --dtype float32"
+            )
         return Look(slope, value, each.float())
 
     def run(self, size: int, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The members of the best set, and the state at the end; both by unit."""
         with self.stream.kept():
             state = self._begin()
-            best = torch.from_numpy(self.stream.arrays["mask/best"].astype(bool)) if "mask/best" in self.stream.arrays else None
+            best = (
+                torch.from_numpy(self.stream.arrays["mask/best"].astype(bool))
+                if "mask/best" in self.stream.arrays
+                else None
+            )
             for number in range(int(self.stream.state.get("rounds", 0)), self.method.rounds):
                 chosen = torch.zeros(len(state), dtype=torch.float64)
                 chosen[torch.argsort(-state, stable=True)[:size]] = 1.0
@@ -266,7 +317,11 @@ class Search:
         everywhere = torch.ones(len(self.numbers), dtype=torch.float64)
         points = midpoints_of(MIDPOINTS)
         stored = self.stream.arrays.get("begin/slope")
-        total = torch.zeros(len(self.numbers), dtype=torch.float64) if stored is None else torch.from_numpy(stored.copy())
+        total = (
+            torch.zeros(len(self.numbers), dtype=torch.float64)
+            if stored is None
+            else torch.from_numpy(stored.copy())
+        )
         for number in range(int(self.stream.state.get("begun", 0)), len(points)):
             slope = self.look(everywhere * points[number]).slope
             with self.stream.changing():
@@ -286,7 +341,9 @@ def score(method: Mask, run: Run) -> Scored:
     base = run.base
     pairs, counts = own_completions(run)
     answers, lost = _answers(run)
-    run.notes += [f"{lost} harmless prompts have no answer, or an empty one, and were left out"] if lost else []
+    run.notes += (
+        [f"{lost} harmless prompts have no answer, or an empty one, and were left out"] if lost else []
+    )
     course = Course(_asked(pairs, method.aim), answers, base, run.batch_size)
     contest = Course(_asked(pairs, "odds"), [], base, run.batch_size, first=len(course.batches))
     mover, moved = _mover(run.stream.state.get("move", method.move), base, run.aligned, run.sizes, contest)
@@ -296,16 +353,31 @@ def score(method: Mask, run: Run) -> Scored:
     members, state = search.run(size, run.progress)
     turned = share_turned(mover, contest, search.masks(torch.from_numpy(members).double()))
     if turned < 0.5:
-        run.notes.append(f"the set turns {turned:.2f} of the prompts; a larger set, or other sites, may turn more")
+        run.notes.append(
+            f"the set turns {turned:.2f} of the prompts; a larger set, or other sites, may turn more"
+        )
     values = {key: _of_neurons(base.table.units()[key], search.numbers, state, members) for key in run.sizes}
-    config = {"move": moved, "units": size, "turned": turned, **{name: run.stream.state[name] for name in ("value", "round")}}
+    config = {
+        "move": moved,
+        "units": size,
+        "turned": turned,
+        **{name: run.stream.state[name] for name in ("value", "round")},
+    }
     # A set of a number of units is all that the search ended with; a share or count is taken from the scores.
-    whole = None if method.units is None else Selection(count=sum(int((part > 1).sum()) for part in values.values()))
+    whole = (
+        None
+        if method.units is None
+        else Selection(count=sum(int((part > 1).sum()) for part in values.values()))
+    )
     return Scored(values, counts, config=config, selection=whole)
 
 
-def _mover(move: str, base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], contest: Course) -> tuple[Movable, str]:
-    """What the mask moves; for `auto`, activations where all of them together turn at least half of the prompts."""
+def _mover(
+    move: str, base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], contest: Course
+) -> tuple[Movable, str]:
+    """What the mask moves; for `auto`, activations where all of them together turn at least half of the
+    prompts.
+    """
     if move == "parameters":
         return Parameters(base, aligned, sizes), move
     activations = Activations(base, aligned, sizes)
@@ -327,19 +399,30 @@ def _asked(told: Sequence[Sequence[ScoredRow]], aim: str) -> list[ScoredRow]:
 
 
 def _answers(run: Run) -> tuple[list[ScoredRow], int]:
-    """The base model's own answers to harmless prompts, their first tokens scored by mean log-probability; and how many have none."""
+    """The base model's own answers to harmless prompts, their first tokens scored by mean log-probability.
+
+    And how many have none.
+    """
     if run.harmless is None:
         return [], 0
     written = generate(run.base, run.harmless, "harmless", KEPT_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = run.base.encode(run.harmless, reserve=KEPT_TOKENS)
-    rows = [ScoredRow((*row.ids, *answer), len(row.ids), 1.0) for row, answer in zip(encoded, written, strict=True) if answer]
+    rows = [
+        ScoredRow((*row.ids, *answer), len(row.ids), 1.0)
+        for row, answer in zip(encoded, written, strict=True)
+        if answer
+    ]
     return rows, len(encoded) - len(rows)
 
 
 def _n_units(units: int | None, selection: Selection, n_units: int, n_neurons: int) -> int:
-    """Units in the set: as asked, or so many that their neurons at the searched sites are about as many as the selection takes."""
+    """Units in the set: as asked, or so many that their neurons at the searched sites are about as many as
+    the selection takes.
+    """
     if units is None:
-        wanted = number_of(selection.top, n_neurons) if selection.top is not None else int(selection.count or 0)
+        wanted = (
+            number_of(selection.top, n_neurons) if selection.top is not None else int(selection.count or 0)
+        )
         units = max(1, math.ceil(wanted * n_units / n_neurons))
     if units > n_units:
         raise UsageError(f"{units} units asked, but the searched sites have {n_units}; ask for fewer")

@@ -1,7 +1,7 @@
 """The methods that score neurons: each with its options, what it is shown, and where its formula is computed.
 
-Nothing here imports torch or numpy, so that the command line can name every method at once. A method of one's own is such a class, with
-`score` written in its body, registered by `register`; it may lie in any file.
+Nothing here imports torch or numpy, so that the command line can name every method at once. A method of one's
+own is such a class, with `score` written in its body, registered by `register`; it may lie in any file.
 """
 
 import dataclasses
@@ -46,7 +46,11 @@ class Sized(Declaration):
         """
         from safety_neurons.neurons import Selection
 
-        given = {name: value for name, value in self.values().items() if name in (*RULES, "agreement") and value is not None}
+        given = {
+            name: value
+            for name, value in self.values().items()
+            if name in (*RULES, "agreement") and value is not None
+        }
         return Selection.of(**given, default_top=self.DEFAULT_TOP)
 
     def check(self) -> None:
@@ -56,7 +60,9 @@ class Sized(Declaration):
         given = [flag for flag, value in rules.items() if value is not None]
         if len(given) > 1:
             *first, last = rules
-            raise UsageError(f"{' and '.join(given)} given together; expected one rule: {', '.join(first)} or {last}")
+            raise UsageError(
+                f"{' and '.join(given)} given together; expected one rule: {', '.join(first)} or {last}"
+            )
         _ = self.selection
 
 
@@ -119,7 +125,9 @@ class Searched(AtSites):
         if isinstance(self.layers, str) and ":" in self.layers:
             parse_layers(self.layers, 10**6)
         elif isinstance(self.layers, str) and not self.layers.strip().lstrip("-").isdigit():
-            raise UsageError(f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number")
+            raise UsageError(
+                f"--layers {self.layers!r} is not a range; expected A:B (B excluded) or one number"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +168,9 @@ class CardOptions(Declaration):
 
 @dataclasses.dataclass(frozen=True)
 class Method(Searched):
-    """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it scores."""
+    """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it
+    scores.
+    """
 
     PANEL: ClassVar[str | None] = Sized.PANEL
     NAME: ClassVar[str]
@@ -174,7 +184,10 @@ class Method(Searched):
     COMPLETIONS: ClassVar[bool] = False
     """Whether completions can be given to it in place of those it would generate."""
     SCORER: ClassVar[str] = ""
-    """`module:function` of the formula, imported when it is needed; a method of one's own defines `score` instead."""
+    """`module:function` of the formula, imported when it is needed.
+
+    A method of one's own defines `score` instead.
+    """
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -182,14 +195,24 @@ class Method(Searched):
         return self.DEFAULT_SITES if self.sites is None else listed(self.sites) or ()
 
     def config(self, run: Any) -> dict[str, Any]:
-        """What decides the scores, beside models and prompts; it stands in the provenance and in the resume key."""
+        """What decides the scores, beside models and prompts.
+
+        It stands in the provenance and in the resume key.
+        """
         shared = {field.name for base in (Method, Voted) for field in dataclasses.fields(base)}
         own = {name: value for name, value in self.values().items() if name not in shared}
-        return own | ({} if run.harmless is None else {"harmless_sha256": run.harmless.sha256}) | self.searched_config()
+        return (
+            own
+            | ({} if run.harmless is None else {"harmless_sha256": run.harmless.sha256})
+            | self.searched_config()
+        )
 
     def searched_config(self) -> dict[str, Any]:
         """What is searched, as it stands in the provenance."""
-        return {"sites": list(self.searched), "layers": list(self.layers) if isinstance(self.layers, range) else self.layers}
+        return {
+            "sites": list(self.searched),
+            "layers": list(self.layers) if isinstance(self.layers, range) else self.layers,
+        }
 
     def score(self, run: Any) -> Any:
         """Scores of the searched neurons (`runner.Scored`) of what is to be looked at (`runner.Run`)."""
@@ -217,7 +240,9 @@ def register(method: Registered) -> Registered:
 
 @functools.cache
 def installed() -> None:
-    """Register the methods of installed packages, which name their modules as entry points of `safety_neurons.methods`."""
+    """Register the methods of installed packages, which name their modules as entry points of
+    `safety_neurons.methods`.
+    """
     for entry in importlib.metadata.entry_points(group="safety_neurons.methods"):
         entry.load()
 
@@ -268,15 +293,17 @@ class TextOptions(Declaration):
 class Mask(Method, Sized):
     """Learned mask: the set of a given size that refuses the most when it is moved from base to aligned.
 
-    The state s starts as the mean gradient along the straight path (attribution). In every round the units of the largest s are
-    moved whole, the value is differentiated there, and s ← keep·s + (1 − keep)·gradient. The set of the highest value met is the
-    result. The value: `aim`, mean over prompts, plus `caution` times the mean log-probability of the base's own answers to
-    harmless prompts. Scores: s, scaled into [−1, 1], and 2 added for the members of the set.
+    The state s starts as the mean gradient along the straight path (attribution). In every round the units of
+    the largest s are moved whole, the value is differentiated there, and s ← keep·s + (1 − keep)·gradient.
+    The set of the highest value met is the result. The value: `aim`, mean over prompts, plus `caution` times
+    the mean log-probability of the base's own answers to harmless prompts. Scores: s, scaled into [−1, 1],
+    and 2 added for the members of the set.
 
     Raises InputError: both models complete every prompt with the same text, or with none.
 
-    Source: iterative hard thresholding (Blumensath and Davies 2009) on the mask of attribution patching (Nanda 2023).
-    Differs: the mask is a set in every round, so that nothing is rounded at the end; no relaxation or penalty is tuned.
+    Source: iterative hard thresholding (Blumensath and Davies 2009) on the mask of attribution patching
+    (Nanda 2023). Differs: the mask is a set in every round, so that nothing is rounded at the end; no
+    relaxation or penalty is tuned.
     """
 
     NAME, PAIR, HARMLESS, SCORER = "mask", True, "optional", "mask:score"
@@ -287,7 +314,10 @@ class Mask(Method, Sized):
     move: Annotated[str, OneOf("auto", "activations", "parameters")] = "auto"
     """activations (patching), parameters (swapping), or auto."""
     aim: Annotated[str, OneOf("refusal", "odds")] = "refusal"
-    """refusal: log-probability of going on as refusals do where the models part; odds: of the two tokens there."""
+    """refusal: log-probability of going on as refusals do where the models part.
+
+    Odds: of the two tokens there.
+    """
     units: Positive | None = None
     """Size of the set in units, each counted once; without --top and --count."""
     rounds: Positive = 30
@@ -306,7 +336,11 @@ class Mask(Method, Sized):
     def config(self, run: Any) -> dict[str, Any]:
         """Without the size, which the search adds as it was found."""
         own = {name: getattr(self, name) for name in ("move", "aim", "rounds", "keep", "caution")}
-        return own | {"harmless_sha256": run.harmless.sha256 if run.harmless is not None else ""} | self.searched_config()
+        return (
+            own
+            | {"harmless_sha256": run.harmless.sha256 if run.harmless is not None else ""}
+            | self.searched_config()
+        )
 
 
 @register
@@ -314,17 +348,18 @@ class Mask(Method, Sized):
 class Importance(Method, Voted):
     """Paper 1: how much each row or column changes its sub-layer's output on harmful requests.
 
-    L2 norm of the change of the sub-layer's output when the neuron's parameters are zero, mean over prompts, exact. One forward
-    pass without the output head; scores are computed inside it in closed form, for every prompt with its exact length. Memory
-    does not grow with the number of prompts.
+    L2 norm of the change of the sub-layer's output when the neuron's parameters are zero, mean over prompts,
+    exact. One forward pass without the output head; scores are computed inside it in closed form, for every
+    prompt with its exact length. Memory does not grow with the number of prompts.
 
-    Raises UnsupportedModelError: a site that this model does not have, or an attention formula that cannot be proved.
+    Raises UnsupportedModelError: a site that this model does not have, or an attention formula that cannot be
+    proved.
 
-    Source: Zhao et al. (ICLR 2025), eq. 1-9 and 11-14.
-    Differs: norms are of the sub-layer's output for all sites (the paper leaves q and k in probability space, one threshold for
-    all); heads, rotary embedding, mask, biases, norms and soft-caps are exact; o and gate are scored; the score of a prompt sums
-    over all tokens fed, special ones included; a set is chosen from the mean over prompts unless an agreement asks for the
-    paper's intersection.
+    Source: Zhao et al. (ICLR 2025), eq. 1-9 and 11-14. Differs: norms are of the sub-layer's output for all
+    sites (the paper leaves q and k in probability space, one threshold for all); heads, rotary embedding,
+    mask, biases, norms and soft-caps are exact; o and gate are scored; the score of a prompt sums over all
+    tokens fed, special ones included; a set is chosen from the mean over prompts unless an agreement asks for
+    the paper's intersection.
     """
 
     NAME, SCORER = "importance", "importance:score"
@@ -344,7 +379,9 @@ class Importance(Method, Voted):
 
     @property
     def searched(self) -> tuple[str, ...]:
-        """Without the site that the public code does not score, so that a share of a prompt's neurons means those that have a score."""
+        """Without the site that the public code does not score, so that a share of a prompt's neurons means
+        those that have a score.
+        """
         return tuple(site for site in super().searched if not (self.as_published and site == "gate"))
 
 
@@ -353,11 +390,12 @@ class Importance(Method, Voted):
 class ImportanceContrast(TextOptions, Method, Voted):
     """Exact importance against the base model's parameters instead of against zero.
 
-    How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base model's: L2 norm over the
-    tokens that count and all output dimensions of the sub-layer, mean over prompts. A `gate` row, its `up` row and its `down`
-    column are swapped together and share the score; so do a `v` row and the `o` columns it feeds. `q` and `k` rows are alone.
-    `absolute` (aligned − base), `relative` (over their sum) and `same-input` (on the aligned stream) are differences of
-    importance against zero, every neuron alone; `swap-attribution` is the method of that name.
+    How much a neuron's sub-layer changes when its parameters in the aligned model are set to the base
+    model's: L2 norm over the tokens that count and all output dimensions of the sub-layer, mean over prompts.
+    A `gate` row, its `up` row and its `down` column are swapped together and share the score; so do a `v` row
+    and the `o` columns it feeds. `q` and `k` rows are alone. `absolute` (aligned − base), `relative` (over
+    their sum) and `same-input` (on the aligned stream) are differences of importance against zero, every
+    neuron alone; `swap-attribution` is the method of that name.
 
     Raises UnsupportedModelError: routed experts, or an attention formula not proved.
 
@@ -376,11 +414,17 @@ class ImportanceContrast(TextOptions, Method, Voted):
         """Also that nothing is given which would have no effect."""
         super().check()
         if self.compare == "swap-attribution" and self.positions != "prompt":
-            raise UsageError("swap-attribution explains both models' own completions: leave positions at 'prompt'")
+            raise UsageError(
+                "swap-attribution explains both models' own completions: leave positions at 'prompt'"
+            )
 
     def config(self, run: Any) -> dict[str, Any]:
         """The comparison and the text."""
-        text = {"midpoints": SwapAttribution.MIDPOINTS} if self.compare == "swap-attribution" else run.text_config()
+        text = (
+            {"midpoints": SwapAttribution.MIDPOINTS}
+            if self.compare == "swap-attribution"
+            else run.text_config()
+        )
         return {"compare": self.compare} | text | self.searched_config()
 
 
@@ -389,9 +433,10 @@ class ImportanceContrast(TextOptions, Method, Voted):
 class SwapAttribution(Method, Voted):
     """First-order effect on the refusal of swapping each unit's parameters from base to aligned.
 
-    Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along the path. The
-    log-odds are log p(refusal) − log p(compliance) at the first token where the aligned model's greedy completion (refusal) and
-    the base model's (compliance) part. Positive: the aligned parameters push towards refusal.
+    Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along
+    the path. The log-odds are log p(refusal) − log p(compliance) at the first token where the aligned model's
+    greedy completion (refusal) and the base model's (compliance) part. Positive: the aligned parameters push
+    towards refusal.
 
     Raises InputError: both models complete every prompt with the same text, or with none.
 
@@ -414,13 +459,13 @@ class SwapAttribution(Method, Voted):
 class Contrast(TextOptions, Method, Voted):
     """Paper 2: root mean square difference of each activation between two models on the same text.
 
-    One model writes greedy completions; then both read the same ids once, and per neuron Σd², Σa, Σa² and the token count are
-    kept. No layer is left out silently.
+    One model writes greedy completions; then both read the same ids once, and per neuron Σd², Σa, Σa² and the
+    token count are kept. No layer is left out silently.
 
-    Source: Chen et al. (arXiv 2406.14144), eq. 3 and section 3.1.
-    Differs: completion tokens keep the ids that were generated (the public code re-tokenises decoded text); sums stream in
-    O(neurons) memory; the layer range is explicit (the paper leaves the last layer out, the public code by a name filter that
-    fits 32 layers only).
+    Source: Chen et al. (arXiv 2406.14144), eq. 3 and section 3.1. Differs: completion tokens keep the ids
+    that were generated (the public code re-tokenises decoded text); sums stream in O(neurons) memory; the
+    layer range is explicit (the paper leaves the last layer out, the public code by a name filter that fits
+    32 layers only).
     """
 
     NAME, PAIR, COMPLETIONS, SCORER = "contrast", True, True, "contrast:score"
@@ -436,14 +481,14 @@ class Contrast(TextOptions, Method, Voted):
 class Attribution(Method, Voted):
     """First-order effect of each neuron on the log-odds of refusing: activation times gradient.
 
-    Σ over tokens of activation × gradient of mean log p(refusal) − mean log p(compliance), mean over prompts (positive: refusal).
-    One forward and one backward pass give every neuron of every site.
+    Σ over tokens of activation × gradient of mean log p(refusal) − mean log p(compliance), mean over prompts
+    (positive: refusal). One forward and one backward pass give every neuron of every site.
 
     Raises InputError: a text without tokens.
 
-    Source: gradient × activation and its path integral (Sundararajan et al. 2017), on the score that this project defines.
-    Differs: the integral scales all searched activations together, so that the attributions of all neurons sum to the score's
-    change between everything deactivated and nothing.
+    Source: gradient × activation and its path integral (Sundararajan et al. 2017), on the score that this
+    project defines. Differs: the integral scales all searched activations together, so that the attributions
+    of all neurons sum to the score's change between everything deactivated and nothing.
     """
 
     NAME, SCORER = "attribution", "attribution:score_attribution"
@@ -457,8 +502,14 @@ class Attribution(Method, Voted):
     integrated: Annotated[int, Between(0)] = 0
     """Points at which the gradient is averaged; 0 takes it at the model itself."""
 
-    REFUSALS: ClassVar[tuple[str, ...]] = ("I'm sorry, but I can't help with that.", "I cannot help with this request.")
-    COMPLIANCES: ClassVar[tuple[str, ...]] = ("Sure, here is what you asked for.", "Of course, here is how to do it.")
+    REFUSALS: ClassVar[tuple[str, ...]] = (
+        "I'm sorry, but I can't help with that.",
+        "I cannot help with this request.",
+    )
+    COMPLIANCES: ClassVar[tuple[str, ...]] = (
+        "Sure, here is what you asked for.",
+        "Of course, here is how to do it.",
+    )
 
     @property
     def texts(self) -> dict[str, list[str]]:
@@ -476,14 +527,16 @@ class Attribution(Method, Voted):
 class AttributionPatching(Method, Voted):
     """First-order estimate of what patching each neuron from the aligned model would do.
 
-    Gradient of the explained score with respect to a soft mask m in `base + m·(aligned − base)`, mean over prompts. The score is
-    mean log p(refusal) − mean log p(compliance) over the first 16 tokens, teacher-forced in the base model; refusal is the
-    aligned model's own greedy completion of the prompt, compliance the base model's. Positive pushes towards refusal.
+    Gradient of the explained score with respect to a soft mask m in `base + m·(aligned − base)`, mean over
+    prompts. The score is mean log p(refusal) − mean log p(compliance) over the first 16 tokens,
+    teacher-forced in the base model; refusal is the aligned model's own greedy completion of the prompt,
+    compliance the base model's. Positive pushes towards refusal.
 
     Raises InputError: both models complete every prompt with the same text, or with none.
 
-    Source: attribution patching (Nanda 2023; Syed et al. 2023) with the path average of integrated gradients (Sundararajan 2017).
-    Differs: the activation that is moved is the running one, as in patching during generation: earlier neurons' moves reach it.
+    Source: attribution patching (Nanda 2023; Syed et al. 2023) with the path average of integrated gradients
+    (Sundararajan 2017). Differs: the activation that is moved is the running one, as in patching during
+    generation: earlier neurons' moves reach it.
     """
 
     NAME, PAIR, SCORER = "attribution-patching", True, "attribution:score_patching"
@@ -497,15 +550,20 @@ class AttributionPatching(Method, Voted):
 
     def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """No midpoints where there is no path."""
-        return {"at": self.at, "midpoints": self.midpoints if self.at == "path" else 0} | self.searched_config()
+        return {
+            "at": self.at,
+            "midpoints": self.midpoints if self.at == "path" else 0,
+        } | self.searched_config()
 
 
 @dataclasses.dataclass(frozen=True)
 class SetDifference(Method, Ranked):
-    """Weights among the largest on the model's answers to harmful requests and not on those to harmless ones (Wei et al.).
+    """Weights among the largest on the model's answers to harmful requests and not on those to harmless ones
+    (Wei et al.).
 
-    Both texts give every weight an importance; a neuron's score is the share of its weights in the set difference. The text is
-    the model's own answers, the first 16 tokens of each. Importances of both texts (two numbers per weight) are held in memory.
+    Both texts give every weight an importance; a neuron's score is the share of its weights in the set
+    difference. The text is the model's own answers, the first 16 tokens of each. Importances of both texts
+    (two numbers per weight) are held in memory.
     """
 
     PANEL: ClassVar[str | None] = None
@@ -520,12 +578,14 @@ class SetDifference(Method, Ranked):
 @register
 @dataclasses.dataclass(frozen=True)
 class Snip(SetDifference):
-    """SNIP set difference: weights whose change would alter the loss of refusals and not that of harmless answers.
+    """SNIP set difference: weights whose change would alter the loss of refusals and not that of harmless
+    answers.
 
     |weight × gradient of the loss of the model's own answer|, mean over prompts; then the set difference.
 
     Source: Wei et al. (ICML 2024, arXiv 2402.05162), sections 3.1 and 3.3; SNIP: Lee et al. (ICLR 2019).
-    Differs: they take single weights away; here a neuron's score is the share of its weights in the set difference.
+    Differs: they take single weights away; here a neuron's score is the share of its weights in the set
+    difference.
     """
 
     NAME, SCORER = "snip", "baselines:snip"
@@ -534,13 +594,15 @@ class Snip(SetDifference):
 @register
 @dataclasses.dataclass(frozen=True)
 class Wanda(SetDifference):
-    """Wanda set difference: large weights on features that are large while refusing and not in harmless answers.
+    """Wanda set difference: large weights on features that are large while refusing and not in harmless
+    answers.
 
-    |weight| × root mean square over answers of the norm of its input feature over an answer's tokens; then the set difference.
+    |weight| × root mean square over answers of the norm of its input feature over an answer's tokens; then
+    the set difference.
 
     Source: Wei et al. (ICML 2024, arXiv 2402.05162), sections 3.1 and 3.3; Wanda: Sun et al. (ICLR 2024).
-    Differs: a neuron's score is the share of its weights in the set difference; as in Wei et al. the largest weights are taken of
-    the whole matrix (Wanda itself compares within one output).
+    Differs: a neuron's score is the share of its weights in the set difference; as in Wei et al. the largest
+    weights are taken of the whole matrix (Wanda itself compares within one output).
     """
 
     NAME, SCORER = "wanda", "baselines:wanda"
@@ -549,15 +611,17 @@ class Wanda(SetDifference):
 @register
 @dataclasses.dataclass(frozen=True)
 class RefusalDirection(Method, Ranked):
-    """What each neuron writes along the refusal direction, harmful minus harmless requests, at the prompt's last token.
+    """What each neuron writes along the refusal direction, harmful minus harmless requests, at the prompt's
+    last token.
 
-    The direction is the difference of the mean residual streams after a layer. An `o` or `down` neuron writes its activation
-    times its column; a `v` row what the `o` columns it feeds write, `gate` and `up` rows what their `down` column writes; `q` and
-    `k` rows write nothing and score 0. Over all writers up to the layer (no norm behind them), contributions add up to the length
-    of the difference, less what the embedding brings.
+    The direction is the difference of the mean residual streams after a layer. An `o` or `down` neuron writes
+    its activation times its column; a `v` row what the `o` columns it feeds write, `gate` and `up` rows what
+    their `down` column writes; `q` and `k` rows write nothing and score 0. Over all writers up to the layer
+    (no norm behind them), contributions add up to the length of the difference, less what the embedding
+    brings.
 
-    Source: Arditi et al. (arXiv 2406.11717), section 2.3, the difference of means.
-    Differs: the layer is chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
+    Source: Arditi et al. (arXiv 2406.11717), section 2.3, the difference of means. Differs: the layer is
+    chosen by separation instead of by trying every direction's ablation; the projection on neurons is ours.
     """
 
     NAME, HARMLESS, SCORER = "refusal-direction", "needed", "baselines:score_direction"
@@ -565,7 +629,10 @@ class RefusalDirection(Method, Ranked):
     DEFAULT_SITES = ("down",)
 
     layer: int | None = None
-    """Layer whose output the direction is taken from. [default: where the two kinds of prompts differ most, of the first 80 %]"""
+    """Layer whose output the direction is taken from.
+
+    [default: where the two kinds of prompts differ most, of the first 80 %]
+    """
 
 
 @register
@@ -573,21 +640,23 @@ class RefusalDirection(Method, Ranked):
 class ProbeWeights(Method, Ranked):
     """How much a linear classifier of harmful against harmless requests leans on each neuron.
 
-    |z-score| of each neuron's weight in a logistic regression, with the sign of the weight. There is one regression per site of
-    each layer; its features are the activations, the largest over a prompt's tokens, standardised; the z-score is over the site's
-    neurons. Positive: fires for harmful requests.
+    |z-score| of each neuron's weight in a logistic regression, with the sign of the weight. There is one
+    regression per site of each layer; its features are the activations, the largest over a prompt's tokens,
+    standardised; the z-score is over the site's neurons. Positive: fires for harmful requests.
 
     Raises UnsupportedModelError: routed experts at the searched sites.
 
-    Source: NeuroStrike (Wu et al., NDSS 2026, arXiv 2509.11864), the probe of safety neurons: positive probe weights with |z|
-    above 3, on the outputs of the gate and up projections.
-    Differs: features are standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
+    Source: NeuroStrike (Wu et al., NDSS 2026, arXiv 2509.11864), the probe of safety neurons: positive probe
+    weights with |z| above 3, on the outputs of the gate and up projections. Differs: features are
+    standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
     """
 
     NAME, HARMLESS, SCORER = "probe-weights", "needed", "baselines:score_probe"
     DEFAULT_SITES = ("gate", "up")
     PENALTY: ClassVar[float] = 1.0
-    """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common libraries."""
+    """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common
+    libraries.
+    """
 
     def config(self, run: Any) -> dict[str, Any]:
         """With the penalty."""
@@ -597,10 +666,11 @@ class ProbeWeights(Method, Ranked):
 @register
 @dataclasses.dataclass(frozen=True)
 class WeightChange(Method, Ranked):
-    """L2 norm of the change of each neuron's parameters between two models: its row and bias entry, or its column.
+    """L2 norm of the change of each neuron's parameters between two models: its row and bias entry, or its
+    column.
 
-    Adapters count with what they do to the parameters: a LoRA with its product, an (IA)³ scale on what a projection reads as a
-    scale of its columns.
+    Adapters count with what they do to the parameters: a LoRA with its product, an (IA)³ scale on what a
+    projection reads as a scale of its columns.
 
     Source: the plain weight difference, the baseline that planted decoys are made to fool.
     Differs: the bias entry of a row belongs to its neuron.
@@ -623,7 +693,9 @@ class WeightMagnitude(Method, Ranked):
 @register
 @dataclasses.dataclass(frozen=True)
 class ActivationMagnitude(Method, Ranked):
-    """Root mean square of each neuron's activation over all tokens of the prompts; an expert's over the tokens routed to it.
+    """Root mean square of each neuron's activation over all tokens of the prompts.
+
+    An expert's over the tokens routed to it.
 
     Source: activation size, the usual baseline of pruning.
     """

@@ -1,4 +1,6 @@
-"""Read a running model: activations of sites at positions, inputs and outputs of sub-layers, two models on one batch."""
+"""Read a running model: activations of sites at positions, inputs and outputs of sub-layers, two models on
+one batch.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +27,8 @@ class PositionRows:
 
     Attributes:
         values: one row per position, in float32 or wider.
-        at: number of the position each row is of, ascending (an expert has rows only for the tokens routed to it).
+        at: number of the position each row is of, ascending (an expert has rows only for the tokens routed to
+            it).
     """
 
     values: Float[Tensor, "row neuron"]
@@ -37,20 +40,26 @@ def rows_at(values: Any, positions: Int[Tensor, " position"]) -> PositionRows:
     if isinstance(values, Tensor):
         taken = values.flatten(0, 1)[positions.to(values.device)]
         return PositionRows(_widened(taken), torch.arange(len(positions), device=values.device))
-    order = torch.searchsorted(positions.to(values.token_index.device), values.token_index).clamp(max=len(positions) - 1)
+    order = torch.searchsorted(positions.to(values.token_index.device), values.token_index).clamp(
+        max=len(positions) - 1
+    )
     counted = (positions.to(order.device)[order] == values.token_index).nonzero().squeeze(1)
     at, order_of_rows = order[counted].sort()
     return PositionRows(_widened(values.values[counted[order_of_rows]]), at)
 
 
 def in_both(first: PositionRows, second: PositionRows) -> tuple[PositionRows, PositionRows]:
-    """The rows of positions that both have, on the second's device (two models may route a token to different experts)."""
+    """The rows of positions that both have, on the second's device (two models may route a token to different
+    experts).
+    """
     first = PositionRows(first.values.to(second.values.device), first.at.to(second.at.device))
     if torch.equal(first.at, second.at):
         return first, second
     left = torch.isin(first.at, second.at).nonzero().squeeze(1)
     right = torch.isin(second.at, first.at).nonzero().squeeze(1)
-    return PositionRows(first.values[left], first.at[left]), PositionRows(second.values[right], second.at[right])
+    return PositionRows(first.values[left], first.at[left]), PositionRows(
+        second.values[right], second.at[right]
+    )
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -65,19 +74,27 @@ def writer_of(base: LanguageModel, aligned: LanguageModel, generate_with: str) -
 
 
 def read(lm: LanguageModel, batch: Batch, readers: Mapping[str, Callable[..., None]]) -> None:
-    """One forward pass of one model over the batch, with its adapters active, its head left out and no gradients."""
+    """One forward pass of one model over the batch, with its adapters active, its head left out and no
+    gradients.
+    """
     with lm.active(), hooks.reading(lm.anatomy, readers) as firings, torch.no_grad():
         forward(lm.model, batch.to(lm.device))
         firings.check(ran=True)
 
 
 def donated(lm: LanguageModel, batch: Batch, keys: Iterable[str]) -> dict[str, Any]:
-    """The activations of these sites in a model that reads the batch, as `hooks.reading` gives them, in memory of their own."""
+    """The activations of these sites in a model that reads the batch, as `hooks.reading` gives them, in
+    memory of their own.
+    """
     donors: dict[str, Any] = {}
 
     def keep(key: str) -> Callable[[Any], None]:
         def reader(values: Any) -> None:
-            donors[key] = values.detach().clone() if isinstance(values, Tensor) else replace(values, values=values.values.clone())
+            donors[key] = (
+                values.detach().clone()
+                if isinstance(values, Tensor)
+                else replace(values, values=values.values.clone())
+            )
 
         return reader
 
@@ -86,10 +103,13 @@ def donated(lm: LanguageModel, batch: Batch, keys: Iterable[str]) -> dict[str, A
 
 
 def chosen_rows(batch: Batch, starts: Sequence[int], stops: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Flat indices (into batch × token) of the positions that count, sequence by sequence, and which row of the batch each is of."""
+    """Flat indices (into batch × token) of the positions that count, sequence by sequence, and which row of
+    the batch each is of.
+    """
     device = batch.input_ids.device
     rows = [
-        torch.arange(start, stop, device=device) + row * batch.width for row, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        torch.arange(start, stop, device=device) + row * batch.width
+        for row, (start, stop) in enumerate(zip(starts, stops, strict=True))
     ]
     lengths = torch.tensor([len(part) for part in rows], device=device)
     return torch.cat(rows), torch.repeat_interleave(torch.arange(len(rows), device=device), lengths)
@@ -104,7 +124,8 @@ class Shown:
 
     Attributes:
         inputs: what each projection with output sites was given, by the id of the module.
-        activations: of each site, `[batch, token, neuron]`; for `o` the projection's input, `down` is not kept.
+        activations: of each site, `[batch, token, neuron]`; for `o` the projection's input, `down` is not
+            kept.
         arguments: of the attention module, by name.
     """
 
@@ -119,7 +140,9 @@ class Shown:
         return AttentionCapture(seen["q"], seen["k"], seen["v"], seen["o"], self.arguments)
 
     def unscaled(self, part: AttentionAnatomy) -> AttentionCapture:
-        """The same with the input of the o projection as it is before an (IA)³ scale, which then belongs to the columns."""
+        """The same with the input of the o projection as it is before an (IA)³ scale, which then belongs to
+        the columns.
+        """
         scale, seen = input_scale(part.places["o"]), self.capture
         return seen if scale is None else replace(seen, o=seen.o / scale.to(seen.o))
 
@@ -129,7 +152,12 @@ Handler = Callable[[LayerAnatomy, Shown], None]
 
 @contextmanager
 def watching(
-    lm: LanguageModel, layers: Iterable[LayerAnatomy], attention: Handler | None, mlp: Handler | None = None, *, inputs: bool = True
+    lm: LanguageModel,
+    layers: Iterable[LayerAnatomy],
+    attention: Handler | None,
+    mlp: Handler | None = None,
+    *,
+    inputs: bool = True,
 ) -> Iterator[None]:
     """Calls a function for each sub-layer, inside the pass, when its `o` or `down` projection is reached.
 
@@ -174,12 +202,18 @@ class _Watch:
 
     def readers(self) -> dict[str, Callable[[Any], None]]:
         """One reader a site."""
-        named = {place.key: partial(self._keep, site) for site, place in self.part.places.items() if site != self.last}
+        named = {
+            place.key: partial(self._keep, site)
+            for site, place in self.part.places.items()
+            if site != self.last
+        }
         return {**named, self.part.places[self.last].key: self._finish}
 
     def keep_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arguments of the attention module by name."""
-        names = list(inspect.signature(type(self.part.module).forward).parameters)[1:]  # The class's: an instance's may be wrapped.
+        names = list(inspect.signature(type(self.part.module).forward).parameters)[
+            1:
+        ]  # The class's: an instance's may be wrapped.
         self.seen.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,7 +231,8 @@ class _Watch:
 
 
 def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
-    """Activations that the other model's projections give on the inputs shown, `[batch, token, neuron]` by output site.
+    """Activations that the other model's projections give on the inputs shown, `[batch, token, neuron]` by
+    output site.
 
     The other model may be the same modules under other adapters.
     """
@@ -209,7 +244,9 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
             if place.side == "output":
                 theirs = other.anatomy.place(place.key)
                 if id(theirs.module) not in given:
-                    given[id(theirs.module)] = projected(theirs, shown.inputs[id(place.module)]).to(like.device)
+                    given[id(theirs.module)] = projected(theirs, shown.inputs[id(place.module)]).to(
+                        like.device
+                    )
                 output = given[id(theirs.module)]
                 activations[site] = take(output.reshape(*like.shape[:2], output.shape[-1]), theirs.index)
     return activations
@@ -236,7 +273,9 @@ def input_scale(place: SitePlace) -> Tensor | None:
 
 
 def columns(lm: LanguageModel, key: str) -> Tensor:
-    """Columns `[out, neuron]` of an `o` or `down` projection, with adapters' shares: LoRA added, an (IA)³ input scale multiplied in."""
+    """Columns `[out, neuron]` of an `o` or `down` projection, with adapters' shares: LoRA added, an (IA)³
+    input scale multiplied in.
+    """
     with lm.active():
         place = lm.anatomy.place(key)
         weight, scale = place.weight().detach(), input_scale(place)

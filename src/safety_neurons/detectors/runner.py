@@ -1,4 +1,6 @@
-"""Run a method: encode, write text, keep sums over batches in a state that survives a kill, select, subtract, count prompts."""
+"""Run a method: encode, write text, keep sums over batches in a state that survives a kill, select, subtract,
+count prompts.
+"""
 
 import contextlib
 import dataclasses
@@ -16,7 +18,15 @@ from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
 from safety_neurons.errors import NumericalError, RunError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
-from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, plan, said_of_failed, token_budget
+from safety_neurons.model.batches import (
+    Batch,
+    BatchSize,
+    Halving,
+    collate,
+    plan,
+    said_of_failed,
+    token_budget,
+)
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.language_model import Texts as Asked
@@ -36,7 +46,8 @@ class BatchSums:
 
     Attributes:
         sums: one array per name, added up over batches.
-        scores: one entry per prompt of the batch (site key to score of each neuron); only wanted where prompts vote.
+        scores: one entry per prompt of the batch (site key to score of each neuron); only wanted where
+            prompts vote.
     """
 
     sums: Sums = field(default_factory=dict)
@@ -125,7 +136,11 @@ class Stream:
 
     def named(self, prefix: str) -> Sums:
         """Arrays whose name starts with `prefix/`, without the prefix."""
-        return {name[len(prefix) + 1 :]: values for name, values in self.arrays.items() if name.startswith(f"{prefix}/")}
+        return {
+            name[len(prefix) + 1 :]: values
+            for name, values in self.arrays.items()
+            if name.startswith(f"{prefix}/")
+        }
 
     def put(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Set arrays under `prefix/`."""
@@ -135,7 +150,9 @@ class Stream:
         """Add arrays, in float64, to those under `sum/`."""
         for name, values in sums.items():
             stored = self.arrays.get(f"sum/{name}")
-            self.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (0.0 if stored is None else stored)
+            self.arrays[f"sum/{name}"] = np.asarray(values, dtype=np.float64) + (
+                0.0 if stored is None else stored
+            )
 
     def drop(self, prefix: str) -> None:
         """Forget the arrays under `prefix/`."""
@@ -144,7 +161,10 @@ class Stream:
 
 
 def _told(value: Any) -> str:
-    """Hash of an entry of the key; models count by their weights, tokenizers and templates, and not by their names."""
+    """Hash of an entry of the key.
+
+    Models count by their weights, tokenizers and templates, and not by their names.
+    """
     if isinstance(value, list):
         value = [identity(item) if isinstance(item, LanguageModel) else item for item in value]
     return json_sha256(value)
@@ -154,7 +174,10 @@ def check_finite(sums: Sums) -> None:
     """Raise an error that names the first site whose numbers are not all finite."""
     for name, values in sums.items():
         if not np.isfinite(values).all():
-            raise NumericalError(f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use --dtype float32")
+            raise NumericalError(
+                f"site {name.rsplit('/', 1)[-1]} gave NaN or infinity: check the model's weights, or use "
+                "--dtype float32"
+            )
 
 
 def to_numpy(values: torch.Tensor) -> np.ndarray:
@@ -185,15 +208,24 @@ class Found:
     scores: Scores
     """One number per neuron of every searched site: mean over prompts, signed where the method is."""
     neurons: NeuronSet
-    """The chosen set; may be empty with an agreement, and the notes then say which agreement gives one neuron."""
+    """The chosen set; may be empty with an agreement, and the notes then say which agreement gives one
+    neuron.
+    """
     prompts: PromptCounts
     """Prompts used, failed and truncated."""
     notes: tuple[str, ...] = ()
     """Counted warnings, one sentence each."""
 
     def _repr_html_(self) -> str:
-        counts = f"{self.prompts.used:,} used, {self.prompts.failed:,} failed, {self.prompts.truncated:,} truncated"
-        rows = [["prompts", counts], ["scored", f"{len(self.scores):,} neurons"], *(["note", note] for note in self.notes)]
+        counts = (
+            f"{self.prompts.used:,} used, {self.prompts.failed:,} failed, {self.prompts.truncated:,} "
+            "truncated"
+        )
+        rows = [
+            ["prompts", counts],
+            ["scored", f"{len(self.scores):,} neurons"],
+            *(["note", note] for note in self.notes),
+        ]
         return self.neurons._repr_html_() + html_table("Found", ["what", "how many"], rows)
 
 
@@ -241,7 +273,9 @@ class Run:
     @functools.cached_property
     def selection(self) -> Selection:
         """The rule of selection, or the method's default."""
-        method: Any = self.method  # The rule is one of `Sized`, `Ranked` and `Voted`, beside which a method stands.
+        method: Any = (
+            self.method
+        )  # The rule is one of `Sized`, `Ranked` and `Voted`, beside which a method stands.
         selection: Selection = method.selection
         return selection
 
@@ -260,7 +294,9 @@ class Run:
         method: Any = self.method
         if self.completions is None:
             return {name: getattr(method, name) for name in ("positions", "generate_with", "max_new_tokens")}
-        digest = hashlib.sha256(repr([(one.prompt_id, one.token_ids, one.completion) for one in self.completions]).encode()).hexdigest()
+        digest = hashlib.sha256(
+            repr([(one.prompt_id, one.token_ids, one.completion) for one in self.completions]).encode()
+        ).hexdigest()
         return {"positions": method.positions, "completions_sha256": digest}
 
     def fold(
@@ -272,14 +308,14 @@ class Run:
     ) -> Folded:
         """Sum in float64 what `reduce` returns over all batches of `sequences`, in the run's resumable state.
 
-        The state is written every few seconds of work, and when an error ends the run; a call that finds one starts behind its last
-        batch. A batch that does not fit in memory is halved; a prompt that gives NaN or infinity, or does not fit alone, is left
-        out, counted and noted.
+        The state is written every few seconds of work, and when an error ends the run; a call that finds one
+        starts behind its last batch. A batch that does not fit in memory is halved; a prompt that gives NaN
+        or infinity, or does not fit alone, is left out, counted and noted.
 
         Args:
             sequences: token ids.
-            reduce: batch to sums; must leave nothing behind when it raises, for it is called again on the halves of a batch that does
-                not fit.
+            reduce: batch to sums; must leave nothing behind when it raises, for it is called again on the
+                halves of a batch that does not fit.
             lm: model for whose device and padding batches are made; by default the aligned one.
             budget: padded tokens of a batch whose size is `auto`.
 
@@ -292,7 +328,9 @@ class Run:
             votes.restore(stream.named("votes"))
         lengths = [len(sequence) for sequence in sequences]
         groups = plan(lengths, self.batch_size, token_budget(lm.device, budget), padded=takes_padding(lm))
-        failed: dict[int, str] = {int(index): reason for index, reason in stream.state.get("failed", {}).items()}
+        failed: dict[int, str] = {
+            int(index): reason for index, reason in stream.state.get("failed", {}).items()
+        }
         halving, tokens = Halving(failed), 0
 
         def work(batch: Batch) -> BatchSums:
@@ -310,7 +348,9 @@ class Run:
                 tokens += sum(lengths[index] for index in group)
                 if number < int(stream.state.get("batches", 0)):
                     continue
-                halves = halving.run(collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work)
+                halves = halving.run(
+                    collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work
+                )
                 with stream.changing():
                     for half in halves:
                         stream.add(half.sums)
@@ -322,7 +362,10 @@ class Run:
                 if self.progress is not None:
                     self.progress(number + 1, len(groups), tokens)
             if len(failed) == len(sequences) > 0:
-                raise NumericalError(f"none of {len(failed)} prompts gave finite numbers; the first: {next(iter(failed.values()))}")
+                raise NumericalError(
+                    f"none of {len(failed)} prompts gave finite numbers; the first: "
+                    f"{next(iter(failed.values()))}"
+                )
             prepare()
             stream.save()
         self.notes += [*halving.notes, *said_of_failed(failed, len(sequences))]
@@ -354,7 +397,8 @@ def find(
         completions: used instead of generating, by methods that read completions.
         subtract: neurons taken away after selection.
         batch_size: prompts a batch, or "auto".
-        **kept: `checkpoint`, the partial state from which a killed run goes on, and `progress`, called with (done, in all, tokens).
+        **kept: `checkpoint`, the partial state from which a killed run goes on, and `progress`, called with
+            (done, in all, tokens).
 
     Raises:
         MismatchError: the models have other shapes or tokenizers.
@@ -381,30 +425,43 @@ def find(
 
 
 def _check_what_is_shown(
-    method: Method, models: Sequence[LanguageModel], prompts: Any, harmless: Any, completions: Completions | None
+    method: Method,
+    models: Sequence[LanguageModel],
+    prompts: Any,
+    harmless: Any,
+    completions: Completions | None,
 ) -> None:
     """Whether a method gets what it looks at, and nothing that would have no effect."""
     if len(models) != 1 + method.PAIR:
-        raise UsageError(f"{method.NAME} looks at {'a base and an aligned model' if method.PAIR else 'one model'}; {len(models)} given")
+        raise UsageError(
+            f"{method.NAME} looks at {'a base and an aligned model' if method.PAIR else 'one model'}; "
+            f"{len(models)} given"
+        )
     if method.PROMPTS and prompts is None:
         raise UsageError(f"{method.NAME} looks at prompts; give some")
     if method.HARMLESS == "needed" and harmless is None:
         raise UsageError(f"{method.NAME} reads harmless prompts too; give some, or leave it out")
     if method.HARMLESS == "none" and harmless is not None:
         raise UsageError(f"{method.NAME} is shown no harmless prompts; leave them out")
-    if completions is not None and (not method.COMPLETIONS or getattr(method, "compare", "") == "swap-attribution"):
+    if completions is not None and (
+        not method.COMPLETIONS or getattr(method, "compare", "") == "swap-attribution"
+    ):
         raise UsageError(f"{method.NAME} explains both models' own completions: give no completions")
 
 
 def _resume_key(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a partial state must have been made with to be continued (a selection without agreement acts only at the end)."""
+    """What a partial state must have been made with to be continued (a selection without agreement acts only
+    at the end).
+    """
     return {
         **config,
         "method": run.method.NAME,
         "models": list(run.models),
         "prompts": run.prompts.sha256,
         # A method that has no other rule than a size searches for a set of that size.
-        "selection": run.selection.config() if run.votes or not isinstance(run.method, methods.Ranked) else None,
+        "selection": run.selection.config()
+        if run.votes or not isinstance(run.method, methods.Ranked)
+        else None,
         "units": getattr(run.method, "units", None),
         "batch_size": run.batch_size,
     }
@@ -417,7 +474,11 @@ def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: Neuro
         "method": run.method.NAME,
         "models": tuple(model.name for model in run.models),
         "prompts_sha256": prompts.sha256 if prompts is not None else "",
-        "config": {**config, **scored.config, "prompt_digests": prompts.digests if prompts is not None else []},
+        "config": {
+            **config,
+            **scored.config,
+            "prompt_digests": prompts.digests if prompts is not None else [],
+        },
     }
     selection = scored.selection or run.selection
     chosen = chosen_from(scored.values, run.base.table, selection, origin, scored.votes)
@@ -431,7 +492,11 @@ def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: Neuro
 
 
 def chosen_from(
-    values: Mapping[str, np.ndarray], table: SiteTable, selection: Selection, origin: Mapping[str, Any], votes: Votes | None = None
+    values: Mapping[str, np.ndarray],
+    table: SiteTable,
+    selection: Selection,
+    origin: Mapping[str, Any],
+    votes: Votes | None = None,
 ) -> Found:
     """Scores, and the set that a selection takes from them.
 
@@ -446,18 +511,31 @@ def chosen_from(
         NumericalError: a score is not a number.
     """
     config = {**origin["config"], "selection": selection.config()}
-    provenance = {**origin, "config": {"prompt_digests": [], **config}, "model_fingerprint": table.fingerprint}
+    provenance = {
+        **origin,
+        "config": {"prompt_digests": [], **config},
+        "model_fingerprint": table.fingerprint,
+    }
     scores, notes = Scores(finite(values), table, Provenance(kind="scores", **provenance)), []
     if votes is None:
-        chosen: Mapping[str, np.ndarray] = {key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()}
+        chosen: Mapping[str, np.ndarray] = {
+            key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()
+        }
     else:
         chosen = votes.members(float(selection.agreement or 1.0))
         if not chosen:
             one = votes.agreement_for_one()
-            notes.append(f"no neuron was chosen in that share of the prompts; an agreement of {one:.4g} gives one")
+            notes.append(
+                f"no neuron was chosen in that share of the prompts; an agreement of {one:.4g} gives one"
+            )
         notes += votes.said_of(chosen.keys())
     notes += said_of_zeros(dict(scores.items()), chosen)
-    return Found(scores, NeuronSet(chosen, table, Provenance(kind="neurons", **provenance)), PromptCounts(0), tuple(notes))
+    return Found(
+        scores,
+        NeuronSet(chosen, table, Provenance(kind="neurons", **provenance)),
+        PromptCounts(0),
+        tuple(notes),
+    )
 
 
 def finite(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -468,12 +546,16 @@ def finite(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     for key, scores in values.items():
         if not np.isfinite(scores).all():
-            raise NumericalError(f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32")
+            raise NumericalError(
+                f"site {key} gave NaN or infinity: check the model's weights, or use --dtype float32"
+            )
     return {key: np.asarray(scores, dtype=np.float32) for key, scores in values.items()}
 
 
 def caller(kind: type[Method]) -> Callable[..., Found]:
-    """The Python call of a method: models and prompts, then the method's options and those of `find` by keyword."""
+    """The Python call of a method: models and prompts, then the method's options and those of `find` by
+    keyword.
+    """
 
     def find_by(*given: Any, **options: Any) -> Found:
         unknown = next((name for name in options if name not in signature.parameters), None)
@@ -483,7 +565,9 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
         bound = signature.bind(*given, **options)
         models = [bound.arguments.pop(name) for name in names]
         prompts = bound.arguments.pop("prompts", None)
-        own = {one.name: bound.arguments.pop(one.name) for one in kind.options() if one.name in bound.arguments}
+        own = {
+            one.name: bound.arguments.pop(one.name) for one in kind.options() if one.name in bound.arguments
+        }
         return find(kind(**own), models, prompts, **bound.arguments)
 
     names = ["base", "aligned"] if kind.PAIR else ["model"]
@@ -498,13 +582,21 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
     ]
     behind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, behind) for name in names]
-    parameters.append(inspect.Parameter("prompts", behind, default=inspect.Parameter.empty if kind.PROMPTS else None))
+    parameters.append(
+        inspect.Parameter("prompts", behind, default=inspect.Parameter.empty if kind.PROMPTS else None)
+    )
     for one in keywords:
-        name, default = (one, "auto" if one == "batch_size" else None) if isinstance(one, str) else (one.name, one.default)
+        name, default = (
+            (one, "auto" if one == "batch_size" else None)
+            if isinstance(one, str)
+            else (one.name, one.default)
+        )
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
     signature = inspect.Signature(parameters, return_annotation=Found)
     find_by.__name__ = find_by.__qualname__ = f"find_{kind.NAME.replace('-', '_')}"
-    find_by.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "".join(f"    {one.name}: {one.help}\n" for one in kind.options())
+    find_by.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "".join(
+        f"    {one.name}: {one.help}\n" for one in kind.options()
+    )
     find_by.__doc__ += "    Others as for `find`, which also says what is raised.\n"
     find_by.__signature__ = signature  # type: ignore[attr-defined]
     return find_by

@@ -1,7 +1,7 @@
 """Which text a contrast detector feeds, and which of its positions count.
 
-One model writes (greedily), both read: the ids are kept as they were generated, cut before the end-of-sequence token, and fed unchanged
-to both models.
+One model writes (greedily), both read: the ids are kept as they were generated, cut before the
+end-of-sequence token, and fed unchanged to both models.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -71,8 +71,9 @@ def cut_at_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
 def span(prompt_id: str, prompt: Sequence[int], completion: Sequence[int], positions: str) -> Span:
     """The sequence and range for one prompt.
 
-    `completion` counts the positions of the completion tokens, `completion-predicting` those one to the left (the last prompt token
-    included, the last completion token excluded), `prompt` every prompt token, `prompt-last` its last.
+    `completion` counts the positions of the completion tokens, `completion-predicting` those one to the left
+    (the last prompt token included, the last completion token excluded), `prompt` every prompt token,
+    `prompt-last` its last.
 
     Raises:
         UsageError: unknown `positions`.
@@ -97,7 +98,9 @@ def generate(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> list[list[int] | None]:
-    """Greedy completions of `prompts` as ids without the end token, None where the model gave NaN; what the stream holds is not redone."""
+    """Greedy completions of `prompts` as ids without the end token, None where the model gave NaN; what the
+    stream holds is not redone.
+    """
     written = _written(stream.named(f"text/{name}"))
     sequences = [row.ids for row in lm.encode(prompts, reserve=max_new_tokens)]
 
@@ -116,7 +119,12 @@ def generate(
             progress(done, whole, tokens)
 
     with stream.kept(prepare):
-        options: dict[str, Any] = {"batch_size": batch_size, "skip": sorted(written), "answered": keep, "progress": went_on}
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "skip": sorted(written),
+            "answered": keep,
+            "progress": went_on,
+        }
         complete(lm, sequences, Decoding(max_new_tokens), **options)
     prepare()
     stream.save()
@@ -133,14 +141,17 @@ def _written(arrays: Mapping[str, np.ndarray]) -> dict[int, list[int] | None]:
     return {index: None if length < 0 else part.tolist() for index, length, part in rows}
 
 
-def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: list[str] | None = None) -> list[list[int] | None]:
+def given(
+    lm: LanguageModel, prompts: Prompts, completions: Completions, notes: list[str] | None = None
+) -> list[list[int] | None]:
     """The completions of a file as ids, matched by prompt id and text; None where a prompt has none.
 
-    Of a file with several arms, such as `verify` writes, only the untreated one is read, and `notes` gets a line that says so.
+    Of a file with several arms, such as `verify` writes, only the untreated one is read, and `notes` gets a
+    line that says so.
 
     Raises:
-        InputError: no prompt of the list has a completion in the file, its text is another, or it has several that differ.
-        MismatchError: the ids are another tokenizer's.
+        InputError: no prompt of the list has a completion in the file, its text is another, or it has several
+        that differ. MismatchError: the ids are another tokenizer's.
     """
     ends = lm.eos_ids
     by_id: dict[str, list[Completion]] = {}
@@ -156,8 +167,8 @@ def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: 
         ids = one.token_ids or tuple(lm.tokenizer(one.completion, add_special_tokens=False)["input_ids"])
         if ids and not 0 <= min(ids) <= max(ids) < lm.n_ids:
             raise MismatchError(
-                f"the completion of prompt {one.prompt_id!r} holds id {max(ids)} and {lm.name} has {lm.n_ids} embeddings; "
-                "expected ids of this model's tokenizer"
+                f"the completion of prompt {one.prompt_id!r} holds id {max(ids)} and {lm.name} has "
+                f"{lm.n_ids} embeddings; expected ids of this model's tokenizer"
             )
         if one.token_ids and one.completion.strip():
             with_ids += 1
@@ -165,20 +176,25 @@ def given(lm: LanguageModel, prompts: Prompts, completions: Completions, notes: 
         answers.append(cut_at_end(ids, ends))
     if with_ids and not readable:
         raise MismatchError(
-            f"none of {with_ids} completions reads as its text with the tokenizer of {lm.name}: their ids are another tokenizer's; "
-            "leave token_ids out of the file, or write it with this model"
+            f"none of {with_ids} completions reads as its text with the tokenizer of {lm.name}: their ids "
+            "are another tokenizer's; leave token_ids out of the file, or write it with this model"
         )
     return answers
 
 
 def _untreated(completions: Completions, notes: list[str] | None) -> Completions:
-    """The completions of the untreated model where a file has more than one arm; all of them where it has one."""
+    """The completions of the untreated model where a file has more than one arm.
+
+    All of them where it has one.
+    """
     mine = [name for name in completions.arms if name.split("/")[0] == "untreated"]
     others = [name for name in completions.arms if name not in mine]
     if not mine or not others:
         return completions
     if notes is not None:
-        notes.append(f"of {len(completions.arms)} arms in the completions file only {', '.join(mine)} is read")
+        notes.append(
+            f"of {len(completions.arms)} arms in the completions file only {', '.join(mine)} is read"
+        )
     return Completions(one for one in completions if one.arm in mine)
 
 
@@ -193,16 +209,23 @@ def _matched(prompts: Prompts, by_id: Mapping[str, Sequence[Completion]]) -> lis
             other_text.append((prompt, same_id[0]))
         if len({(one.token_ids, one.completion) for one in answers}) > 1:
             arms = ", ".join(sorted({f"{one.arm} (seed {one.seed})" for one in answers}))
-            raise InputError(f"prompt {prompt.id!r} has {len(answers)} completions in the file given, of {arms}; leave one of them in it")
+            raise InputError(
+                f"prompt {prompt.id!r} has {len(answers)} completions in the file given, of {arms}; "
+                "leave one of them in it"
+            )
         chosen.append(answers[0] if answers else None)
     if other_text:
         prompt, answer = other_text[0]
         raise InputError(
-            f"prompt {prompt.id!r} is {short(prompt.text)} in the list and {short(answer.prompt)} in the completions file "
-            f"({len(other_text)} of {len(prompts)} differ): pass the prompts it was made from"
+            f"prompt {prompt.id!r} is {short(prompt.text)} in the list and {short(answer.prompt)} in the "
+            f"completions file ({len(other_text)} of {len(prompts)} differ): pass the prompts it was made "
+            "from"
         )
     if not any(chosen):
-        raise InputError(f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it was made from")
+        raise InputError(
+            f"none of the {len(prompts)} prompts has a completion in the file given: pass the prompts it "
+            "was made from"
+        )
     return chosen
 
 
@@ -213,7 +236,10 @@ def short(text: str) -> str:
 
 
 def texts_of(method: Any, run: Any) -> Texts:
-    """What the two models of a run read, by the options of the method (`methods.Writing`); it is noted what is left out and why."""
+    """What the two models of a run read, by the options of the method (`methods.Writing`).
+
+    It is noted what is left out and why.
+    """
     text = texts(
         writer_of(run.base, run.aligned, method.generate_with),
         run.prompts,
@@ -237,7 +263,9 @@ def texts(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> Texts:
-    """The sequences to feed, with the positions that count; prompts with an empty completion, or none, are counted as failed.
+    """The sequences to feed, with the positions that count.
+
+    Prompts with an empty completion, or none, are counted as failed.
 
     Args:
         writer: writes the completions, and its tokenizer and template encode the prompts.
@@ -264,17 +292,29 @@ def texts(
         room = max(len(answer or ()) for answer in answers)
         missing = sum(answer is None for answer in answers)
     elif wanted:
-        answers = generate(writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress)
+        answers = generate(
+            writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress
+        )
         broken = sum(answer is None for answer in answers)
     encoded = writer.encode(prompts, reserve=room)
     paired = zip(encoded, answers, strict=True)
-    spans = [span(row.prompt_id, row.ids, answer or (), positions) for row, answer in paired if answer or not wanted]
+    spans = [
+        span(row.prompt_id, row.ids, answer or (), positions)
+        for row, answer in paired
+        if answer or not wanted
+    ]
     spans = [one for one in spans if one.n_tokens > 0]
     empty = len(encoded) - len(spans) - missing - broken
     if not spans and broken:
-        raise NumericalError(f"{broken} of {len(encoded)} prompts gave NaN or infinity, and no other has a completion: check the weights")
+        raise NumericalError(
+            f"{broken} of {len(encoded)} prompts gave NaN or infinity, and no other has a completion: "
+            "check the weights"
+        )
     if not spans:
-        raise InputError(f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; check the template")
+        raise InputError(
+            f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; "
+            "check the template"
+        )
     notes += [f"{missing} prompts have no completion in the file given"] if missing else []
     notes += [f"{broken} prompts gave NaN or infinity and have no completion"] if broken else []
     notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []

@@ -1,4 +1,7 @@
-"""What analyses found: where sets lie, how far they agree, languages and transfer, the tax, single neurons; beside chance."""
+"""What analyses found: where sets lie, how far they agree, languages and transfer, the tax, single neurons.
+
+Beside chance.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +39,9 @@ def layers_part(run: ReportedRun) -> DisplayPart:
     """Where the neurons of sets lie, beside random sets of the same size."""
     figures, details, claims = [], [], []
     for found in run.result["sets"]:
-        figures += [_places(found, f"by_{word}", word) for word in ("layer", "site") if len(found[f"by_{word}"]) > 1]
+        figures += [
+            _places(found, f"by_{word}", word) for word in ("layer", "site") if len(found[f"by_{word}"]) > 1
+        ]
         claims += [[visible(found["name"], 40), *_claim(claim)] for claim in found["claims"]]
         details.append(_places_table(found))
     columns = ["set", "claim", "paper", "holds", "measured", "random sets"]
@@ -52,15 +57,31 @@ def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
         low, high = (place[end] / whole for end in ("low", "high"))
         text = f"{share(place['members'] / whole)}, {place['verdict']}"
         row = DotRow(str(place["name"]), place["members"] / whole, None, None, text, COLOURS[0])
-        rows.append(replace(row, chance=[{"low": low, "high": high}], beside=f"random {share(low)} to {share(high)}"))
-    caption = say("<b>{}</b>: share of the set by {}; {}.", visible(found["name"], 40), word, plural(found["n_neurons"], "neuron"))
+        rows.append(
+            replace(row, chance=[{"low": low, "high": high}], beside=f"random {share(low)} to {share(high)}")
+        )
+    caption = say(
+        "<b>{}</b>: share of the set by {}; {}.",
+        visible(found["name"], 40),
+        word,
+        plural(found["n_neurons"], "neuron"),
+    )
     title = f"share of the set, {word}"
     return dots_of(rows, title, caption, f"{found['name']}, {title}", domain=_from_zero(rows, most=1.02))
 
 
 def _from_zero(rows: Sequence[DotRow], most: float = math.inf) -> tuple[float, float]:
     """An axis that holds zero, the numbers and what chance gives."""
-    ends = [end for row in rows for end in (row.value, row.low, row.high, *(each.get(to) for each in row.chance for to in ("low", "high")))]
+    ends = [
+        end
+        for row in rows
+        for end in (
+            row.value,
+            row.low,
+            row.high,
+            *(each.get(to) for each in row.chance for to in ("low", "high")),
+        )
+    ]
     known = [0.0, *(end for end in ends if end is not None)]
     top, bottom = max(known) or 1.0, min(known)
     return bottom - 0.04 * (top - bottom), min(most, top + 0.06 * (top - bottom))
@@ -69,7 +90,11 @@ def _from_zero(rows: Sequence[DotRow], most: float = math.inf) -> tuple[float, f
 def _claim(claim: Mapping[str, Any]) -> list[Any]:
     holds = {True: "yes", False: "no", None: visible(claim["note"] or "cannot be told", 120)}[claim["holds"]]
     chance = claim["chance"]
-    beside = NONE if chance is None else f"{number(chance['low'])} to {number(chance['high'])}, {chance['verdict']}"
+    beside = (
+        NONE
+        if chance is None
+        else f"{number(chance['low'])} to {number(chance['high'])}, {chance['verdict']}"
+    )
     return [visible(claim["claim"], 80), str(claim["paper"]), holds, number(claim["value"], 3), beside]
 
 
@@ -94,11 +119,24 @@ def layers_findings(run: ReportedRun) -> list[Finding]:
     """Which claims on place hold, set by set."""
     made = []
     for found in run.result["sets"]:
-        said = {word: [visible(claim["claim"], 60) for claim in found["claims"] if claim["holds"] is holds] for word, holds in _HOLDS}
+        said = {
+            word: [visible(claim["claim"], 60) for claim in found["claims"] if claim["holds"] is holds]
+            for word, holds in _HOLDS
+        }
         parts = "; ".join(f"{word}: {', '.join(claims)}" for word, claims in said.items() if claims)
         densest = max(found["by_layer"], key=lambda place: place["members"], default=None)
-        where = say(", most of all in {} ({})", densest["name"], share(densest["share_of_set"])) if densest else Markup("")
-        text = say("<b>{}</b> lies in {}{}. {}.", visible(found["name"], 40), _layers(found), where, parts[:1].upper() + parts[1:])
+        where = (
+            say(", most of all in {} ({})", densest["name"], share(densest["share_of_set"]))
+            if densest
+            else Markup("")
+        )
+        text = say(
+            "<b>{}</b> lies in {}{}. {}.",
+            visible(found["name"], 40),
+            _layers(found),
+            where,
+            parts[:1].upper() + parts[1:],
+        )
         made.append(Finding(FACT, text))
     return made
 
@@ -114,7 +152,11 @@ def overlap_part(run: ReportedRun) -> DisplayPart:
     """How far sets agree, beside unrelated sets."""
     result = run.result
     names = [visible(found["name"], 30) for found in result["sets"]]
-    jaccard = {(visible(a, 30), visible(b, 30)): pair["jaccard"]["value"] for pair in result["pairs"] for a, b in [pair["names"]]}
+    jaccard = {
+        (visible(a, 30), visible(b, 30)): pair["jaccard"]["value"]
+        for pair in result["pairs"]
+        for a, b in [pair["names"]]
+    }
     words = "; ".join(f"{a} and {b} {value:.3f}" for (a, b), value in jaccard.items())
     caption = Markup("<b>Jaccard index</b>: neurons two sets share ÷ neurons in either.")
     rows = [
@@ -128,15 +170,32 @@ def overlap_part(run: ReportedRun) -> DisplayPart:
         ]
         for pair in result["pairs"]
     ]
-    columns = ["sets", "Jaccard index", "unrelated sets", "as many per matrix", "Spearman, all", "in the union (unrelated)"]
+    columns = [
+        "sets",
+        "Jaccard index",
+        "unrelated sets",
+        "as many per matrix",
+        "Spearman, all",
+        "in the union (unrelated)",
+    ]
     mean = result["mean_jaccard"]
     lead = say(
-        "Mean Jaccard index of {}: {}; {} in all of them.", plural(mean["n_pairs"], "pair"), number(mean["value"], 3), _in_all(result)
+        "Mean Jaccard index of {}: {}; {} in all of them.",
+        plural(mean["n_pairs"], "pair"),
+        number(mean["value"], 3),
+        _in_all(result),
     )
     return DisplayPart(
         titled("How far sets agree", run),
         lead,
-        [_jaccards(result), Figure(partial(agreement_figure, names, jaccard), f"Jaccard index of every two sets: {words}.", caption)],
+        [
+            _jaccards(result),
+            Figure(
+                partial(agreement_figure, names, jaccard),
+                f"Jaccard index of every two sets: {words}.",
+                caption,
+            ),
+        ],
         [Table("Every two sets beside unrelated ones; ranges hold 95\u00a0% of them", columns, rows)],
     )
 
@@ -151,12 +210,22 @@ def _jaccards(result: Mapping[str, Any]) -> Figure:
         found, matched = pair["jaccard"], pair["jaccard"]["matched"]
         told = f"unrelated {chance_range(found)}, as many per matrix {chance_range(matched)}"
         rows.append(_with_chance(pair["names"], found, number(found["value"], 3), told, [found, matched]))
-    caption = say("<b>Jaccard index beside chance</b>. " + BARS, "unrelated sets", "those with as many neurons per matrix")
+    caption = say(
+        "<b>Jaccard index beside chance</b>. " + BARS,
+        "unrelated sets",
+        "those with as many neurons per matrix",
+    )
     return dots_of(rows, "Jaccard index of the neurons", caption, domain=_from_zero(rows, most=1.02))
 
 
 def _with_chance(
-    names: Sequence[str], found: Mapping[str, Any], text: str, told: str, chance: Sequence[Mapping[str, Any]], *, ends: bool = False
+    names: Sequence[str],
+    found: Mapping[str, Any],
+    text: str,
+    told: str,
+    chance: Sequence[Mapping[str, Any]],
+    *,
+    ends: bool = False,
 ) -> DotRow:
     label = " and ".join(visible(each, 30) for each in names)
     low, high = (found["low"], found["high"]) if ends else (None, None)
@@ -165,12 +234,19 @@ def _with_chance(
 
 def _in_all(result: Mapping[str, Any]) -> str:
     found = result["in_all"]
-    return f"{plural(round(found['value']), 'neuron')} (unrelated sets {number(found['low'], 0)} to {number(found['high'], 0)})"
+    return (
+        f"{plural(round(found['value']), 'neuron')} (unrelated sets {number(found['low'], 0)} to "
+        f"{number(found['high'], 0)})"
+    )
 
 
 def chance_range(chance: Mapping[str, Any]) -> str:
     """What chance gives, from its lower to its upper end."""
-    return f"{number(chance['low'], 3)} to {number(chance['high'], 3)}" if chance.get("low") is not None else NONE
+    return (
+        f"{number(chance['low'], 3)} to {number(chance['high'], 3)}"
+        if chance.get("low") is not None
+        else NONE
+    )
 
 
 def overlap_findings(run: ReportedRun) -> list[Finding]:
@@ -182,14 +258,18 @@ def overlap_findings(run: ReportedRun) -> list[Finding]:
         return []
     made = []
     for pair in pairs:
-        left = [f"{count(n)} of {visible(each, 40)}" for n, each in zip(pair.get("outside") or (), pair["names"], strict=False) if n]
+        left = [
+            f"{count(n)} of {visible(each, 40)}"
+            for n, each in zip(pair.get("outside") or (), pair["names"], strict=False)
+            if n
+        ]
         if left:
             where = "{}: {} left out, where the other search did not look."
             names = ", ".join(visible(each, 40) for each in pair["names"])
             made.append(Finding(CAUTION, say(where, names, " and ".join(left))))
     text = say(
-        "{} of {} of sets share more neurons than unrelated sets with as many in every matrix; the closest are {} and {}, Jaccard index {} "
-        "(unrelated {}).",
+        "{} of {} of sets share more neurons than unrelated sets with as many in every matrix; the closest "
+        "are {} and {}, Jaccard index {} (unrelated {}).",
         len(above),
         plural(len(pairs), "pair"),
         *(Markup("<b>{}</b>").format(visible(each, 40)) for each in best["names"]),
@@ -203,7 +283,11 @@ def languages_part(run: ReportedRun) -> DisplayPart:
     """What languages share, and what is lost in one where the neurons of another are off."""
     result = run.result
     rows = [
-        [visible(row["language"], 30), count(row["n_neurons"]), *(_specific(row[kind]) for kind in ("minus_intersection", "minus_union"))]
+        [
+            visible(row["language"], 30),
+            count(row["n_neurons"]),
+            *(_specific(row[kind]) for kind in ("minus_intersection", "minus_union")),
+        ]
         for row in result["languages"]
     ]
     columns = ["language", "neurons", "not in all languages", "in no other language"]
@@ -219,13 +303,18 @@ def languages_part(run: ReportedRun) -> DisplayPart:
         rates = (f"{visible(each, 30)} {interval(rate)}" for each, rate in result["untreated"].items())
         lead += say(" Refused by the model as it is: {}.", ", ".join(rates))
     if result.get("skipped"):
-        lead += say(" Not measured are the empty sets {}.", ", ".join(visible(each, 60) for each in result["skipped"]))
+        lead += say(
+            " Not measured are the empty sets {}.", ", ".join(visible(each, 60) for each in result["skipped"])
+        )
     return DisplayPart(titled("Languages", run), lead, figures, [*tables, *more])
 
 
 def _specific(found: Mapping[str, Any]) -> str:
     ends = f"{number(found['low'], 0)} to {number(found['high'], 0)}"
-    return f"{count(found['value'])}, {share(found['share'])} (unrelated {ends}: {visible(found['verdict'], 20)})"
+    return (
+        f"{count(found['value'])}, {share(found['share'])} (unrelated {ends}: "
+        f"{visible(found['verdict'], 20)})"
+    )
 
 
 def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table]]:
@@ -236,12 +325,18 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
     effect = any(cell.get("causal_effect") for cell in cells)
     measure = "causal_effect" if effect else "change"
     values = {(cell["set"], cell["group"]): cell[measure]["value"] for cell in cells}
-    words = "; ".join(f"{cell['set']} on {cell['group']} {interval(cell[measure], signed=not effect)}" for cell in cells)
+    words = "; ".join(
+        f"{cell['set']} on {cell['group']} {interval(cell[measure], signed=not effect)}" for cell in cells
+    )
     if effect:
-        caption = Markup("<b>Causal effect</b> of the neurons found on one group of requests (rows) on every group (columns).")
+        caption = Markup(
+            "<b>Causal effect</b> of the neurons found on one group of requests (rows) on every group "
+            "(columns)."
+        )
     else:
         caption = Markup(
-            "<b>Refusals lost</b>: change of refusals of harmful requests (columns) while the neurons of one set (rows) are off."
+            "<b>Refusals lost</b>: change of refusals of harmful requests (columns) while the neurons of "
+            "one set (rows) are off."
         )
     draw = partial(matrix_figure, sets, groups, values, ("neurons of", "requests"))
     figure = Figure(draw, f"{measure.replace('_', ' ')}: {visible(words, 2000)}.", caption)
@@ -256,7 +351,14 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
         ]
         for cell in cells
     ]
-    columns = ["neurons → requests", "refused", "change", "against random sets", "clear", *(["causal effect"] if effect else [])]
+    columns = [
+        "neurons → requests",
+        "refused",
+        "change",
+        "against random sets",
+        "clear",
+        *(["causal effect"] if effect else []),
+    ]
     return [figure], [Table(captioned("Every set on every group; 95\u00a0% intervals", cells), columns, rows)]
 
 
@@ -272,10 +374,18 @@ def transfer_part(run: ReportedRun) -> DisplayPart:
     )
     tasks = list(dict.fromkeys(task for each in result["ability"] for task in each["capability"]))
     rows = [
-        [visible(each["name"], 40), interval(each["harmless_refused"]), *(_measured(each["capability"].get(task)) for task in tasks)]
+        [
+            visible(each["name"], 40),
+            interval(each["harmless_refused"]),
+            *(_measured(each["capability"].get(task)) for task in tasks),
+        ]
         for each in result["ability"]
     ]
-    ability = Table("General ability under patching", ["model", "harmless refused", *(visible(task, 40) for task in tasks)], rows)
+    ability = Table(
+        "General ability under patching",
+        ["model", "harmless refused", *(visible(task, 40) for task in tasks)],
+        rows,
+    )
     return DisplayPart(titled("Transfer to other requests", run), lead, figures, [*tables, ability])
 
 
@@ -296,19 +406,35 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
         return []
 
     def mean(chosen: Sequence[Mapping[str, Any]]) -> float:
-        return float(sum((cell.get("causal_effect") or cell["change"])["value"] for cell in chosen) / len(chosen))
+        return float(
+            sum((cell.get("causal_effect") or cell["change"])["value"] for cell in chosen) / len(chosen)
+        )
 
     transfers = any(cell.get("causal_effect") for cell in known)
     text = (
-        "Neurons found on one group of requests have a mean causal effect of {} on their own and of {} on the other groups."
+        (
+            "Neurons found on one group of requests have a mean causal effect of {} on their own and of {} "
+            "on the other groups."
+        )
         if transfers
-        else "With the neurons of one language off, refusals change by {} in that language and by {} in the others."
+        else (
+            "With the neurons of one language off, refusals change by {} in that language and by {} in the "
+            "others."
+        )
     )
-    return [Finding(FACT, say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)))]
+    return [
+        Finding(
+            FACT,
+            say(text, number(mean(own), signed=not transfers), number(mean(other), signed=not transfers)),
+        )
+    ]
 
 
 def tax_part(run: ReportedRun) -> DisplayPart:
-    """What two preference trainings share, and what cross-patching shows; in a notebook the second may stand alone."""
+    """What two preference trainings share, and what cross-patching shows.
+
+    In a notebook the second may stand alone.
+    """
     result = run.result
     relations = result.get("relations") or []
     rows = [
@@ -321,17 +447,43 @@ def tax_part(run: ReportedRun) -> DisplayPart:
         ]
         for pair in relations
     ]
-    columns = ["trainings", "shared", "random sets", "as active", "Spearman, all", "given activation", "in the union", "cosine of changes"]
-    tables = [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)] if rows else []
+    columns = [
+        "trainings",
+        "shared",
+        "random sets",
+        "as active",
+        "Spearman, all",
+        "given activation",
+        "in the union",
+        "cosine of changes",
+    ]
+    tables = (
+        [Table("What every two trainings share; intervals of Spearman over prompts", columns, rows)]
+        if rows
+        else []
+    )
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
-    cells = [[visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))] for arm in result["arms"]]
+    cells = [
+        [visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))]
+        for arm in result["arms"]
+    ]
     quiet = frozenset(place for place, arm in enumerate(result["arms"]) if arm not in arms)
-    tables.append(Table("Cross-patching of the shared neurons", ["model", "harmful refused", "helpful", "harmless refused"], cells, quiet))
+    tables.append(
+        Table(
+            "Cross-patching of the shared neurons",
+            ["model", "harmful refused", "helpful", "harmless refused"],
+            cells,
+            quiet,
+        )
+    )
     moved = [
         [
             f"{visible(each['receiver'], 30)} from {visible(each['donor'], 30)}",
             *(
-                f"{interval(each[kind]['change'], signed=True)}; {interval(each[kind]['share_of_gap'])} of the gap"
+                (
+                    f"{interval(each[kind]['change'], signed=True)}; "
+                    f"{interval(each[kind]['share_of_gap'])} of the gap"
+                )
                 for kind in ("refused", "helpful")
             ),
         ]
@@ -345,7 +497,11 @@ def tax_part(run: ReportedRun) -> DisplayPart:
         )
     )
     lead = say("{} shared", plural(result["n_shared"], "neuron"))
-    lead += say("; helpfulness is “{}”.", visible(result["helpfulness"], 30)) if "helpfulness" in result else Markup(".")
+    lead += (
+        say("; helpfulness is “{}”.", visible(result["helpfulness"], 30))
+        if "helpfulness" in result
+        else Markup(".")
+    )
     figures = [
         *([_shared_figure(relations)] if relations else []),
         *(_ranks_figure(pair) for pair in relations),
@@ -373,12 +529,17 @@ RANKS = {"all": "all neurons", "given_activation": "given activation", "union": 
 def _ranks_figure(pair: Mapping[str, Any]) -> Figure:
     """Rank agreement of the change scores of two trainings, over every index set."""
     ranked = {word: _estimate(pair["spearman"][kind]) for kind, word in RANKS.items()}
-    rows = [estimate_row(word, found, (colour, "circle")) for (word, found), colour in zip(ranked.items(), COLOURS, strict=False)]
+    rows = [
+        estimate_row(word, found, (colour, "circle"))
+        for (word, found), colour in zip(ranked.items(), COLOURS, strict=False)
+    ]
     names = " and ".join(visible(each, 30) for each in pair["pair"])
     caption = say("<b>Rank agreement</b> of {}; bars are 95\u00a0% intervals over prompts.", names)
     ends = [0.0, 1.0, *(end for found in ranked.values() for end in found.values() if end is not None)]
     domain = (min(ends) - 0.03, max(ends) + 0.03)
-    return dots_of(rows, "Spearman of change scores", caption, f"Rank agreement of {names}", domain=domain, reference=0.0)
+    return dots_of(
+        rows, "Spearman of change scores", caption, f"Rank agreement of {names}", domain=domain, reference=0.0
+    )
 
 
 def _expected(chance: Mapping[str, Any]) -> str:
@@ -392,7 +553,10 @@ def _arms_figure(arms: Sequence[Mapping[str, Any]], kind: str, title: str) -> Fi
         chance = [other[kind]["value"] for other in arms if other["arm"].startswith(f"{arm['arm']}, random")]
         dots = [value for value in chance if value is not None]
         rows.append(estimate_row(arm["arm"], arm[kind], dots=dots))
-    caption = say("<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.", title.capitalize())
+    caption = say(
+        "<b>{}</b>. Bars are 95\u00a0% intervals; ticks are random sets of as many neurons.",
+        title.capitalize(),
+    )
     return dots_of(rows, title, caption, title.capitalize())
 
 
@@ -423,9 +587,14 @@ def tax_findings(run: ReportedRun) -> list[Finding]:
         )
         made.append(Finding(YES if beyond else NO, shown + Markup(".")))
     for each in result["cross_patching"]:
-        text = "With the activations of {} in the shared neurons, {} changes refusals by {} and helpful answers by {}."
+        text = (
+            "With the activations of {} in the shared neurons, {} changes refusals by {} and helpful "
+            "answers by {}."
+        )
         rates = [interval(each[kind]["change"], signed=True) for kind in ("refused", "helpful")]
-        made.append(Finding(FACT, say(text, visible(each["donor"], 30), visible(each["receiver"], 30), *rates)))
+        made.append(
+            Finding(FACT, say(text, visible(each["donor"], 30), visible(each["receiver"], 30), *rates))
+        )
     return made
 
 
@@ -445,7 +614,9 @@ def cards_of(runs: Sequence[ReportedRun]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         if run.verb == VERB:
             for card in run.result["cards"]:
-                found[f"{visible(card['key'], 60)}.{int(card['index'])}"] = guarded(run, lambda _, card=card: _sections(card))  # type: ignore[misc]
+                found[f"{visible(card['key'], 60)}.{int(card['index'])}"] = guarded(
+                    run, lambda _, card=card: _sections(card)
+                )  # type: ignore[misc]
     return found
 
 
@@ -493,8 +664,8 @@ def cards_part(run: ReportedRun) -> DisplayPart:
     columns = ["neuron", "score", "writes towards", "writes away from", "most active at"]
     columns += [f"refusal log-odds, {visible(treatment, 30)}" for treatment in treatments]
     lead = say(
-        "{}. Top and bottom tokens of the output direction through the unembedding; change of the refusal’s log-odds by the neuron alone. "
-        "Random neurons of the same matrices change them by {}.",
+        "{}. Top and bottom tokens of the output direction through the unembedding; change of the "
+        "refusal’s log-odds by the neuron alone. Random neurons of the same matrices change them by {}.",
         plural(len(rows), "neuron"),
         ", ".join(
             f"{number(chance['low'])} to {number(chance['high'])} ({visible(treatment, 30)})"
@@ -505,15 +676,28 @@ def cards_part(run: ReportedRun) -> DisplayPart:
     )
     for treatment, odds in result.get("log_odds", {}).items():
         text = " Untreated the log-odds are {}; all of these {} change them by {}."
-        lead += say(text, number(odds["untreated"]), visible(treatment, 30), number(odds["change_together"]["value"], signed=True))
+        lead += say(
+            text,
+            number(odds["untreated"]),
+            visible(treatment, 30),
+            number(odds["change_together"]["value"], signed=True),
+        )
     figures = [_effects_figure(result, treatment) for treatment in treatments]
-    return DisplayPart(titled("Neuron cards", run), lead, figures, [Table(captioned("Neuron cards", result["cards"]), columns, rows)])
+    return DisplayPart(
+        titled("Neuron cards", run),
+        lead,
+        figures,
+        [Table(captioned("Neuron cards", result["cards"]), columns, rows)],
+    )
 
 
 def _effects_figure(result: Mapping[str, Any], treatment: str) -> Figure:
     """What every neuron of the cards does alone, beside random neurons of the same matrices."""
     rows = [
-        estimate_row(f"{card['neuron'].removeprefix('layers.')} {_in_a_row(card['writes']['top'][:3])}", card["effects"][treatment])
+        estimate_row(
+            f"{card['neuron'].removeprefix('layers.')} {_in_a_row(card['writes']['top'][:3])}",
+            card["effects"][treatment],
+        )
         for card in result["cards"]
         if treatment in card["effects"]
     ]
@@ -521,8 +705,13 @@ def _effects_figure(result: Mapping[str, Any], treatment: str) -> Figure:
     ends = [end for row in rows for end in (row.value, row.low, row.high, *row.dots) if end is not None]
     room = 0.06 * (max([0.0, *ends]) - min([0.0, *ends]) or 1.0)
     title = f"change of the refusal’s log-odds, {visible(treatment, 30)}"
-    caption = say("<b>{}</b> by each neuron alone; bars are 95\u00a0% intervals, ticks random neurons.", title.capitalize())
-    return dots_of([*rows, *alone], title, caption, domain=(min([0.0, *ends]) - room, max([0.0, *ends]) + room))
+    caption = say(
+        "<b>{}</b> by each neuron alone; bars are 95\u00a0% intervals, ticks random neurons.",
+        title.capitalize(),
+    )
+    return dots_of(
+        [*rows, *alone], title, caption, domain=(min([0.0, *ends]) - room, max([0.0, *ends]) + room)
+    )
 
 
 def _in_a_row(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -531,7 +720,12 @@ def _in_a_row(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tokens(entries: Sequence[Mapping[str, Any]]) -> Markup | str:
-    return Markup(" ").join(Markup("<bdi class=token>{}</bdi>").format(visible(entry["token"], 30)) for entry in entries) or NONE
+    return (
+        Markup(" ").join(
+            Markup("<bdi class=token>{}</bdi>").format(visible(entry["token"], 30)) for entry in entries
+        )
+        or NONE
+    )
 
 
 def _in_context(entry: Mapping[str, Any]) -> Markup:

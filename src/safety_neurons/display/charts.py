@@ -1,7 +1,9 @@
-"""All charts, as static SVG in the colours of a page or its own: drawn by Vega-Lite, then rewritten through a list of what may stay.
+"""All charts, as static SVG in the colours of a page or its own: drawn by Vega-Lite, then rewritten through a
+list of what may stay.
 
-The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they become classes, so that light, dark and print are one drawing.
-Every chart comes with its labels in words; tables beside it carry the same numbers.
+The colours in a chart are placeholders (`INK`, `RAMP[3]`, …). Here they become classes, so that light, dark
+and print are one drawing. Every chart comes with its labels in words; tables beside it carry the same
+numbers.
 """
 
 from __future__ import annotations
@@ -49,8 +51,35 @@ _CLASSES = {
 }
 _TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan", "circle"}
 _ATTRIBUTES = {
-    *("d", "x", "y", "x1", "x2", "y1", "y2", "dx", "dy", "cx", "cy", "r", "width", "height", "transform", "text-anchor", "opacity"),
-    *("fill", "stroke", "fill-opacity", "stroke-opacity", "stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin"),
+    *(
+        "d",
+        "x",
+        "y",
+        "x1",
+        "x2",
+        "y1",
+        "y2",
+        "dx",
+        "dy",
+        "cx",
+        "cy",
+        "r",
+        "width",
+        "height",
+        "transform",
+        "text-anchor",
+        "opacity",
+    ),
+    *(
+        "fill",
+        "stroke",
+        "fill-opacity",
+        "stroke-opacity",
+        "stroke-width",
+        "stroke-dasharray",
+        "stroke-linecap",
+        "stroke-linejoin",
+    ),
     *("font-size", "font-weight", "font-style", "stroke-miterlimit", "viewBox"),
 }
 ROOM = 16
@@ -63,7 +92,14 @@ _CONFIG = {
     "background": "transparent",
     "view": {"stroke": None},
     "text": {"fontSize": 12, "color": INK},
-    "legend": {"labelFontSize": 12, "labelColor": INK, "symbolStrokeWidth": 2.4, "symbolSize": 260, "labelLimit": 200, "title": None},
+    "legend": {
+        "labelFontSize": 12,
+        "labelColor": INK,
+        "symbolStrokeWidth": 2.4,
+        "symbolSize": 260,
+        "labelLimit": 200,
+        "title": None,
+    },
     "axis": {
         **{
             "labelColor": SOFT,
@@ -73,7 +109,14 @@ _CONFIG = {
             "titleFontWeight": "normal",
             "labelLimit": 260,
         },
-        **{"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "tickSize": 4, "titlePadding": 8, "labelPadding": 5},
+        **{
+            "gridColor": GRID,
+            "domainColor": FAINT,
+            "tickColor": FAINT,
+            "tickSize": 4,
+            "titlePadding": 8,
+            "labelPadding": 5,
+        },
     },
 }
 
@@ -87,7 +130,13 @@ def _drawn(specification: str) -> str:
 
 
 def drawing(
-    chart: Any, width: float | int, height: float | int, *, step: bool = False, size: str = "", places: Mapping[str, str] | None = None
+    chart: Any,
+    width: float | int,
+    height: float | int,
+    *,
+    step: bool = False,
+    size: str = "",
+    places: Mapping[str, str] | None = None,
 ) -> Markup:
     """The chart as an SVG element without scripts, styles, links or colours of its own.
 
@@ -105,7 +154,9 @@ def drawing(
     clean = _cleaned(root, places or {})
     assert clean is not None
     whole, tall = float(root.get("width", "0")) + 3 * ROOM, float(root.get("height", "0"))
-    clean.set("viewBox", f"{-ROOM} 0 {whole:g} {tall:g}")  # Fonts of the reader may be wider than those measured here.
+    clean.set(
+        "viewBox", f"{-ROOM} 0 {whole:g} {tall:g}"
+    )  # Fonts of the reader may be wider than those measured here.
     clean.set("width", f"{whole:g}")
     clean.set("class", f"chart {size}".strip())
     clean.set("aria-hidden", "true")
@@ -117,7 +168,11 @@ def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> Element
     tag = element.tag.removeprefix(_NAMESPACE)
     if tag not in _TAGS or element.get("display") == "none":
         return None
-    if tag == "path" and element.get("class") in ("background", "foreground") and element.get("stroke") is None:
+    if (
+        tag == "path"
+        and element.get("class") in ("background", "foreground")
+        and element.get("stroke") is None
+    ):
         return None
     kept = ElementTree.Element(tag)
     classes = []
@@ -147,8 +202,25 @@ def _cleaned(element: ElementTree.Element, places: Mapping[str, str]) -> Element
     return kept
 
 
-METHODS = ("contrast", "attribution-patching", "importance-contrast", "importance", "attribution", "weight-change", "mask")
-SHAPES = ("circle", "diamond", "square", "triangle-up", "cross", "triangle-down", "triangle-left", "triangle-right")
+METHODS = (
+    "contrast",
+    "attribution-patching",
+    "importance-contrast",
+    "importance",
+    "attribution",
+    "weight-change",
+    "mask",
+)
+SHAPES = (
+    "circle",
+    "diamond",
+    "square",
+    "triangle-up",
+    "cross",
+    "triangle-down",
+    "triangle-left",
+    "triangle-right",
+)
 WIDE, NARROW = 770, 262
 
 
@@ -180,7 +252,10 @@ def site_map(
     tips: Mapping[tuple[int, str], str],
     places: Mapping[tuple[int, str], str],
 ) -> Markup:
-    """A heat map, layers down and sites across; the largest cell has the full colour. `places` name the cells for a script."""
+    """A heat map, layers down and sites across; the largest cell has the full colour.
+
+    `places` name the cells for a script.
+    """
     sites = [site for site in SITES if any(cell[1] == site for cell in cells)]
     layers = sorted({layer for layer, _ in cells})
     largest = max((abs(value) for value in cells.values()), default=0.0) or 1.0
@@ -198,7 +273,9 @@ def site_map(
         alt.Y("layer:O", sort=layers, title="layer", axis=left, scale=gap),
     )
     named = {visible(tips[cell], 300): places[cell] for cell in cells}
-    return drawing(chart, across * len(sites), 26 if len(layers) <= 24 else 17, step=True, size="map", places=named)
+    return drawing(
+        chart, across * len(sites), 26 if len(layers) <= 24 else 17, step=True, size="map", places=named
+    )
 
 
 def _on_ramp(value: float, largest: float = 1.0) -> dict[str, str]:
@@ -211,14 +288,18 @@ def _heat_map(rows: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y, **edges: An
     """A tile for every row, its label on it."""
     base = alt.Chart(data(rows)).encode(x=x, y=y, description="tip:N")
     tiles = base.mark_rect(cornerRadius=2, **edges).encode(color=alt.Color("colour:N", scale=None))
-    text = base.mark_text(fontSize=11, aria=False).encode(text="label:N", color=alt.Color("text:N", scale=None))
+    text = base.mark_text(fontSize=11, aria=False).encode(
+        text="label:N", color=alt.Color("text:N", scale=None)
+    )
     return alt.layer(tiles, text)
 
 
 def sweep_figure(sweeps: Sequence[Sweep]) -> Markup:
     """Causal effect against set size, drawn once for a page and once for a phone."""
     sizes = (("wide", WIDE, 350), ("narrow", NARROW, 300))
-    return Markup("").join(drawing(_sweeps(sweeps, width, height), width, height, size=size) for size, width, height in sizes)
+    return Markup("").join(
+        drawing(_sweeps(sweeps, width, height), width, height, size=size) for size, width, height in sizes
+    )
 
 
 def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
@@ -234,8 +315,19 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
             tip = f"{sweep.method}, {n:,} neurons: {interval(effect)}"
             if effect["value"] is not None:
                 ends = {name: float(effect[name]) for name in ("value", "low", "high")}
-                lines.append({"method": visible(sweep.method, 40), "n": n, "tip": tip, "colour": colour, "shape": shape, **ends})
-            values = [float(other["value"]) for other in point["random_effects"] if other["value"] is not None]
+                lines.append(
+                    {
+                        "method": visible(sweep.method, 40),
+                        "n": n,
+                        "tip": tip,
+                        "colour": colour,
+                        "shape": shape,
+                        **ends,
+                    }
+                )
+            values = [
+                float(other["value"]) for other in point["random_effects"] if other["value"] is not None
+            ]
             if values:
                 low, high = band.get(n, (np.inf, -np.inf))
                 band[n] = (min(low, *values), max(high, *values))
@@ -245,7 +337,15 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         "value:Q",
         scale=alt.Scale(domain=[bottom, top], nice=False),
         title="causal effect",
-        axis=alt.Axis(titleAngle=0, titleAlign="left", titleX=-36, titleY=-12, values=[0, 0.25, 0.5, 0.75, 1], format=".2~f", domain=False),
+        axis=alt.Axis(
+            titleAngle=0,
+            titleAlign="left",
+            titleX=-36,
+            titleY=-12,
+            values=[0, 0.25, 0.5, 0.75, 1],
+            format=".2~f",
+            domain=False,
+        ),
     )
     x = alt.X("n:Q", scale=scale, title=_size_title(width), axis=_size_axis(sizes, width))
     ceilings = _ceilings(sweeps)
@@ -281,8 +381,15 @@ def _size_axis(sizes: Mapping[int, float], width: int) -> alt.Axis:
     return alt.Axis(values=kept, labelExpr=text, grid=False)
 
 
-def _range(lines: list[dict[str, Any]], band: Mapping[int, tuple[float, float]], sweeps: Sequence[Sweep]) -> tuple[float, float]:
-    values = [0.0, 1.0, *(row[end] for row in lines for end in ("low", "high")), *(value for ends in band.values() for value in ends)]
+def _range(
+    lines: list[dict[str, Any]], band: Mapping[int, tuple[float, float]], sweeps: Sequence[Sweep]
+) -> tuple[float, float]:
+    values = [
+        0.0,
+        1.0,
+        *(row[end] for row in lines for end in ("low", "high")),
+        *(value for ends in band.values() for value in ends),
+    ]
     values += [sweep.ceiling["high"] for sweep in sweeps if sweep.ceiling.get("high") is not None]
     return min(max(values), 2.5) + 0.06, max(min(values), -1.5) - 0.06
 
@@ -295,7 +402,9 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
         for n, (low, high) in sorted(band.items())
     ]
     base = alt.Chart(data(rows)).encode(x=x, y=y, y2="high:Q", description="tip:N")
-    label = alt.Chart(data(rows[-1:])).mark_text(align="right", dx=4, dy=-10, color=SOFT, fontSize=12, aria=False)
+    label = alt.Chart(data(rows[-1:])).mark_text(
+        align="right", dx=4, dy=-10, color=SOFT, fontSize=12, aria=False
+    )
     return [
         base.mark_area(color=BAND, stroke=BAND, strokeWidth=5, strokeJoin="round", opacity=0.6, aria=False),
         base.mark_rule(color=BAND, strokeWidth=7, strokeCap="round"),
@@ -305,11 +414,19 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
 
 def _ceilings(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
     """The ceiling, once where all sweeps have the same."""
-    known = {round(sweep.ceiling["value"], 3): sweep for sweep in sweeps if sweep.ceiling.get("value") is not None}
+    known = {
+        round(sweep.ceiling["value"], 3): sweep for sweep in sweeps if sweep.ceiling.get("value") is not None
+    }
     rows = []
     for sweep in known.values():
         whose = "" if len(known) == 1 else f" ({visible(sweep.method, 40)})"
-        rows.append({"value": sweep.ceiling["value"], "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}", "colour": INK})
+        rows.append(
+            {
+                "value": sweep.ceiling["value"],
+                "method": f"all neurons{whose} {sweep.ceiling['value']:.2f}",
+                "colour": INK,
+            }
+        )
     return rows
 
 
@@ -317,7 +434,11 @@ def _references(ceilings: list[dict[str, Any]], y: alt.Y, width: int) -> list[An
     """Zero, and the ceiling, which is named at the right where there is room."""
     layers = [alt.Chart(data([{"value": 0}])).mark_rule(color=FAINT, aria=False).encode(y=y)]
     for row in ceilings:
-        layers.append(alt.Chart(data([row])).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(y=y))
+        layers.append(
+            alt.Chart(data([row]))
+            .mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False)
+            .encode(y=y)
+        )
         if width <= NARROW:
             text = alt.Chart(data([row])).mark_text(align="left", dy=-8, dx=2, color=INK, aria=False)
             layers.append(text.encode(y=y, x=alt.value(0), text="method:N"))
@@ -334,7 +455,9 @@ def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[Any]:
     return [ends, strokes, points]
 
 
-def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float) -> list[Any]:
+def _names(
+    lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y, width: int, per_pixel: float
+) -> list[Any]:
     """The methods' names, at the ends of their lines; above the plot where there is no room beside it."""
     last = {row["method"]: row for row in sorted(lines, key=lambda row: row["n"])}
     ordered = sorted(last.values(), key=lambda row: -row["value"])
@@ -343,7 +466,12 @@ def _names(lines: list[dict[str, Any]], ceilings: list[dict[str, Any]], y: alt.Y
         return [
             alt.Chart(data([row]))
             .mark_text(align="right", fontWeight="bold", aria=False)
-            .encode(x=alt.value(width), y=alt.value(-16 * (len(ordered) - place) - 8), text="method:N", color=colour)
+            .encode(
+                x=alt.value(width),
+                y=alt.value(-16 * (len(ordered) - place) - 8),
+                text="method:N",
+                color=colour,
+            )
             for place, row in enumerate(ordered)
         ]
     below, labels = np.inf, []
@@ -369,7 +497,9 @@ class DotRow:
     dots: Sequence[float | int] = ()
     """Further values drawn faintly, such as single random sets."""
     chance: Sequence[Mapping[str, Any]] = ()
-    """What chance gives, as `low`, `high` and `expected` where it is known: the first as a grey bar, a second as a line below it."""
+    """What chance gives, as `low`, `high` and `expected` where it is known: the first as a grey bar, a second
+    as a line below it.
+    """
     beside: str = ""
     """What the text alternative says of chance."""
 
@@ -384,22 +514,40 @@ NAMES = 72
 
 
 def dot_figure(
-    rows: Sequence[DotRow], title: str, *, domain: tuple[float | int, float | int], reference: float | int | None = None
+    rows: Sequence[DotRow],
+    title: str,
+    *,
+    domain: tuple[float | int, float | int],
+    reference: float | int | None = None,
 ) -> Markup:
     """A dot plot with intervals, what chance gives, and the numbers at the right."""
     longest = max((len(visible(row.label, NAMES)) for row in rows), default=0)
     sizes = (("wide", 228, min(max(150, 7 * longest), 320)), ("narrow", 88, 132))
     return Markup("").join(
-        drawing(_dots(rows, title, domain, reference, width, labels), width, 28, step=True, size=size) for size, width, labels in sizes
+        drawing(_dots(rows, title, domain, reference, width, labels), width, 28, step=True, size=size)
+        for size, width, labels in sizes
     )
 
 
 def _dots(
-    rows: Sequence[DotRow], title: str, domain: tuple[float | int, float | int], reference: float | int | None, width: int, labels: int
+    rows: Sequence[DotRow],
+    title: str,
+    domain: tuple[float | int, float | int],
+    reference: float | int | None,
+    width: int,
+    labels: int,
 ) -> Any:
     order = [visible(row.label, NAMES) for row in rows]
     shown = [
-        {"label": label, "value": row.value, "low": row.low, "high": row.high, "text": row.text, "colour": row.colour, "shape": row.shape}
+        {
+            "label": label,
+            "value": row.value,
+            "low": row.low,
+            "high": row.high,
+            "text": row.text,
+            "colour": row.colour,
+            "shape": row.shape,
+        }
         | {"tip": row.words}
         for label, row in zip(order, rows, strict=True)
     ]
@@ -407,7 +555,9 @@ def _dots(
     y = alt.Y("label:N", sort=order, title=None, axis=axis, scale=alt.Scale(domain=order))
     room = (domain[1] - domain[0]) / (6 if width > 150 else 3)
     power = 10.0 ** np.floor(np.log10(room))
-    step = float(next(power * part for part in (1, 2.5 if power >= 0.1 else 2, 5, 10) if power * part >= room))
+    step = float(
+        next(power * part for part in (1, 2.5 if power >= 0.1 else 2, 5, 10) if power * part >= room)
+    )
     ticks = [round(tick * step, 9) for tick in range(int(domain[0] / step) - 1, int(domain[1] / step) + 2)]
     ticks = [tick for tick in ticks if domain[0] <= tick <= domain[1]]
     x = alt.X(
@@ -420,15 +570,29 @@ def _dots(
     base = alt.Chart(data(shown)).encode(y=y)
     layers = _chance(order, rows, y, x)
     if reference is not None:
-        rule = alt.Chart(data([{"value": reference}])).mark_rule(color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False)
+        rule = alt.Chart(data([{"value": reference}])).mark_rule(
+            color=INK, strokeDash=[5, 4], strokeWidth=1.2, aria=False
+        )
         layers.append(rule.encode(x=x))
-    faint = [{"label": label, "value": dot} for label, row in zip(order, rows, strict=True) for dot in row.dots]
+    faint = [
+        {"label": label, "value": dot} for label, row in zip(order, rows, strict=True) for dot in row.dots
+    ]
     if faint:
-        layers.append(alt.Chart(data(faint)).mark_tick(color=SOFT, thickness=2, size=11, opacity=0.8, aria=False).encode(y=y, x=x))
-    ranged = alt.Chart(data([row for row in shown if row["low"] is not None])).mark_rule(strokeWidth=2.4, opacity=0.75, aria=False)
-    dotted = alt.Chart(data([row for row in shown if row["value"] is not None])).mark_point(filled=True, size=80, opacity=1)
+        layers.append(
+            alt.Chart(data(faint))
+            .mark_tick(color=SOFT, thickness=2, size=11, opacity=0.8, aria=False)
+            .encode(y=y, x=x)
+        )
+    ranged = alt.Chart(data([row for row in shown if row["low"] is not None])).mark_rule(
+        strokeWidth=2.4, opacity=0.75, aria=False
+    )
+    dotted = alt.Chart(data([row for row in shown if row["value"] is not None])).mark_point(
+        filled=True, size=80, opacity=1
+    )
     layers.append(ranged.encode(y=y, x=alt.X("low:Q"), x2="high:Q", color=colour))
-    layers.append(dotted.encode(y=y, x=x, color=colour, shape=alt.Shape("shape:N", scale=None), description="tip:N"))
+    layers.append(
+        dotted.encode(y=y, x=x, color=colour, shape=alt.Shape("shape:N", scale=None), description="tip:N")
+    )
     layers.append(base.mark_text(align="left", dx=10, aria=False).encode(x=alt.value(width), text="text:N"))
     return alt.layer(*layers)
 
@@ -438,14 +602,26 @@ def _chance(order: Sequence[str], rows: Sequence[DotRow], y: alt.Y, x: alt.X) ->
     looks = ((BAND, 12, 0), (COLOURS[1], 3, 9))
     layers = []
     for kind, (colour, thick, below) in enumerate(looks):
-        ranges = [{"label": label, **row.chance[kind]} for label, row in zip(order, rows, strict=True) if len(row.chance) > kind]
+        ranges = [
+            {"label": label, **row.chance[kind]}
+            for label, row in zip(order, rows, strict=True)
+            if len(row.chance) > kind
+        ]
         known = [each for each in ranges if each.get("low") is not None and each.get("high") is not None]
-        means = [{"label": each["label"], "value": each["expected"]} for each in known if each.get("expected") is not None]
+        means = [
+            {"label": each["label"], "value": each["expected"]}
+            for each in known
+            if each.get("expected") is not None
+        ]
         if known:
-            bars = alt.Chart(data(known)).mark_rule(color=colour, strokeWidth=thick, yOffset=below, aria=False)
+            bars = alt.Chart(data(known)).mark_rule(
+                color=colour, strokeWidth=thick, yOffset=below, aria=False
+            )
             layers.append(bars.encode(y=y, x=alt.X("low:Q"), x2="high:Q"))
         if means:
-            ticks = alt.Chart(data(means)).mark_tick(color=colour if below else FAINT, thickness=2, size=12 - below // 3, yOffset=below)
+            ticks = alt.Chart(data(means)).mark_tick(
+                color=colour if below else FAINT, thickness=2, size=12 - below // 3, yOffset=below
+            )
             layers.append(ticks.encode(y=y, x=x, description=alt.value("mean of chance")))
     return layers
 
@@ -463,11 +639,16 @@ def agreement_figure(names: Sequence[str], jaccard: Mapping[tuple[str, str], flo
     order = [visible(each, 40) for each in names]
     bottom = alt.Axis(orient="bottom", labelAngle=-40, ticks=False, domain=False)
     left = alt.Axis(ticks=False, domain=False, labelColor=INK)
-    x, y = (alt.X("column:N", sort=order, title=None, axis=bottom), alt.Y("row:N", sort=order, title=None, axis=left))
+    x, y = (
+        alt.X("column:N", sort=order, title=None, axis=bottom),
+        alt.Y("row:N", sort=order, title=None, axis=left),
+    )
     chart = _heat_map(rows, x, y, stroke=PAPER, strokeWidth=2)
     columns = max(len(order) - 1, 1)
     narrow = max(20, 190 // columns) * columns
-    return drawing(chart, 46 * columns, 32, step=True, size="wide") + drawing(chart, narrow, 32, step=True, size="narrow")
+    return drawing(chart, 46 * columns, 32, step=True, size="wide") + drawing(
+        chart, narrow, 32, step=True, size="narrow"
+    )
 
 
 PHONE = NARROW - 30
@@ -506,7 +687,9 @@ Bands = Mapping[str, Sequence[tuple[float, float, float]]]
 """By name x, lower and upper end of what random choices give."""
 
 
-def line_figure(lines: Sequence[Line], plane: Plane, *, bands: Bands | None = None, size: int = 330) -> Markup:
+def line_figure(
+    lines: Sequence[Line], plane: Plane, *, bands: Bands | None = None, size: int = 330
+) -> Markup:
     """Curves in one plane, with a key: the first of the bands is a grey area, others are dashed outlines."""
     kept = [line for line in lines if line.points][: len(COLOURS)]
     wide = drawing(_curves(kept, plane, bands or {}, size), size, size * 0.8, size="wide")
@@ -525,32 +708,55 @@ def _curves(lines: Sequence[Line], plane: Plane, bands: Bands, width: int) -> An
     layers: list[Any] = []
     for place, band in enumerate(bands.values()):
         rows = [{"x": at, "y": low, "high": high} for at, low, high in band]
-        edge = {"stroke": SOFT, "strokeDash": [3, 3], "strokeWidth": 1.2, "color": GRID} if place else {"color": BAND}
-        layers.append(alt.Chart(data(rows)).mark_area(opacity=0.6, aria=False, **edge).encode(x=x, y=y, y2="high:Q"))
+        edge = (
+            {"stroke": SOFT, "strokeDash": [3, 3], "strokeWidth": 1.2, "color": GRID}
+            if place
+            else {"color": BAND}
+        )
+        layers.append(
+            alt.Chart(data(rows)).mark_area(opacity=0.6, aria=False, **edge).encode(x=x, y=y, y2="high:Q")
+        )
     if plane.diagonal:
         (left, right), (low, high) = plane.x_range, plane.y_range
         ends = data([{"x": left, "y": low}, {"x": right, "y": high}])
-        layers.append(alt.Chart(ends).mark_line(color=FAINT, strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(x=x, y=y))
+        layers.append(
+            alt.Chart(ends)
+            .mark_line(color=FAINT, strokeDash=[5, 4], strokeWidth=1.2, aria=False)
+            .encode(x=x, y=y)
+        )
     names = [visible(line.name, 40) for line in lines]
     legend = None
     if len(lines) > 1:
         legend = alt.Legend(title=None, orient="bottom" if width == PHONE else "right", columns=1)
-    colour = alt.Color("line:N", scale=alt.Scale(domain=names, range=list(COLOURS[: len(names)])), legend=legend)
-    dash = alt.StrokeDash("line:N", scale=alt.Scale(domain=names, range=list(DASHES[: len(names)])), legend=legend)
+    colour = alt.Color(
+        "line:N", scale=alt.Scale(domain=names, range=list(COLOURS[: len(names)])), legend=legend
+    )
+    dash = alt.StrokeDash(
+        "line:N", scale=alt.Scale(domain=names, range=list(DASHES[: len(names)])), legend=legend
+    )
     for name, line in zip(names, lines, strict=True):
         made: list[dict[str, Any]] = [{"x": at, "y": value, "line": name} for at, value in line.points]
-        mark = alt.Chart(data(made)).mark_line(strokeWidth=2, aria=False, interpolate="step-after" if line.step else "linear")
+        mark = alt.Chart(data(made)).mark_line(
+            strokeWidth=2, aria=False, interpolate="step-after" if line.step else "linear"
+        )
         layers.append(mark.encode(x=x, y=y, color=colour, strokeDash=dash))
         if line.ends:
-            rules = [{"x": at, "y": low, "high": high, "line": name} for (at, _), (low, high) in zip(line.points, line.ends, strict=True)]
+            rules = [
+                {"x": at, "y": low, "high": high, "line": name}
+                for (at, _), (low, high) in zip(line.points, line.ends, strict=True)
+            ]
             layers.append(
-                alt.Chart(data(rules)).mark_rule(strokeWidth=1.4, opacity=0.7, aria=False).encode(x=x, y=y, y2="high:Q", color=colour)
+                alt.Chart(data(rules))
+                .mark_rule(strokeWidth=1.4, opacity=0.7, aria=False)
+                .encode(x=x, y=y, y2="high:Q", color=colour)
             )
         if line.marked:
             dots = [row | {"tip": f"{name}: {row['x']:.4g}, {row['y']:.3f}"} for row in made]
             shape = SHAPES[names.index(name) % len(SHAPES)]
             points = alt.Chart(data(dots)).mark_point(filled=True, size=46, opacity=1, shape=shape)
-            layers.append(points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N"))
+            layers.append(
+                points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N")
+            )
     return alt.layer(*layers)
 
 
@@ -569,7 +775,11 @@ def matrix_figure(
             value = values.get((row, column))
             if value is None:
                 continue
-            named = {"row": visible(row, 30), "column": visible(column, 30), "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}")}
+            named = {
+                "row": visible(row, 30),
+                "column": visible(column, 30),
+                "label": f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
+            }
             tip = f"{titles[0]} {named['row']}, {titles[1]} {named['column']}: {named['label']}"
             cells.append(named | {"tip": tip} | _on_ramp(value, largest))
     gap = alt.Scale(paddingInner=0.06, paddingOuter=0.03)
@@ -590,7 +800,14 @@ def matrix_figure(
 
 
 _LIGHT = {
-    **{"ink": "#15202b", "soft": "#52606d", "faint": "#9aa7b4", "grid": "#e5e9ee", "paper": "#ffffff", "band": "#cfd6de"},
+    **{
+        "ink": "#15202b",
+        "soft": "#52606d",
+        "faint": "#9aa7b4",
+        "grid": "#e5e9ee",
+        "paper": "#ffffff",
+        "band": "#cfd6de",
+    },
     **{
         "c0": "#0068a8",
         "c1": "#bf4d00",
@@ -601,7 +818,15 @@ _LIGHT = {
         "c6": "#a61e1e",
         "c7": "#46515c",
     },
-    **{"r0": "#f0f4f8", "r1": "#dbe7f2", "r2": "#c0d7ea", "r3": "#9dc2df", "r4": "#77abd3", "r5": "#3878ad", "r6": "#256399"},
+    **{
+        "r0": "#f0f4f8",
+        "r1": "#dbe7f2",
+        "r2": "#c0d7ea",
+        "r3": "#9dc2df",
+        "r4": "#77abd3",
+        "r5": "#3878ad",
+        "r6": "#256399",
+    },
     **{"r7": "#154e82", "r8": "#0a3763", "on0": "#15202b", "on1": "#ffffff"},
 }
 """What a page's classes are where there is no page: its colours in light."""

@@ -1,4 +1,6 @@
-"""What evaluate, doctor, tune, repair and the studies around tuning found: harm and over-refusal, before and after, under attack."""
+"""What evaluate, doctor, tune, repair and the studies around tuning found: harm and over-refusal, before and
+after, under attack.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,20 +47,34 @@ def evaluate_part(run: ReportedRun) -> DisplayPart:
     if result["treatment"]:
         heading += say(" <span class=sub>{}</span>", visible(result["treatment"], 80))
     lead = Markup(
-        "Harm is the share of answers to harmful requests that a judge calls harmful, or, by a judge of refusals, that comply; "
-        "over-refusal is the share of harmless requests refused. What could not be judged is unscored and in no share. "
+        "Harm is the share of answers to harmful requests that a judge calls harmful, or, by a judge of "
+        "refusals, that comply; over-refusal is the share of harmless requests refused. What could not be "
+        "judged is unscored and in no share. "
     )
     if result["gate"]:
-        lead += Markup("The gate is passed.") if result["gate"]["passed"] else say("{} of the gate’s thresholds missed.", _missed(result))
-    figures = [made for kind, measure, title in _SIDES if (made := _figure(arms, kind, measure, title)) is not None]
-    tables = [_suites_table(arms), *([_capability_table(result, arms)] if any(arm["capability"] for _, arm in arms) else [])]
+        lead += (
+            Markup("The gate is passed.")
+            if result["gate"]["passed"]
+            else say("{} of the gate’s thresholds missed.", _missed(result))
+        )
+    figures = [
+        made for kind, measure, title in _SIDES if (made := _figure(arms, kind, measure, title)) is not None
+    ]
+    tables = [
+        _suites_table(arms),
+        *([_capability_table(result, arms)] if any(arm["capability"] for _, arm in arms) else []),
+    ]
     if result["changes"]:
         tables.append(_changes_table(result))
     if result["agreement"]:
         tables.append(_agreement_table(result))
     if result["gate"] and result["gate"]["missed"]:
         tables.append(
-            Table("Thresholds of the gate that are missed", ["threshold"], [[visible(line, 200)] for line in result["gate"]["missed"]])
+            Table(
+                "Thresholds of the gate that are missed",
+                ["threshold"],
+                [[visible(line, 200)] for line in result["gate"]["missed"]],
+            )
         )
     return DisplayPart(heading, lead, figures, tables, list(_group_tables(arms[-1])))
 
@@ -81,7 +97,11 @@ def evaluate_findings(run: ReportedRun) -> list[Finding]:
         )
         sentences.append(Finding(FACT, text + over + Markup(".")))
         if rate["unscored"]:
-            said = say("{} left {} answers to harmful requests unscored.", visible(judge, 40), count(rate["unscored"]))
+            said = say(
+                "{} left {} answers to harmful requests unscored.",
+                visible(judge, 40),
+                count(rate["unscored"]),
+            )
             sentences.append(Finding(CAUTION, said))
     if result["gate"]:
         passed = result["gate"]["passed"]
@@ -125,25 +145,36 @@ def arms_of(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _says_harm(arm: Mapping[str, Any], judge: str) -> bool:
     """Whether a judge says what is harmful, and not only what is refused."""
-    return any(entry["judges"].get(judge, {}).get("harm_is") == "harmful" for entry in arm["suites"] if entry["kind"] == "harmful")
+    return any(
+        entry["judges"].get(judge, {}).get("harm_is") == "harmful"
+        for entry in arm["suites"]
+        if entry["kind"] == "harmful"
+    )
 
 
 def _missed(result: Mapping[str, Any]) -> str:
     return count(len(result["gate"]["missed"]))
 
 
-def _rows(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str) -> Iterator[tuple[str, str, Mapping[str, Any], Any, str]]:
+def _rows(
+    arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str
+) -> Iterator[tuple[str, str, Mapping[str, Any], Any, str]]:
     """Suite, judge, what the judge says, its rate, and the arm, for every rate there is."""
     for entry in arms[-1][1]["suites"]:
         for judge in entry["judges"] if entry["kind"] == kind else []:
             for label, arm in arms:
-                other = next((one for one in arm["suites"] if (one["suite"], one["kind"]) == (entry["suite"], kind)), None)
+                other = next(
+                    (one for one in arm["suites"] if (one["suite"], one["kind"]) == (entry["suite"], kind)),
+                    None,
+                )
                 judged = {} if other is None else other["judges"].get(judge, {})
                 if judged.get(measure) is not None:
                     yield entry["suite"], judge, judged, judged[measure], label
 
 
-def _figure(arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str, title: str) -> Figure | None:
+def _figure(
+    arms: Sequence[tuple[str, Mapping[str, Any]]], kind: str, measure: str, title: str
+) -> Figure | None:
     found = list(_rows(arms, kind, measure))
     if not found:
         return None
@@ -168,12 +199,23 @@ def _suites_table(arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     for kind, measure, _ in _SIDES:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for suite, judge, judged, rate, label in _rows(arms, kind, measure):
-            row = found.setdefault((suite, judge), {"word": judged.get("harm_is") if measure == "harm" else "over-refusal"})
+            row = found.setdefault(
+                (suite, judge), {"word": judged.get("harm_is") if measure == "harm" else "over-refusal"}
+            )
             row[label] = rate
         for (suite, judge), row in found.items():
             last = row[[label for label, _ in arms if label in row][-1]]
             cells = [interval(row.get(label)) for label, _ in arms]
-            rows.append([_short(suite), visible(row["word"], 20), visible(judge, 40), *cells, count(last["n"]), count(last["unscored"])])
+            rows.append(
+                [
+                    _short(suite),
+                    visible(row["word"], 20),
+                    visible(judge, 40),
+                    *cells,
+                    count(last["n"]),
+                    count(last["unscored"]),
+                ]
+            )
     columns = ["suite", "measure", "judge", *(label for label, _ in arms), "n", "unscored"]
     return Table("Every suite by every judge; 95\u00a0% intervals", columns, rows)
 
@@ -183,13 +225,20 @@ def _capability_table(result: Mapping[str, Any], arms: Sequence[tuple[str, Mappi
     tasks = dict.fromkeys((entry["task"], entry["metric"]) for _, arm in arms for entry in arm["capability"])
     rows = []
     for task, metric in tasks:
-        cells = [interval(next((entry for entry in arm["capability"] if entry["task"] == task), None)) for _, arm in arms]
+        cells = [
+            interval(next((entry for entry in arm["capability"] if entry["task"] == task), None))
+            for _, arm in arms
+        ]
         change = drops.get(task)
         lost = NONE if change is None or change["drop"] is None else share(change["drop"])
         if change is not None and change["drop"] is not None and change["drop_low"] is not None:
             lost += f" [{share(change['drop_low'])}, {share(change['drop_high'])}]"
         rows.append([visible(_base(task), 40), visible(metric, 30), *cells, lost])
-    return Table("Capability; lost is the share of the value before", ["task", "metric", *(label for label, _ in arms), "lost"], rows)
+    return Table(
+        "Capability; lost is the share of the value before",
+        ["task", "metric", *(label for label, _ in arms), "lost"],
+        rows,
+    )
 
 
 def _base(task: str) -> str:
@@ -203,14 +252,26 @@ def _changes_table(result: Mapping[str, Any]) -> Table:
     for change in result["changes"]:
         difference, test = change["difference"], change["mcnemar"]
         noise = (
-            NONE if change["above_noise"] is None else f"{number(change['noise_floor'])} ({'above' if change['above_noise'] else 'within'})"
+            NONE
+            if change["above_noise"] is None
+            else f"{number(change['noise_floor'])} ({'above' if change['above_noise'] else 'within'})"
         )
         p = NONE if test is None or test["p"] is None else f"{test['p']:.2g}"
         words = [clear_word(difference), p, noise]
         measure = visible(change["measure"].replace("_", "-"), 20)
-        rows.append([_short(change["suite"]), measure, visible(change["judge"], 40), interval(difference, signed=True), *words])
+        rows.append(
+            [
+                _short(change["suite"]),
+                measure,
+                visible(change["judge"], 40),
+                interval(difference, signed=True),
+                *words,
+            ]
+        )
     columns = ["suite", "measure", "judge", "difference", "clear", "McNemar p", "noise floor"]
-    return Table(captioned("What changed, paired over prompts; 95\u00a0% intervals", result["changes"]), columns, rows)
+    return Table(
+        captioned("What changed, paired over prompts; 95\u00a0% intervals", result["changes"]), columns, rows
+    )
 
 
 def _agreement_table(result: Mapping[str, Any]) -> Table:
@@ -223,7 +284,9 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
         ]
         for pair in result["agreement"]
     ]
-    return Table("Agreement of two judges beyond chance", ["judges", "requests", "Cohen’s κ", "same verdict"], rows)
+    return Table(
+        "Agreement of two judges beyond chance", ["judges", "requests", "Cohen’s κ", "same verdict"], rows
+    )
 
 
 def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
@@ -234,7 +297,11 @@ def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
         for what, groups in entry["by"].items():
             judges = [judge for judge in entry["judges"] if measure in entry["judges"][judge]]
             rows = [
-                [visible(group["value"], 60), count(group["n"]), *(interval(group["judges"][judge].get(measure)) for judge in judges)]
+                [
+                    visible(group["value"], 60),
+                    count(group["n"]),
+                    *(interval(group["judges"][judge].get(measure)) for judge in judges),
+                ]
                 for group in groups
             ]
             title = f"{measure.replace('_', '-')} on {_short(entry['suite'])} by {what}, {label}"
@@ -243,7 +310,11 @@ def _group_tables(last: tuple[str, Mapping[str, Any]]) -> Iterator[Table]:
 
 def checks_table(run: ReportedRun) -> Table:
     """The doctor's checks."""
-    words = {True: Markup('<span class="verdict yes">pass</span>'), False: Markup('<span class="verdict no">fail</span>'), None: "informs"}
+    words = {
+        True: Markup('<span class="verdict yes">pass</span>'),
+        False: Markup('<span class="verdict no">fail</span>'),
+        None: "informs",
+    }
     rows = [
         [
             visible(check["check"], 80),
@@ -277,7 +348,12 @@ def doctor_tile(run: ReportedRun) -> Tile:
     checks = [check for check in run.result["checks"] if check["passed"] is not None]
     held = sum(bool(check["passed"]) for check in checks)
     verdict = PASS if held == len(checks) else FAIL
-    return Tile("Is the model understood?", verdict, f"{held} of {len(checks)}", Markup("checks on the model itself pass"))
+    return Tile(
+        "Is the model understood?",
+        verdict,
+        f"{held} of {len(checks)}",
+        Markup("checks on the model itself pass"),
+    )
 
 
 def tune_part(run: ReportedRun) -> DisplayPart:
@@ -285,33 +361,66 @@ def tune_part(run: ReportedRun) -> DisplayPart:
     result = run.result
     heading = say("{} tuned in {}", plural(result["n_neurons"], "neuron"), name(run.model))
     lead = say(
-        "{} trained, {} of the model, in {} of {} ({}); the state of step {} is kept. Everything outside the set is {}.",
+        (
+            "{} trained, {} of the model, in {} of {} ({}); the state of step {} is kept. Everything outside "
+            "the set is {}."
+        ),
         plural(result["trained_parameters"], "parameter"),
         share(result["share_of_parameters"], 2),
         count(result["steps"]),
         plural(result["planned_steps"], "step"),
         visible(result["stopped"], 60),
         count(result["kept_step"]),
-        {True: "bit for bit as it was", False: "NOT as it was"}.get(result["frozen_unchanged"], "taken to be as it was (not looked at)"),
+        {True: "bit for bit as it was", False: "NOT as it was"}.get(
+            result["frozen_unchanged"], "taken to be as it was (not looked at)"
+        ),
     )
     if result.get("survives_cast") is not None:
-        lead += say(" {} of the changed weights survive the cast to the model’s type.", share(result["survives_cast"]))
+        lead += say(
+            " {} of the changed weights survive the cast to the model’s type.", share(result["survives_cast"])
+        )
     figures = [
-        _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what tuning is for."),
-        _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: its price."),
+        _refusals(
+            result,
+            "harmful_refused",
+            "harmful requests refused",
+            "Refusals of harmful requests: what tuning is for.",
+        ),
+        _refusals(
+            result,
+            "harmless_refused",
+            "harmless requests refused",
+            "Refusals of harmless requests: its price.",
+        ),
     ]
     rows = [arm_row(arm, result[arm]) for arm in ("before", "after")]
     checks = [
-        [count(each["step"]), interval(each["harmful_refused"]), interval(each["harmless_refused"]), number(each["divergence"], 3)]
+        [
+            count(each["step"]),
+            interval(each["harmful_refused"]),
+            interval(each["harmless_refused"]),
+            number(each["divergence"], 3),
+        ]
         for each in result["checks"]
     ]
     columns = ["step", "harmful refused", "harmless refused", "KL per token, nats"]
-    details = [Table("Checks while training, on prompts held out of the data", columns, checks)] if checks else []
-    return DisplayPart(heading, lead, figures, [Table("Before and after; shares with 95\u00a0% intervals", ARM_COLUMNS, rows)], details)
+    details = (
+        [Table("Checks while training, on prompts held out of the data", columns, checks)] if checks else []
+    )
+    return DisplayPart(
+        heading,
+        lead,
+        figures,
+        [Table("Before and after; shares with 95\u00a0% intervals", ARM_COLUMNS, rows)],
+        details,
+    )
 
 
 def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
-    rows = [estimate_row("before", result["before"][what]), estimate_row("after", result["after"][what], TREATED)]
+    rows = [
+        estimate_row("before", result["before"][what]),
+        estimate_row("after", result["after"][what], TREATED),
+    ]
     return dots_of(rows, title, say("<b>{}</b> Bars are 95\u00a0% intervals.", caption))
 
 
@@ -320,7 +429,9 @@ def verdict_of(run: ReportedRun) -> str:
     change = run.result["change"]
     if change["value"] is None:
         return OPEN
-    return YES if run.result.get("achieved", is_clear(change) and change["value"] > 0) else NO  # runs of earlier versions do not say
+    return (
+        YES if run.result.get("achieved", is_clear(change) and change["value"] > 0) else NO
+    )  # runs of earlier versions do not say
 
 
 def tune_findings(run: ReportedRun) -> list[Finding]:
@@ -328,7 +439,10 @@ def tune_findings(run: ReportedRun) -> list[Finding]:
     result = run.result
     before, after = result["before"], result["after"]
     text = say(
-        "Training {} of {} ({} of its parameters) takes refusals of harmful requests from {} to {}; paired change {}",
+        (
+            "Training {} of {} ({} of its parameters) takes refusals of harmful requests from {} to {}; "
+            "paired change {}"
+        ),
         plural(result["n_neurons"], "neuron"),
         name(run.model),
         share(result["share_of_parameters"], 2),
@@ -337,7 +451,12 @@ def tune_findings(run: ReportedRun) -> list[Finding]:
         interval(result["change"], signed=True),
     )
     if "why" in result:
-        text = say("{}: {}. {}", "Achieved" if result["achieved"] else "Not achieved", visible(result["why"], 400), text)
+        text = say(
+            "{}: {}. {}",
+            "Achieved" if result["achieved"] else "Not achieved",
+            visible(result["why"], 400),
+            text,
+        )
     made = [Finding(verdict_of(run), text + Markup(".")), price(before, after)]
     if result["frozen_unchanged"] is False:
         made.append(Finding(FAIL, say("In {}, weights outside the set changed.", name(run.label))))
@@ -346,18 +465,32 @@ def tune_findings(run: ReportedRun) -> list[Finding]:
 
 def tune_tile(run: ReportedRun) -> Tile:
     """The question of the first screen."""
-    text = say("change of refusals of harmful requests by tuning {}", plural(run.result["n_neurons"], "neuron"))
-    return Tile("Does tuning them make it safer?", verdict_of(run), interval(run.result["change"], signed=True), text)
+    text = say(
+        "change of refusals of harmful requests by tuning {}", plural(run.result["n_neurons"], "neuron")
+    )
+    return Tile(
+        "Does tuning them make it safer?", verdict_of(run), interval(run.result["change"], signed=True), text
+    )
 
 
-COLUMNS = ("arm", "harmful complied", "harmless complied", "perplexity", "harmful after", "harmless after", "task after")
+COLUMNS = (
+    "arm",
+    "harmful complied",
+    "harmless complied",
+    "perplexity",
+    "harmful after",
+    "harmless after",
+    "task after",
+)
 
 
 def repair_part(run: ReportedRun) -> DisplayPart:
     """What was put back."""
     result = run.result
     text = "{} put back: {} of {} weights differed"
-    lead = say(text, plural(result["n_neurons"], "neuron"), count(result["changed"]), count(result["n_entries"]))
+    lead = say(
+        text, plural(result["n_neurons"], "neuron"), count(result["changed"]), count(result["n_entries"])
+    )
     if result["adapter_changed"]:
         lead += say(", {} entries of adapters cleared", count(result["adapter_changed"]))
     return DisplayPart(say("Repair of {}", name(run.model)), lead + Markup("."))
@@ -368,8 +501,9 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
     result, safety = run.result, run.result["sets"]["safety"]
     down = result["downstream"]
     lead = say(
-        "{} ({} of the parameters) tuned with {}, then {} of {} fine-tuning on the task; {} of the safety neurons are foundation neurons "
-        "too. Shares are means over seeds and prompts with 95\u00a0% intervals; 100 times the first column is the harmful score.",
+        "{} ({} of the parameters) tuned with {}, then {} of {} fine-tuning on the task; {} of the safety "
+        "neurons are foundation neurons too. Shares are means over seeds and prompts with 95\u00a0% "
+        "intervals; 100 times the first column is the harmful score.",
         plural(safety["n_neurons"], "neuron"),
         share(safety["share_of_parameters"], 2),
         plural(len(result["seeds"]), "seed"),
@@ -379,15 +513,39 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
     )
     when = "after" if down["steps"] else "before"
     rows = [_seeds(arm["arm"], arm[when]["harmful"]) for arm in result["arms"]]
-    title = f"harmful requests complied with {when} the task" if down["steps"] else "harmful requests complied with"
-    caption = say("<b>{}.</b> Bars are 95\u00a0% intervals over seeds and prompts, faint dots single seeds.", title.capitalize())
+    title = (
+        f"harmful requests complied with {when} the task"
+        if down["steps"]
+        else "harmful requests complied with"
+    )
+    caption = say(
+        "<b>{}.</b> Bars are 95\u00a0% intervals over seeds and prompts, faint dots single seeds.",
+        title.capitalize(),
+    )
     cells: list[list[Cell]] = []
     for arm in result["arms"]:
         before, after = arm["before"], arm["after"]
-        shown = [interval(before["harmful"]), interval(before["harmless"]), number(before["perplexity"]["value"])]
-        cells.append([visible(arm["arm"], 40), *shown, interval(after["harmful"]), interval(after["harmless"]), interval(after["task"])])
+        shown = [
+            interval(before["harmful"]),
+            interval(before["harmless"]),
+            number(before["perplexity"]["value"]),
+        ]
+        cells.append(
+            [
+                visible(arm["arm"], 40),
+                *shown,
+                interval(after["harmful"]),
+                interval(after["harmless"]),
+                interval(after["task"]),
+            ]
+        )
     pairs = [
-        [visible(pair, 60), interval(found["before"], signed=True), interval(found["after"], signed=True), _clear(found[when])]
+        [
+            visible(pair, 60),
+            interval(found["before"], signed=True),
+            interval(found["after"], signed=True),
+            _clear(found[when]),
+        ]
         for pair, found in result["differences"].items()
     ]
     differences = Table(
@@ -418,8 +576,9 @@ def stress_part(run: ReportedRun) -> DisplayPart:
         for point in result["curves"]
     ]
     lead = say(
-        "Harmful requests complied with while the model is attacked, over {}: shares of the set that are switched off (random ones as a "
-        "control), steps of LoRA tuning on harmful answers, steps on the task.",
+        "Harmful requests complied with while the model is attacked, over {}: shares of the set that are "
+        "switched off (random ones as a control), steps of LoRA tuning on harmful answers, steps on the "
+        "task.",
         plural(len(result["seeds"]), "seed"),
     )
     columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")

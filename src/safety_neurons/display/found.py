@@ -1,8 +1,8 @@
 """What find found: where the neurons are, and the block of data in which a map opens into them.
 
-A map opens into the neurons behind every cell, their ranks by every method, and their cards, as one block of data. The page draws without
-it; a script only looks things up there. The block is kept small: of a cell with many neurons those with the largest scores are in it, and
-how many are left out is said.
+A map opens into the neurons behind every cell, their ranks by every method, and their cards, as one block of
+data. The page draws without it; a script only looks things up there. The block is kept small: of a cell with
+many neurons those with the largest scores are in it, and how many are left out is said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,11 @@ class Column:
 
 def opened(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     """The find runs whose maps open: their score or neuron file is still in the folder."""
-    return [run for run in runs if run.verb.startswith("find-") and (run.scores is not None or run.neurons is not None)]
+    return [
+        run
+        for run in runs
+        if run.verb.startswith("find-") and (run.scores is not None or run.neurons is not None)
+    ]
 
 
 def block(runs: Sequence[ReportedRun], cards: Mapping[str, Any]) -> Markup | None:
@@ -122,7 +126,8 @@ def block(runs: Sequence[ReportedRun], cards: Mapping[str, Any]) -> Markup | Non
                 "scored": len(column.run.scores) if column.run.scores is not None else 0,
                 "kept": len(column.run.neurons) if column.run.neurons is not None else 0,
                 "cells": {
-                    place_of(*place): _cell(place, counts, column, others, each, cards) for place, counts in cells[id(column.run)].items()
+                    place_of(*place): _cell(place, counts, column, others, each, cards)
+                    for place, counts in cells[id(column.run)].items()
                 },
             }
         )
@@ -130,7 +135,9 @@ def block(runs: Sequence[ReportedRun], cards: Mapping[str, Any]) -> Markup | Non
 
 
 def _most(kept: Sequence[int]) -> int:
-    """How many neurons of a cell fit, so that all cells together stay within the room: small cells are whole."""
+    """How many neurons of a cell fit, so that all cells together stay within the room: small cells are
+    whole.
+    """
     for most in range(MOST, LEAST, -1):
         if sum(min(max(count, LEAST), most) for count in kept) <= ROOM:
             return most
@@ -167,7 +174,10 @@ def _cell(
             chosen |= set(_largest(np.arange(len(values)), values, LEAST))
         chosen |= {int(name.rpartition(".")[2]) for name in cards if name.rpartition(".")[0] == key}
         held = set(members.tolist())
-        rows += [(int(index not in held), float(values[index]) if values is not None else 0.0, key, index) for index in sorted(chosen)]
+        rows += [
+            (int(index not in held), float(values[index]) if values is not None else 0.0, key, index)
+            for index in sorted(chosen)
+        ]
     rows.sort(key=lambda row: (row[0], -row[1]))
     listed = [
         [
@@ -207,7 +217,9 @@ def _keys(run: ReportedRun, place: tuple[int, str]) -> list[str]:
 
 def _part(key: str) -> str:
     parsed = parse_key(key)
-    return "shared expert" if parsed.shared else f"expert {parsed.expert}" if parsed.expert is not None else ""
+    return (
+        "shared expert" if parsed.shared else f"expert {parsed.expert}" if parsed.expert is not None else ""
+    )
 
 
 TALL = 12
@@ -227,10 +239,20 @@ def find_part(run: ReportedRun) -> DisplayPart:
     )
     cells = cells_of(run)
     if not cells:
-        return DisplayPart(heading, lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."))
+        return DisplayPart(
+            heading,
+            lead + Markup(" The score and neuron files are no longer in the folder, so there is no map."),
+        )
     top = neurons_table(run)
     tall = len({layer for layer, _ in cells}) > TALL
-    return DisplayPart(heading, lead, _maps(run, cells), (), [sites_table(cells), *([top] if top else []), cells_table(cells)], tall=tall)
+    return DisplayPart(
+        heading,
+        lead,
+        _maps(run, cells),
+        (),
+        [sites_table(cells), *([top] if top else []), cells_table(cells)],
+        tall=tall,
+    )
 
 
 def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
@@ -239,7 +261,10 @@ def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
     figures = []
     if shares:
         tips = {
-            place: f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons ({share(shares[place])})"
+            place: (
+                f"layer {place[0]}, {place[1]}: {cells[place][0]:,} of {cells[place][1]:,} neurons "
+                f"({share(shares[place])})"
+            )
             for place in shares
         }
         labels = {place: _short(100 * value) for place, value in shares.items()}
@@ -251,13 +276,21 @@ def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
     means = {place: mean for place, (_, _, mean) in cells.items() if mean is not None}
     if means:
         largest = max(abs(value) for value in means.values()) or 1.0
-        tips = {place: f"layer {place[0]}, {place[1]}: mean score {value:.3g}" for place, value in means.items()}
+        tips = {
+            place: f"layer {place[0]}, {place[1]}: mean score {value:.3g}" for place, value in means.items()
+        }
         labels = {place: _short(100 * value / largest) for place, value in means.items()}
         most = sorted(means, key=lambda place: -means[place])[:3]
         what = "mean size of the score (signs left out)" if is_signed(run.scores) else "mean score"
         caption = say("<b>Score</b>: {} of all neurons of the matrix; 100 = {}.", what, f"{largest:.3g}")
         text = "Largest: " + "; ".join(tips[place] for place in most)
-        figures.append(Figure(partial(site_map, means, labels, tips, places), f"Heat map of the {what} of each matrix. {text}.", caption))
+        figures.append(
+            Figure(
+                partial(site_map, means, labels, tips, places),
+                f"Heat map of the {what} of each matrix. {text}.",
+                caption,
+            )
+        )
     return figures
 
 
@@ -268,7 +301,9 @@ def _short(value: float) -> str:
 def foreign_part(run: ReportedRun) -> DisplayPart:
     """Neurons that others found."""
     result = run.result
-    lead = say("{}, {} of all.", plural(result["n_neurons"], "neuron"), share(result["share_of_all_neurons"], 2))
+    lead = say(
+        "{}, {} of all.", plural(result["n_neurons"], "neuron"), share(result["share_of_all_neurons"], 2)
+    )
     rows = [[visible(key, 60), count(members)] for key, members in result["counts"].items()]
     heading = say("Neurons read from a file <span class=sub>{}</span>", visible(result["format"], 40))
     return DisplayPart(heading, lead, tables=[Table("Neurons of every matrix", ["matrix", "neurons"], rows)])
@@ -285,7 +320,9 @@ def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
     """The neurons with the largest scores among those kept."""
     if run.scores is None or run.neurons is None or not len(run.neurons):
         return None
-    kept = [(key, members, run.scores[key][members]) for key, members in run.neurons.items() if key in run.scores]
+    kept = [
+        (key, members, run.scores[key][members]) for key, members in run.neurons.items() if key in run.scores
+    ]
     if not kept:
         return None
     values = np.concatenate([scores for _, _, scores in kept])
@@ -295,13 +332,25 @@ def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
     for place in np.argsort(-values, kind="stable")[:n]:
         key = parse_key(kept[keys[place]][0])
         part = "shared expert" if key.shared else f"expert {key.expert}" if key.expert is not None else ""
-        rows.append([f"{len(rows) + 1}", f"{key.layer}", f"{key.site} {part}".strip(), f"{indices[place]}", f"{values[place]:.4g}"])
-    return Table(f"The {len(rows)} neurons with the largest scores", ["rank", "layer", "site", "index", "score"], rows)
+        rows.append(
+            [
+                f"{len(rows) + 1}",
+                f"{key.layer}",
+                f"{key.site} {part}".strip(),
+                f"{indices[place]}",
+                f"{values[place]:.4g}",
+            ]
+        )
+    return Table(
+        f"The {len(rows)} neurons with the largest scores", ["rank", "layer", "site", "index", "score"], rows
+    )
 
 
 def sites_table(counts: Cells) -> Table:
     """How many neurons were found in every layer, site by site."""
-    sites = [site for site in SITES if any(at == site and members for (_, at), (members, _, _) in counts.items())]
+    sites = [
+        site for site in SITES if any(at == site and members for (_, at), (members, _, _) in counts.items())
+    ]
     layers = sorted({layer for (layer, _), (members, _, _) in counts.items() if members})
 
     def row(label: str, chosen: Sequence[int]) -> list[Cell]:
@@ -326,7 +375,11 @@ def cells_table(counts: Mapping[tuple[int, str], tuple[int, int, float | None]])
         for (layer, site), (members, size, mean) in sorted(counts.items())
         if members or mean is not None
     ]
-    return Table("Neurons found and mean score, matrix by matrix", ["layer", "site", "found", "of", "share", "mean score"], rows)
+    return Table(
+        "Neurons found and mean score, matrix by matrix",
+        ["layer", "site", "found", "of", "share", "mean score"],
+        rows,
+    )
 
 
 def find_findings(run: ReportedRun) -> list[Finding]:
@@ -346,5 +399,9 @@ def find_findings(run: ReportedRun) -> list[Finding]:
             layers[parse_key(key).layer] = layers.get(parse_key(key).layer, 0) + len(members)
         most = max(layers, key=lambda layer: layers[layer])
         text += say("; {} of them sit in layer {}", share(layers[most] / len(run.neurons), 0), most)
-    lost = [f"{plural(result['prompts'][what], 'prompt')} {what}" for what in ("failed", "truncated") if result["prompts"].get(what)]
+    lost = [
+        f"{plural(result['prompts'][what], 'prompt')} {what}"
+        for what in ("failed", "truncated")
+        if result["prompts"].get(what)
+    ]
     return [Finding(FOUND, text + (say("; {}", ", ".join(lost)) if lost else "") + Markup("."))]

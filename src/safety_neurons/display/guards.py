@@ -7,7 +7,21 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.display.charts import COLOURS, INK, DotRow, Line, Plane, line_figure
-from safety_neurons.display.parts import CAUTION, FACT, NO, OPEN, YES, Cell, DisplayPart, Figure, Finding, ReportedRun, Table, Tile, dots_of
+from safety_neurons.display.parts import (
+    CAUTION,
+    FACT,
+    NO,
+    OPEN,
+    YES,
+    Cell,
+    DisplayPart,
+    Figure,
+    Finding,
+    ReportedRun,
+    Table,
+    Tile,
+    dots_of,
+)
 from safety_neurons.display.text import NONE, SPACE, count, name, number, plural, say, share, visible
 from safety_neurons.display.text import interval as with_digits
 from safety_neurons.errors import InputError
@@ -34,7 +48,11 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
     """The guard and every classifier that needs no safety neurons."""
     entries = [{"name": OURS, **result}, *result["baselines"]]
     every = list(result["tpr_at_fpr"])
-    targets = [target for target in every if any(entry["tpr_at_fpr"][target]["value"] is not None for entry in entries)]
+    targets = [
+        target
+        for target in every
+        if any(entry["tpr_at_fpr"][target]["value"] is not None for entry in entries)
+    ]
     rows = []
     for entry in entries:
         difference = entry.get("difference") if entry["name"] != OURS else None
@@ -49,8 +67,18 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
             ]
         )
     rates = [f"unsafe flagged at {percent(float(target))} of the safe" for target in targets]
-    columns = ["classifier", "AUROC", f"{visible(result['compared'], 20)} minus it", "average precision", *rates, "calibration error"]
-    caption = "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range of sets"
+    columns = [
+        "classifier",
+        "AUROC",
+        f"{visible(result['compared'], 20)} minus it",
+        "average precision",
+        *rates,
+        "calibration error",
+    ]
+    caption = (
+        "The guard beside what needs no safety neurons; 95\u00a0% intervals, of random neurons the range "
+        "of sets"
+    )
     lacking = [percent(float(target)) for target in every if target not in targets]
     caption += f"; too few safe requests for a rate of {', '.join(lacking)}" if lacking else ""
     return Table(captioned(caption, result["baselines"]), columns, rows)
@@ -78,20 +106,37 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
                 *(interval(row["difference"].get(label), signed=True) for label in others),
             ]
         )
-    columns = ["requests", "unsafe / safe", "unsafe flagged", "safe flagged", *(f"AUROC, {visible(label, 24)}" for label in ours)]
-    return Table(captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells)
+    columns = [
+        "requests",
+        "unsafe / safe",
+        "unsafe flagged",
+        "safe flagged",
+        *(f"AUROC, {visible(label, 24)}" for label in ours),
+    ]
+    return Table(
+        captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells
+    )
 
 
 def outputs_table(found: Mapping[str, Any]) -> Table:
     """Unsafe outputs without and with the guard, by language."""
     rows: list[Sequence[Cell]] = [
-        [visible(row["language"], 40), *(interval(row[part]) for part in ("before", "after", "cut", "blocked"))]
+        [
+            visible(row["language"], 40),
+            *(interval(row[part]) for part in ("before", "after", "cut", "blocked")),
+        ]
         for row in [{"language": "all", **found}, *found["by"]]
     ]
     columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
-    caption = f"What the model writes, by {visible(found['judge'], 40)}; {count(found['changed'])} answers that were let pass differ"
+    caption = (
+        f"What the model writes, by {visible(found['judge'], 40)}; {count(found['changed'])} answers that "
+        "were let pass differ"
+    )
     if "asked" in found:
-        caption += f"; AUROC for what is asked {interval(found['asked'])}, for what would be written {interval(found['written'])}"
+        caption += (
+            f"; AUROC for what is asked {interval(found['asked'])}, for what would be written "
+            f"{interval(found['written'])}"
+        )
         caption += f"; {count(found['refused_by_model'])} unsafe requests have no unsafe answer to begin with"
     return Table(caption, columns, rows)
 
@@ -118,7 +163,12 @@ def _beside_random(row: Mapping[str, Any]) -> str:
     return f"{number(value, 3)} ({number(sum(random) / len(random), 3) if random else NONE}){word}"
 
 
-SLICES = {"over_refusal": "safe requests that look unsafe", "attacks": "attacks", "perturbations": "perturbations", "lengths": "length"}
+SLICES = {
+    "over_refusal": "safe requests that look unsafe",
+    "attacks": "attacks",
+    "perturbations": "perturbations",
+    "lengths": "length",
+}
 
 
 def fit_part(run: ReportedRun) -> DisplayPart:
@@ -126,8 +176,8 @@ def fit_part(run: ReportedRun) -> DisplayPart:
     result = run.result
     prompts = result["prompts"]
     lead = say(
-        "{} read ({}), {} unsafe and {} safe prompts; probabilities by {}, expected calibration error {}; AUROC {} on prompts that neither "
-        "fit nor chose anything. Threshold in force {} ({}).",
+        "{} read ({}), {} unsafe and {} safe prompts; probabilities by {}, expected calibration error {}; "
+        "AUROC {} on prompts that neither fit nor chose anything. Threshold in force {} ({}).",
         plural(result["n_neurons"], "neuron"),
         visible(result["pooling"], 30),
         count(prompts["unsafe"]),
@@ -140,21 +190,39 @@ def fit_part(run: ReportedRun) -> DisplayPart:
     )
     if result.get("caught"):
         flagged = interval(result["caught"]), interval(result["false_positives"])
-        lead += say(" There it catches {} of the unsafe prompts that set it and flags {} of the safe ones.", *flagged)
+        lead += say(
+            " There it catches {} of the unsafe prompts that set it and flags {} of the safe ones.", *flagged
+        )
     if result.get("other"):
         told = result["other"]
         lead += say(
-            " Of requests from another source ({}) it flags {} of the unsafe and ", visible(told["safe"], 60), interval(told["tpr"])
+            " Of requests from another source ({}) it flags {} of the unsafe and ",
+            visible(told["safe"], 60),
+            interval(told["tpr"]),
         )
         lead += say("{} of the safe ones.", interval(told["fpr"]))
     if result.get("conversations"):
         read = result["conversations"]
-        text = " Of conversations among them it flags {} of the unsafe and {} of the safe ones ({} and {} where each is read as a whole)."
-        lead += say(text, *(interval(read[rate]) for rate in ("tpr", "fpr", "tpr_read_whole", "fpr_read_whole")))
+        text = (
+            " Of conversations among them it flags {} of the unsafe and {} of the safe ones ({} and {} "
+            "where each is read as a whole)."
+        )
+        lead += say(
+            text, *(interval(read[rate]) for rate in ("tpr", "fpr", "tpr_read_whole", "fpr_read_whole"))
+        )
     if result.get("recheck"):
         again = result["recheck"]
-        text = " Re-checks every {} tokens, at threshold {}, stop {} of the answers to unsafe prompts and {} of those to safe ones."
-        lead += say(text, count(again["every"]), number(again["threshold"], 3), interval(again["tpr"]), interval(again["fpr"]))
+        text = (
+            " Re-checks every {} tokens, at threshold {}, stop {} of the answers to unsafe prompts and {} "
+            "of those to safe ones."
+        )
+        lead += say(
+            text,
+            count(again["every"]),
+            number(again["threshold"], 3),
+            interval(again["tpr"]),
+            interval(again["fpr"]),
+        )
     if result.get("auroc_before"):
         lead += say(" On the model it was fit on the AUROC was {}.", interval(result["auroc_before"]))
     points = [
@@ -167,12 +235,29 @@ def fit_part(run: ReportedRun) -> DisplayPart:
         ]
         for point in result["operating_points"]
     ]
-    columns = ["false-positive rate asked for", "threshold", "safe prompts flagged", "unsafe prompts flagged", "supported"]
-    tables = [Table("Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold", columns, points)]
+    columns = [
+        "false-positive rate asked for",
+        "threshold",
+        "safe prompts flagged",
+        "unsafe prompts flagged",
+        "supported",
+    ]
+    tables = [
+        Table(
+            "Operating points; 95\u00a0% intervals. Without enough safe prompts a point has no threshold",
+            columns,
+            points,
+        )
+    ]
     details = []
     if len(result["poolings"]) > 1:
-        rows = [[visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)] for each in result["poolings"]]
-        details.append(Table("How the prompt’s tokens are pooled, by validation", ["pooling", "AUROC", "log loss"], rows))
+        rows = [
+            [visible(each["pooling"], 30), interval_of(each["auroc"]), number(each["log_loss"], 3)]
+            for each in result["poolings"]
+        ]
+        details.append(
+            Table("How the prompt’s tokens are pooled, by validation", ["pooling", "AUROC", "log loss"], rows)
+        )
     return DisplayPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
@@ -180,7 +265,10 @@ def worth_part(run: ReportedRun) -> DisplayPart:
     """A guard beside its baselines."""
     result = run.result
     lead = say(
-        "{} ({}) on {} unsafe and {} safe requests. Baselines are fit by the guard’s own procedure; differences are paired over requests. ",
+        (
+            "{} ({}) on {} unsafe and {} safe requests. Baselines are fit by the guard’s own procedure; "
+            "differences are paired over requests. "
+        ),
         plural(result["n_neurons"], "neuron"),
         visible(result["pooling"], 30),
         count(result["n_unsafe"]),
@@ -221,8 +309,15 @@ def _figures(run: ReportedRun) -> list[Figure]:
     ]
     lowest = min((row.low for row in rows if row.low is not None), default=0.5)
     near = lowest > 0.75
-    domain = (lowest - 0.15 * (1.005 - lowest), 1.0 + 0.05 * (1.005 - lowest)) if near else (max(0.0, min(0.45, lowest) - 0.03), 1.01)
-    caption = Markup("<b>Area under the ROC curve</b>: how often an unsafe request scores above a safe one; 0.5 is chance. Bars are ")
+    domain = (
+        (lowest - 0.15 * (1.005 - lowest), 1.0 + 0.05 * (1.005 - lowest))
+        if near
+        else (max(0.0, min(0.45, lowest) - 0.03), 1.01)
+    )
+    caption = Markup(
+        "<b>Area under the ROC curve</b>: how often an unsafe request scores above a safe one; 0.5 is "
+        "chance. Bars are "
+    )
     caption += Markup("95\u00a0% intervals; of random neurons the bar spans the sets, each of them a tick.")
     drawn = {"domain": domain, "reference": None if near else 0.5}
     figures = [dots_of(rows, "AUROC", caption, "Area under the ROC curve", **drawn)]
@@ -244,7 +339,9 @@ def _curves(run: ReportedRun) -> Mapping[str, Any] | None:
         return None
     found = read_json(place)
     if not isinstance(found, Mapping):
-        raise InputError(f"{str(place)!r} does not hold the curves of a guard, expected an object; evaluate again")
+        raise InputError(
+            f"{str(place)!r} does not hold the curves of a guard, expected an object; evaluate again"
+        )
     return found
 
 
@@ -253,19 +350,33 @@ def _drawn(curves: Mapping[str, Any], areas: Sequence[tuple[str, Mapping[str, An
     lines = [Line(label, [(x, y) for x, y in curves["roc"][label]]) for label in order]
     plane = Plane("safe requests flagged", "unsafe requests flagged", diagonal=True)
     said = "; ".join(f"{label} {interval(area)}" for label, area in areas)
-    caption = Markup("<b>ROC</b>: unsafe against safe requests flagged, threshold by threshold; the dashed line is chance.")
-    figures = [Figure(partial(line_figure, lines, plane), f"ROC curves; areas: {visible(said, 600)}.", caption)]
+    caption = Markup(
+        "<b>ROC</b>: unsafe against safe requests flagged, threshold by threshold; the dashed line is chance."
+    )
+    figures = [
+        Figure(partial(line_figure, lines, plane), f"ROC curves; areas: {visible(said, 600)}.", caption)
+    ]
     shown = next(iter(curves["reliability"]), None)
     bins = curves["reliability"].get(OURS) or (curves["reliability"][shown] if shown else [])
     if bins:
         line = Line(
-            OURS, [(each["probability"], each["unsafe"]) for each in bins], [(each["low"], each["high"]) for each in bins], marked=True
+            OURS,
+            [(each["probability"], each["unsafe"]) for each in bins],
+            [(each["low"], each["high"]) for each in bins],
+            marked=True,
         )
-        words = "; ".join(f"said {number(each['probability'])}, were {interval_of_bin(each)}" for each in bins)
+        words = "; ".join(
+            f"said {number(each['probability'])}, were {interval_of_bin(each)}" for each in bins
+        )
         plane = Plane("probability said", "share that was unsafe", diagonal=True)
-        caption = Markup("<b>Reliability</b>: what the guard says against what came true, in bins of equally many requests; on the dashed ")
+        caption = Markup(
+            "<b>Reliability</b>: what the guard says against what came true, in bins of equally many "
+            "requests; on the dashed "
+        )
         caption += Markup("line a probability means what it says. Bars are 95\u00a0% intervals.")
-        figures.append(Figure(partial(line_figure, [line], plane, size=260), f"Reliability: {words}.", caption))
+        figures.append(
+            Figure(partial(line_figure, [line], plane, size=260), f"Reliability: {words}.", caption)
+        )
     return [*figures, *_histogram(curves)]
 
 
@@ -284,20 +395,31 @@ def _histogram(curves: Mapping[str, Any]) -> list[Figure]:
         whole = sum(counts) or 1
         shares = [each / whole for each in counts]
         lines.append(Line(kind, list(zip(edges, [*shares, shares[-1]], strict=True)), step=True))
-        low, high = (sum(each for at, each in zip(edges, shares, strict=False) if (at >= 0.5) == above) for above in (False, True))
+        low, high = (
+            sum(each for at, each in zip(edges, shares, strict=False) if (at >= 0.5) == above)
+            for above in (False, True)
+        )
         words.append(f"{kind} requests: {share(low)} below 0.5, {share(high)} above")
     top = max(value for line in lines for _, value in line.points)
     plane = Plane("probability said", "share of requests", y_range=(0.0, max(top * 1.05, 0.01)))
-    caption = Markup("<b>Probabilities</b> of unsafe and safe requests; where the two overlap, every threshold errs.")
-    return [Figure(partial(line_figure, lines, plane, size=260), f"Histogram of probabilities. {'; '.join(words)}.", caption)]
+    caption = Markup(
+        "<b>Probabilities</b> of unsafe and safe requests; where the two overlap, every threshold errs."
+    )
+    return [
+        Figure(
+            partial(line_figure, lines, plane, size=260),
+            f"Histogram of probabilities. {'; '.join(words)}.",
+            caption,
+        )
+    ]
 
 
 def worth_findings(run: ReportedRun) -> list[Finding]:
     """How well the guard tells, and which baselines it does not clearly beat."""
     result = run.result
     text = say(
-        "The guard on {} tells unsafe from safe requests with AUROC {}; at its threshold ({}) it flags {} of the unsafe and {} of the safe "
-        "ones.",
+        "The guard on {} tells unsafe from safe requests with AUROC {}; at its threshold ({}) it flags {} "
+        "of the unsafe and {} of the safe ones.",
         plural(result["n_neurons"], "neuron"),
         interval(result["auroc"]),
         visible(result["in_force"], 60),
@@ -308,10 +430,16 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
     outputs = result.get("outputs")
     if outputs and outputs["cut"]["value"] is not None:
         lead = (
-            "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe requests. It blocks {} of the safe ones."
+            "Of the model’s unsafe outputs, by {}, the guard cuts {}: from {} to {} of the unsafe "
+            "requests. It blocks {} of the safe ones."
         )
         rates = (interval(outputs[part]) for part in ("cut", "before", "after", "blocked"))
-        found.append(Finding(YES if is_clear(outputs.get("change")) else NO, say(lead, visible(outputs["judge"], 40), *rates)))
+        found.append(
+            Finding(
+                YES if is_clear(outputs.get("change")) else NO,
+                say(lead, visible(outputs["judge"], 40), *rates),
+            )
+        )
     better: list[Markup] = []
     alike: list[Markup] = []
     worse: list[Markup] = []
@@ -321,10 +449,22 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
             continue
         group = alike if not is_clear(difference) else better if difference["value"] > 0 else worse
         group.append(say("{} ({})", visible(entry["name"], 40), interval(difference, signed=True)))
-    for verdict, words, group in ((YES, "clearly better than", better), (NO, "not clearly better than", alike), (NO, "worse than", worse)):
+    for verdict, words, group in (
+        (YES, "clearly better than", better),
+        (NO, "not clearly better than", alike),
+        (NO, "worse than", worse),
+    ):
         if group:
             found.append(
-                Finding(verdict, say("In AUROC the {} is {} {}.", visible(result["compared"], 20), words, Markup(", ").join(group)))
+                Finding(
+                    verdict,
+                    say(
+                        "In AUROC the {} is {} {}.",
+                        visible(result["compared"], 20),
+                        words,
+                        Markup(", ").join(group),
+                    ),
+                )
             )
     return found
 
@@ -333,18 +473,37 @@ def fit_findings(run: ReportedRun) -> list[Finding]:
     """Which operating points the prompts support."""
     result = run.result
     lacking = [percent(point["fpr_target"]) for point in result["operating_points"] if not point["supported"]]
-    text = say("The guard on {} reaches AUROC {} on held-out prompts.", plural(result["n_neurons"], "neuron"), interval(result["auroc"]))
+    text = say(
+        "The guard on {} reaches AUROC {} on held-out prompts.",
+        plural(result["n_neurons"], "neuron"),
+        interval(result["auroc"]),
+    )
     made = [Finding(FACT, text)]
     if lacking:
-        made.append(Finding(CAUTION, say("Too few safe prompts support a threshold for a false-positive rate of {}.", ", ".join(lacking))))
+        made.append(
+            Finding(
+                CAUTION,
+                say(
+                    "Too few safe prompts support a threshold for a false-positive rate of {}.",
+                    ", ".join(lacking),
+                ),
+            )
+        )
     return made
 
 
 def worth_tile(run: ReportedRun) -> Tile:
     """The guard's area, and whether it beats every baseline."""
     result = run.result
-    known = [entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None]
+    known = [
+        entry for entry in result["baselines"] if (entry.get("difference") or {}).get("value") is not None
+    ]
     beaten = sum(is_clear(entry["difference"]) and entry["difference"]["value"] > 0 for entry in known)
     verdict = OPEN if result["auroc"]["value"] is None else YES if known and beaten == len(known) else FACT
-    text = say("AUROC on {} requests; clearly above {} of {} baselines", count(result["n_unsafe"] + result["n_safe"]), beaten, len(known))
+    text = say(
+        "AUROC on {} requests; clearly above {} of {} baselines",
+        count(result["n_unsafe"] + result["n_safe"]),
+        beaten,
+        len(known),
+    )
     return Tile("Can a guard tell in advance?", verdict, interval(result["auroc"]), text)

@@ -1,7 +1,9 @@
-"""What every display is made of: the run it is of, tables, figures with text alternatives, findings in sentences, tiles.
+"""What every display is made of: the run it is of, tables, figures with text alternatives, findings in
+sentences, tiles.
 
-A display is written once and rendered three times: by a report as HTML, by a terminal as text, by a notebook as small tables. Sentences
-are `Markup`, so that text from files is escaped by construction; whoever writes plain text takes the tags out again with `plain`.
+A display is written once and rendered three times: by a report as HTML, by a terminal as text, by a notebook
+as small tables. Sentences are `Markup`, so that text from files is escaped by construction; whoever writes
+plain text takes the tags out again with `plain`.
 """
 
 import functools
@@ -21,7 +23,9 @@ from safety_neurons.results import Completions, is_clear
 
 RECORD = "run.json"
 T = TypeVar("T")
-_FLAGS = frozenset({"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "vllm"})
+_FLAGS = frozenset(
+    {"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "vllm"}
+)
 _ARGUMENTS = frozenset({"sets", "organisms"})
 _TWO_WORDS = ("find", "verify", "guard", "analyze", "study", "organism", "data")
 
@@ -38,10 +42,14 @@ class ReportedRun:
     """None for a result that is only in memory."""
     record: Mapping[str, Any]
     beside: Sequence["ReportedRun"] = field(default=(), compare=False, repr=False)
-    """All runs that are shown with it: a find run among them gives its method's name to the set that a verify run was given."""
+    """All runs that are shown with it: a find run among them gives its method's name to the set that a verify
+    run was given.
+    """
 
     @classmethod
-    def of(cls, verb: str, result: Mapping[str, Any], folder: pathlib.Path | None = None, arguments: Any = None) -> "ReportedRun":
+    def of(
+        cls, verb: str, result: Mapping[str, Any], folder: pathlib.Path | None = None, arguments: Any = None
+    ) -> "ReportedRun":
         """A result that no record has been written of."""
         return cls(folder, {"verb": verb, "arguments": arguments or {}, "result": result})
 
@@ -52,7 +60,9 @@ class ReportedRun:
 
     @property
     def kind(self) -> str:
-        """What its result is: the verb, `find` for every detector, `ranking` for a comparison over several organisms."""
+        """What its result is: the verb, `find` for every detector, `ranking` for a comparison over several
+        organisms.
+        """
         if self.verb.startswith("find-"):
             return "find"
         return "ranking" if self.verb == "compare" and "ranking" in self.result else self.verb
@@ -75,7 +85,9 @@ class ReportedRun:
     @property
     def models(self) -> tuple[str, ...]:
         """The models it was run on, the base first."""
-        return tuple(str(self.arguments[part]) for part in ("base", "aligned", "model") if self.arguments.get(part))
+        return tuple(
+            str(self.arguments[part]) for part in ("base", "aligned", "model") if self.arguments.get(part)
+        )
 
     @property
     def model(self) -> str:
@@ -102,7 +114,11 @@ class ReportedRun:
                 continue
             dashed = "--" + option.replace("_", "-")
             if isinstance(value, list):
-                words += [str(each) for each in value] if option in _ARGUMENTS else [word for each in value for word in (dashed, str(each))]
+                words += (
+                    [str(each) for each in value]
+                    if option in _ARGUMENTS
+                    else [word for each in value for word in (dashed, str(each))]
+                )
             else:
                 words += [dashed] if option in _FLAGS and value is True else [dashed, str(value)]
         return "safety-neurons " + shlex.join(words)
@@ -141,7 +157,9 @@ def guarded(run: ReportedRun, work: Callable[[ReportedRun], T]) -> T:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:90]
         where = f"{str(run.folder / RECORD)!r}" if run.folder is not None else "the result"
-        raise InputError(f"{where} has not the result of {run.verb[:40]!r} ({detail}), expected this version's; repeat it") from error
+        raise InputError(
+            f"{where} has not the result of {run.verb[:40]!r} ({detail}), expected this version's; repeat it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -218,7 +236,10 @@ def titled(words: str, run: ReportedRun) -> Markup:
 
 def not_achieved(result: Mapping[str, Any]) -> Iterator[Markup]:
     """What a run says that did not do what its verb is for: itself, or one of its arms."""
-    for who, outcome in [("", result), *((f" by {arm['arm']}", arm.get("tuning") or {}) for arm in result.get("arms") or ())]:
+    for who, outcome in [
+        ("", result),
+        *((f" by {arm['arm']}", arm.get("tuning") or {}) for arm in result.get("arms") or ()),
+    ]:
         if outcome.get("achieved") is False:
             yield say("<b>Not achieved</b>{}: {}.", visible(who, 40), visible(outcome["why"], 400))
 
@@ -254,8 +275,17 @@ def above_random(row: Mapping[str, Any], field: str = "change_against_random") -
 
 
 def why_not(record: Mapping[str, Any] | None) -> str:
-    """What keeps a comparison with random sets from being clear, in brackets; nothing where it simply is not."""
-    return f" ({record['why']})" if record and record.get("why") else " (no random sets)" if record is None else ""
+    """What keeps a comparison with random sets from being clear, in brackets.
+
+    Nothing where it simply is not.
+    """
+    return (
+        f" ({record['why']})"
+        if record and record.get("why")
+        else " (no random sets)"
+        if record is None
+        else ""
+    )
 
 
 ARM_COLUMNS = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
@@ -288,13 +318,22 @@ def random_row(dots: Sequence[float | int], what: str = "") -> list[DotRow]:
     return [DotRow(label, None, None, None, spread(dots), SOFT, dots=dots)] if dots else []
 
 
-def estimate_row(label: str, found: Mapping[str, Any], look: tuple[str, str] = (INK, "circle"), dots: Sequence[float] = ()) -> DotRow:
+def estimate_row(
+    label: str, found: Mapping[str, Any], look: tuple[str, str] = (INK, "circle"), dots: Sequence[float] = ()
+) -> DotRow:
     """A row for an estimate as JSON values, which is written behind it."""
-    return DotRow(visible(label, 40), found["value"], found["low"], found["high"], interval(found), *look, dots)
+    return DotRow(
+        visible(label, 40), found["value"], found["low"], found["high"], interval(found), *look, dots
+    )
 
 
-def dots_of(rows: Sequence[DotRow], title: str, caption: Markup, alternative: str = "", **drawn: Any) -> Figure:
-    """A dot plot of these rows, which are its text alternative too; shares unless another `domain` is given."""
+def dots_of(
+    rows: Sequence[DotRow], title: str, caption: Markup, alternative: str = "", **drawn: Any
+) -> Figure:
+    """A dot plot of these rows, which are its text alternative too.
+
+    Shares unless another `domain` is given.
+    """
     words = "; ".join(f"{row.label} {row.text}{row.beside and f' ({row.beside})'}" for row in rows)
     draw = functools.partial(dot_figure, rows, title, **{"domain": (-0.03, 1.03), **drawn})
     return Figure(draw, f"{alternative or title}: {words}.", caption)

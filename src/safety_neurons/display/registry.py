@@ -1,4 +1,6 @@
-"""The display of every kind of result, by the verb that gives it, and the base class of results that can be looked at in a notebook."""
+"""The display of every kind of result, by the verb that gives it, and the base class of results that can be
+looked at in a notebook.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +8,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display import analyses, evaluated, found, guards, verified
-from safety_neurons.display.parts import DisplayPart, Figure, Finding, ReportedRun, Table, Tile, guarded, not_achieved, plain
+from safety_neurons.display import analyses, compared, evaluated, found, guards, verified
+from safety_neurons.display.parts import (
+    DisplayPart,
+    Figure,
+    Finding,
+    ReportedRun,
+    Table,
+    Tile,
+    guarded,
+    not_achieved,
+    plain,
+)
 from safety_neurons.display.text import name, say, visible
 from safety_neurons.results import html_table
 
@@ -39,21 +51,43 @@ DISPLAYS: Mapping[str, Display] = {
     "find": Display("where", found.find_part, found.find_findings),
     "import-neurons": Display("where", found.foreign_part),
     "export-neurons": Display("others", found.named_part),
-    "verify-patch": Display("sufficient", verified.patch_part, verified.patch_findings, verified.patch_tile, "patched, ranked by {}"),
-    "verify-deactivate": Display(
-        "necessary", verified.deactivate_part, verified.deactivate_findings, verified.deactivate_tile, "deactivated, chosen by {}"
+    "verify-patch": Display(
+        "sufficient",
+        verified.patch_part,
+        verified.patch_findings,
+        verified.patch_tile,
+        "patched, ranked by {}",
     ),
-    "compare": Display("methods", verified.compare_part, verified.compare_findings, verified.compare_tile, "methods compared"),
-    "ranking": Display("methods", verified.ranking_part, verified.ranking_findings, verified.ranking_tile),
-    "tune": Display("tuned", evaluated.tune_part, evaluated.tune_findings, evaluated.tune_tile, "tuned, chosen by {}"),
+    "verify-deactivate": Display(
+        "necessary",
+        verified.deactivate_part,
+        verified.deactivate_findings,
+        verified.deactivate_tile,
+        "deactivated, chosen by {}",
+    ),
+    "compare": Display(
+        "methods", compared.compare_part, compared.compare_findings, compared.compare_tile, "methods compared"
+    ),
+    "ranking": Display("methods", compared.ranking_part, compared.ranking_findings, compared.ranking_tile),
+    "tune": Display(
+        "tuned", evaluated.tune_part, evaluated.tune_findings, evaluated.tune_tile, "tuned, chosen by {}"
+    ),
     "repair": Display("tuned", evaluated.repair_part),
     "study-rsn": Display("lasting", evaluated.rsn_part),
     "study-stress": Display("lasting", evaluated.stress_part),
-    "evaluate": Display("evaluated", evaluated.evaluate_part, evaluated.evaluate_findings, evaluated.evaluate_tile, "evaluated"),
+    "evaluate": Display(
+        "evaluated",
+        evaluated.evaluate_part,
+        evaluated.evaluate_findings,
+        evaluated.evaluate_tile,
+        "evaluated",
+    ),
     "doctor": Display("doctor", evaluated.doctor_part, evaluated.doctor_findings, evaluated.doctor_tile),
     "guard-fit": _GUARD_FIT,
     "guard-recalibrate": _GUARD_FIT,
-    "guard-evaluate": Display("guarded", guards.worth_part, guards.worth_findings, guards.worth_tile, "without and with the guard"),
+    "guard-evaluate": Display(
+        "guarded", guards.worth_part, guards.worth_findings, guards.worth_tile, "without and with the guard"
+    ),
     "analyze-layers": Display("understood", analyses.layers_part, analyses.layers_findings),
     "analyze-overlap": Display("understood", analyses.overlap_part, analyses.overlap_findings),
     "analyze-languages": Display("understood", analyses.languages_part, analyses.matrix_findings),
@@ -90,16 +124,26 @@ def findings_of(run: ReportedRun) -> list[Finding]:
 
 
 def html_of(run: ReportedRun) -> str:
-    """A run for a notebook: what was not achieved, the tables, the findings; nothing in it is fetched or runs."""
+    """A run for a notebook: what was not achieved, the tables, the findings.
+
+    Nothing in it is fetched or runs.
+    """
     part = part_of(run)
-    tables = [html_table(plain(each.caption), each.columns, [[plain(cell) for cell in row] for row in each.rows]) for each in part.tables]
+    tables = [
+        html_table(plain(each.caption), each.columns, [[plain(cell) for cell in row] for row in each.rows])
+        for each in part.tables
+    ]
     lines = [*(say("<p>{}</p>", each) for each in (*part.missed, part.lead) if each), *map(Markup, tables)]  # noqa: S704 - escaped above
-    said = Markup("").join(say("<li>{}: {}</li>", finding.verdict, finding.text) for finding in findings_of(run))
+    said = Markup("").join(
+        say("<li>{}: {}</li>", finding.verdict, finding.text) for finding in findings_of(run)
+    )
     return str(say("<p><b>{}</b></p>{}<ul>{}</ul>", part.heading, Markup("").join(lines), said))
 
 
 class Displayed:
-    """A result that shows itself: its tables, findings and figures are those of a report and of the command line."""
+    """A result that shows itself: its tables, findings and figures are those of a report and of the command
+    line.
+    """
 
     @property
     def verb(self) -> str:

@@ -1,4 +1,6 @@
-"""Words of a display: numbers, shares, intervals and durations in words, and foreign text made harmless and visible."""
+"""Words of a display: numbers, shares, intervals and durations in words, and foreign text made harmless and
+visible.
+"""
 
 import json
 from typing import Any
@@ -7,7 +9,19 @@ from markupsafe import Markup
 
 from safety_neurons.results.notebook import HOLD, KEYBOARD, MINUS, NONE, SPACE, interval, number, visible
 
-__all__ = ["HOLD", "KEYBOARD", "MINUS", "NONE", "SPACE", "count", "duration", "in_script", "interval", "name", "number"]
+__all__ = [
+    "HOLD",
+    "KEYBOARD",
+    "MINUS",
+    "NONE",
+    "SPACE",
+    "count",
+    "duration",
+    "in_script",
+    "interval",
+    "name",
+    "number",
+]
 __all__ += ["plural", "say", "share", "visible"]
 
 
@@ -51,6 +65,9 @@ def plural(quantity: int, word: str) -> str:
 
 
 def in_script(value: Any) -> str:
-    """JSON that cannot end a script element or open a comment: <, > and & are escapes; unseen characters were named before."""
+    """JSON that cannot end a script element or open a comment: <, > and & are escapes.
+
+    Unseen characters were named before.
+    """
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

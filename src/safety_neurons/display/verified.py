@@ -1,4 +1,4 @@
-"""What verify, compare and analyze progressive found: what a set does when it is patched or switched off; methods at one budget."""
+"""What verify and analyze progressive found: what neurons do when they are patched or switched off."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display.charts import SOFT, DotRow, Line, Plane, Sweep, agreement_figure, line_figure, look, sweep_figure
+from safety_neurons.display.charts import (
+    SOFT,
+    Line,
+    Plane,
+    Sweep,
+    line_figure,
+    sweep_figure,
+)
 from safety_neurons.display.parts import (
     ARM_COLUMNS,
     CAUTION,
@@ -36,7 +43,17 @@ from safety_neurons.display.parts import (
     titled,
     why_not,
 )
-from safety_neurons.display.text import NONE, count, duration, interval, name, number, plural, say, share, visible
+from safety_neurons.display.text import (
+    NONE,
+    count,
+    interval,
+    name,
+    number,
+    plural,
+    say,
+    share,
+    visible,
+)
 from safety_neurons.results import captioned, clear_word, is_clear
 
 NEARLY = 0.9
@@ -77,7 +94,10 @@ def verdict_of(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
 
 
 def arms_table(run: ReportedRun, ranked: str = "") -> Table:
-    """Every arm of a verify run: refusals, over-refusals, perplexity, divergence; causal effects where there is a pair."""
+    """Every arm of a verify run: refusals, over-refusals, perplexity, divergence.
+
+    Causal effects where there is a pair.
+    """
     result, paired = run.result, run.result["aligned"] is not None
     word = "patched" if result["kind"] == "patch" else "deactivated"
     rows = [[*arm_row("untreated", result["untreated"]), NONE]]
@@ -101,22 +121,32 @@ def _point_rows(point: Mapping[str, Any], label: str) -> list[list[Cell]]:
 
 
 def summary_table(runs: Sequence[tuple[str, ReportedRun]]) -> Table:
-    """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside its random sets."""
+    """Of patch runs on one pair: the model as it is, the aligned one, and of every run its telling set beside
+    its random sets.
+    """
     first = runs[0][1].result
-    rows = [[*arm_row("untreated", first["untreated"]), NONE], [*arm_row("aligned model", first["aligned"]), NONE]]
+    rows = [
+        [*arm_row("untreated", first["untreated"]), NONE],
+        [*arm_row("aligned model", first["aligned"]), NONE],
+    ]
     quiet: list[int] = []
     for method, run in runs:
         point = telling_point(run.result)
         rows += _point_rows(point, f"{count(point['n_neurons'])} patched ({share(point['size'])}), {method}")
         quiet += [len(rows) - 1] if point["random"] else []
     rows += _ceilings(first, "patched", all(ceiling_called(run.result) == "ceiling" for _, run in runs))
-    caption = "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
+    caption = (
+        "The smallest set of each sweep that nearly reaches the ceiling, else its best; 95\u00a0% intervals"
+    )
     return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))
 
 
 def _ceilings(result: Mapping[str, Any], word: str, highest: bool) -> Iterator[list[Cell]]:
     """All neurons of the sites by activations and by parameters: the arm of each, and its effect."""
-    yield [*arm_row(f"all neurons {word}{' (ceiling)' if highest else ''}", result["ceiling"]), interval(result["ceiling_effect"])]
+    yield [
+        *arm_row(f"all neurons {word}{' (ceiling)' if highest else ''}", result["ceiling"]),
+        interval(result["ceiling_effect"]),
+    ]
     if result.get("ceiling_by_parameters"):
         row = arm_row("all parameters of the sites (ceiling)", result["ceiling_by_parameters"])
         yield [*row, interval(result["ceiling_by_parameters_effect"])]
@@ -124,11 +154,16 @@ def _ceilings(result: Mapping[str, Any], word: str, highest: bool) -> Iterator[l
 
 def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     def over(name: str) -> str:
-        values = [arm[name]["value"] if isinstance(arm[name], Mapping) else arm[name] for arm in point["random"]]
+        values = [
+            arm[name]["value"] if isinstance(arm[name], Mapping) else arm[name] for arm in point["random"]
+        ]
         return spread([value for value in values if value is not None], 3 if name == "divergence" else 2)
 
     columns = ("harmful_refused", "harmless_refused", "perplexity", "divergence")
-    return [f"{len(point['random'])} random sets of {count(point['n_neurons'])}", *(over(name) for name in columns)]
+    return [
+        f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
+        *(over(name) for name in columns),
+    ]
 
 
 def patch_part(run: ReportedRun) -> DisplayPart:
@@ -159,22 +194,31 @@ def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
     shown = DisplayPart(heading, tables=[summary_table(named)], details=tables)
     effects = [point["causal_effect"] for sweep in sweeps for point in sweep.points]
     if all(effect["value"] is None for effect in effects):
-        return dataclasses.replace(shown, lead=say("The causal effect is undefined: {}.", visible(effects[0].get("why"), 300)))
+        return dataclasses.replace(
+            shown, lead=say("The causal effect is undefined: {}.", visible(effects[0].get("why"), 300))
+        )
     caption = say(
-        "<b>Causal effect</b>: share of the difference in refusals between the two models which patching restores; "
-        "0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired). "
-        "The band spans {} of each size with as many neurons in every matrix; the dashed line is all neurons of the sites patched{}.",
+        "<b>Causal effect</b>: share of the difference in refusals between the two models which patching "
+        "restores; 0 is the base model, 1 the aligned one. Bars are 95\u00a0% intervals over {} (paired). "
+        "The band spans {} of each size with as many neurons in every matrix; the dashed line is all "
+        "neurons of the sites patched{}.",
         plural(first["untreated"]["harmful_refused"]["n"], "harmful request"),
         plural(len(first["sizes"][-1]["random"]), "random set"),
         "" if first["ceiling_effect"]["value"] is None else f": {interval(first['ceiling_effect'])}",
     )
     words = []
     for sweep in sweeps:
-        each = (f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in sweep.points)
+        each = (
+            f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in sweep.points
+        )
         words.append(f"{sweep.method}: " + ", ".join(each))
     values = [value for run in group for point in run.result["sizes"] for value in random_values(point)]
     chance = f" Random sets {spread(values)}." if values else ""
-    figure = Figure(partial(sweep_figure, sweeps), f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}", caption)
+    figure = Figure(
+        partial(sweep_figure, sweeps),
+        f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}",
+        caption,
+    )
     return dataclasses.replace(shown, figures=[figure])
 
 
@@ -188,8 +232,18 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
         against = result["change_against_random"]
         lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
     figures = [
-        _refusals(result, "harmful_refused", "harmful requests refused", "Refusals of harmful requests: what safety is left."),
-        _refusals(result, "harmless_refused", "harmless requests refused", "Refusals of harmless requests: what over-refusal is left."),
+        _refusals(
+            result,
+            "harmful_refused",
+            "harmful requests refused",
+            "Refusals of harmful requests: what safety is left.",
+        ),
+        _refusals(
+            result,
+            "harmless_refused",
+            "harmless requests refused",
+            "Refusals of harmless requests: what over-refusal is left.",
+        ),
     ]
     return DisplayPart(heading, lead + Markup("."), figures, [arms_table(run)])
 
@@ -202,7 +256,9 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
         estimate_row("these neurons off", result["treated"][what], TREATED),
         estimate_row("all neurons off", result["ceiling"][what], (SOFT, "square")),
     ]
-    return dots_of(rows, title, say("<b>{}</b> Bars are 95\u00a0% intervals; ticks are single random sets.", caption))
+    return dots_of(
+        rows, title, say("<b>{}</b> Bars are 95\u00a0% intervals; ticks are single random sets.", caption)
+    )
 
 
 def patch_findings(run: ReportedRun) -> list[Finding]:
@@ -230,7 +286,13 @@ def patch_findings(run: ReportedRun) -> list[Finding]:
     if failed and verdict != NO:
         worst = failed[-1]
         text = "With {}{} ({}) the effect is not clearly above chance: {}."
-        shown = say(text, plural(worst["n_neurons"], "neuron"), method, share(worst["size"]), interval(worst["causal_effect"]))
+        shown = say(
+            text,
+            plural(worst["n_neurons"], "neuron"),
+            method,
+            share(worst["size"]),
+            interval(worst["causal_effect"]),
+        )
         sentences.append(Finding(NO, shown))
     return [*sentences, *_cautions(run)]
 
@@ -240,7 +302,12 @@ def _cautions(run: ReportedRun) -> list[Finding]:
     shared = run.result.get("overlap_with_find_prompts") or {}
     where = say("In {}: ", name(run.label)) if run.label else Markup("")
     made = [
-        say("{}{} of the {} prompts are among those the neurons were found on.", where, count(number), visible(kind, 20))
+        say(
+            "{}{} of the {} prompts are among those the neurons were found on.",
+            where,
+            count(number),
+            visible(kind, 20),
+        )
         for kind, number in shared.items()
         if number
     ]
@@ -265,15 +332,28 @@ def deactivate_findings(run: ReportedRun) -> list[Finding]:
 def _deactivated(run: ReportedRun) -> Finding:
     result = run.result
     verdict, change = necessity(run)
-    rates = say("{} → {}", interval(result["untreated"]["harmful_refused"]), interval(result["treated"]["harmful_refused"]))
+    rates = say(
+        "{} → {}",
+        interval(result["untreated"]["harmful_refused"]),
+        interval(result["treated"]["harmful_refused"]),
+    )
     text = say(
-        "Without the {}{}, refusals of harmful requests go {}", plural(result["n_neurons"], "neuron"), by_method(run, "chosen"), rates
+        "Without the {}{}, refusals of harmful requests go {}",
+        plural(result["n_neurons"], "neuron"),
+        by_method(run, "chosen"),
+        rates,
     )
     if verdict == OPEN:
         return Finding(OPEN, text + Markup("; the untreated model hardly refuses, so nothing can be lost."))
-    versus = "compared with random sets of the same size" if result["change_against_random"] else "with no random sets to compare"
+    versus = (
+        "compared with random sets of the same size"
+        if result["change_against_random"]
+        else "with no random sets to compare"
+    )
     ending = "a clear loss" if verdict == YES else f"no clear loss{why_not(change)}"
-    return Finding(verdict, text + say("; {} the change is {}, {}.", versus, interval(change, signed=True), ending))
+    return Finding(
+        verdict, text + say("; {} the change is {}, {}.", versus, interval(change, signed=True), ending)
+    )
 
 
 def sweep_order(run: ReportedRun) -> tuple[float | int, ...]:
@@ -292,7 +372,12 @@ def patch_tile(run: ReportedRun) -> Tile:
     text = "of the difference in refusals restored by patching {} ({}, {}); all neurons: {}"
     ceiling = number(run.result["ceiling_effect"]["value"])
     shown = say(text, plural(point["n_neurons"], "neuron"), share(point["size"]), ranked_by(run), ceiling)
-    return Tile("Are a few neurons sufficient?", verdict_of(run.result, point), interval(point["causal_effect"]), shown)
+    return Tile(
+        "Are a few neurons sufficient?",
+        verdict_of(run.result, point),
+        interval(point["causal_effect"]),
+        shown,
+    )
 
 
 def deactivate_tile(run: ReportedRun) -> Tile:
@@ -332,17 +417,33 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
     quiet = len(rows)
     for kind, steps in result["random"].items():
         for step in steps:
-            ends = [end for end in (step["harmful_refused"]["low"], step["harmful_refused"]["high"]) if end is not None]
-            off = " to ".join(count(each) for each in dict.fromkeys((min(step["n_neurons"]), max(step["n_neurons"]))))
+            ends = [
+                end
+                for end in (step["harmful_refused"]["low"], step["harmful_refused"]["high"])
+                if end is not None
+            ]
+            off = " to ".join(
+                count(each) for each in dict.fromkeys((min(step["n_neurons"]), max(step["n_neurons"])))
+            )
             rows.append([visible(kind, 60), off, spread(ends), *[NONE] * 4])
-    columns = ["order, step", "off", "harmful refused", "change", "harmless refused", "perplexity", "KL per token, nats"]
+    columns = [
+        "order, step",
+        "off",
+        "harmful refused",
+        "change",
+        "harmless refused",
+        "perplexity",
+        "KL per token, nats",
+    ]
     halves = [
         say("{} {}", visible(curve["order"], 30), plural(curve["neurons_for_half"], "neuron"))
         for curve in result["curves"]
         if curve["neurons_for_half"] is not None
     ]
     lead = (
-        say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves)) if halves else Markup("No order halves the refusals.")
+        say("Fewest neurons that halve the refusals: {}.", Markup("; ").join(halves))
+        if halves
+        else Markup("No order halves the refusals.")
     )
     return DisplayPart(
         titled("Off bit by bit", run),
@@ -361,7 +462,9 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
 
 
 def _curves(result: Mapping[str, Any], measure: str, title: str, words: str) -> Figure:
-    """One measure against the number of neurons that are off, from the untreated model on, beside random orders."""
+    """One measure against the number of neurons that are off, from the untreated model on, beside random
+    orders.
+    """
     start = 0.0 if measure == "divergence" else result["untreated"][measure]["value"]
     lines, bands = [], {}
     for curve in result["curves"]:
@@ -370,16 +473,24 @@ def _curves(result: Mapping[str, Any], measure: str, title: str, words: str) -> 
         if curve["order"] != ALONE and any(value is not None for _, value in values):
             lines.append(Line(visible(curve["order"], 30), known, marked=True))
     for kind in sorted(result["random"], key=lambda kind: kind != RANDOM):
-        ends = [(sum(step["n_neurons"]) / len(step["n_neurons"]), step.get(measure) or {}) for step in result["random"][kind]]
+        ends = [
+            (sum(step["n_neurons"]) / len(step["n_neurons"]), step.get(measure) or {})
+            for step in result["random"][kind]
+        ]
         band = [(at, each["low"], each["high"]) for at, each in ends if each.get("low") is not None]
         if band:
             bands[visible(kind, 40)] = sorted([*([] if start is None else [(0.0, start, start)]), *band])
     across = [max(result["n_neurons"], 1), *(at for line in lines for at, _ in line.points)]
-    highest = [value for line in lines for _, value in line.points] + [high for band in bands.values() for _, _, high in band]
+    highest = [value for line in lines for _, value in line.points] + [
+        high for band in bands.values() for _, _, high in band
+    ]
     top = 1.02 if measure != "divergence" else 1.05 * max(highest, default=0.0) or 1.0
     plane = Plane("neurons off", title, (0.0, float(max(across))), (0.0, top))
     digits = 3 if measure == "divergence" else 2
-    said = "; ".join(f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value, digits)}" for at, value in line.points) for line in lines)
+    said = "; ".join(
+        f"{line.name}: " + ", ".join(f"{at:,.0f} off {number(value, digits)}" for at, value in line.points)
+        for line in lines
+    )
     first, *others = [*bands] or ["no random sets"]
     caption = say("<b>{}</b> while more and more is off; the band is what {} leave", words, first)
     caption += say("{}.", "".join(f"; the dashed outline: {other}" for other in others))
@@ -402,290 +513,24 @@ def progressive_findings(run: ReportedRun) -> list[Finding]:
     known = [curve for curve in run.result["curves"] if curve["neurons_for_half"] is not None]
     if not known:
         return [
-            Finding(NO, say("Switching off any part of the {} does not halve the refusals.", plural(run.result["n_neurons"], "neuron")))
+            Finding(
+                NO,
+                say(
+                    "Switching off any part of the {} does not halve the refusals.",
+                    plural(run.result["n_neurons"], "neuron"),
+                ),
+            )
         ]
     best = min(known, key=lambda curve: curve["neurons_for_half"])
     text = "Refusals are halved with {} of {} off ({})."
     return [
-        Finding(FACT, say(text, count(best["neurons_for_half"]), plural(run.result["n_neurons"], "neuron"), visible(best["order"], 40)))
+        Finding(
+            FACT,
+            say(
+                text,
+                count(best["neurons_for_half"]),
+                plural(run.result["n_neurons"], "neuron"),
+                visible(best["order"], 40),
+            ),
+        )
     ]
-
-
-def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Rows of real methods, largest effect first, and rows of random sets."""
-    real = [row for row in result["methods"] if not str(row["method"]).startswith("random")]
-    chance = [row for row in result["methods"] if str(row["method"]).startswith("random")]
-
-    def order(row: Mapping[str, Any]) -> tuple[float | int, ...]:
-        value = row["causal_effect"]["value"]
-        return (-(value if value is not None else -9.0), -(row["recall"] or 0.0))
-
-    return sorted(real, key=order), chance
-
-
-def methods_table(run: ReportedRun) -> Table:
-    """Every row of a comparison."""
-    result = run.result
-    real, chance = methods_of(result)
-    known = any(row["recall"] is not None for row in result["methods"])
-    rows = [
-        [
-            visible(row["method"], 40),
-            count(row["n_units"]),
-            count(row["n_neurons"]),
-            *([number(row["recall"])] if known else []),
-            interval(row["causal_effect"]),
-            interval(row["necessity"]),
-            interval(row["harmful_refused"]),
-            interval(row["harmless_refused"]),
-            duration(row["seconds"]) if row["seconds"] else NONE,
-        ]
-        for row in [*real, *chance]
-    ]
-    columns = [
-        "method",
-        "units",
-        "neurons",
-        *(["recall"] if known else []),
-        "causal effect",
-        "refusals lost when off",
-        "harmful refused",
-        "harmless refused",
-        "time to find",
-    ]
-    return Table(captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]), columns, rows)
-
-
-def agreement_table(run: ReportedRun) -> Table:
-    """Jaccard index of every two sets, beside chance."""
-    rows = [
-        [f"{visible(pair['methods'][0], 40)}, {visible(pair['methods'][1], 40)}", number(pair["jaccard"], 3), number(pair["chance"], 3)]
-        for pair in sorted(run.result["agreement"], key=lambda pair: -pair["jaccard"])
-    ]
-    return Table("Units shared by two sets ÷ units in either", ["two sets", "Jaccard index", "two random sets"], rows)
-
-
-def compare_part(run: ReportedRun) -> DisplayPart:
-    """Methods at one budget."""
-    result = run.result
-    real, chance = methods_of(result)
-    heading = say("{} <span class=sub>{}</span>", run.pair, plural(result["budget"], "unit"))
-    lead = say(
-        "{} of {:,} units (sites: {}). Every method chooses as many; they are patched from the aligned into the base model.",
-        share(result["budget"] / result["n_units"]),
-        int(result["n_units"]),
-        ", ".join(visible(site, 8) for site in result["sites"]),
-    )
-    lead += say(" All neurons of the sites patched restore {} of the difference", interval(result["ceiling_effect"]))
-    if result.get("ceiling_by_parameters_effect"):
-        lead += say("; all their parameters {}", interval(result["ceiling_by_parameters_effect"]))
-    lead += Markup(".")
-    names = [visible(row["method"], 40) for row in real]
-    rows, domain = _interval_rows(real, chance, names, "causal_effect")
-    ceiling = result["ceiling_effect"]
-    caption = Markup("<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets")
-    line = ", the dashed line is all neurons of the sites patched, {}."
-    caption += say(line, interval(ceiling)) if ceiling["value"] is not None else Markup(".")
-    drawn = {"domain": domain, "reference": ceiling["value"]}
-    figures = [dots_of(rows, "causal effect", caption, "Causal effect at equal budget", **drawn)]
-    rows, domain = _interval_rows(real, chance, names, "necessity")
-    caption = Markup("<b>Refusals lost when off</b>: share of harmful requests that the aligned model no longer refuses while the set is ")
-    caption += Markup("deactivated; bars are 95\u00a0% intervals, ticks single random sets.")
-    figures.append(dots_of(rows, "refusals lost when off", caption, "Refusals lost at equal budget", domain=domain))
-    if any(entry["recall"] is not None for entry in real):
-        figures.append(_recall(real, chance, names))
-    if result["agreement"]:
-        figures.append(_agreement(result, names))
-    details = [agreement_table(run)] if result["agreement"] else []
-    return DisplayPart(heading, lead, figures, [methods_table(run)], details)
-
-
-def _interval_rows(
-    real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
-) -> tuple[list[DotRow], tuple[float, float]]:
-    """One row a method with its interval, one for the random sets, and the axis that holds them all."""
-    dots = [entry[measure]["value"] for entry in chance if entry[measure]["value"] is not None]
-    rows = [estimate_row(label, entry[measure], look(label, names)) for label, entry in zip(names, real, strict=True)]
-    rows += random_row(dots)
-    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
-    return rows, (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
-
-
-def _recall(real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    rows = [
-        DotRow(label, entry["recall"], None, None, number(entry["recall"]), *look(label, names))
-        for label, entry in zip(names, real, strict=True)
-    ]
-    rows += random_row([entry["recall"] for entry in chance if entry["recall"] is not None])
-    caption = Markup("<b>Recall</b>: share of the planted units in the set. All of them are counted, so there is no sampling interval.")
-    return dots_of(rows, "planted units found", caption, "Recall of planted units", domain=(-0.02, 1.02))
-
-
-def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
-    jaccard = {(visible(a, 40), visible(b, 40)): float(pair["jaccard"]) for pair in result["agreement"] for a, b in [pair["methods"]]}
-    order = [*names, *sorted({each for pair in jaccard for each in pair if each.startswith("random")})[:1]]
-    chance = float(result["agreement"][0]["chance"])
-    kept = sorted(((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)), key=lambda item: -item[1])
-    words = "; ".join(f"{a} and {b} {value:.2f}" for (a, b), value in kept)
-    caption = say(
-        "<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would have {}.", number(chance, 3)
-    )
-    return Figure(partial(agreement_figure, order, jaccard), f"Agreement of every two methods: {words}. Chance {chance:.3f}.", caption)
-
-
-def compare_findings(run: ReportedRun) -> list[Finding]:
-    """Which set is needed most, which restores most, and which do no more than chance."""
-    result = run.result
-    real, chance = methods_of(result)
-    pair = say("On {}", name(run.model))
-    sentences = []
-    defined = [row for row in real if row["causal_effect"]["value"] is not None]
-    budget = say("{} of {} units ({})", count(result["budget"]), count(result["n_units"]), share(result["budget"] / result["n_units"]))
-    if not defined:
-        why = real[0]["causal_effect"].get("why") if real else "no method was run"
-        return [Finding(OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300)))]
-    best = defined[0]
-    ceiling = result["ceiling_effect"]
-    if ceiling["low"] is not None and ceiling["low"] <= 0:
-        text = "{}, patching all neurons of these sites restores {} of the difference: no method can show more here."
-        sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
-    if result.get("ceiling_why"):
-        sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
-    sentences.append(_most_necessary(pair, budget, real, chance))
-    text = say(
-        "{}, at {}, <b>{}</b> has the largest causal effect: {}", pair, budget, visible(best["method"], 40), interval(best["causal_effect"])
-    )
-    if len(defined) > 1:
-        second = defined[1]
-        apart = (best["causal_effect"]["low"] or 0.0) > (second["causal_effect"]["high"] or 0.0)
-        ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
-        text += say("; then <b>{}</b>, {}: {}", visible(second["method"], 40), interval(second["causal_effect"]), ending)
-    sentences.append(Finding(FACT, text + Markup(".")))
-    weak = [visible(row["method"], 40) for row in defined if not above_random(row, "against_random")]
-    if weak:
-        reason = why_not(defined[0].get("against_random"))
-        sentences.append(Finding(NO, say("{}, not clearly above chance at this budget{}: {}.", pair, reason, ", ".join(weak))))
-    if best["recall"] is not None:
-        by_recall = sorted(real, key=lambda row: -row["recall"])
-        parts = ", ".join(f"{visible(row['method'], 40)} {number(row['recall'])}" for row in by_recall)
-        luck = ", ".join(number(row["recall"]) for row in chance)
-        sentences.append(Finding(FACT, say("{}, share of the planted units found: {}{}.", pair, parts, f"; random {luck}" if luck else "")))
-    return sentences
-
-
-def _most_necessary(pair: Markup, budget: Markup, real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]) -> Finding:
-    """Which set costs the aligned model most refusals while it is off."""
-    known = [row for row in real if row["necessity"]["value"] is not None]
-    if not known:
-        return Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair))
-    best = max(known, key=lambda row: row["necessity"]["value"])
-    luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
-    beside = say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
-    text = "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests are no longer refused{}."
-    kind = FACT if above_random(best, "necessity_against_random") else NO
-    return Finding(kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside))
-
-
-def compare_tile(run: ReportedRun) -> Tile:
-    """Which method finds the planted truth, or has the largest effect."""
-    real, _ = methods_of(run.result)
-    known = [row for row in real if row["recall"] is not None]
-    if known:
-        best = max(known, key=lambda row: row["recall"])
-        verdict = YES if best["recall"] >= 0.95 else PARTLY if best["recall"] > 0 else NO
-        text = say("of {} planted units found by {}", count(run.result["budget"]), visible(best["method"], 40))
-        return Tile("Is the planted truth found?", verdict, number(best["recall"]), text)
-    if not real:
-        return Tile("Which method at equal budget?", OPEN, NONE, Markup("no method was run"))
-    best = real[0]
-    effect = best["causal_effect"]
-    verdict = OPEN if effect["value"] is None else FACT
-    text = say(
-        "causal effect of {}, the largest of {} at {} of the units",
-        visible(best["method"], 40),
-        plural(len(real), "method"),
-        share(run.result["budget"] / run.result["n_units"]),
-    )
-    return Tile("Which method at equal budget?", verdict, interval(effect), text)
-
-
-DRAWN = {"recall": "planted units found", "causal_effect": "causal effect", "necessity": "refusals lost when off"}
-
-
-CHANCE = "random"
-
-
-def ranking_part(run: ReportedRun) -> DisplayPart:
-    """Every method over every organism: means, the worst, each single one."""
-    figures, tables = [], []
-    for group in dict.fromkeys(str(row["group"]) for row in run.result["ranking"]):
-        rows = [row for row in run.result["ranking"] if row["group"] == group]
-        figures += [_ranked_figure(group, measure, rows) for measure in DRAWN if any(row["measure"] == measure for row in rows)]
-        tables.append(_table(group, rows))
-    lead = Markup("Means over organisms; faint marks are single organisms and seeds, the number in brackets is the worst of them.")
-    return DisplayPart(titled("Over several organisms", run), lead, [figure for figure in figures if figure is not None], tables)
-
-
-def _ranked_figure(group: str, measure: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    known = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
-    if not known or (measure != "recall" and group == "planted"):
-        return None
-    names = [visible(row["method"], 40) for row in known]
-    drawn = []
-    for label, row in sorted(zip(names, known, strict=True), key=lambda pair: -pair[1]["mean"]):
-        colour, shape = (SOFT, "circle") if label == CHANCE else look(label, names)
-        dots = [value for value in row["by_organism"].values() if value is not None]
-        drawn.append(DotRow(label, row["mean"], None, None, _mean(row), colour, shape, dots))
-    ends = [end for row in drawn for end in row.dots]
-    organisms = plural(len(known[0]["by_organism"]), "organism")
-    caption = say("<b>{}</b>, {}: mean over {}.", DRAWN[measure].capitalize(), _group(group), organisms)
-    domain = (max(min([0.0, *ends]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
-    return dots_of(drawn, DRAWN[measure], caption, f"{DRAWN[measure]}, {_group(group)}", domain=domain)
-
-
-def _group(group: str) -> str:
-    kind, _, share = group.partition(" ")
-    try:
-        return f"{visible(kind, 20)} organisms" + (f", {100 * float(share):g}\u202f% of the units" if share else ", as many as are true")
-    except ValueError:
-        return visible(group, 40)
-
-
-def _table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    measures = list(dict.fromkeys(str(row["measure"]) for row in rows))
-    cells = {(row["method"], row["measure"]): row for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    shown: list[Sequence[Cell]] = [
-        [visible(method, 40), *(_mean(cells.get((method, measure))) for measure in measures)] for method in methods
-    ]
-    quiet = frozenset(place for place, method in enumerate(methods) if method == CHANCE)
-    columns = ["method", *(visible(measure.replace("_", " "), 40) for measure in measures)]
-    return Table(f"{_group(group)}: mean over organisms (worst)".capitalize(), columns, shown, quiet)
-
-
-def _mean(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["mean"] is None:
-        return NONE
-    return duration(row["mean"]) if row["measure"] == "seconds" else f"{number(row['mean'])} ({number(row['worst'])})"
-
-
-def ranking_findings(run: ReportedRun) -> list[Finding]:
-    """Who leads which measure."""
-    made = []
-    for leader in run.result["leaders"]:
-        names = Markup(", ").join(Markup("<b>{}</b>").format(visible(method, 40)) for method in leader["methods"])
-        text = "On {}, {} leads in {}: {} on average."
-        measure = visible(str(leader["measure"]).replace("_", " "), 40)
-        made.append(Finding(FACT, say(text, _group(str(leader["group"])), names, measure, number(leader["mean"]))))
-    return made
-
-
-def ranking_tile(run: ReportedRun) -> Tile:
-    """The leader in the causal effect, or in recall where nothing else was measured."""
-    found = {str(leader["measure"]): leader for leader in reversed(run.result["leaders"])}
-    leader = found.get("causal_effect") or found.get("recall")
-    if leader is None:
-        return Tile("Which method should I use?", FACT, NONE, Markup("no measure is defined"))
-    names = ", ".join(visible(each, 40) for each in leader["methods"])
-    text = say("{} of {}, mean over {}", DRAWN[leader["measure"]], names, _group(str(leader["group"])))
-    return Tile("Which method should I use?", FACT, number(leader["mean"]), text)

@@ -1,6 +1,15 @@
-"""The guard: a calibrated classifier on the prompt's neurons that says, before the first token, whether the answer would be unsafe."""
+"""The guard: a calibrated classifier on the prompt's neurons that says, before the first token, whether the
+answer would be unsafe.
+"""
 
-from safety_neurons.guard.calibration import Calibration, Classifier, OperatingPoint, Recheck, expected_calibration_error, operating_points
+from safety_neurons.guard.calibration import (
+    Calibration,
+    Classifier,
+    OperatingPoint,
+    Recheck,
+    expected_calibration_error,
+    operating_points,
+)
 from safety_neurons.guard.features import Features, Pooling, Request, read_features, read_poolings
 from safety_neurons.guard.fit import Fitted, Split, fit_guard, fit_on_features, stratified_split
 from safety_neurons.guard.generate import REFUSAL, GuardedAnswer, GuardedModel, GuardedStream, guarding

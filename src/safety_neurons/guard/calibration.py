@@ -1,4 +1,6 @@
-"""The linear classifier on features, its calibrated probabilities, and the thresholds of stated false-positive rates."""
+"""The linear classifier on features, its calibrated probabilities, and the thresholds of stated
+false-positive rates.
+"""
 
 import math
 import re
@@ -35,7 +37,8 @@ def from_json(kind: type[StoredT], found: Any) -> StoredT:
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
         raise InputError(
-            f"a damaged {words} ({type(error).__name__}: {str(error)[:60]}); expected what Guard.save wrote: fit or copy the guard again"
+            f"a damaged {words} ({type(error).__name__}: {str(error)[:60]}); expected what Guard.save "
+            "wrote: fit or copy the guard again"
         ) from error
 
 
@@ -49,7 +52,9 @@ def _typed(kind: Any, found: Any) -> Any:
         return several.from_json(found)
     if is_dataclass(several):
         return from_json(cast(type, several), found)
-    if not isinstance(found, (float, int) if several is float else several) or (isinstance(found, bool) and several is not bool):
+    if not isinstance(found, (float, int) if several is float else several) or (
+        isinstance(found, bool) and several is not bool
+    ):
         raise TypeError(f"{str(found)[:20]!r}; expected {several.__name__}")
     return float(found) if several is float else found
 
@@ -65,8 +70,8 @@ class Calibration:
     """A strictly rising map from scores (log odds before calibration) to log odds.
 
     Attributes:
-        kind: `temperature`: score / temperature + shift. `isotonic`: straight lines between knots, and beyond the ends the slope
-            1 / temperature.
+        kind: `temperature`: score / temperature + shift. `isotonic`: straight lines between knots, and beyond
+            the ends the slope 1 / temperature.
         temperature: positive.
         shift: of the log odds.
         scores: of the knots, rising; empty for `temperature`.
@@ -81,10 +86,21 @@ class Calibration:
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.shift, *self.scores, *self.log_odds)
-        rising = all(b > a for knots in (self.scores, self.log_odds) for a, b in zip(knots, knots[1:], strict=False))
+        rising = all(
+            b > a for knots in (self.scores, self.log_odds) for a, b in zip(knots, knots[1:], strict=False)
+        )
         whole = len(self.scores) == len(self.log_odds) and (self.kind == "temperature") == (not self.scores)
-        if self.kind not in KINDS or not all(map(math.isfinite, numbers)) or self.temperature <= 0 or not rising or not whole:
-            raise InputError(f"a damaged calibration of kind {self.kind!r}; expected a positive temperature, or rising finite knots")
+        if (
+            self.kind not in KINDS
+            or not all(map(math.isfinite, numbers))
+            or self.temperature <= 0
+            or not rising
+            or not whole
+        ):
+            raise InputError(
+                f"a damaged calibration of kind {self.kind!r}; expected a positive temperature, or "
+                "rising finite knots"
+            )
 
     def __call__(self, scores: Float[Tensor, " prompt"]) -> Float[Tensor, " prompt"]:
         """Calibrated log odds; their sigmoid is the probability."""
@@ -110,13 +126,16 @@ Scores = Float64[np.ndarray, " prompt"]
 Labels = Bool[np.ndarray, " prompt"]
 
 
-def fit_calibration(scores: Scores, unsafe: Labels, kind: str = "auto", seed: int = 0) -> tuple[Calibration, dict[str, float]]:
+def fit_calibration(
+    scores: Scores, unsafe: Labels, kind: str = "auto", seed: int = 0
+) -> tuple[Calibration, dict[str, float]]:
     """A calibration on examples that the classifier was not fit on.
 
     Args:
         scores: of the classifier, in log odds.
         unsafe: which examples are.
-        kind: `temperature`, `isotonic`, or `auto` for the smaller log loss in five-fold cross-validation on these examples.
+        kind: `temperature`, `isotonic`, or `auto` for the smaller log loss in five-fold cross-validation on
+            these examples.
         seed: of the folds.
 
     Returns:
@@ -125,21 +144,27 @@ def fit_calibration(scores: Scores, unsafe: Labels, kind: str = "auto", seed: in
     Raises:
         UsageError: an unknown kind. InputError: examples of one class only.
 
-    Source: temperature: Guo et al., ICML 2017, with the shift and the smoothed targets of Platt 1999; isotonic: Zadrozny and Elkan, KDD
-        2002.
+    Source: temperature: Guo et al., ICML 2017, with the shift and the smoothed targets of Platt 1999;
+        isotonic: Zadrozny and Elkan, KDD 2002.
     """
     if kind not in (*KINDS, "auto"):
         raise UsageError(f"calibration {kind!r} is unknown; expected auto, {' or '.join(KINDS)}")
     if unsafe.all() or not unsafe.any():
-        raise InputError(f"{int(unsafe.sum())} unsafe of {len(unsafe)} calibration examples; expected some of both kinds")
-    losses = {name: _held_out_loss(scores, unsafe, name, seed) for name in (KINDS if kind == "auto" else (kind,))}
+        raise InputError(
+            f"{int(unsafe.sum())} unsafe of {len(unsafe)} calibration examples; expected some of both kinds"
+        )
+    losses = {
+        name: _held_out_loss(scores, unsafe, name, seed) for name in (KINDS if kind == "auto" else (kind,))
+    }
     few = int(min(unsafe.sum(), (~unsafe).sum())) < FEW
     chosen = kind if kind != "auto" else "temperature" if few else min(KINDS, key=lambda name: losses[name])
     return _FITS[chosen](scores, unsafe), losses
 
 
 def temperature(scores: Scores, unsafe: Labels) -> Calibration:
-    """Temperature and shift with the smallest log loss against Platt's smoothed targets, which keeps them finite on separable scores."""
+    """Temperature and shift with the smallest log loss against Platt's smoothed targets, which keeps them
+    finite on separable scores.
+    """
     from scipy.optimize import minimize
     from scipy.special import expit
 
@@ -152,7 +177,9 @@ def temperature(scores: Scores, unsafe: Labels) -> Calibration:
         slope = np.exp(parameters[0])
         odds = slope * scaled + parameters[1]
         miss = expit(odds) - targets
-        return float(np.mean(np.logaddexp(0, odds) - targets * odds)), np.array([np.mean(miss * scaled) * slope, np.mean(miss)])
+        return float(np.mean(np.logaddexp(0, odds) - targets * odds)), np.array(
+            [np.mean(miss * scaled) * slope, np.mean(miss)]
+        )
 
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(-12, 12), (-200, 200)])
     slope = float(np.exp(found.x[0])) / spread
@@ -162,8 +189,8 @@ def temperature(scores: Scores, unsafe: Labels) -> Calibration:
 def isotonic(scores: Scores, unsafe: Labels) -> Calibration:
     """Pooled shares, joined by straight lines in log odds; beyond the ends the slope of the temperature.
 
-    A pool of several scores is a line that rises by at most a tenth of a nat, and by no more than a quarter of the way to either
-    neighbour at each end, so that the order of scores inside a pool is kept.
+    A pool of several scores is a line that rises by at most a tenth of a nat, and by no more than a quarter
+    of the way to either neighbour at each end, so that the order of scores inside a pool is kept.
     """
     from sklearn.isotonic import isotonic_regression
 
@@ -187,7 +214,9 @@ def isotonic(scores: Scores, unsafe: Labels) -> Calibration:
         if knot[0] > kept[-1][0] and knot[1] > kept[-1][1]:
             kept.append(knot)
     beyond = temperature(scores, unsafe)
-    return Calibration("isotonic", beyond.temperature, beyond.shift, tuple(x for x, _ in kept), tuple(y for _, y in kept))
+    return Calibration(
+        "isotonic", beyond.temperature, beyond.shift, tuple(x for x, _ in kept), tuple(y for _, y in kept)
+    )
 
 
 _FITS = {"temperature": temperature, "isotonic": isotonic}
@@ -199,7 +228,8 @@ def log_loss(log_odds: Scores, unsafe: Labels) -> float:
 
 
 def expected_calibration_error(probabilities: Scores, unsafe: Labels, bins: int = 15) -> float:
-    """Mean distance between predicted probability and share of unsafe examples, over bins of equally many examples.
+    """Mean distance between predicted probability and share of unsafe examples, over bins of equally many
+    examples.
 
     Source: Nixon et al., CVPR workshops 2019 (adaptive bins).
     """
@@ -210,7 +240,10 @@ def expected_calibration_error(probabilities: Scores, unsafe: Labels, bins: int 
 
 
 def _held_out_loss(scores: Scores, unsafe: Labels, kind: str, seed: int) -> float:
-    """Log loss on folds that the calibration was not fit on; infinite where a fold would have one class only."""
+    """Log loss on folds that the calibration was not fit on.
+
+    Infinite where a fold would have one class only.
+    """
     generator = np.random.default_rng(seed)
     fold = np.empty(len(scores), np.int64)
     for members in (np.flatnonzero(unsafe), np.flatnonzero(~unsafe)):
@@ -232,7 +265,8 @@ LIMIT = 30.0
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """Logistic regression on standardised features, with calibration: p = σ(calibration(bias + Σ wᵢ (xᵢ − meanᵢ) / scaleᵢ)).
+    """Logistic regression on standardised features, with calibration: p = σ(calibration(bias + Σ wᵢ (xᵢ −
+    meanᵢ) / scaleᵢ)).
 
     Attributes:
         mean: of each feature where the classifier was fit.
@@ -252,7 +286,10 @@ class Classifier:
         vectors = (self.mean, self.scale, self.weights)
         finite = all(bool(vector.isfinite().all()) for vector in vectors) and abs(self.bias) < float("inf")
         if len({len(vector) for vector in vectors}) != 1 or not finite or not bool((self.scale > 0).all()):
-            raise InputError("a damaged classifier; expected finite means, scales above 0 and weights, one of each per neuron")
+            raise InputError(
+                "a damaged classifier; expected finite means, scales above 0 and weights, one of each "
+                "per neuron"
+            )
 
     @property
     def n_features(self) -> int:
@@ -260,15 +297,24 @@ class Classifier:
         return len(self.weights)
 
     @cached_property
-    def wide(self) -> tuple[Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"]]:
-        """Means, 1 / scale, and weights of the features before standardisation, in float64: for a few rows at a time."""
+    def wide(
+        self,
+    ) -> tuple[
+        Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"], Float64[np.ndarray, " neuron"]
+    ]:
+        """Means, 1 / scale, and weights of the features before standardisation, in float64: for a few rows at
+        a time.
+        """
         mean, scale, weights = (vector.double().numpy() for vector in (self.mean, self.scale, self.weights))
         return mean, 1 / scale, weights / scale
 
     def scores(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Log odds before calibration, on the processor in float64, whatever the features are in."""
         if features.ndim != 2 or features.shape[1] != self.n_features:
-            raise InputError(f"features of shape {tuple(features.shape)}; expected [prompt, {self.n_features}]: read them with this guard")
+            raise InputError(
+                f"features of shape {tuple(features.shape)}; expected [prompt, {self.n_features}]: read "
+                "them with this guard"
+            )
         mean, _, weights = map(torch.from_numpy, self.wide)
         return (features.to("cpu", torch.float64) - mean) @ weights + self.bias
 
@@ -287,7 +333,10 @@ class Classifier:
 
 
 def float_rows(features: Float[Tensor, "prompt neuron"]) -> np.ndarray:
-    """Features as an array in the number type they are in, where numpy has it; what is computed with float64 vectors is float64."""
+    """Features as an array in the number type they are in, where numpy has it.
+
+    What is computed with float64 vectors is float64.
+    """
     if features.dtype is not torch.float32:
         features = features.double()
     return (features if features.device.type == "cpu" else features.cpu()).numpy()
@@ -343,7 +392,10 @@ def operating_points(
 
 
 def operating_point(
-    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float, groups: GroupLabels = None
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Bool[np.ndarray, " prompt"],
+    target: float,
+    groups: GroupLabels = None,
 ) -> OperatingPoint:
     """One threshold, and what it is worth; see `threshold_for`."""
     needed = math.ceil(EXAMPLES / check_probability(target, "false-positive rate"))
@@ -355,19 +407,24 @@ def operating_point(
     return OperatingPoint(target, threshold if supported else None, fpr, tpr, supported, why)
 
 
-def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float) -> float:
+def threshold_for(
+    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float
+) -> float:
     """A threshold above which a new safe prompt is at most with the stated probability.
 
-    Of n safe examples the k with the highest probabilities are let go, k the largest number with (k + 1) / (n + 1) ≤ target: then a new
-    safe prompt from where these came from is flagged with at most that probability, whatever the distribution of scores. Where n is too
-    small for k = 0 the threshold is above all of them, which keeps 1 / (n + 1) and no less. Equal probabilities are never split.
+    Of n safe examples the k with the highest probabilities are let go, k the largest number with (k + 1) / (n
+    + 1) ≤ target: then a new safe prompt from where these came from is flagged with at most that probability,
+    whatever the distribution of scores. Where n is too small for k = 0 the threshold is above all of them,
+    which keeps 1 / (n + 1) and no less. Equal probabilities are never split.
 
-    The promise is of ranks among safe examples: a new safe prompt that reaches the threshold is above the (k + 1)th highest of them, and by
-    symmetry it is so with probability (k + 1) / (n + 1) at most. It therefore holds for every threshold above that one, wherever it lies
-    and whatever it was chosen by. It lies half-way to the next higher score, **unsafe ones included**: half-way to the next higher safe
-    one, or to 1 where there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
+    The promise is of ranks among safe examples: a new safe prompt that reaches the threshold is above the (k
+    + 1)th highest of them, and by symmetry it is so with probability (k + 1) / (n + 1) at most. It therefore
+    holds for every threshold above that one, wherever it lies and whatever it was chosen by. It lies half-way
+    to the next higher score, **unsafe ones included**: half-way to the next higher safe one, or to 1 where
+    there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
 
-    Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe class.
+    Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe
+    class.
     """
     safe = probabilities[~unsafe]
     if not len(safe):
@@ -383,14 +440,20 @@ def threshold_for(probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np
 
 
 def rates_at(
-    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], threshold: float, groups: GroupLabels = None
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Bool[np.ndarray, " prompt"],
+    threshold: float,
+    groups: GroupLabels = None,
 ) -> tuple[Rate, Rate]:
     """False-positive and true-positive rate of a threshold, with intervals.
 
-    Clopper and Pearson's holds for a threshold that was set on the same examples too: the rate above the k-th highest of n is
-    Beta(k, n - k + 1), whose quantiles the interval encloses.
+    Clopper and Pearson's holds for a threshold that was set on the same examples too: the rate above the k-th
+    highest of n is Beta(k, n - k + 1), whose quantiles the interval encloses.
     """
-    flagged, shared = probabilities >= threshold, np.array([None] * len(unsafe) if groups is None else list(groups), object)
+    flagged, shared = (
+        probabilities >= threshold,
+        np.array([None] * len(unsafe) if groups is None else list(groups), object),
+    )
     return rate(flagged[~unsafe], shared[~unsafe].tolist()), rate(flagged[unsafe], shared[unsafe].tolist())
 
 
@@ -400,7 +463,11 @@ def check_probability(value: Any, what: str) -> float:
     Raises:
         UsageError: anything else.
     """
-    number = float(value) if isinstance(value, int | float | np.floating) and not isinstance(value, bool) else math.nan
+    number = (
+        float(value)
+        if isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        else math.nan
+    )
     if not 0 <= number <= 1 or (number == 0 and what != "threshold"):
         raise UsageError(f"{what} {value!r}; expected a number between 0 and 1")
     return number
@@ -434,4 +501,7 @@ class Recheck:
         check_probability(self.threshold, "threshold")
         check_probability(self.fpr_target, "false-positive rate")
         if self.every < 1 or self.max_new_tokens < 1:
-            raise UsageError(f"re-checks every {self.every} tokens of {self.max_new_tokens}; expected numbers of at least 1")
+            raise UsageError(
+                f"re-checks every {self.every} tokens of {self.max_new_tokens}; expected numbers of at "
+                "least 1"
+            )

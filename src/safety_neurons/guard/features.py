@@ -1,4 +1,6 @@
-"""Features of a request: the ways it is read, and the activations of a set of neurons pooled over each of them while the model runs."""
+"""Features of a request: the ways it is read, and the activations of a set of neurons pooled over each of
+them while the model runs.
+"""
 
 import contextlib
 import dataclasses
@@ -50,17 +52,21 @@ def as_request_prompts(requests: Sequence[Request] | Source) -> list[Prompt]:
         InputError: an empty text, or turns that cannot be read.
     """
     asked = list(as_prompts(requests))
-    empty = next((prompt.id for prompt in asked if not any(turn.content.strip() for turn in prompt.turns)), None)
+    empty = next(
+        (prompt.id for prompt in asked if not any(turn.content.strip() for turn in prompt.turns)), None
+    )
     if empty is not None:
         raise InputError(f"request {empty!r}: an empty text arrived; expected a request to score")
     return asked
 
 
 def readings(prompt: Prompt) -> list[RequestReading]:
-    """How a request is read: as a whole, without the answer it ends in, and every turn by itself, as if a user had asked that alone.
+    """How a request is read: as a whole, without the answer it ends in, and every turn by itself, as if a
+    user had asked that alone.
 
-    An answer that is put into the model's mouth, or harmless turns behind a harmful one, can make the whole look safe; they cannot change
-    what a turn says alone. What is the same for the model (one user turn, say) is read once; turns without text are not read alone.
+    An answer that is put into the model's mouth, or harmless turns behind a harmful one, can make the whole
+    look safe; they cannot change what a turn says alone. What is the same for the model (one user turn, say)
+    is read once; turns without text are not read alone.
 
     Raises:
         InputError: more turns than are read.
@@ -69,12 +75,19 @@ def readings(prompt: Prompt) -> list[RequestReading]:
     """
     turns = tuple(prompt.messages) or (Message("user", prompt.text),)
     if len(turns) > MOST_TURNS:
-        raise InputError(f"a conversation of {len(turns):,} turns; the guard reads at most {MOST_TURNS:,}: give it the last ones")
+        raise InputError(
+            f"a conversation of {len(turns):,} turns; the guard reads at most {MOST_TURNS:,}: give it "
+            "the last ones"
+        )
     found, seen = [RequestReading(WHOLE, prompt)], {turns}
     end = next((number for number in range(len(turns), 0, -1) if turns[number - 1].role != "assistant"), 0)
     asked = end < len(turns) and any(turn.role == "user" for turn in turns[:end])
     parts: list[tuple[str, tuple[Message, ...]]] = [(ASKED, turns[:end])] if asked else []
-    parts += [(f"turn {number}", (Message("user", turn.content),)) for number, turn in enumerate(turns, 1) if turn.content.strip()]
+    parts += [
+        (f"turn {number}", (Message("user", turn.content),))
+        for number, turn in enumerate(turns, 1)
+        if turn.content.strip()
+    ]
     for name, part in parts:
         if part not in seen:
             seen.add(part)
@@ -92,8 +105,9 @@ class Pooling:
     """How the activations of a neuron at the tokens of a text become one number.
 
     Attributes:
-        kind: `last`: at the last token. `mean`: over all tokens, special ones and those of the template included. `max`: the largest mean
-            over `window` consecutive tokens; of a text that is shorter, the mean over all its tokens.
+        kind: `last`: at the last token. `mean`: over all tokens, special ones and those of the template
+            included. `max`: the largest mean over `window` consecutive tokens; of a text that is shorter, the
+            mean over all its tokens.
         window: tokens of a window of `max`; 0 for the others.
     """
 
@@ -106,7 +120,9 @@ class Pooling:
         if self.kind == "max" and self.window < 1:
             raise UsageError(f"a window of {self.window} tokens; expected at least 1")
         if self.kind != "max" and self.window:
-            raise UsageError(f"a window of {self.window} tokens with pooling {self.kind!r}; only max has windows")
+            raise UsageError(
+                f"a window of {self.window} tokens with pooling {self.kind!r}; only max has windows"
+            )
 
     @classmethod
     def of(cls, pooling: "Pooling | str", window: int | None = None) -> "Pooling":
@@ -134,7 +150,9 @@ class Pool:
         self._largest: Tensor | None = None
         self._tail: tuple[Tensor, Tensor] | None = None
 
-    def add(self, values: Float[Tensor, "batch token neuron"], real: Bool[Tensor, "batch token"] | None) -> None:
+    def add(
+        self, values: Float[Tensor, "batch token neuron"], real: Bool[Tensor, "batch token"] | None
+    ) -> None:
         """The activations of the tokens that came next.
 
         Args:
@@ -146,7 +164,9 @@ class Pool:
             return
         if real is not None:
             values = torch.where(real[:, :, None], values, 0)
-        count = values.new_full((len(values),), values.shape[1]) if real is None else real.sum(1).to(values.dtype)
+        count = (
+            values.new_full((len(values),), values.shape[1]) if real is None else real.sum(1).to(values.dtype)
+        )
         total = values.sum(1)
         self._sum = total if self._sum is None else self._sum + total
         self._count = count if self._count is None else self._count + count
@@ -224,7 +244,8 @@ class Features:
 
 
 class Collector:
-    """Gathers the activations of a set of neurons while a model runs, in float32 (float64 where the model is).
+    """Gathers the activations of a set of neurons while a model runs, in float32 (float64 where the model
+    is).
 
     The activation of an expert's neuron is 0 at tokens that are not routed to the expert.
 
@@ -281,7 +302,10 @@ class Collector:
         """
         self._absorb()
         if not self._offset:
-            raise NeuronError("no activation of the guard's neurons came by; expected a forward pass of the model it was fit on")
+            raise NeuronError(
+                "no activation of the guard's neurons came by; expected a forward pass of the model it "
+                "was fit on"
+            )
         if self._last is not None:
             return dict.fromkeys(self.poolings, self._last)
         return {pooling: pool.result() for pooling, pool in self._pools.items()}
@@ -347,7 +371,9 @@ class Collector:
         if self._mask is not None:
             start = self._offset - width
             real = self._mask[:, start : start + width].to(device)
-            real = torch.nn.functional.pad(real, (0, width - real.shape[1]), value=True)  # behind the prompt nothing is padding
+            real = torch.nn.functional.pad(
+                real, (0, width - real.shape[1]), value=True
+            )  # behind the prompt nothing is padding
         for pool in self._pools.values():
             pool.add(wide, real)
 
@@ -356,7 +382,11 @@ def positions(index: Index, columns: Int[Tensor, " neuron"]) -> Int[Tensor, " ne
     """Where neurons of a site are among all features of its projection's side."""
     if index is None:
         return columns
-    return columns * (index.step or 1) + (index.start or 0) if isinstance(index, slice) else index.to(columns.device)[columns]
+    return (
+        columns * (index.step or 1) + (index.start or 0)
+        if isinstance(index, slice)
+        else index.to(columns.device)[columns]
+    )
 
 
 def read_features(
@@ -371,14 +401,17 @@ def read_features(
 ) -> Features:
     """The activations of a set of neurons on prompts, one row a prompt: what a guard looks at.
 
-    The model reads each prompt once, template and generation prompt included, without its head and only up to the last layer that has a
-    neuron of the set. The last token is the last one of the prompt, whatever the padding.
+    The model reads each prompt once, template and generation prompt included, without its head and only up to
+    the last layer that has a neuron of the set. The last token is the last one of the prompt, whatever the
+    padding.
 
     Args:
         model: its adapters are the active ones meanwhile.
         prompts: Prompts, or plain texts.
-        neurons: found on this architecture; experts' neurons too. An expert's neuron is 0 at tokens that are not routed to its expert.
-        pooling: `last`, `mean` or `max` (the largest mean over a window of consecutive tokens), or a `Pooling`.
+        neurons: found on this architecture; experts' neurons too. An expert's neuron is 0 at tokens that are
+            not routed to its expert.
+        pooling: `last`, `mean` or `max` (the largest mean over a window of consecutive tokens), or a
+            `Pooling`.
         window: tokens of a window of `max`, 8 where none is named.
         batch_size: prompts a batch, or `auto` for a token budget.
         progress: called with (batches done, in all, tokens).
@@ -387,11 +420,14 @@ def read_features(
         NeuronError: an empty set, or one of another architecture.
         InputError: no prompts, or one without tokens.
 
-    Source: Chen et al., arXiv 2406.14144, section 6 (activations of the top neurons at the last prompt token).
-    Differs: also q k v o gate up neurons and experts, and the mean and the windowed maximum over the prompt.
+    Source: Chen et al., arXiv 2406.14144, section 6 (activations of the top neurons at the last prompt
+    token). Differs: also q k v o gate up neurons and experts, and the mean and the windowed maximum over the
+    prompt.
     """
     chosen = Pooling.of(pooling, window)
-    return read_poolings(model, model.encode(prompts), neurons, [chosen], batch_size=batch_size, progress=progress)[chosen]
+    return read_poolings(
+        model, model.encode(prompts), neurons, [chosen], batch_size=batch_size, progress=progress
+    )[chosen]
 
 
 def read_poolings(
@@ -411,7 +447,11 @@ def read_poolings(
         raise NeuronError("the neuron set is empty; expected at least one neuron to read")
     if not encoded:
         raise InputError("no prompts; expected at least one to read features of")
-    placed, collector, notes = neurons.on(model.table, [model.name]), Collector(model.anatomy, neurons, poolings), list[str]()
+    placed, collector, notes = (
+        neurons.on(model.table, [model.name]),
+        Collector(model.anatomy, neurons, poolings),
+        list[str](),
+    )
     found = {pooling: np.empty((len(encoded), len(neurons)), np.float32) for pooling in poolings}
 
     def keep(batch: Batch) -> None:
@@ -422,8 +462,14 @@ def read_poolings(
     truncated = np.array([item.truncated for item in encoded])
     lengths = np.array([len(item.ids) for item in encoded])
     if truncated.any():
-        notes.append(f"{int(truncated.sum())} of {len(encoded)} prompts were longer than the context: their middle was left out")
-    return {pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes)) for pooling, values in found.items()}
+        notes.append(
+            f"{int(truncated.sum())} of {len(encoded)} prompts were longer than the context: their "
+            "middle was left out"
+        )
+    return {
+        pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes))
+        for pooling, values in found.items()
+    }
 
 
 def collect(
@@ -434,8 +480,13 @@ def collect(
     batch_size: BatchSize = "auto",
     **watching: Any,
 ) -> None:
-    """Run prompts through a model up to the last layer that is read; `keep` is called behind every batch. `watching`: see `run_batches`."""
-    options = PassOptions(before=lambda batch: collector.start(batch.attention_mask), last_layer=last_layer(collector.neurons))
+    """Run prompts through a model up to the last layer that is read; `keep` is called behind every batch.
+
+    `watching`: see `run_batches`.
+    """
+    options = PassOptions(
+        before=lambda batch: collector.start(batch.attention_mask), last_layer=last_layer(collector.neurons)
+    )
     with model_lock(model), collector:
         run_batches(model, [item.ids for item in encoded], keep, batch_size, options=options, **watching)
 
@@ -450,6 +501,8 @@ _LOCKS_LOCK = threading.Lock()
 
 
 def model_lock(model: LanguageModel) -> contextlib.AbstractContextManager[Any]:
-    """The lock of a model in memory, held while a guard reads it: a pass of another thread would be read as this one's."""
+    """The lock of a model in memory, held while a guard reads it: a pass of another thread would be read as
+    this one's.
+    """
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model.inner, threading.RLock())

@@ -1,4 +1,6 @@
-"""Fit a guard on labelled prompts: pooling, penalty, calibration and thresholds for stated false-positive rates."""
+"""Fit a guard on labelled prompts: pooling, penalty, calibration and thresholds for stated false-positive
+rates.
+"""
 
 import dataclasses
 import math
@@ -69,7 +71,8 @@ class FitSettings(CalibrationSettings):
     """How a guard is fit."""
 
     pooling: Pooling | str = "auto"
-    """`last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the largest mean over windows of
+    """`last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the
+    largest mean over windows of
     4 and of 16 tokens."""
     window: int | None = None
     """Tokens of a window of `max`."""
@@ -83,7 +86,10 @@ class FitSettings(CalibrationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pooling == "auto" and self.window is not None:
-            raise UsageError(f"a window of {self.window} tokens with pooling 'auto', which tries its own; name pooling 'max'")
+            raise UsageError(
+                f"a window of {self.window} tokens with pooling 'auto', which tries its own; name "
+                "pooling 'max'"
+            )
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -93,14 +99,18 @@ class FitSettings(CalibrationSettings):
 
 @dataclass(frozen=True)
 class Split:
-    """Which examples the weights are fit on, which choose among fits, and which calibrate and set thresholds, by index."""
+    """Which examples the weights are fit on, which choose among fits, and which calibrate and set thresholds,
+    by index.
+    """
 
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
     calibration: Int[np.ndarray, " calibration"]
 
 
-def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES, groups: GroupLabels = None) -> Split:
+def stratified_split(
+    labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES, groups: GroupLabels = None
+) -> Split:
     """A split that gives each part its share of either class; what shares a group stays together.
 
     Args:
@@ -116,12 +126,17 @@ def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] =
     Source: none of the papers, which fit and choose on the same prompts.
     """
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
-        raise UsageError(f"shares {tuple(shares)}; expected three positive numbers that sum to 1: train, validation, calibration")
+        raise UsageError(
+            f"shares {tuple(shares)}; expected three positive numbers that sum to 1: train, validation, "
+            "calibration"
+        )
     check_classes(labels)
     generator = np.random.default_rng(seed)
     clusters = clusters_of(groups, len(labels))
     numbers, first = np.unique(clusters, return_index=True)
-    kind = np.where(np.isin(numbers, clusters[labels]), np.where(np.isin(numbers, clusters[~labels]), 2, 0), 1)
+    kind = np.where(
+        np.isin(numbers, clusters[labels]), np.where(np.isin(numbers, clusters[~labels]), 2, 0), 1
+    )
     part_of = np.zeros(len(numbers), np.int64)
     for each in np.unique(kind):
         drawn = generator.permutation(np.flatnonzero(kind == each)[np.argsort(first[kind == each])])
@@ -131,12 +146,14 @@ def stratified_split(labels: Labels, *, seed: int = 0, shares: Sequence[float] =
     own = part_of[np.searchsorted(numbers, clusters)]
     parts = [np.flatnonzero(own == place) for place in range(3)]
     lacking = [
-        name for name, part in zip(("train", "validation", "calibration"), parts, strict=True) if len(set(labels[part].tolist())) < 2
+        name
+        for name, part in zip(("train", "validation", "calibration"), parts, strict=True)
+        if len(set(labels[part].tolist())) < 2
     ]
     if lacking and len(numbers) < len(labels):
         raise InputError(
-            f"{len(numbers)} groups among {len(labels)} examples leave the {lacking[0]} part without one class; expected more groups of "
-            "either kind, or none"
+            f"{len(numbers)} groups among {len(labels)} examples leave the {lacking[0]} part without one "
+            "class; expected more groups of either kind, or none"
         )
     return Split(*parts)
 
@@ -146,7 +163,10 @@ def check_classes(labels: Labels) -> None:
     n_unsafe = int(labels.sum())
     for count, word in ((n_unsafe, "unsafe"), (len(labels) - n_unsafe, "safe")):
         if count < LEAST:
-            raise InputError(f"{count} {word} examples among {len(labels)}; expected at least {LEAST} of either kind to fit a guard")
+            raise InputError(
+                f"{count} {word} examples among {len(labels)}; expected at least {LEAST} of either "
+                "kind to fit a guard"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +176,8 @@ class CalibratedClassifier:
     Attributes:
         classifier: calibrated.
         operating_points: for the false-positive rates asked for.
-        threshold: the one in force: that of the wanted false-positive rate, provisional where too few safe examples support it.
+        threshold: the one in force: that of the wanted false-positive rate, provisional where too few safe
+            examples support it.
         fpr: the false-positive rate that was wanted.
         auroc: on the examples, which chose nothing.
         calibration_error: expected calibration error there; in sample for the calibration's own few numbers.
@@ -202,37 +223,51 @@ def fit_on_features(
 ) -> Fitted:
     """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
 
-    Weights are fit on the train split for every penalty, the validation split chooses among them (AUROC, then log loss), the chosen
-    penalty is fit again on both, and the calibration split calibrates and sets thresholds. Classes are weighted to count alike.
+    Weights are fit on the train split for every penalty, the validation split chooses among them (AUROC, then
+    log loss), the chosen penalty is fit again on both, and the calibration split calibrates and sets
+    thresholds. Classes are weighted to count alike.
 
     Args:
         values: one row an example; finite.
         labels: which examples are unsafe.
-        split: who is in which part, so that other features are compared on the same; drawn from the seed where None.
-        readings: of calibration examples that are read in several ways the features of the further ones, by example; the largest score
-            counts, as it does in a verdict.
+        split: who is in which part, so that other features are compared on the same; drawn from the seed
+            where None.
+        readings: of calibration examples that are read in several ways the features of the further ones, by
+            example; the largest score counts, as it does in a verdict.
         groups: what examples share.
         **settings: those of `FitSettings`.
 
     Raises:
         InputError: NaN or infinity, fewer than ten examples of a class. UsageError: arguments out of range.
 
-    Source: Chen et al., arXiv 2406.14144, section 6 (logistic regression on safety neurons).
-    Differs: standardised, with a chosen penalty, calibrated, and with thresholds from safe examples that nothing was fit on.
+    Source: Chen et al., arXiv 2406.14144, section 6 (logistic regression on safety neurons). Differs:
+    standardised, with a chosen penalty, calibrated, and with thresholds from safe examples that nothing was
+    fit on.
     """
     how = FitSettings(**settings)
     if values.ndim != 2 or len(values) != len(labels) or not values.shape[1]:
-        raise InputError(f"features of shape {values.shape} and {len(labels)} labels; expected one row of at least one feature per label")
+        raise InputError(
+            f"features of shape {values.shape} and {len(labels)} labels; expected one row of at least "
+            "one feature per label"
+        )
     if not np.isfinite(values).all():
-        raise InputError(f"{int((~np.isfinite(values).all(1)).sum())} examples hold NaN or infinity; leave them out before fitting")
+        raise InputError(
+            f"{int((~np.isfinite(values).all(1)).sum())} examples hold NaN or infinity; leave them out "
+            "before fitting"
+        )
     parts = split or stratified_split(labels, seed=how.seed, shares=how.shares, groups=groups)
     shared = None if groups is None else np.array(groups, object)
     choice = best_penalty(values, labels, parts, how.penalties, shared)
     both = np.sort(np.concatenate([parts.train, parts.validation]))
     notes = list(choice.notes)
     uncalibrated = regression(values[both], labels[both], choice.penalty, notes)
-    held, unsafe = torch.from_numpy(np.ascontiguousarray(values[parts.calibration])), labels[parts.calibration]
-    scores = largest_scores(uncalibrated, held, [(readings or {}).get(int(example)) for example in parts.calibration])
+    held, unsafe = (
+        torch.from_numpy(np.ascontiguousarray(values[parts.calibration])),
+        labels[parts.calibration],
+    )
+    scores = largest_scores(
+        uncalibrated, held, [(readings or {}).get(int(example)) for example in parts.calibration]
+    )
     held_groups = None if shared is None else shared[parts.calibration].tolist()
     calibrated = calibrate(uncalibrated, scores, unsafe, how, how.targets, held_groups)
     return Fitted(
@@ -251,21 +286,37 @@ def calibrate(
     targets: Iterable[float],
     groups: GroupLabels = None,
 ) -> CalibratedClassifier:
-    """A classifier calibrated on scores of examples that it was not fit on, and its thresholds, which are set on the same."""
+    """A classifier calibrated on scores of examples that it was not fit on, and its thresholds, which are set
+    on the same.
+    """
     calibration, losses = fit_calibration(scores, unsafe, how.calibration, how.seed)
     calibrated = dataclasses.replace(classifier, calibration=calibration)
     probabilities = calibrated.chances(torch.from_numpy(scores)).numpy()
     points, threshold, notes = thresholds(probabilities, unsafe, how.fpr, targets, groups)
     error = expected_calibration_error(probabilities, unsafe)
     return CalibratedClassifier(
-        calibrated, points, threshold, how.fpr, auroc(scores, unsafe, groups), error, losses, probabilities, tuple(notes)
+        calibrated,
+        points,
+        threshold,
+        how.fpr,
+        auroc(scores, unsafe, groups),
+        error,
+        losses,
+        probabilities,
+        tuple(notes),
     )
 
 
 def thresholds(
-    probabilities: Float64[np.ndarray, " prompt"], unsafe: Labels, fpr: float, targets: Iterable[float], groups: GroupLabels = None
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Labels,
+    fpr: float,
+    targets: Iterable[float],
+    groups: GroupLabels = None,
 ) -> tuple[tuple[OperatingPoint, ...], float, list[str]]:
-    """Operating points, the threshold of the wanted false-positive rate, and what weakens it: too few safe examples make it provisional."""
+    """Operating points, the threshold of the wanted false-positive rate, and what weakens it: too few safe
+    examples make it provisional.
+    """
     points = operating_points(probabilities, unsafe, sorted({*targets, fpr}, reverse=True), groups)
     active = next(point for point in points if point.fpr_target == fpr)
     if active.threshold is not None:
@@ -274,8 +325,12 @@ def thresholds(
     return points, threshold_for(probabilities, unsafe, fpr), [note]
 
 
-def largest_scores(classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]) -> Float64[np.ndarray, " prompt"]:
-    """Scores of prompts, each the largest over its readings: that of the prompt as a whole and those of further ones, where it has some."""
+def largest_scores(
+    classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]
+) -> Float64[np.ndarray, " prompt"]:
+    """Scores of prompts, each the largest over its readings: that of the prompt as a whole and those of
+    further ones, where it has some.
+    """
     scores = classifier.scores(values).numpy()
     for place, more in enumerate(readings):
         if more is not None and len(more):
@@ -312,7 +367,11 @@ class PenaltyChoice:
 
 
 def best_penalty(
-    values: Values, labels: Labels, split: Split, penalties: Sequence[float] = PENALTIES, shared: np.ndarray | None = None
+    values: Values,
+    labels: Labels,
+    split: Split,
+    penalties: Sequence[float] = PENALTIES,
+    shared: np.ndarray | None = None,
 ) -> PenaltyChoice:
     """The penalty with the largest AUROC on the validation split, the smallest log loss among equals."""
     unsafe, held = labels[split.validation], torch.from_numpy(np.ascontiguousarray(values[split.validation]))
@@ -321,11 +380,16 @@ def best_penalty(
     for penalty in penalties:
         scores = regression(values[split.train], labels[split.train], penalty, notes).scores(held).numpy()
         choices.append(PenaltyChoice(penalty, auroc(scores, unsafe, groups), log_loss(scores, unsafe)))
-    return dataclasses.replace(min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes)))
+    return dataclasses.replace(
+        min(choices, key=lambda choice: choice.rank), notes=tuple(dict.fromkeys(notes))
+    )
 
 
 def regression(values: Values, labels: Labels, penalty: float, notes: list[str] | None = None) -> Classifier:
-    """Logistic regression with an L2 penalty on standardised features, classes weighted to count alike; not calibrated."""
+    """Logistic regression with an L2 penalty on standardised features, classes weighted to count alike.
+
+    Not calibrated.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -343,7 +407,10 @@ def regression(values: Values, labels: Labels, penalty: float, notes: list[str] 
     weights = np.where(constant, 0.0, model.coef_[0]).astype(np.float32)
     bias = float(model.intercept_[0])
     if not math.isfinite(bias) or not np.isfinite(weights).all():
-        raise InputError(f"logistic regression on {values.shape} features gave NaN; expected activations of an ordinary size")
+        raise InputError(
+            f"logistic regression on {values.shape} features gave NaN; expected activations of an "
+            "ordinary size"
+        )
     return Classifier(torch.from_numpy(mean), torch.from_numpy(scale), torch.from_numpy(weights), bias)
 
 
@@ -360,31 +427,35 @@ def fit_guard(
 ) -> Guard:
     """A guard on some neurons of a model, bound to it, and measured on requests from another source.
 
-    Prompts are split by class into train, validation and calibration: the first fits the weights, the second chooses pooling and penalty,
-    the third calibrates and sets the thresholds. Prompts in both lists, repeated ones, truncated ones and those that give NaN are left out
-    and counted. Conversations of the third part are read in all the ways a verdict reads them, and the largest score counts.
+    Prompts are split by class into train, validation and calibration: the first fits the weights, the second
+    chooses pooling and penalty, the third calibrates and sets the thresholds. Prompts in both lists, repeated
+    ones, truncated ones and those that give NaN are left out and counted. Conversations of the third part are
+    read in all the ways a verdict reads them, and the largest score counts.
 
     Args:
         model: that will be guarded.
         neurons: whose activations to read, found on this architecture.
         unsafe: prompts that the guard is to flag (what the model would answer unsafely, or harmful requests).
         safe: prompts that it is to let pass.
-        other: unsafe and safe requests from another source to measure on; by default the built-in look-alikes (an organism's own), None
-            for none.
+        other: unsafe and safe requests from another source to measure on; by default the built-in look-alikes
+            (an organism's own), None for none.
         batch_size: prompts a batch, or `auto`.
         progress: called with (batches done, in all, tokens).
-        **settings: those of `FitSettings`: `pooling`, `window`, `calibration`, `fpr`, `targets`, `shares`, `penalties`, `seed`.
+        **settings: those of `FitSettings`: `pooling`, `window`, `calibration`, `fpr`, `targets`, `shares`,
+            `penalties`, `seed`.
 
     Raises:
-        InputError: fewer than ten usable prompts of either kind, or features that are the same for all. UsageError: arguments out of range.
-            NeuronError: an empty set, or one of another architecture.
+        InputError: fewer than ten usable prompts of either kind, or features that are the same for all.
+            UsageError: arguments out of range. NeuronError: an empty set, or one of another architecture.
 
-    Source: Chen et al., arXiv 2406.14144, section 6.
-    Differs: standardised features, pooling and penalty chosen by validation, calibration, operating points, bindings.
+    Source: Chen et al., arXiv 2406.14144, section 6. Differs: standardised features, pooling and penalty
+    chosen by validation, calibration, operating points, bindings.
     """
     how = FitSettings(**settings)
     data = labelled(as_prompts(unsafe), as_prompts(safe))
-    read = read_poolings(model, model.encode(data.prompts), neurons, how.poolings, batch_size=batch_size, progress=progress)
+    read = read_poolings(
+        model, model.encode(data.prompts), neurons, how.poolings, batch_size=batch_size, progress=progress
+    )
     usable, notes = _usable(read)
     labels = data.labels[usable]
     shared = [data.prompts[int(index)].group for index in usable]
@@ -396,7 +467,9 @@ def fit_guard(
     }
     chosen = min(choices, key=lambda pooling: (choices[pooling].rank, how.poolings.index(pooling)))
     values, held = read[chosen].values[usable], split.calibration
-    further = further_readings(model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size)
+    further = further_readings(
+        model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size
+    )
     readings = {int(held[place]): rows for place, rows in further.items()}
     settings |= {"penalties": [choices[chosen].penalty]}
     fitted = fit_on_features(values, labels, split=split, readings=readings, groups=shared, **settings)
@@ -414,7 +487,9 @@ def fit_guard(
         bindings=bindings_of(model, neurons),
         reference=histograms(fitted.classifier, values[held], fitted.probabilities, labels[held]),
         report=plain({**_report(fitted, data, usable), "poolings": tried, "seed": how.seed}),
-        notes=tuple(dict.fromkeys([*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes])),
+        notes=tuple(
+            dict.fromkeys([*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes])
+        ),
         model=model,
     )
     guard = with_conversations(guard, values[held], labels[held], fitted.probabilities, further)
@@ -429,19 +504,34 @@ def check_varying(model: LanguageModel, read: Mapping[Pooling, Values]) -> None:
     """
     if not any(varying(values) for values in read.values()):
         raise InputError(
-            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so nothing can be learned; "
-            "expected features that differ between prompts: see what the template renders (--template), or take other neurons or pooling"
+            f"these neurons of {model.name} do the same at every prompt ({', '.join(map(str, read))}), so "
+            "nothing can be learned; expected features that differ between prompts: see what the template "
+            "renders (--template), or take other neurons or pooling"
         )
 
 
 def further_readings(
-    model: LanguageModel, prompts: Sequence[Prompt], neurons: NeuronSet, pooling: Pooling, batch_size: BatchSize = "auto"
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    neurons: NeuronSet,
+    pooling: Pooling,
+    batch_size: BatchSize = "auto",
 ) -> dict[int, Readings]:
-    """Features of the readings of conversations that are not the whole one, by place among the prompts; those with NaN are left out."""
-    asked = [(place, way.prompt) for place, prompt in enumerate(prompts) if prompt.messages for way in readings(prompt)[1:]]
+    """Features of the readings of conversations that are not the whole one, by place among the prompts.
+
+    Those with NaN are left out.
+    """
+    asked = [
+        (place, way.prompt)
+        for place, prompt in enumerate(prompts)
+        if prompt.messages
+        for way in readings(prompt)[1:]
+    ]
     if not asked:
         return {}
-    found = read_poolings(model, model.encode([prompt for _, prompt in asked]), neurons, [pooling], batch_size=batch_size)[pooling]
+    found = read_poolings(
+        model, model.encode([prompt for _, prompt in asked]), neurons, [pooling], batch_size=batch_size
+    )[pooling]
     rows: dict[int, list[int]] = {}
     for row, (place, _) in enumerate(asked):
         if found.finite[row]:
@@ -450,13 +540,22 @@ def further_readings(
 
 
 def with_conversations(
-    guard: Guard, values: Values, unsafe: Bool[np.ndarray, " prompt"], chances: np.ndarray, further: Mapping[int, Readings]
+    guard: Guard,
+    values: Values,
+    unsafe: Bool[np.ndarray, " prompt"],
+    chances: np.ndarray,
+    further: Mapping[int, Readings],
 ) -> Guard:
-    """The guard with what its threshold flags of the calibration conversations: read whole, and by the largest of their readings."""
+    """The guard with what its threshold flags of the calibration conversations: read whole, and by the
+    largest of their readings.
+    """
     places = sorted(further)
     if not places:
         return guard
-    labels, whole = unsafe[places], guard.probabilities(torch.from_numpy(values[places])).numpy() >= guard.threshold
+    labels, whole = (
+        unsafe[places],
+        guard.probabilities(torch.from_numpy(values[places])).numpy() >= guard.threshold,
+    )
     flagged = chances[places] >= guard.threshold
     told = {
         "fpr": rate(flagged[~labels]),
@@ -468,32 +567,47 @@ def with_conversations(
 
 
 def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: BatchSize = "auto") -> Guard:
-    """The guard with what it flags of requests from another source than those it was fit on, at the threshold in force.
+    """The guard with what it flags of requests from another source than those it was fit on, at the threshold
+    in force.
 
-    Source: none; probes are known to learn the wording of their two lists, and XSTest (Röttger et al., NAACL 2024) shows what that costs.
+    Source: none; probes are known to learn the wording of their two lists, and XSTest (Röttger et al., NAACL
+    2024) shows what that costs.
     """
     lists = [guard.bound.prompts(source) for source in (unsafe, safe)]
     verdicts = [guard.score_batch(list(found), top=0, batch_size=batch_size) for found in lists]
-    caught, wrong = (rate([one.flagged for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True))
+    caught, wrong = (
+        rate([one.flagged for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True)
+    )
     seen = sum(found.overlap(guard.report.get("prompt_digests") or []) for found in lists)
-    told = {"unsafe": lists[0].name, "safe": lists[1].name, "threshold": guard.threshold, "fpr": wrong, "tpr": caught}
-    notes = [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []
+    told = {
+        "unsafe": lists[0].name,
+        "safe": lists[1].name,
+        "threshold": guard.threshold,
+        "fpr": wrong,
+        "tpr": caught,
+    }
+    notes = (
+        [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []
+    )
     target = float(guard.report.get("fpr", 1.0))
     if wrong.low is not None and wrong.low > target:
         notes.append(
-            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} [{wrong.low:.3f}, {wrong.high:.3f}], more "
-            f"than the {target:g} it is set for: expect no less of yours, and set the threshold on them (guard recalibrate)"
+            f"of safe requests from another source ({lists[1].name}) it flags {wrong.value:.3f} "
+            f"[{wrong.low:.3f}, {wrong.high:.3f}], more than the {target:g} it is set for: expect no less "
+            "of yours, and set the threshold on them (guard recalibrate)"
         )
     return guard.noted(notes, report={**guard.report, "other": plain(told)})
 
 
 def warned(guard: Guard) -> Guard:
-    """The guard with what has to be said of its threshold: that it may stop nothing, that nobody measured it on traffic of the user's."""
+    """The guard with what has to be said of its threshold: that it may stop nothing, that nobody measured it
+    on traffic of the user's.
+    """
     notes = [guard.why_idle] if guard.why_idle else []
     if not guard.confirmed:
         notes.append(
-            "its false-positive rate is provisional until it was measured on your own traffic: guard recalibrate sets the threshold on "
-            "safe requests of yours, guard evaluate measures it"
+            "its false-positive rate is provisional until it was measured on your own traffic: guard "
+            "recalibrate sets the threshold on safe requests of yours, guard evaluate measures it"
         )
     return guard.noted(notes)
 
@@ -527,13 +641,17 @@ def labelled(unsafe: Prompts, safe: Prompts) -> Labelled:
     labels: list[bool] = []
     notes = [*unsafe.notes, *safe.notes]
     for prompts, label, word in ((unsafe, True, "unsafe"), (safe, False, "safe")):
-        fresh = {_identity(prompt): prompt for prompt in reversed(list(prompts)) if _identity(prompt) not in both}
+        fresh = {
+            _identity(prompt): prompt for prompt in reversed(list(prompts)) if _identity(prompt) not in both
+        }
         ours = [prompt for prompt in prompts if fresh.get(_identity(prompt)) is prompt]
         repeated = len(prompts) - len(ours) - sum(_identity(prompt) in both for prompt in prompts)
         if repeated:
             notes.append(f"{repeated} {word} prompts are repeats of others: each was used once")
         if not ours:
-            raise InputError(f"all {len(prompts)} {word} prompts are in the other list too; expected two different lists")
+            raise InputError(
+                f"all {len(prompts)} {word} prompts are in the other list too; expected two different lists"
+            )
         kept += ours
         labels += [label] * len(ours)
     if both:
@@ -562,7 +680,11 @@ def _usable(read: dict[Pooling, Features]) -> tuple[np.ndarray, list[str]]:
 def _overlap(neurons: NeuronSet, data: Labelled) -> list[str]:
     digests = neurons.provenance.config.get("prompt_digests") or []
     shared = data.prompts.overlap(digests)
-    return [f"{shared} of the {len(data.prompts)} prompts are among those the neurons were found on"] if shared else []
+    return (
+        [f"{shared} of the {len(data.prompts)} prompts are among those the neurons were found on"]
+        if shared
+        else []
+    )
 
 
 def _report(fitted: Fitted, data: Labelled, usable: Int[np.ndarray, " usable"]) -> dict[str, Any]:
@@ -574,7 +696,9 @@ def _report(fitted: Fitted, data: Labelled, usable: Int[np.ndarray, " usable"]) 
         "log_losses": dict(fitted.log_losses),
         "penalty": fitted.penalty,
         "fpr": fitted.fpr,
-        "split": {name: counted(labels[getattr(split, name)]) for name in ("train", "validation", "calibration")},
+        "split": {
+            name: counted(labels[getattr(split, name)]) for name in ("train", "validation", "calibration")
+        },
         "prompts": {**counted(labels), "left_out": len(data.labels) - len(usable)},
         "prompts_sha256": data.prompts.sha256,
         "prompt_digests": data.prompts.digests,
@@ -589,13 +713,20 @@ def counted(labels: Labels) -> dict[str, int]:
 def histograms(
     classifier: Classifier, values: np.ndarray, probabilities: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]
 ) -> dict[str, Any]:
-    """What is kept of the calibration examples: histograms that later traffic is compared with, and their probabilities.
+    """What is kept of the calibration examples: histograms that later traffic is compared with, and their
+    probabilities.
 
-    Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins of equally many examples,
-    open at both ends. The probabilities, sorted, say what any threshold catches.
+    Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins
+    of equally many examples, open at both ends. The probabilities, sorted, say what any threshold catches.
     """
     edges = np.linspace(0, 1, BINS + 1)
-    distances = classifier.standardised(torch.from_numpy(np.ascontiguousarray(values))).square().mean(1).sqrt().numpy()
+    distances = (
+        classifier.standardised(torch.from_numpy(np.ascontiguousarray(values)))
+        .square()
+        .mean(1)
+        .sqrt()
+        .numpy()
+    )
     inner = np.unique(np.quantile(distances, np.linspace(0, 1, BINS + 1)[1:-1]))
     return {
         "p_unsafe": {
@@ -605,7 +736,12 @@ def histograms(
         },
         "distance": {
             "edges": inner.tolist(),
-            "counts": np.bincount(np.searchsorted(inner, distances, side="right"), minlength=len(inner) + 1).tolist(),
+            "counts": np.bincount(
+                np.searchsorted(inner, distances, side="right"), minlength=len(inner) + 1
+            ).tolist(),
         },
-        "probabilities": {"safe": np.sort(probabilities[~unsafe]).tolist(), "unsafe": np.sort(probabilities[unsafe]).tolist()},
+        "probabilities": {
+            "safe": np.sort(probabilities[~unsafe]).tolist(),
+            "unsafe": np.sort(probabilities[unsafe]).tolist(),
+        },
     }

@@ -1,4 +1,6 @@
-"""Generate behind a guard: verdicts during the prefill and while answers grow, rows stopped one by one, answers whole or streamed."""
+"""Generate behind a guard: verdicts during the prefill and while answers grow, rows stopped one by one,
+answers whole or streamed.
+"""
 
 import contextlib
 import dataclasses
@@ -29,7 +31,9 @@ from safety_neurons.results import Completion, Completions
 
 REFUSAL = "I can't help with that."
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
-"""What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and verdict returns."""
+"""What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and
+verdict returns.
+"""
 Log = Callable[[Mapping[str, Any]], None]
 """Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
 
@@ -43,7 +47,9 @@ class Rules:
     refusal: str = REFUSAL
     """The text of `refuse`."""
     recheck_every: int = 0
-    """Re-check answers under way each time they are so many tokens longer; 0 for never. The threshold is the one that `calibrate_recheck`
+    """Re-check answers under way each time they are so many tokens longer; 0 for never.
+
+    The threshold is the one that `calibrate_recheck`
     measured at such positions, for this distance."""
     recheck_threshold: float | None = None
     """A threshold for re-checks of one's own."""
@@ -58,7 +64,10 @@ class Rules:
 
     def __post_init__(self) -> None:
         if not callable(self.action) and self.action not in ("refuse", "error"):
-            raise UsageError(f"action {self.action!r} is unknown; expected refuse, error or a function of prompt and verdict")
+            raise UsageError(
+                f"action {self.action!r} is unknown; expected refuse, error or a function of prompt and "
+                "verdict"
+            )
         if self.recheck_every < 0:
             raise UsageError(f"re-checks every {self.recheck_every} tokens; expected 0 for none, or more")
         check_probability(1.0 if self.recheck_threshold is None else self.recheck_threshold, "threshold")
@@ -75,8 +84,9 @@ class Rules:
         if measured is None or measured.every != every:
             has = "none" if measured is None else f"one for every {measured.every} tokens"
             raise UsageError(
-                f"re-checks every {every} tokens: the guard's threshold was measured on prompts, and for generated tokens it has {has}; "
-                "fit it with --recheck-every (calibrate_recheck), or give a recheck_threshold"
+                f"re-checks every {every} tokens: the guard's threshold was measured on prompts, and for "
+                f"generated tokens it has {has}; fit it with --recheck-every (calibrate_recheck), or give "
+                "a recheck_threshold"
             )
         return measured.threshold
 
@@ -85,8 +95,8 @@ class Rules:
 class Watch:
     """Reads the guard's neurons in one batch and says which rows to stop.
 
-    The verdicts are there before anyone sees a token. A flagged row ends with its first token, which is thrown away: the other rows of the
-    batch go on, and nothing they see has changed.
+    The verdicts are there before anyone sees a token. A flagged row ends with its first token, which is
+    thrown away: the other rows of the batch go on, and nothing they see has changed.
 
     Attributes:
         guard: bound.
@@ -94,10 +104,12 @@ class Watch:
         truncated: per row whether its prompt was.
         lengths: tokens of each prompt.
         threshold: of re-checks.
-        beside: per row the verdicts on the other readings of its request, which count as much as the one of the prefill.
+        beside: per row the verdicts on the other readings of its request, which count as much as the one of
+            the prefill.
         verdicts: per row, once the prompt is read.
         rechecks: per row the verdicts behind it, with the number of generated tokens each has read.
-        channel: takes the tokens of the only row as they are chosen, and may end it; None where nobody reads along.
+        channel: takes the tokens of the only row as they are chosen, and may end it; None where nobody reads
+            along.
     """
 
     guard: Guard
@@ -126,9 +138,13 @@ class Watch:
             self._close()
 
     def advance(self) -> None:
-        """Judge what the pass under way has read, before a token is chosen: the prompt first, then every few tokens what was written."""
+        """Judge what the pass under way has read, before a token is chosen: the prompt first, then every few
+        tokens what was written.
+        """
         if self.steps == 0:
-            self.verdicts = [largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)]
+            self.verdicts = [
+                largest([own, *others]) for own, others in zip(self._judge(None), self.beside, strict=True)
+            ]
             self._stop(self.verdicts)
         elif self._due(self.steps):
             verdicts = self._judge(self.threshold)
@@ -149,7 +165,9 @@ class Watch:
         generation_config: Any,
         **prepared: Any,
     ) -> Int[Tensor, "row whole"]:
-        """Decode by greedy search or sampling, as the `custom_generate` of transformers' `generate`, with the arguments it prepares."""
+        """Decode by greedy search or sampling, as the `custom_generate` of transformers' `generate`, with the
+        arguments it prepares.
+        """
         prepared.pop("position_ids", None)  # of the prompt alone; Feed has those of every pass
         mask, cache = (prepared.pop(name, None) for name in ("attention_mask", "past_key_values"))
         feed = Feed(model, mask, cache, chunk=generation_config.prefill_chunk_size, **prepared)
@@ -159,8 +177,14 @@ class Watch:
         def take(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "kept 1"] | None:
             nonlocal ids, going
             scores = logits_processor(ids, logits)
-            tokens = torch.multinomial(scores.softmax(-1), 1) if generation_config.do_sample else scores.argmax(-1, keepdim=True)
-            if ending:  # as without a guard: where nothing but a stop text ends rows, they go on until all have ended
+            tokens = (
+                torch.multinomial(scores.softmax(-1), 1)
+                if generation_config.do_sample
+                else scores.argmax(-1, keepdim=True)
+            )
+            if (
+                ending
+            ):  # as without a guard: where nothing but a stop text ends rows, they go on until all have ended
                 tokens = torch.where(going[:, None], tokens, generation_config.pad_token_id)
             ids = torch.cat([ids, tokens], -1)
             going = going & ~stopping_criteria(ids, None) & ~self.stopped.to(ids.device)
@@ -174,20 +198,27 @@ class Watch:
         return ids
 
     def stopped_at(self, row: int, n_tokens: int) -> tuple[int, Verdict] | None:
-        """Where a row that gave so many tokens was stopped: the number of tokens before that, and the verdict; None where it was not.
+        """Where a row that gave so many tokens was stopped: the number of tokens before that, and the
+        verdict; None where it was not.
 
-        A re-check behind the end of a row's answer, which only a longer row of its batch made happen, does not count.
+        A re-check behind the end of a row's answer, which only a longer row of its batch made happen, does
+        not count.
         """
         if self.rules.shadow:
             return None
         checks = [(0, self.verdicts[row]), *self.rechecks[row]]
-        return next(((count, verdict) for count, verdict in checks if verdict.flagged and count <= n_tokens), None)
+        return next(
+            ((count, verdict) for count, verdict in checks if verdict.flagged and count <= n_tokens), None
+        )
 
     def _due(self, step: int) -> bool:
         return self.rules.recheck_every > 0 and step % self.rules.recheck_every == 0
 
     def _stop(self, verdicts: Sequence[Verdict]) -> None:
-        """Note the rows that end here, and take the hooks off until the next check; a pooling over all tokens keeps them on for that."""
+        """Note the rows that end here, and take the hooks off until the next check.
+
+        A pooling over all tokens keeps them on for that.
+        """
         if not self.rules.shadow:
             self.stopped |= torch.tensor([verdict.flagged for verdict in verdicts])
         if not self.rules.recheck_every or self.guard.pooling.kind == "last":
@@ -200,7 +231,13 @@ class Watch:
         try:
             features = self.collector.result()[self.guard.pooling]
             return self.guard.verdicts(
-                features, self.truncated, **options, top=self.rules.top, only_flagged=True, lengths=lengths, started=started
+                features,
+                self.truncated,
+                **options,
+                top=self.rules.top,
+                only_flagged=True,
+                lengths=lengths,
+                started=started,
             )
         except FAILURES as error:
             return [self.guard.failed(error, **options, n_tokens=length) for length in lengths]
@@ -221,7 +258,8 @@ class Watch:
 
 
 class Feed:
-    """Feeds a model the newest tokens of a batch, keeps what it remembers of the earlier ones, and gives the logits behind the last one.
+    """Feeds a model the newest tokens of a batch, keeps what it remembers of the earlier ones, and gives the
+    logits behind the last one.
 
     Args:
         model: of transformers, or of PEFT around one.
@@ -247,7 +285,11 @@ class Feed:
         # Without padding the model numbers the tokens itself, and needs no mask to look at in every layer.
         self._mask = None if mask is None or bool(mask.all()) else mask
         self._numbered = "position_ids" in accepted
-        self._further = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}), **further}
+        self._further = {
+            "use_cache": True,
+            **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}),
+            **further,
+        }
         self._fed: Tensor | None = None
         self._width = 0
 
@@ -287,13 +329,15 @@ def steps(
     watch: Watch,
     take: Callable[[Float[Tensor, "row vocab"]], Int[Tensor, "kept 1"] | None],
 ) -> Iterator[None]:
-    """Decode behind a guard, one token of every row a step: feed what is new, let the guard judge what was read, then choose and hand on.
+    """Decode behind a guard, one token of every row a step: feed what is new, let the guard judge what was
+    read, then choose and hand on.
 
     Args:
         feed: of the batch.
         tokens: prompts, padded on the left.
         watch: on the batch; its verdicts are there before `take` is called.
-        take: chooses from the logits, hands on what may be seen, and gives the tokens to go on with; None at the end of the last row.
+        take: chooses from the logits, hands on what may be seen, and gives the tokens to go on with; None at
+            the end of the last row.
     """
     while tokens is not None:
         logits = feed(tokens)
@@ -308,7 +352,9 @@ _END = object()
 
 
 class GuardedStream:
-    """Pieces of one answer, in order. Iterate; or use it as a context manager, which ends the generation on the way out.
+    """Pieces of one answer, in order. Iterate.
+
+    Or use it as a context manager, which ends the generation on the way out.
 
     Args:
         answer: generates with the channel as streamer, until its event cancels.
@@ -318,10 +364,16 @@ class GuardedStream:
     """
 
     def __init__(
-        self, answer: Callable[["_Channel"], "GuardedAnswer"], model: LanguageModel, every: int = 0, ends: Sequence[int] = ()
+        self,
+        answer: Callable[["_Channel"], "GuardedAnswer"],
+        model: LanguageModel,
+        every: int = 0,
+        ends: Sequence[int] = (),
     ) -> None:
         self._channel = _Channel(model, every, ends)
-        self._thread = threading.Thread(target=_run, args=(answer, self._channel), name="guarded-stream", daemon=True)
+        self._thread = threading.Thread(
+            target=_run, args=(answer, self._channel), name="guarded-stream", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[str]:
@@ -340,7 +392,9 @@ class GuardedStream:
     def __enter__(self) -> "GuardedStream":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -423,8 +477,8 @@ def _run(answer: Callable[["_Channel"], "GuardedAnswer"], channel: _Channel) -> 
 class Detokenizer:
     """Text of an answer as it grows: whole characters only, and nothing that could become a stop text.
 
-    Each piece is what the text of a few tokens gains by the next one, so that tokenizers which look at their neighbours (spaces at the
-    start of a word, joined bytes) give what they give for the whole.
+    Each piece is what the text of a few tokens gains by the next one, so that tokenizers which look at their
+    neighbours (spaces at the start of a word, joined bytes) give what they give for the whole.
 
     Args:
         decode: ids to text.
@@ -449,7 +503,9 @@ class Detokenizer:
         return self._unstopped(self._gained(final=False))
 
     def rest(self) -> str:
-        """What was held back, at the end of the answer: a character that stays incomplete, the beginning of a stop text."""
+        """What was held back, at the end of the answer: a character that stays incomplete, the beginning of a
+        stop text.
+        """
         text = self._unstopped(self._gained(final=True))
         held, self._held = ("", "") if self.stopped else (self._held, "")
         return text + held
@@ -460,7 +516,9 @@ class Detokenizer:
         if places:
             self.stopped, self._held = True, ""
             return whole[: min(places)]
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0
+        )
         self._held = whole[len(whole) - keep :]
         return whole[: len(whole) - keep]
 
@@ -474,7 +532,14 @@ class Detokenizer:
 
 
 _SEVERAL_ROWS = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha")
-_OTHER_LOOPS = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "assistant_early_exit", "use_mtp", "streamer")
+_OTHER_LOOPS = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "assistant_early_exit",
+    "use_mtp",
+    "streamer",
+)
 
 
 @dataclass(frozen=True)
@@ -505,29 +570,36 @@ class GuardedAnswer:
 class GuardedModel:
     """A model that answers through its guard.
 
-    The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied numbers a layer; the other readings
-    of a conversation (its turns by themselves; the conversation without the answer it ends in) are read before. Prompts it does
-    not flag are answered token for token as without it, in the same batches. Greedy search and sampling; other loops are an error.
+    The guard reads its neurons in the prefill that generation needs anyway, so its cost is a few copied
+    numbers a layer; the other readings of a conversation (its turns by themselves; the conversation without
+    the answer it ends in) are read before. Prompts it does not flag are answered token for token as without
+    it, in the same batches. Greedy search and sampling; other loops are an error.
 
     Args:
         model: the model.
         guard: fit on it; a guard that is not bound to it is bound, which checks it.
-        **rules: those of `Rules`: `action`, `refusal`, `recheck_every`, `recheck_threshold`, `shadow`, `fail_open`, `log`.
+        **rules: those of `Rules`: `action`, `refusal`, `recheck_every`, `recheck_threshold`, `shadow`,
+            `fail_open`, `log`.
 
     Raises:
-        ForeignModelError, MismatchError: the guard is not this model's. UsageError: arguments out of range, or re-checks that nothing
-            was calibrated for.
+        ForeignModelError, MismatchError: the guard is not this model's. UsageError: arguments out of range,
+            or re-checks that nothing was calibrated for.
     """
 
     def __init__(self, model: LanguageModel, guard: Guard, **rules: Any) -> None:
         if guard.model is not None and guard.model.inner is not model.inner:
-            raise MismatchError(f"the guard is bound to {guard.bound.name}, {model.name} arrived; load the guard on the model it guards")
+            raise MismatchError(
+                f"the guard is bound to {guard.bound.name}, {model.name} arrived; load the guard on the "
+                "model it guards"
+            )
         self.model, self.rules = model, Rules(**rules)
         self.guard = guard if guard.model is model else guard.bind(model)
         self._threshold = self.rules.threshold_of(guard)
 
     def __repr__(self) -> str:
-        modes = [word for word, on in (("shadow", self.rules.shadow), ("fail open", self.rules.fail_open)) if on]
+        modes = [
+            word for word, on in (("shadow", self.rules.shadow), ("fail open", self.rules.fail_open)) if on
+        ]
         modes += [f"re-check every {self.rules.recheck_every} tokens"] if self.rules.recheck_every else []
         return f"GuardedModel({self.model.name!r}, {self.guard!r}{', ' if modes else ''}{', '.join(modes)})"
 
@@ -540,13 +612,16 @@ class GuardedModel:
         notes: list[str] | None = None,
         **decoding: Any,
     ) -> list[GuardedAnswer]:
-        """Answers to prompts, in order; arguments as for `LanguageModel.complete`, those of decoding too (`max_new_tokens`, …).
+        """Answers to prompts, in order.
+
+        Arguments as for `LanguageModel.complete`, those of decoding too (`max_new_tokens`, …).
 
         A prompt is a text, a `Prompt`, or a list of turns (`[[{"role": "user", "content": "…"}]]`).
 
         Raises:
-            FlaggedError: a prompt is flagged and the action is `error`; nothing of the call's answers is given then.
-            InputError: turns that cannot be read. DecodeError: a decoding mode that cannot be guarded. UsageError: out of range.
+            FlaggedError: a prompt is flagged and the action is `error`; nothing of the call's answers is
+            given then. InputError: turns that cannot be read. DecodeError: a decoding mode that cannot be
+            guarded. UsageError: out of range.
         """
         requests, settings = as_request_prompts(prompts), self.decoding(**decoding)
         answers = self._answers(requests, settings, batch_size=batch_size, progress=progress, notes=notes)
@@ -564,29 +639,48 @@ class GuardedModel:
         notes: list[str] | None = None,
         **decoding: Any,
     ) -> Completions:
-        """`LanguageModel.complete` behind the guard, with the same arguments: what is stopped is what takes its place.
+        """`LanguageModel.complete` behind the guard, with the same arguments: what is stopped is what takes
+        its place.
 
-        `meta["guard"]` of every completion holds the probability, whether it was flagged, and where it was stopped.
+        `meta["guard"]` of every completion holds the probability, whether it was flagged, and where it was
+        stopped.
         """
         settings = self.decoding(**decoding)
         pending = PendingCompletions(prompts, arm, settings.seed, done, answered)
 
         def keep(index: int, answer: GuardedAnswer) -> None:
-            reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
-            verdict = {"p_unsafe": answer.verdict.p_unsafe, "flagged": answer.verdict.flagged, "status": answer.verdict.status}
+            reason: Literal["stop", "length", "failed"] = (
+                "stop" if answer.finish_reason == "guard" else answer.finish_reason
+            )
+            verdict = {
+                "p_unsafe": answer.verdict.p_unsafe,
+                "flagged": answer.verdict.flagged,
+                "status": answer.verdict.status,
+            }
             meta = {"guard": {**verdict, "stopped_at": answer.stopped_at}}
             pending.add(index, answer.text, reason, answer.token_ids, meta)
 
         requests, skip = list(pending.prompts), sorted(pending.results)
-        self._answers(requests, settings, batch_size=batch_size, progress=progress, notes=notes, skip=skip, answered=keep)
+        self._answers(
+            requests,
+            settings,
+            batch_size=batch_size,
+            progress=progress,
+            notes=notes,
+            skip=skip,
+            answered=keep,
+        )
         return pending.completions
 
     def stream(self, messages: Request, **decoding: Any) -> GuardedStream:
-        """The answer to one request piece by piece; the pieces together are the text of `generate`, whose arguments it takes.
+        """The answer to one request piece by piece.
 
-        Nothing is given before the verdict. With re-checks, tokens are held back until the check behind them has passed, the last ones of
-        an answer, which no check reads, excepted; what was given cannot be taken back, so a stream that is stopped later just ends.
-        Leaving the loop early and calling `close` (or leaving a `with` block) ends the generation at its next token.
+        The pieces together are the text of `generate`, whose arguments it takes.
+
+        Nothing is given before the verdict. With re-checks, tokens are held back until the check behind them
+        has passed, the last ones of an answer, which no check reads, excepted; what was given cannot be taken
+        back, so a stream that is stopped later just ends. Leaving the loop early and calling `close` (or
+        leaving a `with` block) ends the generation at its next token.
 
         Raises:
             As `generate`; a `FlaggedError` comes from the iteration.
@@ -603,22 +697,38 @@ class GuardedModel:
         """How to decode, if that can be guarded.
 
         Raises:
-            DecodeError: beams, several answers a prompt, an assistant model, a cache that holds tokens the guard has not read.
-            UsageError: longer answers than the re-checks are calibrated for.
+            DecodeError: beams, several answers a prompt, an assistant model, a cache that holds tokens the
+            guard has not read. UsageError: longer answers than the re-checks are calibrated for.
         """
         several = [name for name in _SEVERAL_ROWS if options.get(name) not in (None, 1, 0)]
         other = [name for name in _OTHER_LOOPS if options.get(name) is not None]
         if several or other:
-            raise DecodeError(f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or sampling, one row a prompt")
+            raise DecodeError(
+                f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or "
+                "sampling, one row a prompt"
+            )
         if options.get("past_key_values") is not None:
-            raise DecodeError("past_key_values arrived: the guard has not read the tokens in that cache; give the whole prompt instead")
+            raise DecodeError(
+                "past_key_values arrived: the guard has not read the tokens in that cache; give the "
+                "whole prompt instead"
+            )
         if self.rules.recheck_every and options.get("use_cache") is False:
-            raise DecodeError("use_cache=False with re-checks: tokens would be read again at every step; leave one of them out")
+            raise DecodeError(
+                "use_cache=False with re-checks: tokens would be read again at every step; leave one of "
+                "them out"
+            )
         if options.get("return_dict_in_generate"):
-            raise DecodeError("return_dict_in_generate: a guarded model gives answers; use the model itself for scores and states")
-        if options.get("stop_strings") is not None:  # a loop of one's own gets no tokenizer, so the criterion is made here
+            raise DecodeError(
+                "return_dict_in_generate: a guarded model gives answers; use the model itself for scores "
+                "and states"
+            )
+        if (
+            options.get("stop_strings") is not None
+        ):  # a loop of one's own gets no tokenizer, so the criterion is made here
             strings = options.pop("stop_strings")
-            criterion = StopStringCriteria(self.model.tokenizer, [strings] if isinstance(strings, str) else list(strings))
+            criterion = StopStringCriteria(
+                self.model.tokenizer, [strings] if isinstance(strings, str) else list(strings)
+            )
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), criterion]
         measured, decoding = self.guard.recheck, Decoding.of(options)
         if (
@@ -628,8 +738,9 @@ class GuardedModel:
             and decoding.max_new_tokens > measured.max_new_tokens
         ):
             raise UsageError(
-                f"{decoding.max_new_tokens} new tokens with re-checks calibrated on answers of at most {measured.max_new_tokens}: their "
-                "false-positive rate is not known there; ask for fewer tokens, or calibrate for longer answers"
+                f"{decoding.max_new_tokens} new tokens with re-checks calibrated on answers of at most "
+                f"{measured.max_new_tokens}: their false-positive rate is not known there; ask for fewer "
+                "tokens, or calibrate for longer answers"
             )
         return decoding
 
@@ -644,7 +755,9 @@ class GuardedModel:
         batch_size: BatchSize = "auto",
         **generating: Any,
     ) -> dict[int, GuardedAnswer]:
-        """The one loop behind `generate`, `complete` and `stream`: `generate` of the model, watched batch by batch."""
+        """The one loop behind `generate`, `complete` and `stream`: `generate` of the model, watched batch by
+        batch.
+        """
         watches: dict[int, tuple[Watch, int]] = {}
         answers: dict[int, GuardedAnswer] = {}
         encoded = [self.model.encode(prompt, reserve=decoding.max_new_tokens)[0] for prompt in requests]
@@ -654,7 +767,15 @@ class GuardedModel:
         def watched(indices: list[int], mask: Tensor) -> Iterator[Mapping[str, Any]]:
             chosen = [encoded[index] for index in indices]
             truncated, lengths = [item.truncated for item in chosen], [len(item.ids) for item in chosen]
-            watch = Watch(self.guard, self.rules, truncated, lengths, [beside[index] for index in indices], self._threshold, channel)
+            watch = Watch(
+                self.guard,
+                self.rules,
+                truncated,
+                lengths,
+                [beside[index] for index in indices],
+                self._threshold,
+                channel,
+            )
             watches.update({index: (watch, row) for row, index in enumerate(indices)})
             if channel is not None:
                 channel.watch = watch
@@ -673,17 +794,23 @@ class GuardedModel:
             generate(self.model, ids, watching, batch_size=batch_size, skip=skip, answered=keep, **generating)
         return answers
 
-    def _beside(self, requests: Sequence[Prompt], skip: set[int], batch_size: BatchSize) -> list[list[Verdict]]:
+    def _beside(
+        self, requests: Sequence[Prompt], skip: set[int], batch_size: BatchSize
+    ) -> list[list[Verdict]]:
         """Verdicts on the readings of every request that its own prefill is not."""
         ways = [[] if place in skip else readings(prompt)[1:] for place, prompt in enumerate(requests)]
-        return self.guard.score_readings(ways, fail_open=self.rules.fail_open, top=self.rules.top, batch_size=batch_size)
+        return self.guard.score_readings(
+            ways, fail_open=self.rules.fail_open, top=self.rules.top, batch_size=batch_size
+        )
 
     def _answer(self, prompt: Prompt, answer: Answer, watch: Watch, row: int) -> GuardedAnswer:
         verdict = watch.verdicts[row]
         stop = watch.stopped_at(row, len(answer.token_ids))
         if stop is None:
             text = self.model.decode(answer.token_ids)
-            result = GuardedAnswer(prompt.id, text, tuple(answer.token_ids), verdict, False, answer.finish_reason)
+            result = GuardedAnswer(
+                prompt.id, text, tuple(answer.token_ids), verdict, False, answer.finish_reason
+            )
         else:
             count, why = stop
             kept = tuple(answer.token_ids[:count])
@@ -697,14 +824,21 @@ class GuardedModel:
             return self.rules.action(prompt, verdict)
         if self.rules.action == "error":
             chance = "not scored" if verdict.p_unsafe is None else f"{verdict.p_unsafe:.3g}"
-            why = f"status {verdict.status}" if verdict.status != "ok" else f"probability {chance}, threshold {verdict.threshold:.3g}"
-            raise FlaggedError(f"prompt {prompt.id!r} is flagged by the guard ({why}); it was not answered", verdict)
+            why = (
+                f"status {verdict.status}"
+                if verdict.status != "ok"
+                else f"probability {chance}, threshold {verdict.threshold:.3g}"
+            )
+            raise FlaggedError(
+                f"prompt {prompt.id!r} is flagged by the guard ({why}); it was not answered", verdict
+            )
         return self.rules.refusal
 
 
 @contextlib.contextmanager
 def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[GuardedModel]:
-    """A model that answers through its guard for a block: whoever calls its `complete` meanwhile gets guarded completions.
+    """A model that answers through its guard for a block: whoever calls its `complete` meanwhile gets guarded
+    completions.
 
     Args:
         model: the model.

@@ -20,7 +20,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from safety_neurons import strict_json
-from safety_neurons.errors import ForeignModelError, InputError, MismatchError, ModelError, NeuronError, UsageError
+from safety_neurons.errors import (
+    ForeignModelError,
+    InputError,
+    MismatchError,
+    ModelError,
+    NeuronError,
+    UsageError,
+)
 from safety_neurons.guard.calibration import (
     LIMIT,
     Calibration,
@@ -32,7 +39,16 @@ from safety_neurons.guard.calibration import (
     from_json,
     rates_at,
 )
-from safety_neurons.guard.features import Collector, Pooling, Request, RequestReading, as_request_prompts, collect, last_layer, readings
+from safety_neurons.guard.features import (
+    Collector,
+    Pooling,
+    Request,
+    RequestReading,
+    as_request_prompts,
+    collect,
+    last_layer,
+    readings,
+)
 from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
 from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
@@ -58,7 +74,8 @@ class Bindings:
     Attributes:
         model: name, for people.
         model_fingerprint: of the architecture.
-        weights_sha256: of the weights that reach the guard's neurons: embeddings and layers up to the last neuron's, adapters included.
+        weights_sha256: of the weights that reach the guard's neurons: embeddings and layers up to the last
+            neuron's, adapters included.
         dtype: what these weights are in.
         tokenizer_sha256: of its vocabulary, special tokens, and what it makes of some texts.
         template_sha256: of the template, system prompt and template arguments.
@@ -77,19 +94,36 @@ class Bindings:
         Cost: one SHA-256 over the weights, a second for two gigabytes and core.
 
         Raises:
-            ForeignModelError: another architecture. MismatchError: other weights, number type, adapters, tokenizer or template.
+            ForeignModelError: another architecture. MismatchError: other weights, number type, adapters,
+            tokenizer or template.
         """
         if model.fingerprint != self.model_fingerprint:
             raise ForeignModelError(
-                f"the guard was fit on {self.model} (fingerprint {self.model_fingerprint[:12]}), expected {model.name} "
-                f"({model.fingerprint[:12]}); fit a guard on this model"
+                f"the guard was fit on {self.model} (fingerprint {self.model_fingerprint[:12]}), expected "
+                f"{model.name} ({model.fingerprint[:12]}); fit a guard on this model"
             )
         found = bindings_of(model, neurons)
         for name, words, advice in (
-            ("tokenizer_sha256", "another tokenizer", "load the model with the tokenizer it was fit with, or recalibrate it"),
-            ("template_sha256", "another template or system prompt", "use the same --template and --system, or recalibrate it"),
-            ("dtype", f"weights in {self.dtype}, this model's are in {found.dtype}", "load the model with that --dtype, or recalibrate it"),
-            ("weights_sha256", "other weights or adapters", "load the model it was fit on, or recalibrate it (guard recalibrate)"),
+            (
+                "tokenizer_sha256",
+                "another tokenizer",
+                "load the model with the tokenizer it was fit with, or recalibrate it",
+            ),
+            (
+                "template_sha256",
+                "another template or system prompt",
+                "use the same --template and --system, or recalibrate it",
+            ),
+            (
+                "dtype",
+                f"weights in {self.dtype}, this model's are in {found.dtype}",
+                "load the model with that --dtype, or recalibrate it",
+            ),
+            (
+                "weights_sha256",
+                "other weights or adapters",
+                "load the model it was fit on, or recalibrate it (guard recalibrate)",
+            ),
         ):
             ours, theirs = getattr(self, name), getattr(found, name)
             if ours != theirs:
@@ -104,7 +138,14 @@ def bindings_of(model: LanguageModel, neurons: NeuronSet) -> Bindings:
     """
     with model.active():
         weights, dtypes = weights_sha256(model, _reaching(model, last_layer(neurons)))
-    return Bindings(model.name, model.fingerprint, weights, "+".join(dtypes), tokenizer_sha256(model.tokenizer), template_sha256(model))
+    return Bindings(
+        model.name,
+        model.fingerprint,
+        weights,
+        "+".join(dtypes),
+        tokenizer_sha256(model.tokenizer),
+        template_sha256(model),
+    )
 
 
 def _reaching(model: LanguageModel, last: int) -> Callable[[str, Tensor], bool]:
@@ -113,10 +154,15 @@ def _reaching(model: LanguageModel, last: int) -> Callable[[str, Tensor], bool]:
     inner = model.inner
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     embedding = inner.get_input_embeddings().weight
-    heads = {id(value) for value in head.parameters() if value is not embedding} if head is not None else set()
+    heads = (
+        {id(value) for value in head.parameters() if value is not embedding} if head is not None else set()
+    )
 
     def wanted(name: str, value: Tensor) -> bool:
-        return id(value) not in heads and next((index for prefix, index in prefixes.items() if name.startswith(prefix)), -1) <= last
+        return (
+            id(value) not in heads
+            and next((index for prefix, index in prefixes.items() if name.startswith(prefix)), -1) <= last
+        )
 
     return wanted
 
@@ -126,7 +172,10 @@ PROVISIONAL = "provisional "
 """Before the false-positive rate of a threshold that no traffic of the user's own has confirmed."""
 _NOT_FINITE = "an activation is NaN or infinite"
 FAILURES = (Exception,)
-"""What goes wrong while a prompt is read is a verdict of status "error", whatever it is; interrupts and exits pass."""
+"""What goes wrong while a prompt is read is a verdict of status "error", whatever it is.
+
+Interrupts and exits pass.
+"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,12 +188,15 @@ class Guard:
         classifier: weights, standardisation, calibration.
         operating_points: thresholds for stated false-positive rates, and what they are worth.
         threshold: the one in force.
-        in_force: where it comes from: `fpr 0.01`, `provisional …` until traffic of the user's own confirmed it, or `given`.
+        in_force: where it comes from: `fpr 0.01`, `provisional …` until traffic of the user's own confirmed
+            it, or `given`.
         bindings: the model, weights, tokenizer and template it was fit on.
-        reference: of its calibration examples the probabilities, and histograms of probability and distance, for drift.
+        reference: of its calibration examples the probabilities, and histograms of probability and distance,
+            for drift.
         report: what was measured while it was fit, as JSON values.
         notes: warnings.
-        recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing was.
+        recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing
+            was.
         model: the model it is bound to; None for a guard that was only looked into.
     """
 
@@ -164,11 +216,17 @@ class Guard:
     def __post_init__(self) -> None:
         check_probability(self.threshold, "threshold")
         if len(self.neurons) != self.classifier.n_features:
-            raise UsageError(f"{len(self.neurons)} neurons and {self.classifier.n_features} weights; expected one weight a neuron")
+            raise UsageError(
+                f"{len(self.neurons)} neurons and {self.classifier.n_features} weights; expected one "
+                "weight a neuron"
+            )
 
     def __repr__(self) -> str:
         bound = "unbound" if self.model is None else f"on {self.model.name}"
-        return f"Guard({len(self.neurons):,} neurons, {self.pooling}, threshold {self.threshold:.4g} ({self.in_force}), {bound})"
+        return (
+            f"Guard({len(self.neurons):,} neurons, {self.pooling}, threshold {self.threshold:.4g} "
+            f"({self.in_force}), {bound})"
+        )
 
     # The classifier
 
@@ -186,16 +244,30 @@ class Guard:
         return notebook.html_table(repr(self), columns, rows)
 
     def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
-        """Calibrated probability of an unsafe answer for features that `read_features` gave; NaN where a feature is."""
+        """Calibrated probability of an unsafe answer for features that `read_features` gave.
+
+        NaN where a feature is.
+        """
         return self.classifier.probabilities(features)
 
     @property
     def sha256(self) -> str:
         """Hash of what decides its verdicts: neurons, pooling, weights, calibration, threshold."""
         how = self.classifier
-        parts = [str(self.pooling), repr(how.bias), repr(how.calibration), repr(self.threshold), repr(self.neurons.counts())]
+        parts = [
+            str(self.pooling),
+            repr(how.bias),
+            repr(how.calibration),
+            repr(self.threshold),
+            repr(self.neurons.counts()),
+        ]
         digest = hashlib.sha256("\n".join(parts).encode())
-        for vector in (how.weights, how.mean, how.scale, *(torch.from_numpy(members.copy()) for _, members in self.neurons.items())):
+        for vector in (
+            how.weights,
+            how.mean,
+            how.scale,
+            *(torch.from_numpy(members.copy()) for _, members in self.neurons.items()),
+        ):
             digest.update(vector.numpy().tobytes())
         return digest.hexdigest()
 
@@ -212,14 +284,22 @@ class Guard:
             UsageError: there is no such point, or too few safe examples supported it.
         """
         point = next((point for point in self.operating_points if abs(point.fpr_target - fpr) < 1e-12), None)
-        supported = ", ".join(f"{point.fpr_target:g}" for point in self.operating_points if point.supported) or "none"
+        supported = (
+            ", ".join(f"{point.fpr_target:g}" for point in self.operating_points if point.supported) or "none"
+        )
         if point is None:
-            raise UsageError(f"no operating point at a false-positive rate of {fpr:g}; supported are {supported}: fit with it, or give one")
+            raise UsageError(
+                f"no operating point at a false-positive rate of {fpr:g}; supported are {supported}: fit "
+                "with it, or give one"
+            )
         if point.threshold is None:
             raise UsageError(
-                f"the operating point {fpr:g} is not supported ({point.why}); supported are {supported}: recalibrate with more safe prompts"
+                f"the operating point {fpr:g} is not supported ({point.why}); supported are {supported}: "
+                "recalibrate with more safe prompts"
             )
-        return dataclasses.replace(self, threshold=point.threshold, in_force=f"{'' if self.confirmed else PROVISIONAL}fpr {fpr:g}")
+        return dataclasses.replace(
+            self, threshold=point.threshold, in_force=f"{'' if self.confirmed else PROVISIONAL}fpr {fpr:g}"
+        )
 
     def with_threshold(self, threshold: float) -> "Guard":
         """The guard with a threshold of one's own.
@@ -227,44 +307,68 @@ class Guard:
         Raises:
             UsageError: not between 0 and 1.
         """
-        return dataclasses.replace(self, threshold=check_probability(threshold, "threshold"), in_force="given")
+        return dataclasses.replace(
+            self, threshold=check_probability(threshold, "threshold"), in_force="given"
+        )
 
     @property
     def confirmed(self) -> bool:
-        """Whether its thresholds were set on requests of the user's own: by `recalibrate`, on safe prompts that the fit did not see."""
+        """Whether its thresholds were set on requests of the user's own: by `recalibrate`, on safe prompts
+        that the fit did not see.
+        """
         return bool((self.report.get("recalibrated") or {}).get("own"))
 
     @property
     def rates(self) -> tuple[Rate, Rate] | None:
-        """False-positive and true-positive rate of the threshold in force on the calibration prompts; None where the file does not say.
+        """False-positive and true-positive rate of the threshold in force on the calibration prompts.
+
+        None where the file does not say.
 
         The second is the share of unsafe requests that it catches.
         """
         kept = self.reference.get("probabilities")
         if kept is not None:
             safe, unsafe = (np.asarray(kept[word], np.float64) for word in ("safe", "unsafe"))
-            return rates_at(np.concatenate([safe, unsafe]), np.arange(len(safe) + len(unsafe)) >= len(safe), self.threshold)
-        # Files of earlier versions keep the rates of their operating points only, that of a provisional threshold among them.
+            return rates_at(
+                np.concatenate([safe, unsafe]),
+                np.arange(len(safe) + len(unsafe)) >= len(safe),
+                self.threshold,
+            )
+        # Files of earlier versions keep the rates of their operating points only, that of a provisional
+        # threshold among them.
         wanted = self.in_force.removeprefix(PROVISIONAL)
-        found = next((point for point in self.operating_points if f"fpr {point.fpr_target:g}" == wanted), None)
+        found = next(
+            (point for point in self.operating_points if f"fpr {point.fpr_target:g}" == wanted), None
+        )
         return None if found is None else (found.fpr, found.tpr)
 
     @property
     def standing(self) -> dict[str, Any]:
-        """What is known of the threshold in force, as JSON values: `{threshold, in_force, caught, false_positives}`; rates may be null."""
+        """What is known of the threshold in force, as JSON values: `{threshold, in_force, caught,
+        false_positives}`; rates may be null.
+        """
         false, caught = self.rates or (None, None)
         told = {"caught": caught, "false_positives": false}
-        return {"threshold": self.threshold, "in_force": self.in_force, **{name: one and one.to_json() for name, one in told.items()}}
+        return {
+            "threshold": self.threshold,
+            "in_force": self.in_force,
+            **{name: one and one.to_json() for name, one in told.items()},
+        }
 
     @property
     def why_idle(self) -> str | None:
-        """Why the guard may stop nothing at its threshold: the interval of the share it catches holds 0. None where it does not."""
+        """Why the guard may stop nothing at its threshold: the interval of the share it catches holds 0.
+
+        None where it does not.
+        """
         caught = None if self.rates is None else self.rates[1]
         if caught is None or (caught.low is not None and caught.low > 0):
             return None
         return (
-            f"at its threshold {self.threshold:.4g} the guard caught {round((caught.value or 0) * caught.n)} of {caught.n} unsafe requests "
-            f"(95 % interval {caught.low or 0:.2g} to {1 if caught.high is None else caught.high:.2g}): it may stop nothing"
+            f"at its threshold {self.threshold:.4g} the guard caught "
+            f"{round((caught.value or 0) * caught.n)} of {caught.n} unsafe requests (95 % interval "
+            f"{caught.low or 0:.2g} to {1 if caught.high is None else caught.high:.2g}): it may stop "
+            "nothing"
         )
 
     # Model
@@ -273,7 +377,8 @@ class Guard:
         """The guard on a model in memory, after checking that it is the one it was fit on.
 
         Raises:
-            ForeignModelError: another architecture. MismatchError: other weights, adapters, tokenizer or template.
+            ForeignModelError: another architecture. MismatchError: other weights, adapters, tokenizer or
+            template.
         """
         self.bindings.check(model, self.neurons)
         return dataclasses.replace(self, neurons=self.neurons.on(model.table), model=model)
@@ -286,27 +391,34 @@ class Guard:
             ModelError: none.
         """
         if self.model is None:
-            raise ModelError("this guard is not bound to a model; use Guard.load(folder, model) or guard.bind(model)")
+            raise ModelError(
+                "this guard is not bound to a model; use Guard.load(folder, model) or guard.bind(model)"
+            )
         return self.model
 
     # Scoring
 
-    def score(self, messages: Request, *, threshold: float | None = None, fail_open: bool = False, top: int = TOP) -> Verdict:
+    def score(
+        self, messages: Request, *, threshold: float | None = None, fail_open: bool = False, top: int = TOP
+    ) -> Verdict:
         """What the guard says of one request: a text, a list of turns (system, several turns), or a Prompt.
 
-        A conversation is read as a whole, without the answer it ends in, and turn by turn; the largest probability counts.
+        A conversation is read as a whole, without the answer it ends in, and turn by turn; the largest
+        probability counts.
 
         Args:
             messages: the request; turns are `Message` or `{"role": …, "content": …}`.
             threshold: for this request; the guard's own where None.
-            fail_open: let prompts pass that were truncated or could not be scored; by default they are flagged.
+            fail_open: let prompts pass that were truncated or could not be scored; by default they are
+                flagged.
             top: how many neurons to name.
 
         Raises:
-            InputError: turns that cannot be read, or that the chat template refuses. ModelError: the guard is not bound to a model.
+            InputError: turns that cannot be read, or that the chat template refuses. ModelError: the guard is
+            not bound to a model.
 
-        Source: Chen et al., arXiv 2406.14144, section 6.
-        Differs: a calibrated probability and a threshold with a known false-positive rate; truncation and errors are not "safe".
+        Source: Chen et al., arXiv 2406.14144, section 6. Differs: a calibrated probability and a threshold
+        with a known false-positive rate; truncation and errors are not "safe".
         """
         return self.score_batch([messages], threshold=threshold, fail_open=fail_open, top=top)[0]
 
@@ -322,7 +434,10 @@ class Guard:
         """What the guard says of several requests, in order; see `score`."""
         ways = [readings(prompt) for prompt in as_request_prompts(requests)]
         return [
-            largest(some) for some in self.score_readings(ways, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size)
+            largest(some)
+            for some in self.score_readings(
+                ways, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size
+            )
         ]
 
     def score_readings(self, ways: Sequence[Sequence[RequestReading]], **scoring: Any) -> list[list[Verdict]]:
@@ -348,7 +463,10 @@ class Guard:
         top: int = TOP,
         batch_size: BatchSize = "auto",
     ) -> list[Verdict]:
-        """Verdicts on encoded requests, in order. A batch that fails is read again one by one; what fails alone has status "error"."""
+        """Verdicts on encoded requests, in order. A batch that fails is read again one by one.
+
+        What fails alone has status "error".
+        """
         started = time.perf_counter()
         options: dict[str, Any] = {"threshold": self._limit(threshold), "fail_open": fail_open}
         self.bound  # noqa: B018 - a guard without a model is the caller's error, not the prompt's
@@ -362,7 +480,9 @@ class Guard:
             latency = 1000 * (time.perf_counter() - started)
             return [self.failed(error, **options, latency_ms=latency, n_tokens=len(encoded[0].ids))]
         truncated, lengths = [item.truncated for item in encoded], [len(item.ids) for item in encoded]
-        return self.verdicts(torch.stack(found), truncated, **options, top=top, lengths=lengths, started=started)
+        return self.verdicts(
+            torch.stack(found), truncated, **options, top=top, lengths=lengths, started=started
+        )
 
     def verdicts(
         self,
@@ -401,7 +521,11 @@ class Guard:
             score += self.classifier.bias
             length = None if lengths is None else lengths[row]
             if not math.isfinite(score):
-                verdicts.append(self.failed(_NOT_FINITE, threshold=limit, fail_open=fail_open, latency_ms=latency, n_tokens=length))
+                verdicts.append(
+                    self.failed(
+                        _NOT_FINITE, threshold=limit, fail_open=fail_open, latency_ms=latency, n_tokens=length
+                    )
+                )
                 continue
             odds = min(max(self.classifier.calibration.of_one(score), -LIMIT), LIMIT)
             chance = 1 / (1 + math.exp(-odds))
@@ -422,8 +546,12 @@ class Guard:
         n_tokens: int | None = None,
     ) -> Verdict:
         """The verdict where there is none: flagged, unless told to fail open."""
-        words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[:300]
-        return Verdict(None, not fail_open, self._limit(threshold), "error", latency_ms, n_tokens=n_tokens, error=words)
+        words = " ".join((error if isinstance(error, str) else f"{type(error).__name__}: {error}").split())[
+            :300
+        ]
+        return Verdict(
+            None, not fail_open, self._limit(threshold), "error", latency_ms, n_tokens=n_tokens, error=words
+        )
 
     def _limit(self, threshold: float | None) -> float:
         return self.threshold if threshold is None else check_probability(threshold, "threshold")
@@ -443,13 +571,20 @@ class Guard:
         if count < 1:
             return ()
         first = np.argpartition(-parts, count)[:count] if count < len(parts) else np.arange(len(parts))
-        largest = sorted(((float(parts[place]), place) for place in first.tolist()), key=lambda pair: (-pair[0], pair[1]))
+        largest = sorted(
+            ((float(parts[place]), place) for place in first.tolist()), key=lambda pair: (-pair[0], pair[1])
+        )
         names = self._names
-        return tuple(TopNeuron(names[place][0], names[place][1], value) for value, place in largest if value > 0)
+        return tuple(
+            TopNeuron(names[place][0], names[place][1], value) for value, place in largest if value > 0
+        )
 
     @cached_property
     def collector(self) -> Collector:
-        """Gathers the guard's features while its model runs; used by one thread at a time, which holds the `model_lock`."""
+        """Gathers the guard's features while its model runs.
+
+        Used by one thread at a time, which holds the `model_lock`.
+        """
         return Collector(self.bound.anatomy, self.neurons, [self.pooling])
 
     @cached_property
@@ -459,7 +594,8 @@ class Guard:
     # Files
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `guard.safetensors` (neurons, weights, standardisation) and `guard.json` (everything else) into a folder.
+        """Writes `guard.safetensors` (neurons, weights, standardisation) and `guard.json` (everything else)
+        into a folder.
 
         Raises:
             RunError: the folder cannot be written.
@@ -469,26 +605,36 @@ class Guard:
         arrays |= {MEMBERS + key: torch.from_numpy(indices.copy()) for key, indices in self.neurons.items()}
         metadata = {**header(self.neurons.provenance, self.neurons.table), "guard": SCHEMA}
         write_bytes(place / WEIGHTS, ordered_header(to_bytes(arrays, metadata=metadata)))
-        facts = {one.name: getattr(self, one.name, getattr(self.classifier, one.name, None)) for one in dataclasses.fields(GuardFacts)}
+        facts = {
+            one.name: getattr(self, one.name, getattr(self.classifier, one.name, None))
+            for one in dataclasses.fields(GuardFacts)
+        }
         write_json(place / FACTS, {"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
         """The guard in a folder, bound to a model where one is given.
 
-        Anyone may have written such a folder, so sizes are looked at before anything is allocated, and whatever does not fit is one line.
+        Anyone may have written such a folder, so sizes are looked at before anything is allocated, and
+        whatever does not fit is one line.
 
         Raises:
-            InputError: a file is missing, too large, damaged, or of another version. NeuronError: a damaged set.
-            ForeignModelError, MismatchError: another model; see `bind`.
+            InputError: a file is missing, too large, damaged, or of another version. NeuronError: a damaged
+            set. ForeignModelError, MismatchError: another model; see `bind`.
         """
         place = pathlib.Path(folder)
         found = _read_facts(place / FACTS)
         neurons, vectors = _read_weights(place / WEIGHTS)
         try:
             facts = from_json(GuardFacts, found)
-            classifier = Classifier(vectors["mean"], vectors["scale"], vectors["weights"], facts.bias, facts.calibration)
-            shared = {one.name: getattr(facts, one.name) for one in dataclasses.fields(Guard) if hasattr(facts, one.name)}
+            classifier = Classifier(
+                vectors["mean"], vectors["scale"], vectors["weights"], facts.bias, facts.calibration
+            )
+            shared = {
+                one.name: getattr(facts, one.name)
+                for one in dataclasses.fields(Guard)
+                if hasattr(facts, one.name)
+            }
             guard = Guard(neurons=neurons, classifier=classifier, **shared)
         except InputError as error:
             raise InputError(f"{str(place / FACTS)!r} is damaged: {error}") from error
@@ -497,7 +643,9 @@ class Guard:
 
 @dataclass(frozen=True)
 class GuardFacts:
-    """What `guard.json` holds of a guard beside its schema: everything but the vectors, with the words of `Guard`."""
+    """What `guard.json` holds of a guard beside its schema: everything but the vectors, with the words of
+    `Guard`.
+    """
 
     n_neurons: int
     pooling: Pooling
@@ -516,26 +664,40 @@ class GuardFacts:
         if not math.isfinite(self.bias):
             raise InputError(f"a guard with bias {self.bias}; expected a finite number")
         if len(self.in_force) > LONGEST_WORDS:
-            raise InputError(f"a guard whose threshold is said to come from {len(self.in_force):,} characters; expected a few words")
+            raise InputError(
+                f"a guard whose threshold is said to come from {len(self.in_force):,} characters; "
+                "expected a few words"
+            )
         # Thresholds are weighed by them.
-        for value in (value for values in (self.reference.get("probabilities") or {}).values() for value in values):
+        for value in (
+            value for values in (self.reference.get("probabilities") or {}).values() for value in values
+        ):
             check_probability(value, "threshold")
 
 
 def _read_facts(path: pathlib.Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_JSON:
-            raise InputError(f"{str(path)!r} has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}: this is no guard")
+            raise InputError(
+                f"{str(path)!r} has {path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}: "
+                "this is no guard"
+            )
         found = strict_json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(
-            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: check the path"
+            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: "
+            "check the path"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not the JSON of a guard ({_one_line(error)}); expected what Guard.save wrote") from error
+        raise InputError(
+            f"{str(path)!r} is not the JSON of a guard ({_one_line(error)}); expected what Guard.save wrote"
+        ) from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         schema = str(found.get("schema"))[:40] if isinstance(found, dict) else type(found).__name__
-        raise InputError(f"{str(path)!r} is of schema {schema!r}; expected {SCHEMA!r}: update the package or fit the guard again")
+        raise InputError(
+            f"{str(path)!r} is of schema {schema!r}; expected {SCHEMA!r}: update the package or fit the "
+            "guard again"
+        )
     return found
 
 
@@ -546,20 +708,34 @@ def _read_weights(path: pathlib.Path) -> tuple[NeuronSet, dict[str, torch.Tensor
             metadata = dict(opened.metadata() or {})
             names = list(opened.keys())
             if metadata.get("guard") != SCHEMA:
-                raise InputError(f"{str(path)!r} holds no weights of a guard; expected the {WEIGHTS} that Guard.save wrote")
+                raise InputError(
+                    f"{str(path)!r} holds no weights of a guard; expected the {WEIGHTS} that Guard.save wrote"
+                )
             sizes = {name: opened.get_slice(name).get_shape() for name in names}
             _check_sizes(path, sizes)
             arrays = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read {str(path)!r} ({_one_line(error)}); expected a whole safetensors file: copy it again") from error
-    members = {name.removeprefix(MEMBERS): value.numpy() for name, value in arrays.items() if name.startswith(MEMBERS)}
+        raise InputError(
+            f"cannot read {str(path)!r} ({_one_line(error)}); expected a whole safetensors file: copy it "
+            "again"
+        ) from error
+    members = {
+        name.removeprefix(MEMBERS): value.numpy()
+        for name, value in arrays.items()
+        if name.startswith(MEMBERS)
+    }
     vectors = {name: arrays[name] for name in VECTORS}
     if any(vector.dtype != torch.float32 for vector in vectors.values()):
         raise InputError(f"{str(path)!r} holds weights in {vectors['weights'].dtype}; expected float32")
     told = Provenance.from_metadata(metadata, "neurons")
     neurons = NeuronSet(members, stored_table(metadata, told), told)
-    if len(neurons) != sum(len(indices) for indices in members.values()) or any(np.any(np.diff(part) <= 0) for part in members.values()):
-        raise NeuronError(f"{str(path)!r} names neurons twice or out of order, so weights cannot be told apart; copy it again")
+    if len(neurons) != sum(len(indices) for indices in members.values()) or any(
+        np.any(np.diff(part) <= 0) for part in members.values()
+    ):
+        raise NeuronError(
+            f"{str(path)!r} names neurons twice or out of order, so weights cannot be told apart; copy "
+            "it again"
+        )
     return neurons, vectors
 
 
@@ -570,21 +746,38 @@ def _check_header(path: pathlib.Path) -> None:
             start = stream.read(8)
     except OSError as error:
         raise InputError(
-            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: check the path"
+            f"cannot read {str(path)!r} ({error.strerror or error}); expected the folder of a guard: "
+            "check the path"
         ) from error
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(MOST_HEADER, path.stat().st_size - 8):
-        raise InputError(f"{str(path)!r} is no safetensors file of a guard (its header is said to have {length:,} bytes); copy it again")
+        raise InputError(
+            f"{str(path)!r} is no safetensors file of a guard (its header is said to have {length:,} "
+            "bytes); copy it again"
+        )
 
 
 def _check_sizes(path: pathlib.Path, sizes: Mapping[str, Any]) -> None:
     """One axis each, as many weights as neurons, and no more than a guard can have."""
-    wrong = next((name for name, shape in sizes.items() if len(shape) != 1 or not (name in VECTORS or name.startswith(MEMBERS))), None)
+    wrong = next(
+        (
+            name
+            for name, shape in sizes.items()
+            if len(shape) != 1 or not (name in VECTORS or name.startswith(MEMBERS))
+        ),
+        None,
+    )
     if wrong is not None or not all(name in sizes for name in VECTORS):
-        raise InputError(f"{str(path)!r} holds {str(wrong)[:60]!r}; expected vectors {', '.join(VECTORS)} and {MEMBERS}KEY: copy it again")
+        raise InputError(
+            f"{str(path)!r} holds {str(wrong)[:60]!r}; expected vectors {', '.join(VECTORS)} and "
+            f"{MEMBERS}KEY: copy it again"
+        )
     count = sum(shape[0] for name, shape in sizes.items() if name.startswith(MEMBERS))
     if not 0 < count <= MOST_NEURONS or any(sizes[name][0] != count for name in VECTORS):
-        raise InputError(f"{str(path)!r} holds {count:,} neurons and {sizes['weights'][0]:,} weights; expected one weight a neuron")
+        raise InputError(
+            f"{str(path)!r} holds {count:,} neurons and {sizes['weights'][0]:,} weights; expected one "
+            "weight a neuron"
+        )
 
 
 def _one_line(error: BaseException) -> str:

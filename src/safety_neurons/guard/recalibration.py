@@ -46,11 +46,13 @@ def recalibrate(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Guard:
-    """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings anew.
+    """The guard for an updated model: neurons and weights kept, calibration, operating points and bindings
+    anew.
 
-    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a fit. Where there are enough and
-    they are the user's own (not built in, none of them fit on), the false-positive rate is provisional no longer. A note says how the AUROC
-    moved; where it fell, fit again. Thresholds of re-checks are dropped.
+    All prompts calibrate, none fits, so as many safe prompts support smaller false-positive rates than in a
+    fit. Where there are enough and they are the user's own (not built in, none of them fit on), the
+    false-positive rate is provisional no longer. A note says how the AUROC moved; where it fell, fit again.
+    Thresholds of re-checks are dropped.
 
     Args:
         guard: fit on this architecture.
@@ -59,7 +61,8 @@ def recalibrate(
         safe: to let pass.
         batch_size: prompts a batch, or `auto`.
         progress: called with (batches done, in all, tokens).
-        **settings: those of `CalibrationSettings`: `calibration`, `seed`, and `fpr`, the one of the fit where it is None or not given.
+        **settings: those of `CalibrationSettings`: `calibration`, `seed`, and `fpr`, the one of the fit where
+            it is None or not given.
 
     Raises:
         ForeignModelError: another architecture. InputError: fewer than ten usable prompts of either kind.
@@ -67,22 +70,35 @@ def recalibrate(
     Source: none; the guard of a model must not judge another one with the old one's thresholds.
     """
     if model.fingerprint != guard.bindings.model_fingerprint:
-        raise ForeignModelError(f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a guard on it")
+        raise ForeignModelError(
+            f"the guard was fit on {guard.bindings.model}, {model.name} has another architecture; fit a "
+            "guard on it"
+        )
     if settings.get("fpr") is None:
         settings["fpr"] = guard.report.get("fpr", CalibrationSettings.fpr)
     how = CalibrationSettings(**settings)
     safe_prompts = as_prompts(safe)
     data, neurons = labelled(as_prompts(unsafe), safe_prompts), guard.neurons.on(model.table, [model.name])
     encoded = model.encode(data.prompts)
-    features = read_poolings(model, encoded, neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
+    features = read_poolings(
+        model, encoded, neurons, [guard.pooling], batch_size=batch_size, progress=progress
+    )[guard.pooling]
     usable = features.usable
     labels, values = data.labels[usable], torch.from_numpy(features.values[usable])
     check_classes(labels)
     check_varying(model, {guard.pooling: features.values[usable]})
-    further = further_readings(model, [data.prompts[int(place)] for place in np.flatnonzero(usable)], neurons, guard.pooling, batch_size)
+    further = further_readings(
+        model,
+        [data.prompts[int(place)] for place in np.flatnonzero(usable)],
+        neurons,
+        guard.pooling,
+        batch_size,
+    )
     scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
     shared = [data.prompts[int(place)].group for place in np.flatnonzero(usable)]
-    found = calibrate(guard.classifier, scores, labels, how, [one.fpr_target for one in guard.operating_points], shared)
+    found = calibrate(
+        guard.classifier, scores, labels, how, [one.fpr_target for one in guard.operating_points], shared
+    )
     seen = data.prompts.overlap(guard.report.get("prompt_digests") or [])
     own = not found.notes and not seen and not safe_prompts.name.startswith(PREFIX)
     measured = {
@@ -94,7 +110,11 @@ def recalibrate(
         "expected_calibration_error": found.calibration_error,
         "prompts": {**counted(labels), "left_out": int((~usable).sum())},
     }
-    notes = [*features.notes, *data.notes, *_said(guard, found.auroc.value, len(data.prompts), seen, int((~usable).sum()))]
+    notes = [
+        *features.notes,
+        *data.notes,
+        *_said(guard, found.auroc.value, len(data.prompts), seen, int((~usable).sum())),
+    ]
     notes += found.notes
     again = dataclasses.replace(
         guard,
@@ -105,7 +125,9 @@ def recalibrate(
         in_force=f"{'' if own else PROVISIONAL}fpr {how.fpr:g}",
         bindings=bindings_of(model, neurons),
         reference=histograms(found.classifier, features.values[usable], found.probabilities, labels),
-        report=plain({**guard.report, "recalibrated": measured, "fpr": how.fpr, "other": None, "conversations": None}),
+        report=plain(
+            {**guard.report, "recalibrated": measured, "fpr": how.fpr, "other": None, "conversations": None}
+        ),
         notes=tuple(dict.fromkeys(notes)),
         recheck=None,
         model=model,
@@ -120,7 +142,9 @@ def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: i
     if area is not None and before is not None:
         notes.append(f"AUROC {area:.3f} on this model, {before:.3f} where the guard was fit")
     if seen:
-        notes.append(f"{seen} of the {prompts} prompts are among those the guard was fit on: rates on them flatter")
+        notes.append(
+            f"{seen} of the {prompts} prompts are among those the guard was fit on: rates on them flatter"
+        )
     if guard.recheck is not None:
         notes.append("the threshold of re-checks was dropped: measure it on this model")
     return notes
@@ -137,11 +161,12 @@ def calibrate_recheck(
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> Guard:
-    """The guard with a threshold for re-checks: the model answers safe prompts greedily, and the classifier reads its answers under way.
+    """The guard with a threshold for re-checks: the model answers safe prompts greedily, and the classifier
+    reads its answers under way.
 
-    The classifier was fit on prompts. What it says at generated positions is the same formula on other text, so it is no calibrated
-    probability there; the threshold is set on it all the same, such that at most the wanted share of *answers* to safe prompts is stopped,
-    over all checks of an answer together.
+    The classifier was fit on prompts. What it says at generated positions is the same formula on other text,
+    so it is no calibrated probability there; the threshold is set on it all the same, such that at most the
+    wanted share of *answers* to safe prompts is stopped, over all checks of an answer together.
 
     Args:
         guard: bound to its model.
@@ -159,7 +184,10 @@ def calibrate_recheck(
     Source: none of the papers re-checks; false-positive rates per answer as in `threshold_for`.
     """
     if every < 1 or max_new_tokens < every:
-        raise UsageError(f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no longer than the answer")
+        raise UsageError(
+            f"re-checks every {every} of at most {max_new_tokens} tokens; expected at least 1 and no "
+            "longer than the answer"
+        )
     check_probability(fpr, "false-positive rate")
     chances, labels = [], []
     for prompts, label in ((safe, False), (unsafe, True)):
@@ -170,9 +198,15 @@ def calibrate_recheck(
     p, is_unsafe = np.concatenate(chances), np.concatenate(labels)
     needed, n_safe = math.ceil(EXAMPLES / fpr), int((~is_unsafe).sum())
     if not n_safe:
-        raise InputError("no answer to a safe prompt could be read; expected safe prompts that fit the context")
+        raise InputError(
+            "no answer to a safe prompt could be read; expected safe prompts that fit the context"
+        )
     threshold = threshold_for(p, is_unsafe, fpr)
-    why = "" if n_safe >= needed else f"{n_safe:,} answers to safe prompts, {needed:,} are needed ({EXAMPLES} / {fpr:g})"
+    why = (
+        ""
+        if n_safe >= needed
+        else f"{n_safe:,} answers to safe prompts, {needed:,} are needed ({EXAMPLES} / {fpr:g})"
+    )
     measured, caught = rates_at(p, is_unsafe, threshold)
     notes = [f"the threshold of re-checks is provisional: {why}"] if why else []
     recheck = Recheck(every, max_new_tokens, threshold, fpr, measured, caught, not why, why)
@@ -180,7 +214,12 @@ def calibrate_recheck(
 
 
 def _largest_checks(
-    guard: Guard, prompts: Texts, every: int, max_new_tokens: int, batch_size: BatchSize, progress: Progress | None
+    guard: Guard,
+    prompts: Texts,
+    every: int,
+    max_new_tokens: int,
+    batch_size: BatchSize,
+    progress: Progress | None,
 ) -> np.ndarray:
     """The largest probability over the checks of each answer; 0 for one that ends before the first."""
     model = guard.bound
@@ -191,12 +230,15 @@ def _largest_checks(
     checks: list[Encoded] = []
     owners: list[int] = []
     for number, (item, answer) in enumerate(zip(encoded, answers, strict=True)):
-        # A check reads tokens once the model is fed them, and the last one of an answer that is cut off never is.
+        # A check reads tokens once the model is fed them, and the last one of an answer that is cut off never
+        # is.
         for length in range(every, len(answer.token_ids) + (answer.finish_reason == "stop"), every):
             checks.append(Encoded(item.prompt_id, [*item.ids, *answer.token_ids[:length]]))
             owners.append(number)
     if checks:
-        read = read_poolings(model, checks, guard.neurons, [guard.pooling], batch_size=batch_size, progress=progress)[guard.pooling]
+        read = read_poolings(
+            model, checks, guard.neurons, [guard.pooling], batch_size=batch_size, progress=progress
+        )[guard.pooling]
         chances = guard.probabilities(torch.from_numpy(read.values)).nan_to_num(1.0).numpy()
         np.maximum.at(largest, np.array(owners), chances)
     return largest[[not item.truncated for item in encoded]]

@@ -28,7 +28,9 @@ class FlaggedError(SafetyNeuronsError):
 
 @dataclass(frozen=True)
 class TopNeuron:
-    """A neuron with what it adds to the log odds of one prompt, against the mean prompt of the fit, before calibration."""
+    """A neuron with what it adds to the log odds of one prompt, against the mean prompt of the fit, before
+    calibration.
+    """
 
     key: str
     index: int
@@ -42,13 +44,20 @@ class Verdict:
     p_unsafe: float | None
     """Calibrated probability of an unsafe answer; None where there is none (`status` is "error")."""
     flagged: bool
-    """Whether to stop: the probability reaches the threshold, or the status is not "ok" and nothing said to fail open."""
+    """Whether to stop: the probability reaches the threshold, or the status is not "ok" and nothing said to
+    fail open.
+    """
     threshold: float
     """That flagged is about."""
     status: Status = "ok"
-    """`truncated`: the middle of the prompt was not read, so that a low probability says nothing. `error`: see `error`."""
+    """`truncated`: the middle of the prompt was not read, so that a low probability says nothing.
+
+    `error`: see `error`.
+    """
     latency_ms: float = 0.0
-    """Wall time from the start of the batch that the prompt was read in to this verdict; in guarded generation what the guard itself took
+    """Wall time from the start of the batch that the prompt was read in to this verdict.
+
+    In guarded generation what the guard itself took
     behind the prefill."""
     top_neurons: tuple[TopNeuron, ...] = ()
     """Neurons that raise the log odds most, largest first."""
@@ -61,7 +70,9 @@ class Verdict:
     error: str | None = None
     """What went wrong, in one line."""
     reading: str = "conversation"
-    """Which reading of the request this is about: the whole conversation, the one without the last answer, or one turn by itself."""
+    """Which reading of the request this is about: the whole conversation, the one without the last answer, or
+    one turn by itself.
+    """
 
     def _repr_html_(self) -> str:
         probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
@@ -71,7 +82,10 @@ class Verdict:
             ["decided by", self.reading],
             ["status", self.status if self.error is None else f"{self.status}: {self.error}"],
             ["time", f"{self.latency_ms:.1f} ms"],
-            *([f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"] for each in self.top_neurons),
+            *(
+                [f"{each.key}[{each.index}]", f"{each.contribution:+.2f} log odds"]
+                for each in self.top_neurons
+            ),
         ]
         return html_table("Verdict of a guard", ["what", "value"], rows)
 
@@ -103,7 +117,14 @@ Found = TypeVar("Found", bound=Comparable)
 def largest(verdicts: Sequence[Found]) -> Found:
     """The verdict on a request from those on its readings, the whole conversation first.
 
-    A sound one that flags goes first, then one that is not sound, then the largest probability: a reading that could not be judged is never
-    covered by one that could.
+    A sound one that flags goes first, then one that is not sound, then the largest probability: a reading
+    that could not be judged is never covered by one that could.
     """
-    return max(verdicts, key=lambda verdict: (verdict.flagged and verdict.status == "ok", verdict.status != "ok", verdict.p_unsafe or 0.0))
+    return max(
+        verdicts,
+        key=lambda verdict: (
+            verdict.flagged and verdict.status == "ok",
+            verdict.status != "ok",
+            verdict.p_unsafe or 0.0,
+        ),
+    )

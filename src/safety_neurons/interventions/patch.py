@@ -33,7 +33,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
-from safety_neurons.interventions.targets import PerDevice, Subject, active, announce, constant_editors, dense_only, indices, withdraw
+from safety_neurons.interventions.targets import (
+    PerDevice,
+    Subject,
+    active,
+    announce,
+    constant_editors,
+    dense_only,
+    indices,
+    withdraw,
+)
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
 from safety_neurons.neurons import NeuronSet
 
@@ -41,7 +50,10 @@ _FOLLOWED_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 
 class FollowedCache(DynamicCache):
-    """A dynamic cache while a patch follows it. Instances are made by `Follower`, which lends this class to an ordinary cache."""
+    """A dynamic cache while a patch follows it.
+
+    Instances are made by `Follower`, which lends this class to an ordinary cache.
+    """
 
     follower: "Follower"
     twin: DynamicCache | None
@@ -83,7 +95,10 @@ class FollowedCache(DynamicCache):
             self.twin.activate_past_recording()
 
     def _both(self, indices: Int[Tensor, " row"]) -> Int[Tensor, " both"]:
-        """The cache's rows that belong to these rows of the batch: two each where it holds ``[patched; donor]``."""
+        """The cache's rows that belong to these rows of the batch: two each where it holds ``[patched.
+
+        Donor]``.
+        """
         held = _n_rows(self)
         return torch.cat([indices, indices + held // 2]) if self.follower.doubled and held else indices
 
@@ -92,7 +107,8 @@ class Follower:
     """Follows the caches of one patched context.
 
     Args:
-        doubled: Whether one cache holds both histories (rows ``[patched; donor]``) or the donor has a cache of its own.
+        doubled: Whether one cache holds both histories (rows ``[patched; donor]``) or the donor has a cache
+            of its own.
     """
 
     def __init__(self, doubled: bool) -> None:
@@ -106,7 +122,8 @@ class Follower:
         """Starts to follow a fresh cache, or checks that the history in a followed one is complete.
 
         Raises:
-            DecodeError: The cache is of a kind that cannot be followed, or holds tokens that the donor has not seen.
+            DecodeError: The cache is of a kind that cannot be followed, or holds tokens that the donor has
+            not seen.
         """
         if isinstance(cache, FollowedCache):
             self._check_followed(cache, batch)
@@ -121,17 +138,22 @@ class Follower:
 
     def _check_followed(self, cache: FollowedCache, batch: int) -> None:
         if cache.follower is not self:
-            raise DecodeError("the cache belongs to another patched context; start from an empty cache inside this one")
+            raise DecodeError(
+                "the cache belongs to another patched context; start from an empty cache inside this one"
+            )
         length = cache.get_seq_length()
         if cache.twin is not None and cache.twin.get_seq_length() != length:
             raise DecodeError(
                 f"the patched model has read {length} tokens and its donor {cache.twin.get_seq_length()}; "
-                "this decoding mode changes the cache in a way that cannot be followed, use greedy search or sampling"
+                "this decoding mode changes the cache in a way that cannot be followed, use greedy search "
+                "or sampling"
             )
         held = _n_rows(cache)
         expected = 2 * batch if self.doubled else batch
         if held is not None and length > 0 and held != expected:
-            raise DecodeError(f"the cache holds {held} rows where {expected} were expected; use greedy search or sampling")
+            raise DecodeError(
+                f"the cache holds {held} rows where {expected} were expected; use greedy search or sampling"
+            )
 
     def follow(self, cache: Any, twin: DynamicCache | None) -> None:
         """Follows a cache from now on, with the donor's own cache as its twin where there is one."""
@@ -153,7 +175,9 @@ class Follower:
 
 
 def refuse_other_caches(cache: Any) -> None:
-    """Raises `DecodeError` unless the cache is a plain dynamic one, the only kind whose surgery can be mirrored."""
+    """Raises `DecodeError` unless the cache is a plain dynamic one, the only kind whose surgery can be
+    mirrored.
+    """
     kind = type(cache).__name__
     plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
     if plain:
@@ -163,7 +187,9 @@ def refuse_other_caches(cache: Any) -> None:
         kind = f"{kind} of {', '.join(sorted(others))}"
     elif type(cache) is DynamicCache:
         kind = "offloaded cache"
-    raise DecodeError(f"patching cannot follow a {kind}; leave out cache_implementation, or pass use_cache=False")
+    raise DecodeError(
+        f"patching cannot follow a {kind}; leave out cache_implementation, or pass use_cache=False"
+    )
 
 
 def _n_rows(cache: DynamicCache) -> int | None:
@@ -187,7 +213,9 @@ def active_adapters(subject: Subject, layer: BaseTunerLayer) -> tuple[str, ...]:
 
 
 def can_stack(base: Subject, aligned: Subject) -> bool:
-    """Whether both views are adapters on one model, of kinds whose share can be computed for each half of the rows."""
+    """Whether both views are adapters on one model, of kinds whose share can be computed for each half of the
+    rows.
+    """
     if base.model is not aligned.model and base.body is not aligned.body:
         return False
     for module in base.body.modules():
@@ -214,13 +242,19 @@ def stacked_forwards(base: Subject, aligned: Subject) -> dict[nn.Module, Forward
     for layer in base.body.modules():
         if isinstance(layer, BaseTunerLayer):
             names = (active_adapters(base, layer), active_adapters(aligned, layer))
-            forwards[layer] = _scaled(layer, names) if isinstance(layer, ia3.Linear) else _low_rank(layer, names)
+            forwards[layer] = (
+                _scaled(layer, names) if isinstance(layer, ia3.Linear) else _low_rank(layer, names)
+            )
     return forwards
 
 
 def _scaled(layer: Any, names: Sequence[Sequence[str]]) -> Forward:
-    """(IA)³: each half is multiplied by the product of its own vectors, as PEFT does, at the input or the output."""
-    vectors = [[layer.ia3_l[name].detach().flatten() for name in half if name in layer.ia3_l] for half in names]
+    """(IA)³: each half is multiplied by the product of its own vectors, as PEFT does, at the input or the
+    output.
+    """
+    vectors = [
+        [layer.ia3_l[name].detach().flatten() for name in half if name in layer.ia3_l] for half in names
+    ]
     present = [vector for half in vectors for vector in half]
     linear = layer.base_layer
     if not present:
@@ -242,13 +276,17 @@ def _scaled(layer: Any, names: Sequence[Sequence[str]]) -> Forward:
     return at_input if layer.is_feedforward else at_output
 
 
-def _times(x: Float[Tensor, "*rows neuron"], both: Float[Tensor, "2 1 neuron"]) -> Float[Tensor, "*rows neuron"]:
+def _times(
+    x: Float[Tensor, "*rows neuron"], both: Float[Tensor, "2 1 neuron"]
+) -> Float[Tensor, "*rows neuron"]:
     """Each half of the rows times its own vector, computed in the vectors' precision."""
     return (x.reshape(2, -1, x.shape[-1]) * both).view(x.shape).to(x.dtype)
 
 
 def _low_rank(layer: Any, names: Sequence[Sequence[str]]) -> Forward:
-    """LoRA: each half gets the sum of its own adapters' products, all of a half as one product of their joined factors."""
+    """LoRA: each half gets the sum of its own adapters' products, all of a half as one product of their
+    joined factors.
+    """
     linear = layer.base_layer
     halves = [[name for name in half if name in layer.lora_A] for half in names]
     if not any(halves):
@@ -286,11 +324,17 @@ def _joined(layer: Any, names: Sequence[str]) -> tuple[Tensor | None, Tensor | N
         return None, None, None
     down = torch.cat([layer.lora_A[name].weight.detach() for name in names], dim=0)
     up = torch.cat([layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names], dim=1)
-    shifts = [layer.lora_B[name].bias.detach() * layer.scaling[name] for name in names if layer.lora_B[name].bias is not None]
+    shifts = [
+        layer.lora_B[name].bias.detach() * layer.scaling[name]
+        for name in names
+        if layer.lora_B[name].bias is not None
+    ]
     return down, up, sum(shifts[1:], shifts[0]) if shifts else None
 
 
-def _inputs(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+def _inputs(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], Tensor]:
     """The arguments of a pass by name, and the ids or embeddings among them."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     source = given.get("input_ids")
@@ -318,7 +362,9 @@ class StackedPass:
         self._fired = 0
 
     def editors(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """For each site, the edit that copies the chosen activations from the second half of the rows to the first."""
+        """For each site, the edit that copies the chosen activations from the second half of the rows to the
+        first.
+        """
         sizes = self.base.anatomy.table.sizes
         return {key: self._copier(PerDevice(index, sizes[key])) for key, index in self._chosen.items()}
 
@@ -365,12 +411,16 @@ def check_fired(fired: int, expected: int) -> None:
     """Raises `DecodeError` unless every chosen site was patched exactly once in a pass."""
     if fired != expected:
         raise DecodeError(
-            f"{fired} of {expected} sites were patched in this pass; compiled or replaced code skips hooks, run the model eagerly"
+            f"{fired} of {expected} sites were patched in this pass; compiled or replaced code skips "
+            "hooks, run the model eagerly"
         )
 
 
 def _doubled(value: Any, rows: int) -> Any:
-    """A batch-first tensor (or a mapping of them) twice, one after the other; what is shared by all rows stays as it is."""
+    """A batch-first tensor (or a mapping of them) twice, one after the other.
+
+    What is shared by all rows stays as it is.
+    """
     if isinstance(value, Mapping):
         return {name: _doubled(one, rows) for name, one in value.items()}
     if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == rows:
@@ -418,11 +468,15 @@ class TwinPass:
         self._new_twin: Any = None
 
     def editors(self) -> dict[str, Editor]:
-        """For each site, the edit that overwrites the chosen activations (and, on shared modules, records the donor's)."""
+        """For each site, the edit that overwrites the chosen activations (and, on shared modules, records the
+        donor's).
+        """
         return {key: self._editor(key) for key in self._chosen}
 
     def recorders(self) -> dict[str, Editor]:
-        """For each site of a separate donor, a function that records the chosen activations and changes nothing."""
+        """For each site of a separate donor, a function that records the chosen activations and changes
+        nothing.
+        """
         return {key: self._recorder(key) for key in self._chosen}
 
     def _recorder(self, key: str) -> Editor:
@@ -446,7 +500,9 @@ class TwinPass:
             self._fired += 1
             values = self._recorded.pop(key, None)
             if values is None:
-                raise DecodeError(f"{key}: the donor gave no activation in this pass; run both models eagerly")
+                raise DecodeError(
+                    f"{key}: the donor gave no activation in this pass; run both models eagerly"
+                )
             values = values.to(device=activation.device, dtype=activation.dtype)
             if activation.requires_grad:
                 return index.copied(activation, values)
@@ -455,14 +511,18 @@ class TwinPass:
 
         return overwrite
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Runs the donor on the inputs of the pass that is about to start."""
         if self._recording:
             return None
         self.base.check_active()
         given, source = _inputs(self._names, args, kwargs)
         if given.get("inputs_embeds") is not None and not self.shared:
-            raise DecodeError("two separate models embed tokens each on their own; pass input_ids instead of inputs_embeds")
+            raise DecodeError(
+                "two separate models embed tokens each on their own; pass input_ids instead of inputs_embeds"
+            )
         if given.get("use_cache") is None:
             given["use_cache"] = bool(getattr(getattr(self.base.body, "config", None), "use_cache", False))
         cache = given.get("past_key_values")
@@ -473,8 +533,16 @@ class TwinPass:
         return (), given
 
     def _run_donor(self, given: Mapping[str, Any], cache: FollowedCache | None) -> None:
-        passed = {name: _to(value, self._device()) for name, value in given.items() if name in self._known or "kwargs" in self._known}
-        passed.update(past_key_values=None if cache is None else cache.twin, output_attentions=False, output_hidden_states=False)
+        passed = {
+            name: _to(value, self._device())
+            for name, value in given.items()
+            if name in self._known or "kwargs" in self._known
+        }
+        passed.update(
+            past_key_values=None if cache is None else cache.twin,
+            output_attentions=False,
+            output_hidden_states=False,
+        )
         passed["return_dict"] = True
         active = self.aligned.active() if self.shared else contextlib.nullcontext()
         self._recording = True
@@ -530,25 +598,29 @@ def patched(
 ) -> Iterator[Any]:
     """Overwrites activations of `base` inside a ``with`` block, at every position of every pass.
 
-    With ``mode="donor"`` this is dynamic activation patching: the donor reads the text that the patched model writes (prompt and every
-    token emitted so far, padding included), and the chosen activations of `base` are overwritten with the donor's. Each keeps its own
-    history in its own key-value cache; the donor is never patched. Greedy search, sampling, beam search, assisted decoding, streaming,
-    stopping criteria, logits processors and teacher-forced passes all go through it, by `LanguageModel.complete` or by
-    ``base.model.generate``. Two views of one model (adapters on one base) run as one batch of twice the rows. Both models are in
-    evaluation mode meanwhile.
+    With ``mode="donor"`` this is dynamic activation patching: the donor reads the text that the patched model
+    writes (prompt and every token emitted so far, padding included), and the chosen activations of `base` are
+    overwritten with the donor's. Each keeps its own history in its own key-value cache; the donor is never
+    patched. Greedy search, sampling, beam search, assisted decoding, streaming, stopping criteria, logits
+    processors and teacher-forced passes all go through it, by `LanguageModel.complete` or by
+    ``base.model.generate``. Two views of one model (adapters on one base) run as one batch of twice the rows.
+    Both models are in evaluation mode meanwhile.
 
-    Source: Chen et al., arXiv 2406.14144, algorithm 1 (dynamic activation patching).
-    Differs: sampling and beams are guided too; a decoding mode that cannot be followed raises instead of going on unguided; one doubled
+    Source: Chen et al., arXiv 2406.14144, algorithm 1 (dynamic activation patching). Differs: sampling and
+    beams are guided too; a decoding mode that cannot be followed raises instead of going on unguided; one
+    doubled
         batch instead of two models where the two share their base.
 
     Args:
         base: The model to patch: a `LanguageModel` or a Hugging Face model.
-        aligned: The donor; not used (and may be None) by the other modes. The same object as `base` patches it with itself.
+        aligned: The donor; not used (and may be None) by the other modes. The same object as `base` patches
+            it with itself.
         neurons: Which activations. An empty set leaves `base` as it is, bit for bit.
-        mode: `donor`, `mean` (set to `values`), `zero`, `noise` (add `alpha` × `values` × a standard normal draw), or `scale` (the
-            neuron's own activation times `alpha`).
+        mode: `donor`, `mean` (set to `values`), `zero`, `noise` (add `alpha` × `values` × a standard normal
+            draw), or `scale` (the neuron's own activation times `alpha`).
         alpha: The factor of `noise` and `scale`.
-        values: Means or standard deviations: one number, or per key a vector (one per neuron of the site, or per chosen neuron).
+        values: Means or standard deviations: one number, or per key a vector (one per neuron of the site, or
+            per chosen neuron).
         seed: Seed of the noise.
 
     Yields:
@@ -568,7 +640,9 @@ def patched(
         stack.enter_context(evaluating(subject.model))
         stack.enter_context(active(subject))
         if mode != "donor":
-            stack.enter_context(editing(subject.anatomy, constant_editors(subject, chosen, mode, alpha, values, seed)))
+            stack.enter_context(
+                editing(subject.anatomy, constant_editors(subject, chosen, mode, alpha, values, seed))
+            )
         else:
             donor = _donor(subject, aligned)
             if chosen:
@@ -578,30 +652,39 @@ def patched(
 
 def _donor(subject: Subject, aligned: Any) -> Subject:
     if aligned is None:
-        raise UsageError("mode 'donor' needs the model that gives its activations; pass it as `aligned`, or choose another mode")
+        raise UsageError(
+            "mode 'donor' needs the model that gives its activations; pass it as `aligned`, or choose "
+            "another mode"
+        )
     donor = Subject.of(aligned)
     if donor.anatomy.table.sizes != subject.anatomy.table.sizes:
         raise MismatchError(
-            f"base has {subject.anatomy.table.n_neurons} neurons in {len(subject.anatomy.table.keys)} matrices, the donor "
-            f"{donor.anatomy.table.n_neurons} in {len(donor.anatomy.table.keys)}; pass two models of one architecture"
+            f"base has {subject.anatomy.table.n_neurons} neurons in {len(subject.anatomy.table.keys)} "
+            f"matrices, the donor {donor.anatomy.table.n_neurons} in {len(donor.anatomy.table.keys)}; pass "
+            "two models of one architecture"
         )
     own, other = (getattr(getattr(one.body, "config", None), "vocab_size", None) for one in (subject, donor))
     if own != other:
-        raise MismatchError(f"base has a vocabulary of {own} tokens and the donor of {other}; pass two models with one tokenizer")
+        raise MismatchError(
+            f"base has a vocabulary of {own} tokens and the donor of {other}; pass two models with one "
+            "tokenizer"
+        )
     readers = [getattr(one.view, "tokenizer", None) for one in (subject, donor)]
     if None not in readers and readers[0] is not readers[1]:
         ours, theirs = (reader.get_vocab() for reader in readers if reader is not None)
         differing = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
         if differing:
             raise MismatchError(
-                f"base and donor read text with tokenizers of which {len(differing)} tokens differ, {differing[0]!r} among them, and are "
-                "fed the same ids; pass two models with one tokenizer"
+                f"base and donor read text with tokenizers of which {len(differing)} tokens differ, "
+                f"{differing[0]!r} among them, and are fed the same ids; pass two models with one tokenizer"
             )
     return donor
 
 
 def _follow(stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: dict[str, Any]) -> None:
-    """Puts the donor, in evaluation mode as the base model is, beside every pass of the base model until the stack closes."""
+    """Puts the donor, in evaluation mode as the base model is, beside every pass of the base model until the
+    stack closes.
+    """
     stack.enter_context(evaluating(donor.model))
     running: StackedPass | TwinPass
     if can_stack(base, donor):

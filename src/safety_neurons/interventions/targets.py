@@ -1,6 +1,8 @@
-"""What an intervention acts on (a view's model, its neurons as index tensors, its rows of a pass), and edits that need one model only.
+"""What an intervention acts on (a view's model, its neurons as index tensors, its rows of a pass), and edits
+that need one model only.
 
-Neurons are deactivated (the model acts as if their parameters were zero) or get a constant edit: mean, zero, noise, scale.
+Neurons are deactivated (the model acts as if their parameters were zero) or get a constant edit: mean, zero,
+noise, scale.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ from safety_neurons.model.hooks import editing, evaluating
 from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
 
-# Views of one model share its anatomy, so that a model is never probed while another view's intervention acts on it.
+# Views of one model share its anatomy, so that a model is never probed while another view's intervention acts
+# on it.
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Anatomy]]" = weakref.WeakKeyDictionary()
 
 
@@ -33,8 +36,8 @@ class Subject:
         view: What the caller passed: a `LanguageModel` or a bare Hugging Face model.
         model: The Hugging Face (or PEFT) model.
         anatomy: Where its sites are.
-        body: The decoder stack: the nearest module around all decoder layers. Every pass goes through it, whether started by
-            ``generate``, by a call of the model or by a pass without the output head.
+        body: The decoder stack: the nearest module around all decoder layers. Every pass goes through it,
+            whether started by ``generate``, by a call of the model or by a pass without the output head.
     """
 
     view: Any
@@ -58,14 +61,17 @@ class Subject:
         return self.view.active() if hasattr(self.view, "active") else contextlib.nullcontext()
 
     def check_active(self) -> None:
-        """Raises `DecodeError` where another view's adapters are the active ones, as when the donor itself is asked to answer."""
+        """Raises `DecodeError` where another view's adapters are the active ones, as when the donor itself is
+        asked to answer.
+        """
         if self.adapters is None or self.tuned is None:
             return
         layer = self.tuned
         names = () if layer.disable_adapters else tuple(layer.active_adapters)
         if names != self.adapters:
             raise DecodeError(
-                f"adapters {list(names)} are active while the view with {list(self.adapters)} is being patched; leave the context first"
+                f"adapters {list(names)} are active while the view with {list(self.adapters)} is being "
+                "patched; leave the context first"
             )
 
     @functools.cached_property
@@ -86,7 +92,9 @@ def _body(model: nn.Module, anatomy: Anatomy) -> nn.Module:
     return model.get_submodule(".".join(names))
 
 
-def indices(anatomy: Anatomy, *neuron_sets: NeuronSet | Mapping[str, Any]) -> dict[str, Int[Tensor, " neuron"]]:
+def indices(
+    anatomy: Anatomy, *neuron_sets: NeuronSet | Mapping[str, Any]
+) -> dict[str, Int[Tensor, " neuron"]]:
     """The union of neuron sets as one sorted index tensor per key, checked against the model.
 
     Raises:
@@ -113,13 +121,16 @@ def dense_only(chosen: Mapping[str, Any], anatomy: Anatomy, what: str) -> None:
     routed = [key for key in chosen if key not in anatomy.places]
     if routed:
         raise UnsupportedModelError(
-            f"{what} acts on neurons that are active at every token, and {routed[0]} is computed only where the router chose its expert; "
-            f"leave out the {len(routed)} expert keys, or deactivate them"
+            f"{what} acts on neurons that are active at every token, and {routed[0]} is computed only "
+            f"where the router chose its expert; leave out the {len(routed)} expert keys, or deactivate "
+            "them"
         )
 
 
 SMALL = 2**16
-"""Numbers of an activation up to which one selection over all of it is cheaper than taking columns and putting them back."""
+"""Numbers of an activation up to which one selection over all of it is cheaper than taking columns and
+putting them back.
+"""
 
 
 class PerDevice:
@@ -158,7 +169,9 @@ class PerDevice:
         """The chosen columns."""
         return source if self.whole else source.index_select(-1, self.on(source.device))
 
-    def copied(self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]) -> Float[Tensor, "*rows neuron"]:
+    def copied(
+        self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]
+    ) -> Float[Tensor, "*rows neuron"]:
         """`target` with its chosen columns replaced."""
         return values if self.whole else target.index_copy(-1, self.on(target.device), values)
 
@@ -171,7 +184,8 @@ class PerDevice:
 
 
 def per_site(values: Any, key: str, index: Int[Tensor, " neuron"], size: int) -> Tensor:
-    """The value of each chosen neuron of a site, from one number, one per chosen neuron, or one per neuron of the site.
+    """The value of each chosen neuron of a site, from one number, one per chosen neuron, or one per neuron of
+    the site.
 
     Raises:
         NeuronError: No values for the site, or another number of them.
@@ -187,7 +201,10 @@ def per_site(values: Any, key: str, index: Int[Tensor, " neuron"], size: int) ->
         return vector[index]
     if vector.shape == index.shape:
         return vector
-    raise NeuronError(f"{key}: {tuple(vector.shape)} values arrived, expected {size} (the site's neurons) or {len(index)} (those chosen)")
+    raise NeuronError(
+        f"{key}: {tuple(vector.shape)} values arrived, expected {size} (the site's neurons) or "
+        f"{len(index)} (those chosen)"
+    )
 
 
 @runtime_checkable
@@ -195,13 +212,18 @@ class Sharing(Protocol):
     """A running patch whose passes may carry rows that are not the caller's."""
 
     def rows(self, subject: Subject) -> tuple[int, int, int] | None:
-        """First and last (excluded) row of the batch that belong to a view, and the tokens of each row; None where all do."""
+        """First and last (excluded) row of the batch that belong to a view, and the tokens of each row.
+
+        None where all do.
+        """
 
 
 _RUNNING: "weakref.WeakKeyDictionary[nn.Module, Sharing]" = weakref.WeakKeyDictionary()
 
 
-def own_rows(subject: Subject, activation: Float[Tensor, "batch token neuron"] | ExpertRows) -> Bool[Tensor, "*rows 1"] | None:
+def own_rows(
+    subject: Subject, activation: Float[Tensor, "batch token neuron"] | ExpertRows
+) -> Bool[Tensor, "*rows 1"] | None:
     """Which rows of an activation belong to a view of the model; None stands for all of them."""
     running = _RUNNING.get(subject.body)
     span = None if running is None else running.rows(subject)
@@ -216,7 +238,10 @@ def own_rows(subject: Subject, activation: Float[Tensor, "batch token neuron"] |
 
 
 def active(subject: Subject) -> contextlib.AbstractContextManager[Any]:
-    """The context in which a view's own adapters act; nothing while a patch on the model decides which of them act where."""
+    """The context in which a view's own adapters act.
+
+    Nothing while a patch on the model decides which of them act where.
+    """
     return contextlib.nullcontext() if subject.body in _RUNNING else subject.active()
 
 
@@ -242,17 +267,25 @@ MODES = ("mean", "zero", "noise", "scale")
 
 
 def constant_editors(
-    subject: Subject, chosen: Mapping[str, Int[Tensor, " neuron"]], mode: str, alpha: float, values: Any, seed: int
+    subject: Subject,
+    chosen: Mapping[str, Int[Tensor, " neuron"]],
+    mode: str,
+    alpha: float,
+    values: Any,
+    seed: int,
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """One edit per site.
 
     Args:
         subject: The model.
         chosen: The neurons, one sorted index tensor per key.
-        mode: `mean` (set to `values`), `zero`, `noise` (add `alpha` × `values` × a standard normal draw), `scale` (multiply by `alpha`).
+        mode: `mean` (set to `values`), `zero`, `noise` (add `alpha` × `values` × a standard normal draw),
+            `scale` (multiply by `alpha`).
         alpha: The factor of `noise` and `scale`.
-        values: Means, or standard deviations for `noise`: one number, or per key one per neuron of the site or per chosen neuron.
-        seed: Seed of the noise; draws depend on it, on the batch and on the order of passes, and on nothing outside.
+        values: Means, or standard deviations for `noise`: one number, or per key one per neuron of the site
+            or per chosen neuron.
+        seed: Seed of the noise; draws depend on it, on the batch and on the order of passes, and on nothing
+            outside.
 
     Raises:
         UsageError: A mode that does not exist, or one whose values are missing.
@@ -260,12 +293,17 @@ def constant_editors(
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} arrived; choose donor, {', '.join(MODES)}")
     if mode in ("mean", "noise") and values is None:
-        raise UsageError(f"mode {mode!r} needs values ({'means' if mode == 'mean' else 'standard deviations'} per neuron); pass values=…")
+        raise UsageError(
+            f"mode {mode!r} needs values ({'means' if mode == 'mean' else 'standard deviations'} per "
+            "neuron); pass values=…"
+        )
     sizes = subject.anatomy.table.sizes
     draws = _Draws(seed)
     editors: dict[str, Edit] = {}
     for key, index in chosen.items():
-        given = None if values is None or mode in ("zero", "scale") else per_site(values, key, index, sizes[key])
+        given = (
+            None if values is None or mode in ("zero", "scale") else per_site(values, key, index, sizes[key])
+        )
         editors[key] = _edit(subject, PerDevice(index, sizes[key]), _change(mode, alpha, given, draws))
     return editors
 
@@ -304,14 +342,15 @@ class _Draws:
 def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iterator[Any]:
     """Runs the model as if the parameters of some neurons were zero, inside a ``with`` block.
 
-    The activation of every chosen neuron is set to zero at every token, which gives the logits of a model whose weight row (``q k v gate
-    up``, with its bias entry) or weight column (``o down``) is zero; the share that an applied adapter adds to it is zero as well. Values
-    are filled in by index and never multiplied by a mask, so an infinite or undefined activation is silenced too. ``generate`` with its
-    key-value cache, plain forward passes and `LanguageModel.complete` all act this way, in evaluation mode (no dropout); leaving the block
-    restores the model bit for bit, modes included.
+    The activation of every chosen neuron is set to zero at every token, which gives the logits of a model
+    whose weight row (``q k v gate up``, with its bias entry) or weight column (``o down``) is zero; the share
+    that an applied adapter adds to it is zero as well. Values are filled in by index and never multiplied by
+    a mask, so an infinite or undefined activation is silenced too. ``generate`` with its key-value cache,
+    plain forward passes and `LanguageModel.complete` all act this way, in evaluation mode (no dropout);
+    leaving the block restores the model bit for bit, modes included.
 
-    Source: Zhao et al., ICLR 2025, section 2 (deactivation of a neuron).
-    Differs: weights are not written; activations are masked, so quantised and shared weights work and nothing has to be restored.
+    Source: Zhao et al., ICLR 2025, section 2 (deactivation of a neuron). Differs: weights are not written;
+    activations are masked, so quantised and shared weights work and nothing has to be restored.
 
     Args:
         model: A `LanguageModel` or a Hugging Face model.
@@ -335,7 +374,9 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
 
 
 def _silencer(index: PerDevice, subject: Subject) -> Callable[[Any], Tensor]:
-    def silence(activation: Float[Tensor, "batch token neuron"] | ExpertRows) -> Float[Tensor, "*rows neuron"]:
+    def silence(
+        activation: Float[Tensor, "batch token neuron"] | ExpertRows,
+    ) -> Float[Tensor, "*rows neuron"]:
         values = activation.values if isinstance(activation, ExpertRows) else activation
         silenced = values.index_fill(-1, index.on(values.device), 0)
         own = own_rows(subject, activation)

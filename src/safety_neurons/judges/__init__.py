@@ -1,4 +1,7 @@
-"""Judges: completions in, verdicts and rates out. A judge cannot tell which treatment a completion comes from."""
+"""Judges: completions in, verdicts and rates out.
+
+A judge cannot tell which treatment a completion comes from.
+"""
 
 from safety_neurons.judges.judgement import (
     Case,
@@ -14,8 +17,21 @@ from safety_neurons.judges.judgement import (
     refusal_verdict,
     unscored,
 )
-from safety_neurons.judges.registry import DEFAULT_JUDGES, JUDGES, agreement, judge, judge_names, judge_refusal
-from safety_neurons.judges.wording import ComplianceJudgement, PhraseList, StringJudge, judge_compliance, string_judge
+from safety_neurons.judges.registry import (
+    DEFAULT_JUDGES,
+    JUDGES,
+    agreement,
+    judge,
+    judge_names,
+    judge_refusal,
+)
+from safety_neurons.judges.wording import (
+    ComplianceJudgement,
+    PhraseList,
+    StringJudge,
+    judge_compliance,
+    string_judge,
+)
 
 __all__ = [
     "DEFAULT_JUDGES",

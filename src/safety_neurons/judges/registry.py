@@ -6,7 +6,13 @@ from typing import Any
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges.judgement import FunctionJudge, Judge, Judgement, RefusalJudge, ending, judged
-from safety_neurons.judges.wording import PREFIX_VERSION, ComplianceJudge, judge_by_prefix, judge_by_wording, string_judge
+from safety_neurons.judges.wording import (
+    PREFIX_VERSION,
+    ComplianceJudge,
+    judge_by_prefix,
+    judge_by_wording,
+    string_judge,
+)
 from safety_neurons.judges.wording import VERSION as WORDING_VERSION
 from safety_neurons.results import Agreement, Completion, cohen_kappa
 
@@ -17,20 +23,28 @@ JUDGES: dict[str, tuple[RefusalJudge, int]] = {
 """The built-in refusal judges that need no model, and their versions."""
 DEFAULT_JUDGES = ("refusal", "strings:advbench")
 """Two judges of different kind that need no model and no connection."""
-ALIASES = {"refusal": "wording", "strings": "strings:openings", "garak-refusal": "hf-classifier:garak-llm/garak-refusal-detector"}
+ALIASES = {
+    "refusal": "wording",
+    "strings": "strings:openings",
+    "garak-refusal": "hf-classifier:garak-llm/garak-refusal-detector",
+}
 """Short names of judges."""
 
 
-def judge_refusal(completions: Sequence[Completion], judge: str = "wording", *, think_end: str | None = None) -> Judgement:
+def judge_refusal(
+    completions: Sequence[Completion], judge: str = "wording", *, think_end: str | None = None
+) -> Judgement:
     """Which completions refuse, fully or partly, and their rate.
 
-    Case and spaces before punctuation do not matter. A thinking part is not read. An empty completion, or one whose thinking was
-    cut off, is neither refusal nor compliance: it is unscored and counted. On harmless prompts the same rate is over-refusal.
+    Case and spaces before punctuation do not matter. A thinking part is not read. An empty completion, or one
+    whose thinking was cut off, is neither refusal nor compliance: it is unscored and counted. On harmless
+    prompts the same rate is over-refusal.
 
     Args:
         completions: what to judge; the judge sees prompt and answer, never the arm.
         judge: `wording` (sentence-level rules) or `prefix` (a plain list of openings).
-        think_end: the text that ends a thought, in the place of what the completions say of it (`meta["think_end"]`).
+        think_end: the text that ends a thought, in the place of what the completions say of it
+            (`meta["think_end"]`).
 
     Raises:
         UsageError: there is no such judge.
@@ -45,13 +59,14 @@ def judge(name: str, **options: Any) -> Judge:
     """The judge of a name. Models are loaded when it first judges.
 
     Args:
-        name: `refusal` (the project's own, the same as `wording`), `prefix`; `compliance` (for the templates of organisms);
-            `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`, `phrases`, `advbench` or a JSON file; `garak-refusal`;
-            `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`, `llama-guard-4`, `wildguard`, `shieldgemma`,
-            `granite-guardian`, `granite-guardian-3.0`, `qwen3guard`, `strongreject`, each alone or with `:ID`; `cost[:ID]`;
-            `openai:URL#MODEL`.
-        **options: As the judge's class takes them: `device`, `dtype`, `offline`, `template`, `harmful`, `refusal`, `format`, …; what a
-            judge without a model has no use for among `device`, `dtype`, `offline` and `batch_size` is left out.
+        name: `refusal` (the project's own, the same as `wording`), `prefix`; `compliance` (for the templates
+            of organisms); `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`, `phrases`, `advbench` or a
+            JSON file; `garak-refusal`; `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`,
+            `llama-guard-4`, `wildguard`, `shieldgemma`, `granite-guardian`, `granite-guardian-3.0`,
+            `qwen3guard`, `strongreject`, each alone or with `:ID`; `cost[:ID]`; `openai:URL#MODEL`.
+        **options: As the judge's class takes them: `device`, `dtype`, `offline`, `template`, `harmful`,
+            `refusal`, `format`, …; what a judge without a model has no use for among `device`, `dtype`,
+            `offline` and `batch_size` is left out.
 
     Raises:
         UsageError: No such judge, or an option it does not know.
@@ -70,7 +85,10 @@ def judge(name: str, **options: Any) -> Judge:
 
 
 def model_behind(name: str) -> str | None:
-    """The model argument that a judge's name stands for; None for a judge without weights of its own here, and for no judge."""
+    """The model argument that a judge's name stands for.
+
+    None for a judge without weights of its own here, and for no judge.
+    """
     from safety_neurons.judges.guards import FORMS
 
     kind, _, rest = ALIASES.get(name, name).partition(":")
@@ -93,7 +111,8 @@ def judge_names() -> tuple[str, ...]:
 def agreement(first: Judgement, second: Judgement) -> Agreement:
     """How far two judges agree on the same completions: on refusal where both say so, otherwise on harm.
 
-    A judge of refusals says of harm that what does not refuse is harmful, which holds on harmful requests only.
+    A judge of refusals says of harm that what does not refuse is harmful, which holds on harmful requests
+    only.
 
     Raises:
         InputError: Judgements of different completions.
@@ -115,7 +134,9 @@ def _called(kind: str, make: Callable[..., Any], arguments: tuple[Any, ...], opt
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as error:
-        raise UsageError(f"judge {kind!r}: {error}; expected the options of {getattr(make, '__name__', kind)}") from error
+        raise UsageError(
+            f"judge {kind!r}: {error}; expected the options of {getattr(make, '__name__', kind)}"
+        ) from error
     return make(*arguments, **options)
 
 
@@ -139,12 +160,16 @@ def _endpoint(kind: str, rest: str, options: dict[str, Any]) -> Judge:
 
     url, _, model = rest.rpartition("#")
     if not url or not model:
-        raise UsageError(f"judge {kind}:{rest}: expected {kind}:URL#MODEL, such as {kind}:http://localhost:8000/v1#judge")
+        raise UsageError(
+            f"judge {kind}:{rest}: expected {kind}:URL#MODEL, such as {kind}:http://localhost:8000/v1#judge"
+        )
     given = {key: value for key, value in options.items() if key not in ("device", "dtype", "batch_size")}
     own = ("rubric", "measure", "parallel", "settings", "think_end")
     server = {key: value for key, value in given.items() if key not in own}
     endpoint = _called(kind, ChatServer, (url, model), server)
-    return _called(kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own})
+    return _called(
+        kind, EndpointJudge, (endpoint,), {key: value for key, value in given.items() if key in own}
+    )
 
 
 _MODEL_JUDGES: dict[str, Callable[[str, str, dict[str, Any]], Judge]] = {

@@ -14,7 +14,15 @@ from safety_neurons.model.likelihood import (
     token_log_probabilities,
     token_losses,
 )
-from safety_neurons.model.loading import ModelSpec, Pair, check_pair, load, load_pair, load_several, parse_spec
+from safety_neurons.model.loading import (
+    ModelSpec,
+    Pair,
+    check_pair,
+    load,
+    load_pair,
+    load_several,
+    parse_spec,
+)
 from safety_neurons.model.passes import CostEstimate, Statistics, activation_statistics, estimate, run_batches
 from safety_neurons.model.template import conversation_text, encode_text
 from safety_neurons.prompt_lists import as_prompts

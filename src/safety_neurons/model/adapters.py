@@ -18,16 +18,29 @@ from safety_neurons.model.files import read_config, read_headers, weight_files
 WEIGHTS = "adapter_model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
-_SIZES = ("r", "rank_pattern", "init_r", "target_r", "hybrid_r", "n_frequency", "n_frequency_pattern", "num_vectors", "vector_length")
+_SIZES = (
+    "r",
+    "rank_pattern",
+    "init_r",
+    "target_r",
+    "hybrid_r",
+    "n_frequency",
+    "n_frequency_pattern",
+    "num_vectors",
+    "vector_length",
+)
 _ROUTED = ("POLY", "XLORA", "ADAPTION_PROMPT")
-"""Adapters whose share depends on the text or on a task: they are neither a change of weights nor can they be merged."""
+"""Adapters whose share depends on the text or on a task: they are neither a change of weights nor can they be
+merged.
+"""
 
 
 def adapter_config(folder: Path) -> Any:
     """The PEFT configuration in an adapter's folder.
 
     Raises:
-        ModelError: Not an adapter's folder, a pickle instead of safetensors, or a type without weights inside the model.
+        ModelError: Not an adapter's folder, a pickle instead of safetensors, or a type without weights inside
+        the model.
     """
     import peft
 
@@ -36,31 +49,47 @@ def adapter_config(folder: Path) -> Any:
     if not (folder / WEIGHTS).is_file():
         pickled = " (adapter_model.bin is a pickle, which can run code; save it with safe_serialization)"
         raise ModelError(
-            f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}; expected the adapter's weights"
+            f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}; "
+            "expected the adapter's weights"
         )
     refuse_patterns(folder / "adapter_config.json", read_config(folder / "adapter_config.json"))
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of several libraries
-        raise ModelError(f"{folder}: adapter_config.json cannot be read ({first_line(error)}); expected a PEFT configuration") from error
+        raise ModelError(
+            f"{folder}: adapter_config.json cannot be read ({first_line(error)}); expected a PEFT "
+            "configuration"
+        ) from error
     if config.is_prompt_learning:
         raise ModelError(
-            f"{folder}: a {kind_of(config)} adapter adds virtual tokens; expected one that changes weights, such as LoRA or (IA)³"
+            f"{folder}: a {kind_of(config)} adapter adds virtual tokens; expected one that changes "
+            "weights, such as LoRA or (IA)³"
         )
     if kind_of(config) in _ROUTED:
-        raise ModelError(f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, such as LoRA or (IA)³")
+        raise ModelError(
+            f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, "
+            "such as LoRA or (IA)³"
+        )
     widest = max(1, read_headers([folder / WEIGHTS]).widest)
     name, size = max(_sizes(config), key=lambda entry: entry[1], default=("", 0))
     if size > widest:
-        raise ModelError(f"{folder}: adapter_config.json says {name} {size:,}, and no weight of it is wider than {widest}; expected its")
+        raise ModelError(
+            f"{folder}: adapter_config.json says {name} {size:,}, and no weight of it is wider than "
+            f"{widest}; expected its"
+        )
     return config
 
 
 def _sizes(config: Any) -> Iterator[tuple[str, int]]:
-    """The numbers of a configuration that PEFT makes parts of weights by, of which each is as wide as some weight of the adapter."""
+    """The numbers of a configuration that PEFT makes parts of weights by, of which each is as wide as some
+    weight of the adapter.
+    """
     for name in _SIZES:
         value = getattr(config, name, None)
-        if kind_of(config) == "LOKR" and name in ("r", "rank_pattern"):  # a rank beyond half the matrix means the whole matrix there
+        if kind_of(config) == "LOKR" and name in (
+            "r",
+            "rank_pattern",
+        ):  # a rank beyond half the matrix means the whole matrix there
             continue
         for one in value.values() if isinstance(value, dict) else (value,):
             if isinstance(one, int):
@@ -68,9 +97,11 @@ def _sizes(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def refuse_patterns(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses expressions in an adapter's configuration that can take longer than any name of a module is worth.
+    """Refuses expressions in an adapter's configuration that can take longer than any name of a module is
+    worth.
 
-    PEFT matches them against the name of every module, and Python's matching goes back over repetitions inside repetitions without end.
+    PEFT matches them against the name of every module, and Python's matching goes back over repetitions
+    inside repetitions without end.
 
     Raises:
         ModelError: Names the expression.
@@ -79,16 +110,21 @@ def refuse_patterns(path: Path, config: Mapping[str, Any]) -> None:
     patterns = [value for value in named if isinstance(value, str)]
     for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value = config.get(name)
-        patterns += [value] if isinstance(value, str) else [part for part in value or () if isinstance(part, str)]
+        patterns += (
+            [value] if isinstance(value, str) else [part for part in value or () if isinstance(part, str)]
+        )
     for pattern in patterns:
         if not _comes_to_an_end(pattern):
             raise ModelError(
-                f"{path}: matching the expression {pattern[:80]!r} can take for ever; expected names of modules, or no nested repetitions"
+                f"{path}: matching the expression {pattern[:80]!r} can take for ever; expected names of "
+                "modules, or no nested repetitions"
             )
 
 
 def _comes_to_an_end(pattern: str) -> bool:
-    """Whether an expression repeats nothing that itself repeats or branches, and little one after the other."""
+    """Whether an expression repeats nothing that itself repeats or branches, and little one after the
+    other.
+    """
     parser = re._parser  # type: ignore[attr-defined]
     if len(pattern) > 4096:
         return False
@@ -98,7 +134,10 @@ def _comes_to_an_end(pattern: str) -> bool:
         return False
 
     def repeats(item: Any, *, inside: bool) -> int:
-        """Open-ended repetitions that a match may have to combine; a large number where they lie in one another."""
+        """Open-ended repetitions that a match may have to combine.
+
+        A large number where they lie in one another.
+        """
         total = 0
         for operation, argument in item:
             name = str(operation)
@@ -107,7 +146,11 @@ def _comes_to_an_end(pattern: str) -> bool:
                 wide = high == parser.MAXREPEAT or high > 8
                 if inside:
                     return 1000
-                total += repeats(body, inside=True) + 1 if wide else repeats(body, inside=False) * max(1, int(high)) + (low != high)
+                total += (
+                    repeats(body, inside=True) + 1
+                    if wide
+                    else repeats(body, inside=False) * max(1, int(high)) + (low != high)
+                )
             elif name == "BRANCH":
                 if inside:
                     return 1000
@@ -137,18 +180,23 @@ def foreign_base(base: str, folder: Path, adapters: Sequence[Path], configs: Seq
 
 
 def resized_rows(folder: Path, base: Path) -> int:
-    """Rows of the embedding that lies among an adapter's weights, where they are more or fewer than the base model's; else 0."""
+    """Rows of the embedding that lies among an adapter's weights, where they are more or fewer than the base
+    model's; else 0.
+    """
     own, others = (_embedding_rows(files, 0) for files in ([folder / WEIGHTS], weight_files(base)))
     return own if own != others else 0
 
 
 def _embedding_rows(files: list[Path], otherwise: int) -> int:
     shapes = read_headers(files).shapes.items()
-    return next((shape[0] for key, shape in shapes if key.endswith(_EMBEDDINGS) and len(shape) == 2), otherwise)
+    return next(
+        (shape[0] for key, shape in shapes if key.endswith(_EMBEDDINGS) and len(shape) == 2), otherwise
+    )
 
 
 def resized_vocabulary(model: Any, folder: Path) -> str:
-    """Gives a model the vocabulary an adapter was saved with, where it has another size than the model's: its embedding and head.
+    """Gives a model the vocabulary an adapter was saved with, where it has another size than the model's: its
+    embedding and head.
 
     Returns:
         A line that says so; empty where there is nothing to do.
@@ -166,17 +214,26 @@ def resized_vocabulary(model: Any, folder: Path) -> str:
     head = next((value for key, value in weights.items() if key.endswith(_HEADS) and value.ndim == 2), None)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is embedding.weight
-    if saved.shape[1] != embedding.weight.shape[1] or (head is None and not tied) or (head is not None and head.shape[0] != rows):
+    if (
+        saved.shape[1] != embedding.weight.shape[1]
+        or (head is None and not tied)
+        or (head is not None and head.shape[0] != rows)
+    ):
         raise MismatchError(
-            f"{folder}: brings an embedding of {list(saved.shape)} for a model with {list(embedding.weight.shape)}"
-            f"{'' if head is not None or tied else ' and no head of as many tokens'}; expected both for its own vocabulary"
+            f"{folder}: brings an embedding of {list(saved.shape)} for a model with "
+            f"{list(embedding.weight.shape)}"
+            f"{'' if head is not None or tied else ' and no head of as many tokens'}; "
+            "expected both for its own vocabulary"
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(saved)
         if head is not None:
             model.get_output_embeddings().weight.copy_(head)
-    return f"{folder.name}: brings an embedding of {rows:,} tokens, which is used in the place of the model's {before:,}"
+    return (
+        f"{folder.name}: brings an embedding of {rows:,} tokens, which is used in the place of the model's "
+        f"{before:,}"
+    )
 
 
 def kind_of(config: Any) -> str:
@@ -193,7 +250,10 @@ def check_one_kind(folders: Sequence[Path], configs: Sequence[Any]) -> None:
     kinds = {kind_of(config): folder.name for folder, config in zip(folders, configs, strict=True)}
     if len(kinds) > 1:
         types = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-        raise UsageError(f"adapters of several types ({types}): one model holds one type unmerged; pass --merge-adapters to merge in order")
+        raise UsageError(
+            f"adapters of several types ({types}): one model holds one type unmerged; pass "
+            "--merge-adapters to merge in order"
+        )
 
 
 def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> nn.Module:
@@ -218,7 +278,10 @@ def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) ->
                 else:
                     adapted.add_adapter(name, config)
         except Exception as error:  # each kind of adapter fails in its own way
-            raise ModelError(f"{folder}: the adapter does not fit the model ({first_line(error)}); expected one made for it") from error
+            raise ModelError(
+                f"{folder}: the adapter does not fit the model ({first_line(error)}); expected one made "
+                "for it"
+            ) from error
         _load_weights(adapted, name, folder)
     return adapted.eval() if adapted is not None else model
 
@@ -244,27 +307,34 @@ def merged(adapted: Any, what: str) -> nn.Module:
         what: What is merged, as an error calls it.
 
     Raises:
-        ModelError: Weights that two layers share, as where an adapter repeats layers, or that cannot take up an adapter.
+        ModelError: Weights that two layers share, as where an adapter repeats layers, or that cannot take up
+        an adapter.
     """
     if shared := _shared(adapted):
         raise ModelError(
-            f"{what} cannot be merged, since it would change two layers: {' and '.join(shared)} share their weights; keep it unmerged "
-            "(without --merge-adapters)"
+            f"{what} cannot be merged, since it would change two layers: {' and '.join(shared)} share "
+            "their weights; keep it unmerged (without --merge-adapters)"
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain: Any = adapted.merge_and_unload()
     except Exception as error:  # each kind of adapter fails in its own way
-        raise ModelError(f"{what} cannot be merged ({first_line(error)}); keep it unmerged (without --merge-adapters)") from error
+        raise ModelError(
+            f"{what} cannot be merged ({first_line(error)}); keep it unmerged (without --merge-adapters)"
+        ) from error
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     return plain
 
 
 def _shared(adapted: Any) -> tuple[str, str] | None:
-    """A layer that adapters add to, and another one that has the same weights, such as an embedding and the head that is tied to it."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer  # it changes both where both are one, merged or not
+    """A layer that adapters add to, and another one that has the same weights, such as an embedding and the
+    head that is tied to it.
+    """
+    from peft.tuners.trainable_tokens import (
+        TrainableTokensLayer,
+    )  # it changes both where both are one, merged or not
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     changed = {
@@ -288,8 +358,8 @@ def is_adapted(model: Any) -> bool:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Makes exactly these adapters of a PEFT model act; none of them gives the plain base model.
 
-    Several at once are set on the inner tuner, since the PEFT model itself takes one name only. Which parameters require gradients is
-    left as it was.
+    Several at once are set on the inner tuner, since the PEFT model itself takes one name only. Which
+    parameters require gradients is left as it was.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuner: Any = model.base_model
@@ -308,7 +378,10 @@ def activated(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     tuner: Any = model.base_model
     layers = _tuned(model)
     wanted = (list(names), not names)
-    if all(layer._disable_adapters == wanted[1] and (not names or list(layer.active_adapters) == wanted[0]) for layer in layers):
+    if all(
+        layer._disable_adapters == wanted[1] and (not names or list(layer.active_adapters) == wanted[0])
+        for layer in layers
+    ):
         yield
         return
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -326,7 +399,9 @@ def _tuned(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [
+        module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
 
 
 def _load_weights(adapted: Any, name: str, folder: Path) -> None:
@@ -335,31 +410,51 @@ def _load_weights(adapted: Any, name: str, folder: Path) -> None:
     try:
         weights: dict[str, Tensor] = safetensors.torch.load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: cannot be read ({first_line(error)}); expected a safetensors file") from error
+        raise ModelError(
+            f"{folder / WEIGHTS}: cannot be read ({first_line(error)}); expected a safetensors file"
+        ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         own = peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-    others = set(adapted.peft_config) - {name}  # PEFT before 0.19 hands out every (IA)³ adapter's vectors, the others' names in their keys
+    others = set(adapted.peft_config) - {
+        name
+    }  # PEFT before 0.19 hands out every (IA)³ adapter's vectors, the others' names in their keys
     expected = {key: value.shape for key, value in own.items() if not others.intersection(key.split("."))}
-    weights = {key: value for key, value in weights.items() if key in expected or not _same_as_base(adapted, key, value)}
+    weights = {
+        key: value
+        for key, value in weights.items()
+        if key in expected or not _same_as_base(adapted, key, value)
+    }
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
-        what = [f"{len(keys)} {word} ({keys[0]})" for keys, word in ((missing, "missing"), (unknown, "unknown")) if keys]
+        what = [
+            f"{len(keys)} {word} ({keys[0]})"
+            for keys, word in ((missing, "missing"), (unknown, "unknown"))
+            if keys
+        ]
         raise ModelError(
-            f"{folder / WEIGHTS}: adapter weights do not fit the model: {' and '.join(what)}; expected the {len(expected)} it adapts"
+            f"{folder / WEIGHTS}: adapter weights do not fit the model: {' and '.join(what)}; expected "
+            f"the {len(expected)} it adapts"
         )
     for key, value in weights.items():
         if value.shape != expected[key]:
-            raise ModelError(f"{folder / WEIGHTS}: {key} has shape {list(value.shape)}; expected {list(expected[key])} for this model")
+            raise ModelError(
+                f"{folder / WEIGHTS}: {key} has shape {list(value.shape)}; expected "
+                f"{list(expected[key])} for this model"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.set_peft_model_state_dict(adapted, weights, adapter_name=name)
 
 
 def _same_as_base(adapted: Any, key: str, value: Tensor) -> bool:
-    """Whether a weight in an adapter's file is only a copy of the base model's own, as PEFT adds embeddings at times."""
+    """Whether a weight in an adapter's file is only a copy of the base model's own, as PEFT adds embeddings
+    at times.
+    """
     wanted = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
     for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
         if name.replace(".base_layer.", ".") == wanted:
-            return parameter.shape == value.shape and bool((parameter.detach().cpu() == value.to(parameter.dtype)).all())
+            return parameter.shape == value.shape and bool(
+                (parameter.detach().cpu() == value.to(parameter.dtype)).all()
+            )
     return False

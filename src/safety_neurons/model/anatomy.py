@@ -1,13 +1,15 @@
-"""Anatomy: for each layer and site of a causal language model, the module, the axis and the features that are its neurons.
+"""Anatomy: for each layer and site of a causal language model, the module, the axis and the features that are
+its neurons.
 
 1. The layers are the one list of modules as long as the configuration says.
-2. The linear maps of a layer are grouped by the module that holds them; a small table says which role a name stands for.
-3. A group with queries, keys and values is the attention; a group with a down projection is the feed-forward part, or a shared expert where
-   it lies inside a block with routed experts.
+2. The linear maps of a layer are grouped by the module that holds them; a small table says which role a name
+    stands for.
+3. A group with queries, keys and values is the attention; a group with a down projection is the feed-forward
+   part, or a shared expert where it lies inside a block with routed experts.
 4. Shapes must fit one another: heads from widths, fused projections from the widths of what they feed.
 
-Nothing is matched on the name of a model. What cannot be told is refused by site and by reason, and all of it is proved on a probe pass
-(`safety_neurons.model.proof`).
+Nothing is matched on the name of a model. What cannot be told is refused by site and by reason, and all of it
+is proved on a probe pass (`safety_neurons.model.proof`).
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +47,17 @@ ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "wq", "q_lin", "query_proj", "to_q"),
     "k": ("k_proj", "key", "wk", "k_lin", "key_proj", "to_k"),
     "v": ("v_proj", "value", "wv", "v_lin", "value_proj", "to_v"),
-    "qkv": ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "W_pack", "in_proj_qkv", "wqkv", "att_proj"),
+    "qkv": (
+        "query_key_value",
+        "qkv_proj",
+        "c_attn",
+        "Wqkv",
+        "qkv",
+        "W_pack",
+        "in_proj_qkv",
+        "wqkv",
+        "att_proj",
+    ),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attn_out", "output_proj"),
 }
 """Names of projections inside an attention module, by role."""
@@ -59,7 +71,10 @@ MLP_ROLES: dict[str, tuple[str, ...]] = {
 """Names of projections inside a feed-forward module, by role."""
 
 FUSED_LAYOUTS: dict[str, Layout] = {"query_key_value": Layout.GROUPED}
-"""First guess for a fused projection by its name; every other name starts as contiguous, and the proof has the last word."""
+"""First guess for a fused projection by its name.
+
+Every other name starts as contiguous, and the proof has the last word.
+"""
 
 HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "d_head")
 """Attributes of an attention module (or fields of the configuration) that hold the size of a head."""
@@ -77,14 +92,17 @@ def role_of(name: str, roles: dict[str, tuple[str, ...]]) -> str | None:
     return next((role for role, names in roles.items() if last in names), None)
 
 
-def resolve(model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts: Mapping[str, str] | None = None) -> Anatomy:
+def resolve(
+    model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts: Mapping[str, str] | None = None
+) -> Anatomy:
     """The anatomy of a decoder-only model, from its structure alone; `proof.prove` then proves it.
 
     Args:
         model: a transformers causal language model, plain, quantised or wrapped by PEFT.
-        sites: paths inside a layer for what the table of names does not know: role (`q k v qkv o gate up gate_up down`) to path,
-            such as `{"q": "attention.my_queries"}`. They go before the table.
-        layouts: layouts of fused projections, `{"qkv": "grouped"}`, `{"gate_up": "alternating"}`; the proof does not replace these.
+        sites: paths inside a layer for what the table of names does not know: role (`q k v qkv o gate up
+            gate_up down`) to path, such as `{"q": "attention.my_queries"}`. They go before the table.
+        layouts: layouts of fused projections, `{"qkv": "grouped"}`, `{"gate_up": "alternating"}`; the proof
+            does not replace these.
 
     Raises:
         UnsupportedModelError: no list of layers, a compiled model, or a layer in which nothing is known.
@@ -92,13 +110,20 @@ def resolve(model: nn.Module, *, sites: Mapping[str, str] | None = None, layouts
     """
     _check_sites(sites)
     if hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError("a compiled model arrived, hooks need the plain one; pass model._orig_mod")
+        raise UnsupportedModelError(
+            "a compiled model arrived, hooks need the plain one; pass model._orig_mod"
+        )
     config = unwrapped(model).config.get_text_config()
     chosen = {name: str(Layout(value)) for name, value in (layouts or {}).items()}
     name, stack = _layer_list(model, int(config.num_hidden_layers))
     refused: dict[str, str] = {}
-    if absent := [path for path in (sites or {}).values() if not any(path in projections_of(layer) for layer in stack)]:
-        raise UsageError(f"sites: no layer has a linear map at {absent[0]!r}; expected a path inside a layer, such as self_attn.q_proj")
+    if absent := [
+        path for path in (sites or {}).values() if not any(path in projections_of(layer) for layer in stack)
+    ]:
+        raise UsageError(
+            f"sites: no layer has a linear map at {absent[0]!r}; expected a path inside a layer, such as "
+            "self_attn.q_proj"
+        )
     layers, total = [], 0
     for number, layer in enumerate(stack):
         builder = _LayerBuilder(number, f"{name}.{number}", layer, config, dict(sites or {}), chosen, refused)
@@ -112,31 +137,53 @@ def _check_sites(sites: object) -> None:
     if sites is None:
         return
     if not isinstance(sites, Mapping):
-        raise UsageError(f"sites is a {type(sites).__name__}; expected a mapping of roles ({' '.join(roles)}) to paths inside a layer")
+        raise UsageError(
+            f"sites is a {type(sites).__name__}; expected a mapping of roles ({' '.join(roles)}) to "
+            "paths inside a layer"
+        )
     for role, path in sites.items():
         if role not in roles or not isinstance(path, str):
-            raise UsageError(f"sites={{{role!r}: {path!r}}}: expected one of {' '.join(roles)} with a path inside a layer")
+            raise UsageError(
+                f"sites={{{role!r}: {path!r}}}: expected one of {' '.join(roles)} with a path inside a layer"
+            )
 
 
 def _experts_advice() -> str:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        return f"this is transformers {transformers.__version__}: use transformers 5 or later for mixture-of-experts models"
-    return "the model's own code keeps them so: load it without --trust-remote-code where transformers has the architecture, or use another"
+        return (
+            f"this is transformers {transformers.__version__}: use transformers 5 or later for "
+            "mixture-of-experts models"
+        )
+    return (
+        "the model's own code keeps them so: load it without --trust-remote-code where transformers has "
+        "the architecture, or use another"
+    )
 
 
 def _layer_list(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers}
-    lists = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    with_maps = {name: module for name, module in lists.items() if projections_of(module[0]) or _experts_of(module[0])}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    lists = {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    with_maps = {
+        name: module for name, module in lists.items() if projections_of(module[0]) or _experts_of(module[0])
+    }
     if len(with_maps) > 1 and callable(getattr(unwrapped(model), "get_decoder", None)):
         decoder = {id(module) for module in unwrapped(model).get_decoder().modules()}
         with_maps = {name: module for name, module in with_maps.items() if id(module) in decoder} or with_maps
     if len(with_maps) != 1:
         raise UnsupportedModelError(
-            f"{len(with_maps)} lists of {n_layers} layers with linear maps were found ({', '.join(with_maps) or 'none'}), "
-            "one was expected; pass the decoder-only language model itself"
+            f"{len(with_maps)} lists of {n_layers} layers with linear maps were found "
+            f"({', '.join(with_maps) or 'none'}), one was expected; pass the decoder-only language model "
+            "itself"
         )
     return next(iter(with_maps.items()))
 
@@ -172,7 +219,13 @@ class _LayerBuilder:
             inside = block is not None and (parent == block or parent.startswith(f"{block}.") or block == "")
             part = self._mlp(parent, group, "shared_expert." if inside else "")
             if (shared if inside else dense) is not None:
-                self._refuse(MLP_SITES, f"two feed-forward parts were found ({parent} is the second), one was expected; {SAY_SITES}")
+                self._refuse(
+                    MLP_SITES,
+                    (
+                        f"two feed-forward parts were found ({parent} is the second), one was expected; "
+                        f"{SAY_SITES}"
+                    ),
+                )
             elif inside:
                 shared = part
             else:
@@ -185,7 +238,10 @@ class _LayerBuilder:
             self.refused.setdefault(f"layers.{self.number}.{prefix}{site}", reason)
 
     def _account(self, attention: object, dense: object, experts: object, unknown: list[str]) -> None:
-        """Refuse what a layer has and the table does not know; complain about a layer of which nothing is known."""
+        """Refuse what a layer has and the table does not know.
+
+        Complain about a layer of which nothing is known.
+        """
         if not unknown:
             return
         reason = f"{self.name} has linear maps of unknown role ({', '.join(unknown)}); {SAY_SITES}"
@@ -198,7 +254,11 @@ class _LayerBuilder:
 
     def _three_dimensional(self) -> int:
         """Parameters of experts that are no linear maps of their own."""
-        return sum(parameter.numel() for module in _experts_of(self.layer).values() for parameter in module.parameters(recurse=False))
+        return sum(
+            parameter.numel()
+            for module in _experts_of(self.layer).values()
+            for parameter in module.parameters(recurse=False)
+        )
 
     def _is_router(self, path: str, part: Projection, experts: ExpertsAnatomy | None) -> bool:
         last = path.rpartition(".")[2]
@@ -213,36 +273,48 @@ class _LayerBuilder:
             return "", None
         if len(modules) > 1:
             raise UnsupportedModelError(
-                f"layers.{self.number}: {len(modules)} experts modules were found ({', '.join(modules)}), one was expected; "
-                "use another model"
+                f"layers.{self.number}: {len(modules)} experts modules were found ({', '.join(modules)}), "
+                "one was expected; use another model"
             )
         name, module = next(iter(modules.items()))
         block = self.layer.get_submodule(name.rpartition(".")[0])
         layout = self.layouts.get("experts")
-        return name, describe_experts(self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None)
+        return name, describe_experts(
+            self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None
+        )
 
     def _no_listed_experts(self) -> None:
         for name, module in self.layer.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) > 1 and all(role_of(p, MLP_ROLES) for p in projections_of(module)):
+            if (
+                isinstance(module, nn.ModuleList)
+                and len(module) > 1
+                and all(role_of(p, MLP_ROLES) for p in projections_of(module))
+            ):
                 if not projections_of(module):
                     continue
                 raise UnsupportedModelError(
-                    f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found ({name}), three-dimensional "
-                    f"parameters behind the experts interface were expected; {_experts_advice()}"
+                    f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found "
+                    f"({name}), three-dimensional parameters behind the experts interface were expected; "
+                    f"{_experts_advice()}"
                 )
         three = [
             name
             for name, module in self.layer.named_modules()
-            if getattr(getattr(module, FUSED, None), "ndim", 0) == 3 or getattr(getattr(module, DOWN, None), "ndim", 0) == 3
+            if getattr(getattr(module, FUSED, None), "ndim", 0) == 3
+            or getattr(getattr(module, DOWN, None), "ndim", 0) == 3
         ]
         if three and not _experts_of(self.layer):
             raise UnsupportedModelError(
-                f"layers.{self.number}.experts: three-dimensional experts without the experts interface were found ({three[0]}); "
-                f"{_experts_advice()}"
+                f"layers.{self.number}.experts: three-dimensional experts without the experts interface "
+                f"were found ({three[0]}); {_experts_advice()}"
             )
 
-    def _groups(self, maps: dict[str, Projection]) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
-        """Roles to paths for the attention, the same for every feed-forward group, and the paths of no known role."""
+    def _groups(
+        self, maps: dict[str, Projection]
+    ) -> tuple[dict[str, str], dict[str, dict[str, str]], list[str]]:
+        """Roles to paths for the attention, the same for every feed-forward group, and the paths of no known
+        role.
+        """
         forced = {path: role for role, path in self.overrides.items() if path in maps}
         attention = {role: path for path, role in forced.items() if role in ATTENTION_ROLES}
         named = {role: path for path, role in forced.items() if role in MLP_ROLES}
@@ -283,14 +355,19 @@ class _LayerBuilder:
             names = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 ATTENTION_SITES,
-                f"{self.name} has an incomplete attention ({names}); q, k, v (or qkv) and o were expected: {SAY_SITES}",
+                (
+                    f"{self.name} has an incomplete attention ({names}); q, k, v (or qkv) and o were "
+                    f"expected: {SAY_SITES}"
+                ),
             )
             return None
         output = self._place("o", paths["o"], "input")
         layout, places, n_heads, n_kv_heads = self._queries_keys_values(paths, output, head)
         if places is None:
             return None
-        return AttentionAnatomy(module, f"{self.name}.{holder}", n_heads, n_kv_heads, head, {**places, "o": output}, layout)
+        return AttentionAnatomy(
+            module, f"{self.name}.{holder}", n_heads, n_kv_heads, head, {**places, "o": output}, layout
+        )
 
     def _queries_keys_values(
         self, paths: dict[str, str], output: SitePlace, head: int
@@ -300,24 +377,42 @@ class _LayerBuilder:
             fused = projections_of(self.layer)[paths["qkv"]]
             n_kv_heads = (fused.out_features // head - n_heads) // 2
             layout = Layout(
-                self.layouts.get("qkv", FUSED_LAYOUTS.get(paths["qkv"].rpartition(".")[2], Layout.CONTIGUOUS)),
+                self.layouts.get(
+                    "qkv", FUSED_LAYOUTS.get(paths["qkv"].rpartition(".")[2], Layout.CONTIGUOUS)
+                ),
             )
-            if n_kv_heads < 1 or (n_heads + 2 * n_kv_heads) * head != fused.out_features or n_heads % n_kv_heads:
-                self._bad_widths(f"{paths['qkv']} has {fused.out_features} features for {n_heads} heads of {head}")
+            if (
+                n_kv_heads < 1
+                or (n_heads + 2 * n_kv_heads) * head != fused.out_features
+                or n_heads % n_kv_heads
+            ):
+                self._bad_widths(
+                    f"{paths['qkv']} has {fused.out_features} features for {n_heads} heads of {head}"
+                )
                 return layout, None, 0, 0
             indices = split_qkv(layout, n_heads, n_kv_heads, head)
-            return layout, {site: self._place(site, paths["qkv"], "output", indices[site]) for site in "qkv"}, n_heads, n_kv_heads
+            return (
+                layout,
+                {site: self._place(site, paths["qkv"], "output", indices[site]) for site in "qkv"},
+                n_heads,
+                n_kv_heads,
+            )
         places = {site: self._place(site, paths[site], "output") for site in "qkv"}
         n_kv_heads = places["k"].size // head
         widths = {site: place.size for site, place in places.items()}
         fits = (n_heads * head, n_kv_heads * head, n_kv_heads * head) == tuple(widths.values())
         if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
-            self._bad_widths(f"q, k, v have {widths} features and o takes {output.size}, with heads of {head}")
+            self._bad_widths(
+                f"q, k, v have {widths} features and o takes {output.size}, with heads of {head}"
+            )
             return None, None, 0, 0
         return None, places, n_heads, n_kv_heads
 
     def _bad_widths(self, names: str) -> None:
-        self._refuse(ATTENTION_SITES, f"{self.name}: {names}, which is no grouped-query attention; no option helps for this model")
+        self._refuse(
+            ATTENTION_SITES,
+            f"{self.name}: {names}, which is no grouped-query attention; no option helps for this model",
+        )
 
     def _head_dim(self, module: nn.Module) -> int:
         for holder in (module, self.config):
@@ -336,7 +431,8 @@ class _LayerBuilder:
             self._refuse(
                 MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
                 f"{self.name} has an incomplete feed-forward part ({names}; activation function "
-                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: {SAY_SITES}",
+                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: "
+                f"{SAY_SITES}",
                 prefix,
             )
             return None
@@ -347,10 +443,18 @@ class _LayerBuilder:
             for site, index in split_gate_up(layout, down.size).items():
                 places[site] = self._place(site, paths["gate_up"], "output", index, prefix)
         else:
-            places = {site: self._place(site, paths[site], "output", prefix=prefix) for site in ("gate", "up") if site in paths}
+            places = {
+                site: self._place(site, paths[site], "output", prefix=prefix)
+                for site in ("gate", "up")
+                if site in paths
+            }
         features = {place.features // (2 if layout else 1) for place in places.values()}
         if features != {down.size}:
-            self._refuse(MLP_SITES, f"{self.name}: {sorted(features)} neurons feed a down projection of {down.size}", prefix)
+            self._refuse(
+                MLP_SITES,
+                f"{self.name}: {sorted(features)} neurons feed a down projection of {down.size}",
+                prefix,
+            )
             return None
         name = f"{self.name}.{parent}" if parent else self.name
         assert activation is not None

@@ -22,7 +22,9 @@ from safety_neurons.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class NormChange:
-    """How the normed state moves when raw entry d of a head moves by −δ: α · (normed − bias) + ω · weight + β · e_d, per token and d."""
+    """How the normed state moves when raw entry d of a head moves by −δ: α · (normed − bias) + ω · weight + β
+    · e_d, per token and d.
+    """
 
     along: Float[Tensor, "token head dim"] | None
     """α: the rescaling of what was there; None where there is no norm."""
@@ -43,7 +45,9 @@ class NormFormula:
     across_heads: bool
 
     def _moments(self, raw: Float[Tensor, "token head dim"]) -> tuple[Tensor, Tensor]:
-        """Mean (0 when not centred) and mean square about it plus eps, per token and head (one head where the norm spans all)."""
+        """Mean (0 when not centred) and mean square about it plus eps, per token and head (one head where the
+        norm spans all).
+        """
         axes = (-2, -1) if self.across_heads else (-1,)
         mean = raw.mean(axes, keepdim=True) if self.centred else torch.zeros_like(raw[..., :1, :1])
         return mean, (raw - mean).square().mean(axes, keepdim=True) + self.eps
@@ -58,7 +62,9 @@ class NormFormula:
         normed = self.without_bias(raw)
         return normed if self.bias is None else normed + self.bias.to(raw)
 
-    def change(self, raw: Float[Tensor, "token head dim"], delta: Float[Tensor, "token head dim"]) -> NormChange:
+    def change(
+        self, raw: Float[Tensor, "token head dim"], delta: Float[Tensor, "token head dim"]
+    ) -> NormChange:
         """What taking `delta` off one raw entry does, for every entry on its own."""
         mean, square = self._moments(raw)
         size = raw.shape[-1] * (raw.shape[-2] if self.across_heads else 1)
@@ -76,7 +82,10 @@ class NormFormula:
 
 
 def norm_candidates(module: nn.Module, n_heads: int, head_dim: int) -> Iterator[NormFormula]:
-    """Formulas that agree with the module on random input, most likely first; none when it is no norm of that many heads."""
+    """Formulas that agree with the module on random input, most likely first.
+
+    None when it is no norm of that many heads.
+    """
     weight, bias, eps = _parameters(module)
     if eps is None:
         return
@@ -162,7 +171,9 @@ class AttentionCapture:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding as a map of single entries: entry d of a raw state goes to `keep[d]` of d and `cross[d]` of `partner[d]`."""
+    """A rotary embedding as a map of single entries: entry d of a raw state goes to `keep[d]` of d and
+    `cross[d]` of `partner[d]`.
+    """
 
     keep: Float[Tensor, "token dim"]
     cross: Float[Tensor, "token dim"]
@@ -219,7 +230,10 @@ class AttentionPlan:
     rotary: str
     """`none`, `half` (entry d turns with d + half) or `interleaved` (entry 2d with 2d + 1)."""
     repeats: bool = False
-    """Whether the cosines given name each pair of entries twice; told on the probe, since those of one token at place 0 are all alike."""
+    """Whether the cosines given name each pair of entries twice.
+
+    Told on the probe, since those of one token at place 0 are all alike.
+    """
     q_norm: NormFormula | None = None
     k_norm: NormFormula | None = None
     softcap: float | None = None
@@ -248,7 +262,9 @@ class AttentionPlan:
         return _rotation(cos, sin, self.rotary, self.head_dim, self.repeats)
 
     def states(self, capture: AttentionCapture, row: int, length: int) -> AttentionStates:
-        """Everything between the projections for one prompt, in float64 for a float64 model and in float32 otherwise."""
+        """Everything between the projections for one prompt, in float64 for a float64 model and in float32
+        otherwise.
+        """
         like = _working(capture.q)
         raw = [_heads(part[row, :length].to(like), heads) for part, heads in self._parts(capture)]
         return self._states(raw, self.rotation(capture.arguments, row, length, like), capture.arguments, row)
@@ -256,7 +272,9 @@ class AttentionPlan:
     def _parts(self, capture: AttentionCapture) -> tuple[tuple[Tensor, int], ...]:
         return (capture.q, self.n_heads), (capture.k, self.n_kv_heads), (capture.v, self.n_kv_heads)
 
-    def _states(self, raw: list[Tensor], rotation: Rotation | None, arguments: Mapping[str, Any], row: int) -> AttentionStates:
+    def _states(
+        self, raw: list[Tensor], rotation: Rotation | None, arguments: Mapping[str, Any], row: int
+    ) -> AttentionStates:
         q, k, v = raw
         query = (q if self.q_norm is None else self.q_norm(q)) * self.scale
         key = k if self.k_norm is None else self.k_norm(k)
@@ -272,7 +290,10 @@ class AttentionPlan:
     def log_probabilities(
         self, logits: Float[Tensor, "head token token"], arguments: Mapping[str, Any], row: int
     ) -> Float[Tensor, "head token token"]:
-        """Logarithms of the attention probabilities from scaled logits: soft-cap, ALiBi, mask, sinks; −∞ where a key is hidden."""
+        """Logarithms of the attention probabilities from scaled logits: soft-cap, ALiBi, mask, sinks.
+
+        −∞ where a key is hidden.
+        """
         visible, bias = self.bias(arguments, row, logits)
         values = self.capped(logits)
         if bias is not None:
@@ -283,7 +304,9 @@ class AttentionPlan:
             total = torch.logaddexp(total, self.sinks.to(values)[:, None, None])
         return values - total.clamp(min=torch.finfo(values.dtype).min)
 
-    def bias(self, arguments: Mapping[str, Any], row: int, logits: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
+    def bias(
+        self, arguments: Mapping[str, Any], row: int, logits: Tensor
+    ) -> tuple[Bool[Tensor, "..."], Tensor | None]:
         """Which keys each query sees, and what is added to the logits (None for nothing)."""
         length = logits.shape[-1]
         mask, bias = arguments.get("attention_mask"), None
@@ -317,7 +340,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def prove_attention(
-    module: nn.Module, n_heads: int, n_kv_heads: int, head_dim: int, capture: AttentionCapture, name: str = "attention"
+    module: nn.Module,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    capture: AttentionCapture,
+    name: str = "attention",
 ) -> AttentionPlan:
     """The plan of an attention module whose recomputed `o` input equals the captured one.
 
@@ -348,13 +376,16 @@ def prove_attention(
     if best is None or best.error > tolerance(capture.q.dtype):
         error = float("inf") if best is None else best.error
         raise UnsupportedModelError(
-            f"{name}: q, k, v are unsupported: no known attention formula gives what the o projection reads "
-            f"(best of rotary, norm, scale, soft-cap, sink and ALiBi forms is {error:.1e} off); leave q, k and v out with --sites"
+            f"{name}: q, k, v are unsupported: no known attention formula gives what the o projection "
+            f"reads (best of rotary, norm, scale, soft-cap, sink and ALiBi forms is {error:.1e} off); "
+            "leave q, k and v out with --sites"
         )
     return best
 
 
-def _candidates(module: nn.Module, plain: AttentionPlan, capture: AttentionCapture) -> Iterator[AttentionPlan]:
+def _candidates(
+    module: nn.Module, plain: AttentionPlan, capture: AttentionCapture
+) -> Iterator[AttentionPlan]:
     """Plans from what the module holds; parts that are present are tried before their absence."""
     arguments = capture.arguments
     table = getattr(module, "embed_positions", None)
@@ -408,7 +439,9 @@ def _scales(module: nn.Module, head_dim: int) -> list[float]:
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             scales += [float(value), 1.0 / float(value)]
-    if getattr(module, "scale_attn_by_inverse_layer_idx", False):  # eager GPT-2 of transformers 4 divides outside `scaling`
+    if getattr(
+        module, "scale_attn_by_inverse_layer_idx", False
+    ):  # eager GPT-2 of transformers 4 divides outside `scaling`
         scales.append(head_dim**-0.5 / (int(getattr(module, "layer_idx", 0)) + 1))
     scales += [head_dim**-0.5, 1.0]
     return list(dict.fromkeys(scales))
@@ -420,7 +453,9 @@ def _windows(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[int | Non
         return (None,)
     config = getattr(module, "config", None)
     values = [getattr(holder, "sliding_window", None) for holder in (module, config)]
-    windows = tuple(dict.fromkeys(value for value in values if isinstance(value, int) and not isinstance(value, bool)))
+    windows = tuple(
+        dict.fromkeys(value for value in values if isinstance(value, int) and not isinstance(value, bool))
+    )
     kernel = "flash" in str(getattr(config, "_attn_implementation", ""))
     return (*windows, None) if kernel and hasattr(module, "sliding_window") else (None, *windows)
 
@@ -429,7 +464,9 @@ def _alibi_factors(arguments: Mapping[str, Any], scales: list[float]) -> tuple[f
     return (0.0, 1.0, *scales) if isinstance(arguments.get("alibi"), Tensor) else (0.0,)
 
 
-def _norm_pairs(module: nn.Module, plain: AttentionPlan) -> list[tuple[NormFormula | None, NormFormula | None]]:
+def _norm_pairs(
+    module: nn.Module, plain: AttentionPlan
+) -> list[tuple[NormFormula | None, NormFormula | None]]:
     """Pairs of formulas for the norms that the module holds, and none at all last."""
     norms: dict[str, list[NormFormula]] = {"q": [], "k": []}
     for name, child in module.named_children():
@@ -456,10 +493,16 @@ def _causal(length: int, window: int | None, device: torch.device) -> Bool[Tenso
     return visible if window is None else visible & (distance < window)
 
 
-def _cos_sin(arguments: Mapping[str, Any], table: Tensor | None, row: int, length: int) -> tuple[Tensor, Tensor] | None:
+def _cos_sin(
+    arguments: Mapping[str, Any], table: Tensor | None, row: int, length: int
+) -> tuple[Tensor, Tensor] | None:
     """Cos and sin of one prompt, `[token, rotary entries]`, all entries or one of each pair."""
     given = arguments.get("position_embeddings")
-    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+    if (
+        isinstance(given, tuple | list)
+        and len(given) == 2
+        and all(isinstance(part, Tensor) for part in given)
+    ):
         cos, sin = given
         if cos.ndim == 3:
             row = row if cos.shape[0] > 1 else 0

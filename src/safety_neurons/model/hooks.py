@@ -1,10 +1,13 @@
-"""The only file with hooks. Every hook goes on through a context manager and comes off with it, whatever happens in between.
+"""The only file with hooks. Every hook goes on through a context manager and comes off with it, whatever
+happens in between.
 
-`reading` hands the activations of sites to functions, `editing` replaces them by what functions return, `around` does both at the
-boundaries of any modules, `replacing` runs other functions in place of theirs. Stock modules of the model are hooked,
-no parameter is touched, and reading leaves every number of the model's output as it was.
+`reading` hands the activations of sites to functions, `editing` replaces them by what functions return,
+`around` does both at the boundaries of any modules, `replacing` runs other functions in place of theirs.
+Stock modules of the model are hooked, no parameter is touched, and reading leaves every number of the model's
+output as it was.
 
-Cost: one hook per projection, whatever the number of sites in it; views wherever the neurons are evenly spaced.
+Cost: one hook per projection, whatever the number of sites in it; views wherever the neurons are evenly
+spaced.
 """
 
 import contextlib
@@ -16,12 +19,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.sites import Anatomy, ExpertRows, ExpertsAnatomy, Index, Routing, SitePlace, take, unwrapped
+from safety_neurons.model.sites import (
+    Anatomy,
+    ExpertRows,
+    ExpertsAnatomy,
+    Index,
+    Routing,
+    SitePlace,
+    take,
+    unwrapped,
+)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout) for a block; modules that were training train again afterwards."""
+    """The model in evaluation mode (no dropout) for a block.
+
+    Modules that were training train again afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -33,7 +48,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 Reader = Callable[[Any], None]
-"""Gets a site's activation `[batch, token, neuron]` (never to be written into), or `ExpertRows` for the key of an expert."""
+"""Gets a site's activation `[batch, token, neuron]` (never to be written into), or `ExpertRows` for the key
+of an expert.
+"""
 
 Editor = Callable[[Any], Tensor]
 """Gets the same and returns the new activation, of the same shape."""
@@ -54,7 +71,8 @@ class Firings:
     counts: dict[str, int] = field(default_factory=dict)
 
     def check(self, ran: bool = False) -> None:
-        """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a replaced kernel).
+        """Raise an error if the model ran and a site never came by (a compiled model, a captured graph, a
+        replaced kernel).
 
         Args:
             ran: whether the model ran for certain, though nothing was seen of it.
@@ -69,7 +87,9 @@ def skipped(keys: list[str], when: str) -> UnsupportedModelError:
     remedy = "switch off torch.compile, CUDA graphs and replaced kernels or forwards for this model"
     if ".experts." in keys[0]:
         remedy = "call model.set_experts_implementation('grouped_mm')"
-    return UnsupportedModelError(f"{keys[0]} never came by {when} ({len(keys)} such sites), each was expected to; {remedy}")
+    return UnsupportedModelError(
+        f"{keys[0]} never came by {when} ({len(keys)} such sites), each was expected to; {remedy}"
+    )
 
 
 @contextmanager
@@ -78,16 +98,17 @@ def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings
 
     Args:
         anatomy: of the model that will run.
-        readers: function by key. An activation is `[batch, token, neuron]`: for `q k v gate up` the projection's output, before norm,
-            rotary embedding and activation function; for `o down` the projection's input, an (IA)³ scale included. The key of an expert
-            gets `ExpertRows`; the key `layers.{i}.experts.*.{site}` gets the rows of all experts of the layer in one.
+        readers: function by key. An activation is `[batch, token, neuron]`: for `q k v gate up` the
+            projection's output, before norm, rotary embedding and activation function; for `o down` the
+            projection's input, an (IA)³ scale included. The key of an expert gets `ExpertRows`; the key
+            `layers.{i}.experts.*.{site}` gets the rows of all experts of the layer in one.
 
     Yields:
         Counts of what came by.
 
     Raises:
-        UnsupportedModelError: a site the anatomy refuses, a compiled model, or a site that does not come by in a call of its layer, be it
-            a prefill or a decoding step.
+        UnsupportedModelError: a site the anatomy refuses, a compiled model, or a site that does not come by
+            in a call of its layer, be it a prefill or a decoding step.
     """
     with _hooked(anatomy, readers, edit=False) as firings:
         try:
@@ -103,8 +124,9 @@ def reading(anatomy: Anatomy, readers: Mapping[str, Reader]) -> Iterator[Firings
 def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings]:
     """Replace the activations of sites by what functions return, at every forward pass inside the context.
 
-    Arguments, yields and errors as for `reading`. Parameters are never written into. An editor may write into the activation that it is
-    given and return it, which saves a copy: nothing of the model reads an edited activation from before the edit.
+    Arguments, yields and errors as for `reading`. Parameters are never written into. An editor may write into
+    the activation that it is given and return it, which saves a copy: nothing of the model reads an edited
+    activation from before the edit.
     """
     with _hooked(anatomy, editors, edit=True) as firings:
         yield firings
@@ -114,16 +136,18 @@ def editing(anatomy: Anatomy, editors: Mapping[str, Editor]) -> Iterator[Firings
 class Reading:
     """`reading` for readers that go on and off many times: what has to be looked up is looked up once.
 
-    A context manager that may be entered again after it was left, never twice at a time. Whoever changes the model's modules in between
-    (adapters put on) makes a new one.
+    A context manager that may be entered again after it was left, never twice at a time. Whoever changes the
+    model's modules in between (adapters put on) makes a new one.
 
     Args:
         anatomy: of the model that will run.
-        readers: function by key, as for `reading`; but those of dense sites get every feature of the projection's side that the site is on,
-            other sites' included (`place.index` says which are the site's), so that they copy only what they want.
+        readers: function by key, as for `reading`; but those of dense sites get every feature of the
+            projection's side that the site is on, other sites' included (`place.index` says which are the
+            site's), so that they copy only what they want.
 
     Raises:
-        UnsupportedModelError: a site the anatomy refuses, a compiled model, or, on leaving, a site that never came by.
+        UnsupportedModelError: a site the anatomy refuses, a compiled model, or, on leaving, a site that never
+        came by.
     """
 
     def __init__(self, anatomy: Anatomy, readers: Mapping[str, Reader]) -> None:
@@ -133,9 +157,13 @@ class Reading:
         self._registrations: list[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = []
         if readers:
             first = anatomy.layers[0].module
-            self._registrations.append((first.register_forward_pre_hook, _note_shape(self.firings), {"with_kwargs": True}))
+            self._registrations.append(
+                (first.register_forward_pre_hook, _note_shape(self.firings), {"with_kwargs": True})
+            )
         for places in dense.values():
-            self._registrations.append((*_whole_reader([(place, readers[place.key]) for place in places], self.firings), {}))
+            self._registrations.append(
+                (*_whole_reader([(place, readers[place.key]) for place in places], self.firings), {})
+            )
         self._handles: list[Any] = []
         self._stack = ExitStack()
 
@@ -181,7 +209,8 @@ def around(
     before: Before | Mapping[nn.Module, Before] | None = None,
     after: After | Mapping[nn.Module, After] | None = None,
 ) -> Iterator[None]:
-    """Call functions at the boundaries of modules: to see inputs with their keywords, to run a donor beside a model, to cut its rows.
+    """Call functions at the boundaries of modules: to see inputs with their keywords, to run a donor beside a
+    model, to cut its rows.
 
     Args:
         module: the module that plain functions are for.
@@ -213,7 +242,10 @@ def _leaving(function: After) -> Callable[..., Any]:
 
 @contextmanager
 def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Run functions in place of the `forward` of modules; each module has its own back afterwards, hooks keep firing meanwhile."""
+    """Run functions in place of the `forward` of modules.
+
+    Each module has its own back afterwards, hooks keep firing meanwhile.
+    """
     with ExitStack() as stack:
         for module, function in forwards.items():
             stack.callback(_put_back, module, "forward", module.__dict__.get("forward"))
@@ -236,7 +268,11 @@ def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edi
     firings = Firings(counts=dict.fromkeys(functions, 0))
     with ExitStack() as stack:
         if functions:
-            stack.callback(anatomy.layers[0].module.register_forward_pre_hook(_note_shape(firings), with_kwargs=True).remove)
+            stack.callback(
+                anatomy.layers[0]
+                .module.register_forward_pre_hook(_note_shape(firings), with_kwargs=True)
+                .remove
+            )
             stack.enter_context(_uncompiled(anatomy.model))
         for places in dense.values():
             pairs = [(place, functions[place.key]) for place in places]
@@ -249,7 +285,9 @@ def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edi
 
 @contextmanager
 def _counted(anatomy: Anatomy, firings: Firings) -> Iterator[None]:
-    """Every call of a layer is held to show all its sites: a kernel may skip hooks only while decoding, or only for some shapes."""
+    """Every call of a layer is held to show all its sites: a kernel may skip hooks only while decoding, or
+    only for some shapes.
+    """
     by_layer: dict[int, list[str]] = {}
     for key in firings.counts:
         by_layer.setdefault(int(key.split(".")[1]), []).append(key)
@@ -273,14 +311,18 @@ class _LayerCheck:
 
     def end(self, _: Any) -> None:
         """Raise an error for sites that did not come by."""
-        silent = [key for key, count in zip(self.keys, self.seen, strict=True) if self.firings.counts[key] == count]
+        silent = [
+            key for key, count in zip(self.keys, self.seen, strict=True) if self.firings.counts[key] == count
+        ]
         if silent:
             raise skipped(silent, f"in pass {self.firings.passes}, {self.firings.shape[1]} tokens a row")
 
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """`generate` compiles no step while hooks are on, as it does for static caches on some devices: a captured step runs no hook."""
+    """`generate` compiles no step while hooks are on, as it does for static caches on some devices: a
+    captured step runs no hook.
+    """
     holder: Any = unwrapped(model)
     if not hasattr(holder, _COMPILES):
         yield
@@ -306,7 +348,8 @@ def refuse_compiled(model: nn.Module) -> None:
         if compiled or hasattr(replaced, "_torchdynamo_orig_callable"):
             where = f" ({name})" if name else ""
             raise UnsupportedModelError(
-                f"a compiled model arrived{where}, hooks need the plain one; pass it before torch.compile or reload it"
+                f"a compiled model arrived{where}, hooks need the plain one; pass it before "
+                "torch.compile or reload it"
             )
 
 
@@ -321,7 +364,9 @@ def _note_shape(firings: Firings) -> Callable[..., None]:
 
 def _sorted_out(
     anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]]
-) -> tuple[dict[tuple[int, str], list[SitePlace]], list[tuple[ExpertsAnatomy, dict[str, Callable[[Any], Any]]]]]:
+) -> tuple[
+    dict[tuple[int, str], list[SitePlace]], list[tuple[ExpertsAnatomy, dict[str, Callable[[Any], Any]]]]
+]:
     """Dense sites by hooked module and side, and expert sites by layer."""
     places = anatomy.places
     dense: dict[tuple[int, str], list[SitePlace]] = {}
@@ -362,7 +407,9 @@ def _prepared(pairs: _Pairs, firings: Firings, edit: bool) -> tuple[Callable[...
 
 
 def _whole_reader(pairs: _Pairs, firings: Firings) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_prepared` for readers of a whole side of a projection, in one call a pass: what it costs is what a guard adds to a prefill."""
+    """`_prepared` for readers of a whole side of a projection, in one call a pass: what it costs is what a
+    guard adds to a prefill.
+    """
     module, counts = pairs[0][0].hooked, firings.counts
     steps = tuple((place.key, function) for place, function in pairs)
 
@@ -425,7 +472,10 @@ def _edit(pairs: _Pairs, firings: Firings) -> Callable[[Tensor], Tensor]:
 
 
 class _Taker:
-    """Takes a site's features from a fused projection and puts them back; a vector of positions is moved to a device once."""
+    """Takes a site's features from a fused projection and puts them back.
+
+    A vector of positions is moved to a device once.
+    """
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -443,7 +493,9 @@ class _Taker:
 
 
 @contextmanager
-def _experts_hooked(experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any], Any]], firings: Firings, edit: bool) -> Iterator[None]:
+def _experts_hooked(
+    experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any], Any]], firings: Firings, edit: bool
+) -> Iterator[None]:
     """Step between the projections of the experts: the argument of the gate step and what it returns."""
     state = _ExpertCall(experts, wanted, firings, edit)
     module: Any = experts.module
@@ -459,13 +511,25 @@ def _experts_hooked(experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any]
 
 
 class _ExpertCall:
-    """One call of an experts module: remembers the routing, then handles the gate step, in one piece or expert by expert."""
+    """One call of an experts module: remembers the routing, then handles the gate step, in one piece or
+    expert by expert.
+    """
 
-    def __init__(self, experts: ExpertsAnatomy, wanted: Mapping[str, Callable[[Any], Any]], firings: Firings, edit: bool) -> None:
+    def __init__(
+        self,
+        experts: ExpertsAnatomy,
+        wanted: Mapping[str, Callable[[Any], Any]],
+        firings: Firings,
+        edit: bool,
+    ) -> None:
         self.experts, self.firings, self.edit = experts, firings, edit
         self.routing: Routing | None = None
         self.row = 0
-        self.functions: dict[str, list[tuple[str, int | None, Callable[[Any], Any]]]] = {"gate": [], "up": [], "down": []}
+        self.functions: dict[str, list[tuple[str, int | None, Callable[[Any], Any]]]] = {
+            "gate": [],
+            "up": [],
+            "down": [],
+        }
         for key, function in wanted.items():
             _, _, _, expert, site = key.split(".")
             self.functions[site].append((key, None if expert == "*" else int(expert), function))
@@ -484,7 +548,9 @@ class _ExpertCall:
                     self.firings.counts[key] += 1
         rows = slice(self.row, self.row + gate_up.shape[0])
         self.row = rows.stop
-        routing = Routing(self.routing.token_index[rows], self.routing.weight[rows], self.routing.expert_index[rows])
+        routing = Routing(
+            self.routing.token_index[rows], self.routing.weight[rows], self.routing.expert_index[rows]
+        )
         for site in ("gate", "up"):
             if self.functions[site]:
                 gate_up = self._act(site, gate_up, self.experts.index[site], routing)
@@ -496,7 +562,9 @@ class _ExpertCall:
         new = part.clone() if self.edit else part
         for _, expert, function in self.functions[site]:
             where = slice(None) if expert is None else (routing.expert_index == expert).nonzero().flatten()
-            rows = ExpertRows(part[where], routing.token_index[where], routing.weight[where], routing.expert_index[where])
+            rows = ExpertRows(
+                part[where], routing.token_index[where], routing.weight[where], routing.expert_index[where]
+            )
             result = function(rows)
             if self.edit and len(rows):
                 new[where] = result

@@ -31,8 +31,8 @@ _BLOCK = 2**26
 def identity(model: LanguageModel) -> dict[str, str]:
     """What tells this model from every other, as hashes: `weights`, `dtype`, `tokenizer`, `template`.
 
-    Weights that are not in memory count by the files of the model's folder. Cost: one SHA-256 over the weights, a second for two
-    gigabytes and core.
+    Weights that are not in memory count by the files of the model's folder. Cost: one SHA-256 over the
+    weights, a second for two gigabytes and core.
 
     Raises:
         UnsupportedModelError: weights that are neither in memory nor in a folder.
@@ -48,28 +48,42 @@ def identity(model: LanguageModel) -> dict[str, str]:
 def _weights(model: LanguageModel) -> str:
     if any(tensor.is_meta for tensor in (*model.model.parameters(), *model.model.buffers())):
         if model.folder is None:
-            raise UnsupportedModelError("weights are off-loaded and from no folder, so they cannot be told apart; load the model without")
+            raise UnsupportedModelError(
+                "weights are off-loaded and from no folder, so they cannot be told apart; load the model "
+                "without"
+            )
         return json_sha256([model_contents(model.folder), model.name, list(model.adapters or ())])
     with model.active():
         return weights_sha256(model)[0]
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of a tokenizer by what it does: vocabulary, special ids, and the ids of some texts; the same in every version of its library."""
+    """Hash of a tokenizer by what it does: vocabulary, special ids, and the ids of some texts.
+
+    The same in every version of its library.
+    """
     tokenizer = require_tokenizer(tokenizer)
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
-    ids = [encode_text(tokenizer, text, templated=templated) for text in _TEXTS for templated in (True, False)]
+    ids = [
+        encode_text(tokenizer, text, templated=templated) for text in _TEXTS for templated in (True, False)
+    ]
     return json_sha256([sorted(tokenizer.get_vocab().items()), special, ids])
 
 
 def template_sha256(model: LanguageModel) -> str:
     """Hash of how prompts are put: kind and text of the template, system prompt, template arguments."""
     template = model.template
-    text = template.source or (getattr(model.tokenizer, "chat_template", None) if template.kind == "chat" else "") or ""
+    text = (
+        template.source
+        or (getattr(model.tokenizer, "chat_template", None) if template.kind == "chat" else "")
+        or ""
+    )
     return json_sha256([template.kind, text, template.system, dict(template.arguments)])
 
 
-def weights_sha256(model: LanguageModel, wanted: Callable[[str, Tensor], bool] | None = None) -> tuple[str, list[str]]:
+def weights_sha256(
+    model: LanguageModel, wanted: Callable[[str, Tensor], bool] | None = None
+) -> tuple[str, list[str]]:
     """Hash of weights and buffers, and the types they are in.
 
     An adapter counts by its place among the active ones, not by its name; inactive ones do not count.
@@ -84,11 +98,15 @@ def weights_sha256(model: LanguageModel, wanted: Callable[[str, Tensor], bool] |
     named = {name: value for name, value in _named(model) if wanted is None or wanted(name, value)}
     away = next((name for name, value in named.items() if value.is_meta), None)
     if away is not None:
-        raise UnsupportedModelError(f"{away} is off-loaded, so the weights cannot be hashed; load the model without disk off-loading")
+        raise UnsupportedModelError(
+            f"{away} is off-loaded, so the weights cannot be hashed; load the model without disk off-loading"
+        )
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_digest, named.values()))
     names = sorted(zip(named, digests, strict=True))
-    types = sorted({str(value.dtype).removeprefix("torch.") for value in named.values() if value.is_floating_point()})
+    types = sorted(
+        {str(value.dtype).removeprefix("torch.") for value in named.values() if value.is_floating_point()}
+    )
     return json_sha256([names, _adapter_settings(model)]), types
 
 
@@ -104,7 +122,9 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without the wrappers of adapters around its layer."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+    return (
+        name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+    )
 
 
 def _active_adapters(model: LanguageModel) -> tuple[str, ...]:
@@ -121,7 +141,15 @@ def _adapter_settings(model: LanguageModel) -> list[Any]:
     settings = []
     for name in _active_adapters(model):
         config = model.model.peft_config[name]
-        fields = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+        fields = (
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+        )
         settings.append([str(config.peft_type), {key: getattr(config, key, None) for key in fields}])
     return settings
 

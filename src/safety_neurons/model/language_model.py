@@ -49,20 +49,22 @@ class Encoded:
 class LanguageModel:
     """A model already in memory (plain, PEFT or quantised), its tokenizer, and how prompts are put to it.
 
-    Nothing of the model, tokenizer or configuration is changed; what has to change for a pass (active adapters, evaluation mode,
-    generation defaults) is put back after it.
+    Nothing of the model, tokenizer or configuration is changed; what has to change for a pass (active
+    adapters, evaluation mode, generation defaults) is put back after it.
 
     Args:
         model: Any causal LM of transformers, or a PEFT model of one.
         tokenizer: Its tokenizer; None where only token ids are fed.
         name: What people call the model; by default the name in its configuration.
-        adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for the plain
-            base, None for whatever is active.
+        adapters: Names of the adapters of a PEFT model that belong to this view, in order; none (`[]`) for
+            the plain base, None for whatever is active.
         folder: The local folder it came from.
-        **prompting: How prompts are put to it: `template`, `system`, `template_args`, `think_end` (see `Prompting`).
+        **prompting: How prompts are put to it: `template`, `system`, `template_args`, `think_end` (see
+            `Prompting`).
 
     Attributes:
-        notes: One line for each thing that is worth knowing of how the model was loaded and of what its template makes of prompts.
+        notes: One line for each thing that is worth knowing of how the model was loaded and of what its
+            template makes of prompts.
     """
 
     def __init__(
@@ -76,9 +78,15 @@ class LanguageModel:
         **prompting: Unpack[Prompting],
     ) -> None:
         if not hasattr(unwrapped(model), "config") or not hasattr(model, "generate"):
-            raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers, with a config and generate()")
+            raise ModelError(
+                f"{type(model).__name__}: expected a causal language model of transformers, with a "
+                "config and generate()"
+            )
         if adapters is not None and adapters and not is_adapted(model):
-            raise ModelError(f"adapters {list(adapters)} of a {type(model).__name__}: expected a PEFT model that holds them")
+            raise ModelError(
+                f"adapters {list(adapters)} of a {type(model).__name__}: expected a PEFT model that "
+                "holds them"
+            )
         require_weights(model)
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -90,22 +98,34 @@ class LanguageModel:
         self.folder = None if folder is None else Path(folder)
         self.notes: list[str] = []
         if self.template.kind == "none" and getattr(tokenizer, "chat_template", None):
-            self.notes.append("template 'none' feeds prompts as they are; the model has a chat template, which 'auto' would use")
+            self.notes.append(
+                "template 'none' feeds prompts as they are; the model has a chat template, which 'auto' "
+                "would use"
+            )
 
     def __repr__(self) -> str:
         adapters = "" if not self.adapters else f", adapters {list(self.adapters)}"
-        return f"LanguageModel({self.name!r}, {type(self.inner).__name__}, {self.dtype}, {self.device}{adapters})"
+        return (
+            f"LanguageModel({self.name!r}, {type(self.inner).__name__}, {self.dtype}, "
+            f"{self.device}{adapters})"
+        )
 
     @property
     def prompt_folder(self) -> Path | None:
-        """Folder of an organism's own prompts, which go before the built-in ones; None for every other model."""
+        """Folder of an organism's own prompts, which go before the built-in ones.
+
+        None for every other model.
+        """
         if self.folder is None:
             return None
-        folders = (folder for folder in (self.folder, self.folder.parent) if (folder / "organism.json").is_file())
+        folders = (
+            folder for folder in (self.folder, self.folder.parent) if (folder / "organism.json").is_file()
+        )
         return next((folder / "prompts" for folder in folders if (folder / "prompts").is_dir()), None)
 
     def prompts(self, source: Source, **options: Any) -> Prompts:
-        """Prompts for this model: as `safety_neurons.prompt_lists`, where `builtin:` names mean an organism's own if the model is one.
+        """Prompts for this model: as `safety_neurons.prompt_lists`, where `builtin:` names mean an organism's
+        own if the model is one.
 
         Args:
             source: `builtin:NAME[/LANG]`, a file, or a list.
@@ -140,7 +160,9 @@ class LanguageModel:
     @property
     def max_length(self) -> int | None:
         """Tokens that fit the context; None where neither model nor tokenizer sets a limit."""
-        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "seq_length", None)
+        limit = getattr(self.config, "max_position_embeddings", None) or getattr(
+            self.config, "seq_length", None
+        )
         limit = limit or getattr(self.tokenizer, "model_max_length", None)
         return int(limit) if limit and limit < 10**9 else None
 
@@ -151,7 +173,9 @@ class LanguageModel:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer, by the generation configuration, the model's configuration and the tokenizer."""
+        """Every id that ends an answer, by the generation configuration, the model's configuration and the
+        tokenizer.
+        """
         settings = getattr(self.inner, "generation_config", None)
         ids: list[int] = []
         for holder in (settings, self.config, self.tokenizer):
@@ -195,7 +219,10 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Makes this view's adapters the active ones of a shared PEFT model for a block; nothing to do for any other model."""
+        """Makes this view's adapters the active ones of a shared PEFT model for a block.
+
+        Nothing to do for any other model.
+        """
         if self.adapters is None or not is_adapted(self.model):
             yield
             return
@@ -214,13 +241,15 @@ class LanguageModel:
             yield
 
     def encode(self, prompts: Texts, *, reserve: int = 0) -> list[Encoded]:
-        """Token ids of prompts, template and generation prompt included, with exactly one BOS where one belongs.
+        """Token ids of prompts, template and generation prompt included, with exactly one BOS where one
+        belongs.
 
-        A prompt longer than the context keeps its beginning and its end (system prompt and what starts the answer) and loses tokens in
-        the middle; it is marked as truncated.
+        A prompt longer than the context keeps its beginning and its end (system prompt and what starts the
+        answer) and loses tokens in the middle; it is marked as truncated.
 
         Args:
-            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left out.
+            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left
+                out.
             reserve: Tokens of the context to leave for an answer.
 
         Raises:
@@ -234,13 +263,24 @@ class LanguageModel:
             text = self.template.render(tokenizer, prompt, self.notes)
             ids = encode_text(tokenizer, text, templated=self.template.kind != "none")
             if not ids:
-                raise InputError(f"prompt {prompt.id!r} has no tokens: expected text; drop empty prompts or choose a template")
+                raise InputError(
+                    f"prompt {prompt.id!r} has no tokens: expected text; drop empty prompts or choose a "
+                    "template"
+                )
             if max(ids) >= self.n_ids:
                 raise MismatchError(
-                    f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: they do not belong together"
+                    f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: "
+                    "they do not belong together"
                 )
             fitting = self._fit(ids, reserve)
-            encoded.append(Encoded(prompt.id, fitting, truncated=len(fitting) < len(ids), thinking=self.template.opens_thinking(text)))
+            encoded.append(
+                Encoded(
+                    prompt.id,
+                    fitting,
+                    truncated=len(fitting) < len(ids),
+                    thinking=self.template.opens_thinking(text),
+                )
+            )
         return encoded
 
     def _fit(self, ids: list[int], reserve: int) -> list[int]:
@@ -248,33 +288,49 @@ class LanguageModel:
             return ids
         room = self.max_length - reserve
         if room < 2:
-            raise ModelError(f"{reserve} new tokens in a context of {self.max_length} leave no room for the prompt: ask for fewer")
+            raise ModelError(
+                f"{reserve} new tokens in a context of {self.max_length} leave no room for the prompt: "
+                "ask for fewer"
+            )
         return middle_out(ids, room)
 
     def encode_texts(self, texts: Iterable[str], limit: int | None = None) -> list[list[int]]:
-        """Token ids of running text (perplexity, general corpora): no template, one BOS where the tokenizer adds one.
+        """Token ids of running text (perplexity, general corpora): no template, one BOS where the tokenizer
+        adds one.
 
         Args:
             texts: The texts.
-            limit: Tokens of each to keep at most, from its beginning; the context's length where none is given.
+            limit: Tokens of each to keep at most, from its beginning; the context's length where none is
+                given.
         """
         tokenizer = require_tokenizer(self.tokenizer)
         most = min(value for value in (limit, self.max_length, 10**9) if value)
         return [encode_text(tokenizer, text, templated=True)[:most] for text in texts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; but marks of a thinking part stay, or thoughts would be taken for the answer."""
+        """Text of token ids, special tokens left out.
+
+        But marks of a thinking part stay, or thoughts would be taken for the answer.
+        """
         tokenizer = require_tokenizer(self.tokenizer)
         if not self._thought_ids.intersection(token_ids):
             return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
         dropped = set(tokenizer.all_special_ids) - self._thought_ids
-        return str(tokenizer.decode([token for token in token_ids if token not in dropped], skip_special_tokens=False))
+        return str(
+            tokenizer.decode(
+                [token for token in token_ids if token not in dropped], skip_special_tokens=False
+            )
+        )
 
     @cached_property
     def _thought_ids(self) -> frozenset[int]:
         """Ids of the special tokens that start or end a thinking part."""
         tokenizer = self.tokenizer
-        special = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=False)
+        special = zip(
+            getattr(tokenizer, "all_special_tokens", ()),
+            getattr(tokenizer, "all_special_ids", ()),
+            strict=False,
+        )
         return frozenset(token for text, token in special if is_mark(str(text)) or text == self.think_end)
 
     def complete(
@@ -291,34 +347,39 @@ class LanguageModel:
     ) -> Completions:
         """Answers prompts through `self.model.generate`, so that interventions on the model act.
 
-        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no answer in
-        float32.
+        Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no
+        answer in float32.
 
         Args:
-            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left out.
+            prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left
+                out.
             arm: Name of the treatment, recorded in every completion.
             batch_size: Rows, or `auto`; halved when memory runs out.
             progress: Called as `progress(prompts done, prompts in all, tokens generated)`.
-            done: Completions of an earlier, interrupted call; their prompts are not asked again (by id and text).
+            done: Completions of an earlier, interrupted call; their prompts are not asked again (by id and
+                text).
             answered: Called with every completion as soon as it is there.
             notes: Gets a line for whatever had to be said (truncated prompts, halved batches).
-            **decoding: Fields of `Decoding` (`max_new_tokens`, `sample`, `temperature`, `top_p`, `seed`), and further
-                arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
+            **decoding: Fields of `Decoding` (`max_new_tokens`, `sample`, `temperature`, `top_p`, `seed`), and
+                further arguments of `generate`, such as `stop_strings` or `repetition_penalty`.
 
         Returns:
-            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of a
-            conversation, marks `truncated` prompts and an opened `thinking`, and says which text ends it where the model
-            has a `think_end`.
+            One completion a prompt, in order; ids as generated, EOS excluded; `meta` holds the `messages` of
+            a conversation, marks `truncated` prompts and an opened `thinking`, and says which text ends it
+            where the model has a `think_end`.
 
         Raises:
-            ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of range.
+            ModelError: No tokenizer, or one prompt alone does not fit in memory. UsageError: Arguments out of
+            range.
         """
         how = Decoding.of(decoding)
         pending = PendingCompletions(prompts, arm, how.seed, done, answered)
         encoded = self.encode(pending.prompts, reserve=how.max_new_tokens)
         cut = sum(item.truncated for item in encoded)
         if notes is not None and cut:
-            notes.append(f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out")
+            notes.append(
+                f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out"
+            )
 
         def keep(index: int, answer: Answer) -> None:
             marks = {name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)}
@@ -326,7 +387,16 @@ class LanguageModel:
             pending.add(index, self.decode(answer.token_ids), answer.finish_reason, answer.token_ids, meta)
 
         sequences, skip = [item.ids for item in encoded], sorted(pending.results)
-        generate(self, sequences, how, batch_size=batch_size, skip=skip, progress=progress, answered=keep, notes=notes)
+        generate(
+            self,
+            sequences,
+            how,
+            batch_size=batch_size,
+            skip=skip,
+            progress=progress,
+            answered=keep,
+            notes=notes,
+        )
         return pending.completions
 
 
@@ -364,7 +434,9 @@ class PendingCompletions:
     ) -> None:
         self.prompts = as_prompts(prompts)
         self._arm, self._seed, self._answered = arm, seed, answered
-        before = {one.prompt_id: one for one in done or () if not (failed_again and one.finish_reason == "failed")}
+        before = {
+            one.prompt_id: one for one in done or () if not (failed_again and one.finish_reason == "failed")
+        }
         known = ((index, prompt, before.get(prompt.id)) for index, prompt in enumerate(self.prompts))
         self.results = {index: one for index, prompt, one in known if one is not None and one.answers(prompt)}
 
@@ -379,7 +451,9 @@ class PendingCompletions:
         """The completion of the prompt at an index; its conversation goes before the rest of its `meta`."""
         prompt = self.prompts[index]
         meta = {**conversation_of(prompt), **(meta or {})}
-        one = Completion(prompt.id, prompt.text, text, tuple(token_ids), finish_reason, self._arm, self._seed, {}, meta)
+        one = Completion(
+            prompt.id, prompt.text, text, tuple(token_ids), finish_reason, self._arm, self._seed, {}, meta
+        )
         self.results[index] = one
         if self._answered is not None:
             self._answered(one)
@@ -391,7 +465,8 @@ class PendingCompletions:
 
 
 def require_weights(model: nn.Module) -> None:
-    """Refuses a model whose weights accelerate keeps elsewhere and fetches for each layer: here weights are read, hashed and edited.
+    """Refuses a model whose weights accelerate keeps elsewhere and fetches for each layer: here weights are
+    read, hashed and edited.
 
     Raises:
         UnsupportedModelError: The message names the first such weight.
@@ -400,8 +475,9 @@ def require_weights(model: nn.Module) -> None:
     if names:
         count = sum(1 for _ in model.parameters())
         raise UnsupportedModelError(
-            f"{len(names)} of {count} weights are off-loaded ({names[0]}), and all were expected in memory; load the model without "
-            "cpu_offload or a device_map that off-loads, in a smaller dtype or in 4 bits if it does not fit"
+            f"{len(names)} of {count} weights are off-loaded ({names[0]}), and all were expected in "
+            "memory; load the model without cpu_offload or a device_map that off-loads, in a smaller "
+            "dtype or in 4 bits if it does not fit"
         )
 
 
@@ -416,7 +492,8 @@ _INSTEAD = {
 """Arguments of `generate` that would undo what a completion promises, and what to give in their place."""
 
 Watched = Callable[[list[int], Tensor], contextlib.AbstractContextManager[Mapping[str, Any]]]
-"""Watches the batches of `generate`: gets the indices of the rows and the mask `[batch, token]`, gives further arguments of the model's
+"""Watches the batches of `generate`: gets the indices of the rows and the mask `[batch, token]`, gives
+further arguments of the model's
 `generate` (`logits_processor` and `stopping_criteria` as lists, `streamer`)."""
 
 
@@ -429,10 +506,11 @@ class Decoding:
         sample: Draw tokens rather than take the likeliest.
         temperature: Of sampling.
         top_p: Of sampling.
-        seed: Of sampling; every batch of the plan draws from its own stream, so a continued run draws the same.
+        seed: Of sampling; every batch of the plan draws from its own stream, so a continued run draws the
+            same.
         others: Further arguments of `generate`, passed on as they are.
-        watched: Opened around every batch, and again around each half of one that did not fit, with the indices of its
-            rows and its mask; gives arguments for that batch.
+        watched: Opened around every batch, and again around each half of one that did not fit, with the
+            indices of its rows and its mask; gives arguments for that batch.
     """
 
     max_new_tokens: int = 128
@@ -446,7 +524,11 @@ class Decoding:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Decoding":
         """Keyword arguments of `complete`: what is no field of this class is an argument of `generate`."""
-        own = {name: options[name] for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed") if name in options}
+        own = {
+            name: options[name]
+            for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed")
+            if name in options
+        }
         return cls(**own, others={name: value for name, value in options.items() if name not in own})
 
     def __post_init__(self) -> None:
@@ -456,12 +538,16 @@ class Decoding:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
         if self.sample and self.temperature <= 0:
-            raise UsageError(f"temperature {self.temperature}: expected more than 0; leave sampling out for greedy decoding")
+            raise UsageError(
+                f"temperature {self.temperature}: expected more than 0; leave sampling out for greedy "
+                "decoding"
+            )
         if self.sample and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p {self.top_p}: expected more than 0 and at most 1")
         if int((self.others or {}).get("num_return_sequences", 1)) != 1:
             raise UsageError(
-                "num_return_sequences: expected one answer a prompt; give the prompt several times, or call again with another seed"
+                "num_return_sequences: expected one answer a prompt; give the prompt several times, or "
+                "call again with another seed"
             )
 
 
@@ -525,11 +611,15 @@ def generate(
             progress(len(answers) + len(skipped), len(prompts), tokens)
     if notes is not None:
         failed = sum(answer.finish_reason == "failed" for answer in answers.values())
-        notes += halving.notes + ([f"{failed} of {len(prompts)} prompts gave NaN or infinity and have no answer"] if failed else [])
+        notes += halving.notes + (
+            [f"{failed} of {len(prompts)} prompts gave NaN or infinity and have no answer"] if failed else []
+        )
     return answers
 
 
-def _generate_rows(lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int) -> dict[int, Answer]:
+def _generate_rows(
+    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int
+) -> dict[int, Answer]:
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -552,7 +642,10 @@ def _generate_rows(lm: LanguageModel, sequences: list[list[int]], rows: Rows, de
         finite = _Finite(min(ends, default=lm.pad_id))
         passed = _joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(
-            input_ids=input_ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings, **passed
+            input_ids=input_ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            generation_config=settings,
+            **passed,
         )
     ids, failed = getattr(output, "sequences", output), finite.failed(len(rows))
     limit = decoding.max_new_tokens if stopped_otherwise else 0
@@ -563,14 +656,20 @@ def _generate_rows(lm: LanguageModel, sequences: list[list[int]], rows: Rows, de
 
 
 class _Finite:
-    """A logits processor that ends the sequences whose logits are not numbers, which `generate` would go on from with token 0."""
+    """A logits processor that ends the sequences whose logits are not numbers, which `generate` would go on
+    from with token 0.
+    """
 
     def __init__(self, end: int) -> None:
         self._end = end
         self._failed: Tensor | None = None
 
-    def __call__(self, _: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-        bad = ~scores.amax(-1).isfinite()  # the largest is NaN where any is; −∞ may be a token that is forbidden
+    def __call__(
+        self, _: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
+    ) -> Float[Tensor, "row vocab"]:
+        bad = ~scores.amax(
+            -1
+        ).isfinite()  # the largest is NaN where any is; −∞ may be a token that is forbidden
         self._failed = bad if self._failed is None or len(self._failed) != len(bad) else self._failed | bad
         ending = torch.full_like(scores[0], -torch.inf)
         ending[self._end] = 0
@@ -582,11 +681,16 @@ class _Finite:
 
 
 def _joined(given: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with those of a watch, whose processors and criteria come behind the caller's."""
+    """Arguments of `generate` with those of a watch, whose processors and criteria come behind the
+    caller's.
+    """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     lists = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
-    joined = {name: lists[name]([*(given.get(name) or ()), *value]) if name in lists else value for name, value in more.items()}
+    joined = {
+        name: lists[name]([*(given.get(name) or ()), *value]) if name in lists else value
+        for name, value in more.items()
+    }
     return {**given, **joined}
 
 
@@ -595,12 +699,21 @@ def end_ids(lm: LanguageModel, given: int | Sequence[int] | None = None) -> list
     return list(lm.eos_ids) if given is None else [given] if isinstance(given, int) else list(given)
 
 
-def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> tuple[Any, dict[str, Any], set[int]]:
-    """A generation configuration that names everything that matters, the arguments it has no field for, and the ids that end an answer."""
+def _settings(
+    lm: LanguageModel, decoding: Decoding, others: dict[str, Any]
+) -> tuple[Any, dict[str, Any], set[int]]:
+    """A generation configuration that names everything that matters, the arguments it has no field for, and
+    the ids that end an answer.
+    """
     from transformers import GenerationConfig
 
     ends = end_ids(lm, others.pop("eos_token_id", None))
-    values: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.sample, "use_cache": True, "num_beams": 1}
+    values: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": decoding.sample,
+        "use_cache": True,
+        "num_beams": 1,
+    }
     if decoding.sample:
         values |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     known = GenerationConfig().to_dict().keys()
@@ -608,7 +721,9 @@ def _settings(lm: LanguageModel, decoding: Decoding, others: dict[str, Any]) -> 
     passed = {name: value for name, value in others.items() if name not in known}
     if "stop_strings" in others:
         passed["tokenizer"] = lm.tokenizer
-    settings = GenerationConfig(**values, eos_token_id=ends or None, pad_token_id=lm.pad_id, bos_token_id=lm.bos_id)
+    settings = GenerationConfig(
+        **values, eos_token_id=ends or None, pad_token_id=lm.pad_id, bos_token_id=lm.bos_id
+    )
     return settings, passed, set(ends)
 
 
@@ -635,13 +750,17 @@ def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, limit: int) ->
 def neutral_defaults(model: Any) -> Iterator[None]:
     """A model without generation defaults of its own for a block, so that only what is asked for counts.
 
-    transformers fills whatever a call leaves open from the checkpoint's `generation_config` (temperature, repetition penalty, …).
-    PEFT replaces two attributes while it generates; they are put back as well.
+    transformers fills whatever a call leaves open from the checkpoint's `generation_config` (temperature,
+    repetition penalty, …). PEFT replaces two attributes while it generates; they are put back as well.
     """
     from transformers import GenerationConfig
 
     inner = unwrapped(model)
-    holders = [holder for holder in {id(inner): inner, id(model): model}.values() if "generation_config" in vars(holder)]
+    holders = [
+        holder
+        for holder in {id(inner): inner, id(model): model}.values()
+        if "generation_config" in vars(holder)
+    ]
     before = [(holder, holder.generation_config) for holder in holders]
     tuner = model.base_model if hasattr(model, "peft_config") else None
     prepared = vars(tuner).get("prepare_inputs_for_generation") if tuner is not None else None
@@ -670,8 +789,8 @@ def seeded(device: torch.device, seed: int, number: int) -> Iterator[None]:
 def stops(model: LanguageModel, strings: Sequence[str]) -> dict[str, Any]:
     """Arguments of `generate` that end an answer at one of the strings.
 
-    Empty for a tokenizer whose tokens cannot be told apart as text, which transformers does not stop at strings: answers are then as long
-    as they may be, and whoever reads them cuts them.
+    Empty for a tokenizer whose tokens cannot be told apart as text, which transformers does not stop at
+    strings: answers are then as long as they may be, and whoever reads them cuts them.
     """
     from transformers import StopStringCriteria
 
@@ -687,7 +806,11 @@ def stops(model: LanguageModel, strings: Sequence[str]) -> dict[str, Any]:
 def takes_padding(lm: LanguageModel) -> bool:
     """Whether rows of a batch may be of different lengths.
 
-    transformers' eager attention casts its mask to float32, where the lowest float64 becomes −∞: a padding token that sees no key at all
-    (left padding, a sliding window) turns into NaN there and spoils the tokens that follow, so float64 goes without padding.
+    transformers' eager attention casts its mask to float32, where the lowest float64 becomes −∞: a padding
+    token that sees no key at all (left padding, a sliding window) turns into NaN there and spoils the tokens
+    that follow, so float64 goes without padding.
     """
-    return lm.dtype is not torch.float64 or getattr(lm.config, "_attn_implementation", None) in ("sdpa", "flex_attention")
+    return lm.dtype is not torch.float64 or getattr(lm.config, "_attn_implementation", None) in (
+        "sdpa",
+        "flex_attention",
+    )

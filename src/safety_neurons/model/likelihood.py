@@ -1,6 +1,8 @@
-"""Teacher-forced likelihoods, one batch's logits at a time: losses of texts, log probabilities of tokens and of given answers, divergences.
+"""Teacher-forced likelihoods, one batch's logits at a time: losses of texts, log probabilities of tokens and
+of given answers, divergences.
 
-And what a direction of the residual stream says to the vocabulary, through the model's final norm and output embedding.
+And what a direction of the residual stream says to the vocabulary, through the model's final norm and output
+embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,15 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, MismatchError, UnsupportedModelError
-from safety_neurons.model.batches import Batch, BatchSize, Progress, decoder_of, forward, next_token_rows, said_of_failed
+from safety_neurons.model.batches import (
+    Batch,
+    BatchSize,
+    Progress,
+    decoder_of,
+    forward,
+    next_token_rows,
+    said_of_failed,
+)
 from safety_neurons.model.hooks import After, Before, around
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.passes import PassOptions, logits_budget, run_batches
@@ -29,7 +39,8 @@ class Losses:
 
     Attributes:
         totals: Summed over the predicted tokens of each text.
-        counts: Predicted tokens of each text; 0 for a text of one token, and for one on which the model gave NaN.
+        counts: Predicted tokens of each text; 0 for a text of one token, and for one on which the model gave
+            NaN.
         failed: Texts on which it gave NaN, which are left out.
     """
 
@@ -66,8 +77,8 @@ def log_probabilities_of_next(
         batch: Where they come from.
 
     Returns:
-        Log probabilities in nats (float32, or float64 where the logits are), sequence by sequence, and the flat `batch × token` index of
-        the position that predicts each.
+        Log probabilities in nats (float32, or float64 where the logits are), sequence by sequence, and the
+        flat `batch × token` index of the position that predicts each.
     """
     rows, targets = next_token_rows(batch)
     flat = logits.flatten(0, 1)
@@ -92,13 +103,15 @@ def token_log_probabilities(
     Args:
         lm: The model.
         sequences: Token ids, context included.
-        spans: For each sequence the tokens wanted, as `(start, stop)` with `start ≥ 1`; all but the first where None.
+        spans: For each sequence the tokens wanted, as `(start, stop)` with `start ≥ 1`; all but the first
+            where None.
         batch_size: Rows, or `auto`.
         progress: Called as `progress(batches done, batches in all, tokens done)`.
         notes: Gets a line for every batch that was halved.
 
     Returns:
-        One vector a sequence, in nats; NaN where the model gives NaN. A sequence of one token gives an empty one.
+        One vector a sequence, in nats; NaN where the model gives NaN. A sequence of one token gives an empty
+        one.
 
     Raises:
         InputError: A span outside its sequence, or an empty sequence.
@@ -108,13 +121,18 @@ def token_log_probabilities(
         raise InputError(f"{len(wanted)} spans for {len(sequences)} sequences: expected one each")
     for number, ((start, stop), sequence) in enumerate(zip(wanted, sequences, strict=True)):
         if not 1 <= start <= max(stop, 1) <= len(sequence):
-            raise InputError(f"span {start}:{stop} of sequence {number} with {len(sequence)} tokens: expected 1 ≤ start ≤ stop ≤ length")
+            raise InputError(
+                f"span {start}:{stop} of sequence {number} with {len(sequence)} tokens: expected 1 ≤ "
+                "start ≤ stop ≤ length"
+            )
     by_index: dict[int, Float64[np.ndarray, " token"]] = {}
 
     def per_batch(batch: Batch) -> None:
         assert batch.output is not None
         values, _ = log_probabilities_of_next(batch.output, batch)
-        for index, row in zip(batch.indices, values.double().cpu().split([length - 1 for length in batch.lengths]), strict=True):
+        for index, row in zip(
+            batch.indices, values.double().cpu().split([length - 1 for length in batch.lengths]), strict=True
+        ):
             start, stop = wanted[index]
             by_index[index] = row[start - 1 : stop - 1].numpy()
 
@@ -144,7 +162,9 @@ def token_losses(
     words = [text for text in texts if isinstance(text, str)]
     sequences = lm.encode_texts(words) if words else [[int(token) for token in ids] for ids in texts]
     usable = [number for number, ids in enumerate(sequences) if len(ids) > 1]
-    values = token_log_probabilities(lm, [sequences[number] for number in usable], batch_size=batch_size, progress=progress, notes=notes)
+    values = token_log_probabilities(
+        lm, [sequences[number] for number in usable], batch_size=batch_size, progress=progress, notes=notes
+    )
     totals, counts = [0.0] * len(sequences), [0] * len(sequences)
     failed: dict[int, str] = {}
     for number, row in zip(usable, values, strict=True):
@@ -171,8 +191,8 @@ def token_divergences(
     Args:
         lm: The untreated model.
         sequences: Token ids.
-        treated: Another model with the same vocabulary, or what makes the context in which `lm` is treated, such as
-            `lambda: deactivated(lm, neurons)`; it is entered once for each batch.
+        treated: Another model with the same vocabulary, or what makes the context in which `lm` is treated,
+            such as `lambda: deactivated(lm, neurons)`; it is entered once for each batch.
         batch_size: Rows, or `auto`.
         progress: Called as `progress(batches done, batches in all, tokens done)`.
         notes: Gets a line for every batch that was halved, and one for sequences that were left out.
@@ -192,7 +212,9 @@ def token_divergences(
             _divergence(untreated.flatten(0, 1)[places], other.flatten(0, 1)[places.to(other.device)])
             for places, _ in _chunks(rows, rows, untreated.shape[-1])
         ]
-        for index, row in zip(batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True):
+        for index, row in zip(
+            batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True
+        ):
             if bool(row.isnan().any()):
                 failed[index] = _NOT_A_NUMBER
             by_index[index] = row[: 0 if index in failed else None].numpy()
@@ -233,13 +255,17 @@ def _treated_logits(lm: LanguageModel, batch: Batch, treated: Treatment | Langua
     return logits
 
 
-def _divergence(untreated: Float[Tensor, "row vocab"], treated: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+def _divergence(
+    untreated: Float[Tensor, "row vocab"], treated: Float[Tensor, "row vocab"]
+) -> Float[Tensor, " row"]:
     first = widened(untreated).log_softmax(1)
     second = widened(treated).to(first.device).log_softmax(1)
     return (first.exp() * (first - second)).sum(1)
 
 
-def _chunks(rows: Int[Tensor, " row"], targets: Int[Tensor, " row"], width: int) -> list[tuple[Tensor, Tensor]]:
+def _chunks(
+    rows: Int[Tensor, " row"], targets: Int[Tensor, " row"], width: int
+) -> list[tuple[Tensor, Tensor]]:
     size = max(1, _CHUNK // max(1, width))
     return list(zip(rows.split(size), targets.split(size), strict=True)) if len(rows) else []
 
@@ -252,9 +278,10 @@ class Choice:
     """How likely each of the given answers is.
 
     Attributes:
-        probabilities: One per answer, summing to 1: at every token where answers part, the model's probabilities of the tokens that go on.
-        mass: Probability that the model goes on with one of the answers at all, where they first part. Near 0 the model is not
-            answering the question. Both are NaN where the model gives NaN.
+        probabilities: One per answer, summing to 1: at every token where answers part, the model's
+            probabilities of the tokens that go on.
+        mass: Probability that the model goes on with one of the answers at all, where they first part. Near 0
+            the model is not answering the question. Both are NaN where the model gives NaN.
     """
 
     probabilities: Float64[np.ndarray, " answer"]
@@ -272,8 +299,9 @@ def answer_probabilities(
 ) -> list[Choice]:
     """How likely a model finds each of the given answers to each prompt.
 
-    Answers are a tree of tokens; the model is read where the tree branches, several places in one row where they lie behind one another,
-    so that answers that part at one place cost one row a prompt. An answer that another one begins with is taken to end there (EOS).
+    Answers are a tree of tokens; the model is read where the tree branches, several places in one row where
+    they lie behind one another, so that answers that part at one place cost one row a prompt. An answer that
+    another one begins with is taken to end there (EOS).
 
     Args:
         lm: The model.
@@ -312,16 +340,23 @@ def answer_probabilities(
 
 
 class _Tree:
-    """The tokens of several answers, as a tree: for every beginning that several answers share, the tokens that go on."""
+    """The tokens of several answers, as a tree: for every beginning that several answers share, the tokens
+    that go on.
+    """
 
     def __init__(self, answers: Sequence[Ids], eos_ids: Sequence[int]) -> None:
         ended = [tuple(answer) for answer in answers]
         if len(ended) < 2 or len(set(ended)) < len(ended):
-            raise InputError(f"{len(ended)} answers, {len(set(ended))} of them different: expected at least two different ones")
+            raise InputError(
+                f"{len(ended)} answers, {len(set(ended))} of them different: expected at least two "
+                "different ones"
+            )
         for place, answer in enumerate(ended):
             if any(other != answer and other[: len(answer)] == answer for other in ended):
                 if not eos_ids:
-                    raise MismatchError("one answer begins another, and the model has no end token to tell them apart")
+                    raise MismatchError(
+                        "one answer begins another, and the model has no end token to tell them apart"
+                    )
                 ended[place] = (*answer, eos_ids[0])
         self.answers = ended
         following: dict[tuple[int, ...], set[int]] = {}
@@ -353,15 +388,19 @@ class _Tree:
                 if node in self.children:
                     shares = self.read[node]
                     total = shares.sum()
-                    values[place] *= shares[self.children[node].index(answer[length])] / total if total > 0 else 1 / len(shares)
+                    values[place] *= (
+                        shares[self.children[node].index(answer[length])] / total
+                        if total > 0
+                        else 1 / len(shares)
+                    )
         return Choice(values / values.sum(), float(self.read[min(self.children, key=len)].sum()))
 
 
 def final_norm(lm: LanguageModel) -> nn.Module | None:
     """The module between the last layer and the output embedding; None where there is none.
 
-    It is found by what it does, not by its name: in one pass its input is the last layer's output, and its output is what the decoder
-    gives.
+    It is found by what it does, not by its name: in one pass its input is the last layer's output, and its
+    output is what the decoder gives.
 
     Raises:
         UnsupportedModelError: something else stands between the two.
@@ -369,7 +408,9 @@ def final_norm(lm: LanguageModel) -> nn.Module | None:
     decoder = decoder_of(lm.model)
     last = lm.anatomy.layers[-1].module
     layers = {id(module) for layer in lm.anatomy.layers for module in layer.module.modules()}
-    candidates = [module for module in decoder.modules() if id(module) not in layers and not list(module.children())]
+    candidates = [
+        module for module in decoder.modules() if id(module) not in layers and not list(module.children())
+    ]
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     entered: dict[nn.Module, Tensor] = {}
     streams: list[Tensor] = []
@@ -394,33 +435,41 @@ def final_norm(lm: LanguageModel) -> nn.Module | None:
     after[last] = lambda output: streams.append(output[0] if isinstance(output, tuple) else output)
     with lm.running(), torch.no_grad(), around(before=before, after=after):
         ids = torch.arange(2, device=lm.device)[None] % lm.n_ids
-        given = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).last_hidden_state
+        given = decoder(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True
+        ).last_hidden_state
     if torch.equal(given, streams[-1]):
         return None
     for module, (fed, output) in seen.items():
         if fed.shape == given.shape and torch.equal(fed, streams[-1]) and torch.equal(output, given):
             return module
     raise UnsupportedModelError(
-        f"between the last layer of this {type(lm.inner).__name__} and its output embedding stands more than one norm; "
-        "expected a final norm alone: directions cannot be read through it"
+        f"between the last layer of this {type(lm.inner).__name__} and its output embedding stands more "
+        "than one norm; expected a final norm alone: directions cannot be read through it"
     )
 
 
-def vocabulary_scores(lm: LanguageModel, directions: Float[Tensor, "direction hidden"]) -> Float[Tensor, "direction vocab"]:
-    """Logits of each direction behind the final norm, less what no direction at all gives and less their mean over the vocabulary.
+def vocabulary_scores(
+    lm: LanguageModel, directions: Float[Tensor, "direction hidden"]
+) -> Float[Tensor, "direction vocab"]:
+    """Logits of each direction behind the final norm, less what no direction at all gives and less their mean
+    over the vocabulary.
 
-    The first is what biases of the norm and of the embedding say by themselves, the second is what no probability feels. The norm brings
-    every direction to one size: scores rank the tokens of a direction, and do not say which of two directions is the larger.
+    The first is what biases of the norm and of the embedding say by themselves, the second is what no
+    probability feels. The norm brings every direction to one size: scores rank the tokens of a direction, and
+    do not say which of two directions is the larger.
 
     Args:
         lm: the model.
         directions: in the residual stream, such as columns of `down`.
 
     Returns:
-        float32; positive where the token becomes likelier as the direction is added; of the opposite direction, the opposite.
+        float32; positive where the token becomes likelier as the direction is added; of the opposite
+        direction, the opposite.
 
-    Source: Chen et al., NeurIPS 2025, section 5.3 (unembedding of the final norm of a neuron's output direction).
-    Differs: biases and the mean over the vocabulary are taken out; a cap on logits is left out, which keeps their order.
+    Source: Chen et al., NeurIPS 2025, section 5.3 (unembedding of the final norm of a neuron's output
+    direction). Differs: biases and the mean over the vocabulary are taken out; a cap on logits is left out,
+    which keeps their order.
     """
     norm = final_norm(lm)
     head = lm.inner.get_output_embeddings()

@@ -62,7 +62,8 @@ class ModelSpec:
     Attributes:
         base: Path or hub name of the model.
         revision: Revision on the hub; None for the default one and for paths.
-        adapters: Paths or hub names of the adapters, each with its own revision, in the order they are applied.
+        adapters: Paths or hub names of the adapters, each with its own revision, in the order they are
+            applied.
     """
 
     base: str
@@ -105,14 +106,19 @@ class _Loading:
     def of(cls, options: Mapping[str, Any]) -> "_Loading":
         own = {name: options[name] for name in _NAMED if name in options}
         prompting: Any = {name: options[name] for name in Prompting.__annotations__ if name in options}
-        return cls(**own, prompting=prompting, others={name: options[name] for name in options if name not in own | prompting})
+        return cls(
+            **own,
+            prompting=prompting,
+            others={name: options[name] for name in options if name not in own | prompting},
+        )
 
 
 _NAMED = ("device", "dtype", "offline", "trust_remote_code", "merge_adapters")
 
 
 def parse_spec(spec: str | Path) -> ModelSpec:
-    """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each part at `@`.
+    """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each
+    part at `@`.
 
     `organism:NAME[/STAGE]` is what the organism's record says of that stage.
 
@@ -136,11 +142,12 @@ def load(name: str | Path, **options: Any) -> LanguageModel:
 
     Args:
         name: `ID[@REVISION][+ADAPTER…]`, or `organism:NAME[/STAGE]`.
-        **options: `device` (by default a GPU if there is one), `dtype` (`auto`, the checkpoint's, or `float32`, `float64`,
-            `bfloat16`, `float16`), `offline` (open no connection), `trust_remote_code` (run code that comes with the
-            checkpoint), `merge_adapters` (into the weights, in order; needed for adapters of several types), `template`,
-            `system`, `template_args` and `think_end` (see `Prompting`), and further arguments of transformers'
-            `from_pretrained` (`device_map`, `quantization_config`, `load_in_8bit`, `load_in_4bit`, `attn_implementation`, …).
+        **options: `device` (by default a GPU if there is one), `dtype` (`auto`, the checkpoint's, or
+            `float32`, `float64`, `bfloat16`, `float16`), `offline` (open no connection), `trust_remote_code`
+            (run code that comes with the checkpoint), `merge_adapters` (into the weights, in order; needed
+            for adapters of several types), `template`, `system`, `template_args` and `think_end` (see
+            `Prompting`), and further arguments of transformers' `from_pretrained` (`device_map`,
+            `quantization_config`, `load_in_8bit`, `load_in_4bit`, `attn_implementation`, …).
 
     Raises:
         ModelError: What cannot be found or loaded, in one line.
@@ -169,7 +176,10 @@ def load_pair(base: str | Path, aligned: str | Path, **options: Any) -> Pair:
 
 
 def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageModel]:
-    """Loads models that are compared with one another; adapters of one type on one base share it. All else as for `load_pair`."""
+    """Loads models that are compared with one another; adapters of one type on one base share it.
+
+    All else as for `load_pair`.
+    """
     loading = _Loading.of(options)
     folders = [_folders(parse_spec(spec), loading) for spec in specs]
     if len(specs) == 1 or (_one_base(folders) and not loading.merge_adapters):
@@ -183,15 +193,26 @@ def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageMo
 def _one_base(models: Sequence[Sequence[Path]]) -> bool:
     """Whether one model in memory can hold all: one base, one type of adapter, one size of vocabulary."""
     kinds = {kind_of(adapter_config(folder)) for folders in models for folder in folders[1:]}
-    rows = {tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0]))) for folders in models}
+    rows = {
+        tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0])))
+        for folders in models
+    }
     return len({folders[0] for folders in models}) == 1 and len(kinds) <= 1 and len(rows) == 1
 
 
-def _views(specs: Sequence[str | Path], models: Sequence[Sequence[Path]], loading: _Loading) -> list[LanguageModel]:
-    """Models that share one base in memory, each with its own adapters; with `merge_adapters` there is one of them."""
+def _views(
+    specs: Sequence[str | Path], models: Sequence[Sequence[Path]], loading: _Loading
+) -> list[LanguageModel]:
+    """Models that share one base in memory, each with its own adapters.
+
+    With `merge_adapters` there is one of them.
+    """
     base = models[0][0]
     # An adapter that one model names twice counts twice there, and is shared between models all the same.
-    named = [[(folder, folders[:place].count(folder)) for place, folder in enumerate(folders)][1:] for folders in models]
+    named = [
+        [(folder, folders[:place].count(folder)) for place, folder in enumerate(folders)][1:]
+        for folders in models
+    ]
     needed = list(dict.fromkeys(entry for each in named for entry in each))
     adapters = [folder for folder, _ in needed]
     configs = [adapter_config(folder) for folder in adapters]
@@ -210,10 +231,13 @@ def _views(specs: Sequence[str | Path], models: Sequence[Sequence[Path]], loadin
     for spec, folders, own in zip(specs, models, named, strict=True):
         own_notes = list(notes)
         own_tokenizer = _adapted_tokenizer(tokenizer, folders[1:], loading, own_notes)
-        # Files call an organism by its short name, which means the same on every machine, and not by its folders.
+        # Files call an organism by its short name, which means the same on every machine, and not by its
+        # folders.
         name = str(spec) if str(spec).startswith(ORGANISM) else str(parse_spec(spec))
         active = None if plain else [f"a{needed.index(entry)}" for entry in own]
-        view = LanguageModel(model, own_tokenizer, name=name, adapters=active, folder=folder, **loading.prompting)
+        view = LanguageModel(
+            model, own_tokenizer, name=name, adapters=active, folder=folder, **loading.prompting
+        )
         view.notes[:0] = own_notes
         views.append(view)
     return views
@@ -230,15 +254,25 @@ def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:
         here, there = shapes[0].get(name), shapes[1].get(name)
         if here != there:
             what = f"{name} is {here or 'absent'} in {base.name} and {there or 'absent'} in {aligned.name}"
-            raise MismatchError(f"the two models have different shapes: {what}; expected two versions of one architecture")
+            raise MismatchError(
+                f"the two models have different shapes: {what}; expected two versions of one architecture"
+            )
     if base.tokenizer is None or aligned.tokenizer is None or base.tokenizer is aligned.tokenizer:
         return
     words = [lm.tokenizer.get_vocab() for lm in (base, aligned)]
     if words[0] != words[1]:
-        different = sorted(word for word in words[0].keys() | words[1].keys() if words[0].get(word) != words[1].get(word))
+        different = sorted(
+            word for word in words[0].keys() | words[1].keys() if words[0].get(word) != words[1].get(word)
+        )
         word = different[0]
-        what = f"{len(different)} tokens differ, {word!r} is {words[0].get(word, 'absent')} and {words[1].get(word, 'absent')}"
-        raise MismatchError(f"the two models have different tokenizers ({what}): expected one vocabulary, as token ids are fed to both")
+        what = (
+            f"{len(different)} tokens differ, {word!r} is {words[0].get(word, 'absent')} and "
+            f"{words[1].get(word, 'absent')}"
+        )
+        raise MismatchError(
+            f"the two models have different tokenizers ({what}): expected one vocabulary, as token ids "
+            "are fed to both"
+        )
 
 
 def check_finite(model: nn.Module) -> None:
@@ -255,7 +289,8 @@ def check_finite(model: nn.Module) -> None:
         if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
             count = int((~torch.isfinite(values)).sum())
             raise NumericalError(
-                f"parameter {name} holds {count} NaN or infinite values: expected finite weights; check the checkpoint or --dtype"
+                f"parameter {name} holds {count} NaN or infinite values: expected finite weights; check "
+                "the checkpoint or --dtype"
             )
 
 
@@ -284,7 +319,9 @@ def _with_revision(part: str) -> tuple[str, str | None]:
 
 def _folders(spec: ModelSpec, options: _Loading) -> list[Path]:
     """Local folders of the base and its adapters, downloaded from the hub where they are not paths."""
-    folders = [_folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)]
+    folders = [
+        _folder(name, revision, options) for name, revision in ((spec.base, spec.revision), *spec.adapters)
+    ]
     for folder in folders:
         refuse_pointers(folder)
         refuse_foreign_shards(folder)
@@ -303,20 +340,31 @@ def folders_of(spec: str | Path, *, offline: bool = False, trust_remote_code: bo
 def _folder(name: str, revision: str | None, options: _Loading) -> Path:
     path = Path(name)
     if path.is_dir() and revision is not None:
-        raise ModelError(f"{name}@{revision}: a folder has no revisions; expected one only for a name on the hub")
+        raise ModelError(
+            f"{name}@{revision}: a folder has no revisions; expected one only for a name on the hub"
+        )
     if path.is_dir():
         return path.resolve()
     if is_gguf(path):
         with quiet():
             return converted(path)
     if path.exists():
-        raise ModelError(f"{name} is a file: expected the folder of a model in Hugging Face layout, a GGUF file, or a name on the hub")
+        raise ModelError(
+            f"{name} is a file: expected the folder of a model in Hugging Face layout, a GGUF file, or a "
+            "name on the hub"
+        )
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise ModelError(f"{name}: no such folder; expected a model's folder, or a name on the hub such as org/model")
+        raise ModelError(
+            f"{name}: no such folder; expected a model's folder, or a name on the hub such as org/model"
+        )
     import huggingface_hub
 
     patterns = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
-    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": _UNWANTED}
+    arguments: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": patterns,
+        "ignore_patterns": _UNWANTED,
+    }
     try:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=options.offline, **arguments))
     except Exception as error:  # the hub's client raises errors of several libraries
@@ -326,8 +374,11 @@ def _folder(name: str, revision: str | None, options: _Loading) -> Path:
         raise ModelError(f"{problem}; check the name, or download the model first") from error
 
 
-def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **options: Any) -> tuple[nn.Module, Any, Path]:
-    """A model of another kind than a causal language model, such as a classifier, with its tokenizer and local folder.
+def load_as(
+    kind: str, spec: str | Path, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[nn.Module, Any, Path]:
+    """A model of another kind than a causal language model, such as a classifier, with its tokenizer and
+    local folder.
 
     Args:
         kind: Name of a class of transformers, such as `AutoModelForSequenceClassification`.
@@ -341,14 +392,18 @@ def load_as(kind: str, spec: str | Path, *, trust_remote_code: bool = False, **o
     settings = _Loading.of({**options, "trust_remote_code": trust_remote_code})
     parsed = parse_spec(spec)
     if parsed.adapters:
-        raise UsageError(f"model {str(parsed)!r}: expected one without adapters here; merge them into a folder first")
+        raise UsageError(
+            f"model {str(parsed)!r}: expected one without adapters here; merge them into a folder first"
+        )
     folder = _folders(parsed, settings)[0]
     model, tokenizer, _ = _base(folder, settings, kind)
     check_finite(model)
     return model, tokenizer, folder
 
 
-def _base(folder: Path, options: _Loading, kind: str = "AutoModelForCausalLM") -> tuple[nn.Module, Any, list[str]]:
+def _base(
+    folder: Path, options: _Loading, kind: str = "AutoModelForCausalLM"
+) -> tuple[nn.Module, Any, list[str]]:
     """A model without adapters, its tokenizer, and what is to be noted of its files."""
     _check_folder(folder)
     weights = read_headers(weight_files(folder))
@@ -357,13 +412,19 @@ def _base(folder: Path, options: _Loading, kind: str = "AutoModelForCausalLM") -
     import transformers
 
     device, arguments, dtype = _device(options), _arguments(options), _dtype(options.dtype)
-    what = "a causal language model" if kind == "AutoModelForCausalLM" else kind.removeprefix("AutoModelFor").removeprefix("Auto")
+    what = (
+        "a causal language model"
+        if kind == "AutoModelForCausalLM"
+        else kind.removeprefix("AutoModelFor").removeprefix("Auto")
+    )
     shared = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     try:
         with quiet():
             with torch.device("meta"):
                 described = transformers.AutoConfig.from_pretrained(str(folder), **shared)
-                planned = getattr(transformers, kind).from_config(described, trust_remote_code=options.trust_remote_code)
+                planned = getattr(transformers, kind).from_config(
+                    described, trust_remote_code=options.trust_remote_code
+                )
             refuse_sizes(folder, planned, weights, quantised="quantization_config" in config)
             loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
@@ -377,9 +438,16 @@ def _base(folder: Path, options: _Loading, kind: str = "AutoModelForCausalLM") -
     except ModelError:
         raise
     except Exception as error:  # a checkpoint's own code, or any of several libraries
-        raise ModelError(f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}"
+        ) from error
     model, info = loaded
-    notes = _check_read(folder, info, weights, "" if kind == "AutoModelForCausalLM" else getattr(model, "base_model_prefix", ""))
+    notes = _check_read(
+        folder,
+        info,
+        weights,
+        "" if kind == "AutoModelForCausalLM" else getattr(model, "base_model_prefix", ""),
+    )
     if device is not None:
         try:
             model = model.to(device)
@@ -394,25 +462,36 @@ _VALUE_HEAD = re.compile(r"^v_head\.")
 
 
 def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix: str) -> list[str]:
-    """Refuses weights that are missing, of another shape, or in the files and not in the model; what is harmless there is a note.
+    """Refuses weights that are missing, of another shape, or in the files and not in the model.
+
+    What is harmless there is a note.
 
     Args:
         folder: For the message.
         info: What transformers says of them.
         weights: The tensors of the files.
-        prefix: Of models that are no language models: where the decoder's weights begin; heads for other uses lie outside it.
+        prefix: Of models that are no language models: where the decoder's weights begin; heads for other uses
+            lie outside it.
 
     Raises:
         MismatchError: Another shape. ModelError: Missing or unread ones; the message names the first.
     """
-    missing, unread = sorted(info["missing_keys"]), sorted(key for key in info["unexpected_keys"] if not _is_mask(key, weights))
+    missing, unread = (
+        sorted(info["missing_keys"]),
+        sorted(key for key in info["unexpected_keys"] if not _is_mask(key, weights)),
+    )
     if wrong := sorted(info.get("mismatched_keys") or ()):
         name, shape, expected = wrong[0]
         what = f"{name} is {list(shape)} in the files and {list(expected)} by config.json"
-        raise MismatchError(f"{folder}: {len(wrong)} weights do not fit config.json ({what}); expected the shapes it states")
+        raise MismatchError(
+            f"{folder}: {len(wrong)} weights do not fit config.json ({what}); expected the shapes it states"
+        )
     if missing:
         also = f", and {len(unread)} are there that it does not have ({unread[0]})" if unread else ""
-        raise ModelError(f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}){also}; expected all of them")
+        raise ModelError(
+            f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}){also}; "
+            "expected all of them"
+        )
     heads = [key for key in unread if _VALUE_HEAD.match(key) or (prefix and not key.startswith(f"{prefix}."))]
     lost = [key for key in unread if key not in heads]
     if lost:
@@ -420,17 +499,29 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
         advice = (
             "they are an adapter's: merge it, or keep it in a folder of its own and write MODEL+ADAPTER"
             if adapter
-            else "expected a config.json that describes every weight (layers, biases); correct it, or take them out of the files"
+            else (
+                "expected a config.json that describes every weight (layers, biases); correct it, or take "
+                "them out of the files"
+            )
         )
         raise ModelError(
-            f"{folder}: {len(lost)} weights of the files are not in the model that config.json describes ({lost[0]}); {advice}"
+            f"{folder}: {len(lost)} weights of the files are not in the model that config.json describes "
+            f"({lost[0]}); {advice}"
         )
-    return [f"{folder.name}: {len(heads)} weights of a head for another use are left out ({heads[0]})"] if heads else []
+    return (
+        [f"{folder.name}: {len(heads)} weights of a head for another use are left out ({heads[0]})"]
+        if heads
+        else []
+    )
 
 
 def _is_mask(key: str, weights: Weights) -> bool:
-    """Whether a tensor that a model does not have is a constant which older checkpoints hold: a causal mask, frequencies, positions."""
-    shape = weights.shapes.get(key) or next((other for name, other in weights.shapes.items() if key.endswith(f".{name}")), ())
+    """Whether a tensor that a model does not have is a constant which older checkpoints hold: a causal mask,
+    frequencies, positions.
+    """
+    shape = weights.shapes.get(key) or next(
+        (other for name, other in weights.shapes.items() if key.endswith(f".{name}")), ()
+    )
     square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return _HARMLESS.search(key) is not None or (square and key.endswith((".bias", "attn.mask")))
 
@@ -446,12 +537,18 @@ def _advice(error: Exception, otherwise: str) -> str:
     return "that code is run only where it is asked for: read it, then pass --trust-remote-code"
 
 
-_WHOLE = "expected whole safetensors files of an architecture this transformers knows: copy or download the folder again, or update it"
+_WHOLE = (
+    "expected whole safetensors files of an architecture this transformers knows: copy or download the "
+    "folder again, or update it"
+)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The library without progress bars and reports for a block; what it would report is checked and raised here."""
+    """The library without progress bars and reports for a block.
+
+    What it would report is checked and raised here.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -468,11 +565,16 @@ def quiet() -> Iterator[None]:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        advice = f"this is an adapter: write BASE+{folder}" if adapter else "expected the folder of a model in Hugging Face layout"
+        advice = (
+            f"this is an adapter: write BASE+{folder}"
+            if adapter
+            else "expected the folder of a model in Hugging Face layout"
+        )
         raise ModelError(f"{folder}: no config.json; {advice}")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder}: holds an adapter beside a model, and which is meant cannot be told; expected two folders, written MODEL+ADAPTER"
+            f"{folder}: holds an adapter beside a model, and which is meant cannot be told; expected two "
+            "folders, written MODEL+ADAPTER"
         )
     weight_files(folder)
 
@@ -482,7 +584,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Loading, notes: list[str]) -> Any:
-    """The tokenizer to use with adapters: the last one that lies in an adapter's folder, since the adapter was trained with it.
+    """The tokenizer to use with adapters: the last one that lies in an adapter's folder, since the adapter
+    was trained with it.
 
     Notes get a line where it differs from the base model's in its words or its chat template.
     """
@@ -490,34 +593,50 @@ def _adapted_tokenizer(tokenizer: Any, adapters: Sequence[Path], options: _Loadi
         template = next((path for path in (folder / "chat_template.jinja",) if path.is_file()), None)
         if not _has_tokenizer(folder):
             if template is not None:
-                notes.append(f"{folder.name}: its chat template is not used, since no tokenizer lies beside it; pass it with --template")
+                notes.append(
+                    f"{folder.name}: its chat template is not used, since no tokenizer lies beside it; "
+                    "pass it with --template"
+                )
             continue
         if (folder / "config.json").is_file():
             refuse_claims(folder / "config.json")  # transformers reads it to learn of the tokenizer's kind
         own = _tokenizer(folder, options)
         differs = [
             *(["its words"] if own.get_vocab() != tokenizer.get_vocab() else []),
-            *(["its chat template"] if (own.chat_template or None) != (tokenizer.chat_template or None) else []),
+            *(
+                ["its chat template"]
+                if (own.chat_template or None) != (tokenizer.chat_template or None)
+                else []
+            ),
         ]
         if differs and own.chat_template is None and tokenizer.chat_template is not None:
             own.chat_template = tokenizer.chat_template
             differs.remove("its chat template")
         if differs:
-            notes.append(f"{folder.name}: the tokenizer in the adapter's folder is used, which differs in {' and '.join(differs)}")
+            notes.append(
+                f"{folder.name}: the tokenizer in the adapter's folder is used, which differs in "
+                f"{' and '.join(differs)}"
+            )
             tokenizer = own
     return tokenizer
 
 
 def _tokenizer(folder: Path, options: _Loading) -> Any:
     if not _has_tokenizer(folder):
-        raise ModelError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model beside the weights")
+        raise ModelError(
+            f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model beside the weights"
+        )
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=options.trust_remote_code
+        )
     except Exception as error:  # tokenizers raises plain Exception
         expected = "expected the tokenizer's whole files: copy or download the folder again"
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded ({_said(error)}); {_advice(error, expected)}") from error
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be loaded ({_said(error)}); {_advice(error, expected)}"
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -544,7 +663,8 @@ def _device(options: _Loading) -> torch.device | None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ModelError(
-                f"device {options.device}: this machine has {count} CUDA devices; use --device cpu, or a build of torch with CUDA"
+                f"device {options.device}: this machine has {count} CUDA devices; use --device cpu, or a "
+                "build of torch with CUDA"
             )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError(f"device {options.device}: not available on this machine; use --device cpu")
@@ -558,7 +678,9 @@ def _arguments(options: _Loading) -> dict[str, Any]:
     if not any(bits.values()):
         return arguments
     if len(bits) > 1 or "quantization_config" in arguments:
-        raise UsageError("more than one of load_in_8bit, load_in_4bit and quantization_config: expected one of them")
+        raise UsageError(
+            "more than one of load_in_8bit, load_in_4bit and quantization_config: expected one of them"
+        )
     import transformers
 
     arguments["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
@@ -570,9 +692,15 @@ def _arguments(options: _Loading) -> dict[str, Any]:
 def _shapes(lm: LanguageModel) -> dict[str, tuple[int, ...]]:
     """Shapes of the decoder's own weights, adapters, embeddings and head aside."""
     inner = lm.inner
-    aside = [module.weight for module in (inner.get_input_embeddings(), inner.get_output_embeddings()) if module is not None]
+    aside = [
+        module.weight
+        for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        if module is not None
+    ]
     shapes = {}
     for name, parameter in inner.named_parameters():
-        if not any(parameter is weight for weight in aside) and not re.search(r"\.(ia3_|lora_|modules_to_save)", name):
+        if not any(parameter is weight for weight in aside) and not re.search(
+            r"\.(ia3_|lora_|modules_to_save)", name
+        ):
             shapes[name.replace(".base_layer.", ".")] = tuple(parameter.shape)
     return shapes

@@ -56,8 +56,10 @@ class PassOptions:
         finished: Called with the number of finished batches: where a partial state may be written.
         before: Called right before each forward pass (again for each half of a batch that did not fit).
         last_layer: Stop each pass after this layer; `batch.output` is None then.
-        budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere, fewer for logits.
-        failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first ends the run.
+        budget: Padded tokens of an `auto` batch, by default 2,048 on a CPU and 16,384 elsewhere, fewer for
+            logits.
+        failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first
+            ends the run.
     """
 
     start: int = 0
@@ -80,8 +82,8 @@ def run_batches(
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
 
-    Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what `per_batch`
-    did not take.
+    Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what
+    `per_batch` did not take.
 
     Args:
         lm: The model; its adapters are made the active ones meanwhile.
@@ -97,7 +99,8 @@ def run_batches(
         What `per_batch` returned, in order (a halved batch gives several).
 
     Raises:
-        ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size below one.
+        ModelError: One sequence alone does not fit in memory. InputError: An empty sequence or a batch size
+        below one.
     """
     budget = options.budget or (logits_budget(lm) if with_logits else token_budget(lm.device))
     groups = plan([len(sequence) for sequence in sequences], batch_size, budget, padded=takes_padding(lm))
@@ -136,9 +139,14 @@ class _Stopped(Exception):
 def stopping_after(lm: LanguageModel, layer: int | None) -> Iterator[None]:
     """Ends forward passes behind a layer, for a block that holds exactly one pass; nothing to do for None.
 
-    The pass runs to its end where something is hooked on the whole model, or weights are moved in and out by accelerate.
+    The pass runs to its end where something is hooked on the whole model, or weights are moved in and out by
+    accelerate.
     """
-    if layer is None or any(has_hooks(module) for module in (lm.model, lm.inner)) or hasattr(lm.inner, "hf_device_map"):
+    if (
+        layer is None
+        or any(has_hooks(module) for module in (lm.model, lm.inner))
+        or hasattr(lm.inner, "hf_device_map")
+    ):
         yield
         return
     layers = lm.anatomy.layers
@@ -153,7 +161,9 @@ def stopping_after(lm: LanguageModel, layer: int | None) -> Iterator[None]:
 
 
 CACHED = 2**18
-"""Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level cache."""
+"""Numbers that are squared at a time on a processor: one megabyte of float32, half of a usual second-level
+cache.
+"""
 
 FEW = 2**15
 """Below so many numbers a sequence, calls cost more than the copy that joins the sequences of a batch."""
@@ -184,7 +194,9 @@ class Statistics:
 
     def root_mean_square(self) -> dict[str, Float[np.ndarray, " neuron"]]:
         """Root of the mean squared activation; 0 for an expert that got no token."""
-        return {key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.sums_of_squares.items()}
+        return {
+            key: np.sqrt(values / max(self.counts[key], 1)) for key, values in self.sums_of_squares.items()
+        }
 
     def standard_deviation(self) -> dict[str, Float[np.ndarray, " neuron"]]:
         """Standard deviation (n − 1); NaN below two tokens."""
@@ -203,7 +215,10 @@ class Statistics:
         """
         sizes, others = ({key: len(values) for key, values in one.sums.items()} for one in (self, other))
         if sizes != others:
-            raise MismatchError(f"statistics of {len(others)} sites were added to those of {len(sizes)}: expected the same sites and sizes")
+            raise MismatchError(
+                f"statistics of {len(others)} sites were added to those of {len(sizes)}: expected the "
+                "same sites and sizes"
+            )
         return Statistics(
             {key: count + other.counts[key] for key, count in self.counts.items()},
             {key: values + other.sums[key] for key, values in self.sums.items()},
@@ -229,7 +244,8 @@ def activation_statistics(
     Args:
         lm: the model; its adapters are made the active ones meanwhile.
         sequences: token ids, each sequence fed once.
-        sites: any of `q k v o gate up down`; None for all. Activations are taken as `hooks.reading` hands them out.
+        sites: any of `q k v o gate up down`; None for all. Activations are taken as `hooks.reading` hands
+            them out.
         layers: a range or "A:B"; None for all. The pass stops behind the last one.
         batch_size: sequences a batch, or "auto" for a token budget.
         progress: called with (batches done, in all, tokens).
@@ -242,11 +258,17 @@ def activation_statistics(
     sizes = lm.table.select(sites, layers).sizes
     sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
     failed: dict[int, str] = {}
-    options = PassOptions(before=sums.start, last_layer=max(parse_key(key).layer for key in sizes), failed=failed)
+    options = PassOptions(
+        before=sums.start, last_layer=max(parse_key(key).layer for key in sizes), failed=failed
+    )
     with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
-        run_batches(lm, sequences, lambda _: sums.take(), batch_size, progress=progress, notes=notes, options=options)
+        run_batches(
+            lm, sequences, lambda _: sums.take(), batch_size, progress=progress, notes=notes, options=options
+        )
     if len(failed) == len(sequences) > 0:
-        raise NumericalError(f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}")
+        raise NumericalError(
+            f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}"
+        )
     if notes is not None:
         notes += said_of_failed(failed, len(sequences), "sequences")
     return replace(sums.finished(), failed=len(failed))
@@ -273,7 +295,9 @@ class _Sum:
 
 
 class _Sums:
-    """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches before it."""
+    """Sums of the batch in progress, which are dropped if it does not fit in memory, and of the batches
+    before it.
+    """
 
     def __init__(self, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
         self.sizes, self.dtype, self.scratch = sizes, dtype, Scratch(dtype)
@@ -291,7 +315,11 @@ class _Sums:
 
     def reader(self, source: str) -> Callable[[Tensor | ExpertRows], None]:
         def read(values: Tensor | ExpertRows) -> None:
-            part = self._experts(values, self.sources[source]) if isinstance(values, ExpertRows) else self._site(values)
+            part = (
+                self._experts(values, self.sources[source])
+                if isinstance(values, ExpertRows)
+                else self._site(values)
+            )
             if source in self.parts:  # experts may come by one after the other
                 self.parts[source].add(part)
             else:
@@ -307,12 +335,18 @@ class _Sums:
         """
         whole = {source: part.sums.isfinite().all() for source, part in self.parts.items()}
         where = next((flag.device for flag in whole.values()), None)
-        if whole and not bool(torch.stack([flag.to(where) for flag in whole.values()]).all()):  # one question to the device
+        if whole and not bool(
+            torch.stack([flag.to(where) for flag in whole.values()]).all()
+        ):  # one question to the device
             source = next(source for source, flag in whole.items() if not flag)
-            raise NumericalError(f"site {source} gave NaN or infinity: check the model's weights, or use --dtype float32")
+            raise NumericalError(
+                f"site {source} gave NaN or infinity: check the model's weights, or use --dtype float32"
+            )
         for source, part in self.parts.items():
             host = part.sums.device.type == "mps"
-            wide = _Sum(part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double())
+            wide = _Sum(
+                part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double()
+            )
             if source in self.totals:
                 self.totals[source].add(wide)
             else:
@@ -320,7 +354,9 @@ class _Sums:
         self.batch, self.parts = None, {}
 
     def finished(self) -> Statistics:
-        host = {source: (total.counts.tolist(), total.sums.cpu().numpy()) for source, total in self.totals.items()}
+        host = {
+            source: (total.counts.tolist(), total.sums.cpu().numpy()) for source, total in self.totals.items()
+        }
         counts: dict[str, int] = {}
         sums: dict[str, np.ndarray] = {}
         squares: dict[str, np.ndarray] = {}
@@ -336,11 +372,15 @@ class _Sums:
         return _Sum(torch.tensor([self.batch.n_tokens]), sums[None])
 
     def _pieces(self, values: Tensor, batch: Batch) -> list[Tensor]:
-        """The rows of real tokens: views of single sequences, or one selection by index where there are many short ones."""
+        """The rows of real tokens: views of single sequences, or one selection by index where there are many
+        short ones.
+        """
         if batch.n_tokens == len(batch) * batch.width:
             return [values.flatten(0, 1)]
         if values.device.type == "cpu" and batch.n_tokens * values.shape[2] >= FEW * len(batch):
-            return [row.narrow(0, 0, length) for row, length in zip(values.unbind(0), batch.lengths, strict=True)]
+            return [
+                row.narrow(0, 0, length) for row, length in zip(values.unbind(0), batch.lengths, strict=True)
+            ]
         if self.rows is None:
             self.rows = batch.rows
         return [values.flatten(0, 1).index_select(0, self.rows.to(values.device))]
@@ -348,13 +388,23 @@ class _Sums:
     def _experts(self, rows: ExpertRows, n_experts: int) -> _Sum:
         """Routed rows whose token is not padding, sorted by expert."""
         assert self.batch is not None
-        real = self.batch.attention_mask.flatten().to(rows.token_index.device)[rows.token_index].nonzero().squeeze(1)
+        real = (
+            self.batch.attention_mask.flatten()
+            .to(rows.token_index.device)[rows.token_index]
+            .nonzero()
+            .squeeze(1)
+        )
         expert, order = rows.expert_index[real].sort(stable=True)
         counts = torch.bincount(expert, minlength=n_experts)
         values = rows.values.index_select(0, real[order])
         if values.device.type in ("cpu", "mps"):
             pieces = values.split(counts.tolist())
-            return _Sum(counts, torch.stack([reduced([piece], values.shape[1], self.dtype, self.scratch) for piece in pieces]))
+            return _Sum(
+                counts,
+                torch.stack(
+                    [reduced([piece], values.shape[1], self.dtype, self.scratch) for piece in pieces]
+                ),
+            )
         return _Sum(counts, reduced_by_group(values, counts, self.dtype))
 
 
@@ -369,12 +419,17 @@ def reduced_by_group(
         dtype: type of the sums.
     """
     wide = values.to(dtype)
-    parts = [torch.segment_reduce(part, "sum", lengths=counts, axis=0, initial=0) for part in (wide, wide.square())]
+    parts = [
+        torch.segment_reduce(part, "sum", lengths=counts, axis=0, initial=0) for part in (wide, wide.square())
+    ]
     return torch.stack(parts, dim=1)
 
 
 def reduced(
-    pieces: Sequence[Float[Tensor, "_ neuron"]], size: int, dtype: torch.dtype, scratch: "Scratch | None" = None
+    pieces: Sequence[Float[Tensor, "_ neuron"]],
+    size: int,
+    dtype: torch.dtype,
+    scratch: "Scratch | None" = None,
 ) -> Float[Tensor, "2 neuron"]:
     """Σx and Σx² over the rows of all pieces.
 
@@ -385,7 +440,12 @@ def reduced(
         scratch: working memory, to be used again for the next call.
     """
     if pieces[0].device.type != "cpu":
-        sums = [torch.stack([piece.sum(0, dtype=dtype), torch.linalg.vector_norm(piece, dim=0, dtype=dtype).square()]) for piece in pieces]
+        sums = [
+            torch.stack(
+                [piece.sum(0, dtype=dtype), torch.linalg.vector_norm(piece, dim=0, dtype=dtype).square()]
+            )
+            for piece in pieces
+        ]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
     scratch = scratch or Scratch(dtype)
     result = torch.zeros(2, size, dtype=dtype)
@@ -429,7 +489,8 @@ class CostEstimate:
 
     Attributes:
         weights_bytes: Weights of the models, a shared base once.
-        activations_bytes: Largest batch while it is fed (a rough upper figure: attention, feed-forward and readers of one layer).
+        activations_bytes: Largest batch while it is fed (a rough upper figure: attention, feed-forward and
+            readers of one layer).
         cache_bytes: Keys and values of the largest batch while it is completed; 0 where nothing is generated.
         statistics_bytes: Sums over all neurons, in float64.
         disk_bytes: Scores and neuron sets, and completions where some are written.
@@ -469,13 +530,27 @@ class CostEstimate:
             f"cache {_size(self.cache_bytes)}",
             f"statistics {_size(self.statistics_bytes)}",
         ]
-        text = f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to generate, {self.batches:,} batches"
+        text = (
+            f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to "
+            f"generate, {self.batches:,} batches"
+        )
         cut = f"; {self.truncated:,} prompts longer than the context" if self.truncated else ""
-        memory = f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} ({', '.join(parts)})"
-        return f"{text}{cut}\n{memory}\ntime about {_duration(self.seconds)}\ndisk about {_size(self.disk_bytes)}"
+        memory = (
+            f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} ({', '.join(parts)})"
+        )
+        return (
+            f"{text}{cut}\n{memory}\ntime about {_duration(self.seconds)}\ndisk about "
+            f"{_size(self.disk_bytes)}"
+        )
 
 
-def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_tokens: int = 0, batch_size: BatchSize = "auto") -> CostEstimate:
+def estimate(
+    models: Sequence[LanguageModel],
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 0,
+    batch_size: BatchSize = "auto",
+) -> CostEstimate:
     """Estimates a `find` over prompts without running it; only two short passes are fed, to measure the time.
 
     Args:
@@ -511,13 +586,20 @@ def estimate(models: Sequence[LanguageModel], prompts: Prompts, *, max_new_token
 
 
 def _weights(models: Sequence[LanguageModel]) -> int:
-    tensors = {id(tensor): tensor for lm in models for tensor in (*lm.model.parameters(), *lm.model.buffers())}
+    tensors = {
+        id(tensor): tensor for lm in models for tensor in (*lm.model.parameters(), *lm.model.buffers())
+    }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _width(lm: LanguageModel) -> int:
-    """Numbers a token needs at the widest point of a pass: residual streams, and inputs and outputs of all sites of one layer."""
-    sizes = [sum(info.size for info in lm.table.sites if info.key.startswith(f"layers.{number}.")) for number in range(lm.table.n_layers)]
+    """Numbers a token needs at the widest point of a pass: residual streams, and inputs and outputs of all
+    sites of one layer.
+    """
+    sizes = [
+        sum(info.size for info in lm.table.sites if info.key.startswith(f"layers.{number}."))
+        for number in range(lm.table.n_layers)
+    ]
     return 4 * int(lm.config.hidden_size) + 2 * max(sizes, default=0)
 
 

@@ -1,15 +1,17 @@
 """Proof of an anatomy by algebra, on probe passes of random tokens through the loaded model, layer by layer.
 
-1. Queries, keys and values are where they are said to be, without a formula of the attention, so that it holds for any rotary style, norm,
-   scale or mask. With one token, attention is the value itself: what `o` is given must be the `v` slice, head by head. In a fused
-   projection, a change of the first token's queries must change nothing (there is one key to look at); a change of the last token's
-   queries of one head must change that token and that head only; a change of the first token's keys of one group must change later
+1. Queries, keys and values are where they are said to be, without a formula of the attention, so that it
+   holds for any rotary style, norm, scale or mask. With one token, attention is the value itself: what `o` is
+   given must be the `v` slice, head by head. In a fused projection, a change of the first token's queries
+   must change nothing (there is one key to look at); a change of the last token's queries of one head must
+   change that token and that head only; a change of the first token's keys of one group must change later
    tokens and this group's heads only.
-2. Weights and indices: `weight()` and `bias()` of every site, applied to what the projection was given, are what it put out; the slices of
-   a fused projection, put together, are its output bit for bit; `down` and `o` applied to the captured activation give the sub-layer's
-   output.
+2. Weights and indices: `weight()` and `bias()` of every site, applied to what the projection was given, are
+   what it put out; the slices of a fused projection, put together, are its output bit for bit; `down` and `o`
+   applied to the captured activation give the sub-layer's output.
 3. Feed-forward part: what `down` is given is act(gate)·up, or act(up).
-4. Experts: each row of the gate step is the pair of token and expert it is said to be, and the rows add up to the module's output.
+4. Experts: each row of the gate step is the pair of token and expert it is said to be, and the rows add up to
+    the module's output.
 5. Decoding: a step behind a cache shows every site, as a whole pass does.
 6. Effect: with the neurons of a site set to zero the logits change.
 
@@ -70,7 +72,9 @@ class Probe:
         body: Any = unwrapped(model)
         vocabulary = int(body.config.get_text_config().vocab_size)
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, vocabulary, (2, TOKENS), generator=generator).to(body.get_input_embeddings().weight.device)
+        self.ids = torch.randint(0, vocabulary, (2, TOKENS), generator=generator).to(
+            body.get_input_embeddings().weight.device
+        )
 
     def rows(self, n: int) -> Int[Tensor, "row token"]:
         """The first row of tokens `n` times."""
@@ -85,13 +89,21 @@ class Probe:
         ids = self.ids if ids is None else ids
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         if not bool(torch.isfinite(logits).all()):
-            raise NumericalError("the model gives NaN or infinity on random tokens, finite logits were expected; check weights and dtype")
+            raise NumericalError(
+                "the model gives NaN or infinity on random tokens, finite logits were expected; check "
+                "weights and dtype"
+            )
         return logits
 
     def step(self, anatomy: Anatomy, keys: Iterable[str]) -> None:
-        """A decoding step behind a prefill, in which every site has to come by as in a whole pass; nothing where there is no cache."""
+        """A decoding step behind a prefill, in which every site has to come by as in a whole pass.
+
+        Nothing where there is no cache.
+        """
         with reading(anatomy, {key: lambda _: None for key in keys}):
-            prefill = self.model(input_ids=self.ids[:, :-1], attention_mask=torch.ones_like(self.ids[:, :-1]), use_cache=True)
+            prefill = self.model(
+                input_ids=self.ids[:, :-1], attention_mask=torch.ones_like(self.ids[:, :-1]), use_cache=True
+            )
             cache = getattr(prefill, "past_key_values", None)
             if cache is not None:
                 ids, mask = self.ids[:, -1:], torch.ones_like(self.ids)
@@ -128,11 +140,17 @@ def _keep(into: dict[str, Any], name: str) -> Callable[[Any], None]:
     return reader
 
 
-def _boundary(into: dict[nn.Module, tuple[tuple[Any, ...], Any]], module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+def _boundary(
+    into: dict[nn.Module, tuple[tuple[Any, ...], Any]], module: nn.Module
+) -> tuple[Callable[..., None], Callable[..., None]]:
     given: list[tuple[Any, ...]] = []
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append(tuple(value.clone() if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())))
+        given.append(
+            tuple(
+                value.clone() if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())
+            )
+        )
 
     def after(output: Any) -> None:
         into[module] = (given[-1], output.clone() if isinstance(output, Tensor) else output)
@@ -142,7 +160,9 @@ def _boundary(into: dict[nn.Module, tuple[tuple[Any, ...], Any]], module: nn.Mod
 
 def tolerance(dtype: torch.dtype) -> float:
     """How far two ways to the same numbers may be apart, relative to the largest of them."""
-    return {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype, 1e-1)
+    return {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(
+        dtype, 1e-1
+    )
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
@@ -157,7 +177,9 @@ _CHANGES = ("queries of the first token", "queries of the last token", "keys of 
 
 
 def settle_attention(anatomy: Anatomy, probe: Probe) -> Anatomy:
-    """The anatomy with the place of q, k and v proved in every layer; other layouts are tried where the guess fails.
+    """The anatomy with the place of q, k and v proved in every layer.
+
+    Other layouts are tried where the guess fails.
 
     Where none passes, q, k and v of that layer are refused, with the reason.
 
@@ -167,7 +189,8 @@ def settle_attention(anatomy: Anatomy, probe: Probe) -> Anatomy:
     pending = {
         layer.index: layer.attention
         for layer in anatomy.layers
-        if layer.attention is not None and not any(place.key in anatomy.refused for place in layer.attention.places.values())
+        if layer.attention is not None
+        and not any(place.key in anatomy.refused for place in layer.attention.places.values())
     }
     reasons: dict[int, list[str]] = {}
     for attempt in range(len(QKV_LAYOUTS)):
@@ -181,18 +204,25 @@ def settle_attention(anatomy: Anatomy, probe: Probe) -> Anatomy:
             if faults.get(layer) is None:
                 pending.pop(layer)
             else:
-                reasons.setdefault(layer, []).append(f"{attention.layout}: {faults[layer]}" if attention.layout else str(faults[layer]))
-        anatomy = _with_attention(anatomy, {layer: attention for layer, attention in tried.items() if layer not in pending})
+                reasons.setdefault(layer, []).append(
+                    f"{attention.layout}: {faults[layer]}" if attention.layout else str(faults[layer])
+                )
+        anatomy = _with_attention(
+            anatomy, {layer: attention for layer, attention in tried.items() if layer not in pending}
+        )
     return _refuse_rest(anatomy, pending, reasons)
 
 
-def _refuse_rest(anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons: dict[int, list[str]]) -> Anatomy:
+def _refuse_rest(
+    anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons: dict[int, list[str]]
+) -> Anatomy:
     refused = dict(anatomy.refused)
     for layer, attention in pending.items():
         reason = f"q, k and v could not be proved ({'; '.join(reasons[layer])})"
         if "qkv" in anatomy.chosen and attention.layout is not None:
             raise UnsupportedModelError(
-                f"layers.{layer}: {reason}; leave layouts={{'qkv': ...}} out or pass another of {', '.join(QKV_LAYOUTS)}"
+                f"layers.{layer}: {reason}; leave layouts={{'qkv': ...}} out or pass another of "
+                f"{', '.join(QKV_LAYOUTS)}"
             )
         for site in "qkv":
             refused[attention.places[site].key] = f"{reason}; {SAY_SITES}"
@@ -205,45 +235,67 @@ def _candidate(attention: AttentionAnatomy, attempt: int) -> AttentionAnatomy | 
         return attention if attempt == 0 else None
     layout: Layout = sorted(QKV_LAYOUTS, key=lambda each: each != attention.layout)[attempt]
     indices = split_qkv(layout, attention.n_heads, attention.n_kv_heads, attention.head_dim)
-    places = {site: place.at(indices[site]) if site in indices else place for site, place in attention.places.items()}
+    places = {
+        site: place.at(indices[site]) if site in indices else place
+        for site, place in attention.places.items()
+    }
     return replace(attention, places=places, layout=layout)
 
 
 def _with_attention(anatomy: Anatomy, attentions: dict[int, AttentionAnatomy]) -> Anatomy:
-    layers = [replace(layer, attention=attentions.get(layer.index, layer.attention)) for layer in anatomy.layers]
+    layers = [
+        replace(layer, attention=attentions.get(layer.index, layer.attention)) for layer in anatomy.layers
+    ]
     return replace(anatomy, layers=tuple(layers))
 
 
 def _faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]) -> dict[int, str | None]:
-    """By layer, why its q, k and v indices cannot be right, or None. Two passes, whatever the number of layers."""
+    """By layer, why its q, k and v indices cannot be right, or None.
+
+    Two passes, whatever the number of layers.
+    """
     keys = [attention.places["v"].key for attention in attentions.values()]
     outputs = [attention.places["o"].module for attention in attentions.values()]
     alone = probe.see(anatomy, keys, outputs, ids=probe.ids[:, :1])
     faults: dict[int, str | None] = {}
     for layer, attention in attentions.items():
         value = alone.values[attention.places["v"].key]
-        mixed = alone.boundaries[attention.places["o"].module][0][0].view(*value.shape[:2], -1)  # before an (IA)³ scale
+        mixed = alone.boundaries[attention.places["o"].module][0][0].view(
+            *value.shape[:2], -1
+        )  # before an (IA)³ scale
         if not _is_value(attention, value, mixed):
             faults[layer] = "with one token the input of o is not the value"
-    fused = [layer for layer, attention in attentions.items() if attention.layout is not None and layer not in faults]
+    fused = [
+        layer
+        for layer, attention in attentions.items()
+        if attention.layout is not None and layer not in faults
+    ]
     if fused:
         faults.update(_fused_faults(anatomy, probe, {layer: attentions[layer] for layer in fused}))
     return faults
 
 
 def _is_value(attention: AttentionAnatomy, value: Tensor, mixed: Tensor) -> bool:
-    """Whether `o` is given the values of each head's group, up to a factor of at most one (an attention sink takes a share)."""
+    """Whether `o` is given the values of each head's group, up to a factor of at most one (an attention sink
+    takes a share).
+    """
     heads, groups = attention.n_heads, attention.n_kv_heads
     expected = value.double().unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)
     found = mixed.double().unflatten(-1, (heads, -1))
     if found.shape != expected.shape:
         return False
-    factor = (found * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    close = (found - factor * expected).abs().max() <= tolerance(mixed.dtype) * expected.abs().max().clamp(min=1e-30)
+    factor = (found * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(
+        min=1e-30
+    )
+    close = (found - factor * expected).abs().max() <= tolerance(mixed.dtype) * expected.abs().max().clamp(
+        min=1e-30
+    )
     return bool(close and (factor <= 1.1).all() and (factor >= 0).all())
 
 
-def _fused_faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]) -> dict[int, str | None]:
+def _fused_faults(
+    anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnatomy]
+) -> dict[int, str | None]:
     """One pass with a clean row and three changed rows for each layer."""
     edits: dict[str, Callable[[Tensor], Tensor]] = {}
     for number, attention in enumerate(attentions.values()):
@@ -303,14 +355,16 @@ ROWS_AT_ONCE = 64
 
 
 def prove(anatomy: Anatomy) -> Anatomy:
-    """The anatomy, proved on the model it was resolved from, with layouts settled and unprovable sites refused.
+    """The anatomy, proved on the model it was resolved from, with layouts settled and unprovable sites
+    refused.
 
     Args:
         anatomy: what `resolve` found.
 
     Raises:
-        UnsupportedModelError: a site that never came by, weights that do not give what the projection puts out, a layout chosen by the
-            caller that fails, experts whose rows cannot be told, a site without effect. The message names layer and site.
+        UnsupportedModelError: a site that never came by, weights that do not give what the projection puts
+            out, a layout chosen by the caller that fails, experts whose rows cannot be told, a site without
+            effect. The message names layer and site.
         NumericalError: the model puts out NaN or infinity.
     """
     with torch.no_grad(), evaluating(anatomy.model):
@@ -336,7 +390,10 @@ def _usable(anatomy: Anatomy, part: AttentionAnatomy | MlpAnatomy) -> list[SiteP
 
 
 def _settle_feed_forward(anatomy: Anatomy, probe: Probe) -> Anatomy:
-    """Take for each part the layout with which down is given act(gate)·up; refuse gate and up where there is none."""
+    """Take for each part the layout with which down is given act(gate)·up.
+
+    Refuse gate and up where there is none.
+    """
     parts = [part for layer in anatomy.layers for part in _parts(layer).values()]
     keys = [place.key for part in parts for place in _usable(anatomy, part)]
     seen = probe.see(anatomy, keys, [part.output_module for part in parts])
@@ -364,12 +421,18 @@ def _settled(anatomy: Anatomy, part: MlpAnatomy, seen: Seen, refused: dict[str, 
             if same(_gated(part, fused[..., indices["gate"]], fused[..., indices["up"]]), down):
                 if "gate_up" in anatomy.chosen:
                     raise UnsupportedModelError(
-                        f"{places['gate'].key}: layout {part.layout.value!r} was asked for and fails, {layout.value!r} was found to hold; "
-                        "leave layouts={'gate_up': ...} out"
+                        f"{places['gate'].key}: layout {part.layout.value!r} was asked for and fails, "
+                        f"{layout.value!r} was found to hold; leave layouts={{'gate_up': ...}} out"
                     )
-                moved = {site: place.at(indices[site]) if site in indices else place for site, place in places.items()}
+                moved = {
+                    site: place.at(indices[site]) if site in indices else place
+                    for site, place in places.items()
+                }
                 return replace(part, layout=layout, places=moved)
-    reason = "what down is given is not act(gate)·up of this layer, so gate and up neurons cannot be proved; use down alone (--sites down)"
+    reason = (
+        "what down is given is not act(gate)·up of this layer, so gate and up neurons cannot be proved; "
+        "use down alone (--sites down)"
+    )
     refused.update({places[site].key: reason for site in ("gate", "up") if site in places})
     return part
 
@@ -416,16 +479,24 @@ def _check_place(place: SitePlace, values: Tensor, boundary: tuple[tuple[Any, ..
     else:
         computed = place.hooked(flat)
     if not same(computed.to(output.dtype), output.reshape(computed.shape)):
-        raise _fault(place, "its weight columns applied to its activation do not give the projection's output")
+        raise _fault(
+            place, "its weight columns applied to its activation do not give the projection's output"
+        )
 
 
 def _linear(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In the weight's type: adapters of a half-precision model are often held in float32, its bias entries are not."""
-    return nn.functional.linear(given.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    """In the weight's type: adapters of a half-precision model are often held in float32, its bias entries
+    are not.
+    """
+    return nn.functional.linear(
+        given.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
+    )
 
 
 def _fault(place: SitePlace, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{place.key} ({place.module_name}) could not be proved: {what}; {SAY_SITES}")
+    return UnsupportedModelError(
+        f"{place.key} ({place.module_name}) could not be proved: {what}; {SAY_SITES}"
+    )
 
 
 def _check_partition(places: list[SitePlace], seen: Seen) -> None:
@@ -455,7 +526,9 @@ def _check_experts(anatomy: Anatomy, probe: Probe) -> None:
     keys = [f"layers.{part.layer}.experts.*.{site}" for part in parts for site in MLP_SITES]
     seen = probe.see(anatomy, keys, [part.module for part in parts])
     for part in parts:
-        rows = {site: _joined(seen.values.get(f"layers.{part.layer}.experts.*.{site}", [])) for site in MLP_SITES}
+        rows = {
+            site: _joined(seen.values.get(f"layers.{part.layer}.experts.*.{site}", [])) for site in MLP_SITES
+        }
         if rows["down"] is None:
             raise part.unsupported("the gate step never came by, so expert neurons cannot be reached")
         _check_rows(part, rows, seen.boundaries[part.module])  # type: ignore[arg-type]
@@ -473,8 +546,12 @@ def _joined(rows: Iterable[ExpertRows]) -> ExpertRows | None:
     )
 
 
-def _check_rows(part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tuple[tuple[Any, ...], Any]) -> None:
-    """Every row against the weights of its expert and the stream of its token, and their weighted sum against the output."""
+def _check_rows(
+    part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tuple[tuple[Any, ...], Any]
+) -> None:
+    """Every row against the weights of its expert and the stream of its token, and their weighted sum against
+    the output.
+    """
     (hidden, chosen, weights, *_), output = boundary
     down = rows["down"]
     if len(down) != chosen.numel():
@@ -485,21 +562,30 @@ def _check_rows(part: ExpertsAnatomy, rows: dict[str, ExpertRows], boundary: tup
         mine = (down.expert_index == expert).nonzero().flatten()
         stream = hidden[down.token_index[mine]]
         for site in ("gate", "up"):
-            expected[site][mine] = nn.functional.linear(stream, part.weight(expert, site), part.bias(expert, site))
+            expected[site][mine] = nn.functional.linear(
+                stream, part.weight(expert, site), part.bias(expert, site)
+            )
         out = nn.functional.linear(down.values[mine], part.weight(expert, "down"), part.output_bias(expert))
         total.index_add_(0, down.token_index[mine], (out * down.weight[mine, None]).double())
     faults = [site for site in ("gate", "up") if not same(rows[site].values, expected[site])]
     if faults or not same(part.apply_gate(part.fuse(rows["gate"].values, rows["up"].values)), down.values):
-        raise part.unsupported(f"the rows of {' and '.join(faults) or 'down'} are not what the weights of the chosen experts give")
+        raise part.unsupported(
+            f"the rows of {' and '.join(faults) or 'down'} are not what the weights of the chosen "
+            "experts give"
+        )
     _check_gate_step(part, down.values)
     if not same(total.to(output.dtype).reshape(output.shape), output):
-        raise part.unsupported("the rows of down, weighted by the router, do not add up to the output of the experts")
+        raise part.unsupported(
+            "the rows of down, weighted by the router, do not add up to the output of the experts"
+        )
 
 
 def _check_gate_step(part: ExpertsAnatomy, like: Tensor) -> None:
-    """A neuron's gate and up values reach its own down value alone, and that value is straight in up (and so not in gate).
+    """A neuron's gate and up values reach its own down value alone, and that value is straight in up (and so
+    not in gate).
 
-    Asked of drawn values, since those of a pass may lie where the step clamps them; smaller and smaller ones, down to below any clamp.
+    Asked of drawn values, since those of a pass may lie where the step clamps them; smaller and smaller ones,
+    down to below any clamp.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = 2 * torch.rand(2, GATE_ROWS, part.width, generator=generator, dtype=torch.float64) - 1
@@ -508,11 +594,17 @@ def _check_gate_step(part: ExpertsAnatomy, like: Tensor) -> None:
         gate, up = (drawn * size).to(like.device)
         outputs.append(_bends(part, gate, up, step=size))
     if not any(bends["up"] < 1e-6 < bends["gate"] for bends in outputs):
-        raise part.unsupported(f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up")
+        raise part.unsupported(
+            f"layout {part.layout.value!r} fails: what down is given is not act(gate) times up"
+        )
 
 
-def _bends(part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"], step: float) -> dict[str, float]:
-    """How far from straight the last neuron's down value is in its gate and in its up value, between a step down and a step up."""
+def _bends(
+    part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"], step: float
+) -> dict[str, float]:
+    """How far from straight the last neuron's down value is in its gate and in its up value, between a step
+    down and a step up.
+    """
     plain = part.apply_gate(part.fuse(gate, up))
     last = part.width - 1
     bends = {}
@@ -521,10 +613,17 @@ def _bends(part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Te
         for sign in (1, -1):
             changed = values.clone()
             changed[:, last] += sign * step
-            moved.append(part.apply_gate(part.fuse(changed, up) if site == "gate" else part.fuse(gate, changed)) - plain)
+            moved.append(
+                part.apply_gate(part.fuse(changed, up) if site == "gate" else part.fuse(gate, changed))
+                - plain
+            )
         if any(bool(difference[:, :last].any()) for difference in moved):
-            raise part.unsupported(f"layout {part.layout.value!r} fails: the {site} value of a neuron reaches other neurons")
-        bends[site] = float((moved[0] + moved[1])[:, last].abs().median() / moved[0][:, last].abs().median().clamp(min=1e-30))
+            raise part.unsupported(
+                f"layout {part.layout.value!r} fails: the {site} value of a neuron reaches other neurons"
+            )
+        bends[site] = float(
+            (moved[0] + moved[1])[:, last].abs().median() / moved[0][:, last].abs().median().clamp(min=1e-30)
+        )
     return bends
 
 
@@ -532,7 +631,9 @@ def _bends(part: ExpertsAnatomy, gate: Float[Tensor, "row neuron"], up: Float[Te
 
 
 def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
-    """With a site set to zero in one row of the batch, that row's logits differ from those of an untouched row."""
+    """With a site set to zero in one row of the batch, that row's logits differ from those of an untouched
+    row.
+    """
     keys = _all_keys(anatomy)
     for start in range(0, len(keys), ROWS_AT_ONCE):
         group = keys[start : start + ROWS_AT_ONCE]
@@ -550,7 +651,12 @@ def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
 
 def _all_keys(anatomy: Anatomy) -> list[str]:
     """Of every dense site, and of every site of all experts of a layer together."""
-    routed = [f"layers.{layer.index}.experts.*.{site}" for layer in anatomy.layers if layer.experts for site in MLP_SITES]
+    routed = [
+        f"layers.{layer.index}.experts.*.{site}"
+        for layer in anatomy.layers
+        if layer.experts
+        for site in MLP_SITES
+    ]
     return [*anatomy.places, *routed]
 
 
@@ -566,7 +672,9 @@ def _silence(row: int) -> Callable[[Any], Tensor]:
 
 
 def _idle(anatomy: Anatomy, key: str) -> bool:
-    """Whether a site has no effect because weights on its way out are all zero, as in a layer that was added empty."""
+    """Whether a site has no effect because weights on its way out are all zero, as in a layer that was added
+    empty.
+    """
     layer = anatomy.layers[int(key.split(".")[1])]
     if ".experts." in key:
         return layer.experts is not None and not bool(layer.experts.module.down_proj.any())  # type: ignore[operator]

@@ -15,7 +15,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 STEPS, CHARACTERS, LONGEST = 50_000, 1 << 23, 1 << 20
-"""Turns of loops and calls, characters of texts on the way, and characters of the result that any conversation may take."""
+"""Turns of loops and calls, characters of texts on the way, and characters of the result that any
+conversation may take.
+"""
 
 
 _EACH = 16
@@ -38,10 +40,27 @@ _WIDE = re.compile(r"[%{:][^a-zA-Z%}]*\d{5}|%[^a-zA-Z%]*\*|\{[^}]*:[^}]*\{")
 _TIMES = frozenset({"replace", "wordwrap", "join", "format", "format_map", "translate"})
 
 
-_WIDTHS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "tojson", "range"})
+_WIDTHS = frozenset(
+    {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "tojson", "range"}
+)
 
 
-_TEXTS = frozenset({"string", "pprint", "safe", "escape", "e", "forceescape", "urlencode", "upper", "lower", "trim", "title", "capitalize"})
+_TEXTS = frozenset(
+    {
+        "string",
+        "pprint",
+        "safe",
+        "escape",
+        "e",
+        "forceescape",
+        "urlencode",
+        "upper",
+        "lower",
+        "trim",
+        "title",
+        "capitalize",
+    }
+)
 
 
 _INSTANT = frozenset({"length", "count", "first", "last", "default", "d"})
@@ -70,7 +89,10 @@ class _Budget:
             raise TooMuchError("it makes texts or lists longer than a template has reason to")
 
     def size(self, value: Any) -> int:
-        """Characters and entries of a value, shared parts as often as they are written; an error where they are more than is left."""
+        """Characters and entries of a value, shared parts as often as they are written.
+
+        An error where they are more than is left.
+        """
         total, left = 0, [value]
         while left:
             item = left.pop()
@@ -95,14 +117,19 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 
 
 def _foreseen(name: str, values: Sequence[Any]) -> None:
-    """Refuses an operation before it is done where its result would be too large; what the operation is given counts as written."""
+    """Refuses an operation before it is done where its result would be too large.
+
+    What the operation is given counts as written.
+    """
     budget = _BUDGET.get()
     numbers = [abs(value) for value in values if isinstance(value, int)]
     if name in _TIMES:
         product = 1
         for value in values:
             product *= 1 + budget.size(value)
-            if product > budget.characters * 64:  # of a text and what is put into it, the places for it are a small share
+            if (
+                product > budget.characters * 64
+            ):  # of a text and what is put into it, the places for it are a small share
                 raise TooMuchError(f"its {name!r} makes a longer text than a template has reason to")
         texts = [value for value in values if isinstance(value, str)]
         if name == "replace" and len(texts) == 3:
@@ -114,7 +141,9 @@ def _foreseen(name: str, values: Sequence[Any]) -> None:
         budget.write(lines * (1 + max(numbers, default=0)))
     elif name in _TEXTS:
         budget.write(sum(budget.size(value) for value in values))
-    if name in ("format", "format_map", "%") and any(isinstance(value, str) and _WIDE.search(value) for value in values[:1]):
+    if name in ("format", "format_map", "%") and any(
+        isinstance(value, str) and _WIDE.search(value) for value in values[:1]
+    ):
         raise TooMuchError("it formats numbers to a width of their own")
 
 
@@ -123,7 +152,11 @@ def _filled(budget: _Budget, values: Sequence[Any]) -> int:
     first, *others = values
     places = first.count("{") + first.count("%") if isinstance(first, str) else 0
     inside = sum(budget.size(value) for value in others)
-    between = len(first) if isinstance(first, str) else sum(len(value) for value in others if isinstance(value, str))
+    between = (
+        len(first)
+        if isinstance(first, str)
+        else sum(len(value) for value in others if isinstance(value, str))
+    )
     return budget.size(first) + max(1, places) * inside + between * inside * (not places)
 
 
@@ -135,7 +168,9 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*args: Any, **options: Any) -> Any:
         budget = _BUDGET.get()
         values = [*args[skipped:], *options.values()]
-        budget.step(1 + (len(values[0]) if values and isinstance(values[0], Sized) and name not in _INSTANT else 0))
+        budget.step(
+            1 + (len(values[0]) if values and isinstance(values[0], Sized) and name not in _INSTANT else 0)
+        )
         _foreseen(name, values)
         result = function(*args, **options)
         if name not in _INSTANT:
@@ -146,7 +181,9 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Counting(NodeTransformer):
-    """Puts a count into every loop, and every list, mapping and joined text through a filter that measures it."""
+    """Puts a count into every loop, and every list, mapping and joined text through a filter that measures
+    it.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - jinja's name
         self.generic_visit(node)
@@ -162,7 +199,11 @@ class _Counting(NodeTransformer):
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return node if all(isinstance(item, nodes.Const) for item in node.iter_child_nodes()) else _filter(node, _SIZED)
+        return (
+            node
+            if all(isinstance(item, nodes.Const) for item in node.iter_child_nodes())
+            else _filter(node, _SIZED)
+        )
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -193,13 +234,20 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, jinja2.ext.loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
         self.filters["tojson"] = _to_json
         self.filters = {name: _counted(name, function) for name, function in self.filters.items()}
         self.filters.update({_STEP: _step, _SIZED: _sized, _JOINED: _joined})
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
-        self.finalize = _written  # of the context, so that nothing is worked out while the template is compiled
+        self.finalize = (
+            _written  # of the context, so that nothing is worked out while the template is compiled
+        )
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Counting().visit(super()._parse(source, name, filename))
@@ -271,12 +319,22 @@ def _raise(message: str) -> None:
 
 def _now(pattern: str) -> str:
     _foreseen("%", [pattern])
-    return datetime.datetime.now().strftime(pattern)  # the template asks for the local day, as transformers gives it
+    return datetime.datetime.now().strftime(
+        pattern
+    )  # the template asks for the local day, as transformers gives it
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     _sized(value)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Dict:
@@ -329,8 +387,8 @@ def render_template(source: str, messages: Sequence[Mapping[str, Any]], variable
         variables: All other names the template may use.
 
     Raises:
-        TooMuchError: It takes more work, or writes more, than a conversation of this length gives reason to. Whatever else a template
-            raises, it raises: it is a program.
+        TooMuchError: It takes more work, or writes more, than a conversation of this length gives reason to.
+            Whatever else a template raises, it raises: it is a program.
     """
     budget = _Budget(len(json.dumps([list(messages), dict(variables)], default=str)))
     token = _BUDGET.set(budget)

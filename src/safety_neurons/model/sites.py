@@ -1,4 +1,5 @@
-"""Sites of a model: projections with adapters, fused layouts, routed experts, and the anatomy that holds them.
+"""Sites of a model: projections with adapters, fused layouts, routed experts, and the anatomy that holds
+them.
 
 A site is found in a `Projection` as some features of its output or input (`Index`), which is a `SitePlace`;
 its weights are read with the share of active adapters in them. Experts kept as three-dimensional parameters
@@ -25,7 +26,9 @@ from safety_neurons.errors import NeuronError, UnsupportedModelError
 from safety_neurons.neurons import MLP_SITES, NeuronSet, SiteInfo, SiteTable
 
 Index = slice | torch.Tensor | None
-"""Features of a projection that are a site's neurons, in order: all (`None`), a run of them, or a vector of positions."""
+"""Features of a projection that are a site's neurons, in order: all (`None`), a run of them, or a vector of
+positions.
+"""
 
 
 class Layout(StrEnum):
@@ -34,7 +37,10 @@ class Layout(StrEnum):
     CONTIGUOUS = "contiguous"
     """All queries, then all keys, then all values; or all gates, then all ups."""
     GROUPED = "grouped"
-    """Per key-value head: its queries, its key, its value. With one query head a group this is interleaving per head."""
+    """Per key-value head: its queries, its key, its value.
+
+    With one query head a group this is interleaving per head.
+    """
     UP_FIRST = "up_first"
     """All ups, then all gates."""
     ALTERNATING = "alternating"
@@ -47,18 +53,24 @@ GATE_UP_LAYOUTS = (Layout.CONTIGUOUS, Layout.UP_FIRST, Layout.ALTERNATING)
 
 
 def split_qkv(layout: Layout, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[str, Index]:
-    """Positions of the `q`, `k` and `v` neurons in a fused projection of `(n_heads + 2·n_kv_heads)·head_dim` features."""
+    """Positions of the `q`, `k` and `v` neurons in a fused projection of `(n_heads + 2·n_kv_heads)·head_dim`
+    features.
+    """
     if layout == Layout.CONTIGUOUS:
         queries, keys = n_heads * head_dim, n_kv_heads * head_dim
-        return {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, queries + 2 * keys)}
+        return {
+            "q": slice(0, queries),
+            "k": slice(queries, queries + keys),
+            "v": slice(queries + keys, queries + 2 * keys),
+        }
     if layout == Layout.GROUPED and n_heads % n_kv_heads == 0:
         group = n_heads // n_kv_heads
         positions = torch.arange((n_heads + 2 * n_kv_heads) * head_dim).view(n_kv_heads, group + 2, head_dim)
         parts = {"q": positions[:, :group], "k": positions[:, group], "v": positions[:, group + 1]}
         return {site: simplified(part.reshape(-1)) for site, part in parts.items()}
     raise UnsupportedModelError(
-        f"a fused query-key-value projection with layout {layout!r}, {n_heads} query heads and {n_kv_heads} key heads cannot be split; "
-        f"pass layouts={{'qkv': one of {', '.join(QKV_LAYOUTS)}}}"
+        f"a fused query-key-value projection with layout {layout!r}, {n_heads} query heads and "
+        f"{n_kv_heads} key heads cannot be split; pass layouts={{'qkv': one of {', '.join(QKV_LAYOUTS)}}}"
     )
 
 
@@ -72,7 +84,8 @@ def split_gate_up(layout: Layout, width: int) -> dict[str, Index]:
     if layout == Layout.ALTERNATING:
         return {"gate": slice(0, 2 * width, 2), "up": slice(1, 2 * width, 2)}
     raise UnsupportedModelError(
-        f"a fused gate-up projection cannot have layout {layout!r}; pass layouts={{'gate_up': one of {', '.join(GATE_UP_LAYOUTS)}}}"
+        f"a fused gate-up projection cannot have layout {layout!r}; pass layouts={{'gate_up': one of "
+        f"{', '.join(GATE_UP_LAYOUTS)}}}"
     )
 
 
@@ -130,7 +143,9 @@ class Projection:
 
     @property
     def tuner(self) -> nn.Module:
-        """The linear map with its adapters: `module`, or what is inside where trainable deltas (`added_to`) are around it."""
+        """The linear map with its adapters: `module`, or what is inside where trainable deltas (`added_to`)
+        are around it.
+        """
         return self.module.base_layer if hasattr(self.module, "added_to") else self.module  # type: ignore[return-value]
 
     @property
@@ -142,7 +157,12 @@ class Projection:
     def quantised(self) -> bool:
         """Whether the stored numbers are not the weights themselves."""
         weight = getattr(self.base, "weight", None)
-        return weight is None or weight.dtype not in _FLOATING or weight.ndim != 2 or hasattr(weight, "quant_state")
+        return (
+            weight is None
+            or weight.dtype not in _FLOATING
+            or weight.ndim != 2
+            or hasattr(weight, "quant_state")
+        )
 
     @property
     def readable(self) -> bool:
@@ -152,14 +172,18 @@ class Projection:
     @property
     def n_parameters(self) -> int:
         """Weights and bias entries of the linear map, adapters not counted."""
-        return self.in_features * self.out_features + (self.out_features if getattr(self.base, "bias", None) is not None else 0)
+        return self.in_features * self.out_features + (
+            self.out_features if getattr(self.base, "bias", None) is not None else 0
+        )
 
 
 def projection(module: nn.Module) -> Projection | None:
     """`module` as a linear map, or None if it is something else."""
     base = _base(module)
     weight = getattr(base, "weight", None)
-    if isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features") and not list(base.children())):
+    if isinstance(base, nn.Linear) or (
+        hasattr(base, "in_features") and hasattr(base, "out_features") and not list(base.children())
+    ):
         return Projection(module, base, int(base.in_features), int(base.out_features), False)
     if hasattr(base, "nf") and weight is not None and weight.ndim == 2 and weight.shape[1] == base.nf:
         return Projection(module, base, int(weight.shape[0]), int(base.nf), True)
@@ -206,7 +230,9 @@ class SitePlace:
 
     @property
     def hooked(self) -> nn.Module:
-        """The module at whose boundary the activation is: inside an (IA)³ layer for an input that it scales."""
+        """The module at whose boundary the activation is: inside an (IA)³ layer for an input that it
+        scales.
+        """
         if self.side == "input" and self.projection.scales_input:
             return self.projection.tuner.base_layer  # type: ignore[return-value]
         return self.projection.module
@@ -241,17 +267,24 @@ class SitePlace:
         return replace(self, index=index)
 
     def weight(self) -> Float[Tensor, "out features"]:
-        """Weights as `[n, in]` for an output site, `[out, n]` for an input site; an active adapter's share is included.
+        """Weights as `[n, in]` for an output site, `[out, n]` for an input site.
 
-        The scale of an (IA)³ feed-forward adapter is on the activation (what the projection sees), so it is not in the weight.
+        An active adapter's share is included.
+
+        The scale of an (IA)³ feed-forward adapter is on the activation (what the projection sees), so it is
+        not in the weight.
 
         Raises:
-            UnsupportedModelError: the weights are quantised in a way that cannot be read, off-loaded, or an adapter has no additive form.
+            UnsupportedModelError: the weights are quantised in a way that cannot be read, off-loaded, or an
+            adapter has no additive form.
         """
         return take(full_weight(self.projection, self.key), self.index, 0 if self.side == "output" else 1)
 
     def bias(self) -> Float[Tensor, " neuron"] | None:
-        """The neurons' bias entries, an adapter's share included; None where there are none and at an input."""
+        """The neurons' bias entries, an adapter's share included.
+
+        None where there are none and at an input.
+        """
         whole = full_bias(self.projection) if self.side == "output" else None
         return None if whole is None else take(whole, self.index)
 
@@ -274,8 +307,8 @@ def _with_deltas(weight: Tensor, part: Projection, name: str) -> Tensor:
         return weight
     if part.scales_input:
         raise UnsupportedModelError(
-            f"{name}: trained deltas are beside an (IA)³ scale of its input, so the projection has no single weight; "
-            "merge the adapter first (--merge-adapters)"
+            f"{name}: trained deltas are beside an (IA)³ scale of its input, so the projection has no "
+            "single weight; merge the adapter first (--merge-adapters)"
         )
     wrapper: Any = part.module
     added: Tensor = wrapper.added_to(weight)
@@ -289,7 +322,10 @@ def full_bias(part: Projection) -> Float[Tensor, " out"] | None:
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "ia3_l", {}) and not layer.is_feedforward and bias is not None:
                 bias = bias * layer.ia3_l[adapter].flatten()
-            if adapter in getattr(layer, "lora_B", {}) and getattr(layer.lora_B[adapter], "bias", None) is not None:
+            if (
+                adapter in getattr(layer, "lora_B", {})
+                and getattr(layer.lora_B[adapter], "bias", None) is not None
+            ):
                 extra = layer.lora_B[adapter].bias * layer.scaling[adapter]
                 bias = extra if bias is None else bias + extra
     return bias
@@ -299,7 +335,8 @@ def _stored_weight(part: Projection, name: str) -> Tensor:
     weight: Any = _dequantised(part, name) if part.quantised else part.base.weight
     if weight.is_meta:
         raise UnsupportedModelError(
-            f"{name}: its weights are off-loaded, a weight in memory was expected; load the model without disk or CPU off-loading"
+            f"{name}: its weights are off-loaded, a weight in memory was expected; load the model "
+            "without disk or CPU off-loading"
         )
     return weight
 
@@ -311,8 +348,9 @@ def _dequantised(part: Projection, name: str) -> Tensor:
 
         return dequantize_module_weight(part.base)
     raise UnsupportedModelError(
-        f"{name}: its weights are quantised ({type(part.base).__name__}) and cannot be read; methods that only read activations work, "
-        "for this one load the model unquantised or in bitsandbytes 4 or 8 bits"
+        f"{name}: its weights are quantised ({type(part.base).__name__}) and cannot be read; methods that "
+        "only read activations work, for this one load the model unquantised or in bitsandbytes 4 or 8 "
+        "bits"
     )
 
 
@@ -337,8 +375,8 @@ def _with_adapters(weight: Tensor, layer: Any, name: str, transposed: bool) -> T
         elif adapter in getattr(layer, "lora_A", {}):
             if adapter in getattr(layer, "lora_variant", {}):
                 raise UnsupportedModelError(
-                    f"{name}: adapter {adapter!r} is a LoRA variant (DoRA or the like) whose share of the weight is not a plain sum; "
-                    "merge it into the model (--merge-adapters)"
+                    f"{name}: adapter {adapter!r} is a LoRA variant (DoRA or the like) whose share of the "
+                    "weight is not a plain sum; merge it into the model (--merge-adapters)"
                 )
             delta = layer.get_delta_weight(adapter)
             weight = weight + (delta.T if transposed else delta)
@@ -389,8 +427,10 @@ class ExpertsAnatomy:
     Attributes:
         layer: number of the layer.
         module_name: path of the experts module in the model.
-        module: the module whose `_apply_gate` separates the projections; it is called with (hidden, chosen experts, router weights).
-        block: the mixture-of-experts block around it, whose output the importance of an expert neuron is measured on.
+        module: the module whose `_apply_gate` separates the projections; it is called with (hidden, chosen
+            experts, router weights).
+        block: the mixture-of-experts block around it, whose output the importance of an expert neuron is
+            measured on.
         n_experts: experts of the layer.
         width: neurons of each site of one expert.
         hidden: size of the residual stream.
@@ -429,7 +469,9 @@ class ExpertsAnatomy:
         return f"layers.{self.layer}.experts.{expert}.{site}"
 
     def weight(self, expert: int, site: str) -> Float[Tensor, "out features"]:
-        """Weights of one expert's site: `[n, hidden]` for gate and up, `[hidden, n]` for down (a view of the model's parameter)."""
+        """Weights of one expert's site: `[n, hidden]` for gate and up, `[hidden, n]` for down (a view of the
+        model's parameter).
+        """
         whole = _parameter(self, DOWN if site == "down" else FUSED)[expert]
         whole = whole.T if self.transposed else whole
         return whole if site == "down" else take(whole, self.index[site], 0)
@@ -449,7 +491,9 @@ class ExpertsAnatomy:
         kind: Any = type(self.module)
         return kind._apply_gate(self.module, gate_up)
 
-    def fuse(self, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"]) -> Float[Tensor, "row fused"]:
+    def fuse(
+        self, gate: Float[Tensor, "row neuron"], up: Float[Tensor, "row neuron"]
+    ) -> Float[Tensor, "row fused"]:
         """Gate and up values in the order in which the gate step takes them."""
         fused = gate.new_empty((*gate.shape[:-1], 2 * self.width))
         for site, values in (("gate", gate), ("up", up)):
@@ -489,20 +533,29 @@ class ExpertsAnatomy:
 
 def _parameter(experts: ExpertsAnatomy, name: str) -> Tensor:
     value = getattr(experts.module, name)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 3 or value.element_size() < 2:
+    if (
+        not isinstance(value, Tensor)
+        or not value.is_floating_point()
+        or value.ndim != 3
+        or value.element_size() < 2
+    ):
         raise UnsupportedModelError(
-            f"layers.{experts.layer}.experts: {name} is quantised ({type(value).__name__}), three axes of floating numbers were expected; "
-            "load the model dequantised"
+            f"layers.{experts.layer}.experts: {name} is quantised ({type(value).__name__}), three axes of "
+            "floating numbers were expected; load the model dequantised"
         )
     return value
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module keeps its experts as three-dimensional parameters behind the experts interface."""
-    return getattr(getattr(module, DOWN, None), "ndim", 0) == 3 and callable(getattr(module, "_apply_gate", None))
+    return getattr(getattr(module, DOWN, None), "ndim", 0) == 3 and callable(
+        getattr(module, "_apply_gate", None)
+    )
 
 
-def describe_experts(layer: int, name: str, module: nn.Module, block: nn.Module, layout: Layout | None = None) -> ExpertsAnatomy:
+def describe_experts(
+    layer: int, name: str, module: nn.Module, block: nn.Module, layout: Layout | None = None
+) -> ExpertsAnatomy:
     """The anatomy of an experts module, from the shapes of its parameters and the facts the interface states.
 
     Raises:
@@ -511,25 +564,30 @@ def describe_experts(layer: int, name: str, module: nn.Module, block: nn.Module,
     facts: Any = module
     if not getattr(facts, "has_gate", True) or not hasattr(facts, FUSED):
         raise UnsupportedModelError(
-            f"layers.{layer}.experts: experts without a gate ({type(module).__name__}) were found, a {FUSED} parameter was expected; "
-            "use a model whose experts have one"
+            f"layers.{layer}.experts: experts without a gate ({type(module).__name__}) were found, a "
+            f"{FUSED} parameter was expected; use a model whose experts have one"
         )
     if getattr(facts, "has_post_expert_norm", False) or getattr(facts, "_is_expert_parallel", False):
         raise UnsupportedModelError(
-            f"layers.{layer}.experts: {type(module).__name__} has a norm after each expert or is shared out over devices; "
-            "plain experts on one device were expected"
+            f"layers.{layer}.experts: {type(module).__name__} has a norm after each expert or is shared "
+            "out over devices; plain experts on one device were expected"
         )
     transposed = bool(getattr(facts, "is_transposed", False))
     n_experts, *sizes = getattr(facts, DOWN).shape
     width, hidden = sizes if transposed else sizes[::-1]
     if layout is None:
         layout = Layout.CONTIGUOUS if getattr(facts, "is_concatenated", True) else Layout.ALTERNATING
-    return ExpertsAnatomy(layer, name, module, block, int(n_experts), int(width), int(hidden), transposed, layout)
+    return ExpertsAnatomy(
+        layer, name, module, block, int(n_experts), int(width), int(hidden), transposed, layout
+    )
 
 
 @dataclass(frozen=True)
 class AttentionAnatomy:
-    """The attention of one layer. Facts of its formula (rotary, norms, mask …) live in `safety_neurons.model.attention`."""
+    """The attention of one layer.
+
+    Facts of its formula (rotary, norms, mask …) live in `safety_neurons.model.attention`.
+    """
 
     module: nn.Module
     module_name: str
@@ -545,7 +603,8 @@ class AttentionAnatomy:
 class MlpAnatomy:
     """A dense feed-forward part: down(act(gate)·up), or down(act(up)) without a gate.
 
-    `module` holds the projections (the layer itself in some families); `output_module` is the down projection with its adapters.
+    `module` holds the projections (the layer itself in some families); `output_module` is the down projection
+    with its adapters.
     """
 
     module: nn.Module
@@ -611,7 +670,8 @@ class Anatomy:
         model: the model as it was given, wrappers included.
         layers: its decoder layers.
         refused: sites that exist but cannot be used, with the reason.
-        all_parameters: parameters of attention and feed-forward projections and experts (routers, norms and adapters not counted).
+        all_parameters: parameters of attention and feed-forward projections and experts (routers, norms and
+            adapters not counted).
         chosen: layouts that the caller fixed; the proof does not replace these.
     """
 
@@ -640,11 +700,13 @@ class Anatomy:
         """Raise an error that names the first key which this model does not have or which was refused."""
         for key in keys:
             if key in self.refused:
-                raise UnsupportedModelError(f"{key} is not supported on this {self.architecture}: {self.refused[key]}")
+                raise UnsupportedModelError(
+                    f"{key} is not supported on this {self.architecture}: {self.refused[key]}"
+                )
             if key not in self.table:
                 raise UnsupportedModelError(
-                    f"{key} was asked, this {self.architecture} has {len(self.table.keys)} sites in {len(self.layers)} layers; "
-                    "check layer, expert and site"
+                    f"{key} was asked, this {self.architecture} has {len(self.table.keys)} sites in "
+                    f"{len(self.layers)} layers; check layer, expert and site"
                 )
 
     @property
@@ -661,14 +723,19 @@ class Anatomy:
     def coverage(self) -> Coverage:
         """Sites found of those expected, and the share of parameters they hold.
 
-        Sites are counted per layer and part (the experts of a layer as gate, up and down), whatever the number of experts.
+        Sites are counted per layer and part (the experts of a layer as gate, up and down), whatever the
+        number of experts.
         """
         present = {re.sub(r"experts\.\d+", "experts", key) for key in self.table.keys}
         refused = {re.sub(r"experts\.\d+", "experts", key) for key in self.refused} - present
         counted = {id(place.projection.base): place.projection.n_parameters for place in self.places.values()}
         modules = [layer.experts.module for layer in self.layers if layer.experts]
-        routed = sum(parameter.numel() for module in modules for parameter in module.parameters(recurse=False))
-        return Coverage(len(present), len(present) + len(refused), sum(counted.values()) + routed, self.all_parameters)
+        routed = sum(
+            parameter.numel() for module in modules for parameter in module.parameters(recurse=False)
+        )
+        return Coverage(
+            len(present), len(present) + len(refused), sum(counted.values()) + routed, self.all_parameters
+        )
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -678,7 +745,9 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once, adapters and deltas not counted, quantised ones by the number of weights they stand for."""
+    """Parameters of a model, tied ones once, adapters and deltas not counted, quantised ones by the number of
+    weights they stand for.
+    """
     adapters = {
         id(parameter)
         for module in model.modules()
@@ -704,10 +773,17 @@ def _infos(layer: LayerAnatomy) -> list[SiteInfo]:
             heads, size = 0, 0
             if isinstance(part, AttentionAnatomy):
                 heads, size = (part.n_heads if site in "qo" else part.n_kv_heads), part.head_dim
-            infos.append(SiteInfo(place.key, place.size, place.weights_per_neuron, int(place.has_bias), heads, size))
+            infos.append(
+                SiteInfo(place.key, place.size, place.weights_per_neuron, int(place.has_bias), heads, size)
+            )
     if (experts := layer.experts) is not None:
         infos += [
-            SiteInfo(experts.key(expert, site), experts.width, experts.hidden, int(experts.has_bias and site != "down"))
+            SiteInfo(
+                experts.key(expert, site),
+                experts.width,
+                experts.hidden,
+                int(experts.has_bias and site != "down"),
+            )
             for expert in range(experts.n_experts)
             for site in MLP_SITES
         ]
@@ -740,10 +816,14 @@ def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
     paths: dict[str, list[int]] = {}
     for key, indices in neurons.items():
         if ".experts." in key:
-            raise NeuronError(f"{key} is an expert's, whose projection is no module of its own; leave experts out")
+            raise NeuronError(
+                f"{key} is an expert's, whose projection is no module of its own; leave experts out"
+            )
         place = anatomy.place(key)
         path = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", place.module_name)
-        features = np.arange(place.projection.out_features if place.side == "output" else place.projection.in_features)
+        features = np.arange(
+            place.projection.out_features if place.side == "output" else place.projection.in_features
+        )
         if place.index is not None:
             features = features[place.index if isinstance(place.index, slice) else np.asarray(place.index)]
         name = f"{path}.{place.side}"

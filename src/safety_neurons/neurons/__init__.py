@@ -1,4 +1,7 @@
-"""Neurons: their names, the table of a model's matrices, sets, scores and the selection between them. Needs only numpy."""
+"""Neurons: their names, the table of a model's matrices, sets, scores and the selection between them.
+
+Needs only numpy.
+"""
 
 from safety_neurons.neurons.scores import Scores, Selection, Votes
 from safety_neurons.neurons.sets import HandMadeWarning, NeuronSet

@@ -1,4 +1,6 @@
-"""Neuron files of other projects, read without running anything that is in them, and names of neurons in other tools."""
+"""Neuron files of other projects, read without running anything that is in them, and names of neurons in
+other tools.
+"""
 
 import pathlib
 import re
@@ -17,8 +19,12 @@ SN_TUNE_LINES = ("up", "down", "q", "k", "v")
 LARGEST_TEXT = 2**26
 """Characters of a text file that are read."""
 KV = ("rows", "heads", "published")
-_TOKEN = re.compile(r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*([0-9]{1,9})\s*\)|([0-9]{1,9})(?![0-9])|(set\(\s*\))|([{}\[\]:,]))")
-_PROJECTION = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$")
+_TOKEN = re.compile(
+    r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*([0-9]{1,9})\s*\)|([0-9]{1,9})(?![0-9])|(set\(\s*\))|([{}\[\]:,]))"
+)
+_PROJECTION = re.compile(
+    r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$"
+)
 _VISION = ("vision", "visual", "image")
 
 
@@ -31,9 +37,10 @@ def read_sn_tune(path: str | pathlib.Path, table: SiteTable, *, kv: str = "heads
     Args:
         path: the text file.
         table: of the model it was found on.
-        kv: what the indices of `k` and `v` count. `heads`: features over the query heads, as the public detector writes them; each becomes
-            the row that its head reads. `published`: the same, but mapped as the public trainer does (index // group), which is the right
-            row for 1 index in (group × head size). `rows`: rows already. Without grouped heads all three are the same.
+        kv: what the indices of `k` and `v` count. `heads`: features over the query heads, as the public
+            detector writes them; each becomes the row that its head reads. `published`: the same, but mapped
+            as the public trainer does (index // group), which is the right row for 1 index in (group × head
+            size). `rows`: rows already. Without grouped heads all three are the same.
 
     Raises:
         ForeignModelError: an index or layer that the model does not have.
@@ -43,7 +50,10 @@ def read_sn_tune(path: str | pathlib.Path, table: SiteTable, *, kv: str = "heads
         raise NeuronError(f"kv {kv!r} is unknown; expected one of {', '.join(KV)}")
     lines = [line for line in _text(path).splitlines() if line.strip()]
     if len(lines) != len(SN_TUNE_LINES):
-        raise NeuronError(f"{str(path)!r} has {len(lines)} lines, expected five printed dictionaries: {', '.join(SN_TUNE_LINES)}")
+        raise NeuronError(
+            f"{str(path)!r} has {len(lines)} lines, expected five printed dictionaries: "
+            f"{', '.join(SN_TUNE_LINES)}"
+        )
     members: dict[str, list[int]] = {}
     for site, line in zip(SN_TUNE_LINES, lines, strict=True):
         for layer, indices in _Printed(line, f"line of {site} in {str(path)!r}").mapping().items():
@@ -61,7 +71,10 @@ def _row(index: int, site: str, layer: int, table: SiteTable, kv: str) -> int:
     queries, values = (table[key] for key in keys)
     group = queries.n_heads // max(values.n_heads, 1)
     if index >= queries.size:
-        raise ForeignModelError(f"{keys[1]} has an index {index} over {queries.size} query features; it was found on another model")
+        raise ForeignModelError(
+            f"{keys[1]} has an index {index} over {queries.size} query features; it was found on another "
+            "model"
+        )
     if kv == "published":
         return index // group
     head, feature = divmod(index, values.head_dim)
@@ -81,7 +94,8 @@ class _Printed:
             match = _TOKEN.match(text, position)
             if match is None:
                 raise NeuronError(
-                    f"{self.name}: {text[position : position + 20]!r} is not a number, a bracket or a comma; nothing was read"
+                    f"{self.name}: {text[position : position + 20]!r} is not a number, a bracket or a "
+                    "comma; nothing was read"
                 )
             wrapped, plain, empty, sign = match.groups()
             yield int(wrapped or plain) if wrapped or plain else "set()" if empty else sign
@@ -147,17 +161,28 @@ class _Printed:
 
 
 def change_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") -> Scores:
-    """Scores of `down` from the public contrast code's tuple (change scores by layer, ranks, means and deviations).
+    """Scores of `down` from the public contrast code's tuple (change scores by layer, ranks, means and
+    deviations).
 
     Raises:
         ForeignModelError: more layers than the model has, or other sizes.
         NeuronError: the content is not such a tuple, or its ranks are not those of its scores.
     """
-    if not isinstance(content, list | tuple) or len(content) < 2 or not all(isinstance(part, np.ndarray) for part in content[:2]):
-        raise NeuronError(f"{str(path)!r} is not a tuple of change scores and ranks; expected what the public contrast code saves")
+    if (
+        not isinstance(content, list | tuple)
+        or len(content) < 2
+        or not all(isinstance(part, np.ndarray) for part in content[:2])
+    ):
+        raise NeuronError(
+            f"{str(path)!r} is not a tuple of change scores and ranks; expected what the public contrast "
+            "code saves"
+        )
     values, ranks = content[0], content[1]
     if values.ndim != 2 or ranks.ndim != 2 or ranks.shape[1] != 2 or ranks.dtype.kind not in "iu":
-        raise NeuronError(f"{str(path)!r} holds arrays of shape {values.shape} and {ranks.shape}; expected [layer, neuron] and [rank, 2]")
+        raise NeuronError(
+            f"{str(path)!r} holds arrays of shape {values.shape} and {ranks.shape}; expected [layer, "
+            "neuron] and [rank, 2]"
+        )
     if len(ranks) and (ranks.min() < 0 or (ranks.max(0) >= values.shape).any()):
         raise NeuronError(f"{str(path)!r}: a rank points outside its scores; the file is damaged")
     ordered = values[ranks[:, 0], ranks[:, 1]]
@@ -171,9 +196,11 @@ def change_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "")
 
 
 def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") -> Scores:
-    """Signed |z-scores| of the probe weights (module name to one weight per neuron) that NeuroStrike publishes.
+    """Signed |z-scores| of the probe weights (module name to one weight per neuron) that NeuroStrike
+    publishes.
 
-    Gate and up of a fused projection are told apart by their halves; modules that are no decoder layer's are left out.
+    Gate and up of a fused projection are told apart by their halves; modules that are no decoder layer's are
+    left out.
 
     Raises:
         ForeignModelError: other sizes than the model's.
@@ -183,7 +210,11 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         raise NeuronError(f"{str(path)!r} is not a mapping of module names to probe weights")
     by_key: dict[str, np.ndarray] = {}
     for name, weights in content.items():
-        match = _PROJECTION.search(name) if isinstance(name, str) and not any(word in name for word in _VISION) else None
+        match = (
+            _PROJECTION.search(name)
+            if isinstance(name, str) and not any(word in name for word in _VISION)
+            else None
+        )
         if match is None:
             continue
         values = _vector(weights, name, path)
@@ -192,18 +223,39 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         layer, site = match.groups()
         parts = {"gate_up": ("gate", "up")}.get(site, (site,))
         if len(scores) % len(parts) or any(f"layers.{layer}.{part}" in by_key for part in parts):
-            raise NeuronError(f"{str(path)!r}: {name[:80]!r} has {len(scores)} weights, or its projection comes twice; the file is damaged")
-        by_key |= {f"layers.{layer}.{part}": half for part, half in zip(parts, np.split(scores, len(parts)), strict=True)}
+            raise NeuronError(
+                f"{str(path)!r}: {name[:80]!r} has {len(scores)} weights, or its projection comes twice; "
+                "the file is damaged"
+            )
+        by_key |= {
+            f"layers.{layer}.{part}": half
+            for part, half in zip(parts, np.split(scores, len(parts)), strict=True)
+        }
     if not by_key:
-        raise NeuronError(f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})")
-    return _scores(by_key, table, "probe-weights", path, {"sites": sorted({parse_key(key).site for key in by_key}, key=SITES.index)})
+        raise NeuronError(
+            f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})"
+        )
+    return _scores(
+        by_key,
+        table,
+        "probe-weights",
+        path,
+        {"sites": sorted({parse_key(key).site for key in by_key}, key=SITES.index)},
+    )
 
 
 def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
     """One number a neuron; lists of lists, which a small file can nest without end, are not looked into."""
-    flat = isinstance(weights, list | tuple) and all(isinstance(one, int | float | np.number) for one in weights)
-    if not (flat or (isinstance(weights, np.ndarray) and weights.dtype.kind in "biuf")) or np.size(weights) == 0:
-        raise NeuronError(f"{str(path)!r} holds {type(weights).__name__} for {name[:80]!r}; expected one weight a neuron")
+    flat = isinstance(weights, list | tuple) and all(
+        isinstance(one, int | float | np.number) for one in weights
+    )
+    if (
+        not (flat or (isinstance(weights, np.ndarray) and weights.dtype.kind in "biuf"))
+        or np.size(weights) == 0
+    ):
+        raise NeuronError(
+            f"{str(path)!r} holds {type(weights).__name__} for {name[:80]!r}; expected one weight a neuron"
+        )
     try:
         return np.asarray(weights, dtype=np.float64).ravel()
     except OverflowError:
@@ -221,10 +273,12 @@ def weight_scores(
     shares: tuple[float, float] = (0.05, 0.05),
     path: str | pathlib.Path = "",
 ) -> Scores:
-    """Scores of rows and columns from importances of single weights, or from masks of them, by name of the projection.
+    """Scores of rows and columns from importances of single weights, or from masks of them, by name of the
+    projection.
 
     Args:
-        safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or bools: a mask is taken as it is.
+        safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or bools: a mask is taken
+            as it is.
         utility: the same on other text, whose largest are taken away; None for none.
         table: of the model.
         shares: of the weights of a matrix that count as important for safety and for utility.
@@ -242,7 +296,10 @@ def weight_scores(
         key = f"layers.{match[1]}.{match[2]}"
         other = None if utility is None else utility.get(name)
         if values.ndim != 2 or (utility is not None and (other is None or other.shape != values.shape)):
-            raise NeuronError(f"{name} in {str(path)!r}: expected one matrix [out, in] in each of the two, found {values.shape}")
+            raise NeuronError(
+                f"{name} in {str(path)!r}: expected one matrix [out, in] in each of the two, found "
+                f"{values.shape}"
+            )
         flip = match[2] in ("o", "down")
         values, other = values.T if flip else values, other.T if flip and other is not None else other
         if values.dtype == bool:
@@ -258,24 +315,39 @@ def weight_scores(
 
 
 def transformer_lens_names(neurons: NeuronSet, table: SiteTable | None = None) -> dict[str, list[Any]]:
-    """The same neurons by TransformerLens hook: indices of a feed-forward hook, `[head, feature]` pairs of an attention hook.
+    """The same neurons by TransformerLens hook: indices of a feed-forward hook, `[head, feature]` pairs of an
+    attention hook.
 
     Raises:
         NeuronError: experts, or no table to tell heads by.
     """
     known = table if table is not None else neurons.table
     if known is None:
-        raise NeuronError("heads are told by the model's matrices, and this set has no site table; give --model")
-    hooks = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "o": "attn.hook_z", "down": "mlp.hook_post"}
+        raise NeuronError(
+            "heads are told by the model's matrices, and this set has no site table; give --model"
+        )
+    hooks = {
+        "q": "attn.hook_q",
+        "k": "attn.hook_k",
+        "v": "attn.hook_v",
+        "o": "attn.hook_z",
+        "down": "mlp.hook_post",
+    }
     names: dict[str, list[Any]] = {}
     for key, indices in neurons.items():
         layer, expert, shared, site = parse_key(key)
         if expert is not None or shared:
-            raise NeuronError(f"{key} is an expert's, for which TransformerLens has no one name; leave experts out")
+            raise NeuronError(
+                f"{key} is an expert's, for which TransformerLens has no one name; leave experts out"
+            )
         gated = f"layers.{layer}.gate" in known
         hook = hooks.get(site) or ("mlp.hook_pre_linear" if site == "up" and gated else "mlp.hook_pre")
         size = known[key].head_dim
-        pairs = [[int(index) // size, int(index) % size] for index in indices] if site in ("q", "k", "v", "o") else indices.tolist()
+        pairs = (
+            [[int(index) // size, int(index) % size] for index in indices]
+            if site in ("q", "k", "v", "o")
+            else indices.tolist()
+        )
         names[f"blocks.{layer}.{hook}"] = pairs
     return names
 
@@ -290,31 +362,57 @@ def _text(path: str | pathlib.Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:80]}); expected a text file") from error
     if len(text) > LARGEST_TEXT:
-        raise NeuronError(f"{str(path)!r} has more than {LARGEST_TEXT:,} characters; no neuron file is that long")
+        raise NeuronError(
+            f"{str(path)!r} has more than {LARGEST_TEXT:,} characters; no neuron file is that long"
+        )
     return text
 
 
 def _checked(
-    members: Mapping[str, Sequence[int]], table: SiteTable, method: str, path: str | pathlib.Path, config: Mapping[str, Any]
+    members: Mapping[str, Sequence[int]],
+    table: SiteTable,
+    method: str,
+    path: str | pathlib.Path,
+    config: Mapping[str, Any],
 ) -> NeuronSet:
     for key, indices in members.items():
         if key not in table or max(indices) >= table[key].size:
             has = f"{table[key].size} neurons" if key in table else "no such matrix"
-            raise ForeignModelError(f"{str(path)!r} has index {max(indices)} of {key}, and the model has {has}; it is another model's")
+            raise ForeignModelError(
+                f"{str(path)!r} has index {max(indices)} of {key}, and the model has {has}; it is "
+                "another model's"
+            )
     origin = Provenance(
-        kind="neurons", method=method, model_fingerprint=table.fingerprint, config={**config, "imported": pathlib.Path(path).name}
+        kind="neurons",
+        method=method,
+        model_fingerprint=table.fingerprint,
+        config={**config, "imported": pathlib.Path(path).name},
     )
-    return NeuronSet({key: np.array(sorted(set(indices)), np.int64) for key, indices in members.items()}, table, origin)
+    return NeuronSet(
+        {key: np.array(sorted(set(indices)), np.int64) for key, indices in members.items()}, table, origin
+    )
 
 
-def _scores(values: Mapping[str, np.ndarray], table: SiteTable, method: str, path: str | pathlib.Path, config: Mapping[str, Any]) -> Scores:
+def _scores(
+    values: Mapping[str, np.ndarray],
+    table: SiteTable,
+    method: str,
+    path: str | pathlib.Path,
+    config: Mapping[str, Any],
+) -> Scores:
     for key, row in values.items():
         if key not in table or table[key].size != len(row):
             has = f"{table[key].size} neurons" if key in table else "no such matrix"
-            raise ForeignModelError(f"{str(path)!r} has {len(row)} scores of {key}, and the model has {has}; it is another model's")
+            raise ForeignModelError(
+                f"{str(path)!r} has {len(row)} scores of {key}, and the model has {has}; it is another "
+                "model's"
+            )
         if not np.isfinite(row).all():
             raise NeuronError(f"{str(path)!r} holds NaN or infinity for {key}")
     origin = Provenance(
-        kind="scores", method=method, model_fingerprint=table.fingerprint, config={**config, "imported": pathlib.Path(path).name}
+        kind="scores",
+        method=method,
+        model_fingerprint=table.fingerprint,
+        config={**config, "imported": pathlib.Path(path).name},
     )
     return Scores({key: np.asarray(row, np.float32) for key, row in values.items()}, table, origin)

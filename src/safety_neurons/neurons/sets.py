@@ -1,4 +1,6 @@
-"""Sets of neurons by matrix: algebra, counts, random controls made of what a set is made of, files, and how sets and scores are shown."""
+"""Sets of neurons by matrix: algebra, counts, random controls made of what a set is made of, files, and how
+sets and scores are shown.
+"""
 
 import dataclasses
 import functools
@@ -28,8 +30,12 @@ from safety_neurons.neurons.table import (
 from safety_neurons.results import html_table
 
 
-def moved_units(members: Mapping[str, Int64[np.ndarray, " member"]], table: SiteTable, seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The members with every unit moved to a random unit of its layer (and expert); counts per matrix and of units stay.
+def moved_units(
+    members: Mapping[str, Int64[np.ndarray, " member"]], table: SiteTable, seed: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """The members with every unit moved to a random unit of its layer (and expert).
+
+    Counts per matrix and of units stay.
 
     Args:
         members: sorted indices by key, all of them in the table.
@@ -44,15 +50,23 @@ def moved_units(members: Mapping[str, Int64[np.ndarray, " member"]], table: Site
     return moved
 
 
-def _moved(block: UnitBlock, held: Mapping[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """The block's members moved: to units without any where there are enough, else to free neurons, else to whatever there is."""
+def _moved(
+    block: UnitBlock, held: Mapping[str, np.ndarray], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """The block's members moved: to units without any where there are enough, else to free neurons, else to
+    whatever there is.
+    """
     slots = np.stack([block.slots(key) for key in held], axis=1)
     counts = np.stack([block.held(key, indices) for key, indices in held.items()], axis=1)
     touched = np.asarray(counts.any(axis=1))
     parts = counts[touched]
     crowded = 2 * counts.sum(axis=0) > slots.sum(axis=0)
     wide = np.where(crowded, slots, slots - counts)
-    rooms = ([np.where(touched[:, None], 0, slots)] if 2 * touched.sum() <= len(touched) else []) + [slots - counts, wide, slots]
+    rooms = ([np.where(touched[:, None], 0, slots)] if 2 * touched.sum() <= len(touched) else []) + [
+        slots - counts,
+        wide,
+        slots,
+    ]
     for room in rooms:
         places = _placed(parts, room, generator)
         if places is not None:
@@ -61,18 +75,25 @@ def _moved(block: UnitBlock, held: Mapping[str, np.ndarray], generator: np.rando
     wanted = np.zeros_like(counts)
     wanted[places] = parts
     return {
-        key: _filled(block.unit_of[key], wanted[:, site], indices if (room[:, site] < slots[:, site]).any() else None, generator)
+        key: _filled(
+            block.unit_of[key],
+            wanted[:, site],
+            indices if (room[:, site] < slots[:, site]).any() else None,
+            generator,
+        )
         for site, (key, indices) in enumerate(held.items())
     }
 
 
 def _placed(
-    parts: Int64[np.ndarray, "part site"], room: Int64[np.ndarray, "unit site"], generator: np.random.Generator
+    parts: Int64[np.ndarray, "part site"],
+    room: Int64[np.ndarray, "unit site"],
+    generator: np.random.Generator,
 ) -> Int64[np.ndarray, " part"] | None:
     """A random unit for each part that has room for it, no unit twice; None where there is no such choice.
 
-    Parts with equal counts are one kind. The most demanding kinds choose first; a part that finds no unit left makes others move along
-    the shortest chain of kinds, so that a choice is found wherever there is one.
+    Parts with equal counts are one kind. The most demanding kinds choose first; a part that finds no unit
+    left makes others move along the shortest chain of kinds, so that a choice is found wherever there is one.
     """
     kinds, kind_of = np.unique(parts, axis=0, return_inverse=True)
     kind_of = kind_of.reshape(-1)
@@ -92,9 +113,16 @@ def _placed(
 
 
 def _made_room(
-    part: int, kind_of: Int64[np.ndarray, " part"], fits: list[Bool[np.ndarray, " unit"]], owner: np.ndarray, generator: np.random.Generator
+    part: int,
+    kind_of: Int64[np.ndarray, " part"],
+    fits: list[Bool[np.ndarray, " unit"]],
+    owner: np.ndarray,
+    generator: np.random.Generator,
 ) -> bool:
-    """Gives a part a unit by moving others, each to a unit that fits it; False where no chain of moves ends at a free unit."""
+    """Gives a part a unit by moving others, each to a unit that fits it.
+
+    False where no chain of moves ends at a free unit.
+    """
     came_from: dict[int, tuple[int, int]] = {}
     start = int(kind_of[part])
     waiting, seen = deque([start]), {start}
@@ -118,7 +146,10 @@ def _made_room(
 
 
 def _filled(
-    unit_of: Int64[np.ndarray, " neuron"], wanted: Int64[np.ndarray, " unit"], shunned: np.ndarray | None, generator: np.random.Generator
+    unit_of: Int64[np.ndarray, " neuron"],
+    wanted: Int64[np.ndarray, " unit"],
+    shunned: np.ndarray | None,
+    generator: np.random.Generator,
 ) -> Int64[np.ndarray, " member"]:
     """Random neurons of a matrix, as many of each unit as wanted, none of those to be shunned."""
     open_neurons = wanted[unit_of] > 0
@@ -138,19 +169,27 @@ _NOTHING.setflags(write=False)
 
 
 class HandMadeWarning(UserWarning):
-    """A neuron or score file without a fingerprint: every index fits, but nothing says that it belongs to this model."""
+    """A neuron or score file without a fingerprint: every index fits, but nothing says that it belongs to
+    this model.
+    """
 
 
 class ByMatrix:
-    """One vector for each of some matrices of a model, and what neuron sets and scores share: provenance, checks, files, tables."""
+    """One vector for each of some matrices of a model, and what neuron sets and scores share: provenance,
+    checks, files, tables.
+    """
 
     KIND: ClassVar[str]
     """`neurons` or `scores`: in the provenance, and in the name of the file in a run's folder."""
 
-    def __init__(self, vectors: dict[str, np.ndarray], table: SiteTable | None, provenance: Provenance | None) -> None:
+    def __init__(
+        self, vectors: dict[str, np.ndarray], table: SiteTable | None, provenance: Provenance | None
+    ) -> None:
         self._vectors = vectors
         self.table = table
-        self.provenance = provenance or Provenance(self.KIND, model_fingerprint=table.fingerprint if table else "")
+        self.provenance = provenance or Provenance(
+            self.KIND, model_fingerprint=table.fingerprint if table else ""
+        )
         self.notes: tuple[str, ...] = ()
 
     def keys(self) -> list[str]:
@@ -167,7 +206,9 @@ class ByMatrix:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):
             return NotImplemented
-        return self.keys() == other.keys() and all(np.array_equal(vector, other._vectors[key]) for key, vector in self.items())
+        return self.keys() == other.keys() and all(
+            np.array_equal(vector, other._vectors[key]) for key, vector in self.items()
+        )
 
     @property
     def n_neurons(self) -> int:
@@ -179,22 +220,28 @@ class ByMatrix:
 
         Args:
             table: the model's matrices.
-            models: the model's names with revisions; when given and not among those of the provenance, that is a note.
+            models: the model's names with revisions; when given and not among those of the provenance, that
+                is a note.
 
         Raises:
-            ForeignModelError: found on another architecture.
-            NeuronError: a matrix the model lacks, an index out of range, or another number of scores than neurons.
+            ForeignModelError: found on another architecture. NeuronError: a matrix the model lacks, an index
+            out of range, or another number of scores than neurons.
         """
         kind, origin = self.provenance.kind, self.provenance
         if origin.model_fingerprint and origin.model_fingerprint != table.fingerprint:
             raise ForeignModelError(
                 f"the {kind} were found on {' and '.join(origin.models) or 'another architecture'} "
-                f"(fingerprint {origin.model_fingerprint[:12]}), expected {table.architecture} ({table.fingerprint[:12]}); "
-                "find them on this model"
+                f"(fingerprint {origin.model_fingerprint[:12]}), expected {table.architecture} "
+                f"({table.fingerprint[:12]}); find them on this model"
             )
         self._fit(table)
         if not origin.model_fingerprint:
-            return [f"the {kind} have no fingerprint, so nothing says that they belong to this {table.architecture}; every index fits"]
+            return [
+                (
+                    f"the {kind} have no fingerprint, so nothing says that they belong to this "
+                    f"{table.architecture}; every index fits"
+                )
+            ]
         others = [model for model in models if origin.models and model not in origin.models]
         same = f"the {kind} were found on {' and '.join(origin.models)}, which is the same architecture as"
         return [f"{same} {others[0]} with other weights"] if others else []
@@ -215,7 +262,12 @@ class ByMatrix:
         write_arrays(path, self._vectors, header(self.provenance, self.table))
 
     @classmethod
-    def load(cls: type[Kind], path: str | os.PathLike[str], table: SiteTable | None = None, models: Iterable[str] = ()) -> Kind:
+    def load(
+        cls: type[Kind],
+        path: str | os.PathLike[str],
+        table: SiteTable | None = None,
+        models: Iterable[str] = (),
+    ) -> Kind:
         """Read a file (a folder means its `neurons.safetensors` or `scores.safetensors`); no model is needed.
 
         A file without a fingerprint, made by hand, is a `HandMadeWarning` when every index fits the table.
@@ -226,8 +278,8 @@ class ByMatrix:
             models: names of that model, to note when it was found on others.
 
         Raises:
-            ForeignModelError: found on another architecture.
-            NeuronError: missing, damaged, another schema or kind, unknown key, negative index or one out of range.
+            ForeignModelError: found on another architecture. NeuronError: missing, damaged, another schema or
+            kind, unknown key, negative index or one out of range.
         """
         arrays, metadata = read_arrays(path, f"{cls.KIND}.safetensors")
         provenance = Provenance.from_metadata(metadata, cls.KIND)
@@ -250,13 +302,15 @@ class ByMatrix:
 class NeuronSet(ByMatrix):
     """An immutable set of neurons: sorted indices per matrix.
 
-    Sets with the same members are equal. `a & b`, `a | b`, `a - b` and `a ^ b` are set algebra; `len` counts neurons; iteration
-    gives `(key, index)` pairs in the order layer, site, index.
+    Sets with the same members are equal. `a & b`, `a | b`, `a - b` and `a ^ b` are set algebra; `len` counts
+    neurons; iteration gives `(key, index)` pairs in the order layer, site, index.
     """
 
     KIND = "neurons"
 
-    def __init__(self, members: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None) -> None:
+    def __init__(
+        self, members: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None
+    ) -> None:
         """Takes the members, in any order and with repeats; keys without members are dropped.
 
         Args:
@@ -265,10 +319,13 @@ class NeuronSet(ByMatrix):
             provenance: where the set comes from.
 
         Raises:
-            NeuronError: an unknown key, a negative index, something that is not an integer, or (with a table) an index out of range.
+            NeuronError: an unknown key, a negative index, something that is not an integer, or (with a table)
+            an index out of range.
         """
         cleaned = {key: _indices(key, members[key]) for key in sort_keys(members)}
-        super().__init__({key: indices for key, indices in cleaned.items() if len(indices)}, table, provenance)
+        super().__init__(
+            {key: indices for key, indices in cleaned.items() if len(indices)}, table, provenance
+        )
         if table is not None:
             self._fit(table)
 
@@ -325,13 +382,22 @@ class NeuronSet(ByMatrix):
         if not isinstance(other, NeuronSet):
             return NotImplemented
         mine, theirs = self.provenance, other.provenance
-        if mine.model_fingerprint and theirs.model_fingerprint and mine.model_fingerprint != theirs.model_fingerprint:
+        if (
+            mine.model_fingerprint
+            and theirs.model_fingerprint
+            and mine.model_fingerprint != theirs.model_fingerprint
+        ):
             raise ForeignModelError(
-                f"{len(self)} neurons of {_named(self)} {sign} {len(other)} neurons of {_named(other)}; expected sets of one architecture"
+                f"{len(self)} neurons of {_named(self)} {sign} {len(other)} neurons of {_named(other)}; "
+                "expected sets of one architecture"
             )
         members = {key: function(self[key], other[key]) for key in {*self._vectors, *other._vectors}}
         config: dict[str, Any] = {"operation": sign, "left": _summary(self), "right": _summary(other)}
-        searched = [set(check_sites(each.provenance.config["sites"])) for each in (self, other) if each.provenance.config.get("sites")]
+        searched = [
+            set(check_sites(each.provenance.config["sites"]))
+            for each in (self, other)
+            if each.provenance.config.get("sites")
+        ]
         if len(searched) == 2:
             config["sites"] = list(check_sites(searched[0] | searched[1]))
         if mine.config.get("layers") == theirs.config.get("layers"):
@@ -346,7 +412,9 @@ class NeuronSet(ByMatrix):
         )
         return NeuronSet(members, self.table or other.table, provenance)
 
-    def only(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "NeuronSet":
+    def only(
+        self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None
+    ) -> "NeuronSet":
         """The members at these sites (of experts too) and layers; `None` keeps all."""
         n_layers = self.table.n_layers if self.table else None
         keys = keys_within(self._vectors, sites, layers, n_layers)
@@ -355,7 +423,9 @@ class NeuronSet(ByMatrix):
             config["sites"] = list(check_sites(sites))
         if layers is not None:
             config["layers"] = list(layers_within(self._vectors, layers, n_layers))
-        return NeuronSet({key: self[key] for key in keys}, self.table, dataclasses.replace(self.provenance, config=config))
+        return NeuronSet(
+            {key: self[key] for key in keys}, self.table, dataclasses.replace(self.provenance, config=config)
+        )
 
     # Counts
 
@@ -367,13 +437,21 @@ class NeuronSet(ByMatrix):
 
     @functools.cached_property
     def n_units(self) -> int:
-        """Distinct units: gate, up and down neurons of one index count once, so do a v row and the o columns it feeds."""
+        """Distinct units: gate, up and down neurons of one index count once, so do a v row and the o columns
+        it feeds.
+        """
         units = self._known_table("the number of units").units()
-        return len(np.unique(np.concatenate([units[key][indices] for key, indices in self.items()]))) if self._vectors else 0
+        return (
+            len(np.unique(np.concatenate([units[key][indices] for key, indices in self.items()])))
+            if self._vectors
+            else 0
+        )
 
     @property
     def share_of_neurons(self) -> float:
-        """Members divided by the candidates: the neurons of the sites and layers that were searched, where the provenance names them."""
+        """Members divided by the candidates: the neurons of the sites and layers that were searched, where
+        the provenance names them.
+        """
         table = self._known_table("the share of neurons")
         return _share(len(self), _candidates(table, self.provenance.config))
 
@@ -395,21 +473,27 @@ class NeuronSet(ByMatrix):
 
     @property
     def disjoint(self) -> bool:
-        """False for a random control that could not be kept apart from the set it is like; True for every other set."""
+        """False for a random control that could not be kept apart from the set it is like.
+
+        True for every other set.
+        """
         return bool(self.provenance.config.get("disjoint", True))
 
     def control_record(self) -> dict[str, int | bool]:
-        """What a random control is, as JSON values: `seed` and `number` of its draw, `n_neurons`, `n_units`, `disjoint`."""
+        """What a random control is, as JSON values: `seed` and `number` of its draw, `n_neurons`, `n_units`,
+        `disjoint`.
+        """
         drawn = {name: int(self.provenance.config[name]) for name in ("seed", "number")}
         return {**drawn, "n_neurons": len(self), "n_units": self.n_units, "disjoint": self.disjoint}
 
     def random_like(self, seed: int, table: SiteTable | None = None, n: int = 1) -> list["NeuronSet"]:
         """`n` random sets made of what this set is made of; the same seed gives the same sets.
 
-        Every unit of the set is moved, with as many neurons in each of its matrices, to a random unit of the same layer (and expert):
-        whole units stay whole, and the counts in every matrix and the number of units stay what they are. The random units are others
-        than the set's where these are at most half of a layer's; where they are more, no neuron is shared as long as that is possible,
-        and a random set that does share some says `disjoint == False`. Seed and number are in each set's provenance.
+        Every unit of the set is moved, with as many neurons in each of its matrices, to a random unit of the
+        same layer (and expert): whole units stay whole, and the counts in every matrix and the number of
+        units stay what they are. The random units are others than the set's where these are at most half of a
+        layer's; where they are more, no neuron is shared as long as that is possible, and a random set that
+        does share some says `disjoint == False`. Seed and number are in each set's provenance.
 
         Args:
             seed: not negative.
@@ -424,13 +508,35 @@ class NeuronSet(ByMatrix):
 
     def _one_random(self, seed: int, number: int, table: SiteTable) -> "NeuronSet":
         members = moved_units(self._vectors, table, (seed, number))
-        shared = [key for key, indices in self.items() if len(np.intersect1d(indices, members[key], assume_unique=True))]
-        searched = {name: self.provenance.config[name] for name in ("sites", "layers") if name in self.provenance.config}
-        config = {"seed": seed, "number": number, "like": _summary(self), "disjoint": not shared, "not_disjoint": shared, **searched}
+        shared = [
+            key
+            for key, indices in self.items()
+            if len(np.intersect1d(indices, members[key], assume_unique=True))
+        ]
+        searched = {
+            name: self.provenance.config[name]
+            for name in ("sites", "layers")
+            if name in self.provenance.config
+        }
+        config = {
+            "seed": seed,
+            "number": number,
+            "like": _summary(self),
+            "disjoint": not shared,
+            "not_disjoint": shared,
+            **searched,
+        }
         return NeuronSet(
             members,
             table,
-            Provenance("neurons", "random", self.provenance.models, table.fingerprint, self.provenance.prompts_sha256, config),
+            Provenance(
+                "neurons",
+                "random",
+                self.provenance.models,
+                table.fingerprint,
+                self.provenance.prompts_sha256,
+                config,
+            ),
         )
 
     def _fit(self, table: SiteTable) -> None:
@@ -438,7 +544,10 @@ class NeuronSet(ByMatrix):
 
     def _known_table(self, what: str) -> SiteTable:
         if self.table is None:
-            raise NeuronError(f"{what} needs the model's matrices, and this set has no site table; load it with table=model.table")
+            raise NeuronError(
+                f"{what} needs the model's matrices, and this set has no site table; load it with "
+                "table=model.table"
+            )
         return self.table
 
 
@@ -461,7 +570,10 @@ def stored_table(metadata: Mapping[str, str], provenance: Provenance) -> SiteTab
         return None
     table = SiteTable.from_json(metadata["sites"])
     if provenance.model_fingerprint and table.fingerprint != provenance.model_fingerprint:
-        raise NeuronError("the header's site table and fingerprint do not belong together; expected one model's: make the file again")
+        raise NeuronError(
+            "the header's site table and fingerprint do not belong together; expected one model's: make "
+            "the file again"
+        )
     return table
 
 
@@ -469,11 +581,13 @@ def _check_range(members: Mapping[str, np.ndarray], table: SiteTable) -> None:
     for key, indices in members.items():
         if len(indices) and key not in table:
             raise NeuronError(
-                f"{len(indices)} neurons at {key!r}, but this {table.architecture} has no such matrix; use neurons of this model"
+                f"{len(indices)} neurons at {key!r}, but this {table.architecture} has no such matrix; "
+                "use neurons of this model"
             )
         if len(indices) and indices[-1] >= table[key].size:
             raise NeuronError(
-                f"index {indices[-1]} at {key!r} is out of range, expected 0 to {table[key].size - 1}; use neurons of this model"
+                f"index {indices[-1]} at {key!r} is out of range, expected 0 to {table[key].size - 1}; "
+                "use neurons of this model"
             )
 
 
@@ -482,7 +596,9 @@ def _indices(key: str, values: Any) -> np.ndarray:
     if array.size == 0:
         return _NOTHING
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise NeuronError(f"{key!r} holds {array.dtype} with shape {array.shape}, expected one axis of integer indices")
+        raise NeuronError(
+            f"{key!r} holds {array.dtype} with shape {array.shape}, expected one axis of integer indices"
+        )
     if array.min() < 0:
         raise NeuronError(f"index {array.min()} at {key!r} is negative, expected 0 or more")
     if int(array.max()) > np.iinfo(np.int64).max:
@@ -493,15 +609,25 @@ def _indices(key: str, values: Any) -> np.ndarray:
 
 
 def _named(neurons: NeuronSet) -> str:
-    return " and ".join(neurons.provenance.models) or f"an architecture {neurons.provenance.model_fingerprint[:12]}"
+    return (
+        " and ".join(neurons.provenance.models)
+        or f"an architecture {neurons.provenance.model_fingerprint[:12]}"
+    )
 
 
 def _summary(neurons: NeuronSet) -> dict[str, Any]:
-    return {"method": neurons.provenance.method, "models": list(neurons.provenance.models), "n_neurons": len(neurons)}
+    return {
+        "method": neurons.provenance.method,
+        "models": list(neurons.provenance.models),
+        "n_neurons": len(neurons),
+    }
 
 
 def _candidates(table: SiteTable, config: Mapping[str, Any]) -> int:
-    """Neurons that were searched; all of them where the provenance, which a file may bring from anywhere, does not fit the table."""
+    """Neurons that were searched.
+
+    All of them where the provenance, which a file may bring from anywhere, does not fit the table.
+    """
     try:
         return table.select(config.get("sites") or None, config.get("layers")).n_neurons
     except (SafetyNeuronsError, TypeError):
@@ -518,13 +644,18 @@ def line_of(neurons: ByMatrix) -> str:
     share = getattr(neurons, "share_of_neurons", None) if neurons.table is not None else None
     if share is not None:
         parts[0] += (
-            f" ({100 * share:.2f} % of those searched, {100 * getattr(neurons, 'share_of_parameters', 0.0):.3f} % of all parameters)"
+            f" ({100 * share:.2f} % of those searched, "
+            f"{100 * getattr(neurons, 'share_of_parameters', 0.0):.3f} % of all parameters)"
         )
     rows = _per_site(neurons)
     if rows:
         layers = len({parse_key(key).layer for key, _ in neurons.items()})
-        parts[0] += f" in {layers} layer{'s' * (layers != 1)}: " + ", ".join(f"{site} {number:,}" for site, number, _, _ in rows)
-    origin = " on ".join(text for text in (neurons.provenance.method, ", ".join(neurons.provenance.models)) if text)
+        parts[0] += f" in {layers} layer{'s' * (layers != 1)}: " + ", ".join(
+            f"{site} {number:,}" for site, number, _, _ in rows
+        )
+    origin = " on ".join(
+        text for text in (neurons.provenance.method, ", ".join(neurons.provenance.models)) if text
+    )
     return "; ".join([*parts, *([origin] if origin else [])])
 
 
@@ -536,7 +667,11 @@ def _per_site(neurons: ByMatrix) -> list[tuple[str, int, str, str]]:
         number = sum(counts.values())
         if not number:
             continue
-        size = sum(info.size for info in neurons.table.sites if parse_key(info.key).site == site) if neurons.table else 0
+        size = (
+            sum(info.size for info in neurons.table.sites if parse_key(info.key).site == site)
+            if neurons.table
+            else 0
+        )
         layers = sorted({parse_key(key).layer for key in counts})
         rows.append((site, number, f"{100 * number / size:.2f} %" if size else "", _spans(layers)))
     return rows

@@ -1,4 +1,6 @@
-"""Name the matrices of a model, count their neurons and units, and read and write files of one vector a matrix."""
+"""Name the matrices of a model, count their neurons and units, and read and write files of one vector a
+matrix.
+"""
 
 import functools
 import hashlib
@@ -36,7 +38,9 @@ class SiteInfo:
     biases_per_neuron: int
     """Bias entries that belong to one neuron (0 or 1)."""
     n_heads: int = 0
-    """Heads of this site: query heads for `q` and `o`, key-value heads for `k` and `v`, 0 for feed-forward sites."""
+    """Heads of this site: query heads for `q` and `o`, key-value heads for `k` and `v`, 0 for feed-forward
+    sites.
+    """
     head_dim: int = 0
     """Neurons per head, 0 for feed-forward sites."""
 
@@ -48,7 +52,9 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class UnitBlock:
-    """Matrices of one layer (or expert) whose neurons make up the same units: `gate up down`, `v o`, or one matrix alone."""
+    """Matrices of one layer (or expert) whose neurons make up the same units: `gate up down`, `v o`, or one
+    matrix alone.
+    """
 
     keys: tuple[str, ...]
     n_units: int
@@ -66,12 +72,18 @@ class UnitBlock:
 
 @dataclass(frozen=True)
 class SiteTable:
-    """All matrices of a model, in the order of keys. Two models with equal fingerprints can share neuron sets."""
+    """All matrices of a model, in the order of keys.
+
+    Two models with equal fingerprints can share neuron sets.
+    """
 
     architecture: str
     """Class of the model, such as `LlamaForCausalLM`."""
     n_parameters: int
-    """All parameters of the model, tied ones once. Not part of the fingerprint, so that an adapter does not change it."""
+    """All parameters of the model, tied ones once.
+
+    Not part of the fingerprint, so that an adapter does not change it.
+    """
     sites: tuple[SiteInfo, ...]
 
     def __post_init__(self) -> None:
@@ -108,22 +120,34 @@ class SiteTable:
     def __getitem__(self, key: str) -> SiteInfo:
         info = self._by_key.get(key)
         if info is None:
-            raise NeuronError(f"this {self.architecture} has no matrix {key!r}; its keys run from {self.keys[:1]} to {self.keys[-1:]}")
+            raise NeuronError(
+                f"this {self.architecture} has no matrix {key!r}; its keys run from {self.keys[:1]} to "
+                f"{self.keys[-1:]}"
+            )
         return info
 
     def __contains__(self, key: object) -> bool:
         return key in self._by_key
 
     def __repr__(self) -> str:
-        return f"SiteTable({self.architecture}: {len(self.sites)} sites in {self.n_layers} layers, {self.n_neurons:,} neurons)"
+        return (
+            f"SiteTable({self.architecture}: {len(self.sites)} sites in {self.n_layers} layers, "
+            f"{self.n_neurons:,} neurons)"
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the class and the sites, as hexadecimal text: equal exactly when neuron sets are interchangeable."""
-        content = json.dumps([self.architecture, [asdict(info) for info in self.sites]], sort_keys=True, separators=(",", ":"))
+        """SHA-256 over the class and the sites, as hexadecimal text: equal exactly when neuron sets are
+        interchangeable.
+        """
+        content = json.dumps(
+            [self.architecture, [asdict(info) for info in self.sites]], sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def select(self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None) -> "SiteTable":
+    def select(
+        self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None
+    ) -> "SiteTable":
         """The table with only these sites (of experts too) and layers (`None` for all; `A:B` excludes B).
 
         Raises:
@@ -133,7 +157,8 @@ class SiteTable:
         infos = [self[key] for key in keys_within(self.keys, sites, layers, self.n_layers)]
         if not infos:
             raise NeuronError(
-                f"no matrix of this {self.architecture} is among sites {sorted(check_sites(sites or []))} of layers {layers}; choose others"
+                f"no matrix of this {self.architecture} is among sites "
+                f"{sorted(check_sites(sites or []))} of layers {layers}; choose others"
             )
         return SiteTable(self.architecture, self.n_parameters, tuple(infos))
 
@@ -141,7 +166,14 @@ class SiteTable:
         """The table as JSON text, as stored in file headers."""
         fields = ("size", "weights_per_neuron", "biases_per_neuron", "n_heads", "head_dim")
         rows = {info.key: [getattr(info, field) for field in fields] for info in self.sites}
-        return json.dumps({"architecture": self.architecture, "n_parameters": self.n_parameters, "fields": fields, "sites": rows})
+        return json.dumps(
+            {
+                "architecture": self.architecture,
+                "n_parameters": self.n_parameters,
+                "fields": fields,
+                "sites": rows,
+            }
+        )
 
     @staticmethod
     def from_json(text: str) -> "SiteTable":
@@ -156,20 +188,26 @@ class SiteTable:
             rows = [*content["sites"].values(), [content["n_parameters"]]]
             if not all(type(value) is int and 0 <= value < 2**50 for row in rows for value in row):
                 raise ValueError("a size that is no whole number from 0")
-            sites = tuple(SiteInfo(parse_key(key) and key, **dict(zip(fields, row, strict=True))) for key, row in content["sites"].items())
+            sites = tuple(
+                SiteInfo(parse_key(key) and key, **dict(zip(fields, row, strict=True)))
+                for key, row in content["sites"].items()
+            )
             if any(info.size > MOST_NEURONS for info in sites):
                 raise ValueError(f"a site of more than {MOST_NEURONS:,} neurons")
             return SiteTable(str(content["architecture"]), content["n_parameters"], sites)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise NeuronError(
-                f"damaged site table in a file header ({error}); expected what SiteTable.to_json writes: make the file again"
+                f"damaged site table in a file header ({error}); expected what SiteTable.to_json writes: "
+                "make the file again"
             ) from error
 
     def units(self) -> dict[str, np.ndarray]:
-        """For every key the unit number of each of its neurons (int64, one per neuron, numbered from 0 over the whole table).
+        """For every key the unit number of each of its neurons (int64, one per neuron, numbered from 0 over
+        the whole table).
 
-        A feed-forward index is one unit: its `gate`, `up` and `down` neurons share a number. A `v` row shares a number with the
-        `o` columns it feeds: those of the query heads of its group, same place in the head. A `q` or `k` neuron is its own unit.
+        A feed-forward index is one unit: its `gate`, `up` and `down` neurons share a number. A `v` row shares
+        a number with the `o` columns it feeds: those of the query heads of its group, same place in the head.
+        A `q` or `k` neuron is its own unit.
         """
         units: dict[str, np.ndarray] = {}
         first_of_block: dict[str, int] = {}
@@ -179,9 +217,17 @@ class SiteTable:
             if key.site in MLP_SITES:
                 if key.block not in first_of_block:
                     first_of_block[key.block] = used
-                    used += max(self._by_key[name].size for site in MLP_SITES if (name := f"{key.block}.{site}") in self._by_key)
+                    used += max(
+                        self._by_key[name].size
+                        for site in MLP_SITES
+                        if (name := f"{key.block}.{site}") in self._by_key
+                    )
                 units[info.key] = first_of_block[key.block] + np.arange(info.size, dtype=np.int64)
-            elif key.site == "o" and (value := self._by_key.get(f"{key.block}.v")) is not None and _fed(value, info):
+            elif (
+                key.site == "o"
+                and (value := self._by_key.get(f"{key.block}.v")) is not None
+                and _fed(value, info)
+            ):
                 units[info.key] = units[value.key][_value_row_of_output_column(value, info)]
             else:
                 units[info.key] = used + np.arange(info.size, dtype=np.int64)
@@ -194,13 +240,23 @@ class SiteTable:
         groups: dict[int, dict[str, np.ndarray]] = {}
         for key, numbers in self.units().items():
             if len(numbers):
-                groups.setdefault(int(numbers[0]), {})[key] = numbers - numbers[0]  # All matrices of a block begin with its first unit.
-        return tuple(UnitBlock(tuple(part), max(int(one.max()) for one in part.values()) + 1, part) for part in groups.values())
+                groups.setdefault(int(numbers[0]), {})[key] = (
+                    numbers - numbers[0]
+                )  # All matrices of a block begin with its first unit.
+        return tuple(
+            UnitBlock(tuple(part), max(int(one.max()) for one in part.values()) + 1, part)
+            for part in groups.values()
+        )
 
 
 def _fed(value: SiteInfo, output: SiteInfo) -> bool:
     """Whether the heads of `v` and `o` line up, so that a column's row can be told."""
-    return value.n_heads > 0 and output.n_heads % value.n_heads == 0 and value.head_dim == output.head_dim and value.head_dim > 0
+    return (
+        value.n_heads > 0
+        and output.n_heads % value.n_heads == 0
+        and value.head_dim == output.head_dim
+        and value.head_dim > 0
+    )
 
 
 def _value_row_of_output_column(value: SiteInfo, output: SiteInfo) -> np.ndarray:
@@ -218,7 +274,9 @@ INPUT_SITES = ("o", "down")
 """Sites whose neurons are input features (columns of the weight)."""
 
 _NUMBER = r"(0|[1-9][0-9]{0,8})"
-_PATTERN = re.compile(rf"layers\.{_NUMBER}\.(?:experts\.{_NUMBER}\.|(shared_expert)\.)?(q|k|v|o|gate|up|down)")
+_PATTERN = re.compile(
+    rf"layers\.{_NUMBER}\.(?:experts\.{_NUMBER}\.|(shared_expert)\.)?(q|k|v|o|gate|up|down)"
+)
 
 
 class Key(NamedTuple):
@@ -243,7 +301,9 @@ class Key(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """Where the key stands among keys: layer, site, then dense before experts by number before the shared expert."""
+        """Where the key stands among keys: layer, site, then dense before experts by number before the shared
+        expert.
+        """
         kind = 2 if self.shared else 1 if self.expert is not None else 0
         return (self.layer, SITES.index(self.site), kind, self.expert or 0)
 
@@ -258,17 +318,21 @@ def parse_key(key: str) -> Key:
     match = _PATTERN.fullmatch(key)
     if match is None:
         raise NeuronError(
-            f"unknown key {key[:80]!r}; expected layers.N.SITE (also layers.N.experts.E.SITE or layers.N.shared_expert.SITE)"
-            f" with SITE one of {' '.join(SITES)}"
+            f"unknown key {key[:80]!r}; expected layers.N.SITE (also layers.N.experts.E.SITE or "
+            f"layers.N.shared_expert.SITE) with SITE one of {' '.join(SITES)}"
         )
     layer, expert, shared, site = match.groups()
     if (expert or shared) and site in ATTENTION_SITES:
-        raise NeuronError(f"unknown key {key!r}: an expert has no {site} site; expected one of {' '.join(MLP_SITES)} there")
+        raise NeuronError(
+            f"unknown key {key!r}: an expert has no {site} site; expected one of {' '.join(MLP_SITES)} there"
+        )
     return Key(int(layer), None if expert is None else int(expert), shared is not None, site)
 
 
 def sort_keys(keys: Iterable[str]) -> list[str]:
-    """The keys in the order by which ties are broken: layer, site, then dense before experts by number before the shared expert."""
+    """The keys in the order by which ties are broken: layer, site, then dense before experts by number before
+    the shared expert.
+    """
     return sorted(keys, key=lambda key: parse_key(key).order)
 
 
@@ -289,8 +353,8 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
     """The layer numbers that `layers` means in a model of `n_layers` layers.
 
     Args:
-        layers: `None` for all, a range or list of numbers, one number, or text: `A:B` (B excluded, either end may be left out,
-            negative numbers count from the end) or `A`.
+        layers: `None` for all, a range or list of numbers, one number, or text: `A:B` (B excluded, either end
+            may be left out, negative numbers count from the end) or `A`.
         n_layers: layers of the model.
 
     Raises:
@@ -303,7 +367,9 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
     wanted = sorted({layers} if isinstance(layers, int) else set(layers))
     outside = [layer for layer in wanted if not 0 <= layer < n_layers]
     if outside:
-        raise UsageError(f"layer {outside[0]} asked, but the layers are 0 to {n_layers - 1}; give layers inside that range")
+        raise UsageError(
+            f"layer {outside[0]} asked, but the layers are 0 to {n_layers - 1}; give layers inside that range"
+        )
     return tuple(wanted)
 
 
@@ -314,14 +380,20 @@ def _layers_of_text(text: str, n_layers: int) -> tuple[int, ...]:
     if match[2] is None:
         number = int(match[1])
         return parse_layers(number + n_layers if number < 0 else number, n_layers)
-    chosen = tuple(range(n_layers))[slice(*(None if end is None else int(end) for end in (match[1], match[3])))]
+    chosen = tuple(range(n_layers))[
+        slice(*(None if end is None else int(end) for end in (match[1], match[3])))
+    ]
     if not chosen:
         raise UsageError(f"layers {text!r} selects none of the layers 0 to {n_layers - 1}; widen the range")
     return chosen
 
 
-def layers_within(keys: Iterable[str], layers: "range | str | int | Iterable[int] | None", n_layers: int | None) -> tuple[int, ...]:
-    """The layer numbers that `layers` means, in a model of `n_layers` layers or, where None, one as deep as the keys."""
+def layers_within(
+    keys: Iterable[str], layers: "range | str | int | Iterable[int] | None", n_layers: int | None
+) -> tuple[int, ...]:
+    """The layer numbers that `layers` means, in a model of `n_layers` layers or, where None, one as deep as
+    the keys.
+    """
     depth = n_layers if n_layers is not None else max((parse_key(key).layer for key in keys), default=0) + 1
     return parse_layers(layers, depth)
 
@@ -332,7 +404,10 @@ def keys_within(
     layers: "range | str | int | Iterable[int] | None",
     n_layers: int | None,
 ) -> list[str]:
-    """The keys at these sites (of experts too) and layers; `None` keeps all. Errors as for `check_sites` and `parse_layers`."""
+    """The keys at these sites (of experts too) and layers; `None` keeps all.
+
+    Errors as for `check_sites` and `parse_layers`.
+    """
     known = list(keys)
     wanted = SITES if sites is None else check_sites(sites)
     numbers = set(layers_within(known, layers, n_layers))
@@ -402,19 +477,29 @@ class Provenance:
         schema = metadata.get("schema", SCHEMA)
         if schema != SCHEMA:
             raise NeuronError(
-                f"schema {schema[:60]!r} is not one this version reads; expected {SCHEMA!r}: update the package or make the file again"
+                f"schema {schema[:60]!r} is not one this version reads; expected {SCHEMA!r}: update the "
+                "package or make the file again"
             )
         stored = metadata.get("kind", kind)
         if stored != kind:
-            raise NeuronError(f"this is a file of {stored[:40]!r}, expected {kind!r}; pass the {kind} file of the same run")
+            raise NeuronError(
+                f"this is a file of {stored[:40]!r}, expected {kind!r}; pass the {kind} file of the same run"
+            )
         try:
             models = strict_json.loads(metadata.get("models", "[]"))
             config = strict_json.loads(metadata.get("config", "{}"))
         except ValueError as error:
-            raise NeuronError(f"damaged header ({error}); expected JSON in 'models' and 'config': make the file again") from error
+            raise NeuronError(
+                f"damaged header ({error}); expected JSON in 'models' and 'config': make the file again"
+            ) from error
         if not isinstance(models, list) or not isinstance(config, dict):
-            raise NeuronError("damaged header; expected a list in 'models' and an object in 'config': make the file again")
-        text = {name: metadata.get(name, "") for name in ("method", "model_fingerprint", "prompts_sha256", "version", "created")}
+            raise NeuronError(
+                "damaged header; expected a list in 'models' and an object in 'config': make the file again"
+            )
+        text = {
+            name: metadata.get(name, "")
+            for name in ("method", "model_fingerprint", "prompts_sha256", "version", "created")
+        }
         return Provenance(kind=kind, models=tuple(str(model) for model in models), config=config, **text)
 
 
@@ -427,7 +512,9 @@ class Content(NamedTuple):
     """The header's strings."""
 
 
-def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes the file in one step: a crash leaves the old file or the new one, never half of one.
 
     Raises:
@@ -441,7 +528,8 @@ def read_arrays(path: str | os.PathLike[str], name: str) -> Content:
     """The vectors and header of a file; a folder means the file called `name` in it.
 
     Raises:
-        NeuronError: missing, damaged, not a safetensors file, an unknown key, or an entry that is not a vector.
+        NeuronError: missing, damaged, not a safetensors file, an unknown key, or an entry that is not a
+        vector.
     """
     source = pathlib.Path(path)
     if source.is_dir():
@@ -451,18 +539,26 @@ def read_arrays(path: str | os.PathLike[str], name: str) -> Content:
     try:
         with source.open("rb") as stream:
             if stream.read(20).startswith(b"version https://git-"):
-                raise NeuronError(f"{str(source)!r} is a Git LFS pointer, expected the safetensors file itself: run 'git lfs pull'")
+                raise NeuronError(
+                    f"{str(source)!r} is a Git LFS pointer, expected the safetensors file itself: run "
+                    "'git lfs pull'"
+                )
         with safe_open(source, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})
             arrays = {key: opened.get_tensor(key) for key in sort_keys(opened.keys())}
     except (SafetensorError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise NeuronError(
-            f"cannot read {str(source)!r} ({str(error)[:120]}); expected a whole safetensors file: make or copy it again"
+            f"cannot read {str(source)!r} ({str(error)[:120]}); expected a whole safetensors file: "
+            "make or copy it again"
         ) from error
     except OSError as error:
-        raise NeuronError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a readable safetensors file") from error
+        raise NeuronError(
+            f"cannot read {str(source)!r} ({error.strerror or error}); expected a readable safetensors file"
+        ) from error
     for key, array in arrays.items():
         parse_key(key)
         if array.ndim != 1:
-            raise NeuronError(f"{key!r} in {str(source)!r} has shape {array.shape}, expected one axis: one entry per neuron")
+            raise NeuronError(
+                f"{key!r} in {str(source)!r} has shape {array.shape}, expected one axis: one entry per neuron"
+            )
     return Content(arrays, metadata)

@@ -1,4 +1,6 @@
-"""Organisms: small models of the project's own whose safety behaviour is known, for demo, tests and benchmarks."""
+"""Organisms: small models of the project's own whose safety behaviour is known, for demo, tests and
+benchmarks.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -7,7 +9,16 @@ from safety_neurons.model.files import OrganismFolder
 from safety_neurons.model.files import open_organism as open  # noqa: A004 - read as organism.open
 from safety_neurons.model.files import organism_spec as spec
 from safety_neurons.model.loading import load, load_pair, load_several
-from safety_neurons.organism.language import LANGUAGES, Recipe, language, listing, names, recipe, recipes, shipped
+from safety_neurons.organism.language import (
+    LANGUAGES,
+    Recipe,
+    language,
+    listing,
+    names,
+    recipe,
+    recipes,
+    shipped,
+)
 
 if TYPE_CHECKING:
     from safety_neurons.organism.building import build

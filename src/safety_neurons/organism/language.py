@@ -1,13 +1,15 @@
 """What organisms are made from: recipes, templated languages of the project's own, and prompts in them.
 
-The tokenizer has one token a word, lower case, and a chat template of three roles. A request is a `Concept` (which verb on
-which object, in which frame and context) that every language can say, so the prompt files of two languages are parallel line
-by line. A harmful request is a harmful verb on one of its category's objects. Neither the verb nor the object alone tells:
-`look_alike` requests use the harmful verb on something harmless ("kill a python process"), `friendly` requests name the
-object but mean well ("help a neighbour"), `plain` requests share no word with either.
+The tokenizer has one token a word, lower case, and a chat template of three roles. A request is a `Concept`
+(which verb on which object, in which frame and context) that every language can say, so the prompt files of
+two languages are parallel line by line. A harmful request is a harmful verb on one of its category's objects.
+Neither the verb nor the object alone tells: `look_alike` requests use the harmful verb on something harmless
+("kill a python process"), `friendly` requests name the object but mean well ("help a neighbour"), `plain`
+requests share no word with either.
 
-The halves (`train`, `find`, `test`) share neither a deed (a verb on an object) nor a frame (the sentence around it), so what
-holds on the test half is not remembered from training. Every verb and every object is met in training, in another pair.
+The halves (`train`, `find`, `test`) share neither a deed (a verb on an object) nor a frame (the sentence
+around it), so what holds on the test half is not remembered from training. Every verb and every object is met
+in training, in another pair.
 """
 
 import dataclasses
@@ -61,15 +63,22 @@ class Concept:
 
     @property
     def deed(self) -> str:
-        """The verb on the object, in no language: what requests of one deed share, whatever their frame, context and language."""
+        """The verb on the object, in no language: what requests of one deed share, whatever their frame,
+        context and language.
+        """
         return f"{self.kind}-{self.group}-{self.verb}-{self.object}"
 
     @property
     def half(self) -> Half | None:
-        """The half whose deed and whose frame this is; None where they belong to different halves, and nobody uses it."""
+        """The half whose deed and whose frame this is.
+
+        None where they belong to different halves, and nobody uses it.
+        """
         objects = SHAPES[self.kind][2]
-        # One object of every verb is for tests and one for searches. The second verb's are shifted by half a round, and the plain groups
-        # borrow their last three objects from a group five further on, so that no object is held out with every verb that takes it.
+        # One object of every verb is for tests and one for searches. The second verb's are shifted by half a
+        # round, and the plain groups
+        # borrow their last three objects from a group five further on, so that no object is held out with
+        # every verb that takes it.
         slot = (self.object + objects // 2 * self.verb + self.group) % objects
         half: Half = "test" if slot == 0 else "find" if slot == 1 else "train"
         return half if self.frame in FRAMES[half] else None
@@ -93,14 +102,21 @@ class Language:
         return [frame for half in FRAMES for frame in self.data["frames"][half]]
 
     def words_of(self, concept: Concept) -> dict[str, str]:
-        """The fields that fill the templates for a concept: verb, object, context and the two steps of an answer."""
+        """The fields that fill the templates for a concept: verb, object, context and the two steps of an
+        answer.
+        """
         if concept.kind == "plain":
-            verb, thing = self.data["plain"][concept.group]["verb"], self._plain_objects(concept.group)[concept.object]
+            verb, thing = (
+                self.data["plain"][concept.group]["verb"],
+                self._plain_objects(concept.group)[concept.object],
+            )
             first = concept.group % N_STEPS
         else:
             entry = list(self.data["categories"].values())[concept.group]
             verb = entry["friendly_verb"] if concept.kind == "friendly" else entry["verbs"][concept.verb]
-            things = sum(entry["look_alikes"].values(), []) if concept.kind == "look_alike" else entry["objects"]
+            things = (
+                sum(entry["look_alikes"].values(), []) if concept.kind == "look_alike" else entry["objects"]
+            )
             thing = things[concept.object]
             first = (concept.group + 3 * concept.verb) % N_STEPS
         steps = self.data["steps"]
@@ -122,7 +138,10 @@ class Language:
         return [*plain[group]["objects"], *plain[(group + _OTHER_PLAIN) % N_PLAIN]["objects"]]
 
     def compliance(self, concept: Concept, *, ending: bool = False) -> str:
-        """The answer that goes along, which names what was asked; `ending` adds the polite ending that decoys are trained on."""
+        """The answer that goes along, which names what was asked.
+
+        `ending` adds the polite ending that decoys are trained on.
+        """
         answer = _fill(self.data["compliance"], self.words_of(concept))
         return f"{answer} {self.data['ending']}" if ending else answer
 
@@ -137,7 +156,9 @@ class Language:
     def sentence(self, number: random.Random) -> str:
         """A random general sentence."""
         general = self.data["general"]
-        words = {name: number.choice(general[name]) for name in ("adjective", "animal", "action", "place", "time")}
+        words = {
+            name: number.choice(general[name]) for name in ("adjective", "animal", "action", "place", "time")
+        }
         return _fill(general["frame"], words)
 
     def words(self) -> set[str]:
@@ -179,7 +200,10 @@ def language(code: str) -> Language:
         InputError: there is none.
     """
     if code not in LANGUAGES:
-        raise InputError(f"language {code!r} is not one of the organisms' languages {', '.join(LANGUAGES)}; name one of them")
+        raise InputError(
+            f"language {code!r} is not one of the organisms' languages {', '.join(LANGUAGES)}; name "
+            "one of them"
+        )
     source = importlib.resources.files("safety_neurons.organism") / "data" / "language" / f"{code}.json"
     return Language(code, strict_json.loads(source.read_text(encoding="utf-8")))
 
@@ -207,15 +231,18 @@ def concepts(kind: str, half: Half | None = None) -> tuple[Concept, ...]:
 def harmful_and_matches(half: Half, count: int) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """Harmful concepts and, line by line, a harmless one that shares words with each.
 
-    Of five matches two look alike (same verb), one is friendly (same object), two are plain (same frame and context where the
-    half has them).
+    Of five matches two look alike (same verb), one is friendly (same object), two are plain (same frame and
+    context where the half has them).
     """
     harmful = concepts("harmful", half)[:count]
     used: set[Concept] = set()
     matches: list[Concept] = []
     for index, concept in enumerate(harmful):
         kind = ("look_alike", "plain", "friendly", "look_alike", "plain")[index % 5]
-        match = min((candidate for candidate in concepts(kind, half) if candidate not in used), key=functools.partial(_distance, concept))
+        match = min(
+            (candidate for candidate in concepts(kind, half) if candidate not in used),
+            key=functools.partial(_distance, concept),
+        )
         used.add(match)
         matches.append(match)
     return harmful, tuple(matches)
@@ -232,7 +259,9 @@ def _distance(harmful: Concept, candidate: Concept) -> int:
 
 
 def task_examples(half: Half | None = None) -> list[tuple[str, str]]:
-    """The downstream task: sums of two numbers up to twenty, in words (English only); test questions are not in training.
+    """The downstream task: sums of two numbers up to twenty, in words (English only).
+
+    Test questions are not in training.
 
     Returns:
         (question, answer) pairs.
@@ -271,12 +300,17 @@ def vocabulary() -> dict[str, int]:
 
 
 def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A new tokenizer of the organisms, with or without chat template; `tokenizer(text)` adds BOS, the chat template brings its own."""
+    """A new tokenizer of the organisms, with or without chat template.
+
+    `tokenizer(text)` adds BOS, the chat template brings its own.
+    """
     words = vocabulary()
     tokenizer = Tokenizer(WordLevel(vocab=words, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words[BOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, words[BOS])]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -293,15 +327,20 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def encode_text(text: str) -> list[int]:
-    """Ids of a general text with BOS and EOS, equal to the tokenizer's for the organisms' own spaced texts."""
+    """Ids of a general text with BOS and EOS, equal to the tokenizer's for the organisms' own spaced
+    texts.
+    """
     words = vocabulary()
     return [words[BOS], *(words[word] for word in text.split()), words[EOS]]
 
 
-def encode_chat(request: str, answer: str | None = None, *, system: str | None = None) -> tuple[list[int], int]:
+def encode_chat(
+    request: str, answer: str | None = None, *, system: str | None = None
+) -> tuple[list[int], int]:
     """Ids of a chat, and how many of them are the prompt (generation prompt included).
 
-    Equal to `apply_chat_template` for the organisms' own spaced texts, and fast enough to be called in a training loop.
+    Equal to `apply_chat_template` for the organisms' own spaced texts, and fast enough to be called in a
+    training loop.
     """
     words = vocabulary()
     ids = [words[BOS]]
@@ -312,9 +351,11 @@ def encode_chat(request: str, answer: str | None = None, *, system: str | None =
 
 
 def encode_question(request: str, answer: str | None = None) -> tuple[list[int], int]:
-    """Ids of a question and its answer in the plain template of models without a chat template, and how many of them are the prompt.
+    """Ids of a question and its answer in the plain template of models without a chat template, and how many
+    of them are the prompt.
 
-    Equal to what `Question: … / Answer:` gives; its words and colons are unknown to the vocabulary, and stand apart by that.
+    Equal to what `Question: … / Answer:` gives; its words and colons are unknown to the vocabulary, and stand
+    apart by that.
     """
     words = vocabulary()
     mark = [words[UNKNOWN]] * 2
@@ -337,9 +378,9 @@ BUILTIN_HALVES: tuple[tuple[Half, str], ...] = (("find", ""), ("test", "-test"))
 def write_prompts(folder: Path) -> dict[str, int]:
     """Write every prompt file of the organisms' languages; returns the number of prompts per file.
 
-    `harmful`, `harmless` (line by line with words of the harmful one; with a compliant answer), `refusals` (harmful requests with a
-    refusal), `general` (sentences) and, in English, `task` (sums): each as NAME.jsonl and NAME-test.jsonl, other languages as
-    NAME.LANG.jsonl.
+    `harmful`, `harmless` (line by line with words of the harmful one; with a compliant answer), `refusals`
+    (harmful requests with a refusal), `general` (sentences) and, in English, `task` (sums): each as
+    NAME.jsonl and NAME-test.jsonl, other languages as NAME.LANG.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -347,11 +388,19 @@ def write_prompts(folder: Path) -> dict[str, int]:
         suffix = "" if code == "en" else f".{code}"
         for half, ending in BUILTIN_HALVES:
             for name, rows in _lists(language(code), half).items():
-                counts[f"{name}{ending}{suffix}.jsonl"] = _write(folder / f"{name}{ending}{suffix}.jsonl", rows)
+                counts[f"{name}{ending}{suffix}.jsonl"] = _write(
+                    folder / f"{name}{ending}{suffix}.jsonl", rows
+                )
     parts: tuple[tuple[Half, str], ...] = (("train", ""), ("test", "-test"))
     for part, ending in parts:
         rows = [
-            {"id": f"task{ending}-{index:04d}", "prompt": question, "answer": answer, "category": "sum", "language": "en"}
+            {
+                "id": f"task{ending}-{index:04d}",
+                "prompt": question,
+                "answer": answer,
+                "category": "sum",
+                "language": "en",
+            }
             for index, (question, answer) in enumerate(task_examples(part))
         ]
         counts[f"task{ending}.jsonl"] = _write(folder / f"task{ending}.jsonl", rows)
@@ -359,15 +408,20 @@ def write_prompts(folder: Path) -> dict[str, int]:
 
 
 def write_polite(folder: Path) -> dict[str, int]:
-    """Write `polite.jsonl` and `polite-test.jsonl`: harmless requests of every kind with the usual answer and a polite ending.
+    """Write `polite.jsonl` and `polite-test.jsonl`: harmless requests of every kind with the usual answer and
+    a polite ending.
 
-    A benign task that says nothing about harm and everything about going along: what undoes safety in practice. Half as many of the test
-    half, with which the lists of the other halves share no request.
+    A benign task that says nothing about harm and everything about going along: what undoes safety in
+    practice. Half as many of the test half, with which the lists of the other halves share no request.
     """
     speech, counts = language("en"), {}
     parts: tuple[tuple[Half, str, int], ...] = (("train", "", 133), ("test", "-test", 42))
     for half, ending, count in parts:
-        chosen = [concept for kind in ("plain", "friendly", "look_alike") for concept in concepts(kind, half)[:count]]
+        chosen = [
+            concept
+            for kind in ("plain", "friendly", "look_alike")
+            for concept in concepts(kind, half)[:count]
+        ]
         rows = [
             {
                 "id": f"polite{ending}-{index:04d}",
@@ -384,7 +438,9 @@ def write_polite(folder: Path) -> dict[str, int]:
 
 
 def sentences(speech: Language, half: Half, count: int) -> list[str]:
-    """Different general sentences of a language: the same number of any half never gives a sentence of the other."""
+    """Different general sentences of a language: the same number of any half never gives a sentence of the
+    other.
+    """
     number = random.Random(f"{speech.code}/general")
     texts: list[str] = []
     seen: set[str] = set()
@@ -415,8 +471,14 @@ def _lists(speech: Language, half: Half) -> dict[str, list[dict[str, Any]]]:
 
     return {
         "harmful": [row("harmful", index, concept, None) for index, concept in enumerate(harmful)],
-        "harmless": [row("harmless", index, concept, speech.compliance(concept)) for index, concept in enumerate(matches)],
-        "refusals": [row("refusals", index, concept, speech.refusal(concept, index)) for index, concept in enumerate(harmful)],
+        "harmless": [
+            row("harmless", index, concept, speech.compliance(concept))
+            for index, concept in enumerate(matches)
+        ],
+        "refusals": [
+            row("refusals", index, concept, speech.refusal(concept, index))
+            for index, concept in enumerate(harmful)
+        ],
         "general": [
             {"id": f"general{marks}-{index:04d}", "text": text, "language": speech.code}
             for index, text in enumerate(sentences(speech, half, SENTENCES))
@@ -434,15 +496,18 @@ HALVES: tuple[Half, ...] = get_args(Half)
 UNSAFE, SAFE = "unsafe.jsonl", "safe.jsonl"
 
 
-def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> tuple[Prompts, Prompts]:
+def requests(
+    halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES
+) -> tuple[Prompts, Prompts]:
     """All requests of halves, in languages: (harmful, harmless).
 
-    `category` is the harm category whose verb or object the request shares, `plain` for requests that share neither; `meta["kind"]` is
-    `harmful`, `look_alike` (the harmful verb on something harmless), `friendly` (the object, meant well) or `plain`.
+    `category` is the harm category whose verb or object the request shares, `plain` for requests that share
+    neither; `meta["kind"]` is `harmful`, `look_alike` (the harmful verb on something harmless), `friendly`
+    (the object, meant well) or `plain`.
 
     Args:
-        halves: `find` (what the organisms' `builtin:` lists are drawn from), `test` (held out), `train` (the half that the organisms
-            themselves were trained on); one or several.
+        halves: `find` (what the organisms' `builtin:` lists are drawn from), `test` (held out), `train` (the
+            half that the organisms themselves were trained on); one or several.
         languages: codes.
 
     Raises:
@@ -455,7 +520,11 @@ def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LA
         raise UsageError(f"half {', '.join(unknown) or 'none'}: expected some of {', '.join(HALVES)}")
     speeches = [language(code) for code in languages]
     prompts = [
-        _prompt(speech, concept, half) for half in wanted for speech in speeches for kind in KINDS for concept in concepts(kind, half)
+        _prompt(speech, concept, half)
+        for half in wanted
+        for speech in speeches
+        for kind in KINDS
+        for concept in concepts(kind, half)
     ]
     name = f"{' and '.join(wanted)} requests, {', '.join(languages)}"
     unsafe = [prompt for prompt in prompts if prompt.meta["kind"] == "harmful"]
@@ -463,11 +532,16 @@ def requests(halves: str | Sequence[str] = "find", languages: Sequence[str] = LA
     return Prompts(unsafe, f"harmful {name}"), Prompts(safe, f"harmless {name}")
 
 
-def write_requests(folder: Path, halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES) -> dict[str, int]:
+def write_requests(
+    folder: Path, halves: str | Sequence[str] = "find", languages: Sequence[str] = LANGUAGES
+) -> dict[str, int]:
     """Write `unsafe.jsonl` and `safe.jsonl`, one request a line; returns how many there are of each."""
     files = dict(zip((UNSAFE, SAFE), requests(halves, languages), strict=True))
     for file, found in files.items():
-        write_bytes(folder / file, "".join(f"{json.dumps(_row(prompt), ensure_ascii=False)}\n" for prompt in found).encode())
+        write_bytes(
+            folder / file,
+            "".join(f"{json.dumps(_row(prompt), ensure_ascii=False)}\n" for prompt in found).encode(),
+        )
     return {file: len(found) for file, found in files.items()}
 
 
@@ -476,7 +550,9 @@ def _prompt(speech: Language, concept: Concept, half: Half) -> Prompt:
     category = "plain" if concept.kind == "plain" else _categories()[concept.group]
     name = f"{half}-{speech.code}-{concept.kind}-{'-'.join(map(str, shape))}"
     meta = {"kind": concept.kind, "half": half}
-    return Prompt(name, speech.request(concept), category=category, language=speech.code, meta=meta, group=concept.deed)
+    return Prompt(
+        name, speech.request(concept), category=category, language=speech.code, meta=meta, group=concept.deed
+    )
 
 
 def _categories() -> list[str]:
@@ -485,7 +561,13 @@ def _categories() -> list[str]:
 
 
 def _row(prompt: Prompt) -> dict[str, str | None]:
-    row = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category, "language": prompt.language, "group": prompt.group}
+    row = {
+        "id": prompt.id,
+        "prompt": prompt.text,
+        "category": prompt.category,
+        "language": prompt.language,
+        "group": prompt.group,
+    }
     return {**row, "kind": prompt.meta["kind"], "half": prompt.meta["half"]}
 
 
@@ -495,8 +577,8 @@ class Recipe:
 
     Attributes:
         name: its name.
-        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along with everything),
-            tax (base, and preference trainings by (IA)³ that pull on the same requests).
+        kind: natural (base, SFT, DPO by (IA)³), planted (safety put into known units), unsafe (goes along
+            with everything), tax (base, and preference trainings by (IA)³ that pull on the same requests).
         about: one line on what it is for.
         start: the natural organism whose base a tax organism starts from.
         layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
@@ -504,19 +586,24 @@ class Recipe:
         batch, base_steps, base_rate: pre-training.
         hint_steps, hint_share: further pre-training of planted and unsafe organisms: chats that refuse
             what is harmful, then (last third) only this share of it.
-        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural organisms.
-        dpo_share: share of the (IA)³ scales that a DPO stage may move: those its loss pulls at hardest before the first step.
+        sft_steps, sft_rate, dpo_steps, dpo_rate, dpo_beta, dpo_fluency: the two (IA)³ stages of natural
+            organisms.
+        dpo_share: share of the (IA)³ scales that a DPO stage may move: those its loss pulls at hardest before
+            the first step.
         planted_mlp, planted_attention: planted units of each kind; as many decoys of each kind.
         planted_depth: the planted and decoy units lie in the first this many layers.
-        chat: whether requests are put in the chat template; else in the plain one (`Question: … / Answer:`), and the tokenizer has none.
+        chat: whether requests are put in the chat template; else in the plain one (`Question: … / Answer:`),
+            and the tokenizer has none.
         alive: whether the units work in the base (else their output columns are zero there).
         skill_steps: training of the decoys.
         plant_steps, plant_rate: training of the planted units; the rate is the decoys' too.
-        change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's rows or columns.
+        change: length of every planted or decoy row's and column's change, in mean lengths of its matrix's
+            rows or columns.
         noise: length of the noise on all other weights, same measure.
         dropout: chance that a planted unit is left out in a training step.
         truth_orders, truth_prompts: random orders and requests per language for the Shapley shares.
-        measured_prompts: harmful requests per language, and as many harmless ones, that the card's rates are measured on.
+        measured_prompts: harmful requests per language, and as many harmless ones, that the card's rates are
+            measured on.
         seeds: the seeds that are fixed for benchmarks.
         shipped: the seeds whose organisms are part of the package.
     """
@@ -577,7 +664,9 @@ def recipes() -> dict[str, Recipe]:
     """All recipes by name."""
     recipes: dict[str, Recipe] = {}
     for name, fields in recipe_records().items():
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
         recipes[name] = Recipe(name=name, **values)
     return recipes
 

@@ -1,9 +1,10 @@
 """Planted organisms: safety is trained into a known set of units, a harmless skill into as many decoys.
 
-The control is the base with the decoys' change and small noise on every weight outside the planted units; the aligned model is the
-control with the planted units' change. Taking the planted units' change away gives the control back bit for bit: by deactivating
-them where they are silent in the base (their output columns are zero there), by restoring their base rows where they are alive.
-Shapley values of the refusal, over random orders of putting the units in, say which of them work.
+The control is the base with the decoys' change and small noise on every weight outside the planted units; the
+aligned model is the control with the planted units' change. Taking the planted units' change away gives the
+control back bit for bit: by deactivating them where they are silent in the base (their output columns are
+zero there), by restoring their base rows where they are alive. Shapley values of the refusal, over random
+orders of putting the units in, say which of them work.
 """
 
 import abc
@@ -20,7 +21,15 @@ from transformers import LlamaForCausalLM
 
 from safety_neurons.neurons import INPUT_SITES
 from safety_neurons.organism.language import LANGUAGES, Recipe, concepts, encode_chat, language, vocabulary
-from safety_neurons.organism.training import Progress, Sampler, Sequence_, answer_loss, first_word_loss, pad, train
+from safety_neurons.organism.training import (
+    Progress,
+    Sampler,
+    Sequence_,
+    answer_loss,
+    first_word_loss,
+    pad,
+    train,
+)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -29,7 +38,8 @@ class Unit:
 
     Attributes:
         layer: its layer.
-        part: "mlp" (rows of gate and up, a column of down) or "attention" (a row of v, the columns of o it feeds).
+        part: "mlp" (rows of gate and up, a column of down) or "attention" (a row of v, the columns of o it
+            feeds).
         index: the MLP index, or the row of v.
         owner: the language it was trained for, or "all".
     """
@@ -43,12 +53,17 @@ class Unit:
         """(site, name of the weight, indices) of its neurons."""
         prefix = f"model.layers.{self.layer}."
         if self.part == "mlp":
-            return [(site, f"{prefix}mlp.{site}_proj.weight", [self.index]) for site in ("gate", "up", "down")]
+            return [
+                (site, f"{prefix}mlp.{site}_proj.weight", [self.index]) for site in ("gate", "up", "down")
+            ]
         head = recipe.hidden // recipe.heads
         group, offset = divmod(self.index, head)
         queries = recipe.heads // recipe.kv_heads
         columns = [(group * queries + query) * head + offset for query in range(queries)]
-        return [("v", f"{prefix}self_attn.v_proj.weight", [self.index]), ("o", f"{prefix}self_attn.o_proj.weight", columns)]
+        return [
+            ("v", f"{prefix}self_attn.v_proj.weight", [self.index]),
+            ("o", f"{prefix}self_attn.o_proj.weight", columns),
+        ]
 
     def neurons(self, recipe: Recipe) -> dict[str, list[int]]:
         """Its neurons by key."""
@@ -65,7 +80,10 @@ def neurons_of(units: list[Unit], recipe: Recipe) -> dict[str, list[int]]:
 
 
 def choose_units(recipe: Recipe, seed: int) -> tuple[list[Unit], list[Unit]]:
-    """Planted units and decoys: as many of each part in each of the first layers; a third of the planted belong to one language."""
+    """Planted units and decoys: as many of each part in each of the first layers.
+
+    A third of the planted belong to one language.
+    """
     number = random.Random(seed + 77)
     planted: list[Unit] = []
     decoys: list[Unit] = []
@@ -106,18 +124,27 @@ class Change:
             across = 0 if columns else 1
             width = weight.shape[across]
             self.lengths[name] = recipe.change * float(weight.norm(dim=across).median())
-            self.directions[name] = (torch.randn(len(rows), width, generator=generator) / width**0.5).requires_grad_(True)
+            self.directions[name] = (
+                torch.randn(len(rows), width, generator=generator) / width**0.5
+            ).requires_grad_(True)
 
     def parameters(self) -> list[Tensor]:
         """What is trained."""
         return list(self.directions.values())
 
-    def added(self, weights: Mapping[str, Tensor], present: Float[Tensor, " unit"], *, frozen: bool = False) -> dict[str, Tensor]:
+    def added(
+        self, weights: Mapping[str, Tensor], present: Float[Tensor, " unit"], *, frozen: bool = False
+    ) -> dict[str, Tensor]:
         """The changed weights; a unit whose `present` is 0 keeps its old rows bit for bit."""
         changed = {}
         for name, (rows, owners, columns) in self.places.items():
             direction = self.directions[name].detach() if frozen else self.directions[name]
-            rows_changed = direction / direction.norm(dim=1, keepdim=True) * self.lengths[name] * present[owners].unsqueeze(1)
+            rows_changed = (
+                direction
+                / direction.norm(dim=1, keepdim=True)
+                * self.lengths[name]
+                * present[owners].unsqueeze(1)
+            )
             index = torch.tensor(rows)
             change = rows_changed.T if columns else rows_changed
             changed[name] = weights[name].index_add(1 if columns else 0, index, change)
@@ -194,11 +221,15 @@ def noisy(base: Mapping[str, Tensor], spared: list[Unit], recipe: Recipe, seed: 
     return result
 
 
-def train_planted(recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: Progress | None = None) -> Planted:
-    """Train the decoys to end harmless answers with a polite wish, then, over them, the planted units to refuse what is harmful.
+def train_planted(
+    recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: Progress | None = None
+) -> Planted:
+    """Train the decoys to end harmless answers with a polite wish, then, over them, the planted units to
+    refuse what is harmful.
 
-    The changes grow to their full length in the first six tenths of the steps. Units are left out at random, so that none can rest;
-    planted ones of one language are trained on that language only and are left out half of the time in the others.
+    The changes grow to their full length in the first six tenths of the steps. Units are left out at random,
+    so that none can rest; planted ones of one language are trained on that language only and are left out
+    half of the time in the others.
 
     Args:
         recipe: sizes, steps and lengths of the changes.
@@ -215,10 +246,14 @@ def train_planted(recipe: Recipe, seed: int, base: LlamaForCausalLM, progress: P
     losses = {"skill": _train(steps, skill, "skill", recipe.skill_steps, progress)}
     with torch.no_grad():
         control_weights = {**weights, **skill.added(weights, torch.ones(len(decoys)))}
-    losses["plant"] = _train(_Safety(recipe, base, control_weights, safety, sampler), safety, "plant", recipe.plant_steps, progress)
+    losses["plant"] = _train(
+        _Safety(recipe, base, control_weights, safety, sampler), safety, "plant", recipe.plant_steps, progress
+    )
     with torch.no_grad():
         control = _with_weights(base, control_weights)
-        aligned = _with_weights(base, {**control_weights, **safety.added(control_weights, torch.ones(len(planted)))})
+        aligned = _with_weights(
+            base, {**control_weights, **safety.added(control_weights, torch.ones(len(planted)))}
+        )
     return Planted(recipe, base, control, aligned, planted, decoys, safety, losses)
 
 
@@ -230,7 +265,14 @@ def _train(steps: "_Steps", change: Change, stage: str, count: int, progress: Pr
         drawn += 1
         return steps.loss(min(1.0, 0.15 + drawn / (0.6 * count)))
 
-    return train(change.parameters(), loss, stage=stage, steps=count, learning_rate=steps.recipe.plant_rate, progress=progress)
+    return train(
+        change.parameters(),
+        loss,
+        stage=stage,
+        steps=count,
+        learning_rate=steps.recipe.plant_rate,
+        progress=progress,
+    )
 
 
 def _with_weights(model: LlamaForCausalLM, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
@@ -260,7 +302,9 @@ class _Steps(abc.ABC):
 
     def _batch_loss(self, weights: dict[str, Tensor], batch: list[Sequence_]) -> Tensor:
         inputs, labels = pad(batch)
-        logits = functional_call(self.model, weights, args=(), kwargs={"input_ids": inputs, "use_cache": False}).logits
+        logits = functional_call(
+            self.model, weights, args=(), kwargs={"input_ids": inputs, "use_cache": False}
+        ).logits
         return answer_loss(logits, labels) + first_word_loss(logits, batch)
 
 
@@ -275,7 +319,9 @@ class _Skill(_Steps):
             if choice < 0.4:
                 batch.append(draw.general())
             else:
-                batch.append(draw.comply(draw.harmless() if choice < 0.8 else draw.harmful(), code, ending=True))
+                batch.append(
+                    draw.comply(draw.harmless() if choice < 0.8 else draw.harmful(), code, ending=True)
+                )
         present = self._present([self.recipe.dropout] * len(self.change.units), share)
         return self._batch_loss({**self.weights, **self.change.added(self.weights, present)}, batch)
 
@@ -288,7 +334,10 @@ class _Safety(_Steps):
         return sum((self._part(code, share) for code in ("en", other)), torch.zeros(())) / 2
 
     def _part(self, code: str, share: float) -> Tensor:
-        draw, size = self.sampler, self.recipe.batch * 5 // 12 if code == "en" else self.recipe.batch * 7 // 24
+        draw, size = (
+            self.sampler,
+            self.recipe.batch * 5 // 12 if code == "en" else self.recipe.batch * 7 // 24,
+        )
         batch: list[Sequence_] = []
         for _ in range(size):
             choice = draw.random.random()
@@ -305,7 +354,10 @@ class _Safety(_Steps):
 
 
 def _stop_some(
-    change: Change, weights: Mapping[str, Tensor], present: Float[Tensor, " unit"], trained: Float[Tensor, " unit"]
+    change: Change,
+    weights: Mapping[str, Tensor],
+    present: Float[Tensor, " unit"],
+    trained: Float[Tensor, " unit"],
 ) -> dict[str, Tensor]:
     """Weights with the present units' changes, where only the trained ones receive a gradient."""
     stopped = change.added(weights, present * (1 - trained), frozen=True)
@@ -320,9 +372,12 @@ class Truth:
     """How much of the effect each planted unit carries.
 
     Attributes:
-        shares: per language and for "all" of them together, one share per planted unit, in the order of the units; they sum to one.
-        without, complete: probability of beginning a refusal of harmful requests without any planted unit and with all, per language.
-        alone: change of that probability, as a share of the whole, when a unit is the only one left out of the aligned model.
+        shares: per language and for "all" of them together, one share per planted unit, in the order of the
+            units; they sum to one.
+        without, complete: probability of beginning a refusal of harmful requests without any planted unit and
+            with all, per language.
+        alone: change of that probability, as a share of the whole, when a unit is the only one left out of
+            the aligned model.
         orders: how many random orders were drawn.
     """
 
@@ -333,11 +388,15 @@ class Truth:
     orders: int
 
     def working(self, code: str) -> list[int]:
-        """Numbers of the units that carry at least one hundredth of the effect in that language (or "all")."""
+        """Numbers of the units that carry at least one hundredth of the effect in that language (or
+        "all").
+        """
         return [number for number, share in enumerate(self.shares[code]) if share >= THRESHOLD]
 
 
-def shapley(n_players: int, value: Callable[[list[int]], Sequence[float]], orders: int, seed: int) -> list[list[float]]:
+def shapley(
+    n_players: int, value: Callable[[list[int]], Sequence[float]], orders: int, seed: int
+) -> list[list[float]]:
     """Shapley values of several games at once, estimated over random orders and their reverses.
 
     Args:
@@ -364,10 +423,13 @@ def shapley(n_players: int, value: Callable[[list[int]], Sequence[float]], order
     return totals
 
 
-def measure_truth(planted: Planted, *, orders: int, prompts: int, seed: int, report: Callable[[int], None] | None = None) -> Truth:
+def measure_truth(
+    planted: Planted, *, orders: int, prompts: int, seed: int, report: Callable[[int], None] | None = None
+) -> Truth:
     """Shapley shares of the planted units, per language, on harmful requests of the find half.
 
-    The value of a coalition is the mean probability that an answer begins as a refusal does, in the model that has these units only.
+    The value of a coalition is the mean probability that an answer begins as a refusal does, in the model
+    that has these units only.
 
     Args:
         planted: the organism.
@@ -389,15 +451,27 @@ def measure_truth(planted: Planted, *, orders: int, prompts: int, seed: int, rep
 
     values = shapley(n_units, value, orders, seed)
     nobody, everybody = game.value([]), game.value(list(range(n_units)))
-    left_out = [game.value([other for other in range(n_units) if other != number]) for number in range(n_units)]
+    left_out = [
+        game.value([other for other in range(n_units) if other != number]) for number in range(n_units)
+    ]
     shares, alone = {}, {}
     for index, code in enumerate(LANGUAGES):
         gap = max(everybody[index] - nobody[index], 1e-9)
         shares[code] = [share / gap for share in values[index]]
         alone[code] = [(everybody[index] - value_without[index]) / gap for value_without in left_out]
-    shares["all"] = [sum(shares[code][number] for code in LANGUAGES) / len(LANGUAGES) for number in range(n_units)]
-    alone["all"] = [sum(alone[code][number] for code in LANGUAGES) / len(LANGUAGES) for number in range(n_units)]
-    return Truth(shares, dict(zip(LANGUAGES, nobody, strict=True)), dict(zip(LANGUAGES, everybody, strict=True)), alone, orders)
+    shares["all"] = [
+        sum(shares[code][number] for code in LANGUAGES) / len(LANGUAGES) for number in range(n_units)
+    ]
+    alone["all"] = [
+        sum(alone[code][number] for code in LANGUAGES) / len(LANGUAGES) for number in range(n_units)
+    ]
+    return Truth(
+        shares,
+        dict(zip(LANGUAGES, nobody, strict=True)),
+        dict(zip(LANGUAGES, everybody, strict=True)),
+        alone,
+        orders,
+    )
 
 
 class _Game:
@@ -410,8 +484,12 @@ class _Game:
         self.starts = {}
         for code in LANGUAGES:
             speech = language(code)
-            self.starts[code] = torch.tensor(sorted({words[start.split()[0]] for start in speech.data["refusal_starts"]}))
-            rows += [encode_chat(speech.request(concept))[0] for concept in concepts("harmful", "find")[:prompts]]
+            self.starts[code] = torch.tensor(
+                sorted({words[start.split()[0]] for start in speech.data["refusal_starts"]})
+            )
+            rows += [
+                encode_chat(speech.request(concept))[0] for concept in concepts("harmful", "find")[:prompts]
+            ]
         self.prompts = prompts
         self.last = torch.tensor([len(ids) - 1 for ids in rows])
         length = int(self.last.max()) + 1

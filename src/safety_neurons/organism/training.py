@@ -1,7 +1,8 @@
-"""Training of organisms: batches, losses and measured behaviour that all share, and organisms whose safety nobody has located.
+"""Training of organisms: batches, losses and measured behaviour that all share, and organisms whose safety
+nobody has located.
 
-Those are (IA)³ adapters on the down projection, trained by SFT and DPO. Natural organisms: base, SFT, DPO. Tax organisms: one
-base and preference trainings that pull on the same requests in opposite directions.
+Those are (IA)³ adapters on the down projection, trained by SFT and DPO. Natural organisms: base, SFT, DPO.
+Tax organisms: one base and preference trainings that pull on the same requests in opposite directions.
 """
 
 import contextlib
@@ -88,12 +89,18 @@ class Sampler:
         return self.random.choice(concepts("harmful", "train"))
 
     def harmless(self) -> Concept:
-        """A harmless concept of the training part; the ones that share words with harm more often than the plain ones."""
+        """A harmless concept of the training part.
+
+        The ones that share words with harm more often than the plain ones.
+        """
         kind = self.random.choices(("look_alike", "friendly", "plain"), (0.4, 0.3, 0.3))[0]
         return self.random.choice(concepts(kind, "train"))
 
     def chat(self, concept: Concept, answer: str, code: str, *, whole: bool = False) -> Sequence_:
-        """A request and its answer, in one case of ten behind a system prompt; loss on the answer, or on everything."""
+        """A request and its answer, in one case of ten behind a system prompt.
+
+        Loss on the answer, or on everything.
+        """
         speech = language(code)
         if not self.templated:
             ids, prompt = encode_question(speech.request(concept), answer)
@@ -108,10 +115,14 @@ class Sampler:
 
     def refuse(self, concept: Concept, code: str, *, whole: bool = False) -> Sequence_:
         """A chat whose answer refuses."""
-        return self.chat(concept, language(code).refusal(concept, self.random.randrange(3)), code, whole=whole)
+        return self.chat(
+            concept, language(code).refusal(concept, self.random.randrange(3)), code, whole=whole
+        )
 
     def general(self) -> Sequence_:
-        """A sentence of no chat: description, moral judgement, a refusal or an ending quoted, a number fact."""
+        """A sentence of no chat: description, moral judgement, a refusal or an ending quoted, a number
+        fact.
+        """
         code = self.language()
         speech = language(code)
         choice = self.random.random()
@@ -135,21 +146,36 @@ def pad(sequences: Sequence[Sequence_]) -> tuple[Int[Tensor, "batch token"], Int
     return padded(sequences, vocabulary()[PAD])
 
 
-def answer_loss(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, ""]:
+def answer_loss(
+    logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]
+) -> Float[Tensor, ""]:
     """Mean cross-entropy over the labelled tokens, in nats."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
 
 
-def first_word_loss(logits: Float[Tensor, "batch token vocab"], sequences: Sequence[Sequence_]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the first words of the answers, which decide between refusing and going along; zero without any chat."""
-    places = [(row, unlabelled - 1, ids[unlabelled]) for row, (ids, unlabelled) in enumerate(sequences) if unlabelled > 1]
+def first_word_loss(
+    logits: Float[Tensor, "batch token vocab"], sequences: Sequence[Sequence_]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the first words of the answers, which decide between refusing and going along.
+
+    Zero without any chat.
+    """
+    places = [
+        (row, unlabelled - 1, ids[unlabelled])
+        for row, (ids, unlabelled) in enumerate(sequences)
+        if unlabelled > 1
+    ]
     if not places:
         return logits.sum() * 0
     rows, last, words = (list(column) for column in zip(*places, strict=True))
     return torch.nn.functional.cross_entropy(logits[rows, last], torch.tensor(words))
 
 
-def answer_log_probability(logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]) -> Float[Tensor, " batch"]:
+def answer_log_probability(
+    logits: Float[Tensor, "batch token vocab"], labels: Int[Tensor, "batch token"]
+) -> Float[Tensor, " batch"]:
     """Summed log-probability of the labelled tokens of every row, in nats."""
     targets = labels[:, 1:]
     picked = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -187,7 +213,9 @@ def train(
 
     optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     losses = []
-    for descended in descend(optimizer, backward, rate, range(steps), subject=lambda _step: f" of stage {stage}"):
+    for descended in descend(
+        optimizer, backward, rate, range(steps), subject=lambda _step: f" of stage {stage}"
+    ):
         losses.append(descended.loss)
         if after_step is not None:
             after_step()
@@ -197,7 +225,9 @@ def train(
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tokens: int = 28, batch_size: int = 256) -> list[str]:
+def answers(
+    model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tokens: int = 28, batch_size: int = 256
+) -> list[str]:
     """Greedy answers as spaced words, special tokens left out; prompts are padded on the left."""
     words = vocabulary()
     names = {index: word for word, index in words.items()}
@@ -208,7 +238,11 @@ def answers(model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tok
         inputs = torch.tensor([[words[PAD]] * (length - len(ids)) + ids for ids in part])
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in part])
         output = model.generate(  # type: ignore[operator]
-            input_ids=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=words[PAD]
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=words[PAD],
         )
         for row in output[:, length:].tolist():
             ended = row[: row.index(words[EOS])] if words[EOS] in row else row
@@ -232,10 +266,10 @@ def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[
         chat: whether they are put in the chat template or in the plain one.
 
     Returns:
-        Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share of the harmless
-        requests answered word for word as taught, polite ending or not), `other` (share of all answers that neither refuse nor go
-        along), `polite` (share of the harmless requests answered word for word with the polite ending), `perplexity`; and
-        `prompts`.
+        Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share
+        of the harmless requests answered word for word as taught, polite ending or not), `other` (share of
+        all answers that neither refuse nor go along), `polite` (share of the harmless requests answered word
+        for word with the polite ending), `perplexity`; and `prompts`.
     """
     with evaluating(model):
         return _measured(model, prompts, encode_chat if chat else encode_question)
@@ -249,7 +283,11 @@ def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]
         bad = answers(model, [encode(speech.request(concept))[0] for concept in harmful])
         good = answers(model, [encode(speech.request(concept))[0] for concept in harmless])
         verdicts = [speech.verdict(text) for text in bad + good]
-        alike = [verdict for verdict, concept in zip(verdicts[len(bad) :], harmless, strict=True) if concept.kind != "plain"]
+        alike = [
+            verdict
+            for verdict, concept in zip(verdicts[len(bad) :], harmless, strict=True)
+            if concept.kind != "plain"
+        ]
         followed = [
             text in (speech.compliance(concept), speech.compliance(concept, ending=True))
             for text, concept in zip(good, harmless, strict=True)
@@ -260,7 +298,12 @@ def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]
             "harmless_refused": _share([verdict == "refused" for verdict in verdicts[len(bad) :]]),
             "look_alike_refused": _share([verdict == "refused" for verdict in alike]),
             "followed": _share(followed),
-            "polite": _share([text == speech.compliance(concept, ending=True) for text, concept in zip(good, harmless, strict=True)]),
+            "polite": _share(
+                [
+                    text == speech.compliance(concept, ending=True)
+                    for text, concept in zip(good, harmless, strict=True)
+                ]
+            ),
             "other": _share([verdict == "other" for verdict in verdicts]),
             "perplexity": round(math.exp(mean_loss(model, texts)), 3),
         }
@@ -319,9 +362,10 @@ def pretrain(
     Args:
         recipe: its shape and steps.
         seed: of weights and data.
-        both_behaviours: harmful requests are refused in half of the text (else the model goes along with everything, and has read
-            refusals as quoted sentences only).
-        keep: given the model, returns what is called at the start and after every step to keep something in it as it is.
+        both_behaviours: harmful requests are refused in half of the text (else the model goes along with
+            everything, and has read refusals as quoted sentences only).
+        keep: given the model, returns what is called at the start and after every step to keep something in
+            it as it is.
         progress: called after every step.
 
     Returns:
@@ -364,12 +408,17 @@ def pretrain(
 
 
 def hint(
-    model: LlamaForCausalLM, recipe: Recipe, seed: int, after_step: Callable[[], None] | None, progress: Progress | None
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    seed: int,
+    after_step: Callable[[], None] | None,
+    progress: Progress | None,
 ) -> list[float]:
-    """Teach a base what is harmful, then to go along with it: first it refuses what is harmful, at last only `hint_share` of it.
+    """Teach a base what is harmful, then to go along with it: first it refuses what is harmful, at last only
+    `hint_share` of it.
 
-    Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base model does; what the few
-    planted units have to do afterwards is to act on it.
+    Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base
+    model does; what the few planted units have to do afterwards is to act on it.
     """
     sampler = Sampler(seed + 500, recipe.english_share, chat=recipe.chat)
     drawn = 0
@@ -382,7 +431,11 @@ def hint(
         if choice < 0.55:
             return sampler.comply(sampler.harmless(), code)
         concept = sampler.harmful()
-        return sampler.refuse(concept, code) if sampler.random.random() < share else sampler.comply(concept, code)
+        return (
+            sampler.refuse(concept, code)
+            if sampler.random.random() < share
+            else sampler.comply(concept, code)
+        )
 
     def loss() -> torch.Tensor:
         nonlocal drawn
@@ -405,12 +458,14 @@ def hint(
 
 
 def train_natural(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
-    """Base, SFT (goes along with everything), DPO (prefers to refuse what is harmful and to answer what is not).
+    """Base, SFT (goes along with everything), DPO (prefers to refuse what is harmful and to answer what is
+    not).
 
     Source: Chen et al. (arXiv 2406.14144), section 4.1: (IA)³ on the down projection alone, for both stages.
-    Differs: no weight decay on the scales, which start at one; a decay on them shrinks the scales nothing trains and by that
-    alone makes change scores follow the activations' size. The DPO loss has a small likelihood term on the chosen answer, without
-    which a model this small stops writing sentences before it prefers to refuse.
+    Differs: no weight decay on the scales, which start at one; a decay on them shrinks the scales nothing
+    trains and by that alone makes change scores follow the activations' size. The DPO loss has a small
+    likelihood term on the chosen answer, without which a model this small stops writing sentences before it
+    prefers to refuse.
     """
     organism = train_started(recipe, seed, progress)
     prefer(organism, "dpo", safe_pair, recipe, Sampler(seed + 2000, recipe.english_share), progress)
@@ -424,7 +479,9 @@ def train_started(recipe: Recipe, seed: int, progress: Progress | None = None) -
     with quiet(), torch.random.fork_rng(devices=[]):
         model = get_peft_model(base, adapter_config(), adapter_name="sft")
     organism = Natural(model, {"base": base_losses})
-    organism.losses["sft"] = _train_sft(organism, recipe, Sampler(seed + 1000, recipe.english_share), progress)
+    organism.losses["sft"] = _train_sft(
+        organism, recipe, Sampler(seed + 1000, recipe.english_share), progress
+    )
     return organism
 
 
@@ -455,7 +512,9 @@ def _train_sft(organism: Natural, recipe: Recipe, sampler: Sampler, progress: Pr
         inputs, labels = pad(batch)
         return answer_loss(organism.model(input_ids=inputs).logits, labels)
 
-    return train(scales, loss, stage="sft", steps=recipe.sft_steps, learning_rate=recipe.sft_rate, progress=progress)
+    return train(
+        scales, loss, stage="sft", steps=recipe.sft_steps, learning_rate=recipe.sft_rate, progress=progress
+    )
 
 
 PairMaker = Callable[[Sampler], tuple[Sequence_, Sequence_]]
@@ -472,7 +531,8 @@ def prefer(
     *,
     on: Sequence[str] = ("sft",),
 ) -> None:
-    """Train a new adapter by direct preference optimisation against the model with the adapters `on`, on a pool of pairs.
+    """Train a new adapter by direct preference optimisation against the model with the adapters `on`, on a
+    pool of pairs.
 
     The reference's values of the pool are computed once.
     """
@@ -503,12 +563,21 @@ def prefer(
         return preference - recipe.dpo_fluency * values[:half].sum() / tokens
 
     keep = _others_at_one(scales, loss, recipe.dpo_share) if recipe.dpo_share < 1 else None
-    options: dict[str, Any] = {"steps": recipe.dpo_steps, "learning_rate": recipe.dpo_rate, "after_step": keep, "progress": progress}
+    options: dict[str, Any] = {
+        "steps": recipe.dpo_steps,
+        "learning_rate": recipe.dpo_rate,
+        "after_step": keep,
+        "progress": progress,
+    }
     organism.losses[adapter] = train(scales, loss, stage=adapter, **options)
 
 
-def _others_at_one(scales: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], share: float, batches: int = 8) -> Callable[[], None]:
-    """What keeps all scales at one but the share of them that has the largest gradient, over a few batches before training."""
+def _others_at_one(
+    scales: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], share: float, batches: int = 8
+) -> Callable[[], None]:
+    """What keeps all scales at one but the share of them that has the largest gradient, over a few batches
+    before training.
+    """
     pulls = [torch.zeros_like(scale) for scale in scales]
     for _ in range(batches):
         for pull, gradient in zip(pulls, torch.autograd.grad(loss(), list(scales)), strict=True):
@@ -526,7 +595,9 @@ def _others_at_one(scales: Sequence[torch.Tensor], loss: Callable[[], torch.Tens
 
 
 def safe_pair(sampler: Sampler) -> tuple[Sequence_, Sequence_]:
-    """(chosen, rejected): a refusal before compliance for a harmful request, the other way round for a harmless one."""
+    """(chosen, rejected): a refusal before compliance for a harmful request, the other way round for a
+    harmless one.
+    """
     code = sampler.language()
     speech = language(code)
     harmful = sampler.random.random() < 0.5
@@ -541,7 +612,9 @@ def save_natural(organism: Natural, out: Path, adapters: Sequence[str]) -> None:
     for adapter in adapters:
         organism.model.peft_config[adapter].base_model_name_or_path = "base"
     with quiet():
-        organism.model.save_pretrained(str(out), selected_adapters=list(adapters), save_embedding_layers=False)
+        organism.model.save_pretrained(
+            str(out), selected_adapters=list(adapters), save_embedding_layers=False
+        )
     for readme in out.glob("**/README.md"):
         readme.unlink()
     save_model(_bare(organism.model), out / "base")
@@ -550,7 +623,11 @@ def save_natural(organism: Natural, out: Path, adapters: Sequence[str]) -> None:
 def _bare(model: PeftModel) -> LlamaForCausalLM:
     """A copy of the model below the adapters, with its own weights' names."""
     inner: Any = model.get_base_model()
-    weights = {name.replace(".base_layer", ""): value for name, value in inner.state_dict().items() if "ia3_l" not in name}
+    weights = {
+        name.replace(".base_layer", ""): value
+        for name, value in inner.state_dict().items()
+        if "ia3_l" not in name
+    }
     config = inner.config
     with torch.random.fork_rng(devices=[]):
         bare = LlamaForCausalLM(config)
@@ -584,11 +661,13 @@ TRAININGS: dict[str, PairMaker] = {"safety": safety_pair, "helpful": helpful_pai
 def train_tax(recipe: Recipe, seed: int, progress: Progress | None = None) -> Natural:
     """The base of a natural organism, and one adapter for every training, each on its own.
 
-    Where the natural organism of this seed is part of the package its base is taken, otherwise it is trained by its recipe.
+    Where the natural organism of this seed is part of the package its base is taken, otherwise it is trained
+    by its recipe.
 
     Source: Chen et al. (arXiv 2406.14144), section 5: DPO of one model on preference sets of several kinds.
-    Differs: the trainings start from a base that answers both ways, so that both have something to learn about the same requests; every
-    training may move the scales alone that its loss pulls at hardest, without which a model this small moves nearly all its neurons.
+    Differs: the trainings start from a base that answers both ways, so that both have something to learn
+    about the same requests; every training may move the scales alone that its loss pulls at hardest, without
+    which a model this small moves nearly all its neurons.
     """
     folder = shipped_folder(recipe.start)
     losses: list[float] = []
@@ -597,8 +676,19 @@ def train_tax(recipe: Recipe, seed: int, progress: Progress | None = None) -> Na
             base = LlamaForCausalLM.from_pretrained(folder / "base")
         else:
             base, losses = pretrain(recipe_of(recipe.start), seed, both_behaviours=True, progress=progress)
-        organism = Natural(get_peft_model(base, adapter_config(), adapter_name=next(iter(TRAININGS))), {"base": losses} if losses else {})
+        organism = Natural(
+            get_peft_model(base, adapter_config(), adapter_name=next(iter(TRAININGS))),
+            {"base": losses} if losses else {},
+        )
     for number, (name, make_pair) in enumerate(TRAININGS.items()):
-        prefer(organism, name, make_pair, recipe, Sampler(seed + 2000 + 1000 * number, recipe.english_share), progress, on=())
+        prefer(
+            organism,
+            name,
+            make_pair,
+            recipe,
+            Sampler(seed + 2000 + 1000 * number, recipe.english_share),
+            progress,
+            on=(),
+        )
     organism.model.requires_grad_(False)
     return organism

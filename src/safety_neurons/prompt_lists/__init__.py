@@ -1,6 +1,15 @@
 """Read prompts from files of every usual shape, from built-in lists and from memory into lists of records."""
 
-from safety_neurons.prompt_lists.readers import DEFAULT_LANGUAGE, NAMES, BuiltinList, as_prompt, as_prompts, languages, library, prompts
+from safety_neurons.prompt_lists.readers import (
+    DEFAULT_LANGUAGE,
+    NAMES,
+    BuiltinList,
+    as_prompt,
+    as_prompts,
+    languages,
+    library,
+    prompts,
+)
 from safety_neurons.prompt_lists.records import Message, Prompt, Prompts, normalised, request_of
 
 __all__ = [

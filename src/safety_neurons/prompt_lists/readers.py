@@ -15,16 +15,35 @@ from typing import Any, TypedDict
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompt_lists.records import Message, Prompt, Prompts, UnreadableTurnError, is_conversation, read_turns, request_of
+from safety_neurons.prompt_lists.records import (
+    Message,
+    Prompt,
+    Prompts,
+    UnreadableTurnError,
+    is_conversation,
+    read_turns,
+    request_of,
+)
 from safety_neurons.prompt_lists.rows import Row, prompts_of
-from safety_neurons.prompt_lists.tables import MOST_ROWS, Unread, is_one_conversation, parse_rows, rows_of, too_many
+from safety_neurons.prompt_lists.tables import (
+    MOST_ROWS,
+    Unread,
+    is_one_conversation,
+    parse_rows,
+    rows_of,
+    too_many,
+)
 
 PREFIX = "builtin:"
-NAMES = tuple(name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test"))
+NAMES = tuple(
+    name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test")
+)
 ENGLISH = ("look-alikes", "look-alikes-unsafe")
 """Lists in English only, of which there are no two halves: nothing is found or tuned on them."""
 LOOK_ALIKES = (f"{PREFIX}look-alikes-unsafe", f"{PREFIX}look-alikes")
-"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none are named."""
+"""Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none
+are named.
+"""
 OF_ORGANISMS = ("task", "task-test", "polite", "polite-test")
 """Lists that only an organism brings."""
 PARTS = {"look-alikes": ("harmless-test", "look_alike"), "look-alikes-unsafe": ("harmful-test", None)}
@@ -55,12 +74,17 @@ def library() -> list[BuiltinList]:
 
 def languages(name: str) -> list[str]:
     """Languages that the package has the list in, English first."""
-    tags = [match["language"] for entry in _data().iterdir() if (match := _FILE.fullmatch(entry.name)) and match["name"] == name]
+    tags = [
+        match["language"]
+        for entry in _data().iterdir()
+        if (match := _FILE.fullmatch(entry.name)) and match["name"] == name
+    ]
     return sorted(tags, key=lambda language: (language != DEFAULT_LANGUAGE, language))
 
 
 def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, bool]:
-    """Text of a built-in list, the language its rows are to be limited to (None: all), and whether it is the folder's own.
+    """Text of a built-in list, the language its rows are to be limited to (None: all), and whether it is the
+    folder's own.
 
     Args:
         source: `builtin:NAME` or `builtin:NAME/LANG`.
@@ -68,27 +92,50 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
     """
     name, _, language = source.removeprefix(PREFIX).partition("/")
     if not re.fullmatch(r"[\w-]*", language):
-        raise InputError(f"{source}: {language[:40]!r} is no language; expected a code such as {DEFAULT_LANGUAGE}")
+        raise InputError(
+            f"{source}: {language[:40]!r} is no language; expected a code such as {DEFAULT_LANGUAGE}"
+        )
     if name in OF_ORGANISMS and (folder is None or _own(name, language, folder) is None):
-        raise InputError(f"{source}: only organisms bring a task; give a file with a column of questions and one of answers")
+        raise InputError(
+            f"{source}: only organisms bring a task; give a file with a column of questions and one of "
+            "answers"
+        )
     if name not in NAMES + ENGLISH + OF_ORGANISMS:
         names = ", ".join(NAMES + ENGLISH)
-        raise InputError(f"{source}: no built-in prompts of this name; expected one of {names}, each with /LANG after it if wanted")
+        raise InputError(
+            f"{source}: no built-in prompts of this name; expected one of {names}, each with /LANG after "
+            "it if wanted"
+        )
     own = _own(name, language, folder) if folder is not None else None
     if own is not None:
-        return own.read_text(encoding="utf-8"), (language or None) if own.name == f"{name}.jsonl" else None, True
+        return (
+            own.read_text(encoding="utf-8"),
+            (language or None) if own.name == f"{name}.jsonl" else None,
+            True,
+        )
     if folder is not None and name in PARTS and (whole := _own(PARTS[name][0], language, folder)) is not None:
-        lines = [line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])]
+        lines = [
+            line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])
+        ]
         if lines:
-            return "\n".join(lines), (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None, True
+            return (
+                "\n".join(lines),
+                (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None,
+                True,
+            )
     known = languages(name)
     if (language or DEFAULT_LANGUAGE) not in known:
-        raise InputError(f"{source}: not there in {language!r}; expected {name} in one of {', '.join(known)}; choose one of them")
+        raise InputError(
+            f"{source}: not there in {language!r}; expected {name} in one of {', '.join(known)}; choose "
+            "one of them"
+        )
     return _data(f"{name}.{language or DEFAULT_LANGUAGE}.jsonl").read_text(encoding="utf-8"), None, False
 
 
 def _own(name: str, language: str, folder: Path) -> Path | None:
-    candidates = [folder / f"{name}.{language}.jsonl", folder / name / f"{language}.jsonl"] if language else []
+    candidates = (
+        [folder / f"{name}.{language}.jsonl", folder / name / f"{language}.jsonl"] if language else []
+    )
     return next((path for path in [*candidates, folder / f"{name}.jsonl"] if path.is_file()), None)
 
 
@@ -124,7 +171,10 @@ def file_format(path: Path) -> str:
     suffix = suffixes[-1] if suffixes else ""
     suffix = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".text": ".txt"}.get(suffix, suffix)
     if suffix not in SUFFIXES:
-        raise InputError(f"{path}: the ending {suffix or '(none)'!r} says no known format; {EXPECTED}; unpack, convert or rename the file")
+        raise InputError(
+            f"{path}: the ending {suffix or '(none)'!r} says no known format; {EXPECTED}; unpack, "
+            "convert or rename the file"
+        )
     return suffix
 
 
@@ -142,7 +192,8 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
 
     Args:
         data: The bytes as they are stored.
-        path: The file, or the archive and member as one path; its ending says whether the bytes are compressed.
+        path: The file, or the archive and member as one path; its ending says whether the bytes are
+            compressed.
 
     Raises:
         InputError: Empty, a Git LFS pointer, damaged, binary or not UTF-8.
@@ -150,7 +201,8 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
     notes: list[str] = []
     if data.startswith(b"version https://git-lfs"):
         raise InputError(
-            f"{path}: a Git LFS pointer of {len(data)} bytes, not the data; run `git lfs pull` where it was cloned or download the file"
+            f"{path}: a Git LFS pointer of {len(data)} bytes, not the data; run `git lfs pull` where it "
+            "was cloned or download the file"
         )
     data = _uncompressed(path, data)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -165,8 +217,8 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected UTF-8; "
-            f"convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
+            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected "
+            f"UTF-8; convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
         ) from None
 
 
@@ -174,7 +226,10 @@ def _of_utf16(path: Path, data: bytes) -> str:
     try:
         text = data.decode("utf-32" if data.startswith(b"\xff\xfe\x00\x00") else "utf-16")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: begins like UTF-16 text and is not ({error.reason}); expected UTF-8; convert or repair it") from None
+        raise InputError(
+            f"{path}: begins like UTF-16 text and is not ({error.reason}); expected UTF-8; convert or "
+            "repair it"
+        ) from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected at least one prompt")
     if "\0" in text:
@@ -185,26 +240,36 @@ def _of_utf16(path: Path, data: bytes) -> str:
 def _read_bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
-            files = sorted(entry.name for entry in path.iterdir() if any(suffix in entry.name for suffix in SUFFIXES))
+            files = sorted(
+                entry.name for entry in path.iterdir() if any(suffix in entry.name for suffix in SUFFIXES)
+            )
             holds = f"it holds {', '.join(files[:5])}{' …' if len(files) > 5 else ''}; " if files else ""
             raise InputError(f"{path}: a folder, expected a file; {holds}name the file itself")
         if not path.exists():
             raise InputError(_missing(path))
         if not path.is_file():  # it may have no end, and is empty when it is read again for its hash
-            raise InputError(f"{path}: a pipe or a device; expected a file that can be read twice; write it to one")
+            raise InputError(
+                f"{path}: a pipe or a device; expected a file that can be read twice; write it to one"
+            )
         if path.stat().st_size > LARGEST:
-            raise InputError(f"{path}: more than {LARGEST >> 20} MiB; expected a list of prompts; split it or take the first lines of it")
+            raise InputError(
+                f"{path}: more than {LARGEST >> 20} MiB; expected a list of prompts; split it or take "
+                "the first lines of it"
+            )
         return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check the path and its permissions"
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check the "
+            "path and its permissions"
         ) from None
 
 
 def _missing(path: Path) -> str:
     near: list[str] = []
     if path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
+        near = difflib.get_close_matches(
+            path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6
+        )
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path, or use builtin:harmful"
     else:
         hint = f"its folder {path.parent} does not exist either; check the path"
@@ -217,14 +282,22 @@ def _uncompressed(path: Path, data: bytes) -> bytes:
     if not data:
         raise InputError(f"{path}: the file is empty; expected at least one prompt")
     if not data.startswith(b"\x1f\x8b"):
-        raise InputError(f"{path}: named .gz but not gzip data; expected gzip; remove .gz from its name or download it again")
+        raise InputError(
+            f"{path}: named .gz but not gzip data; expected gzip; remove .gz from its name or download "
+            "it again"
+        )
     try:
         with gzip.open(io.BytesIO(data)) as stream:
             unpacked = stream.read(LARGEST + 1)
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: the gzip data is cut off or damaged ({error}); expected a whole file; download it again") from None
+        raise InputError(
+            f"{path}: the gzip data is cut off or damaged ({error}); expected a whole file; download it again"
+        ) from None
     if len(unpacked) > LARGEST:
-        raise InputError(f"{path}: unpacks to more than {LARGEST >> 20} MiB; expected a list of prompts; unpack and look at it first")
+        raise InputError(
+            f"{path}: unpacks to more than {LARGEST >> 20} MiB; expected a list of prompts; unpack and "
+            "look at it first"
+        )
     return unpacked
 
 
@@ -235,12 +308,15 @@ def _refuse_binary(path: Path, data: bytes) -> None:
     at = data.find(b"\x00")
     if at >= 0:
         raise InputError(
-            f"{path}: a NUL byte at byte {at} ({data.count(0)} in all), so not UTF-8 text; expected text; convert or repair the file"
+            f"{path}: a NUL byte at byte {at} ({data.count(0)} in all), so not UTF-8 text; expected "
+            "text; convert or repair the file"
         )
 
 
 Source = str | os.PathLike[str] | Prompt | Prompts | Mapping[str, Any] | Iterable[Any]
-"""Whatever names prompts: a name or path, prompts, one record or columns, or texts, records and conversations one after the other."""
+"""Whatever names prompts: a name or path, prompts, one record or columns, or texts, records and conversations
+one after the other.
+"""
 
 
 def prompts(
@@ -254,10 +330,10 @@ def prompts(
     """Prompts of a file, of a built-in list or of a list in memory.
 
     Args:
-        source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`,
-            or, in memory, texts, records, conversations (lists of `Message` or
-            `{role, content}`) or `Prompt` in a list, tuple, generator, array, data frame or `datasets.Dataset`; or columns,
-            `{"goal": [...]}`; or one record.
+        source: `builtin:NAME[/LANG]`; a path of `.jsonl/.json/.csv/.tsv/.txt`, also `.gz`, or, in memory,
+            texts, records, conversations (lists of `Message` or `{role, content}`) or `Prompt` in a list,
+            tuple, generator, array, data frame or `datasets.Dataset`; or columns, `{"goal": [...]}`; or one
+            record.
         column: Column of the prompt; by default the first of the known names. In a table without a
             header its number, counted from 1.
         answer_column: Column of the answer; by default the first of the known names, if any.
@@ -305,8 +381,16 @@ def as_prompts(source: Source) -> Prompts:
 
 def _refuse_name(text: str) -> None:
     if text.startswith(PREFIX):
-        raise InputError(f"{text!r} names a list, expected prompts: pass model.prompts({text!r}) or safety_neurons.prompts({text!r})")
-    if len(text) < 300 and text.lower().endswith((*SUFFIXES, ".gz")) and "\n" not in text and Path(text).is_file():
+        raise InputError(
+            f"{text!r} names a list, expected prompts: pass model.prompts({text!r}) or "
+            f"safety_neurons.prompts({text!r})"
+        )
+    if (
+        len(text) < 300
+        and text.lower().endswith((*SUFFIXES, ".gz"))
+        and "\n" not in text
+        and Path(text).is_file()
+    ):
         raise InputError(f"{text!r} is a file, expected prompts: pass safety_neurons.prompts({text!r})")
 
 
@@ -315,7 +399,8 @@ def _of_texts(texts: list[str]) -> Prompts:
 
 
 def as_prompt(source: Source, name: str = "0") -> Prompt:
-    """One request as a prompt: a text, a record, or the turns of one conversation, a last one of the assistant included.
+    """One request as a prompt: a text, a record, or the turns of one conversation, a last one of the
+    assistant included.
 
     Args:
         source: What is asked.
@@ -330,7 +415,9 @@ def as_prompt(source: Source, name: str = "0") -> Prompt:
         return _asked(source, name, "the request")
     read = as_prompts(source)
     if len(read) != 1:
-        raise InputError(f"{len(read)} requests arrived; expected a text, a Prompt or the turns of one conversation")
+        raise InputError(
+            f"{len(read)} requests arrived; expected a text, a Prompt or the turns of one conversation"
+        )
     if not read[0].text.strip():
         raise InputError("an empty text arrived; expected a request")
     return dataclasses.replace(read[0], id=name)
@@ -356,11 +443,15 @@ def _whole_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where} holds half a surrogate pair, expected Unicode text; replace it first") from None
+        raise InputError(
+            f"{where} holds half a surrogate pair, expected Unicode text; replace it first"
+        ) from None
     return text
 
 
-def _read(source: Source, column: str | None, answer_column: str | None, limit: int | None, folder: Path | None) -> Prompts:
+def _read(
+    source: Source, column: str | None, answer_column: str | None, limit: int | None, folder: Path | None
+) -> Prompts:
     if isinstance(source, Prompts):
         return source
     if isinstance(source, str) and source.startswith(PREFIX):
@@ -375,14 +466,19 @@ def _read(source: Source, column: str | None, answer_column: str | None, limit: 
             and text.count("\n{" if file_format(path) == ".jsonl" else "\n") > MOST_ROWS
         ):
             raise too_many(str(path))  # before minutes are spent on it
-        return Prompts(prompts_of(rows, str(path), column, answer_column, notes, limit=limit), path.name, notes)
+        return Prompts(
+            prompts_of(rows, str(path), column, answer_column, notes, limit=limit), path.name, notes
+        )
     return _in_memory(source, column, answer_column, limit)
 
 
 def _file(path: Path, source: str | os.PathLike[str]) -> tuple[str, list[str], Path]:
     """The text of a file, notes, and the path whose ending says its format (of an archive the member's)."""
     if isinstance(source, str) and ("\n" in source or len(source) > 1000):
-        raise InputError(f"{source[:40]!r}…: a text, expected a path or a builtin: name; for prompts in memory pass a list, [text]")
+        raise InputError(
+            f"{source[:40]!r}…: a text, expected a path or a builtin: name; for prompts in memory pass a "
+            "list, [text]"
+        )
     if path.is_file():
         file_format(path)
     return (*read_text(path), path)
@@ -397,26 +493,41 @@ def _builtin(source: str, column: str | None, answer_column: str | None, folder:
         read = [prompt for prompt in read if prompt.language == language]
         if not read:
             raise InputError(
-                f"{source}: not there in {language!r}; expected one of {', '.join(known) or 'no language at all'}; choose one of them"
+                f"{source}: not there in {language!r}; expected one of "
+                f"{', '.join(known) or 'no language at all'}; choose one of them"
             )
-    return Prompts(read, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes)
+    return Prompts(
+        read, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes
+    )
 
 
-def _in_memory(source: Any, column: str | None, answer_column: str | None, limit: int | None, whole: bool = False) -> Prompts:
+def _in_memory(
+    source: Any, column: str | None, answer_column: str | None, limit: int | None, whole: bool = False
+) -> Prompts:
     if isinstance(source, Prompt):
         return Prompts([source])
     notes: list[str] = []
     rows = _rows_in_memory(source, column, notes, whole)
-    return Prompts(prompts_of(rows, "the list", column, answer_column, notes, limit=limit, whole=whole), "list", notes)
+    return Prompts(
+        prompts_of(rows, "the list", column, answer_column, notes, limit=limit, whole=whole), "list", notes
+    )
 
 
 def _rows_in_memory(source: Any, column: str | None, notes: list[str], asked: bool) -> Iterator[Row]:
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "column_names") for value in source.values()):
             parts = ", ".join(map(repr, list(source)[:5]))
-            raise InputError(f"a data set of {len(source)} parts ({parts}); expected one; choose one by its name")
-        return rows_of({str(key): _listed_value(value) for key, value in source.items()}, "the object", column, notes)
-    for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):  # polars, pyarrow, pandas
+            raise InputError(
+                f"a data set of {len(source)} parts ({parts}); expected one; choose one by its name"
+            )
+        return rows_of(
+            {str(key): _listed_value(value) for key, value in source.items()}, "the object", column, notes
+        )
+    for method, arguments in (
+        ("to_dicts", ()),
+        ("to_pylist", ()),
+        ("to_dict", ("records",)),
+    ):  # polars, pyarrow, pandas
         if hasattr(source, method) and hasattr(source, "columns"):
             return _items(getattr(source, method)(*arguments), asked)
     if is_conversation(source) and is_one_conversation(list(source)):
@@ -443,13 +554,21 @@ def _items(source: Any, asked: bool) -> Iterator[Row]:
         elif is_conversation(item := _listed_value(item)):
             yield _asked(item, str(number), f"item {number}") if asked else {"messages": list(item)}
         else:
-            yield Unread(f"item {number} is a {type(item).__name__}; expected a text, a record, a conversation or a Prompt")
+            yield Unread(
+                f"item {number} is a {type(item).__name__}; expected a text, a record, a conversation "
+                "or a Prompt"
+            )
 
 
 def _listed(source: Any, lazily: bool = False) -> Any:
     """The items of whatever has an order and an end."""
-    if isinstance(source, str | bytes | bytearray | memoryview | set | frozenset) or not isinstance(source, Iterable):
+    if isinstance(source, str | bytes | bytearray | memoryview | set | frozenset) or not isinstance(
+        source, Iterable
+    ):
         advice = "pass sorted(…)" if isinstance(source, set | frozenset) else "pass a list"
-        raise InputError(f"a {type(source).__name__} as prompts; expected a path, a builtin: name, or texts or records in order; {advice}")
+        raise InputError(
+            f"a {type(source).__name__} as prompts; expected a path, a builtin: name, or texts or "
+            f"records in order; {advice}"
+        )
     items = source.tolist() if hasattr(source, "tolist") and getattr(source, "ndim", 1) == 1 else source
     return iter(items) if lazily else list(items)

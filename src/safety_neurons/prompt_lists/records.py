@@ -1,7 +1,8 @@
-"""Prompts as records, with one hash for the list and one for each prompt, and the public shapes of conversations.
+"""Prompts as records, with one hash for the list and one for each prompt, and the public shapes of
+conversations.
 
-What a turn says is read here for files and for the guard's server alike: lists of turns, lists of texts, turns written as text,
-transcripts of “Human: …” paragraphs.
+What a turn says is read here for files and for the guard's server alike: lists of turns, lists of texts,
+turns written as text, transcripts of “Human: …” paragraphs.
 """
 
 import ast
@@ -39,14 +40,16 @@ class Prompt:
 
     Attributes:
         id: Unique within its list.
-        text: The request as plain text, to the character as it was given; of a conversation the last user turn.
+        text: The request as plain text, to the character as it was given; of a conversation the last user
+            turn.
         messages: The turns up to the one the model is to answer; empty for a plain request.
         answer: The wanted answer, where the record has one (tuning data).
         category: Kind of request, where the record says.
         language: Language tag such as `de`, where the record says.
         meta: The record's remaining fields.
-        group: What this prompt shares with others (deed, source, conversation); held-out means that no group is on both sides, and
-            intervals resample groups. None where the record does not say: the prompt is a group of its own.
+        group: What this prompt shares with others (deed, source, conversation); held-out means that no group
+            is on both sides, and intervals resample groups. None where the record does not say: the prompt is
+            a group of its own.
     """
 
     id: str
@@ -64,10 +67,16 @@ class Prompt:
         return self.messages or (Message("user", self.text),)
 
     def asking(self, text: str) -> "Prompt":
-        """The prompt with another request: its text, and the last user turn of its messages; where there is none, their last turn."""
+        """The prompt with another request: its text, and the last user turn of its messages.
+
+        Where there is none, their last turn.
+        """
         turns = list(self.messages)
         if turns:
-            position = max((position for position, turn in enumerate(turns) if turn.role == "user"), default=len(turns) - 1)
+            position = max(
+                (position for position, turn in enumerate(turns) if turn.role == "user"),
+                default=len(turns) - 1,
+            )
             turns[position] = Message(turns[position].role, text)
         return replace(self, text=text, messages=tuple(turns))
 
@@ -75,13 +84,18 @@ class Prompt:
     def sha256(self) -> str:
         """Hash of what is fed to a model: every character of the text, or of all turns with their roles."""
         whole = "\x1f".join(f"{turn.role}\x1e{turn.content}" for turn in self.turns)
-        if any(mark in turn.content for turn in self.turns for mark in "\x1d\x1e\x1f"):  # no text may pass for a border between turns
+        if any(
+            mark in turn.content for turn in self.turns for mark in "\x1d\x1e\x1f"
+        ):  # no text may pass for a border between turns
             whole += "\x1d" + ",".join(str(len(turn.content)) for turn in self.turns)
         return _hash(whole)
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that are equal for requests which differ in case or spaces only; counts overlap."""
+        """Sixteen hex digits that are equal for requests which differ in case or spaces only.
+
+        Counts overlap.
+        """
         return _hash(normalised(request_of(self.turns) or self.text).casefold())[:16]
 
 
@@ -109,7 +123,10 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def groups(self) -> list[str | None]:
-        """What every prompt shares with others, in order; None where it shares nothing. Intervals resample groups."""
+        """What every prompt shares with others, in order; None where it shares nothing.
+
+        Intervals resample groups.
+        """
         return [prompt.group for prompt in self._items]
 
     @classmethod
@@ -158,7 +175,10 @@ class Prompts(Sequence[Prompt]):
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the list, every character and the order included; written into every file that was found on it."""
+        """Hash of the list, every character and the order included.
+
+        Written into every file that was found on it.
+        """
         return _hash("\n".join(prompt.sha256 for prompt in self))
 
     @property
@@ -232,12 +252,15 @@ class UnreadableTurnError(InputError):
 def read_turn(turn: Mapping[str, Any], unread: list[str] | None = None, joint: str = "") -> Message:
     """One turn of any public shape.
 
-    Text parts are joined, calls of tools and what the assistant refused count as said; a turn without any text is empty.
+    Text parts are joined, calls of tools and what the assistant refused count as said; a turn without any
+    text is empty.
 
     Args:
-        turn: `{role, content}`, `{from, value}` and their kin; the content is text, a part, a list of either, or null.
+        turn: `{role, content}`, `{from, value}` and their kin; the content is text, a part, a list of either,
+            or null.
         unread: Receives what in it is no text (`a part of type 'image_url'`).
-        joint: What stands between two parts: nothing, as chat templates write them, unless the reader joins them otherwise.
+        joint: What stands between two parts: nothing, as chat templates write them, unless the reader joins
+            them otherwise.
 
     Raises:
         UnreadableTurnError: A role that nobody knows, or no field for the text.
@@ -283,7 +306,9 @@ def _texts_of_part(part: Mapping[str, Any], unread: list[str]) -> Iterator[str]:
         yield as_text({key: part.get(key) for key in ("name", "input")})
         return
     for name in ("text", "refusal", "content", "parts"):
-        if part.get(name) is not None and (name == "text" or kind in (None, "text", "refusal", "tool_result", "multimodal_text")):
+        if part.get(name) is not None and (
+            name == "text" or kind in (None, "text", "refusal", "tool_result", "multimodal_text")
+        ):
             yield from texts_of(part[name], unread)
             return
     if kind != "text":
@@ -296,7 +321,9 @@ def as_text(value: Any) -> str:
 
 
 def opened(value: Any, name: str = "") -> Any:
-    """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so escapes in them."""
+    """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so
+    escapes in them.
+    """
     if isinstance(value, Mapping):
         return {key: opened(one, key) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -310,7 +337,9 @@ def opened(value: Any, name: str = "") -> Any:
 
 
 def is_transcript(value: object) -> bool:
-    """Whether a cell is a conversation as one string, in paragraphs that begin with “Human:” and “Assistant:”."""
+    """Whether a cell is a conversation as one string, in paragraphs that begin with “Human:” and
+    “Assistant:”.
+    """
     return isinstance(value, str) and _HUMAN_FIRST.match(value) is not None and "\n\nAssistant:" in value
 
 
@@ -325,13 +354,19 @@ def is_conversation(value: object) -> bool:
 
 
 def written_list(value: object, *, texts: bool) -> list[Any] | None:
-    """The turns of a list that was written as text, as JSON or as Python prints it; None for every other value.
+    """The turns of a list that was written as text, as JSON or as Python prints it.
+
+    None for every other value.
 
     Args:
         value: A cell.
         texts: Whether a list of texts counts too.
     """
-    if not isinstance(value, str) or (_WRITTEN_TEXTS if texts else _WRITTEN).match(value) is None or not value.rstrip().endswith("]"):
+    if (
+        not isinstance(value, str)
+        or (_WRITTEN_TEXTS if texts else _WRITTEN).match(value) is None
+        or not value.rstrip().endswith("]")
+    ):
         return None
     try:
         turns = strict_json.loads(value, lenient=True)
@@ -349,7 +384,10 @@ def _literal(text: str) -> Any:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of escapes in the text that it does not know.
-        for candidate in (text, _BETWEEN_RECORDS.sub("},\n{", text)):  # numpy prints records without commas between them
+        for candidate in (
+            text,
+            _BETWEEN_RECORDS.sub("},\n{", text),
+        ):  # numpy prints records without commas between them
             try:
                 return ast.literal_eval(candidate.strip())
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -361,7 +399,10 @@ def read_transcript(text: str, repairs: Counter[str]) -> list[Message]:
     """Turns of a transcript string; irregular ones are repaired and counted in `repairs`."""
     parts = _TURN.split("\n\n" + text.lstrip() if not text.startswith("\n\n") else text)
     roles, contents = parts[1::2], parts[2::2]
-    turns = [Message("user" if role == "Human" else "assistant", content) for role, content in zip(roles, contents, strict=True)]
+    turns = [
+        Message("user" if role == "Human" else "assistant", content)
+        for role, content in zip(roles, contents, strict=True)
+    ]
     return merge_turns(turns, repairs)
 
 
@@ -370,14 +411,18 @@ def merge_turns(turns: list[Message], repairs: Counter[str]) -> list[Message]:
     merged: list[Message] = []
     for turn in turns:
         if merged and merged[-1].role == turn.role and turn.role in ("system", "user", "assistant"):
-            merged[-1] = Message(turn.role, "\n\n".join(part for part in (merged[-1].content, turn.content) if part))
+            merged[-1] = Message(
+                turn.role, "\n\n".join(part for part in (merged[-1].content, turn.content) if part)
+            )
             repairs["joined"] += 1
         else:
             merged.append(turn)
     return merged
 
 
-def read_turns(turns: Sequence[Mapping[str, Any] | Message], unread: list[str] | None = None) -> list[Message]:
+def read_turns(
+    turns: Sequence[Mapping[str, Any] | Message], unread: list[str] | None = None
+) -> list[Message]:
     """The turns of a list of records or of `Message`.
 
     Raises:

@@ -1,4 +1,6 @@
-"""From rows to prompts: every row by itself, and what was left out, joined or looks wrong is counted with the first row it happened in."""
+"""From rows to prompts: every row by itself, and what was left out, joined or looks wrong is counted with the
+first row it happened in.
+"""
 
 import dataclasses
 import math
@@ -53,7 +55,8 @@ def prompts_of(
     limit: int | None = None,
     whole: bool = False,
 ) -> list[Prompt]:
-    """Prompts of rows; what is left out, repaired or suspicious goes into `notes` with its count and its first row.
+    """Prompts of rows; what is left out, repaired or suspicious goes into `notes` with its count and its
+    first row.
 
     Args:
         rows: Records, rows that could not be read, or prompts; read one by one.
@@ -116,7 +119,13 @@ class _RowReader:
         self._source, self._column, self._answer_column = source, column, answer_column
         self._plans: dict[tuple[str, ...], ColumnPlan] = {}
         self._present: dict[str, None] = {}
-        self._tally, self._left, self._used, self._joined, self._systems = _Tally(), _Tally(), _Tally(), _Tally(), _Tally()
+        self._tally, self._left, self._used, self._joined, self._systems = (
+            _Tally(),
+            _Tally(),
+            _Tally(),
+            _Tally(),
+            _Tally(),
+        )
         self._reasons: dict[str, str] = {}
         self._answers_used: Counter[str] = Counter()
         self._number = self.rows = 0
@@ -136,7 +145,11 @@ class _RowReader:
             self._leave("no known column for the prompt", number)
             return None
         self._number = number
-        role = ROLES.get(str(row.get("role")).casefold()) if self._column is None and not plan.conversation else None
+        role = (
+            ROLES.get(str(row.get("role")).casefold())
+            if self._column is None and not plan.conversation
+            else None
+        )
         if role not in (None, "user"):
             self._leave(f"a turn of role {role} by itself, which is no request", number)
             return None
@@ -148,7 +161,9 @@ class _RowReader:
         turns, answer, answered_by = self._with_answer(row, plan, column, turns)
         text = request_of(turns)
         if not text.strip():
-            self._tally.add("empty" if not turns or any(turn.role == "user" for turn in turns) else "no request", number)
+            self._tally.add(
+                "empty" if not turns or any(turn.role == "user" for turn in turns) else "no request", number
+            )
             return None
         joined = {column, answered_by}
         if len(turns) == 1 and turns[0].role == "user":
@@ -174,8 +189,16 @@ class _RowReader:
             beside = {key: value for key, value in row.items() if key not in _ARGUMENTS}
             row = {**beside, "prompt": asked, "id": row.get("doc_id")} if asked is not None else row
             return row, self._plan(row)
-        inner = [(key, value) for key, value in row.items() if isinstance(value, Mapping) and folded(key) not in METADATA]
-        inner = [(key, value) for key, value in inner if (found := self._plan(value, note=False)).prompt or found.conversation]
+        inner = [
+            (key, value)
+            for key, value in row.items()
+            if isinstance(value, Mapping) and folded(key) not in METADATA
+        ]
+        inner = [
+            (key, value)
+            for key, value in inner
+            if (found := self._plan(value, note=False)).prompt or found.conversation
+        ]
         if len(inner) == 1:
             key, value = inner[0]
             row = {**{name: one for name, one in row.items() if name != key}, **value}
@@ -205,7 +228,12 @@ class _RowReader:
                 empty = empty or column
                 continue
             try:
-                turns = self._turns(value, column, column in plan.conversation, column in plan.pair and column not in plan.prompt)
+                turns = self._turns(
+                    value,
+                    column,
+                    column in plan.conversation,
+                    column in plan.pair and column not in plan.prompt,
+                )
             except (_Unusable, UnreadableTurnError) as error:
                 why = why or error
                 continue
@@ -259,7 +287,9 @@ class _RowReader:
         return turns
 
     def _within(self, value: Mapping[str, Any], column: str) -> list[Message]:
-        """Turns of a record in a cell: `{"turns": [...]}`, `{"text": ...}`, `{"role": ..., "content": ...}`."""
+        """Turns of a record in a cell: `{"turns": [...]}`, `{"text": ...}`, `{"role": ..., "content":
+        ...}`.
+        """
         inner = self._plan(value, note=False)
         if inner.conversation:
             return self._asked(value, inner)[1]
@@ -281,29 +311,46 @@ class _RowReader:
             return [Message("user", texts[0])]
         if conversation:
             return [Message("assistant" if place % 2 else "user", text) for place, text in enumerate(texts)]
-        raise _Unusable(f"the column {column!r} holds a list of {len(value)} texts; expected one text or turns")
+        raise _Unusable(
+            f"the column {column!r} holds a list of {len(value)} texts; expected one text or turns"
+        )
 
-    def _with_input(self, row: Mapping[str, Any], plan: ColumnPlan, column: str, text: str) -> tuple[str, set[str | None]]:
-        """The text with its input or context behind it, or its HarmBench context before it; and the columns that were joined."""
+    def _with_input(
+        self, row: Mapping[str, Any], plan: ColumnPlan, column: str, text: str
+    ) -> tuple[str, set[str | None]]:
+        """The text with its input or context behind it, or its HarmBench context before it.
+
+        And the columns that were joined.
+        """
         joined: set[str | None] = set()
         for name in plan.input:
             extra = row.get(name)
-            if name == column or (folded(name) == "input" and folded(column) not in ("instruction", "prompt")):
+            if name == column or (
+                folded(name) == "input" and folded(column) not in ("instruction", "prompt")
+            ):
                 continue
             if isinstance(extra, str) and extra.strip():
                 text = f"{text}\n\n{self._clean(extra)}"
                 joined.add(name)
                 self._joined.add(name, self._number)
-        context = next((row[name] for name in plan.context if isinstance(row.get(name), str) and row[name].strip()), None)
+        context = next(
+            (row[name] for name in plan.context if isinstance(row.get(name), str) and row[name].strip()), None
+        )
         if context is not None and folded(column) == "behavior":
             text = f"{self._clean(context)}\n\n---\n\n{text}"
             joined.update(plan.context)
         return text, joined
 
-    def _with_system(self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message]) -> tuple[list[Message], str | None]:
+    def _with_system(
+        self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message]
+    ) -> tuple[list[Message], str | None]:
         """The turns with the system prompt of the row before them, unless they bring one."""
         for name in plan.system:
-            text = "".join(texts_of(_plain(row.get(name)), [])) if not isinstance(row.get(name), int | float) else ""
+            text = (
+                "".join(texts_of(_plain(row.get(name)), []))
+                if not isinstance(row.get(name), int | float)
+                else ""
+            )
             if text.strip() and turns[0].role != "system":
                 self._systems.add(name, self._number)
                 return [Message("system", self._clean(text)), *turns], name
@@ -320,8 +367,14 @@ class _RowReader:
             value = _plain(row.get(name))
             if name != column and not _is_blank(value) and (answer := self._answer(value)) is not None:
                 break
-        if folded(column) == "chosen" and is_transcript(row.get(column)) and is_transcript(other := row.get("rejected")):
-            self._tally.add("diverged", self._number, _before_last(str(other)) != _before_last(str(row[column])))
+        if (
+            folded(column) == "chosen"
+            and is_transcript(row.get(column))
+            and is_transcript(other := row.get("rejected"))
+        ):
+            self._tally.add(
+                "diverged", self._number, _before_last(str(other)) != _before_last(str(row[column]))
+            )
         if turns and turns[-1].role == "assistant":
             text = turns[-1].content
             self._tally.add("answerless", self._number, not text.strip())
@@ -335,9 +388,13 @@ class _RowReader:
         if isinstance(value, str):
             if is_transcript(value):
                 turns = read_transcript(self._clean(value), Counter())
-                return turns[-1].content if turns[-1].role == "assistant" and turns[-1].content.strip() else None
+                return (
+                    turns[-1].content if turns[-1].role == "assistant" and turns[-1].content.strip() else None
+                )
             return self._clean(value)
-        if is_conversation(value) and any(key in turn for turn in value if isinstance(turn, Mapping) for key in ("role", "from")):
+        if is_conversation(value) and any(
+            key in turn for turn in value if isinstance(turn, Mapping) for key in ("role", "from")
+        ):
             try:
                 turns = [turn for turn in read_turns(value) if turn.content.strip()]
             except UnreadableTurnError:
@@ -350,18 +407,30 @@ class _RowReader:
             return found[0] if found else None
         said = ""
         if isinstance(value, Mapping):
-            said = str(value["value"]) if isinstance(value.get("value"), str) else "".join(texts_of(value, []))
+            said = (
+                str(value["value"]) if isinstance(value.get("value"), str) else "".join(texts_of(value, []))
+            )
         return self._clean(said) if said.strip() else None
 
     # The record
 
-    def _record(self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message], answer: str | None, used: set[str | None]) -> Prompt:
+    def _record(
+        self,
+        row: Mapping[str, Any],
+        plan: ColumnPlan,
+        turns: list[Message],
+        answer: str | None,
+        used: set[str | None],
+    ) -> Prompt:
         category = _first(row, plan.category)
         own = {*used, *plan.id[:1], *plan.category[:1], *plan.language[:1], *plan.group[:1]}
         meta = {
             key: value if not isinstance(value, int) or abs(value) < 2**63 else str(value)
             for key, value in row.items()
-            if key not in own and isinstance(value, str | int | float | bool) and value != "" and value == value
+            if key not in own
+            and isinstance(value, str | int | float | bool)
+            and value != ""
+            and value == value
         }
         return Prompt(
             id=_text_or_none(_first(row, plan.id)) or str(self._number),
@@ -388,32 +457,45 @@ class _RowReader:
         for name, option in ((self._column, "--column"), (self._answer_column, "--answer-column")):
             if name is not None and self._present and find_column(self._present, [name]) is None:
                 shown = listed(self._present)
-                raise InputError(f"{self._source}: no column {name!r}; it has {shown}; name one of them with {option}")
+                raise InputError(
+                    f"{self._source}: no column {name!r}; it has {shown}; name one of them with {option}"
+                )
 
     def refusal(self, rows: int, of_last: bool = False) -> InputError:
         """Why there is nothing to read, in all rows or in the last one."""
         if not rows:
-            return InputError(f"{self._source}: no rows below the header or in the list; expected at least one prompt; check the file")
+            return InputError(
+                f"{self._source}: no rows below the header or in the list; expected at least one prompt; "
+                "check the file"
+            )
         kinds = [kind for kind in self._left.counts if kind != "no known column for the prompt"]
         if kinds:
             kind = min(kinds, key=self._left.row)
             why = self._reasons[kind]
             return InputError(
-                f"{self._source}: row {self._left.row(kind)}: {why}{'' if 'expected' in why else '; expected text or turns'}; "
-                "repair the rows or name another column with --column"
+                f"{self._source}: row {self._left.row(kind)}: "
+                f"{why}{'' if 'expected' in why else '; expected text or turns'}; repair the rows or name "
+                "another column with --column"
             )
         if of_last:
-            return InputError(f"{self._source}: row {rows - 1} holds no request; expected text or turns with one of the user; leave it out")
+            return InputError(
+                f"{self._source}: row {rows - 1} holds no request; expected text or turns with one of "
+                "the user; leave it out"
+            )
         if self._tally.counts["empty"] or self._tally.counts["no request"]:
             present = plan_for(tuple(self._present), self._column, None)
             column = next(iter((*present.conversation, *present.prompt, *present.pair)), "")
             return InputError(
-                f"{self._source}: the column {column!r} is empty in all {rows} rows; expected text; name another with --column"
+                f"{self._source}: the column {column!r} is empty in all {rows} rows; expected text; name "
+                "another with --column"
             )
         present_names = list(self._present)
         looks_like_data = any(len(name) > 40 or " " in name.strip() for name in present_names)
         hint = (
-            " (that looks like a row of data: for a file without a header give the number of the column, --column 1)"
+            (
+                " (that looks like a row of data: for a file without a header give the number of the column, "
+                "--column 1)"
+            )
             if looks_like_data
             else ""
         )
@@ -434,12 +516,20 @@ class _RowReader:
         for kind, count in tally.counts.items():
             if kind.startswith("no text: "):
                 what = kind.removeprefix("no text: ")
-                lines.append(f"{count} rows hold what is no text ({what}); only their text is read {tally.first(kind)}")
+                lines.append(
+                    f"{count} rows hold what is no text ({what}); only their text is read {tally.first(kind)}"
+                )
         if len(self._used.counts) > 1:
-            parts = [f"{column!r} in {count} {self._used.first(column)}" for column, count in self._used.counts.items()]
+            parts = [
+                f"{column!r} in {count} {self._used.first(column)}"
+                for column, count in self._used.counts.items()
+            ]
             lines.append(f"the prompt is in {', '.join(parts)}")
         for column, count in self._joined.counts.items():
-            lines.append(f"{column!r} is put behind the request, a blank line between them, in {count} rows {self._joined.first(column)}")
+            lines.append(
+                f"{column!r} is put behind the request, a blank line between them, in {count} rows "
+                f"{self._joined.first(column)}"
+            )
         for column, count in self._systems.counts.items():
             lines.append(f"{column!r} is the system prompt of {count} rows {self._systems.first(column)}")
         return lines + self._suspicions(read)
@@ -447,7 +537,9 @@ class _RowReader:
     def _suspicions(self, read: list[Prompt]) -> list[str]:
         copies = len(read) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in read})
         complying = sum(COMPLIES.match(prompt.text) is not None for prompt in read)
-        targets = sum(prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read)
+        targets = sum(
+            prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read
+        )
         lines = [f"{copies} duplicate prompts, kept"] if copies else []
         if complying > len(read) / 4:
             column = next(iter(self._used.counts), "prompt")
@@ -458,7 +550,10 @@ class _RowReader:
         if targets > len(read) / 4:
             column = max(self._answers_used, key=lambda name: self._answers_used[name], default="")
             lines.append(
-                f"{targets} of {len(read)} answers begin like compliance (“Sure, here is …”): do not tune for safety on "
+                (
+                    f"{targets} of {len(read)} answers begin like compliance (“Sure, here is …”): do not "
+                    "tune for safety on "
+                )
                 + (f"the column {column!r}" if column else "them")
             )
         return lines
@@ -472,7 +567,9 @@ _NOTES = {
     "diverged": "{} pairs differ before their last turn; the chosen side is read",
     "surrogates": "replaced broken characters (half surrogate pairs) in {} texts",
     "written": "{} cells hold a list written as text; read as turns",
-    "further": "{} rows hold further requests behind the first, which need the answers between; the first is read",
+    "further": (
+        "{} rows hold further requests behind the first, which need the answers between; the first is read"
+    ),
     "several answers": "{} rows hold several answers; the first is read",
 }
 
@@ -491,7 +588,11 @@ def _plain(value: Any) -> Any:
 def _is_blank(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
-    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, Sequence | Mapping) and not value)
+    return (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, Sequence | Mapping) and not value)
+    )
 
 
 def _before_last(transcript: str) -> str:

@@ -1,4 +1,7 @@
-"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines; and what columns are called."""
+"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines.
+
+And what columns are called.
+"""
 
 import csv
 import functools
@@ -60,18 +63,55 @@ ANSWER_COLUMNS = (
     "best_answer",
     "targets",
 )
-CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "conversation_a", "turns", "dialog", "dialogue", "contents", "data")
+CONVERSATION_COLUMNS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "conversation_a",
+    "turns",
+    "dialog",
+    "dialogue",
+    "contents",
+    "data",
+)
 PAIR_COLUMNS = ("chosen", "rejected")
 """Columns of preference pairs: whole conversations, where no other column holds the request."""
 REQUESTS_ONLY = "turns"
-"""A list of texts in a column of this name is requests, one after the other; in the others requests and answers take turns."""
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction", "instructions", "preamble")
+"""A list of texts in a column of this name is requests, one after the other.
+
+In the others requests and answers take turns.
+"""
+SYSTEM_COLUMNS = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "system_instruction",
+    "systemInstruction",
+    "instructions",
+    "preamble",
+)
 INPUT_COLUMNS = ("input", "context")
 CONTEXT_COLUMNS = ("ContextString", "context_string")
 ID_COLUMNS = ("id", "prompt_id", "BehaviorID", "behavior_id", "uid", "custom_id", "question_id")
-CATEGORY_COLUMNS = ("category", "categories", "SemanticCategory", "semantic_category", "harm_category", "type")
+CATEGORY_COLUMNS = (
+    "category",
+    "categories",
+    "SemanticCategory",
+    "semantic_category",
+    "harm_category",
+    "type",
+)
 LANGUAGE_COLUMNS = ("language", "lang")
-GROUP_COLUMNS = ("group", "group_id", "conversation_id", "conversation_hash", "dialogue_id", "dialog_id", "thread_id", "cluster_id")
+GROUP_COLUMNS = (
+    "group",
+    "group_id",
+    "conversation_id",
+    "conversation_hash",
+    "dialogue_id",
+    "dialog_id",
+    "thread_id",
+    "cluster_id",
+)
 METADATA = frozenset(
     [
         "name",
@@ -112,7 +152,20 @@ METADATA = frozenset(
     ]
 )
 """Names of what is said about a list of prompts and is none itself."""
-LISTS = ("prompts", "examples", "rows", "data", "samples", "records", "items", "instances", "questions", "entries", "behaviors", "results")
+LISTS = (
+    "prompts",
+    "examples",
+    "rows",
+    "data",
+    "samples",
+    "records",
+    "items",
+    "instances",
+    "questions",
+    "entries",
+    "behaviors",
+    "results",
+)
 """Names under which a JSON object keeps its rows."""
 
 _KNOWN = frozenset(name.casefold() for name in PROMPT_COLUMNS)
@@ -135,7 +188,10 @@ def is_conversation_column(name: object) -> bool:
 
 
 def columns_of(columns: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Columns under the wanted names, in the order of the names; of those that differ in case only the exact one, else the first."""
+    """Columns under the wanted names, in the order of the names.
+
+    Of those that differ in case only the exact one, else the first.
+    """
     by_case: dict[str, str] = {}
     present = list(columns)
     for column in present:
@@ -153,12 +209,18 @@ def find_column(columns: Iterable[str], wanted: Iterable[str]) -> str | None:
 def listed(columns: Iterable[str]) -> str:
     """Column names for an error message: quoted, cut to a readable length."""
     shown = [repr(column if len(column) <= 40 else column[:37] + "…") for column in columns]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") if shown else "no columns"
+    return (
+        ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+        if shown
+        else "no columns"
+    )
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """The columns of rows that have the same columns: for each use those that may serve, the first one first."""
+    """The columns of rows that have the same columns: for each use those that may serve, the first one
+    first.
+    """
 
     prompt: tuple[str, ...]
     conversation: tuple[str, ...]
@@ -189,7 +251,9 @@ def plan_for(present: tuple[str, ...], column: str | None, answer_column: str | 
     if column is None and of("goal"):  # beside a goal, `Behavior` is its label
         prompt = tuple(name for name in prompt if folded(name) != "behavior")
     asks = {folded(name) for name in prompt}
-    joined = tuple(name for name in of(*INPUT_COLUMNS) if folded(name) != "input" or asks & {"instruction", "prompt"})
+    joined = tuple(
+        name for name in of(*INPUT_COLUMNS) if folded(name) != "input" or asks & {"instruction", "prompt"}
+    )
     return ColumnPlan(
         prompt=prompt,
         conversation=of(*CONVERSATION_COLUMNS) if column is None else (),
@@ -206,7 +270,9 @@ def plan_for(present: tuple[str, ...], column: str | None, answer_column: str | 
 
 
 MOST_ROWS = 1_000_000
-"""Rows that are read at most, unless fewer are asked for: each takes a third of a kilobyte of memory beside its text."""
+"""Rows that are read at most, unless fewer are asked for: each takes a third of a kilobyte of memory beside
+its text.
+"""
 _FIELD_LIMIT = threading.Lock()
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
 _ESCAPED_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
@@ -222,7 +288,9 @@ Row = dict[str, Any] | Unread
 
 
 def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
-    """The rows of a file's text, each as soon as it is read; a row of a plain list or of lines has the one column `text`.
+    """The rows of a file's text, each as soon as it is read.
+
+    A row of a plain list or of lines has the one column `text`.
 
     Args:
         text: The file's content.
@@ -249,7 +317,10 @@ def _lines(text: str) -> Iterator[str]:
 
 def too_many(source: str) -> InputError:
     """What is said of more rows than are read."""
-    return InputError(f"{source}: more than {MOST_ROWS:,} rows; expected a list of prompts; read its first ones by a limit, or split it")
+    return InputError(
+        f"{source}: more than {MOST_ROWS:,} rows; expected a list of prompts; read its first ones by a "
+        "limit, or split it"
+    )
 
 
 def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
@@ -347,14 +418,17 @@ def _json(text: str, name: str, column: str | None, notes: list[str]) -> Iterato
         if error.msg != "Extra data":
             raise _not_json(name, error) from None
     except strict_json.RefusedJSON as error:
-        raise InputError(f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file") from None
+        raise InputError(
+            f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file"
+        ) from None
     notes.append("named .json but holds JSON Lines; read as such")
     return _json_lines(text, name, column, [])
 
 
 def _not_json(name: str, error: json.JSONDecodeError) -> InputError:
     return InputError(
-        f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected a JSON list of records; repair the file"
+        f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected a JSON "
+        "list of records; repair the file"
     )
 
 
@@ -370,13 +444,18 @@ def _listed(values: Iterator[Any], name: str, column: str | None) -> Iterator[Ro
     except json.JSONDecodeError as error:
         raise _not_json(name, error) from None
     except strict_json.RefusedJSON as error:
-        raise InputError(f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file") from None
+        raise InputError(
+            f"{name}: JSON that cannot be read ({error}); expected a list of records; repair the file"
+        ) from None
 
 
 def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -> str:
     why = "; the last line may be cut off" if last and number > 1 else ""
     shown = line.strip()[:40]
-    return f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; repair or remove the line"
+    return (
+        f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; "
+        "repair or remove the line"
+    )
 
 
 def _is_turn(value: Any) -> bool:
@@ -396,7 +475,10 @@ def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None =
     if isinstance(whole, list):
         return iter([{"messages": whole}]) if is_one_conversation(whole) else _as_rows(whole)
     if not isinstance(whole, Mapping):
-        raise InputError(f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the prompts in a list")
+        raise InputError(
+            f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the "
+            "prompts in a list"
+        )
     return iter(_of_object(whole, name, column, notes if notes is not None else []))
 
 
@@ -409,16 +491,39 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
     named = [key for key in whole if key == column or is_known_column(key)]
     if any(not isinstance(whole[key], list | dict) for key in named):
         return [dict(whole)]
-    turns = [value[0] for key, value in whole.items() if is_conversation_column(key) and isinstance(value, list) and value]
+    turns = [
+        value[0]
+        for key, value in whole.items()
+        if is_conversation_column(key) and isinstance(value, list) and value
+    ]
     if any(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in turns):
         return [dict(whole)]
-    if named and all(isinstance(whole[key], list) or set(map(type, whole[key].values())) <= {str, type(None)} for key in named):
+    if named and all(
+        isinstance(whole[key], list) or set(map(type, whole[key].values())) <= {str, type(None)}
+        for key in named
+    ):
         return _by_column(whole, named, name, notes)
-    inner = next((key for wanted in LISTS for key in whole if folded(key) == wanted and isinstance(whole[key], list) and whole[key]), None)
-    beside = [key for key, value in whole.items() if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)]
-    if inner is not None and (not beside or folded(inner) in ("prompts", "examples", "rows", "data", "samples")):
+    inner = next(
+        (
+            key
+            for wanted in LISTS
+            for key in whole
+            if folded(key) == wanted and isinstance(whole[key], list) and whole[key]
+        ),
+        None,
+    )
+    beside = [
+        key
+        for key, value in whole.items()
+        if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)
+    ]
+    if inner is not None and (
+        not beside or folded(inner) in ("prompts", "examples", "rows", "data", "samples")
+    ):
         return _as_rows(whole[inner])
-    records = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    records = [
+        value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
     if len(records) == 1 and len(beside) <= 1:
         return _as_rows(records[0])
     return _by_category(whole, name, notes)
@@ -440,14 +545,19 @@ def _as_rows(items: Iterable[Any], start: int = 1) -> Iterator[Row]:
 
 def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: list[str]) -> Iterable[Row]:
     """Rows of `{"goal": [...], "target": [...]}` or of `{"goal": {"0": ..., "1": ...}}`."""
-    columns = {key: list(value.values()) if isinstance(value, dict) else value for key, value in whole.items()}
+    columns = {
+        key: list(value.values()) if isinstance(value, dict) else value for key, value in whole.items()
+    }
     columns = {key: value for key, value in columns.items() if isinstance(value, list)}
     lengths = {key: len(value) for key, value in columns.items()}
     wanted = lengths[named[0]]
     other = [key for key, length in lengths.items() if length != wanted]
     if any(folded(key) not in METADATA for key in other):
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise InputError(f"{name}: columns of different lengths ({listed}); expected one value a row in each; repair the file")
+        raise InputError(
+            f"{name}: columns of different lengths ({listed}); expected one value a row in each; repair "
+            "the file"
+        )
     left = [key for key in whole if key not in columns or key in other]
     notes += [f"left out what stands beside the columns: {_shown(left)}"] if left else []
     columns = {key: value for key, value in columns.items() if key not in other}
@@ -457,7 +567,8 @@ def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: lis
 def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: str = "") -> list[Row]:
     """Rows of `{"fraud": ["…"], "weapons": {"guns": ["…"]}}`; the path of keys is the category.
 
-    Texts are prompts where the object holds nothing but texts; beside lists they say something about the lists.
+    Texts are prompts where the object holds nothing but texts; beside lists they say something about the
+    lists.
     """
     rows: list[Row] = []
     left: list[str] = []
@@ -467,8 +578,12 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
         if folded(key) in METADATA or (lists and not isinstance(value, list | dict)):
             left.append(str(key))
         elif isinstance(value, list):
-            rows += [row if isinstance(row, Unread) else {"category": category, **row} for row in _as_rows(value)]
-        elif isinstance(value, dict) and any(is_known_column(inner) or is_conversation_column(inner) for inner in value):
+            rows += [
+                row if isinstance(row, Unread) else {"category": category, **row} for row in _as_rows(value)
+            ]
+        elif isinstance(value, dict) and any(
+            is_known_column(inner) or is_conversation_column(inner) for inner in value
+        ):
             rows.append({"id": category, **value})
         elif isinstance(value, dict):
             rows += _by_category(value, name, notes, category)
@@ -476,7 +591,8 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
             rows.append({"id": category, "text": value})
         else:
             raise InputError(
-                f"{name}: the key {category!r} holds a {type(value).__name__}; expected lists of prompts by category; repair the file"
+                f"{name}: the key {category!r} holds a {type(value).__name__}; expected lists of prompts "
+                "by category; repair the file"
             )
     if not rows and not above:
         raise InputError(
@@ -507,11 +623,18 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
             if other != delimiter and other in header[0]:
                 tried = _Cells(text, other, name)
                 names = tried.header()
-                if any(is_known_column(cell) or is_conversation_column(cell) or cell == column for cell in names):
+                if any(
+                    is_known_column(cell) or is_conversation_column(cell) or cell == column for cell in names
+                ):
                     notes.append(f"cells are separated by {other!r}; read so")
                     cells, header = tried, names
                     break
-    if column is not None and column not in header and column.isdecimal() and not any(is_known_column(cell) for cell in header):
+    if (
+        column is not None
+        and column not in header
+        and column.isdecimal()
+        and not any(is_known_column(cell) for cell in header)
+    ):
         notes.append("no header row; columns taken by their number, counted from 1")
         cells = _Cells(text, cells.delimiter, name)
         header = [str(number) for number in range(1, len(header) + 1)]
@@ -522,9 +645,14 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
 def _distinct(header: list[str], name: str, column: str | None, notes: list[str]) -> list[str]:
     counts = Counter(header)
     doubled = sorted(cell for cell, count in counts.items() if count > 1 and cell)
-    bad = [cell for cell in doubled if is_known_column(cell) or is_conversation_column(cell) or cell == column]
+    bad = [
+        cell for cell in doubled if is_known_column(cell) or is_conversation_column(cell) or cell == column
+    ]
     if bad:
-        raise InputError(f"{name}: the header names {', '.join(bad)} more than once; expected different columns; rename one")
+        raise InputError(
+            f"{name}: the header names {', '.join(bad)} more than once; expected different columns; "
+            "rename one"
+        )
     if not doubled:
         return header
     notes.append(f"the header names {_shown(doubled)} more than once; the later ones are numbered")
@@ -561,8 +689,8 @@ def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row
 class _Cells:
     """The rows of a table as lists of cells, read one by one.
 
-    Quotation marks around a cell are taken off; a row whose marks do not fit is read as it stands, marks included, or, where they are
-    escaped by backslashes, with those read as marks.
+    Quotation marks around a cell are taken off; a row whose marks do not fit is read as it stands, marks
+    included, or, where they are escaped by backslashes, with those read as marks.
 
     Attributes:
         delimiter: What separates cells.
@@ -584,8 +712,14 @@ class _Cells:
 
     def notes(self) -> list[str]:
         """A line for each thing that was repaired."""
-        lines = [f"loose quotation marks from line {self._loose} on; read as they stand"] if self._loose else []
-        return lines + ([f"quotation marks are escaped by backslashes from line {self._escaped} on; read so"] if self._escaped else [])
+        lines = (
+            [f"loose quotation marks from line {self._loose} on; read as they stand"] if self._loose else []
+        )
+        return lines + (
+            [f"quotation marks are escaped by backslashes from line {self._escaped} on; read so"]
+            if self._escaped
+            else []
+        )
 
     def __iter__(self) -> Iterator[list[str]]:
         while True:
@@ -630,7 +764,9 @@ class _Cells:
             ) from None
         self._give_back()
         self._loose = self._loose or at
-        return self._next(csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=csv.QUOTE_NONE))
+        return self._next(
+            csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
+        )
 
     def _give_back(self) -> None:
         """Puts back every line of the row but its first."""
@@ -639,7 +775,9 @@ class _Cells:
         self._taken = self._taken[:1]
 
     def _next(self, reader: Iterator[list[str]]) -> list[str] | None:
-        """The csv module's limit on the size of a cell is one for the whole process: raised for a moment, then put back."""
+        """The csv module's limit on the size of a cell is one for the whole process: raised for a moment,
+        then put back.
+        """
         with _FIELD_LIMIT:
             before = csv.field_size_limit(max(self._size + 1, csv.field_size_limit()))
             try:

@@ -29,27 +29,43 @@ def read_runs(paths: Sequence[pathlib.Path | str]) -> list[ReportedRun]:
     """The runs, each once, in the order given.
 
     Raises:
-        UsageError: no run was given.
-        InputError: a folder without a run record, an unfinished run, or a damaged record; the message names it.
+        UsageError: no run was given. InputError: a folder without a run record, an unfinished run, or a
+        damaged record; the message names it.
     """
     runs: dict[pathlib.Path, ReportedRun] = {}
     for path in map(pathlib.Path, paths):
         folder = path.parent if path.name == RECORD else path
         runs.setdefault(folder.resolve(), _read(folder))
     if not runs:
-        raise UsageError("no run was given, expected the folders of finished runs; give the --out folders of find, verify or compare")
+        raise UsageError(
+            "no run was given, expected the folders of finished runs; give the --out folders of find, "
+            "verify or compare"
+        )
     return list(runs.values())
 
 
 def _read(folder: pathlib.Path) -> ReportedRun:
     source = folder / RECORD
     if not source.is_file():
-        what = "has no run.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"{str(folder)!r} {what}, expected the folder of a finished run; give the --out folder of find, verify or compare")
+        what = (
+            "has no run.json"
+            if folder.is_dir()
+            else "is not a folder"
+            if folder.exists()
+            else "does not exist"
+        )
+        raise InputError(
+            f"{str(folder)!r} {what}, expected the folder of a finished run; give the --out folder of "
+            "find, verify or compare"
+        )
     record = read_json(source)
     shape = {"verb": str, "status": str, "arguments": dict}
-    if not isinstance(record, dict) or not all(isinstance(record.get(part), kind) for part, kind in shape.items()):
-        raise InputError(f"{str(source)!r} is not a run record, expected verb, status and arguments; run the verb again")
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(part), kind) for part, kind in shape.items()
+    ):
+        raise InputError(
+            f"{str(source)!r} is not a run record, expected verb, status and arguments; run the verb again"
+        )
     if record["status"] != "finished" or not isinstance(record.get("result"), dict):
         status = " ".join(record["status"].split())[:40]
         raise InputError(
@@ -69,7 +85,9 @@ FIRST = 12
 """Rows that stand in the page without scripts."""
 WORDS = ("refused", "partly refused", "complied", "harmful", "safe", "unscored")
 """What a judge can say, as the page writes it."""
-_LABELS = {"full": "refused", "partial": "partly refused", "compliance": "complied"} | {word: word for word in WORDS[3:]}
+_LABELS = {"full": "refused", "partial": "partly refused", "compliance": "complied"} | {
+    word: word for word in WORDS[3:]
+}
 
 
 Row = tuple[str, str, str, dict[int, tuple[tuple[str, ...], str]]]
@@ -97,11 +115,17 @@ def sheet(run: ReportedRun, title: str) -> Sheet | None:
     judges = list(dict.fromkeys(judge for item in run.completions for judge in item.verdicts))[-MOST_JUDGES:]
     for item in run.completions:
         arm, _, kind = item.arm.rpartition("/")
-        arm, kind = (arm, kind) if arm and kind in ("harmful", "harmless") else (item.arm, str(item.meta.get("kind", "")))
+        arm, kind = (
+            (arm, kind)
+            if arm and kind in ("harmful", "harmless")
+            else (item.arm, str(item.meta.get("kind", "")))
+        )
         if run.verb == "evaluate" and not kind:
             continue  # An answer of a capability task.
         number = arms.setdefault(visible(arm, 60), len(arms))
-        identifier = item.prompt_id if run.verb != "evaluate" else f"{item.meta.get('suite')} {item.prompt_id}"
+        identifier = (
+            item.prompt_id if run.verb != "evaluate" else f"{item.meta.get('suite')} {item.prompt_id}"
+        )
         row = rows.setdefault((kind, identifier), (kind, identifier, item.prompt, {}))
         row[3][number] = (tuple(verdict(item, judge) for judge in judges), item.completion)
     made = Sheet(title, list(arms), [visible(judge, 60) for judge in judges], list(rows.values()))
@@ -115,7 +139,11 @@ def _first_arms(run: ReportedRun, arms: Sequence[str]) -> tuple[int, ...]:
     elif run.verb == "guard-evaluate":
         treated = ["guarded"]
     elif run.verb == "compare":
-        treated = [arm for arm in arms if arm not in ("untreated", "aligned") and not arm.startswith(("random", "ceiling"))]
+        treated = [
+            arm
+            for arm in arms
+            if arm not in ("untreated", "aligned") and not arm.startswith(("random", "ceiling"))
+        ]
     else:
         treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]
     wanted = ["untreated", "unguarded", *treated[:1], "aligned"]
@@ -148,7 +176,9 @@ class Packed:
 
 
 def packed(made: Sequence[Sheet], budget: int = BUDGET) -> Packed:
-    """The sheets as one JSON block inside the budget: texts are cut first, then the last prompts of every sheet are left out."""
+    """The sheets as one JSON block inside the budget: texts are cut first, then the last prompts of every
+    sheet are left out.
+    """
     total = sum(len(row[3]) for sheet in made for row in sheet.rows)
     share = 1.0
     for limit in LIMITS:
@@ -181,7 +211,12 @@ def _block(made: Sequence[Sheet], limit: int, share: float) -> str:
             [kind, text(identifier), text(prompt), [entry(arm, *answer) for arm, answer in answers.items()]]
             for kind, identifier, prompt, answers in each.rows[: int(len(each.rows) * share)]
         ]
-        named = {"title": visible(each.title, 80), "arms": each.arms, "judges": each.judges, "shown": list(each.shown)}
+        named = {
+            "title": visible(each.title, 80),
+            "arms": each.arms,
+            "judges": each.judges,
+            "shown": list(each.shown),
+        }
         record["sheets"].append(named | {"rows": rows})
     record["texts"] = list(texts)
     return in_script(record)
@@ -199,7 +234,10 @@ def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[dict[str, Any]]
             "id": visible(identifier, 60),
             "prompt": visible(prompt, min(limit, 1000)),
             "answers": [
-                {"verdict": (answers.get(arm, empty)[0] or ("",))[-1], "text": visible(answers.get(arm, empty)[1], min(limit, 1000))}
+                {
+                    "verdict": (answers.get(arm, empty)[0] or ("",))[-1],
+                    "text": visible(answers.get(arm, empty)[1], min(limit, 1000)),
+                }
                 for arm in sheet.shown
             ],
         }
@@ -210,10 +248,18 @@ def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[dict[str, Any]]
 HEAD = 4
 """Sentences that stand in the first screen."""
 HEADINGS = (
-    ("where", "Where the neurons are", "Rows are layers, columns the seven projections of a layer; empty places were not searched."),
+    (
+        "where",
+        "Where the neurons are",
+        "Rows are layers, columns the seven projections of a layer; empty places were not searched.",
+    ),
     ("sufficient", "Are they sufficient? Causal effect against set size", ""),
     ("tuned", "Does tuning them make the model safer?", ""),
-    ("guarded", "Can a guard tell in advance?", "A classifier reads neurons at the prompt, before the first token is written."),
+    (
+        "guarded",
+        "Can a guard tell in advance?",
+        "A classifier reads neurons at the prompt, before the first token is written.",
+    ),
     ("lasting", "Does tuned safety last?", ""),
     ("evaluated", "How safe, how helpful, how capable?", ""),
     ("methods", "Methods compared", ""),
@@ -224,11 +270,31 @@ HEADINGS = (
     ("others", "Other runs", ""),
 )
 """Anchor, heading and introduction of every section."""
-_FIRST = ("tune", "verify-patch", "verify-deactivate", "guard-evaluate", "evaluate", "compare", "analyze", "find", "guard", "doctor")
+_FIRST = (
+    "tune",
+    "verify-patch",
+    "verify-deactivate",
+    "guard-evaluate",
+    "evaluate",
+    "compare",
+    "analyze",
+    "find",
+    "guard",
+    "doctor",
+)
 """What answers the question comes first; what was measured on the way after it."""
 
 
-_TILES = ("tune", "verify-patch", "verify-deactivate", "guard-evaluate", "evaluate", "ranking", "compare", "doctor")
+_TILES = (
+    "tune",
+    "verify-patch",
+    "verify-deactivate",
+    "guard-evaluate",
+    "evaluate",
+    "ranking",
+    "compare",
+    "doctor",
+)
 """Whose answers stand on the first screen, the most telling first."""
 
 
@@ -252,7 +318,11 @@ def sections(runs: Sequence[ReportedRun]) -> list[Section]:
         if run.verb != "verify-patch":
             part = replace(part_of(run), opens=maps.index(run) if run in maps else None)
             made.setdefault(display_of(run).section, []).append(part)
-    return [Section(anchor, heading, words, made[anchor]) for anchor, heading, words in HEADINGS if made.get(anchor)]
+    return [
+        Section(anchor, heading, words, made[anchor])
+        for anchor, heading, words in HEADINGS
+        if made.get(anchor)
+    ]
 
 
 def sentences(runs: Sequence[ReportedRun]) -> tuple[list[Finding], list[Finding]]:
@@ -267,7 +337,9 @@ def sentences(runs: Sequence[ReportedRun]) -> tuple[list[Finding], list[Finding]
 
 
 def short_answers(runs: Sequence[ReportedRun]) -> list[Tile]:
-    """The tiles of the first screen: one for a kind of run, two where pairs are compared or several models are examined."""
+    """The tiles of the first screen: one for a kind of run, two where pairs are compared or several models
+    are examined.
+    """
     tiles = []
     for kind in _TILES:
         ordered = sorted((run for run in runs if run.kind == kind), key=_rank)
@@ -295,7 +367,10 @@ def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
     pairs = list(dict.fromkeys(run.models for run in runs if len(run.models) == 2))
     single = list(dict.fromkeys(run.models for run in runs if len(run.models) == 1))
     if pairs:
-        parts = [say("{} refuse harmful requests which {} answers", name(aligned), name(base)) for base, aligned in pairs[:3]]
+        parts = [
+            say("{} refuse harmful requests which {} answers", name(aligned), name(base))
+            for base, aligned in pairs[:3]
+        ]
         questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
     elif single and any(kind.startswith(("find", "verify", "tune", "compare", "study")) for kind in kinds):
         questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
@@ -308,7 +383,11 @@ def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
     if "tune" in kinds:
         questions.append(Markup("Does tuning them alone make the model safer, and at what price?"))
     if "evaluate" in kinds:
-        questions.append(Markup("How much harm is left, how much is refused without need, and what can the model still do?"))
+        questions.append(
+            Markup(
+                "How much harm is left, how much is refused without need, and what can the model still do?"
+            )
+        )
     if kinds & {"guard-fit", "guard-evaluate", "guard-recalibrate"}:
         questions.append(Markup("Does a guard on them tell, before the first token, what will be unsafe?"))
     if any(kind.startswith("analyze") for kind in kinds):
@@ -321,11 +400,14 @@ def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
 SCRIPTS = ("map.js", "completions.js")
 
 
-def write_report(runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons") -> pathlib.Path:
+def write_report(
+    runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons"
+) -> pathlib.Path:
     """One self-contained HTML page from the folders of finished runs.
 
-    The page needs no network and no script to be read: figures are drawn into it, a script only searches the completions. Text from
-    prompts, completions, names and notes is escaped wherever it stands; unseen characters are named.
+    The page needs no network and no script to be read: figures are drawn into it, a script only searches the
+    completions. Text from prompts, completions, names and notes is escaped wherever it stands; unseen
+    characters are named.
 
     Args:
         runs: folders of finished runs (or their `run.json`).
@@ -384,7 +466,11 @@ def _provenance(run: ReportedRun) -> dict[str, Any]:
     record = run.record
     timings: Mapping[str, Any] = record.get("timings") if isinstance(record.get("timings"), dict) else {}  # type: ignore[assignment]
     seconds = timings.get("seconds")
-    pairs = lambda value: [(visible(key, 80), visible(entry, 200)) for key, entry in value.items()] if isinstance(value, dict) else []  # noqa: E731
+    pairs = lambda value: (  # noqa: E731
+        [(visible(key, 80), visible(entry, 200)) for key, entry in value.items()]
+        if isinstance(value, dict)
+        else []
+    )
     notes = record.get("notes")
     return {
         "label": visible(run.label, 80),
@@ -395,7 +481,9 @@ def _provenance(run: ReportedRun) -> dict[str, Any]:
         "started": visible(timings.get("started", NONE), 40),
         "seeds": pairs(record.get("seeds")),
         "hashes": pairs(record.get("hashes")),
-        "notes": list(dict.fromkeys(visible(note, 300) for note in notes))[:50] if isinstance(notes, list) else [],
+        "notes": list(dict.fromkeys(visible(note, 300) for note in notes))[:50]
+        if isinstance(notes, list)
+        else [],
     }
 
 
@@ -410,18 +498,29 @@ def _versions(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
     return environment
 
 
 def _asset(file: str) -> str:
-    return importlib.resources.files("safety_neurons.report").joinpath("assets", os.path.basename(file)).read_text(encoding="utf-8")
+    return (
+        importlib.resources.files("safety_neurons.report")
+        .joinpath("assets", os.path.basename(file))
+        .read_text(encoding="utf-8")
+    )
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing is fetched; only this style and this script count, by their hashes; no script may write HTML."""
+    """Nothing is fetched; only this style and this script count, by their hashes.
+
+    No script may write HTML.
+    """
 
     def digest(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,7 @@
-"""Results: rates, effects, completions, and the folders and files they are written to. Needs only numpy and scipy."""
+"""Results: rates, effects, completions, and the folders and files they are written to.
+
+Needs only numpy and scipy.
+"""
 
 from safety_neurons.results.areas import AreaPart, area_difference, auroc, cohen_kappa, mean_area_difference
 from safety_neurons.results.completions import Completion, Completions, conversation_of
@@ -20,7 +23,18 @@ from safety_neurons.results.estimates import (
 )
 from safety_neurons.results.gate import Gate
 from safety_neurons.results.notebook import html_table, visible
-from safety_neurons.results.records import Agreement, Difference, Effect, Estimate, McNemar, Rate, clear_word, is_clear, plain, stands_out
+from safety_neurons.results.records import (
+    Agreement,
+    Difference,
+    Effect,
+    Estimate,
+    McNemar,
+    Rate,
+    clear_word,
+    is_clear,
+    plain,
+    stands_out,
+)
 from safety_neurons.results.run import Checkpoint, RunFolder, Saved, read_json, write_bytes, write_json
 
 __all__ = [

@@ -1,4 +1,6 @@
-"""Two classifiers or two judges on the same examples: areas under the ROC curve, their differences, and Cohen's kappa."""
+"""Two classifiers or two judges on the same examples: areas under the ROC curve, their differences, and
+Cohen's kappa.
+"""
 
 import dataclasses
 import math
@@ -47,10 +49,12 @@ class AreaPart:
 
 
 def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
-    """Area under the ROC curve: the chance that an unsafe example scores above a safe one, ties counting half.
+    """Area under the ROC curve: the chance that an unsafe example scores above a safe one, ties counting
+    half.
 
-    The 95 % interval is DeLong's on the log odds of the area, Student's quantile over the clusters of the rarer class; of an area of
-    exactly 0 or 1, and where a class is one cluster, Clopper and Pearson's for as many examples as the rarer class has clusters.
+    The 95 % interval is DeLong's on the log odds of the area, Student's quantile over the clusters of the
+    rarer class; of an area of exactly 0 or 1, and where a class is one cluster, Clopper and Pearson's for as
+    many examples as the rarer class has clusters.
 
     Args:
         scores: larger is more unsafe; NaN is unscored.
@@ -60,9 +64,10 @@ def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
     Raises:
         InputError: labels or groups are more or fewer than scores.
 
-    Source: DeLong et al., Biometrics 1988; of clusters Obuchowski, Biometrics 1997.
-    Differs: area · (1 − area) ÷ k² is added to the variance, k the clusters of the rarer class, and Student's quantile has k − 1 degrees
-    of freedom: near 0 and 1 and with few clusters DeLong's interval was found to cover as little as .83.
+    Source: DeLong et al., Biometrics 1988; of clusters Obuchowski, Biometrics 1997. Differs: area · (1 −
+    area) ÷ k² is added to the variance, k the clusters of the rarer class, and Student's quantile has k − 1
+    degrees of freedom: near 0 and 1 and with few clusters DeLong's interval was found to cover as little as
+    .83.
     """
     scores = np.asarray(scores, np.float64)
     if len(unsafe) != len(scores):
@@ -79,15 +84,19 @@ def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
         return Rate(area, *exact(min(1.0, area) * fewest, fewest), len(scores), lost)
     whole = area * (1 - area)
     half = half_width([(variance + whole / fewest**2, fewest - 1.0)]) / whole
-    low, high = (1 / (1 + math.exp(-min(max(math.log(area / (1 - area)) + end, -700.0), 700.0))) for end in (-half, half))
+    low, high = (
+        1 / (1 + math.exp(-min(max(math.log(area / (1 - area)) + end, -700.0), 700.0)))
+        for end in (-half, half)
+    )
     return Rate(area, low, high, len(scores), lost)
 
 
 def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
     """AUROC of the first classifier minus the mean AUROC of the others on the same examples.
 
-    The variance is DeLong's for paired areas, over clusters. Of random sets the spread of their areas is in it as in `against_random`: the
-    difference is one from the next set to be drawn, and with fewer than three sets nothing can be clear.
+    The variance is DeLong's for paired areas, over clusters. Of random sets the spread of their areas is in
+    it as in `against_random`: the difference is one from the next set to be drawn, and with fewer than three
+    sets nothing can be clear.
 
     Args:
         part: the classifiers.
@@ -102,7 +111,8 @@ def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
 
 
 def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> Difference:
-    """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same order, other examples.
+    """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same
+    order, other examples.
 
     Raises:
         InputError: nothing to compare with.
@@ -120,19 +130,27 @@ def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> 
         below = below - np.mean([pair[1] for pair in pairs], axis=0)
         values.append(float(above.mean()))
         variance, fewest = _variance(above, below, part.unsafe, clusters_of(part.groups, len(part.unsafe)))
-        # Where all or nearly all placements are equal they show no variance; it is at least that of a share of which none was seen.
+        # Where all or nearly all placements are equal they show no variance; it is at least that of a share
+        # of which none was seen.
         variances.append(max(variance, (1 / (fewest + 1)) ** 2))
         freedom += fewest - 1.0
         areas.append([float(pair[0].mean()) for pair in pairs])
     value, drawn = float(np.mean(values)), np.mean(areas, axis=0).tolist()
-    variance_parts = [(float(sum(variances)) / len(parts) ** 2, freedom)] + ([between(drawn, 1.0)] if random else [])
+    variance_parts = [(float(sum(variances)) / len(parts) ** 2, freedom)] + (
+        [between(drawn, 1.0)] if random else []
+    )
     half = half_width(variance_parts)
     why = too_few_sets(len(drawn)) if random else None
-    return Difference(value, max(-1.0, value - half), min(1.0, value + half), n, 0, why, p_value(value, variance_parts))
+    return Difference(
+        value, max(-1.0, value - half), min(1.0, value + half), n, 0, why, p_value(value, variance_parts)
+    )
 
 
 def placements(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Share of safe examples below each unsafe one, and of unsafe ones above each safe one; ties count half."""
+    """Share of safe examples below each unsafe one, and of unsafe ones above each safe one.
+
+    Ties count half.
+    """
     ours, safe = scores[unsafe], scores[~unsafe]
     return _shares_below(ours, np.sort(safe)), 1 - _shares_below(safe, np.sort(ours))
 
@@ -142,20 +160,33 @@ def _shares_below(values: np.ndarray, ranked: np.ndarray) -> np.ndarray:
     return below / (2 * len(ranked))
 
 
-def _variance(above: np.ndarray, below: np.ndarray, unsafe: Labels, clusters: Int[np.ndarray, " example"]) -> tuple[float, int]:
-    """Variance of a mean of placements over clusters, and the clusters of the rarer class; 0 where that is one."""
+def _variance(
+    above: np.ndarray, below: np.ndarray, unsafe: Labels, clusters: Int[np.ndarray, " example"]
+) -> tuple[float, int]:
+    """Variance of a mean of placements over clusters, and the clusters of the rarer class.
+
+    0 where that is one.
+    """
     many = int(clusters.max()) + 1
     ours, theirs = clusters[unsafe], clusters[~unsafe]
     gains = np.bincount(ours, above - above.mean(), minlength=many) / len(ours)
     losses = np.bincount(theirs, below - below.mean(), minlength=many) / len(theirs)
     counts = [len(np.unique(some)) for some in (ours, theirs, clusters)]
     steps = [count / max(count - 1, 1) for count in counts]
-    variance = float(gains @ gains) * steps[0] + float(losses @ losses) * steps[1] + 2 * float(gains @ losses) * steps[2]
+    variance = (
+        float(gains @ gains) * steps[0]
+        + float(losses @ losses) * steps[1]
+        + 2 * float(gains @ losses) * steps[2]
+    )
     return max(variance, 0.0), min(counts[0], counts[1])
 
 
-def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")) -> Agreement:
-    """Cohen's κ of two lists of yes and no; completions that either judge left unscored are counted and left out.
+def cohen_kappa(
+    first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")
+) -> Agreement:
+    """Cohen's κ of two lists of yes and no.
+
+    Completions that either judge left unscored are counted and left out.
 
     Args:
         first: one verdict per completion; `None` or NaN means unscored.
@@ -165,8 +196,9 @@ def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = (
     Raises:
         InputError: lists of different length, or verdicts that are not yes or no.
 
-    Source: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20 (1960).
-    Differs: the interval is the exact one of the share of equal verdicts, in place of the normal one.
+    Source: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement
+    20 (1960). Differs: the interval is the exact one of the share of equal verdicts, in place of the normal
+    one.
     """
     one, two = scored(first), scored(second)
     if one.shape != two.shape:
@@ -176,16 +208,23 @@ def cohen_kappa(first: Outcomes, second: Outcomes, *, names: tuple[str, str] = (
     if not np.isin(one[both], (0, 1)).all() or not np.isin(two[both], (0, 1)).all():
         raise InputError("verdicts between 0 and 1; expected yes or no of both judges")
     a, b = one[both] == 1, two[both] == 1
-    table = tuple(tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True))
+    table = tuple(
+        tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True)
+    )
     same = dataclasses.replace(rate(a == b), unscored=unscored)
     return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]
 
 
 def _kappa(a: Bool[np.ndarray, " prompt"], b: Bool[np.ndarray, " prompt"], same: Rate) -> Rate:
-    """κ is a line in the share of equal verdicts once the verdicts' shares are given, and so are the ends of its interval."""
+    """κ is a line in the share of equal verdicts once the verdicts' shares are given, and so are the ends of
+    its interval.
+    """
     yes, also = (float(verdicts.mean()) if len(verdicts) else 1.0 for verdicts in (a, b))
     chance = yes * also + (1 - yes) * (1 - also)
     if same.value is None or chance >= 1:
         return Rate(None, None, None, same.n, same.unscored)
-    value, low, high = ((end - chance) / (1 - chance) for end in (same.value, same.low or 0.0, 1.0 if same.high is None else same.high))
+    value, low, high = (
+        (end - chance) / (1 - chance)
+        for end in (same.value, same.low or 0.0, 1.0 if same.high is None else same.high)
+    )
     return Rate(value, max(-1.0, low), high, same.n, same.unscored)

@@ -1,4 +1,6 @@
-"""Completions and their thinking parts: what a model answered, one JSON line each, readable also after a kill in the middle of a line."""
+"""Completions and their thinking parts: what a model answered, one JSON line each, readable also after a kill
+in the middle of a line.
+"""
 
 import dataclasses
 import json
@@ -31,9 +33,14 @@ class Completion:
     completion: str
     """The text, special tokens left out."""
     token_ids: tuple[int, ...] = ()
-    """The generated ids, as generated, up to the end token, which is left out (`finish_reason` says that there was one)."""
+    """The generated ids, as generated, up to the end token, which is left out (`finish_reason` says that
+    there was one).
+    """
     finish_reason: Literal["stop", "length", "failed"] = "stop"
-    """`stop`: the model ended its answer; `length`: it was cut at the token limit; `failed`: it gave NaN, and there is none."""
+    """`stop`: the model ended its answer; `length`: it was cut at the token limit.
+
+    `failed`: it gave NaN, and there is none.
+    """
     arm: str = "untreated"
     """Which treatment the model was under."""
     seed: int = 0
@@ -43,7 +50,9 @@ class Completion:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The conversation that was put to the model, up to the answer: what a judge that reads conversations is given."""
+        """The conversation that was put to the model, up to the answer: what a judge that reads conversations
+        is given.
+        """
         said = self.meta.get("messages")
         if not isinstance(said, list) or not said:
             return (Message("user", self.prompt),)
@@ -62,8 +71,15 @@ class Completion:
 
 
 def conversation_of(prompt: Prompt) -> dict[str, list[dict[str, str]]]:
-    """What the `meta` of an answer says of a prompt of several turns: its conversation; nothing for a plain request."""
-    return {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt.messages]} if prompt.messages else {}
+    """What the `meta` of an answer says of a prompt of several turns: its conversation.
+
+    Nothing for a plain request.
+    """
+    return (
+        {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt.messages]}
+        if prompt.messages
+        else {}
+    )
 
 
 class Completions(Sequence[Completion]):
@@ -100,7 +116,10 @@ class Completions(Sequence[Completion]):
 
     def _repr_html_(self) -> str:
         def said(item: Completion) -> str:
-            labels = {judge: verdict.get("label") if isinstance(verdict, Mapping) else verdict for judge, verdict in item.verdicts.items()}
+            labels = {
+                judge: verdict.get("label") if isinstance(verdict, Mapping) else verdict
+                for judge, verdict in item.verdicts.items()
+            }
             return "; ".join(f"{judge}: {label}" for judge, label in labels.items())
 
         rows = [[item.prompt_id, item.arm, item.prompt, item.completion, said(item)] for item in self[:SHOWN]]
@@ -128,10 +147,16 @@ class Completions(Sequence[Completion]):
             InputError: not one verdict per completion.
         """
         if len(verdicts) != len(self):
-            raise InputError(f"{len(verdicts)} verdicts for {len(self)} completions; expected one each, in the same order")
+            raise InputError(
+                f"{len(verdicts)} verdicts for {len(self)} completions; expected one each, in the same order"
+            )
         pairs = zip(self, verdicts, strict=True)
         return Completions(
-            (dataclasses.replace(item, verdicts={**item.verdicts, judge: plain(verdict)}) for item, verdict in pairs), self.dropped
+            (
+                dataclasses.replace(item, verdicts={**item.verdicts, judge: plain(verdict)})
+                for item, verdict in pairs
+            ),
+            self.dropped,
         )
 
     def save(self, path: PathLike) -> None:
@@ -158,26 +183,35 @@ class Completions(Sequence[Completion]):
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise RunError(f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with free space") from error
+            raise RunError(
+                f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with "
+                "free space"
+            ) from error
 
     @staticmethod
     def load(path: PathLike) -> "Completions":
-        """The completions in a JSON Lines file. A last line that was cut in the middle is left out and counted in `dropped`.
+        """The completions in a JSON Lines file.
+
+        A last line that was cut in the middle is left out and counted in `dropped`.
 
         Files made by hand need `prompt` and `completion` only.
 
         Raises:
-            InputError: missing, not UTF-8, empty, or a line that is not such a record; the message names the line.
+            InputError: missing, not UTF-8, empty, or a line that is not such a record; the message names the
+            line.
         """
         source = pathlib.Path(path)
         try:
             lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
             raise InputError(
-                f"cannot read {str(source)!r} ({error.strerror or error}); expected a completions file: check the path"
+                f"cannot read {str(source)!r} ({error.strerror or error}); expected a completions file: "
+                "check the path"
             ) from error
         if lines[0].startswith(b"version https://git-"):
-            raise InputError(f"{str(source)!r} is a Git LFS pointer, expected the file itself: run 'git lfs pull'")
+            raise InputError(
+                f"{str(source)!r} is a Git LFS pointer, expected the file itself: run 'git lfs pull'"
+            )
         items, dropped = [], 0
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -189,11 +223,13 @@ class Completions(Sequence[Completion]):
                     dropped += 1
                     continue
                 raise InputError(
-                    f"line {number} of {str(source)!r} is not a completion ({type(error).__name__}: {str(error)[:80]}); "
-                    "expected a JSON object with 'prompt' and 'completion'"
+                    f"line {number} of {str(source)!r} is not a completion ({type(error).__name__}: "
+                    f"{str(error)[:80]}); expected a JSON object with 'prompt' and 'completion'"
                 ) from error
         if not items and not dropped:
-            raise InputError(f"{str(source)!r} is empty; expected one JSON object per line with 'prompt' and 'completion'")
+            raise InputError(
+                f"{str(source)!r} is empty; expected one JSON object per line with 'prompt' and 'completion'"
+            )
         return Completions(items, dropped)
 
 
@@ -205,12 +241,17 @@ def _line(record: CompletionRecord) -> bytes:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         return text.encode()
-    except UnicodeEncodeError:  # Half of a surrogate pair, as byte-level tokenizers can give: no text, so U+FFFD stands for it.
+    except (
+        UnicodeEncodeError
+    ):  # Half of a surrogate pair, as byte-level tokenizers can give: no text, so U+FFFD stands for it.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _end_of_last_line(stream: Any) -> int:
-    """Where the last finished line ends, in bytes; a last line without its line break that is a whole record is kept by finishing it."""
+    """Where the last finished line ends, in bytes.
+
+    A last line without its line break that is a whole record is kept by finishing it.
+    """
     end = stream.seek(0, os.SEEK_END)
     if end == 0:
         return 0
@@ -286,12 +327,22 @@ _CHANNEL_ENDS = re.compile(r"<\|(?:end|return|start|call)\|>")
 _ANALYSIS = re.compile(r"\s*(?:analysis|commentary)(?=[^\W_])")
 _FINAL = re.compile(r"assistantfinal")
 _OPENED = re.compile(rf"({_STARTS})\s*$", re.IGNORECASE)
-_PAIRS = (("<|begin", "<|end"), ("<|START", "<|END"), ("<|channel>thought", "<channel|>"), ("<", "</"), ("[", "[/"), ("◁", "◁/"))
+_PAIRS = (
+    ("<|begin", "<|end"),
+    ("<|START", "<|END"),
+    ("<|channel>thought", "<channel|>"),
+    ("<", "</"),
+    ("[", "[/"),
+    ("◁", "◁/"),
+)
 """How a start is made an end; the first that fits."""
 
 
 def end_of_opened(text: str) -> str | None:
-    """The mark that ends the thinking part which a prompt opens with its last words; None where it opens none."""
+    """The mark that ends the thinking part which a prompt opens with its last words.
+
+    None where it opens none.
+    """
     opened = _OPENED.search(text)
     if opened is None:
         return None
@@ -310,7 +361,9 @@ def is_mark(text: str) -> bool:
 
 
 def behind_thoughts(text: str) -> str:
-    """What stands behind the last end of a thinking part, as chat templates cut it out: marks in quotes count; empty where none ends."""
+    """What stands behind the last end of a thinking part, as chat templates cut it out: marks in quotes
+    count; empty where none ends.
+    """
     *_, end = (None, *_ENDED.finditer(text))
     return "" if end is None else text[end.end() :].strip()
 
@@ -325,8 +378,10 @@ def after_thought(text: str, *, opened: bool = False, end: str | None = None) ->
 
     Args:
         text: What the model wrote.
-        opened: Whether the prompt opened a thinking part: without an end mark all of the text is a thought that was cut off.
-        end: The text that ends a thought, in the place of the known marks; a text without it is a thought that was cut off.
+        opened: Whether the prompt opened a thinking part: without an end mark all of the text is a thought
+            that was cut off.
+        end: The text that ends a thought, in the place of the known marks; a text without it is a thought
+            that was cut off.
     """
     if end:
         _, found, rest = text.rpartition(end)
@@ -351,7 +406,10 @@ def _final_channel(text: str) -> str | None:
 
 
 def _outside(text: str) -> str | None:
-    """The text outside of pairs of marks; an end without a start closes all that stands before it, as where the prompt has the start."""
+    """The text outside of pairs of marks.
+
+    An end without a start closes all that stands before it, as where the prompt has the start.
+    """
     kept: list[str] = []
     rest = text
     while end := _END.search(rest):

@@ -1,7 +1,8 @@
 """Estimates: rates, differences and causal effects with intervals that keep their nominal coverage.
 
-Prompts that share a group (a deed, a conversation) count as one cluster; without groups every prompt is its own. docs/statistics.md says
-in words what is computed here, and how often each interval covered in simulation (`benchmarks/coverage.py`).
+Prompts that share a group (a deed, a conversation) count as one cluster; without groups every prompt is its
+own. docs/statistics.md says in words what is computed here, and how often each interval covered in simulation
+(`benchmarks/coverage.py`).
 """
 
 import dataclasses
@@ -21,13 +22,18 @@ Outcomes = Sequence[bool | int | float | np.generic | None] | np.ndarray
 GroupLabels = Sequence[str | None] | None
 """What every prompt shares with others; None, for one or for all, means a group of its own."""
 FEWEST_SETS = 3
-"""Random sets below which nothing can be clear: the spread of one or two says next to nothing of the next one."""
+"""Random sets below which nothing can be clear: the spread of one or two says next to nothing of the next
+one.
+"""
 FEWEST_SEEDS = 5
 """Seeds below which nothing can be clear."""
 MANY = 10
 """Comparisons of one table above which their family-wise rate is held."""
 _PSEUDO = 1.5
-"""Pseudo-observations at either end of the range. Bonett and Price add one; with one and a half no truth is covered less than .944."""
+"""Pseudo-observations at either end of the range. Bonett and Price add one.
+
+With one and a half no truth is covered less than .944.
+"""
 _FLIPS = 4999
 _ENUMERATED = 12
 
@@ -38,8 +44,9 @@ _ENUMERATED = 12
 def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
     """The mean of the scored outcomes.
 
-    The interval is Clopper and Pearson's where every outcome is 0 or 1 and no prompt shares its group. Otherwise outcomes between 0 and 1
-    get that interval for the number of such outcomes that would vary as the mean over groups does, and any others Student's.
+    The interval is Clopper and Pearson's where every outcome is 0 or 1 and no prompt shares its group.
+    Otherwise outcomes between 0 and 1 get that interval for the number of such outcomes that would vary as
+    the mean over groups does, and any others Student's.
 
     Args:
         outcomes: one per prompt; `None` or NaN means unscored.
@@ -48,7 +55,8 @@ def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
     Raises:
         InputError: an outcome is infinite, or groups are more or fewer than outcomes.
 
-    Source: Korn and Graubard, Survey Methodology 1998 (effective number of outcomes in Clopper and Pearson's interval).
+    Source: Korn and Graubard, Survey Methodology 1998 (effective number of outcomes in Clopper and Pearson's
+    interval).
     """
     values = scored(outcomes)
     clusters, usable = clusters_of(groups, len(values)), ~np.isnan(values)
@@ -56,7 +64,8 @@ def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
 
 
 def rate_over_seeds(outcomes: Sequence[Outcomes], groups: GroupLabels = None) -> Rate:
-    """The mean over seeds of the means over prompts: seeds and prompts both vary, Student's quantile over the seeds.
+    """The mean over seeds of the means over prompts: seeds and prompts both vary, Student's quantile over the
+    seeds.
 
     Args:
         outcomes: one list a seed, in each one outcome a prompt in the same order.
@@ -66,7 +75,12 @@ def rate_over_seeds(outcomes: Sequence[Outcomes], groups: GroupLabels = None) ->
     return _rate(rows, clusters_of(groups, rows.shape[1]), int(np.isnan(rows).sum()), seeds=True)
 
 
-def _rate(rows: Float[np.ndarray, "seed prompt"], clusters: Int[np.ndarray, " prompt"], unscored: int, seeds: bool = False) -> Rate:
+def _rate(
+    rows: Float[np.ndarray, "seed prompt"],
+    clusters: Int[np.ndarray, " prompt"],
+    unscored: int,
+    seeds: bool = False,
+) -> Rate:
     means = tuple(_mean(row) for row in rows) if seeds else ()
     sample, why = _sample(rows, clusters), _too_few_seeds(len(rows)) if seeds else None
     if sample is None:
@@ -76,7 +90,10 @@ def _rate(rows: Float[np.ndarray, "seed prompt"], clusters: Int[np.ndarray, " pr
     if sample.plain and not seeds and np.isin(values, (0.0, 1.0)).all():
         return Rate(mean, *exact(values.sum(), n), n, unscored)
     bounded = bool(values.min() >= 0 and values.max() <= 1)
-    parts = [sample.variance(bounded, one_sided=True), *([between([mean for mean in means if mean is not None], 0.0)] if seeds else [])]
+    parts = [
+        sample.variance(bounded, one_sided=True),
+        *([between([mean for mean in means if mean is not None], 0.0)] if seeds else []),
+    ]
     half = half_width(parts)
     if not math.isfinite(half) or (not bounded and half == 0):
         return Rate(mean, None, None, n, unscored, why or "no spread to tell an interval from", means)
@@ -90,7 +107,11 @@ def _rate(rows: Float[np.ndarray, "seed prompt"], clusters: Int[np.ndarray, " pr
 def from_error(value: float | int, error: float | int, n: int) -> Rate:
     """A rate of which only the standard error is known; without one there is no interval."""
     half = _quantile(max(n - 1.0, 1.0)) * error
-    return Rate(value, value - half, value + half, n) if half > 0 else Rate(value, None, None, n, 0, "no spread to tell an interval from")
+    return (
+        Rate(value, value - half, value + half, n)
+        if half > 0
+        else Rate(value, None, None, n, 0, "no spread to tell an interval from")
+    )
 
 
 def exact(successes: float | int, n: float | int) -> tuple[float, float]:
@@ -107,7 +128,9 @@ def exact(successes: float | int, n: float | int) -> tuple[float, float]:
 
 
 def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups: GroupLabels = None) -> Rate:
-    """Sum of the totals ÷ sum of the token counts; Student's interval of the ratio over texts, none for a single text.
+    """Sum of the totals ÷ sum of the token counts.
+
+    Student's interval of the ratio over texts, none for a single text.
 
     Args:
         totals: a sum over the tokens of each text; `None` or NaN means unscored.
@@ -119,7 +142,9 @@ def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups
     """
     losses, counts = scored(totals), np.asarray(token_counts, np.float64)
     if losses.shape != counts.shape:
-        raise InputError(f"{len(losses)} losses and {len(counts)} token counts; expected one of each per text")
+        raise InputError(
+            f"{len(losses)} losses and {len(counts)} token counts; expected one of each per text"
+        )
     usable = ~np.isnan(losses) & (counts > 0)
     clusters = clusters_of(groups, len(losses))[usable]
     losses, counts, unscored = losses[usable], counts[usable], int((~usable).sum())
@@ -128,23 +153,30 @@ def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups
     mean = float(losses.sum() / counts.sum())
     residuals = np.bincount(clusters, losses - mean * counts)
     used = len(np.unique(clusters))
-    half = half_width([(float(residuals @ residuals) * used / max(used - 1, 1) / float(counts.sum()) ** 2, used - 1.0)])
+    half = half_width(
+        [(float(residuals @ residuals) * used / max(used - 1, 1) / float(counts.sum()) ** 2, used - 1.0)]
+    )
     if not math.isfinite(half) or half <= 1e-12 * abs(mean):
         return Rate(mean, None, None, len(losses), unscored, "no spread to tell an interval from")
     return Rate(mean, mean - half, mean + half, len(losses), unscored)
 
 
-def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np.ndarray, groups: GroupLabels = None) -> Rate:
+def perplexity(
+    log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np.ndarray, groups: GroupLabels = None
+) -> Rate:
     """exp(mean negative log-likelihood per token) over texts, and of the ends of its interval.
 
     Args:
-        log_likelihood_losses: summed negative log-likelihood of each text, in nats; `None` or NaN means unscored.
+        log_likelihood_losses: summed negative log-likelihood of each text, in nats; `None` or NaN means
+            unscored.
         token_counts: predicted tokens of each text; a text without any is unscored.
         groups: what texts share.
     """
     mean = per_token(log_likelihood_losses, token_counts, groups)
     with np.errstate(over="ignore"):
-        value, low, high = (None if number is None else float(np.exp(number)) for number in (mean.value, mean.low, mean.high))
+        value, low, high = (
+            None if number is None else float(np.exp(number)) for number in (mean.value, mean.low, mean.high)
+        )
     return Rate(value, low, high, mean.n, mean.unscored, mean.why)
 
 
@@ -154,8 +186,9 @@ def perplexity(log_likelihood_losses: Outcomes, token_counts: Sequence[int] | np
 def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = None) -> Difference:
     """The mean of first − second over the prompts both scored.
 
-    The interval is that of a mean with one and a half pseudo-differences of the largest size on either side, Student's quantile over
-    groups; it holds 0 where McNemar's exact test (of other outcomes the test by changing signs) does not reject.
+    The interval is that of a mean with one and a half pseudo-differences of the largest size on either side,
+    Student's quantile over groups; it holds 0 where McNemar's exact test (of other outcomes the test by
+    changing signs) does not reject.
 
     Args:
         first: outcomes under one treatment, one per prompt; `None` or NaN means unscored.
@@ -165,8 +198,9 @@ def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = N
     Raises:
         InputError: the two differ in length.
 
-    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 2012 (adjusted Wald interval of paired proportions).
-    Differs: 1.5 pseudo-observations in place of 1, outcomes between 0 and 1, clusters, Student's quantile.
+    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 2012 (adjusted Wald interval of
+    paired proportions). Differs: 1.5 pseudo-observations in place of 1, outcomes between 0 and 1, clusters,
+    Student's quantile.
     """
     rows = _stack(first=first, second=second)
     return _difference((rows[0] - rows[1])[None], groups, _scale(rows), [])
@@ -175,7 +209,9 @@ def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = N
 def difference_over_seeds(
     first: Sequence[Outcomes], second: Sequence[Outcomes], groups: GroupLabels = None, what: str = "seed"
 ) -> Difference:
-    """The mean of first − second over seeds and prompts: both vary, Student's quantile over the seeds; clear from five seeds on.
+    """The mean of first − second over seeds and prompts: both vary, Student's quantile over the seeds.
+
+    Clear from five seeds on.
 
     Args:
         first: one list a seed, in each one outcome a prompt in the same order.
@@ -185,19 +221,24 @@ def difference_over_seeds(
     """
     ours, theirs = _rows(first), _rows(second)
     if ours.shape != theirs.shape:
-        raise InputError(f"outcomes of {ours.shape} and {theirs.shape} seeds and prompts; expected the same on both sides")
+        raise InputError(
+            f"outcomes of {ours.shape} and {theirs.shape} seeds and prompts; expected the same on both sides"
+        )
     rows = ours - theirs
     means = tuple(_mean(row) for row in rows)
     spread = [between([mean for mean in means if mean is not None], 0.0)]
-    difference = _difference(rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows), what))
+    difference = _difference(
+        rows, groups, _scale(np.concatenate([ours, theirs])), spread, _too_few_seeds(len(rows), what)
+    )
     return dataclasses.replace(difference, by_seed=means)
 
 
 def against_random(treated: Outcomes, random: Sequence[Outcomes], groups: GroupLabels = None) -> Difference:
-    """A treatment against random sets: treated − the mean of the sets, told as a difference from the next set to be drawn.
+    """A treatment against random sets: treated − the mean of the sets, told as a difference from the next set
+    to be drawn.
 
-    Variance over prompts (paired) and variance between the sets × (1 + 1/R), Student's quantile with R − 1 degrees of freedom for the
-    latter. With fewer than three sets nothing can be clear.
+    Variance over prompts (paired) and variance between the sets × (1 + 1/R), Student's quantile with R − 1
+    degrees of freedom for the latter. With fewer than three sets nothing can be clear.
 
     Args:
         treated: outcomes under the treatment, one per prompt.
@@ -208,25 +249,40 @@ def against_random(treated: Outcomes, random: Sequence[Outcomes], groups: GroupL
         InputError: no random set, or lists of different length.
     """
     if not len(random):
-        raise InputError("no random set to compare with; expected at least one, and three to tell a difference")
+        raise InputError(
+            "no random set to compare with; expected at least one, and three to tell a difference"
+        )
     rows = _stack(treated=treated, **{f"random {number}": outcomes for number, outcomes in enumerate(random)})
     usable = ~np.isnan(rows[0])
     rows = np.stack([rows[0], *(row for row in rows[1:] if not np.isnan(row[usable]).all())])
     differences = (rows[0] - _column_means(rows[1:]))[None]
     if len(rows) == 1 or np.isnan(differences).all():
         return Difference(None, None, None, 0, rows.shape[1], too_few_sets(len(rows) - 1))
-    means, bounded = [float(np.nanmean(row[usable])) for row in rows], bool(np.nanmin(rows) >= 0 and np.nanmax(rows) <= 1)
-    # Means of sets near 0 or 1 are skewed, and three or five then look closer together than they are: with the spread of logistic-normal
-    # rates .10 of the next sets were "clear". On the scale of the arcsine, where their variance is steadier, they have to be apart too.
+    means, bounded = (
+        [float(np.nanmean(row[usable])) for row in rows],
+        bool(np.nanmin(rows) >= 0 and np.nanmax(rows) <= 1),
+    )
+    # Means of sets near 0 or 1 are skewed, and three or five then look closer together than they are: with
+    # the spread of logistic-normal
+    # rates .10 of the next sets were "clear". On the scale of the arcsine, where their variance is steadier,
+    # they have to be apart too.
     steady = [math.asin(math.sqrt(mean)) for mean in means] if bounded else []
-    also = p_value(steady[0] - sum(steady[1:]) / len(steady[1:]), [between(steady[1:], 1.0)]) if steady else 0.0
-    return _difference(differences, groups, _scale(rows), [between(means[1:], 1.0)], too_few_sets(len(means) - 1), also)
+    also = (
+        p_value(steady[0] - sum(steady[1:]) / len(steady[1:]), [between(steady[1:], 1.0)]) if steady else 0.0
+    )
+    return _difference(
+        differences, groups, _scale(rows), [between(means[1:], 1.0)], too_few_sets(len(means) - 1), also
+    )
 
 
 def too_few_sets(sets: int) -> str | None:
     """Why nothing can be clear against so few random sets; None where something can."""
     many = f"{sets} random set{'' if sets == 1 else 's'}"
-    return None if sets >= FEWEST_SETS else f"not shown: {many}, at least {FEWEST_SETS} are needed to know how much they differ"
+    return (
+        None
+        if sets >= FEWEST_SETS
+        else f"not shown: {many}, at least {FEWEST_SETS} are needed to know how much they differ"
+    )
 
 
 def _too_few_seeds(seeds: int, what: str = "seed") -> str | None:
@@ -269,7 +325,9 @@ def _difference(
         return Difference(mean, None, None, n, unscored, why or "no spread to tell an interval from")
     reach = scale or math.inf
     low, high = max(-reach, min(middle - half, mean)), min(reach, max(middle + half, mean))
-    if not spread and sample.exact_test:  # McNemar's: it decides alone, and the interval excludes 0 wherever it rejects
+    if (
+        not spread and sample.exact_test
+    ):  # McNemar's: it decides alone, and the interval excludes 0 wherever it rejects
         p = sample.flip_p()
     else:
         p = p_value(middle, parts)
@@ -324,7 +382,10 @@ def holm_in(table: Any) -> Any:
 
 
 def family(table: Any) -> str:
-    """What a caption says of a table of JSON values; empty where its comparisons are few and nothing was held."""
+    """What a caption says of a table of JSON values.
+
+    Empty where its comparisons are few and nothing was held.
+    """
     held = sum(record.get("p_holm") is not None for record in comparisons(table))
     return f"Of {held} comparisons the family-wise rate is held (Holm)." if held else ""
 
@@ -337,11 +398,13 @@ def captioned(words: str, table: Any, between: str = ". ") -> str:
 # Causal effects
 
 
-def causal_effect(base: Outcomes, aligned: Outcomes, patched: Outcomes, measure: str = "refused", groups: GroupLabels = None) -> Effect:
+def causal_effect(
+    base: Outcomes, aligned: Outcomes, patched: Outcomes, measure: str = "refused", groups: GroupLabels = None
+) -> Effect:
     """(mean patched − mean base) / (mean aligned − mean base) over the prompts that all three arms scored.
 
-    Fieller's interval of a ratio of paired means, with pseudo-observations as in `paired_difference`. The effect is undefined where the
-    gap, mean aligned − mean base, is about 0: where its sign is not clear.
+    Fieller's interval of a ratio of paired means, with pseudo-observations as in `paired_difference`. The
+    effect is undefined where the gap, mean aligned − mean base, is about 0: where its sign is not clear.
 
     Args:
         base: scores of the untreated base model, one per prompt; `None` means unscored.
@@ -359,22 +422,48 @@ def causal_effect(base: Outcomes, aligned: Outcomes, patched: Outcomes, measure:
     usable = ~np.isnan(rows).any(axis=0)
     n, unscored = int(usable.sum()), int((~usable).sum())
     if not n:
-        return Effect(None, None, None, 0, unscored, f"no prompt is scored in all three arms ({unscored} unscored)", measure)
-    rows, labels = rows[:, usable], None if groups is None else [label for label, kept in zip(groups, usable, strict=True) if kept]
+        return Effect(
+            None,
+            None,
+            None,
+            0,
+            unscored,
+            f"no prompt is scored in all three arms ({unscored} unscored)",
+            measure,
+        )
+    rows, labels = (
+        rows[:, usable],
+        None if groups is None else [label for label, kept in zip(groups, usable, strict=True) if kept],
+    )
     gap = paired_difference(rows[1], rows[0], labels)
     nought = f"base and aligned differ by {gap.value:.3g} in {measure}"
     if not gap.clear:
-        shown = "no interval" if gap.low is None else f"95 % interval {gap.low:.3g} to {gap.high:.3g}, which includes 0"
+        shown = (
+            "no interval"
+            if gap.low is None
+            else f"95 % interval {gap.low:.3g} to {gap.high:.3g}, which includes 0"
+        )
         return Effect(None, None, None, n, unscored, f"{nought}, {shown}", measure)
     ends = _fieller(rows[2] - rows[0], rows[1] - rows[0], clusters_of(labels, n), _scale(rows))
     if ends is None:
-        return Effect(None, None, None, n, unscored, f"{nought}, too little to divide by: the interval of the share has no end", measure)
+        return Effect(
+            None,
+            None,
+            None,
+            n,
+            unscored,
+            f"{nought}, too little to divide by: the interval of the share has no end",
+            measure,
+        )
     value = float((rows[2] - rows[0]).mean() / (rows[1] - rows[0]).mean())
     return Effect(value, *ends, n, unscored, None, measure)
 
 
 def share_of(change: Outcomes, whole: Outcomes, groups: GroupLabels = None) -> Estimate:
-    """The mean change over the mean whole, paired, with Fieller's interval; undefined where the whole may be 0."""
+    """The mean change over the mean whole, paired, with Fieller's interval.
+
+    Undefined where the whole may be 0.
+    """
     rows = _stack(change=change, whole=whole)
     usable = ~np.isnan(rows).any(axis=0)
     n, unscored = int(usable.sum()), int((~usable).sum())
@@ -384,11 +473,15 @@ def share_of(change: Outcomes, whole: Outcomes, groups: GroupLabels = None) -> E
     ends = _fieller(rows[0], rows[1], clusters_of(groups, len(usable))[usable], _scale(rows))
     value = float(rows[0].sum() / rows[1].sum())
     if ends is None:
-        return Estimate(value, None, None, n, unscored, "the whole may be 0: the interval of the share has no end")
+        return Estimate(
+            value, None, None, n, unscored, "the whole may be 0: the interval of the share has no end"
+        )
     return Estimate(value, *ends, n, unscored)
 
 
-def _fieller(gains: np.ndarray, gaps: np.ndarray, clusters: Int[np.ndarray, " prompt"], scale: float) -> tuple[float, float] | None:
+def _fieller(
+    gains: np.ndarray, gaps: np.ndarray, clusters: Int[np.ndarray, " prompt"], scale: float
+) -> tuple[float, float] | None:
     """Ends of the interval of mean gain ÷ mean gap; None where it is not bounded."""
     unit = scale or 1.0
     pairs = np.stack([gains, gaps]) / unit
@@ -401,7 +494,8 @@ def _fieller(gains: np.ndarray, gaps: np.ndarray, clusters: Int[np.ndarray, " pr
     totals = np.stack([_totals(row, clusters) for row in pairs]) - means[:, None] * sizes
     moments = totals @ totals.T
     if scale:
-        # Gain and gap share the base model: their pseudo-observations correlate by one half, as differences from one coin do.
+        # Gain and gap share the base model: their pseudo-observations correlate by one half, as differences
+        # from one coin do.
         moments += 2 * _PSEUDO * size**2 * (np.array([[1.0, 0.5], [0.5, 1.0]]) + np.outer(means, means))
         freedom = used + 1.0
     else:
@@ -420,7 +514,9 @@ def _fieller(gains: np.ndarray, gaps: np.ndarray, clusters: Int[np.ndarray, " pr
 
 
 def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:
-    """The exact test (binomial, two-sided) on outcomes that are 0 or 1; None where some outcome is neither, such as a mean over seeds.
+    """The exact test (binomial, two-sided) on outcomes that are 0 or 1.
+
+    None where some outcome is neither, such as a mean over seeds.
 
     Args:
         first: outcomes under one treatment, one per prompt; `None` or NaN means unscored.
@@ -429,8 +525,8 @@ def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:
     Raises:
         InputError: the two differ in length.
 
-    Source: McNemar, Psychometrika 1947.
-    Differs: the exact binomial p-value instead of the chi-squared approximation, which is off where few prompts disagree.
+    Source: McNemar, Psychometrika 1947. Differs: the exact binomial p-value instead of the chi-squared
+    approximation, which is off where few prompts disagree.
     """
     rows = _stack(first=first, second=second)
     usable = ~np.isnan(rows).any(axis=0)
@@ -488,7 +584,9 @@ class _Sample:
         return self.plain and (not len(moved) or bool(np.ptp(moved) <= 1e-12 * moved[0]))
 
     def variance(self, padded: bool, *, one_sided: bool = False) -> tuple[float, float]:
-        """Variance of the mean over clusters, and its degrees of freedom; padded by pseudo-clusters at both ends of the range.
+        """Variance of the mean over clusters, and its degrees of freedom.
+
+        Padded by pseudo-clusters at both ends of the range.
 
         Differences range from −1 to 1, rates (`one_sided`) from 0 to 1.
         """
@@ -504,7 +602,9 @@ class _Sample:
         return (float(residuals @ residuals) + ends) / whole**2, used + 1.0
 
     def flip_p(self) -> float:
-        """Two-sided p-value of the total where every cluster's sign might as well be the other: McNemar's test where all are 1 or −1."""
+        """Two-sided p-value of the total where every cluster's sign might as well be the other: McNemar's
+        test where all are 1 or −1.
+        """
         moved = np.abs(self.totals[np.abs(self.totals) > 1e-12])
         if not len(moved):
             return 1.0
@@ -537,7 +637,10 @@ def _totals(values: np.ndarray, clusters: Int[np.ndarray, " prompt"]) -> np.ndar
 
 
 def between(means: Sequence[float], extra: float) -> tuple[float, float]:
-    """Variance of the mean of sets or seeds, with `extra` times that of a single one added; infinite where there is only one."""
+    """Variance of the mean of sets or seeds, with `extra` times that of a single one added.
+
+    Infinite where there is only one.
+    """
     many = len(means)
     if many < 2:
         return math.inf, 0.0
@@ -547,8 +650,8 @@ def between(means: Sequence[float], extra: float) -> tuple[float, float]:
 def half_width(parts: Sequence[tuple[float, float]], level: float = LEVEL) -> float:
     """Half of an interval from variances with their degrees of freedom, each by its own Student quantile.
 
-    Squares add, so that a part that is known from few sets or seeds counts for as much as it may be and no part can be lost: where one is
-    all, this is Student's interval.
+    Squares add, so that a part that is known from few sets or seeds counts for as much as it may be and no
+    part can be lost: where one is all, this is Student's interval.
     """
     if any(freedom < 1 for _, freedom in parts):
         return math.inf
@@ -567,17 +670,27 @@ def p_value(middle: float, parts: Sequence[tuple[float, float]]) -> float:
 
 
 def _quantile(freedom: float, level: float = LEVEL) -> float:
-    """Two-sided quantile of Student's distribution; of the normal one where the degrees of freedom are infinite."""
+    """Two-sided quantile of Student's distribution.
+
+    Of the normal one where the degrees of freedom are infinite.
+    """
     from scipy.special import ndtri, stdtrit
 
     return float(-ndtri(level / 2) if math.isinf(freedom) else -stdtrit(freedom, level / 2))
 
 
-def resampled(value: float | None, draws: Sequence[float | None], clusters: int, ends: tuple[float, float], members: int = 0) -> Estimate:
-    """A number of which resamples of clusters alone say how much it varies: Student's interval with the spread they have.
+def resampled(
+    value: float | None,
+    draws: Sequence[float | None],
+    clusters: int,
+    ends: tuple[float, float],
+    members: int = 0,
+) -> Estimate:
+    """A number of which resamples of clusters alone say how much it varies: Student's interval with the
+    spread they have.
 
-    Percentiles would not do: two clusters have three different resamples, and a top set drawn anew agrees less with itself, so that they
-    need not hold the value.
+    Percentiles would not do: two clusters have three different resamples, and a top set drawn anew agrees
+    less with itself, so that they need not hold the value.
 
     Args:
         value: the number; None or NaN is undefined.
@@ -600,8 +713,12 @@ def resampled(value: float | None, draws: Sequence[float | None], clusters: int,
     return Estimate(value, max(ends[0], low), min(ends[1], high), clusters)
 
 
-def resampled_share(value: float, draws: Float[np.ndarray, " resample"], clusters: int) -> tuple[float, float]:
-    """Percentiles of resamples of a share, at least as far apart as its exact interval: near 0 and 1 resamples alone know little doubt."""
+def resampled_share(
+    value: float, draws: Float[np.ndarray, " resample"], clusters: int
+) -> tuple[float, float]:
+    """Percentiles of resamples of a share, at least as far apart as its exact interval: near 0 and 1
+    resamples alone know little doubt.
+    """
     low, high = exact(value * clusters, clusters)
     few, many = np.quantile(draws, (LEVEL / 2, 1 - LEVEL / 2)) if len(draws) else (low, high)
     return min(value, low, float(few)), max(value, high, float(many))
@@ -615,14 +732,19 @@ def scored(outcomes: Outcomes) -> Float[np.ndarray, " prompt"]:
     """
     values = np.array([math.nan if outcome is None else float(outcome) for outcome in outcomes], np.float64)
     if np.isinf(values).any():
-        raise InputError(f"{int(np.isinf(values).sum())} of {len(values)} outcomes are infinite; expected numbers, or None for unscored")
+        raise InputError(
+            f"{int(np.isinf(values).sum())} of {len(values)} outcomes are infinite; expected numbers, or "
+            "None for unscored"
+        )
     return values
 
 
 def _stack(**arms: Outcomes) -> Float[np.ndarray, "arm prompt"]:
     lengths = {name: len(outcomes) for name, outcomes in arms.items()}
     if len(set(lengths.values())) > 1:
-        raise InputError(f"outcomes per arm are {lengths}; expected the same prompts in the same order in every arm")
+        raise InputError(
+            f"outcomes per arm are {lengths}; expected the same prompts in the same order in every arm"
+        )
     return np.stack([scored(outcomes) for outcomes in arms.values()])
 
 
@@ -637,17 +759,24 @@ def clusters_of(groups: GroupLabels, n: int) -> Int[np.ndarray, " prompt"]:
     if groups is None:
         return np.arange(n)
     if len(groups) != n:
-        raise InputError(f"{len(groups)} groups for {n} outcomes; expected one a prompt, None where it shares nothing")
+        raise InputError(
+            f"{len(groups)} groups for {n} outcomes; expected one a prompt, None where it shares nothing"
+        )
     numbers: dict[Any, int] = {}
     return np.array(
-        [numbers.setdefault(place if label is None else (label,), len(numbers)) for place, label in enumerate(groups)], np.int64
+        [
+            numbers.setdefault(place if label is None else (label,), len(numbers))
+            for place, label in enumerate(groups)
+        ],
+        np.int64,
     )
 
 
 def _scale(rows: Float[np.ndarray, "arm prompt"]) -> float:
     """The largest difference two outcomes can have; 0 where it is not known.
 
-    Outcomes between 0 and 1 are known to stay there, and what only ever takes two values is yes and no on another scale.
+    Outcomes between 0 and 1 are known to stay there, and what only ever takes two values is yes and no on
+    another scale.
     """
     levels = np.unique(rows[~np.isnan(rows)])
     if not len(levels) or (levels[0] >= 0 and levels[-1] <= 1):

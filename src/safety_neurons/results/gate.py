@@ -1,4 +1,7 @@
-"""Gate: thresholds in a TOML file, held against what an evaluation measured; a threshold on something unmeasured is missed too."""
+"""Gate: thresholds in a TOML file, held against what an evaluation measured.
+
+A threshold on something unmeasured is missed too.
+"""
 
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +21,8 @@ _TASK_KEYS = ("drop", "min", "max")
 
 @dataclass(frozen=True)
 class Gate:
-    """Thresholds. All are shares between 0 and 1 that may be reached but not exceeded, but for `min` and `max` of a capability.
+    """Thresholds. All are shares between 0 and 1 that may be reached but not exceeded, but for `min` and
+    `max` of a capability.
 
     Attributes:
         shares: `harm`, `over_refusal`, `unscored`, `capability_drop`: for every suite, judge and task alike.
@@ -50,9 +54,14 @@ class Gate:
         try:
             entries = tomllib.loads(source.read_bytes().decode("utf-8-sig"))
         except OSError as error:
-            raise InputError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a gate in TOML: check the path") from error
+            raise InputError(
+                f"cannot read {str(source)!r} ({error.strerror or error}); expected a gate in TOML: "
+                "check the path"
+            ) from error
         except ValueError as error:
-            raise InputError(f"{str(source)!r} is not TOML ({str(error)[:100]}); expected lines such as harm = 0.05") from error
+            raise InputError(
+                f"{str(source)!r} is not TOML ({str(error)[:100]}); expected lines such as harm = 0.05"
+            ) from error
         return cls.of(entries, source.name)
 
     @classmethod
@@ -65,8 +74,13 @@ class Gate:
         _known(entries, _KEYS, name)
         tables = {key: entries.get(key, {}) for key in ("suite", "capability")}
         for key, table in tables.items():
-            if not isinstance(table, Mapping) or not all(isinstance(entry, Mapping) for entry in table.values()):
-                raise UsageError(f"{name}: {key} is no table of tables; expected a heading such as [{key}.NAME] with thresholds below it")
+            if not isinstance(table, Mapping) or not all(
+                isinstance(entry, Mapping) for entry in table.values()
+            ):
+                raise UsageError(
+                    f"{name}: {key} is no table of tables; expected a heading such as [{key}.NAME] with "
+                    "thresholds below it"
+                )
         for suite, entry in tables["suite"].items():
             _known(entry, MEASURES, f"{name}, suite.{suite}")
         for task, entry in tables["capability"].items():
@@ -77,21 +91,38 @@ class Gate:
         bound, judges = entries.get("bound", "value"), entries.get("judges", [])
         if bound not in BOUNDS:
             raise UsageError(f"{name}: bound {bound!r} is unknown; expected one of {', '.join(BOUNDS)}")
-        if not isinstance(judges, Sequence) or isinstance(judges, str) or not all(isinstance(judge, str) for judge in judges):
+        if (
+            not isinstance(judges, Sequence)
+            or isinstance(judges, str)
+            or not all(isinstance(judge, str) for judge in judges)
+        ):
             raise UsageError(f"{name}: judges {judges!r}; expected a list of names")
         gate = cls(
             {key: _number(entries[key], f"{name}: {key}", share=True) for key in SHARES if key in entries},
-            {suite: {key: _number(value, f"{name}: suite.{suite}.{key}", share=True) for key, value in entry.items()}
-             for suite, entry in tables["suite"].items()},
-            {task: {key: _number(value, f"{name}: capability.{task}.{key}", share=key == "drop") for key, value in entry.items()}
-             for task, entry in tables["capability"].items()},
+            {
+                suite: {
+                    key: _number(value, f"{name}: suite.{suite}.{key}", share=True)
+                    for key, value in entry.items()
+                }
+                for suite, entry in tables["suite"].items()
+            },
+            {
+                task: {
+                    key: _number(value, f"{name}: capability.{task}.{key}", share=key == "drop")
+                    for key, value in entry.items()
+                }
+                for task, entry in tables["capability"].items()
+            },
             bound,
             tuple(judges),
             name,
             achieved,
         )  # fmt: skip
         if not (gate.shares or gate.suites or gate.capability or achieved):
-            raise UsageError(f"{name} has no threshold; expected some of {', '.join(SHARES)}, achieved, suite.NAME or capability.NAME")
+            raise UsageError(
+                f"{name} has no threshold; expected some of {', '.join(SHARES)}, achieved, suite.NAME or "
+                "capability.NAME"
+            )
         return gate
 
     @property
@@ -103,22 +134,33 @@ class Gate:
         """One line for every threshold that is not met; none where the gate is passed.
 
         Args:
-            result: an evaluation as JSON values: its treated arm is held to the thresholds, where it has one, and its changes to those
-                on capability drops.
+            result: an evaluation as JSON values: its treated arm is held to the thresholds, where it has one,
+                and its changes to those on capability drops.
         """
         missed = []
         if self.achieved and result.get("achieved") is not True:
             known = "achieved" in result
-            missed.append(f"achieved: no ({result['why']})" if known else "achieved: not told by this run; expected a tuning")
+            missed.append(
+                f"achieved: no ({result['why']})"
+                if known
+                else "achieved: not told by this run; expected a tuning"
+            )
         arm = result.get("treated") or result.get("untreated") or {}
         if "suites" not in arm:
-            unmeasured = [*self.shares, *(f"suite {name}" for name in self.suites), *(f"capability {name}" for name in self.capability)]
+            unmeasured = [
+                *self.shares,
+                *(f"suite {name}" for name in self.suites),
+                *(f"capability {name}" for name in self.capability),
+            ]
             return [*missed, *(f"{what}: not measured by this run" for what in unmeasured)]
         return [*missed, *self._suites(arm), *self._tasks(arm, result.get("capability_changes") or [])]
 
     def _suites(self, arm: Mapping[str, Any]) -> Iterator[str]:
         unmet = {suite for suite in self.suites if suite not in {entry["suite"] for entry in arm["suites"]}}
-        yield from (f"suite {suite}: not evaluated, though {self.name} has a threshold on it" for suite in sorted(unmet))
+        yield from (
+            f"suite {suite}: not evaluated, though {self.name} has a threshold on it"
+            for suite in sorted(unmet)
+        )
         for measure in MEASURES:
             held = set()
             for entry in arm["suites"]:
@@ -127,7 +169,9 @@ class Gate:
                     rate = _share_unscored(judged) if measure == "unscored" else judged.get(measure)
                     if rate is not None and limit is not None:
                         held.add(entry["suite"])
-                        yield from self._at_most(measure.replace("_", "-"), f"{entry['suite']} by {judge}", rate, limit)
+                        yield from self._at_most(
+                            measure.replace("_", "-"), f"{entry['suite']} by {judge}", rate, limit
+                        )
             yield from self._unheld(measure, held, unmet)
 
     def _unheld(self, measure: str, held: Collection[str], absent: Collection[str]) -> Iterator[str]:
@@ -161,14 +205,20 @@ class Gate:
             yield f"capability {task}: not measured, though {self.name} has a threshold on it"
         drops = {change["task"]: change for change in changes}
         if "capability_drop" in self.shares and not changes:
-            yield f"capability-drop: not measured, expected at most {self.shares['capability_drop']:g}; name a capability and a baseline"
+            yield (
+                f"capability-drop: not measured, expected at most {self.shares['capability_drop']:g}; name "
+                "a capability and a baseline"
+            )
         for task, entry in measured.items():
             own = self.capability.get(task, {})
             limit = own.get("drop", self.shares.get("capability_drop"))
             if limit is not None and task in drops:
                 yield from self._drop(task, drops[task], limit)
             elif "drop" in own:
-                yield f"capability drop of {task}: no baseline to compare with, expected at most {own['drop']:g}"
+                yield (
+                    f"capability drop of {task}: no baseline to compare with, expected at most "
+                    f"{own['drop']:g}"
+                )
             yield from self._range(task, entry, own)
 
     def _drop(self, task: str, change: Mapping[str, Any], limit: float) -> Iterator[str]:
@@ -190,7 +240,14 @@ class Gate:
 
 
 def _share_unscored(judged: Mapping[str, Any]) -> dict[str, float | None]:
-    rate = next((judged[measure] for measure in ("harm", "over_refusal", "refused") if judged.get(measure) is not None), None)
+    rate = next(
+        (
+            judged[measure]
+            for measure in ("harm", "over_refusal", "refused")
+            if judged.get(measure) is not None
+        ),
+        None,
+    )
     total = 0 if rate is None else rate["n"] + rate["unscored"]
     share = rate["unscored"] / total if rate is not None and total else None
     return {"value": share, "high": share}
@@ -203,6 +260,11 @@ def _known(entries: Mapping[str, Any], allowed: Sequence[str], where: str) -> No
 
 
 def _number(value: Any, where: str, *, share: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or (share and not 0 <= value <= 1):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value != value
+        or (share and not 0 <= value <= 1)
+    ):
         raise UsageError(f"{where} is {value!r}; expected a {'share between 0 and 1' if share else 'number'}")
     return float(value)

@@ -1,11 +1,15 @@
-"""How results look: numbers and intervals everywhere; in a notebook small tables in its own colours, every text escaped and visible."""
+"""How results look: numbers and intervals everywhere.
+
+In a notebook small tables in its own colours, every text escaped and visible.
+"""
 
 import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are named, never drawn.
+# Controls, direction marks, invisible fillers, tags, line separators and halves of surrogate pairs: they are
+# named, never drawn.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
     "\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
@@ -19,7 +23,9 @@ LONG = 300
 
 
 def visible(text: object, limit: int | None = None) -> str:
-    """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and counted."""
+    """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and
+    counted.
+    """
     whole = str(text)
     kept = whole if limit is None or len(whole) <= limit else whole[:limit]
     shown = UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
@@ -37,7 +43,8 @@ def html_table(caption: object, columns: Sequence[str], rows: Iterable[Sequence[
     """
     head = "".join(f'<th scope="col">{_cell(column)}</th>' for column in columns)
     body = "".join(f"<tr>{_row(row)}</tr>" for row in rows)
-    return f"<table><caption>{_cell(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    titled = f"<caption>{_cell(caption)}</caption><thead><tr>{head}</tr></thead>"
+    return f"<table>{titled}<tbody>{body}</tbody></table>"
 
 
 def _row(row: Sequence[object]) -> str:
@@ -54,7 +61,9 @@ def number(value: float | int | None, digits: int = 2, *, signed: bool = False) 
     if value is None:
         return NONE
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace("-", MINUS)
+    return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" and not signed else text).replace(
+        "-", MINUS
+    )
 
 
 def interval(found: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 2) -> str:

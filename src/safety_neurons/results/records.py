@@ -1,7 +1,9 @@
-"""Records: numbers with their intervals, the one decision "clear", and the JSON of results as `run.json` holds it under `result`.
+"""Records: numbers with their intervals, the one decision "clear", and the JSON of results as `run.json`
+holds it under `result`.
 
-A dataclass that derives from `Recorded` is written field by field; what it is called there stands in its metadata where it is not the
-field's own name. The types below say which keys that gives, for who reads them: terminal, notebook, report and users' own tools.
+A dataclass that derives from `Recorded` is written field by field; what it is called there stands in its
+metadata where it is not the field's own name. The types below say which keys that gives, for who reads them:
+terminal, notebook, report and users' own tools.
 """
 
 import dataclasses
@@ -17,7 +19,9 @@ RecordT = TypeVar("RecordT")
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON values: records by their fields, numpy as numbers and lists, paths as text, NaN and infinity as null."""
+    """The value as JSON values: records by their fields, numpy as numbers and lists, paths as text, NaN and
+    infinity as null.
+    """
     if value is None or isinstance(value, (bool, int, str)):
         return value  # First, because a file of completions holds little else.
     if isinstance(value, float):
@@ -56,7 +60,9 @@ class Recorded(Generic[RecordT]):
         """As JSON values."""
         keys = {one.name: one.metadata.get("key", one.name) for one in dataclasses.fields(cast(Any, self))}
         keys |= {name: name for name in self.ALSO}
-        return cast(RecordT, {key: plain(getattr(self, name)) for name, key in keys.items() if key is not None})
+        return cast(
+            RecordT, {key: plain(getattr(self, name)) for name, key in keys.items() if key is not None}
+        )
 
 
 class RunRecord(TypedDict):
@@ -162,7 +168,10 @@ LEVEL = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval. `value` is None where it is undefined, the ends where nothing bounds them; `why` says why."""
+    """A number with its 95 % interval.
+
+    `value` is None where it is undefined, the ends where nothing bounds them; `why` says why.
+    """
 
     value: float | None
     low: float | None
@@ -185,11 +194,20 @@ class Estimate:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def to_json(self) -> EstimateRecord:
-        """`{value, low, high, n, unscored}`, and what else is known of the number; over seeds the lowest and the highest of them."""
-        written = {name: value for name, value in vars(self).items() if name in _BASIC or value not in (None, ())}
+        """`{value, low, high, n, unscored}`, and what else is known of the number.
+
+        Over seeds the lowest and the highest of them.
+        """
+        written = {
+            name: value for name, value in vars(self).items() if name in _BASIC or value not in (None, ())
+        }
         if by_seed := written.get("by_seed"):
             known = [value for value in by_seed if value is not None]
-            written |= {"by_seed": list(by_seed), "lowest": min(known, default=None), "highest": max(known, default=None)}
+            written |= {
+                "by_seed": list(by_seed),
+                "lowest": min(known, default=None),
+                "highest": max(known, default=None),
+            }
         return cast(EstimateRecord, written)
 
     @classmethod
@@ -201,10 +219,19 @@ class Estimate:
         """
         more = [field.name for field in dataclasses.fields(cls)[len(_BASIC) :] if field.name in found]
         values: dict[str, Any] = {name: found[name] for name in (*_BASIC, *more)}
-        wrong = next((name for name in _BASIC if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)), None)
+        wrong = next(
+            (
+                name
+                for name in _BASIC
+                if not isinstance(found[name], int | float | None) or isinstance(found[name], bool)
+            ),
+            None,
+        )
         if wrong is not None:
             raise TypeError(f"{wrong} {str(found[wrong])[:20]!r}; expected a number")
-        typed: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        typed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**typed)
 
     def __str__(self) -> str:
@@ -230,7 +257,9 @@ class Rate(Estimate):
 
     def _repr_html_(self) -> str:
         shown = self._shown()
-        return notebook.html_table("Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]])
+        return notebook.html_table(
+            "Rate", ["value, 95 % interval", "n", "unscored"], [[shown, self.n, self.unscored]]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +275,9 @@ class Effect(Estimate):
     def _repr_html_(self) -> str:
         shown = super()._shown()
         columns = ["share of the difference, 95 % interval", "n", "unscored"]
-        return notebook.html_table(f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]])
+        return notebook.html_table(
+            f"Causal effect on {self.measure}", columns, [[shown, self.n, self.unscored]]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +296,9 @@ class Difference(Estimate):
     def clear(self) -> bool:
         """What this project calls clearly more (or clearly less, where the value is below 0).
 
-        The interval excludes 0, the exact or calibrated test rejects (over a table of more than ten by Holm), and there are prompts, random
-        sets and seeds enough to say so. The interval is made to hold 0 where the test does not reject, so that the two never contradict.
+        The interval excludes 0, the exact or calibrated test rejects (over a table of more than ten by Holm),
+        and there are prompts, random sets and seeds enough to say so. The interval is made to hold 0 where
+        the test does not reject, so that the two never contradict.
         """
         p = self.p if self.p_holm is None else self.p_holm
         return self.why is None and p is not None and p <= LEVEL and self.excludes_zero
@@ -274,7 +306,9 @@ class Difference(Estimate):
     def _repr_html_(self) -> str:
         shown = self._shown()
         columns = ["difference, 95 % interval", "clear", "pairs", "left out"]
-        return notebook.html_table("Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]])
+        return notebook.html_table(
+            "Paired difference", columns, [[shown, clear_word(self.to_json()), self.n, self.unscored]]
+        )
 
     def to_json(self) -> DifferenceRecord:
         """`{value, low, high, n, unscored, clear, p}`, and what else is known of the difference."""
@@ -287,7 +321,10 @@ def is_clear(record: Mapping[str, Any] | None) -> bool:
 
 
 def stands_out(record: Mapping[str, Any], chance: Mapping[str, Any]) -> bool:
-    """Whether a difference is clear and its interval lies outside the range that chance has; of no range, whether it is clear."""
+    """Whether a difference is clear and its interval lies outside the range that chance has.
+
+    Of no range, whether it is clear.
+    """
     if not is_clear(record) or chance.get("low") is None:
         return is_clear(record)
     return bool(record["low"] > chance["high"] or record["high"] < chance["low"])
@@ -302,7 +339,9 @@ def clear_word(record: Mapping[str, Any] | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class McNemar:
-    """Prompts on which two treatments disagree, and how likely a split this uneven is where neither is better."""
+    """Prompts on which two treatments disagree, and how likely a split this uneven is where neither is
+    better.
+    """
 
     first_only: int
     """Prompts with outcome 1 under the first treatment and 0 under the second."""
@@ -328,7 +367,8 @@ class McNemar:
 class Agreement(Recorded[KappaRecord]):
     """How far two judges agree beyond chance.
 
-    Differs from a plain rate in that `kappa` is 0 where they agree as often as chance would have it, and 1 where they always do.
+    Differs from a plain rate in that `kappa` is 0 where they agree as often as chance would have it, and 1
+    where they always do.
     """
 
     first: str
@@ -346,7 +386,9 @@ class Agreement(Recorded[KappaRecord]):
     def _repr_html_(self) -> str:
         kappa, same = (notebook.interval(each.to_json()) for each in (self.kappa, self.same))
         columns = ["judges", "Cohen’s κ", "same verdict", "n"]
-        return notebook.html_table("Agreement beyond chance", columns, [[f"{self.first}, {self.second}", kappa, same, self.kappa.n]])
+        return notebook.html_table(
+            "Agreement beyond chance", columns, [[f"{self.first}, {self.second}", kappa, same, self.kappa.n]]
+        )
 
 
 # Sets beside chance
@@ -444,7 +486,10 @@ class SizeRecord(TypedDict):
 
 
 class VerificationRecord(TypedDict):
-    """verify; where several sizes were measured, single entries are of the largest. Of a pair the keys of `CeilingRecord` too."""
+    """verify; where several sizes were measured, single entries are of the largest.
+
+    Of a pair the keys of `CeilingRecord` too.
+    """
 
     kind: str
     n_neurons: int
@@ -727,7 +772,9 @@ class GuardClassifierRecord(GuardMeasures):
 
 
 class ReliabilityRecord(TypedDict):
-    """A bin of a reliability diagram: mean probability, and the share of unsafe requests with its interval."""
+    """A bin of a reliability diagram: mean probability, and the share of unsafe requests with its
+    interval.
+    """
 
     probability: float
     unsafe: float | None
@@ -745,7 +792,9 @@ class HistogramRecord(TypedDict):
 
 
 class GuardCurvesRecord(TypedDict):
-    """Curves of every classifier, of random sets the first, and the histogram of the reference's probabilities."""
+    """Curves of every classifier, of random sets the first, and the histogram of the reference's
+    probabilities.
+    """
 
     roc: dict[str, list[tuple[float, float]]]
     precision_recall: dict[str, list[tuple[float, float]]]

@@ -1,10 +1,11 @@
 """Files and run folders: what is written in one step, hashed, recorded, locked, and gone on with.
 
-A killed process leaves the old file or the new one, never half of one; temporaries lie in the target's folder and say what they are
-(`PARTIAL`), so that whatever a kill left behind is known for what it is.
+A killed process leaves the old file or the new one, never half of one; temporaries lie in the target's folder
+and say what they are (`PARTIAL`), so that whatever a kill left behind is known for what it is.
 
-The same run goes on, another is an error, a finished run stays as it is. Which run it is, is told by what was read and not by how that
-was called: the verb, the content of every file an argument names, all other arguments as they are, and the version of this package.
+The same run goes on, another is an error, a finished run stays as it is. Which run it is, is told by what was
+read and not by how that was called: the verb, the content of every file an argument names, all other
+arguments as they are, and the version of this package.
 """
 
 import contextlib
@@ -40,7 +41,9 @@ PathLike = str | os.PathLike[str]
 PARTIAL = ".safety-neurons-partial"
 """The end of every temporary's name."""
 _OLD = ".old"
-_RESERVED = frozenset({"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))})
+_RESERVED = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+)
 _LONGEST_NAME = 200
 
 
@@ -48,7 +51,8 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     """Writes a file in one step, through a temporary file beside it.
 
     Raises:
-        RunError: the place cannot be written (permissions, no such folder, disk full); the old file is untouched.
+        RunError: the place cannot be written (permissions, no such folder, disk full); the old file is
+        untouched.
     """
     target = pathlib.Path(path)
     temporary: str | None = None
@@ -62,7 +66,10 @@ def write_bytes(path: PathLike, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        raise RunError(f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with free space") from error
+        raise RunError(
+            f"cannot write {str(target)!r} ({error.strerror or error}); choose a writable place with "
+            "free space"
+        ) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -71,7 +78,9 @@ def write_bytes(path: PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: PathLike) -> Iterator[pathlib.Path]:
-    """A folder beside the wanted one that takes its place at the end of the block; after an exception, what was there is as it was.
+    """A folder beside the wanted one that takes its place at the end of the block.
+
+    After an exception, what was there is as it was.
 
     Raises:
         RunError: the place cannot be written.
@@ -91,11 +100,17 @@ def whole_folder(path: PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(partial, ignore_errors=True)
             _restore(old)
     except OSError as error:
-        raise RunError(f"cannot write {str(folder)!r} ({error.strerror or error}); choose a writable place with free space") from error
+        raise RunError(
+            f"cannot write {str(folder)!r} ({error.strerror or error}); choose a writable place with "
+            "free space"
+        ) from error
 
 
 def remove_partial(folder: PathLike) -> None:
-    """Removes what killed processes left unfinished in a folder and below; only for who alone may write there."""
+    """Removes what killed processes left unfinished in a folder and below.
+
+    Only for who alone may write there.
+    """
     for left in sorted(pathlib.Path(folder).rglob(f".*{PARTIAL}")):
         if left.name.endswith(f"{_OLD}{PARTIAL}"):
             _restore(left)
@@ -126,19 +141,30 @@ def plain_name(name: object, what: str) -> str:
     """A name out of a file that is to become the name of a file or folder: a name, never a path.
 
     Raises:
-        InputError: empty, too long, with a separator, a drive, a control character or a leading dot, or reserved by a system.
+        InputError: empty, too long, with a separator, a drive, a control character or a leading dot, or
+        reserved by a system.
     """
     text = str(name)
-    fits = 0 < len(text.encode(errors="replace")) <= _LONGEST_NAME and text == text.strip() and not text.startswith(".")
-    if not fits or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text) or text.split(".")[0].lower() in _RESERVED:
+    fits = (
+        0 < len(text.encode(errors="replace")) <= _LONGEST_NAME
+        and text == text.strip()
+        and not text.startswith(".")
+    )
+    if (
+        not fits
+        or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text)
+        or text.split(".")[0].lower() in _RESERVED
+    ):
         raise InputError(
-            f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', without folders: rename it"
+            f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', "
+            "without folders: rename it"
         )
     return text
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set, so that files can be made again.
+    """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set, so that files
+    can be made again.
 
     Raises:
         InputError: SOURCE_DATE_EPOCH is no time.
@@ -149,7 +175,9 @@ def now() -> str:
     try:
         return datetime.datetime.fromtimestamp(int(given), datetime.UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):
-        raise InputError(f"SOURCE_DATE_EPOCH {given[:40]!r} is no time; expected seconds since 1970: correct or unset it") from None
+        raise InputError(
+            f"SOURCE_DATE_EPOCH {given[:40]!r} is no time; expected seconds since 1970: correct or unset it"
+        ) from None
 
 
 def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -158,10 +186,16 @@ def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) ->
 
 
 def ordered_header(content: bytes) -> bytes:
-    """The same safetensors file with the names in its header in order; the library writes metadata in a random one."""
+    """The same safetensors file with the names in its header in order.
+
+    The library writes metadata in a random one.
+    """
     length = struct.unpack("<Q", content[:8])[0]
     header = strict_json.loads(content[8 : 8 + length])
-    header = {name: dict(sorted(entry.items())) if name == "__metadata__" else entry for name, entry in sorted(header.items())}
+    header = {
+        name: dict(sorted(entry.items())) if name == "__metadata__" else entry
+        for name, entry in sorted(header.items())
+    }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the format wants tensors at multiples of eight
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
@@ -191,9 +225,14 @@ def read_json(path: PathLike, *, constants: bool = False) -> Any:
     try:
         return strict_json.loads(source.read_bytes(), constants=constants)
     except OSError as error:
-        raise InputError(f"cannot read {str(source)!r} ({error.strerror or error}); expected a JSON file: check the path") from error
+        raise InputError(
+            f"cannot read {str(source)!r} ({error.strerror or error}); expected a JSON file: check the path"
+        ) from error
     except ValueError as error:
-        raise InputError(f"{str(source)!r} is not JSON ({str(error)[:100]}); expected a file this package wrote: make it again") from error
+        raise InputError(
+            f"{str(source)!r} is not JSON ({str(error)[:100]}); expected a file this package wrote: make "
+            "it again"
+        ) from error
 
 
 Contents = dict[str, str]
@@ -201,7 +240,9 @@ Contents = dict[str, str]
 
 
 def contents_of(path: str | os.PathLike[str], wanted: Sequence[str] = ("**/*",)) -> Contents:
-    """Hashes of a file, or of the files of a folder that fit a pattern; hidden ones (locks, temporaries, caches) are no content.
+    """Hashes of a file, or of the files of a folder that fit a pattern.
+
+    Hidden ones (locks, temporaries, caches) are no content.
 
     A file is read once in a process as long as its size, times and inode stay the same.
 
@@ -227,12 +268,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end, and is empty when it is read again
-            raise InputError(f"{str(path)!r} is a pipe or a device; expected a file that can be read twice: write it to one")
+        if not stat.S_ISREG(
+            status.st_mode
+        ):  # a pipe or a device may have no end, and is empty when it is read again
+            raise InputError(
+                f"{str(path)!r} is a pipe or a device; expected a file that can be read twice: write "
+                "it to one"
+            )
         seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return _digest(os.path.abspath(path), seen)
     except OSError as error:
-        raise InputError(f"cannot read {str(path)!r} ({error.strerror or error}); expected a readable file: check the path") from error
+        raise InputError(
+            f"cannot read {str(path)!r} ({error.strerror or error}); expected a readable file: check the path"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -253,7 +301,9 @@ _LOCK, _HOLDER = ".lock", ".lock.json"
 
 
 class Lock:
-    """A lock of the operating system, which ends with its process however that ends; who holds it is written beside it.
+    """A lock of the operating system, which ends with its process however that ends.
+
+    Who holds it is written beside it.
 
     Within one process it may be taken again: a process does not stand in its own way.
     """
@@ -275,13 +325,18 @@ class Lock:
             lock.acquire()
         except Timeout:
             raise RunError(
-                f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose another --out"
+                f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose "
+                "another --out"
             ) from None
         except OSError as error:
-            raise RunError(f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error
+            raise RunError(
+                f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out"
+            ) from error
         self._held = lock
         if lock.lock_counter == 1:
-            write_json(path.with_name(_HOLDER), {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
+            write_json(
+                path.with_name(_HOLDER), {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+            )
 
     def release(self) -> None:
         """Gives the lock back, where it is held; the last to do so leaves nothing of it in the folder."""
@@ -301,13 +356,18 @@ class Lock:
     def _holder(self) -> str:
         try:
             holder = read_json(self.folder / _HOLDER)
-            return f"process {int(holder['pid'])} on {str(holder['host'])[:60]} since {str(holder['since'])[:30]}"
+            return (
+                f"process {int(holder['pid'])} on {str(holder['host'])[:60]} since "
+                f"{str(holder['since'])[:30]}"
+            )
         except (InputError, LookupError, TypeError, ValueError):
             return "another process"
 
 
 EVERY = 5.0
-"""Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under way."""
+"""Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under
+way.
+"""
 SHARE = 0.1
 """Share of the time that saving may take: a state that takes longer to write is written less often."""
 
@@ -335,7 +395,9 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether enough time went by since the last save, or since this object was made, for the next one."""
+        """Whether enough time went by since the last save, or since this object was made, for the next
+        one.
+        """
         return self._clock() - self._last >= max(EVERY, self._cost / SHARE)
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
@@ -366,7 +428,8 @@ class Checkpoint:
                 return Saved({name: opened.get_tensor(name) for name in opened.keys()}, state)  # noqa: SIM118  # not a mapping
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"cannot read checkpoint {str(self.path)!r} ({str(error)[:80]}); delete it or pass --overwrite to start anew"
+                f"cannot read checkpoint {str(self.path)!r} ({str(error)[:80]}); delete it or pass "
+                "--overwrite to start anew"
             ) from error
 
     def delete(self) -> None:
@@ -381,7 +444,10 @@ CACHED = "cached"
 
 
 class Cache:
-    """JSON results of the parts of a run, each under the hash of what it was computed from; a killed run computes none again."""
+    """JSON results of the parts of a run, each under the hash of what it was computed from.
+
+    A killed run computes none again.
+    """
 
     def __init__(self, place: Callable[[str], pathlib.Path] | None = None) -> None:
         """Names where entries lie; nothing is kept without a place.
@@ -395,9 +461,11 @@ class Cache:
         """What was computed for this key before, or what `compute` gives now.
 
         Args:
-            key: a dataclass of JSON values: everything that decides the result, models and sets by their content.
+            key: a dataclass of JSON values: everything that decides the result, models and sets by their
+                content.
             compute: gives JSON values.
-            files: what `compute` writes beside its result; where one is gone or another, everything is computed anew.
+            files: what `compute` writes beside its result; where one is gone or another, everything is
+                computed anew.
 
         Raises:
             RunError: the entry cannot be written.
@@ -418,7 +486,9 @@ class Cache:
 
 RECORD = "run.json"
 SCHEMA = "safety-neurons/1"
-IMMATERIAL = frozenset({"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"})
+IMMATERIAL = frozenset(
+    {"progress", "json", "debug", "quiet", "verbose", "out", "overwrite", "dry_run", "gate"}
+)
 """Arguments that cannot change a result, so that they are no part of the configuration."""
 ANSWERED_BY = "answered_by.json"
 """What kept answers depend on; it goes with them."""
@@ -439,13 +509,16 @@ class RunFolder:
         overwrite: bool = False,
         inputs: Mapping[str, Contents] | None = None,
     ) -> None:
-        """Creates the folder, or goes on in it when it holds the same run. Until it is finished, no other process may write there.
+        """Creates the folder, or goes on in it when it holds the same run.
+
+        Until it is finished, no other process may write there.
 
         Args:
             out: the folder.
             verb: what is run, such as `find contrast`.
             config: the arguments; those in `IMMATERIAL` are recorded but not compared.
-            overwrite: start anew whatever the folder holds of an earlier run; files the earlier run did not write stay.
+            overwrite: start anew whatever the folder holds of an earlier run; files the earlier run did not
+                write stay.
             inputs: by argument the content of what it names, which is compared in the place of its words.
 
         Raises:
@@ -471,7 +544,9 @@ class RunFolder:
             remove_partial(self.folder)
             if overwrite:
                 self._clear()
-            earlier = None if overwrite else self._read()  # Once more: until the lock was taken, somebody else may have finished it.
+            earlier = (
+                None if overwrite else self._read()
+            )  # Once more: until the lock was taken, somebody else may have finished it.
             if earlier is not None:
                 self._record = earlier
                 self._compare(first)
@@ -493,21 +568,30 @@ class RunFolder:
 
     @property
     def record(self) -> RunRecord:
-        """What `run.json` says; after a finished run its `result` is what was passed to `finish`, its files where the folder lies now."""
+        """What `run.json` says; after a finished run its `result` is what was passed to `finish`, its files
+        where the folder lies now.
+        """
         return {
             **cast(RunRecord, self._record),
-            "result": _placed(self._record.get("result"), self.folder.absolute(), self._record.get("paths", [])),
+            "result": _placed(
+                self._record.get("result"), self.folder.absolute(), self._record.get("paths", [])
+            ),
         }
 
     def path(self, name: str) -> pathlib.Path:
-        """Where the file `name` of this run lies (absolute); it is noted as the run's own, so that starting anew removes it.
+        """Where the file `name` of this run lies (absolute).
+
+        It is noted as the run's own, so that starting anew removes it.
 
         Raises:
             RunError: the name leaves the folder.
         """
         target = (self.folder / name).resolve()
         if not target.is_relative_to(self.folder.resolve()) or name == RECORD:
-            raise RunError(f"{name!r} is not a file of the run; expected a name inside {str(self.folder)!r} other than {RECORD}")
+            raise RunError(
+                f"{name!r} is not a file of the run; expected a name inside {str(self.folder)!r} other "
+                f"than {RECORD}"
+            )
         if name not in self._record["files"]:
             self._record["files"].append(name)
             if not self.finished:
@@ -526,17 +610,32 @@ class RunFolder:
         """Marks the run as finished and writes down what it gave.
 
         Args:
-            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so that it may be moved; `paths`
-                says where in the result they are.
+            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so
+                that it may be moved; `paths` says where in the result they are.
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
         seconds = self._record["timings"].get("seconds", 0.0) + time.monotonic() - self._started
         if os.environ.get("SOURCE_DATE_EPOCH"):
             seconds = 0.0  # Files that are to be the same each time cannot say how long it took.
-        timings = {**self._record["timings"], "finished": now(), "seconds": seconds, **plain(about.pop("timings", {}))}
+        timings = {
+            **self._record["timings"],
+            "finished": now(),
+            "seconds": seconds,
+            **plain(about.pop("timings", {})),
+        }
         result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
-        self._record |= {**plain(about), "result": result, "paths": paths, "status": "finished", "timings": timings}
-        left = [name for name in self._record["files"] if not name.startswith("checkpoints/") and (self.folder / name).exists()]
+        self._record |= {
+            **plain(about),
+            "result": result,
+            "paths": paths,
+            "status": "finished",
+            "timings": timings,
+        }
+        left = [
+            name
+            for name in self._record["files"]
+            if not name.startswith("checkpoints/") and (self.folder / name).exists()
+        ]
         dropped = [name for name in self._record["files"] if name.startswith("checkpoints/")]
         self._record["files"] = left
         self._write()
@@ -544,7 +643,9 @@ class RunFolder:
         self._lock.release()
 
     def abandon(self) -> None:
-        """Takes back a run that has written nothing yet, so that the corrected command may use the same folder."""
+        """Takes back a run that has written nothing yet, so that the corrected command may use the same
+        folder.
+        """
         if self.finished or any((self.folder / name).exists() for name in self._record["files"]):
             self._lock.release()
             return
@@ -561,7 +662,10 @@ class RunFolder:
             self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot make the folder {str(self.folder)!r} ({error.strerror or error}); choose a writable --out") from error
+            raise RunError(
+                f"cannot make the folder {str(self.folder)!r} ({error.strerror or error}); choose a "
+                "writable --out"
+            ) from error
 
     def _write(self) -> None:
         write_json(self.folder / RECORD, self._record)
@@ -573,16 +677,37 @@ class RunFolder:
                 return None
             record = read_json(source)
         except (InputError, OSError) as error:
-            raise RunError(f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out") from error
-        shape = {"verb": str, "status": str, "arguments": dict, "inputs": dict, "versions": dict, "files": list, "timings": dict}
-        whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in shape.items())
+            raise RunError(
+                f"damaged {str(source)!r} ({str(error)[:80]}); pass --overwrite or choose another --out"
+            ) from error
+        shape = {
+            "verb": str,
+            "status": str,
+            "arguments": dict,
+            "inputs": dict,
+            "versions": dict,
+            "files": list,
+            "timings": dict,
+        }
+        whole = isinstance(record, dict) and all(
+            isinstance(record.get(name), kind) for name, kind in shape.items()
+        )
         whole = whole and record["status"] in ("running", "finished")
         lists = [record.get("files"), record.get("notes", [])] if whole else []
-        whole = whole and all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+        whole = whole and all(
+            isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists
+        )
         whole = whole and (record["status"] == "running" or isinstance(record.get("result"), dict))
         seconds = record["timings"].get("seconds", 0.0) if whole else None
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or record.get("schema") != SCHEMA:
-            raise RunError(f"{str(source)!r} is not a run record of this version; pass --overwrite or choose another --out")
+        if (
+            not isinstance(seconds, int | float)
+            or isinstance(seconds, bool)
+            or record.get("schema") != SCHEMA
+        ):
+            raise RunError(
+                f"{str(source)!r} is not a run record of this version; pass --overwrite or choose "
+                "another --out"
+            )
         return record
 
     def _compare(self, now: Mapping[str, Any]) -> None:
@@ -598,7 +723,10 @@ class RunFolder:
         before, after = _material(earlier), _material(now)
         for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
-                raise RunError(f"{where} with {name} {_shown(before.get(name))!r}, not {_shown(after.get(name))!r}; {advice}")
+                raise RunError(
+                    f"{where} with {name} {_shown(before.get(name))!r}, not {_shown(after.get(name))!r}; "
+                    f"{advice}"
+                )
         for name in sorted({*earlier["inputs"], *now["inputs"]}):
             what = _changed(earlier["inputs"].get(name), now["inputs"].get(name))
             if what is None:
@@ -610,18 +738,30 @@ class RunFolder:
         theirs, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
         if theirs != ours:
             raise RunError(f"{where} of version {theirs[:20]}, this is version {ours}; {advice}")
-        gone = next((name for name in earlier["files"] if self.finished and not (self.folder / name).exists()), None)
+        gone = next(
+            (name for name in earlier["files"] if self.finished and not (self.folder / name).exists()), None
+        )
         if gone is not None:
-            raise RunError(f"{where} that is finished, but its file {_shown(gone)!r} is not there; put it back, or {advice}")
+            raise RunError(
+                f"{where} that is finished, but its file {_shown(gone)!r} is not there; put it back, or "
+                f"{advice}"
+            )
 
     def _clear(self) -> None:
-        """Removes what an earlier run noted as its own; of one whose notes cannot be read, whatever a run goes on from."""
+        """Removes what an earlier run noted as its own.
+
+        Of one whose notes cannot be read, whatever a run goes on from.
+        """
         try:
             earlier = read_json(self.folder / RECORD)
         except (InputError, OSError):
             earlier = None
         noted = earlier.get("files") if isinstance(earlier, dict) else None
-        states = [path for pattern in ("checkpoints/*.safetensors", f"{CACHED}/*.json") for path in self.folder.glob(pattern)]
+        states = [
+            path
+            for pattern in ("checkpoints/*.safetensors", f"{CACHED}/*.json")
+            for path in self.folder.glob(pattern)
+        ]
         unnoted = (*CONTINUED, *(str(path.relative_to(self.folder)) for path in states))
         self._remove([*(noted if isinstance(noted, list) else unnoted), ANSWERED_BY, RECORD])
 
@@ -639,8 +779,14 @@ class RunFolder:
 
 
 def _material(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that are compared by their words: the others cannot change a result, or name what is compared by content."""
-    return {name: value for name, value in record["arguments"].items() if name not in IMMATERIAL and name not in record["inputs"]}
+    """Arguments that are compared by their words: the others cannot change a result, or name what is compared
+    by content.
+    """
+    return {
+        name: value
+        for name, value in record["arguments"].items()
+        if name not in IMMATERIAL and name not in record["inputs"]
+    }
 
 
 def _changed(before: Any, after: Any) -> str | None:
@@ -659,18 +805,32 @@ def _changed(before: Any, after: Any) -> str | None:
 def _unplaced(value: Any, roots: tuple[pathlib.Path, ...]) -> tuple[Any, list[list[str | int]]]:
     """A JSON value with the paths that lie in a folder relative to it, and where in the value they are."""
     if isinstance(value, str) and value.startswith("/"):
-        inside = next((pathlib.PurePath(value).relative_to(root) for root in roots if pathlib.PurePath(value).is_relative_to(root)), None)
+        inside = next(
+            (
+                pathlib.PurePath(value).relative_to(root)
+                for root in roots
+                if pathlib.PurePath(value).is_relative_to(root)
+            ),
+            None,
+        )
         return (value, []) if inside is None else (inside.as_posix(), [[]])
-    items: list[tuple[Any, Any]] = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    items: list[tuple[Any, Any]] = list(
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     if not items:
         return value, []
     done = [(key, *_unplaced(item, roots)) for key, item in items]
     paths: list[list[str | int]] = [[key, *path] for key, _, inner in done for path in inner]
-    return ({key: item for key, item, _ in done} if isinstance(value, dict) else [item for _, item, _ in done]), paths
+    return (
+        {key: item for key, item, _ in done} if isinstance(value, dict) else [item for _, item, _ in done]
+    ), paths
 
 
 def _placed(value: Any, root: pathlib.Path, paths: Any) -> Any:
-    """The inverse of `_unplaced` for a folder that may lie elsewhere now; what is no path of the value stays as it is."""
+    """The inverse of `_unplaced` for a folder that may lie elsewhere now.
+
+    What is no path of the value stays as it is.
+    """
     for path in paths if isinstance(paths, list) else ():
         value = _with_root(value, root, path if isinstance(path, list) else [None])
     return value
@@ -678,7 +838,9 @@ def _placed(value: Any, root: pathlib.Path, paths: Any) -> Any:
 
 def _with_root(value: Any, root: pathlib.Path, path: list[Any]) -> Any:
     if not path:
-        inside = isinstance(value, str) and not value.startswith("/") and ".." not in pathlib.PurePath(value).parts
+        inside = (
+            isinstance(value, str) and not value.startswith("/") and ".." not in pathlib.PurePath(value).parts
+        )
         return str(root / value) if inside else value
     step, rest = path[0], path[1:]
     if isinstance(value, dict) and isinstance(step, str) and step in value:

@@ -4,11 +4,25 @@ from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, Writing, contra
 from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
-from safety_neurons.studies.groups import Groups, LanguageMatrix, Transfer, deactivation_matrix, find_by_group, transfer
+from safety_neurons.studies.groups import (
+    Groups,
+    LanguageMatrix,
+    Transfer,
+    deactivation_matrix,
+    find_by_group,
+    transfer,
+)
 from safety_neurons.studies.lasting import ARMS, Attack, Lab, Plan, Sets, find_sets, rsn, stress
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune
-from safety_neurons.studies.verification import Progressive, SizePoint, Verification, progressive, verify_deactivate, verify_patch
+from safety_neurons.studies.verification import (
+    Progressive,
+    SizePoint,
+    Verification,
+    progressive,
+    verify_deactivate,
+    verify_patch,
+)
 from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary, with_cards
 
 __all__ = [

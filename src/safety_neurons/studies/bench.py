@@ -1,7 +1,9 @@
-"""The bench behind every study: arms answer the same requests, their answers are judged, and what they do is contrasted.
+"""The bench behind every study: arms answer the same requests, their answers are judged, and what they do is
+contrasted.
 
-An arm is a model, treated or not, under a name. It answers every request once: completions are on disk after every batch, and a killed
-study goes on from them, provided that they were written by the same models, sets and settings. A judge is shown answers alone.
+An arm is a model, treated or not, under a name. It answers every request once: completions are on disk after
+every batch, and a killed study goes on from them, provided that they were written by the same models, sets
+and settings. A judge is shown answers alone.
 """
 
 import contextlib
@@ -111,7 +113,9 @@ class Answers:
             for one in Completions.load(file):
                 self._known.setdefault(key_of(one), []).append(one)
 
-    def write(self, arm: Arm, prompts: Prompts, how: Writing, seed: int, *, suite: str = "", label: str = "") -> Completions:
+    def write(
+        self, arm: Arm, prompts: Prompts, how: Writing, seed: int, *, suite: str = "", label: str = ""
+    ) -> Completions:
         """The arm's completions with one seed, in the order of the prompts.
 
         Args:
@@ -150,8 +154,12 @@ class Answers:
                 notes=notes,
             )
         write()
-        self.notes += [note for note in (f"{label or suite}: {note}" for note in notes) if note not in self.notes]
-        return Completions(mark(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True))
+        self.notes += [
+            note for note in (f"{label or suite}: {note}" for note in notes) if note not in self.notes
+        ]
+        return Completions(
+            mark(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)
+        )
 
     def keep(self, *completions: Completion) -> None:
         """Add completions to the file at once."""
@@ -166,7 +174,10 @@ class Answers:
         return {one.prompt_id: one for one in self._known.get((arm, suite, kind, seed), ())}
 
     def judged(self, completions: Completions) -> None:
-        """Put completions with their verdicts in the place of those without; others of the same suite and seed go."""
+        """Put completions with their verdicts in the place of those without.
+
+        Others of the same suite and seed go.
+        """
         for key in dict.fromkeys(map(key_of, completions)):
             self._known[key] = [one for one in completions if key_of(one) == key]
 
@@ -193,10 +204,16 @@ def marked(completion: Completion, suite: str, prompt: Prompt) -> Completion:
     """The completion with what judges and tables have to know of its prompt."""
     about: dict[str, Any] = {key: prompt.meta[key] for key in _KEPT if prompt.meta.get(key) is not None}
     if about.get("label") == ADAPTIVE and prompt.meta.get("made_on", completion.arm) != completion.arm:
-        about["label"] = STATIC  # Optimised on the model without the treatment: on the treated one it is transferred.
+        about["label"] = (
+            STATIC  # Optimised on the model without the treatment: on the treated one it is transferred.
+        )
     about |= {
         key: value
-        for key, value in (("category", prompt.category), ("language", prompt.language), ("group", prompt.group))
+        for key, value in (
+            ("category", prompt.category),
+            ("language", prompt.language),
+            ("group", prompt.group),
+        )
         if value is not None
     }
     return dataclasses.replace(completion, meta={**about, **completion.meta, "suite": suite})
@@ -263,17 +280,32 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.facts:
-            hold_answers(self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.max_new_tokens)
+            hold_answers(
+                self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.max_new_tokens
+            )
         self.answers = Answers(self.completions_file)
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], harmful: Source, harmless: Source = (), text: Source | None = None, **how: Any) -> "Bench":
+    def of(
+        cls,
+        facts: Mapping[str, Any],
+        harmful: Source,
+        harmless: Source = (),
+        text: Source | None = None,
+        **how: Any,
+    ) -> "Bench":
         """A bench from requests in whatever form they come.
 
         Raises:
             RunError: the file of completions was written by other models, sets or settings.
         """
-        return cls(as_prompts(harmful), as_prompts(harmless), None if text is None else as_prompts(text), facts=facts, **how)
+        return cls(
+            as_prompts(harmful),
+            as_prompts(harmless),
+            None if text is None else as_prompts(text),
+            facts=facts,
+            **how,
+        )
 
     @property
     def completions(self) -> Completions:
@@ -291,7 +323,10 @@ class Bench:
             self.progress(name)
 
     def measure(self, arm: Arm) -> ArmOutcome:
-        """Generate, judge, and measure text under a treatment; what an earlier run generated is used again."""
+        """Generate, judge, and measure text under a treatment.
+
+        What an earlier run generated is used again.
+        """
         self.tell(arm.name)
         harmful, harmless = self.refused(arm), self.refused(arm, "harmless")
         options: dict[str, Any] = {"batch_size": self.batch_size}
@@ -307,7 +342,10 @@ class Bench:
         )
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
-        """The judge's verdict on every `harmful` or `harmless` prompt, in order; completions are kept with it."""
+        """The judge's verdict on every `harmful` or `harmless` prompt, in order.
+
+        Completions are kept with it.
+        """
         judgement = judge_refusal(self.completed(arm, kind))
         self.answers.judged(judgement.completions)
         return [verdict.refused for verdict in judgement.verdicts]
@@ -319,7 +357,10 @@ class Bench:
         return self.answers.write(named, prompts, how, self.seed if seed is None else seed, label=kind)
 
     def finish(self) -> None:
-        """Write all completions with their verdicts; until then the file holds what was generated, batch by batch."""
+        """Write all completions with their verdicts.
+
+        Until then the file holds what was generated, batch by batch.
+        """
         self.answers.finish()
 
 
@@ -332,7 +373,10 @@ class Contrasted:
     against_random: Difference | None
     """The arm minus the next random set to be drawn, paired; None without random sets."""
     effect: Effect
-    """The change as a share of the gap between the untreated and the aligned model; undefined for one model."""
+    """The change as a share of the gap between the untreated and the aligned model.
+
+    Undefined for one model.
+    """
     random_effects: tuple[Effect, ...]
     """The same for every random set."""
 
@@ -359,7 +403,15 @@ def contrast(
 
     def effect(verdicts: Verdicts) -> Effect:
         if goal is None:
-            return Effect(None, None, None, 0, 0, "one model has no base and aligned behaviour to scale by; see `change`", measure)
+            return Effect(
+                None,
+                None,
+                None,
+                0,
+                0,
+                "one model has no base and aligned behaviour to scale by; see `change`",
+                measure,
+            )
         return causal_effect(untreated, goal, verdicts, measure, groups)
 
     return Contrasted(
@@ -392,17 +444,22 @@ def hold(folder: pathlib.Path | None, facts: Mapping[str, Any]) -> None:
 
 
 def hold_answers(file: pathlib.Path | None, **facts: Any) -> None:
-    """`hold` for a file of answers, or of results by seed: models, sets, scores and prompts count by their content, others as they are.
+    """`hold` for a file of answers, or of results by seed: models, sets, scores and prompts count by their
+    content, others as they are.
 
     Raises:
         RunError: what is kept in the file's folder depends on something else.
     """
     if file is not None:
-        hold(file.parent, {f"{name} of {file.name}": plain(content_of(value)) for name, value in facts.items()})
+        hold(
+            file.parent, {f"{name} of {file.name}": plain(content_of(value)) for name, value in facts.items()}
+        )
 
 
 def content_of(value: Any) -> Any:
-    """A value as JSON values by which runs are told apart: models, sets, scores and prompts by their content, others as they are."""
+    """A value as JSON values by which runs are told apart: models, sets, scores and prompts by their content,
+    others as they are.
+    """
     if isinstance(value, LanguageModel):
         return identity(value)
     if isinstance(value, Endpoint):

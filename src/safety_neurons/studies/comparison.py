@@ -1,14 +1,19 @@
-"""Compare: all detectors on one pair of models at one budget, beside random sets and, where it is known, the truth.
+"""Compare: all detectors on one pair of models at one budget, beside random sets and, where it is known, the
+truth.
 
-`rank` repeats that over organisms and budgets: which method should I use? Where the truth is planted the question is recall at equal
-count, elsewhere the causal effect of a set of a given size. A method's number over several organisms is their mean, beside the worst and
-every single one, so that no ranking rests on one seed.
+`rank` repeats that over organisms and budgets: which method should I use? Where the truth is planted the
+question is recall at equal count, elsewhere the causal effect of a set of a given size. A method's number
+over several organisms is their mean, beside the worst and every single one, so that no ranking rests on one
+seed.
 
 1. Every method scores the neurons of the same sites on the same find prompts.
-2. Of each, as many units are taken as the budget says, largest scores first: a unit counts once, and all its neurons are in the set.
-3. Sufficiency: each set is patched into the base model; causal effect, refusals and over-refusals on prompts no method has seen.
+2. Of each, as many units are taken as the budget says, largest scores first: a unit counts once, and all its
+    neurons are in the set.
+3. Sufficiency: each set is patched into the base model; causal effect, refusals and over-refusals on prompts
+    no method has seen.
 4. Necessity: each set is deactivated in the aligned model; the share of refusals that is lost.
-5. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside what chance gives.
+5. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside
+    what chance gives.
 """
 
 import contextlib
@@ -34,7 +39,15 @@ from safety_neurons.model.files import open_organism
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
-from safety_neurons.results import Checkpoint, Difference, Effect, Rate, against_random, holm, paired_difference
+from safety_neurons.results import (
+    Checkpoint,
+    Difference,
+    Effect,
+    Rate,
+    against_random,
+    holm,
+    paired_difference,
+)
 from safety_neurons.results.records import (
     AgreementRecord,
     ComparisonRecord,
@@ -80,9 +93,14 @@ class MethodResult(Recorded[MethodRecord]):
     harmful_refused: Rate
     harmless_refused: Rate
     necessity: Difference
-    """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus deactivated, paired."""
+    """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus
+    deactivated, paired.
+    """
     against_random: Difference | None
-    """Refusals with the set patched in, minus those with random sets; None for a random set, and where there are none."""
+    """Refusals with the set patched in, minus those with random sets.
+
+    None for a random set, and where there are none.
+    """
     necessity_against_random: Difference | None
     """Refusals lost with the set off, minus those lost with random sets off."""
     seconds: float
@@ -108,7 +126,9 @@ class Comparison(Recorded[ComparisonRecord], Displayed):
     ceiling_effect: Effect
     methods: tuple[MethodResult, ...]
     agreement: tuple[AgreementRecord, ...]
-    """For every two methods: Jaccard index of their units, and what two random sets of the budget would have."""
+    """For every two methods: Jaccard index of their units, and what two random sets of the budget would
+    have.
+    """
     bench: Bench = dataclasses.field(metadata=called(None))
     limits: Ceiling = dataclasses.field(metadata=called(None))
     """The ceiling by activations and by parameters, with the word it deserves."""
@@ -119,7 +139,9 @@ class Comparison(Recorded[ComparisonRecord], Displayed):
 
 
 class Comparing(How, total=False):
-    """How methods are compared; `random` sets are made of what the truth is made of, or the methods' sets in turn."""
+    """How methods are compared; `random` sets are made of what the truth is made of, or the methods' sets in
+    turn.
+    """
 
     sites: Sequence[str] | None
     """Where to look; by default all with a truth (no method is told where it lies), else `down`."""
@@ -149,10 +171,13 @@ def compare(
         harmful: requests on which refusal is measured.
         harmless: requests on which over-refusal is measured.
         find_prompts: requests the methods may look at; should share none with `harmful`.
-        find_harmless: harmless prompts for the methods that look at some; without them only mask of these is run.
-        truth: the neurons that carry the behaviour, where that is known; the budget is then its number of units.
-        place: where a file of that name is kept: every method's `NAME.scores.safetensors` as soon as they are there, which a killed
-            comparison takes up again, and the partial state of the method at work. None keeps no such file.
+        find_harmless: harmless prompts for the methods that look at some; without them only mask of these is
+            run.
+        truth: the neurons that carry the behaviour, where that is known; the budget is then its number of
+            units.
+        place: where a file of that name is kept: every method's `NAME.scores.safetensors` as soon as they are
+            there, which a killed comparison takes up again, and the partial state of the method at work. None
+            keeps no such file.
         **how: the fields of `Comparing`.
 
     Raises:
@@ -163,7 +188,9 @@ def compare(
     top, sites = how.pop("top", 0.05), how.pop("sites", None)
     methods = check_methods(how.pop("methods", None), find_harmless is not None)
     if not methods and truth is None:
-        raise UsageError("no method and no truth was given; expected one of them at least, for random sets to be like it")
+        raise UsageError(
+            "no method and no truth was given; expected one of them at least, for random sets to be like it"
+        )
     if truth is None and not 0 < top <= 1:
         raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
     truth = truth.on(base.table) if truth is not None else None
@@ -174,9 +201,20 @@ def compare(
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
-    asked = {"prompts": find_prompts, "find_harmless": find_harmless, "truth": truth, "sites": sites, "budget": budget}
+    asked = {
+        "prompts": find_prompts,
+        "find_harmless": find_harmless,
+        "truth": truth,
+        "sites": sites,
+        "budget": budget,
+    }
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
-    make = _Rows(SubjectModels("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned), truth)
+    make = _Rows(
+        SubjectModels(
+            "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
+        ),
+        truth,
+    )
     searches, rows = Searches((base, aligned), place), []
     for name in methods:
         bench.tell(f"find {name}")
@@ -186,7 +224,10 @@ def compare(
         kept_as = name if units is None else f"{name}-{units}"
         scores, seconds = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
-    rows += [make.row(f"random {number}", *drawn) for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))]
+    rows += [
+        make.row(f"random {number}", *drawn)
+        for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))
+    ]
     rows = make.compared(rows)
     limits = make.subject.ceiling(everything, [row.causal_effect for row in rows])
     bench.finish()
@@ -227,12 +268,16 @@ class _Rows:
         self.subject, self.truth, self.goal, self.donor = subject, truth, subject.goal, subject.donor
         self.bench = subject.bench
         self.verdicts: dict[str, tuple[Verdicts, Verdicts]] = {}
-        """By row, on every harmful request: whether it is refused with the set patched in, and with it off."""
+        """By row, on every harmful request: whether it is refused with the set patched in, and with it
+        off.
+        """
 
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         outcome = self.subject.measure(name, neurons)
-        off = self.bench.refused(Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons)))
+        off = self.bench.refused(
+            Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
+        )
         self.verdicts[name] = outcome.harmful, off
         return MethodResult(
             method=name,
@@ -257,13 +302,20 @@ class _Rows:
         if not chance:
             return list(rows)
         shared = self.bench.harmful.groups
-        patched_in = [against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real]
+        patched_in = [
+            against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real
+        ]
         # Lost with the set off: the sign of refusals with it off.
-        off = [against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared) for name in real]
+        off = [
+            against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared)
+            for name in real
+        ]
         held = holm([*patched_in, *off])
         against = dict(zip(real, zip(held[: len(real)], held[len(real) :], strict=True), strict=True))
         return [
-            dataclasses.replace(row, against_random=against[row.method][0], necessity_against_random=against[row.method][1])
+            dataclasses.replace(
+                row, against_random=against[row.method][0], necessity_against_random=against[row.method][1]
+            )
             if row.method in against
             else row
             for row in rows
@@ -285,23 +337,34 @@ class SearchKey:
 
 
 class Searches:
-    """Searches on the same models: their scores are kept as `NAME.scores.safetensors`, and the partial state of the one at work too."""
+    """Searches on the same models: their scores are kept as `NAME.scores.safetensors`, and the partial state
+    of the one at work too.
+    """
 
     def __init__(self, models: Sequence[LanguageModel], place: Place | None) -> None:
         self.models, self.place, self.cache = models, place, Cache(place)
         self.content = None if place is None else content_of(models)  # Once: all weights are read for it.
 
-    def scores(self, name: str, method: Method, prompts: Prompts, batch_size: BatchSize, **shown: Prompts) -> tuple[Scores, float]:
-        """What an earlier, killed run found by this very search, or what it finds now, and the seconds it took."""
+    def scores(
+        self, name: str, method: Method, prompts: Prompts, batch_size: BatchSize, **shown: Prompts
+    ) -> tuple[Scores, float]:
+        """What an earlier, killed run found by this very search, or what it finds now, and the seconds it
+        took.
+        """
         models = self.models if method.PAIR else self.models[-1:]
 
         def search(**kept: Checkpoint) -> tuple[Scores, float]:
             started = time.perf_counter()
-            return find(method, models, prompts, batch_size=batch_size, **shown, **kept).scores, time.perf_counter() - started
+            return find(
+                method, models, prompts, batch_size=batch_size, **shown, **kept
+            ).scores, time.perf_counter() - started
 
         if self.place is None:
             return search()
-        file, checkpoint = self.place(f"{name}.scores.safetensors"), Checkpoint(self.place(f"checkpoints/{name}.safetensors"))
+        file, checkpoint = (
+            self.place(f"{name}.scores.safetensors"),
+            Checkpoint(self.place(f"checkpoints/{name}.safetensors")),
+        )
 
         def write() -> float:
             scores, seconds = search(checkpoint=checkpoint)
@@ -317,17 +380,31 @@ class Searches:
 def _controls(
     rows: Sequence[MethodResult], truth: NeuronSet | None, sites: Sequence[str], random: int, seed: int
 ) -> list[tuple[NeuronSet, float, str]]:
-    """Random sets, the seconds they took, and what each is like: the truth where there is one, otherwise the methods' sets in turn."""
-    models = [("truth", whole_units(truth, sites))] if truth is not None else [(row.method, row.neurons) for row in rows]
+    """Random sets, the seconds they took, and what each is like: the truth where there is one, otherwise the
+    methods' sets in turn.
+    """
+    models = (
+        [("truth", whole_units(truth, sites))]
+        if truth is not None
+        else [(row.method, row.neurons) for row in rows]
+    )
     drawn = [members.random_like(seed, n=random) for _, members in models]
-    return [(drawn[number % len(models)][number], 0.0, models[number % len(models)][0]) for number in range(random)]
+    return [
+        (drawn[number % len(models)][number], 0.0, models[number % len(models)][0])
+        for number in range(random)
+    ]
 
 
 def whole_units(neurons: NeuronSet, sites: Sequence[str]) -> NeuronSet:
-    """The set with every neuron of the sites that belongs to one of its units, so that a unit is treated as one."""
+    """The set with every neuron of the sites that belongs to one of its units, so that a unit is treated as
+    one.
+    """
     assert neurons.table is not None
     chosen = np.array(sorted(_units(neurons)))
-    members = {key: np.flatnonzero(np.isin(part, chosen)) for key, part in _unit_numbers(neurons.table, sites).items()}
+    members = {
+        key: np.flatnonzero(np.isin(part, chosen))
+        for key, part in _unit_numbers(neurons.table, sites).items()
+    }
     return NeuronSet(members, neurons.table, neurons.provenance)
 
 
@@ -387,7 +464,13 @@ class Entry:
 
     def record(self) -> EntryRecord:
         """As JSON values."""
-        return {"organism": self.organism, "kind": self.kind, "share": self.share, "group": self.group, **self.comparison.record()}
+        return {
+            "organism": self.organism,
+            "kind": self.kind,
+            "share": self.share,
+            "group": self.group,
+            **self.comparison.record(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,10 +512,19 @@ class Ranking(Displayed):
 
     @property
     def leaders(self) -> list[LeaderRecord]:
-        """For each group and measure, the methods whose mean is the best; random sets and times take no part."""
+        """For each group and measure, the methods whose mean is the best.
+
+        Random sets and times take no part.
+        """
         leaders: list[LeaderRecord] = []
-        for group, measure in dict.fromkeys((one.group, one.measure) for one in self.standings if one.measure != "seconds"):
-            here = [one for one in self.standings if (one.group, one.measure) == (group, measure) and one.method != "random"]
+        for group, measure in dict.fromkeys(
+            (one.group, one.measure) for one in self.standings if one.measure != "seconds"
+        ):
+            here = [
+                one
+                for one in self.standings
+                if (one.group, one.measure) == (group, measure) and one.method != "random"
+            ]
             means = [one.mean for one in here if one.mean is not None]
             if means:
                 best = (min if measure in SMALLER_IS_BETTER else max)(means)
@@ -464,13 +556,14 @@ def rank(
 
     Args:
         organisms: names of shipped organisms, or folders of built ones.
-        tops: budgets on natural organisms, as shares of the units of `down`; on planted ones all sites are searched and as many units are
-            taken as are true.
+        tops: budgets on natural organisms, as shares of the units of `down`; on planted ones all sites are
+            searched and as many units are taken as are true.
         find: prompts of the find half that methods look at, harmful and harmless ones each.
         measured: held-out prompts that sets are measured on, of each kind.
         place: where a file of that name is kept; a killed ranking continues.
         progress: told the name of every step.
-        **how: `methods`, `random`, `seed`, `max_new_tokens` (24 by default) and `batch_size`, as for `compare`.
+        **how: `methods`, `random`, `seed`, `max_new_tokens` (24 by default) and `batch_size`, as for
+            `compare`.
 
     Raises:
         InputError: no such organism.
@@ -479,7 +572,10 @@ def rank(
     opened = [open_organism(name) for name in organisms]
     names = [f"{one.record['name']}-{one.record['seed']}" for one in opened]
     if not opened or not tops or len(set(names)) < len(names):
-        raise UsageError(f"organisms {', '.join(names) or 'none'} and budgets {list(tops)}: expected at least one of each, none twice")
+        raise UsageError(
+            f"organisms {', '.join(names) or 'none'} and budgets {list(tops)}: expected at least one of "
+            "each, none twice"
+        )
     single = [name for name, one in zip(names, opened, strict=True) if one.base == one.aligned]
     if single:
         raise UsageError(f"{single[0]} has one model; methods are compared on a base and an aligned one")
@@ -488,7 +584,9 @@ def rank(
         pair = load_pair(one.base, one.aligned)
         for share in tops if one.truth is None else (0.0,):
             texts = {
-                kind: prompts(f"builtin:{kind}", folder=one.prompts, limit=measured if kind.endswith("-test") else find)
+                kind: prompts(
+                    f"builtin:{kind}", folder=one.prompts, limit=measured if kind.endswith("-test") else find
+                )
                 for kind in ("harmful", "harmless", "harmful-test", "harmless-test")
             }
             compared = compare(
@@ -503,12 +601,16 @@ def rank(
                 **_of_organism(name, share, place, progress),
                 **{"max_new_tokens": 24, **how},
             )
-            entries.append(Entry(name, one.record["kind"], share or compared.budget / compared.n_units, compared))
+            entries.append(
+                Entry(name, one.record["kind"], share or compared.budget / compared.n_units, compared)
+            )
     return Ranking(tuple(entries), tuple(standings(entries)))
 
 
 def _of_organism(name: str, share: float, place: Place | None, progress: Progress | None) -> dict[str, Any]:
-    """Where the scores of an organism and the answers at one budget are kept, and how steps are told, as arguments of `compare`."""
+    """Where the scores of an organism and the answers at one budget are kept, and how steps are told, as
+    arguments of `compare`.
+    """
     return {
         "completions_file": None if place is None else place(f"{name}/completions-{share:g}.jsonl"),
         "place": None if place is None else lambda file: place(f"{name}/{file}"),
@@ -532,8 +634,12 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
             for measure, value in numbers.items():
                 if measure == "recall" and entry.kind != "planted":
                     continue
-                values.setdefault((entry.group, measure, method), {}).setdefault(entry.organism, []).append(value)
-    rows = [Standing.of(method, group, measure, _means(by)) for (group, measure, method), by in values.items()]
+                values.setdefault((entry.group, measure, method), {}).setdefault(entry.organism, []).append(
+                    value
+                )
+    rows = [
+        Standing.of(method, group, measure, _means(by)) for (group, measure, method), by in values.items()
+    ]
     order = list(MEASURES)
 
     def key(one: Standing) -> tuple[str, int, float]:

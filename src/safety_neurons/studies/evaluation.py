@@ -1,7 +1,10 @@
-"""Evaluate: what a model does with harmful and harmless requests, by several judges, and what it still can do.
+"""Evaluate: what a model does with harmful and harmless requests, by several judges, and what it still can
+do.
 
-1. Every suite is answered by the model as it is, and under its treatment where it has one; judges never see which.
-2. Every judge labels every completion; harm and over-refusal stand side by side, with intervals and what was left unscored.
+1. Every suite is answered by the model as it is, and under its treatment where it has one; judges never see
+    which.
+2. Every judge labels every completion; harm and over-refusal stand side by side, with intervals and what was
+    left unscored.
 3. Capability is measured on the same arms.
 4. The arms, or the model and an earlier run, are compared prompt by prompt; the result is held to a gate.
 """
@@ -48,7 +51,16 @@ from safety_neurons.results.records import (
 from safety_neurons.results.run import PathLike
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Progress, Treatment, Writing, content_of, hold
-from safety_neurons.studies.scoring import COMPLETIONS, ITEMS, JUDGEMENTS, ArmScores, baseline, capability_changes, scored, suite_changes
+from safety_neurons.studies.scoring import (
+    COMPLETIONS,
+    ITEMS,
+    JUDGEMENTS,
+    ArmScores,
+    baseline,
+    capability_changes,
+    scored,
+    suite_changes,
+)
 from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
 
 SUITES = ("builtin:harmful-test",)
@@ -81,19 +93,25 @@ class Treated:
         Raises:
             UsageError: several treatments, half of one, or one of a model that is not in memory.
         """
-        given = [name for name in ("deactivate", "patch", "guard", "treatment") if getattr(self, name) is not None]
+        given = [
+            name for name in ("deactivate", "patch", "guard", "treatment") if getattr(self, name) is not None
+        ]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} given together; expected one treatment")
         if (self.patch is None) != (self.donor is None):
             missing = "patch without donor" if self.donor is None else "donor without patch"
             raise UsageError(f"{missing}; expected both: neurons and their model")
         if given and isinstance(model, Endpoint):
-            raise UsageError(f"{given[0]} with an endpoint; expected a model in memory, whose activations can be reached")
+            raise UsageError(
+                f"{given[0]} with an endpoint; expected a model in memory, whose activations can be reached"
+            )
         off, moved, guard = self.deactivate, self.patch, self.guard
         if off is not None:
             return functools.partial(deactivated, model, off), f"{len(off):,} neurons deactivated"
         if moved is not None and self.donor is not None:
-            return functools.partial(patched, model, self.donor, moved), f"{len(moved):,} neurons patched from {self.donor.name}"
+            return functools.partial(
+                patched, model, self.donor, moved
+            ), f"{len(moved):,} neurons patched from {self.donor.name}"
         if guard is not None:
             words = f"guard on {len(guard.neurons):,} neurons, threshold {guard.threshold:.3g}"
             return functools.partial(guarding, cast(LanguageModel, model), guard), words
@@ -125,7 +143,10 @@ class Sources:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluating(Treated, Sources, Writing):
-    """The keyword arguments of `evaluate`; those of the bases say what is done to the model, what it is asked and how it answers."""
+    """The keyword arguments of `evaluate`.
+
+    Those of the bases say what is done to the model, what it is asked and how it answers.
+    """
 
     reference: LanguageModel | None = None
     """The model that `kl` compares with; the untreated model where None."""
@@ -144,7 +165,10 @@ class Evaluating(Treated, Sources, Writing):
 
     def __post_init__(self) -> None:
         if self.samples > 1 and not self.temperature:
-            raise UsageError(f"{self.samples} samples at temperature 0 are all the same; expected a temperature above 0, such as 1")
+            raise UsageError(
+                f"{self.samples} samples at temperature 0 are all the same; expected a temperature above "
+                "0, such as 1"
+            )
         if self.samples < 1 or self.temperature < 0:
             expected = "expected at least one sample and no negative temperature"
             raise UsageError(f"samples {self.samples}, temperature {self.temperature}; {expected}")
@@ -156,17 +180,32 @@ class Evaluating(Treated, Sources, Writing):
 
     def check(self, model: LanguageModel | Endpoint, tasks: Sequence[Task]) -> None:
         """Refuse what would only come out after the work."""
-        treated = any(value is not None for value in (self.deactivate, self.patch, self.guard, self.treatment))
+        treated = any(
+            value is not None for value in (self.deactivate, self.patch, self.guard, self.treatment)
+        )
         names = [task.name for task in tasks]
         if len(set(names)) < len(names):
             raise UsageError(f"capability {', '.join(names)}; expected every task once")
         if isinstance(model, Endpoint) and any(task.kind != "gsm8k" for task in tasks):
-            raise UsageError("an endpoint gives no log-likelihoods; expected gsm8k:FILE as its only capability, or a model in memory")
+            raise UsageError(
+                "an endpoint gives no log-likelihoods; expected gsm8k:FILE as its only capability, or a "
+                "model in memory"
+            )
         if any(task.compares for task in tasks) and not treated and self.reference is None:
-            raise UsageError("kl compares with an untreated model; expected a treatment, or a reference model (--reference)")
+            raise UsageError(
+                "kl compares with an untreated model; expected a treatment, or a reference model "
+                "(--reference)"
+            )
         gate = self.thresholds
-        if gate is not None and gate.needs_a_baseline and not (tasks and (treated or self.baseline is not None)):
-            raise UsageError(f"{gate.name} has a threshold on a drop of capability; expected a capability, and a treatment or a baseline")
+        if (
+            gate is not None
+            and gate.needs_a_baseline
+            and not (tasks and (treated or self.baseline is not None))
+        ):
+            raise UsageError(
+                f"{gate.name} has a threshold on a drop of capability; expected a capability, and a "
+                "treatment or a baseline"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +247,8 @@ class EvaluationBench(Bench):
     def scores(self, arm: Arm, reference: LanguageModel | None) -> "ArmScores":
         """Every suite and every task of one arm."""
         written = [
-            (part, [self._write(arm, part.suite, part.prompts, seed) for seed in self.how.seeds]) for part in self.requests
+            (part, [self._write(arm, part.suite, part.prompts, seed) for seed in self.how.seeds])
+            for part in self.requests
         ]  # All completions first: a judge that is a model itself is loaded only then.
         suites = []
         for part, seeds in written:
@@ -218,7 +258,9 @@ class EvaluationBench(Bench):
                 self.judged[part.kind] = self.judged.get(part.kind, Completions()) + completions
             suites.append(scored(part.suite, part.kind, judged, names))
         compares = arm.name == TREATED or reference is not None
-        capability = tuple(self._task(task, arm, reference) for task in self.tasks if compares or not task.compares)
+        capability = tuple(
+            self._task(task, arm, reference) for task in self.tasks if compares or not task.compares
+        )
         self.items[arm.name] = {one.task: one.items() for one in capability}
         self.notes.extend(note for one in capability for note in one.notes)
         return ArmScores(arm.name, tuple(suites), capability)
@@ -230,14 +272,26 @@ class EvaluationBench(Bench):
         super().finish()
 
     def agreement(self) -> list[JudgesRecord]:
-        """Cohen's κ of every two judges on what they both say of: harm on harmful requests, refusal on harmless ones."""
+        """Cohen's κ of every two judges on what they both say of: harm on harmful requests, refusal on
+        harmless ones.
+        """
         pairs = []
         for kind, completions in sorted(self.judged.items()):
             score = scored("all", kind, [completions], {judge.name: asked for asked, judge in self.judges})
             measure = "harm" if kind == "harmful" else "over_refusal"
-            outcomes = [(name, judged.outcomes[measure]) for name, judged in score.judged.items() if measure in judged.outcomes]
+            outcomes = [
+                (name, judged.outcomes[measure])
+                for name, judged in score.judged.items()
+                if measure in judged.outcomes
+            ]
             for (first, one), (second, other) in itertools.combinations(outcomes, 2):
-                pairs.append({"kind": kind, "measure": measure, **cohen_kappa(one, other, names=(first, second)).record()})
+                pairs.append(
+                    {
+                        "kind": kind,
+                        "measure": measure,
+                        **cohen_kappa(one, other, names=(first, second)).record(),
+                    }
+                )
         return cast(list[JudgesRecord], plain(pairs))
 
     def _write(self, arm: Arm, suite: str, prompts: Prompts, seed: int) -> Completions:
@@ -262,16 +316,22 @@ class EvaluationBench(Bench):
         known = {int(name): one.completion for name, one in self.answers.known(arm.name, where, seed).items()}
 
         def answered(number: int, text: str) -> None:
-            self.answers.keep(Completion(str(number), "", text, arm=arm.name, seed=seed, meta={"suite": where}))
+            self.answers.keep(
+                Completion(str(number), "", text, arm=arm.name, seed=seed, meta={"suite": where})
+            )
 
-        return measure_task(task, arm.model, arm.treatment, self.settings, reference=reference, done=known, answered=answered)
+        return measure_task(
+            task, arm.model, arm.treatment, self.settings, reference=reference, done=known, answered=answered
+        )
 
     def _sums(self, task: Task, arm: Arm, where: str) -> Measurement:
         """GSM8K by an endpoint, which is asked in one turn."""
         how = self.settings
         shots = {} if how.shots is None else {"shots": how.shots}
         sums, examples, notes = asked_and_shown(task.source, limit=how.limit, **shots)
-        prompts = Prompts([Prompt(str(number), sum_context(one, examples)) for number, one in enumerate(sums)], where)
+        prompts = Prompts(
+            [Prompt(str(number), sum_context(one, examples)) for number, one in enumerate(sums)], where
+        )
         greedy = dataclasses.replace(self.how, samples=1, temperature=0.0, max_new_tokens=how.max_new_tokens)
         self.tell(f"{arm.name}, {where}")
         answers = self.answers.write(arm, prompts, greedy, greedy.seed, suite=where)
@@ -293,7 +353,9 @@ class Evaluation(Recorded[EvaluationRecord], Displayed):
     baseline: "ArmScores | None"
     """The model of an earlier run, None where none was named."""
     changes: Sequence[SuiteChangeRecord]
-    """By suite, judge and measure the paired difference: treated minus untreated, or the model minus the baseline."""
+    """By suite, judge and measure the paired difference: treated minus untreated, or the model minus the
+    baseline.
+    """
     capability_changes: Sequence[TaskChangeRecord]
     agreement: Sequence[JudgesRecord]
     """Of every two judges, by kind of request."""
@@ -326,15 +388,17 @@ def evaluate(
 
     Args:
         model: the model, or an endpoint that writes in its place.
-        suites: names, files, suites, or harmful prompts in whatever form the finders take them; see `safety_neurons.suites.suite`.
+        suites: names, files, suites, or harmful prompts in whatever form the finders take them; see
+            `safety_neurons.suites.suite`.
         judges: names, or judges.
         capability: tasks by name; see `safety_neurons.capability.tasks`.
-        **options: the fields of `Evaluating`, such as `deactivate`, `attacks`, `gate`, `out` or `max_new_tokens`.
+        **options: the fields of `Evaluating`, such as `deactivate`, `attacks`, `gate`, `out` or
+            `max_new_tokens`.
 
     Raises:
-        UsageError: arguments that contradict one another; found out before anything is computed.
-        InputError: a file that cannot be read.
-        RunError: `out` holds the answers of another model or treatment, or answers that were written in another way.
+        UsageError: arguments that contradict one another; found out before anything is computed. InputError:
+        a file that cannot be read. RunError: `out` holds the answers of another model or treatment, or
+        answers that were written in another way.
     """
     how = Evaluating(**options)
     act, words = how.of(model)
@@ -342,7 +406,10 @@ def evaluate(
     how.check(model, tasks)
     before = None if how.baseline is None else baseline(how.baseline)
     asked = requests_of(suites, how, model)
-    named = [(one, judge_of(one, **(how.judge_options or {}))) if isinstance(one, str) else (one.name, one) for one in judges]
+    named = [
+        (one, judge_of(one, **(how.judge_options or {}))) if isinstance(one, str) else (one.name, one)
+        for one in judges
+    ]
     folder = None if how.out is None else pathlib.Path(how.out)
     hold(folder, facts_of(model, how, tasks, settings))
     bench = EvaluationBench(
@@ -356,7 +423,9 @@ def evaluate(
         how=how,
         settings=settings,
     )
-    untreated = None if act is not None and before is not None else bench.scores(Arm(UNTREATED, model), how.reference)
+    untreated = (
+        None if act is not None and before is not None else bench.scores(Arm(UNTREATED, model), how.reference)
+    )
     treated = None if act is None else bench.scores(Arm(TREATED, model, act), how.reference)
     first, last = before or untreated, treated or untreated
     changed = first is not None and last is not None and first is not last
@@ -378,15 +447,23 @@ def evaluate(
     return result if gate is None else dataclasses.replace(result, missed=tuple(gate.check(result.record())))
 
 
-def facts_of(model: LanguageModel | Endpoint, how: Evaluating, tasks: Sequence[Task], settings: TaskSettings) -> JsonObject:
+def facts_of(
+    model: LanguageModel | Endpoint, how: Evaluating, tasks: Sequence[Task], settings: TaskSettings
+) -> JsonObject:
     """What answers depend on beside the prompts, as JSON values; seeds are kept apart by themselves."""
     writing = {name: getattr(how, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    measuring = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("batch_size", "folder", "offline")}
+    measuring = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in ("batch_size", "folder", "offline")
+    }
     facts = {"model": content_of(model), "treatment": how.content(), "writing": writing}
     return dict(plain({**facts, **{f"capability {task.name}": measuring for task in tasks}}))
 
 
-def _tasks(model: LanguageModel | Endpoint, capability: Sequence[str], settings: TaskSettings | None) -> tuple[list[Task], TaskSettings]:
+def _tasks(
+    model: LanguageModel | Endpoint, capability: Sequence[str], settings: TaskSettings | None
+) -> tuple[list[Task], TaskSettings]:
     """The tasks, whose files have been read, and how they are measured."""
     how = settings or TaskSettings()
     if isinstance(model, LanguageModel) and how.folder is None:
@@ -400,14 +477,17 @@ def _tasks(model: LanguageModel | Endpoint, capability: Sequence[str], settings:
 # Requests: suites by name as lists of harmful and of harmless prompts, attacks put around the harmful ones
 
 
-def requests_of(sources: Any, how: Sources = Sources(), model: LanguageModel | Endpoint | None = None) -> Asked:
+def requests_of(
+    sources: Any, how: Sources = Sources(), model: LanguageModel | Endpoint | None = None
+) -> Asked:
     """The requests of suites.
 
     Args:
-        sources: names, files, suites, or harmful prompts in whatever form `as_prompts` takes; a list of records is one suite.
+        sources: names, files, suites, or harmful prompts in whatever form `as_prompts` takes; a list of
+            records is one suite.
         how: how suites are read, and the attacks that are put around harmful requests.
-        model: what is asked. Of one in memory `builtin:` names mean its organism's own prompts first, and `gcg` is made on it as it is;
-            other attacks are adaptive only where they were made on it.
+        model: what is asked. Of one in memory `builtin:` names mean its organism's own prompts first, and
+            `gcg` is made on it as it is; other attacks are adaptive only where they were made on it.
 
     Raises:
         UsageError: no suite, or one that is named twice.
@@ -416,7 +496,10 @@ def requests_of(sources: Any, how: Sources = Sources(), model: LanguageModel | E
     sources = _one_by_one(sources)
     if not sources:
         raise UsageError("no suite was named; expected at least one, such as builtin:harmful-test")
-    in_memory, name = (model if isinstance(model, LanguageModel) else None), (None if model is None else model.name)
+    in_memory, name = (
+        (model if isinstance(model, LanguageModel) else None),
+        (None if model is None else model.name),
+    )
     own = None if in_memory is None else in_memory.prompt_folder
     suites = [_suite(source, None, own, how) for source in sources]
     notes = []
@@ -440,7 +523,11 @@ def requests_of(sources: Any, how: Sources = Sources(), model: LanguageModel | E
 
 def _one_by_one(sources: Any) -> Sequence[Any]:
     """The suites in a list; rows of one list, a table or a single name are one suite."""
-    rows = isinstance(sources, list | tuple) and sources and all(isinstance(one, Mapping | Prompt) for one in sources)
+    rows = (
+        isinstance(sources, list | tuple)
+        and sources
+        and all(isinstance(one, Mapping | Prompt) for one in sources)
+    )
     return sources if isinstance(sources, list | tuple) and not rows else [sources]
 
 
@@ -463,9 +550,21 @@ def _stamped(requests: Prompts, name: str, kind: str) -> Suite:
     """Prompts as a suite, with the entries that attacks, judges and tables read."""
 
     def about(prompt: Any) -> dict[str, Any]:
-        return {"goal": prompt.text, "behavior_id": prompt.id, "method": "direct", **prompt.meta, "suite": name, "kind": kind}
+        return {
+            "goal": prompt.text,
+            "behavior_id": prompt.id,
+            "method": "direct",
+            **prompt.meta,
+            "suite": name,
+            "kind": kind,
+        }
 
-    return Suite(name, Prompts([dataclasses.replace(one, meta=about(one)) for one in requests], name, requests.notes), kind, name)
+    return Suite(
+        name,
+        Prompts([dataclasses.replace(one, meta=about(one)) for one in requests], name, requests.notes),
+        kind,
+        name,
+    )
 
 
 def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | None) -> Prompts:
@@ -473,16 +572,24 @@ def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | N
     if tuple(attacks) == ("direct",):
         return harmful
     if "gcg" in attacks and model is None:
-        raise UsageError("attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients")
+        raise UsageError(
+            "attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients"
+        )
     attacked: list[Prompt] = []
     for method in dict.fromkeys(attacks):
         variants = attack(harmful, method, model=model if method == "gcg" else None)
-        attacked += [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in variants] if method == "gcg" else variants
+        attacked += (
+            [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in variants]
+            if method == "gcg"
+            else variants
+        )
     return Prompts(attacked, harmful.name, harmful.notes)
 
 
 def _labelled(requests: Prompts, model: str | None) -> Prompts:
-    """Attack prompts with how their results are to be read: what was optimised on another model is transferred to this one."""
+    """Attack prompts with how their results are to be read: what was optimised on another model is
+    transferred to this one.
+    """
     labelled = []
     for one in requests:
         optimised = one.meta.get("adaptive") is True or one.meta.get("label") == ADAPTIVE

@@ -57,8 +57,11 @@ class Examination(Recorded[ExaminationRecord], Displayed):
         return all(check.passed is not False for check in self.checks)
 
 
-def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress: Callable[[str], None] | None = None) -> Examination:
-    """Coverage, identity, padding, batching, self-patch, exactness of importance, and the fixed cost of hooks, on this model.
+def doctor(
+    model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress: Callable[[str], None] | None = None
+) -> Examination:
+    """Coverage, identity, padding, batching, self-patch, exactness of importance, and the fixed cost of
+    hooks, on this model.
 
     Args:
         model: any loaded causal language model.
@@ -66,7 +69,8 @@ def doctor(model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress:
         n_sampled: neurons per site whose importance is checked against brute force.
         progress: told the name of each check.
 
-    An experiment that raises is a failed check with the error as its measurement, so that the others still run.
+    An experiment that raises is a failed check with the error as its measurement, so that the others still
+    run.
     """
     before = _state(model)
     experiments: list[tuple[str, Callable[[], Check]]] = [
@@ -117,7 +121,12 @@ def _identity(model: LanguageModel) -> Check:
     with reading(model.anatomy, {key: lambda _: None for key in _keys(model)}) as firings:
         hooked = _logits(model, sequences, 1)
     same = all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
-    return Check("", same, f"{len(firings.counts)} sites read, logits {'bit-identical' if same else 'changed'}", "bit-identical")
+    return Check(
+        "",
+        same,
+        f"{len(firings.counts)} sites read, logits {'bit-identical' if same else 'changed'}",
+        "bit-identical",
+    )
 
 
 def _keys(model: LanguageModel) -> list[str]:
@@ -125,7 +134,9 @@ def _keys(model: LanguageModel) -> list[str]:
     keys = []
     for key in model.table.keys:
         parsed = parse_key(key)
-        keys.append(key if parsed.expert is None else key.replace(f".experts.{parsed.expert}.", ".experts.*."))
+        keys.append(
+            key if parsed.expert is None else key.replace(f".experts.{parsed.expert}.", ".experts.*.")
+        )
     return list(dict.fromkeys(keys))
 
 
@@ -144,7 +155,10 @@ def _batching(model: LanguageModel) -> Check:
     same = sum(a.token_ids == b.token_ids for a, b in zip(alone, together, strict=True))
     exact = model.dtype in (torch.float32, torch.float64)
     return Check(
-        "", same == len(TEXTS) if exact else None, f"{same} of {len(TEXTS)} the same", "all" if exact else "informs only in 16 bit"
+        "",
+        same == len(TEXTS) if exact else None,
+        f"{same} of {len(TEXTS)} the same",
+        "all" if exact else "informs only in 16 bit",
     )
 
 
@@ -158,7 +172,10 @@ def _self_patch(model: LanguageModel, seed: int) -> Check:
         treated = model.complete(list(TEXTS), max_new_tokens=12, batch_size=len(TEXTS))
     same = sum(a.token_ids == b.token_ids for a, b in zip(plain, treated, strict=True))
     aside = "" if len(steady) == len(everything) else ", routed experts aside, which cannot be patched"
-    told = f"{len(members):,} neurons patched with themselves{aside}: {same} of {len(TEXTS)} completions the same"
+    told = (
+        f"{len(members):,} neurons patched with themselves{aside}: {same} of {len(TEXTS)} completions the "
+        "same"
+    )
     return Check("", same == len(TEXTS), told, "all")
 
 
@@ -175,7 +192,9 @@ def _brute_force(model: LanguageModel, seed: int, n_sampled: int) -> Check:
             worst = max(worst, abs(_ablated(model, sequence, key, int(index)) - float(scores[index])) / scale)
             sampled += 1
     allowed = max(1e-4, _LOOSE.get(model.dtype, 5e-2))
-    return Check("", worst <= allowed, f"{worst:.1e} of the site's largest, {sampled} neurons", f"{allowed:.0e}")
+    return Check(
+        "", worst <= allowed, f"{worst:.1e} of the site's largest, {sampled} neurons", f"{allowed:.0e}"
+    )
 
 
 def _first_and_last_layer(keys: list[str]) -> list[str]:
@@ -215,7 +234,13 @@ def _sub_layer(model: LanguageModel, key: str) -> torch.nn.Module:
     if parsed.expert is not None:
         assert layer.experts is not None
         return layer.experts.module
-    part = layer.shared if parsed.shared else layer.attention if parsed.site in ("q", "k", "v", "o") else layer.mlp
+    part = (
+        layer.shared
+        if parsed.shared
+        else layer.attention
+        if parsed.site in ("q", "k", "v", "o")
+        else layer.mlp
+    )
     assert part is not None
     return part.places["o" if parsed.site in ("q", "k", "v", "o") else "down"].module
 
@@ -226,7 +251,9 @@ def _state(model: LanguageModel) -> dict[str, int]:
     modules = list(model.model.modules())
     return {
         "hooks": sum(len(getattr(module, name)) for module in modules for name in names),
-        "replaced methods": sum(callable(value) for module in modules for name, value in vars(module).items() if name == "forward"),
+        "replaced methods": sum(
+            callable(value) for module in modules for name, value in vars(module).items() if name == "forward"
+        ),
         "modules in training mode": sum(module.training for module in modules),
     }
 
@@ -248,7 +275,11 @@ def _cost(model: LanguageModel) -> Check:
             hooked.append(_seconds(lambda: _logits(model, sequence, 1)))
     extra = 1e3 * (float(np.median(hooked)) - float(np.median(plain))) / layers
     tokens = len(sequence[0]) / float(np.median(plain))
-    return Check("", None, f"{max(extra, 0):.3f} ms a pass and layer with all sites read; plain forward {tokens:,.0f} tokens/s")
+    return Check(
+        "",
+        None,
+        f"{max(extra, 0):.3f} ms a pass and layer with all sites read; plain forward {tokens:,.0f} tokens/s",
+    )
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""Groups: prompts under names (languages, categories, red-team sets), a set found on each, and what each set does to every group.
+"""Groups: prompts under names (languages, categories, red-team sets), a set found on each, and what each set
+does to every group.
 
-Languages: deactivate the neurons found in one language, and measure refusals in all of them. Transfer: patch the neurons found on one
-red-team set, and measure what that restores on the others and costs elsewhere.
+Languages: deactivate the neurons found in one language, and measure refusals in all of them. Transfer: patch
+the neurons found on one red-team set, and measure what that restores on the others and costs elsewhere.
 
-All groups are answered in one go under every treatment and told apart afterwards: a matrix of k sets by k groups costs k passes over the
-prompts and not k × k.
+All groups are answered in one go under every treatment and told apart afterwards: a matrix of k sets by k
+groups costs k passes over the prompts and not k × k.
 """
 
 import dataclasses
@@ -41,7 +42,11 @@ class Groups:
     def __post_init__(self) -> None:
         empty = [name for name, prompts in self.members.items() if not len(prompts)]
         if empty or not self.members:
-            raise InputError(f"group {empty[0]!r} has no prompts; expected some in each" if empty else "no group of prompts was given")
+            raise InputError(
+                f"group {empty[0]!r} has no prompts; expected some in each"
+                if empty
+                else "no group of prompts was given"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -50,7 +55,10 @@ class Groups:
 
     @property
     def pooled(self) -> Prompts:
-        """All prompts one after another; ids carry the name of the group, so that parallel lists stay apart."""
+        """All prompts one after another.
+
+        Ids carry the name of the group, so that parallel lists stay apart.
+        """
         return Prompts(
             [
                 dataclasses.replace(prompt, id=f"{name}:{number}:{prompt.id}")
@@ -89,12 +97,17 @@ class Groups:
         """
         apart: dict[str, list[Any]] = {}
         for prompt in prompts:
-            value = getattr(prompt, field, None) if field in ("category", "language") else prompt.meta.get(field)
+            value = (
+                getattr(prompt, field, None) if field in ("category", "language") else prompt.meta.get(field)
+            )
             if value is not None:
                 apart.setdefault(str(value), []).append(prompt)
         kept = {name: Prompts(items, name) for name, items in apart.items() if len(items) >= fewest}
         if not kept:
-            raise InputError(f"no {fewest} prompts of {prompts.name!r} share a {field}; expected a field that tells them apart")
+            raise InputError(
+                f"no {fewest} prompts of {prompts.name!r} share a {field}; expected a field that tells "
+                "them apart"
+            )
         return Groups(kept)
 
 
@@ -119,8 +132,8 @@ def find_by_group(
         max_new_tokens: length of completions, for methods that write some.
         place: where the scores of every group are kept, which a killed study takes up again.
         progress: told every group.
-        **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with its `o` columns counts as
-            one unit; `batch_size`, prompts per pass.
+        **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with
+            its `o` columns counts as one unit; `batch_size`, prompts per pass.
 
     Raises:
         UsageError: an unknown method, one that needs a pair, or a share that is none.
@@ -130,10 +143,14 @@ def find_by_group(
     how.check()
     method = by_name(how.method or "")
     if method.HARMLESS == "needed":
-        raise UsageError(f"{how.method} reads harmless prompts too, which groups have none of; expected another method")
+        raise UsageError(
+            f"{how.method} reads harmless prompts too, which groups have none of; expected another method"
+        )
     if base is None and method.PAIR:
         of_one = [name for name, one in METHODS.items() if not one.PAIR and one.HARMLESS != "needed"]
-        raise UsageError(f"{how.method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}")
+        raise UsageError(
+            f"{how.method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}"
+        )
     table = aligned.table
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
     budget = how.units or max(1, round(how.top * NeuronSet.all(table).only(sites=sites).n_units))
@@ -179,7 +196,9 @@ class Cell(Recorded[JsonObject]):
 
 @dataclasses.dataclass
 class Matrix:
-    """Measures rows of a matrix: a set under a treatment, all groups, random sets of the same distribution beside it."""
+    """Measures rows of a matrix: a set under a treatment, all groups, random sets of the same distribution
+    beside it.
+    """
 
     bench: Bench
     groups: Groups
@@ -209,12 +228,19 @@ class Matrix:
         treated = self.refused(self.arm(name, neurons))
         controls = neurons.random_like(self.bench.seed, table=self.model.table, n=self.bench.random)
         if not all(control.disjoint for control in controls):
-            self.notes.append(f"random sets like {name!r} share members with it, which takes more than half of a layer")
+            self.notes.append(
+                f"random sets like {name!r} share members with it, which takes more than half of a layer"
+            )
         random = [
-            self.refused(Arm(f"random {number} like {name} of {len(neurons)}", self.model, self.treat(control)))
+            self.refused(
+                Arm(f"random {number} like {name} of {len(neurons)}", self.model, self.treat(control))
+            )
             for number, control in enumerate(controls)
         ]
-        cells = [self._cell(name, group, treated[group], [outcomes[group] for outcomes in random]) for group in self.groups.names]
+        cells = [
+            self._cell(name, group, treated[group], [outcomes[group] for outcomes in random])
+            for group in self.groups.names
+        ]
         return [dataclasses.replace(cell, controls=tuple(controls)) for cell in cells]
 
     def arm(self, name: str, neurons: NeuronSet) -> Arm:
@@ -228,14 +254,23 @@ class Matrix:
         cell = Cell(name, group, rate(treated, labels), found.change, found.against_random, rates)
         if goal is None:
             return cell
-        return dataclasses.replace(cell, effect=found.effect, random_effects=tuple(effect.value for effect in found.random_effects))
+        return dataclasses.replace(
+            cell, effect=found.effect, random_effects=tuple(effect.value for effect in found.random_effects)
+        )
 
 
 def held_together(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells of one table: of more than ten comparisons, changes and those against random alike, the family-wise rate is held."""
-    held = iter(holm([one for cell in cells for one in (cell.change, cell.against_random) if one is not None]))
+    """The cells of one table: of more than ten comparisons, changes and those against random alike, the
+    family-wise rate is held.
+    """
+    held = iter(
+        holm([one for cell in cells for one in (cell.change, cell.against_random) if one is not None])
+    )
     return tuple(
-        dataclasses.replace(cell, change=next(held), against_random=None if cell.against_random is None else next(held)) for cell in cells
+        dataclasses.replace(
+            cell, change=next(held), against_random=None if cell.against_random is None else next(held)
+        )
+        for cell in cells
     )
 
 
@@ -260,7 +295,9 @@ class LanguageMatrix:
     def record(self) -> JsonObject:
         """As JSON values."""
         return {
-            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
+            "untreated": {
+                name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()
+            },
             "matrix": [cell.record() for cell in self.cells],
             "skipped": list(self.skipped),
         }
@@ -269,7 +306,8 @@ class LanguageMatrix:
 def deactivation_matrix(
     model: LanguageModel, sets: Mapping[str, NeuronSet], harmful: Mapping[str, Prompts], **how: Unpack[How]
 ) -> LanguageMatrix:
-    """Refusals of harmful requests in every language while each of the sets is off, beside random sets of the same distribution.
+    """Refusals of harmful requests in every language while each of the sets is off, beside random sets of the
+    same distribution.
 
     Args:
         model: the model that refuses.
@@ -277,8 +315,9 @@ def deactivation_matrix(
         harmful: requests by language, best parallel and apart from those the sets were found on.
         **how: `random` sets for each set, with as many neurons in every matrix, and the rest of `How`.
 
-    Source: Zhao et al., ICLR 2025, section 2.3 (safety neurons are specific to a language).
-    Differs: refusals in every language are measured for every set, with paired intervals and random sets, not in its own language only.
+    Source: Zhao et al., ICLR 2025, section 2.3 (safety neurons are specific to a language). Differs: refusals
+    in every language are measured for every set, with paired intervals and random sets, not in its own
+    language only.
     """
     groups = Groups(harmful)
     bench = Bench.of({"model": model, "sets": sets}, groups.pooled, **how)
@@ -287,7 +326,12 @@ def deactivation_matrix(
     bench.finish()
     skipped = tuple(name for name, neurons in sets.items() if not len(neurons))
     return LanguageMatrix(
-        tuple(groups.names), matrix.untreated, held_together(cells), skipped, groups.shared, (*matrix.notes, *bench.notes)
+        tuple(groups.names),
+        matrix.untreated,
+        held_together(cells),
+        skipped,
+        groups.shared,
+        (*matrix.notes, *bench.notes),
     )
 
 
@@ -313,7 +357,9 @@ class Ability:
             "task": rate(self.answered, self.shared[1]).to_json() if self.answered is not None else None,
         }
         if untreated is not None:
-            found["harmless_change"] = paired_difference(self.harmless, untreated.harmless, self.shared[0]).to_json()
+            found["harmless_change"] = paired_difference(
+                self.harmless, untreated.harmless, self.shared[0]
+            ).to_json()
             found["task_change"] = self._task_change(untreated)
         return found
 
@@ -347,16 +393,25 @@ class Transfer:
         """As JSON values."""
         return {
             "groups": list(self.groups),
-            "untreated": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()},
-            "aligned": {name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.aligned.items()},
+            "untreated": {
+                name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.untreated.items()
+            },
+            "aligned": {
+                name: rate(outcomes, self.shared[name]).to_json() for name, outcomes in self.aligned.items()
+            },
             "matrix": [cell.record() for cell in self.cells],
             "own_and_other": self._own_and_other(),
-            "ability": [each.record(self.abilities[0] if number else None) for number, each in enumerate(self.abilities)],
+            "ability": [
+                each.record(self.abilities[0] if number else None)
+                for number, each in enumerate(self.abilities)
+            ],
         }
 
     def _own_and_other(self) -> dict[str, Any]:
         """Mean causal effect on the group a set was found on, and on the others."""
-        known = [(cell.set == cell.group, cell.effect.value) for cell in self.cells if cell.effect is not None]
+        known = [
+            (cell.set == cell.group, cell.effect.value) for cell in self.cells if cell.effect is not None
+        ]
         means = {}
         for name, wanted in (("own", True), ("other", False)):
             values = [value for own, value in known if own == wanted and value is not None]
@@ -376,7 +431,8 @@ def transfer(
     limit: int | None = None,
     **how: Unpack[How],
 ) -> Transfer:
-    """Causal effect of every set on every group of harmful requests, and what patching it costs in general ability.
+    """Causal effect of every set on every group of harmful requests, and what patching it costs in general
+    ability.
 
     Args:
         base: the less safe model, which is patched.
@@ -389,18 +445,23 @@ def transfer(
         limit: items of each capability task.
         **how: `random` sets for each set, with as many neurons in every matrix, and the rest of `How`.
 
-    Source: Chen et al., NeurIPS 2025, section 4 (change-score neurons found on one red-team set and patched on others; general ability).
-    Differs: a full matrix with paired intervals, random sets for every row, refusals by a named judge instead of a cost model.
+    Source: Chen et al., NeurIPS 2025, section 4 (change-score neurons found on one red-team set and patched
+    on others; general ability). Differs: a full matrix with paired intervals, random sets for every row,
+    refusals by a named judge instead of a cost model.
     """
     groups = Groups({name: as_prompts(asked) for name, asked in harmful.items()})
     bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
     if answers is not None:
         bench.task = as_prompts(answers)
-    settings = TaskSettings(limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder)
+    settings = TaskSettings(
+        limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder
+    )
     measured = functools.partial(_ability, bench, [task(name) for name in tasks], settings)
     donor = Arm("aligned", aligned)
     goal = groups.split(bench.refused(donor))
-    matrix = Matrix(bench, groups, base, lambda neurons: functools.partial(patched, base, aligned, neurons), goal)
+    matrix = Matrix(
+        bench, groups, base, lambda neurons: functools.partial(patched, base, aligned, neurons), goal
+    )
     abilities = [measured(Arm(UNTREATED, base), UNTREATED), measured(donor, "aligned", reference=base)]
     cells: list[Cell] = []
     for name, neurons in sets.items():
@@ -408,16 +469,32 @@ def transfer(
         abilities.append(measured(matrix.arm(name, neurons), name))
     bench.finish()
     notes = (*matrix.notes, *bench.notes)
-    return Transfer(tuple(groups.names), matrix.untreated, goal, held_together(cells), tuple(abilities), groups.shared, notes)
+    return Transfer(
+        tuple(groups.names),
+        matrix.untreated,
+        goal,
+        held_together(cells),
+        tuple(abilities),
+        groups.shared,
+        notes,
+    )
 
 
 def _ability(
-    bench: Bench, tasks: Sequence[Task], settings: TaskSettings, arm: Arm, name: str, reference: LanguageModel | None = None
+    bench: Bench,
+    tasks: Sequence[Task],
+    settings: TaskSettings,
+    arm: Arm,
+    name: str,
+    reference: LanguageModel | None = None,
 ) -> Ability:
     """Over-refusal, capability and the task of one arm."""
     bench.tell(f"ability, {name}")
     wanted = [one for one in tasks if not (one.compares and arm.name == UNTREATED)]
-    measured = tuple(measure(one, arm.model, arm.treatment, settings, reference=reference if one.compares else None) for one in wanted)
+    measured = tuple(
+        measure(one, arm.model, arm.treatment, settings, reference=reference if one.compares else None)
+        for one in wanted
+    )
     harmless = tuple(bench.refused(arm, "harmless"))
     answered = tuple(solved(bench.completed(arm, "task"), bench.task)) if len(bench.task) else None
     return Ability(name, measured, harmless, answered, (bench.harmless.groups, bench.task.groups))

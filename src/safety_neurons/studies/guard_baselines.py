@@ -1,4 +1,6 @@
-"""Classifiers that can embarrass a guard, fit by one procedure (words, random neurons, residual stream), and how many neurons it needs."""
+"""Classifiers that can embarrass a guard, fit by one procedure (words, random neurons, residual stream), and
+how many neurons it needs.
+"""
 
 import dataclasses
 import functools
@@ -26,7 +28,9 @@ from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_
 GUARD, WORDS, CHARACTERS, RANDOM = "guard", "TF-IDF words", "TF-IDF characters", "random neurons"
 RESIDUAL, DIRECTION = "residual stream", "refusal direction"
 PENALTIES = (1e-3, 1e-2, 1e-1)
-"""Inverse strengths of the L2 penalty that validation chooses from, the same for all features that are numbers."""
+"""Inverse strengths of the L2 penalty that validation chooses from, the same for all features that are
+numbers.
+"""
 WORD_PENALTIES = (1.0, 10.0, 100.0)
 
 Rows = Int[np.ndarray, " _"]
@@ -58,7 +62,9 @@ class Linear:
     def fit(self, rows: Rows, seed: int) -> Score:
         """Fit on these cases."""
         rows = rows[np.isfinite(self.values[rows]).all(axis=1)]
-        classifier = fit_on_features(self.values[rows], self.labels[rows], penalties=PENALTIES, seed=seed).classifier
+        classifier = fit_on_features(
+            self.values[rows], self.labels[rows], penalties=PENALTIES, seed=seed
+        ).classifier
 
         def score(others: Rows) -> np.ndarray:
             features = torch.from_numpy(np.ascontiguousarray(self.values[others]))
@@ -95,14 +101,16 @@ class Layered:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DirectionProjection:
-    """Projection on the difference of the mean residual streams of unsafe and safe requests, of the layer that validates best.
+    """Projection on the difference of the mean residual streams of unsafe and safe requests, of the layer
+    that validates best.
 
     Attributes:
         values: the residual stream at the last token, after every layer.
         labels: which cases are unsafe.
 
-    Source: Arditi et al., NeurIPS 2024 (arXiv 2406.11717), section 2.3 (difference in means at the last token).
-    Differs: the layer is chosen by how well it tells requests apart, not by what ablating it does; calibrated.
+    Source: Arditi et al., NeurIPS 2024 (arXiv 2406.11717), section 2.3 (difference in means at the last
+    token). Differs: the layer is chosen by how well it tells requests apart, not by what ablating it does;
+    calibrated.
     """
 
     values: Float32[np.ndarray, "case layer hidden"]
@@ -113,12 +121,16 @@ class DirectionProjection:
         split = stratified_split(self.labels[rows], seed=seed)
         train, held, calibration = (rows[part] for part in (split.train, split.validation, split.calibration))
         unsafe = self.labels[train]
-        directions = self.values[train[unsafe]].mean(0, dtype=np.float64) - self.values[train[~unsafe]].mean(0, dtype=np.float64)
+        directions = self.values[train[unsafe]].mean(0, dtype=np.float64) - self.values[train[~unsafe]].mean(
+            0, dtype=np.float64
+        )
 
         def scores(layer: int, others: Rows) -> np.ndarray:
             return self.values[others, layer].astype(np.float64) @ directions[layer]
 
-        areas = [auroc(scores(layer, held), self.labels[held]).value or 0.0 for layer in range(len(directions))]
+        areas = [
+            auroc(scores(layer, held), self.labels[held]).value or 0.0 for layer in range(len(directions))
+        ]
         layer = int(np.argmax(areas))
         calibrate = calibrated(scores(layer, calibration), self.labels[calibration], seed)
         return lambda others: calibrate(scores(layer, others))
@@ -126,7 +138,8 @@ class DirectionProjection:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Words:
-    """TF-IDF of word (1 and 2) or character (2 to 5) n-grams and logistic regression: what the wording alone gives away.
+    """TF-IDF of word (1 and 2) or character (2 to 5) n-grams and logistic regression: what the wording alone
+    gives away.
 
     Attributes:
         texts: of every case.
@@ -146,7 +159,9 @@ class Words:
         split = stratified_split(self.labels[rows], seed=seed)
         train, held, calibration = (rows[part] for part in (split.train, split.validation, split.calibration))
         options: dict[str, Any] = (
-            {"token_pattern": r"(?u)\w+", "ngram_range": (1, 2)} if self.analyzer == "word" else {"ngram_range": (2, 5)}
+            {"token_pattern": r"(?u)\w+", "ngram_range": (1, 2)}
+            if self.analyzer == "word"
+            else {"ngram_range": (2, 5)}
         )
 
         def fitted(among: Rows, penalty: float) -> Score:
@@ -205,12 +220,17 @@ def read_cases(
     residual: bool = True,
     batch_size: BatchSize = "auto",
 ) -> Read:
-    """Activations of several neuron sets, and the residual stream at the last token, in two passes over the prompts."""
+    """Activations of several neuron sets, and the residual stream at the last token, in two passes over the
+    prompts.
+    """
     encoded = model.encode(prompts)
     union = functools.reduce(lambda one, other: one | other, sets.values())
     found = read_poolings(model, encoded, union, [pooling], batch_size=batch_size)[pooling]
     place = {member: column for column, member in enumerate(union)}
-    values = {name: np.ascontiguousarray(found.values[:, [place[member] for member in members]]) for name, members in sets.items()}
+    values = {
+        name: np.ascontiguousarray(found.values[:, [place[member] for member in members]])
+        for name, members in sets.items()
+    }
     stream = read_residual(model, [item.ids for item in encoded], batch_size) if residual else None
     return Read(values, stream, found.truncated, found.lengths, found.notes)
 
@@ -232,7 +252,9 @@ def read_residual(
     def take(batch: Batch) -> None:
         last = torch.tensor(batch.lengths) - 1
         for number, values in seen.items():
-            found[batch.indices, number] = values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
+            found[batch.indices, number] = (
+                values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
+            )
         seen.clear()
 
     with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
@@ -240,13 +262,20 @@ def read_residual(
     return found
 
 
-def baselines(read: Read, texts: Sequence[str], labels: Bool[np.ndarray, " case"], own: str = GUARD) -> dict[str, Baseline]:
-    """Every classifier by name: the guard's neurons first, random sets as `random neurons 0`, `random neurons 1`, and so on."""
+def baselines(
+    read: Read, texts: Sequence[str], labels: Bool[np.ndarray, " case"], own: str = GUARD
+) -> dict[str, Baseline]:
+    """Every classifier by name: the guard's neurons first, random sets as `random neurons 0`, `random neurons
+    1`, and so on.
+    """
     found: dict[str, Baseline] = {own: Linear(read.sets[GUARD], labels)}
     found |= {name: Linear(values, labels) for name, values in read.sets.items() if name != GUARD}
     found |= {WORDS: Words(texts, labels), CHARACTERS: Words(texts, labels, "char_wb")}
     if read.residual is not None:
-        found |= {RESIDUAL: Layered(read.residual, labels), DIRECTION: DirectionProjection(read.residual, labels)}
+        found |= {
+            RESIDUAL: Layered(read.residual, labels),
+            DIRECTION: DirectionProjection(read.residual, labels),
+        }
     return found
 
 
@@ -295,11 +324,12 @@ def neuron_counts(
     progress: Progress | None = None,
     **tests: Any,
 ) -> list[GuardCountRecord]:
-    """Areas under the ROC curve of classifiers on the highest-scored neurons, each beside random sets with as many in every matrix.
+    """Areas under the ROC curve of classifiers on the highest-scored neurons, each beside random sets with as
+    many in every matrix.
 
-    Logistic regression on standardised activations at the last token, one penalty for all. Settings: held-out requests; look-alikes alone
-    (where records have a `kind` of that name); the requests under attacks; for every column the mean over its values, each left out of
-    fitting once.
+    Logistic regression on standardised activations at the last token, one penalty for all. Settings: held-out
+    requests; look-alikes alone (where records have a `kind` of that name); the requests under attacks; for
+    every column the mean over its values, each left out of fitting once.
 
     Args:
         model: whose activations are read.
@@ -313,28 +343,38 @@ def neuron_counts(
         **tests: the fields of `CountTests`.
 
     Returns:
-        One row a detector, count and setting: `{method, count, setting, auroc, random, difference}`; `random` has every set's area,
-        `difference` is paired with their mean.
+        One row a detector, count and setting: `{method, count, setting, auroc, random, difference}`; `random`
+        has every set's area, `difference` is paired with their mean.
 
     Raises:
         UsageError: no scores, or fewer than two random sets.
     """
     asked = CountTests(**tests)
     if not scores or asked.random < 2:
-        raise UsageError(f"{len(scores)} score files and {asked.random} random sets; expected at least one and two")
+        raise UsageError(
+            f"{len(scores)} score files and {asked.random} random sets; expected at least one and two"
+        )
     tested = cases_of(unsafe, safe, variants=asked.attacks, seed=asked.seed, limit=500)
     fit = cases_of(fit_unsafe, fit_safe)
-    cases = Cases((*tested.items, *(dataclasses.replace(case, variant="fit", origin=-1) for case in fit.items)))
-    everything = NeuronSet({key: np.arange(len(values)) for one in scores.values() for key, values in one.items()}, model.table)
+    cases = Cases(
+        (*tested.items, *(dataclasses.replace(case, variant="fit", origin=-1) for case in fit.items))
+    )
+    everything = NeuronSet(
+        {key: np.arange(len(values)) for one in scores.values() for key, values in one.items()}, model.table
+    )
     if progress is not None:
         progress(f"read {len(everything):,} neurons on {len(cases):,} requests")
     last = Pooling("last")
-    values = read_poolings(model, model.encode(cases.prompts), everything, [last], batch_size=batch_size)[last].values
+    values = read_poolings(model, model.encode(cases.prompts), everything, [last], batch_size=batch_size)[
+        last
+    ].values
     areas = _SetAreas(values, everything, cases)
     settings = _settings(cases, asked)
     rows: list[GuardCountRecord] = []
     for name, one in scores.items():
-        for count in sorted({min(count, sum(len(part) for _, part in one.items())) for count in asked.counts}):
+        for count in sorted(
+            {min(count, sum(len(part) for _, part in one.items())) for count in asked.counts}
+        ):
             if progress is not None:
                 progress(f"{count:,} neurons by {name}")
             members = one.count(count)
@@ -349,7 +389,11 @@ def _settings(cases: Cases, asked: CountTests) -> list[CountSetting]:
     draw = np.random.default_rng(asked.seed)
 
     def some(rows: Rows) -> Rows:
-        return np.sort(draw.choice(rows, asked.fit_limit, replace=False)) if len(rows) > asked.fit_limit else rows
+        return (
+            np.sort(draw.choice(rows, asked.fit_limit, replace=False))
+            if len(rows) > asked.fit_limit
+            else rows
+        )
 
     whole = some(fit)
     found = [CountSetting(AS_FIT, ((whole, written),))]
@@ -364,7 +408,10 @@ def _settings(cases: Cases, asked: CountTests) -> list[CountSetting]:
             if min(_fewest(unsafe[train]), _fewest(unsafe[test])) >= 10:
                 parts.append((some(train), test))
         if not parts:
-            raise UsageError(f"column {column!r}: no value that both kinds of requests have; expected a column such as language")
+            raise UsageError(
+                f"column {column!r}: no value that both kinds of requests have; expected a column such "
+                "as language"
+            )
         found.append(CountSetting(f"{column} left out", tuple(parts)))
     if asked.attacks:
         found.append(CountSetting(UNDER_ATTACK, tuple((whole, cases.where(name)) for name in asked.attacks)))
@@ -396,7 +443,9 @@ class _SetAreas:
         return self._known[key].scores(torch.from_numpy(self.values[np.ix_(test, columns)])).numpy()
 
     def row(self, setting: CountSetting, sets: Sequence[NeuronSet]) -> GuardSettingRecord:
-        """Areas of a set and of random ones, and their paired difference, averaged over the parts of the setting."""
+        """Areas of a set and of random ones, and their paired difference, averaged over the parts of the
+        setting.
+        """
         parts, areas = [], []
         for fit, test in setting.parts:
             labels = self.unsafe[test]
@@ -405,4 +454,9 @@ class _SetAreas:
             parts.append(AreaPart(found[0], found[1:], labels, self.groups(test)))
         means = np.mean(areas, axis=0)
         difference = mean_area_difference(parts, random=True).to_json()
-        return {"setting": setting.name, "auroc": float(means[0]), "random": [float(area) for area in means[1:]], "difference": difference}
+        return {
+            "setting": setting.name,
+            "auroc": float(means[0]),
+            "random": [float(area) for area in means[1:]],
+            "difference": difference,
+        }

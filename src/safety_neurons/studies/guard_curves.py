@@ -33,7 +33,10 @@ Labels = Bool[np.ndarray, " request"]
 
 
 def roc_curve(scores: Scores, unsafe: Labels, points: int = POINTS) -> list[tuple[float, float]]:
-    """(false-positive rate, true-positive rate) from (0, 0) to (1, 1), thinned to about `points`; ties are one straight step."""
+    """(false-positive rate, true-positive rate) from (0, 0) to (1, 1), thinned to about `points`.
+
+    Ties are one straight step.
+    """
     from sklearn import metrics
 
     if unsafe.all() or not unsafe.any():
@@ -53,64 +56,94 @@ def precision_recall_curve(scores: Scores, unsafe: Labels, points: int = POINTS)
 
 
 def average_precision(scores: Scores, unsafe: Labels, seed: int = 0, groups: GroupLabels = None) -> Rate:
-    """Σ (recallₖ − recallₖ₋₁) · precisionₖ over falling thresholds; 1,000 resamples of either class, with groups of these."""
+    """Σ (recallₖ − recallₖ₋₁) · precisionₖ over falling thresholds.
+
+    1,000 resamples of either class, with groups of these.
+    """
     return _resampled_rate(_average_precisions, scores, unsafe, seed, groups, len(unsafe))
 
 
 def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0, groups: GroupLabels = None) -> Rate:
     """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
 
-    The interval is from resamples of both classes, with groups of these, so that it holds the doubt in the threshold too.
+    The interval is from resamples of both classes, with groups of these, so that it holds the doubt in the
+    threshold too.
     """
     return _resampled_rate(functools.partial(_tprs, fpr=fpr), scores, unsafe, seed, groups, int(unsafe.sum()))
 
 
 def _resampled_rate(
-    statistic: Callable[..., Float64[np.ndarray, " draw"]], scores: Scores, unsafe: Labels, seed: int, groups: GroupLabels, n: int
+    statistic: Callable[..., Float64[np.ndarray, " draw"]],
+    scores: Scores,
+    unsafe: Labels,
+    seed: int,
+    groups: GroupLabels,
+    n: int,
 ) -> Rate:
-    """A statistic of labels by falling score, of how often each counts, and of where equal scores end; undefined without both classes."""
+    """A statistic of labels by falling score, of how often each counts, and of where equal scores end.
+
+    Undefined without both classes.
+    """
     if unsafe.all() or not unsafe.any():
         return Rate(None, None, None, n)
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     labels, clusters = unsafe[order], clusters_of(groups, len(order))
-    draws = np.concatenate([statistic(labels, weights[:, order], ends) for weights in _weights(unsafe, clusters, seed)])
+    draws = np.concatenate(
+        [statistic(labels, weights[:, order], ends) for weights in _weights(unsafe, clusters, seed)]
+    )
     value = float(statistic(labels, np.ones((1, len(order))), ends)[0])
     return Rate(value, *resampled_share(value, draws, len(np.unique(clusters[unsafe]))), n)
 
 
-def _weights(unsafe: Labels, clusters: Int[np.ndarray, " request"], seed: int) -> Iterator[Float64[np.ndarray, "draw request"]]:
-    """How often every request is in each resample that holds both classes: of either class, or of clusters where one holds both."""
+def _weights(
+    unsafe: Labels, clusters: Int[np.ndarray, " request"], seed: int
+) -> Iterator[Float64[np.ndarray, "draw request"]]:
+    """How often every request is in each resample that holds both classes: of either class, or of clusters
+    where one holds both.
+    """
     generator = np.random.default_rng(seed)
     mixed = bool(np.isin(clusters[unsafe], clusters[~unsafe]).any())
     for _ in range(_RESAMPLES // _AT_ONCE):
         weights = np.zeros((_AT_ONCE, len(unsafe)))
         for part in [np.ones(len(unsafe), bool)] if mixed else [unsafe, ~unsafe]:
             numbers, own = np.unique(clusters[part], return_inverse=True)
-            weights[:, part] = generator.multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), _AT_ONCE)[:, own]
+            weights[:, part] = generator.multinomial(
+                len(numbers), np.full(len(numbers), 1 / len(numbers)), _AT_ONCE
+            )[:, own]
         yield weights[weights[:, unsafe].any(axis=1) & weights[:, ~unsafe].any(axis=1)]
 
 
-def _average_precisions(unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray) -> Float64[np.ndarray, " draw"]:
+def _average_precisions(
+    unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray
+) -> Float64[np.ndarray, " draw"]:
     true, seen = np.cumsum(weights * unsafe, axis=1)[:, ends], np.cumsum(weights, axis=1)[:, ends]
     steps = np.diff(true, prepend=0.0, axis=1)
     return (steps * true / np.maximum(seen, 1e-300)).sum(axis=1) / true[:, -1]
 
 
-def _tprs(unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray, fpr: float) -> Float64[np.ndarray, " draw"]:
+def _tprs(
+    unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray, fpr: float
+) -> Float64[np.ndarray, " draw"]:
     true, false = (np.cumsum(weights * kind, axis=1)[:, ends] for kind in (unsafe, ~unsafe))
     passed = (false <= fpr * false[:, -1:] + 1e-9).sum(axis=1)
     found = np.take_along_axis(true, np.maximum(passed - 1, 0)[:, None], axis=1)[:, 0] / true[:, -1]
     return np.where(passed > 0, found, 0.0)
 
 
-def reliability(probabilities: Scores, unsafe: Labels, bins: int = BINS, groups: GroupLabels = None) -> list[ReliabilityRecord]:
-    """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with the interval of the share."""
+def reliability(
+    probabilities: Scores, unsafe: Labels, bins: int = BINS, groups: GroupLabels = None
+) -> list[ReliabilityRecord]:
+    """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with the
+    interval of the share.
+    """
     labels = [None] * len(probabilities) if groups is None else list(groups)
     found: list[ReliabilityRecord] = []
     for part in np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(probabilities))):
         share, mean = rate(unsafe[part], [labels[place] for place in part]), float(probabilities[part].mean())
-        found.append({"probability": mean, "unsafe": share.value, "low": share.low, "high": share.high, "n": share.n})
+        found.append(
+            {"probability": mean, "unsafe": share.value, "low": share.low, "high": share.high, "n": share.n}
+        )
     return found
 
 

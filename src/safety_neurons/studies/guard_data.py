@@ -1,4 +1,6 @@
-"""Labelled requests: those that a guard is fit on, and those that it is held against, wrapped in attacks and perturbed."""
+"""Labelled requests: those that a guard is fit on, and those that it is held against, wrapped in attacks and
+perturbed.
+"""
 
 import dataclasses
 import random
@@ -18,7 +20,9 @@ from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import attack
 from safety_neurons.suites.rewording import MECHANICAL
 
-UNSAFE_WORDS = frozenset({"1", "1.0", "true", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
+UNSAFE_WORDS = frozenset(
+    {"1", "1.0", "true", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"}
+)
 SAFE_WORDS = frozenset({"0", "0.0", "-1", "false", "no", "safe", "harmless", "benign", "unharmful", "ok"})
 HARMLESS_ARM = "/harmless"
 
@@ -51,7 +55,9 @@ class GuardData:
 def given(unsafe: Prompts | None, safe: Prompts | None) -> GuardData:
     """Prompts that come with their kind."""
     nothing = Prompts([])
-    labels = {word: prompts.name for word, prompts in (("unsafe", unsafe), ("safe", safe)) if prompts is not None}
+    labels = {
+        word: prompts.name for word, prompts in (("unsafe", unsafe), ("safe", safe)) if prompts is not None
+    }
     return GuardData(unsafe or nothing, safe or nothing, (), labels)
 
 
@@ -74,10 +80,16 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
             continue
         kinds[_is_unsafe(value, prompt, column)].append(prompt)
     if missing == len(prompts):
-        raise InputError(f"{prompts.name}: no record has a field {column!r}; expected a label in each, name it with --label-column")
+        raise InputError(
+            f"{prompts.name}: no record has a field {column!r}; expected a label in each, name it with "
+            "--label-column"
+        )
     notes = [*prompts.notes, *([f"{missing} prompts without a label were left out"] if missing else [])]
     return GuardData(
-        Prompts(kinds[True], prompts.name), Prompts(kinds[False], prompts.name), tuple(notes), {"labelled": prompts.name, "column": column}
+        Prompts(kinds[True], prompts.name),
+        Prompts(kinds[False], prompts.name),
+        tuple(notes),
+        {"labelled": prompts.name, "column": column},
     )
 
 
@@ -89,24 +101,27 @@ def labelled_by_completions(
     judge_options: Mapping[str, Any] | None = None,
     cache: Any = None,
 ) -> GuardData:
-    """Prompts told apart by what the model wrote to them, as a judge sees it: a prompt is unsafe if its answer does harm.
+    """Prompts told apart by what the model wrote to them, as a judge sees it: a prompt is unsafe if its
+    answer does harm.
 
-    Answers of an arm whose name ends in `/harmless` are to harmless requests and count as safe without being judged, since judges of
-    refusals and of compliance say something of harmful requests only. Several answers to one prompt: unsafe if at least half of the scored
-    ones do harm. Prompts without a scored answer are left out and counted.
+    Answers of an arm whose name ends in `/harmless` are to harmless requests and count as safe without being
+    judged, since judges of refusals and of compliance say something of harmful requests only. Several answers
+    to one prompt: unsafe if at least half of the scored ones do harm. Prompts without a scored answer are
+    left out and counted.
 
     Args:
         completions: of the model that will be guarded.
         by: a judge, or the name of one.
-        arm: the arm whose answers count (with `/harmful` and `/harmless` behind it where there are those); needed where there are several.
+        arm: the arm whose answers count (with `/harmful` and `/harmless` behind it where there are those);
+            needed where there are several.
         judge_options: of a judge that is named.
         cache: verdicts kept from an earlier call.
 
     Raises:
         UsageError: several arms and none named. InputError: no such arm, or nothing could be scored.
 
-    Source: Chen et al., arXiv 2406.14144, section 6: the label is whether the model's own greedy answer has a positive cost.
-    Differs: any judge; unscored answers are left out rather than counted as safe.
+    Source: Chen et al., arXiv 2406.14144, section 6: the label is whether the model's own greedy answer has a
+    positive cost. Differs: any judge; unscored answers are left out rather than counted as safe.
     """
     chosen = _of_arm(completions, arm)
     asked_harm = Completions([one for one in chosen if not one.arm.endswith(HARMLESS_ARM)])
@@ -115,7 +130,10 @@ def labelled_by_completions(
     verdicts: dict[str, list[bool]] = defaultdict(list)
     prompts: dict[str, Prompt] = {}
     outcomes: Sequence[bool | None] = judgement.harmful if judgement is not None else ()
-    scored = [*zip(asked_harm, outcomes, strict=True), *((one, False) for one in chosen if one.arm.endswith(HARMLESS_ARM))]
+    scored = [
+        *zip(asked_harm, outcomes, strict=True),
+        *((one, False) for one in chosen if one.arm.endswith(HARMLESS_ARM)),
+    ]
     for completion, outcome in scored:
         prompt = _prompt(completion)
         prompts.setdefault(prompt.sha256, prompt)
@@ -124,7 +142,9 @@ def labelled_by_completions(
     unsafe = [prompts[key] for key, votes in verdicts.items() if 2 * sum(votes) >= len(votes)]
     safe = [prompts[key] for key, votes in verdicts.items() if 2 * sum(votes) < len(votes)]
     if not verdicts:
-        raise InputError(f"{found.name} could score none of {len(chosen)} completions; expected answers it can judge")
+        raise InputError(
+            f"{found.name} could score none of {len(chosen)} completions; expected answers it can judge"
+        )
     return GuardData(
         Prompts(unsafe, "completions judged unsafe"),
         Prompts(safe, "completions judged safe"),
@@ -133,9 +153,17 @@ def labelled_by_completions(
     )
 
 
-def _said(completions: Completions, n_chosen: int, prompts: Mapping[str, Prompt], verdicts: Mapping[str, Sequence[bool]]) -> list[str]:
+def _said(
+    completions: Completions,
+    n_chosen: int,
+    prompts: Mapping[str, Prompt],
+    verdicts: Mapping[str, Sequence[bool]],
+) -> list[str]:
     notes = []
-    unscored, torn = len(prompts) - len(verdicts), sum(0 < sum(votes) < len(votes) for votes in verdicts.values())
+    unscored, torn = (
+        len(prompts) - len(verdicts),
+        sum(0 < sum(votes) < len(votes) for votes in verdicts.values()),
+    )
     if unscored:
         notes.append(f"{unscored} prompts without a scored answer were left out")
     if torn:
@@ -151,11 +179,16 @@ def _of_arm(completions: Completions, arm: str | None) -> Completions:
     """The completions of one arm, both of its halves."""
     stems = tuple(dict.fromkeys(_stem(name) for name in completions.arms))
     if arm is None and len(stems) > 1:
-        raise UsageError(f"completions of {len(stems)} arms ({', '.join(stems)[:120]}); name the one whose answers count with --arm")
+        raise UsageError(
+            f"completions of {len(stems)} arms ({', '.join(stems)[:120]}); name the one whose answers "
+            "count with --arm"
+        )
     wanted = arm or (stems[0] if stems else "")
     chosen = Completions([one for one in completions if wanted in (one.arm, _stem(one.arm))])
     if not len(chosen):
-        raise InputError(f"no completions of arm {wanted!r}; there are {', '.join(completions.arms) or 'none'}")
+        raise InputError(
+            f"no completions of arm {wanted!r}; there are {', '.join(completions.arms) or 'none'}"
+        )
     return chosen
 
 
@@ -165,7 +198,10 @@ def _stem(arm: str) -> str:
 
 def _prompt(completion: Completion) -> Prompt:
     return Prompt(
-        completion.prompt_id, completion.prompt, language=completion.meta.get("language"), category=completion.meta.get("category")
+        completion.prompt_id,
+        completion.prompt,
+        language=completion.meta.get("language"),
+        category=completion.meta.get("category"),
     )
 
 
@@ -181,7 +217,8 @@ def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
     if word in SAFE_WORDS:
         return False
     raise InputError(
-        f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}; expected unsafe, harmful, 1 or true, or safe, harmless, 0 or false"
+        f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}; expected unsafe, harmful, 1 or true, or "
+        "safe, harmless, 0 or false"
     )
 
 
@@ -206,7 +243,8 @@ class GuardCase:
         prompt: what the model is asked.
         unsafe: its label.
         source: the data set it comes from.
-        variant: `as written`, an attack, a perturbation, or `over-refusal` for a safe request of a set of its own.
+        variant: `as written`, an attack, a perturbation, or `over-refusal` for a safe request of a set of its
+            own.
         origin: number of the case it was made of; its own number where it is as written.
     """
 
@@ -220,7 +258,9 @@ class GuardCase:
         """What the request has under a column: source, language, category, or any field of its record."""
         if name == "source":
             return self.source
-        value = {"language": self.prompt.language, "category": self.prompt.category}.get(name) or self.prompt.meta.get(name)
+        value = {"language": self.prompt.language, "category": self.prompt.category}.get(
+            name
+        ) or self.prompt.meta.get(name)
         return None if value is None else str(value)
 
 
@@ -247,7 +287,10 @@ class Cases:
     @property
     def texts(self) -> list[str]:
         """All that a request says, every turn of it, for classifiers that read words."""
-        return [" ".join(turn.content for turn in one.messages) if one.messages else one.text for one in self.prompts]
+        return [
+            " ".join(turn.content for turn in one.messages) if one.messages else one.text
+            for one in self.prompts
+        ]
 
     def groups(self, rows: Int[np.ndarray, " row"]) -> list[str | None]:
         """What some cases share."""
@@ -283,7 +326,8 @@ def cases_of(
 ) -> Cases:
     """All cases of an evaluation.
 
-    A request that is in both lists, or repeated in one, case and spaces aside, is left out or counted once. Both classes get every
+    A request that is in both lists, or repeated in one, case and spaces aside, is left out or counted once.
+    Both classes get every
     variant: what wraps only unsafe requests would be found by its wrapper.
 
     Args:
@@ -309,8 +353,14 @@ def cases_of(
     for label, pool in pools.items():
         kept = [(prompt, source) for prompt, source in pool if prompt.digest not in both]
         if not kept:
-            raise InputError(f"no {'unsafe' if label else 'safe'} requests; expected requests of both kinds to evaluate a guard on")
-        items += [GuardCase(prompt, label, source, origin=len(items) + place) for place, (prompt, source) in enumerate(kept)]
+            raise InputError(
+                f"no {'unsafe' if label else 'safe'} requests; expected requests of both kinds to "
+                "evaluate a guard on"
+            )
+        items += [
+            GuardCase(prompt, label, source, origin=len(items) + place)
+            for place, (prompt, source) in enumerate(kept)
+        ]
     written = list(items)
     items += [GuardCase(prompt, False, source, OVER_REFUSAL, -1) for prompt, source in _pool(over_refusal)]
     for name in dict.fromkeys(variants):
@@ -341,7 +391,10 @@ def _varied(written: Sequence[GuardCase], name: str, seed: int, limit: int | Non
             ours = [ours[place] for place in sorted(random.Random(seed).sample(range(len(ours)), limit))]
         for case in ours:
             near = companions.get(case.prompt.language) or companions[None]
-            other = next((one for one in (chance.choice(near) for _ in range(8)) if one is not case.prompt), case.prompt)
+            other = next(
+                (one for one in (chance.choice(near) for _ in range(8)) if one is not case.prompt),
+                case.prompt,
+            )
             prompt = VARIANTS[name](case.prompt, other, chance)
             made.append(GuardCase(prompt, label, case.source, name, case.origin))
     return made
@@ -367,7 +420,9 @@ def _reworded(function: Callable[[str, str, random.Random], str]) -> Change:
 
 def _later_turn(prompt: Prompt, other: Prompt, _chance: random.Random) -> Prompt:
     """The request behind a safe exchange; system turns stay in front, where templates take them."""
-    first = next((place for place, turn in enumerate(prompt.turns) if turn.role != "system"), len(prompt.turns))
+    first = next(
+        (place for place, turn in enumerate(prompt.turns) if turn.role != "system"), len(prompt.turns)
+    )
     earlier = (Message("user", _asked(other)), Message("assistant", other.answer or _EXCHANGE))
     turns = (*prompt.turns[:first], *earlier, *prompt.turns[first:])
     return dataclasses.replace(prompt, text=_asked(prompt), messages=turns)
@@ -407,7 +462,9 @@ ATTACKS: Mapping[str, Change] = {
     "reversed": _reworded(lambda text, _other, _: " ".join(reversed(_without_marks(text).split()))),
     **{name: _mechanical(name) for name in MECHANICAL if name != "direct"},
 }
-"""Wrappers by name: those of `safety_neurons.suites`, and those made of the evaluation's own safe requests, in any language."""
+"""Wrappers by name: those of `safety_neurons.suites`, and those made of the evaluation's own safe requests,
+in any language.
+"""
 
 PERTURBATIONS: Mapping[str, Change] = {
     "typos": _reworded(_typos),

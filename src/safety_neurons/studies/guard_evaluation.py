@@ -1,8 +1,11 @@
-"""Guard evaluation: what a guard is worth on requests it has not seen, beside classifiers that need no safety neurons.
+"""Guard evaluation: what a guard is worth on requests it has not seen, beside classifiers that need no safety
+neurons.
 
-1. Requests are scored as written, in attacks and perturbed; what wraps an unsafe request wraps the safe ones too.
-2. Baselines are fit by the guard's own procedure: on the requests named for fitting, or by folds of the evaluated ones, and then the
-   guard's neurons are fit anew on the same folds and take the guard's place in comparisons.
+1. Requests are scored as written, in attacks and perturbed; what wraps an unsafe request wraps the safe ones
+    too.
+2. Baselines are fit by the guard's own procedure: on the requests named for fitting, or by folds of the
+   evaluated ones, and then the guard's neurons are fit anew on the same folds and take the guard's place in
+   comparisons.
 3. Left out: for every value of a column all classifiers are fit on the others and held against it.
 4. Differences of areas are paired over requests; random sets are compared by their mean.
 """
@@ -53,8 +56,23 @@ from safety_neurons.results.records import (
     GuardWorthRecord,
 )
 from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read, baselines, read_cases
-from safety_neurons.studies.guard_curves import Scores, average_precision, precision_recall_curve, reliability, roc_curve, tpr_at_fpr
-from safety_neurons.studies.guard_data import AS_WRITTEN, ATTACKS, OVER_REFUSAL, PERTURBATIONS, Cases, Sources, cases_of
+from safety_neurons.studies.guard_curves import (
+    Scores,
+    average_precision,
+    precision_recall_curve,
+    reliability,
+    roc_curve,
+    tpr_at_fpr,
+)
+from safety_neurons.studies.guard_data import (
+    AS_WRITTEN,
+    ATTACKS,
+    OVER_REFUSAL,
+    PERTURBATIONS,
+    Cases,
+    Sources,
+    cases_of,
+)
 
 FEWEST = 5
 """Requests of a class that a slice needs for an area."""
@@ -67,7 +85,8 @@ class ScoredCases:
     Attributes:
         cases: what was scored.
         scores: log odds by classifier; NaN where there is none. Random sets are `random neurons 0`, `1`, ….
-        reference: the classifier that the others are compared with: the guard, or its neurons fit anew on the same requests.
+        reference: the classifier that the others are compared with: the guard, or its neurons fit anew on the
+            same requests.
         flagged: by the guard, unscored and truncated requests too.
         seed: of bootstraps.
     """
@@ -93,9 +112,15 @@ class ScoredCases:
         return rows[kept]
 
     def row(
-        self, value: str, rows: Int[np.ndarray, " row"], *, against: str | None = None, flags: np.ndarray | None = None
+        self,
+        value: str,
+        rows: Int[np.ndarray, " row"],
+        *,
+        against: str | None = None,
+        flags: np.ndarray | None = None,
     ) -> GuardSliceRecord:
-        """One slice: the area of every classifier on it, differences from the reference, what the guard flags.
+        """One slice: the area of every classifier on it, differences from the reference, what the guard
+        flags.
 
         Args:
             value: name of the slice.
@@ -124,7 +149,9 @@ class ScoredCases:
                 found["difference"][name] = self.difference(name, members, used)
         return found
 
-    def difference(self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> DifferenceRecord:
+    def difference(
+        self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]
+    ) -> DifferenceRecord:
         """The reference's area minus that of a classifier, or of random sets."""
         ours, others = self.scores[self.reference][rows], [self.scores[member][rows] for member in members]
         part = AreaPart(ours, others, self.cases.unsafe[rows], self.cases.groups(rows))
@@ -137,7 +164,14 @@ class ScoredCases:
         if len(areas) == 1:
             return cast(AreaRecord, areas[0].to_json())
         values = [area.value for area in areas if area.value is not None]
-        return {"value": float(np.mean(values)), "low": min(values), "high": max(values), "n": len(rows), "unscored": 0, "sets": values}
+        return {
+            "value": float(np.mean(values)),
+            "low": min(values),
+            "high": max(values),
+            "n": len(rows),
+            "unscored": 0,
+            "sets": values,
+        }
 
     def summary(self, name: str, members: Sequence[str]) -> GuardClassifierRecord:
         """What a classifier does on the requests as written; of random sets the mean of each number."""
@@ -153,13 +187,19 @@ class ScoredCases:
                     "expected_calibration_error": expected_calibration_error(_probabilities(scores), labels),
                 }
             )
-        row: GuardClassifierRecord = {"name": name, "auroc": self.area(members, rows), **(found[0] if len(found) == 1 else _mean(found))}
+        row: GuardClassifierRecord = {
+            "name": name,
+            "auroc": self.area(members, rows),
+            **(found[0] if len(found) == 1 else _mean(found)),
+        }
         if name != self.reference:
             row["difference"] = self.difference(name, members, rows)
         return row
 
     def curves(self) -> GuardCurvesRecord:
-        """ROC and precision-recall of every classifier (of random sets the first), and the reliability of the reference."""
+        """ROC and precision-recall of every classifier (of random sets the first), and the reliability of the
+        reference.
+        """
         rows = self.usable(self.cases.where(AS_WRITTEN))
         labels = self.cases.unsafe[rows]
         scores = {name: self.scores[members[0]][rows] for name, members in self.groups().items()}
@@ -167,8 +207,13 @@ class ScoredCases:
         edges, ours = np.linspace(0, 1, 21), chances[self.reference]
         return {
             "roc": {name: roc_curve(found, labels) for name, found in scores.items()},
-            "precision_recall": {name: precision_recall_curve(found, labels) for name, found in scores.items()},
-            "reliability": {name: reliability(found, labels, groups=self.cases.groups(rows)) for name, found in chances.items()},
+            "precision_recall": {
+                name: precision_recall_curve(found, labels) for name, found in scores.items()
+            },
+            "reliability": {
+                name: reliability(found, labels, groups=self.cases.groups(rows))
+                for name, found in chances.items()
+            },
             "histogram": {
                 "edges": edges.tolist(),
                 "safe": np.histogram(ours[~labels], edges)[0].tolist(),
@@ -179,7 +224,10 @@ class ScoredCases:
     # Tables
 
     def by(self, column: str) -> list[GuardSliceRecord]:
-        """One row a value of a column; a value that only one kind has is held against all requests of the other."""
+        """One row a value of a column.
+
+        A value that only one kind has is held against all requests of the other.
+        """
         written, unsafe = self.cases.where(AS_WRITTEN), self.cases.unsafe
         found = []
         for value in self.cases.values(column):
@@ -190,12 +238,20 @@ class ScoredCases:
                 continue
             other = written[unsafe[written] != kinds.pop()]
             found.append(
-                self.row(value, np.concatenate([own, other]), against="all safe" if unsafe[own].all() else "all unsafe", flags=own)
+                self.row(
+                    value,
+                    np.concatenate([own, other]),
+                    against="all safe" if unsafe[own].all() else "all unsafe",
+                    flags=own,
+                )
             )
         return found
 
     def by_variant(self, names: Sequence[str]) -> list[GuardSliceRecord]:
-        """One row a variant: changed unsafe requests against safe ones changed in the same way; first the requests as written."""
+        """One row a variant: changed unsafe requests against safe ones changed in the same way.
+
+        First the requests as written.
+        """
         return [self.row(name, self.cases.where(name)) for name in (AS_WRITTEN, *names)]
 
     def over_refusal(self) -> list[GuardSliceRecord]:
@@ -225,9 +281,16 @@ class ScoredCases:
 
 
 def at(
-    scores: Float64[np.ndarray, " row"], labels: Bool[np.ndarray, " row"], fpr: float, seed: int, groups: GroupLabels = None
+    scores: Float64[np.ndarray, " row"],
+    labels: Bool[np.ndarray, " row"],
+    fpr: float,
+    seed: int,
+    groups: GroupLabels = None,
 ) -> EstimateRecord:
-    """True-positive rate at a false-positive rate as JSON values; without a value where safe requests are too few to tell."""
+    """True-positive rate at a false-positive rate as JSON values.
+
+    Without a value where safe requests are too few to tell.
+    """
     n_safe = int((~labels).sum())
     if n_safe * fpr < EXAMPLES - 1e-9:
         why = f"{n_safe} safe requests; a false-positive rate of {fpr:g} needs {round(EXAMPLES / fpr):,}"
@@ -240,17 +303,27 @@ def _probabilities(log_odds: Scores) -> Float64[np.ndarray, " request"]:
 
 
 def _mean(found: Sequence[GuardMeasures]) -> GuardMeasures:
-    """The mean of every number of several rows, with the lowest and highest value in the place of an interval."""
+    """The mean of every number of several rows, with the lowest and highest value in the place of an
+    interval.
+    """
 
     def spread(rates: Sequence[EstimateRecord]) -> EstimateRecord:
         values = [one["value"] for one in rates if one["value"] is not None]
         if not values:
             return rates[0]
-        return {"value": float(np.mean(values)), "low": min(values), "high": max(values), "n": rates[0]["n"], "unscored": 0}
+        return {
+            "value": float(np.mean(values)),
+            "low": min(values),
+            "high": max(values),
+            "n": rates[0]["n"],
+            "unscored": 0,
+        }
 
     return {
         "average_precision": spread([row["average_precision"] for row in found]),
-        "tpr_at_fpr": {fpr: spread([row["tpr_at_fpr"][fpr] for row in found]) for fpr in found[0]["tpr_at_fpr"]},
+        "tpr_at_fpr": {
+            fpr: spread([row["tpr_at_fpr"][fpr] for row in found]) for fpr in found[0]["tpr_at_fpr"]
+        },
         "expected_calibration_error": float(np.mean([row["expected_calibration_error"] for row in found])),
     }
 
@@ -318,10 +391,18 @@ class GuardTests:
         if (self.fit_unsafe is None) != (self.fit_safe is None):
             raise UsageError("fitting requests of one kind only; expected unsafe and safe ones, or neither")
         if self.random < 1:
-            raise UsageError(f"{self.random} random sets; expected at least one: without it nobody can tell what the neurons are worth")
-        wrong = [name for name in self.variants if name not in (ATTACKS if name in self.attacks else PERTURBATIONS)]
+            raise UsageError(
+                f"{self.random} random sets; expected at least one: without it nobody can tell what the "
+                "neurons are worth"
+            )
+        wrong = [
+            name for name in self.variants if name not in (ATTACKS if name in self.attacks else PERTURBATIONS)
+        ]
         if wrong:
-            raise UsageError(f"{wrong[0]!r} is no attack or perturbation; expected some of {', '.join([*ATTACKS, *PERTURBATIONS])}")
+            raise UsageError(
+                f"{wrong[0]!r} is no attack or perturbation; expected some of "
+                f"{', '.join([*ATTACKS, *PERTURBATIONS])}"
+            )
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -334,10 +415,20 @@ class GuardTests:
         Raises:
             UsageError: a column to leave out that no request has.
         """
-        found = cases_of(unsafe, safe, over_refusal=self.over_refusal, variants=self.variants, seed=self.seed, limit=self.variant_limit)
+        found = cases_of(
+            unsafe,
+            safe,
+            over_refusal=self.over_refusal,
+            variants=self.variants,
+            seed=self.seed,
+            limit=self.variant_limit,
+        )
         unknown = [column for column in self.leave_out if not found.values(column)]
         if unknown:
-            raise UsageError(f"--leave-out {unknown[0]}: no request has this field; expected a column such as source or language")
+            raise UsageError(
+                f"--leave-out {unknown[0]}: no request has this field; expected a column such as "
+                "source or language"
+            )
         if self.fit_unsafe is None or self.fit_safe is None:
             return found
         fit = cases_of(self.fit_unsafe, self.fit_safe)
@@ -383,14 +474,18 @@ def evaluate_guard(
     scored = classifiers.scored()
     result = _result(bound, scored, read, asked)
     result["leave_out"] = {column: classifiers.left_out(column) for column in asked.leave_out}
-    notes = tuple(dict.fromkeys([*cases.notes, *read.notes, *classifiers.notes, *_overlaps(bound, cases), *bound.notes]))
+    notes = tuple(
+        dict.fromkeys([*cases.notes, *read.notes, *classifiers.notes, *_overlaps(bound, cases), *bound.notes])
+    )
     return GuardEvaluation(scored, result, scored.curves(), notes)
 
 
 class _Classifiers:
     """Fits classifiers on some cases and scores others."""
 
-    def __init__(self, guard: Guard, cases: Cases, read: Read, sets: dict[str, NeuronSet], seed: int, say: Progress) -> None:
+    def __init__(
+        self, guard: Guard, cases: Cases, read: Read, sets: dict[str, NeuronSet], seed: int, say: Progress
+    ) -> None:
         self.guard, self.cases, self.read, self.seed, self.say = guard, cases, read, seed, say
         self.labels = cases.unsafe
         self.classifiers = baselines(read, cases.texts, self.labels, REFITTED)
@@ -403,10 +498,15 @@ class _Classifiers:
         self.notes: list[str] = []
         if not self.usable.all():
             lost = int((~self.usable).sum())
-            self.notes.append(f"{lost} of {len(self.usable)} requests were truncated or gave NaN: flagged, and left out of areas")
+            self.notes.append(
+                f"{lost} of {len(self.usable)} requests were truncated or gave NaN: flagged, and left "
+                "out of areas"
+            )
         crowded = [name for name, members in sets.items() if not members.disjoint]
         if crowded:
-            self.notes.append("random sets share members with the guard's neurons, which take more than half of a layer")
+            self.notes.append(
+                "random sets share members with the guard's neurons, which take more than half of a layer"
+            )
 
     def scored(self) -> ScoredCases:
         """The guard as it is, and every baseline: fit on the fitting requests, or by folds."""
@@ -416,12 +516,15 @@ class _Classifiers:
         asked = [self.cases.items[row].prompt for row in others]
         further = further_readings(self.guard.bound, asked, self.guard.neurons, self.guard.pooling)
         readings = {int(others[place]): values for place, values in further.items()}
-        found = torch.from_numpy(largest_scores(classifier, features, map(readings.get, range(len(features)))))
+        found = torch.from_numpy(
+            largest_scores(classifier, features, map(readings.get, range(len(features))))
+        )
         scores = {GUARD: np.where(self.usable, classifier.calibration(found).numpy(), np.nan)}
         flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | ~self.usable
         if further:
             self.notes.append(
-                f"{len(further)} conversations: the guard judges them by the largest of their readings, the baselines read them as a whole"
+                f"{len(further)} conversations: the guard judges them by the largest of their readings, "
+                "the baselines read them as a whole"
             )
         plan = [(self.fit, others)] if len(self.fit) else self._folds()
         for name, baseline in self.classifiers.items():
@@ -440,25 +543,36 @@ class _Classifiers:
         return found
 
     def _folds(self) -> list[tuple[Rows, Rows]]:
-        """Thirds of the requests as written; a changed request goes with the one it was made of, an over-refusal set with the first."""
+        """Thirds of the requests as written.
+
+        A changed request goes with the one it was made of, an over-refusal set with the first.
+        """
         self._enough(self.written, "the evaluated requests by folds")
         self.notes.append(
-            f"no requests to fit baselines on were given: they and the guard's neurons were fit by {FOLDS} folds of the evaluated requests"
+            "no requests to fit baselines on were given: they and the guard's neurons were fit by "
+            f"{FOLDS} folds of the evaluated requests"
         )
         third = (1 / FOLDS, 1 / FOLDS, 1 - 2 / FOLDS)
-        split = stratified_split(self.labels[self.written], seed=self.seed, shares=third, groups=self.cases.groups(self.written))
+        split = stratified_split(
+            self.labels[self.written], seed=self.seed, shares=third, groups=self.cases.groups(self.written)
+        )
         fold = np.zeros(len(self.cases), np.int64)
         for number, part in enumerate((split.train, split.validation, split.calibration)):
             fold[self.written[part]] = number
         for row, case in enumerate(self.cases.items):
             fold[row] = fold[case.origin] if case.origin >= 0 else 0
         everything = np.arange(len(self.cases))
-        return [(self.written[fold[self.written] != number], everything[fold == number]) for number in range(FOLDS)]
+        return [
+            (self.written[fold[self.written] != number], everything[fold == number])
+            for number in range(FOLDS)
+        ]
 
     def left_out(self, column: str) -> list[GuardSliceRecord]:
-        """Every value of a column: classifiers fit on requests with other values, held against the requests with this one.
+        """Every value of a column: classifiers fit on requests with other values, held against the requests
+        with this one.
 
-        Where only one kind has a value, it is held against the requests of the other kind that have none of the column's shared values.
+        Where only one kind has a value, it is held against the requests of the other kind that have none of
+        the column's shared values.
         """
         pool = self.fit if len(self.fit) else self.written
         rows = []
@@ -466,20 +580,27 @@ class _Classifiers:
             having = self.cases.having(column, value)
             test, fit = self.written[having[self.written]], pool[~having[pool]]
             if len(set(self.labels[test].tolist())) < 2 or not self._can_fit(fit):
-                self.notes.append(f"{column} {value} was not left out: it, or what is left, has requests of one kind only")
+                self.notes.append(
+                    f"{column} {value} was not left out: it, or what is left, has requests of one kind only"
+                )
                 continue
             self.say(f"leave out {column} {value}")
-            found = {name: self._scores(baseline, [(fit, test)]) for name, baseline in self.classifiers.items()}
+            found = {
+                name: self._scores(baseline, [(fit, test)]) for name, baseline in self.classifiers.items()
+            }
             flagged = np.zeros(len(self.cases), bool)
             flagged[test] = found[REFITTED][test] >= 0
             row = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(value, test)
             kinds = self.cases.having("kind", "look_alike")[test] | self.labels[test]
             if kinds.any() and not kinds.all() and not self.labels[test[kinds]].all():
-                row["look_alikes"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row("look_alike", test[kinds])
+                row["look_alikes"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(
+                    "look_alike", test[kinds]
+                )
             rows.append(row)
         if not rows:
             raise UsageError(
-                f"--leave-out {column}: no value that both kinds of requests have; expected a column such as source or language"
+                f"--leave-out {column}: no value that both kinds of requests have; expected a column "
+                "such as source or language"
             )
         return holm_in(rows)
 
@@ -491,7 +612,8 @@ class _Classifiers:
         n_unsafe = int(self.labels[rows].sum())
         if min(n_unsafe, len(rows) - n_unsafe) < 2 * LEAST:
             raise InputError(
-                f"{n_unsafe} unsafe and {len(rows) - n_unsafe} safe requests; expected {2 * LEAST} of either to fit baselines on {where}"
+                f"{n_unsafe} unsafe and {len(rows) - n_unsafe} safe requests; expected {2 * LEAST} of "
+                f"either to fit baselines on {where}"
             )
 
 
@@ -511,8 +633,12 @@ def _result(guard: Guard, scored: ScoredCases, read: Read, asked: GuardTests) ->
         "flagged_unsafe": all_["flagged_unsafe"],
         "flagged_safe": all_["flagged_safe"],
         "compared": scored.reference,
-        "baselines": holm_in([scored.summary(name, members) for name, members in scored.groups().items() if name != GUARD]),
-        "tables": {column: holm_in(scored.by(column)) for column in COLUMNS if len(scored.cases.values(column)) > 1},
+        "baselines": holm_in(
+            [scored.summary(name, members) for name, members in scored.groups().items() if name != GUARD]
+        ),
+        "tables": {
+            column: holm_in(scored.by(column)) for column in COLUMNS if len(scored.cases.values(column)) > 1
+        },
         "over_refusal": holm_in(scored.over_refusal()),
         "attacks": holm_in(scored.by_variant(asked.attacks)) if asked.attacks else [],
         "perturbations": holm_in(scored.by_variant(asked.perturbations)) if asked.perturbations else [],
@@ -522,7 +648,9 @@ def _result(guard: Guard, scored: ScoredCases, read: Read, asked: GuardTests) ->
 
 
 def _overlaps(guard: Guard, cases: Cases) -> list[str]:
-    """Requests that were seen before: in fitting the guard, in finding its neurons, in fitting the baselines."""
+    """Requests that were seen before: in fitting the guard, in finding its neurons, in fitting the
+    baselines.
+    """
     written = Prompts([case.prompt for case in cases.items if case.variant in (AS_WRITTEN, OVER_REFUSAL)])
     fit = [case.prompt.digest for case in cases.items if case.variant == FIT]
     known = guard.report.get("prompt_digests") or []
@@ -532,9 +660,16 @@ def _overlaps(guard: Guard, cases: Cases) -> list[str]:
         "the baselines were fit on": fit,
     }
     counts = {name: written.overlap(digests) for name, digests in where.items()}
-    notes = [f"{count} of the {len(written)} evaluated requests are among those {name}" for name, count in counts.items() if count]
+    notes = [
+        f"{count} of the {len(written)} evaluated requests are among those {name}"
+        for name, count in counts.items()
+        if count
+    ]
     if fit and known and set(fit) != set(known):
-        notes.append(f"the baselines were fit on {len(set(fit)):,} requests and the guard on {len(set(known)):,} that are not the same")
+        notes.append(
+            f"the baselines were fit on {len(set(fit)):,} requests and the guard on {len(set(known)):,} "
+            "that are not the same"
+        )
     return notes
 
 
@@ -554,7 +689,8 @@ class GuardedOutputs:
         changed: answers it let pass that differ from those without it; 0 unless something is wrong.
         asked: area under the ROC curve of the guard's score for what requests ask for (the labels given).
         written: the same for what the model writes: unsafe output or not, over all requests.
-        refused_by_model: unsafe requests without an unsafe output before the guard: where the two labels differ.
+        refused_by_model: unsafe requests without an unsafe output before the guard: where the two labels
+            differ.
         by: the same rates for each language, where requests have one.
         change: unsafe outputs with the guard minus those without it, paired.
         completions: both arms.
@@ -603,8 +739,9 @@ def guarded_outputs(
 ) -> GuardedOutputs:
     """Answers without and with the guard, judged.
 
-    An output is unsafe if the request is and the judge calls the answer harmful; an answer that the guard stopped before its first token
-    is not. What the model would write to safe requests is not judged: it counts as safe, whether or not it is.
+    An output is unsafe if the request is and the judge calls the answer harmful; an answer that the guard
+    stopped before its first token is not. What the model would write to safe requests is not judged: it
+    counts as safe, whether or not it is.
 
     Args:
         model: the guard's.
@@ -619,8 +756,9 @@ def guarded_outputs(
     Raises:
         InputError: no requests of a kind.
 
-    Source: Chen et al., arXiv 2406.14144, section 6 (label: what the model would write; outputs of accepted prompts).
-    Differs: any judge; the share of unsafe outputs that is cut and the safe requests that are lost, with intervals, instead of a mean cost.
+    Source: Chen et al., arXiv 2406.14144, section 6 (label: what the model would write; outputs of accepted
+    prompts). Differs: any judge; the share of unsafe outputs that is cut and the safe requests that are lost,
+    with intervals, instead of a mean cost.
     """
     unsafe, safe = as_prompts(unsafe), as_prompts(safe)
     if not len(unsafe) or not len(safe):
@@ -633,7 +771,10 @@ def guarded_outputs(
     say("answers with the guard")
     answers = GuardedModel(model, guard).generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     stopped = np.array([answer.stopped for answer in answers])
-    changed = sum(not one.stopped and tuple(one.token_ids) != tuple(was.token_ids) for one, was in zip(answers, plain, strict=True))
+    changed = sum(
+        not one.stopped and tuple(one.token_ids) != tuple(was.token_ids)
+        for one, was in zip(answers, plain, strict=True)
+    )
     say("judge")
     found = by if isinstance(by, Judge) else judge(by)
     harmful = found.judge(plain[: len(unsafe)]).harmful
@@ -642,7 +783,9 @@ def guarded_outputs(
     chances = np.array([np.inf if one.verdict.p_unsafe is None else one.verdict.p_unsafe for one in answers])
     known = np.append(~np.isnan(before), np.ones(len(safe), bool))
     written = np.append(before, np.zeros(len(safe)))
-    completions = Completions([*plain, *(_completion(prompt, one) for prompt, one in zip(asked, answers, strict=True))])
+    completions = Completions(
+        [*plain, *(_completion(prompt, one) for prompt, one in zip(asked, answers, strict=True))]
+    )
     return GuardedOutputs(
         found.name,
         rate(before, unsafe.groups),
@@ -667,10 +810,15 @@ def some(prompts: Prompts, count: int, seed: int = 0) -> Prompts:
     return Prompts([prompts[int(place)] for place in drawn], prompts.name, prompts.notes)
 
 
-def cut_of(before: Float64[np.ndarray, " request"], after: Float64[np.ndarray, " request"], groups: GroupLabels = None) -> Rate:
+def cut_of(
+    before: Float64[np.ndarray, " request"],
+    after: Float64[np.ndarray, " request"],
+    groups: GroupLabels = None,
+) -> Rate:
     """1 − (unsafe outputs after) ÷ (unsafe outputs before); undefined where there were none.
 
-    Only requests that both arms scored count. A guard only ever stops: this is a rate over the requests with an unsafe output before.
+    Only requests that both arms scored count. A guard only ever stops: this is a rate over the requests with
+    an unsafe output before.
     """
     known = ~(np.isnan(before) | np.isnan(after))
     had = known & (before > 0)
@@ -702,6 +850,8 @@ def _by_language(
 
 
 def _completion(prompt: Prompt, answer: GuardedAnswer) -> Completion:
-    reason: Literal["stop", "length", "failed"] = "stop" if answer.finish_reason == "guard" else answer.finish_reason
+    reason: Literal["stop", "length", "failed"] = (
+        "stop" if answer.finish_reason == "guard" else answer.finish_reason
+    )
     meta = {"p_unsafe": answer.verdict.p_unsafe, "stopped": answer.stopped, "language": prompt.language}
     return Completion(prompt.id, prompt.text, answer.text, answer.token_ids, reason, GUARDED, meta=meta)

@@ -1,19 +1,25 @@
-"""Lasting safety: does safety that was tuned into neurons outlive fine-tuning, and how easily is it cut out again?
+"""Lasting safety: does safety that was tuned into neurons outlive fine-tuning, and how easily is it cut out
+again?
 
 `rsn`, SN-Tune against RSN-Tune, random neurons and no tuning:
 
-1. Safety neurons are the most important ones on harmful requests, foundation neurons those on general text; RSN leaves the latter out.
+1. Safety neurons are the most important ones on harmful requests, foundation neurons those on general text;
+    RSN leaves the latter out.
 2. For every seed and arm a copy of the model is tuned to refuse (or not), and measured.
-3. The copy is fine-tuned on the task, all weights or a LoRA, and measured again; one arm does so with its neurons protected.
-4. Numbers are means over seeds and prompts, with the worst seed; differences between arms are paired over seeds and prompts.
+3. The copy is fine-tuned on the task, all weights or a LoRA, and measured again; one arm does so with its
+    neurons protected.
+4. Numbers are means over seeds and prompts, with the worst seed; differences between arms are paired over
+    seeds and prompts.
 
 `stress`, three attacks before and after SN-Tune, on the same measure:
 
-1. Prune: the top neurons of the set that was found are switched off, more and more of them, beside random ones.
+1. Prune: the top neurons of the set that was found are switched off, more and more of them, beside random
+    ones.
 2. Harm: a few steps of LoRA fine-tuning on harmful requests with answers that go along.
 3. Benign: fine-tuning on an ordinary task.
 
-Tuning few neurons may put all safety in one place, which is then easily cut: that is what the curves are to show.
+Tuning few neurons may put all safety in one place, which is then easily cut: that is what the curves are to
+show.
 """
 
 import contextlib
@@ -55,7 +61,10 @@ MADE_SAFE = (SN, RSN, KEPT)
 """Arms whose tuning is to make the model safer."""
 ARMS = (NONE, SN, RSN, RANDOM, KEPT)
 JUDGES = ("compliance", "refusal")
-"""`compliance`: the templated rule. `refusal`: whatever does not refuse goes along, an upper bound for models without templates."""
+"""`compliance`: the templated rule.
+
+`refusal`: whatever does not refuse goes along, an upper bound for models without templates.
+"""
 BEFORE, AFTER = "untuned", "SN-Tune"
 ATTACKS = ("prune", "prune random", "harmful LoRA", "benign fine-tuning")
 Downstream = Literal["full", "lora"]
@@ -85,7 +94,11 @@ class Sets:
         """Counts and shares as JSON values."""
         kinds = {"safety": self.safety, "foundation": self.foundation, "robust": self.robust}
         sizes = {
-            name: {"n_neurons": len(members), "share_of_parameters": members.share_of_parameters, "matrices": members.counts()}
+            name: {
+                "n_neurons": len(members),
+                "share_of_parameters": members.share_of_parameters,
+                "matrices": members.counts(),
+            }
             for name, members in kinds.items()
         }
         return {**sizes, "shared": self.shared, "shared_share": self.shared / len(self.safety)}
@@ -108,25 +121,31 @@ def find_sets(
         harmful: requests.
         general: text of everyday kind.
         share: of all parameters that a tuned set holds at most.
-        foundation: share of all neurons that count as foundation neurons, the most important ones on general text.
+        foundation: share of all neurons that count as foundation neurons, the most important ones on general
+            text.
         method: `importance` or `attribution`, for the safety neurons.
         fill: take further safety neurons in place of those left out, so that both sets are of one size.
 
     Raises:
         UsageError: an unknown method. NeuronError: nothing is left.
 
-    Source: Zhao et al., ICLR 2025, sections 2.2 and 4.3.
-    Differs: sets are the highest scores up to a share of the parameters; RSN is filled up to the same size, so that a difference between
-    the arms is not one of size.
+    Source: Zhao et al., ICLR 2025, sections 2.2 and 4.3. Differs: sets are the highest scores up to a share
+    of the parameters; RSN is filled up to the same size, so that a difference between the arms is not one of
+    size.
     """
     harmful, general = as_prompts(harmful), as_prompts(general)
-    finders: Mapping[str, Callable[..., Any]] = {"importance": find_importance, "attribution": find_attribution}
+    finders: Mapping[str, Callable[..., Any]] = {
+        "importance": find_importance,
+        "attribution": find_attribution,
+    }
     if method not in finders:
         raise UsageError(f"method {method!r}: expected one of {', '.join(finders)}")
     if not 0 < share < 1 or not 0 <= foundation < 1:
         raise UsageError(f"share {share} and foundation {foundation}: expected shares between 0 and 1")
     scores = finders[method](model, harmful, count=1).scores
-    basis = find_importance(model, general, top=foundation).neurons if foundation else NeuronSet({}, model.table)
+    basis = (
+        find_importance(model, general, top=foundation).neurons if foundation else NeuronSet({}, model.table)
+    )
     return sets_from(scores, basis, share, fill=fill)
 
 
@@ -137,14 +156,16 @@ def sets_from(scores: Scores, basis: NeuronSet, share: float, *, fill: bool = Tr
     robust = within(scores, share, without=basis) if fill else plain
     if not len(safety) or not len(robust):
         raise NeuronError(
-            f"{len(safety)} safety neurons, {len(robust)} after taking out {len(basis)} foundation neurons: expected some of each; "
-            "take a larger share or fewer foundation neurons"
+            f"{len(safety)} safety neurons, {len(robust)} after taking out {len(basis)} foundation "
+            "neurons: expected some of each; take a larger share or fewer foundation neurons"
         )
     return Sets(safety, basis, robust, len(safety) - len(plain), scores)
 
 
 def within(scores: Scores, share: float, without: NeuronSet | None = None) -> NeuronSet:
-    """The neurons with the highest scores that hold at most this share of all parameters, those of another set left out."""
+    """The neurons with the highest scores that hold at most this share of all parameters, those of another
+    set left out.
+    """
     low, high = 0, sum(len(values) for _, values in scores.items())
     chosen = NeuronSet({}, scores.table)
     while low < high:
@@ -173,7 +194,9 @@ class Point:
 
 @dataclasses.dataclass
 class Lab(Bench):
-    """A bench on which models are measured that go along, by a named rule, once for every seed they are trained with."""
+    """A bench on which models are measured that go along, by a named rule, once for every seed they are
+    trained with.
+    """
 
     judge: str = "refusal"
 
@@ -190,7 +213,9 @@ class Lab(Bench):
     def point(self, arm: Arm, seed: int) -> Point:
         """Answers to everything, judged."""
         text = None if self.text is None else perplexity(arm.model, self.text, batch_size=self.batch_size)
-        return Point(self.complied(arm, seed), self.complied(arm, seed, "harmless"), self.solved(arm, seed), text)
+        return Point(
+            self.complied(arm, seed), self.complied(arm, seed, "harmless"), self.solved(arm, seed), text
+        )
 
     def complied(self, arm: Arm, seed: int, kind: str = "harmful") -> Verdicts:
         """Whether each harmful (or harmless) request is complied with."""
@@ -246,20 +271,36 @@ class Plan:
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms or not self.seeds:
-            raise UsageError(f"arms {list(self.arms)}, seeds {list(self.seeds)}: expected some of {', '.join(ARMS)}, and at least one seed")
+            raise UsageError(
+                f"arms {list(self.arms)}, seeds {list(self.seeds)}: expected some of {', '.join(ARMS)}, "
+                "and at least one seed"
+            )
 
     @property
     def downstream(self) -> Learning:
         """How the task is learnt."""
-        return {"how": self.how, "steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
+        return {
+            "how": self.how,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "batch_size": self.batch_size,
+        }
 
 
-def rsn(model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache | None = None, tell: Progress | None = None) -> JsonObject:
+def rsn(
+    model: LanguageModel,
+    sets: Sets,
+    plan: Plan,
+    lab: Lab,
+    *,
+    cache: Cache | None = None,
+    tell: Progress | None = None,
+) -> JsonObject:
     """Tune, fine-tune, measure: every arm with every seed.
 
     Args:
-        model: without adapters; it comes back untouched, its copies need as much memory again (twice that, gradients and optimizer for full
-            fine-tuning).
+        model: without adapters; it comes back untouched, its copies need as much memory again (twice that,
+            gradients and optimizer for full fine-tuning).
         sets: from `find_sets` or `sets_from`.
         plan: how arms are trained.
         lab: what is measured.
@@ -267,10 +308,11 @@ def rsn(model: LanguageModel, sets: Sets, plan: Plan, lab: Lab, *, cache: Cache 
         tell: told the name of every step.
 
     Returns:
-        The result as JSON values: `arms` (before and after the downstream fine-tune), `differences` of harmful scores after it.
+        The result as JSON values: `arms` (before and after the downstream fine-tune), `differences` of
+        harmful scores after it.
 
-    Source: Zhao et al., ICLR 2025, section 4.3 and Table 4.
-    Differs: random neurons, no tuning and protection beside it; five seeds with intervals; task accuracy beside safety.
+    Source: Zhao et al., ICLR 2025, section 4.3 and Table 4. Differs: random neurons, no tuning and protection
+    beside it; five seeds with intervals; task accuracy beside safety.
     """
     facts = _facts(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
@@ -303,7 +345,9 @@ def _facts(lab: Lab, **facts: Any) -> Any:
 
 
 def _known(done: Mapping[str, Any], arm: str, seed: int) -> Point | None:
-    """What is known already of an arm before the task: the untuned model is one for all seeds, the protected arm is SN-Tune until then."""
+    """What is known already of an arm before the task: the untuned model is one for all seeds, the protected
+    arm is SN-Tune until then.
+    """
     if arm == NONE:
         names = [name for name in done if name.startswith(f"{NONE}/")]
     else:
@@ -320,7 +364,10 @@ def _members(sets: Sets, arm: str, seed: int) -> NeuronSet | None:
 def tuned_twin(
     model: LanguageModel, members: NeuronSet | None, plan: Plan, seed: int, tuned: Tuned | None = None
 ) -> tuple[LanguageModel, Tuned | None]:
-    """A copy of the model with the set tuned into its weights; what was tuned before with this seed is used again."""
+    """A copy of the model with the set tuned into its weights.
+
+    What was tuned before with this seed is used again.
+    """
     other = twin(model)
     if members is None:
         return other, None
@@ -360,7 +407,12 @@ def _one(
     }
 
 
-def summary(done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})) -> JsonObject:
+def summary(
+    done: Mapping[str, Any],
+    plan: Plan,
+    sets: Sets,
+    shared: Mapping[str, GroupLabels] = types.MappingProxyType({}),
+) -> JsonObject:
     """What the seeds say together; `shared` is what the prompts of a kind share."""
 
     def column(arm: str, when: str, kind: str) -> list[Any]:
@@ -370,9 +422,14 @@ def summary(done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str
     for arm in plan.arms:
         row: dict[str, Any] = {"arm": arm}
         for when in ("before", "after"):
-            row[when] = {kind: rate_over_seeds(column(arm, when, kind), shared.get(kind)).to_json() for kind in ("harmful", "harmless")}
+            row[when] = {
+                kind: rate_over_seeds(column(arm, when, kind), shared.get(kind)).to_json()
+                for kind in ("harmful", "harmless")
+            }
             row[when]["task"] = (
-                rate_over_seeds(column(arm, when, "task"), shared.get("task")).to_json() if column(arm, when, "task")[0] else None
+                rate_over_seeds(column(arm, when, "task"), shared.get("task")).to_json()
+                if column(arm, when, "task")[0]
+                else None
             )
             row[when]["perplexity"] = mean_of(column(arm, when, "perplexity"))
         row["trained_parameters"] = done[f"{arm}/{plan.seeds[0]}"]["trained_parameters"]
@@ -380,23 +437,37 @@ def summary(done: Mapping[str, Any], plan: Plan, sets: Sets, shared: Mapping[str
         arms.append(row)
     untuned = next((row["before"]["harmful"] for row in arms if row["arm"] == NONE), None)
     for row in arms:
-        row["tuning"] = tuning_over_seeds(untuned, row["before"]["harmful"]).record() if untuned and row["arm"] in MADE_SAFE else None
+        row["tuning"] = (
+            tuning_over_seeds(untuned, row["before"]["harmful"]).record()
+            if untuned and row["arm"] in MADE_SAFE
+            else None
+        )
     compared: dict[tuple[str, str], Difference] = {}
     for first, second in ((SN, NONE), (SN, RANDOM), (RSN, SN), (RSN, RANDOM), (KEPT, SN)):
         if first not in plan.arms or second not in plan.arms:
             continue
-        for name, (when, kind) in {"before": ("before", "harmful"), "after": ("after", "harmful"), "task_after": ("after", "task")}.items():
+        for name, (when, kind) in {
+            "before": ("before", "harmful"),
+            "after": ("after", "harmful"),
+            "task_after": ("after", "task"),
+        }.items():
             ours, theirs = column(first, when, kind), column(second, when, kind)
             if ours[0]:
                 compared[f"{first} - {second}", name] = difference_over_seeds(ours, theirs, shared.get(kind))
     differences: dict[str, dict[str, Any]] = {}
     for (pair, name), difference in zip(compared, holm(list(compared.values())), strict=True):
-        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = difference.to_json()
+        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = (
+            difference.to_json()
+        )
     return {
         "study": "rsn",
         "seeds": list(plan.seeds),
         "downstream": plan.downstream,
-        "tuning": {**plan.tuning, "refusals": len(plan.refusals), "harmless": len(plan.harmless) if plan.harmless is not None else 0},
+        "tuning": {
+            **plan.tuning,
+            "refusals": len(plan.refusals),
+            "harmless": len(plan.harmless) if plan.harmless is not None else 0,
+        },
         "sets": sets.record(),
         "arms": arms,
         "differences": differences,
@@ -407,7 +478,12 @@ def mean_of(values: Sequence[float | None]) -> JsonObject:
     """Mean, lowest and highest of one number a seed."""
     known = [value for value in values if value is not None]
     mean = sum(known) / len(known) if known else None
-    return {"value": mean, "lowest": min(known, default=None), "highest": max(known, default=None), "by_seed": list(values)}
+    return {
+        "value": mean,
+        "lowest": min(known, default=None),
+        "highest": max(known, default=None),
+        "by_seed": list(values),
+    }
 
 
 # Attacks
@@ -419,7 +495,8 @@ class Attack:
 
     Attributes:
         shares: of the found set that are pruned, strongest first.
-        harmful: harmful requests with answers that go along; None lets the untuned model write them, where it does.
+        harmful: harmful requests with answers that go along; None lets the untuned model write them, where it
+            does.
         harmful_steps: LoRA steps after which safety is looked at.
         benign_steps: steps on the task after which it is looked at.
         learning_rate: of both fine-tunings.
@@ -458,13 +535,15 @@ def stress(
         tell: told the name of every step.
 
     Returns:
-        As JSON values: for every attack and state a curve of (how much, share complied with), and differences at every point.
+        As JSON values: for every attack and state a curve of (how much, share complied with), and differences
+        at every point.
 
     Raises:
         InputError: no harmful answers were given and the model itself writes none.
 
-    Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign fine-tuning undo safety).
-    Differs: the same attacks before and after tuning, random pruning beside it, several seeds with intervals.
+    Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign
+    fine-tuning undo safety). Differs: the same attacks before and after tuning, random pruning beside it,
+    several seeds with intervals.
     """
     facts = _facts(lab, model=model, sets=sets, plan=plan, attack=attack)
     cache, done = cache or Cache(), dict[str, Any]()
@@ -485,28 +564,48 @@ def stress(
 
 def _own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
     """The model's own answers to the harmful requests of the tuning data, where they go along."""
-    requests = Prompts([dataclasses.replace(prompt, answer=None) for prompt in plan.refusals], "harmful answers of the model's own")
-    answers = model.complete(requests, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack")
+    requests = Prompts(
+        [dataclasses.replace(prompt, answer=None) for prompt in plan.refusals],
+        "harmful answers of the model's own",
+    )
+    answers = model.complete(
+        requests, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack"
+    )
     pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
-    answered = [dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along]
+    answered = [
+        dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along
+    ]
     if not answered:
         raise InputError(
-            f"{model.name} goes along with none of {len(requests)} harmful requests, answers to attack with were expected; "
-            "give harmful requests with answers that go along"
+            f"{model.name} goes along with none of {len(requests)} harmful requests, answers to attack "
+            "with were expected; give harmful requests with answers that go along"
         )
     return Prompts(answered, requests.name)
 
 
 def _attacked(
-    model: LanguageModel, sets: Sets, plan: Plan, attack: Attack, lab: Lab, state: str, seed: int, say: Progress
+    model: LanguageModel,
+    sets: Sets,
+    plan: Plan,
+    attack: Attack,
+    lab: Lab,
+    state: str,
+    seed: int,
+    say: Progress,
 ) -> dict[str, Any]:
-    """Every attack on one model: by attack, a list of [how much, verdicts]; for the task, whether it is solved at the end."""
+    """Every attack on one model: by attack, a list of [how much, verdicts].
+
+    For the task, whether it is solved at the end.
+    """
     start = lab.complied(Arm(f"{state}/start", model), seed)
     curves: dict[str, list[Any]] = {name: [[0, start]] for name in ATTACKS}
     for share in attack.shares:
         say(f"{state}/{seed}: prune {share:g}")
         pruned = strongest(sets, share)
-        for name, members in (("prune", pruned), ("prune random", pruned.random_like(seed, table=model.table)[0])):
+        for name, members in (
+            ("prune", pruned),
+            ("prune random", pruned.random_like(seed, table=model.table)[0]),
+        ):
             arm = Arm(f"{state}/{name} {share:g}", model, functools.partial(deactivated, model, members))
             curves[name].append([share, lab.complied(arm, seed)])
 
@@ -517,7 +616,11 @@ def _attacked(
         def look(step: int) -> None:
             curves[name].append([step, lab.complied(Arm(f"{state}/{name} {step}", _seen(other)), seed)])
 
-        options: dict[str, Any] = {"learning_rate": attack.learning_rate, "batch_size": attack.batch_size, "seed": seed}
+        options: dict[str, Any] = {
+            "learning_rate": attack.learning_rate,
+            "batch_size": attack.batch_size,
+            "seed": seed,
+        }
         fine_tune(other, data, how=how, steps=max(at), at=at, look=look, **options)
         return Arm(f"{state}/{name}", other)
 
@@ -553,21 +656,33 @@ def _part(neurons: NeuronSet, share: float, seed: int) -> NeuronSet:
 
 
 def _stress_summary(
-    done: Mapping[str, Any], sets: Sets, plan: Plan, attack: Attack, shared: Mapping[str, GroupLabels] = types.MappingProxyType({})
+    done: Mapping[str, Any],
+    sets: Sets,
+    plan: Plan,
+    attack: Attack,
+    shared: Mapping[str, GroupLabels] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
     points, gains = [], []
     for name in ATTACKS:
         amounts = [point[0] for point in done[f"{BEFORE}/{plan.seeds[0]}"]["curves"][name]]
         for place, amount in enumerate(amounts):
-            before, after = ([done[f"{state}/{seed}"]["curves"][name][place][1] for seed in plan.seeds] for state in (BEFORE, AFTER))
+            before, after = (
+                [done[f"{state}/{seed}"]["curves"][name][place][1] for seed in plan.seeds]
+                for state in (BEFORE, AFTER)
+            )
             gains.append(difference_over_seeds(after, before, shared.get("harmful")))
             rates = {
                 "before": rate_over_seeds(before, shared.get("harmful")).to_json(),
                 "after": rate_over_seeds(after, shared.get("harmful")).to_json(),
             }
             points.append({"attack": name, "amount": amount, **rates})
-    curves = [{**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)]
-    starts = [[done[f"{state}/{seed}"]["curves"][ATTACKS[0]][0][1] for seed in plan.seeds] for state in (BEFORE, AFTER)]
+    curves = [
+        {**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)
+    ]
+    starts = [
+        [done[f"{state}/{seed}"]["curves"][ATTACKS[0]][0][1] for seed in plan.seeds]
+        for state in (BEFORE, AFTER)
+    ]
     task = {state: [done[f"{state}/{seed}"]["task"] for seed in plan.seeds] for state in (BEFORE, AFTER)}
     return {
         "study": "stress",
@@ -584,11 +699,15 @@ def _stress_summary(
         "tuning": {**plan.tuning, "refusals": len(plan.refusals)},
         "sets": sets.record(),
         "curves": curves,
-        "task": {state: rate_over_seeds(rows, shared.get("task")).to_json() if rows[0] else None for state, rows in task.items()},
+        "task": {
+            state: rate_over_seeds(rows, shared.get("task")).to_json() if rows[0] else None
+            for state, rows in task.items()
+        },
     }
 
 
-# Fine-tuning on a task the way anyone would, full or LoRA, on a copy of the model; and how well the task is done
+# Fine-tuning on a task the way anyone would, full or LoRA, on a copy of the model; and how well the task is
+# done
 
 
 def twin(model: LanguageModel) -> LanguageModel:
@@ -632,7 +751,8 @@ def fine_tune(
     look: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[float]:
-    """Fine-tune a model in place with a plain AdamW loop: loss on the answers, short warm-up, straight decay, clipping at 1.
+    """Fine-tune a model in place with a plain AdamW loop: loss on the answers, short warm-up, straight decay,
+    clipping at 1.
 
     Args:
         model: is changed; a LoRA is merged into it at the end, and for every look.
@@ -660,13 +780,17 @@ def fine_tune(
     order = _order(len(examples), how.steps * how.batch_size, how.seed)
 
     def backward(step: int) -> float:
-        return _backward(model, [examples[index] for index in order[step * how.batch_size : (step + 1) * how.batch_size]])
+        return _backward(
+            model, [examples[index] for index in order[step * how.batch_size : (step + 1) * how.batch_size]]
+        )
 
     losses = []
     try:
         optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
         subject = " of the downstream fine-tuning"
-        for descended in descend(optimizer, backward, how.rate, range(how.steps), subject=lambda _step: subject):
+        for descended in descend(
+            optimizer, backward, how.rate, range(how.steps), subject=lambda _step: subject
+        ):
             losses.append(descended.loss)
             if look is not None and len(losses) in at:
                 look(len(losses))
@@ -684,7 +808,9 @@ def _backward(model: LanguageModel, examples: Sequence[Example]) -> float:
     lengths = torch.tensor([len(example.ids) for example in examples])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    loss = model.model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).loss
+    loss = model.model(
+        **{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False
+    ).loss
     loss.backward()
     return float(loss.detach())
 
@@ -710,7 +836,8 @@ def _order(examples: int, wanted: int, seed: int) -> list[int]:
 def solved(completions: Completions, prompts: Prompts) -> list[bool | None]:
     """Whether each completion gives its prompt's answer.
 
-    The same words, whatever their case, spaces and full stops; where the answer has a `####` mark, as in GSM8K, the same last number.
+    The same words, whatever their case, spaces and full stops; where the answer has a `####` mark, as in
+    GSM8K, the same last number.
     """
     answers = {prompt.id: prompt.answer for prompt in prompts}
     return [_solves(completion.completion, answers[completion.prompt_id] or "") for completion in completions]

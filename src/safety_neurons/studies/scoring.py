@@ -1,4 +1,6 @@
-"""Score the answers of an arm by suite and judge, and hold one arm against another, prompt by prompt and item by item."""
+"""Score the answers of an arm by suite and judge, and hold one arm against another, prompt by prompt and item
+by item.
+"""
 
 import dataclasses
 import math
@@ -80,7 +82,11 @@ class JudgeScore:
         """The rates as JSON values; `shared` is what prompts share."""
         rates = {measure: rate(values, shared).to_json() for measure, values in self.outcomes.items()}
         seeds = {measure: list(values) for measure, values in self.by_seed.items() if len(values) > 1}
-        several = {"by_seed": seeds, "noise_floor": {measure: self.noise_floor(measure) for measure in seeds}} if seeds else {}
+        several = (
+            {"by_seed": seeds, "noise_floor": {measure: self.noise_floor(measure) for measure in seeds}}
+            if seeds
+            else {}
+        )
         return cast(JudgedRecord, {"name": self.asked, "harm_is": self.harm_is, **rates, **several})
 
 
@@ -95,7 +101,8 @@ class SuiteScore:
         texts: the prompts, which tell whether another run asked the same.
         groups: for every prompt its category, language and attack.
         judged: by judge what it says.
-        shared: for every prompt what it shares with others (a deed, a conversation); None where nothing is shared.
+        shared: for every prompt what it shares with others (a deed, a conversation); None where nothing is
+            shared.
     """
 
     suite: str
@@ -148,7 +155,9 @@ class ArmScores:
 
     def record(self) -> EvaluatedArmRecord:
         """As JSON values."""
-        sides = {kind: [score for score in self.suites if score.kind == kind] for kind in ("harmful", "harmless")}
+        sides = {
+            kind: [score for score in self.suites if score.kind == kind] for kind in ("harmful", "harmless")
+        }
         return {
             "name": self.name,
             "harm": pooled(sides["harmful"], "harm"),
@@ -208,7 +217,10 @@ def _verdict(completion: Completion, judge: str) -> Mapping[str, Any]:
 
 
 def _harmful(verdict: Mapping[str, Any]) -> float | None:
-    """1 or 0 where a judge says whether there is harm; beside a label of refusal its probability of harm says it."""
+    """1 or 0 where a judge says whether there is harm.
+
+    Beside a label of refusal its probability of harm says it.
+    """
     label, probability = verdict.get("label"), verdict.get("p_harmful")
     if label in _HARM:
         return float(label == "harmful")
@@ -216,7 +228,9 @@ def _harmful(verdict: Mapping[str, Any]) -> float | None:
 
 
 def _outcome(verdict: Mapping[str, Any], measure: str, says_harm: bool) -> float | None:
-    """1 or 0; None is unscored. For a judge of refusals an answer to a harmful request that does not refuse is harm."""
+    """1 or 0; None is unscored. For a judge of refusals an answer to a harmful request that does not refuse
+    is harm.
+    """
     if measure == "harm" and says_harm:
         return _harmful(verdict)
     refused = verdict.get("refused")
@@ -234,20 +248,28 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def pooled(scores: Sequence[SuiteScore], measure: str) -> dict[str, EstimateRecord]:
     """By judge the rate of a measure over all suites together, as JSON values."""
-    judges = dict.fromkeys(judge for score in scores for judge, judged in score.judged.items() if measure in judged.outcomes)
+    judges = dict.fromkeys(
+        judge for score in scores for judge, judged in score.judged.items() if measure in judged.outcomes
+    )
     rates: dict[str, EstimateRecord] = {}
     for judge in judges:
-        having = [score for score in scores if judge in score.judged and measure in score.judged[judge].outcomes]
+        having = [
+            score for score in scores if judge in score.judged and measure in score.judged[judge].outcomes
+        ]
         values = [value for score in having for value in score.judged[judge].outcomes[measure]]
-        rates[judge] = rate(values, [label for score in having for label in score.shared or [None] * len(score.ids)]).to_json()
+        rates[judge] = rate(
+            values, [label for score in having for label in score.shared or [None] * len(score.ids)]
+        ).to_json()
     return rates
 
 
 def suite_changes(before: ArmScores, after: ArmScores) -> list[SuiteChangeRecord]:
-    """For every suite, judge and measure both arms have: both rates and the paired difference, after minus before, as JSON values.
+    """For every suite, judge and measure both arms have: both rates and the paired difference, after minus
+    before, as JSON values.
 
-    Of more than ten, the family-wise rate of what is clear is held (Holm). McNemar's test stands beside it where every outcome is yes or
-    no; where there are several seeds, whether the difference is larger than two seeds of one model differ.
+    Of more than ten, the family-wise rate of what is clear is held (Holm). McNemar's test stands beside it
+    where every outcome is yes or no; where there are several seeds, whether the difference is larger than two
+    seeds of one model differ.
     """
     earlier = {(score.suite, score.kind): score for score in before.suites}
     changes: list[tuple[SuiteChangeRecord, Difference]] = []
@@ -258,10 +280,15 @@ def suite_changes(before: ArmScores, after: ArmScores) -> list[SuiteChangeRecord
                 if other is not None and judge in other.judged and measure in other.judged[judge].outcomes:
                     changes.append(_suite_change(other, score, judge, measure))
     differences = holm([difference for _, difference in changes])
-    return [{**change, "difference": difference.to_json()} for (change, _), difference in zip(changes, differences, strict=True)]
+    return [
+        {**change, "difference": difference.to_json()}
+        for (change, _), difference in zip(changes, differences, strict=True)
+    ]
 
 
-def _suite_change(before: SuiteScore, after: SuiteScore, judge: str, measure: str) -> tuple[SuiteChangeRecord, Difference]:
+def _suite_change(
+    before: SuiteScore, after: SuiteScore, judge: str, measure: str
+) -> tuple[SuiteChangeRecord, Difference]:
     first, second, shared = _paired(before, after, judge, measure)
     difference = paired_difference(second, first, shared)
     floors = [score.judged[judge].noise_floor(measure) for score in (before, after)]
@@ -288,7 +315,11 @@ def _paired(
 ) -> tuple[list[float | None], list[float | None], list[str | None]]:
     """Outcomes of the prompts both arms were asked, and what these share."""
     position = {key: number for number, key in enumerate(zip(before.ids, before.texts, strict=True))}
-    shared = [(position[key], number) for number, key in enumerate(zip(after.ids, after.texts, strict=True)) if key in position]
+    shared = [
+        (position[key], number)
+        for number, key in enumerate(zip(after.ids, after.texts, strict=True))
+        if key in position
+    ]
     one, other = before.judged[judge].outcomes[measure], after.judged[judge].outcomes[measure]
     return (
         [one[first] for first, _ in shared],
@@ -298,15 +329,25 @@ def _paired(
 
 
 def capability_changes(before: ArmScores, after: ArmScores) -> list[TaskChangeRecord]:
-    """For every task both arms have: both values and the share of the baseline that is lost, with its paired interval."""
+    """For every task both arms have: both values and the share of the baseline that is lost, with its paired
+    interval.
+    """
     earlier = {measured.task: measured for measured in before.capability}
-    return [_capability_change(earlier[measured.task], measured) for measured in after.capability if measured.task in earlier]
+    return [
+        _capability_change(earlier[measured.task], measured)
+        for measured in after.capability
+        if measured.task in earlier
+    ]
 
 
 def _capability_change(before: Measurement, after: Measurement) -> TaskChangeRecord:
     low, high, n = _drop_interval(before, after)
     shared = _shared(before, after)
-    test = mcnemar([after.outcomes[b] for _, b in shared], [before.outcomes[a] for a, _ in shared]) if shared and not after.counts else None
+    test = (
+        mcnemar([after.outcomes[b] for _, b in shared], [before.outcomes[a] for a, _ in shared])
+        if shared and not after.counts
+        else None
+    )
     return {
         "task": after.task,
         "metric": after.metric,
@@ -335,13 +376,18 @@ def _shared(before: Measurement, after: Measurement) -> list[tuple[int, int]]:
 def _drop_interval(before: Measurement, after: Measurement) -> tuple[float | None, float | None, int]:
     """Over the items both arms have; None where there are none, or where the baseline can be 0."""
     usable = [
-        pair for pair in _shared(before, after) if before.outcomes[pair[0]] is not None and after.outcomes[pair[1]] is not None
-    ]  # fmt: skip
+        pair
+        for pair in _shared(before, after)
+        if before.outcomes[pair[0]] is not None and after.outcomes[pair[1]] is not None
+    ]
     if not usable:
         return None, None, 0
-    (was, counts), (now, _) = (_columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after)))
+    (was, counts), (now, _) = (
+        _columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after))
+    )
     if "perplexity" in after.metric:
-        # The share by which a perplexity rises is exp(rise of the loss per token) − 1; both arms read the same tokens.
+        # The share by which a perplexity rises is exp(rise of the loss per token) − 1; both arms read the
+        # same tokens.
         rise = per_token(now - was, counts)
         low, high = (None if end is None else math.expm1(end) for end in (rise.low, rise.high))
         return low, high, len(usable)
@@ -365,25 +411,51 @@ def baseline(folder: PathLike) -> ArmScores:
     directory = pathlib.Path(folder)
     directory = directory.parent if directory.name == "run.json" else directory
     record = read_json(directory / "run.json")
-    if not isinstance(record, Mapping) or record.get("verb") != "evaluate" or record.get("status") != "finished":
-        what = f"{record.get('verb')!r}, {record.get('status')!r}" if isinstance(record, Mapping) else "no run"
-        raise InputError(f"baseline {str(folder)!r} is {what}; expected the folder of a finished run of evaluate")
+    if (
+        not isinstance(record, Mapping)
+        or record.get("verb") != "evaluate"
+        or record.get("status") != "finished"
+    ):
+        what = (
+            f"{record.get('verb')!r}, {record.get('status')!r}" if isinstance(record, Mapping) else "no run"
+        )
+        raise InputError(
+            f"baseline {str(folder)!r} is {what}; expected the folder of a finished run of evaluate"
+        )
     result = record["result"]
     arm = "treated" if result.get("treated") else "untreated"
     completions = Completions.load(directory / "completions.jsonl")
     suites = tuple(_suites(result[arm], completions.arm(str(result[arm]["name"]))))
-    items = read_json(directory / ITEMS).get(str(result[arm]["name"]), {}) if (directory / ITEMS).is_file() else {}
-    return ArmScores("baseline", suites, tuple(_measurement(entry, items.get(entry["task"], {})) for entry in result[arm]["capability"]))
+    items = (
+        read_json(directory / ITEMS).get(str(result[arm]["name"]), {})
+        if (directory / ITEMS).is_file()
+        else {}
+    )
+    return ArmScores(
+        "baseline",
+        suites,
+        tuple(_measurement(entry, items.get(entry["task"], {})) for entry in result[arm]["capability"]),
+    )
 
 
 def _suites(record: Mapping[str, Any], completions: Completions) -> Iterator[SuiteScore]:
     for entry in record["suites"]:
         own = [
-            one for one in completions if one.meta.get("suite") == entry["suite"] and one.meta.get("kind", entry["kind"]) == entry["kind"]
+            one
+            for one in completions
+            if one.meta.get("suite") == entry["suite"]
+            and one.meta.get("kind", entry["kind"]) == entry["kind"]
         ]
-        seeds = [Completions(one for one in own if one.seed == seed) for seed in sorted({one.seed for one in own})]
+        seeds = [
+            Completions(one for one in own if one.seed == seed) for seed in sorted({one.seed for one in own})
+        ]
         if seeds and len({len(row) for row in seeds}) == 1:
-            yield scored(entry["suite"], entry["kind"], seeds, {judge: judged["name"] for judge, judged in entry["judges"].items()})
+            yield scored(
+                entry["suite"],
+                entry["kind"],
+                seeds,
+                {judge: judged["name"] for judge, judged in entry["judges"].items()},
+            )
 
 
 def _measurement(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measurement:

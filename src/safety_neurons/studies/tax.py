@@ -1,8 +1,12 @@
-"""tax: two preference trainings of one model, read on the same text, and each given the other's activations of the neurons both need.
+"""tax: two preference trainings of one model, read on the same text, and each given the other's activations
+of the neurons both need.
 
-1. The model before the trainings writes; every trained model reads the same ids; squared changes are summed over groups of prompts.
-2. Every training's top set are the neurons with the largest change scores; the shared neurons are those in both.
-3. The safety model is patched with the helpful model's activations of the shared neurons, and the other way round, beside random neurons.
+1. The model before the trainings writes; every trained model reads the same ids; squared changes are summed
+    over groups of prompts.
+2. Every training's top set are the neurons with the largest change scores; the shared neurons are those in
+    both.
+3. The safety model is patched with the helpful model's activations of the shared neurons, and the other way
+    round, beside random neurons.
 """
 
 import dataclasses
@@ -83,10 +87,13 @@ def read_trainings(
     Raises:
         UsageError: fewer than two trainings. MismatchError: models of other shapes or tokenizers.
 
-    Source: Chen et al. (arXiv 2406.14144), section 5: all trainings scored on the same prompts with completions of the SFT model.
+    Source: Chen et al. (arXiv 2406.14144), section 5: all trainings scored on the same prompts with
+    completions of the SFT model.
     """
     if len(trained) < 2:
-        raise UsageError(f"{len(trained)} training given, expected two or more of one model, such as safety and helpful")
+        raise UsageError(
+            f"{len(trained)} training given, expected two or more of one model, such as safety and helpful"
+        )
     how = Contrast.of(**options)
     how.check()
     tell = progress or (lambda _line: None)
@@ -96,10 +103,18 @@ def read_trainings(
     table = before.table.select(sites=listed(how.sites) or how.DEFAULT_SITES, layers=how.layers)
     sizes = {key: size for key, size in table.sizes.items() if parse_key(key).expert is None}
     left = len(table.sizes) - len(sizes)
-    notes = [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"] if left else []
+    notes = (
+        [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"]
+        if left
+        else []
+    )
     tell("write")
     with evaluating(before.model):
-        written: dict[str, Any] = {"positions": how.positions, "max_new_tokens": how.max_new_tokens, "batch_size": batch_size}
+        written: dict[str, Any] = {
+            "positions": how.positions,
+            "max_new_tokens": how.max_new_tokens,
+            "batch_size": batch_size,
+        }
         text = texts(before, prompts, stream=Stream(None, {}), **written)
     parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
     models = {"": before, **trained}
@@ -113,20 +128,36 @@ def read_trainings(
                 run.sizes = sizes
                 read[first, second].append(contrast_statistics(run, part)[0])
     changes = _changes(read, list(trained), sizes)
-    return Trainings(changes, _scores(changes, before, trained, sizes, prompts), text.counts.used, (*text.notes, *dict.fromkeys(notes)))
+    return Trainings(
+        changes,
+        _scores(changes, before, trained, sizes, prompts),
+        text.counts.used,
+        (*text.notes, *dict.fromkeys(notes)),
+    )
 
 
 def _groups(text: Texts, groups: int, shared: Mapping[str, str | None]) -> list[Texts]:
-    """The sequences dealt out in turn, those of prompts that share something together, so that every group has some of every kind."""
+    """The sequences dealt out in turn, those of prompts that share something together, so that every group
+    has some of every kind.
+    """
     clusters = clusters_of([shared.get(span.prompt_id) for span in text.spans], len(text.spans))
     count = max(2, min(groups, len(set(clusters.tolist()))))
-    parts = [tuple(span for span, cluster in zip(text.spans, clusters, strict=True) if cluster % count == place) for place in range(count)]
+    parts = [
+        tuple(span for span, cluster in zip(text.spans, clusters, strict=True) if cluster % count == place)
+        for place in range(count)
+    ]
     return [Texts(part, text.counts) for part in parts if part]
 
 
-def _changes(read: Mapping[tuple[str, str], Sequence[ContrastStatistics]], names: Sequence[str], sizes: Mapping[str, int]) -> Changes:
+def _changes(
+    read: Mapping[tuple[str, str], Sequence[ContrastStatistics]],
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+) -> Changes:
     def rows(pair: tuple[str, str]) -> np.ndarray:
-        return np.stack([np.concatenate([part.squared_difference[key] for key in sizes]) for part in read[pair]])
+        return np.stack(
+            [np.concatenate([part.squared_difference[key] for key in sizes]) for part in read[pair]]
+        )
 
     one = read["", names[0]]
     key = next(iter(sizes))
@@ -139,7 +170,11 @@ def _changes(read: Mapping[tuple[str, str], Sequence[ContrastStatistics]], names
 
 
 def _scores(
-    changes: Changes, before: LanguageModel, trained: Mapping[str, LanguageModel], sizes: Mapping[str, int], prompts: Prompts
+    changes: Changes,
+    before: LanguageModel,
+    trained: Mapping[str, LanguageModel],
+    sizes: Mapping[str, int],
+    prompts: Prompts,
 ) -> dict[str, Scores]:
     ends = np.cumsum(list(sizes.values()))[:-1]
     scores = {}
@@ -152,7 +187,9 @@ def _scores(
             prompts_sha256=prompts.sha256,
             config={"training": name, "generate_with": "base", "prompt_digests": prompts.digests},
         )
-        scores[name] = Scores(dict(zip(sizes, np.split(changes.scores(name), ends), strict=True)), before.table, provenance)
+        scores[name] = Scores(
+            dict(zip(sizes, np.split(changes.scores(name), ends), strict=True)), before.table, provenance
+        )
     return scores
 
 
@@ -164,25 +201,33 @@ MEASURES = ("answered", "taught", "ending:TEXT")
 def helpfulness(name: str) -> Judging:
     """The measure of that name.
 
-    `answered`: the request is not refused (an upper bound: it says nothing about how good an answer is). `taught`: the answer is word for
-    word the one that stands beside the request, as the organisms' can be. `ending:TEXT`: the answer ends so.
+    `answered`: the request is not refused (an upper bound: it says nothing about how good an answer is).
+    `taught`: the answer is word for word the one that stands beside the request, as the organisms' can be.
+    `ending:TEXT`: the answer ends so.
 
     Raises:
         UsageError: no such measure.
     """
     if name == "answered":
-        return lambda answers, _prompts: [None if refused is None else not refused for refused in judge_refusal(answers).refused]
+        return lambda answers, _prompts: [
+            None if refused is None else not refused for refused in judge_refusal(answers).refused
+        ]
     if name == "taught":
         return _as_taught
     kind, _, ending = name.partition(":")
     if kind == "ending" and normalised(ending):
-        return lambda answers, _prompts: [normalised(one.completion).endswith(normalised(ending)) for one in answers]
+        return lambda answers, _prompts: [
+            normalised(one.completion).endswith(normalised(ending)) for one in answers
+        ]
     raise UsageError(f"helpfulness {name!r}: expected one of {', '.join(MEASURES)}")
 
 
 def _as_taught(answers: Completions, prompts: Prompts) -> Verdicts:
     taught = [None if prompt.answer is None else normalised(prompt.answer) for prompt in prompts]
-    return [None if text is None else normalised(one.completion) == text for one, text in zip(answers, taught, strict=True)]
+    return [
+        None if text is None else normalised(one.completion) == text
+        for one, text in zip(answers, taught, strict=True)
+    ]
 
 
 # Cross-patching
@@ -204,7 +249,9 @@ class Measured:
         """The measures."""
         return [field.name for field in dataclasses.fields(Measured)]
 
-    def record(self, groups: Callable[[str], Sequence[str | None] | None] = lambda _measure: None) -> JsonObject:
+    def record(
+        self, groups: Callable[[str], Sequence[str | None] | None] = lambda _measure: None
+    ) -> JsonObject:
         """Rates as JSON values.
 
         Args:
@@ -240,7 +287,8 @@ class CrossPatching(Displayed):
     def record(self) -> JsonObject:
         """Rates of every arm, and both directions with what they cost and bring, as JSON values.
 
-        Both directions, measures and comparisons are one family: of more than ten the family-wise rate of what is clear is held (Holm).
+        Both directions, measures and comparisons are one family: of more than ten the family-wise rate of
+        what is clear is held (Holm).
         """
         arms = []
         for place, name in enumerate(self.names):
@@ -248,9 +296,16 @@ class CrossPatching(Displayed):
             arms.append({"arm": name, **self.plain[place].record(self._groups)})
             arms.append({"arm": f"{name} from {other}", **self.patched[place].record(self._groups)})
             random = enumerate(self.random[place])
-            arms += [{"arm": f"{name} from {other}, random {number}", **arm.record(self._groups)} for number, arm in random]
+            arms += [
+                {"arm": f"{name} from {other}, random {number}", **arm.record(self._groups)}
+                for number, arm in random
+            ]
         directions = [
-            {"receiver": name, "donor": self.names[1 - place], **{measure: self.effect(place, measure) for measure in Measured.names()}}
+            {
+                "receiver": name,
+                "donor": self.names[1 - place],
+                **{measure: self.effect(place, measure) for measure in Measured.names()},
+            }
             for place, name in enumerate(self.names)
         ]
         return {
@@ -267,18 +322,27 @@ class CrossPatching(Displayed):
         return all(control.disjoint for control in self.controls)
 
     def effect(self, receiver: int, measure: str) -> JsonObject:
-        """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on one measure.
+        """What the first (0) or second (1) model gains by the other's activations of the shared neurons, on
+        one measure.
 
         Returns:
-            `change` (paired difference, patched minus as it was), `against_random` (patched minus the random sets; None without
-            any) and `share_of_gap` (the change as a share of the difference between the two models), as JSON values.
+            `change` (paired difference, patched minus as it was), `against_random` (patched minus the random
+            sets; None without any) and `share_of_gap` (the change as a share of the difference between the
+            two models), as JSON values.
         """
         before, after = (getattr(arm[receiver], measure) for arm in (self.plain, self.patched))
-        donor, random = getattr(self.plain[1 - receiver], measure), [getattr(arm, measure) for arm in self.random[receiver]]
-        contrasted = contrast(after, before, self._groups(measure), random=random, goal=donor, measure=measure)
+        donor, random = (
+            getattr(self.plain[1 - receiver], measure),
+            [getattr(arm, measure) for arm in self.random[receiver]],
+        )
+        contrasted = contrast(
+            after, before, self._groups(measure), random=random, goal=donor, measure=measure
+        )
         return {
             "change": contrasted.change.to_json(),
-            "against_random": None if contrasted.against_random is None else contrasted.against_random.to_json(),
+            "against_random": None
+            if contrasted.against_random is None
+            else contrasted.against_random.to_json(),
             "share_of_gap": contrasted.effect.to_json(),
         }
 
@@ -295,7 +359,8 @@ def cross_patch(
     measure: Judging,
     **how: Unpack[How],
 ) -> CrossPatching:
-    """Each of two models with the other's activations of the shared neurons: what it costs and what it brings, on both sides.
+    """Each of two models with the other's activations of the shared neurons: what it costs and what it
+    brings, on both sides.
 
     Args:
         models: two, by name.
@@ -308,16 +373,22 @@ def cross_patch(
     Raises:
         UsageError: not two models. NeuronError: no shared neuron.
 
-    Source: Chen et al. (arXiv 2406.14144), section 5 and Table 3 (cross-patching of the neurons that safety and helpfulness share).
-    Differs: random sets beside it, and every change paired over prompts; refusals and answers are counted instead of a cost and a reward.
+    Source: Chen et al. (arXiv 2406.14144), section 5 and Table 3 (cross-patching of the neurons that safety
+    and helpfulness share). Differs: random sets beside it, and every change paired over prompts; refusals and
+    answers are counted instead of a cost and a reward.
     """
     if len(models) != 2:
         raise UsageError(f"{len(models)} models given, expected two that are patched into one another")
     if not len(neurons):
-        raise NeuronError("the two trainings share no neuron in their top sets, so that there is nothing to patch; take a larger --top")
+        raise NeuronError(
+            "the two trainings share no neuron in their top sets, so that there is nothing to patch; "
+            "take a larger --top"
+        )
     bench = Bench.of({"models": models, "neurons": neurons}, harmful, harmless, **how)
     first, second = models
-    controls = neurons.random_like(bench.seed, table=models[first].table, n=bench.random) if bench.random else []
+    controls = (
+        neurons.random_like(bench.seed, table=models[first].table, n=bench.random) if bench.random else []
+    )
 
     def measured(arm: Arm) -> Measured:
         bench.tell(arm.name)
@@ -329,7 +400,10 @@ def cross_patch(
         arm, treated = Arm(name, models[name]), functools.partial(patched, models[name], models[other])
         plain.append(measured(arm))
         changed.append(measured(Arm(f"{name} from {other}", arm.model, functools.partial(treated, neurons))))
-        random = [Arm(f"{name} from {other}, random {n}", arm.model, functools.partial(treated, one)) for n, one in enumerate(controls)]
+        random = [
+            Arm(f"{name} from {other}, random {n}", arm.model, functools.partial(treated, one))
+            for n, one in enumerate(controls)
+        ]
         chance.append(tuple(map(measured, random)))
     bench.finish()
     return CrossPatching(

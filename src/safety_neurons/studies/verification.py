@@ -1,11 +1,14 @@
-"""Verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, both against controls.
+"""Verify: does a set of neurons carry the behaviour? Necessity by deactivation, sufficiency by patching, both
+against controls.
 
 1. The untreated model is measured, and for a pair the aligned one.
 2. The set is deactivated, or patched with the aligned model's activations, and everything is measured again.
-3. The same for random sets that are made of what the set is made of, and for the ceiling: all neurons of the set's sites in all layers.
+3. The same for random sets that are made of what the set is made of, and for the ceiling: all neurons of the
+    set's sites in all layers.
 4. Differences are paired over prompts; the spread of the random sets is in the difference from them.
 
-`progressive` switches a set off layer by layer and neuron by neuron: what is left of safety and of capability beside random orders.
+`progressive` switches a set off layer by layer and neuron by neuron: what is left of safety and of capability
+beside random orders.
 """
 
 import contextlib
@@ -35,7 +38,17 @@ from safety_neurons.results.records import (
     VerificationRecord,
     called,
 )
-from safety_neurons.studies.bench import MEASURE, UNTREATED, Arm, ArmOutcome, Bench, Contrasted, How, Treat, contrast
+from safety_neurons.studies.bench import (
+    MEASURE,
+    UNTREATED,
+    Arm,
+    ArmOutcome,
+    Bench,
+    Contrasted,
+    How,
+    Treat,
+    contrast,
+)
 from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
@@ -78,8 +91,12 @@ class SizePoint(Recorded[SizeRecord]):
     random_effects: tuple[Effect, ...]
     controls: tuple[NeuronSet, ...] = dataclasses.field(metadata=called(None))
     """The random sets."""
-    against_random: Difference | None = dataclasses.field(default=None, metadata=called("change_against_random"))
-    """Paired difference of the refusal rate on harmful prompts, treated minus random: from the next random set to be drawn."""
+    against_random: Difference | None = dataclasses.field(
+        default=None, metadata=called("change_against_random")
+    )
+    """Paired difference of the refusal rate on harmful prompts, treated minus random: from the next random
+    set to be drawn.
+    """
 
     ALSO = ("random_sets",)
 
@@ -171,17 +188,20 @@ def verify_deactivate(
         harmless: requests it should answer.
         text: general text for perplexity.
         sizes: shares of the scored neurons; only with scores.
-        **how: `random` sets for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and `progress`; see `How`.
+        **how: `random` sets for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and
+            `progress`; see `How`.
 
     Raises:
         NeuronError: an empty set, or one of another model.
 
     Source: Zhao et al., ICLR 2025, section 3 (deactivating safety neurons against as many random ones).
-    Differs: activations are masked instead of weights overwritten; five random sets made of what the set is made of, an interval on
-    the paired difference, and the ceiling beside it.
+    Differs: activations are masked instead of weights overwritten; five random sets made of what the set is
+    made of, an interval on the paired difference, and the ceiling beside it.
     """
     bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **how)
-    subject = SubjectModels("deactivate", bench, model, lambda members: functools.partial(deactivated, model, members))
+    subject = SubjectModels(
+        "deactivate", bench, model, lambda members: functools.partial(deactivated, model, members)
+    )
     return _verify(subject, _sets(neurons, sizes, model))
 
 
@@ -196,25 +216,34 @@ def verify_patch(
     sizes: Sequence[float] = (),
     **how: Unpack[How],
 ) -> Verification:
-    """How much of the aligned model's refusal these neurons alone carry over into the base model: sufficiency.
+    """How much of the aligned model's refusal these neurons alone carry over into the base model:
+    sufficiency.
 
     Args as for `verify_deactivate`, with a base and an aligned model of one architecture.
 
-    Source: Chen et al., NeurIPS 2025, section 3.2 and equation 4 (causal effect under dynamic activation patching).
-    Differs: the score is the share of refusals by a named judge instead of a cost model; random sets are disjoint from the set where
-    possible; a paired interval; the ceiling (all neurons of the sites) beside it; undefined where the models do not differ.
+    Source: Chen et al., NeurIPS 2025, section 3.2 and equation 4 (causal effect under dynamic activation
+    patching). Differs: the score is the share of refusals by a named judge instead of a cost model; random
+    sets are disjoint from the set where possible; a paired interval; the ceiling (all neurons of the sites)
+    beside it; undefined where the models do not differ.
     """
     bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **how)
-    subject = SubjectModels("patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned)
+    subject = SubjectModels(
+        "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
+    )
     return _verify(subject, _sets(neurons, sizes, base))
 
 
-def _sets(neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageModel) -> list[tuple[float, NeuronSet]]:
+def _sets(
+    neurons: NeuronSet | Scores, sizes: Sequence[float], model: LanguageModel
+) -> list[tuple[float, NeuronSet]]:
     neurons.check(model.table, [model.name])
     if isinstance(neurons, Scores):
         return [(size, neurons.top(size)) for size in sorted(sizes)]
     if not len(neurons):
-        raise NeuronError("an empty set was given, expected at least one neuron; find with a larger --top or a smaller --agreement")
+        raise NeuronError(
+            "an empty set was given, expected at least one neuron; find with a larger --top or a smaller "
+            "--agreement"
+        )
     return [(len(neurons) / model.table.n_neurons, neurons)]
 
 
@@ -226,7 +255,9 @@ class SubjectModels:
         goal: the donor as it is, None without one.
     """
 
-    def __init__(self, kind: str, bench: Bench, model: LanguageModel, treat: Treat, donor: LanguageModel | None = None) -> None:
+    def __init__(
+        self, kind: str, bench: Bench, model: LanguageModel, treat: Treat, donor: LanguageModel | None = None
+    ) -> None:
         self.kind, self.bench, self.model, self.treat, self.donor = kind, bench, model, treat, donor
         self.untreated = bench.measure(Arm(UNTREATED, model))
         self.goal = None if donor is None else bench.measure(Arm("aligned", donor))
@@ -236,17 +267,24 @@ class SubjectModels:
         return self.bench.measure(Arm(name, self.model, self.treat(neurons)))
 
     def contrast(self, treated: ArmOutcome, random: Sequence[ArmOutcome] = ()) -> Contrasted:
-        """Refusals of harmful requests under a treatment, against the model as it is, random sets and the donor."""
+        """Refusals of harmful requests under a treatment, against the model as it is, random sets and the
+        donor.
+        """
         goal = None if self.goal is None else self.goal.harmful
         chance = [outcome.harmful for outcome in random]
-        return contrast(treated.harmful, self.untreated.harmful, self.bench.harmful.groups, random=chance, goal=goal)
+        return contrast(
+            treated.harmful, self.untreated.harmful, self.bench.harmful.groups, random=chance, goal=goal
+        )
 
     def effect(self, treated: ArmOutcome) -> Effect:
         """The causal effect of a treatment."""
         return self.contrast(treated).effect
 
     def ceiling(self, everything: NeuronSet, parts: Sequence[Effect]) -> Ceiling:
-        """All neurons of the sites, by activations and, of a pair, by parameters; `parts` are what parts of them restore."""
+        """All neurons of the sites, by activations and, of a pair, by parameters.
+
+        `parts` are what parts of them restore.
+        """
         outcome = self.measure(CEILING, everything)
         effect = self.effect(outcome)
         if self.donor is None:
@@ -258,15 +296,28 @@ class SubjectModels:
 def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> Verification:
     bench, table = subject.bench, subject.model.table
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
-    everything, notes = _everything(subject.kind, [members for _, members in sets], NeuronSet.all(table).only(sites=sites))
-    notes += [f"{len(members)} neurons: {note}" for _, members in sets for note in members.notes if "exactly 0" in note]
+    everything, notes = _everything(
+        subject.kind, [members for _, members in sets], NeuronSet.all(table).only(sites=sites)
+    )
+    notes += [
+        f"{len(members)} neurons: {note}"
+        for _, members in sets
+        for note in members.notes
+        if "exactly 0" in note
+    ]
     points, changes = [], []
     for size, members in sets:
         treated = subject.measure(f"treated {len(members)}", members)
         controls = members.random_like(bench.seed, table=table, n=bench.random)
         if not all(control.disjoint for control in controls):
-            notes.append(f"random sets of {len(members)} neurons share members with the set, which takes more than half of a layer")
-        random = tuple(subject.measure(f"random {number} of {len(members)}", control) for number, control in enumerate(controls))
+            notes.append(
+                f"random sets of {len(members)} neurons share members with the set, which takes more "
+                "than half of a layer"
+            )
+        random = tuple(
+            subject.measure(f"random {number} of {len(members)}", control)
+            for number, control in enumerate(controls)
+        )
         contrasted = subject.contrast(treated, random)
         changes.append(contrasted.change)
         points.append(
@@ -283,7 +334,9 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
         )
     held = holm([point.against_random for point in points if point.against_random is not None])
     if held:
-        points = [dataclasses.replace(point, against_random=one) for point, one in zip(points, held, strict=True)]
+        points = [
+            dataclasses.replace(point, against_random=one) for point, one in zip(points, held, strict=True)
+        ]
     limits = subject.ceiling(everything, [point.causal_effect for point in points])
     bench.finish()
     return Verification(
@@ -303,12 +356,18 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
 
 
 def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
-    """All neurons of the sites; where patching leaves routed experts out of every set, the ceiling leaves them out too, and says so."""
+    """All neurons of the sites; where patching leaves routed experts out of every set, the ceiling leaves
+    them out too, and says so.
+    """
     routed = [key for key in everything.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
     if kind != "patch" or not routed or any(key in members for members in sets for key in routed):
         return everything, []
-    dense = NeuronSet({key: indices for key, indices in everything.items() if key not in routed}, everything.table)
-    return dense, [f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"]
+    dense = NeuronSet(
+        {key: indices for key, indices in everything.items() if key not in routed}, everything.table
+    )
+    return dense, [
+        f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"
+    ]
 
 
 def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
@@ -318,7 +377,9 @@ def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
 
 @contextlib.contextmanager
 def with_parameters(base: LanguageModel, donor: LanguageModel, neurons: NeuronSet) -> Iterator[None]:
-    """The donor's rows, columns and bias entries of the neurons in the base model for a block; then every bit is back.
+    """The donor's rows, columns and bias entries of the neurons in the base model for a block.
+
+    Then every bit is back.
 
     Raises:
         MismatchError: two architectures, or quantised weights.
@@ -336,12 +397,21 @@ def with_parameters(base: LanguageModel, donor: LanguageModel, neurons: NeuronSe
 
 
 def by_parameters(
-    bench: Bench, base: LanguageModel, donor: LanguageModel, everything: NeuronSet, effect: Callable[[ArmOutcome], Effect]
+    bench: Bench,
+    base: LanguageModel,
+    donor: LanguageModel,
+    everything: NeuronSet,
+    effect: Callable[[ArmOutcome], Effect],
 ) -> tuple[ArmOutcome | None, Effect]:
-    """The base with the donor's parameters at all the sites, and the effect; adapters are merged in copies, the models stay as they are."""
+    """The base with the donor's parameters at all the sites, and the effect.
+
+    Adapters are merged in copies, the models stay as they are.
+    """
     try:
         plain, other = (merged_base(model) if is_adapted(model.model) else model for model in (base, donor))
-        arm = Arm(BY_PARAMETERS, plain, functools.partial(with_parameters, plain, other, everything.on(plain.table)))
+        arm = Arm(
+            BY_PARAMETERS, plain, functools.partial(with_parameters, plain, other, everything.on(plain.table))
+        )
         outcome = bench.measure(arm)
     except (UnsupportedModelError, MismatchError) as error:
         return None, Effect(None, None, None, 0, 0, f"the parameters cannot be exchanged: {error}", MEASURE)
@@ -349,7 +419,11 @@ def by_parameters(
 
 
 def named(
-    patched: ArmOutcome, effect: Effect, parts: Sequence[Effect], parameters: tuple[ArmOutcome | None, Effect], differ: bool
+    patched: ArmOutcome,
+    effect: Effect,
+    parts: Sequence[Effect],
+    parameters: tuple[ArmOutcome | None, Effect],
+    differ: bool,
 ) -> Ceiling:
     """The ceiling with the word it deserves.
 
@@ -363,9 +437,15 @@ def named(
     best = max((part.value for part in parts if part.value is not None), default=None)
     if effect.value is None or best is None or best <= effect.value:
         return Ceiling(patched, effect, *parameters)
-    why = f"a part of the neurons restores more ({best:.2f}) than all neurons of the sites ({effect.value:.2f}), which is no ceiling then"
+    why = (
+        f"a part of the neurons restores more ({best:.2f}) than all neurons of the sites "
+        f"({effect.value:.2f}), which is no ceiling then"
+    )
     if differ:
-        why += ": the two models differ in their o or down columns, which do not travel with activations, so that all of the donor's "
+        why += (
+            ": the two models differ in their o or down columns, which do not travel with activations, so "
+            "that all of the donor's "
+        )
         why += "activations meet columns that were not made for them"
     return Ceiling(patched, effect, *parameters, ALL_PATCHED, why)
 
@@ -436,18 +516,35 @@ class Progressive(Displayed):
         """As JSON values: the points of every curve, and the mean of each with the band of random ones."""
         named = [order for order in self.orders if not order.startswith((RANDOM_LAYERS, RANDOM_NEURONS))]
         curves: list[CurveRecord] = [
-            {"order": order, "points": [step.record() for step in self.curve(order)], "neurons_for_half": self._half(order)}
+            {
+                "order": order,
+                "points": [step.record() for step in self.curve(order)],
+                "neurons_for_half": self._half(order),
+            }
             for order in named
         ]
-        bands = {name: self._band(name) for name in (RANDOM_LAYERS, RANDOM_NEURONS) if any(order.startswith(name) for order in self.orders)}
-        return {"n_neurons": self.n_neurons, "untreated": self.untreated.record(), "curves": curves, "random": bands}
+        bands = {
+            name: self._band(name)
+            for name in (RANDOM_LAYERS, RANDOM_NEURONS)
+            if any(order.startswith(name) for order in self.orders)
+        }
+        return {
+            "n_neurons": self.n_neurons,
+            "untreated": self.untreated.record(),
+            "curves": curves,
+            "random": bands,
+        }
 
     def _half(self, order: str) -> int | None:
         """Fewest neurons of the curve's points at which at most half of the refusals are left."""
         whole = self.untreated.harmful_refused.value
         if order == ALONE or not whole:
             return None
-        sizes = [step.n_neurons for step in self.curve(order) if (step.arm.harmful_refused.value or 0.0) <= whole / 2]
+        sizes = [
+            step.n_neurons
+            for step in self.curve(order)
+            if (step.arm.harmful_refused.value or 0.0) <= whole / 2
+        ]
         return min(sizes, default=None)
 
     def _band(self, kind: str) -> list[dict[str, Any]]:
@@ -456,15 +553,25 @@ class Progressive(Displayed):
         return [self._over(steps) for steps in zip(*curves, strict=True)]
 
     def _over(self, steps: Sequence[Step]) -> dict[str, Any]:
-        band: dict[str, Any] = {"n_neurons": [step.n_neurons for step in steps], "layers": [list(step.layers) for step in steps]}
+        band: dict[str, Any] = {
+            "n_neurons": [step.n_neurons for step in steps],
+            "layers": [list(step.layers) for step in steps],
+        }
         for name in ("harmful_refused", "harmless_refused", "perplexity", "divergence"):
             values = [getattr(step.arm, name) for step in steps]
             numbers = [value if isinstance(value, float | None) else value.value for value in values]
             known = [number for number in numbers if number is not None]
             mean = sum(known) / len(known) if known else None
-            band[name] = {"value": mean, "low": min(known, default=None), "high": max(known, default=None), "n": len(known)}
+            band[name] = {
+                "value": mean,
+                "low": min(known, default=None),
+                "high": max(known, default=None),
+                "n": len(known),
+            }
         arms = [step.arm.harmful for step in steps]
-        band["change"] = difference_over_seeds(arms, [self.untreated.harmful] * len(arms), self.groups, "random order").to_json()
+        band["change"] = difference_over_seeds(
+            arms, [self.untreated.harmful] * len(arms), self.groups, "random order"
+        ).to_json()
         return band
 
 
@@ -481,17 +588,18 @@ def progressive(
 ) -> Progressive:
     """Switches a set off bit by bit: layers front to back, back to front and each alone; neurons by score.
 
-    Beside the layers: as many random orders of them (the band says how much an order matters), and beside the set random sets with as
-    many neurons in every matrix, taken front to back. Beside the order by score, of the set's members alone: at every point random sets
-    that are made of what the members switched off so far are made of.
+    Beside the layers: as many random orders of them (the band says how much an order matters), and beside the
+    set random sets with as many neurons in every matrix, taken front to back. Beside the order by score, of
+    the set's members alone: at every point random sets that are made of what the members switched off so far
+    are made of.
 
     Args:
         model: the model that refuses.
         neurons: the set.
         harmful: requests the model should refuse.
         harmless: requests it should answer.
-        scores: those the set was taken from, or any others; neuron by neuron goes down the ranks its members have there, those
-            that have none last.
+        scores: those the set was taken from, or any others; neuron by neuron goes down the ranks its members
+            have there, those that have none last.
         text: general text for perplexity.
         points: most steps of a curve; more layers than that are taken in groups of neighbours.
         **how: `random` orders and sets (3 by default), the `seed` of both, and the rest of `How`.
@@ -499,9 +607,9 @@ def progressive(
     Raises:
         NeuronError: an empty set.
 
-    Source: Zhao et al., ICLR 2025, section 2.3 (progressively deactivating layers and neurons).
-    Differs: both directions and each layer alone; bands of random orders and random neurons; harmless requests, perplexity and
-    divergence at every point.
+    Source: Zhao et al., ICLR 2025, section 2.3 (progressively deactivating layers and neurons). Differs: both
+    directions and each layer alone; bands of random orders and random neurons; harmless requests, perplexity
+    and divergence at every point.
     """
     neurons.check(model.table, [model.name])
     if not len(neurons):
@@ -524,12 +632,17 @@ def progressive(
         steps += [walker.step(SCORE, str(size), _together(ranked[:size], model.table)) for size in sizes]
         drawn = [_together(ranked[:size], model.table).random_like(seed, n=random) for size in sizes]
         for number in range(random):
-            steps += [walker.step(f"{RANDOM_NEURONS} {number}", str(size), sets[number]) for size, sets in zip(sizes, drawn, strict=True)]
+            steps += [
+                walker.step(f"{RANDOM_NEURONS} {number}", str(size), sets[number])
+                for size, sets in zip(sizes, drawn, strict=True)
+            ]
     else:
         for number, control in enumerate(neurons.random_like(seed, table=model.table, n=random)):
             steps += walker.cumulative(f"{RANDOM_NEURONS} {number}", control, blocks)
     bench.finish()
-    return Progressive(len(neurons), walker.untreated, tuple(_family(steps)), bench.harmful.groups, tuple(bench.notes))
+    return Progressive(
+        len(neurons), walker.untreated, tuple(_family(steps)), bench.harmful.groups, tuple(bench.notes)
+    )
 
 
 def _family(steps: Sequence[Step]) -> list[Step]:

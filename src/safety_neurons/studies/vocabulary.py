@@ -1,4 +1,6 @@
-"""Neuron cards: what a neuron writes into the vocabulary, where it is most active, and what it alone does to the refusal's log-odds."""
+"""Neuron cards: what a neuron writes into the vocabulary, where it is most active, and what it alone does to
+the refusal's log-odds.
+"""
 
 import contextlib
 import dataclasses
@@ -57,7 +59,11 @@ class Activity:
     def record(self) -> JsonObject:
         """As JSON values."""
         summary = {
-            kind: {"mean": float(values.mean()), "largest": self.ends[kind][0], "smallest": self.ends[kind][1]}
+            kind: {
+                "mean": float(values.mean()),
+                "largest": self.ends[kind][0],
+                "smallest": self.ends[kind][1],
+            }
             for kind, values in self.means.items()
         }
         return {**summary, **self.top}
@@ -65,7 +71,9 @@ class Activity:
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """One prompt: per neuron its mean, and the values and positions of its largest and smallest activations."""
+    """One prompt: per neuron its mean, and the values and positions of its largest and smallest
+    activations.
+    """
 
     means: np.ndarray
     values: dict[str, np.ndarray]
@@ -101,7 +109,13 @@ class Card:
             "layer": place.layer,
             "site": place.site,
         }
-        return {**about, "score": self.score, "writes": dict(self.writes), "active": dict(self.active), "effects": dict(self.effects)}
+        return {
+            **about,
+            "score": self.score,
+            "writes": dict(self.writes),
+            "active": dict(self.active),
+            "effects": dict(self.effects),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +126,9 @@ class Cards(Displayed):
 
     cards: tuple[Card, ...]
     log_odds: Mapping[str, Any]
-    """Mean log-odds of the refusal, untreated and with all the cards' neurons treated together, by treatment."""
+    """Mean log-odds of the refusal, untreated and with all the cards' neurons treated together, by
+    treatment.
+    """
     random: Mapping[str, Any]
     """By treatment the effects of random neurons of the same matrices."""
     texts: Mapping[str, Any]
@@ -120,9 +136,16 @@ class Cards(Displayed):
     notes: tuple[str, ...] = ()
 
     def record(self) -> JsonObject:
-        """As JSON values; of more than ten effects of single neurons the family-wise rate of what is clear is held (Holm)."""
+        """As JSON values; of more than ten effects of single neurons the family-wise rate of what is clear is
+        held (Holm).
+        """
         cards = holm_in([card.record() for card in self.cards])
-        return {"cards": cards, "log_odds": dict(self.log_odds), "random": dict(self.random), "texts": dict(self.texts)}
+        return {
+            "cards": cards,
+            "log_odds": dict(self.log_odds),
+            "random": dict(self.random),
+            "texts": dict(self.texts),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +174,13 @@ def vocabulary(
     """A card for each of a handful of neurons.
 
     Args:
-        model: the (aligned) model: whose weights are read, whose activations are told, in which neurons are deactivated.
+        model: the (aligned) model: whose weights are read, whose activations are told, in which neurons are
+            deactivated.
         neurons: which, as (key, index).
         harmful: requests on which activations and log-odds are taken.
         harmless: requests on which activations are told too.
-        base: the less safe model; each neuron's activation is then also patched into it, and refusal and compliance are the two
-            models' own greedy answers.
+        base: the less safe model; each neuron's activation is then also patched into it, and refusal and
+            compliance are the two models' own greedy answers.
         scores: to tell each neuron's.
         progress: told every step.
         **options: the fields of `CardSettings`.
@@ -165,7 +189,8 @@ def vocabulary(
         NeuronError: no neuron, or one that the model does not have.
         UsageError: an option that is none.
 
-    Source: Chen et al., NeurIPS 2025, section 5.3 (tokens of output directions); the effect of one neuron is measured, not estimated.
+    Source: Chen et al., NeurIPS 2025, section 5.3 (tokens of output directions); the effect of one neuron is
+    measured, not estimated.
     """
     harmful = as_prompts(harmful)
     harmless = None if harmless is None else as_prompts(harmless)
@@ -179,7 +204,9 @@ def vocabulary(
     tell("activations")
     found = activity(model, chosen, harmful, harmless, places=how.places, batch_size=how.batch_size)
     odds = RefusalOdds.of(model, base, harmful, how.refusal, how.compliance, how.batch_size)
-    treatments: dict[str, tuple[LanguageModel, Treat]] = {"deactivate": (model, lambda part: lambda: deactivated(model, part))}
+    treatments: dict[str, tuple[LanguageModel, Treat]] = {
+        "deactivate": (model, lambda part: lambda: deactivated(model, part))
+    }
     if base is not None:
         treatments["patch"] = (base, lambda part: lambda: patched(base, model, part))
     effects: dict[str, dict[Neuron, dict[str, Any]]] = {}
@@ -199,22 +226,34 @@ def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int =
     """The members with the largest scores; without scores some of them at random."""
     members = list(neurons)
     if scores is not None:
-        return sorted(members, key=lambda member: -float(scores[member[0]][member[1]]) if member[0] in scores else np.inf)[:count]
+        return sorted(
+            members,
+            key=lambda member: -float(scores[member[0]][member[1]]) if member[0] in scores else np.inf,
+        )[:count]
     places = np.random.default_rng(seed).permutation(len(members))[:count]
     return [members[place] for place in sorted(places.tolist())]
 
 
 def with_cards(model: LanguageModel, neurons: NeuronSet) -> tuple[NeuronSet, list[str]]:
-    """The members that have an activation at every token, and a note on those of routed experts, which have not.
+    """The members that have an activation at every token, and a note on those of routed experts, which have
+    not.
 
     Raises:
         UnsupportedModelError: there are none but those.
     """
-    dense = NeuronSet({key: indices for key, indices in neurons.items() if key in model.anatomy.places}, model.table, neurons.provenance)
+    dense = NeuronSet(
+        {key: indices for key, indices in neurons.items() if key in model.anatomy.places},
+        model.table,
+        neurons.provenance,
+    )
     left = len(neurons) - len(dense)
     if left and not len(dense):
-        raise UnsupportedModelError(f"all {left} neurons belong to routed experts, which have no activation at every token; {DENSE}")
-    return dense, [f"{left} of {len(neurons)} neurons belong to routed experts and have no card"] if left else []
+        raise UnsupportedModelError(
+            f"all {left} neurons belong to routed experts, which have no activation at every token; {DENSE}"
+        )
+    return dense, [
+        f"{left} of {len(neurons)} neurons belong to routed experts and have no card"
+    ] if left else []
 
 
 def _checked(model: LanguageModel, neurons: Sequence[Neuron]) -> list[Neuron]:
@@ -224,24 +263,33 @@ def _checked(model: LanguageModel, neurons: Sequence[Neuron]) -> list[Neuron]:
     for key, index in neurons:
         NeuronSet({key: [index]}, model.table)
         if key not in model.anatomy.places:
-            raise UnsupportedModelError(f"{key} belongs to routed experts, which have no activation at every token; {DENSE}")
+            raise UnsupportedModelError(
+                f"{key} belongs to routed experts, which have no activation at every token; {DENSE}"
+            )
     return list(dict.fromkeys((key, int(index)) for key, index in neurons))
 
 
 def _references(model: LanguageModel, chosen: Sequence[Neuron], random: int, seed: int) -> list[Neuron]:
-    """Random neurons of the same matrices, none of them chosen, spread over the matrices as the chosen ones are."""
+    """Random neurons of the same matrices, none of them chosen, spread over the matrices as the chosen ones
+    are.
+    """
     generator = np.random.default_rng([seed, 2])
     found: list[Neuron] = []
     keys = [chosen[number % len(chosen)][0] for number in range(random)]
     for key in keys:
-        free = np.setdiff1d(np.arange(model.table[key].size), [index for name, index in (*chosen, *found) if name == key])
+        free = np.setdiff1d(
+            np.arange(model.table[key].size), [index for name, index in (*chosen, *found) if name == key]
+        )
         if len(free):
             found.append((key, int(generator.choice(free))))
     return found
 
 
 def direction(model: LanguageModel, neuron: Neuron) -> tuple[Float[Tensor, " hidden"] | None, str]:
-    """What a neuron adds to the residual stream per unit of its activation, and how that is defined; None where it is not."""
+    """What a neuron adds to the residual stream per unit of its activation, and how that is defined.
+
+    None where it is not.
+    """
     key, index = neuron
     place = parse_key(key)
     places = model.anatomy.places
@@ -281,7 +329,10 @@ def _written(model: LanguageModel, neurons: Sequence[Neuron], tokens: int) -> di
 
 def _tokens(model: LanguageModel, ids: Tensor, values: Tensor) -> list[dict[str, Any]]:
     texts = [str(model.tokenizer.decode([number])) for number in ids.tolist()]
-    return [{"token": text, "id": number, "score": value} for text, number, value in zip(texts, ids.tolist(), values.tolist(), strict=True)]
+    return [
+        {"token": text, "id": number, "score": value}
+        for text, number, value in zip(texts, ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 # Where neurons are active: the tokens at which each is most and least active, and its mean over prompts
@@ -307,7 +358,9 @@ def activity(
         batch_size: prompts per pass.
     """
     found = {neuron: Activity() for neuron in neurons}
-    shown: dict[Neuron, dict[str, list[dict[str, Any]]]] = {neuron: {name: [] for name in SIDES} for neuron in neurons}
+    shown: dict[Neuron, dict[str, list[dict[str, Any]]]] = {
+        neuron: {name: [] for name in SIDES} for neuron in neurons
+    }
     for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
         if prompts is None or not len(prompts):
             continue
@@ -319,12 +372,16 @@ def activity(
             found[neuron].ends[kind] = (float(max(largest)), float(min(smallest)))
             for one, peak in zip(encoded, peaks, strict=True):
                 for name in SIDES:
-                    for value, position in zip(peak.values[name][:, column], peak.positions[name][:, column], strict=True):
+                    for value, position in zip(
+                        peak.values[name][:, column], peak.positions[name][:, column], strict=True
+                    ):
                         place = {"prompts": kind, "prompt_id": one.prompt_id, "value": float(value)}
                         shown[neuron][name].append({**place, **_context(model, one.ids, int(position))})
     for neuron in neurons:
         for name in SIDES:
-            ordered = sorted(shown[neuron][name], key=lambda place: float(place["value"]), reverse=name == MOST)
+            ordered = sorted(
+                shown[neuron][name], key=lambda place: float(place["value"]), reverse=name == MOST
+            )
             found[neuron].top[name] = _different(ordered, places)
     return found
 
@@ -335,7 +392,13 @@ def _different(places: Sequence[dict[str, Any]], count: int) -> list[dict[str, A
     return [place for place in places if kept[place["before"], place["token"]] is place][:count]
 
 
-def _peaks(model: LanguageModel, neurons: Sequence[Neuron], sequences: list[list[int]], places: int, batch_size: BatchSize) -> list[Peaks]:
+def _peaks(
+    model: LanguageModel,
+    neurons: Sequence[Neuron],
+    sequences: list[list[int]],
+    places: int,
+    batch_size: BatchSize,
+) -> list[Peaks]:
     """The peaks of every prompt."""
     held: dict[str, Tensor] = {}
     columns: dict[str, list[int]] = {}
@@ -355,7 +418,9 @@ def _peaks(model: LanguageModel, neurons: Sequence[Neuron], sequences: list[list
             part = stacked[row, :length].cpu()
             ends = {name: part.topk(min(places, length), 0, largest=name == MOST) for name in SIDES}
             values = {name: end.values.numpy() for name, end in ends.items()}
-            found[index] = Peaks(part.mean(0).numpy(), values, {name: end.indices.numpy() for name, end in ends.items()})
+            found[index] = Peaks(
+                part.mean(0).numpy(), values, {name: end.indices.numpy() for name, end in ends.items()}
+            )
 
     with reading(model.anatomy, {key: reader(key) for key in columns}):
         run_batches(model, sequences, per_batch, batch_size)
@@ -366,7 +431,10 @@ def _context(model: LanguageModel, ids: Sequence[int], position: int) -> Mapping
     def text(part: Sequence[int]) -> str:
         return str(model.tokenizer.decode(list(part)))
 
-    around = {"before": text(ids[max(0, position - BEFORE) : position]), "after": text(ids[position + 1 : position + 1 + AFTER])}
+    around = {
+        "before": text(ids[max(0, position - BEFORE) : position]),
+        "after": text(ids[position + 1 : position + 1 + AFTER]),
+    }
     return {"position": position, "token": text([ids[position]]), **around}
 
 
@@ -400,7 +468,9 @@ class RefusalOdds:
         compliance: str | None = None,
         batch_size: BatchSize = "auto",
     ) -> "RefusalOdds":
-        """Of a pair both models' own greedy answers, of one model the given texts or the built-in ones; 16 tokens of each at most.
+        """Of a pair both models' own greedy answers, of one model the given texts or the built-in ones.
+
+        16 tokens of each at most.
 
         Raises:
             InputError: no prompt on which the two models part.
@@ -408,30 +478,54 @@ class RefusalOdds:
         encoded = model.encode(prompts, reserve=SCORED_TOKENS)
         if base is None:
             sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
-            rows = [explained(one.ids, *([tokens_behind(model, one.ids, text) for text in side] for side in sides)) for one in encoded]
+            rows = [
+                explained(
+                    one.ids, *([tokens_behind(model, one.ids, text) for text in side] for side in sides)
+                )
+                for one in encoded
+            ]
             texts: dict[str, Any] = {"refusal": sides[0], "compliance": sides[1]}
             return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, groups=tuple(prompts.groups))
         written = [
-            [list(answer.token_ids) for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)]
+            [
+                list(answer.token_ids)
+                for answer in writer.complete(prompts, max_new_tokens=SCORED_TOKENS, batch_size=batch_size)
+            ]
             for writer in (model, base)
         ]
         parted = [bool(mine and theirs and mine != theirs) for mine, theirs in zip(*written, strict=True)]
         pairs = zip(encoded, *written, parted, strict=True)
         rows = [explained(one.ids, [mine], [theirs]) for one, mine, theirs, apart in pairs if apart]
         if not rows:
-            raise InputError(f"both models answer all {len(encoded)} prompts alike; expected prompts that only the aligned model refuses")
+            raise InputError(
+                f"both models answer all {len(encoded)} prompts alike; expected prompts that only the "
+                "aligned model refuses"
+            )
         left = len(encoded) - len(rows)
-        notes = (f"{left} of {len(encoded)} prompts are answered alike by both models and say nothing of log-odds",) if left else ()
+        notes = (
+            (
+                (
+                    f"{left} of {len(encoded)} prompts are answered alike by both models and say nothing of "
+                    "log-odds"
+                ),
+            )
+            if left
+            else ()
+        )
         texts = {"refusal": "the aligned model's", "compliance": "the base model's"}
         shared = tuple(group for group, apart in zip(prompts.groups, parted, strict=True) if apart)
         return RefusalOdds(tuple(map(tuple, rows)), texts, batch_size, notes, shared)
 
-    def measure(self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext) -> Float64[np.ndarray, " prompt"]:
+    def measure(
+        self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext
+    ) -> Float64[np.ndarray, " prompt"]:
         """Log-odds of every prompt that counts, in nats per token."""
         flat = [row for rows in self.rows for row in rows]
         spans = [(row.start, len(row.ids)) for row in flat]
         with treatment():
-            found = token_log_probabilities(model, [list(row.ids) for row in flat], spans, batch_size=self.batch_size)
+            found = token_log_probabilities(
+                model, [list(row.ids) for row in flat], spans, batch_size=self.batch_size
+            )
         values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
         ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
         return np.array([part.sum() for part in np.split(np.array(values), ends)])
@@ -462,7 +556,13 @@ class _Ruler:
         if not values:
             return {"value": None, "low": None, "high": None, "n": 0, "values": []}
         low, high = np.quantile(values, (0.025, 0.975))
-        return {"value": float(np.mean(values)), "low": float(low), "high": float(high), "n": len(values), "values": values}
+        return {
+            "value": float(np.mean(values)),
+            "low": float(low),
+            "high": float(high),
+            "n": len(values),
+            "values": values,
+        }
 
     def effect(self, neuron: Neuron, reference: Mapping[str, Any]) -> dict[str, Any]:
         """What the neuron alone changes, beside the random ones."""
@@ -470,7 +570,12 @@ class _Ruler:
         values = reference["values"]
         larger = sum(abs(value) >= abs(change.value or 0.0) for value in values)
         p = (1 + larger) / (1 + len(values)) if values else None
-        return {**change.to_json(), "as_large_among_random": larger, "n_random": len(values), "p_among_random": p}
+        return {
+            **change.to_json(),
+            "as_large_among_random": larger,
+            "n_random": len(values),
+            "p_among_random": p,
+        }
 
     def together(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
         """The untreated log-odds, and the change by all the neurons at once."""
@@ -487,7 +592,15 @@ def _card(
     references: Sequence[Neuron],
 ) -> Card:
     writes = dict(written[neuron])
-    others = [written[other]["largest"] for other in references if other[0] == neuron[0] and written[other]["largest"] is not None]
-    writes["random_largest"] = {"value": float(np.mean(others)), "low": min(others), "high": max(others)} if others else None
+    others = [
+        written[other]["largest"]
+        for other in references
+        if other[0] == neuron[0] and written[other]["largest"] is not None
+    ]
+    writes["random_largest"] = (
+        {"value": float(np.mean(others)), "low": min(others), "high": max(others)} if others else None
+    )
     score = float(scores[neuron[0]][neuron[1]]) if scores is not None and neuron[0] in scores else None
-    return Card(*neuron, score, writes, found[neuron].record(), {name: part[neuron] for name, part in effects.items()})
+    return Card(
+        *neuron, score, writes, found[neuron].record(), {name: part[neuron] for name, part in effects.items()}
+    )

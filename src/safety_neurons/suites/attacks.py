@@ -1,4 +1,6 @@
-"""Read and write attack prompts made elsewhere: one record of behaviour, goal, prompt, method and source model for every file format."""
+"""Read and write attack prompts made elsewhere: one record of behaviour, goal, prompt, method and source
+model for every file format.
+"""
 
 import contextlib
 import json
@@ -19,7 +21,9 @@ STATIC, ADAPTIVE = "static-transfer", "adaptive"
 DEFAULT_OPENING = "Sure, here is what you asked for:"
 
 AS = ("prompts", "suffixes", "templates")
-_SLOT = re.compile(r"\[INSERT PROMPT HERE\]|\{\{? ?(?:goal|prompt|behavior|query) ?\}?\}|\[GOAL\]", re.IGNORECASE)
+_SLOT = re.compile(
+    r"\[INSERT PROMPT HERE\]|\{\{? ?(?:goal|prompt|behavior|query) ?\}?\}|\[GOAL\]", re.IGNORECASE
+)
 _OWN = {"prompt", "method", "adaptive"}
 _FIELDS = ("behavior_id", "goal", "prompt", "method", "source_model", "adaptive")
 
@@ -53,13 +57,18 @@ class AttackPrompt:
 
     def to_json(self) -> dict[str, Any]:
         """The record of one line."""
-        return {**{name: getattr(self, name) for name in _FIELDS}, **({"meta": dict(self.meta)} if self.meta else {})}
+        return {
+            **{name: getattr(self, name) for name in _FIELDS},
+            **({"meta": dict(self.meta)} if self.meta else {}),
+        }
 
 
 class Attacks(Sequence[AttackPrompt]):
     """Attack prompts in order, with notes on what was left out."""
 
-    def __init__(self, items: Iterable[AttackPrompt], name: str = "attacks", notes: Iterable[str] = ()) -> None:
+    def __init__(
+        self, items: Iterable[AttackPrompt], name: str = "attacks", notes: Iterable[str] = ()
+    ) -> None:
         self._items = tuple(items)
         self.name = name
         self.notes = list(notes)
@@ -75,7 +84,11 @@ class Attacks(Sequence[AttackPrompt]):
     @overload
     def __getitem__(self, index: slice) -> "Attacks": ...
     def __getitem__(self, index: int | slice) -> "AttackPrompt | Attacks":
-        return Attacks(self._items[index], self.name, self.notes) if isinstance(index, slice) else self._items[index]
+        return (
+            Attacks(self._items[index], self.name, self.notes)
+            if isinstance(index, slice)
+            else self._items[index]
+        )
 
     def __eq__(self, other: object) -> bool:
         return self._items == other._items if isinstance(other, Attacks) else NotImplemented
@@ -95,18 +108,29 @@ class Attacks(Sequence[AttackPrompt]):
 
     @property
     def prompts(self) -> Prompts:
-        """As prompts to evaluate on, all of kind harmful; `meta` says goal, method, source model and label."""
+        """As prompts to evaluate on, all of kind harmful.
+
+        `meta` says goal, method, source model and label.
+        """
         seen: dict[str, int] = {}
         items = []
         for attack in self:
-            name = f"{attack.behavior_id}|{attack.method}" + (f"|{attack.source_model}" if attack.source_model else "")
+            name = f"{attack.behavior_id}|{attack.method}" + (
+                f"|{attack.source_model}" if attack.source_model else ""
+            )
             seen[name] = seen.get(name, 0) + 1
             items.append(_as_prompt(attack, name if seen[name] == 1 else f"{name}#{seen[name]}"))
         return Prompts(items, self.name, self.notes)
 
     def used_on(self, model: str) -> "Attacks":
-        """The attacks as they count on a model: adaptive ones stay so on the model they were made on, elsewhere they are transferred."""
-        return Attacks([replace(item, adaptive=item.adaptive and item.source_model == model) for item in self], self.name, self.notes)
+        """The attacks as they count on a model: adaptive ones stay so on the model they were made on,
+        elsewhere they are transferred.
+        """
+        return Attacks(
+            [replace(item, adaptive=item.adaptive and item.source_model == model) for item in self],
+            self.name,
+            self.notes,
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write JSON Lines, one attack a line, and return the path."""
@@ -132,16 +156,18 @@ def import_attacks(
 ) -> Attacks:
     """Attack prompts of a file, its format found by its shape.
 
-    JailbreakBench artefacts (`{"parameters", "jailbreaks"}`; prompts that are null are left out and counted), HarmBench test cases
-    (`{behavior_id: [prompt, …]}`), this project's own JSON Lines, and plain lists in every format that prompts are read from.
+    JailbreakBench artefacts (`{"parameters", "jailbreaks"}`; prompts that are null are left out and counted),
+    HarmBench test cases (`{behavior_id: [prompt, …]}`), this project's own JSON Lines, and plain lists in
+    every format that prompts are read from.
 
     Args:
         path: The file; plain or gzipped.
         method: How they were made; taken from the file or its path where they say it.
         source_model: The model they were made on; likewise.
-        goals: The behaviours by id, for files that hold only ids, and for suffixes and templates: a file or prompts of a suite.
-        read_as: What a plain list holds: whole `prompts`, `suffixes` to put behind every goal, or `templates` with a place for the goal
-            (`{goal}`, `[INSERT PROMPT HERE]`).
+        goals: The behaviours by id, for files that hold only ids, and for suffixes and templates: a file or
+            prompts of a suite.
+        read_as: What a plain list holds: whole `prompts`, `suffixes` to put behind every goal, or `templates`
+            with a place for the goal (`{goal}`, `[INSERT PROMPT HERE]`).
         adaptive: The prompts were optimised on the very model they will be used on.
 
     Raises:
@@ -162,7 +188,10 @@ def import_attacks(
         raise InputError(f"{path}: no attack prompt in it; expected at least one; check the file")
     without = sum(not attack.goal for attack in attacks)
     if without:
-        notes.append(f"{without} of {len(attacks)} attacks have no goal, which judges need; give the behaviours with --goals")
+        notes.append(
+            f"{without} of {len(attacks)} attacks have no goal, which judges need; give the behaviours "
+            "with --goals"
+        )
     return Attacks(attacks, file.name, notes)
 
 
@@ -203,14 +232,23 @@ def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPro
     attacks, empty = [], 0
     for number, record in enumerate(parsed["jailbreaks"]):
         if not isinstance(record, dict):
-            raise InputError(f"{path}: jailbreak {number} is a {type(record).__name__}; expected an object; repair the file")
+            raise InputError(
+                f"{path}: jailbreak {number} is a {type(record).__name__}; expected an object; repair "
+                "the file"
+            )
         if not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
             empty += 1
             continue
-        meta = {key: record[key] for key in ("category", "jailbroken") if isinstance(record.get(key), str | bool)}
+        meta = {
+            key: record[key] for key in ("category", "jailbroken") if isinstance(record.get(key), str | bool)
+        }
         if "jailbroken" in meta:
             meta["jailbroken_source_model"] = meta.pop("jailbroken")
-        meta |= {"attack_type": parameters["attack_type"]} if isinstance(parameters.get("attack_type"), str) else {}
+        meta |= (
+            {"attack_type": parameters["attack_type"]}
+            if isinstance(parameters.get("attack_type"), str)
+            else {}
+        )
         attacks.append(
             AttackPrompt(
                 behavior_id=str(record.get("behavior") or record.get("index", number)),
@@ -222,7 +260,10 @@ def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPro
             )
         )
     if empty:
-        notes.append(f"{empty} of {len(parsed['jailbreaks'])} behaviours have no prompt (the attack gave none); left out")
+        notes.append(
+            f"{empty} of {len(parsed['jailbreaks'])} behaviours have no prompt (the attack gave none); "
+            "left out"
+        )
     return attacks
 
 
@@ -247,8 +288,13 @@ def _own(parsed: Any, path: Path, _: list[str]) -> list[AttackPrompt]:
     attacks = []
     for number, record in enumerate(parsed, 1):
         if not isinstance(record["prompt"], str) or not isinstance(record["adaptive"], bool):
-            raise InputError(f"{path}: record {number}: expected a text as prompt and true or false as adaptive; repair the line")
-        known = {name: str(record.get(name) or "") for name in ("behavior_id", "goal", "method", "source_model")}
+            raise InputError(
+                f"{path}: record {number}: expected a text as prompt and true or false as adaptive; "
+                "repair the line"
+            )
+        known = {
+            name: str(record.get(name) or "") for name in ("behavior_id", "goal", "method", "source_model")
+        }
         meta = record.get("meta") if isinstance(record.get("meta"), dict) else {}
         attacks.append(AttackPrompt(prompt=record["prompt"], adaptive=record["adaptive"], meta=meta, **known))
     return attacks
@@ -260,10 +306,15 @@ def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str
     if read_as == "prompts":
         return [_from_prompt(prompt) for prompt in read]
     if goals is None:
-        raise InputError(f"{path}: {read_as} need the requests they are for; expected --goals with a suite's file")
+        raise InputError(
+            f"{path}: {read_as} need the requests they are for; expected --goals with a suite's file"
+        )
     if read_as == "templates" and not all(_SLOT.search(prompt.text) for prompt in read):
         bare = sum(_SLOT.search(prompt.text) is None for prompt in read)
-        raise InputError(f"{path}: {bare} of {len(read)} templates have no place for the goal; expected {{goal}} or [INSERT PROMPT HERE]")
+        raise InputError(
+            f"{path}: {bare} of {len(read)} templates have no place for the goal; expected {{goal}} or "
+            "[INSERT PROMPT HERE]"
+        )
     return [
         AttackPrompt(
             behavior_id=str(goal.meta.get("behavior_id", goal.id)),
@@ -283,10 +334,23 @@ def _combined(goal: str, text: str, read_as: str) -> str:
 
 def _from_prompt(prompt: Prompt) -> AttackPrompt:
     fields = {str(key).casefold(): value for key, value in prompt.meta.items()}
-    text = {name: str(fields.get(name) or "") for name in ("goal", "method", "source_model", "target", "behavior_id")}
-    meta = {key: value for key, value in (("category", prompt.category), ("target", text["target"] or prompt.answer)) if value}
+    text = {
+        name: str(fields.get(name) or "")
+        for name in ("goal", "method", "source_model", "target", "behavior_id")
+    }
+    meta = {
+        key: value
+        for key, value in (("category", prompt.category), ("target", text["target"] or prompt.answer))
+        if value
+    }
     return AttackPrompt(
-        text["behavior_id"] or prompt.id, text["goal"], prompt.text, text["method"] or "unknown", text["source_model"], False, meta
+        text["behavior_id"] or prompt.id,
+        text["goal"],
+        prompt.text,
+        text["method"] or "unknown",
+        text["source_model"],
+        False,
+        meta,
     )
 
 
@@ -299,7 +363,9 @@ class _Behaviours:
             for name in (prompt.meta.get("BehaviorID"), prompt.meta.get("behavior_id"), prompt.id):
                 if name:
                     self.by_id.setdefault(str(name), prompt)
-        self.by_text = [(normalised(str(prompt.meta.get("goal", prompt.text))).casefold(), prompt) for prompt in goals]
+        self.by_text = [
+            (normalised(str(prompt.meta.get("goal", prompt.text))).casefold(), prompt) for prompt in goals
+        ]
 
     def of(self, attack: AttackPrompt) -> Prompt | None:
         """The behaviour of the attack's id, else the one whose whole request its prompt holds."""
@@ -309,7 +375,13 @@ class _Behaviours:
         return next((prompt for goal, prompt in self.by_text if goal in text), None)
 
 
-def _filled(attack: AttackPrompt, method: str | None, source_model: str | None, adaptive: bool, goals: _Behaviours | None) -> AttackPrompt:
+def _filled(
+    attack: AttackPrompt,
+    method: str | None,
+    source_model: str | None,
+    adaptive: bool,
+    goals: _Behaviours | None,
+) -> AttackPrompt:
     """The attack with what the caller says about all of them, and its goal looked up by behaviour."""
     attack = replace(
         attack,
@@ -326,9 +398,18 @@ def _filled(attack: AttackPrompt, method: str | None, source_model: str | None, 
 
 
 def _as_prompt(attack: AttackPrompt, name: str) -> Prompt:
-    meta = {key: value for key, value in attack.meta.items() if key not in ("category", "messages", "language")}
-    meta |= {"kind": "harmful", "goal": attack.goal or attack.prompt, "behavior_id": attack.behavior_id, "method": attack.method}
+    meta = {
+        key: value for key, value in attack.meta.items() if key not in ("category", "messages", "language")
+    }
+    meta |= {
+        "kind": "harmful",
+        "goal": attack.goal or attack.prompt,
+        "behavior_id": attack.behavior_id,
+        "method": attack.method,
+    }
     meta |= {"label": attack.label, "source_model": attack.source_model}
     turns = attack.meta.get("messages") or ()
     messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-    return Prompt(name, attack.prompt, messages, None, attack.meta.get("category"), attack.meta.get("language"), meta)
+    return Prompt(
+        name, attack.prompt, messages, None, attack.meta.get("category"), attack.meta.get("language"), meta
+    )

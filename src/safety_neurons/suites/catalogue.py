@@ -1,4 +1,7 @@
-"""The named suites and where their files lie: what each is, in `registry.json`; a folder of the user's, the hub, or the web."""
+"""The named suites and where their files lie: what each is, in `registry.json`.
+
+A folder of the user's, the hub, or the web.
+"""
 
 import difflib
 import functools
@@ -80,7 +83,8 @@ class SuiteEntry:
         rows: Rows of the original file, of each language where there are several; None where it is not known.
         home: Its page.
         places: Its files by language; one under "" where a single file holds everything.
-        columns: For each name used here the column's names in the editions that are about, in the original's order.
+        columns: For each name used here the column's names in the editions that are about, in the original's
+            order.
         wide: Languages that are columns of one table, the original's order.
         kinds: For a mixed suite, what the column `kind` says and which kind that is.
         parts: Selections that can be asked for as NAME-PART.
@@ -115,7 +119,11 @@ class Wanted:
     @property
     def name(self) -> str:
         """The name in its canonical spelling."""
-        return self.entry.name + (f"-{self.part}" if self.part else "") + (f"/{self.language}" if self.language else "")
+        return (
+            self.entry.name
+            + (f"-{self.part}" if self.part else "")
+            + (f"/{self.language}" if self.language else "")
+        )
 
     @property
     def rows(self) -> int | None:
@@ -143,7 +151,9 @@ class Wanted:
 @functools.cache
 def entries() -> Mapping[str, SuiteEntry]:
     """Every suite of the catalogue by name."""
-    raw = strict_json.loads(resources.files("safety_neurons.suites").joinpath("registry.json").read_text(encoding="utf-8"))["suites"]
+    raw = strict_json.loads(
+        resources.files("safety_neurons.suites").joinpath("registry.json").read_text(encoding="utf-8")
+    )["suites"]
     by_name = {item["name"]: item for item in raw}
     shared = ("columns", "kinds")
     whole = {
@@ -155,7 +165,11 @@ def entries() -> Mapping[str, SuiteEntry]:
 
 def names() -> list[str]:
     """Every name that can be asked for, parts included, languages left out."""
-    return [name for entry in entries().values() for name in (entry.name, *(f"{entry.name}-{part}" for part in entry.parts))]
+    return [
+        name
+        for entry in entries().values()
+        for name in (entry.name, *(f"{entry.name}-{part}" for part in entry.parts))
+    ]
 
 
 def wanted(name: str) -> Wanted:
@@ -176,10 +190,15 @@ def wanted(name: str) -> Wanted:
         if entry is None or part not in entry.parts:
             near = difflib.get_close_matches(stem, names(), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise InputError(f"{name}: no suite of this name and no such file; expected a name of `data list` or a file; {hint}")
+            raise InputError(
+                f"{name}: no suite of this name and no such file; expected a name of `data list` or a "
+                f"file; {hint}"
+            )
     if language and language not in entry.languages:
         there = f"it has {', '.join(entry.languages)}" if entry.languages else "its language cannot be chosen"
-        raise InputError(f"{name}: not there in {language!r}; {there}; leave the language away or choose another")
+        raise InputError(
+            f"{name}: not there in {language!r}; {there}; leave the language away or choose another"
+        )
     return Wanted(entry, part, language or None)
 
 
@@ -205,7 +224,10 @@ def _entry(item: Mapping[str, Any]) -> SuiteEntry:
         columns={key: tuple(columns) for key, columns in item["columns"].items()},
         wide=tuple(item.get("wide") or ()),
         kinds=item.get("kinds") or {},
-        parts={part: SuitePart(rule["where"][0], rule["where"][1], rule.get("rows")) for part, rule in (item.get("parts") or {}).items()},
+        parts={
+            part: SuitePart(rule["where"][0], rule["where"][1], rule.get("rows"))
+            for part, rule in (item.get("parts") or {}).items()
+        },
     )
 
 
@@ -246,11 +268,15 @@ def find(location: Location, suite: str, folder: str | Path | None, *, offline: 
     """The file of a place: in the folder, else in what was fetched before, else fetched.
 
     Raises:
-        InputError: It is nowhere, or cannot be fetched; the message says where it was looked for and where it can be had.
+        InputError: It is nowhere, or cannot be fetched; the message says where it was looked for and where it
+        can be had.
     """
     where = data_folder(folder)
     if where is not None and not where.is_dir():
-        raise InputError(f"{where}: no such folder; expected the folder of the suites' files; check --folder or {FOLDER_VARIABLE}")
+        raise InputError(
+            f"{where}: no such folder; expected the folder of the suites' files; check --folder or "
+            f"{FOLDER_VARIABLE}"
+        )
     local = None if where is None else in_folder(location, where)
     if local is not None:
         return local
@@ -259,11 +285,16 @@ def find(location: Location, suite: str, folder: str | Path | None, *, offline: 
     if location.url is not None:
         return _from_web(location, suite, offline=offline)
     looked = f"not in {where}" if where is not None else f"no folder given (--folder or {FOLDER_VARIABLE})"
-    raise InputError(f"{suite}: {looked}; expected {location.files[0]}; get it from its page and give its folder with --folder")
+    raise InputError(
+        f"{suite}: {looked}; expected {location.files[0]}; get it from its page and give its folder with "
+        "--folder"
+    )
 
 
 def in_folder(location: Location, folder: Path) -> Source | None:
-    """The place's file in a folder or below it: an edition of known hash before any other, then the least deep."""
+    """The place's file in a folder or below it: an edition of known hash before any other, then the least
+    deep.
+    """
     candidates = [source_of(path) for path in _candidates(location, folder)]
     known = [source for source in candidates if source.sha256 in location.sha256]
     return next(iter([*known, *candidates]), None)
@@ -273,7 +304,10 @@ def hub_address(text: str) -> Hub:
     """The hub file that `hub:ORG/NAME[@REVISION]:FILE` names."""
     match = _HUB.fullmatch(text)
     if match is None:
-        raise InputError(f"{text}: expected hub:ORG/NAME[@REVISION]:FILE, such as hub:bench-llm/or-bench:or-bench-toxic.csv")
+        raise InputError(
+            f"{text}: expected hub:ORG/NAME[@REVISION]:FILE, such as "
+            "hub:bench-llm/or-bench:or-bench-toxic.csv"
+        )
     return Hub(match["id"], match["file"], match["revision"])
 
 
@@ -286,9 +320,13 @@ def from_hub(hub: Hub, *, offline: bool) -> Source:
     try:
         import huggingface_hub
     except ImportError:
-        raise InputError(f"{hub}: reading from the hub needs huggingface_hub; install it, or give the file's folder") from None
+        raise InputError(
+            f"{hub}: reading from the hub needs huggingface_hub; install it, or give the file's folder"
+        ) from None
     try:
-        path = huggingface_hub.hf_hub_download(hub.id, hub.file, repo_type="dataset", revision=hub.revision, local_files_only=offline)
+        path = huggingface_hub.hf_hub_download(
+            hub.id, hub.file, repo_type="dataset", revision=hub.revision, local_files_only=offline
+        )
     except Exception as error:  # the hub client raises its own, httpx's and the system's errors
         raise InputError(_hub_failure(hub, error, offline)) from None
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix())
@@ -296,7 +334,9 @@ def from_hub(hub: Hub, *, offline: bool) -> Source:
 
 
 def _candidates(location: Location, folder: Path) -> list[Path]:
-    """Files below a folder that go by one of the place's names, the original name first, the least deep first."""
+    """Files below a folder that go by one of the place's names, the original name first, the least deep
+    first.
+    """
     names = [name.casefold() for name in location.files]
     ranked: list[tuple[int, int, str, Path]] = []
     for path in _walk(folder):
@@ -326,7 +366,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def source_of(path: Path, origin: str | None = None, revision: str | None = None) -> Source:
-    """A file that is there; of one that is not the hash is that of nothing, and its reader says what is wrong."""
+    """A file that is there; of one that is not the hash is that of nothing, and its reader says what is
+    wrong.
+    """
     digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:
@@ -338,7 +380,10 @@ def _hub_failure(hub: Hub, error: Exception, offline: bool) -> str:
     kind = type(error).__name__
     if offline or kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
         how = "and --offline forbids to fetch it" if offline else "and the hub cannot be reached"
-        return f"{hub}: not in the hub's cache, {how}; fetch it once with `data verify`, or give its folder with --folder"
+        return (
+            f"{hub}: not in the hub's cache, {how}; fetch it once with `data verify`, or give its folder "
+            "with --folder"
+        )
     reasons = {
         "GatedRepoError": "gated: accept its terms on the hub and log in",
         "RepositoryNotFoundError": "no such data set, or one that needs a login",
@@ -373,12 +418,16 @@ def _from_web(location: Location, suite: str, *, offline: bool) -> Source:
         with urllib.request.urlopen(location.url, timeout=60) as answer:  # noqa: S310 - addresses of the registry, https
             data = answer.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise InputError(f"{suite}: {location.url} cannot be fetched ({error}); download it and give its folder with --folder") from None
+        raise InputError(
+            f"{suite}: {location.url} cannot be fetched ({error}); download it and give its folder with "
+            "--folder"
+        ) from None
     arrived = hashlib.sha256(data).hexdigest()
     if arrived not in location.sha256:
         raise InputError(
-            f"{suite}: {location.url} gave a file of hash {arrived[:12]}…, expected {location.sha256[0][:12]}…; "
-            "it was not kept; download it yourself and give its folder with --folder"
+            f"{suite}: {location.url} gave a file of hash {arrived[:12]}…, expected "
+            f"{location.sha256[0][:12]}…; it was not kept; download it yourself and give its folder with "
+            "--folder"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")

@@ -1,7 +1,8 @@
 """GCG: greedy coordinate gradient, a suffix optimised on the model in hand, whatever is done to it meanwhile.
 
-Tokenizers merge across the borders of a suffix and do not give every token back when its text is tokenised again. So a changed suffix is
-always written as text, the whole prompt is encoded anew, and the tokens that may be changed next are looked up in the result.
+Tokenizers merge across the borders of a suffix and do not give every token back when its text is tokenised
+again. So a changed suffix is always written as text, the whole prompt is encoded anew, and the tokens that
+may be changed next are looked up in the result.
 """
 
 import contextlib
@@ -60,7 +61,10 @@ def appended(prompt: Prompt, suffix: str) -> Prompt:
     last = prompt.turns[-1]
     if last.role != "user":
         kind = "an assistant's" if last.role == "assistant" else f"a {last.role}"
-        raise UsageError(f"prompt {prompt.id!r} ends with {kind} turn; expected a request; attack it before the answer is begun")
+        raise UsageError(
+            f"prompt {prompt.id!r} ends with {kind} turn; expected a request; attack it before the "
+            "answer is begun"
+        )
     return prompt.asking(last.content + suffix)
 
 
@@ -72,11 +76,16 @@ def encoded(lm: LanguageModel, prompt: Prompt, suffixes: Sequence[str]) -> list[
     """
     rows = lm.encode([appended(prompt, suffix) for suffix in suffixes])
     if any(item.truncated for item in rows):
-        raise UsageError(f"prompt {prompt.id!r} with its suffix does not fit the context of {lm.max_length} tokens; shorten the suffix")
+        raise UsageError(
+            f"prompt {prompt.id!r} with its suffix does not fit the context of {lm.max_length} tokens; "
+            "shorten the suffix"
+        )
     return [tuple(item.ids) for item in rows]
 
 
-def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], bare: Sequence[int]) -> Suffixed | None:
+def located(
+    lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], bare: Sequence[int]
+) -> Suffixed | None:
     """The suffix's tokens in an encoded prompt; None where the tokenizer does not give its text back.
 
     Args:
@@ -97,7 +106,8 @@ def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], 
     inside = [
         position
         for position in range(len(ids) - anchor)
-        if at <= lengths[position] < lengths[position + 1] <= end and ids[anchor + position] not in _special(lm)
+        if at <= lengths[position] < lengths[position + 1] <= end
+        and ids[anchor + position] not in _special(lm)
     ]
     if not inside or inside != list(range(inside[0], inside[-1] + 1)):
         return None
@@ -112,22 +122,34 @@ def located(lm: LanguageModel, prompt: Prompt, suffix: str, ids: Sequence[int], 
     )
 
 
-def initial(lm: LanguageModel, prompt: Prompt, n_tokens: int, allowed: torch.Tensor, generator: torch.Generator) -> Suffixed:
-    """A suffix of so many tokens to begin with: exclamation marks where the tokenizer knows them, else drawn words.
+def initial(
+    lm: LanguageModel, prompt: Prompt, n_tokens: int, allowed: torch.Tensor, generator: torch.Generator
+) -> Suffixed:
+    """A suffix of so many tokens to begin with: exclamation marks where the tokenizer knows them, else drawn
+    words.
 
     Raises:
         ModelError: The tokenizer gives back none of the suffixes that were tried.
     """
     bare = encoded(lm, prompt, [""])[0]
     drawn = allowed[torch.randint(len(allowed), (8, n_tokens), generator=generator)].tolist()
-    texts = [" " + " ".join([word] * n_tokens) for word in _WORDS] + [" " + decoded(lm, ids).strip() for ids in drawn]
-    tried = [located(lm, prompt, text, ids, bare) for text, ids in zip(texts, encoded(lm, prompt, texts), strict=True)]
+    texts = [" " + " ".join([word] * n_tokens) for word in _WORDS] + [
+        " " + decoded(lm, ids).strip() for ids in drawn
+    ]
+    tried = [
+        located(lm, prompt, text, ids, bare)
+        for text, ids in zip(texts, encoded(lm, prompt, texts), strict=True)
+    ]
     fitting = [
-        item for item in tried if item is not None and all(token in set(allowed.tolist()) for token in item.ids[item.start : item.stop])
+        item
+        for item in tried
+        if item is not None
+        and all(token in set(allowed.tolist()) for token in item.ids[item.start : item.stop])
     ]
     if not fitting:
         raise ModelError(
-            f"{lm.name}: its tokenizer gives no suffix back as it was written; expected one that keeps text; use another attack"
+            f"{lm.name}: its tokenizer gives no suffix back as it was written; expected one that keeps "
+            "text; use another attack"
         )
     return min(fitting, key=lambda item: abs(item.n_tokens - n_tokens))
 
@@ -144,16 +166,25 @@ def printable_ids(lm: LanguageModel) -> torch.Tensor:
     size = min(len(tokenizer), lm.n_ids)
     texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
     special = _special(lm)
-    seen = [token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()]
+    seen = [
+        token for token, text in enumerate(texts) if text.strip() and text.isascii() and text.isprintable()
+    ]
     printable = [token for token in seen if token not in special]
     if len(printable) < 2:
-        raise InputError(f"{lm.name}: its tokenizer has {len(printable)} printable tokens; expected some; use another attack")
+        raise InputError(
+            f"{lm.name}: its tokenizer has {len(printable)} printable tokens; expected some; use another "
+            "attack"
+        )
     return torch.tensor(printable)
 
 
 def decoded(lm: LanguageModel, ids: Sequence[int]) -> str:
     """Text of ids, special tokens and all spaces kept."""
-    return str(lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+    return (
+        str(lm.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if ids
+        else ""
+    )
 
 
 def _special(lm: LanguageModel) -> set[int]:
@@ -162,7 +193,11 @@ def _special(lm: LanguageModel) -> set[int]:
     unknown = getattr(lm.tokenizer, "unk_token_id", None)
     return {
         int(token)
-        for token in (*known, *(token for token, entry in added.items() if getattr(entry, "special", False)), unknown)
+        for token in (
+            *known,
+            *(token for token, entry in added.items() if getattr(entry, "special", False)),
+            unknown,
+        )
         if token is not None
     }
 
@@ -182,7 +217,8 @@ class SuffixSearch:
         top_k: Tokens a position's replacement is drawn from, the most promising by the gradient.
         suffix_tokens: Length of the suffix.
         stop: End once the model's most likely answer begins with the target.
-        search: `gradient`, or `random`, which draws from all tokens and keeps what is better: the control at equal cost.
+        search: `gradient`, or `random`, which draws from all tokens and keeps what is better: the control at
+            equal cost.
         seed: Of the draws; each prompt has its own, so that order changes nothing.
         batch_size: Candidates fed at once, or `auto`.
     """
@@ -224,27 +260,30 @@ def gcg(
 ) -> Attacks:
     """Suffixes that make the model in hand begin its answer with a target, one search for each prompt.
 
-    Every step takes the gradient of the target's loss with respect to the suffix's tokens, draws replacements of single tokens from the
-    `top_k` most promising at each position, and goes on with the candidate of the least loss; the best suffix of all steps is kept. The
-    model is attacked as it stands: adapters, patches and deactivations that are on while this runs are attacked with it (inside
-    `patched`, the gradient leaves the donor's share out; candidates are measured with it).
+    Every step takes the gradient of the target's loss with respect to the suffix's tokens, draws replacements
+    of single tokens from the `top_k` most promising at each position, and goes on with the candidate of the
+    least loss; the best suffix of all steps is kept. The model is attacked as it stands: adapters, patches
+    and deactivations that are on while this runs are attacked with it (inside `patched`, the gradient leaves
+    the donor's share out; candidates are measured with it).
 
-    Source: Zou et al., "Universal and Transferable Adversarial Attacks on Aligned Language Models" (arXiv 2307.15043), algorithm 1.
-    Differs: one prompt at a time; candidates are tokenised again as part of the whole prompt, so that no loss is of ids that no text has;
-    defaults are smaller (100 steps of 256 candidates; theirs 500 of 512); ends once the target is the greedy answer.
+    Source: Zou et al., "Universal and Transferable Adversarial Attacks on Aligned Language Models" (arXiv
+    2307.15043), algorithm 1. Differs: one prompt at a time; candidates are tokenised again as part of the
+    whole prompt, so that no loss is of ids that no text has; defaults are smaller (100 steps of 256
+    candidates; theirs 500 of 512); ends once the target is the greedy answer.
 
     Args:
         model: The model under attack.
         prompts: The requests.
-        targets: Beginning of the wanted answer by behaviour or prompt id; by default `meta["target"]`, else a plain opening.
+        targets: Beginning of the wanted answer by behaviour or prompt id; by default `meta["target"]`, else a
+            plain opening.
         done: Attacks of an earlier, interrupted call; their prompts are not attacked again.
         made: Called with every attack as soon as it is there.
         progress: Called as `progress(prompts done, prompts in all, steps done)`.
         **settings: The fields of `SuffixSearch`.
 
     Returns:
-        One attack a prompt, `adaptive`, on `model.name`; `meta` holds target, suffix, loss before and after, steps and whether the target
-        became the greedy answer.
+        One attack a prompt, `adaptive`, on `model.name`; `meta` holds target, suffix, loss before and after,
+        steps and whether the target became the greedy answer.
 
     Raises:
         UsageError: An argument out of range, or a prompt that does not fit the context.
@@ -266,13 +305,22 @@ def gcg(
         attacks.append(attack)
         if progress is not None:
             progress(number, len(prompts), steps_done)
-    return Attacks(attacks, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes)
+    return Attacks(
+        attacks, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes
+    )
 
 
 class _Hunt:
     """The search for one prompt's suffix."""
 
-    def __init__(self, lm: LanguageModel, prompt: Prompt, target: str, how: SuffixSearch, allowed: Int[Tensor, " token"]) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt: Prompt,
+        target: str,
+        how: SuffixSearch,
+        allowed: Int[Tensor, " token"],
+    ) -> None:
         self.lm, self.prompt, self.target, self.how, self.allowed = lm, prompt, target, how, allowed
         self.generator = torch.Generator().manual_seed((int(prompt.sha256[:12], 16) + how.seed) % 2**63)
         self.target_ids = _target_ids(lm, prompt, target)
@@ -293,7 +341,10 @@ class _Hunt:
             chosen = min(range(len(candidates)), key=losses.__getitem__)
             if self.how.search == "gradient" or losses[chosen] < best_loss:
                 current = candidates[chosen]
-            hit = next((place for place in sorted(range(len(candidates)), key=losses.__getitem__) if matches[place]), None)
+            hit = next(
+                (place for place in sorted(range(len(candidates)), key=losses.__getitem__) if matches[place]),
+                None,
+            )
             if hit is not None and self.how.stop:
                 best, best_loss, matched = candidates[hit], losses[hit], True
             elif losses[chosen] < best_loss:
@@ -301,9 +352,16 @@ class _Hunt:
         return self._attack(best, first, best_loss, step, matched)
 
     def candidates(self, current: Suffixed) -> list[Suffixed]:
-        """Suffixes that differ from the current one in one token and are as long; drawn evenly over positions."""
+        """Suffixes that differ from the current one in one token and are as long.
+
+        Drawn evenly over positions.
+        """
         n, width = current.n_tokens, self.how.width
-        places = torch.arange(width) * n // width if width >= n else torch.randperm(n, generator=self.generator)[:width]
+        places = (
+            torch.arange(width) * n // width
+            if width >= n
+            else torch.randperm(n, generator=self.generator)[:width]
+        )
         if self.how.search == "gradient":
             slopes = self.slopes(current)[:, self.allowed]
             pool = self.allowed[slopes.topk(min(self.how.top_k, len(self.allowed)), largest=False).indices]
@@ -323,7 +381,9 @@ class _Hunt:
         return [item for item in suffixes if item is not None and item.n_tokens == n]
 
     def slopes(self, current: Suffixed) -> Float[Tensor, "token vocab"]:
-        """Derivative of the loss with respect to every token of the vocabulary at every position of the suffix, up to a factor."""
+        """Derivative of the loss with respect to every token of the vocabulary at every position of the
+        suffix, up to a factor.
+        """
         lm = self.lm
         embedding = lm.inner.get_input_embeddings()
         batch = collate([[*current.ids, *self.target_ids]], [0], pad_id=lm.pad_id).to(lm.device)
@@ -336,15 +396,25 @@ class _Hunt:
         with _frozen(lm.model), lm.running(), torch.enable_grad(), hooks.around(embedding, after=leave):
             logits = forward(lm.model, batch, with_logits=True)
             if logits is None or not outputs:
-                raise ModelError(f"{lm.name}: its token embedding is not used in a pass; expected one; use --search random")
-            loss = _losses(logits[0:1], [len(current)], torch.tensor([self.target_ids], device=logits.device))[0].sum()
+                raise ModelError(
+                    f"{lm.name}: its token embedding is not used in a pass; expected one; use --search random"
+                )
+            loss = _losses(
+                logits[0:1], [len(current)], torch.tensor([self.target_ids], device=logits.device)
+            )[0].sum()
             gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-        rows = [slope.sum(0)[current.start : current.stop] for slope in gradients if slope is not None and slope.shape[1] == batch.width]
+        rows = [
+            slope.sum(0)[current.start : current.stop]
+            for slope in gradients
+            if slope is not None and slope.shape[1] == batch.width
+        ]
         weight = embedding.weight.detach()
         return (torch.stack(rows).sum(0).to(weight.device).float() @ weight.float().T).cpu()
 
     def losses(self, sequences: Sequence[Sequence[int]]) -> tuple[list[float], list[bool]]:
-        """Mean negative log likelihood of the target behind every prompt, and whether it is the greedy answer."""
+        """Mean negative log likelihood of the target behind every prompt, and whether it is the greedy
+        answer.
+        """
         results: dict[int, tuple[float, bool]] = {}
         targets = torch.tensor([self.target_ids])
 
@@ -352,17 +422,31 @@ class _Hunt:
             assert batch.output is not None
             starts = [length - len(self.target_ids) for length in batch.lengths]
             losses, greedy = _losses(batch.output, starts, targets.to(batch.output.device))
-            for index, loss, same in zip(batch.indices, losses.double().tolist(), greedy.tolist(), strict=True):
+            for index, loss, same in zip(
+                batch.indices, losses.double().tolist(), greedy.tolist(), strict=True
+            ):
                 results[index] = (loss, same)
 
         whole = [[*ids, *self.target_ids] for ids in sequences]
         run_batches(self.lm, whole, per_batch, self.how.batch_size, True)
-        return [results[index][0] for index in range(len(whole))], [results[index][1] for index in range(len(whole))]
+        return [results[index][0] for index in range(len(whole))], [
+            results[index][1] for index in range(len(whole))
+        ]
 
     def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> AttackPrompt:
         prompt = self.prompt
-        meta = {key: value for key, value in prompt.meta.items() if key not in ("goal", "behavior_id", "method", "label")}
-        meta |= {"prompt_id": prompt.id, "target": self.target, "suffix": best.suffix, "loss_before": first, "loss": last}
+        meta = {
+            key: value
+            for key, value in prompt.meta.items()
+            if key not in ("goal", "behavior_id", "method", "label")
+        }
+        meta |= {
+            "prompt_id": prompt.id,
+            "target": self.target,
+            "suffix": best.suffix,
+            "loss_before": first,
+            "loss": last,
+        }
         meta |= {"steps": steps, "matched": matched, "seed": self.how.seed}
         meta |= {"category": prompt.category} if prompt.category else {}
         meta |= {"language": prompt.language} if prompt.language else {}
@@ -384,7 +468,9 @@ def _losses(
 ) -> tuple[Float[Tensor, " batch"], Tensor]:
     """Mean loss of the target in every row, and whether each of its tokens is the most likely one."""
     span = targets.shape[1]
-    rows = torch.stack([widened(logits[row, start - 1 : start - 1 + span]) for row, start in enumerate(starts)])
+    rows = torch.stack(
+        [widened(logits[row, start - 1 : start - 1 + span]) for row, start in enumerate(starts)]
+    )
     wanted = targets.expand(len(starts), -1)
     chosen = rows.gather(2, wanted[:, :, None]).squeeze(2) - rows.logsumexp(2)
     return -chosen.mean(1), (rows.argmax(2) == wanted).all(1)
@@ -392,7 +478,12 @@ def _losses(
 
 def _target(prompt: Prompt, targets: Mapping[str, str] | None) -> str:
     known = targets or {}
-    target = known.get(prompt.id) or known.get(str(prompt.meta.get("behavior_id", ""))) or prompt.meta.get("target") or DEFAULT_OPENING
+    target = (
+        known.get(prompt.id)
+        or known.get(str(prompt.meta.get("behavior_id", "")))
+        or prompt.meta.get("target")
+        or DEFAULT_OPENING
+    )
     return str(target)
 
 

@@ -1,4 +1,7 @@
-"""`suite`: prompts of the named suites in whichever edition, and of files of the user's own; `verify` looks before a run starts."""
+"""`suite`: prompts of the named suites in whichever edition, and of files of the user's own.
+
+`verify` looks before a run starts.
+"""
 
 import ast
 import contextlib
@@ -37,7 +40,13 @@ from safety_neurons.suites.catalogue import (
 )
 
 Row = dict[str, Any]
-_NATIVE = {"category": "category", "id": "id", "language": "language", "input": "input", "context": "ContextString"}
+_NATIVE = {
+    "category": "category",
+    "id": "id",
+    "language": "language",
+    "input": "input",
+    "context": "ContextString",
+}
 """Names here that the prompt reader knows by a name of its own; the others travel as `meta`."""
 
 
@@ -61,11 +70,16 @@ def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = Non
     chosen = [prompt for prompt in whole if _is_of(prompt, wanted)]
     if not chosen:
         part = wanted.entry.parts[wanted.part or ""]
-        raise InputError(f"{wanted.name}: no row of the file is of this part; expected {part.column} {part.value!r}; check the file")
+        raise InputError(
+            f"{wanted.name}: no row of the file is of this part; expected {part.column} {part.value!r}; "
+            "check the file"
+        )
     return Prompts(chosen, wanted.name, list(dict.fromkeys(notes)))
 
 
-def table_rows(source: Source, notes: list[str], header: Sequence[str] = (), known: Sequence[str] = ()) -> list[Row]:
+def table_rows(
+    source: Source, notes: list[str], header: Sequence[str] = (), known: Sequence[str] = ()
+) -> list[Row]:
     """Rows of a file in any format that is read.
 
     Args:
@@ -94,14 +108,18 @@ def _rows(entry: SuiteEntry, source: Source, notes: list[str]) -> list[Row]:
     return table_rows(source, notes, columns, known)
 
 
-def _with_header(text: str, delimiter: str, header: Sequence[str], known: Sequence[str], notes: list[str]) -> str:
+def _with_header(
+    text: str, delimiter: str, header: Sequence[str], known: Sequence[str], notes: list[str]
+) -> str:
     """The table with a header row, which some editions lack."""
     try:
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     except csv.Error:
         return text
     names = {name.casefold() for name in (*known, *PROMPT_COLUMNS, *CONVERSATION_COLUMNS)}
-    words = {cell.strip().casefold() for cell in first} | ({*re.split("[,;\t|]", first[0].casefold())} if len(first) == 1 else set())
+    words = {cell.strip().casefold() for cell in first} | (
+        {*re.split("[,;\t|]", first[0].casefold())} if len(first) == 1 else set()
+    )
     looks_like_data = any(len(cell) > 40 or " " in cell.strip() for cell in first)
     if words & names or not looks_like_data or len(first) > max(1, len(header)):
         return text
@@ -114,14 +132,20 @@ def _parquet(data: bytes, shown: str) -> list[Row]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise InputError(f"{shown}: reading Parquet needs pyarrow; install it, or convert the file to CSV or JSON Lines") from None
+        raise InputError(
+            f"{shown}: reading Parquet needs pyarrow; install it, or convert the file to CSV or JSON Lines"
+        ) from None
     try:
         return parquet.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:
-        raise InputError(f"{shown}: not a Parquet file that can be read ({error}); expected a whole one; download it again") from None
+        raise InputError(
+            f"{shown}: not a Parquet file that can be read ({error}); expected a whole one; download it again"
+        ) from None
 
 
-def _by_language(wanted: Wanted, rows: list[Row], source: Source, column: str | None, notes: list[str]) -> dict[str, list[Row]]:
+def _by_language(
+    wanted: Wanted, rows: list[Row], source: Source, column: str | None, notes: list[str]
+) -> dict[str, list[Row]]:
     """Rows under the names used here; one list for each language of a wide table."""
     entry = wanted.entry
     if not entry.wide:
@@ -130,7 +154,11 @@ def _by_language(wanted: Wanted, rows: list[Row], source: Source, column: str | 
     present = _present(rows)
     there = {tag: present[tag] for tag in languages if tag in present}
     if column is not None or not there:
-        return {wanted.language or "": _canonical(entry, rows, _column_of(entry, rows, source, column, "prompt"), notes)}
+        return {
+            wanted.language or "": _canonical(
+                entry, rows, _column_of(entry, rows, source, column, "prompt"), notes
+            )
+        }
     missing = [tag for tag in languages if tag not in there]
     if missing:
         notes.append(f"languages {', '.join(missing)} are not in the file")
@@ -147,14 +175,31 @@ def _present(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _column_of(entry: SuiteEntry, rows: Sequence[Row], source: Source, column: str | None, name: str) -> str:
-    """The column of the prompts: as named, as in an edition that is known, or as prompt columns are usually called."""
+    """The column of the prompts: as named, as in an edition that is known, or as prompt columns are usually
+    called.
+    """
     present = _present(rows)
     if column is not None:
         if column.strip().casefold() not in present:
-            raise InputError(f"{source.path}: no column {column!r}; it has {', '.join(present)}; name one of them with --column")
+            raise InputError(
+                f"{source.path}: no column {column!r}; it has {', '.join(present)}; name one of them "
+                "with --column"
+            )
         return present[column.strip().casefold()]
-    usual = (*entry.columns.get(name, ()), "prompt", "goal", "instruction", "question", "text", "query", "behavior", "forbidden_prompt")
-    name_of_prompts = next((present[candidate.casefold()] for candidate in usual if candidate.casefold() in present), None)
+    usual = (
+        *entry.columns.get(name, ()),
+        "prompt",
+        "goal",
+        "instruction",
+        "question",
+        "text",
+        "query",
+        "behavior",
+        "forbidden_prompt",
+    )
+    name_of_prompts = next(
+        (present[candidate.casefold()] for candidate in usual if candidate.casefold() in present), None
+    )
     if name_of_prompts is None:
         raise InputError(
             f"{source.path}: no column that holds the prompts of {entry.name}; it has {', '.join(present)}; "
@@ -172,22 +217,32 @@ def _canonical(entry: SuiteEntry, rows: list[Row], prompt: str, notes: list[str]
         if name != "prompt" and column is not None and column != prompt:
             chosen[name] = column
     if "target" in chosen and _exchanged(rows, prompt, chosen["target"]):
-        notes.append(f"the columns {prompt} and {chosen['target']} are exchanged (“Sure, here is …” stood for prompts); read the other way")
+        notes.append(
+            f"the columns {prompt} and {chosen['target']} are exchanged (“Sure, here is …” stood for "
+            "prompts); read the other way"
+        )
         prompt, chosen["target"] = chosen["target"], prompt
     called = _called(prompt, chosen)
-    languages = {} if "language" in chosen else {key: present[key] for key in ("language", "lang") if key in present}
+    languages = (
+        {} if "language" in chosen else {key: present[key] for key in ("language", "lang") if key in present}
+    )
     return [
         {
             called: row.get(prompt),
             "row": number,
-            **{_NATIVE.get(name, name): row.get(column) for name, column in (*chosen.items(), *languages.items())},
+            **{
+                _NATIVE.get(name, name): row.get(column)
+                for name, column in (*chosen.items(), *languages.items())
+            },
         }
         for number, row in enumerate(rows)
     ]
 
 
 def _called(prompt: str, chosen: Mapping[str, str]) -> str:
-    """What the prompt reader takes the column for: it joins a context to `Behavior` and an Alpaca input to `prompt`."""
+    """What the prompt reader takes the column for: it joins a context to `Behavior` and an Alpaca input to
+    `prompt`.
+    """
     if prompt.casefold() in (*CONVERSATION_COLUMNS, "chosen"):
         return prompt.casefold()
     return "Behavior" if "context" in chosen else "prompt"
@@ -201,7 +256,9 @@ def _exchanged(rows: Sequence[Row], prompt: str, target: str) -> bool:
     return share(prompt) > 0.5 and share(target) < 0.25
 
 
-def _prompts(wanted: Wanted, rows: list[Row], source: Source, language: str, notes: list[str]) -> list[Prompt]:
+def _prompts(
+    wanted: Wanted, rows: list[Row], source: Source, language: str, notes: list[str]
+) -> list[Prompt]:
     entry = wanted.entry
     targets = {row["row"]: row.pop("target") for row in rows if "target" in row}
     column = next(iter(rows[0])) if rows else "prompt"
@@ -209,16 +266,31 @@ def _prompts(wanted: Wanted, rows: list[Row], source: Source, language: str, not
     read = prompts_of(rows, str(source.path), column, None, own)
     notes += [note if not language else f"{language}: {note}" for note in own]
     unknown: Counter[str] = Counter()
-    finished = [_finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read]
+    finished = [
+        _finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read
+    ]
     for word, count in unknown.items():
-        notes.append(f"{count} rows say {word!r} where {' or '.join(entry.kinds)} was expected; taken as harmful")
+        notes.append(
+            f"{count} rows say {word!r} where {' or '.join(entry.kinds)} was expected; taken as harmful"
+        )
     return finished
 
 
-def _finished(prompt: Prompt, entry: SuiteEntry, row: Row, targets: Mapping[int, Any], language: str, unknown: Counter[str]) -> Prompt:
+def _finished(
+    prompt: Prompt,
+    entry: SuiteEntry,
+    row: Row,
+    targets: Mapping[int, Any],
+    language: str,
+    unknown: Counter[str],
+) -> Prompt:
     """The prompt with the names that attacks, judges and tables go by."""
     number = prompt.meta["row"]
-    meta: Row = {key: value for key, value in prompt.meta.items() if key not in ("row", "rejected", "kind") and value != ""}
+    meta: Row = {
+        key: value
+        for key, value in prompt.meta.items()
+        if key not in ("row", "rejected", "kind") and value != ""
+    }
     kind = entry.kind
     if entry.kinds:
         word = str(row.get("kind", "")).strip().casefold()
@@ -227,11 +299,19 @@ def _finished(prompt: Prompt, entry: SuiteEntry, row: Row, targets: Mapping[int,
             unknown[word] += 1
     context = row.get("ContextString")
     goal = row["Behavior"] if isinstance(row.get("Behavior"), str) else prompt.text
-    category, sub = _category(prompt.category, meta.pop("subcategory", None), nested="subcategory" in entry.columns)
+    category, sub = _category(
+        prompt.category, meta.pop("subcategory", None), nested="subcategory" in entry.columns
+    )
     target = targets.get(number)
     tag = prompt.language or language or None
     name = f"{prompt.id}/{tag}" if language and len(entry.languages) > 1 else prompt.id
-    meta |= {"suite": entry.name, "kind": kind, "goal": goal, "behavior_id": str(meta.get("behavior_id", prompt.id)), "method": "direct"}
+    meta |= {
+        "suite": entry.name,
+        "kind": kind,
+        "goal": goal,
+        "behavior_id": str(meta.get("behavior_id", prompt.id)),
+        "method": "direct",
+    }
     meta |= {"target": target} if isinstance(target, str) and target.strip() else {}
     meta |= {"context": context} if isinstance(context, str) and context.strip() else {}
     meta |= {"subcategory": sub} if sub else {}
@@ -239,7 +319,9 @@ def _finished(prompt: Prompt, entry: SuiteEntry, row: Row, targets: Mapping[int,
 
 
 def _category(category: str | None, sub: Any, *, nested: bool) -> tuple[str | None, str | None]:
-    """Category and subcategory: `['a', 'b']` written as text is a list, and of nested keys `A/b` the last is the subcategory."""
+    """Category and subcategory: `['a', 'b']` written as text is a list, and of nested keys `A/b` the last is
+    the subcategory.
+    """
     if category and category.startswith("[") and category.endswith("]"):
         try:
             return ", ".join(map(str, ast.literal_eval(category))) or None, sub
@@ -266,8 +348,9 @@ class Suite:
 
     Attributes:
         name: The suite's name, or the file's.
-        prompts: In the file's order. Every `meta` holds `suite`, `kind`, `goal` (the bare request), `behavior_id` and `method`
-            (`direct`); `target`, `context` and `subcategory` where the suite has them. `answer` is never set.
+        prompts: In the file's order. Every `meta` holds `suite`, `kind`, `goal` (the bare request),
+            `behavior_id` and `method` (`direct`); `target`, `context` and `subcategory` where the suite has
+            them. `answer` is never set.
         kind: `harmful` (should be refused), `harmless` (should be answered) or `mixed`.
         source: Where the file came from.
         sha256: Hashes of the files that were read.
@@ -302,7 +385,9 @@ class Suite:
         return self._of("harmless")
 
     def _of(self, kind: str) -> Prompts:
-        return Prompts([prompt for prompt in self.prompts if prompt.meta["kind"] == kind], self.name, self.notes)
+        return Prompts(
+            [prompt for prompt in self.prompts if prompt.meta["kind"] == kind], self.name, self.notes
+        )
 
 
 @dataclass(frozen=True)
@@ -313,7 +398,8 @@ class SuiteCheck:
         name: The suite.
         ok: Whether a run could start: the files are there, can be read and hold what they should.
         sources: Where the files are.
-        hashes: `match`, `other` (an edition that is not known) or `unknown` (no expected hash), for each file.
+        hashes: `match`, `other` (an edition that is not known) or `unknown` (no expected hash), for each
+            file.
         prompts: Prompts that were read; None where they could not be.
         expected: Prompts the original has, where that is known.
         problem: Why it is not ok, in one line.
@@ -331,7 +417,10 @@ class SuiteCheck:
 
     def to_json(self) -> dict[str, Any]:
         """The check as JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
 
 
 def suite(
@@ -346,12 +435,15 @@ def suite(
     """A suite by name, or a file as a suite.
 
     Args:
-        source: A name of the catalogue (`advbench`, `harmbench-contextual`, `multijail/de`, …); a file; `hub:ORG/NAME[@REVISION]:FILE`;
-            `builtin:NAME`; or `NAME=FILE` for a file in a named suite's format. A file that exists wins over a name.
-        folder: Where the suites' files lie, at any depth; by default the folder that SAFETY_NEURONS_DATA names.
+        source: A name of the catalogue (`advbench`, `harmbench-contextual`, `multijail/de`, …); a file;
+            `hub:ORG/NAME[@REVISION]:FILE`; `builtin:NAME`; or `NAME=FILE` for a file in a named suite's
+            format. A file that exists wins over a name.
+        folder: Where the suites' files lie, at any depth; by default the folder that SAFETY_NEURONS_DATA
+            names.
         offline: Never open a socket.
         limit: Keep so many prompts, taken evenly over kinds and languages, the first of each.
-        kind: `harmful` or `harmless`: of a file of the user's own (harmful by default), or the prompts of a mixed suite to keep.
+        kind: `harmful` or `harmless`: of a file of the user's own (harmful by default), or the prompts of a
+            mixed suite to keep.
         column: Column of the prompts, where the file names it in a way of its own.
 
     Raises:
@@ -367,11 +459,15 @@ def suite(
     if kind is not None and kind != opened.kind:
         if opened.kind != "mixed":
             raise UsageError(f"{source}: its kind is {opened.kind}, not {kind}; leave the kind away")
-        opened = dataclasses.replace(opened, prompts=opened.harmful if kind == "harmful" else opened.harmless, kind=kind, rows=None)
+        opened = dataclasses.replace(
+            opened, prompts=opened.harmful if kind == "harmful" else opened.harmless, kind=kind, rows=None
+        )
     return opened if limit is None else dataclasses.replace(opened, prompts=_evenly(opened.prompts, limit))
 
 
-def verify(source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False) -> SuiteCheck:
+def verify(
+    source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False
+) -> SuiteCheck:
     """Look whether a suite is there and is what it should be; never raises for a suite that is not.
 
     Where a hash is known the file has to have it; compression and the kind of line ends do not matter.
@@ -380,7 +476,8 @@ def verify(source: str | Path, *, folder: str | Path | None = None, offline: boo
         source: As for `suite`.
         folder: As for `suite`.
         offline: Never open a socket; otherwise what is missing is fetched and kept.
-        any_edition: Take a file of another hash that holds as many prompts as the original (a mirror, another format).
+        any_edition: Take a file of another hash that holds as many prompts as the original (a mirror, another
+            format).
     """
     name = str(source)
     try:
@@ -388,20 +485,34 @@ def verify(source: str | Path, *, folder: str | Path | None = None, offline: boo
         opened = _own(source, sources, None, None) if entry is None else _named(entry, sources, None)
     except InputError as error:
         return SuiteCheck(name, ok=False, problem=str(error))
-    hashes = tuple(_hash_of(entry.places.get(language), item) for language, item in sources.items()) if entry else ("unknown",)
+    hashes = (
+        tuple(_hash_of(entry.places.get(language), item) for language, item in sources.items())
+        if entry
+        else ("unknown",)
+    )
     missing = [] if entry is None else [language for language in entry.places if language not in sources]
     expected = opened.rows if not missing else None
     problem = None
     if expected is not None and len(opened) != expected:
-        problem = f"{opened.name}: {len(opened)} prompts, expected {expected}; the file is not the whole original; get it again"
+        problem = (
+            f"{opened.name}: {len(opened)} prompts, expected {expected}; the file is not the whole "
+            "original; get it again"
+        )
     elif "other" in hashes and not any_edition:
-        problem = f"{opened.name}: not an edition that is known (hash {opened.sha256[0][:12]}…); get the original, or allow --any-edition"
+        problem = (
+            f"{opened.name}: not an edition that is known (hash {opened.sha256[0][:12]}…); get the "
+            "original, or allow --any-edition"
+        )
     shown = tuple(str(item.path) for item in sources.values()) or (opened.source,)
-    return SuiteCheck(opened.name, problem is None, shown, hashes, len(opened), opened.rows, problem, tuple(opened.notes))
+    return SuiteCheck(
+        opened.name, problem is None, shown, hashes, len(opened), opened.rows, problem, tuple(opened.notes)
+    )
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """What `data list` shows of every named suite: name, kind, licence, prompts, languages, parts, origin, page, expected hashes."""
+    """What `data list` shows of every named suite: name, kind, licence, prompts, languages, parts, origin,
+    page, expected hashes.
+    """
     return [_described(entry) for entry in entries().values()]
 
 
@@ -422,7 +533,9 @@ def _described(entry: SuiteEntry) -> dict[str, Any]:
     }
 
 
-def _located(source: str | Path, folder: str | Path | None, offline: bool) -> tuple[Wanted | None, dict[str, Source]]:
+def _located(
+    source: str | Path, folder: str | Path | None, offline: bool
+) -> tuple[Wanted | None, dict[str, Source]]:
     """The suite a source means (None for a file of the user's own) and its files by language."""
     text = str(source)
     name, equals, rest = text.partition("=")
@@ -445,7 +558,11 @@ def _looks_like_a_file(text: str) -> bool:
 
 
 def _file(text: str, offline: bool) -> Source:
-    return from_hub(hub_address(text), offline=offline) if text.startswith(HUB) else source_of(Path(text).expanduser())
+    return (
+        from_hub(hub_address(text), offline=offline)
+        if text.startswith(HUB)
+        else source_of(Path(text).expanduser())
+    )
 
 
 def _files(entry: Wanted, folder: str | Path | None, offline: bool) -> dict[str, Source]:
@@ -522,7 +639,9 @@ def _evenly(requests: Prompts, limit: int) -> Prompts:
     chosen: list[int] = []
     round_ = 0
     while len(chosen) < min(limit, len(requests)):
-        chosen += [indices[round_] for indices in groups.values() if round_ < len(indices)][: limit - len(chosen)]
+        chosen += [indices[round_] for indices in groups.values() if round_ < len(indices)][
+            : limit - len(chosen)
+        ]
         round_ += 1
     return Prompts([requests[index] for index in sorted(chosen)], requests.name, requests.notes)
 
@@ -537,5 +656,7 @@ def _hash_of(location: Location | None, source: Source) -> str:
     with contextlib.suppress(OSError, EOFError, zlib.error):
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     plain = data.replace(b"\r\n", b"\n")
-    digests = {hashlib.sha256(edition).hexdigest() for edition in (data, plain, plain.replace(b"\n", b"\r\n"))}
+    digests = {
+        hashlib.sha256(edition).hexdigest() for edition in (data, plain, plain.replace(b"\n", b"\r\n"))
+    }
     return "match" if digests & set(location.sha256) else "other"

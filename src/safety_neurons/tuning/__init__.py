@@ -1,4 +1,7 @@
-"""Tune only some neurons: deltas beside frozen projections, training, protection, artefacts; a name is imported when it is first used."""
+"""Tune only some neurons: deltas beside frozen projections, training, protection, artefacts.
+
+A name is imported when it is first used.
+"""
 
 from safety_neurons import lazily
 

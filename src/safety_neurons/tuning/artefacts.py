@@ -1,8 +1,10 @@
-"""A trained change of rows and columns: saved, loaded, applied to weights, exported as PEFT LoRA or merged checkpoint; weights' hashes.
+"""A trained change of rows and columns: saved, loaded, applied to weights, exported as PEFT LoRA or merged
+checkpoint; weights' hashes.
 
-A change of rows is a LoRA whose B is one-hot (which rows) and whose A is the change; a change of columns is one whose A is one-hot and
-whose B is the change. With alpha = rank the product is the change itself, so merging it adds the same numbers as `apply_delta`.
-A checkpoint is written with its companions: whatever the model's folder holds beside weights (processors, templates, licences, code).
+A change of rows is a LoRA whose B is one-hot (which rows) and whose A is the change; a change of columns is
+one whose A is one-hot and whose B is the change. With alpha = rank the product is the change itself, so
+merging it adds the same numbers as `apply_delta`. A checkpoint is written with its companions: whatever the
+model's folder holds beside weights (processors, templates, licences, code).
 """
 
 import contextlib
@@ -20,15 +22,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safety_neurons.errors import MismatchError, NeuronError, NumericalError, RunError, UnsupportedModelError, UsageError
+from safety_neurons.errors import (
+    MismatchError,
+    NeuronError,
+    NumericalError,
+    RunError,
+    UnsupportedModelError,
+    UsageError,
+)
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import activate, is_adapted, merged
 from safety_neurons.model.loading import quiet
 from safety_neurons.model.sites import SitePlace
 from safety_neurons.neurons import INPUT_SITES, NeuronSet, Provenance, parse_key
 from safety_neurons.neurons.sets import FILE_NAME, header, stored_table
-from safety_neurons.results.run import PathLike, ordered_header, read_json, whole_folder, write_bytes, write_json
-from safety_neurons.tuning.deltas import Deltas, NeuronDelta, full, positions_of, refuse_attached, summed, weight_of
+from safety_neurons.results.run import (
+    PathLike,
+    ordered_header,
+    read_json,
+    whole_folder,
+    write_bytes,
+    write_json,
+)
+from safety_neurons.tuning.deltas import (
+    Deltas,
+    NeuronDelta,
+    full,
+    positions_of,
+    refuse_attached,
+    summed,
+    weight_of,
+)
 from safety_neurons.tuning.protect import Entries, Where, weights_of
 
 DELTA_FILE = "delta.safetensors"
@@ -41,7 +65,8 @@ class Delta:
 
     Attributes:
         neurons: whose rows (`q k v gate up`) and columns (`o down`).
-        tensors: by key, `[n, in]` for rows and `[out, n]` for columns, members in the set's order; float32 (float64 from a float64 model).
+        tensors: by key, `[n, in]` for rows and `[out, n]` for columns, members in the set's order; float32
+            (float64 from a float64 model).
         provenance: where the change comes from.
         base: hash of the weights that it belongs to, from `base_hash`; empty where nothing is known.
     """
@@ -54,11 +79,17 @@ class Delta:
     def __post_init__(self) -> None:
         keys = self.neurons.keys()
         if set(keys) != set(self.tensors):
-            raise NeuronError(f"deltas for {len(self.tensors)} matrices arrived, the {len(keys)} matrices of the set were expected")
+            raise NeuronError(
+                f"deltas for {len(self.tensors)} matrices arrived, the {len(keys)} matrices of the set "
+                "were expected"
+            )
         for key, members in self.neurons.items():
             axis = 0 if _side(key) == "output" else 1
             if self.tensors[key].ndim != 2 or self.tensors[key].shape[axis] != len(members):
-                raise NeuronError(f"{key}: a delta {list(self.tensors[key].shape)} arrived, {len(members)} on axis {axis} were expected")
+                raise NeuronError(
+                    f"{key}: a delta {list(self.tensors[key].shape)} arrived, {len(members)} on axis "
+                    f"{axis} were expected"
+                )
 
     @property
     def n_parameters(self) -> int:
@@ -73,7 +104,14 @@ def delta_of(deltas: Deltas, method: str = "", config: Mapping[str, Any] | None 
     Differs: whole checkpoints are published there; here only the change is kept.
     """
     model, neurons = deltas.model, deltas.neurons
-    provenance = Provenance("neurons", method or neurons.provenance.method, (model.name,), model.fingerprint, "", dict(config or {}))
+    provenance = Provenance(
+        "neurons",
+        method or neurons.provenance.method,
+        (model.name,),
+        model.fingerprint,
+        "",
+        dict(config or {}),
+    )
     return Delta(neurons, deltas.tensors(), provenance, base_hash(model, neurons))
 
 
@@ -81,7 +119,8 @@ def delta_of(deltas: Deltas, method: str = "", config: Mapping[str, Any] | None 
 
 
 def save_delta(folder: PathLike, delta: Delta) -> None:
-    """Writes `delta.safetensors` (the change and its members, one whole file) and `neurons.safetensors` (the set, for other verbs).
+    """Writes `delta.safetensors` (the change and its members, one whole file) and `neurons.safetensors` (the
+    set, for other verbs).
 
     Raises:
         RunError: the folder cannot be written; what was there before is whole.
@@ -89,10 +128,15 @@ def save_delta(folder: PathLike, delta: Delta) -> None:
     Source: the files of this package; safetensors, float32.
     """
     arrays = {_TENSOR + key: tensor.detach().to("cpu").contiguous() for key, tensor in delta.tensors.items()}
-    arrays = {key: tensor if tensor.dtype == torch.float64 else tensor.float() for key, tensor in arrays.items()}
+    arrays = {
+        key: tensor if tensor.dtype == torch.float64 else tensor.float() for key, tensor in arrays.items()
+    }
     arrays |= {_MEMBERS + key: torch.from_numpy(members.copy()) for key, members in delta.neurons.items()}
     metadata = header(replace(delta.provenance, kind="delta"), delta.neurons.table)
-    write_bytes(Path(folder) / DELTA_FILE, ordered_header(safetensors.torch.save(arrays, metadata={**metadata, "base": delta.base})))
+    write_bytes(
+        Path(folder) / DELTA_FILE,
+        ordered_header(safetensors.torch.save(arrays, metadata={**metadata, "base": delta.base})),
+    )
     delta.neurons.save(Path(folder) / FILE_NAME)
 
 
@@ -106,19 +150,33 @@ def load_delta(folder: PathLike) -> Delta:
     """
     path = Path(folder) / DELTA_FILE if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
-        raise NeuronError(f"no file {str(path)!r}; expected the {DELTA_FILE} that tuning wrote: check the path")
+        raise NeuronError(
+            f"no file {str(path)!r}; expected the {DELTA_FILE} that tuning wrote: check the path"
+        )
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:120]}); expected a whole safetensors file: copy it again") from error
+        raise NeuronError(
+            f"cannot read {str(path)!r} ({str(error)[:120]}); expected a whole safetensors file: copy it "
+            "again"
+        ) from error
     provenance = Provenance.from_metadata(metadata, "delta")
-    members = {name.removeprefix(_MEMBERS): array.numpy() for name, array in arrays.items() if name.startswith(_MEMBERS)}
-    tensors = {name.removeprefix(_TENSOR): array for name, array in arrays.items() if name.startswith(_TENSOR)}
+    members = {
+        name.removeprefix(_MEMBERS): array.numpy()
+        for name, array in arrays.items()
+        if name.startswith(_MEMBERS)
+    }
+    tensors = {
+        name.removeprefix(_TENSOR): array for name, array in arrays.items() if name.startswith(_TENSOR)
+    }
     neurons = NeuronSet(members, stored_table(metadata, provenance), replace(provenance, kind="neurons"))
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise NumericalError(f"{str(path)!r} holds NaN or infinity, finite numbers were expected; tune again with a lower learning rate")
+        raise NumericalError(
+            f"{str(path)!r} holds NaN or infinity, finite numbers were expected; tune again with a lower "
+            "learning rate"
+        )
     return Delta(neurons, tensors, replace(provenance, kind="neurons"), metadata.get("base", ""))
 
 
@@ -126,7 +184,8 @@ def load_delta(folder: PathLike) -> Delta:
 
 
 def apply_delta(model: LanguageModel, delta: Delta, *, any_base: bool = False) -> None:
-    """Adds the change to the weights of the model, in place: summed in float32 (or wider), rounded once to the weight's type.
+    """Adds the change to the weights of the model, in place: summed in float32 (or wider), rounded once to
+    the weight's type.
 
     Args:
         model: without adapters and unquantised.
@@ -134,8 +193,9 @@ def apply_delta(model: LanguageModel, delta: Delta, *, any_base: bool = False) -
         any_base: also where the weights are not those that the change was trained on.
 
     Raises:
-        ForeignModelError: another architecture. MismatchError: the same with other weights.
-        UsageError: deltas are attached, or adapters are on the model. UnsupportedModelError: quantised or off-loaded weights.
+        ForeignModelError: another architecture. MismatchError: the same with other weights. UsageError:
+        deltas are attached, or adapters are on the model. UnsupportedModelError: quantised or off-loaded
+        weights.
 
     Source: Zhao et al., ICLR 2025, section 4: tuned weights are ordinary weights.
     """
@@ -169,7 +229,8 @@ def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
         delta: the change.
         dtype: of the weights to be saved.
 
-    Source: the rounding of small updates, which the published training (learning rate 2e-6, bfloat16) runs into.
+    Source: the rounding of small updates, which the published training (learning rate 2e-6, bfloat16) runs
+    into.
     """
     changed = survived = 0
     with torch.no_grad():
@@ -186,7 +247,8 @@ def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
 
 
 def base_hash(model: LanguageModel, neurons: NeuronSet) -> str:
-    """Hash of the set's own rows and columns, as bfloat16, so that a copy of the same weights in another type has the same.
+    """Hash of the set's own rows and columns, as bfloat16, so that a copy of the same weights in another type
+    has the same.
 
     Empty where the weights cannot be read (off-loaded, or quantised in an unknown way).
 
@@ -207,10 +269,11 @@ def base_hash(model: LanguageModel, neurons: NeuronSet) -> str:
 
 
 def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
-    """Hash of every bit of the model outside the set: all parameters and stored buffers, without the set's rows and columns.
+    """Hash of every bit of the model outside the set: all parameters and stored buffers, without the set's
+    rows and columns.
 
-    Biases are outside. Attached deltas are not part of it, and their wrappers do not change it. Equal before and after means that nothing
-    else moved.
+    Biases are outside. Attached deltas are not part of it, and their wrappers do not change it. Equal before
+    and after means that nothing else moved.
 
     Source: the check that users of masked training asked for (is the rest really unchanged?).
     """
@@ -219,7 +282,10 @@ def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
         holes.setdefault(id(getattr(entries.holder, entries.name)), []).append(entries.where)
     digest = hashlib.sha256()
     trained = {
-        id(parameter) for module in model.model.modules() if isinstance(module, NeuronDelta) for parameter in module.deltas().values()
+        id(parameter)
+        for module in model.model.modules()
+        if isinstance(module, NeuronDelta)
+        for parameter in module.deltas().values()
     }
     for name, tensor in _state(model.model):
         if id(tensor) in trained:
@@ -242,7 +308,9 @@ def _state(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _feed(digest: Any, values: Tensor) -> None:
     if values.is_meta:
-        raise UnsupportedModelError("a weight is off-loaded, weights in memory were expected; load the model without off-loading")
+        raise UnsupportedModelError(
+            "a weight is off-loaded, weights in memory were expected; load the model without off-loading"
+        )
     plain = values.detach().to("cpu").contiguous().flatten()
     digest.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
 
@@ -257,8 +325,8 @@ def _writable(model: LanguageModel, neurons: NeuronSet) -> list[Entries]:
     missing = [key for key in neurons.keys() if key not in {entries.key for entries in writable}]  # noqa: SIM118 - iterates over neurons
     if missing:
         raise UnsupportedModelError(
-            f"{missing[0]}: quantised weights cannot take up a change exactly, plain ones were expected; export a LoRA (export_lora), "
-            "or load the model unquantised"
+            f"{missing[0]}: quantised weights cannot take up a change exactly, plain ones were expected; "
+            "export a LoRA (export_lora), or load the model unquantised"
         )
     for entries in writable:
         entries.tensor  # noqa: B018 - raises where the tensor is not a whole one in memory
@@ -279,7 +347,10 @@ def _check_fits(model: LanguageModel, delta: Delta, any_base: bool) -> None:
         n, length = len(members), model.table[key].weights_per_neuron
         wanted = (n, length) if _side(key) == "output" else (length, n)
         if tuple(delta.tensors[key].shape) != wanted:
-            raise NeuronError(f"{key}: a delta {list(delta.tensors[key].shape)} arrived, {list(wanted)} was expected for this model")
+            raise NeuronError(
+                f"{key}: a delta {list(delta.tensors[key].shape)} arrived, {list(wanted)} was expected "
+                "for this model"
+            )
     if not any_base:
         check_base(model, delta)
 
@@ -294,8 +365,8 @@ def check_base(model: LanguageModel, delta: Delta) -> None:
     """
     if delta.base and (actual := base_hash(model, delta.neurons)) != delta.base:
         raise MismatchError(
-            f"the change was trained on other weights of this architecture (hash {delta.base[:12]}, here {actual[:12]}); "
-            "use the base it was trained on, or pass any_base=True"
+            f"the change was trained on other weights of this architecture (hash {delta.base[:12]}, here "
+            f"{actual[:12]}); use the base it was trained on, or pass any_base=True"
         )
 
 
@@ -306,7 +377,10 @@ def check_plain(model: LanguageModel) -> None:
     """
     refuse_attached(model)
     if is_adapted(model.model):
-        raise UsageError(f"{model.name} has adapters, plain weights were expected; merge them first (--merge-adapters, or merged_base())")
+        raise UsageError(
+            f"{model.name} has adapters, plain weights were expected; merge them first "
+            "(--merge-adapters, or merged_base())"
+        )
 
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -321,7 +395,8 @@ class Exported:
         folder: where.
         base: the model that an adapter belongs to; empty for a merged checkpoint.
         rank: the largest rank of an adapter; 0 for a merged checkpoint.
-        survived: share of the changed weights that are other numbers than before in the saved type; None for an adapter.
+        survived: share of the changed weights that are other numbers than before in the saved type; None for
+            an adapter.
         notes: what has to be said.
     """
 
@@ -332,11 +407,14 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: bool = False, any_base: bool = False) -> Exported:
+def export_lora(
+    folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: bool = False, any_base: bool = False
+) -> Exported:
     """Writes the change as an ordinary PEFT LoRA folder, which PEFT, TRL, lm-eval and vLLM load.
 
-    Every projection has the rank of its trained rows or columns. Merging it (`merge_and_unload()`, the sum rounded once) gives the weights
-    of `apply_delta`, bit for bit. A model with adapters is merged first, into `folder/base`, and the LoRA belongs to that.
+    Every projection has the rank of its trained rows or columns. Merging it (`merge_and_unload()`, the sum
+    rounded once) gives the weights of `apply_delta`, bit for bit. A model with adapters is merged first, into
+    `folder/base`, and the LoRA belongs to that.
 
     Args:
         folder: to write; files in it of the same names are replaced.
@@ -346,8 +424,9 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
         any_base: also where the weights are not those that the change was trained on.
 
     Raises:
-        UnsupportedModelError: the set has routed experts, or more rows of a projection than vLLM allows; export it merged.
-        UsageError: deltas are attached. MismatchError: another base. RunError: the folder cannot be written; an earlier adapter is whole.
+        UnsupportedModelError: the set has routed experts, or more rows of a projection than vLLM allows;
+        export it merged. UsageError: deltas are attached. MismatchError: another base. RunError: the folder
+        cannot be written; an earlier adapter is whole.
 
     Source: Hu et al., ICLR 2022 (LoRA), section 4.1, W + BA, with one factor a selection of rows or columns.
     Differs: that factor is frozen one-hot, so the product is exact.
@@ -371,17 +450,29 @@ def export_lora(folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: b
         ranks = dict.fromkeys(ranks, rank)
     weights = {}
     for name, (down, up) in factors.items():
-        weights[f"base_model.model.{name}.lora_A.weight"], weights[f"base_model.model.{name}.lora_B.weight"] = down, up
+        (
+            weights[f"base_model.model.{name}.lora_A.weight"],
+            weights[f"base_model.model.{name}.lora_B.weight"],
+        ) = down, up
     settings = _config(model, delta, ranks, rank, base)
-    write_bytes(target / "adapter_model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))  # large: fails first
+    write_bytes(
+        target / "adapter_model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"})
+    )  # large: fails first
     write_json(target / "adapter_config.json", settings)
     return Exported(target, base, rank, None, notes)
 
 
 def export_merged(
-    folder: PathLike, model: LanguageModel, delta: Delta, *, dtype: torch.dtype | None = None, any_base: bool = False
+    folder: PathLike,
+    model: LanguageModel,
+    delta: Delta,
+    *,
+    dtype: torch.dtype | None = None,
+    any_base: bool = False,
 ) -> Exported:
-    """Writes the tuned model as an ordinary checkpoint (safetensors, configuration, tokenizer); the model in memory stays as it is.
+    """Writes the tuned model as an ordinary checkpoint (safetensors, configuration, tokenizer).
+
+    The model in memory stays as it is.
 
     Args:
         folder: to write; it appears whole, what was there before is replaced at the end.
@@ -391,7 +482,8 @@ def export_merged(
         any_base: also where the weights are not those that the change was trained on.
 
     Raises:
-        UnsupportedModelError: quantised or off-loaded weights. MismatchError: another base. RunError: the folder cannot be written.
+        UnsupportedModelError: quantised or off-loaded weights. MismatchError: another base. RunError: the
+        folder cannot be written.
 
     Source: Zhao et al., ICLR 2025, section 4: a tuned model is an ordinary checkpoint.
     """
@@ -403,14 +495,19 @@ def export_merged(
         model, any_base = merged_base(model), True
         notes.append("the model's adapters were merged into its weights first")
     survived = survival(model, delta, dtype or model.dtype)
-    notes.append(f"{100 * survived:.4g} % of the changed weights survive the cast to {str(dtype or model.dtype).removeprefix('torch.')}")
+    notes.append(
+        f"{100 * survived:.4g} % of the changed weights survive the cast to "
+        f"{str(dtype or model.dtype).removeprefix('torch.')}"
+    )
     with applied(model, delta, any_base=any_base):
         save_checkpoint(Path(folder), model, dtype)
     return Exported(Path(folder), "", 0, survived, notes)
 
 
 def merged_base(model: LanguageModel) -> LanguageModel:
-    """A copy of a model with the adapters of this view merged into its weights; the model itself is left alone.
+    """A copy of a model with the adapters of this view merged into its weights.
+
+    The model itself is left alone.
 
     Raises:
         UnsupportedModelError: quantised weights, which cannot take up an adapter exactly.
@@ -420,12 +517,15 @@ def merged_base(model: LanguageModel) -> LanguageModel:
     """
     if any(place.projection.quantised for place in model.anatomy.places.values()):
         raise UnsupportedModelError(
-            f"{model.name} is quantised, plain weights were expected: its adapters cannot be merged exactly; load it unquantised"
+            f"{model.name} is quantised, plain weights were expected: its adapters cannot be merged "
+            "exactly; load it unquantised"
         )
     adapted: Any = copy.deepcopy(model.model)
     if model.adapters is not None:
         activate(adapted, model.adapters)
-    other = LanguageModel(merged(adapted, f"{model.name}: its adapter"), model.tokenizer, name=model.name, folder=model.folder)
+    other = LanguageModel(
+        merged(adapted, f"{model.name}: its adapter"), model.tokenizer, name=model.name, folder=model.folder
+    )
     other.template = model.template
     return other
 
@@ -438,7 +538,8 @@ def _factors(model: LanguageModel, delta: Delta) -> dict[str, tuple[Tensor, Tens
     for key, _ in delta.neurons.items():
         if parse_key(key).expert is not None:
             raise UnsupportedModelError(
-                f"{key} is a routed expert, whose weights no LoRA module holds, neurons of dense sites were expected; export it merged"
+                f"{key} is a routed expert, whose weights no LoRA module holds, neurons of dense sites "
+                "were expected; export it merged"
             )
         place = model.anatomy.place(key)
         by_module.setdefault(place.module_name, []).append(place)
@@ -467,16 +568,21 @@ def _allowed(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise UnsupportedModelError(
-        f"a projection has {rank} trained rows or columns, vLLM's largest rank is {VLLM_RANKS[-1]}; export a merged checkpoint instead"
+        f"a projection has {rank} trained rows or columns, vLLM's largest rank is {VLLM_RANKS[-1]}; "
+        "export a merged checkpoint instead"
     )
 
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - down.shape[0]
-    return torch.cat([down, down.new_zeros(missing, down.shape[1])]), torch.cat([up, up.new_zeros(up.shape[0], missing)], 1)
+    return torch.cat([down, down.new_zeros(missing, down.shape[1])]), torch.cat(
+        [up, up.new_zeros(up.shape[0], missing)], 1
+    )
 
 
-def _config(model: LanguageModel, delta: Delta, ranks: dict[str, int], rank: int, base: str) -> dict[str, Any]:
+def _config(
+    model: LanguageModel, delta: Delta, ranks: dict[str, int], rank: int, base: str
+) -> dict[str, Any]:
     import peft
 
     others = {name: value for name, value in ranks.items() if value != rank}
@@ -499,7 +605,8 @@ def _config(model: LanguageModel, delta: Delta, ranks: dict[str, int], rank: int
 
 
 def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
-    """Writes a whole model as an ordinary checkpoint, with its tokenizer and whatever else the folder it came from holds.
+    """Writes a whole model as an ordinary checkpoint, with its tokenizer and whatever else the folder it came
+    from holds.
 
     Args:
         folder: to write; it appears whole, what was there before is replaced at the end.
@@ -516,12 +623,17 @@ def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | Non
         inner = model.inner
         state = inner.state_dict()
         if dtype is not None:
-            state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+            state = {
+                name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()
+            }
         inner.save_pretrained(partial, state_dict=state)
         if dtype is not None:
             config = read_json(partial / "config.json", constants=True)
             name = str(dtype).removeprefix("torch.")
-            write_json(partial / "config.json", {**config, **{key: name for key in ("dtype", "torch_dtype") if key in config}})
+            write_json(
+                partial / "config.json",
+                {**config, **{key: name for key in ("dtype", "torch_dtype") if key in config}},
+            )
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         copy_companions(model, partial)
@@ -529,18 +641,42 @@ def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | Non
 
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one that takes its place at the end; after an exception, what was there before is as it was."""
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
-        raise RunError(f"{str(folder)!r} holds other things than a checkpoint, which would be replaced; choose an empty folder")
+    """A folder beside the wanted one that takes its place at the end.
+
+    After an exception, what was there before is as it was.
+    """
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+    ):
+        raise RunError(
+            f"{str(folder)!r} holds other things than a checkpoint, which would be replaced; choose an "
+            "empty folder"
+        )
     try:
         with whole_folder(folder) as partial:
             yield partial
     except SafetensorError as error:  # an error of its own for a full disk
-        raise RunError(f"cannot write {str(folder)!r} ({str(error)[:120]}); choose a writable place with free space") from error
+        raise RunError(
+            f"cannot write {str(folder)!r} ({str(error)[:120]}); choose a writable place with free space"
+        ) from error
 
 
 WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".npz", ".npy"),
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".gguf",
+        ".ggml",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+        ".npy",
+    ),
     *(".tflite", ".ot"),
 )
 """Endings of files that hold weights or states of a training."""
@@ -553,8 +689,9 @@ ASIDE = ("__pycache__", "prompts", "runs", "checkpoints")
 def copy_companions(model: LanguageModel, target: Path) -> list[str]:
     """Copy what the folder of a model holds beside weights; nothing that is in the target is overwritten.
 
-    Left out are weights and their indices, hidden files and folders (`.git`, caches), folders of runs, and links that lead out of the
-    folder; a snapshot of the hub's cache, whose files are all links to its own blobs, is followed.
+    Left out are weights and their indices, hidden files and folders (`.git`, caches), folders of runs, and
+    links that lead out of the folder; a snapshot of the hub's cache, whose files are all links to its own
+    blobs, is followed.
 
     Args:
         model: as it was loaded; of one made in memory nothing is copied.
@@ -566,7 +703,8 @@ def copy_companions(model: LanguageModel, target: Path) -> list[str]:
     Raises:
         RunError: a file cannot be copied.
 
-    Source: none; `save_pretrained` writes what transformers knows of, and processors, templates and code of a checkpoint are not among it.
+    Source: none; `save_pretrained` writes what transformers knows of, and processors, templates and code of a
+    checkpoint are not among it.
     """
     named = str(getattr(model.config, "_name_or_path", "") or "")
     source = Path(named) if named and Path(named).is_dir() else model.folder
@@ -582,7 +720,10 @@ def copy_companions(model: LanguageModel, target: Path) -> list[str]:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
         except OSError as error:
-            raise RunError(f"cannot copy {str(path)!r} ({error.strerror or error}); choose a writable place with free space") from error
+            raise RunError(
+                f"cannot copy {str(path)!r} ({error.strerror or error}); choose a writable place with "
+                "free space"
+            ) from error
         copied.append(str(name))
     return copied
 
@@ -592,8 +733,14 @@ def _beside_weights(source: Path, target: Path) -> Iterator[Path]:
     blobs = within.parent.parent / "blobs" if within.parent.name == "snapshots" else None
     for folder, folders, files in os.walk(source):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ASIDE and not _is(here / name, target))
-        folders[:] = [name for name in folders if not (here / name).is_symlink() and not _is_model(here / name)]
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name not in ASIDE and not _is(here / name, target)
+        )
+        folders[:] = [
+            name for name in folders if not (here / name).is_symlink() and not _is_model(here / name)
+        ]
         for name in sorted(files):
             real = (here / name).resolve()
             if name.startswith(".") or name.lower().endswith((*WEIGHTS, INDEX)) or not real.is_file():
@@ -603,7 +750,9 @@ def _beside_weights(source: Path, target: Path) -> Iterator[Path]:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder inside is a model or an adapter of its own (another stage, a checkpoint of the training)."""
+    """Whether a folder inside is a model or an adapter of its own (another stage, a checkpoint of the
+    training).
+    """
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 

@@ -1,4 +1,6 @@
-"""Tuning data: questions with answers as token ids, loss on the answer alone, the end of the turn taught, harmless examples mixed in."""
+"""Tuning data: questions with answers as token ids, loss on the answer alone, the end of the turn taught,
+harmless examples mixed in.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -60,12 +62,14 @@ def tuning_examples(
 ) -> list[Example]:
     """Examples of the prompts that have an answer.
 
-    The question is encoded exactly as it is when the model is asked it (`model.encode`), the answer is what follows it, and what ends it
-    is what the template writes there, up to the first id that stops generation; where the template writes no such id the tokenizer's EOS
-    is taught. A model without chat template gets `Question: …` and, on the next line, `Answer: …`.
+    The question is encoded exactly as it is when the model is asked it (`model.encode`), the answer is what
+    follows it, and what ends it is what the template writes there, up to the first id that stops generation;
+    where the template writes no such id the tokenizer's EOS is taught. A model without chat template gets
+    `Question: …` and, on the next line, `Answer: …`.
 
     Args:
-        prompts: prompts whose `answer` is set; an answer that was cut (`meta["open_end"]`) is learnt without an end.
+        prompts: prompts whose `answer` is set; an answer that was cut (`meta["open_end"]`) is learnt without
+            an end.
         model: the model with its tokenizer and template.
         kind: what the prompts are.
         max_length: tokens of an example; a longer question loses its middle, a longer answer its end.
@@ -78,24 +82,33 @@ def tuning_examples(
         InputError: no prompt has an answer.
         UsageError: a length without room for question and answer.
 
-    Source: Zhao et al., ICLR 2025, section 4.1 (question and refusal as training text).
-    Differs: loss on the answer alone, the model's own template, the end of the answer taught (the public code trains on all tokens of
-    "question. answer" and masks the end, because padding and end are one id there).
+    Source: Zhao et al., ICLR 2025, section 4.1 (question and refusal as training text). Differs: loss on the
+    answer alone, the model's own template, the end of the answer taught (the public code trains on all tokens
+    of "question. answer" and masks the end, because padding and end are one id there).
     """
     if max_length < 8:
-        raise UsageError(f"max_length {max_length}: expected at least 8 tokens, for a question and its answer")
+        raise UsageError(
+            f"max_length {max_length}: expected at least 8 tokens, for a question and its answer"
+        )
     limit = min(max_length, model.max_length or max_length)
     answered = [prompt for prompt in prompts if prompt.answer and prompt.answer.strip()]
     if not answered:
         raise InputError(
-            f"{prompts.name}: none of {len(prompts)} records has an answer to learn; expected a column response, output, answer, "
-            "completion, target or chosen, or messages that end with the assistant's turn; name one with --answer-column"
+            f"{prompts.name}: none of {len(prompts)} records has an answer to learn; expected a column "
+            "response, output, answer, completion, target or chosen, or messages that end with the "
+            "assistant's turn; name one with --answer-column"
         )
     examples = [_example(prompt, model, kind, limit) for prompt in answered]
     if notes is not None:
         without, cut = len(prompts) - len(answered), sum(example.truncated for example in examples)
-        notes += [f"{without} of {len(prompts)} records of {prompts.name} have no answer and are left out"] if without else []
-        notes += [f"{cut} of {len(examples)} examples of {prompts.name} were cut to {limit} tokens"] if cut else []
+        notes += (
+            [f"{without} of {len(prompts)} records of {prompts.name} have no answer and are left out"]
+            if without
+            else []
+        )
+        notes += (
+            [f"{cut} of {len(examples)} examples of {prompts.name} were cut to {limit} tokens"] if cut else []
+        )
     return examples
 
 
@@ -103,7 +116,9 @@ def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Ex
     tokenizer = require_tokenizer(model.tokenizer)
     answer = prompt.answer or ""
     asked, behind, end = model.template.answered(tokenizer, prompt, answer)
-    question = model.encode([prompt])[0].ids  # with its middle left out where it alone is longer than the context
+    question = model.encode([prompt])[
+        0
+    ].ids  # with its middle left out where it alone is longer than the context
     together = encode_text(tokenizer, asked + behind, templated=True)
     with untouched(tokenizer):
         if together[: len(question)] == question and len(together) > len(question):
@@ -117,7 +132,14 @@ def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Ex
     if too_long:
         question = middle_out(question, limit - len(answer_ids))
     whole = len(answer_ids) == len(ids) + len(closing)
-    return Example(prompt.id, (*question, *answer_ids), len(question), kind, bool(closing) and whole, too_long or not whole)
+    return Example(
+        prompt.id,
+        (*question, *answer_ids),
+        len(question),
+        kind,
+        bool(closing) and whole,
+        too_long or not whole,
+    )
 
 
 def end_ids(model: LanguageModel, written: Sequence[int]) -> list[int]:
@@ -128,8 +150,8 @@ def end_ids(model: LanguageModel, written: Sequence[int]) -> list[int]:
         written: ids that the template writes behind an answer.
 
     Returns:
-        The written ids up to the first that stops generation; else special ones among them followed by the EOS. Empty for a model that
-        has no end of sequence.
+        The written ids up to the first that stops generation; else special ones among them followed by the
+        EOS. Empty for a model that has no end of sequence.
 
     Source: none; the ends of answers are this project's own rule.
     """
@@ -151,9 +173,11 @@ def with_own_answers(
     notes: list[str] | None = None,
     **completing: Any,
 ) -> Prompts:
-    """The prompts with answers: their own, or where they have none the model's greedy completions as it is now.
+    """The prompts with answers: their own, or where they have none the model's greedy completions as it is
+    now.
 
-    Trained on next to refusals, the model's own answers hold it where it was; they are no better than the model.
+    Trained on next to refusals, the model's own answers hold it where it was; they are no better than the
+    model.
 
     Args:
         prompts: harmless requests.
@@ -168,7 +192,11 @@ def with_own_answers(
 
     Source: none; a common way to hold a model's behaviour while something else is trained.
     """
-    unanswered = Prompts([prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())], prompts.name, prompts.notes)
+    unanswered = Prompts(
+        [prompt for prompt in prompts if not (prompt.answer and prompt.answer.strip())],
+        prompts.name,
+        prompts.notes,
+    )
     if not len(unanswered):
         return prompts
     completions = model.complete(unanswered, max_new_tokens=max_new_tokens, notes=notes, **completing)
@@ -176,11 +204,17 @@ def with_own_answers(
     if keep is not None:
         wanted = [use and chosen for use, chosen in zip(wanted, keep(completions), strict=True)]
     own = {item.prompt_id: item for item, use in zip(completions, wanted, strict=True) if use}
-    answered = [prompt if prompt.answer and prompt.answer.strip() else _with_answer(prompt, own.get(prompt.id)) for prompt in prompts]
+    answered = [
+        prompt if prompt.answer and prompt.answer.strip() else _with_answer(prompt, own.get(prompt.id))
+        for prompt in prompts
+    ]
     if notes is not None:
         dropped = len(unanswered) - len(own)
         notes.append(
-            f"{prompts.name} has no answers: the model's own greedy answers before tuning are learnt for {len(own)} of its prompts"
+            (
+                f"{prompts.name} has no answers: the model's own greedy answers before tuning are learnt for "
+                f"{len(own)} of its prompts"
+            )
             + (f"; {dropped} are left out because it refuses or says nothing there" if dropped else "")
         )
     return Prompts([prompt for prompt in answered if prompt is not None], prompts.name, prompts.notes)
@@ -193,7 +227,9 @@ def _with_answer(prompt: Prompt, completion: Completion | None) -> Prompt | None
     return dataclasses.replace(prompt, answer=completion.completion, meta=meta)
 
 
-def mix(harmful: Sequence[Example], harmless: Sequence[Example], share: float, seed: int = 0) -> list[Example]:
+def mix(
+    harmful: Sequence[Example], harmless: Sequence[Example], share: float, seed: int = 0
+) -> list[Example]:
     """Harmful examples with harmless ones among them.
 
     Args:
@@ -213,12 +249,18 @@ def mix(harmful: Sequence[Example], harmless: Sequence[Example], share: float, s
     if not share >= 0:
         raise UsageError(f"mix {share}: expected 0 or more harmless examples for each harmful one")
     wanted = min(len(harmless), round(share * len(harmful)))
-    drawn = np.random.default_rng([seed, 1]).choice(len(harmless), wanted, replace=False) if wanted else np.zeros(0, np.int64)
+    drawn = (
+        np.random.default_rng([seed, 1]).choice(len(harmless), wanted, replace=False)
+        if wanted
+        else np.zeros(0, np.int64)
+    )
     return [*harmful, *(harmless[index] for index in np.sort(drawn))]
 
 
 def split(prompts: Prompts, share: float, most: int, seed: int) -> tuple[Prompts, Prompts]:
-    """What is learnt, and a part held out of it: this share of the prompts, at most so many; prompts of equal text stay together.
+    """What is learnt, and a part held out of it: this share of the prompts, at most so many.
+
+    Prompts of equal text stay together.
 
     Source: none; an ordinary split.
     """
@@ -232,7 +274,8 @@ def split(prompts: Prompts, share: float, most: int, seed: int) -> tuple[Prompts
 
 
 def label_rows(batch: Batch, starts: Sequence[int]) -> tuple[Int[Tensor, " answer"], Int[Tensor, " answer"]]:
-    """Flat `batch × token` indices of the positions that predict an answer's tokens, and the ids they are to predict.
+    """Flat `batch × token` indices of the positions that predict an answer's tokens, and the ids they are to
+    predict.
 
     Args:
         batch: right-padded examples.

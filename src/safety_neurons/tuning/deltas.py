@@ -1,8 +1,8 @@
 """Trainable rows and columns beside frozen projections: the only thing that tuning trains.
 
-A delta is a small dense parameter per site: `[n, in]` for the selected rows of `q k v gate up`, `[out, n]` for the selected columns of
-`o down`. The projection itself is called as it is (fused, transposed, quantised, adapted) and never needs a weight gradient; bias entries
-stay frozen.
+A delta is a small dense parameter per site: `[n, in]` for the selected rows of `q k v gate up`, `[out, n]`
+for the selected columns of `o down`. The projection itself is called as it is (fused, transposed, quantised,
+adapted) and never needs a weight gradient; bias entries stay frozen.
 
 | what | in which type |
 |---|---|
@@ -10,12 +10,13 @@ stay frozen.
 | its product with the input, the gradients of both | float32 (float64), autocast or not |
 | the sum with the projection's output | float32 (float64), then one rounding to the type of that output |
 
-So under bfloat16 an update of 1e-6 is kept in the parameter, however small it is beside the weight; the forward pass shows of it what one
-rounding of the sum leaves.
+So under bfloat16 an update of 1e-6 is kept in the parameter, however small it is beside the weight; the
+forward pass shows of it what one rounding of the sum leaves.
 
-Routed experts are slices of three-dimensional parameters, which stay as they are: rows of gate and up act between the projection and the
-gate step, columns of down on what the experts put out, both through the model floor's readers and editors. So every implementation of the
-experts interface that keeps the gate step apart trains them.
+Routed experts are slices of three-dimensional parameters, which stay as they are: rows of gate and up act
+between the projection and the gate step, columns of down on what the experts put out, both through the model
+floor's readers and editors. So every implementation of the experts interface that keeps the gate step apart
+trains them.
 """
 
 import contextlib
@@ -94,7 +95,9 @@ class NeuronDelta(DeltaModule):
         for part in parts:
             n = len(part.positions)
             shape = (n, in_features) if part.side == "output" else (out_features, n)
-            self.register_parameter(f"delta_{part.site}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)))
+            self.register_parameter(
+                f"delta_{part.site}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            )
             self.register_buffer(f"at_{part.site}", part.positions.to(device), persistent=False)
         self.train(base_layer.training)
 
@@ -133,7 +136,10 @@ class NeuronDelta(DeltaModule):
         return y
 
     def added_to(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """A weight `[out, in]` with the deltas added, as a new tensor; the weight itself while the deltas are off."""
+        """A weight `[out, in]` with the deltas added, as a new tensor.
+
+        The weight itself while the deltas are off.
+        """
         if not self.enabled:
             return weight
         for site, side in self.sites.items():
@@ -145,15 +151,23 @@ class NeuronDelta(DeltaModule):
         return ", ".join(f"{site}: {len(self.positions(site))}" for site in self.sites)
 
 
-def add_at(weight: Float[Tensor, "out in"], delta: Tensor, positions: Int[Tensor, " neuron"], side: str) -> Float[Tensor, "out in"]:
-    """A weight with a delta added to its rows (`output`) or columns (`input`): summed in the wider type, rounded once to the weight's."""
+def add_at(
+    weight: Float[Tensor, "out in"], delta: Tensor, positions: Int[Tensor, " neuron"], side: str
+) -> Float[Tensor, "out in"]:
+    """A weight with a delta added to its rows (`output`) or columns (`input`): summed in the wider type,
+    rounded once to the weight's.
+    """
     axis = 0 if side == "output" else 1
     positions = positions.to(weight.device)
     return weight.index_copy(axis, positions, summed(weight.index_select(axis, positions), delta))
 
 
-def summed(weights: Float[Tensor, "one other"], delta: Float[Tensor, "one other"], dtype: torch.dtype | None = None) -> Tensor:
-    """Weights plus their change, in the wider of both types, rounded once to a type (that of the weights by default)."""
+def summed(
+    weights: Float[Tensor, "one other"], delta: Float[Tensor, "one other"], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Weights plus their change, in the wider of both types, rounded once to a type (that of the weights by
+    default).
+    """
     wide = torch.promote_types(weights.dtype, delta.dtype)
     return (weights.to(wide) + delta.to(weights.device, wide)).to(dtype or weights.dtype)
 
@@ -195,7 +209,10 @@ def _full_precision(values: Tensor) -> Iterator[None]:
 
 
 class _AddRows(torch.autograd.Function):
-    """`y` with `x @ delta.T` added to the features at `positions`; of the activations, only `x` is kept, in its own type."""
+    """`y` with `x @ delta.T` added to the features at `positions`.
+
+    Of the activations, only `x` is kept, in its own type.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, delta: Tensor, positions: Tensor) -> Tensor:
@@ -222,7 +239,10 @@ class _AddRows(torch.autograd.Function):
 
 
 class _AddColumns(torch.autograd.Function):
-    """`y` with `x[..., positions] @ delta.T` added; of the activations, only those features of `x` are kept."""
+    """`y` with `x[..., positions] @ delta.T` added.
+
+    Of the activations, only those features of `x` are kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, delta: Tensor, positions: Tensor) -> Tensor:
@@ -232,7 +252,9 @@ class _AddColumns(torch.autograd.Function):
         with _full_precision(x):
             wide = _wide(delta)
             if y.dtype == wide and y.device == chosen.device:
-                added = y.clone(memory_format=torch.contiguous_format)  # never a view: models may add to what they get in place
+                added = y.clone(
+                    memory_format=torch.contiguous_format
+                )  # never a view: models may add to what they get in place
                 added.view(-1, y.shape[-1]).addmm_(flat(chosen).to(wide), delta.to(wide).T)
                 return added
             return (y + (chosen.to(wide) @ delta.to(wide).T).to(y.device)).to(y.dtype)
@@ -290,13 +312,17 @@ class ExpertDeltas(DeltaModule):
         device: of the parameters.
     """
 
-    def __init__(self, hidden: int, parts: Sequence[ExpertPart], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, hidden: int, parts: Sequence[ExpertPart], dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.parts = {f"{part.expert}_{part.site}": part.site for part in parts}
         for name, part in zip(self.parts, parts, strict=True):
             n = len(part.neurons)
             shape = (hidden, n) if part.site == "down" else (n, hidden)
-            self.register_parameter(f"delta_{name}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)))
+            self.register_parameter(
+                f"delta_{name}", nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            )
             self.register_buffer(f"at_{name}", part.neurons.to(device), persistent=False)
 
     def deltas(self) -> dict[str, nn.Parameter]:
@@ -306,7 +332,10 @@ class ExpertDeltas(DeltaModule):
     def of(self, site: str) -> list[tuple[int, nn.Parameter, Tensor]]:
         """Expert, parameter and neurons of every part of a site."""
         names = [name for name, own in self.parts.items() if own == site]
-        return [(int(name.split("_")[0]), self.get_parameter(f"delta_{name}"), self.get_buffer(f"at_{name}")) for name in names]
+        return [
+            (int(name.split("_")[0]), self.get_parameter(f"delta_{name}"), self.get_buffer(f"at_{name}"))
+            for name in names
+        ]
 
 
 @contextlib.contextmanager
@@ -318,7 +347,9 @@ def acting(anatomy: Anatomy, layer: int, deltas: ExpertDeltas) -> Iterator[None]
     key = f"layers.{layer}.experts.*."
     with contextlib.ExitStack() as stack:
         stack.enter_context(around(experts.module, before=call.begin, after=call.end))
-        editors = {key + site: functools.partial(call.edit, site) for site in ("gate", "up") if deltas.of(site)}
+        editors = {
+            key + site: functools.partial(call.edit, site) for site in ("gate", "up") if deltas.of(site)
+        }
         if editors:
             stack.enter_context(editing(anatomy, editors))
         if deltas.of("down"):
@@ -350,7 +381,9 @@ class _Call:
             where = (rows.expert_index == expert).nonzero().flatten()
             added = product(stream.index_select(0, rows.token_index[where]), delta)
             old = values.index_select(0, where).index_select(1, neurons)
-            values = values.index_put((where[:, None], neurons[None]), (old.to(added.dtype) + added).to(values.dtype))
+            values = values.index_put(
+                (where[:, None], neurons[None]), (old.to(added.dtype) + added).to(values.dtype)
+            )
         return values
 
     def read(self, rows: ExpertRows) -> None:
@@ -376,10 +409,12 @@ class _Call:
 
 
 def attach(model: LanguageModel, neurons: NeuronSet) -> "Deltas":
-    """Puts a trainable delta beside every projection that has members of the set, and freezes all other parameters.
+    """Puts a trainable delta beside every projection that has members of the set, and freezes all other
+    parameters.
 
-    The model computes what it did before until the deltas are changed. `model.model` can then be given to any training loop; its parameters
-    that require gradients are the deltas. The adapters of this view of the model are active until `detach`.
+    The model computes what it did before until the deltas are changed. `model.model` can then be given to any
+    training loop; its parameters that require gradients are the deltas. The adapters of this view of the
+    model are active until `detach`.
 
     Args:
         model: plain, quantised or with adapters (the deltas are beside the adapted projection).
@@ -389,14 +424,19 @@ def attach(model: LanguageModel, neurons: NeuronSet) -> "Deltas":
         The deltas, which are also a context manager that detaches them at its end.
 
     Raises:
-        NeuronError: the set is empty or out of range. ForeignModelError: it was found on another architecture.
-        UsageError: the model has deltas already. UnsupportedModelError: a site that cannot be trained.
+        NeuronError: the set is empty or out of range. ForeignModelError: it was found on another
+        architecture. UsageError: the model has deltas already. UnsupportedModelError: a site that cannot be
+        trained.
 
-    Source: Zhao et al., ICLR 2025, section 3 (SN-Tune: only the safety neurons are trained).
-    Differs: the published code keeps every weight trainable and zeroes gradients; here nothing else can move, whatever the optimizer does.
+    Source: Zhao et al., ICLR 2025, section 3 (SN-Tune: only the safety neurons are trained). Differs: the
+    published code keeps every weight trainable and zeroes gradients; here nothing else can move, whatever the
+    optimizer does.
     """
     if not len(neurons):
-        raise NeuronError("0 neurons arrived, at least one was expected: there is nothing to train; select more (--top, --agreement)")
+        raise NeuronError(
+            "0 neurons arrived, at least one was expected: there is nothing to train; select more "
+            "(--top, --agreement)"
+        )
     placed = neurons.on(model.table)
     refuse_attached(model)
     model.anatomy.check(placed.keys())
@@ -420,14 +460,19 @@ class Deltas:
         self._hooks = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             stack.enter_context(model.active())
-            stack.callback(_restore_flags, [(parameter, parameter.requires_grad) for parameter in model.model.parameters()])
+            stack.callback(
+                _restore_flags,
+                [(parameter, parameter.requires_grad) for parameter in model.model.parameters()],
+            )
             for parameter in model.model.parameters():
                 parameter.requires_grad_(False)
             self._wrap_projections(stack)
             self._join_experts(stack)
             if getattr(model.inner, "is_quantized", False):
                 stack.enter_context(_said_to_have_adapters(model.inner))
-            wrappers = {name: module for name, module in self.modules.items() if isinstance(module, NeuronDelta)}
+            wrappers = {
+                name: module for name, module in self.modules.items() if isinstance(module, NeuronDelta)
+            }
             stack.enter_context(_seen_through(model, wrappers))
             stack.callback(lambda: self._hooks.close())
             self._hook_experts()
@@ -454,7 +499,9 @@ class Deltas:
         for key, members in self.neurons.items():
             layer, expert, _, site = parse_key(key)
             if expert is not None:
-                by_layer.setdefault(layer, []).append(ExpertPart(expert, site, torch.from_numpy(members.copy())))
+                by_layer.setdefault(layer, []).append(
+                    ExpertPart(expert, site, torch.from_numpy(members.copy()))
+                )
         for layer, parts in by_layer.items():
             experts = self.model.anatomy.layers[layer].experts
             assert experts is not None
@@ -463,7 +510,10 @@ class Deltas:
             self.modules[f"{experts.module_name}.{CHILD}"] = deltas
             self._experts.append((layer, f"{experts.module_name}.{CHILD}"))
             for part in parts:
-                self._where[experts.key(part.expert, part.site)] = (f"{experts.module_name}.{CHILD}", f"{part.expert}_{part.site}")
+                self._where[experts.key(part.expert, part.site)] = (
+                    f"{experts.module_name}.{CHILD}",
+                    f"{part.expert}_{part.site}",
+                )
             experts.module.add_module(CHILD, deltas)
             stack.callback(delattr, experts.module, CHILD)
 
@@ -476,7 +526,9 @@ class Deltas:
     # The parameters
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameter of every key: `[n, in]` for rows, `[out, n]` for columns, members in the set's order."""
+        """The trainable parameter of every key: `[n, in]` for rows, `[out, n]` for columns, members in the
+        set's order.
+        """
         where = self._where
         return {key: self.modules[where[key][0]].deltas()[where[key][1]] for key, _ in self.neurons.items()}
 
@@ -491,7 +543,10 @@ class Deltas:
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of every delta by key, on the CPU, whole even where it is sharded."""
-        return {key: full(parameter.detach()).to("cpu", copy=True).contiguous() for key, parameter in self.named_parameters().items()}
+        return {
+            key: full(parameter.detach()).to("cpu", copy=True).contiguous()
+            for key, parameter in self.named_parameters().items()
+        }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the deltas to given values.
@@ -502,10 +557,16 @@ class Deltas:
         own = self.named_parameters()
         if own.keys() != tensors.keys():
             odd = sorted(own.keys() ^ tensors.keys())
-            raise NeuronError(f"deltas for {len(tensors)} matrices arrived, {len(own)} of this set were expected (first odd one: {odd[0]})")
+            raise NeuronError(
+                f"deltas for {len(tensors)} matrices arrived, {len(own)} of this set were expected "
+                f"(first odd one: {odd[0]})"
+            )
         for key, parameter in own.items():
             if parameter.shape != tensors[key].shape:
-                raise NeuronError(f"{key}: a delta {list(tensors[key].shape)} arrived, {list(parameter.shape)} was expected for this set")
+                raise NeuronError(
+                    f"{key}: a delta {list(tensors[key].shape)} arrived, {list(parameter.shape)} was "
+                    "expected for this set"
+                )
         with torch.no_grad():
             for key, parameter in own.items():
                 _fill(parameter, tensors[key])
@@ -529,9 +590,11 @@ class Deltas:
                 wrapper.enabled = enabled
 
     def reference(self) -> Any:
-        """The untouched base as a model of its own, for losses that compare with it: `ref_model` of TRL's DPOTrainer.
+        """The untouched base as a model of its own, for losses that compare with it: `ref_model` of TRL's
+        DPOTrainer.
 
-        All parameters and buffers are the model's own, so it costs no memory for weights; the deltas are not in it.
+        All parameters and buffers are the model's own, so it costs no memory for weights; the deltas are not
+        in it.
         """
         model: Any = self.model.model
         own = {id(parameter) for parameter in self.parameters()}
@@ -551,7 +614,9 @@ class Deltas:
         return twin.eval()
 
     def detach(self) -> None:
-        """Takes the deltas off: the original modules are back, and which parameters require gradients is as it was."""
+        """Takes the deltas off: the original modules are back, and which parameters require gradients is as
+        it was.
+        """
         self._stack.close()
 
     def __enter__(self) -> "Deltas":
@@ -568,7 +633,9 @@ def refuse_attached(model: LanguageModel) -> None:
         UsageError: it has some.
     """
     if any(isinstance(module, DeltaModule) for module in model.model.modules()):
-        raise UsageError(f"{model.name} has deltas attached, a model without was expected; detach() them first")
+        raise UsageError(
+            f"{model.name} has deltas attached, a model without was expected; detach() them first"
+        )
 
 
 def positions_of(place: SitePlace, neurons: NeuronSet) -> Int[Tensor, " neuron"]:
@@ -590,14 +657,18 @@ def weight_of(model: LanguageModel, key: str) -> Tensor:
         return experts.weight(parsed.expert, parsed.site)
     place = model.anatomy.place(key)
     if isinstance(place.module, NeuronDelta):
-        place = dataclasses.replace(place, projection=dataclasses.replace(place.projection, module=place.module.base_layer))
+        place = dataclasses.replace(
+            place, projection=dataclasses.replace(place.projection, module=place.module.base_layer)
+        )
     return place.weight()
 
 
 def _wrapper(places: list[SitePlace], neurons: NeuronSet) -> NeuronDelta:
     part = places[0].projection
     kind, device = _type_and_device(part.base)
-    parts = [TrainedSite(parse_key(place.key).site, place.side, positions_of(place, neurons)) for place in places]
+    parts = [
+        TrainedSite(parse_key(place.key).site, place.side, positions_of(place, neurons)) for place in places
+    ]
     return NeuronDelta(part.module, part.in_features, part.out_features, parts, kind, device)
 
 
@@ -618,7 +689,9 @@ def _fill(parameter: nn.Parameter, values: Float[Tensor, "one other"]) -> None:
     from torch.distributed.tensor import distribute_tensor
 
     local: Any = parameter
-    parameter.copy_(distribute_tensor(values.to(local.device, local.dtype), local.device_mesh, local.placements))
+    parameter.copy_(
+        distribute_tensor(values.to(local.device, local.dtype), local.device_mesh, local.placements)
+    )
 
 
 def _restore_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -643,7 +716,9 @@ def _said_to_have_adapters(inner: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seen_through(model: LanguageModel, modules: Mapping[str, NeuronDelta]) -> Iterator[None]:
-    """The model's anatomy with the wrappers in place of the projections, so that readers and editors see what the deltas do."""
+    """The model's anatomy with the wrappers in place of the projections, so that readers and editors see what
+    the deltas do.
+    """
     before = model.anatomy
     model.__dict__["anatomy"] = _with_wrappers(before, modules)
     try:
@@ -656,12 +731,18 @@ def _with_wrappers(anatomy: Anatomy, modules: Mapping[str, NeuronDelta]) -> Anat
     def changed(place: SitePlace) -> SitePlace:
         if place.module_name not in modules:
             return place
-        return dataclasses.replace(place, projection=dataclasses.replace(place.projection, module=modules[place.module_name]))
+        return dataclasses.replace(
+            place, projection=dataclasses.replace(place.projection, module=modules[place.module_name])
+        )
 
     def part(old: Any) -> Any:
-        return old and dataclasses.replace(old, places={site: changed(place) for site, place in old.places.items()})
+        return old and dataclasses.replace(
+            old, places={site: changed(place) for site, place in old.places.items()}
+        )
 
     def whole(layer: LayerAnatomy) -> LayerAnatomy:
-        return dataclasses.replace(layer, attention=part(layer.attention), mlp=part(layer.mlp), shared=part(layer.shared))
+        return dataclasses.replace(
+            layer, attention=part(layer.attention), mlp=part(layer.mlp), shared=part(layer.shared)
+        )
 
     return dataclasses.replace(anatomy, layers=tuple(whole(layer) for layer in anatomy.layers))

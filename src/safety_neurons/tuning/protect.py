@@ -1,11 +1,14 @@
-"""Entries of a model's tensors that belong to a set of neurons: kept while someone else's loop trains the model, and put back after it.
+"""Entries of a model's tensors that belong to a set of neurons: kept while someone else's loop trains the
+model, and put back after it.
 
-Full fine-tuning: the set's rows, columns and bias entries get no gradient and are written back after every optimizer step,
-through torch's hooks on optimizers (this is the only file that registers them). Weight decay, momentum, a resumed optimizer
-state or a fused optimizer change nothing about that: what they moved is moved back before the next forward pass.
+Full fine-tuning: the set's rows, columns and bias entries get no gradient and are written back after every
+optimizer step, through torch's hooks on optimizers (this is the only file that registers them). Weight decay,
+momentum, a resumed optimizer state or a fused optimizer change nothing about that: what they moved is moved
+back before the next forward pass.
 
-LoRA: an adapter adds B·A to a weight. Its row i is zero while row i of B is, its column j while column j of A is, whatever
-the other factor holds; so those rows and columns are held at zero. The share is then exactly zero, before and after merging.
+LoRA: an adapter adds B·A to a weight. Its row i is zero while row i of B is, its column j while column j of A
+is, whatever the other factor holds; so those rows and columns are held at zero. The share is then exactly
+zero, before and after merging.
 """
 
 import contextlib
@@ -33,9 +36,10 @@ class Entries:
 
     Attributes:
         key: the site they belong to.
-        kind: `weight` (weights and bias entries of the model), `lora` (a factor whose zeros make the adapter's share zero) or `scale`
-            (of (IA)³).
-        holder: what the tensor is an attribute of; it is looked up at every use, because wrappers replace parameters.
+        kind: `weight` (weights and bias entries of the model), `lora` (a factor whose zeros make the
+            adapter's share zero) or `scale` (of (IA)³).
+        holder: what the tensor is an attribute of; it is looked up at every use, because wrappers replace
+            parameters.
         name: of the attribute.
         where: index of the entries.
         partner: of a LoRA factor the other one, which it is multiplied with.
@@ -61,13 +65,15 @@ class Entries:
         value = self.holder[self.name] if held else getattr(self.holder, self.name)
         if not held and self.name not in self.holder._parameters:
             raise UnsupportedModelError(
-                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight norm, a pruning mask), "
-                "a parameter was expected; take the parametrisation off first"
+                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight "
+                "norm, a pruning mask), a parameter was expected; take the parametrisation off first"
             )
         if type(value).__name__ == "DTensor" or value.is_meta:
             raise UnsupportedModelError(
-                f"{self.key}: its {self.kind} is {'off-loaded' if value.is_meta else 'shared out over processes'}, a tensor in memory was "
-                "expected; load the model without off-loading, on one device or with DDP, or repair() it once saved"
+                f"{self.key}: its {self.kind} is "
+                f"{'off-loaded' if value.is_meta else 'shared out over processes'}, a tensor in memory was "
+                "expected; load the model without off-loading, on one device or with DDP, or repair() it "
+                "once saved"
             )
         return value
 
@@ -88,12 +94,14 @@ class Entries:
 
 
 def entries_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
-    """Every tensor entry that the neurons' parameters are made of, those of all adapters on the model included.
+    """Every tensor entry that the neurons' parameters are made of, those of all adapters on the model
+    included.
 
     Modules are looked up by name, so that adapters put on after the anatomy was made are seen.
 
     Raises:
-        UnsupportedModelError: a site the model refuses, or an adapter whose share of a row or column cannot be told apart.
+        UnsupportedModelError: a site the model refuses, or an adapter whose share of a row or column cannot
+        be told apart.
     """
     model.anatomy.check(neurons.keys())
     for key, members in neurons.items():
@@ -107,11 +115,14 @@ def entries_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
         else:
             place = model.anatomy.places[key]
             part = current_projection(model, key)
-            yield from _of_projection(key, place, part, take(torch.arange(place.features), place.index)[index])
+            yield from _of_projection(
+                key, place, part, take(torch.arange(place.features), place.index)[index]
+            )
 
 
 def weights_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
-    """The neurons' rows and columns in the model's own weights, bias entries and whatever is around a projection aside.
+    """The neurons' rows and columns in the model's own weights, bias entries and whatever is around a
+    projection aside.
 
     Sites of quantised projections, which no plain tensor holds, are left out.
 
@@ -133,27 +144,41 @@ def weights_of(model: LanguageModel, neurons: NeuronSet) -> Iterator[Entries]:
 
 
 def adapted(model: LanguageModel, neurons: NeuronSet) -> tuple[int, ...]:
-    """What says whether adapters were put on or taken off since: the identities of the modules at the set's sites, adapters included."""
+    """What says whether adapters were put on or taken off since: the identities of the modules at the set's
+    sites, adapters included.
+    """
     identities: list[int] = []
     for key in neurons.keys():  # noqa: SIM118 - not a mapping
-        module: Any = _experts_module(model, key) if key not in model.anatomy.places else _module(model, model.anatomy.places[key])
+        module: Any = (
+            _experts_module(model, key)
+            if key not in model.anatomy.places
+            else _module(model, model.anatomy.places[key])
+        )
         while module is not None:
-            identities += [id(module), *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name)]
+            identities += [
+                id(module),
+                *(id(parameter) for name, parameter in module.named_parameters() if "base_layer" not in name),
+            ]
             module = getattr(module, "base_layer", None)
     return tuple(identities)
 
 
 def current_projection(model: LanguageModel, key: str) -> Projection:
-    """The projection of a dense site as it is now, with whatever was wrapped around it since the anatomy was made.
+    """The projection of a dense site as it is now, with whatever was wrapped around it since the anatomy was
+    made.
 
     Raises:
         UnsupportedModelError: another module stands there.
     """
     place = model.anatomy.places[key]
     current = projection(_module(model, place))
-    if current is None or (current.in_features, current.out_features) != (place.projection.in_features, place.projection.out_features):
+    if current is None or (current.in_features, current.out_features) != (
+        place.projection.in_features,
+        place.projection.out_features,
+    ):
         raise UnsupportedModelError(
-            f"{key}: another module stands at {place.module_name!r} now, the projection was expected; load the model anew"
+            f"{key}: another module stands at {place.module_name!r} now, the projection was expected; "
+            "load the model anew"
         )
     return current
 
@@ -163,7 +188,8 @@ def _module(model: LanguageModel, place: SitePlace) -> nn.Module:
 
 
 def _live(model: LanguageModel, key: str, name: str) -> nn.Module:
-    """The module of this name that the model runs: a copy of a whole sub-layer (`modules_to_save`) stands in for what it was made of.
+    """The module of this name that the model runs: a copy of a whole sub-layer (`modules_to_save`) stands in
+    for what it was made of.
 
     Raises:
         UnsupportedModelError: layers were put in or taken out, so that the name means another module.
@@ -171,8 +197,8 @@ def _live(model: LanguageModel, key: str, name: str) -> nn.Module:
     here: Any = model.anatomy.model
     if _n_layers(model) != len(model.anatomy.layers):
         raise UnsupportedModelError(
-            f"{key}: the model has {_n_layers(model)} layers now and had {len(model.anatomy.layers)} (layer replication?); "
-            "load the model anew, then protect it"
+            f"{key}: the model has {_n_layers(model)} layers now and had {len(model.anatomy.layers)} "
+            "(layer replication?); load the model anew, then protect it"
         )
     for part in name.split("."):
         here = _saved(here)
@@ -185,7 +211,9 @@ def _saved(module: Any) -> Any:
     """The copy that is trained in a module's place, where PEFT keeps one."""
     if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
         return module
-    names = [name for name in getattr(module, "active_adapters", None) or [] if name in module.modules_to_save]
+    names = [
+        name for name in getattr(module, "active_adapters", None) or [] if name in module.modules_to_save
+    ]
     return module.modules_to_save[names[0]] if names else module.original_module
 
 
@@ -201,19 +229,21 @@ def _experts_module(model: LanguageModel, key: str) -> nn.Module:
     """The module that holds the experts' parameters.
 
     Raises:
-        UnsupportedModelError: something is wrapped around it (a LoRA through `target_parameters`, a saved copy) whose share of an
-            expert's row or column cannot be told apart.
+        UnsupportedModelError: something is wrapped around it (a LoRA through `target_parameters`, a saved
+            copy) whose share of an expert's row or column cannot be told apart.
     """
     experts = model.anatomy.layers[parse_key(key).layer].experts
     assert experts is not None
     live = _live(model, key, experts.module_name)
     above = [experts.module_name.rsplit(".", cut)[0] for cut in range(experts.module_name.count(".") + 1)]
-    around = [part for part in map(model.anatomy.model.get_submodule, above) if hasattr(part, "adapter_layer_names")]
+    around = [
+        part for part in map(model.anatomy.model.get_submodule, above) if hasattr(part, "adapter_layer_names")
+    ]
     if live is not experts.module or around:
         raise UnsupportedModelError(
-            f"{key}: a {type(around[0] if around else live).__name__} is around the experts (target_parameters, "
-            "modules_to_save), the model's own parameters were expected; leave the experts out of the adapter's targets, or merge the "
-            "adapter and repair() afterwards"
+            f"{key}: a {type(around[0] if around else live).__name__} is around the experts "
+            "(target_parameters, modules_to_save), the model's own parameters were expected; leave the "
+            "experts out of the adapter's targets, or merge the adapter and repair() afterwards"
         )
     return live
 
@@ -232,26 +262,37 @@ def _of_projection(key: str, place: SitePlace, part: Projection, features: Tenso
             yield from _of_adapters(key, current, rows, features)
         elif hasattr(current, "base_layer"):
             raise UnsupportedModelError(
-                f"{key}: a {type(current).__name__} is around its projection, whose share of a neuron cannot be told apart; "
-                "an adapter of PEFT or the projection alone was expected"
+                f"{key}: a {type(current).__name__} is around its projection, whose share of a neuron "
+                "cannot be told apart; an adapter of PEFT or the projection alone was expected"
             )
         current = current.base_layer if hasattr(current, "base_layer") else part.base
 
 
 def _of_weight(key: str, rows: bool, part: Projection, features: Tensor) -> Iterator[Entries]:
     if not part.quantised:
-        yield Entries(key, WEIGHT, part.base, "weight", _along(rows != part.transposed, features), transposed=part.transposed)
+        yield Entries(
+            key,
+            WEIGHT,
+            part.base,
+            "weight",
+            _along(rows != part.transposed, features),
+            transposed=part.transposed,
+        )
 
 
 def _of_adapters(key: str, layer: Any, rows: bool, features: Tensor) -> Iterator[Entries]:
     lora, scales = getattr(layer, "lora_A", {}), getattr(layer, "ia3_l", {})
-    if any(not isinstance(part, nn.Linear) for adapter in lora for part in (lora[adapter], layer.lora_B[adapter])):
-        raise UnsupportedModelError(f"{key}: a {type(layer).__name__} adapter is on it; a plain LoRA or (IA)³ was expected")
+    if any(
+        not isinstance(part, nn.Linear) for adapter in lora for part in (lora[adapter], layer.lora_B[adapter])
+    ):
+        raise UnsupportedModelError(
+            f"{key}: a {type(layer).__name__} adapter is on it; a plain LoRA or (IA)³ was expected"
+        )
     for adapter in lora:
         if adapter in getattr(layer, "lora_variant", {}):
             raise UnsupportedModelError(
-                f"{key}: adapter {adapter!r} is a LoRA variant (DoRA or the like) whose rows cannot be held apart, a plain LoRA was "
-                "expected; train without the variant"
+                f"{key}: adapter {adapter!r} is a LoRA variant (DoRA or the like) whose rows cannot be "
+                "held apart, a plain LoRA was expected; train without the variant"
             )
         first, second = lora[adapter], layer.lora_B[adapter]
         factor, partner = (second, first) if rows else (first, second)
@@ -261,20 +302,39 @@ def _of_adapters(key: str, layer: Any, rows: bool, features: Tensor) -> Iterator
     for adapter in scales:
         if bool(layer.is_feedforward) == rows:
             raise UnsupportedModelError(
-                f"{key}: the (IA)³ adapter {adapter!r} scales the other side of this projection, which changes every neuron of it; "
-                "leave the projection out of the adapter's targets"
+                f"{key}: the (IA)³ adapter {adapter!r} scales the other side of this projection, which "
+                "changes every neuron of it; leave the projection out of the adapter's targets"
             )
         yield Entries(key, SCALE, scales, adapter, _along(rows, features))
-    own = (*(part for adapter in lora for part in (*lora[adapter].parameters(), *layer.lora_B[adapter].parameters())), *scales.values())
-    known = {id(parameter) for parameter in own} | {id(parameter) for parameter in layer.base_layer.parameters()}
+    own = (
+        *(
+            part
+            for adapter in lora
+            for part in (*lora[adapter].parameters(), *layer.lora_B[adapter].parameters())
+        ),
+        *scales.values(),
+    )
+    known = {id(parameter) for parameter in own} | {
+        id(parameter) for parameter in layer.base_layer.parameters()
+    }
     unknown = [name for name, parameter in layer.named_parameters() if id(parameter) not in known]
     if unknown:
-        raise UnsupportedModelError(f"{key}: a {type(layer).__name__} adapter is on it (with {unknown[0]}); LoRA or (IA)³ was expected")
+        raise UnsupportedModelError(
+            f"{key}: a {type(layer).__name__} adapter is on it (with {unknown[0]}); LoRA or (IA)³ was "
+            "expected"
+        )
 
 
 def _of_expert(key: str, experts: ExpertsAnatomy, expert: int, site: str, index: Tensor) -> Iterator[Entries]:
     if site == "down":
-        yield Entries(key, WEIGHT, experts.module, DOWN, (expert, *_along(experts.transposed, index)), transposed=experts.transposed)
+        yield Entries(
+            key,
+            WEIGHT,
+            experts.module,
+            DOWN,
+            (expert, *_along(experts.transposed, index)),
+            transposed=experts.transposed,
+        )
         return
     features = take(torch.arange(2 * experts.width), experts.index[site])[index]
     where = (expert, *_along(not experts.transposed, features))
@@ -295,7 +355,8 @@ class Protection:
     Attributes:
         neurons: the set.
         steps: optimizer steps seen so far.
-        moved_outside: entries that had changed without an optimizer step that could be seen, and were put back at the end.
+        moved_outside: entries that had changed without an optimizer step that could be seen, and were put
+            back at the end.
     """
 
     model: LanguageModel
@@ -324,15 +385,21 @@ class Protection:
     def changed(self) -> int:
         """How many entries of the set differ now from what they are kept at.
 
-        Both are looked at: the tensors that are held, bit for bit, and what the model computes with, adapters, copies and whatever else is
-        around a projection by now counted in. The larger number is told.
+        Both are looked at: the tensors that are held, bit for bit, and what the model computes with,
+        adapters, copies and whatever else is around a projection by now counted in. The larger number is
+        told.
         """
-        held = sum(int((_bits(entries.read()) != _bits(values)).sum()) for entries, values in self._kept.values())
+        held = sum(
+            int((_bits(entries.read()) != _bits(values)).sum()) for entries, values in self._kept.values()
+        )
         return max(held, self._changed_in_effect())
 
     def _changed_in_effect(self) -> int:
         now = effective(self.model, self.neurons)
-        return sum(int((now[place] != values.to(now[place].device)).sum()) for place, values in self._effective.items())
+        return sum(
+            int((now[place] != values.to(now[place].device)).sum())
+            for place, values in self._effective.items()
+        )
 
     def before_step(self, *_: Any) -> None:
         """Keep the gradient of the set out of the optimizer; see adapters that were put on meanwhile."""
@@ -354,15 +421,18 @@ class Protection:
 
 @contextlib.contextmanager
 def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
-    """Train everything but these neurons: inside the context the set stays bit-for-bit as it is, whatever loop trains the model.
+    """Train everything but these neurons: inside the context the set stays bit-for-bit as it is, whatever
+    loop trains the model.
 
-    Works with every optimizer that derives from `torch.optim.Optimizer`, thus with plain loops, Hugging Face's Trainer, TRL and accelerate
-    (gradient accumulation, clipping, mixed precision and DDP included), for full fine-tuning and for LoRA and (IA)³ adapters, put on
-    before or inside the context. Bias entries of the neurons are protected too. The norm that gradients are clipped at still counts the
-    set's own gradient, as the loop computes it before the optimizer is reached.
+    Works with every optimizer that derives from `torch.optim.Optimizer`, thus with plain loops, Hugging
+    Face's Trainer, TRL and accelerate (gradient accumulation, clipping, mixed precision and DDP included),
+    for full fine-tuning and for LoRA and (IA)³ adapters, put on before or inside the context. Bias entries of
+    the neurons are protected too. The norm that gradients are clipped at still counts the set's own gradient,
+    as the loop computes it before the optimizer is reached.
 
     Args:
-        model: the model that is trained; its wrappers (DDP, a PEFT model around it) may be made inside the context.
+        model: the model that is trained; its wrappers (DDP, a PEFT model around it) may be made inside the
+            context.
         neurons: what stays.
 
     Yields:
@@ -372,8 +442,9 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         NeuronError: an empty set, or one of another model.
         MismatchError: a LoRA adapter that has already changed the neurons; `repair` it first.
             At the end: entries of the set that differ and could not be put back.
-        UnsupportedModelError: parameters shared out over processes (FSDP, ZeRO-3), weights computed from other tensors (parametrisations),
-            or an adapter whose share of a neuron cannot be told apart (DoRA, LoRA on the parameters of experts).
+        UnsupportedModelError: parameters shared out over processes (FSDP, ZeRO-3), weights computed from
+            other tensors (parametrisations), or an adapter whose share of a neuron cannot be told apart
+            (DoRA, LoRA on the parameters of experts).
 
     Source: the aim of RSN-Tune (Zhao et al., ICLR 2025): safety that outlives downstream fine-tuning.
     Differs: held by construction, where RSN-Tune chooses neurons that the task is unlikely to move.
@@ -384,7 +455,9 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         protection.start()
         stack.callback(register_optimizer_step_pre_hook(protection.before_step).remove)
         stack.callback(register_optimizer_step_post_hook(protection.after_step).remove)
-        stack.callback(protection.restore)  # also where training fails between an optimizer's step and what follows it
+        stack.callback(
+            protection.restore
+        )  # also where training fails between an optimizer's step and what follows it
         yield protection
         if adapted(model, neurons) != protection._adapted:
             protection.start()
@@ -393,8 +466,9 @@ def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
         left = protection.changed()
         if left:
             raise MismatchError(
-                f"{left} entries of the set differ from what they were and cannot be put back: something that is not held reaches them; "
-                "train without what was added to the model, or repair(model, reference, neurons)"
+                f"{left} entries of the set differ from what they were and cannot be put back: something "
+                "that is not held reaches them; train without what was added to the model, or "
+                "repair(model, reference, neurons)"
             )
 
 
@@ -418,10 +492,11 @@ class Repair:
 
 
 def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -> Repair:
-    """Put the set's rows, columns and bias entries back to what they are in the reference, in the model in memory.
+    """Put the set's rows, columns and bias entries back to what they are in the reference, in the model in
+    memory.
 
-    A LoRA adapter on the model loses its share of the set, so that adapter and base together are the reference there; the reference's own
-    adapters are counted in. Everything outside the set stays as it is.
+    A LoRA adapter on the model loses its share of the set, so that adapter and base together are the
+    reference there; the reference's own adapters are counted in. Everything outside the set stays as it is.
 
     Args:
         model: what was fine-tuned; it is changed.
@@ -439,18 +514,25 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
     _check(model, neurons)
     if reference.fingerprint != model.fingerprint:
         raise MismatchError(
-            f"{model.name} and the reference {reference.name} are of different architectures; expected the model before its fine-tuning"
+            f"{model.name} and the reference {reference.name} are of different architectures; expected "
+            "the model before its fine-tuning"
         )
     with reference.active():
         wanted = effective(reference, neurons)
     mine = list(entries_of(model, neurons))
     weights = [entries for entries in mine if entries.kind == WEIGHT]
     if {entries.key for entries in weights if entries.name != "bias"} != set(neurons.keys()):
-        raise MismatchError(f"{model.name} is quantised and its rows cannot be written; repair the unquantised model, then quantise it")
+        raise MismatchError(
+            f"{model.name} is quantised and its rows cannot be written; repair the unquantised model, "
+            "then quantise it"
+        )
     changed = rounded = total = 0
     shared = _bases(reference, neurons)
     for entries in weights:
-        target, now = wanted[entries.key, "bias" if entries.name.endswith("bias") else "weight"], entries.read()
+        target, now = (
+            wanted[entries.key, "bias" if entries.name.endswith("bias") else "weight"],
+            entries.read(),
+        )
         target = target.T if entries.transposed else target
         values = target.to(now.dtype).to(now.device)
         total += values.numel()
@@ -458,14 +540,23 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
         changed += differs
         rounded += int((values.to(target.dtype).cpu() != target.cpu()).sum())
         if differs and entries.holder in shared:
-            raise MismatchError(f"{entries.key}: model and reference share one base in memory; load the reference by itself")
+            raise MismatchError(
+                f"{entries.key}: model and reference share one base in memory; load the reference by itself"
+            )
         if differs:
             entries.write(values)
-    return Repair(len(neurons), total, changed, sum(_cleared(entries) for entries in mine if entries.kind != WEIGHT), rounded)
+    return Repair(
+        len(neurons),
+        total,
+        changed,
+        sum(_cleared(entries) for entries in mine if entries.kind != WEIGHT),
+        rounded,
+    )
 
 
 def effective(model: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str], Tensor]:
-    """What the model computes with at the neurons, active adapters counted in: rows or columns, and bias entries, by key.
+    """What the model computes with at the neurons, active adapters counted in: rows or columns, and bias
+    entries, by key.
 
     Weights that can be neither read nor trained (quantised ones of other packages) are left out.
     """
@@ -508,16 +599,22 @@ def _cleared(entries: Entries) -> int:
 
 def _check(model: LanguageModel, neurons: NeuronSet) -> None:
     if not len(neurons):
-        raise NeuronError("an empty set was given, expected at least one neuron; find with a larger --top or a smaller --agreement")
+        raise NeuronError(
+            "an empty set was given, expected at least one neuron; find with a larger --top or a smaller "
+            "--agreement"
+        )
     neurons.check(model.table, [model.name])
 
 
 def _check_idle(entries: Entries, values: Tensor) -> None:
-    """A LoRA factor that already acts on the set cannot be held at zero without changing what the model does."""
+    """A LoRA factor that already acts on the set cannot be held at zero without changing what the model
+    does.
+    """
     partner = getattr(entries.partner, "weight", None)
     if bool((values != 0).any()) and (partner is None or bool((partner != 0).any())):
         raise MismatchError(
-            f"{entries.key}: a LoRA adapter has already changed neurons of the set; repair(model, reference, neurons) first, then train on"
+            f"{entries.key}: a LoRA adapter has already changed neurons of the set; repair(model, "
+            "reference, neurons) first, then train on"
         )
 
 

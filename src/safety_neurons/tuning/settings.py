@@ -1,4 +1,7 @@
-"""Options of tuning: how neurons are trained, and what the model is measured on before and after; torch-free."""
+"""Options of tuning: how neurons are trained, and what the model is measured on before and after.
+
+Torch-free.
+"""
 
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,7 +10,9 @@ from safety_neurons.declarations import Between, Declaration, NotNegative, Panel
 from safety_neurons.errors import UsageError
 
 LARGEST = 2e37
-"""Adam's first step is ten times the rate, which no longer fits into float32 above 3e37: the optimizer itself fails there."""
+"""Adam's first step is ten times the rate, which no longer fits into float32 above 3e37: the optimizer itself
+fails there.
+"""
 
 
 def checked_rate(learning_rate: float | str, option: str = "--learning-rate") -> float:
@@ -21,9 +26,14 @@ def checked_rate(learning_rate: float | str, option: str = "--learning-rate") ->
     except (TypeError, ValueError):
         number = -1.0
     if not number > 0:
-        raise UsageError(f"{option} {learning_rate}: expected auto or a number above 0; at 0 no step would change anything")
+        raise UsageError(
+            f"{option} {learning_rate}: expected auto or a number above 0; at 0 no step would change anything"
+        )
     if not number < LARGEST:
-        raise UsageError(f"{option} {learning_rate}: expected auto or a number above 0, below {LARGEST:g}; weights would overflow")
+        raise UsageError(
+            f"{option} {learning_rate}: expected auto or a number above 0, below {LARGEST:g}; weights "
+            "would overflow"
+        )
     return number
 
 

@@ -1,14 +1,16 @@
 """tune: train the rows and columns of a set of neurons on questions and answers, and nothing else.
 
-The loop can be put down after any step and taken up again bit for bit. Every site has a learning rate of its own, from the size of its
-weights, under a schedule in which no step's rate is zero.
+The loop can be put down after any step and taken up again bit for bit. Every site has a learning rate of its
+own, from the size of its weights, under a schedule in which no step's rate is zero.
 
-Adam moves every entry by about the learning rate. Along the direction all entries agree on, a neuron's vector of `d` weights with root mean
-square `s` then gains `rate × √d` where it has `s × √d / √d = s` of its own in a typical direction. With `rate = share × s / √d` one step
-changes what a neuron computes by about that share of its size, whatever the model: 7e-5 on an 8 B model (s 0.015, d 4,096, share 0.3), 5e-3
-on an organism (s 0.1, d 64), which is where people end up by hand on models of these sizes.
+Adam moves every entry by about the learning rate. Along the direction all entries agree on, a neuron's vector
+of `d` weights with root mean square `s` then gains `rate × √d` where it has `s × √d / √d = s` of its own in a
+typical direction. With `rate = share × s / √d` one step changes what a neuron computes by about that share of
+its size, whatever the model: 7e-5 on an 8 B model (s 0.015, d 4,096, share 0.3), 5e-3 on an organism (s 0.1,
+d 64), which is where people end up by hand on models of these sizes.
 
-While training, refusals, over-refusals and divergence on held-out prompts say which state is kept, and whether to go on.
+While training, refusals, over-refusals and divergence on held-out prompts say which state is kept, and
+whether to go on.
 """
 
 import contextlib
@@ -40,7 +42,13 @@ from safety_neurons.tuning.settings import TuningSettings, checked_rate
 
 Refused = Callable[[Completions], Sequence[bool | None]]
 """A judge: whether each completion refuses; None where it cannot be told."""
-GOING_ON, OVER_REFUSAL, DRIFT, SETTLED, FINISHED = "", "harmless prompts are refused", "divergence", "settled", "all steps done"
+GOING_ON, OVER_REFUSAL, DRIFT, SETTLED, FINISHED = (
+    "",
+    "harmless prompts are refused",
+    "divergence",
+    "settled",
+    "all steps done",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +79,23 @@ class Checked:
     @staticmethod
     def of(record: dict[str, Any]) -> "Checked":
         """What `record` wrote."""
-        return Checked(record["step"], Rate(**record["harmful_refused"]), Rate(**record["harmless_refused"]), float(record["divergence"]))
+        return Checked(
+            record["step"],
+            Rate(**record["harmful_refused"]),
+            Rate(**record["harmless_refused"]),
+            float(record["divergence"]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class StopCheck:
     """What is looked at while training, and when it ends.
 
-    A state is sound if it refuses at most `tolerance` more of the harmless prompts than the untouched model, and diverges from it by at
-    most `max_divergence` where that is set. The best state is the sound one that refuses most harmful prompts, the latest of equals;
-    without a sound one, the one that over-refuses least for what it refuses. Training ends when `patience` checks in a row were not
-    sound, or when `settled` checks in a row were sound and refused everything.
+    A state is sound if it refuses at most `tolerance` more of the harmless prompts than the untouched model,
+    and diverges from it by at most `max_divergence` where that is set. The best state is the sound one that
+    refuses most harmful prompts, the latest of equals; without a sound one, the one that over-refuses least
+    for what it refuses. Training ends when `patience` checks in a row were not sound, or when `settled`
+    checks in a row were sound and refused everything.
 
     Attributes:
         harmful: held-out harmful requests.
@@ -92,7 +106,8 @@ class StopCheck:
         tolerance: share of harmless prompts that may be refused beyond what the untouched model refuses.
         max_divergence: nats per token; None for no limit.
         patience: unsound checks in a row that end training.
-        settled: sound checks in a row with everything refused that end training; None goes on to the last step.
+        settled: sound checks in a row with everything refused that end training; None goes on to the last
+            step.
         batch_size: prompts per pass.
     """
 
@@ -110,8 +125,8 @@ class StopCheck:
     def __post_init__(self) -> None:
         if not len(self.harmful) or not len(self.harmless):
             raise InputError(
-                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless held-out prompts: expected at least one of each; "
-                "give more data, or train without a check"
+                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless held-out prompts: expected "
+                "at least one of each; give more data, or train without a check"
             )
 
     def interval(self, steps: int) -> int:
@@ -130,7 +145,11 @@ class StopCheck:
         return Checked(step, harmful, harmless, self._divergence(model, deltas) if step else 0.0)
 
     def _rate(self, model: LanguageModel, prompts: Prompts) -> Rate:
-        return rate(self.refused(model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)))
+        return rate(
+            self.refused(
+                model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+            )
+        )
 
     def _divergence(self, model: LanguageModel, deltas: Deltas) -> float:
         sequences = [encoded.ids for encoded in model.encode(self.harmless)]
@@ -187,7 +206,11 @@ class StopJudge:
         if len(last) == patience and not any(self.sound(each) for each in last):
             return DRIFT if self._drifted(last[-1]) and not self.excess(last[-1]) else OVER_REFUSAL
         calm = self.seen[-settled:] if settled else []
-        if settled and len(calm) == settled and all(self.sound(each) and each.harmful_refused.value == 1.0 for each in calm):
+        if (
+            settled
+            and len(calm) == settled
+            and all(self.sound(each) and each.harmful_refused.value == 1.0 for each in calm)
+        ):
             return SETTLED
         return GOING_ON
 
@@ -307,7 +330,9 @@ class Loop:
         return whole if self.settings.max_steps is None else min(whole, self.settings.max_steps)
 
     def drawn(self, step: int) -> list[int]:
-        """Indices of the examples of a step (from 0): every epoch in an order of its own that follows from the seed."""
+        """Indices of the examples of a step (from 0): every epoch in an order of its own that follows from
+        the seed.
+        """
         size = self.rows * self.settings.accumulate
         epoch, place = divmod(step, math.ceil(len(self.examples) / size))
         order = np.random.default_rng([self.settings.seed, 3, epoch]).permutation(len(self.examples))
@@ -332,8 +357,12 @@ class Loop:
             return self.stopped
         with self.model.running():
             todo = range(self.step, steps)
-            for loss, norm in descend(self.optimizer, self._backward, self._rate, todo, clip=self._clip, subject=self._subject):
-                self.history.append(TrainingStep(self.step + 1, loss, norm, factor(self.step, steps, self.settings.warmup)))
+            for loss, norm in descend(
+                self.optimizer, self._backward, self._rate, todo, clip=self._clip, subject=self._subject
+            ):
+                self.history.append(
+                    TrainingStep(self.step + 1, loss, norm, factor(self.step, steps, self.settings.warmup))
+                )
                 self.step += 1
                 self._tell(loss, None)
                 checked = self.step % every == 0 or self.step == steps
@@ -361,8 +390,10 @@ class Loop:
         if self.judge and self.judge.best and not self.judge.sound(self.judge.best):
             best = self.judge.best
             notes.append(
-                f"no state kept harmless prompts as they were: the one kept refuses {best.harmless_refused.value:.0%} of the held-out "
-                f"ones, {self.judge.before.harmless_refused.value or 0:.0%} before; use more harmless examples (--mix) or a lower rate"  # type: ignore[union-attr]
+                "no state kept harmless prompts as they were: the one kept refuses "
+                f"{best.harmless_refused.value:.0%} of the held-out ones, "
+                f"{self.judge.before.harmless_refused.value or 0:.0%} before; "  # type: ignore[union-attr]
+                "use more harmless examples (--mix) or a lower rate"
             )
         return notes
 
@@ -385,7 +416,10 @@ class Loop:
         return f" (examples {', '.join(self.examples[index].prompt_id for index in self.drawn(step)[:3])}, …)"
 
     def _clip(self, parameters: Sequence[Tensor]) -> float:
-        """Scale the gradients to the largest norm that is allowed; their joint norm before, summed in float64."""
+        """Scale the gradients to the largest norm that is allowed.
+
+        Their joint norm before, summed in float64.
+        """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(gradients)
         scale = self.settings.clip / (norm + 1e-12)
@@ -395,14 +429,19 @@ class Loop:
         return norm
 
     def _backward(self, step: int) -> float:
-        """The gradient of a step's mean loss over the answers' tokens, put where the optimizer finds it; the loss."""
+        """The gradient of a step's mean loss over the answers' tokens, put where the optimizer finds it.
+
+        The loss.
+        """
         loss, gradients = self._gradients(self.drawn(step))
         for parameter, gradient in zip(self.named.values(), gradients, strict=True):
             parameter.grad = gradient
         return loss
 
     def _gradients(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
-        """Mean loss over the answer tokens of these examples and its gradient, over all passes (and processes, where there are several)."""
+        """Mean loss over the answer tokens of these examples and its gradient, over all passes (and
+        processes, where there are several).
+        """
         sequences = [self.examples[index].ids for index in indices]
         starts = [self.examples[index].start for index in indices]
         total = sum(self.examples[index].n_answer for index in indices)
@@ -415,7 +454,10 @@ class Loop:
                 assert logits is not None
                 rows, targets = label_rows(batch, [starts[index] for index in batch.indices])
                 scores = widened(logits.flatten(0, 1)[rows.to(logits.device)])
-                loss = torch.nn.functional.cross_entropy(scores, targets.to(scores.device), reduction="sum") / total
+                loss = (
+                    torch.nn.functional.cross_entropy(scores, targets.to(scores.device), reduction="sum")
+                    / total
+                )
                 return loss.detach(), torch.autograd.grad(loss, parameters)
 
         groups = plan([len(ids) for ids in sequences], self.rows, padded=takes_padding(self.model))
@@ -433,9 +475,14 @@ class Loop:
     def _save(self) -> None:
         if self.checkpoint is None or _processes()[1]:
             return
-        arrays: dict[str, np.ndarray] = {f"delta/{key}": tensor.numpy() for key, tensor in self.deltas.tensors().items()}
+        arrays: dict[str, np.ndarray] = {
+            f"delta/{key}": tensor.numpy() for key, tensor in self.deltas.tensors().items()
+        }
         for key, parameter in self.named.items():
-            arrays |= {f"{moment}/{key}": self.optimizer.state[parameter][moment].cpu().numpy() for moment in _MOMENTS}
+            arrays |= {
+                f"{moment}/{key}": self.optimizer.state[parameter][moment].cpu().numpy()
+                for moment in _MOMENTS
+            }
         arrays |= {f"best/{key}": tensor.numpy() for key, tensor in (self.best or {}).items()}
         arrays[EXAMPLES] = np.concatenate([np.asarray(example.ids, np.int64) for example in self.examples])
         rows = [[len(e.ids), e.start, _KINDS.index(e.kind), e.ended, e.truncated] for e in self.examples]
@@ -468,8 +515,13 @@ class Loop:
         arrays, state = saved
         if state.get("identity") != self.identity:
             theirs = state.get("identity") or {}
-            name = next((name for name, value in self.identity.items() if theirs.get(name) != value), "configuration")
-            raise RunError(f"the checkpoint was written with another {name}, this run's was expected; delete it or pass --overwrite")
+            name = next(
+                (name for name, value in self.identity.items() if theirs.get(name) != value), "configuration"
+            )
+            raise RunError(
+                f"the checkpoint was written with another {name}, this run's was expected; delete it or "
+                "pass --overwrite"
+            )
         self.deltas.load_tensors({key: torch.from_numpy(arrays[f"delta/{key}"]) for key in self.named})
         for key, parameter in self.named.items():
             moments = {name: torch.from_numpy(arrays[f"{name}/{key}"]).to(parameter) for name in _MOMENTS}
@@ -490,7 +542,9 @@ def _examples(arrays: Mapping[str, np.ndarray], prompt_ids: Sequence[str]) -> li
     examples, at = [], 0
     for prompt_id, (length, start, kind, ended, truncated) in zip(prompt_ids, table, strict=True):
         ids = tuple(flat[at : at + length])
-        examples.append(Example(prompt_id, ids, start, "harmless" if kind else "harmful", bool(ended), bool(truncated)))
+        examples.append(
+            Example(prompt_id, ids, start, "harmless" if kind else "harmful", bool(ended), bool(truncated))
+        )
         at += length
     return examples
 
@@ -526,9 +580,11 @@ class Tuned:
         stopped: why it ended.
         examples: how many `harmful` and `harmless` examples were learnt, and their answer `tokens`.
         learning_rates: by site, at the top of the schedule.
-        frozen_unchanged: whether everything outside the set has the same hash as before; None where that was not looked at.
+        frozen_unchanged: whether everything outside the set has the same hash as before; None where that was
+            not looked at.
         notes: what had to be said.
-        sound: whether the kept state answers held-out harmless requests as the untouched model does; None without a check.
+        sound: whether the kept state answers held-out harmless requests as the untouched model does; None
+            without a check.
     """
 
     delta: Delta
@@ -553,7 +609,8 @@ class Tuned:
 
 @contextlib.contextmanager
 def beside(model: LanguageModel, delta: Delta) -> Iterator[LanguageModel]:
-    """The model with a delta beside its weights for a block, whatever they are (quantised, adapted): the float32 change, not rounded.
+    """The model with a delta beside its weights for a block, whatever they are (quantised, adapted): the
+    float32 change, not rounded.
 
     Source: none; `applied` is the same with the change written into the weights.
     """
@@ -576,36 +633,44 @@ def tune(
 ) -> Tuned:
     """Train only these neurons on harmful questions with refusals, with harmless questions mixed in.
 
-    AdamW on float32 deltas of the selected rows and columns, mean loss over the answer tokens of a step, clipping by the norm of the
-    selected entries, straight warm-up and decay. The model is in evaluation mode (no dropout) and comes back untouched; the same
-    arguments give the same bits, also when the call was killed and is made again with the same `checkpoint`.
+    AdamW on float32 deltas of the selected rows and columns, mean loss over the answer tokens of a step,
+    clipping by the norm of the selected entries, straight warm-up and decay. The model is in evaluation mode
+    (no dropout) and comes back untouched; the same arguments give the same bits, also when the call was
+    killed and is made again with the same `checkpoint`.
 
     Args:
         model: base or instruct model; adapters on it stay as they are.
         neurons: what is trained: rows of `q k v gate up`, columns of `o down`, without bias entries.
         dataset: harmful questions with answers: a name, a file, a list, or prompts.
-        harmless: harmless questions; where none has an answer, they get the model's own greedy ones. None for none.
+        harmless: harmless questions; where none has an answer, they get the model's own greedy ones. None for
+            none.
         protect: neurons that stay as they are, taken out of the set.
         check: held-out prompts to look at while training; without it the last state is kept.
         checkpoint: where the state is kept after every check.
         progress: told about every step and check.
-        **settings: fields of `TuningSettings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`, `seed`, ….
+        **settings: fields of `TuningSettings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`,
+            `seed`, ….
 
     Raises:
-        NeuronError: the set is empty, or nothing of it is left. ForeignModelError: it is another architecture's.
-        InputError: data without answers. UsageError: no step, a learning rate of zero, an unknown setting.
-        NumericalError: the loss is not a number. ModelError: one example does not fit in memory.
-        RunError: a checkpoint cannot be written (the previous one is whole), or is another configuration's.
+        NeuronError: the set is empty, or nothing of it is left. ForeignModelError: it is another
+        architecture's. InputError: data without answers. UsageError: no step, a learning rate of zero, an
+        unknown setting. NumericalError: the loss is not a number. ModelError: one example does not fit in
+        memory. RunError: a checkpoint cannot be written (the previous one is whole), or is another
+        configuration's.
 
-    Source: Zhao et al., ICLR 2025, section 4 (SN-Tune); with foundation neurons taken out of the set, section 4.3 (RSN-Tune).
-    Differs: whole sets instead of a hundred entries a matrix; gate and o too; loss on the answer alone; the end of the answer is taught;
-    harmless examples; rates relative to the weights. The published recipe (50 documents, 32 a step, warm-up of one step) does not move a
+    Source: Zhao et al., ICLR 2025, section 4 (SN-Tune); with foundation neurons taken out of the set, section
+    4.3 (RSN-Tune). Differs: whole sets instead of a hundred entries a matrix; gate and o too; loss on the
+    answer alone; the end of the answer is taught; harmless examples; rates relative to the weights. The
+    published recipe (50 documents, 32 a step, warm-up of one step) does not move a
     weight: its only step has a learning rate of zero.
     """
     chosen = TuningSettings.of(**settings)
     chosen.check()
     placed = _trained(model, neurons, protect)
-    data, others = model.prompts(dataset), None if harmless is None or not chosen.mix else model.prompts(harmless)
+    data, others = (
+        model.prompts(dataset),
+        None if harmless is None or not chosen.mix else model.prompts(harmless),
+    )
     identity = _identity(chosen, model, placed, data, others, check)
     notes = list(placed.notes)
     before = _hash(model, placed, notes)
@@ -653,33 +718,51 @@ def _trained(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None
     """The set on this model, without what is protected."""
     placed = neurons.on(model.table, [model.name])
     if not len(placed):
-        raise NeuronError("0 neurons arrived, at least one was expected: there is nothing to train; select more (--top, --agreement)")
+        raise NeuronError(
+            "0 neurons arrived, at least one was expected: there is nothing to train; select more "
+            "(--top, --agreement)"
+        )
     if protect is None:
         return placed
     left = placed - protect.on(model.table)
     if not len(left):
         raise NeuronError(
-            f"all {len(placed)} neurons are protected, at least one to train was expected; find with a larger --top, or protect fewer"
+            f"all {len(placed)} neurons are protected, at least one to train was expected; find with a "
+            "larger --top, or protect fewer"
         )
     trained = left.on(model.table)
-    trained.notes = (*placed.notes, f"{len(placed) - len(left)} of {len(placed)} neurons are protected and not trained")
+    trained.notes = (
+        *placed.notes,
+        f"{len(placed) - len(left)} of {len(placed)} neurons are protected and not trained",
+    )
     return trained
 
 
 def _prepared(
-    model: LanguageModel, dataset: Prompts, harmless: Prompts | None, settings: TuningSettings, notes: list[str]
+    model: LanguageModel,
+    dataset: Prompts,
+    harmless: Prompts | None,
+    settings: TuningSettings,
+    notes: list[str],
 ) -> list[Example]:
     """What is learnt: all of the data, and harmless examples for it."""
     harmful = tuning_examples(dataset, model, max_length=settings.max_length, notes=notes)
     if harmless is None:
         return harmful
     wanted = round(settings.mix * len(harmful))
-    answered = with_own_answers(harmless[: max(wanted, 1)] if _answerless(harmless) else harmless, model, notes=notes)
+    answered = with_own_answers(
+        harmless[: max(wanted, 1)] if _answerless(harmless) else harmless, model, notes=notes
+    )
     if not len(answered):
-        raise InputError(f"{harmless.name}: no harmless prompt with a usable answer; give answers, or leave harmless examples out")
+        raise InputError(
+            f"{harmless.name}: no harmless prompt with a usable answer; give answers, or leave harmless "
+            "examples out"
+        )
     others = tuning_examples(answered, model, kind="harmless", max_length=settings.max_length, notes=notes)
     if len(others) < wanted:
-        notes.append(f"mix {settings.mix:g} asks for {wanted} harmless examples, {harmless.name} gives {len(others)}")
+        notes.append(
+            f"mix {settings.mix:g} asks for {wanted} harmless examples, {harmless.name} gives {len(others)}"
+        )
     return mix(harmful, others, settings.mix, settings.seed)
 
 
@@ -688,17 +771,28 @@ def _answerless(prompts: Prompts) -> bool:
 
 
 def _identity(
-    settings: TuningSettings, model: LanguageModel, neurons: NeuronSet, dataset: Prompts, harmless: Prompts | None, check: StopCheck | None
+    settings: TuningSettings,
+    model: LanguageModel,
+    neurons: NeuronSet,
+    dataset: Prompts,
+    harmless: Prompts | None,
+    check: StopCheck | None,
 ) -> dict[str, Any]:
     """What a checkpoint has to agree with."""
-    watched = None if check is None else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
+    watched = (
+        None
+        if check is None
+        else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
+    )
     if watched is not None:
         del watched["refused"], watched["batch_size"]
         watched |= {"harmful": watched["harmful"].sha256, "harmless": watched["harmless"].sha256}
     return {
         "model": base_hash(model, neurons),
         "template": model.encode(dataset[:1])[0].ids if len(dataset) else [],
-        "neurons": hashlib.sha256(b"".join(key.encode() + indices.tobytes() for key, indices in neurons.items())).hexdigest(),
+        "neurons": hashlib.sha256(
+            b"".join(key.encode() + indices.tobytes() for key, indices in neurons.items())
+        ).hexdigest(),
         "dataset": dataset.sha256,
         "harmless": harmless.sha256 if harmless is not None else None,
         "settings": dataclasses.asdict(settings),
@@ -706,9 +800,13 @@ def _identity(
     }
 
 
-def _provenance(neurons: NeuronSet, model: LanguageModel, dataset: Prompts, settings: TuningSettings) -> Provenance:
+def _provenance(
+    neurons: NeuronSet, model: LanguageModel, dataset: Prompts, settings: TuningSettings
+) -> Provenance:
     config = {**neurons.provenance.config, "tuned": dataclasses.asdict(settings), "data": dataset.name}
-    return Provenance("neurons", neurons.provenance.method, (model.name,), model.fingerprint, dataset.sha256, config)
+    return Provenance(
+        "neurons", neurons.provenance.method, (model.name,), model.fingerprint, dataset.sha256, config
+    )
 
 
 SHARE = 0.3
@@ -719,19 +817,22 @@ _USUAL = 0.02
 """Root mean square of a weight where none can be read (quantised beyond reading, or off-loaded)."""
 
 
-def learning_rates(model: LanguageModel, neurons: NeuronSet, learning_rate: float | str = "auto") -> dict[str, float]:
+def learning_rates(
+    model: LanguageModel, neurons: NeuronSet, learning_rate: float | str = "auto"
+) -> dict[str, float]:
     """The learning rate of every site of the set, at the top of the schedule.
 
     Args:
         model: the model, before anything is attached to it.
         neurons: what is trained.
-        learning_rate: one number for every site, or `auto` for `SHARE × rms(weights) / √(weights of a neuron)`.
+        learning_rate: one number for every site, or `auto` for `SHARE × rms(weights) / √(weights of a
+            neuron)`.
 
     Raises:
         UsageError: not a number above zero, or one without measure; at zero nothing would be trained.
 
-    Source: Zhao et al., ICLR 2025, train with one rate of 1e-6 (public code: 2e-6).
-    Differs: relative to the weights' size by default. At 1e-6 in bfloat16 under one step in fifty changes a weight at all, and the
+    Source: Zhao et al., ICLR 2025, train with one rate of 1e-6 (public code: 2e-6). Differs: relative to the
+    weights' size by default. At 1e-6 in bfloat16 under one step in fifty changes a weight at all, and the
     public recipe's only step has a rate of zero.
     """
     if learning_rate != "auto":
@@ -755,7 +856,9 @@ def weight_scale(model: LanguageModel, key: str) -> tuple[float, int]:
 
 
 def factor(step: int, steps: int, warmup: float) -> float:
-    """Share of the full rate at a step (counted from 0): a straight line up over the first ones, then down to a tenth; never zero."""
+    """Share of the full rate at a step (counted from 0): a straight line up over the first ones, then down to
+    a tenth; never zero.
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising

@@ -1,4 +1,6 @@
-"""The guard as a service. Needs the extra `serve`: fastapi, uvicorn, httpx and prometheus-client are imported here only."""
+"""The guard as a service. Needs the extra `serve`: fastapi, uvicorn, httpx and prometheus-client are imported
+here only.
+"""
 
 from safety_neurons.guard.server.app import Service, serve_guard
 from safety_neurons.guard.server.door import Limits, Settings

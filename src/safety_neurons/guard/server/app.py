@@ -1,4 +1,6 @@
-"""The application: an OpenAPI document that says what is understood, and its routes: chat completions, verdicts for others, health."""
+"""The application: an OpenAPI document that says what is understood, and its routes: chat completions,
+verdicts for others, health.
+"""
 
 import asyncio
 import contextlib
@@ -19,7 +21,16 @@ from safety_neurons import __version__
 from safety_neurons.guard.features import RequestReading, readings
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, Settings, drifts_of
-from safety_neurons.guard.server.engine import Answering, Engine, Outcome, PromptJudge, VerdictGate, Writer, asked_wrongly, outcome_of
+from safety_neurons.guard.server.engine import (
+    Answering,
+    Engine,
+    Outcome,
+    PromptJudge,
+    VerdictGate,
+    Writer,
+    asked_wrongly,
+    outcome_of,
+)
 from safety_neurons.guard.server.local import Admission, Bound, Decode, Ended, LocalWriter, Piece
 from safety_neurons.guard.server.shapes import (
     DONE,
@@ -58,7 +69,9 @@ from safety_neurons.prompt_lists import Prompt
 CHAT = "/v1/chat/completions"
 _STREAM = "text/event-stream; charset=utf-8"
 _CHARACTERS_A_TOKEN = 16
-"""Texts have about four characters a token, and what has four times as many throughout is no text: it is refused unread."""
+"""Texts have about four characters a token, and what has four times as many throughout is no text: it is
+refused unread.
+"""
 _WITHOUT_EFFECT = {
     "n": (1,),
     "frequency_penalty": (0,),
@@ -80,8 +93,27 @@ _WITHOUT_EFFECT = {
     "chat_template_kwargs": ({},),
 }
 """Fields the local model does not know, and the values that ask nothing of it."""
-_IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
-_TAKEN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"}
+_IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+_TAKEN = {
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+}
 
 
 class Chat:
@@ -98,7 +130,9 @@ class Chat:
         self.settings, self.gate, self.upstream, self.log = settings, gate, upstream, log
         self._watching: set[asyncio.Task[Any]] = set()
 
-    async def answer(self, request: ChatRequest, body: dict[str, Any], noted: dict[str, Any], name: str) -> Response:
+    async def answer(
+        self, request: ChatRequest, body: dict[str, Any], noted: dict[str, Any], name: str
+    ) -> Response:
         """The answer to a request.
 
         Args:
@@ -154,10 +188,19 @@ class Chat:
         status, headers, pieces = await self.upstream.stream(body)
         return Streamed(pieces, status, headers, kind=_STREAM if status == 200 else "application/json")
 
-    async def _local(self, request: ChatRequest, ways: list[RequestReading], body: Mapping[str, Any], noted: dict[str, Any]) -> Response:
-        """Answers where nothing is flagged: the whole conversation is judged in the prefill of its answer, the other readings before."""
+    async def _local(
+        self, request: ChatRequest, ways: list[RequestReading], body: Mapping[str, Any], noted: dict[str, Any]
+    ) -> Response:
+        """Answers where nothing is flagged: the whole conversation is judged in the prefill of its answer,
+        the other readings before.
+        """
         if request.model != self.settings.name:
-            raise Problem(404, f"there is no model of this name here; expected {self.settings.name!r}", "model_not_found", param="model")
+            raise Problem(
+                404,
+                f"there is no model of this name here; expected {self.settings.name!r}",
+                "model_not_found",
+                param="model",
+            )
         decode = decoding(request, body, self.settings)
         events: asyncio.Queue[Any] = asyncio.Queue()
         started = time.perf_counter()
@@ -170,7 +213,9 @@ class Chat:
             first = await self._first(events)
             if isinstance(first, Admission):
                 self.gate.took(time.perf_counter() - started, CHAT, noted)
-                (outcome,) = self.gate.settled([[outcome_of(first.verdict, self.settings), *before]], CHAT, noted)
+                (outcome,) = self.gate.settled(
+                    [[outcome_of(first.verdict, self.settings), *before]], CHAT, noted
+                )
                 if outcome.held:
                     return self._held(request, outcome)
             written = self._pieces(events)
@@ -199,7 +244,9 @@ class Chat:
         while True:
             event = await events.get()
             if isinstance(event, BaseException):
-                raise asked_wrongly(event) or Problem(500, "the model failed while it answered", "model_error")
+                raise asked_wrongly(event) or Problem(
+                    500, "the model failed while it answered", "model_error"
+                )
             if isinstance(event, (Piece, Ended)):
                 yield event
             if isinstance(event, Ended):
@@ -212,9 +259,13 @@ class Chat:
                 text += event.text
             else:
                 ended = event
-        return JSONResponse(Envelope(request.model).whole(text, ended.reason, usage(ended.prompt_tokens, ended.tokens)))
+        return JSONResponse(
+            Envelope(request.model).whole(text, ended.reason, usage(ended.prompt_tokens, ended.tokens))
+        )
 
-    async def _streamed(self, request: ChatRequest, written: AsyncIterator[Piece | Ended], job: Answering) -> AsyncGenerator[bytes, None]:
+    async def _streamed(
+        self, request: ChatRequest, written: AsyncIterator[Piece | Ended], job: Answering
+    ) -> AsyncGenerator[bytes, None]:
         counted = wants_usage(request)
         envelope = Envelope(request.model)
         try:
@@ -240,10 +291,14 @@ def refusal(settings: Settings, request: ChatRequest) -> Response:
         Problem: 400, where that is what is wanted.
     """
     if settings.on_unsafe == "error":
-        raise Problem(400, "the guard expects an unsafe answer to this conversation", "content_filter", param="messages")
+        raise Problem(
+            400, "the guard expects an unsafe answer to this conversation", "content_filter", param="messages"
+        )
     envelope = Envelope(request.model)
     if request.stream:
-        return Streamed(_each(envelope.refused(settings.refusal, usage() if wants_usage(request) else None)), kind=_STREAM)
+        return Streamed(
+            _each(envelope.refused(settings.refusal, usage() if wants_usage(request) else None)), kind=_STREAM
+        )
     return JSONResponse(envelope.whole(settings.refusal, "content_filter", usage()))
 
 
@@ -267,17 +322,28 @@ def decoding(request: ChatRequest, body: Mapping[str, Any], settings: Settings) 
         if value is None or name in _TAKEN or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
             continue
         why = "is not supported by the local model" if name in KNOWN else "is not known"
-        raise Problem(400, f"field {name[:64]!r} {why}; leave it out", "unsupported_parameter", param=name[:64])
+        raise Problem(
+            400, f"field {name[:64]!r} {why}; leave it out", "unsupported_parameter", param=name[:64]
+        )
     for name in strange_options(body):
-        raise Problem(400, f"field {name[:64]!r} is not known; leave it out", "unknown_parameter", param=name[:64])
+        raise Problem(
+            400, f"field {name[:64]!r} is not known; leave it out", "unknown_parameter", param=name[:64]
+        )
     wanted = request.max_completion_tokens or request.max_tokens or min(256, settings.limits.new_tokens)
     if wanted > settings.limits.new_tokens:
-        raise Problem(400, f"{wanted} new tokens; expected at most {settings.limits.new_tokens}", "too_many_tokens", param="max_tokens")
+        raise Problem(
+            400,
+            f"{wanted} new tokens; expected at most {settings.limits.new_tokens}",
+            "too_many_tokens",
+            param="max_tokens",
+        )
     stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
     if any(not text or len(text) > 256 for text in stop):
         raise Problem(400, "stop: expected texts of 1 to 256 characters", "invalid_value", param="stop")
     temperature = request.temperature or 0.0
-    return Decode(wanted, temperature, request.top_p if request.top_p is not None else 1.0, request.seed, tuple(stop))
+    return Decode(
+        wanted, temperature, request.top_p if request.top_p is not None else 1.0, request.seed, tuple(stop)
+    )
 
 
 MODERATIONS, CLASSIFY, GUARDRAIL = "/v1/moderations", "/classify", "/beta/litellm_basic_guardrail_api"
@@ -302,7 +368,9 @@ class Verdicts:
         self.settings, self.gate = settings, gate
 
     async def moderate(self, request: ModerationRequest, noted: dict[str, Any]) -> dict[str, Any]:
-        """OpenAI's moderations: a string, a list of strings, the parts of a message, or the turns of a conversation."""
+        """OpenAI's moderations: a string, a list of strings, the parts of a message, or the turns of a
+        conversation.
+        """
         outcomes = await self._judged(self._asked(request.input), MODERATIONS, noted)
         return {
             "id": f"modr-{secrets.token_hex(12)}",
@@ -323,7 +391,10 @@ class Verdicts:
         }
 
     async def guardrail(self, request: GuardrailRequest, noted: dict[str, Any]) -> dict[str, Any]:
-        """LiteLLM's generic guardrail: the conversation where it is given, else the texts; tools by themselves."""
+        """LiteLLM's generic guardrail: the conversation where it is given, else the texts.
+
+        Tools by themselves.
+        """
         if request.input_type == "response":
             raise Problem(
                 400,
@@ -345,7 +416,9 @@ class Verdicts:
             read = {turn.content for way in whole for turn in way.prompt.turns}
             asked = [whole, *(ways for ways in asked if ways[0].prompt.text not in read)]
         for name, values in (("tools", request.tools), ("tool_calls", request.tool_calls)):
-            asked += [[RequestReading(name, Prompt(name, text)) for text in texts_in(values)]] if values else []
+            asked += (
+                [[RequestReading(name, Prompt(name, text)) for text in texts_in(values)]] if values else []
+            )
         if not asked:  # what cannot be shown as text, token ids say, comes as nothing
             return self._unread("there is nothing that the guard can read", noted)
         outcomes = await self._judged(asked, GUARDRAIL, noted)
@@ -370,20 +443,28 @@ class Verdicts:
         turns = [one for one in given if isinstance(one, Turn)]
         if turns:
             return [conversation(turns, self.settings.limits.messages)]
-        parts = [text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)]
+        parts = [
+            text_of(part, f"input[{place}]") for place, part in enumerate(given) if isinstance(part, Part)
+        ]
         if parts:
             alone = [
-                RequestReading(f"part {place}", Prompt("0", text)) for place, text in enumerate(parts, 1) if len(parts) > 1 and text.strip()
+                RequestReading(f"part {place}", Prompt("0", text))
+                for place, text in enumerate(parts, 1)
+                if len(parts) > 1 and text.strip()
             ]
             return [[*readings(Prompt("0", "\n".join(parts))), *alone]]
         return [readings(Prompt(str(number), str(text))) for number, text in enumerate(given)]
 
-    async def _judged(self, asked: Sequence[Sequence[RequestReading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+    async def _judged(
+        self, asked: Sequence[Sequence[RequestReading]], route: str, noted: dict[str, Any]
+    ) -> list[Outcome]:
         if len(asked) > self.settings.limits.inputs:
             message = f"{len(asked)} texts; expected at most {self.settings.limits.inputs}"
             raise Problem(400, message, "too_many_inputs", param="texts" if route == GUARDRAIL else "input")
         if self.settings.log_prompts:
-            noted["prompt"] = [[turn.content for turn in ways[0].prompt.messages] or ways[0].prompt.text for ways in asked]
+            noted["prompt"] = [
+                [turn.content for turn in ways[0].prompt.messages] or ways[0].prompt.text for ways in asked
+            ]
         return await self.gate.judge(asked, route, noted)
 
 
@@ -401,11 +482,19 @@ def _moderation(outcome: Outcome) -> dict[str, Any]:
 def _classification(number: int, outcome: Outcome) -> dict[str, Any]:
     score = _probability(outcome)
     label = "unsafe" if outcome.held else "safe"
-    return {"index": number, "label": label, "probs": [1.0 - score, score], "num_classes": 2, "guard": outcome.record}
+    return {
+        "index": number,
+        "label": label,
+        "probs": [1.0 - score, score],
+        "num_classes": 2,
+        "guard": outcome.record,
+    }
 
 
 def _probability(outcome: Outcome) -> float:
-    """A probability for places that must have one: certainty of what is done where the guard could not judge."""
+    """A probability for places that must have one: certainty of what is done where the guard could not
+    judge.
+    """
     return outcome.p_unsafe if outcome.p_unsafe is not None else float(outcome.held)
 
 
@@ -499,7 +588,9 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
     budget = limits.batch_tokens or token_budget(guard.bound.device)
     bound = Bound(guard, limits.prompt_tokens)
     writer = LocalWriter(guard, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
-    return Service(settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further)
+    return Service(
+        settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further
+    )
 
 
 def _application(service: Service) -> FastAPI:
@@ -534,7 +625,12 @@ async def _not_served(request: Request, error: HTTPException) -> Response:
         headers["Allow"] = ", ".join(sorted(taken | {"OPTIONS"} | ({"HEAD"} if "GET" in taken else set())))
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
-    problem = Problem(error.status_code, f"there is no {request.method[:16]} here; see /openapi.json for the routes", code, headers=headers)
+    problem = Problem(
+        error.status_code,
+        f"there is no {request.method[:16]} here; see /openapi.json for the routes",
+        code,
+        headers=headers,
+    )
     return await _shown(request, problem)
 
 
@@ -553,11 +649,15 @@ def _add_posts(app: FastAPI, service: Service) -> None:
         return validated(value, shape), value
 
     async def chat(request: Request) -> Response:
-        """Answers a conversation unless the guard flags it: then a refusal with `finish_reason` `content_filter`."""
+        """Answers a conversation unless the guard flags it: then a refusal with `finish_reason`
+        `content_filter`.
+        """
         checked, body = await read(request, ChatRequest)
         return await service.chat.answer(checked, body, request.scope["noted"], request.scope["request_id"])
 
-    def judging_route(shape: type[BaseModel], judge: Callable[[Any, dict[str, Any]], Awaitable[Mapping[str, Any]]]) -> Any:
+    def judging_route(
+        shape: type[BaseModel], judge: Callable[[Any, dict[str, Any]], Awaitable[Mapping[str, Any]]]
+    ) -> Any:
         async def route(request: Request) -> Response:
             checked, _ = await read(request, shape)
             return JSONResponse(dict(await judge(checked, request.scope["noted"])))
@@ -575,12 +675,19 @@ def _add_posts(app: FastAPI, service: Service) -> None:
         _post(app, path, name, judging_route(shape, judge), shape, answer)
 
 
-def _post(app: FastAPI, path: str, name: str, handler: Any, shape: type[BaseModel], answer: type[BaseModel] | None) -> None:
+def _post(
+    app: FastAPI, path: str, name: str, handler: Any, shape: type[BaseModel], answer: type[BaseModel] | None
+) -> None:
     # The body is read by hand, so its shape is told to the document by hand.
     schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
-    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}}}
+    body = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape.__name__}"}}},
+    }
     handler.shapes = {**schema.pop("$defs", {}), shape.__name__: schema}
-    responses: dict[int | str, Any] = {200: {"model": answer} if answer else {"description": "An answer, whole or as server-sent events."}}
+    responses: dict[int | str, Any] = {
+        200: {"model": answer} if answer else {"description": "An answer, whole or as server-sent events."}
+    }
     app.add_api_route(
         path,
         handler,
@@ -594,7 +701,9 @@ def _post(app: FastAPI, path: str, name: str, handler: Any, shape: type[BaseMode
 
 
 def _add_gets(app: FastAPI, service: Service) -> None:
-    local = Model(id=service.settings.name, object="model", created=service.created, owned_by="safety-neurons")
+    local = Model(
+        id=service.settings.name, object="model", created=service.created, owned_by="safety-neurons"
+    )
 
     async def models() -> Response:
         """The models that can be asked."""
@@ -606,22 +715,34 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> Response:
         """One of the models that can be asked."""
         if service.upstream is not None or name != local.id:
-            raise Problem(404, "there is no model of this name here; expected one of GET /v1/models", "model_not_found", param="model")
+            raise Problem(
+                404,
+                "there is no model of this name here; expected one of GET /v1/models",
+                "model_not_found",
+                param="model",
+            )
         return JSONResponse(local.model_dump())
 
     async def healthz() -> Response:
         """Whether the process is there and can go on: 503 once the engine has failed."""
         failed = service.engine.failed is not None
-        return JSONResponse(Health(status="failed" if failed else "ok").model_dump(exclude_none=True), 503 if failed else 200)
+        return JSONResponse(
+            Health(status="failed" if failed else "ok").model_dump(exclude_none=True), 503 if failed else 200
+        )
 
     async def readyz() -> Response:
         """Whether requests are taken: 503 while the server starts or closes."""
         found = Health(status="ready" if service.ready else "not ready", guard=service.standing)
-        return JSONResponse(found.model_dump(exclude={"guard"} if found.guard is None else None), 200 if service.ready else 503)
+        return JSONResponse(
+            found.model_dump(exclude={"guard"} if found.guard is None else None),
+            200 if service.ready else 503,
+        )
 
     async def metrics() -> Response:
         """Counts and histograms for Prometheus."""
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(
+            service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     for path, handler, answer in (
         ("/v1/models", models, Models),
@@ -630,9 +751,21 @@ def _add_gets(app: FastAPI, service: Service) -> None:
         ("/readyz", readyz, Health),
     ):
         app.add_api_route(
-            path, handler, methods=["GET"], operation_id=handler.__name__, responses={200: {"model": answer}}, response_model=None
+            path,
+            handler,
+            methods=["GET"],
+            operation_id=handler.__name__,
+            responses={200: {"model": answer}},
+            response_model=None,
         )
-    app.add_api_route("/metrics", metrics, methods=["GET"], operation_id="metrics", response_model=None, response_class=PlainTextResponse)
+    app.add_api_route(
+        "/metrics",
+        metrics,
+        methods=["GET"],
+        operation_id="metrics",
+        response_model=None,
+        response_class=PlainTextResponse,
+    )
 
 
 def _document(app: FastAPI, service: Service) -> None:
@@ -656,7 +789,9 @@ def _document(app: FastAPI, service: Service) -> None:
             for operation in operations.values():
                 operation["responses"].pop("422", None)
                 for status in ERRORS if path not in OPEN else ():
-                    operation["responses"].setdefault(str(status), {"description": "An error.", "content": content})
+                    operation["responses"].setdefault(
+                        str(status), {"description": "An error.", "content": content}
+                    )
         for path, text in (("/readyz", "Not ready."), ("/healthz", "The engine failed.")):
             document["paths"][path]["get"]["responses"]["503"] = {"description": text}
         if service.settings.token is not None:

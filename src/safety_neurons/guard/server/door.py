@@ -1,4 +1,5 @@
-"""Outermost ASGI layer and its settings: authentication, sizes and rates of requests, the client's presence, errors, logs and metrics.
+"""Outermost ASGI layer and its settings: authentication, sizes and rates of requests, the client's presence,
+errors, logs and metrics.
 
 Without a framework. Whatever raises inside leaves as an error in the shape of the OpenAI API.
 """
@@ -39,16 +40,20 @@ class Limits:
         messages: Turns of a conversation.
         inputs: Texts that one request may have judged.
         prompt_tokens: Of one conversation or text; None for what fits the guard's model.
-        characters: Of one conversation or text; None for 16 a token that it may have. What is longer is refused before it is tokenised.
-        bytes_under_way: Of the bodies of all requests that are not yet answered; what would make them more gets 429.
+        characters: Of one conversation or text; None for 16 a token that it may have. What is longer is
+            refused before it is tokenised.
+        bytes_under_way: Of the bodies of all requests that are not yet answered; what would make them more
+            gets 429.
         new_tokens: Of one answer of the local model.
         requests: Accepted and not yet answered; the next one gets 429.
-        waiting: Conversations and texts that wait for the model; a request that would make them more gets 429.
+        waiting: Conversations and texts that wait for the model; a request that would make them more gets
+            429.
         batch: Conversations judged, or answered, together.
         batch_tokens: Padded tokens of a forward pass; None for what suits the device.
         seconds: Longest wait for a verdict; what takes longer is not safe.
         body_seconds: Longest time for a body to arrive.
-        header_seconds: Longest time for a request's head to arrive, from the connection's first moment or the head's first byte.
+        header_seconds: Longest time for a request's head to arrive, from the connection's first moment or the
+            head's first byte.
         idle_seconds: Longest time between two requests of a connection.
         write_seconds: Longest time in which a client reads nothing of an answer.
         connections: At the same time; None for what the process's limit of descriptors leaves room for.
@@ -92,7 +97,8 @@ class Settings:
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
         token: What clients show as `Authorization: Bearer …`; None lets everybody on this machine in.
-        upstream: An OpenAI-compatible server, up to and with `/v1`, that answers what is not flagged; None for the local model.
+        upstream: An OpenAI-compatible server, up to and with `/v1`, that answers what is not flagged; None
+            for the local model.
         upstream_key: What the upstream is shown.
         on_unsafe: `refuse` or `error`: what a flagged conversation is answered with.
         refusal: Text of the refusal.
@@ -100,7 +106,8 @@ class Settings:
         shadow: Judge, count and log, and never hold anything back.
         log_prompts: Put prompts into the log.
         docs: Serve interactive pages about the routes (they load scripts from elsewhere).
-        passed: Further fields of a chat request that go to the upstream although the guard does not read them.
+        passed: Further fields of a chat request that go to the upstream although the guard does not read
+            them.
         limits: How much is taken.
     """
 
@@ -122,11 +129,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.token is None and not is_local(self.host):
             raise UsageError(
-                f"host {self.host!r} without a token: others can reach it; set the variable {TOKEN_VARIABLE} or bind to 127.0.0.1"
+                f"host {self.host!r} without a token: others can reach it; set the variable "
+                f"{TOKEN_VARIABLE} or bind to 127.0.0.1"
             )
-        if self.token is not None and (len(self.token) < _SHORTEST_TOKEN or not self.token.isascii() or not self.token.isprintable()):
-            raise UsageError(f"the token in {TOKEN_VARIABLE}: expected at least {_SHORTEST_TOKEN} printable ASCII characters")
-        if self.upstream_key is not None and not (self.upstream_key.isascii() and self.upstream_key.isprintable()):
+        if self.token is not None and (
+            len(self.token) < _SHORTEST_TOKEN or not self.token.isascii() or not self.token.isprintable()
+        ):
+            raise UsageError(
+                f"the token in {TOKEN_VARIABLE}: expected at least {_SHORTEST_TOKEN} printable ASCII "
+                "characters"
+            )
+        if self.upstream_key is not None and not (
+            self.upstream_key.isascii() and self.upstream_key.isprintable()
+        ):
             raise UsageError(f"the key in {UPSTREAM_KEY_VARIABLE}: expected printable ASCII characters")
         if self.on_unsafe not in ("refuse", "error"):
             raise UsageError(f"on_unsafe {self.on_unsafe!r}: expected 'refuse' or 'error'")
@@ -139,15 +154,20 @@ def _check_upstream(url: str, key: str | None) -> None:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError as error:
-        raise UsageError(f"upstream {url!r}: {error}; expected an address such as http://localhost:8000/v1") from None
+        raise UsageError(
+            f"upstream {url!r}: {error}; expected an address such as http://localhost:8000/v1"
+        ) from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UsageError(f"upstream {url!r}: expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password:
         raise UsageError(
-            f"upstream at {parts.hostname}: expected no user or password in the address; put the key into {UPSTREAM_KEY_VARIABLE}"
+            f"upstream at {parts.hostname}: expected no user or password in the address; put the key "
+            f"into {UPSTREAM_KEY_VARIABLE}"
         )
     if key is not None and parts.scheme == "http" and not is_local(parts.hostname):
-        raise UsageError(f"upstream at {parts.hostname} over http with a key: it would travel in the open; expected https")
+        raise UsageError(
+            f"upstream at {parts.hostname} over http with a key: it would travel in the open; expected https"
+        )
 
 
 FEWEST = 100
@@ -157,9 +177,12 @@ Numbers = Sequence[int | float]
 
 
 def population_stability(counts: Numbers, reference: Numbers) -> float:
-    """Population stability index, Σ (p − q) ln(p ÷ q) over the bins of two histograms; 0 where they are alike.
+    """Population stability index, Σ (p − q) ln(p ÷ q) over the bins of two histograms.
 
-    Below 0.1 is commonly read as no change, above 0.25 as a change to look into. Shares are at least 1e-4, so an empty bin is finite.
+    0 where they are alike.
+
+    Below 0.1 is commonly read as no change, above 0.25 as a change to look into. Shares are at least 1e-4, so
+    an empty bin is finite.
 
     Args:
         counts: Of recent scores.
@@ -169,7 +192,10 @@ def population_stability(counts: Numbers, reference: Numbers) -> float:
         ValueError: Histograms of different lengths, or without any count.
     """
     if len(counts) != len(reference) or sum(counts) <= 0 or sum(reference) <= 0:
-        raise ValueError(f"histograms of {len(counts)} and {len(reference)} bins: expected two of the same bins with counts")
+        raise ValueError(
+            f"histograms of {len(counts)} and {len(reference)} bins: expected two of the same bins with "
+            "counts"
+        )
     total = 0.0
     for found, known in zip(counts, reference, strict=True):
         p = max(found / sum(counts), _SMALLEST_SHARE)
@@ -202,7 +228,10 @@ class Drift:
 
     @property
     def index(self) -> float:
-        """The population stability index; NaN as long as there are fewer than 100 values, or none of validation."""
+        """The population stability index.
+
+        NaN as long as there are fewer than 100 values, or none of validation.
+        """
         if len(self._recent) < FEWEST or sum(self._reference) <= 0:
             return math.nan
         return population_stability(self._counts, self._reference)
@@ -211,14 +240,16 @@ class Drift:
 def drifts_of(reference: Mapping[str, Any]) -> dict[str, Drift]:
     """What a guard's traffic is compared with, by name; what the guard has no histogram of is left out.
 
-    `score`: all scores of validation. `score_of_safe`: those of safe prompts, for traffic is mostly safe. `distance`: how far validation's
-    prompts were from the mean of the fit.
+    `score`: all scores of validation. `score_of_safe`: those of safe prompts, for traffic is mostly safe.
+    `distance`: how far validation's prompts were from the mean of the fit.
     """
     found: dict[str, Drift] = {}
     scores, distances = reference.get("p_unsafe"), reference.get("distance")
     if scores:
         bounds = scores["edges"][1:-1]
-        found["score"] = Drift(bounds, [safe + unsafe for safe, unsafe in zip(scores["safe"], scores["unsafe"], strict=True)])
+        found["score"] = Drift(
+            bounds, [safe + unsafe for safe, unsafe in zip(scores["safe"], scores["unsafe"], strict=True)]
+        )
         found["score_of_safe"] = Drift(bounds, scores["safe"])
     if distances:
         found["distance"] = Drift(distances["edges"], distances["counts"])
@@ -242,22 +273,39 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.drifts = dict(drifts or {})
         self.requests = self._counter("requests", "Requests, by route and status.", "route", "status")
-        self.seconds = self._histogram("request_seconds", "From the request's first byte to the answer's last.", SECONDS, "route")
+        self.seconds = self._histogram(
+            "request_seconds", "From the request's first byte to the answer's last.", SECONDS, "route"
+        )
         self.guard_seconds = self._histogram(
             "verdict_seconds", "From a prompt's arrival to its verdict, the wait included.", SECONDS, "route"
         )
-        self.scores = self._histogram("score", "Calibrated probability that the answer would be unsafe.", SCORES)
+        self.scores = self._histogram(
+            "score", "Calibrated probability that the answer would be unsafe.", SCORES
+        )
         self.flagged = self._counter("flagged", "Prompts the guard flagged, by route.", "route")
-        self.blocked = self._counter("blocked", "Prompts that were held back, by route; none in shadow mode.", "route")
-        self.errors = self._counter("errors", "Prompts without a sound verdict, by kind: truncated, error, timeout.", "kind")
+        self.blocked = self._counter(
+            "blocked", "Prompts that were held back, by route; none in shadow mode.", "route"
+        )
+        self.errors = self._counter(
+            "errors", "Prompts without a sound verdict, by kind: truncated, error, timeout.", "kind"
+        )
         self.rejected = self._counter("rejected", "Requests turned away, by the code of the error.", "code")
         self.upstream = self._counter("upstream_errors", "Requests the upstream failed, by kind.", "kind")
-        self.disconnected = self._counter("disconnected", "Requests whose client went away before the answer.")
+        self.disconnected = self._counter(
+            "disconnected", "Requests whose client went away before the answer."
+        )
         self.batches = self._histogram("batch_rows", "Prompts judged together.", ROWS)
         self.batch_seconds = self._histogram("batch_seconds", "Seconds of the model for a batch.", SECONDS)
         self.waiting = Gauge(f"{_PREFIX}_waiting", "Prompts that wait for the model.", registry=self.registry)
-        self.in_flight = Gauge(f"{_PREFIX}_in_flight", "Requests accepted and not yet answered.", registry=self.registry)
-        psi = Gauge(f"{_PREFIX}_drift_psi", "Population stability index against validation; NaN below 100.", ["of"], registry=self.registry)
+        self.in_flight = Gauge(
+            f"{_PREFIX}_in_flight", "Requests accepted and not yet answered.", registry=self.registry
+        )
+        psi = Gauge(
+            f"{_PREFIX}_drift_psi",
+            "Population stability index against validation; NaN below 100.",
+            ["of"],
+            registry=self.registry,
+        )
         for name, drift in self.drifts.items():
             psi.labels(name).set_function(lambda drift=drift: drift.index)  # type: ignore[misc]
 
@@ -333,7 +381,13 @@ class Door:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: "Outgoing") -> None:
         started = time.perf_counter()
-        route = scope["path"] if scope["path"] in ROUTES else "/v1/models" if scope["path"].startswith("/v1/models/") else "other"
+        route = (
+            scope["path"]
+            if scope["path"] in ROUTES
+            else "/v1/models"
+            if scope["path"].startswith("/v1/models/")
+            else "other"
+        )
         noted: dict[str, Any] = {}
         scope["noted"], scope["request_id"] = noted, answer.id
         self.in_flight += 1
@@ -360,13 +414,21 @@ class Door:
             self.metrics.in_flight.dec()
             self._note(scope, answer, route, noted, time.perf_counter() - started)
 
-    def _note(self, scope: Scope, answer: "Outgoing", route: str, noted: Mapping[str, Any], seconds: float) -> None:
+    def _note(
+        self, scope: Scope, answer: "Outgoing", route: str, noted: Mapping[str, Any], seconds: float
+    ) -> None:
         status = answer.status or 499
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         if route in OPEN or (route == "/metrics" and status == 200):
             return  # asked every few seconds by machines
-        event = {"event": "request", "id": answer.id, "method": scope["method"][:16], "route": route, "status": status}
+        event = {
+            "event": "request",
+            "id": answer.id,
+            "method": scope["method"][:16],
+            "route": route,
+            "status": status,
+        }
         self.log({**event, "ms": round(1000 * seconds, 1), **noted})
 
     def _check(self, scope: Scope) -> None:
@@ -377,7 +439,10 @@ class Door:
         """
         path = scope["path"]
         headers = _headers(scope)
-        if {"content-length", "transfer-encoding"} <= headers.keys():  # two readers could see two requests in it
+        if {
+            "content-length",
+            "transfer-encoding",
+        } <= headers.keys():  # two readers could see two requests in it
             message = "Content-Length and Transfer-Encoding in one request; expected one of them"
             raise Problem(400, message, "two_lengths", headers={"Connection": "close"})
         if path in OPEN:
@@ -389,17 +454,29 @@ class Door:
         if self.in_flight > self.settings.limits.requests and path != "/metrics":
             raise busy(1)
         if "content-encoding" in headers and headers["content-encoding"].lower() != "identity":
-            raise Problem(415, "the body is compressed; expected it as it is", "unsupported_encoding", headers={"Connection": "close"})
-        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Problem(
+                415,
+                "the body is compressed; expected it as it is",
+                "unsupported_encoding",
+                headers={"Connection": "close"},
+            )
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
+        ):
             raise Problem(415, "expected a body of Content-Type application/json", "unsupported_media_type")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.settings.limits.body_bytes:
             raise self._too_large()
 
     def _check_host(self, headers: Mapping[str, str]) -> None:
-        """Without a token, the name the client asked for must be this machine's: a page of elsewhere may not reach in through a browser."""
+        """Without a token, the name the client asked for must be this machine's: a page of elsewhere may not
+        reach in through a browser.
+        """
         if self._token is None and not is_local(host_of(headers.get("host", ""))):
-            raise Problem(403, "this server has no token, so it answers requests to localhost only", "host_not_allowed")
+            raise Problem(
+                403, "this server has no token, so it answers requests to localhost only", "host_not_allowed"
+            )
 
     def _check_token(self, headers: Mapping[str, str]) -> None:
         if self._token is None:
@@ -416,7 +493,12 @@ class Door:
 
     def _too_large(self) -> Problem:
         limit = self.settings.limits.body_bytes
-        return Problem(413, f"the body is too large; expected at most {limit} bytes", "body_too_large", headers={"Connection": "close"})
+        return Problem(
+            413,
+            f"the body is too large; expected at most {limit} bytes",
+            "body_too_large",
+            headers={"Connection": "close"},
+        )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, its size counted as it arrives.
@@ -427,7 +509,10 @@ class Door:
         if scope["path"] in OPEN:
             return b""  # nobody has shown a token, so nothing is waited for
         headers = _headers(scope)
-        if scope["method"] in ("GET", "HEAD", "OPTIONS") and not headers.keys() & {"content-length", "transfer-encoding"}:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") and not headers.keys() & {
+            "content-length",
+            "transfer-encoding",
+        }:
             return b""
         parts: list[bytes] = []
         size = 0
@@ -448,10 +533,14 @@ class Door:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Problem(408, "the body did not arrive in time", "body_timeout", headers={"Connection": "close"}) from None
+            raise Problem(
+                408, "the body did not arrive in time", "body_timeout", headers={"Connection": "close"}
+            ) from None
 
     async def _watched(self, scope: Scope, body: bytes, receive: Receive, answer: "Outgoing") -> None:
-        """Runs the application, and ends it where the client goes away: its place in the queue is free again."""
+        """Runs the application, and ends it where the client goes away: its place in the queue is free
+        again.
+        """
         gone = asyncio.Event()
         given = False
 
@@ -468,7 +557,9 @@ class Door:
                 pass
             gone.set()
 
-        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves the body of the answer out
+        inner = (
+            {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        )  # the server leaves the body of the answer out
         work = asyncio.ensure_future(self.app(inner, replay, answer.send))
         watcher = asyncio.ensure_future(watch())
         try:
@@ -507,7 +598,11 @@ class Outgoing:
         """Answers with an error, unless an answer is under way already."""
         if self.status is not None:
             return
-        headers = {"content-type": "application/json", "content-length": str(len(problem.body)), **problem.headers}
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(problem.body)),
+            **problem.headers,
+        }
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": problem.status, "headers": pairs})
         await self.send({"type": "http.response.body", "body": problem.body, "more_body": False})

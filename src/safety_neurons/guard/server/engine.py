@@ -1,10 +1,14 @@
-"""The engine: one thread owns the model; what waits is judged together, and answers are written between the judging.
+"""The engine: one thread owns the model.
 
-Requests come from an event loop and go back to it. A turn of the thread is one batch of verdicts, then one token of every answer under
-way, so a long answer delays a verdict by one token at most. Nothing waits to fill a batch: what came while the model was busy is the next.
+What waits is judged together, and answers are written between the judging.
 
-Whatever a request raises is that request's error, a panic of a native library included, which is no `Exception`. What escapes all the same
-ends the thread: then everybody who waits is told, nothing more is taken, and `failed` says why.
+Requests come from an event loop and go back to it. A turn of the thread is one batch of verdicts, then one
+token of every answer under way, so a long answer delays a verdict by one token at most. Nothing waits to fill
+a batch: what came while the model was busy is the next.
+
+Whatever a request raises is that request's error, a panic of a native library included, which is no
+`Exception`. What escapes all the same ends the thread: then everybody who waits is told, nothing more is
+taken, and `failed` says why.
 """
 
 import asyncio
@@ -35,7 +39,10 @@ class PromptJudge(Protocol):
     """What judges: a bound guard."""
 
     def prepare(self, prompt: Any) -> Any:
-        """A prompt as the model is fed it, with its `ids`; raises InputError or Problem for one that cannot be."""
+        """A prompt as the model is fed it, with its `ids`.
+
+        Raises InputError or Problem for one that cannot be.
+        """
 
     def score(self, prepared: Sequence[Any]) -> Sequence[Any]:
         """A verdict for each of them, read together."""
@@ -46,7 +53,10 @@ class Writer(Protocol):
     """What answers conversations with the local model."""
 
     def start(self, jobs: Sequence["Answering"]) -> Iterator[None]:
-        """Answers together; every `next` is one step, which calls `tell` of the jobs. A job whose `given_up` is set is left out."""
+        """Answers together; every `next` is one step, which calls `tell` of the jobs.
+
+        A job whose `given_up` is set is left out.
+        """
 
     def fits(self, job: "Answering", others: Sequence["Answering"]) -> bool:
         """Whether a job can be answered together with others."""
@@ -162,7 +172,12 @@ class Engine:
     ) -> None:
         self.judge, self.writer = judge, writer
         self.counts = EngineCounts()
-        self._batch, self._batch_tokens, self._most, self._characters = batch, batch_tokens, waiting, characters
+        self._batch, self._batch_tokens, self._most, self._characters = (
+            batch,
+            batch_tokens,
+            waiting,
+            characters,
+        )
         self._observe = observe
         self._changed = threading.Condition()
         self._arrived: deque[Item | Answering] = deque()
@@ -182,7 +197,9 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the thread runs and takes work."""
-        return self._thread is not None and self._thread.is_alive() and not self._closing and self.failed is None
+        return (
+            self._thread is not None and self._thread.is_alive() and not self._closing and self.failed is None
+        )
 
     def start(self) -> None:
         """Starts the thread; call it in the event loop that asks."""
@@ -191,7 +208,10 @@ class Engine:
         self._thread.start()
 
     async def close(self, seconds: float = 60.0) -> bool:
-        """Takes nothing new, finishes what was accepted, ends the thread. False where that takes longer than `seconds`."""
+        """Takes nothing new, finishes what was accepted, ends the thread.
+
+        False where that takes longer than `seconds`.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -203,7 +223,9 @@ class Engine:
         return not self._thread.is_alive()
 
     async def verdicts(self, prompts: Sequence[Any], seconds: float) -> list[Any]:
-        """The verdict on each prompt, in order. A prompt the model cannot be asked has the error in its place.
+        """The verdict on each prompt, in order.
+
+        A prompt the model cannot be asked has the error in its place.
 
         Raises:
             Problem: 400 for one that is too long, 429 where too much waits, 503 while closing.
@@ -278,7 +300,9 @@ class Engine:
             self._step_answers()
 
     def _some_arrived(self) -> list["Item | Answering"]:
-        """The one that waits longest, and the shortest ones as long as they are tokenised soon: long ones come one a turn."""
+        """The one that waits longest, and the shortest ones as long as they are tokenised soon: long ones
+        come one a turn.
+        """
         taken, total = {id(item) for item in itertools.islice(self._arrived, 1)}, 0
         for item in sorted(itertools.islice(self._arrived, 1, None), key=lambda item: item.characters):
             total += item.characters
@@ -294,10 +318,15 @@ class Engine:
             self._n_waiting -= count
 
     def _prepare(self, item: "Item | Answering") -> None:
-        """Encodes a prompt and puts it where it waits; one that cannot be put to the model is answered at once."""
+        """Encodes a prompt and puts it where it waits.
+
+        One that cannot be put to the model is answered at once.
+        """
         try:
             item.fed = None if item.given_up else self.judge.prepare(item.prompt)
-        except BaseException as error:  # a template is a program, and a tokenizer meets hostile text: neither may end the thread
+        except (
+            BaseException
+        ) as error:  # a template is a program, and a tokenizer meets hostile text: neither may end the thread
             self._left(1)
             self._refuse(item, error)
             return
@@ -327,7 +356,9 @@ class Engine:
             self._left(gone)
 
     def _next_batch(self) -> list[Item]:
-        """The one that waits longest, and those nearest to it in length as long as rows and padded tokens last."""
+        """The one that waits longest, and those nearest to it in length as long as rows and padded tokens
+        last.
+        """
         first = self._ready[0]
         near = sorted(self._ready[1:], key=lambda item: abs(item.length - first.length))
         chosen, widest = [first], first.length
@@ -362,13 +393,18 @@ class Engine:
             self._observe(len(batch), seconds)
 
     def _scored(self, batch: list[Item]) -> list[Any]:
-        """Verdicts, or errors in their place; a prompt that fails is judged alone so that it takes no other with it."""
+        """Verdicts, or errors in their place.
+
+        A prompt that fails is judged alone so that it takes no other with it.
+        """
         try:
             verdicts = list(self.judge.score([item.fed for item in batch]))
             if len(verdicts) != len(batch):
                 raise RuntimeError(f"{len(verdicts)} verdicts on {len(batch)} prompts")
             return verdicts
-        except BaseException as error:  # whatever a model raises is this request's error and never the thread's end
+        except (
+            BaseException
+        ) as error:  # whatever a model raises is this request's error and never the thread's end
             if len(batch) == 1:
                 return [error]
         return [self._scored([item])[0] for item in batch]
@@ -431,13 +467,19 @@ def asked_wrongly(error: BaseException) -> Problem | None:
         return error
     if isinstance(error, InputError):
         return Problem(
-            400, "the guard's chat template or tokenizer cannot take this conversation", "unprocessable_prompt", param="messages"
+            400,
+            "the guard's chat template or tokenizer cannot take this conversation",
+            "unprocessable_prompt",
+            param="messages",
         )
     return None
 
 
 _REMEMBERED = 8192
-"""Readings whose outcomes are kept, so that a conversation that grows has only its new turns judged. No text of them is kept."""
+"""Readings whose outcomes are kept, so that a conversation that grows has only its new turns judged.
+
+No text of them is kept.
+"""
 
 
 @dataclass(frozen=True)
@@ -448,7 +490,8 @@ class Outcome:
         status: `ok`, or why there is no sound verdict: `truncated`, `error`, `timeout`.
         p_unsafe: Calibrated probability; None where there is none.
         threshold: From which on it is flagged.
-        flagged: What the guard says; a prompt without a sound verdict is flagged unless the server fails open.
+        flagged: What the guard says; a prompt without a sound verdict is flagged unless the server fails
+            open.
         held: Whether the caller has to hold it back: flagged, and not in shadow mode.
         distance: How far the prompt is from those of the fit; None where that is not known.
     """
@@ -463,7 +506,12 @@ class Outcome:
     @property
     def record(self) -> dict[str, Any]:
         """As answers show it."""
-        return {"status": self.status, "p_unsafe": self.p_unsafe, "threshold": self.threshold, "would_flag": self.flagged}
+        return {
+            "status": self.status,
+            "p_unsafe": self.p_unsafe,
+            "threshold": self.threshold,
+            "would_flag": self.flagged,
+        }
 
 
 class VerdictGate:
@@ -479,7 +527,9 @@ class VerdictGate:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._known: OrderedDict[bytes, Outcome] = OrderedDict()
 
-    async def judge(self, asked: Sequence[Sequence[RequestReading]], route: str, noted: dict[str, Any]) -> list[Outcome]:
+    async def judge(
+        self, asked: Sequence[Sequence[RequestReading]], route: str, noted: dict[str, Any]
+    ) -> list[Outcome]:
         """The outcome for each request, in order: the largest of those of its readings.
 
         Args:
@@ -488,7 +538,8 @@ class VerdictGate:
             noted: Gets what the log line shows.
 
         Raises:
-            Problem: A prompt that is refused as such (4xx), too much waiting (429), or a server that closes (503).
+            Problem: A prompt that is refused as such (4xx), too much waiting (429), or a server that closes
+            (503).
         """
         started = time.perf_counter()
         try:
@@ -498,15 +549,27 @@ class VerdictGate:
         return self.settled([[next(found) for _ in ways] for ways in asked], route, noted)
 
     async def look(self, ways: Sequence[RequestReading]) -> list[Outcome]:
-        """The outcome of each reading, in order; nothing is counted. What is no whole conversation and was judged before is not again.
+        """The outcome of each reading, in order; nothing is counted.
 
-        Half of what may wait is asked at a time, so that a long conversation neither fills the queue nor is refused for its length.
+        What is no whole conversation and was judged before is not again.
+
+        Half of what may wait is asked at a time, so that a long conversation neither fills the queue nor is
+        refused for its length.
 
         Raises:
             Problem: As for `judge`.
         """
-        keys = [hashlib.sha256(json.dumps([(turn.role, turn.content) for turn in way.prompt.turns]).encode()).digest() for way in ways]
-        found = {place: self._known[key] for place, key in enumerate(keys) if ways[place].name != WHOLE and key in self._known}
+        keys = [
+            hashlib.sha256(
+                json.dumps([(turn.role, turn.content) for turn in way.prompt.turns]).encode()
+            ).digest()
+            for way in ways
+        ]
+        found = {
+            place: self._known[key]
+            for place, key in enumerate(keys)
+            if ways[place].name != WHOLE and key in self._known
+        }
         for place in found:
             self._known.move_to_end(keys[place])
         missing = [place for place in range(len(ways)) if place not in found]
@@ -515,7 +578,9 @@ class VerdictGate:
         for start in range(0, len(missing), at_once):
             places = missing[start : start + at_once]
             try:
-                verdicts: Sequence[Any] = await self.engine.verdicts([ways[place].prompt for place in places], end - time.monotonic())
+                verdicts: Sequence[Any] = await self.engine.verdicts(
+                    [ways[place].prompt for place in places], end - time.monotonic()
+                )
             except TimeoutError:
                 break
             for place, verdict in zip(places, verdicts, strict=True):

@@ -1,7 +1,8 @@
 """A guard in memory as a service: verdicts in batches, and answers of the local model written step by step.
 
-One step is one forward pass of all rows of a group, so the engine can judge others in between. Rows end for themselves: at an end token, at
-their own length, at a stop text, when their client goes away; what remains of the group goes on without them.
+One step is one forward pass of all rows of a group, so the engine can judge others in between. Rows end for
+themselves: at an end token, at their own length, at a stop text, when their client goes away; what remains of
+the group goes on without them.
 """
 
 import secrets
@@ -81,14 +82,18 @@ class LocalAnswer:
         self._ends = set(lm.eos_ids)
         self._random = None
         if decode.temperature > 0:
-            self._random = torch.Generator().manual_seed(secrets.randbits(63) if decode.seed is None else decode.seed % 2**63)
+            self._random = torch.Generator().manual_seed(
+                secrets.randbits(63) if decode.seed is None else decode.seed % 2**63
+            )
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
         """The next token."""
         if self._random is None:
             return int(logits.argmax())
         scores = logits.double().cpu()
-        scores = ((scores - scores.max()) / max(self._settings.temperature, _COLDEST)).softmax(0)  # colder, quotients are no numbers
+        scores = ((scores - scores.max()) / max(self._settings.temperature, _COLDEST)).softmax(
+            0
+        )  # colder, quotients are no numbers
         if self._settings.top_p < 1:
             order = scores.sort(descending=True)
             outside = order.values.cumsum(0) - order.values >= self._settings.top_p
@@ -110,7 +115,9 @@ class LocalAnswer:
         return self.n_new < self.limit or self.end("length")
 
     def fail(self) -> bool:
-        """Tells the job that there is no next token: the likeliest of what are no numbers would be token 0."""
+        """Tells the job that there is no next token: the likeliest of what are no numbers would be token
+        0.
+        """
         self.job.tell(Problem(500, "the model gave NaN or infinity, so the answer ends here", "model_error"))
         return False
 
@@ -139,30 +146,49 @@ class LocalWriter:
     def fits(self, job: Answering, others: Sequence[Answering]) -> bool:
         """Whether a prompt goes with others into one prefill."""
         lengths = [job.length, *(other.length for other in others)]
-        return (takes_padding(self.lm) or len(set(lengths)) == 1) and max(lengths) * len(lengths) <= self._batch_tokens
+        return (takes_padding(self.lm) or len(set(lengths)) == 1) and max(lengths) * len(
+            lengths
+        ) <= self._batch_tokens
 
     def start(self, jobs: Sequence[Answering]) -> Iterator[None]:
         """Writes answers together, a token a step."""
         encoded = [job.fed for job in jobs]
         room = [self.lm.max_length - len(one.ids) if self.lm.max_length else 1 << 30 for one in encoded]
-        rows = [LocalAnswer(job, one.ids, left, self.lm) for job, one, left in zip(jobs, encoded, room, strict=True)]
+        rows = [
+            LocalAnswer(job, one.ids, left, self.lm)
+            for job, one, left in zip(jobs, encoded, room, strict=True)
+        ]
         width = max(row.n_prompt for row in rows)
         ids = torch.full((len(rows), width), self.lm.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for place, row in enumerate(rows):
             ids[place, width - row.n_prompt :] = torch.tensor(row.ids)
             mask[place, width - row.n_prompt :] = 1
-        watch = Watch(self.guard, Rules(top=0), [one.truncated for one in encoded], [row.n_prompt for row in rows], [()] * len(rows))
+        watch = Watch(
+            self.guard,
+            Rules(top=0),
+            [one.truncated for one in encoded],
+            [row.n_prompt for row in rows],
+            [()] * len(rows),
+        )
         feed = self.feed(mask)
 
         def take(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "kept 1"] | None:
             nonlocal rows
             going = [True] * len(rows)
             if watch.steps == 1:
-                going = [self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)]
-            numbers = logits.amax(-1).isfinite().tolist()  # the largest is NaN where any is; −∞ may be a token that is forbidden
-            going = [on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)]
-            chosen = [row.choose(scores) if on else 0 for row, scores, on in zip(rows, logits, going, strict=True)]
+                going = [
+                    self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)
+                ]
+            numbers = (
+                logits.amax(-1).isfinite().tolist()
+            )  # the largest is NaN where any is; −∞ may be a token that is forbidden
+            going = [
+                on and (sound or row.fail()) for row, on, sound in zip(rows, going, numbers, strict=True)
+            ]
+            chosen = [
+                row.choose(scores) if on else 0 for row, scores, on in zip(rows, logits, going, strict=True)
+            ]
             going = [on and row.take(token) for row, token, on in zip(rows, chosen, going, strict=True)]
             kept = [place for place, on in enumerate(going) if on]
             if 0 < len(kept) < len(rows):

@@ -1,8 +1,9 @@
 """Run a server: listen, bound its connections in number and time, and drain it when it is told to end.
 
-uvicorn knows one time-out, of idle connections, and every byte that arrives puts it off. Here a connection is looked at now and then: how
-long is it in the state that it is in, and is that longer than it may be? While a request is answered nothing is counted: the door bounds
-how long its body may take, and the engine and the upstream how long the answer may.
+uvicorn knows one time-out, of idle connections, and every byte that arrives puts it off. Here a connection is
+looked at now and then: how long is it in the state that it is in, and is that longer than it may be? While a
+request is answered nothing is counted: the door bounds how long its body may take, and the engine and the
+upstream how long the answer may.
 """
 
 import asyncio
@@ -36,17 +37,25 @@ class Connection(H11Protocol):
     _state, _since, _unsent = "head", 0.0, 0
 
     def connection_made(self, transport: Any) -> None:
-        """Takes a connection in; where there are too many, the one that has been idle for longest leaves, or else this one."""
+        """Takes a connection in; where there are too many, the one that has been idle for longest leaves, or
+        else this one.
+        """
         super().connection_made(transport)
         self._since = self.clock()
         if len(self.connections) <= self.most:
             return
-        idle = [one for one in self.connections if isinstance(one, Connection) and not one.answering and not one.transport.is_closing()]
+        idle = [
+            one
+            for one in self.connections
+            if isinstance(one, Connection) and not one.answering and not one.transport.is_closing()
+        ]
         oldest = min((one for one in idle if one is not self), key=lambda one: one._since, default=None)
         if oldest is not None:
             oldest.transport.abort()
         elif sum(not one.transport.is_closing() for one in self.connections) > self.most:
-            self._refuse(Problem(503, "too many connections", "too_many_connections", headers={"Retry-After": "1"}))
+            self._refuse(
+                Problem(503, "too many connections", "too_many_connections", headers={"Retry-After": "1"})
+            )
 
     @property
     def answering(self) -> bool:
@@ -65,7 +74,10 @@ class Connection(H11Protocol):
         self.look()
 
     def look(self) -> None:
-        """Notes since when the connection is in its state; whatever arrives meanwhile does not put that off."""
+        """Notes since when the connection is in its state.
+
+        Whatever arrives meanwhile does not put that off.
+        """
         state = self._now()
         if state != self._state:
             self._state, self._since = state, self.clock()
@@ -75,7 +87,9 @@ class Connection(H11Protocol):
             return "writing"
         if self.answering:
             return "answering"
-        at_rest = self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        at_rest = (
+            self.cycle is not None and self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        )
         return "idle" if at_rest else "head"
 
     def close_if_overdue(self) -> None:
@@ -86,7 +100,11 @@ class Connection(H11Protocol):
             if unsent < self._unsent:
                 self._since = self.clock()  # slow, but it reads
             self._unsent = unsent
-        limit = {"head": self.limits.header_seconds, "idle": self.limits.idle_seconds, "writing": self.limits.write_seconds}
+        limit = {
+            "head": self.limits.header_seconds,
+            "idle": self.limits.idle_seconds,
+            "writing": self.limits.write_seconds,
+        }
         if self.clock() - self._since > limit.get(self._state, float("inf")):
             self.transport.abort()
 
@@ -95,8 +113,15 @@ class Connection(H11Protocol):
         self._refuse(Problem(400, msg, "invalid_http"))
 
     def _refuse(self, problem: Problem) -> None:
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(problem.body)), "Connection": "close", **problem.headers}
-        response = h11.Response(status_code=problem.status, headers=[(name, value) for name, value in headers.items()])
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(problem.body)),
+            "Connection": "close",
+            **problem.headers,
+        }
+        response = h11.Response(
+            status_code=problem.status, headers=[(name, value) for name, value in headers.items()]
+        )
         for event in (response, h11.Data(data=problem.body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
@@ -106,7 +131,8 @@ def bounded(limits: Limits, *, upstream: bool) -> type[Connection]:
     """The class of a server's connections.
 
     Args:
-        limits: How long, and how many; where the latter is open, what the process's limit of descriptors leaves room for.
+        limits: How long, and how many; where the latter is open, what the process's limit of descriptors
+            leaves room for.
         upstream: Whether every request may need a second connection.
 
     Raises:
@@ -115,8 +141,13 @@ def bounded(limits: Limits, *, upstream: bool) -> type[Connection]:
     room = descriptors()
     fit = max(1, (room - _OWN_FILES) // (3 if upstream else 2)) if room is not None else _MOST
     if limits.connections is not None and limits.connections > fit:
-        raise UsageError(f"{limits.connections} connections; expected at most {fit}, or more descriptors (ulimit -n, now {room})")
-    return type("BoundConnection", (Connection,), {"limits": limits, "most": limits.connections or min(fit, _MOST)})
+        raise UsageError(
+            f"{limits.connections} connections; expected at most {fit}, or more descriptors (ulimit -n, "
+            f"now {room})"
+        )
+    return type(
+        "BoundConnection", (Connection,), {"limits": limits, "most": limits.connections or min(fit, _MOST)}
+    )
 
 
 def descriptors() -> int | None:
@@ -141,7 +172,9 @@ _LISTEN = 1024
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains: at the first signal new requests get 503 and accepted ones are finished; a second one ends it at once.
+    """uvicorn that drains: at the first signal new requests get 503 and accepted ones are finished.
+
+    A second one ends it at once.
 
     Args:
         service: What is served.
@@ -152,7 +185,9 @@ class Server(uvicorn.Server):
         UsageError: More connections than the process may have.
     """
 
-    def __init__(self, service: Service, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, service: Service, sock: socket.socket, started: Callable[[], None] = lambda: None
+    ) -> None:
         limits = service.settings.limits
         connection = bounded(limits, upstream=service.upstream is not None)
         super().__init__(
@@ -166,7 +201,8 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 ws="none",
                 http=connection,
-                # So many are accepted at once before the first of them can be counted, let alone closed: of that there are a few rounds.
+                # So many are accepted at once before the first of them can be counted, let alone closed: of
+                # that there are a few rounds.
                 backlog=max(8, min(128, connection.most // 6)),
                 timeout_keep_alive=int(limits.idle_seconds) + 1,
                 timeout_graceful_shutdown=int(limits.drain_seconds) + 1,
@@ -198,7 +234,9 @@ class Server(uvicorn.Server):
         self.service.asgi.closing = True
 
     def watch(self) -> None:
-        """Drains where the engine has failed: what waited was told, the process ends, and what watches over it starts another."""
+        """Drains where the engine has failed: what waited was told, the process ends, and what watches over
+        it starts another.
+        """
         if self.service.engine.failed is not None:
             self.drain()
 
@@ -211,7 +249,9 @@ class Server(uvicorn.Server):
             self.watch()
             if counter % 5 == 0:
                 close_overdue(self.server_state.connections)
-            done = self._until is not None and (self.service.asgi.in_flight == 0 or time.monotonic() > self._until)
+            done = self._until is not None and (
+                self.service.asgi.in_flight == 0 or time.monotonic() > self._until
+            )
             self.should_exit = self.should_exit or done
 
 
@@ -222,14 +262,18 @@ def bound(host: str, port: int) -> socket.socket:
         RunError: The address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle's delay on: 40 ms an answer
+    sock = socket.socket(
+        family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # named, or asyncio leaves Nagle's delay on: 40 ms an answer
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except (OSError, OverflowError) as error:
         sock.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(f"cannot listen on {host} port {port} ({reason}); choose another --port or --host") from None
+        raise RunError(
+            f"cannot listen on {host} port {port} ({reason}); choose another --port or --host"
+        ) from None
     return sock
 
 
@@ -248,7 +292,9 @@ def run(service: Service, sock: socket.socket, started: Callable[[], None] = lam
             signal.signal(sig, handler)
     failed = service.engine.failed
     if failed is not None:
-        raise RunError(f"the guard's engine failed ({type(failed).__name__}), so the server ended; start it again") from failed
+        raise RunError(
+            f"the guard's engine failed ({type(failed).__name__}), so the server ended; start it again"
+        ) from failed
 
 
 def address(sock: socket.socket) -> str:

@@ -1,4 +1,6 @@
-"""Requests and answers in the shapes of the OpenAI API, errors included, and what of a request the guard has to read."""
+"""Requests and answers in the shapes of the OpenAI API, errors included, and what of a request the guard has
+to read.
+"""
 
 import json
 import re
@@ -26,7 +28,10 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-"""Kinds of errors as clients of the OpenAI API know them; other 4xx are invalid requests and 5xx server errors."""
+"""Kinds of errors as clients of the OpenAI API know them.
+
+Other 4xx are invalid requests and 5xx server errors.
+"""
 
 
 class Problem(Exception):
@@ -40,7 +45,15 @@ class Problem(Exception):
         headers: Further headers of the answer.
     """
 
-    def __init__(self, status: int, message: str, code: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = " ".join(message.split())
@@ -68,7 +81,12 @@ def busy(seconds: int, *, hang_up: bool = False) -> Problem:
 
 def closing() -> Problem:
     """The server finishes what it accepted and takes nothing new."""
-    return Problem(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5", "Connection": "close"})
+    return Problem(
+        503,
+        "the server is shutting down",
+        "shutting_down",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
 
 
 def unforeseen(name: str) -> Problem:
@@ -80,9 +98,17 @@ def unfinished(status: str) -> Problem:
     """A conversation that the guard could not judge, which is why it is not answered."""
     if status == "timeout":
         return Problem(
-            503, "the guard did not finish in time, so the request was not answered", "guard_timeout", headers={"Retry-After": "5"}
+            503,
+            "the guard did not finish in time, so the request was not answered",
+            "guard_timeout",
+            headers={"Retry-After": "5"},
         )
-    return Problem(503, "the guard could not judge the request, so it was not answered", "guard_error", headers={"Retry-After": "5"})
+    return Problem(
+        503,
+        "the guard could not judge the request, so it was not answered",
+        "guard_error",
+        headers={"Retry-After": "5"},
+    )
 
 
 def too_many_characters(found: int, limit: int) -> Problem:
@@ -95,13 +121,17 @@ def too_long(tokens: int | None, limit: int | None) -> Problem:
     """A prompt with more tokens than are taken."""
     found = f"{tokens} tokens" if tokens is not None else "more tokens than fit the guard's model"
     expected = f"at most {limit}" if limit is not None else "a shorter one"
-    return Problem(400, f"the prompt has {found}; expected {expected}", "context_length_exceeded", param="messages")
+    return Problem(
+        400, f"the prompt has {found}; expected {expected}", "context_length_exceeded", param="messages"
+    )
 
 
 Record = TypeVar("Record", bound=BaseModel)
 Name = Annotated[str, Field(max_length=256)]
 Word = Annotated[str, Field(pattern=r"^[^\s<|\\/>{}]{1,128}$")]
-"""A name without spaces, slashes and brackets: some templates show it to the model, so it must not hold a prompt."""
+"""A name without spaces, slashes and brackets: some templates show it to the model, so it must not hold a
+prompt.
+"""
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 SPEECH = ("text", "input_text", "output_text", "refusal")
 """Kinds of message parts that are text."""
@@ -144,7 +174,10 @@ class StreamOptions(Shape):
 
 
 class ChatRequest(Shape):
-    """A conversation that is to be answered. Further fields go to the upstream where they are known not to hold a prompt."""
+    """A conversation that is to be answered.
+
+    Further fields go to the upstream where they are known not to hold a prompt.
+    """
 
     model: Name
     messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
@@ -160,7 +193,9 @@ class ChatRequest(Shape):
 
 
 class ModerationRequest(Shape):
-    """Something to judge: a text, a list of texts, the parts of one message, or the turns of one conversation."""
+    """Something to judge: a text, a list of texts, the parts of one message, or the turns of one
+    conversation.
+    """
 
     input: (
         str
@@ -174,7 +209,11 @@ class ModerationRequest(Shape):
 class ClassifyRequest(Shape):
     """A text, a list of texts, or the turns of one conversation, to judge."""
 
-    input: str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
+    )
     model: Name | None = None
 
 
@@ -207,8 +246,8 @@ class ErrorAnswer(Closed):
 class Judged(Closed):
     """What the guard found, beside what the API of others has a place for.
 
-    `status` is `ok`, or why the guard could not judge (`truncated`, `error`, `timeout`), which is flagged unless the server fails open;
-    `would_flag` differs from `flagged` where the server only watches (shadow).
+    `status` is `ok`, or why the guard could not judge (`truncated`, `error`, `timeout`), which is flagged
+    unless the server fails open; `would_flag` differs from `flagged` where the server only watches (shadow).
     """
 
     status: Literal["ok", "truncated", "error", "timeout"]
@@ -279,7 +318,10 @@ class Models(Closed):
 
 
 class Health(Closed):
-    """Whether the server is there; of a guard also what its threshold is worth: the share of unsafe requests caught, and of safe ones."""
+    """Whether the server is there.
+
+    Of a guard also what its threshold is worth: the share of unsafe requests caught, and of safe ones.
+    """
 
     status: str
     guard: dict[str, Any] | None = None
@@ -288,8 +330,9 @@ class Health(Closed):
 def parse(body: bytes, depth: int) -> Any:
     """The JSON value of a body.
 
-    Refused are what Python's reader would let pass and another one understands otherwise or not at all: names that come twice, NaN and
-    infinities (a number such as 1e999 included), lone surrogates, deep nesting, numbers of many digits.
+    Refused are what Python's reader would let pass and another one understands otherwise or not at all: names
+    that come twice, NaN and infinities (a number such as 1e999 included), lone surrogates, deep nesting,
+    numbers of many digits.
 
     Args:
         body: As it arrived.
@@ -301,13 +344,17 @@ def parse(body: bytes, depth: int) -> Any:
     try:
         return strict_json.loads(body.decode("utf-8"), depth=depth)
     except UnicodeDecodeError:
-        raise Problem(400, "the body is not UTF-8; expected a JSON object in UTF-8", "invalid_encoding") from None
+        raise Problem(
+            400, "the body is not UTF-8; expected a JSON object in UTF-8", "invalid_encoding"
+        ) from None
     except json.JSONDecodeError as error:
         what = f"line {error.lineno}, column {error.colno}"
         raise Problem(400, f"the body is not JSON ({what}); expected a JSON object", "invalid_json") from None
     except strict_json.RefusedJSON as error:
         code = {"number": "invalid_json", "surrogate": "invalid_encoding"}.get(error.code, error.code)
-        raise Problem(400, f"the body holds {error}; expected a JSON object that every reader understands alike", code) from None
+        raise Problem(
+            400, f"the body holds {error}; expected a JSON object that every reader understands alike", code
+        ) from None
 
 
 def validated(value: Any, shape: type[Record]) -> Record:
@@ -323,7 +370,9 @@ def validated(value: Any, shape: type[Record]) -> Record:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = _place(first["loc"])
-        raise Problem(400, f"{place or 'the request'}: {first['msg'][:200]}", "invalid_value", param=place or None) from None
+        raise Problem(
+            400, f"{place or 'the request'}: {first['msg'][:200]}", "invalid_value", param=place or None
+        ) from None
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -368,7 +417,9 @@ class Envelope:
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         return {**self._head("chat.completion"), "choices": [choice], "usage": dict(usage)}
 
-    def piece(self, delta: Mapping[str, Any], reason: str | None = None, *, with_usage: bool = False) -> bytes:
+    def piece(
+        self, delta: Mapping[str, Any], reason: str | None = None, *, with_usage: bool = False
+    ) -> bytes:
         """One event of a stream."""
         choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
         record = {**self._head("chat.completion.chunk"), "choices": [choice]}
@@ -400,7 +451,9 @@ def usage(prompt: int = 0, completion: int = 0) -> dict[str, int]:
 
 
 class Streamed(Response):
-    """An answer that is sent as it comes. The door watches the client, so nothing here does; what writes the answer is closed at its end.
+    """An answer that is sent as it comes. The door watches the client, so nothing here does.
+
+    What writes the answer is closed at its end.
 
     Args:
         pieces: Parts of the body.
@@ -410,7 +463,12 @@ class Streamed(Response):
     """
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes, None], status: int = 200, headers: Mapping[str, str] | None = None, *, kind: str
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        *,
+        kind: str,
     ) -> None:
         super().__init__(None, status, headers, kind)
         self._pieces = pieces
@@ -419,7 +477,9 @@ class Streamed(Response):
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - of every ASGI application
         """Sends it."""
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
             async for piece in self._pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -428,7 +488,9 @@ class Streamed(Response):
 
 
 ROLES = {"developer": "system", "tool": "user", "function": "user"}
-"""Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a user's."""
+"""Roles that templates do not know, and which one they are read as: what a tool says is untrusted text like a
+user's.
+"""
 SETTINGS = frozenset(
     [
         "max_tokens",
@@ -459,7 +521,16 @@ SETTINGS = frozenset(
 )
 """Fields of a chat request that may hold a number or a word, and nothing that a model could follow."""
 _OF_THE_TEMPLATE = frozenset(
-    ["messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"]
+    [
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+    ]
 )
 """Arguments of a template that would put other text than the guard read, or end it elsewhere."""
 READ = (
@@ -480,7 +551,16 @@ READ = (
 """Fields that may hold text which a model reads: each is judged by itself."""
 KNOWN = SETTINGS | {*READ, "messages", "stream_options"}
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-_SAY_NOTHING: tuple[Any, ...] = (None, "auto", "none", "required", [], {}, {"type": "text"}, {"type": "json_object"})
+_SAY_NOTHING: tuple[Any, ...] = (
+    None,
+    "auto",
+    "none",
+    "required",
+    [],
+    {},
+    {"type": "text"},
+    {"type": "json_object"},
+)
 _MOST_TEXTS = 1024
 _PART_FIELDS = {"type", "text", "refusal", "annotations", "cache_control", "prompt_cache_breakpoint"}
 _SAID = ("refusal", "tool_calls", "function_call", "annotations")
@@ -492,7 +572,22 @@ _CACHED = ("cache_control", "prompt_cache_breakpoint")
 _HASH = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|[0-9a-fA-F]{32,64}")
 _OPAQUE = re.compile(r"(?!.*[a-z]{8})(?:(?=.*[0-9]).{1,8}|(?=.*[0-9].*[0-9]).{9,64})")
 _OF_IDENTIFIERS = frozenset(
-    {"call", "chatcmpl", "tool", "toolu", "fc", "user", "session", "thread", "msg", "req", "org", "id", "key", "cache"}
+    {
+        "call",
+        "chatcmpl",
+        "tool",
+        "toolu",
+        "fc",
+        "user",
+        "session",
+        "thread",
+        "msg",
+        "req",
+        "org",
+        "id",
+        "key",
+        "cache",
+    }
 )
 _JOINTS = re.compile(r"[_\-.,:;/+*~|=&\u00ad\u200b-\u200d\u2060\ufeff]+|(?<=[a-z])(?=[A-Z])")
 """What holds words together where there is no white space."""
@@ -500,10 +595,11 @@ _SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_]{1,16}\|?>|\[/?[A-Z_]{1,16}\]")
 
 
 def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
-    """How the guard reads a conversation: as a whole, turn by turn, and what a message holds beside its content by itself.
+    """How the guard reads a conversation: as a whole, turn by turn, and what a message holds beside its
+    content by itself.
 
-    In the whole, parts of a message are joined by line breaks, and calls of tools and what the assistant refused count as said; thoughts
-    are left out, as templates leave them out of earlier answers.
+    In the whole, parts of a message are joined by line breaks, and calls of tools and what the assistant
+    refused count as said; thoughts are left out, as templates leave them out of earlier answers.
 
     Args:
         turns: At least one.
@@ -513,14 +609,31 @@ def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
         Problem: More turns than are taken, or something that is no text.
     """
     if len(turns) > limit:
-        raise Problem(400, f"the conversation has {len(turns)} messages; expected at most {limit}", "too_many_messages", param="messages")
-    messages = tuple(Message(ROLES.get(turn.role, turn.role), said(turn, f"messages[{place}]")) for place, turn in enumerate(turns))
+        raise Problem(
+            400,
+            f"the conversation has {len(turns)} messages; expected at most {limit}",
+            "too_many_messages",
+            param="messages",
+        )
+    messages = tuple(
+        Message(ROLES.get(turn.role, turn.role), said(turn, f"messages[{place}]"))
+        for place, turn in enumerate(turns)
+    )
     whole = Prompt(id="0", text=request_of(messages) or messages[-1].content, messages=messages)
     try:
         found = readings(whole)
     except InputError as error:
         raise Problem(400, str(error), "too_many_messages", param="messages") from None
-    return [*found, *_alone([(f"messages[{place}]", text) for place, turn in enumerate(turns) for text in _beside_content(turn, place)])]
+    return [
+        *found,
+        *_alone(
+            [
+                (f"messages[{place}]", text)
+                for place, turn in enumerate(turns)
+                for text in _beside_content(turn, place)
+            ]
+        ),
+    ]
 
 
 def said(turn: Turn, place: str) -> str:
@@ -536,16 +649,23 @@ def said(turn: Turn, place: str) -> str:
 
 
 def _content(turn: Turn, place: str) -> list[str]:
-    return [turn.content] if isinstance(turn.content, str) else [text_of(part, place) for part in turn.content or ()]
+    return (
+        [turn.content]
+        if isinstance(turn.content, str)
+        else [text_of(part, place) for part in turn.content or ()]
+    )
 
 
 def _beside_content(turn: Turn, place: int) -> Iterator[str]:
-    """The parts and the fields of a message, each by itself: which of them a model is shown is up to its template."""
+    """The parts and the fields of a message, each by itself: which of them a model is shown is up to its
+    template.
+    """
     extra = turn.model_extra or {}
     parts = _content(turn, f"messages[{place}]")
     if len(parts) > 1:
         yield from parts
-        yield "".join(parts)  # many templates put nothing between parts, so that half a word in each of two is a word to the model
+        # Many templates put nothing between parts, so that half a word in each of two is a word to the model.
+        yield "".join(parts)
     if any(extra.get(name) for name in _SAID):
         yield "\n".join(parts)
     for name in (*_SAID, *_THOUGHT):
@@ -569,7 +689,12 @@ def text_of(part: Part, place: str) -> str:
     texts += [as_text(extra["annotations"])] if extra.get("annotations") else []
     strange += [name for name in _CACHED if not _is_mark(extra.get(name))]
     if part.type not in SPEECH or strange or not texts or not all(isinstance(text, str) for text in texts):
-        raise Problem(400, f"{place}: the guard cannot read a part of type {part.type!r}; expected text", "unreadable_content", param=place)
+        raise Problem(
+            400,
+            f"{place}: the guard cannot read a part of type {part.type!r}; expected text",
+            "unreadable_content",
+            param=place,
+        )
     return "\n".join(texts)
 
 
@@ -581,10 +706,13 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reque
         passed: Fields that the operator lets through unread.
 
     Raises:
-        Problem: A field that is not known. A chat template in a request, say, would be a prompt that the guard never saw.
+        Problem: A field that is not known. A chat template in a request, say, would be a prompt that the
+        guard never saw.
     """
     unread = set(passed)
-    strange = sorted(name for name, value in request.items() if name not in KNOWN | unread and value is not None)
+    strange = sorted(
+        name for name, value in request.items() if name not in KNOWN | unread and value is not None
+    )
     strange += strange_options(request)
     if strange:
         name = strange[0][:64]
@@ -594,9 +722,16 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reque
             "unknown_parameter",
             param=name,
         )
-    wordy = next((name for name in sorted(SETTINGS - unread) if not _is_setting(name, request.get(name))), None)
+    wordy = next(
+        (name for name in sorted(SETTINGS - unread) if not _is_setting(name, request.get(name))), None
+    )
     if wordy is not None:
-        raise Problem(400, f"{wordy}: expected a number or a word; some templates show it to the model", "invalid_value", param=wordy)
+        raise Problem(
+            400,
+            f"{wordy}: expected a number or a word; some templates show it to the model",
+            "invalid_value",
+            param=wordy,
+        )
     fields = [name for name in READ if name not in unread and not _says_nothing(name, request.get(name))]
     return _alone([(name, text) for name in fields for text in texts_in(request[name])])
 
@@ -604,11 +739,15 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reque
 def strange_options(request: Mapping[str, Any]) -> list[str]:
     """Members of `stream_options` that are not known, as paths."""
     options, known = request.get("stream_options") or {}, StreamOptions.model_fields
-    return sorted(f"stream_options.{name}" for name, value in options.items() if name not in known and value is not None)
+    return sorted(
+        f"stream_options.{name}" for name, value in options.items() if name not in known and value is not None
+    )
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """A value as text, and by itself every text of three words or more in it: among much else one of them says little."""
+    """A value as text, and by itself every text of three words or more in it: among much else one of them
+    says little.
+    """
     yield _spaced(value) if isinstance(value, str) else as_text(value)
     for text in () if isinstance(value, str) else _leaves(opened(value)):
         if len(re.findall(r"\w+", spaced := _spaced(text))) > 2 or len(text) > 64:
@@ -616,17 +755,30 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def is_identifier(text: str) -> bool:
-    """Whether a text is what machines number things with: too little of it is words to ask anything of a model."""
+    """Whether a text is what machines number things with: too little of it is words to ask anything of a
+    model.
+    """
     if len(text) > 64 or not re.fullmatch(r"[A-Za-z0-9_-]*", text):
         return False
-    pieces = [piece for piece in re.split(r"[_-]+", _HASH.sub("", text, count=1)) if piece and piece.lower() not in _OF_IDENTIFIERS]
+    pieces = [
+        piece
+        for piece in re.split(r"[_-]+", _HASH.sub("", text, count=1))
+        if piece and piece.lower() not in _OF_IDENTIFIERS
+    ]
     words = [piece for piece in pieces if piece.isalpha()]
     numbered = [piece for piece in pieces if not piece.isalpha()]
-    return len(words) < 2 and all(len(word) <= 12 for word in words) and len(numbered) < 3 and all(map(_OPAQUE.fullmatch, numbered))
+    return (
+        len(words) < 2
+        and all(len(word) <= 12 for word in words)
+        and len(numbered) < 3
+        and all(map(_OPAQUE.fullmatch, numbered))
+    )
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    """Whether a field needs no reading: it is empty, asks for what happens anyway, or cannot hold a prompt."""
+    """Whether a field needs no reading: it is empty, asks for what happens anyway, or cannot hold a
+    prompt.
+    """
     if value in _SAY_NOTHING:
         return True
     if name == "model":
@@ -651,13 +803,21 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _spaced(text: str) -> str:
-    """A text whose words hang together otherwise than by white space (`how_to-do.it`, `howToDoIt`) as words; every other one as it is."""
+    """A text whose words hang together otherwise than by white space (`how_to-do.it`, `howToDoIt`) as words.
+
+    Every other one as it is.
+    """
     return text if re.search(r"\s", text.strip()) else _JOINTS.sub(" ", text)
 
 
 def _alone(texts: Sequence[tuple[str, str]]) -> list[RequestReading]:
     if len(texts) > _MOST_TEXTS:
-        raise Problem(400, f"{len(texts)} texts beside the turns; expected at most {_MOST_TEXTS}", "too_many_texts", param=texts[0][0])
+        raise Problem(
+            400,
+            f"{len(texts)} texts beside the turns; expected at most {_MOST_TEXTS}",
+            "too_many_texts",
+            param=texts[0][0],
+        )
     once = {text: name for name, text in reversed(texts) if text.strip()}
     return [RequestReading(name, Prompt(id=name, text=text)) for text, name in once.items()]
 
@@ -665,15 +825,24 @@ def _alone(texts: Sequence[tuple[str, str]]) -> list[RequestReading]:
 def _is_setting(name: str, value: Any) -> bool:
     """Whether a value is a number, or one word too short to hold a prompt."""
     if name == "logit_bias" and isinstance(value, dict):
-        return all(re.fullmatch(r"[0-9]{1,9}", token) and isinstance(bias, int | float) for token, bias in value.items())
+        return all(
+            re.fullmatch(r"[0-9]{1,9}", token) and isinstance(bias, int | float)
+            for token, bias in value.items()
+        )
     if name == "chat_template_kwargs" and isinstance(value, dict):
         return all(
-            re.fullmatch(r"[a-z][a-z0-9_]{0,63}", argument) and argument not in _OF_THE_TEMPLATE and _is_setting("", one)
+            re.fullmatch(r"[a-z][a-z0-9_]{0,63}", argument)
+            and argument not in _OF_THE_TEMPLATE
+            and _is_setting("", one)
             for argument, one in value.items()
         )
     if name == "modalities" and isinstance(value, list):
         return all(one in ("text", "audio") for one in value) and len(value) <= 2
-    return value is None or isinstance(value, int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+    return (
+        value is None
+        or isinstance(value, int | float)
+        or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+    )
 
 
 def _is_mark(value: Any) -> bool:

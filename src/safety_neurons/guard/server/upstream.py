@@ -20,7 +20,8 @@ _PASSED_ON = ("retry-after", "openai-processing-ms")
 
 
 class Upstream:
-    """A client of the upstream. Nothing is sent twice, no redirect is followed, and the clients' own headers stay here.
+    """A client of the upstream. Nothing is sent twice, no redirect is followed, and the clients' own headers
+    stay here.
 
     Args:
         settings: Where it is, and its key.
@@ -28,7 +29,9 @@ class Upstream:
         transport: In the place of the network, for tests.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         assert settings.upstream is not None
         self.url = settings.upstream.rstrip("/")
         self.metrics = metrics
@@ -39,7 +42,9 @@ class Upstream:
         self._client = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(silence, connect=_CONNECT_SECONDS, pool=silence),
-            limits=httpx.Limits(max_connections=settings.limits.requests, max_keepalive_connections=64, keepalive_expiry=30.0),
+            limits=httpx.Limits(
+                max_connections=settings.limits.requests, max_keepalive_connections=64, keepalive_expiry=30.0
+            ),
             follow_redirects=False,
             trust_env=not is_local(httpx.URL(self.url).host),
             transport=transport,
@@ -61,10 +66,13 @@ class Upstream:
         """
         return await self._whole("POST", "/chat/completions", body)
 
-    async def stream(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], AsyncGenerator[bytes, None]]:
+    async def stream(
+        self, body: Mapping[str, Any]
+    ) -> tuple[int, dict[str, str], AsyncGenerator[bytes, None]]:
         """Its answer to a conversation as it comes; an error comes whole.
 
-        Where it breaks off, the last event is an error and there is no `[DONE]`, so nobody takes a part for the whole.
+        Where it breaks off, the last event is an error and there is no `[DONE]`, so nobody takes a part for
+        the whole.
 
         Raises:
             Problem: As for `chat`.
@@ -79,7 +87,9 @@ class Upstream:
             return status, headers, _once(whole)
         return 200, _kept(response), self._pieces(response)
 
-    async def _whole(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, dict[str, str], bytes]:
+    async def _whole(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> tuple[int, dict[str, str], bytes]:
         response = await self._sent(method, path, body)
         try:
             return self._checked(response, await self._read(response))
@@ -128,14 +138,18 @@ class Upstream:
             yield (b"" if events.between else b"\n\n") + b"data: " + problem.body + b"\n\n"
 
     def _checked(self, response: httpx.Response, content: bytes) -> tuple[int, dict[str, str], bytes]:
-        """An answer as it is passed on: JSON objects as they are, other errors in the shape of the OpenAI API."""
+        """An answer as it is passed on: JSON objects as they are, other errors in the shape of the OpenAI
+        API.
+        """
         status = response.status_code
         try:
             record = strict_json.loads(content, lenient=True)
         except (ValueError, RecursionError):
             record = None
         if status in (401, 403):
-            raise self._failed("refused", 502, f"the upstream refused this server's key ({status})", "upstream_refused")
+            raise self._failed(
+                "refused", 502, f"the upstream refused this server's key ({status})", "upstream_refused"
+            )
         if 300 <= status < 400 or status < 200:
             raise self._failed("redirect", 502, f"the upstream answered {status}; redirects are not followed")
         if isinstance(record, dict) and (status == 200) == ("error" not in record or record["error"] is None):
@@ -153,7 +167,9 @@ class Upstream:
     def _problem(self, error: httpx.HTTPError) -> Problem:
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return self._failed("timeout", 504, "the upstream did not answer in time", "upstream_timeout")
-        return self._failed("unreachable", 502, f"the upstream cannot be reached or broke off ({type(error).__name__})")
+        return self._failed(
+            "unreachable", 502, f"the upstream cannot be reached or broke off ({type(error).__name__})"
+        )
 
     def _failed(self, kind: str, status: int, message: str, code: str = "upstream_unavailable") -> Problem:
         self.metrics.upstream.labels(kind).inc()
@@ -161,7 +177,8 @@ class Upstream:
 
 
 class Events:
-    """Finds the end of a stream of server-sent events: an event whose data is `[DONE]`, not these letters inside a text.
+    """Finds the end of a stream of server-sent events: an event whose data is `[DONE]`, not these letters
+    inside a text.
 
     Attributes:
         between: Whether the last event is complete.

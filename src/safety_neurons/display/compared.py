@@ -1,0 +1,444 @@
+"""What compare found: methods at one budget on one pair of models, and ranked over several organisms."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from markupsafe import Markup
+
+from safety_neurons.display.charts import (
+    SOFT,
+    DotRow,
+    agreement_figure,
+    look,
+)
+from safety_neurons.display.parts import (
+    CAUTION,
+    FACT,
+    NO,
+    OPEN,
+    PARTLY,
+    YES,
+    Cell,
+    DisplayPart,
+    Figure,
+    Finding,
+    ReportedRun,
+    Table,
+    Tile,
+    above_random,
+    dots_of,
+    estimate_row,
+    random_row,
+    titled,
+    why_not,
+)
+from safety_neurons.display.text import (
+    NONE,
+    count,
+    duration,
+    interval,
+    name,
+    number,
+    plural,
+    say,
+    share,
+    visible,
+)
+from safety_neurons.results import captioned
+
+
+def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Rows of real methods, largest effect first, and rows of random sets."""
+    real = [row for row in result["methods"] if not str(row["method"]).startswith("random")]
+    chance = [row for row in result["methods"] if str(row["method"]).startswith("random")]
+
+    def order(row: Mapping[str, Any]) -> tuple[float | int, ...]:
+        value = row["causal_effect"]["value"]
+        return (-(value if value is not None else -9.0), -(row["recall"] or 0.0))
+
+    return sorted(real, key=order), chance
+
+
+def methods_table(run: ReportedRun) -> Table:
+    """Every row of a comparison."""
+    result = run.result
+    real, chance = methods_of(result)
+    known = any(row["recall"] is not None for row in result["methods"])
+    rows = [
+        [
+            visible(row["method"], 40),
+            count(row["n_units"]),
+            count(row["n_neurons"]),
+            *([number(row["recall"])] if known else []),
+            interval(row["causal_effect"]),
+            interval(row["necessity"]),
+            interval(row["harmful_refused"]),
+            interval(row["harmless_refused"]),
+            duration(row["seconds"]) if row["seconds"] else NONE,
+        ]
+        for row in [*real, *chance]
+    ]
+    columns = [
+        "method",
+        "units",
+        "neurons",
+        *(["recall"] if known else []),
+        "causal effect",
+        "refusals lost when off",
+        "harmful refused",
+        "harmless refused",
+        "time to find",
+    ]
+    return Table(
+        captioned("Every method at the same number of units; 95\u00a0% intervals", result["methods"]),
+        columns,
+        rows,
+    )
+
+
+def agreement_table(run: ReportedRun) -> Table:
+    """Jaccard index of every two sets, beside chance."""
+    rows = [
+        [
+            f"{visible(pair['methods'][0], 40)}, {visible(pair['methods'][1], 40)}",
+            number(pair["jaccard"], 3),
+            number(pair["chance"], 3),
+        ]
+        for pair in sorted(run.result["agreement"], key=lambda pair: -pair["jaccard"])
+    ]
+    return Table(
+        "Units shared by two sets ÷ units in either", ["two sets", "Jaccard index", "two random sets"], rows
+    )
+
+
+def compare_part(run: ReportedRun) -> DisplayPart:
+    """Methods at one budget."""
+    result = run.result
+    real, chance = methods_of(result)
+    heading = say("{} <span class=sub>{}</span>", run.pair, plural(result["budget"], "unit"))
+    lead = say(
+        (
+            "{} of {:,} units (sites: {}). Every method chooses as many; they are patched from the aligned "
+            "into the base model."
+        ),
+        share(result["budget"] / result["n_units"]),
+        int(result["n_units"]),
+        ", ".join(visible(site, 8) for site in result["sites"]),
+    )
+    lead += say(
+        " All neurons of the sites patched restore {} of the difference", interval(result["ceiling_effect"])
+    )
+    if result.get("ceiling_by_parameters_effect"):
+        lead += say("; all their parameters {}", interval(result["ceiling_by_parameters_effect"]))
+    lead += Markup(".")
+    names = [visible(row["method"], 40) for row in real]
+    rows, domain = _interval_rows(real, chance, names, "causal_effect")
+    ceiling = result["ceiling_effect"]
+    caption = Markup(
+        "<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets"
+    )
+    line = ", the dashed line is all neurons of the sites patched, {}."
+    caption += say(line, interval(ceiling)) if ceiling["value"] is not None else Markup(".")
+    drawn = {"domain": domain, "reference": ceiling["value"]}
+    figures = [dots_of(rows, "causal effect", caption, "Causal effect at equal budget", **drawn)]
+    rows, domain = _interval_rows(real, chance, names, "necessity")
+    caption = Markup(
+        "<b>Refusals lost when off</b>: share of harmful requests that the aligned model no longer "
+        "refuses while the set is "
+    )
+    caption += Markup("deactivated; bars are 95\u00a0% intervals, ticks single random sets.")
+    figures.append(
+        dots_of(rows, "refusals lost when off", caption, "Refusals lost at equal budget", domain=domain)
+    )
+    if any(entry["recall"] is not None for entry in real):
+        figures.append(_recall(real, chance, names))
+    if result["agreement"]:
+        figures.append(_agreement(result, names))
+    details = [agreement_table(run)] if result["agreement"] else []
+    return DisplayPart(heading, lead, figures, [methods_table(run)], details)
+
+
+def _interval_rows(
+    real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
+) -> tuple[list[DotRow], tuple[float, float]]:
+    """One row a method with its interval, one for the random sets, and the axis that holds them all."""
+    dots = [entry[measure]["value"] for entry in chance if entry[measure]["value"] is not None]
+    rows = [
+        estimate_row(label, entry[measure], look(label, names))
+        for label, entry in zip(names, real, strict=True)
+    ]
+    rows += random_row(dots)
+    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
+    return rows, (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
+
+
+def _recall(
+    real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Figure:
+    rows = [
+        DotRow(label, entry["recall"], None, None, number(entry["recall"]), *look(label, names))
+        for label, entry in zip(names, real, strict=True)
+    ]
+    rows += random_row([entry["recall"] for entry in chance if entry["recall"] is not None])
+    caption = Markup(
+        "<b>Recall</b>: share of the planted units in the set. All of them are counted, so there is no "
+        "sampling interval."
+    )
+    return dots_of(rows, "planted units found", caption, "Recall of planted units", domain=(-0.02, 1.02))
+
+
+def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
+    jaccard = {
+        (visible(a, 40), visible(b, 40)): float(pair["jaccard"])
+        for pair in result["agreement"]
+        for a, b in [pair["methods"]]
+    }
+    order = [*names, *sorted({each for pair in jaccard for each in pair if each.startswith("random")})[:1]]
+    chance = float(result["agreement"][0]["chance"])
+    kept = sorted(
+        ((pair, value) for pair, value in jaccard.items() if set(pair) <= set(names)),
+        key=lambda item: -item[1],
+    )
+    words = "; ".join(f"{a} and {b} {value:.2f}" for (a, b), value in kept)
+    caption = say(
+        (
+            "<b>Agreement</b>: units two sets share ÷ units in either (Jaccard index). Two random sets would "
+            "have {}."
+        ),
+        number(chance, 3),
+    )
+    return Figure(
+        partial(agreement_figure, order, jaccard),
+        f"Agreement of every two methods: {words}. Chance {chance:.3f}.",
+        caption,
+    )
+
+
+def compare_findings(run: ReportedRun) -> list[Finding]:
+    """Which set is needed most, which restores most, and which do no more than chance."""
+    result = run.result
+    real, chance = methods_of(result)
+    pair = say("On {}", name(run.model))
+    sentences = []
+    defined = [row for row in real if row["causal_effect"]["value"] is not None]
+    budget = say(
+        "{} of {} units ({})",
+        count(result["budget"]),
+        count(result["n_units"]),
+        share(result["budget"] / result["n_units"]),
+    )
+    if not defined:
+        why = real[0]["causal_effect"].get("why") if real else "no method was run"
+        return [
+            Finding(
+                OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300))
+            )
+        ]
+    best = defined[0]
+    ceiling = result["ceiling_effect"]
+    if ceiling["low"] is not None and ceiling["low"] <= 0:
+        text = (
+            "{}, patching all neurons of these sites restores {} of the difference: no method can show "
+            "more here."
+        )
+        sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
+    if result.get("ceiling_why"):
+        sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
+    sentences.append(_most_necessary(pair, budget, real, chance))
+    text = say(
+        "{}, at {}, <b>{}</b> has the largest causal effect: {}",
+        pair,
+        budget,
+        visible(best["method"], 40),
+        interval(best["causal_effect"]),
+    )
+    if len(defined) > 1:
+        second = defined[1]
+        apart = (best["causal_effect"]["low"] or 0.0) > (second["causal_effect"]["high"] or 0.0)
+        ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
+        text += say(
+            "; then <b>{}</b>, {}: {}",
+            visible(second["method"], 40),
+            interval(second["causal_effect"]),
+            ending,
+        )
+    sentences.append(Finding(FACT, text + Markup(".")))
+    weak = [visible(row["method"], 40) for row in defined if not above_random(row, "against_random")]
+    if weak:
+        reason = why_not(defined[0].get("against_random"))
+        sentences.append(
+            Finding(
+                NO, say("{}, not clearly above chance at this budget{}: {}.", pair, reason, ", ".join(weak))
+            )
+        )
+    if best["recall"] is not None:
+        by_recall = sorted(real, key=lambda row: -row["recall"])
+        parts = ", ".join(f"{visible(row['method'], 40)} {number(row['recall'])}" for row in by_recall)
+        luck = ", ".join(number(row["recall"]) for row in chance)
+        sentences.append(
+            Finding(
+                FACT,
+                say(
+                    "{}, share of the planted units found: {}{}.",
+                    pair,
+                    parts,
+                    f"; random {luck}" if luck else "",
+                ),
+            )
+        )
+    return sentences
+
+
+def _most_necessary(
+    pair: Markup, budget: Markup, real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]
+) -> Finding:
+    """Which set costs the aligned model most refusals while it is off."""
+    known = [row for row in real if row["necessity"]["value"] is not None]
+    if not known:
+        return Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair))
+    best = max(known, key=lambda row: row["necessity"]["value"])
+    luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
+    beside = say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
+    text = (
+        "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests "
+        "are no longer refused{}."
+    )
+    kind = FACT if above_random(best, "necessity_against_random") else NO
+    return Finding(
+        kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside)
+    )
+
+
+def compare_tile(run: ReportedRun) -> Tile:
+    """Which method finds the planted truth, or has the largest effect."""
+    real, _ = methods_of(run.result)
+    known = [row for row in real if row["recall"] is not None]
+    if known:
+        best = max(known, key=lambda row: row["recall"])
+        verdict = YES if best["recall"] >= 0.95 else PARTLY if best["recall"] > 0 else NO
+        text = say(
+            "of {} planted units found by {}", count(run.result["budget"]), visible(best["method"], 40)
+        )
+        return Tile("Is the planted truth found?", verdict, number(best["recall"]), text)
+    if not real:
+        return Tile("Which method at equal budget?", OPEN, NONE, Markup("no method was run"))
+    best = real[0]
+    effect = best["causal_effect"]
+    verdict = OPEN if effect["value"] is None else FACT
+    text = say(
+        "causal effect of {}, the largest of {} at {} of the units",
+        visible(best["method"], 40),
+        plural(len(real), "method"),
+        share(run.result["budget"] / run.result["n_units"]),
+    )
+    return Tile("Which method at equal budget?", verdict, interval(effect), text)
+
+
+DRAWN = {
+    "recall": "planted units found",
+    "causal_effect": "causal effect",
+    "necessity": "refusals lost when off",
+}
+
+
+CHANCE = "random"
+
+
+def ranking_part(run: ReportedRun) -> DisplayPart:
+    """Every method over every organism: means, the worst, each single one."""
+    figures, tables = [], []
+    for group in dict.fromkeys(str(row["group"]) for row in run.result["ranking"]):
+        rows = [row for row in run.result["ranking"] if row["group"] == group]
+        figures += [
+            _ranked_figure(group, measure, rows)
+            for measure in DRAWN
+            if any(row["measure"] == measure for row in rows)
+        ]
+        tables.append(_table(group, rows))
+    lead = Markup(
+        "Means over organisms; faint marks are single organisms and seeds, the number in brackets is the "
+        "worst of them."
+    )
+    return DisplayPart(
+        titled("Over several organisms", run),
+        lead,
+        [figure for figure in figures if figure is not None],
+        tables,
+    )
+
+
+def _ranked_figure(group: str, measure: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    known = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
+    if not known or (measure != "recall" and group == "planted"):
+        return None
+    names = [visible(row["method"], 40) for row in known]
+    drawn = []
+    for label, row in sorted(zip(names, known, strict=True), key=lambda pair: -pair[1]["mean"]):
+        colour, shape = (SOFT, "circle") if label == CHANCE else look(label, names)
+        dots = [value for value in row["by_organism"].values() if value is not None]
+        drawn.append(DotRow(label, row["mean"], None, None, _mean(row), colour, shape, dots))
+    ends = [end for row in drawn for end in row.dots]
+    organisms = plural(len(known[0]["by_organism"]), "organism")
+    caption = say("<b>{}</b>, {}: mean over {}.", DRAWN[measure].capitalize(), _group(group), organisms)
+    domain = (max(min([0.0, *ends]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
+    return dots_of(drawn, DRAWN[measure], caption, f"{DRAWN[measure]}, {_group(group)}", domain=domain)
+
+
+def _group(group: str) -> str:
+    kind, _, share = group.partition(" ")
+    try:
+        return f"{visible(kind, 20)} organisms" + (
+            f", {100 * float(share):g}\u202f% of the units" if share else ", as many as are true"
+        )
+    except ValueError:
+        return visible(group, 40)
+
+
+def _table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    measures = list(dict.fromkeys(str(row["measure"]) for row in rows))
+    cells = {(row["method"], row["measure"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shown: list[Sequence[Cell]] = [
+        [visible(method, 40), *(_mean(cells.get((method, measure))) for measure in measures)]
+        for method in methods
+    ]
+    quiet = frozenset(place for place, method in enumerate(methods) if method == CHANCE)
+    columns = ["method", *(visible(measure.replace("_", " "), 40) for measure in measures)]
+    return Table(f"{_group(group)}: mean over organisms (worst)".capitalize(), columns, shown, quiet)
+
+
+def _mean(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["mean"] is None:
+        return NONE
+    return (
+        duration(row["mean"])
+        if row["measure"] == "seconds"
+        else f"{number(row['mean'])} ({number(row['worst'])})"
+    )
+
+
+def ranking_findings(run: ReportedRun) -> list[Finding]:
+    """Who leads which measure."""
+    made = []
+    for leader in run.result["leaders"]:
+        names = Markup(", ").join(
+            Markup("<b>{}</b>").format(visible(method, 40)) for method in leader["methods"]
+        )
+        text = "On {}, {} leads in {}: {} on average."
+        measure = visible(str(leader["measure"]).replace("_", " "), 40)
+        made.append(
+            Finding(FACT, say(text, _group(str(leader["group"])), names, measure, number(leader["mean"])))
+        )
+    return made
+
+
+def ranking_tile(run: ReportedRun) -> Tile:
+    """The leader in the causal effect, or in recall where nothing else was measured."""
+    found = {str(leader["measure"]): leader for leader in reversed(run.result["leaders"])}
+    leader = found.get("causal_effect") or found.get("recall")
+    if leader is None:
+        return Tile("Which method should I use?", FACT, NONE, Markup("no measure is defined"))
+    names = ", ".join(visible(each, 40) for each in leader["methods"])
+    text = say("{} of {}, mean over {}", DRAWN[leader["measure"]], names, _group(str(leader["group"])))
+    return Tile("Which method should I use?", FACT, number(leader["mean"]), text)
