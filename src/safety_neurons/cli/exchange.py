@@ -242,9 +242,8 @@ class CheckedSuites(Declaration):
 
 @verb("data verify")
 def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
-    """Check that suites are there, whole and unchanged before a run starts.
-
-    Fetches what is missing unless --offline.
+    """Check that suites are there, whole and unchanged before a run starts; fetches what is missing unless
+    --offline.
     """
     from safety_neurons.errors import InputError
     from safety_neurons.suites import catalogue

@@ -346,9 +346,8 @@ class Baselines(Declaration):
     random: Positive = 5
     """Random neuron sets with as many in every matrix."""
     detectors: Annotated[str | None, Reads("scores", several=True)] = None
-    """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which.
-
-    Needs --fit-unsafe.
+    """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs
+    --fit-unsafe.
     """
     counts: str = "10,30,100,300,1000"
     """Comma-separated set sizes for --detectors."""

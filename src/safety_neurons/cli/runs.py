@@ -62,9 +62,8 @@ def report(session: Session, reported: Reported) -> dict[str, Any]:
 
 @verb("run")
 def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
-    """Repeat a run: the same verb with the same arguments into another --out.
-
-    Common options given here take the place of its own.
+    """Repeat a run: the same verb with the same arguments into another --out; common options given here take
+    the place of its own.
     """
     common, recipe, servers = session.common, repeated.recipe, repeated.allow_servers
     record = parsed(recipe)

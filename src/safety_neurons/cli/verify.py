@@ -187,9 +187,8 @@ class MethodBudget(Declaration):
 def compare(
     session: Session, compared: Compared, lists: Lists, truth: KnownTruth, at: AtSites, budget: MethodBudget
 ) -> dict[str, Any]:
-    """Detectors side by side at equal budget, against random sets.
-
-    On one pair of models, or over several organisms.
+    """Detectors side by side at equal budget, against random sets; on one pair of models, or over several
+    organisms.
     """
     base, aligned, shares = compared.base, compared.aligned, parse_sizes(budget.top, "--top")
     if compared.organism:

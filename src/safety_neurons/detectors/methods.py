@@ -314,9 +314,8 @@ class Mask(Method, Sized):
     move: Annotated[str, OneOf("auto", "activations", "parameters")] = "auto"
     """activations (patching), parameters (swapping), or auto."""
     aim: Annotated[str, OneOf("refusal", "odds")] = "refusal"
-    """refusal: log-probability of going on as refusals do where the models part.
-
-    Odds: of the two tokens there.
+    """refusal: log-probability of going on as refusals do where the models part; odds: of the two
+    tokens there.
     """
     units: Positive | None = None
     """Size of the set in units, each counted once; without --top and --count."""
@@ -693,9 +692,8 @@ class WeightMagnitude(Method, Ranked):
 @register
 @dataclasses.dataclass(frozen=True)
 class ActivationMagnitude(Method, Ranked):
-    """Root mean square of each neuron's activation over all tokens of the prompts.
-
-    An expert's over the tokens routed to it.
+    """Root mean square of each neuron's activation over all tokens of the prompts; an expert's over
+    the tokens routed to it.
 
     Source: activation size, the usual baseline of pruning.
     """
