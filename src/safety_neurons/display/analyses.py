@@ -30,6 +30,7 @@ from safety_neurons.display.parts import (
 )
 from safety_neurons.display.text import NONE, count, interval, number, plural, say, share, visible
 from safety_neurons.results import captioned, clear_word, stands_out
+from safety_neurons.strict_json import JsonObject
 
 MOST = 48
 """Rows of a chart."""
@@ -608,15 +609,14 @@ TOKENS = 12
 PLACES = 5
 
 
-def cards_of(runs: Sequence[ReportedRun]) -> dict[str, list[dict[str, Any]]]:
+def cards_of(runs: Sequence[ReportedRun]) -> dict[str, list[JsonObject]]:
     """By `KEY.INDEX` the sections of a neuron's card, for the maps; every text made visible."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[JsonObject]] = {}
     for run in runs:
         if run.verb == VERB:
             for card in run.result["cards"]:
-                found[f"{visible(card['key'], 60)}.{int(card['index'])}"] = guarded(
-                    run, lambda _, card=card: _sections(card)
-                )  # type: ignore[misc]
+                name = f"{visible(card['key'], 60)}.{int(card['index'])}"
+                found[name] = guarded(run, lambda _, card=card: _sections(card))  # type: ignore[misc]
     return found
 
 

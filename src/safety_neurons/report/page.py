@@ -23,6 +23,7 @@ from safety_neurons.display.verified import patch_parts, sweep_order
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Completion, read_json, write_bytes
 from safety_neurons.results.run import now
+from safety_neurons.strict_json import JsonObject
 
 
 def read_runs(paths: Sequence[pathlib.Path | str]) -> list[ReportedRun]:
@@ -222,7 +223,7 @@ def _block(made: Sequence[Sheet], limit: int, share: float) -> str:
     return in_script(record)
 
 
-def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[dict[str, Any]]:
+def first_rows(sheet: Sheet, limit: int, n: int = FIRST) -> list[JsonObject]:
     """Rows for readers without scripts: harmful and harmless requests in turn."""
     harmful = [row for row in sheet.rows if row[0] != "harmless"]
     harmless = [row for row in sheet.rows if row[0] == "harmless"]
