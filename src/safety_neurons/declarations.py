@@ -12,6 +12,7 @@ import inspect
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from safety_neurons.errors import UsageError
@@ -267,3 +268,10 @@ def _is_text(node: ast.stmt) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def listed(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names separated by commas, or a sequence of them, as a tuple; None stays None."""
+    if value is None or not isinstance(value, str):
+        return None if value is None else tuple(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -13,8 +13,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from safety_neurons import strict_json
 from safety_neurons.cli import console
-from safety_neurons.declarations import Count, Declaration, Incidental, OneOf, Panel, Positive, Reads
-from safety_neurons.detectors.methods import listed
+from safety_neurons.declarations import (
+    Count,
+    Declaration,
+    Incidental,
+    OneOf,
+    Panel,
+    Positive,
+    Reads,
+    listed,
+)
 from safety_neurons.errors import GateError, UsageError
 
 TEMPLATES = ("auto", "none", "tulu")

@@ -11,18 +11,11 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from safety_neurons.declarations import Between, Count, Declaration, OneOf, Positive, Share
+from safety_neurons.declarations import Between, Count, Declaration, OneOf, Positive, Share, listed
 from safety_neurons.errors import UsageError
 
 RULES = ("top", "count", "top_per_matrix", "threshold")
 Sites = str | Sequence[str] | None
-
-
-def listed(value: Sites) -> tuple[str, ...] | None:
-    """Names separated by commas, or a sequence of them, as a tuple; None stays None."""
-    if value is None or not isinstance(value, str):
-        return None if value is None else tuple(value)
-    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 @dataclasses.dataclass(frozen=True)

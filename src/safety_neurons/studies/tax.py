@@ -18,8 +18,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from safety_neurons.analysis.overlap import Changes
+from safety_neurons.declarations import listed
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
-from safety_neurons.detectors.methods import Contrast, listed
+from safety_neurons.detectors.methods import Contrast
 from safety_neurons.detectors.runner import Run, Stream
 from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.display import Displayed
