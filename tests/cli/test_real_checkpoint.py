@@ -51,8 +51,8 @@ def test_every_check_of_the_doctor_holds(model, runs):
 def test_importance_finds_the_share_asked_for_in_a_model_of_thirty_layers(found):
     neurons = NeuronSet.load(found / "neurons.safetensors")
     table = neurons.table
-    assert len(table.keys()) == 7 * 30
-    assert len(neurons) == pytest.approx(0.01 * sum(table[key].size for key in table.keys()), rel=0.01)  # noqa: SIM118
+    assert len(table.keys) == 7 * 30
+    assert len(neurons) == pytest.approx(0.01 * sum(table[key].size for key in table.keys), rel=0.01)
 
 
 def test_tuned_neurons_are_patched_from_the_tuned_into_the_untouched_model(model, adapter, found, runs):
