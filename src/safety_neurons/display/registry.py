@@ -2,6 +2,7 @@
 looked at in a notebook.
 """
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,19 +141,19 @@ def html_of(run: ReportedRun) -> str:
     return str(say("<p><b>{}</b></p>{}<ul>{}</ul>", part.heading, Markup("").join(lines), said))
 
 
-class Displayed:
+class Displayed(abc.ABC):
     """A result that shows itself: its tables, findings and figures are those of a report and of the command
     line.
     """
 
     @property
+    @abc.abstractmethod
     def verb(self) -> str:
         """The verb that gives such a result, such as `verify-patch`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def record(self) -> Mapping[str, Any]:
         """The result as JSON values."""
-        raise NotImplementedError
 
     def tables(self) -> Sequence[Table]:
         """Captions, columns and rows of text."""

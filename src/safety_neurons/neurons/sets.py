@@ -2,6 +2,7 @@
 sets and scores are shown.
 """
 
+import abc
 import dataclasses
 import functools
 import os
@@ -174,7 +175,7 @@ class HandMadeWarning(UserWarning):
     """
 
 
-class ByMatrix:
+class ByMatrix(abc.ABC):
     """One vector for each of some matrices of a model, and what neuron sets and scores share: provenance,
     checks, files, tables.
     """
@@ -246,9 +247,9 @@ class ByMatrix:
         same = f"the {kind} were found on {' and '.join(origin.models)}, which is the same architecture as"
         return [f"{same} {others[0]} with other weights"] if others else []
 
+    @abc.abstractmethod
     def _fit(self, table: SiteTable) -> None:
         """Refuse vectors that are not of this table's matrices."""
-        raise NotImplementedError
 
     def on(self: Kind, table: SiteTable, models: Iterable[str] = ()) -> Kind:
         """The same on a model with the given table, after `check`, whose findings are its `notes`."""
