@@ -17,8 +17,10 @@ from safety_neurons.neurons import parse_key
 def _sub_layer(lm: LanguageModel, key: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The module to run again, and the one whose output is compared."""
     layer, parsed = lm.anatomy.layers[parse_key(key).layer], parse_key(key)
-    if parsed.expert is not None or parsed.shared:
+    if parsed.expert is not None or (parsed.shared and layer.experts is not None):
         return layer.experts.block, layer.experts.block
+    if parsed.shared:
+        return layer.shared.module, layer.shared.output_module
     part = layer.attention if parsed.site in "qkvo" else layer.mlp
     return part.module, part.places["o" if part is layer.attention else "down"].module
 

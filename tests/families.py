@@ -245,16 +245,94 @@ _EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_FEW_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
+_HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("Qwen3_5Text", {**_COMMON, **_LINEAR, "head_dim": 16}),
+    "qwen3_next": ("Qwen3Next", {**_COMMON, **_LINEAR, **_FEW_EXPERTS, "head_dim": 16}),
+    "lfm2": (
+        "Lfm2",
+        {**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **_COMMON,
+            "num_hidden_layers": 4,
+            "hybrid_override_pattern": "M*-E",
+            "head_dim": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            **_COMMON,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+        },
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            **_COMMON,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "bamba": ("Bamba", {**_COMMON, **_MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1", {**_COMMON, **_MAMBA, "head_dim": 8, "mamba_d_ssm": 64}),
+}
+
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 """Families and variants with a dense feed-forward layer."""
 
 MOE_FAMILIES: tuple[str, ...] = tuple(_EXPERTS)
 """Families whose experts are three-dimensional parameters."""
 
+HYBRID_FAMILIES: tuple[str, ...] = tuple(_HYBRIDS)
+"""Families with recurrent or convolutional mixers beside attention; some have experts too."""
+
 
 def config_of(family: str, **over: Any) -> transformers.PretrainedConfig:
     """The tiny configuration of a family, with fields overridden."""
-    name, fields = {**_CONFIGS, **_EXPERTS}[family]
+    name, fields = {**_CONFIGS, **_EXPERTS, **_HYBRIDS}[family]
     merged: Mapping[str, Any] = {**fields, **over}
     merged = {name: value for name, value in merged.items() if value is not None}
     return getattr(transformers, f"{name}Config")(**merged)
@@ -281,14 +359,14 @@ def build(
     """A tiny causal language model of `family` with random parameters, on the CPU, in evaluation mode.
 
     Args:
-        family: one of `FAMILIES` or `MOE_FAMILIES`.
+        family: one of `FAMILIES`, `MOE_FAMILIES` or `HYBRID_FAMILIES`.
         dtype: of all parameters. Values are drawn in float64, so two types hold the same numbers up to
             rounding.
         seed: of the parameters; nothing global is seeded by it for later code.
         over: fields of the configuration to override (`num_hidden_layers=3`, `attn_implementation="eager"`
             …).
     """
-    if OLD_TRANSFORMERS and (family in MOE_FAMILIES or family == "stablelm_qk_norm"):
+    if OLD_TRANSFORMERS and (family not in FAMILIES or family == "stablelm_qk_norm"):
         pytest.skip(
             "transformers 4 has no experts interface"
             if family in MOE_FAMILIES
@@ -303,7 +381,7 @@ def build(
     finally:
         torch.random.set_rng_state(state)
     model = model.to(dtype).eval()
-    if family in MOE_FAMILIES and dtype == torch.float64:
+    if family not in FAMILIES and dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
     redraw(model, seed)
     return model

@@ -87,10 +87,10 @@ def test_a_layer_without_feed_forward_part_has_no_such_sites() -> None:
 
 def test_widths_that_are_no_grouped_query_attention_are_refused() -> None:
     model = build("llama")
-    model.model.layers[1].self_attn.q_proj = nn.Linear(32, 64)
+    model.model.layers[1].self_attn.q_proj = nn.Linear(32, 40)
     anatomy = resolve(model)
     assert sorted(anatomy.refused) == [f"layers.1.{site}" for site in "koqv"]
-    assert "q, k, v have {'q': 64" in anatomy.refused["layers.1.q"]
+    assert "q, k, v have {'q': 40" in anatomy.refused["layers.1.q"]
 
 
 def test_experts_as_a_list_of_modules_name_the_version_that_is_needed() -> None:
@@ -129,9 +129,7 @@ def test_without_the_experts_interface_a_mixture_of_experts_is_refused_and_the_v
 
 
 def test_no_advice_is_the_word_of_a_placeholder_and_wrong_sites_are_refused() -> None:
-    model = build("llama")
-    model.model.layers[0].mlp.act_fn = None
-    refused = resolve(model).refused["layers.0.down"]
+    refused = resolve(renamed()).refused["layers.0.down"]
     assert "Ellipsis" not in refused
     assert "in Python" in refused
     for sites in ({"query": "self_attn.q_proj"}, {"q": "self_attn.absent"}, {"q": ""}):
@@ -140,20 +138,65 @@ def test_no_advice_is_the_word_of_a_placeholder_and_wrong_sites_are_refused() ->
         assert "\n" not in str(error.value)
 
 
-def test_a_layer_of_unknown_parts_only_is_an_error() -> None:
+class Mixer(nn.Module):
+    """A layer that is neither attention nor a feed-forward part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_map, self.out_map = nn.Linear(32, 8), nn.Linear(8, 32)
+
+    def forward(self, hidden: torch.Tensor, **_: object) -> torch.Tensor:
+        return hidden + self.out_map(self.in_map(hidden))
+
+
+def test_a_layer_of_unknown_parts_only_is_left_out_and_counted() -> None:
     model = build("llama")
-
-    class Mixer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.in_map, self.out_map = nn.Linear(32, 8), nn.Linear(8, 32)
-
     model.model.layers[1] = Mixer()
+    anatomy = prove(resolve(model))
+    assert sorted(anatomy.refused) == [f"layers.1.{site}" for site in "koqv"]
+    assert anatomy.unknown == {1: ("in_map", "out_map")}
+    coverage = anatomy.coverage()
+    assert (coverage.found, coverage.expected) == (7, 11)
+    assert coverage.left_out == "in_map, out_map of 1 layer (1)"
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.1\.q is not .*maps of unknown role \(in_map, out_map\)"
+    ):
+        anatomy.place("layers.1.q")
+
+
+def test_a_model_of_unknown_parts_only_is_an_error() -> None:
+    model = build("llama")
+    model.model.layers = nn.ModuleList([Mixer(), Mixer()])
     with pytest.raises(
         UnsupportedModelError,
-        match=r"layers\.1: model\.layers\.1 has linear maps of unknown role \(in_map, out_map\)",
+        match=r"no layer has a part .*layers\.0: model\.layers\.0 has .* unknown role \(in_map, out_map\)",
     ):
         resolve(model)
+
+
+def test_weights_that_several_layers_share_are_neurons_of_none() -> None:
+    model = build("llama", num_hidden_layers=3)
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    anatomy = prove(resolve(model))
+    assert sorted(anatomy.refused) == [
+        f"layers.{layer}.{site}" for layer in (0, 2) for site in ("down", "gate", "up")
+    ]
+    assert "layers 0, 2 share the weights" in anatomy.refused["layers.2.up"]
+
+
+def test_an_activation_function_that_no_module_holds_is_found_by_what_it_gives() -> None:
+    model = build("llama", hidden_act="gelu_pytorch_tanh")
+    for layer in model.model.layers:
+        act = layer.mlp.act_fn
+        layer.mlp.act_fn = None
+        layer.mlp.forward = lambda x, mlp=layer.mlp, act=act: mlp.down_proj(
+            act(mlp.gate_proj(x)) * mlp.up_proj(x)
+        )
+    anatomy = prove(resolve(model))
+    assert anatomy.coverage().complete
+    values = torch.linspace(-3, 3, 7)
+    expected = torch.nn.functional.gelu(values, approximate="tanh")
+    assert torch.equal(anatomy.layers[0].mlp.activation(values), expected)
 
 
 def test_a_model_without_a_list_of_layers_says_so() -> None:

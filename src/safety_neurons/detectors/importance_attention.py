@@ -137,10 +137,33 @@ class Attended:
         return self.softcap * (torch.tanh((before + step) / self.softcap) - torch.tanh(before / self.softcap))
 
 
+@dataclass(frozen=True)
+class Gated:
+    """Value states on their way out where a gate scales them query by query, so that no factor of the output
+    projection can be drawn into them.
+
+    Attributes:
+        values: of the heads that change.
+        gate: factors of each query's output.
+        factor: R with Rᵀ R = Wᵀ W for the columns of these heads.
+    """
+
+    values: Float[Tensor, "head token dim"]
+    gate: Float[Tensor, "token head dim"]
+    factor: Float[Tensor, "rank head dim"]
+
+    def __call__(
+        self, moved: Float[Tensor, "neuron token head key"], rows: slice
+    ) -> Float[Tensor, "pair rank"]:
+        """What changed attention probabilities put out through the factor."""
+        mixed = torch.einsum("cmhn,hnd->cmhd", moved, self.values[:, : moved.shape[-1]]) * self.gate[rows]
+        return mixed.flatten(0, 1).flatten(1) @ self.factor.flatten(1).T
+
+
 def squared_norms(
     attended: Attended,
     change: LogitChange,
-    passed: Float[Tensor, "head token rank"] | None,
+    passed: Float[Tensor, "head token rank"] | Gated | None,
     budget: int,
     general: bool = False,
 ) -> Float[Tensor, " neuron"]:
@@ -149,7 +172,7 @@ def squared_norms(
     Args:
         attended: the heads that change.
         change: one change per neuron.
-        passed: value states through a factor of the output projection.
+        passed: value states through a factor of the output projection, or what a gate scales before it.
         budget: bytes that a chunk of neurons may take.
         general: whether to use the form for any change without looking how large this one is.
     """
@@ -157,15 +180,18 @@ def squared_norms(
     n_neurons = change.left.shape[0]
     safe = not general and change.bound() <= SAFE_CHANGE
     result = change.left.new_zeros(n_neurons)
-    triangle = None if passed is None else _triangle(passed)
+    triangle = _triangle(passed) if isinstance(passed, Tensor) else None
     for rows, width in row_blocks(n_tokens):
         factor = None if triangle is None else _leading(triangle, width, n_heads)
-        size = (rows.stop - rows.start) * (n_heads * width * 4 + (0 if factor is None else factor.shape[1]))
+        out = 2 * passed.factor.numel() if isinstance(passed, Gated) else 0
+        size = (rows.stop - rows.start) * (n_heads * width * 4 + (out if factor is None else factor.shape[1]))
         step = chunk_size(size * result.element_size(), budget, result.device)
         for start in range(0, n_neurons, step):
             chunk = slice(start, min(start + step, n_neurons))
             moved = attended.difference(change, chunk, rows, width, safe, general)
-            if factor is not None:
+            if isinstance(passed, Gated):
+                moved = passed(moved, rows)
+            elif factor is not None:
                 moved = moved.reshape(-1, factor.shape[0]) @ factor
             result[chunk] += torch.linalg.vector_norm(moved.reshape(chunk.stop - start, -1), dim=1).square()
     return result
@@ -303,6 +329,8 @@ class AttentionScorer:
         """
         probabilities = self.states.probabilities.unflatten(0, (delta.shape[1], -1))
         passed = torch.einsum("grmn,ngd->gdrm", probabilities, delta)
+        if self.states.gate is not None:
+            passed = passed * self.states.gate.unflatten(1, (delta.shape[1], -1)).permute(1, 3, 2, 0)
         squares = ((passed @ passed.transpose(2, 3)) * self.factors.value_gram).sum((2, 3))
         return squares.clamp(min=0).sqrt()
 
@@ -368,7 +396,7 @@ class AttentionScorer:
             passed = self._passed_of_all if across else self._passed(heads)
         return squared_norms(attended, change, passed, self.budget, self.general).clamp(min=0).sqrt()
 
-    def _passed(self, heads: slice) -> Float[Tensor, "head token rank"]:
+    def _passed(self, heads: slice) -> Float[Tensor, "head token rank"] | Gated:
         """Value states through the factor of one head's or one group's columns."""
         states, factors = self.states, self.factors
         group = heads.start // states.group_size
@@ -377,13 +405,20 @@ class AttentionScorer:
             if heads.stop - heads.start < states.group_size
             else factors.of_groups[group]
         )
-        return torch.einsum("td,khd->htk", states.v[:, group], factor.to(states.v))
+        factor = factor.to(states.v)
+        if states.gate is not None:
+            values = states.v[:, group].expand(factor.shape[1], -1, -1)
+            return Gated(values, states.gate[:, heads], factor)
+        return torch.einsum("td,khd->htk", states.v[:, group], factor)
 
     @cached_property
-    def _passed_of_all(self) -> Float[Tensor, "head token rank"]:
+    def _passed_of_all(self) -> Float[Tensor, "head token rank"] | Gated:
         """Value states through the factor of all columns."""
         values = self.states.v.repeat_interleave(self.states.group_size, 1)
-        return torch.einsum("thd,khd->htk", values, self.factors.of_all[0].to(values))
+        factor = self.factors.of_all[0].to(values)
+        if self.states.gate is not None:
+            return Gated(values.transpose(0, 1), self.states.gate, factor)
+        return torch.einsum("thd,khd->htk", values, factor)
 
     def _paired(self, states: Float[Tensor, "token dim"], own: bool) -> Float[Tensor, "dim token term"]:
         """Per entry d the two numbers of the rotated logit: `own`, what of d stays and what crosses.
@@ -452,8 +487,13 @@ def scores_at_once(
         space: as for `AttentionScorer`.
         budget: bytes that the chunks of all prompts together may take.
     """
-    names = [entry.name for entry in fields(AttentionStates) if entry.name != "rotation"]
-    turned = states[0].rotation
+    first = states[0]
+    names = [
+        entry.name
+        for entry in fields(AttentionStates)
+        if entry.name != "rotation" and getattr(first, entry.name) is not None
+    ]
+    turned = first.rotation
     given = {name: torch.stack([getattr(one, name) for one in states]) for name in names}
     if turned is not None:
         given |= {

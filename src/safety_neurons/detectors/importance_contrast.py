@@ -149,7 +149,11 @@ class AttentionPart:
     def _passed(self, values: Float[Tensor, "token group dim"]) -> Float[Tensor, "counted unit member"]:
         """What the heads of each group pass on of a value, at the counted positions."""
         probabilities = self.states.probabilities[:, self.counted].unflatten(0, (values.shape[1], -1))
-        return torch.einsum("grmn,ngd->mgdr", probabilities, values).flatten(1, 2)
+        passed = torch.einsum("grmn,ngd->mgdr", probabilities, values)
+        if self.states.gate is not None:
+            gate = self.states.gate[self.counted].unflatten(1, (values.shape[1], -1))
+            passed = passed * gate.transpose(2, 3)
+        return passed.flatten(1, 2)
 
 
 def _moved(

@@ -117,6 +117,9 @@ def chosen_rows(batch: Batch, starts: Sequence[int], stops: Sequence[int]) -> tu
 
 Part = AttentionAnatomy | MlpAnatomy
 
+OUTPUT_GATE = "output_gate"
+"""Among the activations shown: what a query projection puts out beside the queries."""
+
 
 @dataclass
 class Shown:
@@ -125,7 +128,7 @@ class Shown:
     Attributes:
         inputs: what each projection with output sites was given, by the id of the module.
         activations: of each site, `[batch, token, neuron]`; for `o` the projection's input, `down` is not
-            kept.
+            kept; `output_gate` where a query projection puts out one.
         arguments: of the attention module, by name.
     """
 
@@ -137,7 +140,8 @@ class Shown:
     def capture(self) -> AttentionCapture:
         """As the attention formula takes it."""
         seen = self.activations
-        return AttentionCapture(seen["q"], seen["k"], seen["v"], seen["o"], self.arguments)
+        gate = seen.get(OUTPUT_GATE)
+        return AttentionCapture(seen["q"], seen["k"], seen["v"], seen["o"], self.arguments, gate)
 
     def unscaled(self, part: AttentionAnatomy) -> AttentionCapture:
         """The same with the input of the o projection as it is before an (IA)³ scale, which then belongs to
@@ -197,8 +201,15 @@ class _Watch:
         for place in self.part.places.values():
             if inputs and place.side == "output":
                 hooks[place.module] = partial(self._keep_input, place.module)
-        with around(before=hooks):
+        gates: dict[nn.Module, Callable[..., Any]] = {}
+        if isinstance(self.part, AttentionAnatomy) and self.part.gate is not None:
+            gates[self.part.places["q"].module] = self._keep_gate
+        with around(before=hooks, after=gates):
             yield
+
+    def _keep_gate(self, queries: Tensor) -> None:
+        assert isinstance(self.part, AttentionAnatomy)
+        self.seen.activations[OUTPUT_GATE] = self.part.gate_values(queries)
 
     def readers(self) -> dict[str, Callable[[Any], None]]:
         """One reader a site."""
@@ -248,7 +259,10 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
                         like.device
                     )
                 output = given[id(theirs.module)]
-                activations[site] = take(output.reshape(*like.shape[:2], output.shape[-1]), theirs.index)
+                whole = output.reshape(*like.shape[:2], output.shape[-1])
+                activations[site] = take(whole, theirs.index)
+                if site == "q" and isinstance(part, AttentionAnatomy) and part.gate is not None:
+                    activations[OUTPUT_GATE] = part.gate_values(whole)
     return activations
 
 

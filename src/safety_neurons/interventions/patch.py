@@ -46,7 +46,19 @@ from safety_neurons.interventions.targets import (
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
 from safety_neurons.neurons import NeuronSet
 
-_FOLLOWED_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+_FOLLOWED_LAYERS = frozenset(
+    {
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    }
+)
+"""Layers of a cache whose surgery is mirrored: keys and values, recurrent states, and layers without
+either.
+"""
 
 
 class FollowedCache(DynamicCache):

@@ -9,7 +9,8 @@ its neurons.
 4. Shapes must fit one another: heads from widths, fused projections from the widths of what they feed.
 
 Nothing is matched on the name of a model. What cannot be told is refused by site and by reason, and all of it
-is proved on a probe pass (`safety_neurons.model.proof`).
+is proved on a probe pass (`safety_neurons.model.proof`). A layer of which nothing is known (a recurrent or
+convolutional mixer of a hybrid) is such a refusal, and its linear maps are kept by name (`Anatomy.unknown`).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from safety_neurons.errors import UnsupportedModelError, UsageError
-from safety_neurons.model.proof import prove
+from safety_neurons.model.proof import KNOWN_ACTIVATIONS, prove
 from safety_neurons.model.sites import (
     DOWN,
     FUSED,
@@ -35,7 +36,9 @@ from safety_neurons.model.sites import (
     describe_experts,
     is_experts,
     projections_of,
+    runs,
     split_gate_up,
+    split_gated,
     split_qkv,
     unwrapped,
 )
@@ -65,8 +68,19 @@ ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
 MLP_ROLES: dict[str, tuple[str, ...]] = {
     "gate": ("gate_proj", "w1", "gate", "linear_v", "ff_gate"),
     "up": ("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w3", "up", "lin1", "ff_proj"),
-    "gate_up": ("gate_up_proj", "gate_and_up_proj", "w13", "dense_h_to_4h_gated"),
-    "down": ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down", "lin2", "ff_out"),
+    "gate_up": ("gate_up_proj", "gate_and_up_proj", "w13", "dense_h_to_4h_gated", "input_linear"),
+    "down": (
+        "down_proj",
+        "c_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "w2",
+        "down",
+        "lin2",
+        "ff_out",
+        "output_linear",
+    ),
 }
 """Names of projections inside a feed-forward module, by role."""
 
@@ -105,7 +119,7 @@ def resolve(
             does not replace these.
 
     Raises:
-        UnsupportedModelError: no list of layers, a compiled model, or a layer in which nothing is known.
+        UnsupportedModelError: no list of layers, a compiled model, or no layer in which anything is known.
         UsageError: sites that are no mapping of roles to paths, or a path that no layer has.
     """
     _check_sites(sites)
@@ -124,12 +138,46 @@ def resolve(
             f"sites: no layer has a linear map at {absent[0]!r}; expected a path inside a layer, such as "
             "self_attn.q_proj"
         )
-    layers, total = [], 0
+    layers, total, unknown = [], 0, dict[int, tuple[str, ...]]()
     for number, layer in enumerate(stack):
         builder = _LayerBuilder(number, f"{name}.{number}", layer, config, dict(sites or {}), chosen, refused)
         layers.append(builder.build())
         total += builder.all_parameters
-    return Anatomy(model, tuple(layers), refused, total, chosen)
+        if builder.unknown:
+            unknown[number] = builder.unknown
+    _refuse_shared(layers, refused)
+    anatomy = Anatomy(model, tuple(layers), refused, total, chosen, unknown)
+    if not anatomy.table.keys:
+        first, reason = next(iter(refused.items()), ("", f"{name} has no linear maps"))
+        where = ".".join(first.split(".")[:2])
+        raise UnsupportedModelError(
+            f"{anatomy.architecture}: no layer has a part whose neurons can be told; {where}: {reason}"
+        )
+    return anatomy
+
+
+def _refuse_shared(layers: list[LayerAnatomy], refused: dict[str, str]) -> None:
+    """Refuses the sites of weights that several layers use: what is done to a neuron of one layer is done to
+    the others.
+    """
+    users: dict[int, set[int]] = {}
+    for layer in layers:
+        for part in layer.parts:
+            for place in part.places.values():
+                users.setdefault(_weights_of(place), set()).add(layer.index)
+    for layer in layers:
+        for part in layer.parts:
+            for place in part.places.values():
+                if len(shared := users[_weights_of(place)]) > 1:
+                    refused[place.key] = (
+                        f"layers {runs(sorted(shared))} share the weights of {place.module_name}, so that "
+                        "its neurons belong to none of them; no option helps for this model"
+                    )
+
+
+def _weights_of(place: SitePlace) -> int:
+    base = place.projection.base
+    return id(getattr(base, "weight", base))
 
 
 def _check_sites(sites: object) -> None:
@@ -204,6 +252,7 @@ class _LayerBuilder:
     layouts: dict[str, str]
     refused: dict[str, str]
     all_parameters: int = 0
+    unknown: tuple[str, ...] = ()
 
     def build(self) -> LayerAnatomy:
         maps = projections_of(self.layer)
@@ -230,26 +279,25 @@ class _LayerBuilder:
                 shared = part
             else:
                 dense = part
-        self._account(attention, dense, experts, unknown)
+        self.unknown = tuple(unknown)
+        self._account(attention is not None, bool(mlp_groups or experts_name), unknown)
         return LayerAnatomy(self.number, self.name, self.layer, attention, dense, experts, shared)
 
     def _refuse(self, sites: Any, reason: str, prefix: str = "") -> None:
         for site in sites:
             self.refused.setdefault(f"layers.{self.number}.{prefix}{site}", reason)
 
-    def _account(self, attention: object, dense: object, experts: object, unknown: list[str]) -> None:
-        """Refuse what a layer has and the table does not know.
+    def _account(self, attention: bool, feed_forward: bool, unknown: list[str]) -> None:
+        """Refuse the sites of the parts that a layer has and the table does not know.
 
-        Complain about a layer of which nothing is known.
+        One unknown part beside no attention is taken for what stands in its place; a second one, or one
+        beside an attention, for the feed-forward part.
         """
-        if not unknown:
-            return
         reason = f"{self.name} has linear maps of unknown role ({', '.join(unknown)}); {SAY_SITES}"
-        if attention is None and dense is None and experts is None:
-            raise UnsupportedModelError(f"layers.{self.number}: {reason}")
-        if attention is None:
+        parts = {path.partition(".")[0] if "." in path else "" for path in unknown}
+        if unknown and not attention:
             self._refuse(ATTENTION_SITES, reason)
-        if dense is None and experts is None:
+        if unknown and not feed_forward and (attention or len(parts) > 1):
             self._refuse(MLP_SITES, reason)
 
     def _three_dimensional(self) -> int:
@@ -264,7 +312,9 @@ class _LayerBuilder:
         last = path.rpartition(".")[2]
         if part.out_features == 1:
             return True
-        return experts is not None and last in ROUTERS and part.out_features == experts.n_experts
+        if experts is None or last not in ROUTERS:
+            return False
+        return part.out_features == experts.n_experts
 
     def _experts(self) -> tuple[str, ExpertsAnatomy | None]:
         self._no_listed_experts()
@@ -278,10 +328,13 @@ class _LayerBuilder:
             )
         name, module = next(iter(modules.items()))
         block = self.layer.get_submodule(name.rpartition(".")[0])
-        layout = self.layouts.get("experts")
-        return name, describe_experts(
-            self.number, f"{self.name}.{name}", module, block, Layout(layout) if layout else None
-        )
+        layout = Layout(given) if (given := self.layouts.get("experts")) else None
+        try:
+            return name, describe_experts(self.number, f"{self.name}.{name}", module, block, layout)
+        except UnsupportedModelError as error:
+            gated = getattr(module, "has_gate", True)
+            self._refuse(MLP_SITES if gated else ("up", "down"), str(error), "experts.0.")
+            return name, None
 
     def _no_listed_experts(self) -> None:
         for name, module in self.layer.named_modules():
@@ -365,8 +418,12 @@ class _LayerBuilder:
         layout, places, n_heads, n_kv_heads = self._queries_keys_values(paths, output, head)
         if places is None:
             return None
+        gate = None
+        if layout is None and places["q"].features == 2 * output.size:
+            queries, gate = split_gated(n_heads, head)
+            places["q"] = places["q"].at(queries)
         return AttentionAnatomy(
-            module, f"{self.name}.{holder}", n_heads, n_kv_heads, head, {**places, "o": output}, layout
+            module, f"{self.name}.{holder}", n_heads, n_kv_heads, head, {**places, "o": output}, layout, gate
         )
 
     def _queries_keys_values(
@@ -400,7 +457,8 @@ class _LayerBuilder:
         places = {site: self._place(site, paths[site], "output") for site in "qkv"}
         n_kv_heads = places["k"].size // head
         widths = {site: place.size for site, place in places.items()}
-        fits = (n_heads * head, n_kv_heads * head, n_kv_heads * head) == tuple(widths.values())
+        queries = (n_heads * head, 2 * n_heads * head)  # twice as many where they bring an output gate
+        fits = widths["q"] in queries and widths["k"] == widths["v"] == n_kv_heads * head
         if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
             self._bad_widths(
                 f"q, k, v have {widths} features and o takes {output.size}, with heads of {head}"
@@ -424,15 +482,12 @@ class _LayerBuilder:
 
     def _mlp(self, parent: str, paths: dict[str, str], prefix: str) -> MlpAnatomy | None:
         module = self.layer.get_submodule(parent)
-        activation = self._activation(module)
-        missing = "down" not in paths or not ({"up", "gate_up"} & set(paths)) or activation is None
-        if missing:
+        if "down" not in paths or not ({"up", "gate_up"} & set(paths)):
             names = ", ".join(f"{role}: {path}" for role, path in paths.items())
             self._refuse(
                 MLP_SITES if {"gate", "gate_up"} & set(paths) else ("up", "down"),
-                f"{self.name} has an incomplete feed-forward part ({names}; activation function "
-                f"{'missing' if activation is None else 'found'}), down and up (or gate_up) were expected: "
-                f"{SAY_SITES}",
+                f"{self.name} has an incomplete feed-forward part ({names}), down and up (or gate_up) were "
+                f"expected: {SAY_SITES}",
                 prefix,
             )
             return None
@@ -457,13 +512,14 @@ class _LayerBuilder:
             )
             return None
         name = f"{self.name}.{parent}" if parent else self.name
-        assert activation is not None
+        activation = self._activation(module)
         return MlpAnatomy(module, name, "gate" in places, {**places, "down": down}, activation, layout)
 
-    def _activation(self, module: nn.Module) -> Callable[..., Any] | None:
+    def _activation(self, module: nn.Module) -> Callable[..., Any]:
+        """What the module holds; a first guess for the proof where it calls a function of its own."""
         for holder in (module, self.layer):
             for name in ACTIVATIONS:
                 value = getattr(holder, name, None)
                 if callable(value):
                     return value
-        return None
+        return KNOWN_ACTIVATIONS[0]

@@ -167,6 +167,8 @@ class AttentionCapture:
     """Input of the o projection."""
     arguments: Mapping[str, Any]
     """Arguments of the attention module's forward, by name."""
+    gate: Float[Tensor, "batch token mixed"] | None = None
+    """Output gate before its sigmoid, where the query projection puts out one."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ class AttentionStates:
     """Rows sum to 1 less what a sink takes; exactly 0 where a key is hidden."""
     mixed: Float[Tensor, "token head dim"]
     """What goes into the o projection."""
+    gate: Float[Tensor, "token head dim"] | None = None
+    """Factors of the attention output on its way into the o projection; None where there are none."""
 
     @property
     def n_tokens(self) -> int:
@@ -267,7 +271,12 @@ class AttentionPlan:
         """
         like = _working(capture.q)
         raw = [_heads(part[row, :length].to(like), heads) for part, heads in self._parts(capture)]
-        return self._states(raw, self.rotation(capture.arguments, row, length, like), capture.arguments, row)
+        rotation = self.rotation(capture.arguments, row, length, like)
+        states = self._states(raw, rotation, capture.arguments, row)
+        if capture.gate is None:
+            return states
+        gate = _heads(capture.gate[row, :length].to(like), self.n_heads).sigmoid()
+        return replace(states, mixed=states.mixed * gate, gate=gate)
 
     def _parts(self, capture: AttentionCapture) -> tuple[tuple[Tensor, int], ...]:
         return (capture.q, self.n_heads), (capture.k, self.n_kv_heads), (capture.v, self.n_kv_heads)

@@ -17,7 +17,7 @@ from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.batches import BatchSize, Halving, Progress, Rows, plan, token_budget
 from safety_neurons.model.hooks import evaluating
-from safety_neurons.model.proof import prove
+from safety_neurons.model.proof import prove, same
 from safety_neurons.model.sites import Anatomy, unwrapped
 from safety_neurons.model.template import Prompting, encode_text, require_tokenizer, template_for, untouched
 from safety_neurons.neurons import SiteTable
@@ -206,6 +206,11 @@ class LanguageModel:
         """
         with self.running():
             return prove(resolve(self.model))
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether padding before a prompt changes nothing of its answer; tried out on a short one."""
+        return _padded_as_alone(self)
 
     @property
     def table(self) -> SiteTable:
@@ -590,7 +595,7 @@ def generate(
     """
     prompts = [list(sequence) for sequence in sequences]
     lengths = [len(sequence) + decoding.max_new_tokens for sequence in prompts]
-    groups = plan(lengths, batch_size, token_budget(lm.device), padded=takes_padding(lm))
+    groups = plan(lengths, batch_size, token_budget(lm.device), padded=takes_left_padding(lm))
     skipped, halving, tokens = set(skip), Halving(), 0
     answers: dict[int, Answer] = {}
     for number, group in enumerate(groups):
@@ -803,8 +808,50 @@ def stops(model: LanguageModel, strings: Sequence[str]) -> dict[str, Any]:
     return {"stop_strings": list(strings)}
 
 
+_OF_TOKENS = ("attention", "moe", "mlp")
+"""What ends the names of layers that keep no state from token to token."""
+
+
+def _carries_state(lm: LanguageModel) -> bool:
+    """Whether a layer hands a state from token to token, which padding on the left may move: a recurrent or
+    convolutional one.
+    """
+    names = ("layer_types", "layers_block_type", "block_types", "attn_type_list")
+    kinds = [str(kind) for name in names for kind in getattr(lm.config, name, None) or ()]
+    return any("linear" in kind or not kind.endswith(_OF_TOKENS) for kind in kinds) or any(
+        isinstance(module, nn.Conv1d) for module in lm.inner.modules()
+    )
+
+
+def _padded_as_alone(lm: LanguageModel) -> bool:
+    """Whether a short generation behind padding has the logits that it has without, told by trying."""
+    ids = torch.randint(0, lm.n_ids, (1, 4), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    behind = torch.cat([torch.full_like(ids[:, :3], lm.pad_id), ids], 1)
+    settings, _, _ = _settings(lm, Decoding(max_new_tokens=3), {"eos_token_id": []})
+    settings.update(output_logits=True, return_dict_in_generate=True)
+    logits = []
+    with lm.running(), torch.no_grad(), neutral_defaults(lm.model):
+        for given, padding in ((ids, 0), (behind, 3)):
+            mask = torch.ones_like(given)
+            mask[:, :padding] = 0
+            output = lm.model.generate(input_ids=given, attention_mask=mask, generation_config=settings)
+            logits.append(torch.stack(output.logits))
+    return same(logits[1], logits[0])
+
+
+def takes_left_padding(lm: LanguageModel) -> bool:
+    """Whether prompts of different lengths may be continued in one batch: `takes_padding`, and no state
+    that padding moves.
+
+    Tried out once for each model that carries one.
+    """
+    return takes_padding(lm) and (not _carries_state(lm) or lm.pads_left)
+
+
 def takes_padding(lm: LanguageModel) -> bool:
-    """Whether rows of a batch may be of different lengths.
+    """Whether rows of a batch may be of different lengths, with padding behind the tokens.
+
+    No later token reaches an earlier one, in attention as in a recurrent layer.
 
     transformers' eager attention casts its mask to float32, where the lowest float64 becomes −∞: a padding
     token that sees no key at all (left padding, a sliding window) turns into NaN there and spoils the tokens

@@ -22,6 +22,7 @@ caller chose it.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from safety_neurons.model.sites import (
     AttentionAnatomy,
     ExpertRows,
     ExpertsAnatomy,
+    Index,
     LayerAnatomy,
     Layout,
     MlpAnatomy,
@@ -45,6 +47,7 @@ from safety_neurons.model.sites import (
     covers,
     full_bias,
     full_weight,
+    projections_of,
     split_gate_up,
     split_qkv,
     unwrapped,
@@ -216,7 +219,7 @@ def settle_attention(anatomy: Anatomy, probe: Probe) -> Anatomy:
 def _refuse_rest(
     anatomy: Anatomy, pending: dict[int, AttentionAnatomy], reasons: dict[int, list[str]]
 ) -> Anatomy:
-    refused = dict(anatomy.refused)
+    refused, unknown = dict(anatomy.refused), dict(anatomy.unknown)
     for layer, attention in pending.items():
         reason = f"q, k and v could not be proved ({'; '.join(reasons[layer])})"
         if "qkv" in anatomy.chosen and attention.layout is not None:
@@ -224,9 +227,18 @@ def _refuse_rest(
                 f"layers.{layer}: {reason}; leave layouts={{'qkv': ...}} out or pass another of "
                 f"{', '.join(QKV_LAYOUTS)}"
             )
-        for site in "qkv":
+        unproved = "qkv"
+        module = anatomy.layers[layer]
+        holder = attention.module_name.removeprefix(f"{module.module_name}.")
+        if any(path.startswith(f"{holder}.") for path in unknown.get(layer, ())):
+            # Other maps beside q, k, v and o: a recurrent mixer that goes by the names of an attention.
+            unproved = "qkvo"
+            inside = [f"{holder}.{path}" for path in projections_of(attention.module)]
+            unknown[layer] = tuple(dict.fromkeys((*inside, *unknown[layer])))
+            reason = f"{module.module_name}.{holder} is no attention: {reason}"
+        for site in unproved:
             refused[attention.places[site].key] = f"{reason}; {SAY_SITES}"
-    return replace(anatomy, refused=refused)
+    return replace(anatomy, refused=refused, unknown=unknown)
 
 
 def _candidate(attention: AttentionAnatomy, attempt: int) -> AttentionAnatomy | None:
@@ -256,6 +268,8 @@ def _faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnato
     """
     keys = [attention.places["v"].key for attention in attentions.values()]
     outputs = [attention.places["o"].module for attention in attentions.values()]
+    gated = [attention for attention in attentions.values() if attention.gate is not None]
+    outputs += [attention.places["q"].module for attention in gated]
     alone = probe.see(anatomy, keys, outputs, ids=probe.ids[:, :1])
     faults: dict[int, str | None] = {}
     for layer, attention in attentions.items():
@@ -263,25 +277,30 @@ def _faults(anatomy: Anatomy, probe: Probe, attentions: dict[int, AttentionAnato
         mixed = alone.boundaries[attention.places["o"].module][0][0].view(
             *value.shape[:2], -1
         )  # before an (IA)³ scale
-        if not _is_value(attention, value, mixed):
+        gate = None
+        if attention.gate is not None:
+            gate = attention.gate_values(alone.boundaries[attention.places["q"].module][1]).sigmoid()
+        if not _is_value(attention, value, mixed, gate):
             faults[layer] = "with one token the input of o is not the value"
     fused = [
         layer
         for layer, attention in attentions.items()
-        if attention.layout is not None and layer not in faults
+        if (attention.layout is not None or attention.gate is not None) and layer not in faults
     ]
     if fused:
         faults.update(_fused_faults(anatomy, probe, {layer: attentions[layer] for layer in fused}))
     return faults
 
 
-def _is_value(attention: AttentionAnatomy, value: Tensor, mixed: Tensor) -> bool:
-    """Whether `o` is given the values of each head's group, up to a factor of at most one (an attention sink
-    takes a share).
+def _is_value(attention: AttentionAnatomy, value: Tensor, mixed: Tensor, gate: Tensor | None) -> bool:
+    """Whether `o` is given the values of each head's group, times the output gate where there is one, up to a
+    factor of at most one (an attention sink takes a share).
     """
     heads, groups = attention.n_heads, attention.n_kv_heads
     expected = value.double().unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, dim=2)
     found = mixed.double().unflatten(-1, (heads, -1))
+    if gate is not None:
+        expected = expected * gate.double().unflatten(-1, (heads, -1))
     if found.shape != expected.shape:
         return False
     factor = (found * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(
@@ -381,6 +400,20 @@ def prove(anatomy: Anatomy) -> Anatomy:
 # Feed-forward parts
 
 
+def _squared_relu(values: Tensor) -> Tensor:
+    return nn.functional.relu(values).square()
+
+
+KNOWN_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    nn.functional.silu,
+    nn.functional.gelu,
+    partial(nn.functional.gelu, approximate="tanh"),
+    nn.functional.relu,
+    _squared_relu,
+)
+"""Activation functions that are tried where a feed-forward part holds none, or another than it computes."""
+
+
 def _parts(layer: LayerAnatomy) -> dict[str, MlpAnatomy]:
     return {name: part for name, part in (("mlp", layer.mlp), ("shared", layer.shared)) if part is not None}
 
@@ -412,8 +445,10 @@ def _settled(anatomy: Anatomy, part: MlpAnatomy, seen: Seen, refused: dict[str, 
     up = seen.values[places["up"].key]
     down = seen.boundaries[part.output_module][0][0].view(up.shape)  # before an (IA)³ scale
     gate = seen.values[places["gate"].key] if part.gated else None
-    if same(_gated(part, gate, up), down):
-        return part
+    for activation in (part.activation, *KNOWN_ACTIVATIONS):
+        tried = replace(part, activation=activation)
+        if same(_gated(tried, gate, up), down):
+            return tried
     if part.layout is not None and gate is not None:
         fused = _fused(part, gate, up)
         for layout in GATE_UP_LAYOUTS:
@@ -459,7 +494,7 @@ def _check_projections(anatomy: Anatomy, probe: Probe) -> None:
         _check_place(place, seen.values[place.key], seen.boundaries[place.module])
     for layer in anatomy.layers:
         for part in layer.parts:
-            _check_partition(_usable(anatomy, part), seen)
+            _check_partition(_usable(anatomy, part), seen, getattr(part, "gate", None))
 
 
 def _check_place(place: SitePlace, values: Tensor, boundary: tuple[tuple[Any, ...], Any]) -> None:
@@ -499,17 +534,20 @@ def _fault(place: SitePlace, what: str) -> UnsupportedModelError:
     )
 
 
-def _check_partition(places: list[SitePlace], seen: Seen) -> None:
-    """The slices of a fused projection, put together, are its output."""
+def _check_partition(places: list[SitePlace], seen: Seen, gate: Index) -> None:
+    """The slices of a fused projection, put together, are its output; an output gate is one beside the
+    sites.
+    """
     fused: dict[str, list[SitePlace]] = {}
     for place in places:
         if place.index is not None:
             fused.setdefault(place.module_name, []).append(place)
     for group in fused.values():
-        if not covers({place.key: place.index for place in group}, group[0].features):
+        indices = {place.key: place.index for place in group} | ({} if gate is None else {"gate": gate})
+        if not covers(indices, group[0].features):
             raise _fault(group[0], "the sites of its fused projection do not take every feature once")
         output = seen.boundaries[group[0].module][1]
-        whole = torch.empty_like(output)
+        whole = torch.empty_like(output) if gate is None else output.clone()
         for place in group:
             whole[..., place.index] = seen.values[place.key].reshape(*output.shape[:-1], -1)
         if not torch.equal(whole, output):

@@ -11,7 +11,7 @@ experts module is given.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -72,6 +72,12 @@ def split_qkv(layout: Layout, n_heads: int, n_kv_heads: int, head_dim: int) -> d
         f"a fused query-key-value projection with layout {layout!r}, {n_heads} query heads and "
         f"{n_kv_heads} key heads cannot be split; pass layouts={{'qkv': one of {', '.join(QKV_LAYOUTS)}}}"
     )
+
+
+def split_gated(n_heads: int, head_dim: int) -> tuple[Index, Index]:
+    """Positions of the queries and of the output gate in a query projection that holds both, head by head."""
+    positions = torch.arange(2 * n_heads * head_dim).view(n_heads, 2, head_dim)
+    return simplified(positions[:, 0].reshape(-1)), simplified(positions[:, 1].reshape(-1))
 
 
 def split_gate_up(layout: Layout, width: int) -> dict[str, Index]:
@@ -597,6 +603,16 @@ class AttentionAnatomy:
     places: dict[str, SitePlace]
     layout: Layout | None = None
     """How q, k and v share one projection; None where each has its own."""
+    gate: Index = None
+    """Features of the query projection that are no queries but the output gate: its sigmoid scales what goes
+    into o, entry by entry.
+
+    They are neurons of no site. None where there is no gate.
+    """
+
+    def gate_values(self, queries: Float[Tensor, "... feature"]) -> Float[Tensor, "... mixed"]:
+        """The gate, before its sigmoid, from the whole output of the query projection."""
+        return take(queries, self.gate)
 
 
 @dataclass(frozen=True)
@@ -646,6 +662,8 @@ class Coverage:
     expected: int
     parameters: int
     all_parameters: int
+    left_out: str = ""
+    """What belongs to no site, by layers; empty where nothing is left out."""
 
     @property
     def share(self) -> float:
@@ -673,6 +691,8 @@ class Anatomy:
         all_parameters: parameters of attention and feed-forward projections and experts (routers, norms and
             adapters not counted).
         chosen: layouts that the caller fixed; the proof does not replace these.
+        unknown: by layer the linear maps that are no attention and no feed-forward part (recurrent and
+            convolutional mixers), as paths inside the layer.
     """
 
     model: nn.Module
@@ -680,6 +700,7 @@ class Anatomy:
     refused: dict[str, str] = field(default_factory=dict)
     all_parameters: int = 0
     chosen: Mapping[str, str] = field(default_factory=dict)
+    unknown: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> dict[str, SitePlace]:
@@ -733,9 +754,50 @@ class Anatomy:
         routed = sum(
             parameter.numel() for module in modules for parameter in module.parameters(recurse=False)
         )
-        return Coverage(
-            len(present), len(present) + len(refused), sum(counted.values()) + routed, self.all_parameters
+        gates = sum(
+            length(part.gate, 0) * (place.weights_per_neuron + place.has_bias)
+            for layer in self.layers
+            if (part := layer.attention) is not None and part.gate is not None
+            if (place := part.places["q"]).key in self.places
         )
+        return Coverage(
+            len(present),
+            len(present) + len(refused),
+            sum(counted.values()) + routed - gates,
+            self.all_parameters,
+            self._left_out(refused),
+        )
+
+    def _left_out(self, refused: set[str]) -> str:
+        """What the sites do not cover: maps of unknown role, sites refused for another reason, output
+        gates.
+        """
+        layers: dict[str, list[int]] = {}
+        for number, paths in self.unknown.items():
+            layers.setdefault(", ".join(paths), []).append(number)
+        for number, layer in enumerate(self.layers):
+            prefix = f"layers.{number}."
+            if number not in self.unknown and (
+                sites := sorted(key.removeprefix(prefix) for key in refused if key.startswith(prefix))
+            ):
+                layers.setdefault(f"the sites {' '.join(sites)}", []).append(number)
+            if layer.attention is not None and layer.attention.gate is not None:
+                layers.setdefault("the output gate beside q", []).append(number)
+        return "; ".join(
+            f"{what} of {len(numbers)} layer{'s' * (len(numbers) > 1)} ({runs(numbers)})"
+            for what, numbers in layers.items()
+        )
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers with neighbours joined: `0–2, 4`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
 
 
 def unwrapped(model: nn.Module) -> Any:
