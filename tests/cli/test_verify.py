@@ -194,6 +194,8 @@ def compared(pair, *more):
         pair.harmful,
         "--find-harmless",
         pair.harmless,
+        "--find-general",
+        pair.text,
         *pair.measured_on,
     ]
     return [*words, "--max-new-tokens", "3", "--limit", "3", "--top", "0.1", "--random", "2", *more]
@@ -216,7 +218,7 @@ def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
         }
         assert row["recall"] is None
         assert row["n_units"] == result["budget"] == 10
-    assert len(result["agreement"]) == 16 * 15 / 2
+    assert len(result["agreement"]) == 19 * 18 / 2
     for name in expected:
         file = f"{name}-10.scores.safetensors" if name == "mask" else f"{name}.scores.safetensors"
         assert len(Scores.load(tmp_path / "run" / file)) == 96

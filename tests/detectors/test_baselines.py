@@ -21,7 +21,7 @@ from safety_neurons.detectors import (
     find_weight_change,
     find_weight_magnitude,
 )
-from safety_neurons.detectors.baselines import probe
+from safety_neurons.detectors.probe import probe
 from safety_neurons.errors import MismatchError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet

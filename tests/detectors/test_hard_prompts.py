@@ -70,6 +70,11 @@ FINDERS = {
     "importance-contrast": lambda base, aligned, prompts: sn.find_importance_contrast(base, aligned, prompts),
     "swap-attribution": lambda base, aligned, prompts: sn.find_swap_attribution(base, aligned, prompts),
     "mask": lambda base, aligned, prompts: sn.find_mask(base, aligned, prompts, harmless=HARMLESS, rounds=2),
+    "cna": lambda base, _, prompts: sn.find_cna(base, prompts, harmless=HARMLESS, general=GOOD),
+    "effect-size": lambda base, _, prompts: sn.find_effect_size(
+        base, prompts, harmless=HARMLESS, positions="prompt"
+    ),
+    "probe": lambda base, _, prompts: sn.find_probe(base, prompts, harmless=HARMLESS),
     "probe-weights": lambda base, _, prompts: sn.find_probe_weights(base, prompts, harmless=HARMLESS),
     "refusal-direction": lambda base, _, prompts: sn.find_refusal_direction(base, prompts, harmless=HARMLESS),
     "snip": lambda base, _, prompts: sn.find_snip(base, prompts, harmless=HARMLESS, sites=["down"]),

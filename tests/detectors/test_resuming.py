@@ -28,16 +28,24 @@ FINDERS = {
     "attribution_patching": lambda base, aligned, **kept: sn.find_attribution_patching(
         base, aligned, PROMPTS, midpoints=2, **kept
     ),
+    "cna": lambda base, _, **kept: sn.find_cna(base, PROMPTS, harmless=MORE, general=MORE, **kept),
     "contrast": lambda base, aligned, **kept: sn.find_contrast(
         base, aligned, PROMPTS, max_new_tokens=12, **kept
     ),
+    "effect_size": lambda base, _, **kept: sn.find_effect_size(
+        base, PROMPTS, harmless=HARMLESS, positions="completion", max_new_tokens=8, **kept
+    ),
     "importance": lambda base, _, **kept: sn.find_importance(base, PROMPTS, agreement=0.5, **kept),
+    "importance, specific": lambda base, _, **kept: sn.find_importance(
+        base, PROMPTS, minus={"harmless": HARMLESS, "general": MORE[:6]}, **kept
+    ),
     "importance_contrast": lambda base, aligned, **kept: sn.find_importance_contrast(
         base, aligned, PROMPTS, **kept
     ),
     "mask": lambda base, aligned, **kept: sn.find_mask(
         base, aligned, PROMPTS, harmless=HARMLESS, rounds=3, **kept
     ),
+    "probe": lambda base, _, **kept: sn.find_probe(base, PROMPTS, harmless=MORE, **kept),
     "probe_weights": lambda base, _, **kept: sn.find_probe_weights(base, PROMPTS, harmless=MORE, **kept),
     "refusal_direction": lambda base, _, **kept: sn.find_refusal_direction(
         base, PROMPTS, harmless=MORE, **kept

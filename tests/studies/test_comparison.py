@@ -35,7 +35,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def compared(pair, prompts):
-    looked_at = {"find_prompts": prompts[0], "find_harmless": prompts[1]}
+    looked_at = {"find_prompts": prompts[0], "find_harmless": prompts[1], "find_general": prompts[1]}
     return compare(
         pair.base, pair.aligned, *prompts, **looked_at, sites=["up", "down"], top=0.1, random=2, **OPTIONS
     )
@@ -81,7 +81,7 @@ def test_a_set_holds_every_neuron_of_its_units(pair):
 
 def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
     sets = {row.method: units_of(row.neurons) for row in compared.methods}
-    assert len(compared.agreement) == 16 * 15 // 2
+    assert len(compared.agreement) == 19 * 18 // 2
     for pair in compared.agreement:
         first, second = (sets[name] for name in pair["methods"])
         assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))

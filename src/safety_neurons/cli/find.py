@@ -12,10 +12,11 @@ import typer
 from typer.main import get_command
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import OneModel, OtherText, PromptFile, Session, Some, TwoModels
+from safety_neurons.cli.session import OneModel, OtherText, PromptFile, Session, Some, TwoModels, named
 from safety_neurons.cli.verb import Contents, add, group
 from safety_neurons.declarations import Declaration, Incidental, Reads
 from safety_neurons.detectors.methods import METHODS, Method, installed
+from safety_neurons.errors import UsageError
 
 
 class Methods(Contents):
@@ -57,6 +58,16 @@ class Harmless(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class General(Declaration):
+    """The general prompts that some methods look at too."""
+
+    PANEL: ClassVar[str | None] = "Prompts"
+
+    general: OtherText = "builtin:general"
+    """General prompts, neither harmful nor their twins: a file or builtin:NAME[/LANG]; none for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(Declaration):
     """Completions that take the place of those that would be generated."""
 
@@ -82,6 +93,18 @@ class Foundation(Subtracting):
 
     foundation: OtherText = "builtin:general"
     """General text of --subtract foundation: a file or builtin:NAME[/LANG]."""
+    minus: Annotated[str, Reads("prompts", several=True)] | None = None
+    """Take away what the same search chooses on these prompts: comma-separated FILE, NAME=FILE,
+    builtin:NAME.
+    """
+
+    def check(self) -> None:
+        """Also that the lists of prompts have names of their own."""
+        super().check()
+        names = [name for name, _ in named(self.minus)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"--minus names {twice[0]!r} twice; expected NAME=FILE with other names")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +125,7 @@ def declared(method: type[Method]) -> dict[str, type[Declaration]]:
         "method": method,
         "subtracting": Foundation if method.PROMPTS else Subtracting,
         **({"other": Harmless} if method.HARMLESS != "none" else {}),
+        **({"text": General} if method.GENERAL != "none" else {}),
         **({"given": Given} if method.COMPLETIONS else {}),
         "planned": Planned,
     }
@@ -129,7 +153,8 @@ def find(
         state = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("find")}
         subtract = subtracted(session, method, loaded, shown)
         with session.progress("find") as progress:
-            result = search(method, loaded, **shown, subtract=subtract, progress=progress, **state)
+            less = {"subtract": subtract, **minus(session, loaded[0])}
+            result = search(method, loaded, **shown, **less, progress=progress, **state)
         session.notes.extend(result.notes)
         return keep(session, result)
 
@@ -151,7 +176,7 @@ def looked_at(session: Session, model: Any) -> dict[str, Any]:
     options = session.options
     lists = {
         name: session.read(name, model, options["limit"])
-        for name in ("prompts", "harmless")
+        for name in ("prompts", "harmless", "general")
         if name in options
     }
     texts: dict[str, Any] = {name: prompts for name, prompts in lists.items() if prompts is not None}
@@ -162,6 +187,14 @@ def looked_at(session: Session, model: Any) -> dict[str, Any]:
     return texts
 
 
+def minus(session: Session, model: Any) -> dict[str, Any]:
+    """The prompts whose neurons are taken away, by name, as an argument of the search."""
+    lists = named(session.options.get("minus"))
+    limit = session.options.get("limit")
+    texts = {name: session.prompts(path, model, limit=limit) for name, path in lists}
+    return {"minus": texts} if texts else {}
+
+
 def subtracted(session: Session, method: Method, models: Sequence[Any], shown: Mapping[str, Any]) -> Any:
     """The set to subtract: a file, or the foundation neurons found by the same method and selection on
     general text.
@@ -170,7 +203,6 @@ def subtracted(session: Session, method: Method, models: Sequence[Any], shown: M
     if wanted != "foundation":
         return None if wanted is None else session.neurons(wanted, models[0])
     from safety_neurons.detectors import find as search
-    from safety_neurons.errors import UsageError
 
     if not method.PROMPTS:
         raise UsageError(
@@ -179,7 +211,7 @@ def subtracted(session: Session, method: Method, models: Sequence[Any], shown: M
         )
     general = session.read("foundation", models[0])
     state = {"batch_size": session.batch_size(), "checkpoint": session.folder.checkpoint("foundation")}
-    beside = {name: value for name, value in shown.items() if name == "harmless"}
+    beside = {name: value for name, value in shown.items() if name in method.shown()}
     with session.progress("find foundation neurons") as progress:
         foundation = search(method, models, general, progress=progress, **beside, **state)
     foundation.neurons.save(session.folder.path("foundation.safetensors"))
@@ -196,6 +228,7 @@ def keep(session: Session, result: Any) -> dict[str, Any]:
         session.folder.path("neurons.safetensors").absolute(),
     )
     result.scores.save(scores)
+    specific = {} if result.specific is None else {"specific": kept_sets(session, result.specific)}
     if not len(result.neurons):
         raise NeuronError(
             f"no neuron was chosen ({'; '.join(result.notes) or 'the selection takes none'}); the scores "
@@ -214,7 +247,20 @@ def keep(session: Session, result: Any) -> dict[str, Any]:
         "prompts": dataclasses.asdict(result.prompts),
         "method": result.scores.provenance.method,
         "notes": list(result.notes),
+        **specific,
     }
+
+
+def kept_sets(session: Session, specific: Any) -> dict[str, Any]:
+    """Write the sets that the specific part is made of, and say what it is and where they are."""
+    chosen, *others = specific.sets.values()
+    paths = []
+    for stem, neurons in (("chosen", chosen), *((f"minus-{n}", one) for n, one in enumerate(others, 1))):
+        paths.append(session.folder.path(f"{stem}.safetensors").absolute())
+        neurons.save(paths[-1])
+    record = specific.record()
+    rows = [{**row, "neurons": str(path)} for row, path in zip(record["minus"], paths[1:], strict=True)]
+    return {**record, "chosen": str(paths[0]), "minus": rows}
 
 
 def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safety_neurons.cli.session import (
     ModelName,
     NeuronFile,
     OneModel,
+    OtherText,
     PromptFile,
     Repeats,
     Requested,
@@ -140,6 +141,8 @@ class LookedAt(Declaration):
     """A file or builtin:NAME[/LANG]."""
     find_harmless: PromptFile = "builtin:harmless"
     """Harmless prompts some methods look at: a file or builtin:NAME[/LANG]."""
+    find_general: OtherText = "builtin:general"
+    """General prompts some methods look at: a file or builtin:NAME[/LANG]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +209,7 @@ def compare(
 
         pair = session.pair(base, aligned)
         completions = session.folder.path("completions.jsonl")
-        names = ("harmful", "harmless", "prompts", "find_harmless")
+        names = ("harmful", "harmless", "prompts", "find_harmless", "find_general")
         harmful, harmless, *looked_at = (session.read(name, pair.base, lists.limit) for name in names)
         with session.status("compare") as progress:
             comparison = study(
@@ -216,6 +219,7 @@ def compare(
                 harmless,
                 find_prompts=looked_at[0],
                 find_harmless=looked_at[1],
+                find_general=looked_at[2],
                 truth=session.neurons(truth.truth, pair.base) if truth.truth else None,
                 sites=listed(at.sites),
                 top=shares[0],

@@ -2,27 +2,34 @@
 refusal direction.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from safety_neurons.detectors.activity import (
+    Moments,
+    at_last,
+    folded_texts,
+    pooled_activations,
+    sorted_out,
+    statistics_of,
+    whole_rows,
+)
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, frozen, score_rows
 from safety_neurons.detectors.methods import (
     ActivationMagnitude,
-    ProbeWeights,
     Ranked,
     RefusalDirection,
     SetDifference,
     WeightChange,
     WeightMagnitude,
 )
-from safety_neurons.detectors.reading import chosen_rows, columns, read, rows_at
+from safety_neurons.detectors.reading import columns
 from safety_neurons.detectors.runner import (
     BatchSums,
     Folded,
@@ -33,12 +40,11 @@ from safety_neurons.detectors.runner import (
     chosen_from,
     to_numpy,
 )
-from safety_neurons.detectors.text import generate
+from safety_neurons.detectors.text import generate, texts
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
-from safety_neurons.model import Encoded, LanguageModel, hooks
-from safety_neurons.model.batches import Batch, forward, said_of_failed
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, forward
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
-from safety_neurons.model.passes import PassOptions, run_batches
 from safety_neurons.model.sites import AttentionAnatomy, SitePlace, take
 from safety_neurons.neurons import MLP_SITES, SITES, NeuronSet, SiteTable, parse_key
 from safety_neurons.neurons.scores import kept_share
@@ -93,33 +99,9 @@ def parameters_of(lm: LanguageModel, key: str) -> Tensor:
 
 def activations(_: ActivationMagnitude, run: Run) -> Scored:
     """Root mean square of every neuron's activation over the tokens of the prompts."""
-    model = run.aligned
-    encoded = model.encode(run.prompts)
-
-    def reduce(batch: Batch) -> BatchSums:
-        added = BatchSums()
-        positions, _ = chosen_rows(batch, [0] * len(batch), batch.lengths)
-
-        def reader(key: str) -> Any:
-            def add(values: Any) -> None:
-                rows = rows_at(values, positions).values.double()
-                added.sums[f"square/{key}"] = to_numpy(rows.square().sum(0))
-                added.sums[f"count/{key}"] = to_numpy(torch.tensor([float(len(rows))]))
-
-            return add
-
-        read(model, batch, {key: reader(key) for key in run.sizes})
-        return added
-
-    folded = run.fold([row.ids for row in encoded], reduce)
-    sums = folded.sums
-    values = {
-        key: (sums[f"square/{key}"] / max(float(sums[f"count/{key}"][0]), 1.0)) ** 0.5 for key in run.sizes
-    }
-    counts = PromptCounts(len(run.prompts), 0, sum(row.truncated for row in encoded)).without(
-        len(folded.failed)
-    )
-    return Scored(values, counts)
+    read = texts(run.aligned, run.prompts, positions="prompt", max_new_tokens=0, **run.told())
+    folded = folded_texts(run, {"prompts": read}, {"prompts": Moments})
+    return Scored(statistics_of(run.sizes, folded.sums["prompts"]).root_mean_square(), folded.counts)
 
 
 def find_random(
@@ -396,203 +378,6 @@ def _by_input(
                 each[key] = (weights[key] * squares).T if place.side == "input" else weights[key] * squares
             of_rows.append(each)
     return of_rows
-
-
-Pool = Callable[[Tensor, Batch], Tensor]
-
-
-def pooled_activations(
-    run: Run,
-    prompts: Sequence[Encoded],
-    keys: Iterable[str],
-    pool: Pool,
-    name: str,
-    *,
-    residual: bool = False,
-) -> dict[str, Float[Tensor, "prompt neuron"]]:
-    """Every site's activations, one row a prompt (`at_last` or `largest`), in float32 or wider, on the host.
-
-    NaN where the model gives NaN.
-
-    Args:
-        run: whose aligned model's activations, and the state in which the rows of finished batches are kept.
-        prompts: encoded.
-        keys: of sites.
-        pool: makes one row of a prompt's tokens.
-        name: of these rows in the state.
-        residual: also what every layer puts out, under `residual.{layer}`.
-
-    Raises:
-        UnsupportedModelError: a key of a routed expert.
-    """
-    model, stream = run.aligned, run.stream
-    names = list(keys)
-    routed = [key for key in names if ".experts." in key]
-    if routed:
-        raise UnsupportedModelError(
-            f"{routed[0]} is an expert's, which does not see every token; use --sites q,k,v,o"
-        )
-    seen: dict[str, Tensor] = {}
-    pooled = {key: torch.from_numpy(values.copy()) for key, values in stream.named(name).items()}
-    encoded = [row.ids for row in prompts]
-    done = f"{name}/batches"
-
-    def keep(key: str) -> Callable[[Any], None]:
-        def reader(values: Any) -> None:
-            seen[key] = values if isinstance(values, Tensor) else values[0]
-
-        return reader
-
-    def take(batch: Batch) -> None:
-        for key in list(seen):
-            values = pool(seen.pop(key), batch)
-            if key not in pooled:
-                pooled[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
-            pooled[key][batch.indices] = values
-
-    def prepare() -> None:
-        stream.put(name, {key: values.numpy() for key, values in pooled.items()})
-
-    def finished(count: int) -> None:
-        stream.state[done] = count
-        stream.went_on(prepare)
-
-    layers = (
-        {layer.module: keep(f"residual.{layer.index}") for layer in model.anatomy.layers} if residual else {}
-    )
-    with (
-        hooks.reading(model.anatomy, {key: keep(key) for key in names}),
-        hooks.around(after=layers),
-        stream.kept(prepare),
-    ):
-        run_batches(
-            model,
-            encoded,
-            take,
-            run.batch_size,
-            options=PassOptions(int(stream.state.get(done, 0)), finished),
-        )
-        prepare()
-    return pooled
-
-
-def largest(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
-    """The largest over the real tokens of every row, in float32 or wider, on the host."""
-    taken = torch.stack(
-        [row[:length].amax(0) for row, length in zip(values, batch.lengths, strict=True)]
-    ).cpu()
-    return taken if taken.dtype == torch.float64 else taken.float()
-
-
-def at_last(values: Float[Tensor, "batch token feature"], batch: Batch) -> Float[Tensor, "batch feature"]:
-    """The last real token of every row, in float32 or wider, on the host."""
-    last = batch.row_lengths.to(values.device) - 1
-    taken = values[torch.arange(len(last), device=values.device), last].cpu()
-    return taken if taken.dtype == torch.float64 else taken.float()
-
-
-def whole_rows(parts: Iterable[Float[Tensor, "prompt _"]]) -> Bool[Tensor, " prompt"]:
-    """Which prompts have finite numbers in all of these.
-
-    Raises:
-        NumericalError: none has.
-    """
-    whole = torch.stack([values.isfinite().all(1) for values in parts]).all(0)
-    if not bool(whole.any()):
-        raise NumericalError(
-            f"none of {len(whole)} prompts gave finite numbers: check the model's weights, or use "
-            "--dtype float32"
-        )
-    return whole
-
-
-def sorted_out(
-    encoded: Sequence[Sequence[Encoded]], whole: Sequence[Bool[Tensor, " _"]]
-) -> tuple[Sequence[Bool[Tensor, " _"]], PromptCounts, list[str]]:
-    """Which prompts of two texts are used, what became of those of the first, and what has to be said.
-
-    Args:
-        encoded: the prompts of both texts.
-        whole: which of them gave finite numbers.
-    """
-    notes: list[str] = []
-    for name, used in zip(("prompts", "harmless prompts"), whole, strict=True):
-        notes += said_of_failed(
-            {int(index): "NaN or infinity" for index in (~used).nonzero().flatten()}, len(used), name
-        )
-    counts = PromptCounts(len(encoded[0]), 0, sum(row.truncated for row in encoded[0])).without(
-        int((~whole[0]).sum())
-    )
-    return whole, counts, notes
-
-
-SAME = 1e-5
-"""Share of its size below which a feature's spread is rounding: the largest activation is often that of a
-token all prompts begin with.
-"""
-
-
-def score_probe(_: ProbeWeights, run: Run) -> Scored:
-    """The weights of one probe a site; a probe that was fitted is not fitted again by a run that goes on."""
-    model, stream = run.aligned, run.stream
-    assert run.harmless is not None
-    encoded = [model.encode(text) for text in (run.prompts, run.harmless)]
-    names = ("harmful", "harmless")
-    seen = [
-        pooled_activations(run, text, run.sizes, largest, name)
-        for name, text in zip(names, encoded, strict=True)
-    ]
-    whole, counts, notes = sorted_out(encoded, [whole_rows(part.values()) for part in seen])
-    run.notes += notes
-    labels = torch.cat(
-        [
-            torch.full((int(used.sum()),), float(label), dtype=torch.float64)
-            for used, label in zip(whole, (1, 0), strict=True)
-        ]
-    )
-    fitted = stream.named("probe")
-    with stream.kept():
-        for number, key in enumerate(run.sizes):
-            if key not in fitted:
-                weights = probe(
-                    torch.cat([part[key][used] for part, used in zip(seen, whole, strict=True)]).double(),
-                    labels,
-                )
-                scores = (weights - weights.mean()) / weights.std(correction=0).clamp(min=1e-30)
-                fitted[key] = (weights.sign() * scores.abs()).numpy()
-                stream.put("probe", {key: fitted[key]})
-                stream.went_on()
-            if run.progress is not None:
-                run.progress(number + 1, len(run.sizes), 0)
-    return Scored({key: fitted[key] for key in run.sizes}, counts)
-
-
-def probe(
-    features: Float[Tensor, "prompt neuron"], labels: Float[Tensor, " prompt"]
-) -> Float[Tensor, " neuron"]:
-    """Weights of a logistic regression on standardised features (a constant feature is 0), with an intercept
-    that is not penalised.
-    """
-    centred = features - features.mean(0)
-    spread = centred.std(0, correction=0)
-    varies = spread > SAME * features.abs().amax(0)
-    scaled = torch.where(varies, centred / torch.where(varies, spread, 1.0), 0.0)
-    values = torch.zeros(scaled.shape[1] + 1, dtype=scaled.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [values], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        odds = scaled @ values[:-1] + values[-1]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(odds, labels, reduction="sum")
-        loss = loss + ProbeWeights.PENALTY / 2 * values[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        solver.step(closure)
-    return values.detach()[:-1]
 
 
 SEARCHED_LAYERS = 0.8

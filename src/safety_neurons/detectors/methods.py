@@ -174,6 +174,8 @@ class Method(Searched):
     """Whether it looks at prompts; without it, only at weights."""
     HARMLESS: ClassVar[Literal["none", "optional", "needed"]] = "none"
     """Whether it is shown harmless prompts too."""
+    GENERAL: ClassVar[Literal["none", "optional", "needed"]] = "none"
+    """Whether it is shown general text too."""
     COMPLETIONS: ClassVar[bool] = False
     """Whether completions can be given to it in place of those it would generate."""
     SCORER: ClassVar[str] = ""
@@ -181,6 +183,12 @@ class Method(Searched):
 
     A method of one's own defines `score` instead.
     """
+
+    @classmethod
+    def shown(cls) -> dict[str, bool]:
+        """The other texts it is shown, and whether it needs them."""
+        told = {"harmless": cls.HARMLESS, "general": cls.GENERAL}
+        return {name: need == "needed" for name, need in told.items() if need != "none"}
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -194,9 +202,10 @@ class Method(Searched):
         """
         shared = {field.name for base in (Method, Voted) for field in dataclasses.fields(base)}
         own = {name: value for name, value in self.values().items() if name not in shared}
+        others = {f"{name}_sha256": getattr(run, name) for name in self.shown()}
         return (
             own
-            | ({} if run.harmless is None else {"harmless_sha256": run.harmless.sha256})
+            | {name: text.sha256 for name, text in others.items() if text is not None}
             | self.searched_config()
         )
 
@@ -268,17 +277,25 @@ Positions = Annotated[str, OneOf("completion", "completion-predicting", "prompt"
 
 
 @dataclasses.dataclass(frozen=True)
-class TextOptions(Declaration):
-    """What text the two models read."""
+class ReadOptions(Declaration):
+    """What text is read, and which of its positions count."""
 
     PANEL: ClassVar[str | None] = "Prompts"
 
     positions: Positions = "completion"
     """completion, completion-predicting, prompt or prompt-last."""
-    generate_with: Annotated[str, OneOf("base", "aligned")] = "base"
-    """Which model writes the completions: base or aligned."""
     max_new_tokens: Positive = 128
     """Length of a completion, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(ReadOptions):
+    """What text the two models read."""
+
+    PANEL: ClassVar[str | None] = ReadOptions.PANEL
+
+    generate_with: Annotated[str, OneOf("base", "aligned")] = "base"
+    """Which model writes the completions: base or aligned."""
 
 
 @register
@@ -627,6 +644,92 @@ class RefusalDirection(Method, Ranked):
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class BySign(Declaration):
+    """Which direction of a difference counts."""
+
+    sign: Annotated[str, OneOf("both", "harmful", "harmless")] = "both"
+    """both: by size, whatever the sign; harmful or harmless: what is larger on those prompts."""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Cna(Method, BySign, Ranked):
+    """Contrastive neuron attribution: mean activation at the prompt's last token, harmful minus harmless.
+
+    The score is the size of the difference. Universal units, which are among the most active of their layer
+    on most general prompts, are left out: their score is 0. How many they are, and of which sign the chosen
+    ones are, is noted.
+
+    Source: contrastive neuron attribution (arXiv 2605.12290, and its code, NousResearch/neural-steering).
+    Differs: the general prompts are put through the model's template like all others; a small layer has at
+    most a tenth of its units among the most active, or a model of few units would lose them all.
+    """
+
+    NAME, HARMLESS, GENERAL, SCORER = "cna", "needed", "needed", "cna:score"
+    PANEL: ClassVar[str | None] = None
+    DEFAULT_TOP = 0.001
+    DEFAULT_SITES = ("down",)
+
+    most_active: Count = 50
+    """Units of a layer that are its most active on a prompt, at most a tenth of it; 0 leaves none out."""
+    universal: Share = 0.8
+    """Share of the general prompts from which on a unit that is among them is universal."""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class EffectSize(Method, BySign, ReadOptions, Ranked):
+    """Cohen's d of each neuron's activation between harmful and harmless prompts.
+
+    Difference of the means over prompts, divided by the pooled standard deviation (n − 1); the score is its
+    size. A prompt's activation is the mean over the positions that count: its last token, all its tokens, or
+    those of the model's own greedy answer. One pass; sums are in float64, whatever the number of prompts.
+
+    Raises InputError: fewer than two prompts of a kind.
+
+    Source: effect size of SafeNeuron (Wang et al., arXiv 2602.12158), its activation effect score. Differs:
+    a standard deviation below 1e-5 of the neuron's root mean square is rounding and counts as that.
+    """
+
+    NAME, HARMLESS, SCORER = "effect-size", "needed", "effect_size:score"
+    PANEL: ClassVar[str | None] = None
+    DEFAULT_SITES = ("down",)
+
+    positions: Positions = "prompt-last"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SparseProbe(Method, BySign, Ranked):
+    """How much a sparse linear classifier of harmful against harmless prompts leans on each neuron.
+
+    One logistic regression with an L1 penalty for every site of every layer, on standardised activations
+    (pooled over a prompt's tokens), both kinds of prompts counted alike. The score is the size of the weight.
+    The penalty is the one of the smallest log loss in cross-validation over prompts; prompts of a group are
+    never on both sides. A neuron without a weight scores a little below 0, the less the nearer it is to
+    getting one.
+
+    Raises InputError: fewer than two groups of a kind. UnsupportedModelError: routed experts.
+
+    Source: the neurons of sparse probes, in SIREN (arXiv 2604.18519) and H-neurons (Gao et al., arXiv
+    2512.01797). Differs: features are activations (H-neurons: a neuron's share of the sub-layer's output),
+    the penalty is chosen for every layer by itself.
+    """
+
+    NAME, HARMLESS, SCORER = "probe", "needed", "probe:score_sparse"
+    PANEL: ClassVar[str | None] = None
+    DEFAULT_TOP = 0.005
+    DEFAULT_SITES = ("down",)
+
+    pool: Annotated[str, OneOf("mean", "last", "largest")] = "mean"
+    """What a prompt's activation is: the mean over its tokens, the last, or the largest."""
+    folds: Annotated[int, Between(2)] = 5
+    """Parts of the cross-validation, at most as many as there are groups of prompts of a kind."""
+    strength: Annotated[float | int, Between(0, above=True)] | None = None
+    """Inverse of the penalty, C. [default: by cross-validation]"""
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class ProbeWeights(Method, Ranked):
@@ -643,7 +746,7 @@ class ProbeWeights(Method, Ranked):
     standardised and the penalty is fixed, so that the probe has one solution; any site can be searched.
     """
 
-    NAME, HARMLESS, SCORER = "probe-weights", "needed", "baselines:score_probe"
+    NAME, HARMLESS, SCORER = "probe-weights", "needed", "probe:score_weights"
     DEFAULT_SITES = ("gate", "up")
     PENALTY: ClassVar[float] = 1.0
     """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common

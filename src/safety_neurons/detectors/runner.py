@@ -38,6 +38,8 @@ from safety_neurons.results import Checkpoint, Completions, html_table
 
 Sums = dict[str, np.ndarray]
 Progress = Callable[[int, int, int], None]
+MIN_HALVED = 4
+"""Prompts from which on two halves of them are compared."""
 
 
 @dataclass
@@ -215,6 +217,8 @@ class Found:
     """Prompts used, failed and truncated."""
     notes: tuple[str, ...] = ()
     """Counted warnings, one sentence each."""
+    specific: "Specific | None" = None
+    """What is left beside the sets of other texts, where some were taken away."""
 
     def _repr_html_(self) -> str:
         counts = (
@@ -227,6 +231,63 @@ class Found:
             *(["note", note] for note in self.notes),
         ]
         return self.neurons._repr_html_() + html_table("Found", ["what", "how many"], rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherSet:
+    """What is chosen on another text by the same method and rule, beside the set of the prompts."""
+
+    name: str
+    n_prompts: int
+    n_neurons: int
+    n_shared: int
+    """Of the chosen neurons of the prompts."""
+    jaccard: float
+    """Shared neurons ÷ neurons of either set."""
+
+    @staticmethod
+    def of(name: str, chosen: NeuronSet, other: Found) -> "OtherSet":
+        """Beside the set chosen on the prompts."""
+        shared, either = len(chosen & other.neurons), len(chosen | other.neurons)
+        sizes = other.prompts.used, len(other.neurons), shared
+        return OtherSet(name, *sizes, shared / either if either else 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Specific:
+    """The part of a set that is specific to its prompts: chosen on them, and on none of the other texts."""
+
+    n_chosen: int
+    n_specific: int
+    share: float | None
+    """Specific neurons ÷ chosen ones; None where none was chosen."""
+    by_chance: float | None
+    """What the same rule calls specific of one half of the prompts beside the other half, mean of both ways:
+    as much comes from the choice of prompts alone. None below four prompts.
+    """
+    minus: tuple[OtherSet, ...]
+    sets: Mapping[str, NeuronSet] = dataclasses.field(compare=False, repr=False)
+    """What was `chosen` on the prompts, and by name what was chosen on the other texts."""
+
+    def record(self) -> dict[str, object]:
+        """As JSON values, without the sets."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del own["sets"]
+        return {**own, "minus": [dataclasses.asdict(one) for one in self.minus]}
+
+    def said(self) -> str:
+        """As a sentence."""
+        others = ", ".join(f"{one.name} (Jaccard {one.jaccard:.2f})" for one in self.minus)
+        share = "none" if self.share is None else f"{self.share:.1%}"
+        chance = (
+            ""
+            if self.by_chance is None
+            else f"; of half of the prompts beside the other half it would be {self.by_chance:.1%}"
+        )
+        return (
+            f"{self.n_specific:,} of {self.n_chosen:,} chosen neurons ({share}) are specific to the prompts: "
+            f"not chosen on {others}{chance}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +314,7 @@ class Run:
     prompts: Prompts
     method: Method
     harmless: Prompts | None = None
+    general: Prompts | None = None
     completions: Completions | None = None
     stream: Stream = dataclasses.field(default_factory=lambda: Stream(None, {}))
     batch_size: BatchSize = "auto"
@@ -382,6 +444,7 @@ def find(
     prompts: Asked | None = None,
     *,
     harmless: Asked | None = None,
+    general: Asked | None = None,
     completions: Completions | None = None,
     subtract: NeuronSet | None = None,
     batch_size: BatchSize = "auto",
@@ -394,41 +457,112 @@ def find(
         models: base and aligned for a method of a pair, else one.
         prompts: usually harmful requests, or a general corpus for foundation neurons.
         harmless: harmless prompts, for methods that are shown some.
+        general: general text, for methods that are shown some.
         completions: used instead of generating, by methods that read completions.
         subtract: neurons taken away after selection.
         batch_size: prompts a batch, or "auto".
-        **kept: `checkpoint`, the partial state from which a killed run goes on, and `progress`, called with
-            (done, in all, tokens).
+        **kept: `minus`, other texts by name: neurons that the same method and rule choose on one of them are
+            taken away; `checkpoint`, the partial state from which a killed run goes on; `progress`, called
+            with (done, in all, tokens).
 
     Raises:
         MismatchError: the models have other shapes or tokenizers.
         NumericalError: NaN or infinity in a score; the message names the site.
         UsageError: an option that is none, or of the wrong kind for the method.
     """
-    checkpoint, progress = kept.pop("checkpoint", None), kept.pop("progress", None)
+    checkpoint, progress, minus = (kept.pop(name, None) for name in ("checkpoint", "progress", "minus"))
     if kept:
         raise UsageError(f"unknown option {next(iter(kept))!r} of {method.NAME}")
     method.check()
-    _check_what_is_shown(method, models, prompts, harmless, completions)
+    others = {"harmless": harmless, "general": general}
+    _check_what_is_shown(method, models, prompts, others, completions)
+    other_texts = _other_texts(method, minus)
     if method.PAIR:
         check_pair(*models)
     requests = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
-    other = as_prompts(harmless) if harmless is not None else None
-    run = Run(tuple(models), requests, method, other, completions, batch_size=batch_size, progress=progress)
+    shown: Any = {name: None if text is None else as_prompts(text) for name, text in others.items()}
+    state: Any = {"completions": completions, "batch_size": batch_size, "progress": progress}
+    run = Run(tuple(models), requests, method, **shown, **state)
     config = method.config(run)
     run.stream = Stream(checkpoint, _resume_key(run, config))
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model.model))
         scored = method.score(run)
-    return _chosen(run, config, scored, subtract)
+    found = _chosen(run, config, scored, subtract)
+    if not other_texts:
+        return found
+    again: dict[str, Any] = {name: text for name, text in shown.items() if text is not None}
+    again |= {"batch_size": batch_size, "progress": progress}
+    return _without(found, other_texts, method, models, requests, checkpoint, **again)
+
+
+def _other_texts(method: Method, minus: Any) -> dict[str, Prompts]:
+    """The texts whose neurons are taken away."""
+    if minus is not None and not isinstance(minus, Mapping):
+        raise UsageError(
+            f"minus is a {type(minus).__name__}; expected prompts by name, such as "
+            '{"harmless": prompts, "general": prompts}'
+        )
+    if minus and not method.PROMPTS:
+        raise UsageError(f"{method.NAME} looks at no prompts, so there is nothing to take away by prompts")
+    if "chosen" in (minus or {}):
+        raise UsageError("a text to take away is named 'chosen', as the set itself is; expected another name")
+    return {name: as_prompts(text) for name, text in (minus or {}).items()}
+
+
+def _without(
+    found: Found,
+    others: Mapping[str, Prompts],
+    method: Method,
+    models: Sequence[LanguageModel],
+    prompts: Prompts,
+    checkpoint: Checkpoint | None,
+    **again: Any,
+) -> Found:
+    """What was found, less what the same search finds on other texts; the shares are in `specific`."""
+    beside: list[Checkpoint] = []
+
+    def search(name: str, text: Prompts) -> Found:
+        if checkpoint is not None:
+            beside.append(checkpoint.beside(name))
+            return find(method, models, text, checkpoint=beside[-1], **again)
+        return find(method, models, text, **again)
+
+    sets = {name: search(f"minus-{number}", text) for number, (name, text) in enumerate(others.items())}
+    chance = None
+    if len(prompts) >= MIN_HALVED:
+        one, other = (search(f"half-{number}", prompts[number::2]).neurons for number in (0, 1))
+        whole = len(one) + len(other)
+        chance = (whole - 2 * len(one & other)) / whole if whole else None
+    chosen = neurons = found.neurons
+    for one_set in sets.values():
+        neurons = neurons - one_set.neurons
+    specific = Specific(
+        len(chosen),
+        len(neurons),
+        len(neurons) / len(chosen) if len(chosen) else None,
+        chance,
+        tuple(OtherSet.of(name, chosen, one_set) for name, one_set in sets.items()),
+        {"chosen": chosen, **{name: one_set.neurons for name, one_set in sets.items()}},
+    )
+    assert chosen.provenance is not None
+    made_of = {**chosen.provenance.config, "specific": specific.record()}
+    provenance = dataclasses.replace(chosen.provenance, config=made_of)
+    neurons = NeuronSet(dict(neurons.items()), models[0].table, provenance)
+    notes = [f"{name}: {note}" for name, one_set in sets.items() for note in one_set.notes]
+    for one_checkpoint in beside:
+        one_checkpoint.delete()
+    return dataclasses.replace(
+        found, neurons=neurons, notes=(*found.notes, *notes, specific.said()), specific=specific
+    )
 
 
 def _check_what_is_shown(
     method: Method,
     models: Sequence[LanguageModel],
     prompts: Any,
-    harmless: Any,
+    others: Mapping[str, Any],
     completions: Completions | None,
 ) -> None:
     """Whether a method gets what it looks at, and nothing that would have no effect."""
@@ -439,10 +573,12 @@ def _check_what_is_shown(
         )
     if method.PROMPTS and prompts is None:
         raise UsageError(f"{method.NAME} looks at prompts; give some")
-    if method.HARMLESS == "needed" and harmless is None:
-        raise UsageError(f"{method.NAME} reads harmless prompts too; give some, or leave it out")
-    if method.HARMLESS == "none" and harmless is not None:
-        raise UsageError(f"{method.NAME} is shown no harmless prompts; leave them out")
+    needed = method.shown()
+    for name, text in others.items():
+        if needed.get(name) and text is None:
+            raise UsageError(f"{method.NAME} reads {name} prompts too; give some, or leave it out")
+        if name not in needed and text is not None:
+            raise UsageError(f"{method.NAME} is shown no {name} prompts; leave them out")
     if completions is not None and (
         not method.COMPLETIONS or getattr(method, "compare", "") == "swap-attribution"
     ):
@@ -571,11 +707,12 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
         return find(kind(**own), models, prompts, **bound.arguments)
 
     names = ["base", "aligned"] if kind.PAIR else ["model"]
-    shown = {"harmless": kind.HARMLESS != "none", "completions": kind.COMPLETIONS}
     keywords: list[Any] = [
         *kind.options(),
-        *(name for name, wanted in shown.items() if wanted),
+        *kind.shown(),
+        *(["completions"] if kind.COMPLETIONS else []),
         "subtract",
+        *(["minus"] if kind.PROMPTS else []),
         "batch_size",
         "checkpoint",
         "progress",
@@ -605,10 +742,13 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
 find_activation_magnitude = caller(methods.ActivationMagnitude)
 find_attribution = caller(methods.Attribution)
 find_attribution_patching = caller(methods.AttributionPatching)
+find_cna = caller(methods.Cna)
 find_contrast = caller(methods.Contrast)
+find_effect_size = caller(methods.EffectSize)
 find_importance = caller(methods.Importance)
 find_importance_contrast = caller(methods.ImportanceContrast)
 find_mask = caller(methods.Mask)
+find_probe = caller(methods.SparseProbe)
 find_probe_weights = caller(methods.ProbeWeights)
 find_refusal_direction = caller(methods.RefusalDirection)
 find_snip = caller(methods.Snip)

@@ -260,8 +260,8 @@ def texts(
     max_new_tokens: int,
     stream: Stream,
     completions: Completions | None = None,
-    batch_size: BatchSize = "auto",
-    progress: Progress | None = None,
+    name: str = "writer",
+    **told: Any,
 ) -> Texts:
     """The sequences to feed, with the positions that count.
 
@@ -274,8 +274,9 @@ def texts(
         max_new_tokens: length limit of a completion.
         stream: keeps what was generated.
         completions: used instead of generating.
-        batch_size: sequences a batch of generation.
-        progress: called with (prompts done, prompts in all, tokens written).
+        name: under which the stream keeps what was generated.
+        **told: of generation: `batch_size`, and `progress`, called with (prompts done, prompts in all, tokens
+            written).
 
     Raises:
         UsageError: unknown `positions`.
@@ -292,9 +293,7 @@ def texts(
         room = max(len(answer or ()) for answer in answers)
         missing = sum(answer is None for answer in answers)
     elif wanted:
-        answers = generate(
-            writer, prompts, "writer", max_new_tokens, stream, batch_size=batch_size, progress=progress
-        )
+        answers = generate(writer, prompts, name, max_new_tokens, stream, **told)
         broken = sum(answer is None for answer in answers)
     encoded = writer.encode(prompts, reserve=room)
     paired = zip(encoded, answers, strict=True)

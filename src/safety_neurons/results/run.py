@@ -9,6 +9,7 @@ arguments as they are, and the version of this package.
 """
 
 import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -393,6 +394,12 @@ class Checkpoint:
         self._clock = clock
         self._last, self._cost = clock(), 0.0
 
+    def beside(self, name: str) -> "Checkpoint":
+        """Another one in the same folder, of a part of the work."""
+        other = copy.copy(self)
+        other.path = self.path.with_stem(f"{self.path.stem}-{name}")
+        return other
+
     @property
     def due(self) -> bool:
         """Whether enough time went by since the last save, or since this object was made, for the next
@@ -762,8 +769,9 @@ class RunFolder:
             for pattern in ("checkpoints/*.safetensors", f"{CACHED}/*.json")
             for path in self.folder.glob(pattern)
         ]
-        unnoted = (*CONTINUED, *(str(path.relative_to(self.folder)) for path in states))
-        self._remove([*(noted if isinstance(noted, list) else unnoted), ANSWERED_BY, RECORD])
+        partial = [str(path.relative_to(self.folder)) for path in states]  # Those of parts are not noted.
+        named = noted if isinstance(noted, list) else CONTINUED
+        self._remove([*named, *partial, ANSWERED_BY, RECORD])
 
     def _remove(self, names: list[str]) -> None:
         """Removes files of the run, and folders that are empty without them."""

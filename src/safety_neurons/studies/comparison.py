@@ -23,7 +23,7 @@ import itertools
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Unpack, cast
 
 import numpy as np
@@ -143,6 +143,8 @@ class Comparing(How, total=False):
     turn.
     """
 
+    find_general: Source | None
+    """General prompts for the methods that look at some, which are not run without."""
     sites: Sequence[str] | None
     """Where to look; by default all with a truth (no method is told where it lies), else `down`."""
     top: float
@@ -184,9 +186,13 @@ def compare(
         UsageError: an unknown method, a budget that is no share, or an empty truth.
     """
     find_prompts = as_prompts(find_prompts)
-    find_harmless = None if find_harmless is None else as_prompts(find_harmless)
+    texts = {
+        name: as_prompts(text)
+        for name, text in (("harmless", find_harmless), ("general", how.pop("find_general", None)))
+        if text is not None
+    }
     top, sites = how.pop("top", 0.05), how.pop("sites", None)
-    methods = check_methods(how.pop("methods", None), find_harmless is not None)
+    methods = check_methods(how.pop("methods", None), texts)
     if not methods and truth is None:
         raise UsageError(
             "no method and no truth was given; expected one of them at least, for random sets to be like it"
@@ -203,7 +209,7 @@ def compare(
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
     asked = {
         "prompts": find_prompts,
-        "find_harmless": find_harmless,
+        **{f"find_{name}": text for name, text in texts.items()},
         "truth": truth,
         "sites": sites,
         "budget": budget,
@@ -219,7 +225,7 @@ def compare(
     for name in methods:
         bench.tell(f"find {name}")
         method = with_options(name, sites=sites, max_new_tokens=bench.max_new_tokens, units=budget)
-        shown = {"harmless": find_harmless} if method.HARMLESS != "none" and find_harmless is not None else {}
+        shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         units = getattr(method, "units", None)  # A set of another size is another search.
         kept_as = name if units is None else f"{name}-{units}"
         scores, seconds = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
@@ -245,17 +251,25 @@ def compare(
     )
 
 
-def check_methods(methods: Sequence[str] | None, with_harmless: bool) -> list[str]:
+def check_methods(methods: Sequence[str] | None, texts: Collection[str]) -> list[str]:
     """The methods asked for, or all that can be run.
 
+    Args:
+        methods: names; None for all.
+        texts: what there is beside the harmful prompts: `harmless`, `general`.
+
     Raises:
-        UsageError: an unknown name, or a method that needs harmless prompts where there are none.
+        UsageError: an unknown name, or a method that needs a text that is not there.
     """
+    lacks = {
+        name: [text for text, needed in by_name(name).shown().items() if needed and text not in texts]
+        for name in (METHODS if methods is None else methods)
+    }
     if methods is None:
-        return [name for name, method in METHODS.items() if with_harmless or method.HARMLESS != "needed"]
-    lacking = [name for name in methods if by_name(name).HARMLESS == "needed" and not with_harmless]
-    if lacking:
-        raise UsageError(f"{lacking[0]} reads harmless prompts too; give some, or leave it out")
+        return [name for name, lacking in lacks.items() if not lacking]
+    for name, lacking in lacks.items():
+        if lacking:
+            raise UsageError(f"{name} reads {lacking[0]} prompts too; give some, or leave it out")
     return list(methods)
 
 
@@ -587,7 +601,7 @@ def rank(
                 kind: prompts(
                     f"builtin:{kind}", folder=one.prompts, limit=measured if kind.endswith("-test") else find
                 )
-                for kind in ("harmful", "harmless", "harmful-test", "harmless-test")
+                for kind in ("harmful", "harmless", "general", "harmful-test", "harmless-test")
             }
             compared = compare(
                 pair.base,
@@ -596,6 +610,7 @@ def rank(
                 texts["harmless-test"],
                 find_prompts=texts["harmful"],
                 find_harmless=texts["harmless"],
+                find_general=texts["general"],
                 truth=one.truth,
                 top=share or 0.05,
                 **_of_organism(name, share, place, progress),

@@ -142,12 +142,13 @@ def find_by_group(
     how = HowFound.of(**options)
     how.check()
     method = by_name(how.method or "")
-    if method.HARMLESS == "needed":
+    needed = [name for name, needs in method.shown().items() if needs]
+    if needed:
         raise UsageError(
-            f"{how.method} reads harmless prompts too, which groups have none of; expected another method"
+            f"{how.method} reads {needed[0]} prompts too, which groups have none of; expected another method"
         )
     if base is None and method.PAIR:
-        of_one = [name for name, one in METHODS.items() if not one.PAIR and one.HARMLESS != "needed"]
+        of_one = [name for name, one in METHODS.items() if not one.PAIR and not any(one.shown().values())]
         raise UsageError(
             f"{how.method} needs a pair; give --base and --aligned, or one of {', '.join(of_one)}"
         )
