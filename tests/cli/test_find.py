@@ -140,6 +140,29 @@ def test_subtracting_a_file_or_the_foundation_takes_those_neurons_away(tiny_pair
     assert NeuronSet.load(rest["neurons"]) == whole - foundation
 
 
+def test_the_specific_part_is_said_shown_and_kept(tiny_pair, tmp_path):
+    minus = ["--minus", f"{tiny_pair.harmless},words={tiny_pair.text}"]
+    words = [*words_of("importance", tiny_pair, "--top", "0.1"), *minus]
+    found = done(*words, "--out", tmp_path / "run")
+    specific = found["specific"]
+    chosen, left = NeuronSet.load(specific["chosen"]), NeuronSet.load(found["neurons"])
+    others = [NeuronSet.load(row["neurons"]) for row in specific["minus"]]
+    assert [row["name"] for row in specific["minus"]] == ["harmless", "words"]
+    assert left == chosen - others[0] - others[1]
+    assert specific["share"] == found["n_neurons"] / len(chosen) == len(left) / len(chosen)
+    assert 0 <= specific["by_chance"] < 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    shown = command(*words, "--out", tmp_path / "run").out
+    assert "Specific to the prompts: " in shown
+    assert "Taken away: chosen on other prompts too" in shown
+    assert command("report", tmp_path / "run", "--out", tmp_path / "report.html").code == 0
+    assert "Specific to the prompts" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "specific" not in done(*words_of("importance", tiny_pair), "--out", tmp_path / "plain")
+    twice = command(*words, "--minus", f"{tiny_pair.text},{tiny_pair.text}", "--out", tmp_path / "twice")
+    assert twice.code == 2
+    assert "expected NAME=FILE with other names" in twice.err
+
+
 def test_completions_of_a_file_are_used_instead_of_generating(tiny_pair, tmp_path):
     verified = [
         "verify",

@@ -71,6 +71,43 @@ def test_foundation_neurons_are_subtracted_after_selection(lm):
     assert len(left & foundation.neurons) == 0
 
 
+OTHERS = {
+    "harmless": ["open the door", "grow a tree in the house"],
+    "general": ["one two three", "red water"],
+}
+
+
+@pytest.mark.parametrize("rule", [{"count": 50}, {"top": 0.2, "agreement": 0.6}])
+def test_the_specific_part_is_chosen_on_the_prompts_and_on_no_other_text(lm, rule):
+    found = find_importance(lm, PROMPTS, minus=OTHERS, **rule)
+    chosen = find_importance(lm, PROMPTS, **rule).neurons
+    others = {name: find_importance(lm, texts, **rule).neurons for name, texts in OTHERS.items()}
+    assert found.neurons == chosen - others["harmless"] - others["general"]
+    assert 0 < len(found.neurons) < len(chosen)
+    specific = found.specific
+    assert (specific.n_chosen, specific.n_specific) == (len(chosen), len(found.neurons))
+    assert specific.share == len(found.neurons) / len(chosen)
+    assert specific.sets == {"chosen": chosen, **others}
+    for row in specific.minus:
+        both = others[row.name]
+        assert (row.n_prompts, row.n_neurons) == (2, len(both))
+        assert row.n_shared == len(chosen & both)
+        assert row.jaccard == len(chosen & both) / len(chosen | both)
+    one, other = (find_importance(lm, PROMPTS[part::2], **rule).neurons for part in (0, 1))
+    assert specific.by_chance == pytest.approx(len(one ^ other) / (len(one) + len(other)))
+    assert found.notes[-1] == specific.said()
+    assert found.neurons.provenance.config["specific"] == specific.record()
+
+
+def test_what_is_specific_needs_names_and_prompts(lm):
+    few = find_importance(lm, PROMPTS[:2], minus={"same": PROMPTS[:2]}, count=9)
+    assert (few.specific.share, few.specific.by_chance, len(few.neurons)) == (0.0, None, 0)
+    with pytest.raises(UsageError, match="expected prompts by name"):
+        find_importance(lm, PROMPTS, minus=["a"])
+    with pytest.raises(UsageError, match="named 'chosen'"):
+        find_importance(lm, PROMPTS, minus={"chosen": ["a"]})
+
+
 def test_only_the_sites_and_layers_asked_for_are_scored(lm):
     found = find_importance(lm, PROMPTS[:2], sites=("o", "down"), layers="1:2")
     assert sorted(found.scores.keys()) == ["layers.1.down", "layers.1.o"]

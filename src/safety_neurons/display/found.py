@@ -237,6 +237,7 @@ def find_part(run: ReportedRun) -> DisplayPart:
         share(run.result["share_of_parameters"], 2),
         plural(used["used"], "prompt"),
     )
+    lead += specific_words(run)
     cells = cells_of(run)
     if not cells:
         return DisplayPart(
@@ -250,9 +251,55 @@ def find_part(run: ReportedRun) -> DisplayPart:
         lead,
         _maps(run, cells),
         (),
-        [sites_table(cells), *([top] if top else []), cells_table(cells)],
+        [*specific_table(run), sites_table(cells), *([top] if top else []), cells_table(cells)],
         tall=tall,
     )
+
+
+def specific_words(run: ReportedRun) -> Markup:
+    """How much of what was chosen is specific to the prompts, where other prompts were taken away."""
+    specific = run.result.get("specific")
+    if not specific or specific["share"] is None:
+        return Markup("")
+    chance = specific["by_chance"]
+    words = say(
+        " Specific to the prompts: {} of {} chosen",
+        share(specific["share"]),
+        plural(specific["n_chosen"], "neuron"),
+    )
+    if chance is not None:
+        words += say(" (half of the prompts beside the other half: {})", share(chance))
+    return words + Markup(".")
+
+
+def specific_finding(run: ReportedRun) -> Markup:
+    """The same as a part of a sentence."""
+    words = specific_words(run)
+    return Markup("; s" + words[2:-1]) if words else words
+
+
+def specific_table(run: ReportedRun) -> list[Table]:
+    """What was chosen on the prompts that were taken away."""
+    specific = run.result.get("specific")
+    if not specific:
+        return []
+    rows: list[list[Cell]] = [
+        [
+            visible(one["name"], 60),
+            count(one["n_prompts"]),
+            count(one["n_neurons"]),
+            count(one["n_shared"]),
+            f"{one['jaccard']:.2f}",
+        ]
+        for one in specific["minus"]
+    ]
+    return [
+        Table(
+            "Taken away: chosen on other prompts too",
+            ["prompts", "number", "neurons chosen", "shared", "Jaccard"],
+            rows,
+        )
+    ]
 
 
 def _maps(run: ReportedRun, cells: Cells) -> list[Figure]:
@@ -399,6 +446,7 @@ def find_findings(run: ReportedRun) -> list[Finding]:
             layers[parse_key(key).layer] = layers.get(parse_key(key).layer, 0) + len(members)
         most = max(layers, key=lambda layer: layers[layer])
         text += say("; {} of them sit in layer {}", share(layers[most] / len(run.neurons), 0), most)
+    text += specific_finding(run)
     lost = [
         f"{plural(result['prompts'][what], 'prompt')} {what}"
         for what in ("failed", "truncated")
