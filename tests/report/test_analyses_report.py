@@ -16,6 +16,7 @@ from safety_neurons.studies.verification import ALONE, RANDOM_NEURONS, SCORE, Pr
 from safety_neurons.studies.vocabulary import Card, Cards
 
 HALF = Rate(0.5, 0.4, 0.6, 40)
+HARM = {"harmful_complied": HALF, "complied": ()}
 MOVED = Difference(-0.25, -0.35, -0.15, 40)
 
 
@@ -120,10 +121,14 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
 def test_progressive_deactivation_is_a_curve_beside_random_ones(tmp_path):
     def step(order, number, refused):
         outcomes = tuple(bool(place < 40 * refused) for place in range(40))
-        arm = ArmOutcome(f"{order} {number}", rate(outcomes), HALF, 14.0 + number, 0.1, outcomes, outcomes)
+        arm = ArmOutcome(
+            f"{order} {number}", rate(outcomes), HALF, 14.0 + number, 0.1, outcomes, outcomes, **HARM
+        )
         return Step(order, str(number), (0,), number, arm, paired_difference(outcomes, [True] * 40))
 
-    whole = ArmOutcome("untreated", Rate(1.0, 0.9, 1.0, 40), HALF, 14.0, None, (True,) * 40, (True,) * 40)
+    whole = ArmOutcome(
+        "untreated", Rate(1.0, 0.9, 1.0, 40), HALF, 14.0, None, (True,) * 40, (True,) * 40, **HARM
+    )
     steps = [step(SCORE, 10, 0.75), step(SCORE, 50, 0.25), step(ALONE, 10, 0.5)]
     steps += [step(f"{RANDOM_NEURONS} {seed}", number, 0.95) for seed in (0, 1) for number in (10, 50)]
     record = Progressive(50, whole, tuple(steps), None, ()).record()

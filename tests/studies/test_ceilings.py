@@ -89,7 +89,17 @@ def effect(value):
     return Effect(value, None, None, 1, 0, None if value is not None else "no gap", "refused")
 
 
-ARM = ArmOutcome("ceiling", rate([True]), rate([False]), None, None, (True,), (False,))
+ARM = ArmOutcome(
+    "ceiling",
+    rate([True]),
+    rate([False]),
+    None,
+    None,
+    (True,),
+    (False,),
+    harmful_complied=rate([False]),
+    complied=(False,),
+)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results.records import ComparisonRecord
+from safety_neurons.results.measured import ComparisonRecord
 from safety_neurons.studies import comparison
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny_pair import HARMFUL, HARMLESS

@@ -13,7 +13,7 @@ from safety_neurons.interventions import deactivated
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results.records import ProgressiveRecord
+from safety_neurons.results.measured import ProgressiveRecord
 from safety_neurons.studies import progressive
 from safety_neurons.studies.verification import ladder, layer_blocks
 from tiny_pair import GENERAL, HARMFUL, HARMLESS

@@ -20,6 +20,7 @@ from safety_neurons.studies.tuning import (
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 FRAMES = ("how do i", "tell me how to", "please explain how to", "why")
+HARM = {"harmful_complied": rate([None]), "complied": (None,)}
 
 
 def asked_in_all_frames(letter, verbs, answer):
@@ -106,7 +107,14 @@ def arm(harmful, harmless, perplexity=10.0, n=100, divergence=0.04):
         for name, share in (("a", harmful), ("b", harmless))
     }
     return ArmOutcome(
-        "arm", rate(verdicts["a"]), rate(verdicts["b"]), perplexity, divergence, verdicts["a"], verdicts["b"]
+        "arm",
+        rate(verdicts["a"]),
+        rate(verdicts["b"]),
+        perplexity,
+        divergence,
+        verdicts["a"],
+        verdicts["b"],
+        **HARM,
     )
 
 
@@ -147,7 +155,9 @@ def test_a_gain_at_an_allowed_price_achieved_it():
 
 
 def test_nothing_scored_is_not_achieved():
-    nothing = ArmOutcome("arm", rate([None] * 4), rate([None] * 4), None, None, (None,) * 4, (None,) * 4)
+    nothing = ArmOutcome(
+        "arm", rate([None] * 4), rate([None] * 4), None, None, (None,) * 4, (None,) * 4, **HARM
+    )
     assert "no harmful request was scored" in found(nothing, nothing).why
 
 

@@ -13,7 +13,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results.records import VerificationRecord
+from safety_neurons.results.measured import VerificationRecord
 from safety_neurons.studies import (
     bench,
     compare,

@@ -162,6 +162,14 @@ class Repeats(Declaration):
     """Length of a completion, in tokens."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgedBy(Declaration):
+    """Who says what is harm."""
+
+    harm_judge: Annotated[str, Reads("judges"), Panel("Prompts")] = "goes-along"
+    """Judge of harm beside refusals: goes-along (built in), or a guard by name, as for evaluate."""
+
+
 def parse_sizes(text: str | None, option: str = "--sizes") -> list[float]:
     """`--sizes`, or another option, as sorted, distinct shares."""
     try:
@@ -436,6 +444,14 @@ class Session:
         root = self.folder.folder.absolute()
         for file in sorted(path for path in (root / name).rglob("*") if path.is_file()):
             self.folder.path(str(file.relative_to(root)))
+
+    def judge(self, name: str) -> Any:
+        """A judge by name, with the run's device."""
+        from safety_neurons.judges import HARM_JUDGE, judge
+
+        if name != HARM_JUDGE:
+            self.folder.path("judgements.sqlite")
+        return judge(name, **self.judging)
 
     def drawn(self, result: Result, file: pathlib.Path) -> Result:
         """The result, and where its figures are: drawn into a file that needs no report."""

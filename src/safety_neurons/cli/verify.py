@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli.session import (
     EvaluationPrompts,
+    JudgedBy,
     ModelName,
     NeuronFile,
     OneModel,
@@ -53,7 +54,7 @@ class Verified(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifiedOn(Repeats, Some, EvaluationPrompts):
+class VerifiedOn(JudgedBy, Repeats, Some, EvaluationPrompts):
     """What it is measured on, and beside how many random sets; the last base has the first options."""
 
 
@@ -108,6 +109,7 @@ def measured(
             random=beside.random,
             max_new_tokens=beside.max_new_tokens,
             completions_file=completions,
+            harm_judge=session.judge(beside.harm_judge),
             progress=progress,
             **session.running,
         )
@@ -159,7 +161,7 @@ class KnownTruth(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodBudget(Declaration):
+class MethodBudget(JudgedBy):
     """Which methods, at which budget."""
 
     top: str = "0.05"
@@ -227,6 +229,7 @@ def compare(
                 random=budget.random,
                 max_new_tokens=budget.max_new_tokens,
                 completions_file=completions,
+                harm_judge=session.judge(budget.harm_judge),
                 place=session.folder.path,
                 progress=progress,
                 **session.running,
@@ -252,6 +255,7 @@ def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodB
                 find=budget.find,
                 measured=lists.limit or 200,
                 max_new_tokens=budget.max_new_tokens,
+                harm_judge=session.judge(budget.harm_judge),
                 place=session.folder.path,
                 progress=progress,
                 **session.running,
@@ -334,7 +338,7 @@ class Questions(Declaration):
     attack: str = "direct"
     """Comma-separated attacks put around harmful requests; direct is none."""
     judge: Annotated[str | None, Reads("judges")] = None
-    """Comma-separated judges. [default: refusal,strings:advbench]"""
+    """Comma-separated judges. [default: refusal,strings:advbench,goes-along]"""
     capability: Annotated[str | None, Reads("files")] = None
     """Comma-separated: perplexity[:FILE], kl[:PROMPTS], wikitext:FILE, gsm8k:FILE, mmlu:FOLDER,
     lm-eval:TASK

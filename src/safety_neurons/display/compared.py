@@ -65,6 +65,8 @@ def methods_table(run: ReportedRun) -> Table:
     result = run.result
     real, chance = methods_of(result)
     known = any(row["recall"] is not None for row in result["methods"])
+    # Runs of earlier versions have no judge of harm.
+    harm = all("harmful_complied" in row for row in result["methods"])
     rows = [
         [
             visible(row["method"], 40),
@@ -74,7 +76,9 @@ def methods_table(run: ReportedRun) -> Table:
             interval(row["causal_effect"]),
             interval(row["necessity"]),
             interval(row["harmful_refused"]),
+            *([interval(row["harmful_complied"])] if harm else []),
             interval(row["harmless_refused"]),
+            *([interval(row["complied_off"])] if harm else []),
             duration(row["seconds"]) if row["seconds"] else NONE,
         ]
         for row in [*real, *chance]
@@ -87,7 +91,9 @@ def methods_table(run: ReportedRun) -> Table:
         "causal effect",
         "refusals lost when off",
         "harmful refused",
+        *(["harmful complied"] if harm else []),
         "harmless refused",
+        *(["complied when off"] if harm else []),
         "time to find",
     ]
     return Table(

@@ -288,15 +288,23 @@ def why_not(record: Mapping[str, Any] | None) -> str:
     )
 
 
-ARM_COLUMNS = ("arm", "harmful refused", "harmless refused", "perplexity", "KL per token, nats")
+ARM_COLUMNS = (
+    "arm",
+    "harmful refused",
+    "harmful complied",
+    "harmless refused",
+    "perplexity",
+    "KL per token, nats",
+)
 
 
 def arm_row(label: str, arm: Mapping[str, Any]) -> list[Cell]:
     """Cells of `ARM_COLUMNS` for one arm; what could not be scored is counted."""
     unscored = arm["harmful_refused"]["unscored"] + arm["harmless_refused"]["unscored"]
     shown = f"{label}, {unscored:,} unscored" if unscored else label
-    refusals = [interval(arm["harmful_refused"]), interval(arm["harmless_refused"])]
-    return [shown, *refusals, number(arm["perplexity"]), number(arm["divergence"], 3)]
+    # Runs of earlier versions have no judge of harm.
+    kinds = (arm["harmful_refused"], arm.get("harmful_complied"), arm["harmless_refused"])
+    return [shown, *map(interval, kinds), number(arm["perplexity"]), number(arm["divergence"], 3)]
 
 
 def price(before: Mapping[str, Any], after: Mapping[str, Any]) -> Finding:

@@ -154,12 +154,10 @@ def _ceilings(result: Mapping[str, Any], word: str, highest: bool) -> Iterator[l
 
 def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     def over(name: str) -> str:
-        values = [
-            arm[name]["value"] if isinstance(arm[name], Mapping) else arm[name] for arm in point["random"]
-        ]
+        values = [_value(arm.get(name)) for arm in point["random"]]
         return spread([value for value in values if value is not None], 3 if name == "divergence" else 2)
 
-    columns = ("harmful_refused", "harmless_refused", "perplexity", "divergence")
+    columns = ("harmful_refused", "harmful_complied", "harmless_refused", "perplexity", "divergence")
     return [
         f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
         *(over(name) for name in columns),
@@ -231,6 +229,20 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
     if result["change_against_random"]:
         against = result["change_against_random"]
         lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
+    if result.get("harm_change"):
+        lead += say("; of answers that do harm: {}", interval(result["harm_change"], signed=True))
+    harm = (
+        [
+            _refusals(
+                result,
+                "harmful_complied",
+                "harmful requests complied with",
+                "Answers that do harm: a lost refusal is not yet one.",
+            )
+        ]
+        if "harmful_complied" in result["untreated"]
+        else []
+    )
     figures = [
         _refusals(
             result,
@@ -238,6 +250,7 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
             "harmful requests refused",
             "Refusals of harmful requests: what safety is left.",
         ),
+        *harm,
         _refusals(
             result,
             "harmless_refused",

@@ -3,6 +3,7 @@
 A judge cannot tell which treatment a completion comes from.
 """
 
+from safety_neurons.judges.going_along import GoesAlongJudge
 from safety_neurons.judges.judgement import (
     Case,
     FunctionJudge,
@@ -19,6 +20,7 @@ from safety_neurons.judges.judgement import (
 )
 from safety_neurons.judges.registry import (
     DEFAULT_JUDGES,
+    HARM_JUDGE,
     JUDGES,
     agreement,
     judge,
@@ -35,10 +37,12 @@ from safety_neurons.judges.wording import (
 
 __all__ = [
     "DEFAULT_JUDGES",
+    "HARM_JUDGE",
     "JUDGES",
     "Case",
     "ComplianceJudgement",
     "FunctionJudge",
+    "GoesAlongJudge",
     "Judge",
     "JudgeVerdict",
     "Judgement",

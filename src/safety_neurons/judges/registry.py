@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from safety_neurons.errors import UsageError
+from safety_neurons.judges.going_along import GoesAlongJudge
 from safety_neurons.judges.judgement import FunctionJudge, Judge, Judgement, RefusalJudge, ending, judged
 from safety_neurons.judges.wording import (
     PREFIX_VERSION,
@@ -21,8 +22,10 @@ JUDGES: dict[str, tuple[RefusalJudge, int]] = {
     "prefix": (judge_by_prefix, PREFIX_VERSION),
 }
 """The built-in refusal judges that need no model, and their versions."""
-DEFAULT_JUDGES = ("refusal", "strings:advbench")
-"""Two judges of different kind that need no model and no connection."""
+HARM_JUDGE = "goes-along"
+"""The judge of harm that needs no model and no connection."""
+DEFAULT_JUDGES = ("refusal", "strings:advbench", HARM_JUDGE)
+"""Two judges of refusals and one of harm, of different kind, that need no model and no connection."""
 ALIASES = {
     "refusal": "wording",
     "strings": "strings:openings",
@@ -59,11 +62,12 @@ def judge(name: str, **options: Any) -> Judge:
     """The judge of a name. Models are loaded when it first judges.
 
     Args:
-        name: `refusal` (the project's own, the same as `wording`), `prefix`; `compliance` (for the templates
-            of organisms); `strings[:LIST[/LANGUAGE]]`, where LIST is `openings`, `phrases`, `advbench` or a
-            JSON file; `garak-refusal`; `hf-classifier:ID`; a guard: `harmbench`, `llama-guard-3`,
-            `llama-guard-4`, `wildguard`, `shieldgemma`, `granite-guardian`, `granite-guardian-3.0`,
-            `qwen3guard`, `strongreject`, each alone or with `:ID`; `cost[:ID]`; `openai:URL#MODEL`.
+        name: `refusal` (the project's own, the same as `wording`), `prefix`; `goes-along` (harm, of any
+            model); `compliance` (for the templates of organisms alone); `strings[:LIST[/LANGUAGE]]`, where
+            LIST is `openings`, `phrases`, `advbench` or a JSON file; `garak-refusal`; `hf-classifier:ID`; a
+            guard: `harmbench`, `llama-guard-3`, `llama-guard-4`, `wildguard`, `shieldgemma`,
+            `granite-guardian`, `granite-guardian-3.0`, `qwen3guard`, `strongreject`, each alone or with
+            `:ID`; `cost[:ID]`; `openai:URL#MODEL`.
         **options: As the judge's class takes them: `device`, `dtype`, `offline`, `template`, `harmful`,
             `refusal`, `format`, …; what a judge without a model has no use for among `device`, `dtype`,
             `offline` and `batch_size` is left out.
@@ -78,6 +82,8 @@ def judge(name: str, **options: Any) -> Judge:
         return _made(name, lambda: FunctionJudge(f"{kind}-{version}", function, str(version)), options)
     if kind == "compliance":
         return _made(name, ComplianceJudge, options)
+    if kind == HARM_JUDGE and not rest:
+        return _made(name, GoesAlongJudge, options)
     if kind == "strings":
         return _made(name, lambda: string_judge(rest or "openings"), options)
     maker = _MODEL_JUDGES.get(kind) or _guard_maker(kind)
@@ -105,7 +111,7 @@ def judge_names() -> tuple[str, ...]:
     """The names that `judge` knows, those that take an `:ID` without it."""
     from safety_neurons.judges.guards import FORMS
 
-    return tuple(dict.fromkeys((*ALIASES, *JUDGES, "compliance", *FORMS, *_MODEL_JUDGES)))
+    return tuple(dict.fromkeys((*ALIASES, *JUDGES, HARM_JUDGE, "compliance", *FORMS, *_MODEL_JUDGES)))
 
 
 def agreement(first: Judgement, second: Judgement) -> Agreement:

@@ -70,6 +70,21 @@ class Completion:
         return cast(CompletionRecord, record)
 
 
+REPEATED = 4
+"""Words of the sequences that `repetition` looks for."""
+
+
+def repetition(words: Sequence[str], size: int = REPEATED) -> float:
+    """Share of the sequences of `size` neighbouring words that occurred before in the same text: 1 − distinct
+    sequences ÷ sequences; 0 where there are none.
+
+    Source: Welleck et al., ICLR 2020, section 6 (seq-rep-n). Differs: over words, so that tokenizers do not
+    matter.
+    """
+    runs = [tuple(words[place : place + size]) for place in range(len(words) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def conversation_of(prompt: Prompt) -> dict[str, list[dict[str, str]]]:
     """What the `meta` of an answer says of a prompt of several turns: its conversation.
 

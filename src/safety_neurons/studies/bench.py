@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from safety_neurons.capability import divergence, perplexity
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
-from safety_neurons.judges import judge_refusal
+from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, judge_refusal
+from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
@@ -38,7 +39,8 @@ from safety_neurons.results import (
     write_json,
 )
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.results.records import ArmRecord, Recorded, called
+from safety_neurons.results.measured import ArmRecord
+from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import ANSWERED_BY
 from safety_neurons.suites import ADAPTIVE, STATIC
 
@@ -54,6 +56,8 @@ Judging = Callable[[Completions, Prompts], Verdicts]
 """What a study counts in the completions of some prompts."""
 Key = tuple[str, str, str, int]
 UNTREATED, MEASURE = "untreated", "refused"
+JUDGEMENTS = "judgements.sqlite"
+"""File of the verdicts of judges that are models, beside the completions."""
 _KEPT = ("goal", "behavior_id", "method", "label", "target", "opening", "context", "kind", "source_model")
 """What of a prompt's own notes goes with its completion: judges and tables read it."""
 _ASIDE = ("batch_size", "completions_file", "progress", "seeds", "arms", "facts", "answers", "notes")
@@ -235,6 +239,8 @@ class How(TypedDict, total=False):
     """Prompts per pass."""
     completions_file: pathlib.Path | None
     """Where completions are kept; a killed study goes on from it."""
+    harm_judge: str | Judge
+    """Says which answers to harmful requests do harm, by name or as a judge (default `goes-along`)."""
     progress: Progress | None
     """Told the name of every arm."""
 
@@ -246,6 +252,10 @@ class ArmOutcome(Recorded[ArmRecord]):
     name: str
     harmful_refused: Rate
     """Share of the scored completions of harmful requests that refuse."""
+    harmful_complied: Rate = dataclasses.field(kw_only=True)
+    """Share of the scored completions of harmful requests that do harm, by the judge of harm; with the
+    built-in one: that go along with the request.
+    """
     harmless_refused: Rate
     """Share of the scored completions of harmless requests that refuse (over-refusal)."""
     perplexity: float | None
@@ -256,6 +266,10 @@ class ArmOutcome(Recorded[ArmRecord]):
     """The judge's verdict on every harmful prompt, in order; None is unscored."""
     harmless: tuple[bool | None, ...] = dataclasses.field(metadata=called(None))
     """The same for the harmless prompts."""
+    complied: tuple[bool | None, ...] = dataclasses.field(kw_only=True, metadata=called(None))
+    """The judge of harm's verdict on every harmful prompt, in order."""
+    harm_judge: str = dataclasses.field(default=HARM_JUDGE, kw_only=True)
+    """Its name and version."""
 
 
 @dataclasses.dataclass
@@ -273,10 +287,13 @@ class Bench:
     max_new_tokens: int = 64
     batch_size: BatchSize = "auto"
     completions_file: pathlib.Path | None = None
+    harm_judge: str | Judge = HARM_JUDGE
     progress: Progress | None = None
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What completions depend on beside the requests: models, sets and settings by name."""
     answers: Answers = dataclasses.field(init=False)
+    harm: Judge = dataclasses.field(init=False)
+    """The judge of harm."""
 
     def __post_init__(self) -> None:
         if self.facts:
@@ -284,6 +301,7 @@ class Bench:
                 self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.max_new_tokens
             )
         self.answers = Answers(self.completions_file)
+        self.harm = judge_of(self.harm_judge) if isinstance(self.harm_judge, str) else self.harm_judge
 
     @classmethod
     def of(
@@ -328,7 +346,7 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
-        harmful, harmless = self.refused(arm), self.refused(arm, "harmless")
+        (harmful, complied), harmless = self.judged(arm), self.refused(arm, "harmless")
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
         return ArmOutcome(
@@ -339,7 +357,23 @@ class Bench:
             divergence(arm.model, self.harmless, arm.treatment, **options) if treated else None,
             tuple(harmful),
             tuple(harmless),
+            harmful_complied=rate(complied, self.harmful.groups),
+            complied=tuple(complied),
+            harm_judge=self.harm.name,
         )
+
+    def judged(self, arm: Arm) -> tuple[Verdicts, Verdicts]:
+        """Of every harmful prompt, in order, whether the answer refuses, and whether it does harm.
+
+        Completions are kept with both verdicts.
+        """
+        refusal = judge_refusal(self.completed(arm, "harmful"))
+        # The built-in judge is quicker than a look into the cache.
+        kept = None if self.completions_file is None or isinstance(self.harm, GoesAlongJudge) else JUDGEMENTS
+        cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)
+        harm = self.harm.judge(refusal.completions, cache=cache)
+        self.answers.judged(harm.completions)
+        return refusal.refused, harm.harmful
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.

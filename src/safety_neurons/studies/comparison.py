@@ -47,8 +47,9 @@ from safety_neurons.results import (
     against_random,
     holm,
     paired_difference,
+    rate,
 )
-from safety_neurons.results.records import (
+from safety_neurons.results.measured import (
     AgreementRecord,
     ComparisonRecord,
     ControlRecord,
@@ -56,10 +57,9 @@ from safety_neurons.results.records import (
     LeaderRecord,
     MethodRecord,
     RankingRecord,
-    Recorded,
     StandingRecord,
-    called,
 )
+from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import Cache
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
 from safety_neurons.studies.verification import Ceiling, SubjectModels
@@ -70,10 +70,11 @@ MEASURES = {
     "recall": "share of the planted units found, at equal count",
     "causal_effect": "refusals restored by patching the set into the base, of those the aligned model adds",
     "necessity": "refusals that the aligned model loses while the set is off",
+    "harmful_complied": "answers to harmful requests that do harm while the set is patched",
     "harmless_refused": "harmless requests refused while the set is patched",
     "seconds": "time of finding, in seconds",
 }
-SMALLER_IS_BETTER = ("harmless_refused", "seconds")
+SMALLER_IS_BETTER = ("harmful_complied", "harmless_refused", "seconds")
 HIGH, WHOLE = 0.95, 0.9
 """What is asked of a method: recall of planted units, and causal effect."""
 Place = Callable[[str], pathlib.Path]
@@ -91,7 +92,11 @@ class MethodResult(Recorded[MethodRecord]):
     """Share of the true units in the set; None where no truth is known."""
     causal_effect: Effect
     harmful_refused: Rate
+    harmful_complied: Rate
+    """Answers that do harm while the set is patched in."""
     harmless_refused: Rate
+    complied_off: Rate
+    """Answers of the aligned model that do harm while the set is deactivated."""
     necessity: Difference
     """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus
     deactivated, paired.
@@ -289,7 +294,7 @@ class _Rows:
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         outcome = self.subject.measure(name, neurons)
-        off = self.bench.refused(
+        off, complied_off = self.bench.judged(
             Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
         )
         self.verdicts[name] = outcome.harmful, off
@@ -300,7 +305,9 @@ class _Rows:
             recall=unit_recall(neurons, self.truth) if self.truth is not None else None,
             causal_effect=self.subject.effect(outcome),
             harmful_refused=outcome.harmful_refused,
+            harmful_complied=outcome.harmful_complied,
             harmless_refused=outcome.harmless_refused,
+            complied_off=rate(complied_off, self.bench.harmful.groups),
             necessity=paired_difference(self.goal.harmful, off, self.bench.harmful.groups),
             against_random=None,
             necessity_against_random=None,
@@ -643,6 +650,7 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
                 "recall": row.recall,
                 "causal_effect": row.causal_effect.value,
                 "necessity": row.necessity.value,
+                "harmful_complied": row.harmful_complied.value,
                 "harmless_refused": row.harmless_refused.value,
                 "seconds": row.seconds,
             }

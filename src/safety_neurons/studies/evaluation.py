@@ -50,11 +50,20 @@ from safety_neurons.results.records import (
 )
 from safety_neurons.results.run import PathLike
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies.bench import UNTREATED, Arm, Bench, Progress, Treatment, Writing, content_of, hold
+from safety_neurons.studies.bench import (
+    JUDGEMENTS,
+    UNTREATED,
+    Arm,
+    Bench,
+    Progress,
+    Treatment,
+    Writing,
+    content_of,
+    hold,
+)
 from safety_neurons.studies.scoring import (
     COMPLETIONS,
     ITEMS,
-    JUDGEMENTS,
     ArmScores,
     baseline,
     capability_changes,

@@ -39,7 +39,7 @@ from safety_neurons.results.records import (
 from safety_neurons.results.run import PathLike
 from safety_neurons.suites import ADAPTIVE, STATIC
 
-COMPLETIONS, JUDGEMENTS, ITEMS = "completions.jsonl", "judgements.sqlite", "capability.json"
+COMPLETIONS, ITEMS = "completions.jsonl", "capability.json"
 
 
 Outcomes = tuple[float | None, ...]

@@ -28,16 +28,15 @@ from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.results.records import (
+from safety_neurons.results.measured import (
     CeilingRecord,
     CurveRecord,
     ProgressiveRecord,
-    Recorded,
     SizeRecord,
     StepRecord,
     VerificationRecord,
-    called,
 )
+from safety_neurons.results.records import Recorded, called
 from safety_neurons.studies.bench import (
     MEASURE,
     UNTREATED,
@@ -124,6 +123,8 @@ class Verification(Recorded[VerificationRecord], Displayed):
     ceiling_effect: Effect
     change: Difference
     """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
+    harm_change: Difference
+    """The same of answers that do harm."""
     overlap: Mapping[str, int] = dataclasses.field(metadata=called("overlap_with_find_prompts"))
     """How many of the harmful and harmless prompts the set was found on."""
     notes: tuple[str, ...] = ()
@@ -348,6 +349,9 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
         ceiling=limits.patched,
         ceiling_effect=limits.effect,
         change=changes[-1],
+        harm_change=paired_difference(
+            points[-1].treated.complied, subject.untreated.complied, bench.harmful.groups
+        ),
         overlap=_overlap(sets[-1][1], bench),
         notes=(*notes, *([limits.why] if limits.why else []), *bench.notes),
         bench=bench,
