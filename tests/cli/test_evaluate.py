@@ -73,7 +73,7 @@ def test_the_object_has_both_arms_and_the_run_goes_into_a_report(tiny_pair, neur
     found = done(*words(tiny_pair, tmp_path / "run", *more))
     assert [entry["kind"] for entry in found["treated"]["suites"]] == ["harmful", "harmless"]
     assert {entry["n"] for entry in found["untreated"]["suites"]} == {4}
-    assert len(found["treated"]["suites"][0]["judges"]) == 2
+    assert len(found["treated"]["suites"][0]["judges"]) == 3
     assert found["baseline"] is None
     assert set(found["changes"][0]) >= {"suite", "judge", "measure", "difference", "mcnemar"}
     assert found["agreement"][0]["kind"] == "harmful"

@@ -239,7 +239,8 @@ class Gate:
                 yield f"capability {task}: {entry['metric']} {value:.4g}, expected {word} {own[key]:g}"
 
 
-def _share_unscored(judged: Mapping[str, Any]) -> dict[str, float | None]:
+def _share_unscored(judged: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """Share of the answers that a judge did not score; None where it says nothing of such requests."""
     rate = next(
         (
             judged[measure]
@@ -248,8 +249,10 @@ def _share_unscored(judged: Mapping[str, Any]) -> dict[str, float | None]:
         ),
         None,
     )
-    total = 0 if rate is None else rate["n"] + rate["unscored"]
-    share = rate["unscored"] / total if rate is not None and total else None
+    if rate is None:
+        return None  # A judge of harm alone has nothing to score on harmless requests.
+    total = rate["n"] + rate["unscored"]
+    share = rate["unscored"] / total if total else None
     return {"value": share, "high": share}
 
 
