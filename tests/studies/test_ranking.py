@@ -26,7 +26,11 @@ def made(kind, **fields):
 def row(method, recall, effect, refused=0.0, seconds=1.0):
     told = {
         name: types.SimpleNamespace(value=value)
-        for name, value in (("causal_effect", effect), ("harmless_refused", refused), ("harmful_complied", 0.5))
+        for name, value in (
+            ("causal_effect", effect),
+            ("harmless_refused", refused),
+            ("harmful_complied", 0.5),
+        )
     }
     return made(
         MethodResult,
