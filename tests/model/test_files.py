@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from families import build
 from safety_neurons.errors import ModelError, NeuronError
 from safety_neurons.model import LanguageModel, load
+from safety_neurons.model.anatomy import nnsight_paths
 from safety_neurons.model.files import read_named, read_torch, read_weights, refuse_foreign_shards
-from safety_neurons.model.sites import nnsight_paths
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 

@@ -178,7 +178,7 @@ def export_neurons(session: Session, named: NamedNeurons) -> dict[str, Any]:
     tool = named.tool
 
     def work() -> dict[str, Any]:
-        from safety_neurons.model.sites import nnsight_paths
+        from safety_neurons.model.anatomy import nnsight_paths
         from safety_neurons.neurons.foreign import transformer_lens_names
         from safety_neurons.results.run import write_json
 

@@ -59,6 +59,12 @@ class Common(RunOptions):
     """cpu, cuda, cuda:1, mps … [default: the fastest present]"""
     dtype: Annotated[str, OneOf("auto", "float32", "float64", "bfloat16", "float16")] = "auto"
     """auto, float32, float64, bfloat16 or float16."""
+    quantize: Annotated[str, OneOf("none", "8bit", "4bit")] = "none"
+    """Keep weights in 8 or 4 bits, by bitsandbytes (pip install 'safety-neurons[quantize]')."""
+    device_map: Annotated[str | None, Incidental] = None
+    """Spread the weights: auto, balanced, sequential, a device, or JSON of modules to devices."""
+    max_memory: Annotated[str | None, Incidental] = None
+    """Most memory that weights take, by GPU and cpu: 0=20GiB,cpu=48GiB or JSON."""
     offline: Annotated[bool, Incidental] = False
     """Never open a socket."""
     template: str = "auto"
@@ -81,6 +87,11 @@ class Common(RunOptions):
             raise UsageError(f"--seed {self.seed} is negative; expected 0 or more")
         batch_size(self.batch_size)
         parse_object("--template-args", self.template_args)
+        if self.device_map is not None or self.max_memory is not None:
+            from safety_neurons.model.placement import device_places, memory_limits
+
+            device_places(self.device_map)
+            memory_limits(self.max_memory)
         if self.template not in TEMPLATES and not pathlib.Path(self.template).expanduser().is_file():
             raise UsageError(
                 f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path "
@@ -505,6 +516,9 @@ class Session:
         return {
             "device": common.device,
             "dtype": None if common.dtype == "auto" else common.dtype,
+            "quantize": common.quantize,
+            "device_map": common.device_map,
+            "max_memory": common.max_memory,
             "template": common.template,
             "system": common.system,
             "template_args": parse_object("--template-args", common.template_args),

@@ -399,7 +399,9 @@ class StackedPass:
             self.follower.check(given["past_key_values"], source.shape[0])
         for name in _ROW_FIRST:
             if name in given:
-                given[name] = _doubled(given[name], source.shape[0])
+                # Positions of text, height and width: [3, row, token].
+                streams = name == "position_ids" and getattr(given[name], "ndim", 0) == 3
+                given[name] = _doubled(given[name], source.shape[0], axis=int(streams))
         self._shape, self._fired = (source.shape[0], source.shape[1]), 0
         return (), given
 
@@ -428,15 +430,15 @@ def check_fired(fired: int, expected: int) -> None:
         )
 
 
-def _doubled(value: Any, rows: int) -> Any:
-    """A batch-first tensor (or a mapping of them) twice, one after the other.
+def _doubled(value: Any, rows: int, axis: int = 0) -> Any:
+    """A tensor with rows along an axis (or a mapping of them) twice, one after the other.
 
     What is shared by all rows stays as it is.
     """
     if isinstance(value, Mapping):
         return {name: _doubled(one, rows) for name, one in value.items()}
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == rows:
-        return torch.cat([value, value])
+    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[axis] == rows:
+        return torch.cat([value, value], axis)
     return value
 
 

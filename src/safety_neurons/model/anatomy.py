@@ -13,13 +13,15 @@ is proved on a probe pass (`safety_neurons.model.proof`). A layer of which nothi
 convolutional mixer of a hybrid) is such a refusal, and its linear maps are kept by name (`Anatomy.unknown`).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from safety_neurons.errors import UnsupportedModelError, UsageError
+from safety_neurons.errors import NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model.proof import KNOWN_ACTIVATIONS, prove
 from safety_neurons.model.sites import (
     DOWN,
@@ -42,9 +44,9 @@ from safety_neurons.model.sites import (
     split_qkv,
     unwrapped,
 )
-from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES
+from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, NeuronSet
 
-__all__ = ["prove", "resolve"]
+__all__ = ["nnsight_paths", "prove", "resolve"]
 
 ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "wq", "q_lin", "query_proj", "to_q"),
@@ -523,3 +525,27 @@ class _LayerBuilder:
                 if callable(value):
                     return value
         return KNOWN_ACTIVATIONS[0]
+
+
+def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
+    """The same neurons by nnsight path: a projection's `.input` or `.output` and the features of it.
+
+    Raises:
+        NeuronError: experts.
+    """
+    paths: dict[str, list[int]] = {}
+    for key, indices in neurons.items():
+        if ".experts." in key:
+            raise NeuronError(
+                f"{key} is an expert's, whose projection is no module of its own; leave experts out"
+            )
+        place = anatomy.place(key)
+        path = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", place.module_name)
+        features = np.arange(
+            place.projection.out_features if place.side == "output" else place.projection.in_features
+        )
+        if place.index is not None:
+            features = features[place.index if isinstance(place.index, slice) else np.asarray(place.index)]
+        name = f"{path}.{place.side}"
+        paths[name] = sorted([*paths.get(name, []), *features[indices].tolist()])
+    return paths

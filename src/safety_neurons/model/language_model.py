@@ -481,8 +481,8 @@ def require_weights(model: nn.Module) -> None:
         count = sum(1 for _ in model.parameters())
         raise UnsupportedModelError(
             f"{len(names)} of {count} weights are off-loaded ({names[0]}), and all were expected in "
-            "memory; load the model without cpu_offload or a device_map that off-loads, in a smaller "
-            "dtype or in 4 bits if it does not fit"
+            "memory; load the model without cpu_offload or a --device-map that off-loads, with a larger "
+            "--max-memory, --dtype bfloat16 or --quantize 4bit if it does not fit"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from safety_neurons.model.files import (
 )
 from safety_neurons.model.gguf import converted, is_gguf
 from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.placement import Placement
 from safety_neurons.model.template import Prompting
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
@@ -145,9 +147,10 @@ def load(name: str | Path, **options: Any) -> LanguageModel:
         **options: `device` (by default a GPU if there is one), `dtype` (`auto`, the checkpoint's, or
             `float32`, `float64`, `bfloat16`, `float16`), `offline` (open no connection), `trust_remote_code`
             (run code that comes with the checkpoint), `merge_adapters` (into the weights, in order; needed
-            for adapters of several types), `template`, `system`, `template_args` and `think_end` (see
-            `Prompting`), and further arguments of transformers' `from_pretrained` (`device_map`,
-            `quantization_config`, `load_in_8bit`, `load_in_4bit`, `attn_implementation`, …).
+            for adapters of several types), `quantize` (`8bit`, `4bit`), `device_map` and `max_memory` (see
+            `safety_neurons.model.placement`), `template`, `system`, `template_args` and `think_end` (see
+            `Prompting`), and further arguments of transformers' `from_pretrained` (`quantization_config`,
+            `attn_implementation`, …).
 
     Raises:
         ModelError: What cannot be found or loaded, in one line.
@@ -411,17 +414,21 @@ def _base(
     tokenizer = _tokenizer(folder, options)
     import transformers
 
-    device, arguments, dtype = _device(options), _arguments(options), _dtype(options.dtype)
-    what = (
-        "a causal language model"
-        if kind == "AutoModelForCausalLM"
-        else kind.removeprefix("AutoModelFor").removeprefix("Auto")
-    )
+    placement, dtype = Placement.of(options.device, options.others), _dtype(options.dtype)
+    causal = kind == "AutoModelForCausalLM"
+    what = "a causal language model" if causal else kind.removeprefix("AutoModelFor").removeprefix("Auto")
+    notes: list[str] = []
     shared = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     try:
         with quiet():
             with torch.device("meta"):
                 described = transformers.AutoConfig.from_pretrained(str(folder), **shared)
+                if causal and _reads_images(described):
+                    kind, parts = _text_part(described)
+                    notes.append(
+                        f"{folder.name}: a {type(described).__name__.removesuffix('Config')} model of text "
+                        f"and more is read by its text decoder; {parts}"
+                    )
                 planned = getattr(transformers, kind).from_config(
                     described, trust_remote_code=options.trust_remote_code
                 )
@@ -433,27 +440,46 @@ def _base(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are an error here, in a line that names them
                 **shared,
-                **arguments,
+                **placement.arguments,
             )
     except ModelError:
         raise
     except Exception as error:  # a checkpoint's own code, or any of several libraries
+        if re.search("off-?load", str(error)):
+            raise ModelError(
+                f"{folder}: does not fit the memory it may take, and off-loaded weights are not read here; "
+                "expected room for all of them: a larger --max-memory, --dtype bfloat16, or --quantize 4bit"
+            ) from error
         raise ModelError(
             f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}"
         ) from error
     model, info = loaded
-    notes = _check_read(
-        folder,
-        info,
-        weights,
-        "" if kind == "AutoModelForCausalLM" else getattr(model, "base_model_prefix", ""),
-    )
-    if device is not None:
+    notes += _check_read(folder, info, weights, "" if causal else getattr(model, "base_model_prefix", ""))
+    if placement.device is not None:
         try:
-            model = model.to(device)
+            model = model.to(placement.device)
         except RuntimeError as error:
-            raise ModelError(f"{folder}: cannot be put on {device} ({first_line(error)})") from error
+            raise ModelError(
+                f"{folder}: cannot be put on {placement.device} ({first_line(error)})"
+            ) from error
     return model.eval(), tokenizer, notes
+
+
+def _reads_images(config: Any) -> bool:
+    """Whether a configuration describes a text decoder among other parts."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def _text_part(config: Any) -> tuple[str, str]:
+    """The class that reads such a checkpoint, and what becomes of its other parts."""
+    import transformers
+
+    known = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in known and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return "AutoModelForImageTextToText", "its other parts are in memory and stay as they are"
+    whole = type(config) in known and (getattr(known[type(config)], "config_class", None) is type(config))
+    rest = "are in memory and stay as they are" if whole else "are left out"
+    return "AutoModelForCausalLM", f"its other parts {rest}"
 
 
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|embed_positions\.weights)$")
@@ -552,12 +578,16 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    placing = getLogger("accelerate")
+    placed_at = placing.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    placing.setLevel("ERROR")
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        placing.setLevel(placed_at)
         if bars:
             logging.enable_progress_bar()
 
@@ -646,47 +676,6 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     return name if name == "auto" else getattr(torch, name)
-
-
-def _device(options: _Loading) -> torch.device | None:
-    """The device to move the model to; None where `device_map` or a quantisation places it."""
-    placed = {"device_map", "quantization_config", "load_in_8bit", "load_in_4bit"} & options.others.keys()
-    if options.device is None or str(options.device) == "auto":
-        return None if placed else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "device_map" in options.others:
-        raise UsageError(f"device {options.device} and a device_map: expected one of them")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UsageError(f"device {options.device!r}: expected 'cpu', 'cuda', 'cuda:0', 'mps', …") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ModelError(
-                f"device {options.device}: this machine has {count} CUDA devices; use --device cpu, or a "
-                "build of torch with CUDA"
-            )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelError(f"device {options.device}: not available on this machine; use --device cpu")
-    return None if placed else device
-
-
-def _arguments(options: _Loading) -> dict[str, Any]:
-    """`load_in_8bit` and `load_in_4bit` as the quantisation configuration that transformers takes."""
-    arguments = dict(options.others)
-    bits = {name: arguments.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in arguments}
-    if not any(bits.values()):
-        return arguments
-    if len(bits) > 1 or "quantization_config" in arguments:
-        raise UsageError(
-            "more than one of load_in_8bit, load_in_4bit and quantization_config: expected one of them"
-        )
-    import transformers
-
-    arguments["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
-    if "device_map" not in arguments and options.device is not None:
-        arguments["device_map"] = {"": str(options.device)}
-    return arguments
 
 
 def _shapes(lm: LanguageModel) -> dict[str, tuple[int, ...]]:

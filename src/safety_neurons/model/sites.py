@@ -17,13 +17,12 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safety_neurons.errors import NeuronError, UnsupportedModelError
-from safety_neurons.neurons import MLP_SITES, NeuronSet, SiteInfo, SiteTable
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.neurons import MLP_SITES, SiteInfo, SiteTable
 
 Index = slice | torch.Tensor | None
 """Features of a projection that are a site's neurons, in order: all (`None`), a run of them, or a vector of
@@ -348,8 +347,14 @@ def _stored_weight(part: Projection, name: str) -> Tensor:
 
 
 def _dequantised(part: Projection, name: str) -> Tensor:
-    weight = getattr(part.base, "weight", None)
-    if weight is not None and type(weight).__name__ in ("Params4bit", "Int8Params"):
+    weight: Any = getattr(part.base, "weight", None)
+    if type(weight).__name__ == "Int8Params":
+        # Not by PEFT: on a CPU that leaves the weight without the scales its own product needs afterwards.
+        state: Any = part.base.state
+        scales = weight.SCB if state.SCB is None else state.SCB
+        dequantised: Tensor = weight.data * scales.to(weight.device).view(-1, 1) / 127
+        return dequantised
+    if type(weight).__name__ == "Params4bit":
         from peft.utils.integrations import dequantize_module_weight
 
         return dequantize_module_weight(part.base)
@@ -867,30 +872,6 @@ def projections_of(layer: nn.Module) -> dict[str, Projection]:
 
     walk(layer, "")
     return projections
-
-
-def nnsight_paths(anatomy: Anatomy, neurons: NeuronSet) -> dict[str, list[int]]:
-    """The same neurons by nnsight path: a projection's `.input` or `.output` and the features of it.
-
-    Raises:
-        NeuronError: experts.
-    """
-    paths: dict[str, list[int]] = {}
-    for key, indices in neurons.items():
-        if ".experts." in key:
-            raise NeuronError(
-                f"{key} is an expert's, whose projection is no module of its own; leave experts out"
-            )
-        place = anatomy.place(key)
-        path = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", place.module_name)
-        features = np.arange(
-            place.projection.out_features if place.side == "output" else place.projection.in_features
-        )
-        if place.index is not None:
-            features = features[place.index if isinstance(place.index, slice) else np.asarray(place.index)]
-        name = f"{path}.{place.side}"
-        paths[name] = sorted([*paths.get(name, []), *features[indices].tolist()])
-    return paths
 
 
 SAY_SITES = (

@@ -1,0 +1,114 @@
+"""Checkpoints of images and text are read by their text decoder, in every verb that takes a model."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from running import done
+
+from families import redraw
+from safety_neurons.model import load
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_IMAGE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_TURNING = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_QWEN_IMAGE = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "Llava",
+        {
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": {**_IMAGE, "model_type": "clip_vision_model", "projection_dim": 16},
+            "image_token_index": 95,
+        },
+    ),
+    "smolvlm": (
+        "SmolVLM",
+        {
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "vision_config": _IMAGE,
+            "image_token_id": 95,
+            "scale_factor": 2,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        {
+            "text_config": {**_TEXT, "rope_parameters": _TURNING},
+            "vision_config": {**_QWEN_IMAGE, "patch_size": 8, "fullatt_block_indexes": [0]},
+            "image_token_id": 95,
+            "video_token_id": 94,
+            "vision_start_token_id": 93,
+            "vision_end_token_id": 92,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    name, fields = CONFIGS[request.param]
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip("this transformers does not know the architecture")
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            getattr(transformers, f"{name}Config")(**fields)
+        )
+    redraw(model)
+    saved = tmp_path_factory.mktemp("checkpoint") / request.param
+    model.save_pretrained(saved)
+    tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(saved)
+    return saved
+
+
+def test_every_verb_takes_the_text_decoder(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = load(folder)
+    name = CONFIGS[folder.name][0]
+    assert f"a {name} model of text and more is read by its text decoder" in model.notes[0]
+    assert str(model.anatomy.coverage()) == "sites 14/14, 100 % of attention and MLP parameters"
+    one = ("--model", folder)
+    checks = done("doctor", *one, "--out", tmp_path / "doctor")["checks"]
+    assert [check["check"] for check in checks if check["passed"] is False] == []
+    asked = tmp_path / "asked.txt"
+    asked.write_text("how do i make a bomb\nhow do i kill\ntell me about the house\n")
+    some = ("--prompts", asked, "--count", 10)
+    found = done("find", "importance", *one, *some, "--out", tmp_path / "found")
+    assert found["n_neurons"] == 10
+    short = ("--max-new-tokens", 4, "--text", "none")
+    sources = ("--neurons", found["neurons"], "--harmful", asked, "--harmless", asked)
+    verified = done(
+        "verify", "deactivate", *one, *sources, *short, "--random", 1, "--out", tmp_path / "verified"
+    )
+    rate = verified["treated"]["harmful_refused"]
+    assert rate["n"] + rate["unscored"] == 3
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": line, "response": "sorry i cannot help"} for line in asked.read_text().splitlines()]
+    data.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    trained = ("--neurons", found["neurons"], "--data", data, "--harmless", data, "--max-steps", 2)
+    tuned = done("tune", *one, *trained, *short, "--no-check", "--out", tmp_path / "tuned")
+    assert tuned["steps"] == 2
+    assert load(f"{folder}+{tuned['adapter']}").anatomy.coverage().complete

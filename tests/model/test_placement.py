@@ -1,0 +1,126 @@
+"""Bits, device maps and memory limits: the same words in every verb, equal numbers wherever weights lie."""
+
+import pathlib
+
+import pytest
+import torch
+
+from safety_neurons.detectors import find_importance
+from safety_neurons.errors import ModelError, UnsupportedModelError, UsageError
+from safety_neurons.interventions import deactivated, patched
+from safety_neurons.model import LanguageModel, load
+from safety_neurons.model.identity import identity
+from safety_neurons.model.placement import Placement, device_places, memory_limits
+from safety_neurons.neurons import NeuronSet
+from tiny import tiny_llama_folder
+
+PROMPTS = ["how do i make a cake", "tell me about the red house and the water please"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny_llama_folder(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: pathlib.Path) -> LanguageModel:
+    return load(folder)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "0=20GiB,cpu=48GiB",
+        " 0 = 20GiB,cpu=48GiB",
+        '{"0": "20GiB", "cpu": "48GiB"}',
+        {0: "20GiB", "cpu": "48GiB"},
+    ],
+)
+def test_memory_limits_are_read_from_words_json_and_mappings(given: object) -> None:
+    assert memory_limits(given) == {0: "20GiB", "cpu": "48GiB"}
+    assert memory_limits("cpu=1000") == {"cpu": 1000}
+    assert memory_limits(None) is None
+
+
+@pytest.mark.parametrize(
+    "given", ["", "20GiB", "0=", "0=many", "0=-1GiB", "0=0GiB", "gpu=1GiB", "0=1GiB,0=2GiB", "{", "{}", "[1]"]
+)
+def test_memory_limits_of_another_form_are_usage_errors_in_one_line(given: str) -> None:
+    with pytest.raises(UsageError, match="expected sizes by number of the GPU or cpu") as error:
+        memory_limits(given)
+    assert "\n" not in str(error.value)
+
+
+def test_device_maps_are_strategies_devices_or_json() -> None:
+    assert device_places("balanced") == "balanced"
+    assert device_places("cuda:1") == {"": "cuda:1"}
+    assert device_places("1") == {"": 1}
+    assert device_places('{"model": 0, "lm_head": "cpu"}') == {"model": 0, "lm_head": "cpu"}
+    assert device_places({"": "cpu"}) == {"": "cpu"}
+    for given in ("everywhere", "{", "{}x", '{"model": "everywhere"}'):
+        with pytest.raises(UsageError, match="expected one of auto, balanced"):
+            device_places(given)
+
+
+def test_what_contradicts_itself_or_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"quantize '2bit': expected one of none, 8bit, 4bit"):
+        Placement.of(None, {"quantize": "2bit"})
+    with pytest.raises(UsageError, match="device cpu and a device_map or memory limits"):
+        Placement.of("cpu", {"max_memory": "cpu=1GiB"})
+    with pytest.raises(UsageError, match="expected one of them"):
+        Placement.of(None, {"quantize": "8bit", "load_in_4bit": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for given in ({"max_memory": "0=20GiB"}, {"device_map": "cuda:0"}, {"device_map": '{"model": 0}'}):
+        with pytest.raises(ModelError, match="device cuda:0: this machine has 0 CUDA devices"):
+            Placement.of(None, given)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"need bitsandbytes, .*safety-neurons\[quantize\]"):
+        Placement.of(None, {"quantize": "4bit"})
+
+
+@pytest.mark.parametrize("given", [{"device_map": "cpu"}, {"max_memory": "cpu=10GiB"}])
+def test_where_weights_lie_changes_nothing(
+    given: dict[str, str], folder: pathlib.Path, plain: LanguageModel
+) -> None:
+    placed = load(folder, **given)
+    ours, theirs = (find_importance(model, PROMPTS, count=20) for model in (plain, placed))
+    assert ours.neurons == theirs.neurons
+    assert all((ours.scores[key] == theirs.scores[key]).all() for key in ours.scores.keys())  # noqa: SIM118
+    assert identity(placed) == identity(plain)
+    with deactivated(plain, ours.neurons), deactivated(placed, ours.neurons):
+        assert plain.complete(PROMPTS, max_new_tokens=4) == placed.complete(PROMPTS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"device_map": '{"model": "cpu", "lm_head": "disk"}'}, {"max_memory": "cpu=100KB"}],
+)
+def test_weights_that_are_off_loaded_are_refused_in_one_line(
+    given: dict[str, str], folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"off-loaded .* larger max_memory") as error:
+        load(folder, **given, offload_folder=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_model_in_fewer_bits_is_another_one_with_the_same_sites(
+    bits: str, folder: pathlib.Path, plain: LanguageModel
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = load(folder, quantize=bits)
+    assert small.anatomy.coverage().complete
+    assert small.fingerprint == plain.fingerprint
+    assert small.table.n_parameters == plain.table.n_parameters
+    assert identity(small)["weights"] != identity(plain)["weights"]
+    close = 0.02 if bits == "8bit" else 0.2
+    for key in ("layers.0.q", "layers.1.down"):
+        exact = plain.anatomy.place(key).weight()
+        assert (small.anatomy.place(key).weight() - exact).abs().max() <= close * exact.abs().max()
+    found = find_importance(small, PROMPTS, count=20)
+    assert len(found.neurons) == 20
+    answers = small.complete(PROMPTS, max_new_tokens=4)
+    with patched(small, small, found.neurons):
+        assert small.complete(PROMPTS, max_new_tokens=4) == answers
+    with deactivated(small, NeuronSet.all(small.table)):
+        assert small.complete(PROMPTS, max_new_tokens=4) != answers
