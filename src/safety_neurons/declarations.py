@@ -60,14 +60,14 @@ class Reads:
         kind: `model`, `neurons`, `scores`, `sets` (either), `prompts`, `files`, `suites`, `judges`,
             `organism` or `folder` (of suites).
         column: whether `--column` names the column of these prompts.
-        answers: whether `--answer-column` names the column of their answers.
+        answers: the option that names the column of their answers, such as `answer_column`; empty for none.
         words: values that name nothing to read, such as `none`.
         several: whether it is a comma-separated list of FILE, NAME=FILE and builtin:NAME.
     """
 
     kind: str
     column: bool = False
-    answers: bool = False
+    answers: str = ""
     words: tuple[str, ...] = ()
     several: bool = False
 

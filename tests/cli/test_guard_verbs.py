@@ -72,7 +72,9 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(
     assert result["n_neurons"] == 20
     assert result["prompts"] == {"unsafe": 30, "safe": 30, "left_out": 0}
     assert [point["supported"] for point in result["operating_points"]] == [False] * 3
-    assert result["recheck"]["every"] == 4
+    assert (result["recheck"]["every"], result["recheck"]["own"]) == (4, True)
+    assert result["answers"]["answers"]["unsafe"] >= 10
+    assert (place / "fit" / "guard" / "answers" / "guard.json").is_file()
     assert result["achieved"] == (result["caught"]["low"] > 0)
     assert (result["caught"]["n"], result["false_positives"]["n"]) == (9, 9)
     assert result["in_force"].startswith("provisional")
@@ -176,8 +178,10 @@ def test_conversations_of_a_file_are_fit_on(place: Path, capsys: pytest.CaptureF
         (["--completions", "x.jsonl"], "belong together"),
         (["--labelled", "x.jsonl", "--fpr", "0"], "--fpr 0"),
         (["--labelled", "x.jsonl", "--pooling", "best"], "--pooling"),
-        (["--labelled", "x.jsonl", "--window", "4"], "only max has windows"),
+        (["--labelled", "x.jsonl", "--window", "4"], "only max and agree have windows"),
         (["--labelled", "x.jsonl", "--recheck-every", "90"], "expected no more"),
+        (["--labelled", "x.jsonl", "--answers-harmful", "x.jsonl"], "belong together"),
+        (["--labelled", "x.jsonl", "--pooling", "last", "--agree", "2"], "expected --pooling agree"),
         (
             ["--labelled", "x.jsonl", "--other-safe", "none"],
             "--other-unsafe and --other-safe belong together",

@@ -15,7 +15,6 @@ from safety_neurons.errors import DecodeError, InputError, MismatchError, UsageE
 from safety_neurons.guard import REFUSAL, FlaggedError, Guard, GuardedModel, Recheck, Verdict
 from safety_neurons.guard.features import MOST_TURNS, readings
 from safety_neurons.guard.generate import Detokenizer
-from safety_neurons.guard.recalibration import calibrate_recheck
 from safety_neurons.guard.verdict import largest
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.prompt_lists import Message, Prompt, as_prompt
@@ -216,21 +215,6 @@ def test_answers_under_way_are_checked_at_their_distance_and_stopped_there(
         assert answer.recheck.p_unsafe == pytest.approx(checks[first], abs=1e-4)
         assert answer.text == REFUSAL
     assert hooks_on(model) == 0
-
-
-def test_the_threshold_of_re_checks_is_measured_per_answer_at_their_positions(model: LanguageModel) -> None:
-    guard = calibrate_recheck(
-        tiny_guard(model, threshold=1.0), ASKED[:8], ASKED[8:], every=4, max_new_tokens=NEW, fpr=0.3
-    )
-    assert guard.recheck is not None
-    largest = [max([0.0, *checks_by_hand(model, guard, text, 4)]) for text in ASKED]
-    flagged = [value >= guard.recheck.threshold for value in largest]
-    assert sum(flagged[:8]) == 1  # (1 + 1) / (8 + 1) ≤ 0.3 < (2 + 1) / (8 + 1)
-    assert guard.recheck.fpr.value == pytest.approx(1 / 8)
-    assert guard.recheck.tpr.value == pytest.approx(sum(flagged[8:]) / 2)
-    assert not guard.recheck.supported
-    answers = GuardedModel(model, guard, recheck_every=4).generate(ASKED[:8], max_new_tokens=NEW)
-    assert [answer.stopped for answer in answers] == flagged[:8]
 
 
 def test_re_checks_need_a_threshold_measured_for_their_distance_and_length(

@@ -6,7 +6,7 @@ import openai
 import pytest
 from server_tools import TOKEN, Words, connected, running, service
 
-from safety_neurons.guard.generate import REFUSAL
+from safety_neurons.guard.watching import REFUSAL
 from waiting import until
 
 ASKED = [{"role": "user", "content": "how do i bake bread"}]

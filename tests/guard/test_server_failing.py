@@ -12,12 +12,12 @@ from guarded import tiny_guard
 from server_tools import Words, raw, running, service
 
 from safety_neurons.errors import RunError
-from safety_neurons.guard.generate import Feed
 from safety_neurons.guard.server import Engine, Problem
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.local import Admission, Decode, LocalWriter, Piece
 from safety_neurons.guard.server.serving import bound, run
 from safety_neurons.guard.server.upstream import Events
+from safety_neurons.guard.watching import Feed
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Prompt
 from tiny import tiny_llama, tiny_tokenizer

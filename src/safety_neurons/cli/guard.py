@@ -19,7 +19,10 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists.readers import LOOK_ALIKES
 
 CHECKS, ALL, CURVES = "Thresholds", "all", "curves.json"
+POOLINGS, WINDOW = ("last", "mean", "max", "agree"), 8
 OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
+UnsafeAnswers = Annotated[str, Reads("prompts", answers="harmful_answer_column")]
+SafeAnswers = Annotated[str, Reads("prompts", answers="harmless_answer_column")]
 SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 
 
@@ -119,16 +122,25 @@ class Fitting(Declaration):
 
     PANEL: ClassVar[str | None] = "How it is fit"
 
-    pooling: Annotated[str, OneOf("auto", "last", "mean", "max")] = "auto"
-    """last, mean, max, or auto for what validation prefers."""
+    pooling: Annotated[str, OneOf("auto", *POOLINGS)] = "auto"
+    """last, mean, max, agree (several of the last tokens), or auto for what validation prefers."""
     window: Positive | None = None
-    """Tokens of a window of --pooling max."""
+    """Tokens of a window of --pooling max, or that --pooling agree asks."""
+    agree: Positive | None = None
+    """How many of them have to agree. [default: half]"""
 
     def check(self) -> None:
         """Also that windows have a use."""
         super().check()
-        if self.window is not None and self.pooling != "max":
-            raise UsageError(f"--window {self.window} with --pooling {self.pooling}; only max has windows")
+        if self.window is not None and self.pooling not in ("max", "agree"):
+            raise UsageError(
+                f"--window {self.window} with --pooling {self.pooling}; only max and agree have windows"
+            )
+        if self.agree is not None and (self.pooling != "agree" or self.agree > (self.window or WINDOW)):
+            raise UsageError(
+                f"--agree {self.agree} with --pooling {self.pooling}; expected --pooling agree and no more "
+                f"than its window of {self.window or WINDOW} tokens"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,26 +163,77 @@ class Thresholds(Declaration):
     """Requests from another source to measure on: a file, builtin:NAME, or none."""
     other_safe: OtherSource = LOOK_ALIKES[1]
     """Likewise, safe ones: what a guard that only knows its lists flags."""
-    recheck_every: Count = 0
-    """Also measure a threshold for re-checks every N generated tokens."""
-    recheck_tokens: Positive = 64
-    """Longest answer that re-checks are measured on."""
 
     def check(self) -> None:
-        """Also that there are other requests of both kinds or of none, and that a re-check comes before the
-        end.
-        """
+        """Also that there are other requests of both kinds or of none."""
         super().check()
         if (self.other_unsafe == "none") != (self.other_safe == "none"):
             raise UsageError(
                 "--other-unsafe and --other-safe belong together; expected requests of both kinds, or "
                 "none twice"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rechecks(Declaration):
+    """What a classifier for answers is fit on, which stops them while they are written."""
+
+    PANEL: ClassVar[str | None] = "Answers under way"
+
+    recheck_every: Count = 0
+    """Also fit a classifier for answers, which reads them every N tokens."""
+    recheck_tokens: Positive = 64
+    """Tokens of an answer that it reads at most."""
+    answers_harmful: UnsafeAnswers | None = None
+    """Prompts with unsafe answers. [default: the model answers the unsafe prompts]"""
+    answers_harmless: SafeAnswers | None = None
+    """Prompts with safe answers. [default: the model answers the safe prompts]"""
+    harmful_answer_column: str | None = None
+    """Column of the answers of --answers-harmful, such as rejected."""
+    harmless_answer_column: str | None = None
+    """Column of the answers of --answers-harmless, such as chosen."""
+    answers_judge: Annotated[str, Reads("judges")] = "refusal"
+    """Judge of what the model answers to unsafe prompts: what it calls harmful is unsafe, the rest safe."""
+    answers_pooling: Annotated[str, OneOf("auto", *POOLINGS)] = "auto"
+    """How the tokens of an answer are pooled, as --pooling."""
+
+    def check(self) -> None:
+        """Also that a check comes before the end, and that there are answers of both kinds or of none."""
+        super().check()
         if self.recheck_every > self.recheck_tokens:
             raise UsageError(
                 f"--recheck-every {self.recheck_every} of --recheck-tokens {self.recheck_tokens}; "
                 "expected no more"
             )
+        if (self.answers_harmful is None) != (self.answers_harmless is None):
+            raise UsageError(
+                "--answers-harmful and --answers-harmless belong together; expected both, or neither"
+            )
+        if self.answers_harmful is not None and not self.recheck_every:
+            raise UsageError(
+                "--answers-harmful without --recheck-every; expected every how many tokens to read"
+            )
+
+    def answers(self, session: Session, model: Any, data: Any, limit: int | None) -> tuple[Any, Any]:
+        """Unsafe and safe answers: those of the files, or what the model writes, judged."""
+        from safety_neurons.guard import answers_in
+        from safety_neurons.studies.guard_data import own_answers
+
+        if self.answers_harmful is not None:
+            lists = [session.read(name, model, limit) for name in ("answers_harmful", "answers_harmless")]
+            return answers_in(model, lists[0]), answers_in(model, lists[1])
+        with session.progress("answers") as progress:
+            found = own_answers(
+                model,
+                data,
+                self.answers_judge,
+                max_new_tokens=self.recheck_tokens,
+                judge_options=session.judging,
+                batch_size=session.batch_size(),
+                progress=progress,
+            )
+        session.notes.extend(found.notes)
+        return found.unsafe, found.safe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +253,12 @@ def fit(
     fitting: Fitting,
     calibrated: Calibrated,
     thresholds: Thresholds,
+    rechecks: Rechecks,
 ) -> dict[str, Any]:
     """Fit a guard: a calibrated classifier on what these neurons do at the prompt, bound to this model."""
 
     def work() -> dict[str, Any]:
-        from safety_neurons.guard import calibrate_recheck, fit_guard
+        from safety_neurons.guard import fit_answers, fit_guard
 
         model = session.model(on.model)
         data = examples.read(session, model, some.limit)
@@ -212,18 +276,22 @@ def fit(
                 **calibrated.values(),
                 **session.running,
             )
-        if thresholds.recheck_every:
-            with session.progress("re-checks") as progress:
-                guard = calibrate_recheck(
-                    guard,
-                    data.safe,
-                    data.unsafe,
-                    every=thresholds.recheck_every,
-                    max_new_tokens=thresholds.recheck_tokens,
-                    fpr=thresholds.fpr,
-                    batch_size=session.batch_size(),
-                    progress=progress,
-                )
+        if not rechecks.recheck_every:
+            return written(session, guard, data.labels)
+        written(session, guard, data.labels)  # what was fit is kept, whatever comes of the answers
+        answers = rechecks.answers(session, model, data, some.limit)
+        with session.progress("read answers") as progress:
+            guard = fit_answers(
+                guard,
+                *answers,
+                every=rechecks.recheck_every,
+                max_new_tokens=rechecks.recheck_tokens,
+                fpr=thresholds.fpr,
+                pooling=rechecks.answers_pooling,
+                progress=progress,
+                **calibrated.values(),
+                **session.running,
+            )
         return written(session, guard, data.labels)
 
     return session.run(work)
@@ -258,11 +326,12 @@ def recalibrate(
 
 def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str, Any]:
     """Save the guard into the run's folder and say what it is worth."""
-    from safety_neurons.guard.guard import FACTS, WEIGHTS
+    from safety_neurons.guard.guard import ANSWERS, FACTS, WEIGHTS
     from safety_neurons.results.records import plain
 
-    for name in (FACTS, WEIGHTS):
-        session.folder.path(f"guard/{name}")
+    folders = ("guard", f"guard/{ANSWERS}") if guard.answers is not None else ("guard",)
+    for name in (f"{folder}/{file}" for folder in folders for file in (FACTS, WEIGHTS)):
+        session.folder.path(name)
     guard.save(session.folder.folder / "guard")
     session.notes.extend(guard.notes)
     report = guard.report.get("recalibrated") or guard.report
@@ -283,6 +352,7 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
         "conversations": guard.report.get("conversations"),
         "operating_points": plain(guard.operating_points),
         "recheck": plain(guard.recheck),
+        "answers": guard.answers and dict(guard.answers.report, pooling=str(guard.answers.pooling)),
         "prompts": report["prompts"],
         "split": guard.report["split"],
         "labels": dict(labels),

@@ -362,9 +362,9 @@ class Session:
                     (NeuronSet if reads.kind == "neurons" else Scores).load(path)
 
     def _columns(self, reads: Reads) -> dict[str, Any]:
-        """The columns that `--column` and `--answer-column` name, where they are meant for these prompts."""
-        named_by = {"column": reads.column, "answer_column": reads.answers}
-        return {name: self.options.get(name) if wanted else None for name, wanted in named_by.items()}
+        """The columns that options name for these prompts and for their answers."""
+        named_by = {"column": "column" if reads.column else "", "answer_column": reads.answers}
+        return {name: self.options.get(option) if option else None for name, option in named_by.items()}
 
     # Models and prompts
 

@@ -57,7 +57,7 @@ class Taught(Declaration):
 
     PANEL: ClassVar[str | None] = "Data"
 
-    data: Annotated[str, Reads("prompts", column=True, answers=True)] = "builtin:refusals"
+    data: Annotated[str, Reads("prompts", column=True, answers="answer_column")] = "builtin:refusals"
     """Harmful requests with refusals: a file or builtin:NAME[/LANG]."""
     column: str | None = None
     """Column of --data that holds the requests."""

@@ -213,8 +213,11 @@ def fit_part(run: ReportedRun) -> DisplayPart:
     if result.get("recheck"):
         again = result["recheck"]
         text = (
-            " Re-checks every {} tokens, at threshold {}, stop {} of the answers to unsafe prompts and {} "
-            "of those to safe ones."
+            " A classifier for answers, which reads them every {} tokens, at threshold {}, stops {} of the "
+            "unsafe answers and {} of the safe ones."
+            if again.get("own")
+            else " Re-checks every {} tokens, at threshold {}, stop {} of the answers to unsafe prompts "
+            "and {} of those to safe ones."
         )
         lead += say(
             text,

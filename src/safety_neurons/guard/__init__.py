@@ -2,6 +2,7 @@
 answer would be unsafe.
 """
 
+from safety_neurons.guard.answers import AnswerTokens, answers_in, answers_written, fit_answers
 from safety_neurons.guard.calibration import (
     Calibration,
     Classifier,
@@ -12,10 +13,11 @@ from safety_neurons.guard.calibration import (
 )
 from safety_neurons.guard.features import Features, Pooling, Request, read_features, read_poolings
 from safety_neurons.guard.fit import Fitted, Split, fit_guard, fit_on_features, stratified_split
-from safety_neurons.guard.generate import REFUSAL, GuardedAnswer, GuardedModel, GuardedStream, guarding
+from safety_neurons.guard.generate import GuardedAnswer, GuardedModel, GuardedStream, guarding
 from safety_neurons.guard.guard import Bindings, Guard, bindings_of
-from safety_neurons.guard.recalibration import calibrate_recheck, recalibrate
+from safety_neurons.guard.recalibration import recalibrate
 from safety_neurons.guard.verdict import FlaggedError, TopNeuron, Verdict
+from safety_neurons.guard.watching import REFUSAL
 
 __all__ = [
     "REFUSAL",
@@ -36,9 +38,12 @@ __all__ = [
     "Split",
     "TopNeuron",
     "Verdict",
+    "AnswerTokens",
+    "answers_in",
+    "answers_written",
     "bindings_of",
-    "calibrate_recheck",
     "expected_calibration_error",
+    "fit_answers",
     "fit_guard",
     "fit_on_features",
     "guarding",

@@ -6,7 +6,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -21,10 +21,14 @@ from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import Estimate, GroupLabels
 
 StoredT = TypeVar("StoredT")
+LATER = "later"
+"""In the metadata of a field that files of earlier versions do not have; it needs a default."""
 
 
 def from_json(kind: type[StoredT], found: Any) -> StoredT:
     """The dataclass that `plain` wrote as JSON values, every field of the type that it is declared with.
+
+    Fields marked `LATER` may be missing: files of earlier versions do not have them.
 
     Raises:
         InputError: damaged: something is missing or of another type, or the dataclass itself refuses it.
@@ -33,7 +37,8 @@ def from_json(kind: type[StoredT], found: Any) -> StoredT:
         if not isinstance(found, Mapping):
             raise TypeError(f"{str(found)[:20]!r}; expected an object")
         hints = get_type_hints(kind)
-        return kind(**{one.name: _typed(hints[one.name], found[one.name]) for one in fields(cast(Any, kind))})
+        given = [one for one in fields(cast(Any, kind)) if one.name in found or LATER not in one.metadata]
+        return kind(**{one.name: _typed(hints[one.name], found[one.name]) for one in given})
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
         raise InputError(
@@ -308,6 +313,11 @@ class Classifier:
         mean, scale, weights = (vector.double().numpy() for vector in (self.mean, self.scale, self.weights))
         return mean, 1 / scale, weights / scale
 
+    @property
+    def direction(self) -> Float32[Tensor, " neuron"]:
+        """Weights of the features before standardisation: they order tokens as the scores do."""
+        return self.weights / self.scale
+
     def scores(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Log odds before calibration, on the processor in float64, whatever the features are in."""
         if features.ndim != 2 or features.shape[1] != self.n_features:
@@ -480,12 +490,16 @@ class Recheck:
     Attributes:
         every: generated tokens between checks.
         max_new_tokens: longest answer it was measured on.
-        threshold: of the same probability as the prompt's, at generated positions.
+        threshold: of the probability at generated positions: of the classifier for answers, or of the one
+            for prompts where there is none.
         fpr_target: share of the answers to safe prompts that may be stopped.
         fpr: share of those measured that are, with its Clopper-Pearson interval.
-        tpr: share of the answers to unsafe prompts that are; undefined where none was given.
+        tpr: share of the unsafe answers that are; undefined where none was given.
         supported: whether there were 20 / FPR answers to safe prompts.
         why: why not.
+        own: whether the guard has a classifier of its own for answers.
+        auroc: how well the largest check of an answer tells unsafe answers from safe ones; None where it was
+            not measured.
     """
 
     every: int
@@ -496,6 +510,8 @@ class Recheck:
     tpr: Rate
     supported: bool
     why: str = ""
+    own: bool = field(default=False, metadata={LATER: True})
+    auroc: Rate | None = field(default=None, metadata={LATER: True})
 
     def __post_init__(self) -> None:
         check_probability(self.threshold, "threshold")

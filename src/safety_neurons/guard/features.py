@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError, NeuronError, UsageError
+from safety_neurons.guard.calibration import LATER
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
@@ -96,7 +97,7 @@ def readings(prompt: Prompt) -> list[RequestReading]:
     return found
 
 
-KINDS = ("last", "mean", "max")
+KINDS = ("last", "mean", "max", "agree")
 WINDOW = 8
 
 
@@ -107,31 +108,50 @@ class Pooling:
     Attributes:
         kind: `last`: at the last token. `mean`: over all tokens, special ones and those of the template
             included. `max`: the largest mean over `window` consecutive tokens; of a text that is shorter, the
-            mean over all its tokens.
-        window: tokens of a window of `max`; 0 for the others.
+            mean over all its tokens. `agree`: at the token of the last `window` that a classifier scores
+            `agree`-th highest, so that its score reaches a threshold where at least so many of them do; of
+            a text that is shorter, at its lowest where it has fewer tokens than have to agree.
+        window: tokens of a window of `max` and `agree`; 0 for the others.
+        agree: tokens that have to agree; 0 for the others.
+
+    Source: `agree`: arXiv 2604.14865 (probes that several tokens have to agree with). Differs: any k of the
+    last m tokens, as one calibrated score.
     """
 
     kind: str = "last"
     window: int = 0
+    agree: int = dataclasses.field(default=0, metadata={LATER: True})
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"pooling {self.kind!r} is unknown; expected one of {', '.join(KINDS)}")
-        if self.kind == "max" and self.window < 1:
+        if self.kind in ("max", "agree") and self.window < 1:
             raise UsageError(f"a window of {self.window} tokens; expected at least 1")
-        if self.kind != "max" and self.window:
+        if self.kind not in ("max", "agree") and self.window:
             raise UsageError(
-                f"a window of {self.window} tokens with pooling {self.kind!r}; only max has windows"
+                f"a window of {self.window} tokens with pooling {self.kind!r}; only max and "
+                "agree have windows"
             )
+        if self.kind == "agree" and not 1 <= self.agree <= self.window:
+            raise UsageError(
+                f"{self.agree} tokens that agree in a window of {self.window}; expected 1 to {self.window}"
+            )
+        if self.kind != "agree" and self.agree:
+            raise UsageError(f"{self.agree} tokens that agree with pooling {self.kind!r}; expected agree")
 
     @classmethod
-    def of(cls, pooling: "Pooling | str", window: int | None = None) -> "Pooling":
-        """The pooling that a word means, with a window where it is `max` (8 tokens where none is named)."""
+    def of(cls, pooling: "Pooling | str", window: int | None = None, agree: int | None = None) -> "Pooling":
+        """The pooling that a word means, with a window where it has one (8 tokens where none is named) and
+        half of it to agree where no number is named.
+        """
         if isinstance(pooling, Pooling):
             return pooling
-        return cls(pooling, (window or WINDOW) if pooling == "max" else 0)
+        width = (window or WINDOW) if pooling in ("max", "agree") else 0
+        return cls(pooling, width, (agree or (width + 1) // 2) if pooling == "agree" else 0)
 
     def __str__(self) -> str:
+        if self.kind == "agree":
+            return f"{self.agree} of the last {self.window} agree"
         return f"max over windows of {self.window}" if self.kind == "max" else self.kind
 
 
@@ -140,10 +160,12 @@ class Pool:
 
     Args:
         pooling: how.
+        direction: what orders tokens where several have to agree, one weight a neuron; without it such a
+            pooling has tokens, and no result.
     """
 
-    def __init__(self, pooling: Pooling) -> None:
-        self.pooling = pooling
+    def __init__(self, pooling: Pooling, direction: Float[Tensor, " neuron"] | None = None) -> None:
+        self.pooling, self.direction = pooling, direction
         self._last: Tensor | None = None
         self._sum: Tensor | None = None
         self._count: Tensor | None = None
@@ -162,6 +184,9 @@ class Pool:
         if self.pooling.kind == "last":
             self._last = values[:, -1] if real is None else _last_real(values, real, self._last)
             return
+        if self.pooling.kind == "agree":
+            self._add_tokens(values, real)
+            return
         if real is not None:
             values = torch.where(real[:, :, None], values, 0)
         count = (
@@ -172,6 +197,43 @@ class Pool:
         self._count = count if self._count is None else self._count + count
         if self.pooling.kind == "max":
             self._add_windows(values, real)
+
+    def _add_tokens(self, values: Tensor, real: Tensor | None) -> None:
+        """Keep the last tokens of every row, the newest in the last column."""
+        here = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if real is None else real
+        if self._tail is not None:
+            values, here = torch.cat([self._tail[0], values], 1), torch.cat([self._tail[1], here], 1)
+        if real is None and self._tail is None:
+            width = min(self.pooling.window, values.shape[1])
+            self._tail = (values[:, -width:], here[:, -width:])
+            return
+        # A stable order of "real" moves every row's own tokens behind its padding, in their order.
+        order = here.to(torch.uint8).argsort(dim=1, stable=True)[:, -self.pooling.window :]
+        self._tail = (
+            values.gather(1, order[:, :, None].expand(-1, -1, values.shape[2])),
+            here.gather(1, order),
+        )
+
+    @property
+    def tokens(self) -> tuple[Float[Tensor, "batch token neuron"], Bool[Tensor, "batch token"]]:
+        """The last tokens of every row, the newest in the last column, and which columns a row has."""
+        assert self._tail is not None
+        return self._tail
+
+    def _agreeing(self) -> Tensor:
+        """The row of the token that is scored as high as so many tokens are, or higher; NaN where any is."""
+        assert self.direction is not None, "pooling by agreement needs the direction of a classifier"
+        values, here = self.tokens
+        scores = (values * self.direction.to(values.device, values.dtype)).sum(-1)
+        wrong = (scores.isnan() & here).any(1)
+        # A token that a short row lacks is below all of its own, and never taken.
+        order = torch.where(here, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        place = (torch.minimum(here.sum(1), torch.tensor(self.pooling.agree, device=here.device)) - 1).clamp(
+            min=0
+        )
+        rows = torch.arange(len(values), device=values.device)
+        found = values[rows, order[rows, place]]
+        return torch.where(wrong[:, None], torch.nan, found)
 
     def _add_windows(self, values: Tensor, real: Tensor | None) -> None:
         window = self.pooling.window
@@ -188,11 +250,21 @@ class Pool:
         # A NaN inside a whole window has to come through: amax keeps it.
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only."""
+        for name in ("_last", "_sum", "_count", "_largest"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[list(rows)])
+        if self._tail is not None:
+            self._tail = (self._tail[0][list(rows)], self._tail[1][list(rows)])
+
     def result(self) -> Float[Tensor, "batch neuron"]:
         """One number a row and neuron, over all tokens so far; more may be added afterwards."""
         if self.pooling.kind == "last":
             assert self._last is not None
             return self._last
+        if self.pooling.kind == "agree":
+            return self._agreeing()
         assert self._sum is not None
         assert self._count is not None
         mean = self._sum / self._count[:, None]
@@ -255,10 +327,17 @@ class Collector:
         anatomy: of the model that will run.
         neurons: which; columns are in the order of `neurons.items()`.
         poolings: how to pool, at least one.
+        direction: of the classifier that tokens have to agree with, one weight a neuron.
     """
 
-    def __init__(self, anatomy: Anatomy, neurons: NeuronSet, poolings: Sequence[Pooling]) -> None:
-        self.neurons, self.poolings = neurons, tuple(poolings)
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        neurons: NeuronSet,
+        poolings: Sequence[Pooling],
+        direction: Float[Tensor, " neuron"] | None = None,
+    ) -> None:
+        self.neurons, self.poolings, self._direction = neurons, tuple(poolings), direction
         self._last_only = all(pooling.kind == "last" for pooling in self.poolings)
         self._columns = {key: torch.from_numpy(indices.copy()) for key, indices in neurons.items()}
         self._experts = [key for key in self._columns if parse_key(key).expert is not None]
@@ -276,7 +355,9 @@ class Collector:
         real = None if mask is None or bool(mask.all()) else mask.bool()
         self._mask = real
         self._place = None if left or real is None else real.sum(1) - 1
-        self._pools = {} if self._last_only else {pooling: Pool(pooling) for pooling in self.poolings}
+        self._pools = (
+            {} if self._last_only else {pooling: Pool(pooling, self._direction) for pooling in self.poolings}
+        )
         self._last: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
         self._shape = (0, 0)
@@ -309,6 +390,19 @@ class Collector:
         if self._last is not None:
             return dict.fromkeys(self.poolings, self._last)
         return {pooling: pool.result() for pooling, pool in self._pools.items()}
+
+    def tokens(
+        self, pooling: Pooling
+    ) -> tuple[Float[Tensor, "batch token neuron"], Bool[Tensor, "batch token"]]:
+        """The last tokens that a pooling by agreement keeps, gathered since `start`; see `Pool.tokens`."""
+        self._absorb()
+        return self._pools[pooling].tokens
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows of the batch only."""
+        self._absorb()
+        for pool in self._pools.values():
+            pool.keep(rows)
 
     def _reader(self, key: str, anatomy: Anatomy) -> Callable[[Tensor | ExpertRows], None]:
         if key in self._experts:
@@ -436,10 +530,13 @@ def read_poolings(
     neurons: NeuronSet,
     poolings: Sequence[Pooling],
     *,
+    direction: Float[Tensor, " neuron"] | None = None,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> dict[Pooling, Features]:
     """`read_features` of encoded prompts for several poolings, in one pass over the prompts.
+
+    `direction`: of the classifier that tokens have to agree with (`Classifier.direction`).
 
     Source: as `read_features`.
     """
@@ -449,7 +546,7 @@ def read_poolings(
         raise InputError("no prompts; expected at least one to read features of")
     placed, collector, notes = (
         neurons.on(model.table, [model.name]),
-        Collector(model.anatomy, neurons, poolings),
+        Collector(model.anatomy, neurons, poolings, direction),
         list[str](),
     )
     found = {pooling: np.empty((len(encoded), len(neurons)), np.float32) for pooling in poolings}
@@ -470,6 +567,38 @@ def read_poolings(
         pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes))
         for pooling, values in found.items()
     }
+
+
+def read_tokens(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    neurons: NeuronSet,
+    window: int,
+    keep: Callable[[int, Float32[np.ndarray, "token neuron"]], None],
+    *,
+    batch_size: BatchSize = "auto",
+    progress: Progress | None = None,
+) -> None:
+    """Activations of a set of neurons at the last tokens of encoded prompts, each prompt read once.
+
+    Args:
+        model: its adapters are the active ones meanwhile.
+        encoded: the prompts.
+        neurons: found on this architecture.
+        window: tokens that are kept of each, from its end.
+        keep: called with the number of every prompt and its activations, the newest token last.
+        batch_size: prompts a batch, or `auto`.
+        progress: called with (batches done, in all, tokens).
+    """
+    pooling = Pooling("agree", window, 1)
+    collector = Collector(model.anatomy, neurons.on(model.table, [model.name]), [pooling])
+
+    def take(batch: Batch) -> None:
+        values, here = collector.tokens(pooling)
+        for index, row, own in zip(batch.indices, values.to("cpu", torch.float32), here.cpu(), strict=True):
+            keep(int(index), row[own].numpy())
+
+    collect(model, encoded, collector, take, batch_size, progress=progress)
 
 
 def collect(

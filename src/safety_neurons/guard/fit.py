@@ -25,9 +25,9 @@ from safety_neurons.guard.calibration import (
     operating_points,
     threshold_for,
 )
-from safety_neurons.guard.features import Features, Pooling, read_poolings, readings
+from safety_neurons.guard.features import Features, Pooling, read_poolings, read_tokens, readings
 from safety_neurons.guard.guard import PROVISIONAL, Guard, bindings_of
-from safety_neurons.model import BatchSize, LanguageModel, Progress, as_prompts
+from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
@@ -48,7 +48,7 @@ _CONSTANT = 1e-6
 Values = Float[np.ndarray, "prompt feature"]
 Labels = Bool[np.ndarray, " prompt"]
 Readings = Float[np.ndarray, "_ feature"]
-"""Features of the further readings of one conversation."""
+"""Features of the further readings of one conversation, or of the tokens of one text."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ class FitSettings(CalibrationSettings):
     """How a guard is fit."""
 
     pooling: Pooling | str = "auto"
-    """`last`, `mean`, `max`, or `auto` for what does best on the validation split: last token, mean, and the
-    largest mean over windows of
-    4 and of 16 tokens."""
+    """`last`, `mean`, `max`, `agree`, or `auto` for what does best on the validation split: last token, mean,
+    and the largest mean over windows of 4 and of 16 tokens."""
     window: int | None = None
-    """Tokens of a window of `max`."""
+    """Tokens of a window of `max`, and of `agree`."""
+    agree: int | None = None
+    """Tokens of the window of `agree` that have to reach the threshold; half of it where None."""
     targets: Sequence[float] = TARGETS
     """False-positive rates to store operating points for, where enough safe prompts support them."""
     shares: Sequence[float] = SHARES
@@ -88,13 +89,17 @@ class FitSettings(CalibrationSettings):
         if self.pooling == "auto" and self.window is not None:
             raise UsageError(
                 f"a window of {self.window} tokens with pooling 'auto', which tries its own; name "
-                "pooling 'max'"
+                "pooling 'max' or 'agree'"
+            )
+        if self.pooling != "agree" and self.agree is not None:
+            raise UsageError(
+                f"{self.agree} tokens that agree with pooling {self.pooling!r}; expected 'agree'"
             )
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
         """Those that are tried; the first of equals is taken."""
-        return AUTO if self.pooling == "auto" else (Pooling.of(self.pooling, self.window),)
+        return AUTO if self.pooling == "auto" else (Pooling.of(self.pooling, self.window, self.agree),)
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,7 @@ def fit_on_features(
     split: Split | None = None,
     readings: Mapping[int, Readings] | None = None,
     groups: GroupLabels = None,
+    agreed: "AgreedFit | None" = None,
     **settings: Any,
 ) -> Fitted:
     """A calibrated linear classifier on any features: neurons, a residual stream, word counts.
@@ -235,6 +241,7 @@ def fit_on_features(
         readings: of calibration examples that are read in several ways the features of the further ones, by
             example; the largest score counts, as it does in a verdict.
         groups: what examples share.
+        agreed: the classifier that chose the token of each example: it is calibrated, and nothing is fit.
         **settings: those of `FitSettings`.
 
     Raises:
@@ -257,10 +264,12 @@ def fit_on_features(
         )
     parts = split or stratified_split(labels, seed=how.seed, shares=how.shares, groups=groups)
     shared = None if groups is None else np.array(groups, object)
-    choice = best_penalty(values, labels, parts, how.penalties, shared)
+    choice = agreed.choice if agreed else best_penalty(values, labels, parts, how.penalties, shared)
     both = np.sort(np.concatenate([parts.train, parts.validation]))
     notes = list(choice.notes)
-    uncalibrated = regression(values[both], labels[both], choice.penalty, notes)
+    uncalibrated = (
+        agreed.classifier if agreed else regression(values[both], labels[both], choice.penalty, notes)
+    )
     held, unsafe = (
         torch.from_numpy(np.ascontiguousarray(values[parts.calibration])),
         labels[parts.calibration],
@@ -385,6 +394,66 @@ def best_penalty(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class AgreedFit:
+    """A classifier of tokens, of which several have to agree.
+
+    Attributes:
+        choice: its penalty.
+        classifier: not calibrated.
+    """
+
+    choice: PenaltyChoice
+    classifier: Classifier
+
+
+def fit_agreeing(
+    tokens: Sequence[Readings],
+    labels: Labels,
+    split: Split,
+    agree: int,
+    penalties: Sequence[float] = PENALTIES,
+    groups: GroupLabels = None,
+) -> AgreedFit:
+    """A classifier fit on single tokens, each labelled as the text it is of.
+
+    The penalty is the one under which the `agree`-th highest token of a text tells the validation split apart
+    best; it is fit again on train and validation.
+
+    Args:
+        tokens: of every text the activations at its last tokens.
+        labels: which texts are unsafe.
+        split: of the texts.
+        agree: tokens that have to agree.
+        penalties: to choose from.
+        groups: what texts share.
+    """
+    notes: list[str] = []
+
+    def fitted(texts: Int[np.ndarray, " text"], penalty: float) -> Classifier:
+        counts = [len(tokens[text]) for text in texts]
+        rows = np.concatenate([tokens[text] for text in texts])
+        return regression(rows, np.repeat(labels[texts], counts), penalty, notes)
+
+    unsafe, choices = labels[split.validation], []
+    shared = None if groups is None else np.array(groups, object)[split.validation].tolist()
+    for penalty in penalties:
+        classifier = fitted(split.train, penalty)
+        scores = np.array(
+            [
+                np.sort(classifier.scores(torch.from_numpy(tokens[text])).numpy())[
+                    -min(agree, len(tokens[text]))
+                ]
+                for text in split.validation
+            ]
+        )
+        choices.append(PenaltyChoice(penalty, auroc(scores, unsafe, shared), log_loss(scores, unsafe)))
+    best = min(choices, key=lambda choice: choice.rank)
+    both = np.sort(np.concatenate([split.train, split.validation]))
+    classifier = fitted(both, best.penalty)
+    return AgreedFit(dataclasses.replace(best, notes=tuple(dict.fromkeys(notes))), classifier)
+
+
 def regression(values: Values, labels: Labels, penalty: float, notes: list[str] | None = None) -> Classifier:
     """Logistic regression with an L2 penalty on standardised features, classes weighted to count alike.
 
@@ -453,26 +522,32 @@ def fit_guard(
     """
     how = FitSettings(**settings)
     data = labelled(as_prompts(unsafe), as_prompts(safe))
-    read = read_poolings(
-        model, model.encode(data.prompts), neurons, how.poolings, batch_size=batch_size, progress=progress
-    )
+    encoded = model.encode(data.prompts)
+    reading: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    agreed = _agreed(model, encoded, neurons, data, how, reading) if how.poolings[0].agree else None
+    direction = agreed and agreed.classifier.direction
+    read = read_poolings(model, encoded, neurons, how.poolings, direction=direction, **reading)
     usable, notes = _usable(read)
     labels = data.labels[usable]
     shared = [data.prompts[int(index)].group for index in usable]
     split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=shared)
     check_varying(model, {pooling: features.values[usable] for pooling, features in read.items()})
     choices = {
-        pooling: best_penalty(features.values[usable], labels, split, how.penalties, np.array(shared, object))
+        pooling: agreed.choice
+        if agreed
+        else best_penalty(features.values[usable], labels, split, how.penalties, np.array(shared, object))
         for pooling, features in read.items()
     }
     chosen = min(choices, key=lambda pooling: (choices[pooling].rank, how.poolings.index(pooling)))
     values, held = read[chosen].values[usable], split.calibration
     further = further_readings(
-        model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size
+        model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size, direction
     )
     readings = {int(held[place]): rows for place, rows in further.items()}
     settings |= {"penalties": [choices[chosen].penalty]}
-    fitted = fit_on_features(values, labels, split=split, readings=readings, groups=shared, **settings)
+    fitted = fit_on_features(
+        values, labels, split=split, readings=readings, groups=shared, agreed=agreed, **settings
+    )
     tried = [
         {"pooling": str(pooling), "auroc": choice.auroc, "log_loss": choice.loss, "penalty": choice.penalty}
         for pooling, choice in choices.items()
@@ -496,6 +571,30 @@ def fit_guard(
     return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
 
 
+def _agreed(
+    model: LanguageModel,
+    encoded: Sequence[Encoded],
+    neurons: NeuronSet,
+    data: "Labelled",
+    how: FitSettings,
+    reading: Mapping[str, Any],
+) -> AgreedFit:
+    """The classifier that the tokens of a prompt have to agree with, fit on the split that calibrates it."""
+    (pooling,) = how.poolings
+    tokens: dict[int, Readings] = {}
+    read_tokens(model, encoded, neurons, pooling.window, tokens.__setitem__, **reading)
+    usable = [
+        number
+        for number, item in enumerate(encoded)
+        if not item.truncated and np.isfinite(tokens[number]).all()
+    ]
+    labels, groups = data.labels[usable], [data.prompts[number].group for number in usable]
+    split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=groups)
+    return fit_agreeing(
+        [tokens[number] for number in usable], labels, split, pooling.agree, how.penalties, groups
+    )
+
+
 def check_varying(model: LanguageModel, read: Mapping[Pooling, Values]) -> None:
     """Refuse features that are the same for every prompt.
 
@@ -516,6 +615,7 @@ def further_readings(
     neurons: NeuronSet,
     pooling: Pooling,
     batch_size: BatchSize = "auto",
+    direction: torch.Tensor | None = None,
 ) -> dict[int, Readings]:
     """Features of the readings of conversations that are not the whole one, by place among the prompts.
 
@@ -529,9 +629,10 @@ def further_readings(
     ]
     if not asked:
         return {}
-    found = read_poolings(
-        model, model.encode([prompt for _, prompt in asked]), neurons, [pooling], batch_size=batch_size
-    )[pooling]
+    encoded = model.encode([prompt for _, prompt in asked])
+    found = read_poolings(model, encoded, neurons, [pooling], direction=direction, batch_size=batch_size)[
+        pooling
+    ]
     rows: dict[int, list[int]] = {}
     for row, (place, _) in enumerate(asked):
         if found.finite[row]:

@@ -59,7 +59,7 @@ from safety_neurons.results import Rate, notebook, write_bytes, write_json
 from safety_neurons.results.run import ordered_header
 
 SCHEMA = "safety-neurons-guard/1"
-WEIGHTS, FACTS = "guard.safetensors", "guard.json"
+WEIGHTS, FACTS, ANSWERS = "guard.safetensors", "guard.json", "answers"
 VECTORS = ("weights", "mean", "scale")
 MEMBERS = "neurons/"
 MOST_NEURONS = 5_000_000
@@ -197,6 +197,8 @@ class Guard:
         notes: warnings.
         recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing
             was.
+        answers: a classifier of its own for answers, on the same neurons, whose features are pooled over the
+            tokens of the answer; None where re-checks use the one for prompts.
         model: the model it is bound to; None for a guard that was only looked into.
     """
 
@@ -211,6 +213,7 @@ class Guard:
     report: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recheck: Recheck | None = None
+    answers: "Guard | None" = None
     model: LanguageModel | None = None
 
     def __post_init__(self) -> None:
@@ -254,7 +257,9 @@ class Guard:
     def sha256(self) -> str:
         """Hash of what decides its verdicts: neurons, pooling, weights, calibration, threshold."""
         how = self.classifier
+        own = [] if self.answers is None else [self.answers.sha256]
         parts = [
+            *own,
             str(self.pooling),
             repr(how.bias),
             repr(how.calibration),
@@ -381,7 +386,10 @@ class Guard:
             template.
         """
         self.bindings.check(model, self.neurons)
-        return dataclasses.replace(self, neurons=self.neurons.on(model.table), model=model)
+        answers = self.answers and dataclasses.replace(
+            self.answers, neurons=self.answers.neurons.on(model.table), model=model
+        )
+        return dataclasses.replace(self, neurons=self.neurons.on(model.table), answers=answers, model=model)
 
     @property
     def bound(self) -> LanguageModel:
@@ -585,7 +593,11 @@ class Guard:
 
         Used by one thread at a time, which holds the `model_lock`.
         """
-        return Collector(self.bound.anatomy, self.neurons, [self.pooling])
+        return self.new_collector()
+
+    def new_collector(self) -> Collector:
+        """A collector of one's own."""
+        return Collector(self.bound.anatomy, self.neurons, [self.pooling], self.classifier.direction)
 
     @cached_property
     def _names(self) -> list[tuple[str, int]]:
@@ -610,6 +622,8 @@ class Guard:
             for one in dataclasses.fields(GuardFacts)
         }
         write_json(place / FACTS, {"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
+        if self.answers is not None:
+            self.answers.save(place / ANSWERS)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
@@ -638,7 +652,27 @@ class Guard:
             guard = Guard(neurons=neurons, classifier=classifier, **shared)
         except InputError as error:
             raise InputError(f"{str(place / FACTS)!r} is damaged: {error}") from error
+        inside = place / ANSWERS
+        if facts.recheck is not None and facts.recheck.own:
+            guard = dataclasses.replace(guard, answers=_of_answers(inside, guard))
         return guard if model is None else guard.bind(model)
+
+
+def _of_answers(place: pathlib.Path, guard: Guard) -> Guard:
+    """The classifier for answers in a folder inside a guard's.
+
+    Raises:
+        InputError: it is not the one of this guard: other neurons, another model, or answers of its own.
+    """
+    if (place / ANSWERS).exists():
+        raise InputError(f"{str(place)!r} holds a guard within a guard; expected a classifier for answers")
+    answers = Guard.load(place)
+    if answers.bindings != guard.bindings or answers.neurons != guard.neurons:
+        raise InputError(
+            f"{str(place)!r} is the classifier for answers of another guard; expected the same neurons and "
+            "model: copy the whole folder again"
+        )
+    return answers
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from safety_neurons.model.proof import prove, same
 from safety_neurons.model.sites import Anatomy, unwrapped
 from safety_neurons.model.template import Prompting, encode_text, require_tokenizer, template_for, untouched
 from safety_neurons.neurons import SiteTable
-from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
+from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions, conversation_of
-from safety_neurons.results.completions import is_mark
+from safety_neurons.results.completions import is_end_mark, is_mark
 
 Texts = Source
 
@@ -288,6 +288,25 @@ class LanguageModel:
             )
         return encoded
 
+    def encode_answer(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of a prompt as `encode` gives them, of an answer behind it, and of what the template
+        writes at the end of the answer's turn.
+
+        Raises:
+            As `encode`.
+        """
+        tokenizer = require_tokenizer(self.tokenizer)
+        asked, behind, end = self.template.answered(tokenizer, prompt, answer)
+        question = self.encode([prompt])[0].ids
+        together = encode_text(tokenizer, asked + behind, templated=True)
+        with untouched(tokenizer):
+            if together[: len(question)] == question and len(together) > len(question):
+                ids = together[len(question) :]
+            else:
+                ids = list(tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"])
+            ending = list(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) if end else []
+        return question, ids, ending
+
     def _fit(self, ids: list[int], reserve: int) -> list[int]:
         if self.max_length is None or len(ids) + reserve <= self.max_length:
             return ids
@@ -337,6 +356,14 @@ class LanguageModel:
             strict=False,
         )
         return frozenset(token for text, token in special if is_mark(str(text)) or text == self.think_end)
+
+    @cached_property
+    def thought_end_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a thinking part by themselves; none where its end is several tokens."""
+        added = getattr(self.tokenizer, "get_added_vocab", dict)()
+        return frozenset(
+            token for text, token in added.items() if is_end_mark(str(text)) or text == self.think_end
+        )
 
     def complete(
         self,

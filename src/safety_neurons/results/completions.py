@@ -375,6 +375,11 @@ def is_mark(text: str) -> bool:
     return re.fullmatch(f"{_STARTS}|{_ENDS}", text, re.IGNORECASE) is not None
 
 
+def is_end_mark(text: str) -> bool:
+    """Whether a text is a mark that ends a thinking part, and nothing else."""
+    return _ENDED.fullmatch(text) is not None
+
+
 def behind_thoughts(text: str) -> str:
     """What stands behind the last end of a thinking part, as chat templates cut it out: marks in quotes
     count; empty where none ends.

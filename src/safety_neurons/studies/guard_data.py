@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.guard import AnswerTokens, answers_written
 from safety_neurons.judges import Judge, judge
+from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, request_of
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completion, Completions
@@ -150,6 +152,62 @@ def labelled_by_completions(
         Prompts(safe, "completions judged safe"),
         tuple(_said(completions, len(chosen), prompts, verdicts)),
         {"judge": found.name, "judge_revision": found.revision, "arm": arm, "completions": len(chosen)},
+    )
+
+
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """What a model writes to unsafe and to safe prompts, told apart by what it says.
+
+    Attributes:
+        unsafe: answers that do harm.
+        safe: the others: answers to safe prompts, and refusals.
+        notes: what was left out.
+    """
+
+    unsafe: Sequence[AnswerTokens]
+    safe: Sequence[AnswerTokens]
+    notes: tuple[str, ...] = ()
+
+
+def own_answers(
+    model: LanguageModel,
+    data: GuardData,
+    by: Judge | str,
+    *,
+    max_new_tokens: int = 64,
+    judge_options: Mapping[str, Any] | None = None,
+    **completing: Any,
+) -> JudgedAnswers:
+    """Greedy answers of a model to labelled prompts, for a classifier of answers.
+
+    An answer to an unsafe prompt is unsafe if a judge calls it harmful, and safe if it does not (a refusal);
+    one that the judge cannot score is left out. Answers to safe prompts are safe.
+
+    Args:
+        model: that answers.
+        data: the prompts.
+        by: a judge, or the name of one; a judge of refusals calls harmful what does not refuse.
+        max_new_tokens: length of an answer.
+        judge_options: of a judge that is named.
+        **completing: as for `LanguageModel.complete`: `batch_size`, `progress`, ….
+    """
+    found = by if isinstance(by, Judge) else judge(by, **dict(judge_options or {}))
+    completions = {
+        label: model.complete(prompts, max_new_tokens=max_new_tokens, **completing)
+        for label, prompts in ((True, data.unsafe), (False, data.safe))
+    }
+    asked, safe = (
+        answers_written(model, prompts, completions[label])
+        for label, prompts in ((True, data.unsafe), (False, data.safe))
+    )
+    outcomes = found.judge(completions[True]).harmful
+    told = list(zip(asked, outcomes, strict=True))
+    unscored = sum(outcome is None for outcome in outcomes)
+    return JudgedAnswers(
+        [one for one, outcome in told if outcome],
+        [*safe, *(one for one, outcome in told if outcome is False)],
+        (f"{unscored} answers that {found.name} could not score were left out",) if unscored else (),
     )
 
 

@@ -15,7 +15,6 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.language_model import middle_out
-from safety_neurons.model.template import encode_text, require_tokenizer, untouched
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 
@@ -113,19 +112,8 @@ def tuning_examples(
 
 
 def _example(prompt: Prompt, model: LanguageModel, kind: Kind, limit: int) -> Example:
-    tokenizer = require_tokenizer(model.tokenizer)
-    answer = prompt.answer or ""
-    asked, behind, end = model.template.answered(tokenizer, prompt, answer)
-    question = model.encode([prompt])[
-        0
-    ].ids  # with its middle left out where it alone is longer than the context
-    together = encode_text(tokenizer, asked + behind, templated=True)
-    with untouched(tokenizer):
-        if together[: len(question)] == question and len(together) > len(question):
-            ids = together[len(question) :]
-        else:
-            ids = list(tokenizer(behind, add_special_tokens=False, verbose=False)["input_ids"])
-        ending = list(tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) if end else []
+    # The question has its middle left out where it alone is longer than the context.
+    question, ids, ending = model.encode_answer(prompt, prompt.answer or "")
     closing = [] if prompt.meta.get(OPEN_END) else end_ids(model, ending)
     answer_ids = (ids + closing)[: max(limit // 2, limit - len(question))]
     too_long = len(question) + len(answer_ids) > limit

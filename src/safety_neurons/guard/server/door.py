@@ -21,8 +21,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safety_neurons.errors import UsageError
-from safety_neurons.guard.generate import REFUSAL
 from safety_neurons.guard.server.shapes import Problem, busy, closing, unforeseen
+from safety_neurons.guard.watching import REFUSAL
 from safety_neurons.model.chat_server import is_local
 
 TOKEN_VARIABLE = "SAFETY_NEURONS_TOKEN"

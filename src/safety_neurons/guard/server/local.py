@@ -16,11 +16,12 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import model_lock
-from safety_neurons.guard.generate import Detokenizer, Feed, Rules, Watch, steps
+from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.server.engine import Answering
 from safety_neurons.guard.server.shapes import Problem, too_long
 from safety_neurons.guard.verdict import Verdict
+from safety_neurons.guard.watching import Feed, Rules, Watch, steps
 from safety_neurons.model import Encoded, LanguageModel
 from safety_neurons.model.language_model import takes_padding
 
