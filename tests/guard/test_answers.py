@@ -9,10 +9,10 @@ from guarded import some_neurons, texts, tiny_guard, tiny_model
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import (
+    AnswerTokens,
     Guard,
     GuardedModel,
     Pooling,
-    AnswerTokens,
     answers_in,
     answers_written,
     fit_answers,

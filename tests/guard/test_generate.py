@@ -403,6 +403,20 @@ def test_each_turn_is_read_once_and_a_single_one_costs_nothing_more() -> None:
         readings(as_prompt([Message("user", str(number)) for number in range(MOST_TURNS + 1)]))
 
 
+def test_the_end_of_a_begun_answer_does_not_count_for_a_guard_that_reads_ends(model: LanguageModel) -> None:
+    """It was fit where an answer is to begin; a pooling over all tokens has read the request too."""
+    begun = turns("prefill", "make a cake")
+    for pooling in ("last", "mean"):
+        guard = tiny_guard(model, pooling, threshold=0.0)
+        ways = guard.score_readings([readings(as_prompt(begun))])[0]
+        counting = ways[1:] if pooling == "last" else ways
+        assert guard.score(begun).p_unsafe == max(one.p_unsafe or 0 for one in counting)
+        (answer,) = GuardedModel(model, guard).generate([begun], max_new_tokens=2)
+        assert answer.verdict.p_unsafe == pytest.approx(max(one.p_unsafe or 0 for one in counting), abs=1e-5)
+    lost = dataclasses.replace(ways[0], status="error", p_unsafe=None)
+    assert lost in tiny_guard(model).counting([lost, *ways[1:]])
+
+
 def test_a_reading_that_could_not_be_judged_is_not_covered_by_one_that_could() -> None:
     safe, unsafe = Verdict(0.2, False, 0.5), Verdict(0.9, True, 0.5)
     broken, passed = Verdict(None, True, 0.5, "error"), Verdict(0.1, False, 0.5, "truncated")

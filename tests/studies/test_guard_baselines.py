@@ -5,18 +5,22 @@ gives.
 import numpy as np
 import pytest
 import torch
+import transformers
 from guard_tools import requests, some_neurons, tiny_model
 from sklearn import metrics
 
 from safety_neurons.guard import Pooling, read_features
+from safety_neurons.guard.features import Collector
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies.guard_baselines import (
     DirectionProjection,
     Layered,
     Linear,
+    SparseLayers,
     Words,
     read_cases,
     read_residual,
+    sentence_vectors,
 )
 
 
@@ -30,7 +34,7 @@ def planted():
     return values, labels, np.arange(280), np.arange(280, 400)
 
 
-@pytest.mark.parametrize("kind", [Layered, DirectionProjection])
+@pytest.mark.parametrize("kind", [Layered, DirectionProjection, SparseLayers])
 def test_the_layer_that_knows_is_found(planted, kind):
     values, labels, fit, test = planted
     score = kind(values, labels).fit(fit, seed=0)
@@ -90,3 +94,45 @@ def test_every_set_is_read_as_on_its_own():
             read.sets[name], read_features(model, prompts, members, pooling="mean").values, atol=1e-6
         )
     assert read.lengths.tolist() == [len(item.ids) for item in model.encode(prompts)]
+
+
+def test_tokens_that_agree_are_read_for_the_guard_and_the_last_one_for_its_baselines():
+    model = tiny_model()
+    prompts, members = requests(4, 0)[0], some_neurons(model, 4)
+    weights = torch.linspace(-1, 1, len(members))
+    sets = {"guard": members, "other": some_neurons(model, 3)}
+    read = read_cases(model, prompts, sets, Pooling("agree", 4, 2), direction=weights)
+    for name, some in sets.items():
+        assert np.allclose(read.sets[name], read_features(model, prompts, some).values, atol=1e-6)
+    collector = Collector(model.anatomy, members, [Pooling("agree", 4, 4)], weights)
+    for row, item in zip(read.own, model.encode(prompts), strict=True):
+        with collector, torch.no_grad():
+            collector.start()
+            model.inner(input_ids=torch.tensor([item.ids]))
+            tokens = collector.tokens(Pooling("agree", 4, 4))[0][0].numpy()
+        second = sorted(float(token @ weights.numpy()) for token in tokens)[-2]
+        assert float(row @ weights.numpy()) == pytest.approx(second, abs=1e-5)
+
+
+def test_sentence_vectors_are_means_over_tokens_without_padding(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "make", "a", "cake", "bomb"]
+    transformers.BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(
+        tmp_path
+    )
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    torch.manual_seed(0)
+    encoder = transformers.BertModel(config).eval()
+    encoder.save_pretrained(tmp_path)
+    texts = ["make a cake", "bomb", "make a bomb a cake"]
+    found = sentence_vectors(str(tmp_path), texts, batch=2)
+    for row, text in zip(found, texts, strict=True):
+        ids = [2, *(words.index(word) for word in text.split()), 3]
+        with torch.no_grad():
+            mean = encoder(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert np.allclose(row, mean / mean.norm(), atol=1e-5)

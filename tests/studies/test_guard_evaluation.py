@@ -325,7 +325,9 @@ def test_every_baseline_has_a_row_with_its_paired_difference(found):
         "TF-IDF characters",
         "residual stream",
         "refusal direction",
+        "sparse probes of all layers",
     ]
+    assert any("--encoder" in note for note in found.notes)
     for row in rows.values():
         assert row["difference"]["value"] == pytest.approx(
             found.result["auroc"]["value"] - row["auroc"]["value"], abs=1e-9

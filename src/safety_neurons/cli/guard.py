@@ -415,6 +415,8 @@ class Baselines(Declaration):
     """Comma-separated columns, such as source, language: fit without each value, test on it."""
     random: Positive = 5
     """Random neuron sets with as many in every matrix."""
+    encoder: Annotated[str | None, Reads("files")] = None
+    """Folder of a sentence encoder, such as all-MiniLM-L6-v2: one more baseline."""
     detectors: Annotated[str | None, Reads("scores", several=True)] = None
     """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs
     --fit-unsafe.
@@ -511,6 +513,7 @@ def evaluate(
                 perturbations=chosen(variants.perturbations, PERTURBATIONS),
                 leave_out=left_out,
                 random=baselines.random,
+                encoder=baselines.encoder,
                 variant_limit=variants.variant_limit,
                 progress=progress,
                 **session.running,

@@ -93,6 +93,7 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(label for row in rows for label in row["auroc"]))
     others = list(dict.fromkeys(label for row in rows for label in row["difference"]))
     ours = [label for label in names if label not in others]
+    rated = list(dict.fromkeys(label for row in rows for label in row.get("tpr_at_fpr") or {}))
     cells = []
     for row in rows:
         against = f" (against {visible(row['against'], 20)})" if row["against"] else ""
@@ -104,6 +105,7 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
                 interval(row["flagged_safe"]) if row["n_safe"] else NONE,
                 *(interval(row["auroc"].get(label)) for label in ours),
                 *(interval(row["difference"].get(label), signed=True) for label in others),
+                *(interval((row.get("tpr_at_fpr") or {}).get(label)) for label in rated),
             ]
         )
     columns = [
@@ -114,7 +116,13 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         *(f"AUROC, {visible(label, 24)}" for label in ours),
     ]
     return Table(
-        captioned(title, rows), [*columns, *(f"minus {visible(label, 24)}" for label in others)], cells
+        captioned(title, rows),
+        [
+            *columns,
+            *(f"minus {visible(label, 24)}" for label in others),
+            *(f"TPR at 1 % FPR, {visible(label, 24)}" for label in rated),
+        ],
+        cells,
     )
 
 

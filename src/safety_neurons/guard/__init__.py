@@ -21,6 +21,7 @@ from safety_neurons.guard.watching import REFUSAL
 
 __all__ = [
     "REFUSAL",
+    "AnswerTokens",
     "Bindings",
     "Calibration",
     "Classifier",
@@ -38,7 +39,6 @@ __all__ = [
     "Split",
     "TopNeuron",
     "Verdict",
-    "AnswerTokens",
     "answers_in",
     "answers_written",
     "bindings_of",

@@ -97,6 +97,13 @@ def readings(prompt: Prompt) -> list[RequestReading]:
     return found
 
 
+def begun_answer(prompt: Prompt) -> bool:
+    """Whether a conversation ends in an answer that was begun for the model, so that it is also read without
+    it.
+    """
+    return any(way.name == ASKED for way in readings(prompt))
+
+
 KINDS = ("last", "mean", "max", "agree")
 WINDOW = 8
 

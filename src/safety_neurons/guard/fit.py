@@ -5,7 +5,7 @@ rates.
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -335,15 +335,21 @@ def thresholds(
 
 
 def largest_scores(
-    classifier: Classifier, values: torch.Tensor, readings: Iterable[Readings | None]
+    classifier: Classifier,
+    values: torch.Tensor,
+    readings: Iterable[Readings | None],
+    begun: Collection[int] = (),
 ) -> Float64[np.ndarray, " prompt"]:
     """Scores of prompts, each the largest over its readings: that of the prompt as a whole and those of
     further ones, where it has some.
+
+    `begun`: places of the prompts whose whole does not count beside the others; see `Guard.counting`.
     """
     scores = classifier.scores(values).numpy()
     for place, more in enumerate(readings):
         if more is not None and len(more):
-            scores[place] = max(scores[place], float(classifier.scores(torch.from_numpy(more)).max()))
+            further = float(classifier.scores(torch.from_numpy(more)).max())
+            scores[place] = further if place in begun else max(scores[place], further)
     return scores
 
 

@@ -40,6 +40,8 @@ from safety_neurons.guard.calibration import (
     rates_at,
 )
 from safety_neurons.guard.features import (
+    ASKED,
+    WHOLE,
     Collector,
     Pooling,
     Request,
@@ -442,11 +444,28 @@ class Guard:
         """What the guard says of several requests, in order; see `score`."""
         ways = [readings(prompt) for prompt in as_request_prompts(requests)]
         return [
-            largest(some)
+            largest(self.counting(some))
             for some in self.score_readings(
                 ways, threshold=threshold, fail_open=fail_open, top=top, batch_size=batch_size
             )
         ]
+
+    def counting(self, verdicts: Sequence[Verdict]) -> Sequence[Verdict]:
+        """Those of the verdicts on a request's readings that decide.
+
+        A guard that reads the end of a prompt was fit where an answer is to begin. The end of an answer that
+        was begun for the model is no such place: what is read there hardly tells requests apart, and drowns
+        the reading of the same conversation without that answer, which counts in its place.
+        """
+        begun = self.reads_ends and any(verdict.reading == ASKED for verdict in verdicts)
+        return [
+            verdict for verdict in verdicts if not begun or verdict.reading != WHOLE or verdict.status != "ok"
+        ]
+
+    @property
+    def reads_ends(self) -> bool:
+        """Whether it reads the last tokens of a prompt only."""
+        return self.pooling.kind in ("last", "agree")
 
     def score_readings(self, ways: Sequence[Sequence[RequestReading]], **scoring: Any) -> list[list[Verdict]]:
         """A verdict on each reading of several requests; arguments as for `score_encoded`."""

@@ -183,7 +183,7 @@ class Watch:
         """
         if self.steps == 0:
             self.verdicts = [
-                largest([own, *others])
+                largest(self.guard.counting([own, *others]))
                 for own, others in zip(self._judge(self.guard, None), self.beside, strict=True)
             ]
             self._stop(self.verdicts, [True] * len(self.verdicts))

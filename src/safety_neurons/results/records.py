@@ -572,6 +572,8 @@ class GuardSliceRecord(TypedDict):
     difference: dict[str, DifferenceRecord]
     """From the classifier that all are compared with."""
     look_alikes: NotRequired["GuardSliceRecord"]
+    tpr_at_fpr: NotRequired[dict[str, EstimateRecord]]
+    """Of what was left out of fitting, by classifier, at a false-positive rate of 1 %."""
 
 
 class GuardMeasures(TypedDict):

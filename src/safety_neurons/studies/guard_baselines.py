@@ -1,5 +1,5 @@
-"""Classifiers that can embarrass a guard, fit by one procedure (words, random neurons, residual stream), and
-how many neurons it needs.
+"""Classifiers that can embarrass a guard, fit by one procedure (words, sentence vectors, random neurons,
+residual stream, sparse probes of all layers), and how many neurons it needs.
 """
 
 import dataclasses
@@ -18,20 +18,24 @@ from safety_neurons.guard.fit import regression
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import around
+from safety_neurons.model.loading import load_as
 from safety_neurons.model.passes import run_batches
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
 from safety_neurons.results.records import GuardCountRecord, GuardSettingRecord
-from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_of
+from safety_neurons.studies.guard_data import AS_WRITTEN, Cases, Sources, cases_of, texts_of
 
 GUARD, WORDS, CHARACTERS, RANDOM = "guard", "TF-IDF words", "TF-IDF characters", "random neurons"
-RESIDUAL, DIRECTION = "residual stream", "refusal direction"
+RESIDUAL, DIRECTION, SPARSE = "residual stream", "refusal direction", "sparse probes of all layers"
+SENTENCES = "sentence encoder"
 PENALTIES = (1e-3, 1e-2, 1e-1)
 """Inverse strengths of the L2 penalty that validation chooses from, the same for all features that are
 numbers.
 """
 WORD_PENALTIES = (1.0, 10.0, 100.0)
+SPARSE_PENALTY, MOST_SPARSE = 0.1, 64
+"""Inverse strength of the L1 penalty of a layer's probe, and features of a layer that are kept at most."""
 
 Rows = Int[np.ndarray, " _"]
 Score = Callable[[Rows], Float64[np.ndarray, " _"]]
@@ -97,6 +101,47 @@ class Layered:
 
         layer = max(range(self.values.shape[1]), key=quality)
         return Linear(np.ascontiguousarray(self.values[:, layer]), self.labels).fit(rows, seed)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseLayers:
+    """Of every layer the few features that an L1 probe keeps, weighted by how well the layer's probe
+    validates, and logistic regression on all of them together.
+
+    Attributes:
+        values: the residual stream at the last token, after every layer.
+        labels: which cases are unsafe.
+
+    Source: SIREN (`llm-siren` 0.2.0): sparse linear probes of every layer, layers weighted by their
+    validation, one classifier on what is left. Differs: read at the last token; logistic regression,
+    calibrated, in the place of a network; at most 64 features a layer.
+    """
+
+    values: Float32[np.ndarray, "case layer hidden"]
+    labels: Bool[np.ndarray, " case"]
+
+    def fit(self, rows: Rows, seed: int) -> Score:
+        """Fit on these cases."""
+        from sklearn.linear_model import LogisticRegression
+
+        split = stratified_split(self.labels[rows], seed=seed)
+        train, held = rows[split.train], rows[split.validation]
+        parts = []
+        for layer in range(self.values.shape[1]):
+            wide = self.values[:, layer].astype(np.float64)
+            mean, scale = wide[train].mean(0), wide[train].std(0)
+            wide = (wide - mean) / np.where(scale > 1e-6 * np.abs(wide[train]).max(0), scale, np.inf)
+            probe: Any = LogisticRegression(
+                penalty="l1", solver="liblinear", C=SPARSE_PENALTY, class_weight="balanced", random_state=seed
+            )
+            weights = probe.fit(wide[train], self.labels[train]).coef_[0]
+            area = auroc(wide[held] @ weights, self.labels[held]).value or 0.0
+            kept = [place for place in np.argsort(-np.abs(weights))[:MOST_SPARSE] if weights[place]]
+            if kept and area > 0.5:
+                parts.append((2 * area - 1) * wide[:, kept])
+        if not parts:  # no layer tells the validation split apart: all of the last one is as good as any
+            return Linear(np.ascontiguousarray(self.values[:, -1]), self.labels).fit(rows, seed)
+        return Linear(np.concatenate(parts, 1).astype(np.float32), self.labels).fit(rows, seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,18 +242,22 @@ class Read:
     """What was read of the model on every case.
 
     Attributes:
-        sets: activations by name of a neuron set.
+        own: activations of the guard's neurons, as it reads them.
+        sets: activations by name of a neuron set, at the last token where the guard asks for tokens that
+            agree (with its own classifier).
         residual: at the last token after every layer; None where it was not asked for.
         truncated: cases that were longer than the context.
         lengths: tokens of each.
         notes: warnings.
     """
 
-    sets: Mapping[str, Float32[np.ndarray, "case neuron"]]
+    own: Float32[np.ndarray, "case own"]
+    sets: Mapping[str, Float32[np.ndarray, "case _"]]
     residual: Float32[np.ndarray, "case layer hidden"] | None
     truncated: Bool[np.ndarray, " case"]
     lengths: Int[np.ndarray, " case"]
     notes: tuple[str, ...]
+    sentences: Float32[np.ndarray, "case vector"] | None = None
 
 
 def read_cases(
@@ -217,22 +266,71 @@ def read_cases(
     sets: Mapping[str, NeuronSet],
     pooling: Pooling,
     *,
+    direction: torch.Tensor | None = None,
     residual: bool = True,
+    encoder: str | None = None,
     batch_size: BatchSize = "auto",
 ) -> Read:
     """Activations of several neuron sets, and the residual stream at the last token, in two passes over the
-    prompts.
+    prompts; of a sentence encoder's folder the vectors of their words.
+
+    `direction`: of the guard's classifier, where its tokens have to agree.
     """
     encoded = model.encode(prompts)
     union = functools.reduce(lambda one, other: one | other, sets.values())
-    found = read_poolings(model, encoded, union, [pooling], batch_size=batch_size)[pooling]
+    shared = Pooling("last") if pooling.agree else pooling
+    found = read_poolings(model, encoded, union, [shared], batch_size=batch_size)[shared]
     place = {member: column for column, member in enumerate(union)}
     values = {
         name: np.ascontiguousarray(found.values[:, [place[member] for member in members]])
         for name, members in sets.items()
     }
     stream = read_residual(model, [item.ids for item in encoded], batch_size) if residual else None
-    return Read(values, stream, found.truncated, found.lengths, found.notes)
+    own = values[GUARD]
+    if pooling.agree:
+        own = read_poolings(
+            model, encoded, sets[GUARD], [pooling], direction=direction, batch_size=batch_size
+        )[pooling].values
+    words = None if encoder is None else sentence_vectors(encoder, texts_of(prompts))
+    notes = [*found.notes]
+    if encoder is None:
+        notes.append("no sentence encoder was given (--encoder FOLDER), so that baseline is missing")
+    return Read(own, values, stream, found.truncated, found.lengths, tuple(notes), words)
+
+
+def sentence_vectors(
+    folder: str, texts: Sequence[str], batch: int = 32
+) -> Float32[np.ndarray, "case vector"]:
+    """Vectors of texts by a sentence encoder: the mean of its last hidden states over their tokens, of
+    length 1.
+
+    Args:
+        folder: of a checkpoint that transformers' `AutoModel` reads, with its tokenizer.
+        texts: cut where they are longer than the encoder reads.
+        batch: texts a pass.
+
+    Raises:
+        ModelError: it cannot be loaded.
+
+    Source: Reimers and Gurevych, EMNLP 2019, section 3 (mean pooling).
+    """
+    encoder, tokenizer, _ = load_as("AutoModel", folder, offline=True)
+    longest = min(int(getattr(encoder.config, "max_position_embeddings", 512)), 512)
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(texts), batch):
+            given = tokenizer(
+                list(texts[start : start + batch]),
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            )
+            states = encoder(**given).last_hidden_state.float()
+            mask = given["attention_mask"][:, :, None]
+            means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            found.append(torch.nn.functional.normalize(means, dim=-1))
+    return torch.cat(found).cpu().numpy()
 
 
 def read_residual(
@@ -275,7 +373,10 @@ def baselines(
         found |= {
             RESIDUAL: Layered(read.residual, labels),
             DIRECTION: DirectionProjection(read.residual, labels),
+            SPARSE: SparseLayers(read.residual, labels),
         }
+    if read.sentences is not None:
+        found[SENTENCES] = Linear(read.sentences, labels)
     return found
 
 

@@ -345,10 +345,7 @@ class Cases:
     @property
     def texts(self) -> list[str]:
         """All that a request says, every turn of it, for classifiers that read words."""
-        return [
-            " ".join(turn.content for turn in one.messages) if one.messages else one.text
-            for one in self.prompts
-        ]
+        return texts_of(self.prompts)
 
     def groups(self, rows: Int[np.ndarray, " row"]) -> list[str | None]:
         """What some cases share."""
@@ -367,6 +364,11 @@ class Cases:
     def having(self, column: str, value: str) -> Bool[np.ndarray, " case"]:
         """Which cases have a value under a column."""
         return np.array([case.column(column) == value for case in self.items], bool)
+
+
+def texts_of(prompts: Prompts) -> list[str]:
+    """All that each prompt says, every turn of it."""
+    return [" ".join(turn.content for turn in one.messages) if one.messages else one.text for one in prompts]
 
 
 Sources = Source

@@ -22,6 +22,7 @@ from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, stratified_split
 from safety_neurons.guard.calibration import EXAMPLES, LIMIT, TARGETS, expected_calibration_error
+from safety_neurons.guard.features import begun_answer
 from safety_neurons.guard.fit import LEAST, further_readings, largest_scores
 from safety_neurons.judges import judge
 from safety_neurons.judges.judgement import Judge
@@ -148,6 +149,17 @@ class ScoredCases:
             if name != self.reference:
                 found["difference"][name] = self.difference(name, members, used)
         return found
+
+    def rates(self, rows: Int[np.ndarray, " row"], fpr: float = 0.01) -> dict[str, EstimateRecord]:
+        """True-positive rate of every classifier on some cases at a false-positive rate; of random sets the
+        mean.
+        """
+        used = self.usable(rows)
+        labels, shared = self.cases.unsafe[used], self.cases.groups(used)
+        return {
+            name: _spread([at(self.scores[one][used], labels, fpr, self.seed, shared) for one in members])
+            for name, members in self.groups().items()
+        }
 
     def difference(
         self, name: str, members: Sequence[str], rows: Int[np.ndarray, " row"]
@@ -302,27 +314,28 @@ def _probabilities(log_odds: Scores) -> Float64[np.ndarray, " request"]:
     return 1 / (1 + np.exp(-np.clip(log_odds, -LIMIT, LIMIT)))
 
 
+def _spread(rates: Sequence[EstimateRecord]) -> EstimateRecord:
+    """The mean of the rates of several sets, with the lowest and highest in the place of an interval."""
+    values = [one["value"] for one in rates if one["value"] is not None]
+    if len(rates) == 1 or not values:
+        return rates[0]
+    return {
+        "value": float(np.mean(values)),
+        "low": min(values),
+        "high": max(values),
+        "n": rates[0]["n"],
+        "unscored": 0,
+    }
+
+
 def _mean(found: Sequence[GuardMeasures]) -> GuardMeasures:
     """The mean of every number of several rows, with the lowest and highest value in the place of an
     interval.
     """
-
-    def spread(rates: Sequence[EstimateRecord]) -> EstimateRecord:
-        values = [one["value"] for one in rates if one["value"] is not None]
-        if not values:
-            return rates[0]
-        return {
-            "value": float(np.mean(values)),
-            "low": min(values),
-            "high": max(values),
-            "n": rates[0]["n"],
-            "unscored": 0,
-        }
-
     return {
-        "average_precision": spread([row["average_precision"] for row in found]),
+        "average_precision": _spread([row["average_precision"] for row in found]),
         "tpr_at_fpr": {
-            fpr: spread([row["tpr_at_fpr"][fpr] for row in found]) for fpr in found[0]["tpr_at_fpr"]
+            fpr: _spread([row["tpr_at_fpr"][fpr] for row in found]) for fpr in found[0]["tpr_at_fpr"]
         },
         "expected_calibration_error": float(np.mean([row["expected_calibration_error"] for row in found])),
     }
@@ -382,6 +395,8 @@ class GuardTests:
     """Columns (`source`, `language`, `category`, …) of which every value is left out of fitting once."""
     random: int = 5
     """Random neuron sets with as many members in every matrix."""
+    encoder: str | None = None
+    """Folder of a sentence encoder (all-MiniLM-L6-v2, say), whose vectors are one more baseline."""
     variant_limit: int = 500
     """Requests of either kind in each attack and perturbation."""
     seed: int = 0
@@ -469,7 +484,15 @@ def evaluate_guard(
     controls = bound.neurons.random_like(asked.seed, table=model.table, n=asked.random)
     sets |= {f"{RANDOM} {number}": members for number, members in enumerate(controls)}
     say(f"read {len(cases):,} requests")
-    read = read_cases(model, cases.prompts, sets, bound.pooling, batch_size=batch_size)
+    read = read_cases(
+        model,
+        cases.prompts,
+        sets,
+        bound.pooling,
+        direction=bound.classifier.direction,
+        encoder=asked.encoder,
+        batch_size=batch_size,
+    )
     classifiers = _Classifiers(bound, cases, read, sets, asked.seed, say)
     scored = classifiers.scored()
     result = _result(bound, scored, read, asked)
@@ -491,7 +514,8 @@ class _Classifiers:
         self.classifiers = baselines(read, cases.texts, self.labels, REFITTED)
         self.fit = cases.where(FIT)
         self.written = cases.where(AS_WRITTEN)
-        finite = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in read.sets.values()])
+        finite = np.isfinite(read.own).all(axis=1)
+        finite &= np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in read.sets.values()])
         if read.residual is not None:
             finite &= np.isfinite(read.residual).all(axis=(1, 2))
         self.usable = finite & ~read.truncated
@@ -511,13 +535,17 @@ class _Classifiers:
     def scored(self) -> ScoredCases:
         """The guard as it is, and every baseline: fit on the fitting requests, or by folds."""
         classifier = self.guard.classifier
-        features = torch.from_numpy(self.read.sets[GUARD]).nan_to_num()
+        features = torch.from_numpy(self.read.own).nan_to_num()
         others = np.flatnonzero([case.variant != FIT for case in self.cases.items])
         asked = [self.cases.items[row].prompt for row in others]
-        further = further_readings(self.guard.bound, asked, self.guard.neurons, self.guard.pooling)
+        guard = self.guard
+        further = further_readings(
+            guard.bound, asked, guard.neurons, guard.pooling, direction=classifier.direction
+        )
         readings = {int(others[place]): values for place, values in further.items()}
+        begun = {row for row in readings if guard.reads_ends and begun_answer(self.cases.items[row].prompt)}
         found = torch.from_numpy(
-            largest_scores(classifier, features, map(readings.get, range(len(features))))
+            largest_scores(classifier, features, map(readings.get, range(len(features))), begun)
         )
         scores = {GUARD: np.where(self.usable, classifier.calibration(found).numpy(), np.nan)}
         flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | ~self.usable
@@ -591,6 +619,7 @@ class _Classifiers:
             flagged = np.zeros(len(self.cases), bool)
             flagged[test] = found[REFITTED][test] >= 0
             row = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(value, test)
+            row["tpr_at_fpr"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).rates(test)
             kinds = self.cases.having("kind", "look_alike")[test] | self.labels[test]
             if kinds.any() and not kinds.all() and not self.labels[test[kinds]].all():
                 row["look_alikes"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(
