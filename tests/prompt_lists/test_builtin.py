@@ -20,7 +20,7 @@ def test_english_and_four_more_languages_have_every_list():
 
 def test_the_library_lists_what_can_be_opened():
     entries = library()
-    assert len(entries) == len(NAMES) * len(LANGUAGES) + len(ENGLISH)
+    assert len(entries) == sum(len(languages(name)) for name in (*NAMES, *ENGLISH))
     for entry in entries:
         found = prompts(entry["name"])
         assert len(found) == entry["prompts"]
@@ -98,6 +98,25 @@ def test_look_alikes_and_their_unsafe_twins_share_words_but_no_request_with_any_
         assert (
             safe.overlap(load(name)) == unsafe.overlap(load(name)) == safe.overlap(load(f"{name}-test")) == 0
         )
+
+
+def test_what_is_learnt_by_default_is_two_lists_and_shares_no_request_with_what_is_measured():
+    refusals, harmless = prompts("builtin:refusals-wide"), prompts("builtin:harmless-wide")
+    assert refusals.texts == [*load("refusals").texts, *prompts("builtin:more-refusals").texts]
+    assert harmless.texts == [*load("harmless").texts, *prompts("builtin:instructions").texts]
+    assert all(refusals.answers) and refusals.notes == harmless.notes == []
+    assert len({prompt.id for prompt in refusals}) == len(refusals)
+    assert prompts("builtin:instructions-test").notes == []
+    measured = ["harmful-test", "harmless-test", "instructions-test", "look-alikes", "look-alikes-unsafe"]
+    for learnt in (refusals, harmless):
+        assert [learnt.overlap(prompts(f"builtin:{name}")) for name in measured] == [0] * 5
+    assert prompts("builtin:refusals-wide/de").texts == load("refusals", "de").texts
+
+
+def test_what_is_learnt_by_default_is_an_organisms_own_where_it_has_it(tmp_path):
+    write(tmp_path / "harmless.jsonl", [{"text": "zap", "language": "aa"}, {"text": "zop", "language": "bb"}])
+    assert prompts("builtin:harmless-wide", folder=tmp_path).texts == ["zap", "zop"]
+    assert prompts("builtin:harmless-wide/bb", folder=tmp_path).texts == ["zop"]
 
 
 def test_an_organism_brings_look_alikes_of_its_own(tmp_path):

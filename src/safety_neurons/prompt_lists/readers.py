@@ -38,8 +38,20 @@ PREFIX = "builtin:"
 NAMES = tuple(
     name + half for name in ("harmful", "harmless", "refusals", "general") for half in ("", "-test")
 )
-ENGLISH = ("look-alikes", "look-alikes-unsafe")
-"""Lists in English only, of which there are no two halves: nothing is found or tuned on them."""
+ENGLISH = (
+    "instructions",
+    "instructions-test",
+    "more-refusals",
+    "refusals-wide",
+    "harmless-wide",
+    "look-alikes",
+    "look-alikes-unsafe",
+)
+"""Lists in English only. Nothing is found or tuned on the look-alikes."""
+WIDE = {"refusals-wide": ("refusals", "more-refusals"), "harmless-wide": ("harmless", "instructions")}
+"""Lists that are two others one after the other: what `tune` learns. In a language, or an organism, that has
+only the first, they are the first.
+"""
 LOOK_ALIKES = (f"{PREFIX}look-alikes-unsafe", f"{PREFIX}look-alikes")
 """Requests from another source than any fit's own, unsafe and safe, which a guard is measured on where none
 are named.
@@ -66,18 +78,19 @@ def library() -> list[BuiltinList]:
     entries = []
     for name in NAMES + ENGLISH:
         for language in languages(name):
-            lines = _data(f"{name}.{language}.jsonl").read_text(encoding="utf-8").count("\n")
             address = f"{PREFIX}{name}" + ("" if language == DEFAULT_LANGUAGE else f"/{language}")
+            lines = builtin_text(address, None)[0].count("\n")
             entries.append(BuiltinList(name=address, language=language, prompts=lines))
     return entries
 
 
 def languages(name: str) -> list[str]:
     """Languages that the package has the list in, English first."""
+    wanted = WIDE.get(name, (name,))[0]
     tags = [
         match["language"]
         for entry in _data().iterdir()
-        if (match := _FILE.fullmatch(entry.name)) and match["name"] == name
+        if (match := _FILE.fullmatch(entry.name)) and match["name"] == wanted
     ]
     return sorted(tags, key=lambda language: (language != DEFAULT_LANGUAGE, language))
 
@@ -123,6 +136,12 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
                 (language or None) if whole.name == f"{PARTS[name][0]}.jsonl" else None,
                 True,
             )
+    if name in WIDE:
+        first, more = WIDE[name]
+        text, limited, own = builtin_text(f"{PREFIX}{first}/{language}".rstrip("/"), folder)
+        if own or (language or DEFAULT_LANGUAGE) not in languages(more):
+            return text, limited, own
+        return text + builtin_text(f"{PREFIX}{more}", None)[0], limited, own
     known = languages(name)
     if (language or DEFAULT_LANGUAGE) not in known:
         raise InputError(
