@@ -104,7 +104,8 @@ def test_what_is_learnt_by_default_is_two_lists_and_shares_no_request_with_what_
     refusals, harmless = prompts("builtin:refusals-wide"), prompts("builtin:harmless-wide")
     assert refusals.texts == [*load("refusals").texts, *prompts("builtin:more-refusals").texts]
     assert harmless.texts == [*load("harmless").texts, *prompts("builtin:instructions").texts]
-    assert all(refusals.answers) and refusals.notes == harmless.notes == []
+    assert all(refusals.answers)
+    assert refusals.notes == harmless.notes == []
     assert len({prompt.id for prompt in refusals}) == len(refusals)
     assert prompts("builtin:instructions-test").notes == []
     measured = ["harmful-test", "harmless-test", "instructions-test", "look-alikes", "look-alikes-unsafe"]

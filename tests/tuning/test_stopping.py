@@ -1,16 +1,28 @@
 """When training ends, and which state is kept."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from safety_neurons.errors import InputError
-from safety_neurons.model import LanguageModel, kl_divergence
+from safety_neurons.model import LanguageModel, token_divergences, token_losses
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Rate
 from safety_neurons.tuning import attach
-from safety_neurons.tuning.train import DRIFT, GOING_ON, OVER_REFUSAL, SETTLED, Checked, StopCheck, StopJudge
+from safety_neurons.tuning.stopping import (
+    DRIFT,
+    GOING_ON,
+    OVER_REFUSAL,
+    SETTLED,
+    STILL,
+    STRAYED,
+    Checked,
+    StopCheck,
+    StopJudge,
+)
 from tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = Prompts.from_list(["how do i make a bomb", "tell me about the house"])
@@ -20,8 +32,8 @@ def share(value):
     return Rate(value, 0.0, 1.0, 20)
 
 
-def at(step, harmful, harmless, divergence=0.01):
-    return Checked(step, share(harmful), share(harmless), divergence)
+def at(step, harmful, harmless, divergence=0.01, perplexity=1.0):
+    return Checked(step, share(harmful), share(harmless), divergence, perplexity)
 
 
 def judged(states, **options):
@@ -63,6 +75,21 @@ def judged(states, **options):
             {"settled": 2},
             [GOING_ON, GOING_ON, GOING_ON, SETTLED],
             id="nothing is left to gain",
+        ),
+        pytest.param(
+            [at(1, 0.9, 0.1, 0.01, 1.5)] * 2,
+            {"patience": 2, "max_perplexity": 1.02},
+            [GOING_ON, STRAYED],
+            id="general text gets worse",
+        ),
+        pytest.param(
+            [at(1, 0.5, 0.1), at(2, 0.5, 0.1), at(3, 0.4, 0.1), at(4, 0.9, 0.9)],
+            {"still": 3, "patience": 9},
+            [GOING_ON, GOING_ON, GOING_ON, STILL],
+            id="no better state for a while",
+        ),
+        pytest.param(
+            [at(1, 0.0, 0.1)] * 4, {"still": 2}, [GOING_ON] * 4, id="goes on where nothing has moved yet"
         ),
     ],
 )
@@ -116,7 +143,7 @@ def test_a_check_needs_prompts_of_both_kinds():
 def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one():
     model, other = (LanguageModel(tiny_llama(), tiny_tokenizer()) for _ in range(2))
     neurons = NeuronSet({"layers.0.up": [0, 1, 2], "layers.1.o": [3]}, model.table)
-    check = StopCheck(PROMPTS, PROMPTS, lambda found: [True, None])
+    check = StopCheck(PROMPTS, PROMPTS, lambda found: [True, None], PROMPTS)
     with attach(model, neurons) as deltas:
         assert check.measure(model, deltas, 0).divergence == 0
         generator = torch.Generator().manual_seed(0)
@@ -124,7 +151,22 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
             {key: torch.randn(value.shape, generator=generator) for key, value in deltas.tensors().items()}
         )
         found = check.measure(model, deltas, 3)
-        expected = kl_divergence(other, [item.ids for item in other.encode(PROMPTS)], model)
+        assert check.measure(model, deltas, 3) == found
+        answers = other.complete(PROMPTS, max_new_tokens=32)
+        questions = [list(item.ids) for item in other.encode(PROMPTS)]
+        behind = [
+            other.tokenizer(answer.completion, add_special_tokens=False)["input_ids"] for answer in answers
+        ]
+        rows = token_divergences(
+            other, [question + more for question, more in zip(questions, behind, strict=True)], model
+        )
+        expected = np.concatenate(
+            [row[len(ids) - 1 :] for row, ids in zip(rows, questions, strict=True)]
+        ).mean()
+        before, after = (token_losses(each, PROMPTS.texts) for each in (other, model))
+    assert found.perplexity == pytest.approx(
+        math.exp((after.total - before.total) / after.n_tokens), rel=1e-6
+    )
     assert found.divergence == pytest.approx(expected, rel=1e-6)
     assert expected > 1e-3
     assert found.harmful_refused.low == pytest.approx(0.025, abs=1e-9)  # exact: one of one

@@ -9,9 +9,9 @@ import itertools
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
+from trained import randomised
 
 from safety_neurons.errors import (
     ForeignModelError,
@@ -32,6 +32,8 @@ from safety_neurons.results import Checkpoint
 from safety_neurons.results import run as run_files
 from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import train as training
+from safety_neurons.tuning.data import shuffled, text_examples
+from safety_neurons.tuning.stopping import TrustRegion
 from safety_neurons.tuning.train import SHARE, factor, learning_rates
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -57,6 +59,8 @@ HARMLESS = Prompts(
         for number, text in enumerate(("cake", "tree", "door"))
     ]
 )
+TEXTS = Prompts.from_list(["the cat sat", "red fire and a tree"], "texts")
+GENERAL = sum(len(ids) - 1 for ids in LanguageModel(tiny_llama(), tiny_tokenizer()).encode_texts(TEXTS.texts))
 KEYS = {
     "layers.0.q": [0, 5],
     "layers.0.v": [3],
@@ -64,7 +68,7 @@ KEYS = {
     "layers.1.up": [1],
     "layers.1.down": [40],
 }
-FAST = {"learning_rate": 0.02, "batch_size": 3, "harmless": HARMLESS}
+FAST = {"learning_rate": 0.02, "batch_size": 3, "harmless": HARMLESS, "general": None}
 
 
 def fresh(template=CHAT_TEMPLATE, **config):
@@ -95,12 +99,18 @@ def test_tuning_teaches_the_answer_and_leaves_the_model_untouched(template):
     model = fresh(template)
     before, flags = state_of(model), [parameter.requires_grad for parameter in model.inner.parameters()]
     tuned = tune(
-        model, NeuronSet.all(model.table).only(sites=["up", "down", "o"]), HARMFUL, epochs=15, **FAST
+        model,
+        NeuronSet.all(model.table).only(sites=["up", "down", "o"]),
+        HARMFUL,
+        epochs=15,
+        **{**FAST, "general": TEXTS},
     )
     assert tuned.history[-1].loss < 0.2 * tuned.history[0].loss
     assert tuned.frozen_unchanged
-    assert tuned.steps == tuned.planned == 15 * 4
-    assert tuned.examples == {"harmful": 8, "harmless": 3, "tokens": 8 * 5 + 3 * 4}
+    assert tuned.steps == tuned.planned == 15 * 5
+    assert tuned.examples == {"harmful": 8, "harmless": 3, "general": 2, "tokens": 8 * 5 + 3 * 4 + GENERAL}
+    assert all(set(step.divergence) <= {"harmless", "general"} for step in tuned.history)
+    assert max(max(step.divergence.values(), default=0) for step in tuned.history[:5]) < 0.5
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
     assert [parameter.requires_grad for parameter in model.inner.parameters()] == flags
     with beside(model, tuned.delta):
@@ -138,7 +148,7 @@ def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_al
     examples = tuning_examples(HARMFUL, other)
     for step in range(tuned.steps):
         epoch, place = divmod(step, 2)
-        order = np.random.default_rng([0, 3, epoch]).permutation(8)[place * 6 : place * 6 + 6]
+        order = shuffled(["harmful"] * 8, [0, 3, epoch])[place * 6 : place * 6 + 6]
         for key, weight in weights.items():
             weight.data = originals[key].clone()
             weight.data[at[key]] += slices[key].data
@@ -163,6 +173,90 @@ def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_al
         assert tuned.history[step].loss == pytest.approx(float(loss.detach()), rel=1e-5)
     for key, parameter in slices.items():
         torch.testing.assert_close(tuned.delta.tensors[key], parameter.detach(), rtol=1e-3, atol=2e-6)
+
+
+def test_a_step_follows_the_loss_of_refusals_and_the_divergence_from_the_untouched_model():
+    model, untouched = fresh(), fresh()
+    settings = training.TuningSettings(batch_size=4, anchor=3.0, learning_rate=0.01)
+    examples = [
+        *tuning_examples(HARMFUL[:3], model),
+        *tuning_examples(HARMLESS, model, kind="harmless"),
+        *text_examples(TEXTS, model),
+    ]
+    with attach(model, some(model)) as deltas:
+        randomised(deltas.parameters(), 0.3)
+        loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), settings)
+        loop.examples = examples
+        loss = loop._backward(0)
+        drawn = [examples[index] for index in loop.drawn(0)]
+        assert {example.kind for example in drawn} == {"harmful", "harmless", "general"}
+
+        def scores(lm, example):
+            batch = collate([example.ids], [0])
+            return (
+                forward(lm.model, batch, with_logits=True)[0, example.start - 1 : -1].double().log_softmax(-1)
+            )
+
+        def mean(kind):
+            rows = []
+            for example in drawn:
+                if example.kind == kind:
+                    new, targets = scores(model, example), torch.tensor(example.ids[example.start :])
+                    old = scores(untouched, example).detach()
+                    own = -new.gather(1, targets[:, None]).squeeze(1)
+                    rows.append(own if kind == "harmful" else (old.exp() * (old - new)).sum(1))
+            return torch.cat(rows).mean()
+
+        means = {kind: mean(kind) for kind in ("harmful", "harmless", "general")}
+        whole = means["harmful"] + 3.0 * (means["harmless"] + means["general"])
+        gradients = torch.autograd.grad(whole, list(loop.named.values()))
+        assert loss == pytest.approx(float(means["harmful"].detach()), rel=1e-5)
+        assert loop._divergence == {
+            kind: pytest.approx(float(means[kind].detach()), rel=1e-4) for kind in ("harmless", "general")
+        }
+        for parameter, gradient in zip(loop.named.values(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_without_an_anchor_harmless_answers_are_learnt():
+    tuned = tune(fresh(), some(fresh()), HARMFUL, epochs=1, anchor=0.0, **{**FAST, "general": TEXTS})
+    assert tuned.examples["general"] == 0
+    assert all(step.divergence == {} for step in tuned.history)
+
+
+def test_a_state_that_strays_is_left_for_the_best_sound_one_in_smaller_steps(tmp_path):
+    check = dataclasses.replace(CHECK, max_divergence=1e-4, text=TEXTS, max_perplexity=1.02)
+    options = {**FAST, "learning_rate": "auto", "check": check, "epochs": 3, "general": TEXTS}
+    tuned = tune(fresh(), some(fresh()), HARMFUL, **options)
+    left = [checked for checked in tuned.checks if checked.divergence > 3e-4]
+    assert left
+    assert tuned.history[-1].factor < factor(tuned.steps - 1, tuned.steps, 0.1)
+    assert same(tuned, tune(fresh(), some(fresh()), HARMFUL, **options))
+
+
+def test_the_anchor_gets_heavier_where_the_model_diverges_and_lighter_where_it_does_not():
+    check = dataclasses.replace(CHECK, max_divergence=0.05, max_perplexity=1.02)
+    region = TrustRegion.of(check, 5.0, adapts=True)
+    for _ in range(30):
+        region.stepped({"harmless": 0.01, "general": 0.04})
+    heavy = region.weight
+    assert heavy > 10
+    for _ in range(60):
+        region.stepped({"harmless": 0.01, "general": 0.001})
+    assert region.weight < heavy
+    fixed = TrustRegion.of(check, 5.0, adapts=False)
+    fixed.stepped({"harmless": 9.0})
+    assert fixed == TrustRegion.of(check, 5.0, adapts=False)
+
+
+def test_where_nothing_moves_the_steps_get_larger(monkeypatch):
+    monkeypatch.setattr(training, "SHARE", 1e-5)
+    check = dataclasses.replace(CHECK, max_divergence=0.05, refused=lambda found: [False] * len(found))
+    tuned = tune(
+        fresh(), some(fresh()), HARMFUL, **{**FAST, "learning_rate": "auto", "check": check, "epochs": 4}
+    )
+    last = tuned.history[-1]
+    assert last.factor > 2 * factor(last.step - 1, tuned.steps, 0.1)
 
 
 def test_the_same_call_gives_the_same_bits_and_another_seed_others():
@@ -274,7 +368,7 @@ def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
     arrays, state = checkpoint.load()
     assert {name.split("/")[0] for name in arrays} == {"delta", "exp_avg", "exp_avg_sq", "examples"}
     assert state["step"] == 4
-    for changed in ({"epochs": 2}, {"seed": 1}, {"dataset": HARMFUL[:4]}):
+    for changed in ({"epochs": 2}, {"seed": 1}, {"dataset": HARMFUL[:4]}, {"anchor": 1.0}):
         options = {"epochs": 1, "dataset": HARMFUL, **FAST, **changed}
         with pytest.raises(
             RunError, match="the checkpoint was written with another (settings|dataset), .* pass overwrite"
@@ -320,7 +414,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         ({"clip": 0.0}, "clip 0.0: expected above 0"),
         ({"warmup": 2.0}, "warmup 2.0: expected at least 0 and at most 1"),
         ({"mix": -1.0}, "mix -1.0: expected at least 0"),
-        ({"lr": 0.1}, "unknown option 'lr'; expected some of mix, learning_rate"),
+        ({"lr": 0.1}, "unknown option 'lr'; expected some of mix, anchor, learning_rate"),
     ],
 )
 def test_options_that_train_nothing_are_refused(options, said):
@@ -419,7 +513,7 @@ def test_several_processes_share_a_step_out_among_them(monkeypatch):
             monkeypatch.setattr(training, "_processes", lambda processes=processes: processes)
             loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), training.TuningSettings(batch_size=3))
             loop.examples = examples
-            shares[processes] = loop._gradients(range(8))
+            shares[processes] = loop._gradients(range(8), None)
     assert shares[2, 0][0] + shares[2, 1][0] == pytest.approx(shares[1, 0][0], rel=1e-6)
     for whole, first, second in zip(*(shares[processes][1] for processes in shares), strict=True):
         torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-6)

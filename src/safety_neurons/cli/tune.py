@@ -57,7 +57,7 @@ class Taught(Declaration):
 
     PANEL: ClassVar[str | None] = "Data"
 
-    data: Annotated[str, Reads("prompts", column=True, answers="answer_column")] = "builtin:refusals"
+    data: Annotated[str, Reads("prompts", column=True, answers="answer_column")] = "builtin:refusals-wide"
     """Harmful requests with refusals: a file or builtin:NAME[/LANG]."""
     column: str | None = None
     """Column of --data that holds the requests."""
@@ -65,8 +65,10 @@ class Taught(Declaration):
     """Column of --data that holds the refusals."""
     limit: Positive | None = None
     """Use the first N records of --data."""
-    harmless: OtherText = "builtin:harmless"
+    harmless: OtherText = "builtin:harmless-wide"
     """Harmless requests mixed in: a file, builtin:NAME[/LANG] or none."""
+    general: OtherText = "builtin:general"
+    """General text on which the model is held to itself: a file, builtin:NAME[/LANG] or none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,10 @@ class Watched(Declaration):
     """Steps between checks. [default: a tenth of all]"""
     tolerance: NotNegative = 0.05
     """Share of harmless prompts that may be refused beyond before."""
-    max_divergence: NotNegative | None = None
-    """Largest KL per token on harmless prompts, in nats."""
+    max_divergence: NotNegative = 0.05
+    """Largest KL per token on harmless answers, in nats; 0: no limit."""
+    max_perplexity: NotNegative = 1.02
+    """Largest perplexity of general text, times the untouched model's; 0: no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +136,14 @@ def tune(
         check = (
             None
             if watched.no_check
-            else Checking(watched.check_every, watched.tolerance, watched.max_divergence)
+            else Checking(
+                watched.check_every,
+                watched.tolerance,
+                watched.max_divergence or None,
+                watched.max_perplexity or None,
+            )
         )
-        others = ("harmless", "test_harmful", "test_harmless", "text")
+        others = ("harmless", "general", "test_harmful", "test_harmless", "text")
         with training_bar(quiet=session.quiet) as progress:
             tuning = train(
                 loaded,

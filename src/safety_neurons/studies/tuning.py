@@ -35,8 +35,10 @@ rise, clearly.
 """
 MOST_OVER_REFUSAL = 0.05
 """Share of the harmless requests by which refusals may rise clearly; twice as much may not be seen at all."""
-MOST_PERPLEXITY = 1.5
+MOST_PERPLEXITY = 1.05
 """Times the untouched model's perplexity of general text."""
+PATIENCE, STILL_CHECKS = 5, 6
+"""Unsound checks in a row, and checks in a row without a better state, that end training."""
 LEAST_HELD_OUT = 4
 """Prompts of a kind below which there is no check."""
 Progress = Callable[[str, Status | None], None]
@@ -50,14 +52,17 @@ class Checking:
     Attributes:
         every: steps between two checks; a tenth of all steps where None.
         tolerance: share of the harmless prompts that may be refused beyond what the untouched model refuses.
-        max_divergence: largest KL per token on the harmless prompts, in nats; None for no limit.
+        max_divergence: largest KL per token of the untouched model's answers to the harmless prompts, in
+            nats; None for no limit.
+        max_perplexity: of general text, times the untouched model's; None for no limit.
         share: of the prompts of each kind that is held out.
         most: prompts of each kind that are held out at most.
     """
 
     every: int | None = None
     tolerance: float = 0.05
-    max_divergence: float | None = None
+    max_divergence: float | None = 0.05
+    max_perplexity: float | None = 1.02
     share: float = 0.2
     most: int = 32
 
@@ -135,9 +140,10 @@ class Tuning(Displayed):
 def tune(
     model: LanguageModel,
     neurons: NeuronSet,
-    dataset: Source = "builtin:refusals",
+    dataset: Source = "builtin:refusals-wide",
     *,
-    harmless: Source | None = "builtin:harmless",
+    harmless: Source | None = "builtin:harmless-wide",
+    general: Source | None = "builtin:general",
     protect: NeuronSet | None = None,
     check: Checking | None = Checking(),
     folder: pathlib.Path | None = None,
@@ -152,6 +158,7 @@ def tune(
         dataset: harmful requests with refusals.
         harmless: harmless requests; where they have no answers, the model's own greedy ones are learnt unless
             they refuse. None for none.
+        general: text the model is anchored on too, a part of which the check looks at; None for none.
         protect: neurons that stay as they are, taken out of the set.
         check: how training is watched, ended early and its best state kept; None for no check.
         folder: where completions and checkpoints are kept; a killed call goes on from there.
@@ -173,6 +180,7 @@ def tune(
     measured.check()
     chosen.check()
     data, others = _data(model, dataset, harmless, chosen)
+    text = None if general is None else model.prompts(general)
     bench = Bench(
         model.prompts(measured.test_harmful),
         model.prompts(measured.test_harmless),
@@ -188,18 +196,20 @@ def tune(
             "protect": protect,
             "data": data,
             "harmless": others,
+            "general": text,
             "settings": chosen,
         },
     )
-    learnt, others, watch = _held_out(model, data, others, check, chosen, notes)
+    learnt, others, text, watch = _held_out(model, (data, others, text), check, chosen, notes)
     if others is not None:
-        others = _answered(model, others, len(learnt), chosen, measured.max_new_tokens, folder, notes)
+        others = _answered(model, others, len(learnt), chosen, folder, notes)
     before = bench.measure(Arm(UNTREATED, model))
     tuned = train(
         model,
         neurons,
         learnt,
         harmless=others,
+        general=text,
         protect=protect,
         check=watch,
         checkpoint=None if folder is None else Checkpoint(folder / "checkpoints" / "tune.safetensors"),
@@ -253,18 +263,18 @@ def _tuning(
 
 def _held_out(
     model: LanguageModel,
-    data: Prompts,
-    harmless: Prompts | None,
+    prompts: tuple[Prompts, Prompts | None, Prompts | None],
     check: Checking | None,
     settings: TuningSettings,
     notes: list[str],
-) -> tuple[Prompts, Prompts | None, StopCheck | None]:
-    """What is learnt of the data and of the harmless prompts, and the check on the rest.
+) -> tuple[Prompts, Prompts | None, Prompts | None, StopCheck | None]:
+    """What is learnt of the data, the harmless prompts and the text, and the check on the rest.
 
     All is learnt where there is too little.
     """
+    data, harmless, general = prompts
     if check is None:
-        return data, harmless, None
+        return data, harmless, general, None
     learnt, harmful = split(data, check.share, check.most, settings.seed)
     source = harmless if harmless is not None else model.prompts("builtin:harmless")
     others, friendly = split(source, check.share, check.most, settings.seed)
@@ -273,17 +283,22 @@ def _held_out(
             f"{len(data)} harmful and {len(source)} harmless prompts are too few to hold some out: there "
             "was no check while training, and the last state was kept"
         )
-        return data, harmless, None
+        return data, harmless, general, None
+    texts, held = (None, None) if general is None else split(general, check.share, check.most, settings.seed)
     watch = StopCheck(
         harmful,
         friendly,
         _refused,
+        held if held is not None and len(held) else None,
         check.every,
         tolerance=check.tolerance,
         max_divergence=check.max_divergence,
+        max_perplexity=check.max_perplexity,
+        still=STILL_CHECKS,
+        patience=PATIENCE,
         batch_size=settings.batch_size,
     )
-    return learnt, others if harmless is not None else None, watch
+    return learnt, others if harmless is not None else None, texts, watch
 
 
 def _answered(
@@ -291,7 +306,6 @@ def _answered(
     harmless: Prompts,
     n_harmful: int,
     settings: TuningSettings,
-    max_new_tokens: int,
     folder: pathlib.Path | None,
     notes: list[str],
 ) -> Prompts:
@@ -317,7 +331,6 @@ def _answered(
     return with_own_answers(
         harmless,
         model,
-        max_new_tokens=max_new_tokens,
         batch_size=settings.batch_size,
         keep=usable,
         done=done,

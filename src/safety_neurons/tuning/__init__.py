@@ -6,7 +6,7 @@ A name is imported when it is first used.
 from safety_neurons import lazily
 
 _HOME = {
-    "Checked": "train",
+    "Checked": "stopping",
     "Delta": "artefacts",
     "Deltas": "deltas",
     "Example": "data",
@@ -15,7 +15,7 @@ _HOME = {
     "Protection": "protect",
     "Repair": "protect",
     "Status": "train",
-    "StopCheck": "train",
+    "StopCheck": "stopping",
     "Tuned": "train",
     "TuningSettings": "settings",
     "applied": "artefacts",

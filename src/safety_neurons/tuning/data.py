@@ -18,9 +18,12 @@ from safety_neurons.model.language_model import middle_out
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 
-Kind = Literal["harmful", "harmless"]
+Kind = Literal["harmful", "harmless", "general"]
+KINDS: tuple[Kind, ...] = ("harmful", "harmless", "general")
 MAX_LENGTH = 512
 """Tokens of an example, question and answer together, where nothing else is asked for (the paper's)."""
+ANSWER = 32
+"""Tokens of the model's own answers to harmless prompts that have none."""
 OPEN_END = "open_end"
 """Entry of a prompt's `meta`: its answer was cut at a length, so that its end is not to be taught."""
 
@@ -33,7 +36,7 @@ class Example:
         prompt_id: which prompt.
         ids: token ids of the templated question, the answer and what ends it.
         start: index of the first token that carries loss.
-        kind: `harmful` (answered by a refusal) or `harmless`.
+        kind: `harmful` (answered by a refusal), `harmless`, or `general` (text without a question).
         ended: whether the last token ends the answer.
         truncated: whether question or answer lost tokens.
     """
@@ -156,7 +159,7 @@ def with_own_answers(
     prompts: Prompts,
     model: LanguageModel,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = ANSWER,
     keep: Callable[[Completions], Sequence[bool]] | None = None,
     notes: list[str] | None = None,
     **completing: Any,
@@ -215,19 +218,30 @@ def _with_answer(prompt: Prompt, completion: Completion | None) -> Prompt | None
     return dataclasses.replace(prompt, answer=completion.completion, meta=meta)
 
 
-def mix(
-    harmful: Sequence[Example], harmless: Sequence[Example], share: float, seed: int = 0
-) -> list[Example]:
-    """Harmful examples with harmless ones among them.
+def text_examples(texts: Prompts, model: LanguageModel, *, max_length: int = MAX_LENGTH) -> list[Example]:
+    """Examples of running text, every token but the first of which carries loss; texts of one token are left
+    out.
+
+    Source: none; bookkeeping of the loss.
+    """
+    return [
+        Example(prompt.id, tuple(ids[:max_length]), 1, "general", False, len(ids) > max_length)
+        for prompt, ids in zip(texts, model.encode_texts(texts.texts), strict=True)
+        if len(ids) > 1
+    ]
+
+
+def mix(harmful: Sequence[Example], others: Sequence[Example], share: float, seed: int = 0) -> list[Example]:
+    """Harmful examples with others among them.
 
     Args:
         harmful: all of them are used.
-        harmless: what is drawn from, each at most once.
-        share: harmless examples for each harmful one; 1.0 gives as many.
+        others: what is drawn from, each at most once.
+        share: others for each harmful one; 1.0 gives as many.
         seed: of the draw.
 
     Returns:
-        The harmful examples, then the harmless ones that were drawn, in their own order; the loop shuffles.
+        The harmful examples, then the others that were drawn, in their own order; the loop shuffles.
 
     Raises:
         UsageError: a negative share.
@@ -236,13 +250,33 @@ def mix(
     """
     if not share >= 0:
         raise UsageError(f"mix {share}: expected 0 or more harmless examples for each harmful one")
-    wanted = min(len(harmless), round(share * len(harmful)))
+    wanted = min(len(others), round(share * len(harmful)))
     drawn = (
-        np.random.default_rng([seed, 1]).choice(len(harmless), wanted, replace=False)
+        np.random.default_rng([seed, 1]).choice(len(others), wanted, replace=False)
         if wanted
         else np.zeros(0, np.int64)
     )
-    return [*harmful, *(harmless[index] for index in np.sort(drawn))]
+    return [*harmful, *(others[index] for index in np.sort(drawn))]
+
+
+def shuffled(kinds: Sequence[str], key: Sequence[int]) -> list[int]:
+    """Indices in a random order in which every stretch holds the kinds in their shares.
+
+    A step of eight drawn from all alike would now and then hold no harmful example, or no harmless one.
+
+    Args:
+        kinds: of every example.
+        key: of the random order.
+
+    Source: none; stratified sampling.
+    """
+    generator = np.random.default_rng(list(key))
+    places = np.zeros(len(kinds))
+    for kind in dict.fromkeys(kinds):
+        members = [index for index, own in enumerate(kinds) if own == kind]
+        order = generator.permutation(len(members))
+        places[members] = (order + generator.random()) / len(members)
+    return [int(index) for index in np.argsort(places, kind="stable")]
 
 
 def split(prompts: Prompts, share: float, most: int, seed: int) -> tuple[Prompts, Prompts]:

@@ -45,9 +45,13 @@ class Training(Declaration):
 
     mix: Annotated[NotNegative, Panel("Data")] = 1.0
     """Harmless examples for each harmful one."""
+    anchor: NotNegative = 5.0
+    """Weight of the divergence from the untouched model on harmless examples and general text; 0 learns the
+    harmless answers instead.
+    """
     learning_rate: str | float = "auto"
-    """auto (relative to the size of the weights) or a number."""
-    epochs: Positive = 6
+    """auto (relative to the size of the weights, adapted to what the checks find) or a number."""
+    epochs: Positive = 4
     """Passes over the examples."""
     max_steps: Positive | None = None
     """End after so many steps."""

@@ -9,8 +9,9 @@ typical direction. With `rate = share × s / √d` one step changes what a neuro
 its size, whatever the model: 7e-5 on an 8 B model (s 0.015, d 4,096, share 0.3), 5e-3 on an organism (s 0.1,
 d 64), which is where people end up by hand on models of these sizes.
 
-While training, refusals, over-refusals and divergence on held-out prompts say which state is kept, and
-whether to go on.
+The model is anchored to itself: on harmless examples and general text its divergence from the untouched model
+is part of the loss. While training, refusals, over-refusals, divergence and perplexity on held-out prompts
+say which state is kept, whether to go on, and (`auto`) how far a step may go.
 """
 
 import contextlib
@@ -23,226 +24,39 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
-from safety_neurons.model import LanguageModel, token_divergences
-from safety_neurons.model.batches import Batch, BatchSize, Halving, collate, descend, forward, plan
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import Batch, Halving, collate, descend, forward, plan
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
-from safety_neurons.results import Completions, Rate, rate
 from safety_neurons.results.records import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
-from safety_neurons.tuning.data import Example, label_rows, mix, tuning_examples, with_own_answers
+from safety_neurons.tuning.data import (
+    ANSWER,
+    KINDS,
+    Example,
+    label_rows,
+    mix,
+    shuffled,
+    text_examples,
+    tuning_examples,
+    with_own_answers,
+)
 from safety_neurons.tuning.deltas import Deltas, attach, total_norm, weight_of
 from safety_neurons.tuning.settings import TuningSettings, checked_rate
-
-Refused = Callable[[Completions], Sequence[bool | None]]
-"""A judge: whether each completion refuses; None where it cannot be told."""
-GOING_ON, OVER_REFUSAL, DRIFT, SETTLED, FINISHED = (
-    "",
-    "harmless prompts are refused",
-    "divergence",
-    "settled",
-    "all steps done",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """What held-out prompts said after some steps.
-
-    Attributes:
-        step: steps done.
-        harmful_refused: share of held-out harmful requests that are refused.
-        harmless_refused: share of held-out harmless requests that are refused (over-refusal).
-        divergence: KL(untreated ‖ treated) per token on the harmless requests, in nats.
-    """
-
-    step: int
-    harmful_refused: Rate
-    harmless_refused: Rate
-    divergence: float
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "step": self.step,
-            "harmful_refused": self.harmful_refused.to_json(),
-            "harmless_refused": self.harmless_refused.to_json(),
-            "divergence": self.divergence,
-        }
-
-    @staticmethod
-    def of(record: dict[str, Any]) -> "Checked":
-        """What `record` wrote."""
-        return Checked(
-            record["step"],
-            Rate(**record["harmful_refused"]),
-            Rate(**record["harmless_refused"]),
-            float(record["divergence"]),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class StopCheck:
-    """What is looked at while training, and when it ends.
-
-    A state is sound if it refuses at most `tolerance` more of the harmless prompts than the untouched model,
-    and diverges from it by at most `max_divergence` where that is set. The best state is the sound one that
-    refuses most harmful prompts, the latest of equals; without a sound one, the one that over-refuses least
-    for what it refuses. Training ends when `patience` checks in a row were not sound, or when `settled`
-    checks in a row were sound and refused everything.
-
-    Attributes:
-        harmful: held-out harmful requests.
-        harmless: held-out harmless requests.
-        refused: the judge.
-        every: steps between two checks; by default a tenth of all steps.
-        max_new_tokens: length of an answer.
-        tolerance: share of harmless prompts that may be refused beyond what the untouched model refuses.
-        max_divergence: nats per token; None for no limit.
-        patience: unsound checks in a row that end training.
-        settled: sound checks in a row with everything refused that end training; None goes on to the last
-            step.
-        batch_size: prompts per pass.
-    """
-
-    harmful: Prompts
-    harmless: Prompts
-    refused: Refused
-    every: int | None = None
-    max_new_tokens: int = 32
-    tolerance: float = 0.05
-    max_divergence: float | None = None
-    patience: int = 3
-    settled: int | None = 3
-    batch_size: BatchSize = "auto"
-
-    def __post_init__(self) -> None:
-        if not len(self.harmful) or not len(self.harmless):
-            raise InputError(
-                f"{len(self.harmful)} harmful and {len(self.harmless)} harmless held-out prompts: expected "
-                "at least one of each; give more data, or train without a check"
-            )
-
-    def interval(self, steps: int) -> int:
-        """Steps between two checks."""
-        return max(1, self.every or round(steps / 10))
-
-    def measure(self, model: LanguageModel, deltas: Deltas, step: int) -> Checked:
-        """Ask the model as it is now; for divergence its deltas are switched off for a pass.
-
-        Args:
-            model: with `deltas` attached.
-            deltas: attached to the model; at step 0 they are zero and there is no divergence.
-            step: steps done.
-        """
-        harmful, harmless = (self._rate(model, prompts) for prompts in (self.harmful, self.harmless))
-        return Checked(step, harmful, harmless, self._divergence(model, deltas) if step else 0.0)
-
-    def _rate(self, model: LanguageModel, prompts: Prompts) -> Rate:
-        return rate(
-            self.refused(
-                model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-            )
-        )
-
-    def _divergence(self, model: LanguageModel, deltas: Deltas) -> float:
-        sequences = [encoded.ids for encoded in model.encode(self.harmless)]
-        with deltas.disabled():
-            rows = token_divergences(model, sequences, lambda: _enabled(deltas), batch_size=self.batch_size)
-        return float(np.concatenate(rows).mean())
-
-
-@contextlib.contextmanager
-def _enabled(deltas: Deltas) -> Iterator[None]:
-    """The deltas on again inside `disabled`."""
-    off = [wrapper for wrapper in deltas.modules.values() if not wrapper.enabled]
-    for wrapper in off:
-        wrapper.enabled = True
-    try:
-        yield
-    finally:
-        for wrapper in off:
-            wrapper.enabled = False
-
-
-@dataclasses.dataclass
-class StopJudge:
-    """Which of the states seen so far is best, and whether to go on."""
-
-    check: StopCheck
-    before: Checked | None = None
-    seen: list[Checked] = dataclasses.field(default_factory=list)
-    best: Checked | None = None
-
-    def look(self, now: Checked) -> bool:
-        """Take note of a check after some steps; whether its state is the best so far."""
-        assert self.before is not None
-        self.seen.append(now)
-        better = self.best is None or self._merit(now) >= self._merit(self.best)
-        if better:
-            self.best = now
-        return better
-
-    def sound(self, now: Checked) -> bool:
-        """Whether a state answers harmless requests as the untouched model does."""
-        return self.excess(now) <= 1e-9 and not self._drifted(now)
-
-    def excess(self, now: Checked) -> float:
-        """Share of harmless requests refused beyond what is tolerated."""
-        assert self.before is not None
-        allowed = (self.before.harmless_refused.value or 0.0) + self.check.tolerance
-        return max(0.0, (now.harmless_refused.value or 0.0) - allowed)
-
-    def verdict(self) -> str:
-        """Why training should end now; empty to go on."""
-        patience, settled = self.check.patience, self.check.settled
-        last = self.seen[-patience:]
-        if len(last) == patience and not any(self.sound(each) for each in last):
-            return DRIFT if self._drifted(last[-1]) and not self.excess(last[-1]) else OVER_REFUSAL
-        calm = self.seen[-settled:] if settled else []
-        if (
-            settled
-            and len(calm) == settled
-            and all(self.sound(each) and each.harmful_refused.value == 1.0 for each in calm)
-        ):
-            return SETTLED
-        return GOING_ON
-
-    def _merit(self, now: Checked) -> tuple[bool, float]:
-        refused = now.harmful_refused.value or 0.0
-        return self.sound(now), refused if self.sound(now) else refused - 2 * self.excess(now) - (
-            now.divergence if self._drifted(now) else 0.0
-        )
-
-    def _drifted(self, now: Checked) -> bool:
-        limit = self.check.max_divergence
-        return not math.isfinite(now.divergence) or (limit is not None and now.divergence > limit)
-
-    def state(self) -> dict[str, Any]:
-        """As JSON values, for a checkpoint."""
-        return {
-            "before": self.before.record() if self.before else None,
-            "seen": [each.record() for each in self.seen],
-            "best": self.best.record() if self.best else None,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.before = Checked.of(state["before"]) if state["before"] else None
-        self.seen = [Checked.of(each) for each in state["seen"]]
-        self.best = Checked.of(state["best"]) if state["best"] else None
-
+from safety_neurons.tuning.stopping import FINISHED, Checked, StopCheck, StopJudge, TrustRegion
 
 BATCH = 8
 """Examples of a pass where nothing else is asked for."""
+TEXT = 0.5
+"""Texts the model is anchored on, for each harmless example."""
 EXAMPLES = "examples/ids"
-_KINDS = ("harmful", "harmless")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -252,15 +66,19 @@ class TrainingStep:
 
     Attributes:
         step: its number, from 1.
-        loss: mean over the answer tokens, in nats, before the step.
+        loss: mean over the tokens that are learnt, in nats, before the step.
         norm: of the selected entries' gradient, before clipping.
         factor: share of the full learning rate.
+        divergence: mean KL per token from the untouched model, by kind of example it is anchored on.
+        anchor: weight of that.
     """
 
     step: int
     loss: float
     norm: float
     factor: float
+    divergence: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    anchor: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +120,7 @@ class Loop:
         self.checkpoint, self.identity = checkpoint, plain(dict(identity or {}))
         self.notes = [] if notes is None else notes
         self.judge = None if check is None else StopJudge(check)
+        self.region = TrustRegion.of(check, settings.anchor, adapts=settings.learning_rate == "auto")
         self.named = deltas.named_parameters()
         groups = [{"params": [parameter], "lr": rates[key]} for key, parameter in self.named.items()]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, foreach=False)
@@ -310,6 +129,7 @@ class Loop:
         self.step, self.kept_step, self.stopped = 0, 0, ""
         self.best: dict[str, Tensor] | None = None
         self.halving = Halving()
+        self._divergence: dict[str, float] = {}
         self._progress = progress
 
     def _tell(self, loss: float | None, checked: Checked | None) -> None:
@@ -335,8 +155,8 @@ class Loop:
         """
         size = self.rows * self.settings.accumulate
         epoch, place = divmod(step, math.ceil(len(self.examples) / size))
-        order = np.random.default_rng([self.settings.seed, 3, epoch]).permutation(len(self.examples))
-        return [int(index) for index in order[place * size : (place + 1) * size]]
+        order = shuffled([example.kind for example in self.examples], [self.settings.seed, 3, epoch])
+        return order[place * size : (place + 1) * size]
 
     # Running
 
@@ -360,9 +180,10 @@ class Loop:
             for loss, norm in descend(
                 self.optimizer, self._backward, self._rate, todo, clip=self._clip, subject=self._subject
             ):
-                self.history.append(
-                    TrainingStep(self.step + 1, loss, norm, factor(self.step, steps, self.settings.warmup))
-                )
+                share = factor(self.step, steps, self.settings.warmup) * self.region.scale
+                anchored, weight = self._divergence, self.region.weight
+                self.history.append(TrainingStep(self.step + 1, loss, norm, share, anchored, weight))
+                self.region.stepped(anchored)
                 self.step += 1
                 self._tell(loss, None)
                 checked = self.step % every == 0 or self.step == steps
@@ -406,10 +227,15 @@ class Loop:
         if self.judge.look(now):
             self.best, self.kept_step = self.deltas.tensors(), self.step
         self.stopped = self.judge.verdict()
+        if self.region.checked(self.judge, now):  # too far: on from the best sound state, in smaller steps
+            best = self.best if self.best is not None and self.sound else None
+            self.deltas.load_tensors(
+                best or {k: torch.zeros_like(v) for k, v in self.deltas.tensors().items()}
+            )
         self._tell(self.history[-1].loss, now)
 
     def _rate(self, highest: float, step: int) -> float:
-        return highest * factor(step, self.steps, self.settings.warmup)
+        return highest * self.region.scale * factor(step, self.steps, self.settings.warmup)
 
     def _subject(self, step: int) -> str:
         """The examples of a step, for an error."""
@@ -429,18 +255,37 @@ class Loop:
         return norm
 
     def _backward(self, step: int) -> float:
-        """The gradient of a step's mean loss over the answers' tokens, put where the optimizer finds it.
+        """The gradient of a step's loss, put where the optimizer finds it.
 
-        The loss.
+        The mean loss over the tokens that are learnt.
         """
-        loss, gradients = self._gradients(self.drawn(step))
-        for parameter, gradient in zip(self.named.values(), gradients, strict=True):
+        indices = self.drawn(step)
+        kinds = {kind: [i for i in indices if self.examples[i].kind == kind] for kind in KINDS}
+        learnt = [i for i in indices if not self._anchored(self.examples[i])]
+        parameters, divergence = list(self.named.values()), dict[str, float]()
+        loss, sums = self._gradients(learnt, None)
+        for kind, members in kinds.items():
+            if members and self._anchored(self.examples[members[0]]):
+                divergence[kind], more = self._gradients(members, self.region.weight)
+                for whole, gradient in zip(sums, more, strict=True):
+                    whole += gradient
+        for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient
+        self._divergence = divergence
         return loss
 
-    def _gradients(self, indices: Sequence[int]) -> tuple[float, list[Tensor]]:
-        """Mean loss over the answer tokens of these examples and its gradient, over all passes (and
+    def _anchored(self, example: Example) -> bool:
+        """Whether the model is held to itself on an example, whose tokens are learnt otherwise."""
+        return self.settings.anchor > 0 and example.kind != "harmful"
+
+    def _gradients(self, indices: Sequence[int], anchor: float | None) -> tuple[float, list[Tensor]]:
+        """A mean over the tokens of these examples that carry loss, and its gradient, over all passes (and
         processes, where there are several).
+
+        Args:
+            indices: of the examples.
+            anchor: None for the tokens' own loss; else the divergence from the untouched model, the gradient
+                of which is multiplied by it.
         """
         sequences = [self.examples[index].ids for index in indices]
         starts = [self.examples[index].start for index in indices]
@@ -449,16 +294,18 @@ class Loop:
         world, rank = _processes()
 
         def work(batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+            rows, targets = label_rows(batch, [starts[index] for index in batch.indices])
+            untouched = None if anchor is None else self._untouched(batch, rows)
             with torch.enable_grad():
                 logits = forward(self.model.model, batch, with_logits=True)
                 assert logits is not None
-                rows, targets = label_rows(batch, [starts[index] for index in batch.indices])
                 scores = widened(logits.flatten(0, 1)[rows.to(logits.device)])
-                loss = (
-                    torch.nn.functional.cross_entropy(scores, targets.to(scores.device), reduction="sum")
-                    / total
-                )
-                return loss.detach(), torch.autograd.grad(loss, parameters)
+                if untouched is None:
+                    loss = cross_entropy(scores, targets.to(scores.device), reduction="sum") / total
+                else:
+                    new = log_softmax(scores, -1)
+                    loss = kl_div(new, untouched, reduction="sum", log_target=True) / total
+                return loss.detach(), torch.autograd.grad(loss * (anchor or 1.0), parameters)
 
         groups = plan([len(ids) for ids in sequences], self.rows, padded=takes_padding(self.model))
         loss, sums = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
@@ -469,6 +316,13 @@ class Loop:
                 for whole, gradient in zip(sums, gradients, strict=True):
                     whole += gradient
         return (loss, sums) if world == 1 else _summed(loss, sums)
+
+    def _untouched(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Log probabilities of the untouched model at these places of a batch."""
+        with torch.no_grad(), self.deltas.disabled():
+            logits = forward(self.model.model, batch, with_logits=True)
+            assert logits is not None
+            return log_softmax(widened(logits.flatten(0, 1)[rows.to(logits.device)]), -1)
 
     # Checkpoints
 
@@ -485,7 +339,7 @@ class Loop:
             }
         arrays |= {f"best/{key}": tensor.numpy() for key, tensor in (self.best or {}).items()}
         arrays[EXAMPLES] = np.concatenate([np.asarray(example.ids, np.int64) for example in self.examples])
-        rows = [[len(e.ids), e.start, _KINDS.index(e.kind), e.ended, e.truncated] for e in self.examples]
+        rows = [[len(e.ids), e.start, KINDS.index(e.kind), e.ended, e.truncated] for e in self.examples]
         arrays["examples/table"] = np.asarray(rows, np.int64)
         state = {
             "identity": self.identity,
@@ -494,6 +348,7 @@ class Loop:
             "stopped": self.stopped,
             "history": [dataclasses.asdict(step) for step in self.history],
             "judge": self.judge.state() if self.judge else None,
+            "region": dataclasses.asdict(self.region),
             "prompts": [example.prompt_id for example in self.examples],
             "notes": [*self.notes, *self.halving.notes],
         }
@@ -530,6 +385,7 @@ class Loop:
             self.best = {key: torch.from_numpy(arrays[f"best/{key}"]) for key in self.named}
         self.step, self.kept_step, self.stopped = state["step"], state["kept_step"], state["stopped"]
         self.history = [TrainingStep(**step) for step in state["history"]]
+        self.region = TrustRegion(**state["region"])
         if self.judge is not None:
             self.judge.restore(state["judge"])
         self.examples = _examples(arrays, state["prompts"])
@@ -542,9 +398,7 @@ def _examples(arrays: Mapping[str, np.ndarray], prompt_ids: Sequence[str]) -> li
     examples, at = [], 0
     for prompt_id, (length, start, kind, ended, truncated) in zip(prompt_ids, table, strict=True):
         ids = tuple(flat[at : at + length])
-        examples.append(
-            Example(prompt_id, ids, start, "harmless" if kind else "harmful", bool(ended), bool(truncated))
-        )
+        examples.append(Example(prompt_id, ids, start, KINDS[kind], bool(ended), bool(truncated)))
         at += length
     return examples
 
@@ -578,7 +432,8 @@ class Tuned:
         steps: steps done.
         planned: steps that were planned.
         stopped: why it ended.
-        examples: how many `harmful` and `harmless` examples were learnt, and their answer `tokens`.
+        examples: how many `harmful`, `harmless` and `general` examples there were, and their `tokens` with
+            loss.
         learning_rates: by site, at the top of the schedule.
         frozen_unchanged: whether everything outside the set has the same hash as before; None where that was
             not looked at.
@@ -622,9 +477,10 @@ def beside(model: LanguageModel, delta: Delta) -> Iterator[LanguageModel]:
 def tune(
     model: LanguageModel,
     neurons: NeuronSet,
-    dataset: Source = "builtin:refusals",
+    dataset: Source = "builtin:refusals-wide",
     *,
-    harmless: Source | None = "builtin:harmless",
+    harmless: Source | None = "builtin:harmless-wide",
+    general: Source | None = "builtin:general",
     protect: NeuronSet | None = None,
     check: StopCheck | None = None,
     checkpoint: Checkpoint | None = None,
@@ -644,6 +500,7 @@ def tune(
         dataset: harmful questions with answers: a name, a file, a list, or prompts.
         harmless: harmless questions; where none has an answer, they get the model's own greedy ones. None for
             none.
+        general: text the model is anchored on too; None for none.
         protect: neurons that stay as they are, taken out of the set.
         check: held-out prompts to look at while training; without it the last state is kept.
         checkpoint: where the state is kept after every check.
@@ -671,14 +528,15 @@ def tune(
         model.prompts(dataset),
         None if harmless is None or not chosen.mix else model.prompts(harmless),
     )
-    identity = _identity(chosen, model, placed, data, others, check)
+    text = None if general is None or not chosen.mix * chosen.anchor else model.prompts(general)
+    identity = _identity(chosen, model, placed, (data, others, text), check)
     notes = list(placed.notes)
     before = _hash(model, placed, notes)
     rates = learning_rates(model, placed, chosen.learning_rate)
     with attach(model, placed) as deltas:
         loop = Loop(deltas, rates, chosen, check, checkpoint, identity, notes, progress)
         if not loop.resume():
-            loop.examples = _prepared(model, data, others, chosen, notes)
+            loop.examples = _prepared(model, data, others, text, chosen, notes)
         stopped = loop.run()
         tensors = loop.kept
     delta = Delta(placed, tensors, _provenance(placed, model, data, chosen), base_hash(model, placed))
@@ -696,7 +554,7 @@ def _hash(model: LanguageModel, neurons: NeuronSet, notes: list[str]) -> str:
 
 
 def _tuned(loop: Loop, delta: Delta, rates: Mapping[str, float], stopped: str, frozen: bool | None) -> Tuned:
-    sizes = {kind: sum(example.kind == kind for example in loop.examples) for kind in ("harmful", "harmless")}
+    sizes = {kind: sum(example.kind == kind for example in loop.examples) for kind in KINDS}
     return Tuned(
         delta=delta,
         history=tuple(loop.history),
@@ -742,16 +600,22 @@ def _prepared(
     model: LanguageModel,
     dataset: Prompts,
     harmless: Prompts | None,
+    general: Prompts | None,
     settings: TuningSettings,
     notes: list[str],
 ) -> list[Example]:
-    """What is learnt: all of the data, and harmless examples for it."""
+    """What is learnt: all of the data, and harmless examples and text for it."""
     harmful = tuning_examples(dataset, model, max_length=settings.max_length, notes=notes)
+    drawn = [] if general is None else text_examples(general, model, max_length=settings.max_length)
+    texts = mix(harmful, drawn, TEXT * settings.mix, settings.seed)[len(harmful) :]
     if harmless is None:
-        return harmful
+        return [*harmful, *texts]
     wanted = round(settings.mix * len(harmful))
     answered = with_own_answers(
-        harmless[: max(wanted, 1)] if _answerless(harmless) else harmless, model, notes=notes
+        harmless[: max(wanted, 1)] if _answerless(harmless) else harmless,
+        model,
+        max_new_tokens=ANSWER,
+        notes=notes,
     )
     if not len(answered):
         raise InputError(
@@ -763,7 +627,7 @@ def _prepared(
         notes.append(
             f"mix {settings.mix:g} asks for {wanted} harmless examples, {harmless.name} gives {len(others)}"
         )
-    return mix(harmful, others, settings.mix, settings.seed)
+    return [*mix(harmful, others, settings.mix, settings.seed), *texts]
 
 
 def _answerless(prompts: Prompts) -> bool:
@@ -774,19 +638,22 @@ def _identity(
     settings: TuningSettings,
     model: LanguageModel,
     neurons: NeuronSet,
-    dataset: Prompts,
-    harmless: Prompts | None,
+    prompts: tuple[Prompts, Prompts | None, Prompts | None],
     check: StopCheck | None,
 ) -> dict[str, Any]:
     """What a checkpoint has to agree with."""
     watched = (
         None
         if check is None
-        else {field.name: getattr(check, field.name) for field in dataclasses.fields(check)}
+        else {field.name: getattr(check, field.name) for field in dataclasses.fields(check) if field.init}
     )
     if watched is not None:
         del watched["refused"], watched["batch_size"]
-        watched |= {"harmful": watched["harmful"].sha256, "harmless": watched["harmless"].sha256}
+        watched |= {
+            name: None if watched[name] is None else watched[name].sha256
+            for name in ("harmful", "harmless", "text")
+        }
+    dataset, harmless, general = prompts
     return {
         "model": base_hash(model, neurons),
         "template": model.encode(dataset[:1])[0].ids if len(dataset) else [],
@@ -795,6 +662,7 @@ def _identity(
         ).hexdigest(),
         "dataset": dataset.sha256,
         "harmless": harmless.sha256 if harmless is not None else None,
+        "general": general.sha256 if general is not None else None,
         "settings": dataclasses.asdict(settings),
         "check": watched,
     }
@@ -809,7 +677,7 @@ def _provenance(
     )
 
 
-SHARE = 0.3
+SHARE = 0.1
 """Of a neuron's size that one step at the full rate changes."""
 LAST = 0.1
 """Of the full rate that the last step has."""
