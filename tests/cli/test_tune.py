@@ -76,8 +76,8 @@ def test_tuning_gives_the_object_of_the_design(tuned, tiny_pair):
     assert tuned["trained_parameters"] == 8 * 32
     assert tuned["share_of_parameters"] == pytest.approx(8 * 32 / load(tiny_pair.plain).table.n_parameters)
     assert tuned["frozen_unchanged"] is True
-    assert tuned["kept_step"] <= tuned["steps"] <= tuned["planned_steps"] == 2 * 8
-    assert tuned["examples"]["harmful"] == tuned["examples"]["harmless"] == 16
+    assert tuned["kept_step"] <= tuned["steps"] <= tuned["planned_steps"] == 2 * 12
+    assert tuned["examples"]["harmful"] == tuned["examples"]["harmless"] == tuned["examples"]["general"] == 16
     assert tuned["held_out"] == {"harmful": 4, "harmless": 4}
     for arm in ("before", "after"):
         for name in ("harmful_refused", "harmless_refused"):

@@ -152,18 +152,15 @@ def test_the_trained_entries_are_those_of_a_reference_optimizer_on_the_slices_al
         for key, weight in weights.items():
             weight.data = originals[key].clone()
             weight.data[at[key]] += slices[key].data
-        total, loss = sum(examples[index].n_answer for index in order), 0.0
+        loss = torch.zeros(())
         for index in order:
             example = examples[index]
             batch = collate([example.ids], [0])
             logits = forward(other.model, batch, with_logits=True)[0, example.start - 1 : -1]
-            loss = (
-                loss
-                + torch.nn.functional.cross_entropy(
-                    logits, torch.tensor(example.ids[example.start :]), reduction="sum"
-                )
-                / total
+            each = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(example.ids[example.start :]), reduction="none"
             )
+            loss = loss + (each[0] + each[1:].mean()) / 2 / len(order)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for (key, _), gradient in zip(weights.items(), gradients, strict=True):
             slices[key].grad = gradient[at[key]].clone()
@@ -204,8 +201,9 @@ def test_a_step_follows_the_loss_of_refusals_and_the_divergence_from_the_untouch
                     new, targets = scores(model, example), torch.tensor(example.ids[example.start :])
                     old = scores(untouched, example).detach()
                     own = -new.gather(1, targets[:, None]).squeeze(1)
-                    rows.append(own if kind == "harmful" else (old.exp() * (old - new)).sum(1))
-            return torch.cat(rows).mean()
+                    each = own if kind == "harmful" else (old.exp() * (old - new)).sum(1)
+                    rows.append(each.mean() if kind == "general" else (each[0] + each[1:].mean()) / 2)
+            return torch.stack(rows).mean()
 
         means = {kind: mean(kind) for kind in ("harmful", "harmless", "general")}
         whole = means["harmful"] + 3.0 * (means["harmless"] + means["general"])
@@ -491,7 +489,7 @@ def test_harmless_questions_without_answers_get_the_models_own():
     )
     assert any(note.startswith("mine has no answers: the model's own greedy answers") for note in tuned.notes)
     assert tuned.examples["harmless"] == 2
-    assert "mix 1 asks for 8 harmless examples, mine gives 2" in tuned.notes
+    assert "mix 2 asks for 16 harmless examples, mine gives 2" in tuned.notes
 
 
 def test_progress_tells_steps_and_checks():

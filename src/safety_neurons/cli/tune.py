@@ -81,7 +81,7 @@ class Watched(Declaration):
     """Train to the end on all data, without held-out prompts."""
     check_every: Positive | None = None
     """Steps between checks. [default: a tenth of all]"""
-    tolerance: NotNegative = 0.05
+    tolerance: NotNegative = 0.07
     """Share of harmless prompts that may be refused beyond before."""
     max_divergence: NotNegative = 0.05
     """Largest KL per token on harmless answers, in nats; 0: no limit."""

@@ -60,7 +60,7 @@ class Checking:
     """
 
     every: int | None = None
-    tolerance: float = 0.05
+    tolerance: float = 0.07
     max_divergence: float | None = 0.05
     max_perplexity: float | None = 1.02
     share: float = 0.2

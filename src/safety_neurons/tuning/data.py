@@ -22,7 +22,7 @@ Kind = Literal["harmful", "harmless", "general"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless", "general")
 MAX_LENGTH = 512
 """Tokens of an example, question and answer together, where nothing else is asked for (the paper's)."""
-ANSWER = 32
+ANSWER = 16
 """Tokens of the model's own answers to harmless prompts that have none."""
 OPEN_END = "open_end"
 """Entry of a prompt's `meta`: its answer was cut at a length, so that its end is not to be taught."""

@@ -577,13 +577,20 @@ class Deltas:
 
     # Reference and end
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
         """The untouched base for a block, bit for bit: reference log-probabilities, "before" of a study."""
+        return self._switched(on=False)
+
+    def enabled(self) -> contextlib.AbstractContextManager[None]:
+        """The deltas on again for a block inside `disabled`."""
+        return self._switched(on=True)
+
+    @contextlib.contextmanager
+    def _switched(self, *, on: bool) -> Iterator[None]:
         before = [(wrapper, wrapper.enabled) for wrapper in self.modules.values()]
         try:
             for wrapper, _ in before:
-                wrapper.enabled = False
+                wrapper.enabled = on
             yield
         finally:
             for wrapper, enabled in before:

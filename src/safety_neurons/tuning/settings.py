@@ -43,7 +43,7 @@ class Training(Declaration):
 
     PANEL: ClassVar[str | None] = "Training"
 
-    mix: Annotated[NotNegative, Panel("Data")] = 1.0
+    mix: Annotated[NotNegative, Panel("Data")] = 2.0
     """Harmless examples for each harmful one."""
     anchor: NotNegative = 5.0
     """Weight of the divergence from the untouched model on harmless examples and general text; 0 learns the

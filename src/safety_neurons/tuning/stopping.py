@@ -1,9 +1,8 @@
 """When training ends, which state is kept and how far a step may go: what held-out prompts say of a state."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,7 +164,7 @@ class StopCheck:
                     + list(tokenizer(answer.completion, add_special_tokens=False, verbose=False)["input_ids"])
                     for question, answer in zip(questions, self._untouched["answers"], strict=True)
                 ]
-            rows = token_divergences(model, sequences, lambda: _enabled(deltas), batch_size=self.batch_size)
+            rows = token_divergences(model, sequences, deltas.enabled, batch_size=self.batch_size)
         if not all(map(len, rows)):
             return math.nan
         behind = [row[len(question) - 1 :] for row, question in zip(rows, questions, strict=True)]
@@ -185,19 +184,6 @@ class StopCheck:
         if now.failed > before.failed:
             return math.inf
         return math.exp(min(700.0, (now.total - before.total) / max(1, before.n_tokens)))
-
-
-@contextlib.contextmanager
-def _enabled(deltas: Deltas) -> Iterator[None]:
-    """The deltas on again inside `disabled`."""
-    off = [wrapper for wrapper in deltas.modules.values() if not wrapper.enabled]
-    for wrapper in off:
-        wrapper.enabled = True
-    try:
-        yield
-    finally:
-        for wrapper in off:
-            wrapper.enabled = False
 
 
 @dataclasses.dataclass
@@ -315,8 +301,8 @@ class TrustRegion:
 
     Of every step: where the divergence on the anchored examples is above what the checks allow, the anchor
     gets heavier, where it is far below lighter. Of every check: a state that is too far from the untouched
-    model is left for the best sound one, and the steps are halved; where sound states do not yet refuse and
-    have hardly moved, they are doubled.
+    model is left for the best sound one, and the steps are halved; one that refuses harmless prompts makes
+    the anchor heavier; where sound states do not yet refuse and have hardly moved, the steps are doubled.
 
     Attributes:
         weight: of the divergence in the loss, now.
@@ -371,7 +357,9 @@ class TrustRegion:
         if judge.strayed(now) >= LEFT:
             self.scale, self.strain = max(self.scale / 2, 1 / MOST), 0.5
             return True
-        if judge.sound(now) and not judge.moved(now) and self.strain < 0.5:
+        if judge.excess(now):
+            self.weight = min(self.weight * 1.5, self.anchor * MOST)
+        elif judge.sound(now) and not judge.moved(now) and self.strain < 0.5:
             self.scale = min(self.scale * 2, MOST)
         return False
 

@@ -66,10 +66,11 @@ class TrainingStep:
 
     Attributes:
         step: its number, from 1.
-        loss: mean over the tokens that are learnt, in nats, before the step.
+        loss: mean over the examples that are learnt, in nats, before the step; the first token of an answer
+            weighs as much as all others together.
         norm: of the selected entries' gradient, before clipping.
         factor: share of the full learning rate.
-        divergence: mean KL per token from the untouched model, by kind of example it is anchored on.
+        divergence: the same mean of KL from the untouched model, by kind of example it is anchored on.
         anchor: weight of that.
     """
 
@@ -257,7 +258,7 @@ class Loop:
     def _backward(self, step: int) -> float:
         """The gradient of a step's loss, put where the optimizer finds it.
 
-        The mean loss over the tokens that are learnt.
+        The mean loss of the examples that are learnt.
         """
         indices = self.drawn(step)
         kinds = {kind: [i for i in indices if self.examples[i].kind == kind] for kind in KINDS}
@@ -279,8 +280,11 @@ class Loop:
         return self.settings.anchor > 0 and example.kind != "harmful"
 
     def _gradients(self, indices: Sequence[int], anchor: float | None) -> tuple[float, list[Tensor]]:
-        """A mean over the tokens of these examples that carry loss, and its gradient, over all passes (and
-        processes, where there are several).
+        """A mean over these examples and, within each, over its tokens that carry loss, and its gradient,
+        over all passes (and processes, where there are several).
+
+        The first token of an answer weighs as much as all others together: there it is decided whether the
+        model refuses.
 
         Args:
             indices: of the examples.
@@ -289,7 +293,7 @@ class Loop:
         """
         sequences = [self.examples[index].ids for index in indices]
         starts = [self.examples[index].start for index in indices]
-        total = sum(self.examples[index].n_answer for index in indices)
+        weights = [token_weights(self.examples[index]) / len(indices) for index in indices]
         parameters = list(self.named.values())
         world, rank = _processes()
 
@@ -301,10 +305,11 @@ class Loop:
                 assert logits is not None
                 scores = widened(logits.flatten(0, 1)[rows.to(logits.device)])
                 if untouched is None:
-                    loss = cross_entropy(scores, targets.to(scores.device), reduction="sum") / total
+                    each = cross_entropy(scores, targets.to(scores.device), reduction="none")
                 else:
                     new = log_softmax(scores, -1)
-                    loss = kl_div(new, untouched, reduction="sum", log_target=True) / total
+                    each = kl_div(new, untouched, reduction="none", log_target=True).sum(-1)
+                loss = each @ torch.cat([weights[index] for index in batch.indices]).to(each)
                 return loss.detach(), torch.autograd.grad(loss * (anchor or 1.0), parameters)
 
         groups = plan([len(ids) for ids in sequences], self.rows, padded=takes_padding(self.model))
@@ -390,6 +395,19 @@ class Loop:
             self.judge.restore(state["judge"])
         self.examples = _examples(arrays, state["prompts"])
         self.notes += [note for note in state["notes"] if note not in self.notes]
+
+
+def token_weights(example: Example) -> Tensor:
+    """The weight of every token of an example that carries loss; together one.
+
+    In an answer half of it is the first token's; general text has none that decides more than the others.
+    """
+    count = example.n_answer
+    weights = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    if example.kind != "general" and count > 1:
+        weights[:] = 0.5 / (count - 1)
+        weights[0] = 0.5
+    return weights
 
 
 def _examples(arrays: Mapping[str, np.ndarray], prompt_ids: Sequence[str]) -> list[Example]:
@@ -517,7 +535,8 @@ def tune(
 
     Source: Zhao et al., ICLR 2025, section 4 (SN-Tune); with foundation neurons taken out of the set, section
     4.3 (RSN-Tune). Differs: whole sets instead of a hundred entries a matrix; gate and o too; loss on the
-    answer alone; the end of the answer is taught; harmless examples; rates relative to the weights. The
+    answer alone, half of it on its first token; the end of the answer is taught; the model is anchored to
+    itself on harmless examples and text; rates relative to the weights and adapted. The
     published recipe (50 documents, 32 a step, warm-up of one step) does not move a
     weight: its only step has a learning rate of zero.
     """

@@ -1,0 +1,256 @@
+"""Tune a set of neurons, as many random ones, LoRA of rank 16 and all weights on the same data, by the same
+loop and the same check, and ask the kept states the same held-out requests.
+
+    python benchmarks/tuning_frontier.py --model MODEL --neurons NEURONS --data FOLDER --out FOLDER
+
+FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_behaviors_text_val.csv`,
+`xstest/xstest_prompts.csv`, `llama_factory/alpaca_en_demo.json` and `wikitext2/valid.txt` in their public
+shapes; none of them is learnt or looked at while training. Every arm's row is written when it is there; the
+same call goes on after a kill. Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5)
+and are adapted by the same trust region.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import Tensor, nn
+
+from safety_neurons import judge_refusal, load
+from safety_neurons.capability import perplexity
+from safety_neurons.model import LanguageModel, token_divergences
+from safety_neurons.neurons import NeuronSet
+from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results import Checkpoint, paired_difference, rate
+from safety_neurons.studies.tuning import Checking, _answered, _held_out
+from safety_neurons.tuning import attach
+from safety_neurons.tuning.settings import TuningSettings
+from safety_neurons.tuning.train import Loop, _prepared, learning_rates
+
+ARMS = ("neurons", "random", "lora", "full")
+HARMFUL, HARMLESS = ("builtin", "advbench", "harmbench"), ("alpaca", "xstest-safe", "look-alikes")
+
+
+class Switched:
+    """Trained parameters of another kind, with what the loop asks of deltas."""
+
+    def __init__(self, model: LanguageModel, named: dict[str, nn.Parameter]) -> None:
+        self.model, self._named = model, named
+        self.base = {name: parameter.detach().clone() for name, parameter in named.items()}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained."""
+        return self._named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The change so far, by name."""
+        return {name: (value.detach() - self.base[name]).clone() for name, value in self._named.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the change."""
+        with torch.no_grad():
+            for name, value in self._named.items():
+                value.copy_(self.base[name] + tensors[name])
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The untouched model for a block."""
+        with self._holding(self.base):
+            yield
+
+    @contextlib.contextmanager
+    def enabled(self) -> Iterator[None]:
+        """The trained one again, inside `disabled`."""
+        with self._holding(self._now):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        before = {name: value.data for name, value in self._named.items()}
+        self._now = getattr(self, "_now", before) if tensors is not self.base else before
+        for name, value in self._named.items():
+            value.data = tensors[name]
+        try:
+            yield
+        finally:
+            for name, value in self._named.items():
+                value.data = before[name]
+
+
+@contextlib.contextmanager
+def trained(
+    arm: str, model: LanguageModel, neurons: NeuronSet, seed: int
+) -> Iterator[tuple[Any, dict[str, float]]]:
+    """Attach what an arm trains, with the learning rate of every part."""
+    if arm in ("neurons", "random"):
+        chosen = neurons if arm == "neurons" else neurons.random_like(seed, model.table)[0]
+        rates = learning_rates(model, chosen)
+        with attach(model, chosen) as deltas:
+            yield deltas, rates
+        return
+    inner = model.model
+    if arm == "lora":
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft.inject_adapter_in_model(config, inner)
+        named = {name: value for name, value in inner.named_parameters() if "lora_" in name}
+    else:
+        named = dict(inner.named_parameters())
+    for value in inner.parameters():
+        value.requires_grad_(False)
+    for value in named.values():
+        value.requires_grad_(True)
+    yield Switched(model, named), dict.fromkeys(named, 2e-4 if arm == "lora" else 1e-5)
+
+
+def asked(folder: pathlib.Path, limit: int) -> dict[str, list[str]]:
+    """Held-out requests by source; the order is random but fixed."""
+
+    def column(name: str, wanted: str, keep: Any = lambda _row: True) -> list[str]:
+        with (folder / name).open(encoding="utf-8", newline="") as file:
+            return [row[wanted] for row in csv.DictReader(file) if keep(row)]
+
+    alpaca = json.loads((folder / "llama_factory/alpaca_en_demo.json").read_text(encoding="utf-8"))
+    lists = {
+        "builtin": Prompts.from_list(list(_builtin("harmful-test"))).texts,
+        "advbench": column("advbench/harmful_behaviors.csv", "goal"),
+        "harmbench": column(
+            "harmbench/harmbench_behaviors_text_val.csv", "Behavior", lambda row: not row.get("ContextString")
+        ),
+        "alpaca": [f"{row['instruction']}\n{row.get('input') or ''}".strip() for row in alpaca],
+        "xstest-safe": column("xstest/xstest_prompts.csv", "prompt", lambda row: row["label"] == "safe"),
+        "look-alikes": list(_builtin("harmless-test")),
+    }
+    generator = np.random.default_rng(0)
+    return {
+        name: [texts[index] for index in generator.permutation(len(texts))[:limit]]
+        for name, texts in lists.items()
+    }
+
+
+def _builtin(name: str) -> Sequence[str]:
+    from safety_neurons import prompts
+
+    return prompts(f"builtin:{name}").texts
+
+
+def measured(model: LanguageModel, lists: Mapping[str, list[str]], words: str, tokens: int) -> dict[str, Any]:
+    """Refusals of every list, and perplexity of running text cut into pieces of 256 words."""
+    found: dict[str, Any] = {}
+    for name, texts in lists.items():
+        completions = model.complete(Prompts.from_list(texts), max_new_tokens=tokens, batch_size=16)
+        refused = judge_refusal(completions).refused
+        found[name] = {"refused": list(refused), "rate": rate(refused).to_json()}
+    split = words.split()
+    pieces = [" ".join(split[at : at + 256]) for at in range(0, 32 * 256, 256)]
+    found["wikitext"] = perplexity(model, Prompts.from_list(pieces), batch_size=4)
+    return found
+
+
+def divergence(model: LanguageModel, deltas: Any, texts: Sequence[str], tokens: int) -> float:
+    """KL per token from the untouched model to the trained one on the untouched model's own answers."""
+    prompts = Prompts.from_list(list(texts))
+    with deltas.disabled():
+        answers = model.complete(prompts, max_new_tokens=tokens, batch_size=16)
+        questions = [list(item.ids) for item in model.encode(prompts)]
+        behind = [model.tokenizer(item.completion, add_special_tokens=False)["input_ids"] for item in answers]
+        sequences = [one + other for one, other in zip(questions, behind, strict=True)]
+        rows = token_divergences(model, sequences, deltas.enabled, batch_size=8)
+    return float(
+        np.concatenate([row[len(one) - 1 :] for row, one in zip(rows, questions, strict=True)]).mean()
+    )
+
+
+def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm and measure the kept state."""
+    started = time.monotonic()
+    model = load(given.model, dtype="float32")
+    settings = TuningSettings(seed=seed, max_steps=given.steps, anchor=given.anchor)
+    notes: list[str] = []
+    lists = asked(given.data, given.limit)
+    words = (given.data / "wikitext2/valid.txt").read_text(encoding="utf-8")
+    neurons = NeuronSet.load(given.neurons).on(model.table, [model.name])
+    data = tuple(model.prompts(f"builtin:{name}") for name in ("refusals-wide", "harmless-wide", "general"))
+    learnt, others, texts, watch = _held_out(model, data, Checking(every=given.every), settings, notes)
+    assert others is not None
+    others = _answered(model, others, len(learnt), settings, given.out, notes)
+    before_file = given.out / "before.json"
+    if not before_file.is_file():
+        before_file.write_text(json.dumps(measured(model, lists, words, given.tokens)))
+    before = json.loads(before_file.read_text())
+    with trained(arm, model, neurons, seed) as (deltas, rates):
+        checkpoint = Checkpoint(given.out / f"{arm}-{seed}.safetensors")
+        loop = Loop(deltas, rates, settings, watch, checkpoint, {"arm": arm, "seed": seed}, notes)
+        if not loop.resume():
+            loop.examples = _prepared(model, learnt, others, texts, settings, notes)
+        stopped = loop.run()
+        deltas.load_tensors(loop.kept)
+        after = measured(model, lists, words, given.tokens)
+        drift = divergence(model, deltas, lists["alpaca"], given.tokens)
+    count = sum(value.numel() for value in deltas.named_parameters().values())
+    changes = {
+        name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
+    }
+    return {
+        "arm": arm,
+        "seed": seed,
+        "parameters": count,
+        "share": count / model.table.n_parameters,
+        "kept_step": loop.kept_step,
+        "steps": loop.step,
+        "stopped": stopped,
+        "sound": loop.sound,
+        "refused": {name: after[name]["rate"] for name in lists},
+        "change": changes,
+        "perplexity": after["wikitext"] / before["wikitext"],
+        "divergence": drift,
+        "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main() -> None:
+    """Run the arms and print their rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--neurons", required=True, type=pathlib.Path)
+    parser.add_argument("--data", required=True, type=pathlib.Path)
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--every", type=int, default=None)
+    parser.add_argument("--anchor", type=float, default=TuningSettings().anchor)
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        for arm in given.arms:
+            file = given.out / f"{arm}-{seed}.json"
+            if not file.is_file():
+                file.write_text(json.dumps(row(arm, seed, given), indent=1))
+            print(line(json.loads(file.read_text())), flush=True)
+
+
+def line(found: Mapping[str, Any]) -> str:
+    """A row in words."""
+    refused = "  ".join(f"{name} {value['value']:.2f}" for name, value in found["refused"].items())
+    return (
+        f"{found['arm']:8} seed {found['seed']}  {refused}  perplexity ×{found['perplexity']:.3f}  "
+        f"KL {found['divergence']:.3f}  kept {found['kept_step']} of {found['steps']} ({found['stopped']})"
+    )
+
+
+if __name__ == "__main__":
+    main()
