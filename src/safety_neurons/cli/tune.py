@@ -34,7 +34,7 @@ from safety_neurons.declarations import (
     Reads,
 )
 from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
-from safety_neurons.tuning.settings import BeforeAndAfter, Training, checked_rate
+from safety_neurons.tuning.settings import Anchored, BeforeAndAfter, Training, checked_rate
 
 Stage = Callable[[str, Any], None]
 
@@ -52,8 +52,8 @@ class Trained(OneModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Taught(Declaration):
-    """What is learnt."""
+class Taught(Anchored):
+    """What is learnt, and what the model is held to itself on."""
 
     PANEL: ClassVar[str | None] = "Data"
 
@@ -67,8 +67,6 @@ class Taught(Declaration):
     """Use the first N records of --data."""
     harmless: OtherText = "builtin:harmless-wide"
     """Harmless requests mixed in: a file, builtin:NAME[/LANG] or none."""
-    general: OtherText = "builtin:general"
-    """General text on which the model is held to itself: a file, builtin:NAME[/LANG] or none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
 from safety_neurons.tuning import Status, StopCheck, Tuned, beside, tuning_examples
 from safety_neurons.tuning import tune as train
 from safety_neurons.tuning.data import split, with_own_answers
-from safety_neurons.tuning.settings import BeforeAndAfter, TuningSettings
+from safety_neurons.tuning.settings import Anchored, BeforeAndAfter, TuningSettings
 
 LEAST_GAIN = 0.05
 """Share of the harmful requests by which refusals (or, in studies, answers that do not go along) have to
@@ -143,7 +143,6 @@ def tune(
     dataset: Source = "builtin:refusals-wide",
     *,
     harmless: Source | None = "builtin:harmless-wide",
-    general: Source | None = "builtin:general",
     protect: NeuronSet | None = None,
     check: Checking | None = Checking(),
     folder: pathlib.Path | None = None,
@@ -158,14 +157,15 @@ def tune(
         dataset: harmful requests with refusals.
         harmless: harmless requests; where they have no answers, the model's own greedy ones are learnt unless
             they refuse. None for none.
-        general: text the model is anchored on too, a part of which the check looks at; None for none.
         protect: neurons that stay as they are, taken out of the set.
         check: how training is watched, ended early and its best state kept; None for no check.
         folder: where completions and checkpoints are kept; a killed call goes on from there.
         progress: told where it is.
         **options: fields of `BeforeAndAfter` (`test_harmful`, `test_harmless`, `text`, None for none, and
-            `max_new_tokens`, of answers that are judged or learnt) and of `TuningSettings` (`mix`,
-            `learning_rate`, `epochs`, `max_steps`, `seed`, …).
+            `max_new_tokens`, of answers that are judged) and of `TuningSettings` (`mix`, `anchor`,
+            `learning_rate`, `epochs`, `max_steps`, `seed`, …);
+            and `general`, text the model is anchored on too, a part of which the check looks at (None for
+            none).
 
     Raises:
         InputError: data without answers. Otherwise what `safety_neurons.tuning.tune` raises.
@@ -173,6 +173,7 @@ def tune(
     Source: Zhao et al., ICLR 2025, section 4 (SN-Tune). Differs: held-out checks and early stopping, rates
     with intervals by a named judge, measured on prompts that were not learnt.
     """
+    general = options.pop("general", Anchored().general)
     named = {option.name for option in BeforeAndAfter.options()}
     measured = BeforeAndAfter.of(**{name: value for name, value in options.items() if name in named})
     settings = {name: value for name, value in options.items() if name not in named}

@@ -74,6 +74,16 @@ class Training(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
+class Anchored(Declaration):
+    """What the model is held to itself on, besides harmless requests."""
+
+    PANEL: ClassVar[str | None] = "Data"
+
+    general: Annotated[str | Any, Reads("prompts", words=("none",))] = "builtin:general"
+    """General text on which the model is held to itself: a file, builtin:NAME[/LANG] or none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TuningSettings(Training):
     """How `tune` trains, with what every verb of the command line has."""
 

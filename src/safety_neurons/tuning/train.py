@@ -49,7 +49,7 @@ from safety_neurons.tuning.data import (
     with_own_answers,
 )
 from safety_neurons.tuning.deltas import Deltas, attach, total_norm, weight_of
-from safety_neurons.tuning.settings import TuningSettings, checked_rate
+from safety_neurons.tuning.settings import Anchored, TuningSettings, checked_rate
 from safety_neurons.tuning.stopping import FINISHED, Checked, StopCheck, StopJudge, TrustRegion
 
 BATCH = 8
@@ -498,7 +498,6 @@ def tune(
     dataset: Source = "builtin:refusals-wide",
     *,
     harmless: Source | None = "builtin:harmless-wide",
-    general: Source | None = "builtin:general",
     protect: NeuronSet | None = None,
     check: StopCheck | None = None,
     checkpoint: Checkpoint | None = None,
@@ -518,12 +517,12 @@ def tune(
         dataset: harmful questions with answers: a name, a file, a list, or prompts.
         harmless: harmless questions; where none has an answer, they get the model's own greedy ones. None for
             none.
-        general: text the model is anchored on too; None for none.
         protect: neurons that stay as they are, taken out of the set.
         check: held-out prompts to look at while training; without it the last state is kept.
         checkpoint: where the state is kept after every check.
         progress: told about every step and check.
-        **settings: fields of `TuningSettings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`,
+        **settings: `general`, text the model is anchored on too (None for none), and fields of
+            `TuningSettings`: `mix`, `learning_rate`, `epochs`, `max_steps`, `batch_size`,
             `seed`, ….
 
     Raises:
@@ -540,6 +539,7 @@ def tune(
     published recipe (50 documents, 32 a step, warm-up of one step) does not move a
     weight: its only step has a learning rate of zero.
     """
+    general = settings.pop("general", Anchored().general)
     chosen = TuningSettings.of(**settings)
     chosen.check()
     placed = _trained(model, neurons, protect)
