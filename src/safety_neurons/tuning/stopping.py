@@ -334,7 +334,7 @@ class TrustRegion:
         limits = {}
         if check is not None and adapts:
             if check.max_divergence:
-                limits["harmless"] = check.max_divergence
+                limits["harmless"] = OPENING * check.max_divergence
             if check.max_perplexity and check.max_perplexity > 1:
                 limits["general"] = math.log(check.max_perplexity)
         return cls(anchor, 1.0, limits, 0.0, anchor)
@@ -364,6 +364,10 @@ class TrustRegion:
         return False
 
 
+OPENING = 4.0
+"""Times the divergence per token that the loss may show on answers: half of its weight is on their first
+token, where nearly all of the divergence is.
+"""
 AVERAGED, HEAVIER, LIGHTER, MOST, LEFT = 8, 1.1, 0.97, 16.0, 3.0
 """Steps the strain is averaged over; factors of the anchor's weight after a step; how far the weight and the
 scale may go from where they began; times its limit at which a state is left.
