@@ -230,9 +230,9 @@ def keep(session: Session, result: Any) -> dict[str, Any]:
     result.scores.save(scores)
     specific = {} if result.specific is None else {"specific": kept_sets(session, result.specific)}
     if not len(result.neurons):
+        why = "; ".join(result.notes) or "the selection takes none"
         raise NeuronError(
-            f"no neuron was chosen ({'; '.join(result.notes) or 'the selection takes none'}); the scores "
-            f"are in {scores}"
+            f"no neuron {'is left' if specific else 'was chosen'} ({why}); the scores are in {scores}"
         )
     result.neurons.save(neurons)
     return {
