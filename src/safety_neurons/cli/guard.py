@@ -632,6 +632,8 @@ class Guarding(Declaration):
     """Let through what the guard could not judge."""
     shadow: bool = False
     """Judge, count and log; never hold back."""
+    recheck_every: Count = 0
+    """Check the local model's answers again every N tokens, as the guard was fit to."""
     log_prompts: bool = False
     """Put prompts into the log."""
     pass_field: list[str] | None = None
@@ -751,14 +753,8 @@ def serve(session: Session, served: Served) -> None:
             }
         )
     else:
-        say(
-            [
-                (
-                    f"ended: {counts.judged:,} prompts judged in {counts.batches:,} batches, "
-                    f"{counts.answered:,} in the prefill of their answers"
-                )
-            ]
-        )
+        judged = f"{counts.judged:,} prompts judged in {counts.batches:,} batches"
+        say([f"ended: {judged}, {counts.answered:,} in the prefill of their answers"])
 
 
 def configured(served: Served) -> Any:
@@ -771,7 +767,17 @@ def configured(served: Served) -> Any:
         from safety_neurons.guard.server.door import REFUSAL, Limits, Settings
     except ModuleNotFoundError as error:
         raise UsageError(f"guard serve needs {error.name}, which is not installed; run {INSTALL}") from None
-    same = ("host", "port", "upstream", "on_unsafe", "fail_open", "shadow", "log_prompts", "docs")
+    same = (
+        "host",
+        "port",
+        "upstream",
+        "on_unsafe",
+        "fail_open",
+        "shadow",
+        "recheck_every",
+        "log_prompts",
+        "docs",
+    )
     return Settings(
         name=served.served_name or short_name(served.model),
         token=os.environ.get(TOKEN_VARIABLE) or None,
@@ -851,7 +857,7 @@ def tell_json(guard: Any, settings: Any, where: str) -> None:
 
 def say(rows: list[str]) -> None:
     """Lines on standard error."""
-    console.tell("".join(f"{console.line_of(row) if not row.isprintable() else row}\n" for row in rows))
+    console.tell("".join(f"{row if row.isprintable() else console.line_of(row)}\n" for row in rows))
 
 
 def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:

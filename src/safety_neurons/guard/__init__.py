@@ -2,7 +2,7 @@
 answer would be unsafe.
 """
 
-from safety_neurons.guard.answers import AnswerTokens, answers_in, answers_written, fit_answers
+from safety_neurons.guard.answers import AnswerTokens, answers_in, answers_written, fit_answers, score_answers
 from safety_neurons.guard.calibration import (
     Calibration,
     Classifier,
@@ -51,5 +51,6 @@ __all__ = [
     "read_features",
     "read_poolings",
     "recalibrate",
+    "score_answers",
     "stratified_split",
 ]

@@ -2,6 +2,7 @@
 answers.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from safety_neurons.guard.fit import (
     stratified_split,
     varying,
 )
-from safety_neurons.guard.guard import PROVISIONAL, Guard
+from safety_neurons.guard.guard import FAILURES, PROVISIONAL, Guard
+from safety_neurons.guard.verdict import Verdict, largest
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completions, plain
@@ -52,6 +54,11 @@ class AnswerTokens:
     question: tuple[int, ...]
     token_ids: tuple[int, ...]
     finished: bool = True
+
+    @property
+    def ids(self) -> list[int]:
+        """Question and answer, as a model reads them."""
+        return [*self.question, *self.token_ids]
 
 
 def answers_in(model: LanguageModel, prompts: Prompts) -> list[AnswerTokens]:
@@ -102,6 +109,59 @@ def checks_of(answer: AnswerTokens, every: int, longest: int, ends: frozenset[in
     places = {*range(every, n_read + 1, every), n_read}
     places |= {place + 1 for place, token in enumerate(ids) if token in ends and place < n_read}
     return tuple(sorted(place for place in places if place > 0))
+
+
+def score_answers(
+    guard: Guard,
+    answers: Sequence[AnswerTokens],
+    *,
+    fail_open: bool = False,
+) -> list[Verdict]:
+    """What the classifier for answers says of whole answers, each by its largest check.
+
+    Args:
+        guard: bound, with such a classifier; its threshold for re-checks counts.
+        answers: to judge; one without tokens is safe.
+        fail_open: let answers pass that are longer than the model reads, or could not be scored.
+
+    Raises:
+        UsageError: the guard has no classifier for answers.
+
+    Source: as `fit_answers`.
+    """
+    own, recheck, model = guard.answers, guard.recheck, guard.bound
+    if own is None or recheck is None:
+        raise UsageError(
+            "this guard has no classifier for answers; fit it with --recheck-every (fit_answers)"
+        )
+    options: dict[str, Any] = {"threshold": recheck.threshold, "fail_open": fail_open}
+    most = model.max_length or max(len(one.ids) for one in answers)
+    found: list[Verdict] = []
+    for one in answers:
+        room = max(0, most - len(one.question))
+        read = one.token_ids[:room]
+        part = dataclasses.replace(one, token_ids=read, finished=True)
+        checks = checks_of(part, recheck.every, len(read) or 1, model.thought_end_ids)
+        if not checks:
+            short = not one.token_ids
+            found.append(
+                Verdict(0.0, False, recheck.threshold)
+                if short
+                else own.failed("there is no room for the answer in the model's context", **options)
+            )
+            continue
+        cut = len(read) < len(one.token_ids)
+        tokens: list[np.ndarray] = []
+        encoded = [Encoded(one.prompt.id, part.ids)]
+        try:
+            read_tokens(
+                model, encoded, own.neurons, len(read), lambda _, values, kept=tokens: kept.append(values)
+            )
+            features = torch.from_numpy(_pooled(tokens[0], checks, own.pooling, own.classifier.direction))
+            found.append(largest(own.verdicts(features, [cut] * len(checks), top=0, **options)))
+        except FAILURES as error:
+            found.append(own.failed(error, **options))
+    return found
 
 
 def fit_answers(

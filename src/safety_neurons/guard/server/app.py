@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from safety_neurons import __version__
+from safety_neurons.errors import UsageError
 from safety_neurons.guard.features import RequestReading, readings
 from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.server.door import OPEN, Door, Log, Metrics, Settings, drifts_of
@@ -63,6 +64,7 @@ from safety_neurons.guard.server.shapes import (
     validated,
 )
 from safety_neurons.guard.server.upstream import Upstream
+from safety_neurons.guard.watching import Rules
 from safety_neurons.model.batches import token_budget
 from safety_neurons.prompt_lists import Prompt
 
@@ -354,6 +356,13 @@ REASONS = {
     "timeout": "the guard did not finish in time",
 }
 """Why a prompt is held back, in words that say nothing about how nearly it was not."""
+ANSWER_REASONS = {
+    "ok": "the guard finds the answer unsafe",
+    "truncated": "the answer is longer than the guard reads",
+    "error": "the guard could not judge the answer",
+    "timeout": "the guard did not finish in time",
+}
+"""The same of answers."""
 
 
 class Verdicts:
@@ -362,10 +371,11 @@ class Verdicts:
     Args:
         settings: Limits, and the name the guard answers as.
         gate: Judges.
+        reads_answers: Whether answers can be judged too.
     """
 
-    def __init__(self, settings: Settings, gate: VerdictGate) -> None:
-        self.settings, self.gate = settings, gate
+    def __init__(self, settings: Settings, gate: VerdictGate, *, reads_answers: bool = False) -> None:
+        self.settings, self.gate, self.reads_answers = settings, gate, reads_answers
 
     async def moderate(self, request: ModerationRequest, noted: dict[str, Any]) -> dict[str, Any]:
         """OpenAI's moderations: a string, a list of strings, the parts of a message, or the turns of a
@@ -395,15 +405,18 @@ class Verdicts:
 
         Tools by themselves.
         """
-        if request.input_type == "response":
+        if request.input_type == "response" and not self.reads_answers:
             raise Problem(
                 400,
-                "this guard reads prompts, not answers; expected mode pre_call or during_call",
+                "this guard reads prompts, not answers; expected mode pre_call or during_call, or a guard "
+                "that was fit with --recheck-every",
                 "unsupported_input_type",
                 param="input_type",
             )
         if request.images:
             return self._unread("images are not read by the guard", noted)
+        if request.input_type == "response":
+            return await self._answered(request, noted)
         texts = list(request.texts or ())
         asked = [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
         if request.structured_messages:
@@ -421,11 +434,32 @@ class Verdicts:
             )
         if not asked:  # what cannot be shown as text, token ids say, comes as nothing
             return self._unread("there is nothing that the guard can read", noted)
-        outcomes = await self._judged(asked, GUARDRAIL, noted)
+        return self._decided(await self._judged(asked, GUARDRAIL, noted))
+
+    async def _answered(self, request: GuardrailRequest, noted: dict[str, Any]) -> dict[str, Any]:
+        """Answers of a model (mode `post_call`), each behind the conversation where that is given; calls of
+        tools are answers too.
+        """
+        asked = Prompt("0", "")
+        if request.structured_messages:
+            asked = conversation(request.structured_messages, self.settings.limits.messages)[0].prompt
+        texts = [*(request.texts or ()), *(texts_in(request.tool_calls) if request.tool_calls else ())]
+        if not texts:
+            return self._unread("there is nothing that the guard can read", noted)
+        answers = [
+            [RequestReading(f"answer {place}", dataclasses.replace(asked, answer=text))]
+            for place, text in enumerate(texts, 1)
+        ]
+        return self._decided(await self._judged(answers, GUARDRAIL, noted), ANSWER_REASONS)
+
+    def _decided(
+        self, outcomes: Sequence[Outcome], reasons: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        said = reasons or REASONS
         held = next((outcome for outcome in outcomes if outcome.held), None)
         if held is None:
             return {"action": "NONE", "blocked_reason": None}
-        return {"action": "BLOCKED", "blocked_reason": REASONS.get(held.status, REASONS["error"])}
+        return {"action": "BLOCKED", "blocked_reason": said.get(held.status, said["error"])}
 
     def _unread(self, reason: str, noted: dict[str, Any]) -> dict[str, Any]:
         """What the guard cannot read is not safe, unless the server fails open or only watches."""
@@ -542,7 +576,7 @@ class Service:
         self.gate = VerdictGate(self.engine, settings, metrics)
         self.upstream = None if settings.upstream is None else Upstream(settings, metrics, transport)
         self.chat = Chat(settings, self.gate, self.upstream, log)
-        self.verdicts = Verdicts(settings, self.gate)
+        self.verdicts = Verdicts(settings, self.gate, reads_answers=getattr(judge, "reads_answers", False))
         self.created = int(time.time())
         self.app = _application(self)
         self.asgi = Door(self.app, settings, metrics, log)
@@ -578,6 +612,9 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
         settings: How the service behaves.
         log: Told one event a request.
         **further: As `Service` takes them.
+
+    Raises:
+        UsageError: re-checks that the guard has no classifier for, or of an upstream's answers.
     """
     metrics = Metrics(drifts_of(guard.reference))
     limits = settings.limits
@@ -585,9 +622,26 @@ def serve_guard(guard: Guard, settings: Settings, log: Log = lambda _: None, **f
     if limits.characters is None and tokens is not None:
         limits = dataclasses.replace(limits, characters=_CHARACTERS_A_TOKEN * tokens)
         settings = dataclasses.replace(settings, limits=limits)
+    every = settings.recheck_every
+    if every and settings.upstream is not None:
+        raise UsageError(
+            f"re-checks every {every} tokens with an upstream: its answers are not re-checked as they come; "
+            "leave one of them out, or have whole answers judged (LiteLLM's post_call)"
+        )
+    if every and guard.answers is None:
+        raise UsageError(
+            f"re-checks every {every} tokens: the guard has no classifier for answers; fit one "
+            "(guard fit --recheck-every)"
+        )
+    if every and guard.recheck is not None:  # the rate of false positives is known up to this length
+        limits = dataclasses.replace(limits, new_tokens=min(limits.new_tokens, guard.recheck.max_new_tokens))
+        settings = dataclasses.replace(settings, limits=limits)
     budget = limits.batch_tokens or token_budget(guard.bound.device)
     bound = Bound(guard, limits.prompt_tokens)
-    writer = LocalWriter(guard, lambda verdict: outcome_of(verdict, settings).held, batch_tokens=budget)
+    rules = Rules(top=0, recheck_every=every, shadow=settings.shadow, fail_open=settings.fail_open)
+    writer = LocalWriter(
+        guard, lambda verdict: outcome_of(verdict, settings).held, rules=rules, batch_tokens=budget
+    )
     return Service(
         settings, bound, metrics, writer, log=log, batch_tokens=budget, standing=guard.standing, **further
     )

@@ -104,6 +104,7 @@ class Settings:
         refusal: Text of the refusal.
         fail_open: Let through what the guard could not judge. Off: what it could not judge is not safe.
         shadow: Judge, count and log, and never hold anything back.
+        recheck_every: Check answers of the local model each time they are so many tokens longer; 0 for never.
         log_prompts: Put prompts into the log.
         docs: Serve interactive pages about the routes (they load scripts from elsewhere).
         passed: Further fields of a chat request that go to the upstream although the guard does not read
@@ -121,6 +122,7 @@ class Settings:
     refusal: str = REFUSAL
     fail_open: bool = False
     shadow: bool = False
+    recheck_every: int = 0
     log_prompts: bool = False
     docs: bool = False
     passed: Sequence[str] = ()

@@ -75,8 +75,9 @@ class Waiting:
 
     @property
     def characters(self) -> int:
-        """Characters of what the prompt says, its turns or its text."""
-        return sum(len(message.content) for message in self.prompt.messages) or len(self.prompt.text)
+        """Characters of what the prompt says, its turns or its text, and of its answer."""
+        asked = sum(len(message.content) for message in self.prompt.messages) or len(self.prompt.text)
+        return asked + len(self.prompt.answer or "")
 
     @property
     def length(self) -> int:
@@ -561,7 +562,9 @@ class VerdictGate:
         """
         keys = [
             hashlib.sha256(
-                json.dumps([(turn.role, turn.content) for turn in way.prompt.turns]).encode()
+                json.dumps(
+                    [*((turn.role, turn.content) for turn in way.prompt.turns), way.prompt.answer]
+                ).encode()
             ).digest()
             for way in ways
         ]

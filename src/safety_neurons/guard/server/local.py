@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError
+from safety_neurons.guard.answers import AnswerTokens, score_answers
 from safety_neurons.guard.features import model_lock
 from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.guard import Guard
@@ -24,8 +25,10 @@ from safety_neurons.guard.verdict import Verdict
 from safety_neurons.guard.watching import Feed, Rules, Watch, steps
 from safety_neurons.model import Encoded, LanguageModel
 from safety_neurons.model.language_model import takes_padding
+from safety_neurons.prompt_lists import Prompt
 
 _COLDEST = 1e-6
+_NO_RECHECKS = Rules(top=0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class LocalAnswer:
         self.ids = ids
         self.n_new = 0
         self.text = Detokenizer(lm.decode, decode.stop)
+        self.held: list[str] | None = None
         self._settings = decode
         self._ends = set(lm.eos_ids)
         self._random = None
@@ -110,10 +114,23 @@ class LocalAnswer:
         self.n_new += 1
         piece = self.text.add(token)
         if piece:
-            self.job.tell(Piece(piece))
+            self._give(piece)
         if self.text.stopped:
             return self.end("stop")
         return self.n_new < self.limit or self.end("length")
+
+    def _give(self, piece: str) -> None:
+        """Hands text on, or keeps it until the check behind it has passed."""
+        if self.held is None:
+            self.job.tell(Piece(piece))
+        else:
+            self.held.append(piece)
+
+    def release(self) -> None:
+        """Hands on what was kept."""
+        if self.held:
+            self.job.tell(Piece("".join(self.held)))
+            self.held = []
 
     def fail(self) -> bool:
         """Tells the job that there is no next token: the likeliest of what are no numbers would be token
@@ -124,9 +141,11 @@ class LocalAnswer:
 
     def end(self, reason: str) -> bool:
         """Tells the job that the answer is complete."""
-        rest = self.text.rest() if reason != "content_filter" else ""
-        if rest:
-            self.job.tell(Piece(rest))
+        if reason != "content_filter":  # what a check has not passed is not given where one has failed
+            self.release()
+            rest = self.text.rest()
+            if rest:
+                self.job.tell(Piece(rest))
         self.job.ended = True
         self.job.tell(Ended("stop" if self.text.stopped else reason, self.n_prompt, self.n_new))
         return False
@@ -138,11 +157,20 @@ class LocalWriter:
     Args:
         guard: Looks on during the prefill, bound to the model.
         holds: Whether a verdict ends an answer before it begins.
+        rules: When answers under way are checked again.
         batch_tokens: Padded tokens of a prefill.
     """
 
-    def __init__(self, guard: Guard, holds: Callable[[Verdict], bool], *, batch_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        holds: Callable[[Verdict], bool],
+        *,
+        rules: Rules = _NO_RECHECKS,
+        batch_tokens: int = 2048,
+    ) -> None:
         self.lm, self.guard, self.holds, self._batch_tokens = guard.bound, guard, holds, batch_tokens
+        self._rules, self._threshold = rules, rules.threshold_of(guard)
 
     def fits(self, job: Answering, others: Sequence[Answering]) -> bool:
         """Whether a prompt goes with others into one prefill."""
@@ -167,11 +195,16 @@ class LocalWriter:
             mask[place, width - row.n_prompt :] = 1
         watch = Watch(
             self.guard,
-            Rules(top=0),
+            self._rules,
             [one.truncated for one in encoded],
             [row.n_prompt for row in rows],
             [()] * len(rows),
+            self._threshold,
         )
+        every = self._rules.recheck_every
+        if every and not self._rules.shadow:
+            for row in rows:
+                row.held = []
         feed = self.feed(mask)
 
         def take(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, "kept 1"] | None:
@@ -181,6 +214,15 @@ class LocalWriter:
                 going = [
                     self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)
                 ]
+            elif every:
+                going = [
+                    not stop or row.end("content_filter")
+                    for row, stop in zip(rows, watch.stopped.tolist(), strict=True)
+                ]
+                if (watch.steps - 1) % every == 0:
+                    for row, on in zip(rows, going, strict=True):
+                        if on:
+                            row.release()
             numbers = (
                 logits.amax(-1).isfinite().tolist()
             )  # the largest is NaN where any is; −∞ may be a token that is forbidden
@@ -194,6 +236,7 @@ class LocalWriter:
             kept = [place for place, on in enumerate(going) if on]
             if 0 < len(kept) < len(rows):
                 feed.keep(kept)
+                watch.keep(kept)
                 rows = [rows[place] for place in kept]
             return torch.tensor([[chosen[place]] for place in kept], device=self.lm.device) if kept else None
 
@@ -230,13 +273,21 @@ class Bound:
     def __init__(self, guard: Guard, most: int | None = None) -> None:
         self.guard, self._most = guard, most
 
-    def prepare(self, prompt: Any) -> Encoded:
-        """Token ids of a prompt.
+    @property
+    def reads_answers(self) -> bool:
+        """Whether it has a classifier for answers: a prompt that has one is judged by it."""
+        return self.guard.answers is not None
+
+    def prepare(self, prompt: Prompt) -> Encoded | AnswerTokens:
+        """Token ids of a prompt, and of the answer it has.
 
         Raises:
             InputError: The template or the tokenizer cannot take it. Problem: More tokens than are taken.
         """
         try:
+            if prompt.answer is not None:
+                question, ids, _ = self.guard.bound.encode_answer(prompt, prompt.answer)
+                return AnswerTokens(prompt, tuple(question), tuple(ids))
             encoded = self.guard.encode(prompt)
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"the tokenizer cannot take the prompt ({type(error).__name__})") from error
@@ -244,6 +295,10 @@ class Bound:
             raise too_long(len(encoded.ids), self._most)
         return encoded
 
-    def score(self, prepared: Sequence[Encoded]) -> Sequence[Any]:
-        """Verdicts, in one batch."""
-        return self.guard.score_encoded(prepared, batch_size=len(prepared), top=0)
+    def score(self, prepared: Sequence[Encoded | AnswerTokens]) -> Sequence[Any]:
+        """Verdicts: on prompts in one batch, on answers one after the other."""
+        prompts = [one for one in prepared if isinstance(one, Encoded)]
+        answers = [one for one in prepared if isinstance(one, AnswerTokens)]
+        found = iter(self.guard.score_encoded(prompts, batch_size=max(1, len(prompts)), top=0))
+        written = iter(score_answers(self.guard, answers) if answers else ())
+        return [next(found if isinstance(one, Encoded) else written) for one in prepared]
