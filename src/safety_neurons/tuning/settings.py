@@ -45,7 +45,7 @@ class Training(Declaration):
 
     mix: Annotated[NotNegative, Panel("Data")] = 2.0
     """Harmless examples for each harmful one."""
-    anchor: NotNegative = 5.0
+    anchor: NotNegative = 4.0
     """Weight of the divergence from the untouched model on harmless examples and general text; 0 learns the
     harmless answers instead.
     """

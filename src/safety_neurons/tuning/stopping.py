@@ -301,8 +301,8 @@ class TrustRegion:
 
     Of every step: where the divergence on the anchored examples is above what the checks allow, the anchor
     gets heavier, where it is far below lighter. Of every check: a state that is too far from the untouched
-    model is left for the best sound one, and the steps are halved; one that refuses harmless prompts makes
-    the anchor heavier; where sound states do not yet refuse and have hardly moved, the steps are doubled.
+    model is left for the best sound one, and the steps are halved; where sound states do not yet refuse and
+    have hardly moved, the steps are doubled.
 
     Attributes:
         weight: of the divergence in the loss, now.
@@ -336,7 +336,7 @@ class TrustRegion:
             if check.max_divergence:
                 limits["harmless"] = OPENING * check.max_divergence
             if check.max_perplexity and check.max_perplexity > 1:
-                limits["general"] = math.log(check.max_perplexity)
+                limits["general"] = 2 * math.log(check.max_perplexity)
         return cls(anchor, 1.0, limits, 0.0, anchor)
 
     def stepped(self, divergence: Mapping[str, float]) -> None:
@@ -346,9 +346,9 @@ class TrustRegion:
             return
         self.strain += (max(strains) - self.strain) / AVERAGED
         if self.strain > 1:
-            self.weight = min(self.weight * HEAVIER, self.anchor * MOST)
+            self.weight = min(self.weight * HEAVIER, self.anchor * HEAVIEST)
         elif self.strain < 0.5:
-            self.weight = max(self.weight * LIGHTER, self.anchor / MOST)
+            self.weight = max(self.weight * LIGHTER, self.anchor / HEAVIEST)
 
     def checked(self, judge: StopJudge, now: Checked) -> bool:
         """Take note of a check; whether its state is to be left for the best sound one."""
@@ -357,9 +357,7 @@ class TrustRegion:
         if judge.strayed(now) >= LEFT:
             self.scale, self.strain = max(self.scale / 2, 1 / MOST), 0.5
             return True
-        if judge.excess(now):
-            self.weight = min(self.weight * 1.5, self.anchor * MOST)
-        elif judge.sound(now) and not judge.moved(now) and self.strain < 0.5:
+        if judge.sound(now) and not judge.moved(now) and self.strain < 0.5:
             self.scale = min(self.scale * 2, MOST)
         return False
 
@@ -368,7 +366,7 @@ OPENING = 4.0
 """Times the divergence per token that the loss may show on answers: half of its weight is on their first
 token, where nearly all of the divergence is.
 """
-AVERAGED, HEAVIER, LIGHTER, MOST, LEFT = 8, 1.1, 0.97, 16.0, 3.0
-"""Steps the strain is averaged over; factors of the anchor's weight after a step; how far the weight and the
-scale may go from where they began; times its limit at which a state is left.
+AVERAGED, HEAVIER, LIGHTER, HEAVIEST, MOST, LEFT = 8, 1.05, 0.95, 4.0, 16.0, 3.0
+"""Steps the strain is averaged over; factors of the anchor's weight after a step; how far the weight, and how
+far the scale, may go from where they began; times its limit at which a state is left.
 """

@@ -6,8 +6,8 @@ own, from the size of its weights, under a schedule in which no step's rate is z
 Adam moves every entry by about the learning rate. Along the direction all entries agree on, a neuron's vector
 of `d` weights with root mean square `s` then gains `rate × √d` where it has `s × √d / √d = s` of its own in a
 typical direction. With `rate = share × s / √d` one step changes what a neuron computes by about that share of
-its size, whatever the model: 7e-5 on an 8 B model (s 0.015, d 4,096, share 0.3), 5e-3 on an organism (s 0.1,
-d 64), which is where people end up by hand on models of these sizes.
+its size, whatever the model: 2e-5 on an 8 B model (s 0.015, d 4,096, share 0.1), 1e-3 on an organism (s 0.1,
+d 64), from where the step size is adapted.
 
 The model is anchored to itself: on harmless examples and general text its divergence from the untouched model
 is part of the loss. While training, refusals, over-refusals, divergence and perplexity on held-out prompts
