@@ -166,6 +166,48 @@ def test_a_limit_is_taken_evenly_over_kinds_and_languages(tmp_path):
     assert suite("xstest", folder=tmp_path, kind="harmful").prompts[0].id == "10"
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "columns", "labels"),
+    [
+        (
+            "toxic-chat",
+            "toxic-chat_annotation_test.csv",
+            ["conv_id", "user_input", "model_output", "human_annotation", "toxicity", "jailbreaking"],
+            ("1", "0"),
+        ),
+        (
+            "aegis-2",
+            "aegis-2-test.json",
+            ["id", "prompt", "response", "prompt_label", "response_label", "violated_categories"],
+            ("unsafe", "safe"),
+        ),
+        (
+            "wildguard-test",
+            "wildguard_test.csv",
+            ["prompt", "adversarial", "response", "prompt_harm_label", "subcategory"],
+            ("harmful", "unharmful"),
+        ),
+    ],
+)
+def test_suites_that_guards_are_measured_on_keep_their_labels(tmp_path, name, file, columns, labels):
+    """Rows made up, under the column names of the originals."""
+    asked = {"user_input": 0, "prompt": 0}
+    label = {"toxicity", "prompt_label", "prompt_harm_label"}
+    rows = []
+    for number, word in enumerate((*labels, labels[1])):
+        text = f"request {number}"
+        rows.append([text if c in asked else word if c in label else f"{c} {number}" for c in columns])
+    if file.endswith(".json"):
+        content = json.dumps([dict(zip(columns, row, strict=True)) for row in rows]).encode()
+    else:
+        content = table(columns, rows)
+    write(tmp_path / file, content)
+    found = suite(name, folder=tmp_path, offline=True)
+    assert found.prompts.texts == ["request 0", "request 1", "request 2"]
+    assert [prompt.meta["kind"] for prompt in found.prompts] == ["harmful", "harmless", "harmless"]
+    assert suite(f"{name}-unsafe", folder=tmp_path).prompts.texts == ["request 0"]
+
+
 def test_files_of_ones_own_are_suites_too(tmp_path):
     path = write(tmp_path / "mine.csv", table(["question", "answer"], PAIRS))
     found = suite(path, kind="harmless")
