@@ -74,6 +74,7 @@ _HOME = {
     "protected": "tuning",
     "rate": "results",
     "repair": "tuning",
+    "scaled": "interventions",
     "suite": "suites",
     "tune": "studies",
     "verify_deactivate": "studies",

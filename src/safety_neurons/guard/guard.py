@@ -481,6 +481,16 @@ class Guard:
         """
         return self.bound.encode(as_prompt(request))[0]
 
+    def flags(self, ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether the guard flags each request, given as its token ids, template included: what
+        `safety_neurons.scaled` asks of `when`.
+
+        Raises:
+            ModelError: the guard is not bound to a model.
+        """
+        encoded = [Encoded(str(number), list(row)) for number, row in enumerate(ids)]
+        return [verdict.flagged for verdict in self.score_encoded(encoded, top=0)]
+
     def score_encoded(
         self,
         encoded: Sequence[Encoded],

@@ -1,15 +1,16 @@
 """What an intervention acts on (a view's model, its neurons as index tensors, its rows of a pass), and edits
 that need one model only.
 
-Neurons are deactivated (the model acts as if their parameters were zero) or get a constant edit: mean, zero,
-noise, scale.
+Neurons are deactivated (the model acts as if their parameters were zero), scaled (as if these were
+multiplied), or get a constant edit: mean, zero, noise, scale.
 """
 
 import contextlib
 import dataclasses
 import functools
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.hooks import editing, evaluating
+from safety_neurons.model.hooks import around, editing, evaluating
 from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
 
@@ -383,3 +384,146 @@ def _silencer(index: PerDevice, subject: Subject) -> Callable[[Any], Tensor]:
         return silenced if own is None else torch.where(own, silenced, values)
 
     return silence
+
+
+@runtime_checkable
+class Flags(Protocol):
+    """What says for each request whether something holds of it: a guard, for one."""
+
+    def flags(self, ids: Sequence[Sequence[int]]) -> Sequence[bool]:
+        """One answer for each request, given as its token ids, template included."""
+
+
+@contextlib.contextmanager
+def scaled(
+    model: Any,
+    neurons: NeuronSet | Mapping[str, Any],
+    factor: float | int,
+    *,
+    when: Flags | Callable[[Sequence[Sequence[int]]], Sequence[bool]] | None = None,
+) -> Iterator[Any]:
+    """Runs the model with the activations of some neurons multiplied by a factor, inside a ``with`` block.
+
+    It is as if the parameters of every neuron were multiplied: its weight row and bias entry (``q k v gate
+    up``) or its weight column (``o down``). 0 is `deactivated`, 1 leaves every bit as it is, more amplifies.
+    A unit of which a set holds several neurons is scaled at each of them; keep ``down`` alone
+    (``neurons.only(sites=["down"])``) to scale a unit's activation once. Parameters are never written into.
+
+    Args:
+        model: A `LanguageModel` or a Hugging Face model.
+        neurons: Which are scaled, at every token.
+        factor: What their activations are multiplied by.
+        when: Scale only in rows whose request it says yes to: a guard (bound to this model), or a function
+            from the requests' token ids to one answer each. It is asked once, when a request is first read,
+            with nothing scaled; the rows keep its answer while they are continued. Rows of a beam share one
+            request.
+
+    Yields:
+        The model that was passed in.
+
+    Raises:
+        ForeignModelError: The set was found on another architecture.
+        NeuronError: An index outside the model's sites.
+        UsageError: A factor that is no finite number.
+
+    Source: none; steering by multiples of neurons' activations instead of by a direction.
+    """
+    if not math.isfinite(factor):
+        raise UsageError(f"factor {factor} arrived; expected a finite number, such as 0, 0.5 or 2")
+    subject = Subject.of(model)
+    chosen, sizes = indices(subject.anatomy, neurons), subject.anatomy.table.sizes
+    asked = None if when is None else Conditional(when.flags if isinstance(when, Flags) else when)
+    with evaluating(subject.model), active(subject), contextlib.ExitStack() as stack:
+        if chosen:
+            change = torch.zeros_like if factor == 0 else _change("scale", float(factor), None, _Draws(0))
+            editors = {
+                key: _scaler(PerDevice(index, sizes[key]), change, subject, asked)
+                for key, index in chosen.items()
+            }
+            if asked is not None:
+                stack.enter_context(around(subject.body, before=asked.begin))
+            stack.enter_context(editing(subject.anatomy, editors))
+        yield model
+
+
+def _scaler(
+    index: PerDevice, change: Edit, subject: Subject, asked: "Conditional | None"
+) -> Callable[[Any], Tensor]:
+    def scale(
+        activation: Float[Tensor, "batch token neuron"] | ExpertRows,
+    ) -> Float[Tensor, "*rows neuron"]:
+        values = activation.values if isinstance(activation, ExpertRows) else activation
+        if asked is not None and not asked.any():
+            return values
+        edited = index.copied(values, change(index.taken(values)))
+        own = own_rows(subject, activation)
+        if asked is not None:
+            rows = asked.rows(activation)
+            own = rows if own is None else own & rows
+        return edited if own is None else torch.where(own, edited, values)
+
+    return scale
+
+
+class Conditional:
+    """Which rows of the passes under way a condition holds of.
+
+    Args:
+        holds: From the token ids of requests to one answer each.
+    """
+
+    def __init__(self, holds: Callable[[Sequence[Sequence[int]]], Sequence[bool]]) -> None:
+        self._holds = holds
+        self._flags: Bool[Tensor, " row"] | None = None
+        self._read: list[list[int]] = []
+        self._tokens = 0
+        self._asking = False
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Asks about the requests of a pass, unless it continues those that were asked about."""
+        if self._asking:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise DecodeError(
+                "embeddings arrived without token ids; scaling by a condition reads the request; pass ids"
+            )
+        mask = kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        self._tokens = ids.shape[1]
+        if cache is not None and cache.get_seq_length() > 0:
+            if self._flags is None or len(self._flags) != len(ids):
+                raise DecodeError(
+                    f"a cache of {cache.get_seq_length()} tokens arrived whose requests were not read here; "
+                    "start from an empty cache inside this context"
+                )
+            return
+        real = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, real, strict=True)]
+        before, self._read = self._read, rows
+        if cache is None and self._flags is not None and [row[:-1] for row in rows] == before:
+            return  # Without a cache every step reads the request again, with one more token.
+        self._flags, self._asking = None, True
+        try:
+            self._flags = torch.tensor([bool(flag) for flag in self._holds(rows)], dtype=torch.bool)
+        finally:
+            self._asking = False
+        if len(self._flags) != len(rows):
+            raise UsageError(f"{len(self._flags)} answers about {len(rows)} requests; expected one for each")
+
+    def any(self) -> bool:
+        """Whether there is anything to scale: never while requests are being asked about."""
+        return not self._asking and self._flags is not None and bool(self._flags.any())
+
+    def rows(self, activation: Float[Tensor, "batch token neuron"] | ExpertRows) -> Bool[Tensor, "*rows 1"]:
+        """Which rows of an activation are to be scaled."""
+        assert self._flags is not None
+        if isinstance(activation, ExpertRows):
+            token = activation.token_index
+            return self._flags.to(token.device)[token // self._tokens][:, None]
+        if activation.shape[0] != len(self._flags):
+            raise UsageError(
+                f"{activation.shape[0]} rows arrived where {len(self._flags)} requests were read; scale by a "
+                "condition outside of a patch"
+            )
+        return self._flags.to(activation.device)[:, None, None]
