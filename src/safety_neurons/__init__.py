@@ -79,6 +79,7 @@ _HOME = {
     "tune": "studies",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
+    "verify_scale": "studies",
 }
 _BOXES = (
     "analysis",

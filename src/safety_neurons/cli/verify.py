@@ -4,7 +4,9 @@ or treated, held to a gate.
 
 import dataclasses
 import functools
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli.session import (
@@ -57,6 +59,11 @@ class Verified(Declaration):
 class VerifiedOn(JudgedBy, Repeats, Some, EvaluationPrompts):
     """What it is measured on, and beside how many random sets; the last base has the first options."""
 
+    max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
+    length_curve: Annotated[bool, Panel("Prompts")] = False
+    """Judge the answers cut at 32, 64, 128, … tokens too; they are written once."""
+
 
 @verb("verify deactivate")
 def deactivate(session: Session, models: OneModel, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
@@ -87,14 +94,70 @@ def patch(session: Session, models: TwoModels, verified: Verified, beside: Verif
     return session.run(work)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledSet(Declaration):
+    """The set, and what its activations are multiplied by."""
+
+    neurons: NeuronFile
+    """Neuron file (or the folder of a find run)."""
+    factors: str = "0,0.5,1,2,4"
+    """Comma-separated factors: 0 is off, 1 as it is, 2 twice."""
+    when_guard: Annotated[pathlib.Path | None, Reads("files")] = None
+    """Folder of a guard: scale only for the requests that it flags."""
+
+    def check(self) -> None:
+        """Also that the factors are numbers."""
+        super().check()
+        self.numbers()
+
+    def numbers(self) -> list[float]:
+        """The factors."""
+        try:
+            factors = [float(part) for part in self.factors.split(",")]
+        except ValueError:
+            factors = []
+        if not factors or not all(map(math.isfinite, factors)) or len(set(factors)) < len(factors):
+            raise UsageError(
+                f"--factors {self.factors!r}: expected comma-separated numbers, none twice, such as 0,0.5,1,2"
+            )
+        return factors
+
+
+@verb("verify scale")
+def scale(session: Session, models: OneModel, chosen: ScaledSet, beside: VerifiedOn) -> dict[str, Any]:
+    """Dose: refusal, harm, repetition and perplexity while these neurons are multiplied, factor by factor."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.guard import Guard
+        from safety_neurons.studies import verify_scale
+
+        model = session.model(models.model)
+        study = functools.partial(
+            verify_scale,
+            model,
+            factors=chosen.numbers(),
+            when=None if chosen.when_guard is None else Guard.load(chosen.when_guard),
+        )
+        return reported(session, study, session.neurons(chosen.neurons, model), beside, model)
+
+    return session.run(work)
+
+
 def measured(
     session: Session, verified: Verified, beside: VerifiedOn, model: Any, study: Any
 ) -> dict[str, Any]:
-    """Load what both kinds need, measure, and keep the completions."""
+    """Load the set, or the scores with their sizes, and measure."""
     if verified.neurons is not None:
         chosen, sizes = session.neurons(verified.neurons, model), []
     else:
         chosen, sizes = session.scores(str(verified.scores), model), parse_sizes(verified.sizes)
+    return reported(session, functools.partial(study, sizes=sizes), chosen, beside, model)
+
+
+def reported(
+    session: Session, study: Callable[..., Any], chosen: Any, beside: VerifiedOn, model: Any
+) -> dict[str, Any]:
+    """Read the prompts, run a study of a set on them, keep the completions, and say what has to be said."""
     harmful, harmless, text = (
         session.read(name, model, beside.limit) for name in ("harmful", "harmless", "text")
     )
@@ -105,19 +168,28 @@ def measured(
             harmful,
             harmless,
             text=text,
-            sizes=sizes,
             random=beside.random,
             max_new_tokens=beside.max_new_tokens,
+            length_curve=beside.length_curve,
             completions_file=completions,
             harm_judge=session.judge(beside.harm_judge),
             progress=progress,
             **session.running,
         )
     session.notes.extend(verification.notes)
+    say_length(session, beside.max_new_tokens, verification.max_new_tokens)
     for name, shared in verification.overlap.items():
         if shared:
             session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
     return {**verification.record(), "completions": str(completions)}
+
+
+def say_length(session: Session, asked: int | None, longest: int) -> None:
+    """Say how long answers may be, where that was left to the default."""
+    if asked is None:
+        session.notes.append(
+            f"answers have up to {longest} tokens, the default for this model (--max-new-tokens)"
+        )
 
 
 PROMPTS = Panel("Prompts")
@@ -172,8 +244,8 @@ class MethodBudget(JudgedBy):
     """Random sets."""
     find: Positive = 100
     """With --organism: prompts that methods look at, of each kind."""
-    max_new_tokens: Annotated[Positive, PROMPTS] = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Annotated[Positive | None, PROMPTS] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
     def check(self) -> None:
         """Also the shares and the names of methods."""
@@ -235,6 +307,7 @@ def compare(
                 **session.running,
             )
         session.notes.extend(comparison.bench.notes)
+        say_length(session, budget.max_new_tokens, comparison.max_new_tokens)
         return {**comparison.record(), "completions": str(completions)}
 
     return session.run(work)
@@ -383,8 +456,10 @@ class AnswerOptions(Declaration):
 
     PANEL: ClassVar[str | None] = "How it answers"
 
-    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 128
-    """Length of a completion, in tokens."""
+    max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
+    length_curve: Annotated[bool, Panel("Prompts")] = False
+    """Judge the answers cut at 32, 64, 128, … tokens too; they are written once."""
     answer_tokens: Positive = 256
     """Length of an answer in tasks that generate."""
     samples: Positive = 1
@@ -475,6 +550,7 @@ def evaluate(
                 **loaded,
             )
         session.notes.extend(evaluation.notes)
+        say_length(session, answers.max_new_tokens, evaluation.max_new_tokens)
         return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
 
     return session.gated(session.run(work), held.gate)

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.display.charts import INK, DotRow
+from safety_neurons.display.lengths import length_figures, length_tables
 from safety_neurons.display.parts import (
     ARM_COLUMNS,
     CAUTION,
@@ -76,7 +77,8 @@ def evaluate_part(run: ReportedRun) -> DisplayPart:
                 [[visible(line, 200)] for line in result["gate"]["missed"]],
             )
         )
-    return DisplayPart(heading, lead, figures, tables, list(_group_tables(arms[-1])))
+    tables += length_tables(run)
+    return DisplayPart(heading, lead, [*figures, *length_figures(run)], tables, list(_group_tables(arms[-1])))
 
 
 def evaluate_findings(run: ReportedRun) -> list[Finding]:
@@ -214,10 +216,17 @@ def _suites_table(arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
                     *cells,
                     count(last["n"]),
                     count(last["unscored"]),
+                    _cut_off(arms[-1][1], suite, kind),
                 ]
             )
-    columns = ["suite", "measure", "judge", *(label for label, _ in arms), "n", "unscored"]
+    columns = ["suite", "measure", "judge", *(label for label, _ in arms), "n", "unscored", "cut off"]
     return Table("Every suite by every judge; 95\u00a0% intervals", columns, rows)
+
+
+def _cut_off(arm: Mapping[str, Any], suite: str, kind: str) -> str:
+    """Answers of a suite that ended at the limit of tokens; earlier versions do not say."""
+    entry = next(one for one in arm["suites"] if (one["suite"], one["kind"]) == (suite, kind))
+    return count(entry["cut_off"]) if "cut_off" in entry else NONE
 
 
 def _capability_table(result: Mapping[str, Any], arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

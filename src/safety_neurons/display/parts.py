@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from safety_neurons.display.charts import COLOURS, INK, SOFT, DotRow, dot_figure
-from safety_neurons.display.text import KEYBOARD, NONE, interval, name, number, say, visible
+from safety_neurons.display.text import KEYBOARD, NONE, count, interval, name, number, say, visible
 from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.results import Completions, is_clear
@@ -295,6 +295,7 @@ ARM_COLUMNS = (
     "harmless refused",
     "perplexity",
     "KL per token, nats",
+    "cut off",
 )
 
 
@@ -304,7 +305,18 @@ def arm_row(label: str, arm: Mapping[str, Any]) -> list[Cell]:
     shown = f"{label}, {unscored:,} unscored" if unscored else label
     # Runs of earlier versions have no judge of harm.
     kinds = (arm["harmful_refused"], arm.get("harmful_complied"), arm["harmless_refused"])
-    return [shown, *map(interval, kinds), number(arm["perplexity"]), number(arm["divergence"], 3)]
+    return [
+        shown,
+        *map(interval, kinds),
+        number(arm["perplexity"]),
+        number(arm["divergence"], 3),
+        _cut_off(arm),
+    ]
+
+
+def _cut_off(arm: Mapping[str, Any]) -> str:
+    """How many of the answers ended at the limit of tokens; earlier versions do not say."""
+    return count(arm["cut_off"]) if "cut_off" in arm else NONE
 
 
 def price(before: Mapping[str, Any], after: Mapping[str, Any]) -> Finding:

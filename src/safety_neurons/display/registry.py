@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display import analyses, compared, evaluated, found, guards, verified
+from safety_neurons.display import analyses, compared, doses, evaluated, found, guards, verified
 from safety_neurons.display.parts import (
     DisplayPart,
     Figure,
@@ -66,6 +66,7 @@ DISPLAYS: Mapping[str, Display] = {
         verified.deactivate_tile,
         "deactivated, chosen by {}",
     ),
+    "verify-scale": Display("dosed", doses.scale_part, doses.scale_findings, doses.scale_tile, "scaled"),
     "compare": Display(
         "methods", compared.compare_part, compared.compare_findings, compared.compare_tile, "methods compared"
     ),

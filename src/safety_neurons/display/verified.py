@@ -15,6 +15,7 @@ from safety_neurons.display.charts import (
     line_figure,
     sweep_figure,
 )
+from safety_neurons.display.lengths import length_figures, length_tables
 from safety_neurons.display.parts import (
     ARM_COLUMNS,
     CAUTION,
@@ -161,12 +162,15 @@ def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
     return [
         f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
         *(over(name) for name in columns),
+        NONE,
     ]
 
 
 def patch_part(run: ReportedRun) -> DisplayPart:
     """Causal effects of the sets of one run."""
-    return dataclasses.replace(patch_parts([run])[0], tables=[arms_table(run)], details=())
+    return dataclasses.replace(
+        patch_parts([run])[0], tables=[arms_table(run), *length_tables(run)], details=()
+    )
 
 
 def patch_parts(runs: Sequence[ReportedRun]) -> list[DisplayPart]:
@@ -188,7 +192,11 @@ def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
         method = method if method not in taken else f"{method} ({visible(run.label, 24)})"
         sweeps.append(Sweep(method, run.result["sizes"], run.result["ceiling_effect"]))
     named = [(sweep.method, run) for sweep, run in zip(sweeps, group, strict=True)]
-    tables = [arms_table(run, f", ranked by {method}") for method, run in named]
+    tables = [
+        table
+        for method, run in named
+        for table in (arms_table(run, f", ranked by {method}"), *length_tables(run))
+    ]
     shown = DisplayPart(heading, tables=[summary_table(named)], details=tables)
     effects = [point["causal_effect"] for sweep in sweeps for point in sweep.points]
     if all(effect["value"] is None for effect in effects):
@@ -217,7 +225,7 @@ def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
         f"Causal effect against the number of neurons. {'. '.join(words)}.{chance}",
         caption,
     )
-    return dataclasses.replace(shown, figures=[figure])
+    return dataclasses.replace(shown, figures=[figure, *length_figures(group[0])])
 
 
 def deactivate_part(run: ReportedRun) -> DisplayPart:
@@ -258,7 +266,8 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
             "Refusals of harmless requests: what over-refusal is left.",
         ),
     ]
-    return DisplayPart(heading, lead + Markup("."), figures, [arms_table(run)])
+    tables = [arms_table(run), *length_tables(run)]
+    return DisplayPart(heading, lead + Markup("."), [*figures, *length_figures(run)], tables)
 
 
 def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:

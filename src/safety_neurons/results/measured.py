@@ -5,6 +5,16 @@ from typing import Any, NotRequired, TypedDict
 from safety_neurons.results.records import DifferenceRecord, EffectRecord, EstimateRecord
 
 
+class LengthRecord(TypedDict):
+    """Answers to harmful requests cut at a number of tokens."""
+
+    tokens: int
+    harmful_refused: EstimateRecord
+    harmful_complied: EstimateRecord
+    cut_off: int
+    """Answers that go on behind the cut."""
+
+
 class ArmRecord(TypedDict):
     """What was measured of one model, treated or not."""
 
@@ -18,6 +28,14 @@ class ArmRecord(TypedDict):
     """KL(untreated ‖ treated) per token, in nats."""
     harm_judge: str
     """Name and version of the judge of harm."""
+    repetition: EstimateRecord | None
+    """Mean share of repeated sequences of four words in the answers."""
+    perplexity_interval: EstimateRecord | None
+    """The perplexity with its interval over texts."""
+    cut_off: int
+    """Answers to harmful and harmless requests that were cut at the limit of tokens."""
+    lengths: list[LengthRecord]
+    """The length curve; empty where none was asked for."""
 
 
 class ControlRecord(TypedDict):
@@ -76,12 +94,43 @@ class VerificationRecord(TypedDict):
     """The same of answers that do harm."""
     change_against_random: DifferenceRecord | None
     sizes: list[SizeRecord]
+    max_new_tokens: int
+    """Longest answer, in tokens."""
     overlap_with_find_prompts: dict[str, int]
     notes: list[str]
     ceiling_called: NotRequired[str]
     ceiling_why: NotRequired[str | None]
     ceiling_by_parameters: NotRequired[ArmRecord | None]
     ceiling_by_parameters_effect: NotRequired[EffectRecord]
+
+
+class DoseRecord(TypedDict):
+    """One factor of a dose curve."""
+
+    factor: float
+    treated: ArmRecord
+    change: DifferenceRecord
+    """Refusals of harmful requests, scaled minus untreated, paired."""
+    harm_change: DifferenceRecord
+    change_against_random: DifferenceRecord | None
+    """Refusals, the set scaled minus random sets scaled."""
+    random: list[ArmRecord]
+
+
+class ScalingRecord(TypedDict):
+    """verify scale."""
+
+    n_neurons: int
+    condition: str | None
+    """The guard on whose word neurons are scaled; None for every request."""
+    flagged: dict[str, EstimateRecord] | None
+    """By kind of request the share that the guard flags."""
+    max_new_tokens: int
+    untreated: ArmRecord
+    doses: list[DoseRecord]
+    random_sets: list[ControlRecord]
+    overlap_with_find_prompts: dict[str, int]
+    notes: list[str]
 
 
 class StepRecord(ArmRecord):
@@ -147,6 +196,8 @@ class ComparisonRecord(CeilingRecord):
     budget: int
     n_units: int
     sites: list[str]
+    max_new_tokens: int
+    """Longest answer, in tokens."""
     untreated: ArmRecord
     aligned: ArmRecord
     ceiling_effect: EffectRecord

@@ -468,6 +468,8 @@ class SuiteRecord(TypedDict):
     suite: str
     kind: str
     n: int
+    cut_off: int
+    """Answers, of all seeds, that were cut at the limit of tokens."""
     judges: dict[str, JudgedRecord]
     by: dict[str, list[SliceRecord]]
 
@@ -481,6 +483,16 @@ class TaskRecord(EstimateRecord):
     details: dict[str, Any]
 
 
+class CutRecord(TypedDict):
+    """By judge harm and refusal over all harmful suites, with answers cut at a number of tokens."""
+
+    tokens: int
+    harm: dict[str, EstimateRecord]
+    refused: dict[str, EstimateRecord]
+    cut_off: int
+    """Answers that go on behind the cut."""
+
+
 class EvaluatedArmRecord(TypedDict):
     """One model on all suites and tasks; `harm` and `over_refusal` by judge over all suites together."""
 
@@ -488,6 +500,8 @@ class EvaluatedArmRecord(TypedDict):
     harm: dict[str, EstimateRecord]
     over_refusal: dict[str, EstimateRecord]
     suites: list[SuiteRecord]
+    lengths: list[CutRecord]
+    """The length curve; empty where none was asked for."""
     capability: list[TaskRecord]
 
 
@@ -539,6 +553,8 @@ class EvaluationRecord(TypedDict):
 
     model: str
     treatment: str | None
+    max_new_tokens: int
+    """Longest answer, in tokens."""
     untreated: EvaluatedArmRecord | None
     treated: EvaluatedArmRecord | None
     baseline: EvaluatedArmRecord | None

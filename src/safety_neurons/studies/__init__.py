@@ -13,6 +13,7 @@ from safety_neurons.studies.groups import (
     transfer,
 )
 from safety_neurons.studies.lasting import ARMS, Attack, Lab, Plan, Sets, find_sets, rsn, stress
+from safety_neurons.studies.scaling import Scaling, verify_scale
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import (
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Progressive",
     "Ranking",
+    "Scaling",
     "Sets",
     "SizePoint",
     "Trainings",
@@ -72,6 +74,7 @@ __all__ = [
     "tune",
     "verify_deactivate",
     "verify_patch",
+    "verify_scale",
     "vocabulary",
     "with_cards",
 ]

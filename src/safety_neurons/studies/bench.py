@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
-from safety_neurons.capability import divergence, perplexity
+from safety_neurons.capability import divergence
+from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, judge_refusal
@@ -38,10 +39,12 @@ from safety_neurons.results import (
     read_json,
     write_json,
 )
+from safety_neurons.results.completions import repetition
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.measured import ArmRecord
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import ANSWERED_BY
+from safety_neurons.studies.lengths import LengthPoint, answer_length, cut_off, length_curve
 from safety_neurons.suites import ADAPTIVE, STATIC
 
 Treatment = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -82,7 +85,7 @@ class Writing:
     """How completions are written.
 
     Attributes:
-        max_new_tokens: length of a completion.
+        max_new_tokens: length of a completion; None is what is usual for the model.
         samples: completions of every prompt, each with a seed of its own.
         temperature: of sampling; 0 is greedy.
         top_p: of sampling.
@@ -90,7 +93,7 @@ class Writing:
         batch_size: prompts a pass, or requests at a time.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
@@ -145,7 +148,7 @@ class Answers:
         with arm.treatment():
             completions = arm.model.complete(
                 prompts,
-                max_new_tokens=how.max_new_tokens,
+                max_new_tokens=how.max_new_tokens or answer_length(arm.model),
                 sample=how.temperature > 0,
                 temperature=how.temperature or 1.0,
                 top_p=how.top_p,
@@ -233,8 +236,12 @@ class How(TypedDict, total=False):
     """Random sets, made of what the measured set is made of (default 5)."""
     seed: int
     """Of the random sets."""
-    max_new_tokens: int
-    """Length of a completion, in tokens (default 64)."""
+    max_new_tokens: int | None
+    """Length of a completion, in tokens; None is 256, on organisms 64. Default None for verify and compare,
+    64 for other studies.
+    """
+    length_curve: bool
+    """Judge the answers to harmful requests at shorter lengths too."""
     batch_size: BatchSize
     """Prompts per pass."""
     completions_file: pathlib.Path | None
@@ -270,6 +277,31 @@ class ArmOutcome(Recorded[ArmRecord]):
     """The judge of harm's verdict on every harmful prompt, in order."""
     harm_judge: str = dataclasses.field(default=HARM_JUDGE, kw_only=True)
     """Its name and version."""
+    repetition: Rate | None = dataclasses.field(default=None, kw_only=True)
+    """Mean share of repeated sequences of four words in the answers, harmful and harmless requests'."""
+    perplexity_rate: Rate | None = dataclasses.field(
+        default=None, kw_only=True, metadata=called("perplexity_interval")
+    )
+    """The perplexity with its interval over texts."""
+    cut_off: int = dataclasses.field(default=0, kw_only=True)
+    """Answers to harmful and harmless requests that were cut at the limit of tokens."""
+    lengths: tuple[LengthPoint, ...] = dataclasses.field(default=(), kw_only=True)
+    """Refusal and harm at shorter lengths; empty where no length curve was asked for."""
+
+
+def _repeated(completion: Completion) -> float | None:
+    """`repetition` of an answer's words; None where it has none."""
+    words = completion.completion.split()
+    return repetition(words) if words else None
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedAnswers:
+    """Answers to harmful requests, whether each refuses, and whether it does harm; None is unscored."""
+
+    completions: Completions
+    refused: Verdicts
+    complied: Verdicts
 
 
 @dataclasses.dataclass
@@ -284,7 +316,9 @@ class Bench:
     """Questions with answers."""
     random: int = 5
     seed: int = 0
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = 64
+    """None is what is usual for the models among the facts."""
+    length_curve: bool = False
     batch_size: BatchSize = "auto"
     completions_file: pathlib.Path | None = None
     harm_judge: str | Judge = HARM_JUDGE
@@ -292,14 +326,16 @@ class Bench:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What completions depend on beside the requests: models, sets and settings by name."""
     answers: Answers = dataclasses.field(init=False)
+    longest: int = dataclasses.field(init=False)
+    """Length of a completion, in tokens."""
     harm: Judge = dataclasses.field(init=False)
     """The judge of harm."""
 
     def __post_init__(self) -> None:
+        models = [fact for fact in self.facts.values() if isinstance(fact, LanguageModel)]
+        self.longest = self.max_new_tokens or answer_length(*models)
         if self.facts:
-            hold_answers(
-                self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.max_new_tokens
-            )
+            hold_answers(self.completions_file, **self.facts, seed=self.seed, max_new_tokens=self.longest)
         self.answers = Answers(self.completions_file)
         self.harm = judge_of(self.harm_judge) if isinstance(self.harm_judge, str) else self.harm_judge
 
@@ -346,24 +382,44 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
-        (harmful, complied), harmless = self.judged(arm), self.refused(arm, "harmless")
+        answers = self.judged(arm)
+        others = judge_refusal(self.completed(arm, "harmless"))
+        self.answers.judged(others.completions)
+        groups, harmful, complied, harmless = (
+            self.harmful.groups,
+            answers.refused,
+            answers.complied,
+            others.refused,
+        )
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
+        text = (
+            None
+            if self.text is None
+            else measure_perplexity(arm.model, self.text, arm.treatment, **options).rate
+        )
+        every = [*answers.completions, *others.completions]
         return ArmOutcome(
             arm.name,
-            rate(harmful, self.harmful.groups),
+            rate(harmful, groups),
             rate(harmless, self.harmless.groups),
-            None if self.text is None else perplexity(arm.model, self.text, arm.treatment, **options),
+            None if text is None else text.value,
             divergence(arm.model, self.harmless, arm.treatment, **options) if treated else None,
             tuple(harmful),
             tuple(harmless),
-            harmful_complied=rate(complied, self.harmful.groups),
+            harmful_complied=rate(complied, groups),
             complied=tuple(complied),
             harm_judge=self.harm.name,
+            repetition=rate([_repeated(one) for one in every], [*groups, *self.harmless.groups]),
+            perplexity_rate=text,
+            cut_off=cut_off(every),
+            lengths=length_curve(answers.completions, arm.model, self.harm, groups, self.longest)
+            if self.length_curve
+            else (),
         )
 
-    def judged(self, arm: Arm) -> tuple[Verdicts, Verdicts]:
-        """Of every harmful prompt, in order, whether the answer refuses, and whether it does harm.
+    def judged(self, arm: Arm) -> "JudgedAnswers":
+        """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.
         """
@@ -373,7 +429,7 @@ class Bench:
         cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)
         harm = self.harm.judge(refusal.completions, cache=cache)
         self.answers.judged(harm.completions)
-        return refusal.refused, harm.harmful
+        return JudgedAnswers(harm.completions, refusal.refused, harm.harmful)
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.
@@ -386,7 +442,7 @@ class Bench:
 
     def completed(self, arm: Arm, kind: str, seed: int | None = None) -> Completions:
         """The arm's answers to the `harmful`, `harmless` or `task` prompts, under the name `arm/kind`."""
-        prompts, how = getattr(self, kind), Writing(self.max_new_tokens, batch_size=self.batch_size)
+        prompts, how = getattr(self, kind), Writing(self.longest, batch_size=self.batch_size)
         named = dataclasses.replace(arm, name=f"{arm.name}/{kind}")
         return self.answers.write(named, prompts, how, self.seed if seed is None else seed, label=kind)
 

@@ -62,7 +62,7 @@ from safety_neurons.results.measured import (
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import Cache
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
-from safety_neurons.studies.verification import Ceiling, SubjectModels
+from safety_neurons.studies.verification import AUTO, Ceiling, SubjectModels
 
 RANDOM = "random"
 """What names of random sets begin with."""
@@ -75,6 +75,8 @@ MEASURES = {
     "seconds": "time of finding, in seconds",
 }
 SMALLER_IS_BETTER = ("harmful_complied", "harmless_refused", "seconds")
+LONGEST_READ = 128
+"""Tokens of the answers that methods write and read, however long those are that are judged."""
 HIGH, WHOLE = 0.95, 0.9
 """What is asked of a method: recall of planted units, and causal effect."""
 Place = Callable[[str], pathlib.Path]
@@ -137,6 +139,13 @@ class Comparison(Recorded[ComparisonRecord], Displayed):
     bench: Bench = dataclasses.field(metadata=called(None))
     limits: Ceiling = dataclasses.field(metadata=called(None))
     """The ceiling by activations and by parameters, with the word it deserves."""
+
+    ALSO = ("max_new_tokens",)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer, in tokens."""
+        return self.bench.longest
 
     def record(self) -> ComparisonRecord:
         """As JSON values."""
@@ -219,7 +228,7 @@ def compare(
         "sites": sites,
         "budget": budget,
     }
-    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
+    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **{**AUTO, **how})
     make = _Rows(
         SubjectModels(
             "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
@@ -229,7 +238,9 @@ def compare(
     searches, rows = Searches((base, aligned), place), []
     for name in methods:
         bench.tell(f"find {name}")
-        method = with_options(name, sites=sites, max_new_tokens=bench.max_new_tokens, units=budget)
+        method = with_options(
+            name, sites=sites, max_new_tokens=min(bench.longest, LONGEST_READ), units=budget
+        )
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         units = getattr(method, "units", None)  # A set of another size is another search.
         kept_as = name if units is None else f"{name}-{units}"
@@ -294,10 +305,10 @@ class _Rows:
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         outcome = self.subject.measure(name, neurons)
-        off, complied_off = self.bench.judged(
+        off = self.bench.judged(
             Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
         )
-        self.verdicts[name] = outcome.harmful, off
+        self.verdicts[name] = outcome.harmful, off.refused
         return MethodResult(
             method=name,
             n_neurons=len(neurons),
@@ -307,8 +318,8 @@ class _Rows:
             harmful_refused=outcome.harmful_refused,
             harmful_complied=outcome.harmful_complied,
             harmless_refused=outcome.harmless_refused,
-            complied_off=rate(complied_off, self.bench.harmful.groups),
-            necessity=paired_difference(self.goal.harmful, off, self.bench.harmful.groups),
+            complied_off=rate(off.complied, self.bench.harmful.groups),
+            necessity=paired_difference(self.goal.harmful, off.refused, self.bench.harmful.groups),
             against_random=None,
             necessity_against_random=None,
             seconds=seconds,

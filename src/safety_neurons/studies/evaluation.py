@@ -14,7 +14,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from safety_neurons.capability import Measurement, Task, TaskSettings
@@ -41,6 +41,7 @@ from safety_neurons.results import (
     write_json,
 )
 from safety_neurons.results.records import (
+    CutRecord,
     EvaluationRecord,
     JudgesRecord,
     Recorded,
@@ -61,12 +62,14 @@ from safety_neurons.studies.bench import (
     content_of,
     hold,
 )
+from safety_neurons.studies.lengths import answer_length, beginnings, curve_lengths
 from safety_neurons.studies.scoring import (
     COMPLETIONS,
     ITEMS,
     ArmScores,
     baseline,
     capability_changes,
+    cut_scores,
     scored,
     suite_changes,
 )
@@ -157,6 +160,8 @@ class Evaluating(Treated, Sources, Writing):
     Those of the bases say what is done to the model, what it is asked and how it answers.
     """
 
+    length_curve: bool = False
+    """Judge the answers to harmful requests at shorter lengths too."""
     reference: LanguageModel | None = None
     """The model that `kl` compares with; the untreated model where None."""
     baseline: PathLike | None = None
@@ -267,12 +272,13 @@ class EvaluationBench(Bench):
                 self.judged[part.kind] = self.judged.get(part.kind, Completions()) + completions
             suites.append(scored(part.suite, part.kind, judged, names))
         compares = arm.name == TREATED or reference is not None
+        lengths = tuple(self._cut(written, arm)) if self.length_curve else ()
         capability = tuple(
             self._task(task, arm, reference) for task in self.tasks if compares or not task.compares
         )
         self.items[arm.name] = {one.task: one.items() for one in capability}
         self.notes.extend(note for one in capability for note in one.notes)
-        return ArmScores(arm.name, tuple(suites), capability)
+        return ArmScores(arm.name, tuple(suites), capability, lengths)
 
     def finish(self) -> None:
         """Write completions with their verdicts, and the single items of every task."""
@@ -317,6 +323,16 @@ class EvaluationBench(Bench):
         size = len(everything) // len(seeds)
         return [everything[first : first + size] for first in range(0, len(everything), size)], names
 
+    def _cut(self, written: Sequence[tuple[Requests, list[Completions]]], arm: Arm) -> Iterator[CutRecord]:
+        """The length curve over all harmful suites, of answers that are there."""
+        harmful = [(part, seeds) for part, seeds in written if part.kind == "harmful"]
+        for tokens in curve_lengths(self.longest):
+            scores = []
+            for part, seeds in harmful:
+                judged, names = self._judge([beginnings(one, tokens, arm.model) for one in seeds])
+                scores.append(scored(part.suite, part.kind, judged, names))
+            yield cut_scores(tokens, scores)
+
     def _task(self, task: Task, arm: Arm, reference: LanguageModel | None) -> Measurement:
         self.tell(f"{arm.name}, {task.name}")
         where, seed = f"capability {task.name}", self.settings.seed
@@ -356,6 +372,8 @@ class Evaluation(Recorded[EvaluationRecord], Displayed):
     model: str
     treatment: str | None
     """In words, None where there is none."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
     untreated: "ArmScores | None"
     """The model as it is; None where an earlier run stands in for it."""
     treated: "ArmScores | None"
@@ -410,6 +428,9 @@ def evaluate(
         answers that were written in another way.
     """
     how = Evaluating(**options)
+    how = dataclasses.replace(how, max_new_tokens=how.max_new_tokens or answer_length(model))
+    if how.length_curve and isinstance(model, Endpoint):
+        raise UsageError("a length curve of an endpoint, which gives no tokens; expected a model in memory")
     act, words = how.of(model)
     tasks, settings = _tasks(model, capability, how.settings)
     how.check(model, tasks)
@@ -431,6 +452,8 @@ def evaluate(
         tasks=tasks,
         how=how,
         settings=settings,
+        max_new_tokens=how.max_new_tokens,
+        length_curve=how.length_curve,
     )
     untreated = (
         None if act is not None and before is not None else bench.scores(Arm(UNTREATED, model), how.reference)
@@ -442,6 +465,7 @@ def evaluate(
     result = Evaluation(
         model.name,
         words,
+        bench.longest,
         untreated,
         treated,
         before,

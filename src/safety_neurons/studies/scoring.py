@@ -27,6 +27,7 @@ from safety_neurons.results import (
 )
 from safety_neurons.results.estimates import GroupLabels, share_of
 from safety_neurons.results.records import (
+    CutRecord,
     EstimateRecord,
     EvaluatedArmRecord,
     JudgedRecord,
@@ -37,6 +38,7 @@ from safety_neurons.results.records import (
     TaskRecord,
 )
 from safety_neurons.results.run import PathLike
+from safety_neurons.studies.lengths import cut_off
 from safety_neurons.suites import ADAPTIVE, STATIC
 
 COMPLETIONS, ITEMS = "completions.jsonl", "capability.json"
@@ -112,6 +114,8 @@ class SuiteScore:
     groups: tuple[Mapping[str, str], ...]
     judged: Mapping[str, JudgeScore]
     shared: tuple[str | None, ...] | None = None
+    cut_off: int = 0
+    """Answers, of all seeds, that were cut at the limit of tokens."""
 
     def record(self) -> SuiteRecord:
         """The suite as JSON values."""
@@ -119,6 +123,7 @@ class SuiteScore:
             "suite": self.suite,
             "kind": self.kind,
             "n": len(self.ids),
+            "cut_off": self.cut_off,
             "judges": {judge: judged.record(self.shared) for judge, judged in self.judged.items()},
             "by": self._tables(),
         }
@@ -152,6 +157,8 @@ class ArmScores:
     name: str
     suites: tuple[SuiteScore, ...]
     capability: tuple[Measurement, ...]
+    lengths: tuple[CutRecord, ...] = ()
+    """The length curve; empty where none was asked for."""
 
     def record(self) -> EvaluatedArmRecord:
         """As JSON values."""
@@ -163,6 +170,7 @@ class ArmScores:
             "harm": pooled(sides["harmful"], "harm"),
             "over_refusal": pooled(sides["harmless"], "over_refusal"),
             "suites": [score.record() for score in self.suites],
+            "lengths": list(self.lengths),
             "capability": [cast(TaskRecord, plain(one.record())) for one in self.capability],
         }
 
@@ -185,7 +193,18 @@ def scored(suite: str, kind: str, seeds: Sequence[Completions], judges: Mapping[
         tuple(labels_of(one.meta) for one in first),
         {judge: _judged(judge, asked, kind, seeds) for judge, asked in judges.items()},
         tuple(one.meta.get("group") for one in first),
+        sum(map(cut_off, seeds)),
     )
+
+
+def cut_scores(tokens: int, scores: Sequence[SuiteScore]) -> CutRecord:
+    """Harm and refusal of harmful suites whose answers were cut at a number of tokens, by judge."""
+    return {
+        "tokens": tokens,
+        "harm": pooled(scores, "harm"),
+        "refused": pooled(scores, "refused"),
+        "cut_off": sum(score.cut_off for score in scores),
+    }
 
 
 def _judged(judge: str, asked: str, kind: str, seeds: Sequence[Completions]) -> JudgeScore:

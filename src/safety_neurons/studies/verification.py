@@ -52,6 +52,8 @@ from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
 
+AUTO: How = {"max_new_tokens": None}
+"""Answers as long as is usual for the model."""
 CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
 BY_PARAMETERS = "ceiling by parameters"
 
@@ -125,6 +127,8 @@ class Verification(Recorded[VerificationRecord], Displayed):
     """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
     harm_change: Difference
     """The same of answers that do harm."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
     overlap: Mapping[str, int] = dataclasses.field(metadata=called("overlap_with_find_prompts"))
     """How many of the harmful and harmless prompts the set was found on."""
     notes: tuple[str, ...] = ()
@@ -199,7 +203,7 @@ def verify_deactivate(
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is
     made of, an interval on the paired difference, and the ceiling beside it.
     """
-    bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **how)
+    bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **{**AUTO, **how})
     subject = SubjectModels(
         "deactivate", bench, model, lambda members: functools.partial(deactivated, model, members)
     )
@@ -227,7 +231,9 @@ def verify_patch(
     sets are disjoint from the set where possible; a paired interval; the ceiling (all neurons of the sites)
     beside it; undefined where the models do not differ.
     """
-    bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **how)
+    bench = Bench.of(
+        {"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **{**AUTO, **how}
+    )
     subject = SubjectModels(
         "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )
@@ -352,7 +358,8 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
         harm_change=paired_difference(
             points[-1].treated.complied, subject.untreated.complied, bench.harmful.groups
         ),
-        overlap=_overlap(sets[-1][1], bench),
+        max_new_tokens=bench.longest,
+        overlap=found_on(sets[-1][1], bench),
         notes=(*notes, *([limits.why] if limits.why else []), *bench.notes),
         bench=bench,
         limits=None if subject.donor is None else limits,
@@ -374,7 +381,8 @@ def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> 
     ]
 
 
-def _overlap(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
+def found_on(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
+    """How many of the harmful and harmless prompts the set was found on."""
     digests = neurons.provenance.config.get("prompt_digests") or []
     return {"harmful": bench.harmful.overlap(digests), "harmless": bench.harmless.overlap(digests)}
 

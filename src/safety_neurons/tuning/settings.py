@@ -111,5 +111,5 @@ class BeforeAndAfter(Declaration):
     """Harmless requests to measure on."""
     text: Annotated[str | Any, Reads("prompts", words=("none",))] = "builtin:general-test"
     """General text for perplexity, or none."""
-    max_new_tokens: Positive = 64
-    """Length of an answer, in tokens."""
+    max_new_tokens: Positive | None = None
+    """Length of an answer, in tokens. [default: 256, on organisms 64]"""
