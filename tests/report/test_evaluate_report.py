@@ -49,6 +49,7 @@ def run(tmp_path_factory):
     found = Evaluation(
         "org/model",
         "patched",
+        64,
         arms["untreated"],
         arms["treated"],
         None,

@@ -17,7 +17,6 @@ from safety_neurons.cli.session import (
     OneModel,
     OtherText,
     PromptFile,
-    Repeats,
     Requested,
     ScoreFile,
     Session,
@@ -56,9 +55,11 @@ class Verified(Declaration):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifiedOn(JudgedBy, Repeats, Some, EvaluationPrompts):
+class VerifiedOn(JudgedBy, Some, EvaluationPrompts):
     """What it is measured on, and beside how many random sets; the last base has the first options."""
 
+    random: Count = 5
+    """Random control sets for each size."""
     max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
     """Length of a completion, in tokens. [default: 256, on organisms 64]"""
     length_curve: Annotated[bool, Panel("Prompts")] = False

@@ -382,7 +382,7 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
-        answers = self.judged(arm)
+        answers = self.answered(arm)
         others = judge_refusal(self.completed(arm, "harmless"))
         self.answers.judged(others.completions)
         groups, harmful, complied, harmless = (
@@ -418,7 +418,7 @@ class Bench:
             else (),
         )
 
-    def judged(self, arm: Arm) -> "JudgedAnswers":
+    def answered(self, arm: Arm) -> "JudgedAnswers":
         """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.

@@ -305,7 +305,7 @@ class _Rows:
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
         outcome = self.subject.measure(name, neurons)
-        off = self.bench.judged(
+        off = self.bench.answered(
             Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
         )
         self.verdicts[name] = outcome.harmful, off.refused
