@@ -296,7 +296,7 @@ def _repeated(completion: Completion) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgedAnswers:
+class BothVerdicts:
     """Answers to harmful requests, whether each refuses, and whether it does harm; None is unscored."""
 
     completions: Completions
@@ -418,7 +418,7 @@ class Bench:
             else (),
         )
 
-    def answered(self, arm: Arm) -> "JudgedAnswers":
+    def answered(self, arm: Arm) -> "BothVerdicts":
         """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.
@@ -429,7 +429,7 @@ class Bench:
         cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)
         harm = self.harm.judge(refusal.completions, cache=cache)
         self.answers.judged(harm.completions)
-        return JudgedAnswers(harm.completions, refusal.refused, harm.harmful)
+        return BothVerdicts(harm.completions, refusal.refused, harm.harmful)
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.
